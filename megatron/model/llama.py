@@ -10,6 +10,8 @@ document is a slice of the sequence.
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -30,7 +32,7 @@ class RMSNorm(nn.Module):
     def __init__(self, args: NeoXArgs, dtype: torch.dtype) -> None:
         super().__init__()
         self.eps = args.rms_norm_epsilon
-        self.hf_rounding = args.hf_rounding
+        self.hf_rounding = getattr(args, "hf_rounding", False)  # TODO
         self.scale = nn.Parameter(torch.empty(args.hidden_size, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -161,7 +163,7 @@ def document_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Te
             torch.cat(
                 [
                     causal_attention(*(x[start:stop, row : row + 1] for x in (q, k, v)))
-                    for start, stop in zip(edges, edges[1:], strict=False)
+                    for start, stop in itertools.pairwise(edges)
                 ]
             )
         )

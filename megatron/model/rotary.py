@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from megatron.neox_arguments import RopeScaling
+from megatron.neox_arguments.model import RopeScaling
 
 
 def inverse_frequencies(dim: int, base: float, scaling: RopeScaling | None) -> Tensor:
@@ -23,7 +23,7 @@ def inverse_frequencies(dim: int, base: float, scaling: RopeScaling | None) -> T
     """
     exponents = torch.arange(0, dim, 2, dtype=torch.int64, device="cpu").to(torch.float32) / dim
     inv_freq = 1.0 / (base**exponents)
-    if scaling is None or scaling.rope_type == "default":
+    if scaling is None:
         return inv_freq
     context, factor = scaling.original_max_position_embeddings, scaling.factor
     low, high = scaling.low_freq_factor, scaling.high_freq_factor

@@ -28,7 +28,7 @@ def build_optimizer(module: nn.Module, args: NeoXArgs) -> torch.optim.AdamW:
     return torch.optim.AdamW(
         parameter_groups(module, args.weight_decay),
         lr=args.lr,
-        betas=args.adam_betas,
-        eps=args.adam_eps,
+        betas=args.optimizer.params.betas,
+        eps=args.optimizer.params.eps,
         fused=True,
     )

@@ -10,9 +10,9 @@ from megatron.neox_arguments import NeoXArgs
 def learning_rate(args: NeoXArgs, iteration: int) -> float:
     """Learning rate of the step that follows `iteration` finished ones.
 
-    Warm-up is linear over `warmup * lr_decay_iters`, then the decay style of GPT-NeoX (docs/configuration.md). After the
-    decay's end the rate stays at its last value: GPT-NeoX's cosine climbs again there. `lr_overrides` multiply the
-    rate from an iteration on, as an operator does by hand after a loss spike; several multiply together.
+    Warm-up is linear over `warmup * lr_decay_iters`, then follows the decay style. After the decay's end the rate
+    stays at its last value, where GPT-NeoX's cosine climbs again. `lr_overrides` multiply the rate from an iteration
+    on, as an operator does by hand after a loss spike; several multiply together.
     """
     rate = _scheduled(args, iteration)
     for override in args.lr_overrides:

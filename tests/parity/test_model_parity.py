@@ -93,4 +93,4 @@ def test_logits_equal_transformers(case: Case, tp: int) -> None:
 )
 @pytest.mark.parametrize("tp", [1, 2])
 def test_known_mistakes_are_seen(mutation: str, tp: int) -> None:
-    assert max(run_ranks(_largest_difference, tp, CASES["gqa-8-2"], mutation)) > 10 * TOLERANCE
+    assert max(run_ranks(_largest_difference, tp, CASES["gqa-8-2"], mutation)) > 100 * TOLERANCE

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron.model.rotary import RotaryTable, inverse_frequencies
-from megatron.neox_arguments import RopeScaling
+from megatron.neox_arguments.model import RopeScaling
 
 pytestmark = pytest.mark.unit
 
