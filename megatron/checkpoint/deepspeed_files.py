@@ -15,6 +15,7 @@ import deepspeed
 import torch
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
 from megatron.checkpoint.folders import optimizer_file_name
@@ -23,9 +24,13 @@ from megatron.checkpoint.torch_files import read_file, write_file
 if TYPE_CHECKING:
     from deepspeed.runtime.pipe.engine import PipelineEngine
 
-# All that a file may hold besides tensors and plain values: where a parameter lies in the flat fp32 partition, and the
-# loss scale, which is present in fp32 too (the dynamic one in fp16 only).
-OPTIMIZER_CLASSES = (fragment_address, LossScaler, DynamicLossScaler)
+# All that a file may hold besides tensors and plain values; none of them does anything when it is made.
+OPTIMIZER_CLASSES: tuple[type, ...] = (
+    fragment_address,  # where a parameter lies in the flat fp32 partition
+    LossScaler,  # the loss scale, in fp32 too
+    DynamicLossScaler,  # the same in fp16
+    ZeroStageEnum,  # an int with a name
+)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ that names the file and the tensor.
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -212,7 +214,10 @@ def _refresh_masters(engine: PipelineEngine) -> None:
 def _restore_optimizer(engine: PipelineEngine, place: Place, own: dict[str, Any]) -> None:
     states: list[Any] = [None] * place.dp
     states[place.dp_rank] = own["optimizer_state_dict"]
-    engine.optimizer.load_state_dict(state_dict_list=states, load_optimizer_states=True, load_from_fp32_weights=True)
+    with contextlib.redirect_stdout(io.StringIO()):  # BF16_Optimizer prints a line of its own on every rank
+        engine.optimizer.load_state_dict(
+            state_dict_list=states, load_optimizer_states=True, load_from_fp32_weights=True
+        )
 
 
 def _restore_position(engine: PipelineEngine, state: TrainState, position: dict[str, Any]) -> None:
