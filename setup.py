@@ -31,5 +31,9 @@ setup(
         ]
     ),
     install_requires=requirements("requirements.txt"),
-    extras_require={"dev": requirements("requirements-dev.txt"), "wandb": ["wandb"]},
+    extras_require={
+        "data": requirements("requirements-data.txt"),
+        "dev": requirements("requirements-dev.txt"),
+        "wandb": ["wandb"],
+    },
 )
