@@ -26,6 +26,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from megatron.checkpoint.durable import write_text
+from megatron.checkpoint.errors import CheckpointError
 
 FORMAT = "neox-llama-checkpoint"
 VERSION = 1
@@ -34,7 +35,7 @@ _CHECKSUM = re.compile(r"crc32:[0-9a-f]{8}")
 _CHUNK = 1 << 24  # bytes read at a time when a whole file is summed
 
 
-class ManifestError(ValueError):
+class ManifestError(CheckpointError):
     """The manifest is missing, unreadable or of another format."""
 
 

@@ -17,11 +17,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from megatron.model.loss import IGNORE_INDEX, step_weight
+from megatron.neox_arguments.errors import UserError
 
 MicroBatch = Mapping[str, Tensor]
 
 
-class EmptyBatchError(ValueError):
+class EmptyBatchError(UserError):
     """No token of the global batch carries a target."""
 
 

@@ -48,6 +48,19 @@ def build_engine(args: NeoXArgs, model: LlamaPipelineModule, log: Callable[[str]
     return engine
 
 
+def build_inference_engine(args: NeoXArgs, model: LlamaPipelineModule) -> PipelineEngine:
+    """The same pipeline without optimizer, for evaluation and generation; `model` holds its weights already."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    config = {
+        "train_micro_batch_size_per_gpu": args.train_micro_batch_size_per_gpu,
+        "gradient_accumulation_steps": 1,
+        "bf16": {"enabled": args.precision == "bfloat16"},
+        "fp16": {"enabled": args.precision == "fp16"},
+    }
+    engine, *_ = deepspeed.initialize(model=model, config=config, dist_init_required=False)
+    return engine
+
+
 def describe(engine: PipelineEngine, args: NeoXArgs) -> list[str]:
     """What the engine reports of itself, for the start of the log."""
     accumulation = "fp32" if args.precision in ("bfloat16", "fp32") else "fp16"

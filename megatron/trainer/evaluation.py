@@ -10,6 +10,7 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch.utils.data import Dataset
 
 from megatron.neox_arguments import NeoXArgs
+from megatron.neox_arguments.errors import UserError
 from megatron.trainer.batches import assemble, evaluation_micro_batches
 
 
@@ -33,7 +34,7 @@ def evaluate(engine: PipelineEngine, args: NeoXArgs, dataset: Any, max_samples: 
     """
     samples = min(len(dataset), max_samples) if max_samples is not None else len(dataset)
     if samples == 0:
-        raise ValueError("the validation set has no samples; it needs at least seq_length + 1 tokens")
+        raise UserError("the validation set has no samples; it needs at least seq_length + 1 tokens")
     reads_data = engine.is_first_stage() or engine.is_last_stage()
     micro, dp = args.train_micro_batch_size_per_gpu, args.data_parallel_size
     rounds = -(-samples // (micro * dp))
