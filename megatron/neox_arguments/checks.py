@@ -243,14 +243,6 @@ def one_schedule_wins(args: NeoXArgs) -> str | None:
     return "override_lr_scheduler and use_checkpoint_lr_scheduler exclude each other; keep one"
 
 
-@_rule(*_TRAIN)
-def overrides_are_ordered(args: NeoXArgs) -> str | None:
-    starts = [entry.at for entry in args.lr_overrides]
-    if starts == sorted(set(starts)):
-        return None
-    return f"lr_overrides: iterations {starts} must rise; each entry holds until the next"
-
-
 @_rule(*_ALL)
 def extra_args_do_not_collide(args: NeoXArgs) -> str | None:
     from megatron.neox_arguments.deepspeed_config import build

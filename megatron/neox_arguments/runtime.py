@@ -32,7 +32,7 @@ class RuntimeKeys(Keys):
         "stops without kernels.",
         ours=True,
     )
-    text_gen_type: Literal["unconditional", "input-file", "interactive"] | None = key(
+    text_gen_type: Literal["unconditional", "input-file"] | None = key(
         None, "What generate.py does; input-file if sample_input_file is given, else unconditional."
     )
     sample_input_file: str | None = key(None, "Prompts, one a line.")
