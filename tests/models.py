@@ -143,14 +143,9 @@ def load_hugging_face(module: Any, state: dict[str, Tensor], args: NeoXArgs) -> 
 
 def start(args: NeoXArgs) -> torch.device:
     """Process groups for a rank of the test harness."""
-    from megatron.core import parallel_state
+    from megatron.launcher.distributed import form_groups
 
-    parallel_state.initialize_model_parallel(
-        args.model_parallel_size, args.pipe_parallel_size, create_gloo_process_groups=False
-    )
-    import deepspeed
-
-    deepspeed.init_distributed("gloo", verbose=False)
+    form_groups(args)
     return torch.device("cpu")
 
 

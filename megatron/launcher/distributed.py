@@ -46,6 +46,12 @@ def initialize(args: NeoXArgs) -> Place:
         device_id=device if device.type == "cuda" else None,
     )
     check_same_configuration(args, device)
+    pipe, data, tensor = form_groups(args)
+    return Place(rank, world_size, local_rank, pipe, data, tensor, device)
+
+
+def form_groups(args: NeoXArgs) -> tuple[int, int, int]:
+    """DeepSpeed's and megatron-core's groups within an initialised world; returns this rank's (pipe, data, tensor)."""
     # DeepSpeed would compile a shared-memory backend for the CPU here: 46 s, and a traceback without a compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(args.distributed_backend, auto_mpi_discovery=False, verbose=False)
@@ -56,8 +62,7 @@ def initialize(args: NeoXArgs) -> Place:
         order="tp-cp-ep-dp-pp",  # innermost first: pipe, data, model as GPT-NeoX and DeepSpeed count
         create_gloo_process_groups=False,
     )
-    pipe, data, tensor = check_coordinates(args, rank)
-    return Place(rank, world_size, local_rank, pipe, data, tensor, device)
+    return check_coordinates(args, dist.get_rank())
 
 
 def _environment(args: NeoXArgs) -> tuple[int, int, int]:
