@@ -1,0 +1,46 @@
+"""Keys of the data: tokenizer, indexed datasets, blends, packing, and what the loss sees."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from megatron.neox_arguments.fields import Keys, derived, key
+
+
+class DataKeys(Keys):
+    seq_length: int = derived(
+        "max_position_embeddings when only the shape matters; training and evaluation need it",
+        "Tokens per sample.",
+        gt=0,
+    )
+    tokenizer_type: Literal["HFTokenizer", "TiktokenTokenizer", "SPMTokenizer"] = key(
+        "HFTokenizer",
+        "HFTokenizer reads tokenizer.json, TiktokenTokenizer Meta's tokenizer.model of Llama-3, SPMTokenizer a "
+        "SentencePiece model.",
+    )
+    vocab_file: str | None = key(None, "Path of the tokenizer file.")
+    merge_file: str | None = key(None, "Accepted from GPT-NeoX configurations; no supported tokenizer has one.")
+    data_path: str | None = key(None, "Prefix of one .bin/.idx pair, divided by `split`.")
+    split: str = key("969, 30, 1", "Shares of train, valid and test documents in data_path.")
+    train_data_paths: list[str] | None = key(None, "Prefixes of the training sources.", min_length=1)
+    valid_data_paths: list[str] | None = key(
+        None, "Prefixes of the validation sources; each is reported apart.", min_length=1
+    )
+    test_data_paths: list[str] | None = key(None, "Prefixes of the test sources.", min_length=1)
+    train_data_weights: list[float] | None = key(None, "Weights of the training blend; equal when absent.")
+    valid_data_weights: list[float] | None = key(None, "Weights of the validation sources.")
+    test_data_weights: list[float] | None = key(None, "Weights of the test sources.")
+    train_label_data_paths: list[str] | None = key(None, "Label prefixes beside train_data_paths; -100 is not learned.")
+    valid_label_data_paths: list[str] | None = key(None, "Label prefixes beside valid_data_paths.")
+    test_label_data_paths: list[str] | None = key(None, "Label prefixes beside test_data_paths.")
+    data_impl: Literal["mmap", "infer"] = key("mmap", "Dataset format: .bin/.idx. infer means mmap.")
+    pack_impl: Literal["packed", "pack_until_overflow", "unpacked"] = key(
+        "packed", "How documents fill samples: cut anywhere, whole documents, or one document each."
+    )
+    allow_chopped: bool = key(True, "false drops documents that do not fit into a sample.")
+    eod_mask_loss: bool = key(False, "Do not learn what follows an end-of-document token.")
+    isolate_documents: bool = key(
+        False, "Tokens attend only inside their own document; positions restart at each.", ours=True
+    )
+    num_workers: int = key(2, "Processes that prepare batches, per rank; 0 does it in the rank itself.", ge=0)
+    seed: int = key(1234, "Seed of initialisation and sample order.", gt=0)

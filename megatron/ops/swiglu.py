@@ -1,0 +1,68 @@
+"""SwiGLU: up * silu(gate), read from one projection output (Shazeer, 2020, arXiv:2002.05202)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron.model.layout import split_up_gate
+from megatron.ops.rows import compute_dtype, rows_per_block
+
+_silu = torch.ops.aten.silu.out
+_silu_backward = torch.ops.aten.silu_backward.grad_input
+
+
+def swiglu(fused: Tensor) -> Tensor:
+    """up * silu(gate) of `fused` [..., 2 F] = [up | gate] (`megatron.model.layout.split_up_gate`); [..., F].
+
+    Saves `fused` only. Raises ValueError if the last dimension is odd.
+    """
+    if fused.dim() == 0 or fused.shape[-1] % 2:
+        raise ValueError(f"swiglu: the last dimension of {tuple(fused.shape)} must hold up and gate, two equal halves")
+    return _SwiGlu.apply(fused)
+
+
+def reference_forward(fused: Tensor) -> Tensor:
+    """[rows, F] of a matrix `fused` [rows, 2 F]."""
+    dtype = compute_dtype(fused)
+    out = fused.new_empty(fused.shape[0], fused.shape[1] // 2)
+    block = rows_per_block(out)
+    for fs, os in zip(fused.split(block), out.split(block), strict=True):
+        up, gate = split_up_gate(fs.to(dtype))
+        if os.dtype == dtype:
+            _silu(gate, out=os).mul_(up)
+        else:
+            os.copy_(torch.nn.functional.silu(gate).mul_(up))
+    return out
+
+
+def reference_backward(dout: Tensor, fused: Tensor) -> Tensor:
+    """Gradient [rows, 2 F] of `fused`: dup = dout silu(gate), dgate = dout up silu'(gate)."""
+    dtype = compute_dtype(fused)
+    grad = torch.empty_like(fused, memory_format=torch.contiguous_format)
+    block = rows_per_block(dout)
+    for fs, gs, os in zip(fused.split(block), grad.split(block), dout.split(block), strict=True):
+        up, gate = split_up_gate(fs.to(dtype))
+        of = os.to(dtype)
+        work = gs if gs.dtype == dtype else torch.empty_like(fs, dtype=dtype)
+        dup, dgate = split_up_gate(work)
+        _silu(gate, out=dup).mul_(of)
+        _silu_backward(of * up, gate, grad_input=dgate)
+        if work is not gs:
+            gs.copy_(work)
+    return grad
+
+
+class _SwiGlu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, fused: Tensor) -> Tensor:
+        ctx.save_for_backward(fused)
+        return reference_forward(fused.reshape(-1, fused.shape[-1])).view(*fused.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> Tensor:
+        (fused,) = ctx.saved_tensors
+        rows = fused.reshape(-1, fused.shape[-1])
+        return reference_backward(dout.reshape(rows.shape[0], -1), rows).view(fused.shape)
