@@ -85,8 +85,9 @@ def save_checkpoint(
             if ranks.rank == 0:
                 _finish(args, state, place, partial, final, gathered, data_fingerprints)
     except CheckpointError:
-        if ranks.rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
+        with ranks.together(f"removing {partial}"):  # before any rank ends and takes the others down
+            if ranks.rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
         raise
     if ranks.rank == 0:
         log(f"saved {final}")
