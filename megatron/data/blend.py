@@ -9,26 +9,12 @@ longer run begins like a shorter one, and nothing is drawn at random here: the s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron.data.indexed import DataError
-from megatron.data.packed import Sample
-
-
-class Source(Protocol):
-    """What a blend reads from, `packed.PackedSource`."""
-
-    prefix: str
-
-    @property
-    def samples_per_epoch(self) -> float: ...
-
-    def read(self, index: int, sample_id: int) -> Sample: ...
-
-    def padding(self) -> Sample: ...
+from megatron.data.packed import PackedSource, Sample, SampleDataset
 
 
 def shares(weights: Sequence[float]) -> NDArray[np.float64]:
@@ -64,10 +50,12 @@ def _phases(count: int) -> NDArray[np.float64]:
     return phase
 
 
-class Blend:
+class Blend(SampleDataset):
     """A dataset of `len(source_of)` samples; place i is sample `within[i]` of `sources[source_of[i]]`."""
 
-    def __init__(self, sources: Sequence[Source], source_of: NDArray[np.int32], within: NDArray[np.int64]) -> None:
+    def __init__(
+        self, sources: Sequence[PackedSource], source_of: NDArray[np.int32], within: NDArray[np.int64]
+    ) -> None:
         self.sources, self.source_of, self.within = list(sources), source_of, within
 
     def __len__(self) -> int:

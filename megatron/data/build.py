@@ -11,7 +11,7 @@ import numpy as np
 import torch.distributed as dist
 
 from megatron.data.blend import Blend, assign_sources, shares
-from megatron.data.header import check_header, read_header
+from megatron.data.header import check_header, fingerprint, read_header
 from megatron.data.indexed import DataError, open_indexed
 from megatron.data.packed import PackedSource, SampleDataset, SampleForm
 from megatron.tokenizer import Tokenizer, TokenizerError, build_tokenizer
@@ -53,22 +53,28 @@ class DataArgs(Protocol):
     @property
     def isolate_documents(self) -> bool: ...
     @property
-    def train_iters(self) -> int: ...
-    @property
-    def eval_iters(self) -> int: ...
+    def train_iters(self) -> int | None: ...
     @property
     def train_batch_size(self) -> int: ...
 
 
 @dataclass
 class Datasets:
-    """What a run reads. `train` is one order of samples over all its sources, `valid` and `test` are apart by source,
-    each token once. `notes` are lines for the log."""
+    """What a run reads. `valid` and `test` are apart by source and hold every token once. `fingerprints` are the
+    provenance of each prefix, `notes` lines for the log."""
 
-    train: SampleDataset | None
+    blend: Blend | None
     valid: dict[str, SampleDataset]
     test: dict[str, SampleDataset]
+    fingerprints: dict[str, dict[str, str | int]]
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def train(self) -> SampleDataset:
+        """One order of samples over all training sources. Raises DataError in a run that only evaluates."""
+        if self.blend is None:
+            raise DataError("no training data: give train_data_paths, or data_path with a split that has training")
+        return self.blend
 
 
 @dataclass(frozen=True)
@@ -114,8 +120,10 @@ def _build(args: DataArgs, tokenizer: Tokenizer | None) -> Datasets:
     if tokenizer is None and args.vocab_file is not None:
         tokenizer = build_tokenizer(args.tokenizer_type, args.vocab_file)
     stages = _parts(args)
+    used = [part for parts in stages for part in parts]
+    prefixes = sorted({part.prefix for part in used} | {part.labels for part in used if part.labels is not None})
     notes = []
-    for prefix in sorted({part.prefix for parts in stages for part in parts}):
+    for prefix in sorted({part.prefix for part in used}):
         header = read_header(prefix)
         open_indexed(prefix)
         if header is None:
@@ -129,32 +137,37 @@ def _build(args: DataArgs, tokenizer: Tokenizer | None) -> Datasets:
         masked = tokenizer.eod
     form = SampleForm(args.seq_length, args.isolate_documents, masked, 0 if tokenizer is None else tokenizer.pad)
     train_parts, valid_parts, test_parts = stages
-    train: Blend | None = None
-    wanted = args.train_iters * args.train_batch_size
+    blend = None
+    wanted = (args.train_iters or 0) * args.train_batch_size
     if train_parts and wanted:
-        share = shares(args.train_data_weights or [1.0] * len(train_parts))
-        if len(share) != len(train_parts):
-            raise DataError(f"train_data_weights has {len(share)} entries for {len(train_parts)} train_data_paths")
-        source_of, within = assign_sources(share, wanted)
-        needed = np.bincount(source_of, minlength=len(train_parts)).tolist()
-        sources = [
-            PackedSource(part.prefix, form, args.seed, max(count, 1), part.documents, part.labels)
-            for part, count in zip(train_parts, needed, strict=True)
-        ]
-        train = Blend(sources, source_of, within)
-        notes += [f"train: {line}" for line in train.describe()]
-    limit = args.eval_iters * args.train_batch_size
+        blend = _blend(train_parts, args.train_data_weights, form, args.seed, wanted)
+        notes += [f"train: {line}" for line in blend.describe()]
     return Datasets(
-        train, _passes(valid_parts, form, args.seed, limit), _passes(test_parts, form, args.seed, limit), notes
+        blend,
+        _passes(valid_parts, form, args.seed),
+        _passes(test_parts, form, args.seed),
+        {prefix: fingerprint(prefix) for prefix in prefixes},
+        notes,
     )
 
 
-def _passes(parts: Sequence[_Part], form: SampleForm, seed: int, limit: int) -> dict[str, SampleDataset]:
-    """One dataset per source, at most `limit` samples of it, under names that tell the sources apart."""
-    if limit == 0:
-        return {}
+def _blend(parts: list[_Part], weights: list[float] | None, form: SampleForm, seed: int, wanted: int) -> Blend:
+    share = shares(weights or [1.0] * len(parts))
+    if len(share) != len(parts):
+        raise DataError(f"train_data_weights has {len(share)} entries for {len(parts)} train_data_paths")
+    source_of, within = assign_sources(share, wanted)
+    needed = np.bincount(source_of, minlength=len(parts)).tolist()
+    sources = [
+        PackedSource(part.prefix, form, seed, max(count, 1), part.documents, part.labels)
+        for part, count in zip(parts, needed, strict=True)
+    ]
+    return Blend(sources, source_of, within)
+
+
+def _passes(parts: Sequence[_Part], form: SampleForm, seed: int) -> dict[str, SampleDataset]:
+    """One dataset per source, under names that tell the sources apart."""
     return {
-        name: PackedSource(part.prefix, form, seed, limit, part.documents, part.labels, one_pass=True)
+        name: PackedSource(part.prefix, form, seed, None, part.documents, part.labels)
         for name, part in zip(_names([part.prefix for part in parts]), parts, strict=True)
     }
 
@@ -180,7 +193,7 @@ def _parts(args: DataArgs) -> tuple[list[_Part], list[_Part], list[_Part]]:
         ranges = split_documents(args.split, count)
         train, valid, test = ([_Part(args.data_path, None, r)] if r[1] > r[0] else [] for r in ranges)
         return train, valid, test
-    if not args.train_data_paths:
+    if not any(explicit):
         raise DataError("no data: give data_path, or train_data_paths with valid_data_paths")
     labels = (args.train_label_data_paths, args.valid_label_data_paths, args.test_label_data_paths)
     stages = []

@@ -66,15 +66,21 @@ class EpochIndex:
     samples: NDArray[np.integer]  # [first_sample(epochs)]
 
 
-def plan_epochs(prefix: str, documents: tuple[int, int], seq_length: int, seed: int, samples: int) -> EpochPlan:
-    """The plan that serves the first `samples` samples of the stream. Raises DataError if the range holds no tokens."""
+def count_tokens(prefix: str, documents: tuple[int, int]) -> int:
+    """Tokens of a range of documents. Raises DataError if there is nothing to predict in it."""
     file = open_indexed(prefix)
     start, stop = documents
-    itemsize = file.dtype.itemsize
-    last = stop - 1
-    tokens = int(file.offsets[last] - file.offsets[start]) // itemsize + int(file.sizes[last]) if stop > start else 0
+    tokens = 0
+    if stop > start:
+        tokens = int(file.offsets[stop - 1] - file.offsets[start]) // file.dtype.itemsize + int(file.sizes[stop - 1])
     if tokens < 2:
         raise DataError(f"{prefix}: documents {start} to {stop} hold {tokens} tokens; nothing can be learned from them")
+    return tokens
+
+
+def plan_epochs(prefix: str, documents: tuple[int, int], seq_length: int, seed: int, samples: int) -> EpochPlan:
+    """The plan that serves the first `samples` samples of the stream. Raises DataError if the range holds no tokens."""
+    tokens = count_tokens(prefix, documents)
     plan = EpochPlan(prefix, documents, seq_length, seed, 0, tokens)
     last_epoch = max(samples - 1, 0) * seq_length // tokens
     last_token = plan.first_sample(last_epoch + 1) * seq_length  # of the last sample that begins in that epoch

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol, TypedDict
+from typing import TypedDict
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import Dataset
 
-from megatron.data.epochs import load_index, plan_epochs, prepare_index
+from megatron.data.epochs import count_tokens, load_index, plan_epochs, prepare_index
 from megatron.data.indexed import DataError, IndexedFile, open_indexed
 
 IGNORED = -100
@@ -29,16 +31,18 @@ class Sample(TypedDict, total=False):
     sample_id: int
 
 
-class SampleDataset(Protocol):
+class SampleDataset(Dataset[Sample], ABC):
     """What a trainer reads."""
 
+    @abstractmethod
     def __len__(self) -> int: ...
 
+    @abstractmethod
     def __getitem__(self, index: int) -> Sample: ...
 
+    @abstractmethod
     def padding(self) -> Sample:
         """A sample that teaches nothing."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -79,11 +83,12 @@ class SampleForm:
         return self.make(np.full(1, self.pad, np.int64), None, [0], -1)
 
 
-class PackedSource:
+class PackedSource(SampleDataset):
     """A part of one `.bin/.idx` as samples.
 
-    `one_pass` gives every token of the part once and ends with a padded sample (validation); otherwise the stream goes
-    on for `samples` samples, epoch after epoch.
+    With a number of `samples` the stream goes on for that many, epoch after epoch. Without one (validation) it is the
+    documents once, in the order of the file, and its last sample is padded: every token is there exactly once. These
+    samples are read in a fixed random order, so that the first few of them are a fair choice.
     """
 
     def __init__(
@@ -91,10 +96,9 @@ class PackedSource:
         prefix: str,
         form: SampleForm,
         seed: int,
-        samples: int,
+        samples: int | None,
         documents: tuple[int, int] | None = None,
         labels: str | None = None,
-        one_pass: bool = False,
     ) -> None:
         """Raises DataError for unusable files; builds the index if it is not on the disk yet."""
         self.prefix, self.labels, self.form = prefix, labels, form
@@ -102,19 +106,17 @@ class PackedSource:
         self.documents = documents or (0, len(file))
         if labels is not None:
             _check_labels(file, open_indexed(labels))
-        self.plan = plan_epochs(prefix, self.documents, form.seq_length, seed, 1 if one_pass else samples)
-        self._order = None
-        if one_pass:
-            whole = -(-(self.tokens_per_epoch - 1) // form.seq_length)
-            self._order = np.random.RandomState([seed, 0, _PASS]).permutation(whole)
-            samples = min(samples, whole)
+        self._order: NDArray[np.integer] | None = None
+        if samples is None:
+            self.tokens_per_epoch = count_tokens(prefix, self.documents)
+            samples = -(-(self.tokens_per_epoch - 1) // form.seq_length)
+            self._order = np.random.RandomState([seed, 0, _PASS]).permutation(samples)
+        else:
+            self.plan = plan_epochs(prefix, self.documents, form.seq_length, seed, samples)
+            self.tokens_per_epoch = self.plan.tokens
+            self._folder = prepare_index(self.plan)
+            load_index(self.plan, self._folder)
         self._length = samples
-        self._folder = prepare_index(self.plan)
-        load_index(self.plan, self._folder)
-
-    @property
-    def tokens_per_epoch(self) -> int:
-        return self.plan.tokens
 
     @property
     def samples_per_epoch(self) -> float:
@@ -134,42 +136,58 @@ class PackedSource:
         if not 0 <= index < self._length:
             raise IndexError(index)
         s = self.form.seq_length
-        if self._order is not None:
-            begin = int(self._order[index]) * s
-            stop = min(begin + s + 1, self.tokens_per_epoch)
-        else:
+        if self._order is None:
             begin = int(load_index(self.plan, self._folder).samples[index]) * s
-            stop = begin + s + 1
-        tokens = np.empty(stop - begin, np.int64)
-        labels = np.empty_like(tokens) if self.labels is not None else None
-        starts = []
-        text = open_indexed(self.prefix)
-        for at, document, offset, length in self._pieces(begin, stop):
-            if offset == 0:
-                starts.append(at)
-            tokens[at : at + length] = text.document(document, offset, length)
-            if labels is not None and self.labels is not None:
-                labels[at : at + length] = open_indexed(self.labels).document(document, offset, length)
+            pieces = self._shuffled(begin, begin + s + 1)
+        else:
+            begin = int(self._order[index]) * s
+            pieces = self._in_file_order(begin, min(begin + s + 1, self.tokens_per_epoch))
+        parts = list(pieces)
+        tokens = _join(self.prefix, parts)
+        labels = None if self.labels is None else _join(self.labels, parts)
+        lengths = np.cumsum([0] + [length for _, _, length in parts]).tolist()
+        starts = [at for at, (_, offset, _) in zip(lengths, parts, strict=False) if offset == 0]
         return self.form.make(tokens, labels, starts, sample_id)
 
-    def _pieces(self, begin: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
-        """Parts of documents that make up tokens `begin:stop` of the stream: (place in the sample, document, offset in
-        the document, length)."""
+    def _shuffled(self, begin: int, stop: int) -> Iterator[Piece]:
+        """Parts of documents that make up tokens `begin:stop` of the shuffled stream."""
         index = load_index(self.plan, self._folder)
         epoch, offset = divmod(begin, self.tokens_per_epoch)
-        at, wanted = 0, stop - begin
-        while at < wanted:
+        wanted = stop - begin
+        while wanted:
             ends = index.ends[epoch]
             place = int(np.searchsorted(ends, offset, side="right"))
             start = int(ends[place - 1]) if place else 0
-            while at < wanted and place < len(ends):
-                length = min(int(ends[place]) - offset, wanted - at)
+            while wanted and place < len(ends):
+                length = min(int(ends[place]) - offset, wanted)
                 if length:
-                    yield at, int(index.order[epoch, place]), offset - start, length
-                at += length
+                    yield int(index.order[epoch, place]), offset - start, length
+                wanted -= length
                 offset = start = int(ends[place])
                 place += 1
             epoch, offset = epoch + 1, 0
+
+    def _in_file_order(self, begin: int, stop: int) -> Iterator[Piece]:
+        """Parts of documents that make up tokens `begin:stop` of the part, as the file has them."""
+        file = open_indexed(self.prefix)
+        itemsize = file.dtype.itemsize
+        origin = int(file.offsets[self.documents[0]]) // itemsize
+        document = int(np.searchsorted(file.offsets, (begin + origin) * itemsize, side="right")) - 1
+        while begin < stop:
+            start = int(file.offsets[document]) // itemsize - origin
+            length = min(start + int(file.sizes[document]), stop) - begin
+            if length:
+                yield document, begin - start, length
+            begin += length
+            document += 1
+
+
+Piece = tuple[int, int, int]  # document, offset in it, length
+
+
+def _join(prefix: str, parts: list[Piece]) -> NDArray[np.int64]:
+    file = open_indexed(prefix)
+    return np.concatenate([file.document(*part) for part in parts], dtype=np.int64)
 
 
 def _check_labels(text: IndexedFile, labels: IndexedFile) -> None:

@@ -23,7 +23,6 @@ def _write(prefix: Path) -> str:
 
 def _read(rank: int, world_size: int, prefix: str) -> list[int]:
     train = build_datasets(Args(data_path=prefix, vocab_size=None)).train
-    assert train is not None
     return [i for batch in MicroBatches(train, 2, rank, world_size, 1) for i in batch["sample_id"].tolist()]
 
 

@@ -43,8 +43,7 @@ class Args:
     seed: int = 1234
     eod_mask_loss: bool = False
     isolate_documents: bool = False
-    train_iters: int = 20
-    eval_iters: int = 3
+    train_iters: int | None = 20
     train_batch_size: int = 8
 
 
@@ -122,18 +121,22 @@ def test_tiny_sources_cross_many_epochs_in_one_sample(tmp_path: Path) -> None:
 
 
 def test_one_pass_reads_every_token_once(prefix: str) -> None:
-    source = PackedSource(prefix, SampleForm(S, pad=999), seed=3, samples=10**6, one_pass=True)
+    source = PackedSource(prefix, SampleForm(S, pad=999), seed=3, samples=None)
     samples = [source[i] for i in range(len(source))]
     labels = torch.cat([sample["labels"] for sample in samples])
     learned = labels[labels != IGNORED].tolist()
     assert len(learned) == len(set(learned)) == sum(LENGTHS) - 1
     padded = [sample for sample in samples if (sample["labels"] == IGNORED).any()]
     assert len(padded) == 1
+    in_file_order = sorted(samples, key=lambda sample: int(sample["tokens"][0]))
+    assert torch.cat([sample["tokens"] for sample in in_file_order])[: sum(LENGTHS)].tolist() == list(
+        range(sum(LENGTHS))
+    )
+    assert [int(sample["tokens"][0]) for sample in samples] != [int(sample["tokens"][0]) for sample in in_file_order]
     tail = (sum(LENGTHS) - 1) % S
     assert padded[0]["labels"][:tail].min() >= 0
     assert padded[0]["tokens"][tail + 1 :].eq(999).all()
-    assert len(PackedSource(prefix, SampleForm(S), seed=3, samples=4, one_pass=True)) == 4
-    short = PackedSource(write(Path(prefix).parent / "u", numbered([5])), SampleForm(S), 1, 9, one_pass=True)
+    short = PackedSource(write(Path(prefix).parent / "u", numbered([5])), SampleForm(S), 1, None)
     assert len(short) == 1
     assert short[0]["labels"].tolist() == [1, 2, 3, 4] + [IGNORED] * 12
 
@@ -161,7 +164,7 @@ def test_isolated_documents(prefix: str) -> None:
 
 def test_isolated_padding_is_a_document_of_its_own(tmp_path: Path) -> None:
     form = SampleForm(S, isolate_documents=True)
-    source = PackedSource(write(tmp_path / "u", numbered([3, 2])), form, 1, 9, one_pass=True)
+    source = PackedSource(write(tmp_path / "u", numbered([3, 2])), form, 1, None)
     assert sorted(source[0]["positions"].tolist()[:5]) == [0, 0, 1, 1, 2]
     assert source[0]["positions"].tolist()[5:] == list(range(11))
     assert (source[0]["labels"] >= 0).sum() == 3
@@ -238,12 +241,11 @@ def blend_args(tmp_path: Path, **changes: object) -> Args:
 
 def test_build_blend_and_validation_apart(tmp_path: Path) -> None:
     datasets = build_datasets(blend_args(tmp_path))
-    assert datasets.train is not None
     assert len(datasets.train) == 160
     from_b = sum(int(datasets.train[i]["tokens"][0]) >= 100_000 for i in range(160))
     assert from_b == 40
     assert [datasets.train[i]["sample_id"] for i in range(160)] == list(range(160))
-    assert {name: len(d) for name, d in datasets.valid.items()} == {"v": 10, "b": 24}
+    assert {name: len(d) for name, d in datasets.valid.items()} == {"v": 10, "b": 32}
     assert datasets.test == {}
     assert any("b: 40 samples, 25.00% of the run" in note for note in datasets.notes)
 
@@ -251,12 +253,12 @@ def test_build_blend_and_validation_apart(tmp_path: Path) -> None:
 def test_build_from_one_path_and_split(tmp_path: Path) -> None:
     path = write(tmp_path / "one", numbered([20] * 50))
     datasets = build_datasets(Args(data_path=path, vocab_size=None, train_iters=100))
-    assert datasets.train is not None
     seen = {t for i in range(800) for t in datasets.train[i]["tokens"].tolist()}
     assert seen == set(range(800))  # the first 40 documents and no other
     assert list(datasets.valid) == list(datasets.test) == ["one"]
-    held_out = {t for i in range(len(datasets.valid["one"])) for t in datasets.valid["one"][i]["tokens"].tolist()}
-    assert held_out - {0} <= set(range(800, 900))
+    for part, tokens in ((datasets.valid["one"], range(800, 900)), (datasets.test["one"], range(900, 1000))):
+        labels = torch.cat([part[i]["labels"] for i in range(len(part))])
+        assert sorted(labels[labels != IGNORED].tolist()) == list(tokens)[1:]
 
 
 def test_validation_names_are_unique(tmp_path: Path) -> None:
@@ -270,9 +272,18 @@ def test_validation_names_are_unique(tmp_path: Path) -> None:
         build_datasets(args)
 
 
+def test_a_run_that_only_evaluates(tmp_path: Path) -> None:
+    datasets = build_datasets(blend_args(tmp_path, train_data_paths=None, train_data_weights=None, train_iters=None))
+    assert list(datasets.valid) == ["v", "b"]
+    assert sorted(Path(prefix).name for prefix in datasets.fingerprints) == ["b", "v"]
+    assert not (tmp_path / CACHE_FOLDER).exists()
+    with pytest.raises(DataError, match="no training data"):
+        _ = datasets.train
+
+
 def test_refusals(tmp_path: Path) -> None:
     for changes, message in (
-        ({"train_data_paths": None}, "no data"),
+        ({"train_data_paths": None, "valid_data_paths": None}, "no data"),
         ({"data_path": "x"}, "either data_path"),
         ({"train_data_weights": [1.0]}, "1 entries for 2"),
         ({"train_label_data_paths": ["x"]}, "train_label_data_paths has 1 entries for 2"),
@@ -304,7 +315,6 @@ def ids(batches: MicroBatches) -> list[list[int]]:
 
 def test_the_order_does_not_depend_on_the_layout(tmp_path: Path) -> None:
     train = build_datasets(blend_args(tmp_path)).train
-    assert train is not None
 
     def order(micro: int, dp: int, accumulation: int, consumed: int = 0) -> list[int]:
         ranks = [ids(MicroBatches(train, micro, r, dp, accumulation, consumed)) for r in range(dp)]
@@ -318,7 +328,6 @@ def test_the_order_does_not_depend_on_the_layout(tmp_path: Path) -> None:
 
 def test_batches(tmp_path: Path) -> None:
     train = build_datasets(blend_args(tmp_path, isolate_documents=True)).train
-    assert train is not None
     batches = MicroBatches(train, 2, 1, 2, 2, consumed_samples=32)
     assert len(batches) == 32
     first = next(batches)
@@ -337,7 +346,6 @@ def test_batches(tmp_path: Path) -> None:
 
 def test_reading_ahead_changes_nothing(tmp_path: Path) -> None:
     train = build_datasets(blend_args(tmp_path)).train
-    assert train is not None
     plain, ahead = MicroBatches(train, 2, 0, 2, 2), MicroBatches(train, 2, 0, 2, 2, prefetch=3)
     for a, b in zip(plain, ahead, strict=True):
         assert all(torch.equal(a[key], b[key]) for key in a)
@@ -466,7 +474,6 @@ def test_a_thousand_sources_open_with_few_handles(tmp_path: Path) -> None:
     paths = [str(tmp_path / f"{i}") for i in range(1000)]
     before = len(os.listdir("/proc/self/fd"))
     train = build_datasets(Args(train_data_paths=paths, vocab_size=None, train_iters=2, train_batch_size=1000)).train
-    assert train is not None
     assert len(train[1999]["tokens"]) == S
     assert len(os.listdir("/proc/self/fd")) - before <= 5 * 64 + 8
 
