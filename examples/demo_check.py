@@ -19,21 +19,20 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
-def samples(prefix: Path, seq_length: int) -> torch.Tensor:
-    """[n, seq_length + 1] ids: the documents one after the other, neighbours share one token."""
+def samples(prefix: Path, seq_length: int) -> list[torch.Tensor]:
+    """The documents one after the other in pieces of seq_length + 1 ids that share one; the last may be shorter."""
     dataset = IndexedDataset(str(prefix))
     stream = torch.cat([torch.from_numpy(dataset[i].astype("int64")) for i in range(len(dataset))])
-    count = (len(stream) - 1) // seq_length
-    return torch.stack([stream[i * seq_length : (i + 1) * seq_length + 1] for i in range(count)])
+    return [stream[start : start + seq_length + 1] for start in range(0, len(stream) - 1, seq_length)]
 
 
 @torch.no_grad()
-def loss(model: torch.nn.Module, ids: torch.Tensor) -> float:
+def loss(model: torch.nn.Module, pieces: list[torch.Tensor]) -> float:
     total = 0.0
-    for batch in ids.split(8):
-        logits = model(input_ids=batch[:, :-1]).logits
-        total += F.cross_entropy(logits.flatten(0, 1).double(), batch[:, 1:].flatten(), reduction="sum").item()
-    return total / ids[:, 1:].numel()
+    for piece in pieces:
+        logits = model(input_ids=piece[None, :-1]).logits[0]
+        total += F.cross_entropy(logits.double(), piece[1:], reduction="sum").item()
+    return total / sum(len(piece) - 1 for piece in pieces)
 
 
 @torch.no_grad()

@@ -54,6 +54,12 @@ class ModelKeys(Keys):
     )
     max_position_embeddings: int = required("Longest sequence the model is meant for (Llama-3.1: 131072).", gt=0)
     rms_norm_epsilon: float = required("Added to the variance inside RMSNorm. Llama-3: 1e-5.", gt=0)
+    hf_rounding: bool = key(
+        False,
+        "Round the normalised activations before the weight multiply, as transformers does, instead of once at the "
+        "end. For bit-for-bit comparisons in 16 bits.",
+        ours=True,
+    )
     rotary_emb_base: float = required("Rotary theta. Llama-3: 500000; Llama-2: 10000.", gt=0)
     rope_scaling: RopeScaling | None = key(
         None, "Frequency scaling of Llama-3.1 and later; absent means none.", ours=True

@@ -29,6 +29,7 @@ class RuntimeKeys(Keys):
     )
     sample_input_file: str | None = key(None, "Prompts, one a line.")
     sample_output_file: str = key("samples.txt", "Where generated text goes, JSON lines.")
+    eval_results_prefix: str = key("", "eval.py writes its results to PREFIXeval_results.json.")
     maximum_tokens: int = key(64, "Longest generated text.", gt=0)
     num_samples: int = key(1, "Unconditional samples.", gt=0)
     temperature: float = key(0.0, "0 takes the most likely token.", ge=0)

@@ -164,7 +164,6 @@ WITHOUT_EFFECT: dict[str, str] = {
     "mmap_warmup": "datasets are memory-mapped without pre-reading",
     "s3_chunk_size": "checkpoints are written to a file system only",
     "recompute": "generate.py chooses by itself",
-    "eval_results_prefix": "eval.py prints its results",
     **dict.fromkeys(("gradient_noise_scale_n_batches", "gradient_noise_scale_cpu_offload"), "it is not logged"),
     **dict.fromkeys(("profile_step_start", "profile_step_stop", "memory_profiling_path"), "profiles are not recorded"),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +52,7 @@ def evaluate(engine: PipelineEngine, args: NeoXArgs, dataset: Any, max_samples: 
 
 
 def evaluate_all(
-    engine: PipelineEngine, args: NeoXArgs, datasets: dict[str, Dataset], max_samples: int | None = None
+    engine: PipelineEngine, args: NeoXArgs, datasets: Mapping[str, Dataset], max_samples: int | None = None
 ) -> dict[str, Evaluation]:
     """`evaluate` for every source, by name."""
     return {name: evaluate(engine, args, dataset, max_samples) for name, dataset in datasets.items()}

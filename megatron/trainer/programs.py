@@ -50,6 +50,7 @@ def evaluate_checkpoint(args: NeoXArgs) -> None:
 def generate_text(args: NeoXArgs) -> None:
     """Continue every prompt (or start from the beginning-of-text token); JSON lines with GPT-NeoX's fields."""
     place = initialize(args)
+    assert args.vocab_file is not None  # checked with the configuration
     tokenizer = build_tokenizer(args.tokenizer_type, args.vocab_file)
     prompts = _prompts(args)
     engine, _ = _loaded_engine(args, place)
@@ -75,7 +76,9 @@ def generate_text(args: NeoXArgs) -> None:
 
 def _loaded_engine(args: NeoXArgs, place: Place) -> tuple[PipelineEngine, Path]:
     model = build_model(args, place.device)
-    folder = load_weights(model, args, dist.group.WORLD)
+    world = dist.group.WORLD
+    assert world is not None
+    folder = load_weights(model, args, world)
     return build_inference_engine(args, model), folder
 
 
