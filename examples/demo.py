@@ -61,7 +61,8 @@ class Demo:
         self.title("a small Llama-3.1 from transformers, in place of the gated weights")
         self.python(
             *("examples/demo_base_model.py", "--tokenizer", out / "tokenizer"),
-            *("--text", out / "text/general_train.jsonl", "--output", out / "hf_base", "--steps", self.base_steps),
+            *("--text", out / "text/general_train.jsonl", out / "text/domain_train.jsonl"),
+            *("--output", out / "hf_base", "--steps", self.base_steps),
         )
         self.title("Hugging Face -> NeoX at TP=2")
         convert = ("tools/convert_hf", "to-neox", "--input", out / "hf_base", "--output", out / "neox_start")

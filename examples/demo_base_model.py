@@ -1,7 +1,9 @@
-"""The demo's stand-in for Meta-Llama-3.1: a small Hugging Face Llama, trained for a minute on general text.
+"""The demo's stand-in for Meta-Llama-3.1: a small Hugging Face Llama, trained for half a minute.
 
-    python examples/demo_base_model.py --tokenizer demo_out/tokenizer --text demo_out/text/general_train.jsonl \
-        --output demo_out/hf_base
+    python examples/demo_base_model.py --tokenizer demo_out/tokenizer --output demo_out/hf_base \
+        --text demo_out/text/general_train.jsonl demo_out/text/domain_train.jsonl
+
+Each step takes its batch from one of the texts in turn.
 
 It is made with `transformers` alone, so that everything this project does to it can be checked against something it
 did not write. It must have learned something: a continued run that starts at the loss of a random model is refused.
@@ -54,7 +56,7 @@ def token_stream(text: Path, tokenizer: AutoTokenizer) -> torch.Tensor:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder with tokenizer.json")
-    parser.add_argument("--text", type=Path, required=True, help="JSON lines with a field `text`")
+    parser.add_argument("--text", type=Path, nargs="+", required=True, help="JSON lines with a field `text`")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--model", type=Path, default=ROOT / "configs/tiny/model.yml")
     parser.add_argument("--steps", type=int, default=120)
@@ -62,11 +64,12 @@ def main() -> int:
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
     model = LlamaForCausalLM(config_of(options.model, tokenizer)).train()
-    stream = token_stream(options.text, tokenizer)
+    streams = [token_stream(text, tokenizer) for text in options.text]
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=options.steps, pct_start=0.1)
     loss = torch.tensor(0.0)
-    for _ in (bar := tqdm(range(options.steps), desc="base model", disable=not sys.stderr.isatty())):
+    for step in (bar := tqdm(range(options.steps), desc="base model", disable=not sys.stderr.isatty())):
+        stream = streams[step % len(streams)]
         starts = torch.randint(len(stream) - 257, (8,))
         batch = torch.stack([stream[start : start + 256] for start in starts])
         loss = model(input_ids=batch, labels=batch).loss

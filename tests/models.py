@@ -77,8 +77,6 @@ class Case:
             "distributed_backend": "gloo",
             "from_scratch": True,
             "train_data_paths": ["unused"],
-            "tokenizer_type": "HFTokenizer",
-            "vocab_file": "unused",
         }
         if self.rope is not None:
             keys["rope_scaling"] = dict(self.rope)

@@ -21,9 +21,9 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from types import FrameType
 
+from megatron.launcher.failures import USER_ERROR, claim_failure
 from megatron.launcher.processes import die_with_parent, shell_code
 from megatron.launcher.start import GRACE_SECONDS
-from megatron.launcher.worker import FAILED, USER_ERROR
 
 FAILURE_GRACE_SECONDS = 10.0  # how long the others may run on once one rank has failed
 PRELOAD = ("torch", "deepspeed", "megatron.core.tensor_parallel")
@@ -119,7 +119,7 @@ def _watch(running: dict[int, Rank], failed: list[int], folder: Path, deadline: 
             del running[rank]
             code = process.exitcode or 0
             if code and not failed and not asked:
-                (folder / FAILED).touch()  # the others need not say that they lost this one
+                claim_failure(folder, shell_code(code))  # the others need not say that they lost this one
                 if code != USER_ERROR:  # else the rank has said all there is to say
                     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
                     print(f"rank {rank} {how}; the other ranks are stopped", file=sys.stderr, flush=True)

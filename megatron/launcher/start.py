@@ -16,6 +16,14 @@ from megatron.neox_arguments import NeoXArgs
 
 GRACE_SECONDS = 30.0  # from ctrl-C or SIGTERM until ranks that have not ended are killed
 
+# What every rank would say: megatron-core of libraries that this project does not need, torch of a name that DeepSpeed
+# and megatron-core still use.
+_QUIET = (
+    "ignore:Transformer Engine and Apex are not installed",
+    "ignore:`torch.distributed.all_gather_into_tensor` is deprecated",
+    "ignore:`torch.distributed.reduce_scatter_tensor` is deprecated",
+)
+
 _ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -59,9 +67,8 @@ def environment(args: NeoXArgs) -> dict[str, str]:
     # The project's folder comes first, so that `megatron.launcher` is found from any working directory.
     paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     result = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    # megatron-core says this once per import and rank; the project needs neither library.
-    quiet = "ignore:Transformer Engine and Apex are not installed"
-    result["PYTHONWARNINGS"] = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), quiet]))
+    result["PYTHONWARNINGS"] = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), *_QUIET]))
+    result.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # megatron-core: TP all-reduces start before the next GEMM
     if args.device == "cpu":
         threads = max(1, (os.cpu_count() or 1) // local_ranks(args))
         result.setdefault("OMP_NUM_THREADS", str(threads))  # each rank would take all cores

@@ -11,9 +11,9 @@ import os
 import signal
 import sys
 
+from megatron.launcher.failures import USER_ERROR
 from megatron.launcher.processes import die_with_parent, shell_code
 from megatron.launcher.start import GRACE_SECONDS
-from megatron.launcher.worker import USER_ERROR
 
 
 def main(arguments: list[str]) -> int:

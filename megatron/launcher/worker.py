@@ -12,15 +12,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from megatron.launcher.failures import (
+    FAILURE,
+    USER_ERROR,
+    claim,
+    claim_failure,
+    code_of_the_culprit,
+    is_about_a_lost_peer,
+)
 from megatron.launcher.processes import die_with_parent
 from megatron.neox_arguments import ConfigError, NeoXArgs
 from megatron.neox_arguments.derived import Task
 from megatron.neox_arguments.errors import UserError
 from megatron.neox_arguments.load import parse_overrides
 
-USER_ERROR, FAILURE = 2, 1
-FAILED = "failed"  # this file in the run's folder says that some rank has failed and has said why
-LOST_PEER_SECONDS = 2.0  # how long a rank that lost a peer waits for the peer's own words
+AFTER_THE_CULPRIT_SECONDS = 0.5  # a victim ends later than the culprit, so that the launcher names the right one
 
 
 def worker_args(arguments: list[str] | None = None, task: Task = "train") -> NeoXArgs:
@@ -63,27 +69,21 @@ def run(program: Callable[[NeoXArgs], object], task: Task = "train", user_errors
     ranks meet it), 1 for anything else: then the first rank to fail prints its traceback, and those that fail because
     it is gone are silent.
     """
-    if _run_folder():
+    code, folder = FAILURE, _run_folder()
+    if folder:
         die_with_parent(os.getppid(), signal.SIGKILL)
-    code = FAILURE
     try:
         program(worker_args(task=task))
         code = 0
     except (UserError, *user_errors) as error:
         code = USER_ERROR
-        _claim(FAILED)
-        if _claim("said-" + hashlib.sha256(str(error).encode()).hexdigest()):
+        claim_failure(folder, code)
+        if claim(folder, "said-" + hashlib.sha256(str(error).encode()).hexdigest()):
             print(f"error: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
     except Exception as error:
-        rank, lost_peer = os.environ.get("RANK", "0"), _is_about_a_lost_peer(error)
-        if lost_peer:
-            _wait_for_the_culprit()
-        if _claim(FAILED):
-            print(f"rank {rank} failed:\n{traceback.format_exc()}", file=sys.stderr)
-        elif not lost_peer:
-            print(f"rank {rank} failed as well: {type(error).__name__}: {error}", file=sys.stderr)
+        code = _unexpected(error, folder)
     sys.stdout.flush()
     sys.stderr.flush()
     if code:
@@ -93,36 +93,24 @@ def run(program: Callable[[NeoXArgs], object], task: Task = "train", user_errors
     sys.exit(0)
 
 
-def _claim(name: str) -> bool:
-    """Whether this rank is the first of the run to say `name`; without a folder of the run each rank is."""
-    folder = _run_folder()
-    if folder is None:
-        return True
-    try:
-        os.close(os.open(folder / name, os.O_CREAT | os.O_EXCL))
-    except FileExistsError:
-        return False
-    except OSError:  # the folder is gone: say it rather than lose it
-        return True
-    return True
+def _unexpected(error: Exception, folder: Path | None) -> int:
+    """Report an error that nobody foresaw, unless it only follows from another rank's; returns the exit code."""
+    if is_about_a_lost_peer(error):
+        culprit = code_of_the_culprit(folder)
+        if culprit is not None:
+            time.sleep(AFTER_THE_CULPRIT_SECONDS)
+            return culprit
+    rank = os.environ.get("RANK", "0")
+    if claim_failure(folder, FAILURE):
+        print(f"rank {rank} failed:\n{traceback.format_exc()}", file=sys.stderr)
+    else:
+        print(f"rank {rank} failed as well: {type(error).__name__}: {error}", file=sys.stderr)
+    return FAILURE
 
 
 def _run_folder() -> Path | None:
     """The folder of the file that deepy.py handed over."""
     return Path(sys.argv[2]).parent if sys.argv[1:2] == ["--neox-args"] else None
-
-
-def _wait_for_the_culprit() -> None:
-    folder, deadline = _run_folder(), time.monotonic() + LOST_PEER_SECONDS
-    while folder and folder.exists() and not (folder / FAILED).exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-
-
-_LOST_PEER = ("closed by peer", "reset by peer", "Connection refused", "Broken pipe", "aborted", "imed out")
-
-
-def _is_about_a_lost_peer(error: Exception) -> bool:
-    return isinstance(error, RuntimeError | OSError) and any(sign in str(error) for sign in _LOST_PEER)
 
 
 def _close_process_group() -> None:

@@ -98,8 +98,6 @@ class OptimizationKeys(Keys):
     lr_overrides: list[LrOverride] = key(
         [], "Manual factors on the schedule, each from an iteration on: [{at: 1200, scale: 0.5}].", ours=True
     )
-    override_lr_scheduler: bool = key(False, "On resume the schedule of this configuration wins over the saved one.")
-    use_checkpoint_lr_scheduler: bool = key(False, "On resume the saved schedule wins.")
     precision: Literal["auto", "fp32", "bfloat16", "fp16"] = derived(
         "bfloat16 or fp16 if that mapping is enabled, else fp32",
         "fp32, bfloat16 and fp16 are honoured everywhere. auto picks bfloat16 where the device computes in it and fp32 "

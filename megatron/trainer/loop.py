@@ -8,7 +8,7 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from megatron.checkpoint import TrainState, load_checkpoint, prepare_save, save_checkpoint
 from megatron.data import Datasets, MicroBatches, build_datasets
-from megatron.launcher.distributed import initialize
+from megatron.launcher.distributed import Place, initialize
 from megatron.neox_arguments import NeoXArgs
 from megatron.trainer.batches import MicroBatch, StepBatch, assemble
 from megatron.trainer.engine import build_engine, build_model
@@ -20,9 +20,15 @@ from megatron.trainer.schedule import learning_rate
 
 def train(args: NeoXArgs) -> None:
     """Train to `args.train_iters`. Collective: every rank that was started calls it."""
-    place = initialize(args)
+    run_training(args, initialize(args))
+
+
+def run_training(args: NeoXArgs, place: Place) -> None:
+    """`train` in a world that is initialised already."""
     progress = Progress(args, place.rank)
     datasets = build_datasets(args)
+    for note in datasets.notes:
+        progress.say(note)
     model = build_model(args, place.device)
     if args.from_scratch:
         model.initialise_from_scratch()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import signal
 import sys
@@ -27,6 +28,9 @@ def main(argv: list[str] | None = None) -> int:
     except ConvertError as error:
         print(f"convert_hf: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader of our output, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
         print(f"convert_hf: {error.filename or 'system'}: {error.strerror or error}", file=sys.stderr)
         return 2
@@ -63,6 +67,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_to_neox(verbs)
     _add_reshard(verbs)
     _add_to_hf(verbs)
+    _add_verify(verbs)
+    _add_inspect(verbs)
     return parser
 
 
@@ -106,7 +112,44 @@ def _add_to_hf(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         metavar="SIZE",
         help="largest safetensors file, such as 5GB (default: the shards of the source, or 5GB)",
     )
+    verb.add_argument(
+        "--trained-settings",
+        action="store_true",
+        help="write epsilon and rotary settings of the training run into config.json where they differ",
+    )
     verb.set_defaults(run=_run_hf)
+
+
+def _add_verify(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    verb = verbs.add_parser(
+        "verify",
+        help="compare two checkpoints of any kind, or one with its manifest",
+        description="Compares every tensor, and epsilon and rotary settings, of two checkpoints (Hugging Face, Meta, "
+        "GPT-NeoX at any TP). With --forward both run on the same tokens, one layer at a time from disk. With one "
+        "checkpoint, its files are compared with the checksums of its manifest. Exit code 0: equal, 1: different.",
+    )
+    verb.add_argument("checkpoints", type=Path, nargs="+", metavar="DIR", help="one or two checkpoint folders")
+    verb.add_argument("--forward", action="store_true", help="run both models and report the first layer that diverges")
+    verb.add_argument("--tokens", type=Path, metavar="FILE", help="token ids for --forward (default: 128 fixed ones)")
+    verb.add_argument("--tolerance", type=float, default=1e-4, help="relative, for --forward (default 1e-4)")
+    verb.add_argument("--device", default="cpu", help="for --forward, such as cpu or cuda")
+    _describing(verb)
+    verb.add_argument("--max-ram", type=size, default=512 << 20, metavar="SIZE", help="memory limit (default 512MiB)")
+    verb.add_argument("--threads", type=int, default=4, metavar="N", help="reading threads (default 4)")
+    verb.add_argument("--quiet", action="store_true", help="no progress bar")
+    verb.set_defaults(run=_run_verify)
+
+
+def _add_inspect(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    verb = verbs.add_parser(
+        "inspect",
+        help="what a folder holds, and what it lacks",
+        description="Opens a checkpoint of any kind and prints its format, sizes, types, shards and missing pieces.",
+    )
+    verb.add_argument("checkpoint", type=Path, metavar="DIR")
+    _describing(verb)
+    verb.add_argument("--json", action="store_true", help="machine-readable, with every tensor")
+    verb.set_defaults(run=_run_inspect)
 
 
 def _divisible(verb: argparse.ArgumentParser) -> None:
@@ -114,7 +157,8 @@ def _divisible(verb: argparse.ArgumentParser) -> None:
         "--vocab-divisible-by",
         type=int,
         metavar="M",
-        help="pad the vocabulary to a multiple of M x TP (make_vocab_size_divisible_by; default: the source's, or 128)",
+        help="pad the vocabulary to a multiple of M x TP (make_vocab_size_divisible_by; default: the source's, else 1 "
+        "if TP divides the vocabulary, else 128)",
     )
 
 
@@ -156,12 +200,12 @@ def _describing(verb: argparse.ArgumentParser) -> None:
     )
 
 
-def _open(path: Path, arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
+def _open(path: Path, arguments: argparse.Namespace, quiet: bool = False):  # type: ignore[no-untyped-def]
     from tools.convert_hf.llama_config import parse_given
     from tools.convert_hf.opening import Options, open_checkpoint
 
     checkpoint = open_checkpoint(path, Options(arguments.hf_source, parse_given(arguments.set)))
-    for note in checkpoint.notes:
+    for note in [] if quiet else checkpoint.notes:
         print(f"note: {note}")
     return checkpoint
 
@@ -177,6 +221,7 @@ def _request(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
         shard=arguments.shard,
         resume=arguments.resume,
         force=arguments.force,
+        trained_settings=getattr(arguments, "trained_settings", False),
     )
 
 
@@ -195,6 +240,46 @@ def _run_hf(arguments: argparse.Namespace) -> int:
     source = _open(arguments.input, arguments)
     print(f"source: {source.describe()}")
     return _execute(prepare_hf(source, arguments.shard_size, _request(arguments)), arguments)
+
+
+def _run_verify(arguments: argparse.Namespace) -> int:
+    from tools.convert_hf.comparing import own_digests
+    from tools.convert_hf.verifying import verification_band, verify
+
+    if len(arguments.checkpoints) > 2:
+        raise ConvertError("verify compares two checkpoints, or one with its manifest")
+    opened = [_open(path, arguments) for path in arguments.checkpoints]
+    total = sum(t.nbytes for t in opened[0].tensors.values())
+    with _progress(total, arguments.quiet) as progress:
+        if len(opened) == 1:
+            differences = own_digests(opened[0], progress)
+            lines = [d.text() for d in differences]
+            equal = not differences
+            lines.append("every file is as its manifest says" if equal else "DAMAGED")
+        else:
+            verdict = verify(
+                *opened,
+                forward=arguments.forward,
+                tokens=arguments.tokens,
+                tolerance=arguments.tolerance,
+                device=arguments.device,
+                band=verification_band(arguments.max_ram, arguments.threads),
+                threads=arguments.threads,
+                progress=progress,
+            )
+            lines, equal = verdict.lines, verdict.equal
+    print("\n".join(lines))
+    return 0 if equal else 1
+
+
+def _run_inspect(arguments: argparse.Namespace) -> int:
+    import json
+
+    from tools.convert_hf.inspecting import describe, table
+
+    checkpoint = _open(arguments.checkpoint, arguments, quiet=arguments.json)
+    print(json.dumps(describe(checkpoint), indent=2) if arguments.json else table(checkpoint))
+    return 0
 
 
 def _execute(output, arguments: argparse.Namespace) -> int:  # type: ignore[no-untyped-def]

@@ -14,18 +14,19 @@ from tools.convert_hf import publishing
 from tools.convert_hf.dtypes import BY_NAME, WEIGHT_DTYPES, DType
 from tools.convert_hf.errors import ConvertError
 from tools.convert_hf.hf_source import SAFETENSORS_INDEX
-from tools.convert_hf.llama_config import LlamaConfig, read_config_file
-from tools.convert_hf.model_yml import model_yml
+from tools.convert_hf.llama_config import read_config_file
+from tools.convert_hf.model_yml import model_keys, model_yml
 from tools.convert_hf.neox_source import SIDE
 from tools.convert_hf.opening import Checkpoint, check_duplicates
 from tools.convert_hf.planning import make_plan
 from tools.convert_hf.publishing import Output
+from tools.convert_hf.settings import refuse_differences, with_trained_settings
 from tools.convert_hf.sidefiles import shard_index, side_files, tokenizer_of
 from tools.convert_hf.targets import hf_files, neox_files, shards_by_size, shards_like
 from tools.convert_hf.torch_file import plain_file
 
 WRITTEN_BY = "tools/convert_hf"
-DEFAULT_DIVISIBLE_BY = 128  # GPT-NeoX's default, and this project's
+PADDING = 128  # GPT-NeoX's default for make_vocab_size_divisible_by, used where the vocabulary has to be padded
 DEFAULT_SHARD_SIZE = 5_000_000_000
 _MEMORY_BASE = 48 << 20  # interpreter and tables
 _MEMORY_TORCH = 256 << 20  # more, once torch is imported for a cast
@@ -42,13 +43,15 @@ class Request:
     max_ram: int = 512 << 20
     threads: int = 4
     shard: tuple[int, int] = (1, 1)
+    trained_settings: bool = False  # to-hf: write the training run's epsilon and rotary settings into config.json
     resume: bool = False
     force: bool = False
 
 
 def prepare_neox(source: Checkpoint, tp: int, divisible_by: int | None, request: Request) -> Output:
     """Plan pipeline layer files for `tp` ranks from a checkpoint of any kind; nothing is written yet."""
-    divisible_by = divisible_by or source.divisible_by or DEFAULT_DIVISIBLE_BY
+    if divisible_by is None:
+        divisible_by = source.divisible_by or (1 if tp > 0 and source.shape.vocab_size % tp == 0 else PADDING)
     if source.config is not None:
         shape = source.config.shape_for(divisible_by, tp)
         if shape.tied != source.shape.tied:
@@ -68,6 +71,7 @@ def prepare_neox(source: Checkpoint, tp: int, divisible_by: int | None, request:
     files = neox_files(shape, tp, dtype_of, tag, rows)
     extras: dict[str, bytes | Path] = {}
     final = Path(request.output).absolute()
+    keys = model_keys(source.config, divisible_by) if source.config is not None else {}
     if source.side_folder is not None:
         travelling, _ = side_files(source.side_folder)
         extras |= {f"{tag}/{SIDE}/{name}": path for name, path in travelling.items()}
@@ -75,8 +79,8 @@ def prepare_neox(source: Checkpoint, tp: int, divisible_by: int | None, request:
             extras[f"{tag}/{SIDE}/config.json"] = source.config_text
         tokenizer = tokenizer_of(travelling)
         place = (tokenizer[0], final / tag / SIDE / tokenizer[1]) if tokenizer else None
-        if source.config is not None:
-            extras["model.yml"] = model_yml(source.config, divisible_by, place).encode()
+        if keys:
+            extras["model.yml"] = model_yml(keys, place).encode()
     layout = {"tp": tp}
     for rank in range(tp):
         name = f"mp_rank_{rank:02d}_model_states"
@@ -86,7 +90,7 @@ def prepare_neox(source: Checkpoint, tp: int, divisible_by: int | None, request:
         "iteration": iteration,
         "layout": layout,
         "shape": dataclasses.asdict(shape),
-        "make_vocab_size_divisible_by": divisible_by,
+        "config": {key: value for key, value in keys.items() if value is not None},
     }
     return _output(source, files, extras, tag, provenance, request)
 
@@ -102,6 +106,8 @@ def prepare_hf(source: Checkpoint, shard_size: int | None, request: Request) -> 
         raise ConvertError(
             f"{source.root} stores a tied model (no output head), but config.json says tie_word_embeddings false"
         )
+    if not request.trained_settings:
+        refuse_differences(source)
     check_duplicates(source)
     tensors = {n: t for n, t in source.tensors.items() if not (source.config.tied and n == HEAD[0].hf[0])}
     dtype_of = _dtype_of(source, request.dtype)
@@ -118,7 +124,7 @@ def prepare_hf(source: Checkpoint, shard_size: int | None, request: Request) -> 
         shards = shards_by_size(sizes, shard_size or DEFAULT_SHARD_SIZE)
     files = hf_files(tensors, dtype_of, shards)
     extras: dict[str, bytes | Path] = dict(travelling)
-    extras["config.json"] = _config_with_dtype(source.config_text, source.config, {dtype_of(n).name for n in tensors})
+    extras["config.json"] = _config(source, request, {dtype_of(n).name for n in tensors})
     if len(files) > 1:
         total = sum(t.stored.nbytes for f in files for t in f.tensors)
         where = {t.stored.name: f.name for f in files for t in f.tensors}
@@ -216,6 +222,8 @@ def _meta(shape: Any, tp: int, divisible_by: int, iteration: int) -> dict[str, A
 
 def _provenance(source: Checkpoint, request: Request) -> dict[str, Any]:
     record: dict[str, Any] = {"written_by": WRITTEN_BY, "source": str(source.root), "source_kind": source.kind}
+    if source.given:
+        record["given"] = source.given
     if request.dtype:
         record["cast_to"] = request.dtype
     if source.provenance:
@@ -223,12 +231,13 @@ def _provenance(source: Checkpoint, request: Request) -> dict[str, Any]:
     return record
 
 
-def _config_with_dtype(text: bytes, config: LlamaConfig, types: set[str]) -> bytes:
-    """config.json as it is, or with its dtype field set if the weights have another type than it says."""
-    if len(types) != 1 or config.dtype in types:
-        return text
-    raw = json.loads(text)
-    present = [key for key in ("dtype", "torch_dtype") if key in raw] or ["torch_dtype"]
-    for key in present:
-        raw[key] = next(iter(types))
-    return (json.dumps(raw, indent=2, ensure_ascii=False) + "\n").encode()
+def _config(source: Checkpoint, request: Request, types: set[str]) -> bytes:
+    """config.json byte for byte, unless the type of the weights or (if asked) the trained settings differ from it."""
+    assert source.config_text is not None
+    assert source.config is not None
+    before = json.loads(source.config_text)
+    raw = with_trained_settings(source, before) if request.trained_settings else dict(before)
+    if len(types) == 1 and source.config.dtype not in types:
+        for key in [key for key in ("dtype", "torch_dtype") if key in raw] or ["torch_dtype"]:
+            raw[key] = next(iter(types))
+    return source.config_text if raw == before else (json.dumps(raw, indent=2, ensure_ascii=False) + "\n").encode()

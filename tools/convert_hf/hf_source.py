@@ -62,6 +62,7 @@ def open_folder(path: Path, names: list[str], options: Options) -> Checkpoint:
         config_text=config_path.read_bytes(),
         side_folder=path,
         notes=notes,
+        given=options.given,
     )
     head = HEAD[0].hf[0]
     if config.tied and head in remaining:

@@ -8,9 +8,9 @@ from typing import Any
 from tools.convert_hf.llama_config import LlamaConfig
 
 
-def model_yml(config: LlamaConfig, divisible_by: int, tokenizer: tuple[str, Path] | None) -> str:
-    """The YAML text. `tokenizer` is its type and the file that will hold it, None if the source has none."""
-    keys: dict[str, Any] = {
+def model_keys(config: LlamaConfig, divisible_by: int) -> dict[str, Any]:
+    """The NeoX keys that describe the model; None for a key that is left out."""
+    return {
         "num_layers": config.num_layers,
         "hidden_size": config.hidden_size,
         "num_attention_heads": config.num_attention_heads,
@@ -30,8 +30,12 @@ def model_yml(config: LlamaConfig, divisible_by: int, tokenizer: tuple[str, Path
         "use_bias_in_mlp": False,
         "no_weight_tying": not config.tied,
     }
+
+
+def model_yml(keys: dict[str, Any], tokenizer: tuple[str, Path] | None) -> str:
+    """The YAML text. `tokenizer` is its type and the file that will hold it, None if the source has none."""
     if tokenizer:
-        keys |= {"tokenizer_type": tokenizer[0], "vocab_file": str(tokenizer[1])}
+        keys = keys | {"tokenizer_type": tokenizer[0], "vocab_file": str(tokenizer[1])}
     lines = ["# The model, as its config.json describes it. Use it with your run's own files:", "#"]
     lines += ["#   python deepy.py train.py model.yml run.yml", ""]
     for key, value in keys.items():

@@ -82,12 +82,15 @@ def open_folder(path: Path, names: list[str], options: Options) -> Checkpoint:
     files = _pipeline(folder, layers, names) if layers else _sequential(folder, names)
     side = _side_folder(folder, options)
     config = config_text = None
+    given = dict(provenance["given"]) if isinstance(provenance.get("given"), dict) else {}
     if side is not None:
         config_path = side / "config.json"
-        config = parse_config(read_config_file(config_path), str(config_path), options.given)
+        given |= options.given
+        config = parse_config(read_config_file(config_path), str(config_path), given)
         config_text = config_path.read_bytes()
-    shape = _shape(files, config)
-    divisible = provenance.get("make_vocab_size_divisible_by")
+    shape = _shape(files, config, provenance)
+    recorded = provenance.get("config")
+    divisible = recorded.get("make_vocab_size_divisible_by") if isinstance(recorded, dict) else None
     checkpoint = Checkpoint(
         root=folder,
         kind=files.kind,
@@ -100,6 +103,7 @@ def open_folder(path: Path, names: list[str], options: Options) -> Checkpoint:
         divisible_by=divisible if isinstance(divisible, int) else None,
         notes=notes,
         provenance=provenance,
+        given=given,
     )
     _collect(files, shape, checkpoint)
     return checkpoint
@@ -198,7 +202,7 @@ def _sequential(folder: Path, names: list[str]) -> _Files:
     return _Files(folder, "neox sequential", ranks, meta)
 
 
-def _shape(files: _Files, config: LlamaConfig | None) -> LlamaShape:
+def _shape(files: _Files, config: LlamaConfig | None, provenance: dict[str, Any]) -> LlamaShape:
     first = files.ranks[0]
     embedding = first.get(0, {}).get("word_embeddings.weight")
     if embedding is None or len(embedding.shape) != 2:
@@ -216,6 +220,12 @@ def _shape(files: _Files, config: LlamaConfig | None) -> LlamaShape:
                 f"tie_word_embeddings false; a layer file is missing, or config.json belongs to another model"
             )
         return LlamaShape(**{**vars(config.shape(padded)), "tied": stored_tied})
+    recorded = provenance.get("shape")
+    if isinstance(recorded, dict):
+        try:
+            return LlamaShape(**recorded)
+        except TypeError:
+            raise ConvertError(f"{files.folder}: the manifest's shape is not one that is known here") from None
     return _guess_shape(files, embedding.shape[1], padded)
 
 

@@ -35,6 +35,7 @@ class Checkpoint:
     side_folder: Path | None = None  # where tokenizer, licence, ... lie
     tp: int = 1
     divisible_by: int | None = None
+    given: dict[str, Any] = field(default_factory=dict)  # config fields stated with --set, now or at conversion
     notes: list[str] = field(default_factory=list)
     duplicates: list[tuple[Logical, Logical, str]] = field(default_factory=list)  # must be bit-equal
     provenance: dict[str, Any] = field(default_factory=dict)

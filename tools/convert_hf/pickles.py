@@ -59,6 +59,12 @@ class Inert:
 
 # Classes that meta files of DeepSpeed and GPT-NeoX may hold beside tensors; they stay `Inert`.
 _INERT_MODULES = ("numpy", "argparse", "deepspeed", "megatron", "_codecs", "torch")
+_INERT_NAMES = {
+    Name("__builtin__", "set"),
+    Name("builtins", "set"),
+    Name("collections", "defaultdict"),
+    Name("pathlib", "PosixPath"),
+}
 _ORDERED_DICT = Name("collections", "OrderedDict")
 _REBUILD = Name("torch._utils", "_rebuild_tensor_v2")
 _REBUILD_PARAMETER = Name("torch._utils", "_rebuild_parameter")
@@ -244,7 +250,8 @@ class _Reader:
         known = name in (_ORDERED_DICT, _REBUILD, _REBUILD_PARAMETER, _SIZE) or (
             name.module == "torch" and name.name in BY_STORAGE
         )
-        if known or (self.inert and name.module.split(".")[0] in _INERT_MODULES):
+        inert = name in _INERT_NAMES or name.module.split(".")[0] in _INERT_MODULES
+        if known or (self.inert and inert):
             return name
         raise ConvertError(
             f"{self.where} names {name}, which is not data: a weight file must hold tensors only. "
