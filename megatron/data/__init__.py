@@ -11,15 +11,15 @@ if TYPE_CHECKING:
     from megatron.data.build import DataArgs, Datasets, build_datasets
     from megatron.data.header import fingerprint
     from megatron.data.indexed import DataError
-    from megatron.data.packed import Sample, SampleDataset
+    from megatron.data.sample import Sample, SampleDataset
 
 _MODULES = {
     "DataArgs": "build",
     "DataError": "indexed",
     "Datasets": "build",
     "MicroBatches": "batches",
-    "Sample": "packed",
-    "SampleDataset": "packed",
+    "Sample": "sample",
+    "SampleDataset": "sample",
     "build_datasets": "build",
     "fingerprint": "header",
 }

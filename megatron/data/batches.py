@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from megatron.data.packed import Sample, SampleDataset
+from megatron.data.sample import Sample, SampleDataset
 
 Batch = dict[str, Tensor]  # tokens, labels and perhaps positions [micro_batch, s]; sample_id [micro_batch]
 

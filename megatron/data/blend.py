@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron.data.indexed import DataError
-from megatron.data.packed import PackedSource, Sample, SampleDataset
+from megatron.data.sample import Sample, SampleDataset
+from megatron.data.sources import Source
 
 
 def shares(weights: Sequence[float]) -> NDArray[np.float64]:
@@ -53,9 +54,7 @@ def _phases(count: int) -> NDArray[np.float64]:
 class Blend(SampleDataset):
     """A dataset of `len(source_of)` samples; place i is sample `within[i]` of `sources[source_of[i]]`."""
 
-    def __init__(
-        self, sources: Sequence[PackedSource], source_of: NDArray[np.int32], within: NDArray[np.int64]
-    ) -> None:
+    def __init__(self, sources: Sequence[Source], source_of: NDArray[np.int32], within: NDArray[np.int64]) -> None:
         self.sources, self.source_of, self.within = list(sources), source_of, within
 
     def __len__(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch.distributed as dist
@@ -13,7 +13,9 @@ import torch.distributed as dist
 from megatron.data.blend import Blend, assign_sources, shares
 from megatron.data.header import check_header, fingerprint, read_header
 from megatron.data.indexed import DataError, open_indexed
-from megatron.data.packed import PackedSource, SampleDataset, SampleForm
+from megatron.data.sample import SampleDataset, SampleForm
+from megatron.data.sources import OncePacked, RunningPack, Source
+from megatron.data.whole import Packing, WholeDocuments
 from megatron.tokenizer import Tokenizer, TokenizerError, build_tokenizer
 
 
@@ -52,6 +54,10 @@ class DataArgs(Protocol):
     def eod_mask_loss(self) -> bool: ...
     @property
     def isolate_documents(self) -> bool: ...
+    @property
+    def pack_impl(self) -> Literal["packed"] | Packing: ...
+    @property
+    def allow_chopped(self) -> bool: ...
     @property
     def train_iters(self) -> int | None: ...
     @property
@@ -136,40 +142,62 @@ def _build(args: DataArgs, tokenizer: Tokenizer | None) -> Datasets:
             raise DataError("eod_mask_loss needs the end-of-document id: give tokenizer_type and vocab_file")
         masked = tokenizer.eod
     form = SampleForm(args.seq_length, args.isolate_documents, masked, 0 if tokenizer is None else tokenizer.pad)
+    opener = _Opener(args, form)
     train_parts, valid_parts, test_parts = stages
     blend = None
     wanted = (args.train_iters or 0) * args.train_batch_size
     if train_parts and wanted:
-        blend = _blend(train_parts, args.train_data_weights, form, args.seed, wanted)
+        blend = _blend(train_parts, args.train_data_weights, opener, wanted)
         notes += [f"train: {line}" for line in blend.describe()]
     return Datasets(
         blend,
-        _passes(valid_parts, form, args.seed),
-        _passes(test_parts, form, args.seed),
+        _passes(valid_parts, opener),
+        _passes(test_parts, opener),
         {prefix: fingerprint(prefix) for prefix in prefixes},
         notes,
     )
 
 
-def _blend(parts: list[_Part], weights: list[float] | None, form: SampleForm, seed: int, wanted: int) -> Blend:
+@dataclass(frozen=True)
+class _Opener:
+    """Opens a part in the way that the run packs its samples."""
+
+    args: DataArgs
+    form: SampleForm
+
+    def __call__(self, part: _Part, samples: int | None) -> Source:
+        """Endless for `samples` samples, or (None) each document once."""
+        args = self.args
+        if args.pack_impl != "packed":
+            return WholeDocuments(
+                part.prefix,
+                self.form,
+                args.seed,
+                samples,
+                args.pack_impl,
+                args.allow_chopped,
+                part.documents,
+                part.labels,
+            )
+        if samples is None:
+            return OncePacked(part.prefix, self.form, args.seed, part.documents, part.labels)
+        return RunningPack(part.prefix, self.form, args.seed, samples, part.documents, part.labels)
+
+
+def _blend(parts: list[_Part], weights: list[float] | None, opener: _Opener, wanted: int) -> Blend:
     share = shares(weights or [1.0] * len(parts))
     if len(share) != len(parts):
         raise DataError(f"train_data_weights has {len(share)} entries for {len(parts)} train_data_paths")
     source_of, within = assign_sources(share, wanted)
     needed = np.bincount(source_of, minlength=len(parts)).tolist()
-    sources = [
-        PackedSource(part.prefix, form, seed, max(count, 1), part.documents, part.labels)
-        for part, count in zip(parts, needed, strict=True)
-    ]
+    sources = [opener(part, max(count, 1)) for part, count in zip(parts, needed, strict=True)]
     return Blend(sources, source_of, within)
 
 
-def _passes(parts: Sequence[_Part], form: SampleForm, seed: int) -> dict[str, SampleDataset]:
+def _passes(parts: Sequence[_Part], opener: _Opener) -> dict[str, SampleDataset]:
     """One dataset per source, under names that tell the sources apart."""
-    return {
-        name: PackedSource(part.prefix, form, seed, None, part.documents, part.labels)
-        for name, part in zip(_names([part.prefix for part in parts]), parts, strict=True)
-    }
+    names = _names([part.prefix for part in parts])
+    return {name: opener(part, None) for name, part in zip(names, parts, strict=True)}
 
 
 def _names(prefixes: Sequence[str]) -> list[str]:

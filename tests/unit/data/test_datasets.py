@@ -1,22 +1,26 @@
 """Samples, their order, blends and micro-batches, without any process group."""
 
+import itertools
 import json
 import multiprocessing
 import os
 from dataclasses import dataclass
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 import torch
 
-from megatron.data import DataError, MicroBatches, build_datasets, epochs, fingerprint
+from megatron.data import DataError, MicroBatches, build_datasets, fingerprint, index_cache
 from megatron.data.blend import assign_sources, shares
 from megatron.data.build import split_documents
-from megatron.data.epochs import CACHE_FOLDER, build_index, plan_epochs
-from megatron.data.indexed import IndexedWriter
-from megatron.data.packed import IGNORED, PackedSource, SampleForm
+from megatron.data.index_cache import CACHE_FOLDER
+from megatron.data.indexed import IndexedWriter, open_indexed
+from megatron.data.sample import IGNORED, SampleForm
+from megatron.data.sources import OncePacked, RunningPack
+from megatron.data.whole import WholeDocuments
 from megatron.tokenizer import Tokenizer
 from tests.unit.data.test_preprocess import run, write_jsonl
 
@@ -43,6 +47,8 @@ class Args:
     seed: int = 1234
     eod_mask_loss: bool = False
     isolate_documents: bool = False
+    pack_impl: Literal["packed", "pack_until_overflow", "unpacked", "best_fit"] = "packed"
+    allow_chopped: bool = True
     train_iters: int | None = 20
     train_batch_size: int = 8
 
@@ -70,19 +76,18 @@ def prefix(tmp_path: Path) -> str:
     return write(tmp_path / "d", numbered(LENGTHS))
 
 
-def stream_of(source: PackedSource, samples: int) -> np.ndarray:
+def stream_of(source: RunningPack, samples: int) -> np.ndarray:
     """The stream the samples were cut from, put together from its definition."""
-    index = build_index(source.plan)
     documents = numbered(LENGTHS)
-    return np.concatenate([documents[d] for d in index.order.ravel()])[: samples * S + 1]
+    return np.concatenate([documents[d] for d in source.build_index()["order"].ravel()])[: samples * S + 1]
 
 
 def test_samples_are_the_running_pack_of_shuffled_documents(prefix: str) -> None:
-    source = PackedSource(prefix, SampleForm(S), seed=3, samples=50)
-    index = build_index(source.plan)
-    stream = stream_of(source, len(index.samples))
+    source = RunningPack(prefix, SampleForm(S), seed=3, samples=50)
+    samples = source.build_index()["samples"]
+    stream = stream_of(source, len(samples))
     for i in range(50):
-        k = int(index.samples[i])
+        k = int(samples[i])
         sample = source[i]
         assert sample["tokens"].tolist() == stream[k * S : k * S + S].tolist()
         assert sample["labels"].tolist() == stream[k * S + 1 : k * S + S + 1].tolist()
@@ -91,21 +96,21 @@ def test_samples_are_the_running_pack_of_shuffled_documents(prefix: str) -> None
 
 
 def test_every_epoch_reads_all_documents_and_samples_in_another_order(prefix: str) -> None:
-    plan = plan_epochs(prefix, (0, 10), S, 3, 60)
-    index = build_index(plan)
-    assert plan.epochs >= 4
-    for order in index.order:
+    source = RunningPack(prefix, SampleForm(S), 3, 60)
+    arrays = source.build_index()
+    assert source.epochs >= 4
+    for order in arrays["order"]:
         assert sorted(order) == list(range(10))
-    assert len({tuple(order) for order in index.order}) == plan.epochs
-    assert sorted(index.samples) == list(range(len(index.samples)))
-    for epoch in range(plan.epochs):
-        first, behind = plan.first_sample(epoch), plan.first_sample(epoch + 1)
-        assert sorted(index.samples[first:behind]) == list(range(first, behind))
+    assert len({tuple(order) for order in arrays["order"]}) == source.epochs
+    assert sorted(arrays["samples"]) == list(range(len(arrays["samples"])))
+    for epoch in range(source.epochs):
+        first, behind = source.first_sample(epoch), source.first_sample(epoch + 1)
+        assert sorted(arrays["samples"][first:behind]) == list(range(first, behind))
 
 
 def test_a_longer_run_begins_like_a_shorter_one_and_the_seed_decides(prefix: str) -> None:
     def read(samples: int, seed: int, take: int) -> list[list[int]]:
-        source = PackedSource(prefix, SampleForm(S), seed=seed, samples=samples)
+        source = RunningPack(prefix, SampleForm(S), seed=seed, samples=samples)
         return [source[i]["tokens"].tolist() for i in range(take)]
 
     assert read(10, 3, 10) == read(200, 3, 10)
@@ -113,7 +118,7 @@ def test_a_longer_run_begins_like_a_shorter_one_and_the_seed_decides(prefix: str
 
 
 def test_tiny_sources_cross_many_epochs_in_one_sample(tmp_path: Path) -> None:
-    source = PackedSource(write(tmp_path / "t", numbered([2, 1])), SampleForm(S), seed=1, samples=20)
+    source = RunningPack(write(tmp_path / "t", numbered([2, 1])), SampleForm(S), seed=1, samples=20)
     for i in range(20):
         sample = source[i]
         assert set(sample["tokens"].tolist()) == {0, 1, 2}
@@ -121,7 +126,7 @@ def test_tiny_sources_cross_many_epochs_in_one_sample(tmp_path: Path) -> None:
 
 
 def test_one_pass_reads_every_token_once(prefix: str) -> None:
-    source = PackedSource(prefix, SampleForm(S, pad=999), seed=3, samples=None)
+    source = OncePacked(prefix, SampleForm(S, pad=999), seed=3)
     samples = [source[i] for i in range(len(source))]
     labels = torch.cat([sample["labels"] for sample in samples])
     learned = labels[labels != IGNORED].tolist()
@@ -136,14 +141,14 @@ def test_one_pass_reads_every_token_once(prefix: str) -> None:
     tail = (sum(LENGTHS) - 1) % S
     assert padded[0]["labels"][:tail].min() >= 0
     assert padded[0]["tokens"][tail + 1 :].eq(999).all()
-    short = PackedSource(write(Path(prefix).parent / "u", numbered([5])), SampleForm(S), 1, None)
+    short = OncePacked(write(Path(prefix).parent / "u", numbered([5])), SampleForm(S), 1)
     assert len(short) == 1
     assert short[0]["labels"].tolist() == [1, 2, 3, 4] + [IGNORED] * 12
 
 
 def test_isolated_documents(prefix: str) -> None:
-    plain = PackedSource(prefix, SampleForm(S), seed=3, samples=40)
-    source = PackedSource(prefix, SampleForm(S, isolate_documents=True), seed=3, samples=40)
+    plain = RunningPack(prefix, SampleForm(S), seed=3, samples=40)
+    source = RunningPack(prefix, SampleForm(S, isolate_documents=True), seed=3, samples=40)
     document_of = {t: d for d, tokens in enumerate(numbered(LENGTHS)) for t in tokens.tolist()}
     boundaries = 0
     for i in range(40):
@@ -164,15 +169,87 @@ def test_isolated_documents(prefix: str) -> None:
 
 def test_isolated_padding_is_a_document_of_its_own(tmp_path: Path) -> None:
     form = SampleForm(S, isolate_documents=True)
-    source = PackedSource(write(tmp_path / "u", numbered([3, 2])), form, 1, None)
+    source = OncePacked(write(tmp_path / "u", numbered([3, 2])), form, 1)
     assert sorted(source[0]["positions"].tolist()[:5]) == [0, 0, 1, 1, 2]
     assert source[0]["positions"].tolist()[5:] == list(range(11))
     assert (source[0]["labels"] >= 0).sum() == 3
 
 
+def whole(prefix: str, packing: str, samples: int | None = None, **options: bool) -> WholeDocuments:
+    return WholeDocuments(prefix, SampleForm(S, pad=999), 3, samples, packing, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("packing", ["unpacked", "pack_until_overflow", "best_fit"])
+@pytest.mark.parametrize("samples", [None, 100])
+def test_whole_documents(prefix: str, packing: str, samples: int | None) -> None:
+    source = whole(prefix, packing, samples)
+    document_of = {t: d for d, tokens in enumerate(numbered(LENGTHS)) for t in tokens.tolist()}
+    expected = sorted(t for d in numbered(LENGTHS) if len(d) > 1 for t in d.tolist()[1:])
+    epochs = [int(first) for first in source.build_index()["epochs"]]
+    assert epochs[1] == source.samples_per_epoch
+    assert len(source) == (epochs[1] if samples is None else 100)
+    for start, stop in itertools.pairwise(e for e in epochs if e <= len(source)):
+        learned: list[int] = []
+        for i in range(start, stop):
+            tokens, labels = source[i]["tokens"].tolist(), source[i]["labels"].tolist()
+            pieces = source.pieces(i)
+            assert sum(length for _, _, length in pieces) <= S + 1
+            assert packing != "unpacked" or len(pieces) == 1
+            for t, label in zip(tokens, labels, strict=True):
+                if label != IGNORED and t in document_of and document_of[label] == document_of[t]:
+                    assert label == t + 1
+                    learned.append(label)
+        # every token of every document is learned once an epoch, those behind a cut too
+        assert sorted(learned) == expected
+
+
+def test_best_fit_leaves_little_room(tmp_path: Path) -> None:
+    lengths = np.random.RandomState(5).randint(2, S + 2, 400).tolist()
+    prefix = write(tmp_path / "b", numbered(lengths))
+    ideal = sum(lengths) / (S + 1)
+    best, overflow, alone = (
+        whole(prefix, p).samples_per_epoch for p in ("best_fit", "pack_until_overflow", "unpacked")
+    )
+    assert ideal <= best < 1.03 * ideal < overflow < alone == 400
+
+
+def test_whole_documents_in_another_order_every_epoch_but_not_in_a_longer_run(prefix: str) -> None:
+    for packing in ("unpacked", "pack_until_overflow", "best_fit"):
+        short, long = whole(prefix, packing, 20), whole(prefix, packing, 90)
+        assert [short.pieces(i) for i in range(20)] == [long.pieces(i) for i in range(20)]
+        epoch = int(long.samples_per_epoch)
+        assert [long.pieces(i) for i in range(epoch)] != [long.pieces(i) for i in range(epoch, 2 * epoch)]
+
+
+def test_documents_that_do_not_fit_are_left_out_on_demand(prefix: str, tmp_path: Path) -> None:
+    source = whole(prefix, "unpacked", chop=False)
+    assert sorted(d for i in range(len(source)) for d, _, _ in source.pieces(i)) == [0, 2, 6]
+    assert source.dropped == 5
+    with pytest.raises(DataError, match="no document has 2 to 17 tokens"):
+        whole(write(tmp_path / "long", numbered([18, 40])), "best_fit", chop=False)
+
+
+def test_isolated_whole_documents_restart_at_each(tmp_path: Path) -> None:
+    prefix = write(tmp_path / "w", numbered([5, 6, 4]))
+    source = WholeDocuments(prefix, SampleForm(S, isolate_documents=True), 3, None, "pack_until_overflow")
+    sample = source[0]
+    assert len(source) == 1
+    assert sample["positions"].tolist() == [*range(5), *range(6), *range(4), 0]
+    assert (sample["labels"] != IGNORED).sum() == 4 + 5 + 3
+
+
+def test_the_packing_is_chosen_by_the_run(tmp_path: Path) -> None:
+    lengths = {}
+    for packing in ("packed", "unpacked", "pack_until_overflow", "best_fit"):
+        datasets = build_datasets(blend_args(tmp_path, pack_impl=packing, allow_chopped=True, seq_length=60))
+        lengths[packing] = len(datasets.valid["b"])
+        assert len(datasets.train) == 160
+    assert lengths == {"packed": 9, "unpacked": 20, "pack_until_overflow": 10, "best_fit": 10}
+
+
 def test_eod_mask_loss(tmp_path: Path) -> None:
     documents = [np.array([1, 2, 3, 9]), np.array([4, 5, 9]), np.array([6, 9])]
-    source = PackedSource(write(tmp_path / "e", documents), SampleForm(S, masked_input=9), 1, 10)
+    source = RunningPack(write(tmp_path / "e", documents), SampleForm(S, masked_input=9), 1, 10)
     for i in range(10):
         sample = source[i]
         assert ((sample["labels"] == IGNORED) == (sample["tokens"] == 9)).all()
@@ -182,8 +259,8 @@ def test_eod_mask_loss(tmp_path: Path) -> None:
 def test_label_data(tmp_path: Path, prefix: str) -> None:
     documents = numbered(LENGTHS)
     labels = [np.where(d % 3 == 0, -100, d) for d in documents]
-    source = PackedSource(prefix, SampleForm(S), 3, 30, labels=write(tmp_path / "l", labels))
-    plain = PackedSource(prefix, SampleForm(S), 3, 30)
+    source = RunningPack(prefix, SampleForm(S), 3, 30, labels=write(tmp_path / "l", labels))
+    plain = RunningPack(prefix, SampleForm(S), 3, 30)
     for i in range(30):
         expected = plain[i]["labels"].clone()
         expected[expected % 3 == 0] = IGNORED
@@ -191,7 +268,7 @@ def test_label_data(tmp_path: Path, prefix: str) -> None:
         assert source[i]["tokens"].tolist() == plain[i]["tokens"].tolist()
     wrong = write(tmp_path / "w", [*documents[:-1], documents[-1][:-1]])
     with pytest.raises(DataError, match="do not go with text"):
-        PackedSource(prefix, SampleForm(S), 3, 30, labels=wrong)
+        RunningPack(prefix, SampleForm(S), 3, 30, labels=wrong)
 
 
 @pytest.mark.parametrize("weights", [[1], [0.8, 0.2], [1, 0, 3], [1000] + [1] * 999, [3] * 40 + [0.001] * 7])
@@ -389,56 +466,57 @@ def cached(tmp_path: Path) -> list[Path]:
 
 def test_an_index_is_kept_and_follows_content_and_settings(tmp_path: Path) -> None:
     prefix = write(tmp_path / "d", numbered(LENGTHS))
-    PackedSource(prefix, SampleForm(S), 3, 50)
+    RunningPack(prefix, SampleForm(S), 3, 50)
     before = {p: p.stat().st_mtime_ns for p in cached(tmp_path)[0].iterdir()}
-    PackedSource(prefix, SampleForm(S), 3, 50)
+    RunningPack(prefix, SampleForm(S), 3, 50)
     assert {p: p.stat().st_mtime_ns for p in cached(tmp_path)[0].iterdir()} == before
     for i, source in enumerate(((S, 4, None), (S + 1, 3, None), (S, 3, (0, 9)), (S, 3, (1, 10)))):
-        PackedSource(prefix, SampleForm(source[0]), source[1], 50, source[2])
+        RunningPack(prefix, SampleForm(source[0]), source[1], 50, source[2])
         assert len(cached(tmp_path)) == i + 2
     write(tmp_path / "d", numbered(list(reversed(LENGTHS))))
-    (tmp_path / "fresh").mkdir()
-    assert plan_epochs(prefix, (0, 10), S, 3, 50).folder not in cached(tmp_path)
+    open_indexed.cache_clear()
+    RunningPack(prefix, SampleForm(S), 3, 50)
+    assert len(cached(tmp_path)) == 6
 
 
 def test_a_damaged_index_is_named(tmp_path: Path) -> None:
     prefix = write(tmp_path / "x", numbered(LENGTHS))
-    PackedSource(prefix, SampleForm(S), 5, 50)
-    for name in ("samples", "order", "ends"):
-        path = cached(tmp_path)[0] / f"{name}.npy"
+    RunningPack(prefix, SampleForm(S), 5, 50)
+    folder = cached(tmp_path)[0]
+    for path in [*folder.iterdir()]:
         content = path.read_bytes()
         for damage in (content[:-9], b"", None):
             path.unlink()
             if damage is not None:
                 path.write_bytes(damage)
-            epochs._mapped.cache_clear()
-            with pytest.raises(DataError, match=f"{name}.npy: damaged index"):
-                PackedSource(prefix, SampleForm(S), 5, 50)
+            index_cache._mapped.cache_clear()
+            with pytest.raises(DataError, match=f"{folder.name}: damaged index"):
+                RunningPack(prefix, SampleForm(S), 5, 50)
         path.write_bytes(content)
 
 
 def test_a_folder_that_cannot_be_written_to_is_no_hindrance(prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = [PackedSource(prefix, SampleForm(S), 3, 9)[i]["tokens"].tolist() for i in range(9)]
+    expected = [RunningPack(prefix, SampleForm(S), 3, 9)[i]["tokens"].tolist() for i in range(9)]
 
     def refuse(*_: object, **__: object) -> None:
-        raise PermissionError("read-only")
+        raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "mkdir", refuse)
-    source = PackedSource(prefix, SampleForm(S), 3, 500)
+    source = RunningPack(prefix, SampleForm(S), 3, 500)
     assert [source[i]["tokens"].tolist() for i in range(9)] == expected
 
 
 def _build(prefix: str, barrier: Barrier, folder: str) -> None:
-    original = epochs.build_index
+    original = RunningPack.build_index
 
-    def counted(plan: epochs.EpochPlan) -> epochs.EpochIndex:
+    def counted(source: RunningPack) -> index_cache.Arrays:
         with open(f"{folder}/built", "a") as file:
             file.write("x")
-        return original(plan)
+        return original(source)
 
-    epochs.build_index = counted
+    RunningPack.build_index = counted  # type: ignore[method-assign]
     barrier.wait()
-    PackedSource(prefix, SampleForm(S), 3, 5000)
+    RunningPack(prefix, SampleForm(S), 3, 5000)
     os._exit(0)
 
 

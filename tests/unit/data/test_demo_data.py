@@ -11,7 +11,8 @@ from transformers import AutoTokenizer
 from examples import demo_data
 from examples.demo_check import samples
 from examples.demo_tokenizer import train_tokenizer
-from megatron.data.packed import IGNORED, PackedSource, SampleForm
+from megatron.data.sample import IGNORED, SampleForm
+from megatron.data.sources import OncePacked
 from megatron.tokenizer import build_tokenizer
 from megatron.tokenizer.llama3 import SPECIAL_TOKENS
 from tests.unit.data.test_preprocess import run
@@ -64,7 +65,7 @@ def test_the_outside_check_reads_what_validation_reads(demo: Path, tmp_path: Pat
     source = demo / "text/general_valid.jsonl"
     assert run(demo / "tokenizer", tmp_path / "v", source, prepend_bos=True, append_eod=True) == 0
     prefix = str(tmp_path / "v_text_document")
-    ours = PackedSource(prefix, SampleForm(256), seed=1, samples=None)
+    ours = OncePacked(prefix, SampleForm(256), seed=1)
     theirs = samples(Path(prefix), 256)
     assert len(ours) == len(theirs)
 
