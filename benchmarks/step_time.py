@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from tests.models import Case  # noqa: E402
+from tests.models import Case, llama3_rope  # noqa: E402
 
 
 def main() -> int:
@@ -48,13 +48,7 @@ def main() -> int:
         vocab=options.vocab,
         seq=options.seq,
         theta=500000.0,
-        rope={
-            "rope_type": "llama3",
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        },
+        rope=llama3_rope(8.0, 8192),
     )
     steps = {"transformers": transformers_step(case, options.batch), "neox-llama": neox_step(case, options.batch)}
     times: dict[str, list[float]] = {name: [] for name in steps}
@@ -134,7 +128,7 @@ def neox_step(case: Case, size: int) -> Any:
         tokens = batch(case, size, number)
         labels = tokens[:, 1:].clone()
         labels[:, -1] = -100  # what transformers' own shift leaves out
-        samples = [{"tokens": t, "labels": l} for t, l in zip(tokens[:, :-1], labels, strict=True)]
+        samples = [{"tokens": ids, "labels": targets} for ids, targets in zip(tokens[:, :-1], labels, strict=True)]
         return training.step(engine, args, samples)[0]
 
     return step

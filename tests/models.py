@@ -14,18 +14,24 @@ from torch import Tensor
 from megatron.model import layout
 from megatron.neox_arguments import NeoXArgs
 
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
+
+def llama3_rope(factor: float, original: int) -> tuple[tuple[str, Any], ...]:
+    """A rope_scaling mapping as hashable items."""
+    return (
+        ("rope_type", "llama3"),
+        ("factor", factor),
+        ("low_freq_factor", 1.0),
+        ("high_freq_factor", 4.0),
+        ("original_max_position_embeddings", original),
+    )
+
+
+LLAMA3_ROPE = llama3_rope(8.0, 64)
 
 
 @dataclass(frozen=True)
 class Case:
-    """A Llama small enough for a test; `rope` is None or a rope_scaling mapping as in an HF config."""
+    """A Llama small enough for a test; `rope` is None or the items of a rope_scaling mapping."""
 
     heads: int = 8
     kv_heads: int = 2
@@ -34,7 +40,7 @@ class Case:
     intermediate: int = 88
     vocab: int = 160
     tied: bool = False
-    rope: Any = None
+    rope: tuple[tuple[str, Any], ...] | None = None
     theta: float = 10000.0
     eps: float = 1e-5
     seq: int = 48
@@ -71,8 +77,6 @@ class Case:
             "distributed_backend": "gloo",
             "from_scratch": True,
             "train_data_paths": ["unused"],
-            "tokenizer_type": "HFTokenizer",
-            "vocab_file": "unused",
         }
         if self.rope is not None:
             keys["rope_scaling"] = dict(self.rope)
@@ -137,14 +141,9 @@ def load_hugging_face(module: Any, state: dict[str, Tensor], args: NeoXArgs) -> 
 
 def start(args: NeoXArgs) -> torch.device:
     """Process groups for a rank of the test harness."""
-    from megatron.core import parallel_state
+    from megatron.launcher.distributed import form_groups
 
-    parallel_state.initialize_model_parallel(
-        args.model_parallel_size, args.pipe_parallel_size, create_gloo_process_groups=False
-    )
-    import deepspeed
-
-    deepspeed.init_distributed("gloo", verbose=False)
+    form_groups(args)
     return torch.device("cpu")
 
 

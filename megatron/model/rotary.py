@@ -7,11 +7,13 @@ or buffers, and no `.to(bfloat16)` reaches them. In bf16 the angle at position 8
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from megatron.neox_arguments.model import RopeScaling
+if TYPE_CHECKING:  # the converter uses these frequencies where pydantic is not installed
+    from megatron.neox_arguments.model import RopeScaling
 
 
 def inverse_frequencies(dim: int, base: float, scaling: RopeScaling | None) -> Tensor:

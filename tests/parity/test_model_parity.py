@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.models import LLAMA3_ROPE, Case, gathered, load_hugging_face, start
+from tests.models import LLAMA3_ROPE, Case, gathered, llama3_rope, load_hugging_face, start
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
 
 TOLERANCE = 1e-5
-ROPE_32 = {**LLAMA3_ROPE, "factor": 32.0}
+ROPE_32 = llama3_rope(32.0, 64)
 CASES = {
     "gqa-8-2": Case(heads=8, kv_heads=2, head_dim=64, rope=LLAMA3_ROPE, theta=500000.0, seq=128),
     "gqa-8-1": Case(heads=8, kv_heads=1, head_dim=64, rope=ROPE_32, theta=500000.0, seq=128),

@@ -17,6 +17,7 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 def _stage_parameters(rank: int, world_size: int, config: str, tp: int, pp: int, dp: int) -> dict[str, Any]:
     """Parameters over all stages and tensor-parallel ranks, replicated and tied ones once."""
+    import deepspeed
     import torch.distributed as dist
     from megatron.core import parallel_state
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -31,15 +32,12 @@ def _stage_parameters(rank: int, world_size: int, config: str, tp: int, pp: int,
         overrides={
             "model_parallel_size": tp,
             "pipe_parallel_size": pp,
-            "train_micro_batch_size_per_gpu": 1,
-            "train_iters": 1,
-            "seq_length": 8192,
             "precision": "bfloat16",
-            "from_scratch": True,
-            "optimizer": {"type": "Adam", "params": {"lr": 1e-5, "betas": [0.9, 0.95], "eps": 1e-8}},
         },
         world_size=tp * pp * dp,
+        task="model",
     )
+    deepspeed.init_distributed("gloo", verbose=False)  # binds deepspeed.comm to whatever torch's default group is
     dist.destroy_process_group()
     total, disagreements = 0, []
     topo = topology(args)
