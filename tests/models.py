@@ -77,8 +77,6 @@ class Case:
             "distributed_backend": "gloo",
             "from_scratch": True,
             "train_data_paths": ["unused"],
-            "tokenizer_type": "HFTokenizer",
-            "vocab_file": "unused",
         }
         if self.rope is not None:
             keys["rope_scaling"] = dict(self.rope)
@@ -143,14 +141,9 @@ def load_hugging_face(module: Any, state: dict[str, Tensor], args: NeoXArgs) -> 
 
 def start(args: NeoXArgs) -> torch.device:
     """Process groups for a rank of the test harness."""
-    from megatron.core import parallel_state
+    from megatron.launcher.distributed import form_groups
 
-    parallel_state.initialize_model_parallel(
-        args.model_parallel_size, args.pipe_parallel_size, create_gloo_process_groups=False
-    )
-    import deepspeed
-
-    deepspeed.init_distributed("gloo", verbose=False)
+    form_groups(args)
     return torch.device("cpu")
 
 

@@ -15,6 +15,13 @@ from tests.models import Case, load_hugging_face, start
 IGNORE = -100
 
 
+class Samples(list):
+    """Samples as the trainer reads a dataset: by number, and one that teaches nothing."""
+
+    def padding(self) -> dict[str, Tensor]:
+        return {**self[0], "labels": torch.full_like(self[0]["labels"], IGNORE)}
+
+
 def make_samples(case: Case, count: int, seed: int = 7) -> list[dict[str, Tensor]]:
     """`count` random samples; sample i has a share of its labels masked that grows with i mod 4 (none to 90 %)."""
     generator = torch.Generator().manual_seed(seed)

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from megatron.checkpoint.load import load_checkpoint
     from megatron.checkpoint.save import prepare_save, save_checkpoint
-
     from megatron.checkpoint.state import TrainState
 
 _HOME = {"load_checkpoint": "load", "prepare_save": "save", "save_checkpoint": "save", "TrainState": "state"}

@@ -102,8 +102,8 @@ def load_weights(
 ) -> Path:
     """Fill a pipeline stage from `args.load` without an engine, for evaluation and generation; returns the folder.
 
-    Collective over `group`, the ranks that hold one model. A model that has an optimizer must use `load_checkpoint`, which
-    also renews the fp32 masters.
+    Collective over `group`, the ranks that hold one model. With an optimizer use `load_checkpoint`, which also renews
+    the fp32 masters.
     """
     ranks = Ranks(group, next(module.parameters()).device)
     if args.load is None:

@@ -39,6 +39,7 @@ def prepare_save(engine: PipelineEngine, args: NeoXArgs, log: Callable[[str], No
 
     Collective. Only for the run that owns the folder: another run's save in progress would be removed.
     """
+    assert args.save is not None
     ranks = Ranks.of(engine)
     root = Path(args.save)
     with ranks.together("preparing the save folder"):
@@ -64,6 +65,7 @@ def save_checkpoint(
     that were there before are untouched then. Older ones are thinned out (`keep_last_n_checkpoints`,
     `keep_optimizer_last_n`) after the new one is complete. `log` is called on rank 0.
     """
+    assert args.save is not None
     ranks, place = Ranks.of(engine), Place.of(engine)
     root = Path(args.save)
     final = root / tag_name(state.iteration)
@@ -83,8 +85,9 @@ def save_checkpoint(
             if ranks.rank == 0:
                 _finish(args, state, place, partial, final, gathered, data_fingerprints)
     except CheckpointError:
-        if ranks.rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
+        with ranks.together(f"removing {partial}"):  # before any rank ends and takes the others down
+            if ranks.rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
         raise
     if ranks.rank == 0:
         log(f"saved {final}")

@@ -49,9 +49,15 @@ def _tensor_problems(path: Path, entry: FileEntry) -> list[str]:
     stored = read_tensors(path)
     problems = [f"{path}: {name} is missing" for name in entry.tensors if name not in stored]
     for name, tensor in stored.items():
-        found, listed = tensor_entry(tensor), entry.tensors.get(name)
-        if found != listed:
-            problems.append(f"{path}: {name} is {found}, the manifest says {listed}")
+        listed = entry.tensors.get(name)
+        if listed is None:
+            problems.append(f"{path}: {name} is not in the manifest")
+            continue
+        found = tensor_entry(tensor)
+        for what in ("shape", "dtype", "checksum"):
+            has, should = getattr(found, what), getattr(listed, what)
+            if has != should:
+                problems.append(f"{path}: {name} has {what} {has}, the manifest says {should}")
     return problems
 
 

@@ -32,7 +32,7 @@ class RMSNorm(nn.Module):
     def __init__(self, args: NeoXArgs, dtype: torch.dtype) -> None:
         super().__init__()
         self.eps = args.rms_norm_epsilon
-        self.hf_rounding = getattr(args, "hf_rounding", False)  # TODO
+        self.hf_rounding = args.hf_rounding
         self.scale = nn.Parameter(torch.empty(args.hidden_size, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -26,7 +26,8 @@ from megatron.neox_arguments.runtime import RuntimeKeys
 from megatron.neox_arguments.unsupported import UNSUPPORTED, WITHOUT_EFFECT
 
 
-class NeoXArgs(ModelKeys, ParallelKeys, OptimizationKeys, DataKeys, CheckpointKeys, RuntimeKeys):
+# Pydantic lists the fields of the last base first.
+class NeoXArgs(RuntimeKeys, CheckpointKeys, DataKeys, OptimizationKeys, ParallelKeys, ModelKeys):
     """Immutable. Build it with `from_ymls` or `from_dict`; change it with `replace`, which checks again.
 
     Every declared key holds its final value: `num_kv_heads`, the batch sizes, `precision` and the others that may be
@@ -83,7 +84,7 @@ class NeoXArgs(ModelKeys, ParallelKeys, OptimizationKeys, DataKeys, CheckpointKe
         return args
 
     def replace(self, **keys: Any) -> Self:
-        """The same configuration with some keys changed (dots written as double underscores are not supported)."""
+        """The same configuration with some keys changed."""
         return self._build({**self._merged, **keys}, {}, self.global_num_gpus, self._task)
 
     # --- what the user gave, and what we have to say about it

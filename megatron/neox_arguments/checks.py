@@ -141,7 +141,7 @@ def positions_cover_sequence(args: NeoXArgs) -> str | None:
 
 @_rule(*_ALL)
 def tensors_divide_by_tensor_parallelism(args: NeoXArgs) -> str | None:
-    if args.num_attention_heads % args.num_kv_heads:
+    if args.num_attention_heads % args.num_kv_heads or args.hidden_size % args.num_attention_heads:
         return None  # said above
     try:
         args.shape.check_tensor_parallel(args.model_parallel_size)
@@ -234,21 +234,6 @@ def one_word_on_decay_length(args: NeoXArgs) -> str | None:
     if args.lr_decay_fraction is None or "lr_decay_iters" not in args.merged:
         return None
     return "lr_decay_iters and lr_decay_fraction are both given; keep one"
-
-
-@_rule(*_TRAIN)
-def one_schedule_wins(args: NeoXArgs) -> str | None:
-    if not (args.override_lr_scheduler and args.use_checkpoint_lr_scheduler):
-        return None
-    return "override_lr_scheduler and use_checkpoint_lr_scheduler exclude each other; keep one"
-
-
-@_rule(*_TRAIN)
-def overrides_are_ordered(args: NeoXArgs) -> str | None:
-    starts = [entry.at for entry in args.lr_overrides]
-    if starts == sorted(set(starts)):
-        return None
-    return f"lr_overrides: iterations {starts} must rise; each entry holds until the next"
 
 
 @_rule(*_ALL)

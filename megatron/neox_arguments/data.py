@@ -34,13 +34,9 @@ class DataKeys(Keys):
     valid_label_data_paths: list[str] | None = key(None, "Label prefixes beside valid_data_paths.")
     test_label_data_paths: list[str] | None = key(None, "Label prefixes beside test_data_paths.")
     data_impl: Literal["mmap", "infer"] = key("mmap", "Dataset format: .bin/.idx. infer means mmap.")
-    pack_impl: Literal["packed", "pack_until_overflow", "unpacked"] = key(
-        "packed", "How documents fill samples: cut anywhere, whole documents, or one document each."
-    )
-    allow_chopped: bool = key(True, "false drops documents that do not fit into a sample.")
+    pack_impl: Literal["packed"] = key("packed", "How documents fill samples: one after the other, cut at seq_length.")
     eod_mask_loss: bool = key(False, "Do not learn what follows an end-of-document token.")
     isolate_documents: bool = key(
         False, "Tokens attend only inside their own document; positions restart at each.", ours=True
     )
-    num_workers: int = key(2, "Processes that prepare batches, per rank; 0 does it in the rank itself.", ge=0)
     seed: int = key(1234, "Seed of initialisation and sample order.", gt=0)

@@ -1,5 +1,9 @@
-"""The one error a user of the configuration can meet."""
+"""Errors that a user causes and can mend; the programs print their text alone, without a traceback."""
 
 
-class ConfigError(ValueError):
-    """The configuration cannot be right; the message says what was given, what was expected and what to do."""
+class UserError(Exception):
+    """Says what was given, what was expected and what to do. Exit code 2."""
+
+
+class ConfigError(UserError, ValueError):
+    """The configuration cannot be right."""

@@ -54,6 +54,12 @@ class ModelKeys(Keys):
     )
     max_position_embeddings: int = required("Longest sequence the model is meant for (Llama-3.1: 131072).", gt=0)
     rms_norm_epsilon: float = required("Added to the variance inside RMSNorm. Llama-3: 1e-5.", gt=0)
+    hf_rounding: bool = key(
+        False,
+        "Round the normalised activations before the weight multiply, as transformers does, instead of once at the "
+        "end. For bit-for-bit comparisons in 16 bits.",
+        ours=True,
+    )
     rotary_emb_base: float = required("Rotary theta. Llama-3: 500000; Llama-2: 10000.", gt=0)
     rope_scaling: RopeScaling | None = key(
         None, "Frequency scaling of Llama-3.1 and later; absent means none.", ours=True
@@ -69,9 +75,13 @@ class ModelKeys(Keys):
     attention_config: list[Any] | None = key(
         None, "GPT-NeoX's list of attention types. flash and global both run scaled_dot_product_attention."
     )
-    init_method: Literal["normal"] = key("normal", "Initialisation of a from-scratch run: normal with init_method_std.")
-    output_layer_init_method: Literal["scaled_normal", "normal"] = key(
-        "scaled_normal", "Initialisation of the two projections into the residual; scaled by 1/sqrt(2 num_layers)."
+    init_method: Literal["normal", "scaled_normal", "small_init", "wang_init"] = key(
+        "normal",
+        "Initialisation of a from-scratch run. normal: init_method_std; scaled_normal: that / sqrt(2 num_layers); "
+        "small_init: sqrt(2 / (5 hidden_size)); wang_init: 2 / (num_layers sqrt(hidden_size)).",
+    )
+    output_layer_init_method: Literal["normal", "scaled_normal", "small_init", "wang_init"] = key(
+        "scaled_normal", "The same for the two projections into the residual stream."
     )
     init_method_std: float = key(0.02, "Standard deviation of the initialisation.", gt=0)
 

@@ -32,7 +32,7 @@ class Optimizer(Keys):
 
 
 class LrOverride(Keys):
-    """From iteration `at` on, the scheduled learning rate is multiplied by `scale` (until the next entry)."""
+    """From iteration `at` on, the scheduled learning rate is multiplied by `scale`; several multiply together."""
 
     at: int = required("Iteration from which the factor holds.", ge=0)
     scale: float = required("Factor on the scheduled learning rate.", ge=0)
@@ -96,10 +96,8 @@ class OptimizationKeys(Keys):
     warmup: float = key(0.01, "Share of lr_decay_iters with linearly rising learning rate.", ge=0, le=1)
     min_lr: float = key(0.0, "Floor of the schedule; it stays there after lr_decay_iters.", ge=0)
     lr_overrides: list[LrOverride] = key(
-        [], "Manual factors on the schedule, each from one iteration on: [{at: 1200, scale: 0.5}].", ours=True
+        [], "Manual factors on the schedule, each from an iteration on: [{at: 1200, scale: 0.5}].", ours=True
     )
-    override_lr_scheduler: bool = key(False, "On resume the schedule of this configuration wins over the saved one.")
-    use_checkpoint_lr_scheduler: bool = key(False, "On resume the saved schedule wins.")
     precision: Literal["auto", "fp32", "bfloat16", "fp16"] = derived(
         "bfloat16 or fp16 if that mapping is enabled, else fp32",
         "fp32, bfloat16 and fp16 are honoured everywhere. auto picks bfloat16 where the device computes in it and fp32 "

@@ -35,5 +35,3 @@ class ParallelKeys(Keys):
         "How deepy.py starts local ranks. fork: one process imports, then forks (CPU); torchrun: each rank imports for "
         "itself (needed for GPUs); auto: fork on cpu, torchrun on cuda.",
     )
-    master_addr: str | None = key(None, "Rendezvous host when ranks on several machines are started by hand.")
-    master_port: int = key(29500, "Rendezvous port.", gt=0, lt=65536)

@@ -18,25 +18,18 @@ class RuntimeKeys(Keys):
     wandb_group: str | None = key(None, "Group of the run.")
     wandb_run_name: str | None = key(None, "Name of the run.")
     wandb_team: str | None = key(None, "Team (entity) of the run.")
-    wandb_host: str = key("https://api.wandb.ai", "Server.")
-    peak_theoretical_tflops: float | None = key(
-        None, "Peak of one device (MI250X GCD: 191.5); adds MFU to the log.", gt=0
-    )
     wall_clock_breakdown: bool = key(False, "DeepSpeed's timers of forward, backward and step.")
     eval_interval: int = key(1000, "Iterations between evaluations.", gt=0)
     eval_iters: int = key(100, "Global batches in one evaluation of a source; 0 evaluates nothing.", ge=0)
-    exit_interval: int | None = key(None, "Stop after this many iterations of this start.", gt=0)
     kernels: Literal["auto", "reference", "required"] = key(
         "auto",
         "Fused operations: auto uses compiled kernels that pass their self-test, reference only PyTorch, required "
         "stops without kernels.",
         ours=True,
     )
-    text_gen_type: Literal["unconditional", "input-file", "interactive"] | None = key(
-        None, "What generate.py does; input-file if sample_input_file is given, else unconditional."
-    )
     sample_input_file: str | None = key(None, "Prompts, one a line.")
     sample_output_file: str = key("samples.txt", "Where generated text goes, JSON lines.")
+    eval_results_prefix: str = key("", "eval.py writes its results to PREFIXeval_results.json.")
     maximum_tokens: int = key(64, "Longest generated text.", gt=0)
     num_samples: int = key(1, "Unconditional samples.", gt=0)
     temperature: float = key(0.0, "0 takes the most likely token.", ge=0)

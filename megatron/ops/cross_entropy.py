@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron.ops.kernels import use_kernels
 from megatron.ops.rows import compute_dtype, rows_per_block
 
 
@@ -22,6 +23,7 @@ def vocab_parallel_cross_entropy(
     vocab_start: int,
     true_vocab_size: int,
     ignore_index: int = -100,
+    overwrite_logits: bool = False,
 ) -> Tensor:
     """Loss of every token, fp32 (fp64 for fp64 logits), shaped like `labels`; 0 where the label is `ignore_index`.
 
@@ -29,6 +31,8 @@ def vocab_parallel_cross_entropy(
     vocabulary; columns from `true_vocab_size` on are padding, excluded from the sum whatever they hold, with gradient
     zero. `labels` [...] are whole-vocabulary indices. `group` holds the ranks among which the vocabulary is split,
     None for one rank. A label that is neither a true column nor `ignore_index` makes the token's loss infinite.
+    `overwrite_logits` lets the backward pass write the gradient over the logits, which saves their size in memory;
+    they must then be dense and of no further use to anybody, and the graph is for one backward pass (eager mode only).
     Raises ValueError if the shapes do not fit.
     """
     if logits.shape[:-1] != labels.shape:
@@ -36,7 +40,9 @@ def vocab_parallel_cross_entropy(
             f"cross entropy: logits {tuple(logits.shape)} need labels {tuple(logits.shape[:-1])}, "
             f"not {tuple(labels.shape)}"
         )
-    return _CrossEntropy.apply(logits, labels, group, vocab_start, true_vocab_size, ignore_index)
+    if overwrite_logits and not logits.is_contiguous():
+        raise ValueError(f"cross entropy: logits with strides {logits.stride()} must be contiguous to be overwritten")
+    return _CrossEntropy.apply(logits, labels, group, vocab_start, true_vocab_size, ignore_index, overwrite_logits)
 
 
 def reference_stats(logits: Tensor, target: Tensor, width: int) -> Tensor:
@@ -63,11 +69,11 @@ def reference_stats(logits: Tensor, target: Tensor, width: int) -> Tensor:
     return stats
 
 
-def combine_stats(stats: Tensor) -> tuple[Tensor, Tensor]:
-    """(log-sum-exp [rows], target logit [rows]) from every rank's statistics [ranks, 3, rows]."""
+def combine_stats(stats: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """(loss [rows], log-sum-exp [rows]) from every rank's statistics [ranks, 3, rows]."""
     local_max, local_sum, target = stats.unbind(1)
     lse = torch.logsumexp(local_max + local_sum.log(), 0)
-    return lse, target.amax(0)
+    return (lse - target.amax(0)).masked_fill_(labels == ignore_index, 0), lse
 
 
 def gather_stats(stats: Tensor, group: dist.ProcessGroup | None) -> Tensor:
@@ -79,10 +85,12 @@ def gather_stats(stats: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return everyone
 
 
-def reference_gradient(logits: Tensor, target: Tensor, lse: Tensor, dloss: Tensor, width: int) -> Tensor:
-    """dloss (softmax - onehot) [rows, local vocabulary] in the dtype of `logits`, rounded once, 0 beyond `width`."""
+def reference_gradient(logits: Tensor, target: Tensor, lse: Tensor, dloss: Tensor, width: int, grad: Tensor) -> Tensor:
+    """dloss (softmax - onehot), rounded once, into `grad` [rows, local vocabulary]; 0 from column `width` on.
+
+    `grad` has the dtype of `logits` and may be `logits` itself.
+    """
     dtype = compute_dtype(logits)
-    grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
     grad[:, width:] = 0
     if width == 0:
         return grad
@@ -111,20 +119,73 @@ class _CrossEntropy(torch.autograd.Function):
         vocab_start: int,
         true_vocab_size: int,
         ignore_index: int,
+        overwrite_logits: bool,
     ) -> Tensor:
-        rows = logits.reshape(-1, logits.shape[-1])
-        flat = labels.reshape(-1)
+        rows, flat = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
         width = min(max(true_vocab_size - vocab_start, 0), rows.shape[1])
-        ignored = flat == ignore_index
-        target = flat - vocab_start
-        lse, target_logit = combine_stats(gather_stats(reference_stats(rows, target, width), group))
-        ctx.save_for_backward(rows, target, lse, ignored)
-        ctx.width, ctx.shape = width, logits.shape
-        return (lse - target_logit).masked_fill_(ignored, 0).view(labels.shape)
+        ctx.kernels = use_kernels("vocab_parallel_cross_entropy", logits)
+        if ctx.kernels:
+            stats = torch.ops.neox.cross_entropy_stats(rows, flat, vocab_start, width)
+            loss, lse = torch.ops.neox.cross_entropy_combine(gather_stats(stats, group), flat, ignore_index)
+        else:
+            stats = reference_stats(rows, flat - vocab_start, width)
+            loss, lse = combine_stats(gather_stats(stats, group), flat, ignore_index)
+        ctx.save_for_backward(logits, flat, lse)
+        ctx.numbers = vocab_start, width, ignore_index
+        ctx.overwrite_logits = overwrite_logits
+        return loss.view(labels.shape)
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        rows, target, lse, ignored = ctx.saved_tensors
-        scale = dloss.reshape(-1).masked_fill(ignored, 0)
-        grad = reference_gradient(rows, target, lse, scale, ctx.width)
-        return grad.view(ctx.shape), None, None, None, None, None
+        logits, labels, lse = ctx.saved_tensors
+        vocab_start, width, ignore_index = ctx.numbers
+        rows, scale = logits.reshape(-1, logits.shape[-1]), dloss.reshape(-1)
+        if ctx.overwrite_logits:
+            # Saved tensors carry a version: whoever else needs these logits for a gradient, and a second backward
+            # through this node, fail with torch's own message instead of reading gradients as logits.
+            rows = logits.detach().view(rows.shape)
+            torch.autograd.graph.increment_version(logits)
+        if not ctx.kernels:
+            out = rows if ctx.overwrite_logits else torch.empty_like(rows, memory_format=torch.contiguous_format)
+            scale = scale.masked_fill(labels == ignore_index, 0)
+            grad = reference_gradient(rows, labels - vocab_start, lse, scale, width, out)
+        elif ctx.overwrite_logits:
+            torch.ops.neox.cross_entropy_gradient_(rows, labels, lse, scale, vocab_start, width, ignore_index)
+            grad = rows
+        else:
+            grad = torch.ops.neox.cross_entropy_gradient(rows, labels, lse, scale, vocab_start, width, ignore_index)
+        return grad.view(logits.shape), None, None, None, None, None, None
+
+
+# The compiled operators (csrc/rocm_kernels/cross_entropy.cu): schema and shapes for tracing. They are steps of the
+# function above, which owns the gradient: a collective lies between them.
+
+_ROWS = "Tensor labels, Tensor lse, Tensor dloss, int vocab_start, int width, int ignore_index"
+torch.library.define(
+    "neox::cross_entropy_stats", "(Tensor logits, Tensor labels, int vocab_start, int width) -> Tensor"
+)
+torch.library.define(
+    "neox::cross_entropy_combine", "(Tensor stats, Tensor labels, int ignore_index) -> (Tensor, Tensor)"
+)
+torch.library.define("neox::cross_entropy_gradient", f"(Tensor logits, {_ROWS}) -> Tensor")
+torch.library.define("neox::cross_entropy_gradient_", f"(Tensor(a!) logits, {_ROWS}) -> ()")
+
+
+@torch.library.register_fake("neox::cross_entropy_stats")
+def _(logits: Tensor, labels: Tensor, vocab_start: int, width: int) -> Tensor:
+    return logits.new_empty(3, logits.shape[0], dtype=torch.float32)
+
+
+@torch.library.register_fake("neox::cross_entropy_combine")
+def _(stats: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    return stats.new_empty(stats.shape[2]), stats.new_empty(stats.shape[2])
+
+
+@torch.library.register_fake("neox::cross_entropy_gradient")
+def _(logits: Tensor, labels: Tensor, lse: Tensor, dloss: Tensor, *_: int) -> Tensor:
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("neox::cross_entropy_gradient_")
+def _(logits: Tensor, labels: Tensor, lse: Tensor, dloss: Tensor, *_: int) -> None:
+    return None

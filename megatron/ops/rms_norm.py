@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron.ops.kernels import use_kernels
 from megatron.ops.rows import compute_dtype, rows_per_block
 
 
@@ -20,6 +21,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, hf_rounding: bool = False) -
     Saves `x` and one fp32 number per row for the backward pass. Raises ValueError if the shapes do not fit.
     """
     _check(x, weight)
+    if use_kernels("rms_norm", x, weight):
+        y: Tensor = torch.ops.neox.rms_norm(x, weight, eps, hf_rounding)[0]
+        return y
     return _RmsNorm.apply(x, weight, eps, hf_rounding)
 
 
@@ -37,6 +41,9 @@ def add_rms_norm(
             f"add_rms_norm: x is {x.dtype} {tuple(x.shape)} and residual {residual.dtype} {tuple(residual.shape)}; "
             f"give two tensors of one shape and dtype"
         )
+    if use_kernels("add_rms_norm", x, residual, weight):
+        total, y, _ = torch.ops.neox.add_rms_norm(x, residual, weight, eps, hf_rounding)
+        return total, y
     return _AddRmsNorm.apply(x, residual, weight, eps, hf_rounding)
 
 
@@ -142,3 +149,71 @@ class _AddRmsNorm(torch.autograd.Function):
         dx, dw = reference_backward(dy.reshape(rows.shape), rows, weight, rstd, extra, ctx.hf_rounding)
         dx = dx.view(total.shape)
         return dx, dx, dw.to(weight.dtype), None, None
+
+
+# The compiled operators (csrc/rocm_kernels/rms_norm.cu): schema, shapes for tracing, gradients.
+
+torch.library.define("neox::rms_norm", "(Tensor x, Tensor weight, float eps, bool hf_rounding) -> (Tensor, Tensor)")
+torch.library.define(
+    "neox::add_rms_norm",
+    "(Tensor x, Tensor residual, Tensor weight, float eps, bool hf_rounding) -> (Tensor, Tensor, Tensor)",
+)
+torch.library.define(
+    "neox::rms_norm_backward",
+    "(Tensor dy, Tensor x, Tensor weight, Tensor rstd, Tensor? dsum, bool hf_rounding) -> (Tensor, Tensor)",
+)
+
+
+def _dense_like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("neox::rms_norm")
+def _(x: Tensor, weight: Tensor, eps: float, hf_rounding: bool) -> tuple[Tensor, Tensor]:
+    return _dense_like(x), x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32)
+
+
+@torch.library.register_fake("neox::add_rms_norm")
+def _(x: Tensor, residual: Tensor, weight: Tensor, eps: float, hf_rounding: bool) -> tuple[Tensor, Tensor, Tensor]:
+    return _dense_like(x), _dense_like(x), x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32)
+
+
+@torch.library.register_fake("neox::rms_norm_backward")
+def _(
+    dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, dsum: Tensor | None, hf_rounding: bool
+) -> tuple[Tensor, Tensor]:
+    return _dense_like(x), weight.new_empty(weight.shape, dtype=torch.float32)
+
+
+def _save_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, _, ctx.hf_rounding = inputs
+    ctx.save_for_backward(x, weight, output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _norm_gradients(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return None, None, None, None
+    x, weight, rstd = ctx.saved_tensors
+    dx, dw = torch.ops.neox.rms_norm_backward(dy, x, weight, rstd, None, ctx.hf_rounding)
+    return dx, dw.to(weight.dtype), None, None
+
+
+def _save_add_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _, _, weight, _, ctx.hf_rounding = inputs
+    ctx.save_for_backward(output[0], weight, output[2])
+    ctx.set_materialize_grads(False)
+
+
+def _add_norm_gradients(
+    ctx: Any, dsum: Tensor | None, dy: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return dsum, dsum, None, None, None
+    total, weight, rstd = ctx.saved_tensors
+    dx, dw = torch.ops.neox.rms_norm_backward(dy, total, weight, rstd, dsum, ctx.hf_rounding)
+    return dx, dx, dw.to(weight.dtype), None, None
+
+
+torch.library.register_autograd("neox::rms_norm", _norm_gradients, setup_context=_save_norm)
+torch.library.register_autograd("neox::add_rms_norm", _add_norm_gradients, setup_context=_save_add_norm)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron.ops.kernels import use_kernels
 from megatron.ops.rows import compute_dtype
 
 
@@ -35,10 +36,13 @@ def apply_rotary(
             raise ValueError(f"apply_rotary: {s} positions, tables hold {cos.shape[0]}; raise max_position_embeddings")
     elif positions.shape != (b, s):
         raise ValueError(f"apply_rotary: positions are {tuple(positions.shape)}, expected [b, s] = {(b, s)}")
+    if use_kernels("apply_rotary", q, k):
+        turned: tuple[Tensor, Tensor] = torch.ops.neox.rotary(q, k, cos, sin, positions, False)
+        return turned
     return _Rotary.apply(q, k, cos, sin, positions)
 
 
-def _rows_of_tables(cos: Tensor, sin: Tensor, positions: Tensor | None, s: int, like: Tensor) -> tuple[Tensor, Tensor]:
+def tables_of_tokens(cos: Tensor, sin: Tensor, positions: Tensor | None, s: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """(cos twice side by side, sin) for every token, broadcastable to [s, b, heads, .]."""
     if positions is None:
         c, sn = cos[:s, None, None], sin[:s, None, None]
@@ -71,11 +75,44 @@ class _Rotary(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos, sin, positions)
-        cos2, sin1 = _rows_of_tables(cos, sin, positions, q.shape[0], q)
+        cos2, sin1 = tables_of_tokens(cos, sin, positions, q.shape[0], q)
         return reference_rotate(q, cos2, sin1, False), reference_rotate(k, cos2, sin1, False)
 
     @staticmethod
     def backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         cos, sin, positions = ctx.saved_tensors
-        cos2, sin1 = _rows_of_tables(cos, sin, positions, dq.shape[0], dq)
+        cos2, sin1 = tables_of_tokens(cos, sin, positions, dq.shape[0], dq)
         return reference_rotate(dq, cos2, sin1, True), reference_rotate(dk, cos2, sin1, True), None, None, None
+
+
+# The compiled operators (csrc/rocm_kernels/rotary.cu): schema, shapes for tracing, gradients.
+
+_ARGUMENTS = "Tensor cos, Tensor sin, Tensor? positions, bool conjugate"
+torch.library.define("neox::rotary", f"(Tensor q, Tensor k, {_ARGUMENTS}) -> (Tensor, Tensor)")
+torch.library.define("neox::rotary_", f"(Tensor(a!) q, Tensor(b!) k, {_ARGUMENTS}) -> ()")
+
+
+@torch.library.register_fake("neox::rotary")
+def _(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, conjugate: bool
+) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape)
+
+
+@torch.library.register_fake("neox::rotary_")
+def _(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, conjugate: bool) -> None:
+    return None
+
+
+def _save_tables(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, _, cos, sin, positions, ctx.conjugate = inputs
+    ctx.save_for_backward(cos, sin, positions)
+
+
+def _turn_back(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
+    cos, sin, positions = ctx.saved_tensors
+    q, k = torch.ops.neox.rotary(dq, dk, cos, sin, positions, not ctx.conjugate)
+    return q, k, None, None, None, None
+
+
+torch.library.register_autograd("neox::rotary", _turn_back, setup_context=_save_tables)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron.model.layout import split_up_gate
+from megatron.ops.kernels import use_kernels
 from megatron.ops.rows import compute_dtype, rows_per_block
 
 _silu = torch.ops.aten.silu.out
@@ -21,6 +22,9 @@ def swiglu(fused: Tensor) -> Tensor:
     """
     if fused.dim() == 0 or fused.shape[-1] % 2:
         raise ValueError(f"swiglu: the last dimension of {tuple(fused.shape)} must hold up and gate, two equal halves")
+    if use_kernels("swiglu", fused):
+        out: Tensor = torch.ops.neox.swiglu(fused)
+        return out
     return _SwiGlu.apply(fused)
 
 
@@ -66,3 +70,31 @@ class _SwiGlu(torch.autograd.Function):
         (fused,) = ctx.saved_tensors
         rows = fused.reshape(-1, fused.shape[-1])
         return reference_backward(dout.reshape(rows.shape[0], -1), rows).view(fused.shape)
+
+
+# The compiled operators (csrc/rocm_kernels/swiglu.cu): schema, shapes for tracing, gradients.
+
+torch.library.define("neox::swiglu", "(Tensor fused) -> Tensor")
+torch.library.define("neox::swiglu_backward", "(Tensor dout, Tensor fused) -> Tensor")
+
+
+@torch.library.register_fake("neox::swiglu")
+def _(fused: Tensor) -> Tensor:
+    return fused.new_empty(*fused.shape[:-1], fused.shape[-1] // 2)
+
+
+@torch.library.register_fake("neox::swiglu_backward")
+def _(dout: Tensor, fused: Tensor) -> Tensor:
+    return torch.empty_like(fused, memory_format=torch.contiguous_format)
+
+
+def _save_fused(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _fused_gradient(ctx: Any, dout: Tensor) -> Tensor:
+    grad: Tensor = torch.ops.neox.swiglu_backward(dout, *ctx.saved_tensors)
+    return grad
+
+
+torch.library.register_autograd("neox::swiglu", _fused_gradient, setup_context=_save_fused)

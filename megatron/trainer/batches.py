@@ -14,14 +14,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.data import Dataset
 
+from megatron.data.packed import Sample, SampleDataset
 from megatron.model.loss import IGNORE_INDEX, step_weight
+from megatron.neox_arguments.errors import UserError
 
 MicroBatch = Mapping[str, Tensor]
 
 
-class EmptyBatchError(ValueError):
+class EmptyBatchError(UserError):
     """No token of the global batch carries a target."""
 
 
@@ -74,7 +75,7 @@ def _inputs(batch: MicroBatch) -> Tensor | tuple[Tensor, Tensor]:
 
 
 def evaluation_micro_batches(
-    dataset: Dataset, samples: int, micro_batch: int, dp_rank: int, dp_size: int
+    dataset: SampleDataset, samples: int, micro_batch: int, dp_rank: int, dp_size: int
 ) -> list[MicroBatch]:
     """The first `samples` samples of a data set, each exactly once over the data-parallel ranks.
 
@@ -85,18 +86,11 @@ def evaluation_micro_batches(
     batches = []
     for index in range(rounds):
         first = (index * dp_size + dp_rank) * micro_batch
-        batches.append(_stack([_sample_or_blank(dataset, i, samples) for i in range(first, first + micro_batch)]))
+        places = range(first, first + micro_batch)
+        batches.append(_stack([dataset[i] if i < samples else dataset.padding() for i in places]))
     return batches
 
 
-def _sample_or_blank(dataset: Dataset, index: int, samples: int) -> dict[str, Tensor]:
-    if index < samples:
-        return dataset[index]
-    blank = dict(dataset[0])
-    blank["labels"] = torch.full_like(blank["labels"], IGNORE_INDEX)
-    return blank
-
-
-def _stack(samples: list[dict[str, Tensor]]) -> MicroBatch:
+def _stack(samples: list[Sample]) -> MicroBatch:
     keys = [key for key in ("tokens", "labels", "positions") if key in samples[0]]
     return {key: torch.stack([sample[key] for sample in samples]) for key in keys}

@@ -6,8 +6,11 @@ nearly every shipped configuration. Here the engine is read back.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import deepspeed
 import torch
@@ -38,13 +41,31 @@ def build_model(args: NeoXArgs, device: torch.device) -> LlamaPipelineModule:
 
 def build_engine(args: NeoXArgs, model: LlamaPipelineModule, log: Callable[[str], None]) -> PipelineEngine:
     """DeepSpeed's pipeline engine with ZeRO-1; its fp32 masters are copies of the model's present weights."""
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=build_optimizer(model, args), config=args.deepspeed_config, dist_init_required=False
-    )
+    engine = _initialize(model, args.deepspeed_config, build_optimizer(model, args))
     _check(engine, args)
     for line in describe(engine, args):
         log(line)
+    return engine
+
+
+def build_inference_engine(args: NeoXArgs, model: LlamaPipelineModule) -> PipelineEngine:
+    """The same pipeline without optimizer, for evaluation and generation; `model` holds its weights already."""
+    config = {
+        "train_micro_batch_size_per_gpu": args.train_micro_batch_size_per_gpu,
+        "gradient_accumulation_steps": 1,
+        "bf16": {"enabled": args.precision == "bfloat16"},
+        "fp16": {"enabled": args.precision == "fp16"},
+    }
+    return _initialize(model, config)
+
+
+def _initialize(
+    model: LlamaPipelineModule, config: dict[str, Any], optimizer: torch.optim.Optimizer | None = None
+) -> PipelineEngine:
+    """`deepspeed.initialize` without its chatter: memory readings go to stdout, everything else to its logger."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    with contextlib.redirect_stdout(io.StringIO()):
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
     return engine
 
 

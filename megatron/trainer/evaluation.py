@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from deepspeed.runtime.pipe.engine import PipelineEngine
-from torch.utils.data import Dataset
 
+from megatron.data.packed import SampleDataset
 from megatron.neox_arguments import NeoXArgs
+from megatron.neox_arguments.errors import UserError
 from megatron.trainer.batches import assemble, evaluation_micro_batches
 
 
@@ -26,14 +27,16 @@ class Evaluation:
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
 
-def evaluate(engine: PipelineEngine, args: NeoXArgs, dataset: Any, max_samples: int | None = None) -> Evaluation:
+def evaluate(
+    engine: PipelineEngine, args: NeoXArgs, dataset: SampleDataset, max_samples: int | None = None
+) -> Evaluation:
     """Loss over the first samples of `dataset` (all of them by default). Collective over all ranks.
 
     The engine's training state is untouched: a run with and without evaluations gives the same weights.
     """
     samples = min(len(dataset), max_samples) if max_samples is not None else len(dataset)
     if samples == 0:
-        raise ValueError("the validation set has no samples; it needs at least seq_length + 1 tokens")
+        raise UserError("the validation set has no samples; it needs at least seq_length + 1 tokens")
     reads_data = engine.is_first_stage() or engine.is_last_stage()
     micro, dp = args.train_micro_batch_size_per_gpu, args.data_parallel_size
     rounds = -(-samples // (micro * dp))
@@ -50,7 +53,7 @@ def evaluate(engine: PipelineEngine, args: NeoXArgs, dataset: Any, max_samples: 
 
 
 def evaluate_all(
-    engine: PipelineEngine, args: NeoXArgs, datasets: dict[str, Dataset], max_samples: int | None = None
+    engine: PipelineEngine, args: NeoXArgs, datasets: Mapping[str, SampleDataset], max_samples: int | None = None
 ) -> dict[str, Evaluation]:
     """`evaluate` for every source, by name."""
     return {name: evaluate(engine, args, dataset, max_samples) for name, dataset in datasets.items()}

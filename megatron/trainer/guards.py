@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 
 from megatron.neox_arguments import NeoXArgs
+from megatron.neox_arguments.errors import UserError
 
 MARGIN_NATS = 2.0
 
 
-class SuspiciousLossError(RuntimeError):
+class SuspiciousLossError(UserError):
     """A continued run starts at the loss of a random model, or a loss is not a number."""
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
-from megatron.checkpoint import TrainState, load_checkpoint, save_checkpoint
+from megatron.checkpoint import TrainState, load_checkpoint, prepare_save, save_checkpoint
 from megatron.data import Datasets, MicroBatches, build_datasets
+from megatron.launcher.distributed import Place, initialize
 from megatron.neox_arguments import NeoXArgs
 from megatron.trainer.batches import MicroBatch, StepBatch, assemble
 from megatron.trainer.engine import build_engine, build_model
@@ -18,26 +18,35 @@ from megatron.trainer.progress import Progress
 from megatron.trainer.schedule import learning_rate
 
 
-def train(args: NeoXArgs, device: torch.device) -> None:
-    """Train to `args.train_iters`. Collective: every rank of the initialised world calls it."""
-    progress = Progress(args, torch.distributed.get_rank())
+def train(args: NeoXArgs) -> None:
+    """Train to `args.train_iters`. Collective: every rank that was started calls it."""
+    run_training(args, initialize(args))
+
+
+def run_training(args: NeoXArgs, place: Place) -> None:
+    """`train` in a world that is initialised already."""
+    progress = Progress(args, place.rank)
     datasets = build_datasets(args)
-    model = build_model(args, device)
+    for note in datasets.notes:
+        progress.say(note)
+    model = build_model(args, place.device)
     if args.from_scratch:
         model.initialise_from_scratch()
     engine = build_engine(args, model, progress.say)
-    state = TrainState() if args.from_scratch else load_checkpoint(engine, args, log=progress.say)
+    state = load_checkpoint(engine, args, data_fingerprints=datasets.fingerprints, log=progress.say) or TrainState()
+    if args.save:
+        prepare_save(engine, args, log=progress.say)
     progress.say(f"starting at iteration {state.iteration}, {state.consumed_samples} samples consumed")
     if state.iteration == 0:
         report_validation(engine, args, datasets, progress, 0)
+        save_if_due(engine, args, datasets, progress, state)
     batches = TrainingBatches(engine, args, datasets, state)
     while state.iteration < args.train_iters:
         train_step(engine, args, batches, state, progress)
         with progress.off_the_clock():
             if args.eval_interval and state.iteration % args.eval_interval == 0:
                 report_validation(engine, args, datasets, progress, state.iteration)
-            if is_save_point(args, state.iteration):
-                save_checkpoint(engine, args, state, data_fingerprints=datasets.fingerprints, log=progress.say)
+            save_if_due(engine, args, datasets, progress, state)
     progress.close()
 
 
@@ -90,11 +99,18 @@ def train_step(
     return loss
 
 
+def save_if_due(
+    engine: PipelineEngine, args: NeoXArgs, datasets: Datasets, progress: Progress, state: TrainState
+) -> None:
+    if is_save_point(args, state.iteration):
+        save_checkpoint(engine, args, state, data_fingerprints=datasets.fingerprints, log=progress.say)
+
+
 def is_save_point(args: NeoXArgs, iteration: int) -> bool:
-    """Every `checkpoint_factor` iterations, at the `extra_save_iters`, and at the end."""
+    """Every `checkpoint_factor` iterations, at the `extra_save_iters` (0: before the first step), and at the end."""
     if not args.save:
         return False
-    every = args.checkpoint_factor and iteration % args.checkpoint_factor == 0
+    every = args.checkpoint_factor and iteration and iteration % args.checkpoint_factor == 0
     return bool(every or iteration in (args.extra_save_iters or ()) or iteration == args.train_iters)
 
 

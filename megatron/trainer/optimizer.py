@@ -25,10 +25,11 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
 
 def build_optimizer(module: nn.Module, args: NeoXArgs) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter 2019) over this rank's parameters; DeepSpeed shards its state by ZeRO-1."""
+    beta1, beta2 = args.optimizer.params.betas
     return torch.optim.AdamW(
         parameter_groups(module, args.weight_decay),
         lr=args.lr,
-        betas=args.optimizer.params.betas,
+        betas=(beta1, beta2),
         eps=args.optimizer.params.eps,
         fused=True,
     )

@@ -10,7 +10,7 @@ import torch
 
 from tests.models import LLAMA3_ROPE, Case
 from tests.ranks import run_ranks
-from tests.training import build, make_samples, rank_parameters, relative_difference, step, whole_model
+from tests.training import Samples, build, make_samples, rank_parameters, relative_difference, step, whole_model
 
 pytestmark = pytest.mark.distributed
 
@@ -57,8 +57,8 @@ def _train(rank: int, world_size: int, case: Case, split: tuple[int, int, int], 
         if evals:
             from megatron.trainer.evaluation import evaluate
 
-            evaluate(engine, args, samples[:3])
-            evaluate(engine, args, samples[3:10])
+            evaluate(engine, args, Samples(samples[:3]))
+            evaluate(engine, args, Samples(samples[3:10]))
     return history, rank_parameters(engine), type(engine.optimizer).__name__
 
 

@@ -1,0 +1,73 @@
+/* The C interface of the kernels: no torch, no C++ in it.
+ *
+ * Pointers are device pointers (host pointers for the emulator build). Strides count elements; the innermost dimension
+ * is dense. `type` is one of NEOX_BF16, NEOX_FP16, NEOX_FP32 and names the element type of every void pointer. Every
+ * function queues its kernels on `stream` and returns 0, or 1 with the reason in neox_last_error(). */
+#pragma once
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum { NEOX_BF16 = 0, NEOX_FP16 = 1, NEOX_FP32 = 2 };
+
+const char* neox_last_error(void);
+int neox_wave_size(void);            /* lanes per wave the library was built for */
+const char* neox_architectures(void); /* "gfx90a,gfx942", "sm_90", or "host emulator" */
+
+/* y = x rstd weight with rstd = rsqrt(mean(x^2) + eps), rows of `width`; y, rstd and sum are dense. With `residual`,
+ * x + residual rounded to the element type goes to `sum` and is what is normalised; both null otherwise. */
+int neox_rms_norm_forward(void* stream, int type, void* y, float* rstd, void* sum, const void* x, const void* residual,
+                          const void* weight, int64_t rows, int64_t width, int64_t x_stride, int64_t residual_stride,
+                          float eps, int hf_rounding);
+
+/* dx = rstd (w dy - x c) [+ dsum], c = rstd^2 mean(x w dy). dweight [width] fp32 is summed over `partial` [partial_rows,
+ * width] in a fixed order; partial_rows comes from neox_rms_norm_partial_rows() and depends on the shape alone. */
+int64_t neox_rms_norm_partial_rows(int type, int64_t rows, int64_t width);
+int neox_rms_norm_backward(void* stream, int type, void* dx, float* dweight, float* partial, const void* dy,
+                           const void* x, const void* weight, const float* rstd, const void* dsum, int64_t rows,
+                           int64_t width, int64_t dy_stride, int64_t x_stride, int64_t dsum_stride, int hf_rounding);
+
+/* Half-split rotation of q [s, b, q_heads, d] and k [s, b, k_heads, d] by strides into q_out, k_out, which may be the
+ * inputs themselves. Strides are given as {s, b, head}. cos and sin are fp32 [max_pos, half], 2 half <= d; elements from
+ * 2 half on are copied. positions [b, s] int64 by strides {b, s}, or null for 0..s-1. conjugate turns back. */
+int neox_rotary(void* stream, int type, void* q_out, void* k_out, const void* q, const void* k, const float* cos,
+                const float* sin, const int64_t* positions, int64_t s, int64_t b, int64_t q_heads, int64_t k_heads,
+                int64_t d, int64_t half, const int64_t q_strides[3], const int64_t k_strides[3],
+                const int64_t q_out_strides[3], const int64_t k_out_strides[3], const int64_t position_strides[2],
+                int conjugate);
+
+/* out = up silu(gate), fused = [up | gate], each `width` wide. */
+int neox_swiglu_forward(void* stream, int type, void* out, const void* fused, int64_t rows, int64_t width,
+                        int64_t fused_stride);
+int neox_swiglu_backward(void* stream, int type, void* dfused, const void* dout, const void* fused, int64_t rows,
+                         int64_t width, int64_t dout_stride, int64_t fused_stride);
+
+/* labels [rows] count the whole vocabulary, whose column `vocab_start` is the first of these logits; a label outside
+ * [vocab_start, vocab_start + width) has its column elsewhere.
+ *
+ * stats [3, rows]: maximum, sum of exp(logit - maximum), target logit (-inf if elsewhere), over `width` columns. */
+int neox_cross_entropy_stats(void* stream, int type, float* stats, const void* logits, const int64_t* labels,
+                             int64_t vocab_start, int64_t rows, int64_t width, int64_t stride);
+
+/* loss and log-sum-exp [rows] from the statistics [ranks, 3, rows] of all ranks; loss is 0 at ignore_index. */
+int neox_cross_entropy_combine(void* stream, float* loss, float* lse, const float* stats, const int64_t* labels,
+                               int64_t ignore_index, int64_t ranks, int64_t rows);
+
+/* gradient = dloss (softmax - onehot), 0 at ignore_index and in columns width..columns; may be `logits` itself. */
+int neox_cross_entropy_gradient(void* stream, int type, void* gradient, const void* logits, const int64_t* labels,
+                                int64_t vocab_start, int64_t ignore_index, const float* lse, const float* dloss,
+                                int64_t rows, int64_t width, int64_t columns, int64_t stride, int64_t gradient_stride);
+
+#ifdef NEOX_HOST_EMULATOR
+/* What a launch may touch, and the wave size of the next launches. */
+void neox_emulator_allow(const void* begin, int64_t bytes, int writable);
+void neox_emulator_forget(void);
+int neox_emulator_set_wave(int wave);
+#endif
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,134 @@
+"""What a kernel's result may differ from the truth: the checks of the self-test and of the emulator tests.
+
+The truth is the reference in fp64. A kernel may be at most twice as wrong as plain PyTorch is in the same dtype, row
+by row, plus what nobody can avoid: one rounding of the result, and a few fp32 roundings of the terms it is made of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron.ops.cross_entropy import combine_stats, reference_gradient, reference_stats
+from megatron.ops.rms_norm import reference_backward as norm_backward
+from megatron.ops.rms_norm import reference_forward as norm_forward
+from megatron.ops.rotary import reference_rotate, tables_of_tokens
+from megatron.ops.swiglu import reference_backward as swiglu_backward
+from megatron.ops.swiglu import reference_forward as swiglu_forward
+
+FP32_EPS = torch.finfo(torch.float32).eps
+kernels = torch.ops.neox
+
+
+@dataclass(frozen=True)
+class Check:
+    """One result three ways; `terms` is the size of the terms that were added up to make it, where they may cancel."""
+
+    name: str
+    kernel: Tensor
+    plain: Tensor
+    exact: Tensor
+    terms: Tensor
+
+    def excess(self) -> float:
+        """Largest error as a fraction of what is allowed; above 1, or NaN, the kernel is wrong."""
+        if self.kernel.numel() == 0:
+            return 0.0
+        kernel, plain, exact = (_rows(t.double()) for t in (self.kernel, self.plain, self.exact))
+        odd = ~exact.isfinite()
+        if not torch.equal(torch.where(odd, kernel, 0.0).nan_to_num(), torch.where(odd, exact, 0.0).nan_to_num()):
+            return float("nan")
+        error, own = ((t - exact).masked_fill(odd, 0).abs().amax(1) for t in (kernel, plain))
+        rounding = torch.finfo(self.kernel.dtype).eps * exact.masked_fill(odd, 0).abs().amax(1)
+        terms = 4 * FP32_EPS * _rows(self.terms.double()).expand_as(exact).amax(1)
+        allowed = 2 * own + rounding + terms + torch.finfo(self.kernel.dtype).tiny
+        return float((error / allowed).max())
+
+
+def _rows(t: Tensor) -> Tensor:
+    return t.reshape(1, -1) if t.dim() < 2 else t.reshape(-1, t.shape[-1])
+
+
+def equal(name: str, kernel: Tensor, expected: Tensor) -> Check:
+    """A check that allows no difference at all."""
+    wrong = (kernel != expected).double()
+    zero = torch.zeros_like(wrong)
+    return Check(name, wrong, zero, zero, zero)
+
+
+def norm_checks(
+    x: Tensor, weight: Tensor, dy: Tensor, eps: float, residual: Tensor | None = None, dsum: Tensor | None = None
+) -> Iterator[Check]:
+    """RMSNorm of `x` [rows, width], or of x + residual, forward and backward."""
+    if residual is None:
+        y, rstd = kernels.rms_norm(x, weight, eps, False)
+        total = x
+    else:
+        total, y, rstd = kernels.add_rms_norm(x, residual, weight, eps, False)
+        yield equal("sum", total, x + residual)
+    x64, w64, dy64 = total.double(), weight.double(), dy.double()
+    plain_y, plain_rstd = norm_forward(total, weight, eps, False)
+    exact_y, exact_rstd = norm_forward(x64, w64, eps, False)
+    yield Check("y", y, plain_y, exact_y, exact_y.abs())
+    yield Check("rstd", rstd[:, None], plain_rstd[:, None], exact_rstd[:, None], exact_rstd[:, None])
+    dx, dw = kernels.rms_norm_backward(dy, total, weight, rstd, dsum, False)
+    plain = norm_backward(dy, total, weight, plain_rstd, dsum, False)
+    exact = norm_backward(dy64, x64, w64, exact_rstd, None if dsum is None else dsum.double(), False)
+    product = (dy64 * x64 * exact_rstd[:, None]).abs()
+    straight = (dy64 * w64).abs() * exact_rstd[:, None]
+    mean = (product * w64.abs()).mean(1, keepdim=True)
+    extra = 0 if dsum is None else dsum.double().abs()
+    yield Check("dx", dx, plain[0], exact[0], straight + (x64 * exact_rstd[:, None] ** 2).abs() * mean + extra)
+    yield Check("dweight", dw, plain[1], exact[1], product.sum(0))
+    again = kernels.rms_norm_backward(dy, total, weight, rstd, dsum, False)[1]
+    yield equal("dweight, second run", again, dw)
+
+
+def rotary_checks(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None) -> Iterator[Check]:
+    """Rotation of q and k, there and back."""
+    tables = [tables_of_tokens(cos, sin, positions, q.shape[0], t) for t in (q, q.double())]
+    for conjugate in (False, True):
+        turned = kernels.rotary(q, k, cos, sin, positions, conjugate)
+        for name, x, result in zip("qk", (q, k), turned, strict=True):
+            plain = reference_rotate(x, *tables[0], conjugate)
+            exact = reference_rotate(x.double(), *tables[1], conjugate)
+            yield Check(f"{name}{' back' if conjugate else ''}", result, plain, exact, exact.abs())
+
+
+def swiglu_checks(fused: Tensor, dout: Tensor) -> Iterator[Check]:
+    """SwiGLU of `fused` [rows, 2 F] and its gradient."""
+    exact = swiglu_forward(fused.double())
+    yield Check("out", kernels.swiglu(fused), swiglu_forward(fused), exact, exact.abs())
+    exact = swiglu_backward(dout.double(), fused.double())
+    result = kernels.swiglu_backward(dout, fused)
+    yield Check("dfused", result, swiglu_backward(dout, fused), exact, exact.abs())
+
+
+def cross_entropy_checks(
+    logits: Tensor, labels: Tensor, dloss: Tensor, vocab_start: int, width: int, ignore_index: int = -100
+) -> Iterator[Check]:
+    """Statistics, loss and gradient of one rank's logits [rows, columns], of which `width` are true columns."""
+
+    def plain(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        local = labels - vocab_start
+        stats = reference_stats(x, local, width)
+        loss, lse = combine_stats(stats[None], labels, ignore_index)
+        scale = dloss.to(lse.dtype).masked_fill(labels == ignore_index, 0)
+        return loss, lse, reference_gradient(x, local, lse, scale, width, torch.empty_like(x))
+
+    stats = kernels.cross_entropy_stats(logits, labels, vocab_start, width)
+    loss, lse = kernels.cross_entropy_combine(stats[None], labels, ignore_index)
+    own, exact = plain(logits), plain(logits.double())
+    size = exact[1].abs() + logits[:, :width].double().abs().masked_fill(logits[:, :width].isinf(), 0).amax(1)
+    yield Check("loss", loss[:, None], own[0][:, None], exact[0][:, None], size[:, None])
+    yield Check("log-sum-exp", lse[:, None], own[1][:, None], exact[1][:, None], size[:, None])
+    arguments = (labels, lse, dloss, vocab_start, width, ignore_index)
+    gradient = kernels.cross_entropy_gradient(logits, *arguments)
+    yield Check("gradient", gradient, own[2], exact[2], (dloss.double().abs() * (1 + size))[:, None])
+    overwritten = logits.clone()
+    kernels.cross_entropy_gradient_(overwritten, *arguments)
+    yield equal("gradient in place", overwritten, gradient)
+    yield equal("gradient of padding", gradient[:, width:], torch.zeros_like(gradient[:, width:]))

@@ -1,0 +1,136 @@
+"""Proves the kernels on the machine at hand: `python -m megatron.ops.selftest`.
+
+Every operator against fp64, then its bandwidth against a copy in the same run. Exit code 1 if a kernel is wrong,
+2 if there are none. Without a GPU the host emulator is tested, which has no bandwidth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from megatron.ops import accuracy
+from megatron.ops.accuracy import Check
+from megatron.ops.bandwidth import Clock
+from megatron.ops.kernels import KERNEL_DTYPES, KernelsUnavailable, architectures, load_library
+
+kernels = torch.ops.neox
+
+
+def rotary_tables(positions: int, half: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """fp32 cosines and sines [positions, half] of the usual frequencies, from fp64 angles."""
+    frequency = 500000.0 ** -(torch.arange(half, dtype=torch.float64) / half)
+    angle = torch.outer(torch.arange(positions, dtype=torch.float64), frequency)
+    return angle.cos().float().to(device), angle.sin().float().to(device)
+
+
+def checks(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Check]]:
+    """(operator, check) for every operator: the vector kernels, the scalar ones, and several rows per group."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    for rows, width in ((7, 4096), (70, 1024), (5, 63)):
+        x, dy, residual, dsum = (random(rows, width) for _ in range(4))
+        for check in accuracy.norm_checks(x, random(width), dy, 1e-5):
+            yield "rms_norm", check
+        for check in accuracy.norm_checks(x, random(width), dy, 1e-5, residual, dsum):
+            yield "add_rms_norm", check
+    for d, half in ((128, 64), (80, 20)):
+        packed = random(9, 2, (4 + 2 * 2) * d)
+        q, k, _ = packed.unflatten(-1, (8, d)).split((4, 2, 2), -2)
+        positions = torch.randint(0, 50, (2, 9), generator=generator).to(device)
+        for check in accuracy.rotary_checks(q, k, *rotary_tables(50, half, device), positions):
+            yield "rotary", check
+    for rows, width in ((7, 1792), (5, 33)):
+        for check in accuracy.swiglu_checks(random(rows, 2 * width), random(rows, width)):
+            yield "swiglu", check
+    for columns, width in ((16032, 16000), (777, 777)):
+        logits, dloss = random(6, columns) * 4, torch.rand(6, generator=generator).to(device)
+        labels = torch.tensor([3, 5 + width // 2, -100, 4, 2 + width, 9]).to(device)
+        for check in accuracy.cross_entropy_checks(logits, labels, dloss, 3, width):
+            yield "cross_entropy", check
+
+
+def failures(device: torch.device) -> list[str]:
+    """One line for every wrong result of the loaded kernels; empty if all are right."""
+    failed = []
+    for dtype in KERNEL_DTYPES:
+        for op, check in checks(device, dtype):
+            excess = check.excess()
+            if not excess <= 1:
+                failed.append(f"{op} {check.name} in {dtype}: {excess:.3g} times the allowed error")
+    return failed
+
+
+def bandwidths(device: torch.device) -> Iterator[tuple[str, float]]:
+    """(operator, bytes per second) by the bytes it must move, for 8192 tokens of Llama-3.1-8B in bf16."""
+    clock = Clock(device)
+    yield "copy", clock.copy_bandwidth()
+    rows, hidden, ffn, vocabulary = 8192, 4096, 14336, 128256
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device, dtype=torch.bfloat16)
+
+    x, dy, residual, dsum, weight = *(random(rows, hidden) for _ in range(4)), random(hidden)
+    _, rstd = kernels.rms_norm(x, weight, 1e-5, False)
+    fused, dout = random(rows, 2 * ffn), random(rows, ffn)
+    q, k, _ = random(rows, 1, 48 * 128).unflatten(-1, (48, 128)).split((32, 8, 8), -2)
+    tables = rotary_tables(rows, 64, device)
+    logits, labels = random(rows, vocabulary), torch.randint(0, vocabulary, (rows,), device=device)
+    stats = kernels.cross_entropy_stats(logits, labels, 0, vocabulary)
+    _, lse = kernels.cross_entropy_combine(stats[None], labels, -100)
+    dloss = torch.ones_like(lse)
+    for name, elements, size, function in (
+        ("rms_norm", x.numel(), 4, lambda: kernels.rms_norm(x, weight, 1e-5, False)),
+        ("rms_norm backward", x.numel(), 6, lambda: kernels.rms_norm_backward(dy, x, weight, rstd, None, False)),
+        ("add_rms_norm", x.numel(), 8, lambda: kernels.add_rms_norm(x, residual, weight, 1e-5, False)),
+        ("add_rms_norm backward", x.numel(), 8, lambda: kernels.rms_norm_backward(dy, x, weight, rstd, dsum, False)),
+        ("rotary", q.numel() + k.numel(), 4, lambda: kernels.rotary(q, k, *tables, None, False)),
+        ("swiglu", dout.numel(), 6, lambda: kernels.swiglu(fused)),
+        ("swiglu backward", dout.numel(), 10, lambda: kernels.swiglu_backward(dout, fused)),
+        ("cross_entropy", logits.numel(), 2, lambda: kernels.cross_entropy_stats(logits, labels, 0, vocabulary)),
+        (
+            "cross_entropy gradient",
+            logits.numel(),
+            4,
+            lambda: kernels.cross_entropy_gradient_(logits, labels, lse, dloss, 0, vocabulary, -100),
+        ),
+    ):
+        yield name, elements * size / clock.time(function).median
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m megatron.ops.selftest", description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
+    asked = parser.parse_args(arguments).device
+    kind = asked if asked != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(kind)
+    try:
+        load_library(kind)
+    except KernelsUnavailable as error:
+        print(f"no kernels: {error}", file=sys.stderr)
+        return 2
+    print(f"kernels for {architectures(kind)} on {torch.cuda.get_device_name() if kind == 'cuda' else 'the CPU'}")
+    failed = failures(device)
+    for line in failed:
+        print(f"WRONG {line}")
+    if not failed:
+        print("every operator is right: rms_norm, add_rms_norm, rotary, swiglu, cross_entropy in bf16, fp16 and fp32")
+    if kind == "cuda":
+        copy = 0.0
+        for name, rate in bandwidths(device):
+            copy = copy or rate
+            print(f"{name:24s} {rate / 1e9:7.0f} GB/s  {rate / copy:5.2f} of copy")
+    else:
+        print("the emulator has no bandwidth; run this where a GPU is")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
