@@ -122,3 +122,28 @@ def standing_args(save: Path | str, **keys: Any) -> Any:
         "model_parallel_size": 2,
     }
     return SimpleNamespace(**(base | keys))
+
+
+def wasted_bytes(path: Path) -> int:
+    """Bytes of a torch file's storages that belong to no tensor: an uncloned view carries its whole flat buffer along."""
+    from megatron.checkpoint.deepspeed_files import OPTIMIZER_CLASSES
+    from megatron.checkpoint.torch_files import read_file
+
+    storages: dict[int, int] = {}
+    used = 0
+
+    def visit(value: Any) -> None:
+        nonlocal used
+        if isinstance(value, Tensor):
+            storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+            used += value.numel() * value.element_size()
+        elif isinstance(value, dict):
+            for item in value.values():
+                visit(item)
+        elif isinstance(value, list | tuple):
+            for item in value:
+                visit(item)
+
+    visit(read_file(path, classes=OPTIMIZER_CLASSES))
+    assert used, f"{path} holds no tensor"
+    return sum(storages.values()) - used

@@ -77,8 +77,8 @@ def load_layers(module: LlamaPipelineModule, folder: Path) -> set[tuple[str, str
 @torch.no_grad()
 def _copy(source: Tensor, target: Tensor, where: str) -> None:
     target.detach().copy_(source)
-    overflowed = target.dtype == torch.float16 and source.dtype != torch.float16
-    if overflowed and not bool(torch.isfinite(target).all()):
+    narrower = target.dtype == torch.float16 and source.dtype != torch.float16
+    if narrower and not bool(torch.isfinite(target).all()):
         raise CheckpointError(f"{where} does not fit into float16: train in bfloat16 or fp32")
 
 

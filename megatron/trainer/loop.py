@@ -39,14 +39,14 @@ def run_training(args: NeoXArgs, place: Place) -> None:
     progress.say(f"starting at iteration {state.iteration}, {state.consumed_samples} samples consumed")
     if state.iteration == 0:
         report_validation(engine, args, datasets, progress, 0)
+        save_if_due(engine, args, datasets, progress, state)
     batches = TrainingBatches(engine, args, datasets, state)
     while state.iteration < args.train_iters:
         train_step(engine, args, batches, state, progress)
         with progress.off_the_clock():
             if args.eval_interval and state.iteration % args.eval_interval == 0:
                 report_validation(engine, args, datasets, progress, state.iteration)
-            if is_save_point(args, state.iteration):
-                save_checkpoint(engine, args, state, data_fingerprints=datasets.fingerprints, log=progress.say)
+            save_if_due(engine, args, datasets, progress, state)
     progress.close()
 
 
@@ -99,11 +99,18 @@ def train_step(
     return loss
 
 
+def save_if_due(
+    engine: PipelineEngine, args: NeoXArgs, datasets: Datasets, progress: Progress, state: TrainState
+) -> None:
+    if is_save_point(args, state.iteration):
+        save_checkpoint(engine, args, state, data_fingerprints=datasets.fingerprints, log=progress.say)
+
+
 def is_save_point(args: NeoXArgs, iteration: int) -> bool:
-    """Every `checkpoint_factor` iterations, at the `extra_save_iters`, and at the end."""
+    """Every `checkpoint_factor` iterations, at the `extra_save_iters` (0: before the first step), and at the end."""
     if not args.save:
         return False
-    every = args.checkpoint_factor and iteration % args.checkpoint_factor == 0
+    every = args.checkpoint_factor and iteration and iteration % args.checkpoint_factor == 0
     return bool(every or iteration in (args.extra_save_iters or ()) or iteration == args.train_iters)
 
 

@@ -44,7 +44,8 @@ class Copier:
         self._stop = threading.Event()
 
     def run(self, journal: Journal, progress: Callable[[int], None]) -> None:
-        """Copy what the journal does not have yet; return when everything is synced and in the journal."""
+        """Copy what the journal does not have yet. Work is synced, then recorded, every few seconds; the rest of it
+        is in `journal.finished` only, because the caller completes and syncs all files next."""
         jobs = [i for i in range(len(self.plan.jobs)) if i not in journal.finished]
         for i in jobs:
             self._todo.put(i)
@@ -72,7 +73,7 @@ class Copier:
             if time.monotonic() - last > SYNC_SECONDS:
                 self._record(waiting, journal)
                 waiting, last = [], time.monotonic()
-        self._record(waiting, journal)
+        journal.finished |= {item.job: item.pieces for item in waiting}
 
     def _record(self, done: list[Finished], journal: Journal) -> None:
         self._writing.sync({self._paths[piece[0]] for item in done for piece in item.pieces})
