@@ -124,7 +124,7 @@ def standing_args(save: Path | str, **keys: Any) -> Any:
 
 
 def wasted_bytes(path: Path) -> int:
-    """Bytes of a torch file's storages that belong to no tensor: an uncloned view carries a whole flat buffer along."""
+    """Bytes of a torch file's storages that belong to no tensor: an uncloned view carries its whole buffer along."""
     from megatron.checkpoint.deepspeed_files import OPTIMIZER_CLASSES
     from megatron.checkpoint.torch_files import read_file
 

@@ -82,15 +82,15 @@ class Copier:
     def _work(self) -> None:
         try:
             largest = max((job.nbytes for job in self.plan.jobs), default=0)
-            with mmap.mmap(-1, max(largest, 1)) as buffer, memoryview(buffer) as view:
-                while not self._stop.is_set():
-                    try:
-                        number = self._todo.get_nowait()
-                    except queue.Empty:
-                        return
-                    job = self.plan.jobs[number]
-                    with view[: job.nbytes] as band:
-                        self._done.put(Finished(number, job.nbytes, list(self._copy(job, band))))
+            buffer = memoryview(mmap.mmap(-1, max(largest, 1)))
+            while not self._stop.is_set():
+                try:
+                    number = self._todo.get_nowait()
+                except queue.Empty:
+                    return
+                job = self.plan.jobs[number]
+                pieces = list(self._copy(job, buffer[: job.nbytes]))
+                self._done.put(Finished(number, job.nbytes, pieces))
         except BaseException as error:
             self._done.put(error)
 
