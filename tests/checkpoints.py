@@ -106,8 +106,7 @@ def standing_args(save: Path | str, **keys: Any) -> Any:
     base = {
         "save": str(save),
         "shape": SHAPE,
-        "merged": {},
-        "config_files": {"model.yml": "num_layers: 2\n"},
+        "merged": {"num_layers": SHAPE.num_layers},
         "precision": "fp32",
         "no_save_rng": False,
         "keep_last_n_checkpoints": None,
