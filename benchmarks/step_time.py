@@ -4,8 +4,8 @@
 
 Each round runs both in alternation: forward, loss, backward, clipping and AdamW in fp32. Reported are the median and
 the range of each, and the ratio of the medians (above 1: ours is faster). The engine (DeepSpeed, ZeRO-1, pipeline)
-is part of ours, as in a run. Then `deepy.py` starts the tiny model on eight processes (TP2 x PP2 x DP2), and the run says
-where the time from the command line to the end of its first step went.
+is part of ours, as in a run. Then `deepy.py` starts the tiny model on eight processes (TP2 x PP2 x DP2), and the run
+says where the time from the command line to the end of its first step went.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+RANK_VARIABLES = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
@@ -100,7 +101,8 @@ def first_step_line() -> str:
         start = ["--load", "null", "--finetune", "false", "--from_scratch", "true", "--train_iters", "1"]
         configs = [f"configs/tiny/{name}.yml" for name in ("model", "run", "local")]
         command = [sys.executable, "deepy.py", "train.py", *configs, *paths, *logs, *start]
-        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        alone = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
+        result = subprocess.run(command, cwd=ROOT, env=alone, capture_output=True, text=True, check=False)
     lines = [line for line in result.stdout.splitlines() if "to the end of the first step" in line]
     if not lines:
         raise SystemExit(f"deepy.py did not make a step (exit code {result.returncode}):\n{result.stderr[-2000:]}")
@@ -138,7 +140,7 @@ def transformers_step(case: Case, size: int) -> Any:
 
 def neox_step(case: Case, size: int) -> Any:
     """One step of the real engine."""
-    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+    os.environ.update(RANK_VARIABLES)
     store = tempfile.mkdtemp() + "/store"
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
     import tests.training as training

@@ -17,6 +17,7 @@ import torch
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from megatron.core import parallel_state
 
+from megatron.checkpoint.deepspeed_files import SafeCheckpointEngine
 from megatron.model.parallel import TensorParallel
 from megatron.model.pipeline import PARAMETER_DTYPES, LlamaPipelineModule
 from megatron.neox_arguments import NeoXArgs
@@ -73,6 +74,7 @@ def _initialize(
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     with contextlib.redirect_stdout(io.StringIO()):
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+    engine.checkpoint_engine = SafeCheckpointEngine()  # DeepSpeed's own opens files with weights_only=False
     return engine
 
 
