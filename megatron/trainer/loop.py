@@ -15,6 +15,7 @@ from megatron.trainer.engine import build_engine, build_model
 from megatron.trainer.evaluation import evaluate_all
 from megatron.trainer.guards import check_finite, check_initial_loss
 from megatron.trainer.progress import Progress
+from megatron.trainer.resume import where_to_start
 from megatron.trainer.schedule import learning_rate
 from megatron.trainer.startup import StartUp
 
@@ -33,13 +34,14 @@ def run_training(args: NeoXArgs, place: Place) -> None:
     for note in datasets.notes:
         progress.say(note)
     startup.done("data")
+    start = where_to_start(args, place.device, progress.say)
     model = build_model(args, place.device, progress.say)
-    if args.from_scratch:
+    if start.from_scratch:
         model.initialise_from_scratch()
     startup.done("model")
     engine = build_engine(args, model, progress.say)
     startup.done("engine")
-    state = load_checkpoint(engine, args, data_fingerprints=datasets.fingerprints, log=progress.say) or TrainState()
+    state = load_checkpoint(engine, start, data_fingerprints=datasets.fingerprints, log=progress.say) or TrainState()
     if args.save:
         prepare_save(engine, args, log=progress.say)
     startup.done("checkpoint")

@@ -104,10 +104,15 @@ def whole_run(data: dict[str, str], tmp_path_factory: pytest.TempPathFactory) ->
     return folder
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(data: dict[str, str], whole_run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["by load", "by the same command"])
+def test_a_resumed_run_is_the_uninterrupted_one(
+    data: dict[str, str], whole_run: Path, tmp_path: Path, how: str
+) -> None:
     first = keys(data, tmp_path, train_iters=4, lr_decay_iters=6, eval_interval=100)
     run_ranks(_run, 8, first)
-    resumed = keys(data, tmp_path, load=str(tmp_path / "checkpoints"), from_scratch=False, eval_interval=100)
+    resumed = keys(data, tmp_path, eval_interval=100)
+    if how == "by load":
+        resumed |= {"load": str(tmp_path / "checkpoints"), "from_scratch": False}
     run_ranks(_run, 8, resumed)
     for key in ("train/lm_loss", "train/grad_norm", "train/learning_rate", "train/learned_tokens"):
         assert metrics(tmp_path, key) == metrics(whole_run, key), key
