@@ -7,9 +7,7 @@ the same set of samples for any micro-batch and data-parallel size, and any posi
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -23,7 +21,6 @@ class MicroBatches:
     """Iterator over a rank's micro-batches, `accumulation` of them per global batch.
 
     A last global batch that the dataset does not fill is completed with samples that teach nothing (`sample_id` -1).
-    With `prefetch` n, n micro-batches are read ahead in a background thread.
     """
 
     def __init__(
@@ -34,20 +31,16 @@ class MicroBatches:
         dp_size: int,
         accumulation: int,
         consumed_samples: int = 0,
-        prefetch: int = 0,
     ) -> None:
-        if not 0 <= dp_rank < dp_size or micro_batch < 1 or accumulation < 1 or consumed_samples < 0 or prefetch < 0:
+        if not 0 <= dp_rank < dp_size or micro_batch < 1 or accumulation < 1 or consumed_samples < 0:
             raise ValueError(
                 f"micro_batch {micro_batch}, rank {dp_rank} of {dp_size}, accumulation {accumulation}, "
-                f"consumed_samples {consumed_samples}, prefetch {prefetch} make no sense together"
+                f"consumed_samples {consumed_samples} make no sense together"
             )
         self.dataset, self.micro_batch, self.accumulation = dataset, micro_batch, accumulation
         self.dp_rank, self.dp_size = dp_rank, dp_size
         self.first_sample = consumed_samples
         self._given = 0  # micro-batches
-        self._prefetch = prefetch
-        self._pool = ThreadPoolExecutor(1, "micro-batches") if prefetch else None
-        self._ahead: deque[Future[Batch]] = deque()
 
     @property
     def global_batch(self) -> int:
@@ -69,21 +62,10 @@ class MicroBatches:
 
     def __next__(self) -> Batch:
         if self._given >= len(self):
-            self.close()
             raise StopIteration
-        if self._pool is None:
-            batch = self._read(self._given)
-        else:
-            while len(self._ahead) < min(self._prefetch, len(self) - self._given):
-                self._ahead.append(self._pool.submit(self._read, self._given + len(self._ahead)))
-            batch = self._ahead.popleft().result()
+        batch = self._read(self._given)
         self._given += 1
         return batch
-
-    def close(self) -> None:
-        """Stop reading ahead."""
-        if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
 
     def sample_places(self, step: int) -> range:
         """Places in the dataset that make up micro-batch `step`, counted from the first position."""

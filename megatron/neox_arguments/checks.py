@@ -292,10 +292,20 @@ def labels_match_paths(args: NeoXArgs) -> str | None:
 
 
 @_rule(*_RUN)
-def document_ends_are_known(args: NeoXArgs) -> str | None:
-    if args.vocab_file or not (args.eod_mask_loss or args.isolate_documents):
+def chopping_has_an_effect(args: NeoXArgs) -> str | None:
+    if args.allow_chopped or args.pack_impl != "packed":
         return None
-    return "eod_mask_loss and isolate_documents need the end-of-document token: give vocab_file, the tokenizer's file"
+    return (
+        "allow_chopped: false has no effect with pack_impl: packed, which cuts every document where a sample ends; "
+        "choose pack_until_overflow, unpacked or best_fit to keep documents whole"
+    )
+
+
+@_rule(*_RUN)
+def document_ends_are_known(args: NeoXArgs) -> str | None:
+    if args.vocab_file or not args.eod_mask_loss:
+        return None
+    return "eod_mask_loss needs the end-of-document token: give vocab_file, the tokenizer's file"
 
 
 # --- checkpoints

@@ -34,7 +34,14 @@ class DataKeys(Keys):
     valid_label_data_paths: list[str] | None = key(None, "Label prefixes beside valid_data_paths.")
     test_label_data_paths: list[str] | None = key(None, "Label prefixes beside test_data_paths.")
     data_impl: Literal["mmap", "infer"] = key("mmap", "Dataset format: .bin/.idx. infer means mmap.")
-    pack_impl: Literal["packed"] = key("packed", "How documents fill samples: one after the other, cut at seq_length.")
+    pack_impl: Literal["packed", "pack_until_overflow", "unpacked", "best_fit"] = key(
+        "packed",
+        "How documents fill samples. packed: one after the other, cut at seq_length; pack_until_overflow: whole "
+        "documents in random order; unpacked: one each; best_fit: whole documents where they leave the least room.",
+    )
+    allow_chopped: bool = key(
+        True, "Where documents are kept whole: cut those longer than a sample into several; false leaves them out."
+    )
     eod_mask_loss: bool = key(False, "Do not learn what follows an end-of-document token.")
     isolate_documents: bool = key(
         False, "Tokens attend only inside their own document; positions restart at each.", ours=True

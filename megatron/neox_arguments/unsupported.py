@@ -70,7 +70,6 @@ UNSUPPORTED: dict[str, Refusal] = {
     "amp": Refusal("apex amp is not supported; give precision."),
     "z_loss": Refusal("The z-loss is not supported.", (None, 0, 0.0)),
     "exit_interval": Refusal("A run ends at train_iters."),
-    "allow_chopped": Refusal("Samples are packed: a document is cut where a sample ends.", (None, True)),
     "text_gen_type": Refusal(
         "generate.py continues the lines of sample_input_file, or writes freely without one.",
         (None, "unconditional", "input-file"),

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron.data.packed import Sample, SampleDataset
+from megatron.data import Sample, SampleDataset
 from megatron.model.loss import IGNORE_INDEX, step_weight
 from megatron.neox_arguments.errors import UserError
 

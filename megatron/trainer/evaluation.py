@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
-from megatron.data.packed import SampleDataset
+from megatron.data import SampleDataset
 from megatron.neox_arguments import NeoXArgs
 from megatron.neox_arguments.errors import UserError
 from megatron.trainer.batches import assemble, evaluation_micro_batches

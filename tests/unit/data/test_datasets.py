@@ -421,14 +421,6 @@ def test_batches(tmp_path: Path) -> None:
     assert batches.consumed_samples == 40
 
 
-def test_reading_ahead_changes_nothing(tmp_path: Path) -> None:
-    train = build_datasets(blend_args(tmp_path)).train
-    plain, ahead = MicroBatches(train, 2, 0, 2, 2), MicroBatches(train, 2, 0, 2, 2, prefetch=3)
-    for a, b in zip(plain, ahead, strict=True):
-        assert all(torch.equal(a[key], b[key]) for key in a)
-    assert plain.consumed_samples == ahead.consumed_samples == 160
-
-
 def test_a_last_batch_is_completed_with_samples_that_teach_nothing(tmp_path: Path) -> None:
     valid = build_datasets(blend_args(tmp_path)).valid["v"]
     batches = [*MicroBatches(valid, 2, 0, 2, 2), *MicroBatches(valid, 2, 1, 2, 2)]
