@@ -22,12 +22,13 @@ class Encoded:
     sizes: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
     max_token: int = -1
     text_bytes: int = 0
+    learned: int = 0  # supervised tokens, where the document has labels
     empty: int = 0
     bad: list[str] = field(default_factory=list)  # one message per unreadable record
 
 
 @dataclass(frozen=True)
-class BlockEncoder:
+class TextEncoder:
     """What a worker knows: the tokenizer, which fields to read and how a document is framed."""
 
     tokenizer: Tokenizer
