@@ -319,17 +319,19 @@ bool whole_vectors(int64_t width, std::initializer_list<int64_t> strides, std::i
 
 constexpr int64_t kMaxBlocks = 1 << 20;
 constexpr int kForwardVectors = 4, kBackwardVectors = 2;
+constexpr int64_t kRowsToAmortise = 32;
+constexpr int64_t kSmallestGroup = 64;  // for the count of partial rows, which must not depend on the device's wave
 
 int64_t partial_rows(int64_t rows, int64_t width, int vector) {
   // About 1536 waves of 64 in all: at four waves a SIMD they are resident together on the 110 compute units of a GCD.
   // Each has enough rows that writing and reading the partial sums costs little.
-  int64_t lanes = 64;
+  int64_t lanes = kSmallestGroup;
   while (lanes < 1024 && lanes * kBackwardVectors * vector < width) lanes *= 2;
   int64_t groups = 98304 / lanes;
   if (groups > 512) groups = 512;
-  int64_t useful = ceil_div(rows, 8);
+  int64_t useful = ceil_div(rows, 8);  // few rows: partial sums stay in the cache, parallelism matters more
   if (useful > 128) useful = 128;
-  if (useful < rows / 32) useful = rows / 32;
+  if (useful < rows / kRowsToAmortise) useful = rows / kRowsToAmortise;
   return useful < groups ? (useful < 1 ? 1 : useful) : groups;
 }
 
