@@ -82,7 +82,7 @@ class Copier:
     def _work(self) -> None:
         try:
             largest = max((job.nbytes for job in self.plan.jobs), default=0)
-            buffer = memoryview(mmap.mmap(-1, max(largest, 1)))
+            buffer = memoryview(mmap.mmap(-1, max(largest, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
             while not self._stop.is_set():
                 try:
                     number = self._todo.get_nowait()

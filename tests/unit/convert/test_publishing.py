@@ -298,3 +298,27 @@ def test_inspect_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert facts["parameters"] == sum(t.numel() for t in MODEL.state().values())
     assert facts["settings"]["rope_scaling"]["factor"] == 8.0
     assert facts["missing"] == []
+
+
+@pytest.mark.usefixtures("small_bands")
+def test_a_share_left_from_another_job_is_not_used(tmp_path: Path) -> None:
+    """Share 2 of an older conversion must not be joined with share 1 of a newer one."""
+    write_hf(tmp_path / "hf", MODEL)
+    to_neox(tmp_path, "out", "--shard", "2/2")
+    (tmp_path / "hf").rename(tmp_path / "old")
+    state = write_hf(tmp_path / "hf", MODEL, MODEL.state(seed=1))
+    to_neox(tmp_path, "out", "--shard", "1/2")
+    assert not (tmp_path / "out").exists()
+    to_neox(tmp_path, "out", "--shard", "2/2")
+    convert("to-hf", "--input", tmp_path / "out", "--output", tmp_path / "back")
+    assert same(read_hf(tmp_path / "back"), state)
+
+
+def test_what_travels_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_hf(tmp_path / "hf", MODEL)
+    (tmp_path / "hf" / "original").mkdir()
+    (tmp_path / "hf" / "training_args.bin").write_bytes(b"x")
+    to_neox(tmp_path, "out")
+    out = capsys.readouterr().out
+    assert "global_step0/hf/LICENSE.txt" in out
+    assert "left behind: original/\n" in out
