@@ -29,7 +29,7 @@ class Destination:
     region: Region
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Job:
     tensor: Logical
     start: int

@@ -122,7 +122,7 @@ class Output:
                 _preallocate(path, file.size, keep=resume)
             progress(sum(self.plan.jobs[i].nbytes for i in journal.finished))
             Copier(self.plan, self.partial, self.threads).run(journal, progress)
-            crcs = tensor_crcs(self.plan, journal.finished)
+            crcs = tensor_crcs(self.plan, journal.checksums)
         finally:
             journal.close()
         self._entries: dict[str, Any] = {}

@@ -322,3 +322,21 @@ def test_what_travels_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     out = capsys.readouterr().out
     assert "global_step0/hf/LICENSE.txt" in out
     assert "left behind: original/\n" in out
+
+
+def test_checksums_of_ranges_in_any_order() -> None:
+    import random
+
+    data, chance = os.urandom(1000), random.Random(3)
+    cuts = sorted(chance.sample(range(1, 1000), 30))
+    pieces = [(0, 1, a, b - a, zlib.crc32(data[a:b])) for a, b in zip([0, *cuts], [*cuts, 1000], strict=True)]
+    for _ in range(20):
+        chance.shuffle(pieces)
+        sums = copying.Checksums()
+        for piece in pieces[:-1]:
+            sums.add(piece)
+        assert sums.whole(0, 1, 1000) is None
+        sums.add(pieces[-1])
+        assert sums.whole(0, 1, 1000) == zlib.crc32(data)
+        sums.add((0, 1, 1000, 5, 7))  # bytes beyond the end
+        assert sums.whole(0, 1, 1000) is None
