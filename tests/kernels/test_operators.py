@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -140,6 +141,30 @@ def test_a_failed_build_is_a_reason_not_a_crash(monkeypatch: pytest.MonkeyPatch,
     reason = kernels._decide("cuda")
     assert reason is not None
     assert "setup.py build_ext" in reason
+
+
+@pytest.mark.parametrize(
+    ("device", "built", "wrong", "verdict"),
+    [
+        ("gfx90a:sramecc+:xnack-", "gfx90a,gfx942", [], None),
+        ("gfx1100", "gfx90a,gfx942", [], "this GPU is gfx1100, the kernels are for gfx90a,gfx942"),
+        ("gfx90a:sramecc+:xnack-", "gfx90a", ["rms_norm dx"], "failed their self-test on this GPU: rms_norm dx"),
+    ],
+)
+def test_a_gpu_gets_kernels_only_if_they_fit_and_work(
+    monkeypatch: pytest.MonkeyPatch, device: str, built: str, wrong: list[str], verdict: str | None
+) -> None:
+    monkeypatch.setattr(kernels, "load_library", lambda _: None)
+    monkeypatch.setattr(kernels, "architectures", lambda _: built)
+    monkeypatch.setattr(selftest, "failures", lambda _: wrong)
+    monkeypatch.setattr(torch.version, "hip", "6.2")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(gcnArchName=device))
+    said = ops.configure("auto", "cuda")
+    assert (verdict or "compiled kernels (gfx90a,gfx942)") in said
+    if verdict:
+        with pytest.raises(kernels.KernelsUnavailable, match=verdict):
+            ops.configure("required", "cuda")
 
 
 def test_the_self_test_sees_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
