@@ -53,7 +53,7 @@ def run(words: list[str], timeout: int = 280) -> subprocess.CompletedProcess[str
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """(output folder, what was printed) of a demo of six steps on a base model that has learned enough to pass for one."""
+    """(output folder, what was printed) of a demo of six steps on a base model that has learned enough to be taken."""
     out = tmp_path_factory.mktemp("demo") / "out"
     options = ["--output", str(out), "--iterations", "6", "--base-steps", "120"]
     result = run([sys.executable, "examples/demo.py", *options])
