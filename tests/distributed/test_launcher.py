@@ -209,7 +209,7 @@ def _deepspeed_reads(rank: int, world_size: int, precision: str) -> dict[str, An
     }
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bfloat16", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", "bfloat16"])
 def test_deepspeed_reads_what_we_meant(precision: str) -> None:
     """DeepSpeed 0.19 refuses unknown keys inside its mappings, so that a misspelt one shows here."""
     assert run_ranks(_deepspeed_reads, 1, precision) == [
@@ -218,7 +218,7 @@ def test_deepspeed_reads_what_we_meant(precision: str) -> None:
             "stage": 1,
             "accumulation": "fp32" if precision == "bfloat16" else None,
             "bf16": precision == "bfloat16",
-            "fp16": precision == "fp16",
+            "fp16": False,
             "batch": (8, 2, 4),
         }
     ]
