@@ -106,8 +106,7 @@ def standing_args(save: Path | str, **keys: Any) -> Any:
     base = {
         "save": str(save),
         "shape": SHAPE,
-        "merged": {},
-        "config_files": {"model.yml": "num_layers: 2\n"},
+        "merged": {"num_layers": SHAPE.num_layers},
         "precision": "fp32",
         "no_save_rng": False,
         "keep_last_n_checkpoints": None,
@@ -125,7 +124,7 @@ def standing_args(save: Path | str, **keys: Any) -> Any:
 
 
 def wasted_bytes(path: Path) -> int:
-    """Bytes of a torch file's storages that belong to no tensor: an uncloned view carries its whole flat buffer along."""
+    """Bytes of a torch file's storages that belong to no tensor: an uncloned view carries its whole buffer along."""
     from megatron.checkpoint.deepspeed_files import OPTIMIZER_CLASSES
     from megatron.checkpoint.torch_files import read_file
 

@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from megatron.checkpoint.agreement import Ranks
 from megatron.checkpoint.deepspeed_files import OPTIMIZER_CLASSES, Place, meta_content, optimizer_content
 from megatron.checkpoint.errors import CheckpointError, describe
@@ -146,9 +148,8 @@ def _finish(
     """Rank 0: the small files, the checks, the manifest, the names."""
     files = {name: entry for entries in gathered for name, entry in entries.items()}
     files |= write_small_files(partial / HF, state.hf_files)
-    files |= write_small_files(
-        partial / CONFIGS, {name: text.encode() for name, text in getattr(args, "config_files", {}).items()}
-    )
+    merged = yaml.safe_dump(dict(args.merged), sort_keys=False).encode()
+    files |= write_small_files(partial / CONFIGS, {"merged.yml": merged})
     problems = [
         f"{name}: {problem}"
         for name, rows in expected_files(args.shape, place.tp).items()

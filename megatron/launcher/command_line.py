@@ -117,4 +117,11 @@ def main(arguments: list[str]) -> int:
     if request.print_config:
         print(describe(args), end="")
         return 0
+    if args.num_nodes > 1:
+        print(
+            f"deepy.py: num_nodes is {args.num_nodes}, but deepy.py starts the ranks of one machine; start the script "
+            f"itself with torchrun or srun on each",
+            file=sys.stderr,
+        )
+        return 2
     return start(request.script, args)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from types import FrameType
 
@@ -68,6 +69,7 @@ def environment(args: NeoXArgs) -> dict[str, str]:
     paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     result = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     result["PYTHONWARNINGS"] = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), *_QUIET]))
+    result["NEOX_STARTED"] = str(time.time())  # megatron.trainer.startup says where the time to the first step went
     result.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # megatron-core: TP all-reduces start before the next GEMM
     if args.device == "cpu":
         threads = max(1, (os.cpu_count() or 1) // local_ranks(args))

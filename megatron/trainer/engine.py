@@ -17,9 +17,11 @@ import torch
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from megatron.core import parallel_state
 
+from megatron.checkpoint.deepspeed_files import SafeCheckpointEngine
 from megatron.model.parallel import TensorParallel
 from megatron.model.pipeline import PARAMETER_DTYPES, LlamaPipelineModule
 from megatron.neox_arguments import NeoXArgs
+from megatron.ops import configure
 from megatron.trainer.optimizer import build_optimizer
 
 EXPECTED_OPTIMIZER = {
@@ -33,8 +35,14 @@ class EngineMismatchError(RuntimeError):
     """The engine does not have what the configuration asks for."""
 
 
-def build_model(args: NeoXArgs, device: torch.device) -> LlamaPipelineModule:
-    """This rank's stage, uninitialised, on `device`. Needs megatron-core's parallel state."""
+def build_model(
+    args: NeoXArgs, device: torch.device, log: Callable[[str], None] = lambda line: None
+) -> LlamaPipelineModule:
+    """This rank's stage, uninitialised, on `device`. Needs megatron-core's parallel state.
+
+    Chooses the fused operations' implementation for the process; raises KernelsUnavailable where that is impossible.
+    """
+    log(configure(args.kernels, device))
     tp = TensorParallel(parallel_state.get_tensor_model_parallel_group(), PARAMETER_DTYPES[args.precision])
     return LlamaPipelineModule(args, tp, device)
 
@@ -66,6 +74,7 @@ def _initialize(
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     with contextlib.redirect_stdout(io.StringIO()):
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+    engine.checkpoint_engine = SafeCheckpointEngine()  # DeepSpeed's own opens files with weights_only=False
     return engine
 
 

@@ -15,7 +15,9 @@ from megatron.trainer.engine import build_engine, build_model
 from megatron.trainer.evaluation import evaluate_all
 from megatron.trainer.guards import check_finite, check_initial_loss
 from megatron.trainer.progress import Progress
+from megatron.trainer.resume import where_to_start
 from megatron.trainer.schedule import learning_rate
+from megatron.trainer.startup import StartUp
 
 
 def train(args: NeoXArgs) -> None:
@@ -25,25 +27,38 @@ def train(args: NeoXArgs) -> None:
 
 def run_training(args: NeoXArgs, place: Place) -> None:
     """`train` in a world that is initialised already."""
+    startup = StartUp()
+    startup.done("start, imports and groups")
     progress = Progress(args, place.rank)
     datasets = build_datasets(args)
     for note in datasets.notes:
         progress.say(note)
-    model = build_model(args, place.device)
-    if args.from_scratch:
+    startup.done("data")
+    start = where_to_start(args, place.device, progress.say)
+    model = build_model(args, place.device, progress.say)
+    if start.from_scratch:
         model.initialise_from_scratch()
+    startup.done("model")
     engine = build_engine(args, model, progress.say)
-    state = load_checkpoint(engine, args, data_fingerprints=datasets.fingerprints, log=progress.say) or TrainState()
+    startup.done("engine")
+    state = load_checkpoint(engine, start, data_fingerprints=datasets.fingerprints, log=progress.say) or TrainState()
     if args.save:
         prepare_save(engine, args, log=progress.say)
+    startup.done("checkpoint")
     progress.say(f"starting at iteration {state.iteration}, {state.consumed_samples} samples consumed")
-    if state.iteration == 0:
+    first = state.iteration
+    if first == 0:
         report_validation(engine, args, datasets, progress, 0)
         save_if_due(engine, args, datasets, progress, state)
+    startup.done("validation")
     batches = TrainingBatches(engine, args, datasets, state)
+    progress.start_clock()
     while state.iteration < args.train_iters:
         train_step(engine, args, batches, state, progress)
         with progress.off_the_clock():
+            if state.iteration == first + 1:
+                startup.done("first step")
+                progress.say(startup.line())
             if args.eval_interval and state.iteration % args.eval_interval == 0:
                 report_validation(engine, args, datasets, progress, state.iteration)
             save_if_due(engine, args, datasets, progress, state)

@@ -69,6 +69,10 @@ class Progress:
         if self._wandb:
             self._wandb.log(values, step=iteration)
 
+    def start_clock(self) -> None:
+        """The first step begins now."""
+        self._interval_start = time.perf_counter()
+
     @contextlib.contextmanager
     def off_the_clock(self) -> Iterator[None]:
         """Leave what happens inside (an evaluation, a save) out of the step time."""

@@ -145,3 +145,27 @@ def test_a_file_system_without_space_keeps_the_last_checkpoint(small_disk: Path)
     folder = find_checkpoint(small_disk)
     assert verify_checkpoint(folder) == []
     assert not [path.name for path in small_disk.iterdir() if path.name.endswith(".tmp")]
+
+
+def _prepare(rank: int, world_size: int, folders: list[str]) -> list[str]:
+    from megatron.checkpoint import prepare_save
+
+    messages = []
+    for folder in folders:
+        args = standing_args(folder)
+        try:
+            prepare_save(standing_engine(args, rank, world_size), args, log=quiet)
+            messages.append("")
+        except CheckpointError as error:
+            messages.append(str(error))
+    return messages
+
+
+def test_a_save_folder_that_cannot_be_is_found_before_the_first_step(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "run/global_step3.tmp").mkdir(parents=True)
+    by_rank = run_ranks(_prepare, 2, [str(tmp_path / "run"), f"{tmp_path}/new/run/", str(tmp_path / "file/run")])
+    assert by_rank[0] == by_rank[1]
+    assert by_rank[0][:2] == ["", ""]
+    assert "Not a directory" in by_rank[0][2]
+    assert list((tmp_path / "run").iterdir()) == []

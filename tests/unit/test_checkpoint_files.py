@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import pickle
 import resource
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from tests.checkpoints import SHAPE, rewrite, write_weights
 
 pytestmark = pytest.mark.unit
 
+ROOT = Path(__file__).resolve().parents[2]
 SHARD = "layer_03-model_01-model_states.pt"
 
 
@@ -54,7 +57,8 @@ def test_a_plain_pickle_with_code_is_refused(tmp_path: Path, monkeypatch: pytest
 
 
 def test_what_could_not_be_read_back_is_not_written_quietly(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="asks for"):
+    """Also where a library allows the class for everybody, as megatron-core allows paths."""
+    with torch.serialization.safe_globals([type(Path("x"))]), pytest.raises(CheckpointError, match="asks for"):
         write_file(tmp_path / "a.pt", {"schedule": Path("x")})
 
 
@@ -193,6 +197,21 @@ def test_verify_names_the_tensor_and_files_nothing_vouches_for(tmp_path: Path) -
     problems = verify.verify_checkpoint(folder)
     assert any("mlp.linear2.weight has checksum" in p for p in problems)
     assert any("note.txt is not in the manifest" in p for p in problems)
+
+
+def test_the_commands_of_the_guide(tmp_path: Path) -> None:
+    write_weights(tmp_path, step=200)
+    guide = (ROOT / "docs/checkpoints.md").read_text()
+    commands = [line for line in guide.splitlines() if line.startswith("python -m megatron.checkpoint.verify")]
+    assert len(commands) == 3
+    for command in commands:
+        words = command.replace("runs/astro", str(tmp_path)).split()
+        if command == commands[0]:  # one as a user types it, the others without another import of torch
+            run = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True, check=False)
+            assert (run.returncode, run.stderr) == (0, "")
+            assert "10 files" in run.stdout
+            assert "every byte is as written" in run.stdout
+        assert verify.main(words[3:]) == 0
 
 
 def test_verify_without_a_manifest_has_nothing_to_say(tmp_path: Path) -> None:

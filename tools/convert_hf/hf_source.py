@@ -27,7 +27,8 @@ _DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 
 def recognises(path: Path, names: list[str]) -> bool:
-    return any(n in names for n, _ in _LAYOUTS) or any(n.endswith(".safetensors") for n in names)
+    """Weights in one of the usual files, or safetensors whose index is missing."""
+    return any(n in names for n, _ in _LAYOUTS) or any(re.fullmatch(r"model-.*\.safetensors", n) for n in names)
 
 
 def open_folder(path: Path, names: list[str], options: Options) -> Checkpoint:
@@ -99,10 +100,11 @@ def _indexed(path: Path, index_name: str) -> dict[str, Stored]:
         if not plain_name(name):
             raise ConvertError(f"{index_path}: {tensor} is said to be in {name!r}, which is not a plain file name")
         listed.setdefault(name, set()).add(tensor)
-    stored: dict[str, Stored] = {}
     for name in sorted(listed):
         if not (path / name).is_file():
             raise ConvertError(f"{path / name} is missing, but {index_name} lists it; complete the download")
+    stored: dict[str, Stored] = {}
+    for name in sorted(listed):
         here = _read_file(path / name)
         for tensor in sorted(listed[name] ^ set(here)):
             problem = "is not in it" if tensor in listed[name] else "is in it, but not listed"
