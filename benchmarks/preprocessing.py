@@ -5,7 +5,8 @@
 Measured in alternation, median and range over the rounds: a loop over `tokenizers`' own `encode`, document by
 document; its batch call, the ceiling of that library on one core; this project's encoder on one core; and the whole
 command (reading JSON, encoding, writing, checksums, start-up included) with all cores. `datasets.map` joins in where
-the package is installed. The last line compares the peak memory of the command (its largest process) on the input and on twice the input.
+the package is installed. The last line compares the
+peak memory of the command (its largest process) on the input and on twice the input.
 Without --vocab-file the vocabulary is the one in Meta's `llama-models`, written as tokenizer.json by `transformers`.
 """
 
