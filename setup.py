@@ -1,11 +1,46 @@
 """Packaging. Packages are named one by one: `megatron` is a namespace shared with megatron-core, and `csrc`,
 `launch` and `configs` would stop setuptools' automatic discovery."""
 
+import importlib.util
+import sys
 from pathlib import Path
+from types import ModuleType
 
-from setuptools import find_namespace_packages, setup
+from setuptools import Extension, find_namespace_packages, setup
+from setuptools.command.build_ext import build_ext
 
 HERE = Path(__file__).parent
+
+
+def kernel_builder() -> ModuleType:
+    """megatron/ops/build.py by itself: importing the package would need torch."""
+    spec = importlib.util.spec_from_file_location("kernel_builder", HERE / "megatron" / "ops" / "build.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+class BuildKernels(build_ext):
+    """The GPU kernels for NEOX_GPU_ARCHS, or for the toolchain that is found; without one, nothing and no error."""
+
+    def run(self) -> None:
+        builder = kernel_builder()
+        try:
+            target = builder.default_target()
+            if target is None:
+                print("no GPU toolchain that fits this torch: installing without compiled kernels")
+                return
+            root = HERE if self.inplace else Path(self.build_lib).resolve()
+            print(f"built {builder.build(target, root / 'megatron' / 'ops')}")
+        except builder.BuildError as error:
+            sys.exit(f"kernels: {error}")
+
+    def get_outputs(self) -> list[str]:
+        library = Path(self.build_lib) / "megatron" / "ops" / kernel_builder().LIBRARY_NAME
+        return [str(library)] if library.exists() else []
 
 
 def requirements(name: str) -> list[str]:
@@ -31,6 +66,8 @@ setup(
         ]
     ),
     install_requires=requirements("requirements.txt"),
+    cmdclass={"build_ext": BuildKernels},
+    ext_modules=[Extension("megatron.ops.libneox_kernels", [])] if kernel_builder().default_target() else [],
     extras_require={
         "data": requirements("requirements-data.txt"),
         "dev": requirements("requirements-dev.txt"),

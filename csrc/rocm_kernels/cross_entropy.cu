@@ -45,61 +45,59 @@ cross_entropy_stats(ptr<float> NEOX_RESTRICT stats, ptr<const T> NEOX_RESTRICT l
                     int64_t stride) {
   constexpr int kWaves = kBlock / WAVE;
   __shared__ Shared<float, 2 * kWaves> slots;
-  for (int64_t row = block_index(); row < rows; row += grid_size()) {
-    const ptr<const T> line = logits + row * stride;
-    float peak = kLowest, sum = 0.0f;
-    const int whole = static_cast<int>(width / VEC);
-    int v = thread_index();
-    for (; v + (kUnroll - 1) * kBlock < whole; v += kUnroll * kBlock) {
-      float x[kUnroll * VEC];
-      if constexpr (VEC == 1) {
+  const int64_t row = block_x();
+  const ptr<const T> line = logits + row * stride;
+  float peak = kLowest, sum = 0.0f;
+  const int whole = static_cast<int>(width / VEC);
+  int v = thread_index();
+  for (; v + (kUnroll - 1) * kBlock < whole; v += kUnroll * kBlock) {
+    float x[kUnroll * VEC];
+    if constexpr (VEC == 1) {
+      NEOX_UNROLL
+      for (int u = 0; u < kUnroll; ++u) x[u] = Element<T>::widen(load_raw<T>(line, v + u * kBlock));
+    } else {
+      Packed packed[kUnroll];
+      NEOX_UNROLL
+      for (int u = 0; u < kUnroll; ++u) packed[u] = load_packed<T>(line, static_cast<int64_t>(v + u * kBlock) * VEC);
+      NEOX_UNROLL
+      for (int u = 0; u < kUnroll; ++u) {
+        float part[VEC];
+        unpack<T>(packed[u], part);
         NEOX_UNROLL
-        for (int u = 0; u < kUnroll; ++u) x[u] = Element<T>::widen(load_raw<T>(line, v + u * kBlock));
-      } else {
-        Packed packed[kUnroll];
-        NEOX_UNROLL
-        for (int u = 0; u < kUnroll; ++u) packed[u] = load_packed<T>(line, static_cast<int64_t>(v + u * kBlock) * VEC);
-        NEOX_UNROLL
-        for (int u = 0; u < kUnroll; ++u) {
-          float part[VEC];
-          unpack<T>(packed[u], part);
-          NEOX_UNROLL
-          for (int i = 0; i < VEC; ++i) x[u * VEC + i] = part[i];
-        }
+        for (int i = 0; i < VEC; ++i) x[u * VEC + i] = part[i];
       }
-      add_to<T>(x, peak, sum);
     }
-    for (; v < whole; v += kBlock) {
-      float x[VEC];
-      load<T>(line, static_cast<int64_t>(v) * VEC, x);
-      add_to<T>(x, peak, sum);
-    }
-    if (const int64_t c = static_cast<int64_t>(whole) * VEC + thread_index(); c < width) {
-      const float x[1] = {Element<T>::widen(load_raw<T>(line, c))};
-      add_to<T>(x, peak, sum);
-    }
-    // Block-uniform reduction, same order in every thread.
-    const int wave = thread_index() / WAVE;
-    const float wave_peak = wave_max<WAVE>(peak);
-    const float wave_total = wave_sum<WAVE>(sum * exp_below<T>(peak, wave_peak));
-    if (thread_index() % WAVE == 0) {
-      slots.set(wave, wave_peak);
-      slots.set(kWaves + wave, wave_total);
-    }
-    block_barrier();
-    if (thread_index() == 0) {
-      float top = kLowest, total = 0.0f;
-      NEOX_UNROLL
-      for (int i = 0; i < kWaves; ++i) top = larger(top, slots.get(i));
-      NEOX_UNROLL
-      for (int i = 0; i < kWaves; ++i) total += slots.get(kWaves + i) * exp_below<T>(slots.get(i), top);
-      const int64_t target = load_raw<int64_t>(labels, row) - vocab_start;
-      store_raw<float>(stats, row, top);
-      store_raw<float>(stats, rows + row, total);
-      store_raw<float>(stats, 2 * rows + row,
-                       target >= 0 && target < width ? Element<T>::widen(load_raw<T>(line, target)) : -INFINITY);
-    }
-    block_barrier();  // the next row reuses the slots
+    add_to<T>(x, peak, sum);
+  }
+  for (; v < whole; v += kBlock) {
+    float x[VEC];
+    load<T>(line, static_cast<int64_t>(v) * VEC, x);
+    add_to<T>(x, peak, sum);
+  }
+  if (const int64_t c = static_cast<int64_t>(whole) * VEC + thread_index(); c < width) {
+    const float x[1] = {Element<T>::widen(load_raw<T>(line, c))};
+    add_to<T>(x, peak, sum);
+  }
+  // Block-uniform reduction, same order in every thread.
+  const int wave = thread_index() / WAVE;
+  const float wave_peak = wave_max<WAVE>(peak);
+  const float wave_total = wave_sum<WAVE>(sum * exp_below<T>(peak, wave_peak));
+  if (thread_index() % WAVE == 0) {
+    slots.set(wave, wave_peak);
+    slots.set(kWaves + wave, wave_total);
+  }
+  block_barrier();
+  if (thread_index() == 0) {
+    float top = kLowest, total = 0.0f;
+    NEOX_UNROLL
+    for (int i = 0; i < kWaves; ++i) top = larger(top, slots.get(i));
+    NEOX_UNROLL
+    for (int i = 0; i < kWaves; ++i) total += slots.get(kWaves + i) * exp_below<T>(slots.get(i), top);
+    const int64_t target = load_raw<int64_t>(labels, row) - vocab_start;
+    store_raw<float>(stats, row, top);
+    store_raw<float>(stats, rows + row, total);
+    store_raw<float>(stats, 2 * rows + row,
+                     target >= 0 && target < width ? Element<T>::widen(load_raw<T>(line, target)) : -INFINITY);
   }
 }
 
@@ -107,7 +105,7 @@ cross_entropy_stats(ptr<float> NEOX_RESTRICT stats, ptr<const T> NEOX_RESTRICT l
 NEOX_KERNEL(kBlock)
 cross_entropy_combine(ptr<float> NEOX_RESTRICT loss, ptr<float> NEOX_RESTRICT lse, ptr<const float> NEOX_RESTRICT stats,
                       ptr<const int64_t> NEOX_RESTRICT labels, int64_t ignore_index, int64_t ranks, int64_t rows) {
-  const int64_t row = block_index() * kBlock + thread_index();
+  const int64_t row = block_x() * kBlock + thread_index();
   if (row < rows) {
     float top = kLowest, total = 0.0f, target = -INFINITY;
     for (int64_t rank = 0; rank < ranks; ++rank) top = larger(top, load_raw<float>(stats, 3 * rank * rows + row));
@@ -127,27 +125,22 @@ NEOX_KERNEL(kBlock)
 cross_entropy_gradient(ptr<T> gradient, ptr<const T> logits, ptr<const int64_t> NEOX_RESTRICT labels,
                        int64_t vocab_start, int64_t ignore_index, ptr<const float> NEOX_RESTRICT lse,
                        ptr<const float> NEOX_RESTRICT dloss, int64_t rows, int64_t width, int64_t columns,
-                       int64_t stride, int64_t gradient_stride, int64_t chunks) {
-  for (int64_t block = block_index(); block < rows * chunks; block += grid_size()) {
-    const int64_t row = block / chunks;
-    const int64_t c = (block % chunks * kBlock + thread_index()) * VEC;
-    if (c < columns) {
-      const int64_t label = load_raw<int64_t>(labels, row), target = label - vocab_start - c;
-      const float total = load_raw<float>(lse, row), scale = load_raw<float>(dloss, row);
-      const bool ignored = label == ignore_index;
-      float x[VEC];
-      load<T>(logits + row * stride, c, x);
-      NEOX_UNROLL
-      for (int i = 0; i < VEC; ++i) {
-        const float p = exp_below<T>(x[i], total) - (target == i ? 1.0f : 0.0f);
-        x[i] = ignored || c + i >= width ? 0.0f : p * scale;
-      }
-      store<T>(gradient + row * gradient_stride, c, x);
+                       int64_t stride, int64_t gradient_stride) {
+  const int64_t row = row_of_block(), c = (block_x() * kBlock + thread_index()) * VEC;
+  if (row < rows && c < columns) {
+    const int64_t label = load_raw<int64_t>(labels, row), target = label - vocab_start - c;
+    const float total = load_raw<float>(lse, row), scale = load_raw<float>(dloss, row);
+    const bool ignored = label == ignore_index;
+    float x[VEC];
+    load<T>(logits + row * stride, c, x);
+    NEOX_UNROLL
+    for (int i = 0; i < VEC; ++i) {
+      const float p = exp_below<T>(x[i], total) - (target == i ? 1.0f : 0.0f);
+      x[i] = ignored || c + i >= width ? 0.0f : p * scale;
     }
+    store<T>(gradient + row * gradient_stride, c, x);
   }
 }
-
-constexpr int64_t kMaxBlocks = 1 << 22;
 
 }  // namespace
 }  // namespace neox
@@ -161,7 +154,7 @@ extern "C" int neox_cross_entropy_stats(void* stream, int type, float* stats, co
     using T = decltype(element);
     const auto run = [&](auto vector) {
       return with_wave([&](auto wave) {
-        return NEOX_LAUNCH(stream, rows < kMaxBlocks ? rows : kMaxBlocks, kBlock,
+        return NEOX_LAUNCH(stream, rows, kBlock,
                            (cross_entropy_stats<T, decltype(wave)::value, decltype(vector)::value>), stats,
                            static_cast<const T*>(logits), labels, vocab_start, rows, width, stride);
       });
@@ -187,11 +180,9 @@ extern "C" int neox_cross_entropy_gradient(void* stream, int type, void* gradien
     using T = decltype(element);
     const auto run = [&](auto vector) {
       constexpr int VEC = decltype(vector)::value;
-      const int64_t chunks = ceil_div(columns, kBlock * VEC);
-      const int64_t blocks = rows * chunks < kMaxBlocks ? rows * chunks : kMaxBlocks;
-      return NEOX_LAUNCH(stream, blocks, kBlock, (cross_entropy_gradient<T, VEC>), static_cast<T*>(gradient),
+      return NEOX_LAUNCH(stream, rows_by(ceil_div(columns, kBlock * VEC), rows), kBlock, (cross_entropy_gradient<T, VEC>), static_cast<T*>(gradient),
                          static_cast<const T*>(logits), labels, vocab_start, ignore_index, lse, dloss, rows, width,
-                         columns, stride, gradient_stride, chunks);
+                         columns, stride, gradient_stride);
     };
     const bool whole = columns % kVector<T> == 0 && stride % kVector<T> == 0 && gradient_stride % kVector<T> == 0 &&
                        aligned(gradient) && aligned(logits);

@@ -10,10 +10,13 @@ namespace neox {
 
 std::string& last_error();
 
+// Blocks of a launch are one number, or rows_by(chunks, rows).
 #if defined(NEOX_HOST_EMULATOR)
 
+using Grid = emulator::Grid;
+
 #define NEOX_LAUNCH(stream, blocks, threads, kernel, ...) \
-  (static_cast<void>(stream), ::neox::finish(emulator::launch((blocks), (threads), [&] { kernel(__VA_ARGS__); })))
+  (static_cast<void>(stream), ::neox::finish(emulator::launch(blocks, (threads), [&] { kernel(__VA_ARGS__); })))
 
 inline int finish(int code) {
   if (code != 0) last_error() = emulator::machine().error;
@@ -26,6 +29,11 @@ int with_wave(F&& f) {
 }
 
 #else
+
+using Grid = dim3;
+
+inline dim3 as_grid(dim3 grid) { return grid; }
+inline dim3 as_grid(int64_t blocks) { return dim3(static_cast<unsigned>(blocks)); }
 
 #if defined(__HIP__)
 using Stream = hipStream_t;
@@ -42,7 +50,7 @@ inline const char* launch_error() {
 #endif
 
 #define NEOX_LAUNCH(stream, blocks, threads, kernel, ...)                                      \
-  (kernel<<<dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(threads)), 0,      \
+  (kernel<<<::neox::as_grid(blocks), dim3(static_cast<unsigned>(threads)), 0,      \
             static_cast<::neox::Stream>(stream)>>>(__VA_ARGS__),                               \
    ::neox::finish(::neox::launch_error()))
 
@@ -77,6 +85,17 @@ int with_type(int type, F&& f) {
 }
 
 inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+// `chunks` blocks for each row, without a division in the kernel: chunk is block_x(), row is row_of_block(). The y and z
+// of a grid hold 65,535 blocks at most.
+constexpr int64_t kRowsPerPlane = 1 << 15;
+
+inline Grid rows_by(int64_t chunks, int64_t rows) {
+  const int64_t y = rows < kRowsPerPlane ? rows : kRowsPerPlane;
+  return Grid(chunks, y, (rows + kRowsPerPlane - 1) / kRowsPerPlane);
+}
+
+__device__ __forceinline__ int64_t row_of_block() { return block_z() * kRowsPerPlane + block_y(); }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

@@ -30,8 +30,8 @@ extern "C" int neox_emulator_set_wave(int wave) {
 
 #else
 
-#define NEOX_STRING_OF(x) #x
-#define NEOX_STRING(x) NEOX_STRING_OF(x)
+#define NEOX_STRING_OF(...) #__VA_ARGS__  // a list: its commas separate arguments
+#define NEOX_STRING(...) NEOX_STRING_OF(__VA_ARGS__)
 
 extern "C" int neox_wave_size(void) { return NEOX_WAVE; }
 extern "C" const char* neox_architectures(void) { return NEOX_STRING(NEOX_ARCHITECTURES); }

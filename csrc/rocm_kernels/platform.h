@@ -49,8 +49,9 @@ struct Shared {
 };
 
 __device__ __forceinline__ int thread_index() { return threadIdx.x; }
-__device__ __forceinline__ int64_t block_index() { return blockIdx.x; }
-__device__ __forceinline__ int64_t grid_size() { return gridDim.x; }
+__device__ __forceinline__ int64_t block_x() { return blockIdx.x; }
+__device__ __forceinline__ int64_t block_y() { return blockIdx.y; }
+__device__ __forceinline__ int64_t block_z() { return blockIdx.z; }
 __device__ __forceinline__ void block_barrier() { __syncthreads(); }
 
 // Every lane of the wave must call it.

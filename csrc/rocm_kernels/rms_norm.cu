@@ -31,7 +31,7 @@ rms_norm_forward(ptr<T> NEOX_RESTRICT y, ptr<float> NEOX_RESTRICT rstd, ptr<T> N
   constexpr int VEC = kVector<T>;
   __shared__ Shared<float, Shape::kThreads / WAVE> slots;
   const uint32_t lane = thread_index() % Shape::kLanes;
-  const int64_t row = block_index() * Shape::kRowsPerBlock + wave_uniform(thread_index() / Shape::kLanes);
+  const int64_t row = block_x() * Shape::kRowsPerBlock + wave_uniform(thread_index() / Shape::kLanes);
   const bool live = row < rows;
   const int64_t source = live ? row : rows - 1;  // dead lanes load what exists and store nothing
   const uint32_t last = width - VEC;
@@ -90,36 +90,34 @@ rms_norm_forward_generic(ptr<T> y, ptr<float> rstd, ptr<T> sum, ptr<const T> x, 
                          ptr<const T> weight, int64_t rows, int width, int64_t x_stride, int64_t residual_stride,
                          float eps) {
   __shared__ Shared<float, kGenericBlock / WAVE> slots;
-  for (int64_t row = block_index(); row < rows; row += grid_size()) {
-    float squares = 0.0f;
-    for (int c = thread_index(); c < width; c += kGenericBlock) {
-      float a[1];
+  const int64_t row = block_x();
+  float squares = 0.0f;
+  for (int c = thread_index(); c < width; c += kGenericBlock) {
+    float a[1];
+    load<T>(x + row * x_stride, c, a);
+    if constexpr (ADD) {
+      float b[1];
+      load<T>(residual + row * residual_stride, c, b);
+      a[0] = rounded<T>(a[0] + b[0]);
+      store<T>(sum + row * width, c, a);
+    }
+    squares += a[0] * a[0];
+  }
+  squares = group_sum<WAVE, kGenericBlock / WAVE>(squares, slots);
+  const float scale = rsqrtf(squares / static_cast<float>(width) + eps);
+  if (thread_index() == 0) store_raw<float>(rstd, row, scale);
+  for (int c = thread_index(); c < width; c += kGenericBlock) {
+    float a[1], b[1];
+    if constexpr (ADD) {
       load<T>(x + row * x_stride, c, a);
-      if constexpr (ADD) {
-        float b[1];
-        load<T>(residual + row * residual_stride, c, b);
-        a[0] = rounded<T>(a[0] + b[0]);
-        store<T>(sum + row * width, c, a);
-      }
-      squares += a[0] * a[0];
+      load<T>(residual + row * residual_stride, c, b);
+      a[0] = rounded<T>(a[0] + b[0]);
+    } else {
+      load<T>(x + row * x_stride, c, a);
     }
-    squares = group_sum<WAVE, kGenericBlock / WAVE>(squares, slots);
-    block_barrier();  // the next row reuses the slots
-    const float scale = rsqrtf(squares / static_cast<float>(width) + eps);
-    if (thread_index() == 0) store_raw<float>(rstd, row, scale);
-    for (int c = thread_index(); c < width; c += kGenericBlock) {
-      float a[1], b[1];
-      if constexpr (ADD) {
-        load<T>(x + row * x_stride, c, a);
-        load<T>(residual + row * residual_stride, c, b);
-        a[0] = rounded<T>(a[0] + b[0]);
-      } else {
-        load<T>(x + row * x_stride, c, a);
-      }
-      load<T>(weight, c, b);
-      a[0] = (HF ? rounded<T>(a[0] * scale) : a[0] * scale) * b[0];
-      store<T>(y + row * width, c, a);
-    }
+    load<T>(weight, c, b);
+    a[0] = (HF ? rounded<T>(a[0] * scale) : a[0] * scale) * b[0];
+    store<T>(y + row * width, c, a);
   }
 }
 
@@ -136,7 +134,7 @@ rms_norm_backward(ptr<T> NEOX_RESTRICT dx, ptr<float> NEOX_RESTRICT partial, ptr
   constexpr int VEC = kVector<T>, kWaves = Shape::kThreads / WAVE;
   __shared__ Shared<float, 2 * kWaves> slots;  // two sets, used in turn: one barrier a row
   const uint32_t lane = thread_index() % Shape::kLanes;
-  const int64_t group = block_index() * Shape::kRowsPerBlock + wave_uniform(thread_index() / Shape::kLanes);
+  const int64_t group = block_x() * Shape::kRowsPerBlock + wave_uniform(thread_index() / Shape::kLanes);
   const uint32_t last = width - VEC;
   const float inverse_width = 1.0f / static_cast<float>(width);
 
@@ -227,38 +225,35 @@ rms_norm_dx_generic(ptr<T> dx, ptr<const T> dy, ptr<const T> x, ptr<const T> wei
                     ptr<const T> dsum, int64_t rows, int width, int64_t dy_stride, int64_t x_stride,
                     int64_t dsum_stride) {
   __shared__ Shared<float, kGenericBlock / WAVE> slots;
-  for (int64_t row = block_index(); row < rows; row += grid_size()) {
-    float dot = 0.0f, a[1], g[1], w[1];
-    for (int c = thread_index(); c < width; c += kGenericBlock) {
-      load<T>(x + row * x_stride, c, a);
-      load<T>(dy + row * dy_stride, c, g);
-      load<T>(weight, c, w);
-      dot += a[0] * (g[0] * w[0]);
+  const int64_t row = block_x();
+  float dot = 0.0f, a[1], g[1], w[1];
+  for (int c = thread_index(); c < width; c += kGenericBlock) {
+    load<T>(x + row * x_stride, c, a);
+    load<T>(dy + row * dy_stride, c, g);
+    load<T>(weight, c, w);
+    dot += a[0] * (g[0] * w[0]);
+  }
+  dot = group_sum<WAVE, kGenericBlock / WAVE>(dot, slots);
+  const float r = load_raw<float>(rstd, row), k = dot / static_cast<float>(width) * r * r * r;
+  for (int c = thread_index(); c < width; c += kGenericBlock) {
+    load<T>(x + row * x_stride, c, a);
+    load<T>(dy + row * dy_stride, c, g);
+    load<T>(weight, c, w);
+    a[0] = r * (g[0] * w[0]) - a[0] * k;
+    if constexpr (ADD) {
+      load<T>(dsum + row * dsum_stride, c, g);
+      a[0] += g[0];
     }
-    dot = group_sum<WAVE, kGenericBlock / WAVE>(dot, slots);
-    block_barrier();  // the next row reuses the slots
-    const float r = load_raw<float>(rstd, row), k = dot / static_cast<float>(width) * r * r * r;
-    for (int c = thread_index(); c < width; c += kGenericBlock) {
-      load<T>(x + row * x_stride, c, a);
-      load<T>(dy + row * dy_stride, c, g);
-      load<T>(weight, c, w);
-      a[0] = r * (g[0] * w[0]) - a[0] * k;
-      if constexpr (ADD) {
-        load<T>(dsum + row * dsum_stride, c, g);
-        a[0] += g[0];
-      }
-      store<T>(dx + row * width, c, a);
-    }
+    store<T>(dx + row * width, c, a);
   }
 }
 
-// One thread a column; block (group, chunk of columns) walks rows group, group + groups, ...
+// One thread a column; a group of blocks walks rows group, group + groups, ...
 template <class T, bool HF>
 NEOX_KERNEL(kGenericBlock)
 rms_norm_partial_generic(ptr<float> partial, ptr<const T> dy, ptr<const T> x, ptr<const float> rstd, int64_t rows,
                          int width, int64_t dy_stride, int64_t x_stride, int64_t groups) {
-  const int64_t group = block_index() % groups;
-  const int64_t c = block_index() / groups * kGenericBlock + thread_index();
+  const int64_t group = row_of_block(), c = block_x() * kGenericBlock + thread_index();
   if (c < width) {
     float total = 0.0f, a[1], g[1];
     for (int64_t row = group; row < rows; row += groups) {
@@ -279,7 +274,7 @@ rms_norm_reduce_partial(ptr<float> NEOX_RESTRICT dweight, ptr<const float> NEOX_
                         int width) {
   __shared__ Shared<float, kReduceColumns * kReduceRows> sums;
   const int t = thread_index(), lane = t % kReduceColumns, part = t / kReduceColumns;
-  const int64_t c = block_index() * kReduceColumns + lane, column = c < width ? c : width - 1;
+  const int64_t c = block_x() * kReduceColumns + lane, column = c < width ? c : width - 1;
   float total = 0.0f;
   int64_t row = part;
   for (; row + 3 * kReduceRows < groups; row += 4 * kReduceRows) {
@@ -317,19 +312,20 @@ bool whole_vectors(int64_t width, std::initializer_list<int64_t> strides, std::i
   return whole;
 }
 
-constexpr int64_t kMaxBlocks = 1 << 20;
 constexpr int kForwardVectors = 4, kBackwardVectors = 2;
+constexpr int64_t kRowsToAmortise = 32;
+constexpr int64_t kSmallestGroup = 64;  // for the count of partial rows, which must not depend on the device's wave
 
 int64_t partial_rows(int64_t rows, int64_t width, int vector) {
   // About 1536 waves of 64 in all: at four waves a SIMD they are resident together on the 110 compute units of a GCD.
   // Each has enough rows that writing and reading the partial sums costs little.
-  int64_t lanes = 64;
+  int64_t lanes = kSmallestGroup;
   while (lanes < 1024 && lanes * kBackwardVectors * vector < width) lanes *= 2;
   int64_t groups = 98304 / lanes;
   if (groups > 512) groups = 512;
-  int64_t useful = ceil_div(rows, 8);
+  int64_t useful = ceil_div(rows, 8);  // few rows: partial sums stay in the cache, parallelism matters more
   if (useful > 128) useful = 128;
-  if (useful < rows / 32) useful = rows / 32;
+  if (useful < rows / kRowsToAmortise) useful = rows / kRowsToAmortise;
   return useful < groups ? (useful < 1 ? 1 : useful) : groups;
 }
 
@@ -341,8 +337,7 @@ int forward(void* stream, T* y, float* rstd, T* sum, const T* x, const T* residu
     const auto run = [&](auto add, auto hf) {
       constexpr bool ADD = decltype(add)::value, HF = decltype(hf)::value;
       const auto generic = [&] {
-        const int64_t blocks = rows < kMaxBlocks ? rows : kMaxBlocks;
-        return NEOX_LAUNCH(stream, blocks, kGenericBlock, (rms_norm_forward_generic<T, WAVE, ADD, HF>), y, rstd, sum, x,
+        return NEOX_LAUNCH(stream, rows, kGenericBlock, (rms_norm_forward_generic<T, WAVE, ADD, HF>), y, rstd, sum, x,
                            residual, weight, rows, static_cast<int>(width), x_stride, residual_stride, eps);
       };
       if (!whole_vectors<T>(width, {x_stride, residual_stride}, {y, sum, x, residual, weight})) return generic();
@@ -376,11 +371,10 @@ int backward(void* stream, T* dx, float* dweight, float* partial, const T* dy, c
     const auto run = [&](auto add, auto hf) {
       constexpr bool ADD = decltype(add)::value, HF = decltype(hf)::value;
       const auto generic = [&] {
-        const int64_t blocks = rows < kMaxBlocks ? rows : kMaxBlocks;
-        const int code = NEOX_LAUNCH(stream, blocks, kGenericBlock, (rms_norm_dx_generic<T, WAVE, ADD>), dx, dy, x,
+        const int code = NEOX_LAUNCH(stream, rows, kGenericBlock, (rms_norm_dx_generic<T, WAVE, ADD>), dx, dy, x,
                                      weight, rstd, dsum, rows, static_cast<int>(width), dy_stride, x_stride, dsum_stride);
         if (code != 0) return code;
-        return NEOX_LAUNCH(stream, groups * ceil_div(width, kGenericBlock), kGenericBlock,
+        return NEOX_LAUNCH(stream, rows_by(ceil_div(width, kGenericBlock), groups), kGenericBlock,
                            (rms_norm_partial_generic<T, HF>), partial, dy, x, rstd, rows, static_cast<int>(width),
                            dy_stride, x_stride, groups);
       };

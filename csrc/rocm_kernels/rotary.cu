@@ -11,6 +11,33 @@ struct Strides {
   int64_t s, b, head;
 };
 
+// Every `slots`-th head of one token from `slot` on, elements c.. and half + c..
+template <class T, int VEC>
+__device__ __forceinline__ void turn_heads(ptr<T> out, ptr<const T> in, int slot, int slots, int heads, int64_t in_step,
+                                           int64_t out_step, int c, int half, int d, int lanes, const float (&cs)[VEC],
+                                           const float (&sn)[VEC]) {
+  ptr<const T> from = in + slot * in_step;
+  ptr<T> to = out + slot * out_step;
+  for (int h = slot; h < heads; h += slots) {
+    float x1[VEC], x2[VEC], y1[VEC], y2[VEC];
+    load<T>(from, c, x1);
+    load<T>(from, c + half, x2);
+    NEOX_UNROLL
+    for (int i = 0; i < VEC; ++i) {
+      y1[i] = x1[i] * cs[i] - x2[i] * sn[i];
+      y2[i] = x2[i] * cs[i] + x1[i] * sn[i];
+    }
+    store<T>(to, c, y1);
+    store<T>(to, c + half, y2);
+    for (int rest = 2 * half + c; rest < d; rest += lanes * VEC) {  // partial rotary
+      load<T>(from, rest, x1);
+      store<T>(to, rest, x1);
+    }
+    from = from + slots * in_step;
+    to = to + slots * out_step;
+  }
+}
+
 // A thread owns VEC elements of a head and their partners half a head on, for every `slots`-th head of one token; the
 // token's cosines and sines stay in its registers. `lanes` threads side by side cover a head.
 template <class T, int VEC>
@@ -22,35 +49,19 @@ rotary(ptr<T> q_out, ptr<T> k_out, ptr<const T> q, ptr<const T> k, ptr<const flo
   const int tokens_per_block = kBlock / (lanes * slots);
   const int lane = thread_index() % lanes, group = thread_index() / lanes;
   const int slot = group % slots;
-  const int64_t token = block_index() * tokens_per_block + group / slots;
-  if (group / slots < tokens_per_block && token < s * b) {
-    const int64_t is = token / b, ib = token % b;
+  const int64_t is = block_x() * tokens_per_block + group / slots, ib = row_of_block();
+  if (group / slots < tokens_per_block && is < s && ib < b) {
     const int64_t position = positions ? load_raw<int64_t>(positions, is * position_s + ib * position_b) : is;
     const int c = lane * VEC;
     float cs[VEC], sn[VEC];
     load<float>(cos + position * half, c, cs);
     load<float>(sin + position * half, c, sn);
-    for (int h = slot; h < q_heads + k_heads; h += slots) {
-      const bool is_q = h < q_heads;
-      const Strides from = is_q ? q_in : k_in, to = is_q ? q_to : k_to;
-      const int64_t head = is_q ? h : h - q_heads;
-      const ptr<const T> in = (is_q ? q : k) + (is * from.s + ib * from.b + head * from.head);
-      const ptr<T> out = (is_q ? q_out : k_out) + (is * to.s + ib * to.b + head * to.head);
-      float x1[VEC], x2[VEC], y1[VEC], y2[VEC];
-      load<T>(in, c, x1);
-      load<T>(in, c + half, x2);
-      NEOX_UNROLL
-      for (int i = 0; i < VEC; ++i) {
-        y1[i] = x1[i] * cs[i] - sign * sn[i] * x2[i];
-        y2[i] = x2[i] * cs[i] + sign * sn[i] * x1[i];
-      }
-      store<T>(out, c, y1);
-      store<T>(out, c + half, y2);
-      for (int rest = 2 * half + c; rest < d; rest += lanes * VEC) {  // partial rotary
-        load<T>(in, rest, x1);
-        store<T>(out, rest, x1);
-      }
-    }
+    NEOX_UNROLL
+    for (int i = 0; i < VEC; ++i) sn[i] *= sign;
+    turn_heads<T, VEC>(q_out + (is * q_to.s + ib * q_to.b), q + (is * q_in.s + ib * q_in.b), slot, slots, q_heads,
+                       q_in.head, q_to.head, c, half, d, lanes, cs, sn);
+    turn_heads<T, VEC>(k_out + (is * k_to.s + ib * k_to.b), k + (is * k_in.s + ib * k_in.b), slot, slots, k_heads,
+                       k_in.head, k_to.head, c, half, d, lanes, cs, sn);
   }
 }
 
@@ -62,7 +73,7 @@ int launch(void* stream, T* q_out, T* k_out, const T* q, const T* k, const float
   if (lanes > kBlock) return refuse("rotary: a head of " + std::to_string(d) + " elements is too wide");
   int64_t slots = 1;
   while (2 * slots <= q_heads + k_heads && 2 * slots <= kMaxSlotsPerToken && 2 * slots * lanes <= kBlock) slots *= 2;
-  return NEOX_LAUNCH(stream, ceil_div(s * b, kBlock / (lanes * slots)), kBlock, (rotary<T, VEC>), q_out, k_out, q, k, cos,
+  return NEOX_LAUNCH(stream, rows_by(ceil_div(s, kBlock / (lanes * slots)), b), kBlock, (rotary<T, VEC>), q_out, k_out, q, k, cos,
                      sin, positions, s, b, static_cast<int>(q_heads), static_cast<int>(k_heads), static_cast<int>(d),
                      static_cast<int>(half), q_in, k_in, q_to, k_to, position_s, position_b, static_cast<int>(lanes),
                      static_cast<int>(slots), sign);

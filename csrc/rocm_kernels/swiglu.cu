@@ -17,22 +17,18 @@ __device__ __forceinline__ float sigmoid(float x) {
   }
 }
 
-// One block treats 256 vectors of one row; `chunks` blocks a row.
+// One block treats 256 vectors of one row.
 template <class T, int VEC>
 NEOX_KERNEL(kBlock)
-swiglu_forward(ptr<T> NEOX_RESTRICT out, ptr<const T> NEOX_RESTRICT fused, int64_t rows, int64_t width, int64_t stride,
-               int64_t chunks) {
-  for (int64_t block = block_index(); block < rows * chunks; block += grid_size()) {
-    const int64_t row = block / chunks;
-    const int64_t c = (block % chunks * kBlock + thread_index()) * VEC;
-    if (c < width) {
-      float up[VEC], gate[VEC];
-      load<T>(fused + row * stride, c, up);
-      load<T>(fused + row * stride + width, c, gate);
-      NEOX_UNROLL
-      for (int i = 0; i < VEC; ++i) up[i] *= gate[i] * sigmoid<T>(gate[i]);
-      store<T>(out + row * width, c, up);
-    }
+swiglu_forward(ptr<T> NEOX_RESTRICT out, ptr<const T> NEOX_RESTRICT fused, int64_t rows, int64_t width, int64_t stride) {
+  const int64_t row = row_of_block(), c = (block_x() * kBlock + thread_index()) * VEC;
+  if (row < rows && c < width) {
+    float up[VEC], gate[VEC];
+    load<T>(fused + row * stride, c, up);
+    load<T>(fused + row * stride + width, c, gate);
+    NEOX_UNROLL
+    for (int i = 0; i < VEC; ++i) up[i] *= gate[i] * sigmoid<T>(gate[i]);
+    store<T>(out + row * width, c, up);
   }
 }
 
@@ -40,35 +36,29 @@ swiglu_forward(ptr<T> NEOX_RESTRICT out, ptr<const T> NEOX_RESTRICT fused, int64
 template <class T, int VEC>
 NEOX_KERNEL(kBlock)
 swiglu_backward(ptr<T> NEOX_RESTRICT dfused, ptr<const T> NEOX_RESTRICT dout, ptr<const T> NEOX_RESTRICT fused,
-                int64_t rows, int64_t width, int64_t dout_stride, int64_t stride, int64_t chunks) {
-  for (int64_t block = block_index(); block < rows * chunks; block += grid_size()) {
-    const int64_t row = block / chunks;
-    const int64_t c = (block % chunks * kBlock + thread_index()) * VEC;
-    if (c < width) {
-      float up[VEC], gate[VEC], d[VEC];
-      load<T>(fused + row * stride, c, up);
-      load<T>(fused + row * stride + width, c, gate);
-      load<T>(dout + row * dout_stride, c, d);
-      NEOX_UNROLL
-      for (int i = 0; i < VEC; ++i) {
-        const float s = sigmoid<T>(gate[i]), ds = d[i] * s;
-        const float dgate = ds * up[i] * (1.0f + gate[i] * (1.0f - s));
-        up[i] = ds * gate[i];
-        gate[i] = dgate;
-      }
-      store<T>(dfused + row * 2 * width, c, up);
-      store<T>(dfused + row * 2 * width + width, c, gate);
+                int64_t rows, int64_t width, int64_t dout_stride, int64_t stride) {
+  const int64_t row = row_of_block(), c = (block_x() * kBlock + thread_index()) * VEC;
+  if (row < rows && c < width) {
+    float up[VEC], gate[VEC], d[VEC];
+    load<T>(fused + row * stride, c, up);
+    load<T>(fused + row * stride + width, c, gate);
+    load<T>(dout + row * dout_stride, c, d);
+    NEOX_UNROLL
+    for (int i = 0; i < VEC; ++i) {
+      const float s = sigmoid<T>(gate[i]), ds = d[i] * s;
+      const float dgate = ds * up[i] * (1.0f + gate[i] * (1.0f - s));
+      up[i] = ds * gate[i];
+      gate[i] = dgate;
     }
+    store<T>(dfused + row * 2 * width, c, up);
+    store<T>(dfused + row * 2 * width + width, c, gate);
   }
 }
-
-constexpr int64_t kMaxBlocks = 1 << 22;
 
 template <class T, class F>
 int with_vector(bool whole, int64_t rows, int64_t width, F&& f) {
   const auto run = [&](auto vector) {
-    const int64_t chunks = ceil_div(width, kBlock * decltype(vector)::value);
-    return f(vector, chunks, rows * chunks < kMaxBlocks ? rows * chunks : kMaxBlocks);
+    return f(vector, rows_by(ceil_div(width, kBlock * decltype(vector)::value), rows));
   };
   return whole ? run(std::integral_constant<int, kVector<T>>{}) : run(std::integral_constant<int, 1>{});
 }
@@ -84,9 +74,9 @@ extern "C" int neox_swiglu_forward(void* stream, int type, void* out, const void
   return with_type(type, [&](auto element) {
     using T = decltype(element);
     const bool whole = width % kVector<T> == 0 && fused_stride % kVector<T> == 0 && aligned(out) && aligned(fused);
-    return with_vector<T>(whole, rows, width, [&](auto vector, int64_t chunks, int64_t blocks) {
-      return NEOX_LAUNCH(stream, blocks, kBlock, (swiglu_forward<T, decltype(vector)::value>), static_cast<T*>(out),
-                         static_cast<const T*>(fused), rows, width, fused_stride, chunks);
+    return with_vector<T>(whole, rows, width, [&](auto vector, Grid grid) {
+      return NEOX_LAUNCH(stream, grid, kBlock, (swiglu_forward<T, decltype(vector)::value>), static_cast<T*>(out),
+                         static_cast<const T*>(fused), rows, width, fused_stride);
     });
   });
 }
@@ -98,10 +88,10 @@ extern "C" int neox_swiglu_backward(void* stream, int type, void* dfused, const 
     using T = decltype(element);
     const bool whole = width % kVector<T> == 0 && fused_stride % kVector<T> == 0 && dout_stride % kVector<T> == 0 &&
                        aligned(dfused) && aligned(dout) && aligned(fused);
-    return with_vector<T>(whole, rows, width, [&](auto vector, int64_t chunks, int64_t blocks) {
-      return NEOX_LAUNCH(stream, blocks, kBlock, (swiglu_backward<T, decltype(vector)::value>),
+    return with_vector<T>(whole, rows, width, [&](auto vector, Grid grid) {
+      return NEOX_LAUNCH(stream, grid, kBlock, (swiglu_backward<T, decltype(vector)::value>),
                          static_cast<T*>(dfused), static_cast<const T*>(dout), static_cast<const T*>(fused), rows,
-                         width, dout_stride, fused_stride, chunks);
+                         width, dout_stride, fused_stride);
     });
   });
 }

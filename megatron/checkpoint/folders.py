@@ -144,3 +144,4 @@ def clean_leftovers(root: Path, log: Callable[[str], None] = print) -> None:
         if path.is_dir() and tag != path.name and _TAG.fullmatch(tag.removesuffix(REPLACED)):
             log(f"{path} is removed: a save or a deletion that did not finish left it")
             shutil.rmtree(path)
+    (root / (LATEST + PARTIAL)).unlink(missing_ok=True)  # killed while `latest` was about to move

@@ -8,7 +8,7 @@ import pickle
 import re
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
@@ -104,7 +104,7 @@ def read_file(path: Path, lazy: bool = False, classes: Sequence[type] = ()) -> A
     try:
         # GPT-NeoX's older files are plain pickles, which cannot be mapped.
         mapped = lazy and zipfile.is_zipfile(path)
-        with torch.serialization.safe_globals(list(classes)):
+        with _only_these_globals(classes):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True if mapped else None)
     except OSError:
         raise
@@ -118,6 +118,19 @@ def read_file(path: Path, lazy: bool = False, classes: Sequence[type] = ()) -> A
         raise CheckpointError(f"{path} is damaged: {_first_line(error)}") from error
     except Exception as error:
         raise CheckpointError(f"{path} is damaged or truncated: {_first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def _only_these_globals(classes: Sequence[type]) -> Iterator[None]:
+    """Allow `classes` and nothing that a library has registered: megatron-core adds sixteen of its own on import."""
+    registered = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    try:
+        torch.serialization.add_safe_globals(list(classes))
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(registered)
 
 
 def _first_line(error: BaseException) -> str:

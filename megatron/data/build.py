@@ -10,13 +10,22 @@ from typing import Literal, Protocol
 import numpy as np
 import torch.distributed as dist
 
-from megatron.data.blend import Blend, assign_sources, shares
+from megatron.data.blend import Blend, Replay, mix, shares
 from megatron.data.header import check_header, fingerprint, read_header
 from megatron.data.indexed import DataError, open_indexed
 from megatron.data.sample import SampleDataset, SampleForm
 from megatron.data.sources import OncePacked, RunningPack, Source
 from megatron.data.whole import Packing, WholeDocuments
 from megatron.tokenizer import Tokenizer, TokenizerError, build_tokenizer
+
+
+class SourceEntry(Protocol):
+    """An entry of `train_data_paths` that says more than a path."""
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def replay(self) -> Replay | None: ...
 
 
 class DataArgs(Protocol):
@@ -27,7 +36,7 @@ class DataArgs(Protocol):
     @property
     def split(self) -> str: ...
     @property
-    def train_data_paths(self) -> list[str] | None: ...
+    def train_data_paths(self) -> Sequence[str | SourceEntry] | None: ...
     @property
     def valid_data_paths(self) -> list[str] | None: ...
     @property
@@ -90,6 +99,7 @@ class _Part:
     prefix: str
     labels: str | None = None
     documents: tuple[int, int] | None = None
+    replay: Replay | None = None
 
 
 def build_datasets(args: DataArgs, tokenizer: Tokenizer | None = None) -> Datasets:
@@ -183,15 +193,16 @@ class _Opener:
             return OncePacked(part.prefix, self.form, args.seed, part.documents, part.labels)
         return RunningPack(part.prefix, self.form, args.seed, samples, part.documents, part.labels)
 
+    def samples_per_epoch(self, part: _Part) -> float:
+        return self(part, None if self.args.pack_impl == "packed" else 1).samples_per_epoch
+
 
 def _blend(parts: list[_Part], weights: list[float] | None, opener: _Opener, wanted: int) -> Blend:
-    share = shares(weights or [1.0] * len(parts))
-    if len(share) != len(parts):
-        raise DataError(f"train_data_weights has {len(share)} entries for {len(parts)} train_data_paths")
-    source_of, within = assign_sources(share, wanted)
-    needed = np.bincount(source_of, minlength=len(parts)).tolist()
-    sources = [opener(part, max(count, 1)) for part, count in zip(parts, needed, strict=True)]
-    return Blend(sources, source_of, within)
+    replays = [part.replay for part in parts]
+    epochs = [1.0] * len(parts) if not any(replays) else [opener.samples_per_epoch(part) for part in parts]
+    mixture = mix(epochs, weights, replays, wanted)
+    sources = [opener(part, count) for part, count in zip(parts, mixture.needed(len(parts)), strict=True)]
+    return Blend(sources, mixture)
 
 
 def _passes(parts: Sequence[_Part], opener: _Opener) -> dict[str, SampleDataset]:
@@ -231,8 +242,12 @@ def _parts(args: DataArgs) -> tuple[list[_Part], list[_Part], list[_Part]]:
             raise DataError(
                 f"{name}_label_data_paths has {len(label_paths)} entries for {len(paths)} {name}_data_paths"
             )
-        stages.append([_Part(p, label_paths[i] if label_paths else None) for i, p in enumerate(paths)])
+        stages.append([_part(entry, label_paths[i] if label_paths else None) for i, entry in enumerate(paths)])
     return stages[0], stages[1], stages[2]
+
+
+def _part(entry: str | SourceEntry, labels: str | None) -> _Part:
+    return _Part(entry, labels) if isinstance(entry, str) else _Part(entry.path, labels, replay=entry.replay)
 
 
 def split_documents(split: str, count: int) -> list[tuple[int, int]]:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import zlib
 from pathlib import Path
+from typing import Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -24,6 +25,19 @@ class TokenizerInfo(BaseModel):
     type: str
     fingerprint: str
     vocab_size: int
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> Self:
+        return cls(type=type(tokenizer).__name__, fingerprint=tokenizer.fingerprint, vocab_size=tokenizer.vocab_size)
+
+
+class ChatInfo(BaseModel):
+    """How conversations became tokens and labels."""
+
+    model_config = ConfigDict(extra="forbid")
+    template: str  # "llama3", or the hash of a Jinja template
+    train_on: str  # "all" or "last" assistant turns
+    learned_tokens: int
 
 
 class DataHeader(BaseModel):
@@ -43,6 +57,7 @@ class DataHeader(BaseModel):
     skipped: int  # unreadable inputs, left out
     crc32: str  # of the .bin, hexadecimal
     sources: list[str]
+    chat: ChatInfo | None = None
 
 
 def header_path(prefix: str | Path) -> Path:

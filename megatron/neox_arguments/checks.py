@@ -275,11 +275,26 @@ def weights_match_paths(args: NeoXArgs) -> str | None:
         paths, weights = getattr(args, f"{part}_data_paths"), getattr(args, f"{part}_data_weights")
         if weights is None:
             continue
-        if len(weights) != len(paths or []):
-            return f"{part}_data_weights has {len(weights)} entries for {len(paths or [])} {part}_data_paths"
+        weighted = [path for path in paths or [] if isinstance(path, str) or path.replay is None]
+        if len(weights) != len(weighted):
+            return (
+                f"{part}_data_weights has {len(weights)} entries for {len(weighted)} {part}_data_paths without replay"
+            )
         if min(weights, default=0) < 0 or sum(weights) <= 0:
             return f"{part}_data_weights {weights}: weights are not negative and not all zero"
     return None
+
+
+@_rule(*_ALL)
+def replay_leaves_something(args: NeoXArgs) -> str | None:
+    replays = [None if isinstance(path, str) else path.replay for path in args.train_data_paths or []]
+    total = sum(replay.share for replay in replays if replay is not None)
+    if total < 1 and (None in replays or not replays):
+        return None
+    return (
+        f"the replay shares of train_data_paths sum to {total:g} and {replays.count(None)} sources have no replay; "
+        f"replay accompanies other sources, so leave some share to at least one"
+    )
 
 
 @_rule(*_ALL)

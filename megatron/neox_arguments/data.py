@@ -4,7 +4,23 @@ from __future__ import annotations
 
 from typing import Literal
 
-from megatron.neox_arguments.fields import Keys, derived, key
+from megatron.neox_arguments.fields import Keys, derived, key, required
+
+
+class Replay(Keys):
+    """General text that accompanies the other sources in every epoch of theirs."""
+
+    share: float = required("Share of the training samples, between 0 and 1.", gt=0, lt=1, ours=True)
+    fresh_each_epoch: bool = key(
+        True, "Go on from epoch to epoch, repeating nothing before all is read; false replays the same.", ours=True
+    )
+
+
+class DataSource(Keys):
+    """An entry of train_data_paths that says more than a path."""
+
+    path: str = required("Prefix of the .bin/.idx pair.", ours=True)
+    replay: Replay | None = key(None, "The source is replayed general text.", ours=True)
 
 
 class DataKeys(Keys):
@@ -22,12 +38,18 @@ class DataKeys(Keys):
     merge_file: str | None = key(None, "Accepted from GPT-NeoX configurations; no supported tokenizer has one.")
     data_path: str | None = key(None, "Prefix of one .bin/.idx pair, divided by `split`.")
     split: str = key("969, 30, 1", "Shares of train, valid and test documents in data_path.")
-    train_data_paths: list[str] | None = key(None, "Prefixes of the training sources.", min_length=1)
+    train_data_paths: list[str | DataSource] | None = key(
+        None,
+        "Prefixes of the training sources; an entry may be {path: ..., replay: {share: 0.2}}.",
+        min_length=1,
+    )
     valid_data_paths: list[str] | None = key(
         None, "Prefixes of the validation sources; each is reported apart.", min_length=1
     )
     test_data_paths: list[str] | None = key(None, "Prefixes of the test sources.", min_length=1)
-    train_data_weights: list[float] | None = key(None, "Weights of the training blend; equal when absent.")
+    train_data_weights: list[float] | None = key(
+        None, "Weights of the training sources without replay. When absent: equal, or by size beside replay."
+    )
     valid_data_weights: list[float] | None = key(None, "Weights of the validation sources.")
     test_data_weights: list[float] | None = key(None, "Weights of the test sources.")
     train_label_data_paths: list[str] | None = key(None, "Label prefixes beside train_data_paths; -100 is not learned.")

@@ -91,7 +91,10 @@ def compiler_environment() -> dict[str, str]:
 
 
 def _torch_flags(target: Target) -> tuple[list[str], list[str]]:
-    import torch
+    try:
+        import torch
+    except ImportError as error:
+        raise BuildError("torch cannot be imported; install with `pip install --no-build-isolation .`") from error
 
     root = Path(torch.__file__).parent
     abi = int(torch._C._GLIBCXX_USE_CXX11_ABI)

@@ -99,12 +99,13 @@ def reference_gradient(logits: Tensor, target: Tensor, lse: Tensor, dloss: Tenso
         logits.split(block), target.split(block), lse.split(block), dloss.split(block), grad.split(block), strict=True
     ):
         xf, part = xs[:, :width].to(dtype), out[:, :width]
-        p = torch.sub(xf, ls[:, None], out=part) if out.dtype == dtype else xf - ls[:, None]
+        direct = out.dtype == dtype and not torch.compiler.is_compiling()  # Dynamo refuses strided `out=`
+        p = torch.sub(xf, ls[:, None], out=part) if direct else xf - ls[:, None]
         p.exp_()
         here = (ts >= 0) & (ts < width)
         p.scatter_add_(1, ts.clamp(0, width - 1)[:, None], -here.to(dtype)[:, None])
         p.mul_(gs[:, None])
-        if out.dtype != dtype:
+        if not direct:
             part.copy_(p)
     return grad
 

@@ -58,15 +58,13 @@ def reference_rotate(x: Tensor, cos2: Tensor, sin: Tensor, conjugate: bool) -> T
     half = sin.shape[-1]
     sign = -1.0 if conjugate else 1.0
     xf = x.to(sin.dtype)
-    out = torch.empty(x.shape, dtype=sin.dtype, device=x.device)
-    turned = out[..., : 2 * half]
     # One pass over whole heads, then one over each half: fewer and longer inner loops than four half passes.
-    torch.mul(xf[..., : 2 * half], cos2, out=turned)
-    turned[..., :half].addcmul_(xf[..., half : 2 * half], sin, value=-sign)
-    turned[..., half:].addcmul_(xf[..., :half], sin, value=sign)
+    out = xf[..., : 2 * half] * cos2
+    out[..., :half].addcmul_(xf[..., half : 2 * half], sin, value=-sign)
+    out[..., half:].addcmul_(xf[..., :half], sin, value=sign)
     if 2 * half < x.shape[-1]:
-        out[..., 2 * half :] = xf[..., 2 * half :]
-    return out.to(x.dtype)
+        out = torch.cat((out, xf[..., 2 * half :]), -1)
+    return out.to(x.dtype).contiguous()
 
 
 class _Rotary(torch.autograd.Function):

@@ -45,6 +45,11 @@ def reference_forward(fused: Tensor) -> Tensor:
 def reference_backward(dout: Tensor, fused: Tensor) -> Tensor:
     """Gradient [rows, 2 F] of `fused`: dup = dout silu(gate), dgate = dout up silu'(gate)."""
     dtype = compute_dtype(fused)
+    if torch.compiler.is_compiling():  # Dynamo refuses strided `out=`, and fuses this by itself
+        up, gate = split_up_gate(fused.to(dtype))
+        s = torch.sigmoid(gate)
+        ds = dout.to(dtype) * s
+        return torch.cat((ds * gate, ds * up * (1 + gate * (1 - s))), -1).to(fused.dtype)
     grad = torch.empty_like(fused, memory_format=torch.contiguous_format)
     block = rows_per_block(dout)
     for fs, gs, os in zip(fused.split(block), grad.split(block), dout.split(block), strict=True):

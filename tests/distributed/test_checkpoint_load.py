@@ -147,10 +147,13 @@ def test_what_deepspeed_wrote_is_read_like_a_gpt_neox_checkpoint(tmp_path: Path)
 
 
 def _deepspeed_loads(rank: int, world_size: int, root: str, tag: str) -> Any:
+    from deepspeed.pipe import PipelineModule
+
     from megatron.checkpoint.deepspeed_files import SafeCheckpointEngine
 
     engine = build(arguments(CASE, 2, 2, 1, precision="bfloat16"), CASE, seed=1)
     engine.checkpoint_engine = SafeCheckpointEngine()
+    engine.module.load_state_dir = PipelineModule.load_state_dir.__get__(engine.module)  # ours refuses
     path, client = engine.load_checkpoint(root, tag=tag)
     assert path is not None
     return rank_parameters(engine).tensors, masters(engine), client["iteration"], engine.global_steps

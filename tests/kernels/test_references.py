@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from megatron.ops import add_rms_norm, apply_rotary, rms_norm, rows, swiglu, vocab_parallel_cross_entropy
-from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.unit
 
@@ -164,30 +162,6 @@ def test_gradient_of_a_confident_bf16_row_is_rounded_once() -> None:
     vocab_parallel_cross_entropy(logits, torch.tensor([0]), None, 0, 3).sum().backward()
     exact = torch.softmax(logits.detach().double(), -1) - torch.tensor([1.0, 0, 0])
     assert torch.equal(logits.grad, exact.bfloat16())
-
-
-def _parallel_loss(rank: int, world_size: int, full: Tensor, labels: Tensor, true: int) -> tuple[Tensor, Tensor]:
-    columns = full.shape[1] // world_size
-    local = full[:, rank * columns : (rank + 1) * columns].clone().requires_grad_()
-    loss = vocab_parallel_cross_entropy(local, labels, dist.group.WORLD, rank * columns, true)
-    (loss * torch.arange(1, 13)).sum().backward()
-    return loss.detach(), local.grad
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize("true", [40, 37, 29, 25])  # padding: none, within the last rank, all of it, and beyond
-def test_ranks_agree_with_one_rank(true: int) -> None:
-    full = torch.randn(12, 40, dtype=torch.float64)
-    labels = torch.randint(0, true, (12,))
-    labels[5] = -100
-    single = full.clone().requires_grad_()
-    loss = vocab_parallel_cross_entropy(single, labels, None, 0, true)
-    (loss * torch.arange(1, 13)).sum().backward()
-    results = run_ranks(_parallel_loss, 4, full, labels, true)
-    for rank_loss, _ in results:
-        assert (rank_loss - loss).abs().max() < 1e-12
-        assert torch.equal(rank_loss, results[0][0])
-    assert (torch.cat([grad for _, grad in results], 1) - single.grad).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize(

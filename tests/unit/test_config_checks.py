@@ -42,6 +42,11 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
     ("training_has_data", {"train_data_paths": None}, "no training data"),
     ("weights_match_paths", {"train_data_weights": [1.0, 2.0]}, "2 entries for 1 train_data_paths"),
     ("weights_match_paths", {"train_data_weights": [0.0]}, "not all zero"),
+    (
+        "replay_leaves_something",
+        {"train_data_paths": [{"path": "a", "replay": {"share": 0.5}}]},
+        "sum to 0.5 and 0 sources have no replay",
+    ),
     ("labels_match_paths", {"valid_label_data_paths": ["x"]}, "1 entries for 0 valid_data_paths"),
     ("document_ends_are_known", {"eod_mask_loss": True}, "needs the end-of-document token: give vocab_file"),
     ("chopping_has_an_effect", {"allow_chopped": False}, "no effect with pack_impl: packed"),

@@ -22,12 +22,13 @@ class Encoded:
     sizes: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
     max_token: int = -1
     text_bytes: int = 0
+    learned: int = 0  # supervised tokens, where the document has labels
     empty: int = 0
     bad: list[str] = field(default_factory=list)  # one message per unreadable record
 
 
 @dataclass(frozen=True)
-class BlockEncoder:
+class TextEncoder:
     """What a worker knows: the tokenizer, which fields to read and how a document is framed."""
 
     tokenizer: Tokenizer
@@ -59,21 +60,9 @@ class BlockEncoder:
 
     def _fields(self, block: Block, position: int) -> list[str | None]:
         """Text of each key; None for a blank line. Raises ValueError with the reason a record cannot be used."""
-        record: Any
-        if block.lines is None:
-            record = (block.records or [])[position]
-        else:
-            line = block.lines[position]
-            if not line.strip():
-                return [None] * len(self.keys)
-            try:
-                record = json.loads(line)
-            except UnicodeDecodeError as error:
-                raise ValueError(f"not UTF-8: {error.reason} at byte {error.start}") from None
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"not JSON: {error}") from None
-        if not isinstance(record, dict):
-            raise ValueError(f"expected a JSON object, got {type(record).__name__}")
+        record = read_record(block, position)
+        if record is None:
+            return [None] * len(self.keys)
         values: list[str | None] = []
         for key in self.keys:
             if key not in record:
@@ -102,3 +91,23 @@ class BlockEncoder:
             result.max_token = int(joined.max(initial=-1))
             result.tokens = joined.astype(self.dtype).tobytes()
             result.sizes = np.array([len(a) for a in arrays], np.int32)
+
+
+def read_record(block: Block, position: int) -> dict[str, Any] | None:
+    """One record as an object, None for a blank line. Raises ValueError with the reason it cannot be used."""
+    record: Any
+    if block.lines is None:
+        record = (block.records or [])[position]
+    else:
+        line = block.lines[position]
+        if not line.strip():
+            return None
+        try:
+            record = json.loads(line)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"not UTF-8: {error.reason} at byte {error.start}") from None
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"not JSON: {error}") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"expected a JSON object, got {type(record).__name__}")
+    return record

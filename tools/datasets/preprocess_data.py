@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     from megatron.data.indexed import DataError
     from megatron.tokenizer import TokenizerError
-    from tools.datasets.pipeline import BadRecord, preprocess
+    from tools.datasets.pipeline import BadRecord
     from tools.datasets.sources import SourceError
 
     try:
@@ -55,6 +55,55 @@ def main(arguments: list[str] | None = None) -> int:
         print("preprocess_data.py: stopped; the same command goes on from here", file=sys.stderr)
         return 130
     return 0
+
+
+def preprocess(options: argparse.Namespace) -> None:
+    """Raises BadRecord, DataError, SourceError, TokenizerError, OSError."""
+    from megatron.data.header import DataHeader, TokenizerInfo
+    from megatron.data.indexed import token_dtype
+    from megatron.tokenizer import TokenizerError, build_tokenizer
+    from tools.datasets.encode import TextEncoder
+    from tools.datasets.pipeline import Job, Output, State, identity_of, run_job
+    from tools.datasets.sources import expand, read_blocks
+
+    keys: list[str] = [key for item in options.jsonl_keys for key in item.split(",")]
+    files = expand(options.input)
+    tokenizer = build_tokenizer(options.tokenizer_type, options.vocab_file)
+    if options.prepend_bos and tokenizer.bos is None:
+        raise TokenizerError(f"{tokenizer.path}: no begin-of-text token, --prepend-bos cannot be done")
+    bos = tokenizer.bos if options.prepend_bos else None
+    eod = tokenizer.eod if options.append_eod else None
+    dtype = token_dtype(tokenizer.vocab_size)
+
+    def header(state: State) -> DataHeader:
+        return DataHeader(
+            tokenizer=TokenizerInfo.of(tokenizer),
+            bos=bos,
+            eod=eod,
+            ftfy=options.ftfy,
+            documents=state.documents,
+            tokens=state.bytes // dtype.itemsize,
+            max_token=state.max_token,
+            input_bytes=state.text_bytes,
+            empty=state.empty,
+            skipped=state.skipped,
+            crc32=f"{state.crc32:08x}",
+            sources=[str(file) for file in files],
+        )
+
+    run_job(
+        Job(
+            identity=identity_of(tokenizer, files, [bos, eod, options.ftfy, keys, options.on_bad_record]),
+            encoder=TextEncoder(tokenizer, keys, dtype, bos, eod, options.ftfy),
+            blocks=(block for file in files for block in read_blocks(file, keys)),
+            outputs=[Output(f"{options.output_prefix}_{key}_document", dtype, header) for key in keys],
+            journal=Path(f"{options.output_prefix}.partial.json"),
+            workers=options.workers,
+            skip_bad=options.on_bad_record == "skip",
+            log_interval=options.log_interval,
+            num_docs=options.num_docs,
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -29,16 +29,16 @@ class Block:
 
     source: str
     first: int  # number of the first record in its file, counted from 1
+    unit: str  # what a record is in messages
     lines: list[bytes] | None = None
-    records: list[dict[str, Any]] | None = None
+    records: list[Any] | None = None
 
     def __len__(self) -> int:
         return len(self.lines if self.lines is not None else self.records or ())
 
     def where(self, position: int) -> str:
         """Name of one record for messages."""
-        unit = "line" if self.lines is not None else "record"
-        return f"{self.source}, {unit} {self.first + position}"
+        return f"{self.source}, {self.unit} {self.first + position}"
 
 
 def expand(inputs: Sequence[str]) -> list[Path]:
@@ -66,13 +66,16 @@ def expand(inputs: Sequence[str]) -> list[Path]:
     return files
 
 
-def read_blocks(path: Path, keys: Sequence[str]) -> Iterator[Block]:
-    """All records of a file in order. Raises SourceError for damaged compression and foreign Parquet."""
+def read_blocks(path: Path, keys: Sequence[str] | None) -> Iterator[Block]:
+    """All records of a file in order; of Parquet only the columns `keys`, or all of them (None).
+
+    Raises SourceError for damaged compression and foreign Parquet.
+    """
     try:
         if path.name.endswith(".parquet"):
             yield from _parquet(path, keys)
         elif path.name.endswith(".txt"):
-            yield _whole_text(path, keys)
+            yield _whole_text(path, keys or ())
         else:
             yield from _lines(path)
     except (OSError, EOFError) as error:  # gzip: BadGzipFile is an OSError, a truncated stream an EOFError
@@ -84,7 +87,7 @@ def _lines(path: Path) -> Iterator[Block]:
         stream = _decompress(path, raw)
         number = 1
         while lines := stream.readlines(BLOCK_BYTES):
-            yield Block(str(path), number, lines=lines)
+            yield Block(str(path), number, "line", lines=lines)
             number += len(lines)
 
 
@@ -142,10 +145,10 @@ def _whole_text(path: Path, keys: Sequence[str]) -> Block:
         text = path.read_bytes().decode()
     except UnicodeDecodeError as error:
         raise SourceError(f"{path}: not UTF-8 text ({error}); convert it first") from error
-    return Block(str(path), 1, records=[dict.fromkeys(keys, text)])
+    return Block(str(path), 1, "record", records=[dict.fromkeys(keys, text)])
 
 
-def _parquet(path: Path, keys: Sequence[str]) -> Iterator[Block]:
+def _parquet(path: Path, keys: Sequence[str] | None) -> Iterator[Block]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -153,15 +156,15 @@ def _parquet(path: Path, keys: Sequence[str]) -> Iterator[Block]:
         raise SourceError(f"{path}: reading Parquet needs the package pyarrow (pip install .[data])") from error
     try:
         file = pyarrow.parquet.ParquetFile(path)
-        missing = [key for key in keys if key not in file.schema_arrow.names]
+        missing = [key for key in keys or () if key not in file.schema_arrow.names]
         if missing:
             raise SourceError(
                 f"{path}: no column {', '.join(missing)}; the columns are {', '.join(file.schema_arrow.names)}"
             )
         number = 1
-        for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=list(keys)):
+        for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=None if keys is None else list(keys)):
             rows = batch.to_pylist()
-            yield Block(str(path), number, records=rows)
+            yield Block(str(path), number, "row", records=rows)
             number += len(rows)
     except pyarrow.ArrowException as error:
         raise SourceError(f"{path}: damaged Parquet file: {error}") from error

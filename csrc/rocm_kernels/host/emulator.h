@@ -54,9 +54,9 @@ struct Range {
 struct Machine {
   int wave = 64;
   int threads = 0;
-  int64_t blocks = 0;
-  int thread = 0;     // running fibre
-  int64_t block = 0;  // running block
+  int thread = 0;             // running fibre
+  int64_t block = 0;          // running block, counted over the grid
+  int64_t index[3] = {0, 0, 0};  // and its x, y, z
   int epoch = 0;      // barriers passed, over all blocks and launches
   std::vector<Lane> lanes = std::vector<Lane>(kMaxThreads);
   std::vector<std::unique_ptr<char[]>> stacks = std::vector<std::unique_ptr<char[]>>(kMaxThreads);
@@ -186,8 +186,13 @@ inline bool run_block() {
   }
 }
 
+struct Grid {
+  int64_t x = 1, y = 1, z = 1;
+  Grid(int64_t nx, int64_t ny = 1, int64_t nz = 1) : x(nx), y(ny), z(nz) {}
+};
+
 // Runs `body` for every thread of every block; 0, or 1 with the reason in machine().error.
-inline int launch(int64_t blocks, int threads, const std::function<void()>& body) {
+inline int launch(Grid grid, int threads, const std::function<void()>& body) {
   Machine& m = machine();
   m.error.clear();
   if (threads < 1 || threads > kMaxThreads || threads % m.wave != 0) {
@@ -195,9 +200,11 @@ inline int launch(int64_t blocks, int threads, const std::function<void()>& body
     return 1;
   }
   m.threads = threads;
-  m.blocks = blocks;
   m.body = &body;
-  for (m.block = 0; m.block < blocks; ++m.block) {
+  for (m.block = 0; m.block < grid.x * grid.y * grid.z; ++m.block) {
+    m.index[0] = m.block % grid.x;
+    m.index[1] = m.block / grid.x % grid.y;
+    m.index[2] = m.block / grid.x / grid.y;
     if (!run_block()) return 1;
   }
   return 0;
@@ -273,8 +280,9 @@ class Shared {
 };
 
 inline int thread_index() { return emulator::machine().thread; }
-inline int64_t block_index() { return emulator::machine().block; }
-inline int64_t grid_size() { return emulator::machine().blocks; }
+inline int64_t block_x() { return emulator::machine().index[0]; }
+inline int64_t block_y() { return emulator::machine().index[1]; }
+inline int64_t block_z() { return emulator::machine().index[2]; }
 inline void block_barrier() { emulator::barrier(); }
 
 template <int WAVE>

@@ -4,17 +4,18 @@ import itertools
 import json
 import multiprocessing
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
 
 from megatron.data import DataError, MicroBatches, build_datasets, fingerprint, index_cache
-from megatron.data.blend import assign_sources, shares
+from megatron.data.blend import assign_sources, mix, shares
 from megatron.data.build import split_documents
 from megatron.data.index_cache import CACHE_FOLDER
 from megatron.data.indexed import IndexedWriter, open_indexed
@@ -33,7 +34,7 @@ class Args:
 
     data_path: str | None = None
     split: str = "8,1,1"
-    train_data_paths: list[str] | None = None
+    train_data_paths: Sequence[str | Any] | None = None
     valid_data_paths: list[str] | None = None
     test_data_paths: list[str] | None = None
     train_label_data_paths: list[str] | None = None
@@ -384,6 +385,85 @@ def test_headers_are_checked_against_the_run(vocab_folder: Path, tmp_path: Path)
     args.tokenizer_type, args.vocab_size = "HFTokenizer", 300
     with pytest.raises(DataError, match="the model has only 300"):
         build_datasets(args)
+
+
+@dataclass
+class Replayed:
+    """An entry of train_data_paths with replay, and its replay keys in one."""
+
+    path: str
+    share: float
+    fresh_each_epoch: bool = True
+
+    @property
+    def replay(self) -> "Replayed":
+        return self
+
+
+def general_tokens(args: Args, epoch: float) -> list[list[int]]:
+    """Tokens of the replayed source (ids from 100,000), by epoch of the corpus."""
+    train = build_datasets(args).train
+    found: list[list[int]] = [[] for _ in range(int(len(train) / epoch) + 1)]
+    for i in range(len(train)):
+        tokens = train[i]["tokens"].tolist()
+        if tokens[0] >= 100_000:
+            found[int(i / epoch)] += tokens
+    return found
+
+
+@pytest.mark.parametrize("packing", ["packed", "pack_until_overflow"])
+@pytest.mark.parametrize("fresh", [True, False])
+def test_replay(tmp_path: Path, fresh: bool, packing: str) -> None:
+    domain = [write(tmp_path / f"d{i}", numbered([S] * n, first=10_000 * i)) for i, n in enumerate((150, 50))]
+    general = write(tmp_path / "g", numbered([S] * 175, first=100_000))
+    replayed = Replayed(general, 0.2, fresh)
+    args = Args(train_data_paths=[*domain, replayed], vocab_size=None, train_iters=100, pack_impl=packing)
+    epoch = 200 / 0.8
+    by_epoch = general_tokens(args, epoch)
+    assert [len(tokens) // S for tokens in by_epoch] == [50, 50, 50, 10]
+    if fresh:
+        read = [t for tokens in by_epoch for t in tokens]
+        assert len(set(read)) == len(read)  # nothing is repeated: 160 of 175 samples were used
+    else:
+        assert sorted(by_epoch[0]) == sorted(by_epoch[1]) == sorted(by_epoch[2])
+    datasets = build_datasets(args)
+    assert "20.00% of the run" in datasets.notes[-1]
+    assert "by epoch of the corpus 20.00%, 20.00%, 20.00%, 20.00%" in datasets.notes[-1]
+    seen = [datasets.train[i]["tokens"].tolist() for i in range(250)]
+    in_domain = [t for tokens in seen for t in tokens if t < 100_000]
+    assert len(in_domain) == 200 * S
+    assert len(set(in_domain)) >= 0.97 * 200 * S  # the corpus is read once, but for the seam of its two sources
+
+
+def test_exhausted_replay_begins_again_in_another_order(tmp_path: Path) -> None:
+    domain = write(tmp_path / "d", numbered([S] * 100))
+    general = write(tmp_path / "g", numbered([S] * 20, first=100_000))
+    args = Args(train_data_paths=[domain, Replayed(general, 0.2)], vocab_size=None, train_iters=25)
+    read = [t for tokens in general_tokens(args, 125) for t in tokens]
+    assert len(read) == 40 * S
+    assert sorted(read[: 20 * S]) == sorted(read[20 * S :]) == list(range(100_000, 100_000 + 20 * S))
+    assert read[: 20 * S] != read[20 * S :]
+
+
+def test_realised_replay_over_a_million_samples() -> None:
+    replay = Replayed("", 0.2)
+    mixture = mix([90_000.3, 30_000.9, 1e9], None, [None, None, replay], 1_000_000)
+    assert mixture.epoch is not None
+    edges = np.arange(0, 1_000_000, mixture.epoch).astype(int)
+    for first, behind in itertools.pairwise(edges):
+        part = mixture.source_of[first:behind]
+        assert abs((part == 2).mean() - 0.2) < 0.001
+        assert abs((part == 0).mean() - 0.8 * 0.75) < 0.001
+
+
+def test_senseless_replay() -> None:
+    for replays, weights, message in (
+        ([Replayed("", 0.2)], None, "leave something"),
+        ([None, Replayed("", 0.6), Replayed("", 0.4)], None, "leave something"),
+        ([None, Replayed("", 0.2)], [1.0, 2.0], "2 entries for 1 train_data_paths without replay"),
+    ):
+        with pytest.raises(DataError, match=message):
+            mix([1.0] * len(replays), weights, replays, 10)
 
 
 def ids(batches: MicroBatches) -> list[list[int]]:

@@ -1,0 +1,17 @@
+"""Tools that some machines lack: a test that needs one skips, and fails where NEOX_REQUIRE names it (as CI does)."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+
+def need(tool: str, present: bool, how: str) -> None:
+    """Go on if `tool` is present; skip the test, or fail it if NEOX_REQUIRE lists the tool."""
+    if present:
+        return
+    message = f"{tool} is missing: {how}"
+    if tool in os.environ.get("NEOX_REQUIRE", "").split(","):
+        pytest.fail(message)
+    pytest.skip(message)
