@@ -68,5 +68,9 @@ setup(
     install_requires=requirements("requirements.txt"),
     cmdclass={"build_ext": BuildKernels},
     ext_modules=[Extension("megatron.ops.libneox_kernels", [])] if kernel_builder().default_target() else [],
-    extras_require={"dev": requirements("requirements-dev.txt"), "wandb": ["wandb"]},
+    extras_require={
+        "data": requirements("requirements-data.txt"),
+        "dev": requirements("requirements-dev.txt"),
+        "wandb": ["wandb"],
+    },
 )

@@ -175,6 +175,7 @@ def _serve() -> None:
     os.dup2(2, 1)  # whatever imports print must not get between the replies
     import deepspeed
     import megatron.core.tensor_parallel  # noqa: F401
+    from transformers import LlamaForCausalLM  # noqa: F401
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # 46 s of C++ for gloo ranks that do not need it
     while True:

@@ -170,6 +170,17 @@ def layer_files(shape: LlamaShape) -> Iterator[tuple[int, int | None, tuple[Tens
         yield head_index(shape.num_layers), None, HEAD
 
 
+def rows_of(index: int, num_layers: int) -> tuple[TensorLayout, ...]:
+    """The rows of the table that layer file `index` holds; none for the two transposes."""
+    if index == EMBEDDING_INDEX:
+        return EMBEDDING
+    if decoder_index(0) <= index < decoder_index(num_layers):
+        return DECODER_LAYER
+    if index == final_norm_index(num_layers):
+        return FINAL_NORM
+    return HEAD if index == head_index(num_layers) else ()
+
+
 def layer_file_name(index: int, tp_rank: int) -> str:
     return f"layer_{index:02d}-model_{tp_rank:02d}-model_states.pt"
 

@@ -1,0 +1,167 @@
+"""Training-step time of this model against `transformers` on the same weights and batch, one CPU process.
+
+    python benchmarks/step_time.py [--json FILE] [--hidden 512 ...]
+
+Each round runs both in alternation: forward, loss, backward, clipping and AdamW in fp32. Reported are the median and
+the range of each, and the ratio of the medians (above 1: ours is faster). The engine (DeepSpeed, ZeRO-1, pipeline)
+is part of ours, as in a run. Then `deepy.py` starts the tiny model on eight processes (TP2 x PP2 x DP2), and the run
+says where the time from the command line to the end of its first step went.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RANK_VARIABLES = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+from tests.models import Case, llama3_rope  # noqa: E402
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--vocab", type=int, default=8192)
+    parser.add_argument("--seq", type=int, default=512)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--no-startup", action="store_true", help="leave out the start of deepy.py")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    case = Case(
+        heads=options.hidden // 64,
+        kv_heads=max(1, options.hidden // 256),
+        head_dim=64,
+        layers=options.layers,
+        intermediate=options.hidden * 7 // 2,
+        vocab=options.vocab,
+        seq=options.seq,
+        theta=500000.0,
+        rope=llama3_rope(8.0, 8192),
+    )
+    steps = {"transformers": transformers_step(case, options.batch), "neox-llama": neox_step(case, options.batch)}
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    losses: dict[str, list[float]] = {name: [] for name in steps}
+    for round_number in range(options.rounds + 2):
+        for name in sorted(steps, reverse=bool(round_number % 2)):
+            start = time.perf_counter()
+            losses[name].append(steps[name](round_number))
+            if round_number >= 2:  # two rounds to warm up
+                times[name].append(time.perf_counter() - start)
+    difference = max(abs(a - b) / b for a, b in zip(*losses.values(), strict=True))
+    if difference > 1e-3:
+        raise SystemExit(f"the two do not train alike (relative loss difference {difference:.1e}); times mean nothing")
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    print(
+        f"{case.layers} layers, hidden {case.hidden}, {case.heads}/{case.kv_heads} heads, vocabulary {case.vocab}, "
+        f"batch {options.batch} x {case.seq}, fp32, {options.threads} threads; largest relative loss difference "
+        f"{difference:.1e}"
+    )
+    for name, values in times.items():
+        print(
+            f"{name:>13}: median {medians[name] * 1e3:8.1f} ms  range {min(values) * 1e3:.1f} to "
+            f"{max(values) * 1e3:.1f} ms  {options.batch * case.seq / medians[name]:,.0f} tokens/s"
+        )
+    ratio = medians["transformers"] / medians["neox-llama"]
+    print(f"ratio transformers / neox-llama: {ratio:.3f}")
+    startup = None if options.no_startup else first_step_line()
+    if startup:
+        print(f"deepy.py, 8 processes on {os.cpu_count()} cores: {startup}")
+    if options.json:
+        report = {"ratio": ratio, "seconds": times, "startup": startup}
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    return 0
+
+
+def first_step_line() -> str:
+    """What a run of the tiny model says of its start."""
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+    with tempfile.TemporaryDirectory() as folder:
+        builder = IndexedDatasetBuilder(f"{folder}/tokens.bin", dtype=DType.optimal_dtype(4096))
+        builder.add_document(torch.randint(4096, (20_000,)).int(), [20_000])
+        builder.finalize(f"{folder}/tokens.idx")
+        paths = ["--train_data_paths", f"[{folder}/tokens]", "--vocab_file", "null", "--valid_data_paths", "null"]
+        logs = ["--log_dir", "null", "--tensorboard_dir", "null", "--save", "null"]
+        start = ["--load", "null", "--finetune", "false", "--from_scratch", "true", "--train_iters", "1"]
+        configs = [f"configs/tiny/{name}.yml" for name in ("model", "run", "local")]
+        command = [sys.executable, "deepy.py", "train.py", *configs, *paths, *logs, *start]
+        alone = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
+        result = subprocess.run(command, cwd=ROOT, env=alone, capture_output=True, text=True, check=False)
+    lines = [line for line in result.stdout.splitlines() if "to the end of the first step" in line]
+    if not lines:
+        raise SystemExit(f"deepy.py did not make a step (exit code {result.returncode}):\n{result.stderr[-2000:]}")
+    return lines[0]
+
+
+def batch(case: Case, size: int, number: int) -> torch.Tensor:
+    return torch.randint(case.vocab, (size, case.seq + 1), generator=torch.Generator().manual_seed(number))
+
+
+def transformers_step(case: Case, size: int) -> Any:
+    """One step as the Hugging Face Trainer makes it, without its bookkeeping."""
+    model = case.hugging_face().train()
+    decays = [p for p in model.parameters() if p.dim() > 1]
+    plain = [p for p in model.parameters() if p.dim() == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decays, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}],
+        lr=1e-4,
+        betas=(0.9, 0.95),
+        fused=True,
+    )
+
+    def step(number: int) -> float:
+        tokens = batch(case, size, number)
+        # Labels equal the inputs: transformers shifts them itself, so the last position teaches nothing.
+        loss = model(input_ids=tokens[:, :-1], labels=tokens[:, :-1], use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    return step
+
+
+def neox_step(case: Case, size: int) -> Any:
+    """One step of the real engine."""
+    os.environ.update(RANK_VARIABLES)
+    store = tempfile.mkdtemp() + "/store"
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    import tests.training as training
+
+    args = case.neox(
+        world_size=1,
+        train_micro_batch_size_per_gpu=size,
+        gradient_accumulation_steps=1,
+        optimizer={"type": "Adam", "params": {"lr": 1e-4, "betas": [0.9, 0.95], "eps": 1e-8}},
+    )
+    engine = training.build(args, case)
+
+    def step(number: int) -> float:
+        tokens = batch(case, size, number)
+        labels = tokens[:, 1:].clone()
+        labels[:, -1] = -100  # what transformers' own shift leaves out
+        samples = [{"tokens": ids, "labels": targets} for ids, targets in zip(tokens[:, :-1], labels, strict=True)]
+        return training.step(engine, args, samples)[0]
+
+    return step
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,166 @@
+"""The main job on one machine: Hugging Face -> NeoX -> TP2 x PP2 x DP2 training -> Hugging Face, checked by numbers.
+
+    python examples/demo.py [--output demo_out] [--iterations 120]
+
+Every step is a command that could be typed; this script prints it, runs it, and reads what it left behind. With the
+gated weights at hand, leave out steps 1 to 3 and give their folder to `convert_hf`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PARITY = 1e-5
+CONFIGS = ["configs/tiny/model.yml", "configs/tiny/run.yml", "configs/tiny/local.yml"]
+SOURCES = ("domain", "general")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("demo_out"), help="must not hold another demo's files")
+    parser.add_argument("--iterations", type=int, default=120)
+    parser.add_argument("--base-steps", type=int, default=120, help="training steps of the stand-in base model")
+    options = parser.parse_args()
+    os.chdir(ROOT)
+    if options.output.exists():
+        shutil.rmtree(options.output)  # the demo owns the folder; .gitignore keeps it out of commits
+    demo = Demo(options.output, options.iterations, options.base_steps)
+    start = time.monotonic()
+    demo.run()
+    print(f"\nthe whole demo took {time.monotonic() - start:.0f} s")
+    return 0
+
+
+class Demo:
+    def __init__(self, out: Path, iterations: int, base_steps: int) -> None:
+        self.out, self.iterations, self.base_steps = out, iterations, base_steps
+        self.step = 0
+
+    def run(self) -> None:
+        out = self.out
+        self.title("real text and a tokenizer")
+        self.python("examples/demo_data.py", "--output", out)
+        self.title("tokens for training, documents whole")
+        for name in [f"{source}_{part}" for source in SOURCES for part in ("train", "valid")]:
+            self.python(
+                *("tools/datasets/preprocess_data.py", "--input", out / f"text/{name}.jsonl"),
+                *("--output-prefix", out / f"data/{name}", "--vocab-file", out / "tokenizer/tokenizer.json"),
+                *("--tokenizer-type", "HFTokenizer", "--prepend-bos", "--append-eod", "--workers", 2),
+            )
+        self.title("a small Llama-3.1 from transformers, in place of the gated weights")
+        self.python(
+            *("examples/demo_base_model.py", "--tokenizer", out / "tokenizer"),
+            *("--text", out / "text/general_train.jsonl", out / "text/domain_train.jsonl"),
+            *("--output", out / "hf_base", "--steps", self.base_steps),
+        )
+        self.title("Hugging Face -> NeoX at TP=2")
+        convert = ("tools/convert_hf", "to-neox", "--input", out / "hf_base", "--output", out / "neox_start")
+        self.python(*convert, "--tp", 2, "--vocab-divisible-by", 1, "--quiet")
+        self.title("continued pre-training: 2 tensor x 2 pipeline x 2 data-parallel processes")
+        self.deepy("train.py", "--train_iters", self.iterations)
+        self.title("NeoX -> Hugging Face")
+        self.python(
+            *("tools/convert_hf", "to-hf", "--input", out / "checkpoints", "--output", out / "hf_trained", "--quiet")
+        )
+        self.title("the same validation loss by this project and by transformers, both in fp32")
+        for name, folder in (("before", "neox_start"), ("after", "checkpoints")):
+            self.deepy(
+                *("eval.py", "--precision", "fp32", "--load", out / folder),
+                *("--eval_results_prefix", out / f"{name}_"),
+            )
+        self.python(
+            *("examples/demo_check.py", "--data", out / "data", "--seq-length", 256, "--output", out / "check.json"),
+            *("before=" + str(out / "hf_base"), "after=" + str(out / "hf_trained")),
+        )
+        self.report()
+
+    def title(self, text: str) -> None:
+        self.step += 1
+        print(f"\n=== {self.step}. {text}", flush=True)
+
+    def deepy(self, script: str, *arguments: object) -> None:
+        paths = [] if str(self.out) == "demo_out" else self.moved_paths(script)
+        self.python("deepy.py", script, *CONFIGS, *paths, *arguments)
+
+    def moved_paths(self, script: str) -> list[str]:
+        """configs/tiny/run.yml says demo_out; elsewhere every path in it is overridden."""
+        keys = ["vocab_file", "valid_data_paths", "train_data_paths"]
+        if script == "train.py":
+            keys += ["load", "save", "log_dir", "tensorboard_dir"]
+        text = (ROOT / CONFIGS[1]).read_text()
+        words = []
+        for key in keys:
+            value = re.search(rf"^{key}: (.*)$", text, re.MULTILINE)
+            assert value is not None, f"{CONFIGS[1]} has no {key}"
+            words += [f"--{key}", value[1].replace("demo_out", str(self.out))]
+        return words
+
+    def python(self, *arguments: object) -> None:
+        words = [str(argument) for argument in arguments]
+        print("$ python " + shlex.join(words), flush=True)
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+        code = subprocess.run([sys.executable, *words], env=environment, check=False).returncode
+        if code:
+            raise SystemExit(f"demo: step {self.step} failed with exit code {code}")
+
+    def report(self) -> None:
+        """What was shown, from the files that the steps left; a parity that is missed fails the demo."""
+        records = [json.loads(line) for line in (self.out / "logs/metrics.jsonl").read_text().splitlines()]
+        training = [r for r in records if "train/lm_loss" in r]
+        theirs = json.loads((self.out / "check.json").read_text())
+        plot(records, self.out / "loss.png")
+        self.title("what was shown")
+        first, last = training[0], training[-1]
+        print(
+            f"training loss      {first['train/lm_loss']:.4f} at step {first['iteration']}, "
+            f"{last['train/lm_loss']:.4f} at step {last['iteration']} ({self.out / 'loss.png'})"
+        )
+        worst = 0.0
+        for when in ("before", "after"):
+            ours = json.loads((self.out / f"{when}_eval_results.json").read_text())["results"]
+            for name, result in ours.items():
+                difference = abs(result["loss"] - theirs[when]["loss"][name])
+                worst = max(worst, difference)
+                print(
+                    f"{name:<11} {when:<6} eval.py {result['loss']:.6f}   transformers "
+                    f"{theirs[when]['loss'][name]:.6f}   difference {difference:.1e}"
+                )
+        print(f"parity             largest difference {worst:.1e}, bound {PARITY:.0e}")
+        print(f"export             {self.out / 'hf_trained'}, loaded by transformers; it writes:")
+        print(f"                   {theirs['after']['text']!r}")
+        if not worst < PARITY or not math.isfinite(worst):
+            raise SystemExit(f"demo: eval.py and transformers differ by {worst:.1e}, more than {PARITY:.0e}")
+
+
+def plot(records: list[dict], path: Path) -> None:
+    """Training and validation loss over iterations."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    training = [(r["iteration"], r["train/lm_loss"]) for r in records if "train/lm_loss" in r]
+    axes.plot(*zip(*training, strict=True), color="0.6", linewidth=1, label="training")
+    names = sorted({key for record in records for key in record if re.fullmatch(r"validation/.*/lm_loss", key)})
+    for name in names:
+        points = [(r["iteration"], r[name]) for r in records if name in r]
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name.split("/")[1] + " (validation)")
+    axes.set(xlabel="iteration", ylabel="loss, nats per token", title="Continued pre-training of a small Llama-3.1")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

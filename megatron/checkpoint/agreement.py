@@ -1,0 +1,79 @@
+"""All ranks go on, or all stop with the same message: no rank waits for one that has failed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from megatron.checkpoint.errors import CheckpointError, describe
+
+if TYPE_CHECKING:
+    from deepspeed.runtime.pipe.engine import PipelineEngine
+
+T = TypeVar("T")
+_SHOWN = 5  # reasons in a message; a full disk fails on every rank of a node at once
+
+
+class Ranks:
+    """The ranks that save or load together: one process group, and the device its backend communicates from."""
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
+        self.group = group
+        self.device = device
+        self.rank = dist.get_rank(group)
+        self.size = dist.get_world_size(group)
+
+    @classmethod
+    def of(cls, engine: PipelineEngine) -> Ranks:
+        """All ranks of the engine's world."""
+        world = dist.group.WORLD
+        assert world is not None
+        return cls(world, engine.device)
+
+    @contextmanager
+    def together(self, what: str) -> Iterator[None]:
+        """Run the body on every rank, then compare; if any failed, all raise one CheckpointError that names them.
+
+        The body must not communicate: a rank that fails in it would leave the others waiting.
+        """
+        failure: BaseException | None = None
+        try:
+            yield
+        except Exception as error:
+            failure = error
+        count = torch.tensor([0 if failure is None else 1], dtype=torch.int32, device=self.device)
+        dist.all_reduce(count, group=self.group)
+        if not int(count):
+            return
+        reasons: list[str | None] = [None] * self.size
+        dist.all_gather_object(reasons, None if failure is None else describe(failure), group=self.group)
+        ranks_by_reason: dict[str, list[int]] = {}
+        for rank, reason in enumerate(reasons):
+            if reason is not None:
+                ranks_by_reason.setdefault(reason, []).append(rank)
+        shown = [f"{_name(ranks)}: {reason}" for reason, ranks in list(ranks_by_reason.items())[:_SHOWN]]
+        if len(ranks_by_reason) > _SHOWN:
+            shown.append(f"and {len(ranks_by_reason) - _SHOWN} more reasons")
+        raise CheckpointError(f"{what} failed. " + "; ".join(shown)) from failure
+
+    def broadcast(self, value: T) -> T:
+        """The value of rank 0."""
+        box: list[Any] = [value]
+        dist.broadcast_object_list(box, src=dist.get_global_rank(self.group, 0), group=self.group, device=self.device)
+        return box[0]
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, on rank 0; an empty list elsewhere."""
+        box: list[Any] | None = [None] * self.size if self.rank == 0 else None
+        dist.gather_object(value, box, dst=dist.get_global_rank(self.group, 0), group=self.group)
+        return box or []
+
+
+def _name(ranks: list[int]) -> str:
+    if len(ranks) == 1:
+        return f"rank {ranks[0]}"
+    return f"ranks {', '.join(map(str, ranks[:8]))}{' ...' if len(ranks) > 8 else ''}"

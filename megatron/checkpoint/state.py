@@ -1,0 +1,48 @@
+"""What a run needs besides weights and optimizer: where it is, and the random numbers of each rank."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+
+@dataclass
+class TrainState:
+    """Position of a run. The trainer keeps one, updates it every step and hands it to each save.
+
+    `consumed_samples` counts samples of the global batch order; the data position is derived from it alone.
+    `lr_scheduler_state` is what the scheduler's `state_dict()` gave; if the engine has a scheduler, it is saved and
+    restored there and this copy is for reading. `hf_files`, on rank 0 only, are the files of the `hf/` folder
+    (config.json, tokenizer) that came with the loaded checkpoint; every later checkpoint carries them along.
+    """
+
+    iteration: int = 0
+    consumed_samples: int = 0
+    lr_scheduler_state: dict[str, Any] | None = None
+    hf_files: dict[str, bytes] = field(default_factory=dict, repr=False)
+
+
+def capture_rng() -> dict[str, Any]:
+    """State of this rank's generators (random, numpy, torch, the current GPU) as tensors and plain values."""
+    name, keys, *rest = np.random.get_state(legacy=True)
+    state: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": (str(name), torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def restore_rng(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

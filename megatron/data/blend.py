@@ -1,0 +1,158 @@
+"""Several sources as one: which source each sample of the run comes from, and what of it is replayed.
+
+The j-th sample of a source with share w is due at time (j + phase) / w, and samples are read in the order in which
+they are due; the phases of the sources are spread evenly over 0 to 1, or a thousand small sources would all be due
+first at the same late moment. So every stretch of the run holds each source in its share to within a few samples, a
+longer run begins like a shorter one, and nothing is drawn at random here: the sources' own streams are.
+
+A source with `replay` is general text that accompanies the others, the corpus. It supplies its share of every epoch of
+the corpus; with `fresh_each_epoch` it goes on from epoch to epoch where it was, and repeats nothing before all of it
+has been read. AstroSage-70B's continued pre-training found this crucial.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron.data.indexed import DataError
+from megatron.data.sample import Sample, SampleDataset
+from megatron.data.sources import Source
+
+MAX_EPOCHS_SHOWN = 8
+
+
+def shares(weights: Sequence[float]) -> NDArray[np.float64]:
+    """Weights divided by their sum. Raises DataError unless all are finite and none is negative."""
+    array = np.asarray(weights, np.float64)
+    if not np.isfinite(array).all() or (array < 0).any() or array.sum() <= 0:
+        raise DataError(f"data weights {list(weights)}: expected numbers of at least 0 with a positive sum")
+    return array / array.sum()
+
+
+def assign_sources(share: NDArray[np.float64], samples: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """For each of `samples` places: the source, and how many samples of that source came before.
+
+    `share` [sources] sums to 1. Time and memory grow as the number of samples, not times the number of sources.
+    """
+    counts = np.ceil(share * (samples + len(share))).astype(np.int64) + 1  # none is further ahead of its share
+    counts[share == 0] = 0
+    source = np.repeat(np.arange(len(share), dtype=np.int32), counts)
+    within = np.concatenate([np.arange(count, dtype=np.int64) for count in counts])
+    due = (within + _phases(len(share))[source]) / share[source]
+    first = np.argsort(due, kind="stable")[:samples]
+    return source[first], within[first]
+
+
+def _phases(count: int) -> NDArray[np.float64]:
+    """The van der Corput sequence 1/2, 1/4, 3/4, 1/8, ...: every beginning of it is spread evenly."""
+    bits = np.arange(1, count + 1)
+    phase = np.zeros(count)
+    scale = 0.5
+    while bits.any():
+        phase += (bits & 1) * scale
+        bits, scale = bits >> 1, scale / 2
+    return phase
+
+
+class Replay(Protocol):
+    """What the YAML says about a replayed source."""
+
+    @property
+    def share(self) -> float: ...
+    @property
+    def fresh_each_epoch(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The order of a run: place i is sample `within[i]` of source `source_of[i]`. `epoch` is the number of places in
+    which the corpus is read once, None without replay."""
+
+    source_of: NDArray[np.int32]
+    within: NDArray[np.int64]
+    epoch: float | None
+
+    def needed(self, sources: int) -> list[int]:
+        """How many samples each of the sources must be able to give, at least 1."""
+        highest = np.zeros(sources, np.int64)
+        np.maximum.at(highest, self.source_of, self.within)
+        return (highest + 1).tolist()
+
+
+def mix(
+    epochs: Sequence[float], weights: Sequence[float] | None, replays: Sequence[Replay | None], samples: int
+) -> Mixture:
+    """The order of `samples` samples of sources that have `epochs` samples each.
+
+    `weights` are those of the corpus, in order. Without weights sources count alike (GPT-NeoX's rule), except beside
+    replay: an epoch of the corpus must then read each of its documents once, so they count by their size.
+    """
+    corpus = [i for i, replay in enumerate(replays) if replay is None]
+    replayed = sum(replay.share for replay in replays if replay is not None)
+    if not corpus or not replayed < 1:
+        raise DataError(
+            f"replay takes {replayed:.0%} of the run, {len(corpus)} sources without replay take the rest; "
+            f"leave something to learn from"
+        )
+    if weights is not None and len(weights) != len(corpus):
+        raise DataError(
+            f"train_data_weights has {len(weights)} entries for {len(corpus)} train_data_paths without replay"
+        )
+    any_replay = len(corpus) < len(replays)
+    default = [epochs[i] if any_replay else 1.0 for i in corpus]
+    share = np.zeros(len(epochs))
+    share[corpus] = (1 - replayed) * shares(default if weights is None else weights)
+    for i, replay in enumerate(replays):
+        if replay is not None:
+            share[i] = replay.share
+    source_of, within = assign_sources(share, samples)
+    if not any_replay:
+        return Mixture(source_of, within, None)
+    epoch = sum(epochs[i] for i in corpus) / (1 - replayed)
+    for i, replay in enumerate(replays):
+        if replay is not None and not replay.fresh_each_epoch:
+            within[source_of == i] %= max(1, round(replay.share * epoch))
+    return Mixture(source_of, within, epoch)
+
+
+class Blend(SampleDataset):
+    """Sources in the order of a mixture."""
+
+    def __init__(self, sources: Sequence[Source], mixture: Mixture) -> None:
+        self.sources, self.mixture = list(sources), mixture
+
+    def __len__(self) -> int:
+        return len(self.mixture.source_of)
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        source = self.sources[self.mixture.source_of[index]]
+        return source.read(int(self.mixture.within[index]), index)
+
+    def padding(self) -> Sample:
+        return self.sources[0].padding()
+
+    def describe(self) -> list[str]:
+        """Lines for the log: each source's realised share of the run and of each epoch, and how often it is read."""
+        return [self._line(i) for i in range(len(self.sources))]
+
+    def _line(self, source: int) -> str:
+        mine = self.mixture.source_of == source
+        count, part = int(mine.sum()), self.sources[source]
+        line = (
+            f"{part.prefix}: {count} samples, {count / max(len(self), 1):.2%} of the run, "
+            f"{count / part.samples_per_epoch:.3g} epochs"
+        )
+        if self.mixture.epoch is None:
+            return line
+        edges = np.arange(0, len(self) + self.mixture.epoch, self.mixture.epoch).astype(int).clip(max=len(self))
+        parts = [f"{mine[a:b].mean():.2%}" for a, b in itertools.pairwise(edges) if b > a]
+        more = f" and {len(parts) - MAX_EPOCHS_SHOWN} more" if len(parts) > MAX_EPOCHS_SHOWN else ""
+        return f"{line}; by epoch of the corpus {', '.join(parts[:MAX_EPOCHS_SHOWN])}{more}"

@@ -1,0 +1,126 @@
+"""The header beside an index, `{prefix}.json`: which tokenizer and which document frame made the tokens.
+
+The `.idx` format has no room for it. Training compares it with its own tokenizer; data without one (made by
+GPT-NeoX or Megatron) is accepted unchecked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+from pathlib import Path
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from megatron.data.indexed import HEADER, DataError, bin_path, idx_path
+from megatron.tokenizer import Tokenizer
+
+_EDGE = 1 << 20
+
+
+class TokenizerInfo(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    type: str
+    fingerprint: str
+    vocab_size: int
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> Self:
+        return cls(type=type(tokenizer).__name__, fingerprint=tokenizer.fingerprint, vocab_size=tokenizer.vocab_size)
+
+
+class ChatInfo(BaseModel):
+    """How conversations became tokens and labels."""
+
+    model_config = ConfigDict(extra="forbid")
+    template: str  # "llama3", or the hash of a Jinja template
+    train_on: str  # "all" or "last" assistant turns
+    learned_tokens: int
+
+
+class DataHeader(BaseModel):
+    """What `preprocess_data.py` knows about its output. Counts are of documents unless named otherwise."""
+
+    model_config = ConfigDict(extra="forbid")
+    version: int = 1
+    tokenizer: TokenizerInfo
+    bos: int | None  # id put before every document, None if none
+    eod: int | None  # id put behind every document, None if none
+    ftfy: bool
+    documents: int
+    tokens: int
+    max_token: int
+    input_bytes: int  # UTF-8 bytes of the documents' text
+    empty: int  # inputs without text, left out
+    skipped: int  # unreadable inputs, left out
+    crc32: str  # of the .bin, hexadecimal
+    sources: list[str]
+    chat: ChatInfo | None = None
+
+
+def header_path(prefix: str | Path) -> Path:
+    return Path(f"{prefix}.json")
+
+
+def read_header(prefix: str | Path) -> DataHeader | None:
+    """The header of a data prefix, None if there is none. Raises DataError if it cannot be understood."""
+    path = header_path(prefix)
+    if not path.is_file():
+        return None
+    try:
+        return DataHeader.model_validate_json(path.read_text())
+    except (ValidationError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: not a data header of this project: {error}") from error
+
+
+def check_header(prefix: str, header: DataHeader, tokenizer: Tokenizer | None, vocab_size: int | None) -> None:
+    """Raise DataError where the data and the run disagree about the vocabulary."""
+    name = header_path(prefix)
+    if tokenizer is not None and header.tokenizer.fingerprint != tokenizer.fingerprint:
+        raise DataError(
+            f"{name}: the data was tokenized with another tokenizer ({header.tokenizer.type}, "
+            f"{header.tokenizer.vocab_size} ids, {header.tokenizer.fingerprint[:19]}) than the run's "
+            f"{type(tokenizer).__name__} {tokenizer.path} ({tokenizer.vocab_size} ids, "
+            f"{tokenizer.fingerprint[:19]}); preprocess the data again or correct vocab_file"
+        )
+    if vocab_size is not None and header.max_token >= vocab_size:
+        raise DataError(f"{name}: the data holds token id {header.max_token}, the model has only {vocab_size} ids")
+    size = bin_path(prefix).stat().st_size
+    if size % header.tokens or size // header.tokens not in (1, 2, 4, 8):
+        raise DataError(
+            f"{name}: promises {header.tokens} tokens, {bin_path(prefix).name} has {size} bytes; "
+            f"the header belongs to other data, preprocess again"
+        )
+
+
+def fingerprint(prefix: str | Path) -> dict[str, str | int]:
+    """Provenance of a data prefix for checkpoints and cache keys, in time independent of its size.
+
+    `hash` covers the header, the sizes of both files, and the first and last MiB of the index (the last offsets
+    depend on the length of every document).
+    """
+    idx, binary = idx_path(prefix), bin_path(prefix)
+    for path in (idx, binary):
+        if not path.is_file():
+            raise DataError(f"{path}: no such file")
+    sizes = (idx.stat().st_size, binary.stat().st_size)
+    digest = hashlib.sha256(json.dumps(sizes).encode())
+    with idx.open("rb") as file:
+        digest.update(file.read(max(_EDGE, HEADER.size)))
+        file.seek(max(0, sizes[0] - _EDGE))
+        digest.update(file.read())
+    header = header_path(prefix)
+    if header.is_file():
+        digest.update(header.read_bytes())
+    return {"path": str(prefix), "idx_bytes": sizes[0], "bin_bytes": sizes[1], "hash": digest.hexdigest()}
+
+
+def file_crc32(path: Path) -> str:
+    """CRC-32 of a file as the header writes it."""
+    value = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 24):
+            value = zlib.crc32(block, value)
+    return f"{value:08x}"

@@ -1,0 +1,199 @@
+"""One `.bin/.idx` as samples: the running pack, whole documents, or once through for validation.
+
+A source is read in epochs: its documents in a new random order each time, and the samples of an epoch in a random
+order of their own. Everything is drawn epoch by epoch, so a longer run begins exactly like a shorter one. GPT-NeoX and
+megatron-core shuffle all epochs at once, and train_iters then changes the order from the first sample on.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron.data.index_cache import Arrays, CachedIndex
+from megatron.data.indexed import DataError, IndexedFile, open_indexed
+from megatron.data.sample import Sample, SampleDataset, SampleForm
+
+Piece = tuple[int, int, int]  # document, offset in it, length
+DOCUMENTS, SAMPLES = 0, 1  # the two uses of the seed
+
+
+def draw(seed: int, epoch: int, use: int, count: int) -> NDArray[np.integer]:
+    """A permutation. RandomState's streams are frozen by numpy: another numpy version resumes a run unchanged."""
+    return np.random.RandomState([seed, epoch, use]).permutation(count)
+
+
+class Source(SampleDataset):
+    """Samples of a range of documents of one file. Subclasses say which pieces of documents make a sample."""
+
+    samples_per_epoch: float
+
+    def __init__(
+        self, prefix: str, form: SampleForm, documents: tuple[int, int] | None = None, labels: str | None = None
+    ) -> None:
+        """Raises DataError for files that cannot be used and ranges that teach nothing."""
+        self.prefix, self.labels, self.form = prefix, labels, form
+        file = open_indexed(prefix)
+        self.documents = documents or (0, len(file))
+        if labels is not None:
+            _check_labels(file, open_indexed(labels))
+        start, stop = self.documents
+        self.tokens = 0  # of one epoch
+        if stop > start:
+            last = stop - 1
+            self.tokens = int(file.offsets[last] - file.offsets[start]) // file.dtype.itemsize + int(file.sizes[last])
+        if self.tokens < 2:
+            raise DataError(
+                f"{prefix}: documents {start} to {stop} hold {self.tokens} tokens; nothing can be learned from them"
+            )
+
+    @abstractmethod
+    def pieces(self, index: int) -> list[Piece]:
+        """What sample `index` in reading order is made of: at most s + 1 tokens, every piece another document."""
+
+    def padding(self) -> Sample:
+        return self.form.padding()
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.read(index, index)
+
+    def read(self, index: int, sample_id: int) -> Sample:
+        """Sample `index` in this source's reading order, under the name `sample_id`."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        pieces = self.pieces(index)
+        tokens = _join(self.prefix, pieces)
+        labels = None if self.labels is None else _join(self.labels, pieces)
+        starts = np.cumsum([0] + [length for _, _, length in pieces[:-1]]).tolist()
+        return self.form.make(tokens, labels, starts, sample_id)
+
+
+class RunningPack(Source):
+    """GPT-NeoX's `packed`: one epoch behind the other is an endless stream, and sample k its tokens k*s to k*s + s.
+
+    Neighbours share a token; documents and epochs are crossed. The samples that begin in an epoch are read in random
+    order before any of the next.
+    """
+
+    def __init__(
+        self,
+        prefix: str,
+        form: SampleForm,
+        seed: int,
+        samples: int,
+        documents: tuple[int, int] | None = None,
+        labels: str | None = None,
+    ) -> None:
+        super().__init__(prefix, form, documents, labels)
+        self._seed, self._length = seed, samples
+        self.samples_per_epoch = self.tokens / form.seq_length
+        last_epoch = max(samples - 1, 0) * form.seq_length // self.tokens
+        last_token = self.first_sample(last_epoch + 1) * form.seq_length  # of the last sample that begins in it
+        self.epochs = last_token // self.tokens + 1
+        identity = {"pack": "packed", "documents": self.documents, "seq_length": form.seq_length, "seed": seed}
+        self._index = CachedIndex(
+            prefix, f"{form.seq_length}s_{self.epochs}ep", {**identity, "epochs": self.epochs}, self.build_index
+        )
+
+    def __len__(self) -> int:
+        return self._length
+
+    def first_sample(self, epoch: int) -> int:
+        """Number of the first sample that begins in `epoch`."""
+        return -(-epoch * self.tokens // self.form.seq_length)
+
+    def build_index(self) -> Arrays:
+        """`order` [epochs, documents]: documents in reading order; `ends` [epochs, documents]: where each ends, in
+        tokens from the start of the epoch; `samples`: for the i-th sample read, which sample of the stream it is."""
+        start, stop = self.documents
+        sizes = np.array(open_indexed(self.prefix).sizes[start:stop])
+        order = np.empty((self.epochs, stop - start), np.int32 if stop < 2**31 else np.int64)
+        ends = np.empty(order.shape, np.int64)
+        total = self.first_sample(self.epochs)
+        samples: NDArray[np.integer] = np.empty(total, np.uint32 if total < 2**32 else np.int64)
+        for epoch in range(self.epochs):
+            permutation = draw(self._seed, epoch, DOCUMENTS, stop - start)
+            order[epoch] = permutation + start
+            np.cumsum(sizes[permutation], dtype=np.int64, out=ends[epoch])
+            first, behind = self.first_sample(epoch), self.first_sample(epoch + 1)
+            samples[first:behind] = first + draw(self._seed, epoch, SAMPLES, behind - first)
+        return {"order": order, "ends": ends, "samples": samples}
+
+    def pieces(self, index: int) -> list[Piece]:
+        arrays = self._index.arrays()
+        return list(self._stream(arrays, int(arrays["samples"][index]) * self.form.seq_length))
+
+    def _stream(self, arrays: Arrays, begin: int) -> Iterator[Piece]:
+        """Pieces of the s + 1 tokens of the stream from `begin` on."""
+        epoch, offset = divmod(begin, self.tokens)
+        wanted = self.form.seq_length + 1
+        while wanted:
+            ends = arrays["ends"][epoch]
+            place = int(np.searchsorted(ends, offset, side="right"))
+            start = int(ends[place - 1]) if place else 0
+            while wanted and place < len(ends):
+                length = min(int(ends[place]) - offset, wanted)
+                if length:
+                    yield int(arrays["order"][epoch, place]), offset - start, length
+                wanted -= length
+                offset = start = int(ends[place])
+                place += 1
+            epoch, offset = epoch + 1, 0
+
+
+class OncePacked(Source):
+    """Validation: the documents once, in the order of the file, cut every s tokens; the last sample is padded.
+
+    Every token is there exactly once. The samples are read in a fixed random order, so that the first few of them are
+    a fair choice.
+    """
+
+    def __init__(
+        self,
+        prefix: str,
+        form: SampleForm,
+        seed: int,
+        documents: tuple[int, int] | None = None,
+        labels: str | None = None,
+    ) -> None:
+        super().__init__(prefix, form, documents, labels)
+        self._order = draw(seed, 0, SAMPLES, -(-(self.tokens - 1) // form.seq_length))
+        self.samples_per_epoch = len(self._order)
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def pieces(self, index: int) -> list[Piece]:
+        begin = int(self._order[index]) * self.form.seq_length
+        return list(self._in_file_order(begin, min(begin + self.form.seq_length + 1, self.tokens)))
+
+    def _in_file_order(self, begin: int, stop: int) -> Iterator[Piece]:
+        file = open_indexed(self.prefix)
+        itemsize = file.dtype.itemsize
+        origin = int(file.offsets[self.documents[0]]) // itemsize
+        document = int(np.searchsorted(file.offsets, (begin + origin) * itemsize, side="right")) - 1
+        while begin < stop:
+            start = int(file.offsets[document]) // itemsize - origin
+            length = min(start + int(file.sizes[document]), stop) - begin
+            if length:
+                yield document, begin - start, length
+            begin += length
+            document += 1
+
+
+def _join(prefix: str, pieces: list[Piece]) -> NDArray[np.int64]:
+    file = open_indexed(prefix)
+    return np.concatenate([file.document(*piece) for piece in pieces], dtype=np.int64)
+
+
+def _check_labels(text: IndexedFile, labels: IndexedFile) -> None:
+    if len(text) != len(labels) or not np.array_equal(text.sizes, labels.sizes):
+        raise DataError(
+            f"labels {labels.prefix} ({len(labels)} documents, {labels.num_tokens} tokens) do not go with text "
+            f"{text.prefix} ({len(text)} documents, {text.num_tokens} tokens): every document needs one label per token"
+        )
+    if labels.dtype.kind != "i":
+        raise DataError(f"labels {labels.prefix} are {labels.dtype}, which cannot hold -100; write them as int32")

@@ -1,0 +1,127 @@
+"""The command line of deepy.py."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron.launcher.start import start
+from megatron.neox_arguments import ConfigError, NeoXArgs
+from megatron.neox_arguments.derived import Task
+from megatron.neox_arguments.load import parse_overrides, resolve_path
+
+USAGE = """\
+usage: python deepy.py SCRIPT CONFIG [CONFIG ...] [-d FOLDER] [--KEY VALUE ...] [--print-config] [--help]
+
+Checks the configuration, then starts SCRIPT (train.py, eval.py or generate.py) on all ranks of this machine.
+
+  CONFIG            YAML files, merged; `.yml` may be left out; a key in two files is an error
+  -d, --conf_dir    folder that is put in front of every CONFIG
+  -i, -o FILE       sample_input_file and sample_output_file
+  --KEY VALUE       sets any key after merging: --train_iters 10 --optimizer.params.lr 1e-5 --from_scratch
+  --print-config    prints the merged and derived configuration and what DeepSpeed gets, starts nothing
+  --help            this text
+
+Keys: docs/configuration.md. The exit code is the job's; 2 is a configuration that cannot be right.
+"""
+
+_SHORT = {"-i": "--sample_input_file", "-o": "--sample_output_file", "-H": "--hostfile"}
+_TASKS: dict[str, Task] = {"eval.py": "eval", "generate.py": "generate"}
+
+
+@dataclass
+class Request:
+    script: Path
+    configs: list[Path]
+    overrides: dict[str, Any] = field(default_factory=dict)
+    print_config: bool = False
+
+    @property
+    def task(self) -> Task:
+        """What the script needs of a configuration; an unknown script is taken for a training."""
+        return _TASKS.get(self.script.name, "train")
+
+
+def parse(arguments: list[str]) -> Request:
+    """Split deepy's arguments; raises ConfigError."""
+    words = list(arguments)
+    folder = _take(words, ("-d", "--conf_dir", "--conf-dir"))
+    print_config = _take_flag(words, ("--print-config", "--print_config"))
+    first = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
+    positional, options = words[:first], words[first:]
+    if len(positional) < 2:
+        raise ConfigError(f"a script and at least one configuration file are needed\n{USAGE}")
+    script = Path(positional[0])
+    if not script.is_file():
+        raise ConfigError(f"{script}: no such script; train.py, eval.py and generate.py are in the project's folder")
+    overrides = parse_overrides([_SHORT.get(word, word) for word in options])
+    return Request(script, [resolve_path(name, folder) for name in positional[1:]], overrides, print_config)
+
+
+def _take(words: list[str], names: tuple[str, ...]) -> str | None:
+    """Remove `NAME VALUE` or `NAME=VALUE` from the words."""
+    for index, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if name in names:
+            if not equals and index + 1 == len(words):
+                raise ConfigError(f"{word} needs a folder")
+            taken = value if equals else words.pop(index + 1)
+            del words[index]
+            return taken
+    return None
+
+
+def _take_flag(words: list[str], names: tuple[str, ...]) -> bool:
+    found = [word for word in words if word in names]
+    for word in found:
+        words.remove(word)
+    return bool(found)
+
+
+def describe(args: NeoXArgs) -> str:
+    """The resolved configuration as YAML: every key, then what is derived, then DeepSpeed's dictionary."""
+    derived = {
+        "data_parallel_size": args.data_parallel_size,
+        "head_dim": args.head_dim,
+        "padded_vocab_size": args.padded_vocab_size,
+        "num_parameters": args.shape.num_parameters,
+    }
+    if args.seq_length and args.train_batch_size:
+        derived["tokens_per_step"] = args.train_batch_size * args.seq_length
+    parts = [
+        ("the keys, all of them", args.model_dump()),
+        ("derived", derived),
+        ("what DeepSpeed gets", {"deepspeed_config": args.deepspeed_config}),
+    ]
+    text = [f"# {title}\n{yaml.safe_dump(content, sort_keys=False, width=120)}" for title, content in parts]
+    return "\n".join(text)
+
+
+def main(arguments: list[str]) -> int:
+    """Exit code of `python deepy.py ARGUMENTS`."""
+    if not arguments or any(word in ("-h", "--help") for word in arguments):
+        print(USAGE, end="")
+        return 0 if arguments else 2
+    try:
+        request = parse(arguments)
+        args = NeoXArgs.from_ymls(request.configs, request.overrides, task=request.task)
+    except ConfigError as error:
+        print(f"deepy.py: {error}", file=sys.stderr)
+        return 2
+    for note in args.notes:
+        print(f"note: {note}", file=sys.stderr)
+    if request.print_config:
+        print(describe(args), end="")
+        return 0
+    if args.num_nodes > 1:
+        print(
+            f"deepy.py: num_nodes is {args.num_nodes}, but deepy.py starts the ranks of one machine; start the script "
+            f"itself with torchrun or srun on each",
+            file=sys.stderr,
+        )
+        return 2
+    return start(request.script, args)

@@ -1,0 +1,34 @@
+"""Ends of processes: nothing that was started may outlive what started it."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent(parent: int, deadly: signal.Signals) -> None:
+    """Have Linux send this process a signal when its parent (process id `parent`) ends, even by kill -9.
+
+    Elsewhere than on Linux nothing happens, and only orderly ends are followed.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(deadly))
+    if os.getppid() != parent:  # it ended before the call
+        os.kill(os.getpid(), deadly)
+
+
+def kill_group(leader: int) -> None:
+    """Kill what is left of a process group; that none is left is the usual case."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(leader, signal.SIGKILL)
+
+
+def shell_code(code: int) -> int:
+    """Exit code as a shell shows it: 128 + the signal's number for a killed process."""
+    return 128 - code if code < 0 else code

@@ -1,0 +1,220 @@
+"""`NeoXArgs`: the merged, checked and derived configuration, one flat object with GPT-NeoX's names."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import PrivateAttr, ValidationError
+
+from megatron.model.layout import LlamaShape
+from megatron.neox_arguments import checks, deepspeed_config, derived
+from megatron.neox_arguments.checkpoint import CheckpointKeys
+from megatron.neox_arguments.data import DataKeys
+from megatron.neox_arguments.derived import Task
+from megatron.neox_arguments.errors import ConfigError
+from megatron.neox_arguments.load import apply_overrides, canonical, merge_files
+from megatron.neox_arguments.model import ModelKeys
+from megatron.neox_arguments.optimization import OptimizationKeys
+from megatron.neox_arguments.parallel import ParallelKeys
+from megatron.neox_arguments.runtime import RuntimeKeys
+from megatron.neox_arguments.unsupported import UNSUPPORTED, WITHOUT_EFFECT
+
+
+# Pydantic lists the fields of the last base first.
+class NeoXArgs(RuntimeKeys, CheckpointKeys, DataKeys, OptimizationKeys, ParallelKeys, ModelKeys):
+    """Immutable. Build it with `from_ymls` or `from_dict`; change it with `replace`, which checks again.
+
+    Every declared key holds its final value: `num_kv_heads`, the batch sizes, `precision` and the others that may be
+    left out are filled. `task` says what is checked: `train`, `eval` and `generate` check what the three programs need,
+    `model` only what describes the model and its layout.
+    """
+
+    _merged: dict[str, Any] = PrivateAttr(default_factory=dict)
+    _notes: tuple[str, ...] = PrivateAttr(default=())
+    _task: Task = PrivateAttr(default="train")
+
+    @classmethod
+    def from_ymls(
+        cls,
+        paths: Iterable[str | Path],
+        overrides: dict[str, Any] | None = None,
+        world_size: int | None = None,
+        *,
+        task: Task = "train",
+    ) -> Self:
+        """Merge YAML files, apply overrides (`{"train_iters": 10, "optimizer.params.lr": 1e-5}`), derive and check.
+
+        `world_size` is the number of ranks when the caller knows it. Raises ConfigError.
+        """
+        keys, places = merge_files(paths)
+        apply_overrides(keys, places, overrides or {})
+        return cls._build(keys, places, world_size, task)
+
+    @classmethod
+    def from_dict(cls, keys: dict[str, Any], world_size: int | None = None, *, task: Task = "train") -> Self:
+        """The same for keys that are already in memory."""
+        named: dict[str, Any] = {}
+        for spelled, value in keys.items():
+            name = canonical(spelled)
+            if name in named:
+                raise ConfigError(f"{name} is given twice, with - and with _; delete one")
+            named[name] = value
+        return cls._build(named, {}, world_size, task)
+
+    @classmethod
+    def _build(cls, keys: dict[str, Any], places: dict[str, str], world_size: int | None, task: Task) -> Self:
+        notes = _refuse_foreign_keys(keys, places, set(cls.model_fields))
+        # As in GPT-NeoX, a null says the same as leaving the key out.
+        given = {name: value for name, value in keys.items() if name in cls.model_fields and value is not None}
+        try:
+            raw = cls.model_validate(given)
+        except ValidationError as error:
+            raise ConfigError(_explain(error, places, cls)) from None
+        resolution = derived.resolve(raw, task, world_size)
+        args = raw.model_copy(update=resolution.values)
+        args._merged, args._task = dict(keys), task
+        checks.run(args, task)
+        args._notes = (*notes, *resolution.notes, *checks.warnings(args, task))
+        return args
+
+    def replace(self, **keys: Any) -> Self:
+        """The same configuration with some keys changed."""
+        return self._build({**self._merged, **keys}, {}, self.global_num_gpus, self._task)
+
+    # --- what the user gave, and what we have to say about it
+
+    @property
+    def merged(self) -> dict[str, Any]:
+        """The keys the user gave, merged, with underscores."""
+        return dict(self._merged)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Lines to print at start: choices made for the user, keys without effect, legal surprises."""
+        return self._notes
+
+    @property
+    def task(self) -> Task:
+        return self._task
+
+    # --- derived values that are not keys
+
+    @cached_property
+    def shape(self) -> LlamaShape:
+        return derived.shape(self)
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def padded_vocab_size(self) -> int:
+        return self.shape.padded_vocab_size
+
+    @property
+    def data_parallel_size(self) -> int:
+        return self.global_num_gpus // (self.pipe_parallel_size * self.model_parallel_size)
+
+    @property
+    def lr(self) -> float:
+        """Peak learning rate."""
+        return self.optimizer.params.lr
+
+    @property
+    def deepspeed_config(self) -> dict[str, Any]:
+        """Argument for `deepspeed.initialize(config=...)`; a fresh dictionary each time."""
+        return deepspeed_config.build(self)
+
+    # --- handing it over
+
+    def to_json(self) -> str:
+        """Everything that `from_json` needs, in a form that is the same for equal configurations."""
+        content = {"task": self._task, "merged": self._merged, "notes": self._notes, "resolved": self.model_dump()}
+        return json.dumps(content, sort_keys=True, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The object that `to_json` described, without deriving or checking again: every rank holds the same."""
+        content = json.loads(text)
+        resolved = {name: value for name, value in content["resolved"].items() if value is not None}
+        args = cls.model_validate(resolved)
+        args._merged, args._task, args._notes = content["merged"], content["task"], tuple(content["notes"])
+        return args
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of `to_json`, in hexadecimal."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+
+def _refuse_foreign_keys(keys: dict[str, Any], places: dict[str, str], known: set[str]) -> list[str]:
+    """Raise for keys that are unknown or not supported; return a warning for each that has no effect."""
+    wrong, notes = [], []
+    for name, value in keys.items():
+        place = f"{places[name]}: " if name in places else ""
+        if name in known:
+            continue
+        if name in WITHOUT_EFFECT:
+            if value not in (None, False):
+                notes.append(f"{place}{name} has no effect: {WITHOUT_EFFECT[name]}")
+        elif name in UNSUPPORTED:
+            refusal = UNSUPPORTED[name]
+            if not any(
+                value is neutral or (type(value) is type(neutral) and value == neutral) for neutral in refusal.neutral
+            ):
+                wrong.append(f"{place}{name}: {value!r} is not supported. {refusal.reason}")
+        else:
+            near = difflib.get_close_matches(name, [*known, *UNSUPPORTED, *WITHOUT_EFFECT], n=1, cutoff=0.6)
+            hint = f"; did you mean {near[0]}?" if near else "; docs/configuration.md lists all keys"
+            wrong.append(f"{place}unknown key {name}{hint}")
+    if wrong:
+        raise ConfigError("\n".join(wrong))
+    return notes
+
+
+def _explain(error: ValidationError, places: dict[str, str], cls: type[NeoXArgs]) -> str:
+    """Pydantic's findings as one line each: place, key, what was given, what was expected."""
+    lines = []
+    for item in error.errors():
+        path = [part for part in item["loc"] if isinstance(part, str | int)]
+        top = str(path[0]) if path else ""
+        name = ".".join(map(str, path))
+        place = f"{places[top]}: " if top in places else ""
+        description = (cls.model_fields[top].description or "") if len(path) == 1 and top in cls.model_fields else ""
+        if item["type"] == "missing":
+            lines.append(f"{place}{name} is missing. {description}".rstrip())
+        elif item["type"] == "extra_forbidden":
+            siblings = _nested_keys(cls, path[:-1])
+            near = difflib.get_close_matches(str(path[-1]), siblings, n=1, cutoff=0.6)
+            hint = f"did you mean {near[0]}?" if near else f"{'.'.join(map(str, path[:-1]))} has {', '.join(siblings)}"
+            lines.append(f"{place}unknown key {name}; {hint}")
+        else:
+            if item["type"] == "value_error":
+                lines.append(f"{place}{name}: {item['msg'].removeprefix('Value error, ')}")
+                continue
+            expected = item["msg"].replace("Input should", "it should", 1)
+            lines.append(f"{place}{name}: given {item['input']!r}, but {expected}. {description}".rstrip())
+    return "\n".join(lines)
+
+
+def _nested_keys(cls: type[NeoXArgs], path: list[str | int]) -> list[str]:
+    """Names of the keys inside the nested mapping at `path`."""
+    from pydantic import BaseModel
+
+    model: type[BaseModel] = cls
+    for part in path:
+        if isinstance(part, int):
+            continue
+        annotation: Any = model.model_fields[part].annotation
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        nested = [item for item in candidates if isinstance(item, type) and issubclass(item, BaseModel)]
+        if not nested:
+            return []
+        model = nested[0]
+    return sorted(model.model_fields)

@@ -1,0 +1,36 @@
+"""The dictionary for `deepspeed.initialize(config=...)`.
+
+Everything that matters is passed, whatever DeepSpeed's default: GPT-NeoX leaves out values equal to its own defaults,
+and so trained for years without gradient clipping (gpt-neox #1432).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatron.neox_arguments.arguments import NeoXArgs
+
+
+def build(args: NeoXArgs, *, with_extra: bool = True) -> dict[str, Any]:
+    """Batch sizes, clipping, precision and ZeRO of a resolved configuration.
+
+    bf16 comes with `grad_accum_dtype: fp32`, which selects DeepSpeed's BF16_Optimizer; without it gradients would be
+    accumulated in bf16.
+    """
+    config: dict[str, Any] = {
+        "train_batch_size": args.train_batch_size,
+        "train_micro_batch_size_per_gpu": args.train_micro_batch_size_per_gpu,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "gradient_clipping": args.gradient_clipping,
+        "zero_optimization": args.zero_optimization.model_dump(exclude={"cpu_offload", "overlap_comm"}),
+        "wall_clock_breakdown": args.wall_clock_breakdown,
+    }
+    if args.precision == "bfloat16":
+        config["bf16"] = (args.bf16.model_dump() if args.bf16 else {}) | {"enabled": True}
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    elif args.precision == "fp16":
+        config["fp16"] = (args.fp16.model_dump() if args.fp16 else {}) | {"enabled": True}
+    if with_extra:
+        config |= args.deepspeed_extra_args
+    return config

@@ -1,0 +1,163 @@
+"""What editors and readers get from the keys: a JSON schema and a Markdown table, both generated.
+
+python -m megatron.neox_arguments.schema > configs/schema.json
+python -m megatron.neox_arguments.schema --update docs/configuration.md
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from megatron.neox_arguments.arguments import NeoXArgs
+from megatron.neox_arguments.checkpoint import CheckpointKeys
+from megatron.neox_arguments.data import DataKeys
+from megatron.neox_arguments.model import ModelKeys, RopeScaling
+from megatron.neox_arguments.optimization import (
+    Bf16,
+    DataTypes,
+    Fp16,
+    LrOverride,
+    OptimizationKeys,
+    Optimizer,
+    OptimizerParams,
+    Zero,
+)
+from megatron.neox_arguments.parallel import ParallelKeys
+from megatron.neox_arguments.runtime import RuntimeKeys
+from megatron.neox_arguments.unsupported import UNSUPPORTED, WITHOUT_EFFECT
+
+BEGIN, END = "<!-- generated keys: begin -->", "<!-- generated keys: end -->"
+
+_GROUPS: list[tuple[str, type[BaseModel]]] = [
+    ("Model", ModelKeys),
+    ("rope_scaling", RopeScaling),
+    ("Ranks", ParallelKeys),
+    ("Optimisation", OptimizationKeys),
+    ("optimizer", Optimizer),
+    ("optimizer.params", OptimizerParams),
+    ("lr_overrides, each entry", LrOverride),
+    ("zero_optimization", Zero),
+    ("bf16", Bf16),
+    ("fp16", Fp16),
+    ("data_types", DataTypes),
+    ("Data", DataKeys),
+    ("Checkpoints", CheckpointKeys),
+    ("Running, logging, evaluation, generation", RuntimeKeys),
+]
+
+
+def json_schema() -> dict[str, Any]:
+    """Schema of one file. Nothing is required: a file holds some of the keys, deepy.py checks the merged whole."""
+    schema = NeoXArgs.model_json_schema()
+    schema.pop("required")
+    schema |= {
+        "$schema": "http://json-schema.org/draft-07/schema#",
+        "title": "NeoX-Llama configuration",
+        "description": "One of the files that are merged on the command line of deepy.py.",
+    }
+    for node in (schema, *schema["$defs"].values()):
+        for entry in node["properties"].values():
+            _tidy(entry)
+        if node is not schema:
+            node.pop("title", None)
+    for name, reason in WITHOUT_EFFECT.items():
+        schema["properties"][name] = {"description": f"No effect: {reason}.", "deprecated": True}
+    for name, refusal in UNSUPPORTED.items():
+        schema["properties"][name] = {
+            "description": f"Not supported. {refusal.reason}",
+            "enum": list(refusal.neutral),
+            "deprecated": True,
+        }
+    return schema
+
+
+def _tidy(entry: dict[str, Any]) -> None:
+    entry.pop("title", None)
+    for mark in ("x-ours", "x-required"):
+        entry.pop(mark, None)
+    rule = entry.pop("x-derived", None)
+    if rule:
+        entry.pop("default", None)
+        entry["description"] += f" Default: {rule}."
+
+
+def table() -> str:
+    """All keys as Markdown: name, type, default, meaning; keys that GPT-NeoX does not have carry a `+`."""
+    parts = []
+    for title, group in _GROUPS:
+        parts.append(f"### {title}\n\n| key | type | default | meaning |\n|---|---|---|---|")
+        for name, field in group.model_fields.items():
+            extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+            mark = " +" if extra.get("x-ours") else ""
+            cells = [f"`{name}`{mark}", _type(field), _default(field, extra), field.description or ""]
+            parts[-1] += "\n| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    parts.append("### Keys of GPT-NeoX that are refused\n\nThe neutral values are accepted.\n")
+    reasons: dict[str, list[str]] = {}
+    for name, refusal in UNSUPPORTED.items():
+        reasons.setdefault(refusal.reason, []).append(f"`{name}`")
+    parts[-1] += "\n".join(f"- {', '.join(names)}: {reason}" for reason, names in reasons.items())
+    parts.append("### Keys of GPT-NeoX without effect\n\nThey are accepted with a note.\n")
+    effects: dict[str, list[str]] = {}
+    for name, reason in WITHOUT_EFFECT.items():
+        effects.setdefault(reason, []).append(f"`{name}`")
+    parts[-1] += "\n".join(f"- {', '.join(names)}: {reason}." for reason, names in effects.items())
+    return "\n\n".join(parts)
+
+
+def _type(field: FieldInfo) -> str:
+    annotation = field.annotation
+    text = annotation.__name__ if isinstance(annotation, type) and not _arguments(annotation) else str(annotation)
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "mapping"
+    for noise in ("typing.", "megatron.neox_arguments.model.", "megatron.neox_arguments.optimization.", " | None"):
+        text = text.replace(noise, "")
+    if text.startswith("Literal["):
+        return " | ".join(
+            str(value).lower() if isinstance(value, bool) else str(value) for value in _arguments(annotation)
+        )
+    return text if text[:1].islower() else "mapping"
+
+
+def _arguments(annotation: Any) -> tuple[Any, ...]:
+    return getattr(annotation, "__args__", ())
+
+
+def _default(field: FieldInfo, extra: dict[str, Any]) -> str:
+    if extra.get("x-required"):
+        return "**required**"
+    if "x-derived" in extra:
+        return str(extra["x-derived"])
+    if isinstance(field.default, BaseModel):
+        return "see below"
+    if field.default is None:
+        return "none"
+    return f"`{json.dumps(field.default)}`"
+
+
+def updated(text: str) -> str:
+    """A document with the table between its two markers made current."""
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n{table()}\n{END}{after}"
+
+
+def main(arguments: list[str]) -> int:
+    if not arguments:
+        print(json.dumps(json_schema(), indent=1))
+        return 0
+    if len(arguments) == 2 and arguments[0] == "--update":
+        path = Path(arguments[1])
+        path.write_text(updated(path.read_text()))
+        return 0
+    print(__doc__, file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,168 @@
+"""GPT-NeoX's keys that this project does not have: each with a sentence, and the values that change nothing.
+
+A neutral value is accepted in silence, so that a GPT-NeoX Llama file can be used as it is; any other value stops.
+Keys of `WITHOUT_EFFECT` are accepted with a warning, because the run is right without them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+
+class Refusal(NamedTuple):
+    reason: str
+    neutral: tuple[Any, ...] = (None,)
+
+
+def _family(reason: str, *names: str, neutral: tuple[Any, ...] = (None, False)) -> dict[str, Refusal]:
+    return {name: Refusal(reason, neutral) for name in names}
+
+
+_NO_DROPOUT = "Llama has no dropout, and the recomputation used here does not replay random states; only 0.0 is right."
+_MOE = "Mixtures of experts are not supported: this project trains dense Llama models."
+_MUP = "muP is not supported; set init_method_std and lr directly."
+_MAMBA = "Mamba and RWKV layers are not supported: this project trains Llama models."
+_TE = "TransformerEngine layers are not supported; `kernels` chooses fused operations."
+_PREFERENCE = "Preference training (DPO, KTO, reward models, reinforce) is not supported; train_impl normal is."
+_START = "deepy.py starts the ranks of one machine; ranks on several machines are started with torchrun or srun."
+_DEEPSPEED = "This DeepSpeed feature is not used here; GPT-NeoX's Llama runs do without it."
+_WRITER = "Only TensorBoard, metrics.jsonl and Weights & Biases (top-level wandb_* keys) are written."
+_PAIRS = [
+    f"{side}_{part}_{kind}data_paths"
+    for side in ("pos", "neg")
+    for part in ("train", "valid", "test")
+    for kind in ("", "label_")
+]
+_INTERNAL = "This is a derived value and cannot be given."
+
+UNSUPPORTED: dict[str, Refusal] = {
+    "sequence_parallel": Refusal(
+        "Sequence parallelism is not supported yet: megatron-core's mappings allocate on CUDA.", (None, False)
+    ),
+    "context_parallel_size": Refusal("Context parallelism is not supported; shorten seq_length.", (None, 1)),
+    "sliding_window_width": Refusal("Llama attends to the whole context; sliding windows are not supported."),
+    "hidden_dropout": Refusal(_NO_DROPOUT, (None, 0, 0.0)),
+    "attention_dropout": Refusal(_NO_DROPOUT, (None, 0, 0.0)),
+    "use_qk_layernorm": Refusal("Llama does not normalise queries and keys.", (None, False)),
+    "expansion_factor": Refusal("Give intermediate_size, the true MLP width, instead."),
+    "output_layer_parallelism": Refusal("The head is split by vocabulary rows: column.", (None, "column")),
+    "attention_softmax_in_fp32": Refusal("The softmax is always in fp32; nothing to choose.", (None, True, False)),
+    "apply_query_key_layer_scaling": Refusal("Llama does not scale attention by the layer number.", (None, False)),
+    "fp16_lm_cross_entropy": Refusal("The loss is always computed in fp32.", (None, False)),
+    "fp32_allreduce": Refusal(
+        "Gradients are always reduced in fp32 with bf16; nothing to choose.", (None, True, False)
+    ),
+    "train_epochs": Refusal("Give train_iters; the number of samples is train_iters x train_batch_size."),
+    "weight_by_num_documents": Refusal("Give train_data_weights.", (None, False)),
+    "weighted_sampler_alpha": Refusal("Give train_data_weights.", (None, 1, 1.0)),
+    "dataset_impl": Refusal(_PREFERENCE, (None, "gpt2")),
+    "train_impl": Refusal(_PREFERENCE, (None, "normal")),
+    "no_save_optim": Refusal("GPT-NeoX never reads it; keep_optimizer_last_n: 0 keeps weights only.", (None, False)),
+    "checkpoint_validation_with_forward_pass": Refusal(
+        "Checkpoints are verified by checksums and by accounting for every tensor.", (None, False)
+    ),
+    "s3_path": Refusal("Checkpoints are written to a file system only."),
+    "soft_prompt_tuning": Refusal("Prompt tuning is not supported."),
+    "num_unique_layers": Refusal("Layers do not share parameters in Llama."),
+    "sparsity_config": Refusal("Sparse attention is not supported: Llama's is dense."),
+    "use_bnb_optimizer": Refusal("bitsandbytes optimizers are not supported; AdamW is.", (None, False)),
+    "scheduler": Refusal("Give lr_decay_style, warmup and min_lr at top level."),
+    "amp": Refusal("apex amp is not supported; give precision."),
+    "z_loss": Refusal("The z-loss is not supported.", (None, 0, 0.0)),
+    "exit_interval": Refusal("A run ends at train_iters."),
+    "text_gen_type": Refusal(
+        "generate.py continues the lines of sample_input_file, or writes freely without one.",
+        (None, "unconditional", "input-file"),
+    ),
+    "use_checkpoint_lr_scheduler": Refusal("The schedule is that of the configuration, also on resume.", (None, False)),
+    "wandb_host": Refusal("Set WANDB_BASE_URL in the environment.", (None, "https://api.wandb.ai")),
+    "master_addr": Refusal(_START),
+    "master_port": Refusal(_START, (None, 29500)),
+    "eval_tasks": Refusal("Benchmark suites are not run by eval.py; export to Hugging Face and use lm-eval."),
+    "prompt_end": Refusal("A prompt is one line here.", (None, "\n")),
+    "return_logits": Refusal("generate.py writes text only.", (None, False)),
+    "precompute_model_name": Refusal("generate.py writes text only."),
+    "char_level_ppl": Refusal("eval.py reports perplexity per token.", (None, False)),
+    "lazy_mpu_init": Refusal("Process groups are made at start.", (None, False)),
+    "memory_profiling": Refusal("Memory profiles are not recorded.", (None, False)),
+    "profile": Refusal("Profiles are not recorded.", (None, False)),
+    "log_grad_pct_zeros": Refusal("Not logged.", (None, False)),
+    "log_optimizer_states": Refusal("Not logged.", (None, False)),
+    "log_param_norm": Refusal("Not logged.", (None, False)),
+    "log_gradient_noise_scale": Refusal("Not logged.", (None, False)),
+    "communication_data_type": Refusal("Gradients are reduced in fp32 with bf16.", (None, "fp32", False)),
+    "prescale_gradients": Refusal("The loss is divided by the global token count; nothing to scale.", (None, False)),
+    "gradient_predivide_factor": Refusal("The loss is divided by the global token count.", (None, 1, 1.0)),
+    "zero_stage": Refusal("Give zero_optimization: {stage: 1}.", (None, 1)),
+    "lr": Refusal("Give it as optimizer: {params: {lr: ...}}."),
+    "batch_size": Refusal("Give train_micro_batch_size_per_gpu."),
+    "clip_grad": Refusal("GPT-NeoX overwrites it by gradient_clipping; give that.", (None, 1, 1.0)),
+    "loss_scale": Refusal("Give it inside the fp16 mapping."),
+    "force_multi": Refusal(_START, (None, False)),
+    "use_shared_fs": Refusal("Data and checkpoints are on a file system that all ranks see.", (None, True)),
+    **_family(_MOE, "moe_num_experts", "moe_expert_interval", "moe_top_k", neutral=(None, 1)),
+    **_family(_MOE, "moe_router_type", "moe_lbl_in_fp32", "moe_jitter_eps"),
+    **_family(
+        _MUP, "use_mup", "coord_check", "save_base_shapes", "base_shapes_file", "mup_init_scale", "mup_attn_temp"
+    ),
+    **_family(_MUP, "mup_output_temp", "mup_embedding_mult", "mup_rp_embedding_mult", "mup_width_scale"),
+    **_family(_MAMBA, "mamba_selective_scan_fusion", "mamba_causal_conv_fusion", "mamba_inner_func_fusion"),
+    **_family(_MAMBA, "mamba_selective_fp32_params", "mamba_use_bias_in_conv", "mamba_use_bias_in_linears"),
+    **_family(_MAMBA, "dim_att", "head_size", "ffn_dim"),
+    **_family(_TE, "te_columnparallel", "te_rowparallel", "te_layernorm_mlp", "te_mha", "te_fp8_mha", "te_fp8_format"),
+    **_family(_TE, "te_fp8_wgrad", "te_fp8_amax_history_len", "te_fp8_amax_compute_algo", "te_fp8_margin"),
+    **_family(_PREFERENCE, "train_reward_data_paths", "valid_reward_data_paths", "test_reward_data_paths"),
+    **_family(_PREFERENCE, *_PAIRS),
+    **_family(_PREFERENCE, "dpo_fp32", "dpo_reference_free", "dpo_beta", "kto_fp32", "kto_desirable_weight"),
+    **_family(_PREFERENCE, "kto_undesirable_weight", "kto_beta", "fp32_reinforce", "kl_impl", "kl_div_beta"),
+    **_family(_PREFERENCE, "reinforce_leave_one_out", "serve_model_weights", "weight_server_port"),
+    **_family(_PREFERENCE, "online_dataserver_ips", "online_dataserver_ports"),
+    **_family(_START, "hostfile", "include", "exclude", "no_ssh_check", "comment", "account"),
+    **_family(_START, "deepspeed_slurm", "deepspeed_mpi", "autotuning_run"),
+    **_family(_DEEPSPEED, "curriculum_learning", "data_efficiency", "sparse_attention", "sparse_gradients"),
+    **_family(_DEEPSPEED, "autotuning", "elasticity", "compression_training", "comms_logger", "flops_profiler"),
+    **_family(_DEEPSPEED, "dump_state", "checkpoint", "activation_checkpointing", "deepscale", "deepscale_config"),
+    "deepspeed": Refusal("The pipeline engine is DeepSpeed's.", (None, True)),
+    "deepspeed_activation_checkpointing": Refusal("Recomputation goes through DeepSpeed.", (None, True)),
+    "curriculum_seqlen": Refusal(_DEEPSPEED, (None, 0)),
+    **_family(_DEEPSPEED, "partition_activations", "contiguous_checkpointing", "checkpoint_in_cpu"),
+    **_family(_DEEPSPEED, "synchronize_each_layer", "profile_backward"),
+    **_family(_WRITER, "tensorboard", "wandb", "csv_monitor", "use_comet", "comet_workspace", "comet_project"),
+    **_family(
+        _WRITER, "comet_experiment_name", "comet_tags", "comet_others", "comet_experiment", "wandb_init_all_ranks"
+    ),
+    **_family(_INTERNAL, "padded_vocab_size", "world_size", "rank", "local_rank", "is_pipe_parallel", "user_script"),
+    **_family(_INTERNAL, "dynamic_loss_scale", "zero_reduce_scatter", "zero_contiguous_gradients", "git_hash"),
+    **_family(_INTERNAL, "zero_reduce_bucket_size", "zero_allgather_bucket_size", "config_files"),
+    **_family(_INTERNAL, "do_train", "do_valid", "do_test"),
+}
+
+_FUSED = "`kernels` chooses fused operations"
+_OTHER_NORM = "the norm is RMSNorm, whose epsilon is rms_norm_epsilon"
+_NEVER_READ = "GPT-NeoX does not use it either"
+
+WITHOUT_EFFECT: dict[str, str] = {
+    **dict.fromkeys(("rmsnorm_fusion", "layernorm_fusion", "rope_fusion", "use_flashattn_swiglu"), _FUSED),
+    **dict.fromkeys(("scaled_upper_triang_masked_softmax_fusion", "scaled_masked_softmax_fusion"), _FUSED),
+    **dict.fromkeys(("bias_gelu_fusion", "bias_dropout_fusion"), "Llama has no biases to fuse"),
+    "fused_kernels_build_path": _FUSED,
+    **dict.fromkeys(("layernorm_epsilon", "scalenorm_epsilon"), _OTHER_NORM),
+    "use_bias_in_norms": "RMSNorm has no bias, and GPT-NeoX does not use it either",
+    **dict.fromkeys(("hysteresis", "loss_scale_window", "min_scale"), "set it inside the fp16 mapping"),
+    **dict.fromkeys(("short_seq_prob", "adlr_autoresume", "adlr_autoresume_interval", "onnx_safe"), _NEVER_READ),
+    "gpt_j_tied": "the residual is sequential",
+    **dict.fromkeys(("rpe_num_buckets", "rpe_max_distance", "opt_pos_emb_offset"), "the position embedding is rotary"),
+    "gmlp_attn_dim": "there are no gMLP layers",
+    "param_sharing_style": "layers do not share parameters",
+    "use_cpu_initialization": "weights are always initialised on the CPU, alike for every layout",
+    "num_workers": "each rank reads its samples itself, from memory-mapped files",
+    "override_lr_scheduler": "the schedule is that of the configuration, also on resume",
+    "peak_theoretical_tflops": "the log gives TFLOP/s; divide by the peak of one device (MI250X GCD: 191.5)",
+    "steps_per_print": "log_interval sets how often a line is printed",
+    "log_grad_norm": "the gradient norm is always logged",
+    "mmap_warmup": "datasets are memory-mapped without pre-reading",
+    "s3_chunk_size": "checkpoints are written to a file system only",
+    "recompute": "generate.py chooses by itself",
+    **dict.fromkeys(("gradient_noise_scale_n_batches", "gradient_noise_scale_cpu_offload"), "it is not logged"),
+    **dict.fromkeys(("profile_step_start", "profile_step_stop", "memory_profiling_path"), "profiles are not recorded"),
+}

@@ -1,0 +1,104 @@
+"""What a tokenizer is to this project: text to ids and back, and the ids that frame a document.
+
+Two rules hold for every format. Text is text: a special token's name inside a document is encoded letter by letter
+and never becomes the token (a corpus that quotes `<|end_of_text|>` must not end a document). Nothing is added: no
+BOS and no EOS unless the caller puts its id there.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+BOS_NAMES = ("<|begin_of_text|>", "<s>")
+EOD_NAMES = ("<|end_of_text|>", "<|endoftext|>", "</s>")
+PAD_NAMES = ("<|finetune_right_pad_id|>", "<|padding|>", "<pad>")
+
+
+class TokenizerError(ValueError):
+    """A tokenizer file that cannot be used, or a token it lacks; the message says which and what to do."""
+
+
+class Tokenizer(ABC):
+    """A loaded vocabulary.
+
+    Subclasses set `special_tokens` (name -> id) and `vocab_size` (highest id + 1) and implement the three codecs.
+    """
+
+    special_tokens: dict[str, int]
+    vocab_size: int
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @abstractmethod
+    def _encode(self, text: str) -> list[int]: ...
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids`; special tokens appear by name, bytes that are no UTF-8 as U+FFFD."""
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Hash of all that decides which ids a text gets. Data carries it; training compares it with its own."""
+
+    def _encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return [self._encode(text) for text in texts]
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, without BOS or EOS. Lone surrogates (broken JSON escapes) are read as U+FFFD."""
+        return self._encode(_valid_unicode(text))
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`[encode(text) for text in texts]`, on several threads where the library can."""
+        return self._encode_batch([_valid_unicode(text) for text in texts])
+
+    def token_id(self, name: str) -> int:
+        """Id of a special token by name. Raises TokenizerError if the vocabulary lacks it."""
+        try:
+            return self.special_tokens[name]
+        except KeyError:
+            raise TokenizerError(f"{self.path}: the tokenizer has no special token {name}") from None
+
+    @cached_property
+    def bos(self) -> int | None:
+        """Begin-of-document id, None where the vocabulary has none (GPT-NeoX-20B)."""
+        return self._first(BOS_NAMES)
+
+    @cached_property
+    def eod(self) -> int:
+        """End-of-document id. Raises TokenizerError if none of the known names is in the vocabulary."""
+        found = self._first(EOD_NAMES)
+        if found is None:
+            raise TokenizerError(
+                f"{self.path}: no end-of-document token; expected one of {', '.join(EOD_NAMES)} among the special "
+                f"tokens, found {', '.join(sorted(self.special_tokens)[:8]) or 'none'}. "
+                f"Add one of these names to the tokenizer file"
+            )
+        return found
+
+    @cached_property
+    def pad(self) -> int:
+        """Id that fills unused positions; the end-of-document id where the vocabulary has no padding token."""
+        found = self._first(PAD_NAMES)
+        return self.eod if found is None else found
+
+    @property
+    def unique_identifiers(self) -> OrderedDict[str, str]:
+        """What megatron-core's datasets hash into their cache names."""
+        return OrderedDict(tokenizer=type(self).__name__, fingerprint=self.fingerprint)
+
+    def _first(self, names: Sequence[str]) -> int | None:
+        return next((self.special_tokens[name] for name in names if name in self.special_tokens), None)
+
+
+def _valid_unicode(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text

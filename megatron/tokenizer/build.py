@@ -1,0 +1,53 @@
+"""From the YAML keys `tokenizer_type` and `vocab_file` to a tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from megatron.tokenizer.base import Tokenizer, TokenizerError
+
+
+def _hf(path: Path) -> Tokenizer:
+    from megatron.tokenizer.hf import HFTokenizer
+
+    return HFTokenizer(path)
+
+
+def _tiktoken(path: Path) -> Tokenizer:
+    from megatron.tokenizer.tiktoken_bpe import TiktokenTokenizer
+
+    return TiktokenTokenizer(path)
+
+
+def _spm(path: Path) -> Tokenizer:
+    from megatron.tokenizer.spm import SPMTokenizer
+
+    return SPMTokenizer(path)
+
+
+_BUILDERS: dict[str, tuple[Callable[[Path], Tokenizer], str]] = {
+    "HFTokenizer": (_hf, "tokenizer.json"),
+    "TiktokenTokenizer": (_tiktoken, "tokenizer.model"),
+    "SPMTokenizer": (_spm, "tokenizer.model"),
+}
+TOKENIZER_TYPES = tuple(_BUILDERS)
+
+
+def build_tokenizer(tokenizer_type: str, vocab_file: str | Path) -> Tokenizer:
+    """The tokenizer of `vocab_file`, a file or the model folder that holds it under its usual name.
+
+    Raises TokenizerError for an unknown type, a missing or unreadable file, and a vocabulary without an
+    end-of-document token.
+    """
+    if tokenizer_type not in _BUILDERS:
+        raise TokenizerError(f"tokenizer_type {tokenizer_type!r} is not supported; use one of {', '.join(_BUILDERS)}")
+    build, usual_name = _BUILDERS[tokenizer_type]
+    path = Path(vocab_file)
+    if path.is_dir():
+        path = path / usual_name
+    if not path.is_file():
+        raise TokenizerError(f"vocab_file {path}: no such file; {tokenizer_type} reads a {usual_name}")
+    tokenizer = build(path)
+    _ = tokenizer.eod  # a vocabulary without it is refused here, not in the middle of a corpus
+    return tokenizer

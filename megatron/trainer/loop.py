@@ -1,0 +1,144 @@
+"""A whole run: build, load, then step, evaluate and save until the last iteration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from deepspeed.runtime.pipe.engine import PipelineEngine
+
+from megatron.checkpoint import TrainState, load_checkpoint, prepare_save, save_checkpoint
+from megatron.data import Datasets, MicroBatches, build_datasets
+from megatron.launcher.distributed import Place, initialize
+from megatron.neox_arguments import NeoXArgs
+from megatron.trainer.batches import MicroBatch, StepBatch, assemble
+from megatron.trainer.engine import build_engine, build_model
+from megatron.trainer.evaluation import evaluate_all
+from megatron.trainer.guards import check_finite, check_initial_loss
+from megatron.trainer.progress import Progress
+from megatron.trainer.resume import where_to_start
+from megatron.trainer.schedule import learning_rate
+from megatron.trainer.startup import StartUp
+
+
+def train(args: NeoXArgs) -> None:
+    """Train to `args.train_iters`. Collective: every rank that was started calls it."""
+    run_training(args, initialize(args))
+
+
+def run_training(args: NeoXArgs, place: Place) -> None:
+    """`train` in a world that is initialised already."""
+    startup = StartUp()
+    startup.done("start, imports and groups")
+    progress = Progress(args, place.rank)
+    datasets = build_datasets(args)
+    for note in datasets.notes:
+        progress.say(note)
+    startup.done("data")
+    start = where_to_start(args, place.device, progress.say)
+    model = build_model(args, place.device, progress.say)
+    if start.from_scratch:
+        model.initialise_from_scratch()
+    startup.done("model")
+    engine = build_engine(args, model, progress.say)
+    startup.done("engine")
+    state = load_checkpoint(engine, start, data_fingerprints=datasets.fingerprints, log=progress.say) or TrainState()
+    if args.save:
+        prepare_save(engine, args, log=progress.say)
+    startup.done("checkpoint")
+    progress.say(f"starting at iteration {state.iteration}, {state.consumed_samples} samples consumed")
+    first = state.iteration
+    if first == 0:
+        report_validation(engine, args, datasets, progress, 0)
+        save_if_due(engine, args, datasets, progress, state)
+    startup.done("validation")
+    batches = TrainingBatches(engine, args, datasets, state)
+    progress.start_clock()
+    while state.iteration < args.train_iters:
+        train_step(engine, args, batches, state, progress)
+        with progress.off_the_clock():
+            if state.iteration == first + 1:
+                startup.done("first step")
+                progress.say(startup.line())
+            if args.eval_interval and state.iteration % args.eval_interval == 0:
+                report_validation(engine, args, datasets, progress, state.iteration)
+            save_if_due(engine, args, datasets, progress, state)
+    progress.close()
+
+
+class TrainingBatches:
+    """The batches of training from a position on; stages without data only take part in the count."""
+
+    def __init__(self, engine: PipelineEngine, args: NeoXArgs, datasets: Datasets, state: TrainState) -> None:
+        self.engine, self.args = engine, args
+        self._micro_batches: Iterator[MicroBatch] | None = None
+        if engine.is_first_stage() or engine.is_last_stage():
+            self._micro_batches = iter(
+                MicroBatches(
+                    datasets.train,
+                    micro_batch=args.train_micro_batch_size_per_gpu,
+                    dp_rank=engine.grid.data_parallel_id,
+                    dp_size=args.data_parallel_size,
+                    accumulation=args.gradient_accumulation_steps,
+                    consumed_samples=state.consumed_samples,
+                )
+            )
+
+    def next(self, iteration: int) -> StepBatch:
+        accumulation, source = self.args.gradient_accumulation_steps, self._micro_batches
+        return assemble(
+            None if source is None else [next(source) for _ in range(accumulation)],
+            accumulation,
+            self.args.data_parallel_size,
+            counts_tokens=self.engine.is_last_stage() and self.engine.grid.get_slice_parallel_rank() == 0,
+            device=self.engine.device,
+            what=f"training step {iteration}",
+        )
+
+
+def train_step(
+    engine: PipelineEngine, args: NeoXArgs, batches: TrainingBatches, state: TrainState, progress: Progress
+) -> float:
+    """One optimizer step; returns the global mean loss. `state` moves on by one iteration."""
+    rate = learning_rate(args, state.iteration)
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rate
+    batch = batches.next(state.iteration + 1)
+    loss = float(engine.train_batch(batch.iterator))
+    grad_norm = float(engine.get_global_grad_norm())
+    check_finite(loss, grad_norm, state.iteration + 1)
+    if state.iteration == 0:
+        check_initial_loss(loss, args)
+    state.iteration += 1
+    state.consumed_samples += args.train_batch_size
+    progress.step(state.iteration, loss, rate, grad_norm, batch.learned_tokens)
+    return loss
+
+
+def save_if_due(
+    engine: PipelineEngine, args: NeoXArgs, datasets: Datasets, progress: Progress, state: TrainState
+) -> None:
+    if is_save_point(args, state.iteration):
+        save_checkpoint(engine, args, state, data_fingerprints=datasets.fingerprints, log=progress.say)
+
+
+def is_save_point(args: NeoXArgs, iteration: int) -> bool:
+    """Every `checkpoint_factor` iterations, at the `extra_save_iters` (0: before the first step), and at the end."""
+    if not args.save:
+        return False
+    every = args.checkpoint_factor and iteration and iteration % args.checkpoint_factor == 0
+    return bool(every or iteration in (args.extra_save_iters or ()) or iteration == args.train_iters)
+
+
+def report_validation(
+    engine: PipelineEngine, args: NeoXArgs, datasets: Datasets, progress: Progress, iteration: int
+) -> None:
+    """Validation loss of every source: what a continued run learns of its domain and forgets of the rest."""
+    for name, result in evaluate_all(engine, args, datasets.valid, args.eval_iters * args.train_batch_size).items():
+        progress.say(
+            f"validation at iteration {iteration} | {name} | loss {result.loss:.4f} | "
+            f"perplexity {result.perplexity:.2f} | {result.learned_tokens} tokens"
+        )
+        progress.record(
+            iteration,
+            {f"validation/{name}/lm_loss": result.loss, f"validation/{name}/lm_loss_ppl": result.perplexity},
+        )

@@ -1,0 +1,41 @@
+"""Keys of a small valid training run, for tests of the configuration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 128,
+}
+
+VALID: dict[str, Any] = {
+    "num_layers": 4,
+    "hidden_size": 128,
+    "num_attention_heads": 8,
+    "num_kv_heads": 4,
+    "intermediate_size": 352,
+    "vocab_size": 4096,
+    "make_vocab_size_divisible_by": 1,
+    "no_weight_tying": True,
+    "max_position_embeddings": 1024,
+    "rms_norm_epsilon": 1e-5,
+    "rotary_emb_base": 500000,
+    "rope_scaling": ROPE,
+    "seq_length": 256,
+    "train_iters": 10,
+    "train_micro_batch_size_per_gpu": 2,
+    "gradient_accumulation_steps": 4,
+    "optimizer": {"type": "Adam", "params": {"lr": 1e-3, "betas": [0.9, 0.95], "eps": 1e-8}},
+    "train_data_paths": ["data/a_text_document"],
+    "from_scratch": True,
+    "distributed_backend": "gloo",
+}
+
+
+def keys(**changes: Any) -> dict[str, Any]:
+    """The valid keys with changes; None removes a key."""
+    return {name: value for name, value in {**VALID, **changes}.items() if value is not None}

@@ -1,0 +1,54 @@
+"""The shared namespace `megatron`: our folders are in the package list and belong to nobody else."""
+
+from __future__ import annotations
+
+import re
+from importlib.metadata import distribution
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.unit
+
+ROOT = Path(__file__).resolve().parents[2]
+OURS = {path.name for path in (ROOT / "megatron").iterdir() if path.is_dir() and path.name != "__pycache__"}
+
+# Sub-packages of `megatron` that Megatron-LM's, Megatron-Bridge's and Energon's distributions install or have claimed.
+TAKEN = {
+    "core",
+    "training",
+    "bridge",
+    "energon",
+    "rl",
+    "post_training",
+    "inference",
+    "elastification",
+    "legacy",
+}
+
+
+def test_megatron_is_a_namespace() -> None:
+    assert not (ROOT / "megatron" / "__init__.py").exists()
+    loose = [path.name for path in (ROOT / "megatron").iterdir() if path.is_file()]
+    assert not loose, f"modules directly under megatron/ can clash with another distribution's: {loose}"
+
+
+def test_our_names_are_nobody_else_s() -> None:
+    files = distribution("megatron-core").files or []
+    installed = {file.parts[1] for file in files if len(file.parts) > 2 and file.parts[0] == "megatron"}
+    assert "core" in installed
+    assert not OURS & (TAKEN | installed)
+
+
+def test_the_package_list_is_complete() -> None:
+    text = (ROOT / "setup.py").read_text()
+    listed = re.search(r"for name in \((.*?)\)", text, re.DOTALL)
+    assert listed
+    assert set(re.findall(r'"(\w+)"', listed[1])) == OURS
+
+
+def test_every_package_says_what_it_is() -> None:
+    for name in OURS:
+        init = ROOT / "megatron" / name / "__init__.py"
+        assert init.exists(), f"megatron/{name} has no __init__.py"
+        assert init.read_text().startswith('"""')

@@ -1,0 +1,117 @@
+"""The shipped YAML files: loaded, counted, and known to editors; the schema and the table of keys are current."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron.neox_arguments import NeoXArgs
+from megatron.neox_arguments.load import merge_files, read_file
+from megatron.neox_arguments.schema import json_schema, updated
+
+pytestmark = pytest.mark.unit
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "configs"
+FILES = sorted(CONFIGS.rglob("*.yml"))
+TINY = [CONFIGS / "tiny" / name for name in ("model.yml", "run.yml", "local.yml")]
+
+
+@pytest.mark.parametrize(
+    ("model", "parameters"),
+    [
+        ("llama31_8b", 8_030_261_248),
+        ("llama31_70b", 70_553_706_496),
+        ("llama32_1b", 1_235_814_400),
+        ("tiny", 1_787_008),
+    ],
+)
+def test_presets_have_the_published_number_of_parameters(model: str, parameters: int) -> None:
+    args = NeoXArgs.from_ymls([CONFIGS / model / "model.yml"], task="model")
+    assert args.shape.num_parameters == parameters
+    assert args.padded_vocab_size == args.vocab_size
+    assert f"{parameters:,} parameters" in (CONFIGS / model / "model.yml").read_text()
+    assert args.notes == ()
+
+
+@pytest.mark.parametrize(
+    ("kv_heads", "parameters"), [(8, 405_853_388_800), (16, 410_081_247_232)], ids=["405B", "405B-mp16"]
+)
+def test_the_405b(kv_heads: int, parameters: int) -> None:
+    changes = {
+        "num_layers": 126,
+        "hidden_size": 16384,
+        "num_attention_heads": 128,
+        "num_kv_heads": kv_heads,
+        "intermediate_size": 53248,
+    }
+    args = NeoXArgs.from_ymls([CONFIGS / "llama31_70b" / "model.yml"], changes, task="model")
+    assert args.shape.num_parameters == parameters
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4, 8])
+def test_presets_run_at_every_tensor_parallel_size_up_to_eight(tp: int) -> None:
+    for model in ("llama31_8b", "llama31_70b", "llama32_1b"):
+        args = NeoXArgs.from_ymls([CONFIGS / model / "model"], {"model_parallel_size": tp}, task="model")
+        assert args.padded_vocab_size == 128256
+
+
+def test_only_the_1b_is_tied() -> None:
+    tied = {file.parent.name for file in CONFIGS.glob("*/model.yml") if read_file(file)[0]["no_weight_tying"] is False}
+    assert tied == {"llama32_1b"}
+
+
+def test_the_tiny_run_is_what_the_demo_promises() -> None:
+    args = NeoXArgs.from_ymls(TINY)
+    assert (args.model_parallel_size, args.pipe_parallel_size, args.data_parallel_size) == (2, 2, 2)
+    assert args.train_iters >= 100
+    assert args.gradient_accumulation_steps == 4
+    assert args.gradient_clipping == 1.0
+    assert args.checkpoint_activations
+    assert args.lr_decay_style == "cosine"
+    assert args.warmup > 0
+    assert len(args.valid_data_paths or []) == 2
+
+
+def test_every_file_is_loaded_here() -> None:
+    assert {file.relative_to(CONFIGS).as_posix() for file in FILES} == {
+        "llama31_8b/model.yml",
+        "llama31_70b/model.yml",
+        "llama32_1b/model.yml",
+        "tiny/model.yml",
+        "tiny/run.yml",
+        "tiny/local.yml",
+    }
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_every_file_names_the_schema_and_comments_every_key(path: Path) -> None:
+    lines = path.read_text().splitlines()
+    prefix = "# yaml-language-server: $schema="
+    assert lines[0].startswith(prefix)
+    assert (path.parent / lines[0].removeprefix(prefix)).resolve() == CONFIGS / "schema.json"
+    _, places = merge_files([path])
+    for name, place in places.items():
+        comment = lines[int(place.rpartition(":")[2]) - 2]
+        assert comment.startswith("# "), f"{name} has no comment"
+        assert "(" in comment, f"the comment of {name} lacks (type, default)"
+
+
+def test_the_schema_is_current() -> None:
+    """If this fails: python -m megatron.neox_arguments.schema > configs/schema.json"""
+    assert json.loads((CONFIGS / "schema.json").read_text()) == json_schema()
+
+
+def test_the_schema_knows_every_key_of_every_file() -> None:
+    schema = json_schema()
+    assert schema["additionalProperties"] is False
+    for path in FILES:
+        assert set(read_file(path)[0]) <= set(schema["properties"])
+
+
+def test_the_table_of_keys_is_current() -> None:
+    """If this fails: python -m megatron.neox_arguments.schema --update docs/configuration.md"""
+    text = (ROOT / "docs" / "configuration.md").read_text()
+    assert text == updated(text)

@@ -1,0 +1,323 @@
+"""The command line: `python tools/convert_hf VERB ...`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from tools.convert_hf.dtypes import ALIASES
+from tools.convert_hf.errors import ConvertError
+
+_SIZES = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code: 0 done, 1 `verify` found a difference, 2 bad input, 130 interrupted."""
+    arguments = _parser().parse_args(argv)
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        return int(arguments.run(arguments))
+    except ConvertError as error:
+        print(f"convert_hf: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader of our output, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        print(f"convert_hf: {error.filename or 'system'}: {error.strerror or error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("convert_hf: interrupted; the same command with --resume continues", file=sys.stderr)
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def size(text: str) -> int:
+    """Bytes of a size such as 5GB, 512MiB or 4000000."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]I?|)B?", text.strip().upper())
+    if not match or match[2] not in _SIZES:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 5GB or 512MiB")
+    return int(float(match[1]) * _SIZES[match[2]])
+
+
+def share(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or not 1 <= int(match[1]) <= int(match[2]) <= 999:
+        raise argparse.ArgumentTypeError(f"{text!r} is not i/n with 1 <= i <= n")
+    return int(match[1]), int(match[2])
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python tools/convert_hf",
+        description="Convert Llama checkpoints between Hugging Face and GPT-NeoX, bit for bit, at the speed of a copy.",
+    )
+    verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
+    _add_to_neox(verbs)
+    _add_reshard(verbs)
+    _add_to_hf(verbs)
+    _add_verify(verbs)
+    _add_inspect(verbs)
+    return parser
+
+
+def _add_to_neox(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    verb = _converting(
+        verbs,
+        "to-neox",
+        "Hugging Face or Meta weights to GPT-NeoX pipeline layer files",
+        "Reads safetensors, pytorch_model*.bin or Meta's consolidated.*.pth and writes layer files that serve every "
+        "pipeline size at the given tensor-parallel size, with `latest`, a manifest and a ready model.yml.",
+    )
+    verb.add_argument(
+        "--tp", type=int, required=True, help="tensor-parallel size (model_parallel_size) of the training run"
+    )
+    _divisible(verb)
+    verb.set_defaults(run=_run_neox)
+
+
+def _add_reshard(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    verb = _converting(
+        verbs,
+        "reshard",
+        "GPT-NeoX weights of one tensor-parallel size to another",
+        "Rewrites the weights of a checkpoint for another tensor-parallel size. Optimizer states are not carried.",
+    )
+    verb.add_argument("--tp", type=int, required=True, help="the new tensor-parallel size")
+    _divisible(verb)
+    verb.set_defaults(run=_run_neox)
+
+
+def _add_to_hf(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    verb = _converting(
+        verbs,
+        "to-hf",
+        "GPT-NeoX weights to a Hugging Face folder",
+        "Writes safetensors with config.json, tokenizer, chat template and licence as they came from the source.",
+    )
+    verb.add_argument(
+        "--shard-size",
+        type=size,
+        metavar="SIZE",
+        help="largest safetensors file, such as 5GB (default: the shards of the source, or 5GB)",
+    )
+    verb.add_argument(
+        "--trained-settings",
+        action="store_true",
+        help="write epsilon and rotary settings of the training run into config.json where they differ",
+    )
+    verb.set_defaults(run=_run_hf)
+
+
+def _add_verify(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    verb = verbs.add_parser(
+        "verify",
+        help="compare two checkpoints of any kind, or one with its manifest",
+        description="Compares every tensor, and epsilon and rotary settings, of two checkpoints (Hugging Face, Meta, "
+        "GPT-NeoX at any TP). With --forward both run on the same tokens, one layer at a time from disk. With one "
+        "checkpoint, its files are compared with the checksums of its manifest. Exit code 0: equal, 1: different.",
+    )
+    verb.add_argument("checkpoints", type=Path, nargs="+", metavar="DIR", help="one or two checkpoint folders")
+    verb.add_argument("--forward", action="store_true", help="run both models and report the first layer that diverges")
+    verb.add_argument("--tokens", type=Path, metavar="FILE", help="token ids for --forward (default: 128 fixed ones)")
+    verb.add_argument("--tolerance", type=float, default=1e-4, help="relative, for --forward (default 1e-4)")
+    verb.add_argument("--device", default="cpu", help="for --forward, such as cpu or cuda")
+    _describing(verb)
+    verb.add_argument("--max-ram", type=size, default=512 << 20, metavar="SIZE", help="memory limit (default 512MiB)")
+    verb.add_argument("--threads", type=int, default=4, metavar="N", help="reading threads (default 4)")
+    verb.add_argument("--quiet", action="store_true", help="no progress bar")
+    verb.set_defaults(run=_run_verify)
+
+
+def _add_inspect(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    verb = verbs.add_parser(
+        "inspect",
+        help="what a folder holds, and what it lacks",
+        description="Opens a checkpoint of any kind and prints its format, sizes, types, shards and missing pieces.",
+    )
+    verb.add_argument("checkpoint", type=Path, metavar="DIR")
+    _describing(verb)
+    verb.add_argument("--json", action="store_true", help="machine-readable, with every tensor")
+    verb.set_defaults(run=_run_inspect)
+
+
+def _divisible(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--vocab-divisible-by",
+        type=int,
+        metavar="M",
+        help="pad the vocabulary to a multiple of M x TP (make_vocab_size_divisible_by; default: the source's, else 1 "
+        "if TP divides the vocabulary, else 128)",
+    )
+
+
+def _converting(
+    verbs: argparse._SubParsersAction[argparse.ArgumentParser], name: str, summary: str, description: str
+) -> argparse.ArgumentParser:
+    verb = verbs.add_parser(name, help=summary, description=description)
+    verb.add_argument("--input", type=Path, required=True, metavar="DIR", help="the checkpoint to read")
+    verb.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="the folder to write; appears when complete"
+    )
+    _describing(verb)
+    verb.add_argument("--dtype", choices=sorted(ALIASES), help="change the type (default: keep every bit)")
+    verb.add_argument("--max-ram", type=size, default=512 << 20, metavar="SIZE", help="memory limit (default 512MiB)")
+    verb.add_argument("--threads", type=int, default=4, metavar="N", help="copying threads (default 4)")
+    verb.add_argument(
+        "--shard", type=share, default=(1, 1), metavar="i/n", help="do share i of n; run one share on each of n hosts"
+    )
+    verb.add_argument("--resume", action="store_true", help="continue a conversion that was interrupted")
+    verb.add_argument("--force", action="store_true", help="replace a finished or interrupted output of this command")
+    verb.add_argument("--plan", action="store_true", help="print the whole job and stop")
+    verb.add_argument("--quiet", action="store_true", help="no progress bar")
+    return verb
+
+
+def _describing(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--hf-source",
+        type=Path,
+        metavar="DIR",
+        help="folder whose config.json and tokenizer describe a NeoX checkpoint",
+    )
+    verb.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="a field that config.json lacks, such as rope_theta=10000; may be repeated",
+    )
+
+
+def _open(path: Path, arguments: argparse.Namespace, quiet: bool = False):  # type: ignore[no-untyped-def]
+    from tools.convert_hf.llama_config import parse_given
+    from tools.convert_hf.opening import Options, open_checkpoint
+
+    checkpoint = open_checkpoint(path, Options(arguments.hf_source, parse_given(arguments.set)))
+    for note in [] if quiet else checkpoint.notes:
+        print(f"note: {note}")
+    return checkpoint
+
+
+def _request(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
+    from tools.convert_hf.converting import Request
+
+    return Request(
+        output=arguments.output,
+        dtype=ALIASES[arguments.dtype] if arguments.dtype else None,
+        max_ram=arguments.max_ram,
+        threads=arguments.threads,
+        shard=arguments.shard,
+        resume=arguments.resume,
+        force=arguments.force,
+        trained_settings=getattr(arguments, "trained_settings", False),
+    )
+
+
+def _run_neox(arguments: argparse.Namespace) -> int:
+    from tools.convert_hf.converting import prepare_neox
+
+    source = _open(arguments.input, arguments)
+    print(f"source: {source.describe()}")
+    output = prepare_neox(source, arguments.tp, arguments.vocab_divisible_by, _request(arguments))
+    return _execute(output, arguments)
+
+
+def _run_hf(arguments: argparse.Namespace) -> int:
+    from tools.convert_hf.converting import prepare_hf
+
+    source = _open(arguments.input, arguments)
+    print(f"source: {source.describe()}")
+    return _execute(prepare_hf(source, arguments.shard_size, _request(arguments)), arguments)
+
+
+def _run_verify(arguments: argparse.Namespace) -> int:
+    from tools.convert_hf.comparing import own_digests
+    from tools.convert_hf.verifying import verification_band, verify
+
+    if len(arguments.checkpoints) > 2:
+        raise ConvertError("verify compares two checkpoints, or one with its manifest")
+    opened = [_open(path, arguments) for path in arguments.checkpoints]
+    total = sum(t.nbytes for t in opened[0].tensors.values())
+    with _progress(total, arguments.quiet) as progress:
+        if len(opened) == 1:
+            differences = own_digests(opened[0], progress)
+            lines = [d.text() for d in differences]
+            equal = not differences
+            lines.append("every file is as its manifest says" if equal else "DAMAGED")
+        else:
+            verdict = verify(
+                *opened,
+                forward=arguments.forward,
+                tokens=arguments.tokens,
+                tolerance=arguments.tolerance,
+                device=arguments.device,
+                band=verification_band(arguments.max_ram, arguments.threads),
+                threads=arguments.threads,
+                progress=progress,
+            )
+            lines, equal = verdict.lines, verdict.equal
+    print("\n".join(lines))
+    return 0 if equal else 1
+
+
+def _run_inspect(arguments: argparse.Namespace) -> int:
+    import json
+
+    from tools.convert_hf.inspecting import describe, table
+
+    checkpoint = _open(arguments.checkpoint, arguments, quiet=arguments.json)
+    print(json.dumps(describe(checkpoint), indent=2) if arguments.json else table(checkpoint))
+    return 0
+
+
+def _execute(output, arguments: argparse.Namespace) -> int:  # type: ignore[no-untyped-def]
+    from tools.convert_hf.converting import execute
+
+    if arguments.plan:
+        from tools.convert_hf.describing import plan_text
+
+        print(plan_text(output))
+        return 0
+    start = time.monotonic()
+    total = sum(job.nbytes for job in output.plan.jobs)
+    with _progress(total, arguments.quiet) as progress:
+        done = execute(output, progress)
+    seconds = time.monotonic() - start
+    size_ = output.plan.bytes_written
+    rate = f"{size_:,} bytes in {seconds:.1f} s ({size_ / max(seconds, 1e-3) / 1e9:.2f} GB/s)"
+    if done:
+        print(f"wrote {output.final}: {len(output.plan.files)} weight files, {rate}")
+    else:
+        print(
+            f"share {output.shard[0]}/{output.shard[1]} is written, {rate}; {output.final} appears with the last share"
+        )
+    return 0
+
+
+@contextmanager
+def _progress(total: int, quiet: bool) -> Iterator[Callable[[int], None]]:
+    if quiet:
+        yield lambda nbytes: None
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=total, unit="B", unit_scale=True, mininterval=0.5, leave=False) as bar:
+
+        def advance(nbytes: int) -> None:
+            bar.update(nbytes)
+
+        yield advance

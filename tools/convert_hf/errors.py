@@ -1,0 +1,5 @@
+"""The one error that a user sees: what was given, what was expected, what to do."""
+
+
+class ConvertError(ValueError):
+    """Bad input or an impossible request; the command prints the message and exits with code 2."""

@@ -1,0 +1,188 @@
+"""What is in a `.bin/.idx`: counts, lengths, decoded documents, and what of them is learned.
+
+    python tools/datasets/inspect_data.py data/corpus_text_document --vocab-file tokenizer.json --samples 2
+    python tools/datasets/inspect_data.py data/sft_general_document --vocab-file tokenizer.json --show-mask
+
+Without a tokenizer only counts are shown. `--histogram lengths.png` draws the lengths. With `--show-mask` what the
+model learns to say is green (or in [[ ]] where the output is no terminal).
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from megatron.data.indexed import IndexedFile
+    from megatron.tokenizer import Tokenizer
+
+BAR = 50  # characters of the longest bar of the histogram
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("prefix", help="path without .bin or .idx")
+    p.add_argument("--tokenizer-type", default="HFTokenizer")
+    p.add_argument("--vocab-file", help="tokenizer file, to decode documents")
+    p.add_argument("--samples", type=int, default=3, help="how many documents, chosen at random")
+    p.add_argument("--document", type=int, action="append", help="show this document (from 0; may be repeated)")
+    p.add_argument("--seed", type=int, default=0, help="of the choice")
+    p.add_argument("--max-chars", type=int, default=2000, help="of each document shown; 0 shows all")
+    p.add_argument("--show-mask", action="store_true", help="mark what is learned, from the label file beside")
+    p.add_argument("--labels", help="prefix of the label file (default: PREFIX with _label before _document)")
+    p.add_argument("--histogram", type=Path, help="draw the lengths of the documents as PNG")
+    p.add_argument("--color", choices=["auto", "always", "never"], default="auto")
+    return p
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    from megatron.data.indexed import DataError, IndexedFile
+    from megatron.tokenizer import TokenizerError, build_tokenizer
+
+    try:
+        file = IndexedFile(options.prefix)
+        tokenizer = build_tokenizer(options.tokenizer_type, options.vocab_file) if options.vocab_file else None
+        print("\n".join(describe(file)))
+        if options.histogram:
+            draw(file, options.histogram)
+        labels = None
+        if options.show_mask:
+            labels = IndexedFile(options.labels or label_prefix(options.prefix))
+            print(f"learned: {learned_share(labels)}")
+        if tokenizer is not None:
+            show(file, labels, tokenizer, options)
+        elif options.show_mask or options.document:
+            raise TokenizerError("decoding documents needs a tokenizer: give --vocab-file (and --tokenizer-type)")
+    except (DataError, TokenizerError, OSError) as error:
+        print(f"inspect_data.py: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def label_prefix(prefix: str) -> str:
+    """GPT-NeoX's name of the label file that goes with a text file."""
+    return prefix.removesuffix("_document") + "_label_document"
+
+
+def describe(file: IndexedFile) -> list[str]:
+    """Counts, quantiles of the lengths, the header, and a histogram over powers of two."""
+    import numpy as np
+
+    from megatron.data.header import read_header
+
+    sizes = file.sizes
+    quantiles = np.quantile(sizes, [0, 0.05, 0.5, 0.95, 1]).astype(int).tolist()
+    lines = [
+        f"{file.prefix}: {len(file)} documents, {file.num_tokens} tokens as {file.dtype}, "
+        f"{file.num_tokens * file.dtype.itemsize / 1e6:.1f} MB",
+        f"tokens per document: mean {file.num_tokens / len(file):.1f}; least {quantiles[0]}, 5 % {quantiles[1]}, "
+        f"median {quantiles[2]}, 95 % {quantiles[3]}, most {quantiles[4]}",
+    ]
+    header = read_header(file.prefix)
+    if header is None:
+        lines.append("no header beside the index: tokenizer and document frame are not known")
+    else:
+        made_by = header.tokenizer
+        lines.append(
+            f"tokenizer {made_by.type}, {made_by.vocab_size} ids, {made_by.fingerprint[:19]}; "
+            f"BOS {header.bos}, EOD {header.eod}; {header.empty} empty and {header.skipped} unreadable left out"
+        )
+        if header.input_bytes:
+            lines.append(f"{header.input_bytes / header.tokens:.2f} bytes of text per token")
+        if header.chat is not None:
+            lines.append(
+                f"chat template {header.chat.template}, trained on {header.chat.train_on} assistant turns: "
+                f"{header.chat.learned_tokens} tokens learned ({header.chat.learned_tokens / header.tokens:.1%})"
+            )
+    powers = np.bincount(np.ceil(np.log2(np.maximum(sizes, 1))).astype(int))
+    for power, count in enumerate(powers.tolist()):
+        if count:
+            lines.append(
+                f"  up to {2**power:>9} tokens {'#' * max(1, round(BAR * count / powers.max())):<{BAR}} {count}"
+            )
+    return lines
+
+
+def learned_share(labels: IndexedFile) -> str:
+    """Read all labels and count."""
+    learned = sum(int((document >= 0).sum()) for document in labels)
+    silent = sum(1 for document in labels if not (document >= 0).any())
+    return (
+        f"{learned} of {labels.num_tokens} tokens ({learned / labels.num_tokens:.1%}); {silent} documents teach nothing"
+    )
+
+
+def draw(file: IndexedFile, path: Path) -> None:
+    """Histogram of the lengths, logarithmic."""
+    import matplotlib
+    import numpy as np
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    edges = np.geomspace(max(1, file.sizes.min()), max(2, file.sizes.max() + 1), 60)
+    axes.hist(file.sizes, bins=edges.tolist(), color="#4477aa")
+    axes.set(xscale="log", xlabel="tokens per document", ylabel="documents", title=Path(file.prefix).name)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    print(f"lengths drawn to {path}")
+
+
+def show(file: IndexedFile, labels: IndexedFile | None, tokenizer: Tokenizer, options: argparse.Namespace) -> None:
+    """Decode the chosen documents."""
+    import numpy as np
+
+    from megatron.data.indexed import DataError
+
+    if labels is not None and not np.array_equal(file.sizes, labels.sizes):
+        raise DataError(f"{labels.prefix}: these labels do not go with {file.prefix}, the lengths differ")
+    chosen = options.document
+    if chosen is None:
+        count = min(options.samples, len(file))
+        chosen = np.random.RandomState(options.seed).choice(len(file), count, replace=False).tolist()
+    colour = options.color == "always" or (options.color == "auto" and sys.stdout.isatty())
+    for number in chosen:
+        if not 0 <= number < len(file):
+            raise DataError(f"--document {number}: {file.prefix} has documents 0 to {len(file) - 1}")
+        ids = file.document(number)
+        print(f"\n--- document {number}, {len(ids)} tokens")
+        mask = labels.document(number) >= 0 if labels is not None else np.zeros(len(ids), bool)
+        text = marked(ids, mask, tokenizer, ("\x1b[32m", "\x1b[0m") if colour else ("[[", "]]"), options.max_chars)
+        print(text)
+
+
+def marked(
+    ids: NDArray[np.integer],
+    mask: NDArray[np.bool_],
+    tokenizer: Tokenizer,
+    marks: tuple[str, str],
+    max_chars: int,
+) -> str:
+    """The text of `ids` with `marks` around what `mask` says, cut after about `max_chars` characters (0: never)."""
+    import numpy as np
+
+    edges = [0, *(np.flatnonzero(np.diff(mask)) + 1).tolist(), len(ids)]
+    parts, length = [], 0
+    for start, stop in itertools.pairwise(edges):
+        text = tokenizer.decode(ids[start:stop].tolist())
+        if max_chars and length + len(text) > max_chars:
+            text = text[: max_chars - length] + " ..."
+        parts.append(f"{marks[0]}{text}{marks[1]}" if mask[start] else text)
+        length += len(text)
+        if max_chars and length > max_chars:
+            break
+    return "".join(parts)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

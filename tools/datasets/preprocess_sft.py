@@ -1,0 +1,68 @@
+"""Conversations -> tokens and labels for supervised fine-tuning, with Llama 3's chat format.
+
+    python tools/datasets/preprocess_sft.py --output-prefix data/sft --tokenizer-type HFTokenizer \\
+        --vocab-file Meta-Llama-3.1-8B/tokenizer.json \\
+        --source reasoning:0.418=nemotron.jsonl --source astronomy:0.308=astro.jsonl --source general:0.274=hermes.jsonl
+
+writes `data/sft_reasoning_document.{bin,idx,json}` and `data/sft_reasoning_label_document.{bin,idx}` and so on, and
+`data/sft_train.yml`, the keys for training on them in these shares. Only what the assistant says is learned, and the
+token that ends its turn. A conversation that was seen before, in any source, is left out and counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument(
+        "--source",
+        action="append",
+        required=True,
+        metavar="NAME[:SHARE]=FILES",
+        help="a source, its share of the mix, and its files (JSON lines, .gz, .zst, Parquet; globs, folders, commas)",
+    )
+    p.add_argument("--output-prefix", required=True)
+    p.add_argument("--tokenizer-type", required=True, help="HFTokenizer or TiktokenTokenizer")
+    p.add_argument("--vocab-file", required=True, help="tokenizer.json or tokenizer.model, or the folder it is in")
+    p.add_argument("--train-on", choices=["all", "last"], default="all", help="which assistant turns are learned")
+    p.add_argument("--chat-template", help="a Jinja template or tokenizer_config.json instead of Llama 3's own format")
+    p.add_argument(
+        "--thinking-prompt",
+        action="store_true",
+        help="give conversations without a system turn 'detailed thinking on' or 'off', as they have <think> or not",
+    )
+    p.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: all cores)")
+    p.add_argument("--log-interval", type=int, default=10_000, help="conversations between progress lines")
+    p.add_argument("--on-bad-record", choices=["fatal", "skip"], default="fatal", help="stop, or leave out and count")
+    return p
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    from megatron.data.indexed import DataError
+    from megatron.tokenizer import TokenizerError
+    from megatron.tokenizer.chat import ChatError
+    from tools.datasets.pipeline import BadRecord
+    from tools.datasets.sft import preprocess
+    from tools.datasets.sources import SourceError
+
+    try:
+        preprocess(options)
+    except (BadRecord, ChatError, DataError, SourceError, TokenizerError, OSError) as error:
+        print(f"preprocess_sft.py: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("preprocess_sft.py: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
