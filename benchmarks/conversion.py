@@ -206,13 +206,14 @@ def sync_files(folder: Path) -> None:
 
 
 def anonymous_mib(pid: int) -> float:
-    """Anonymous memory of a process and its children now."""
+    """Anonymous memory, private and shared, of a process and its children now."""
     total, waiting = 0.0, [pid]
     while waiting:
         current = waiting.pop()
         try:
             with open(f"/proc/{current}/status") as file:
-                total += next((int(line.split()[1]) / 1024 for line in file if line.startswith("RssAnon")), 0.0)
+                lines = [line.split() for line in file if line.startswith(("RssAnon", "RssShmem"))]
+                total += sum(int(line[1]) for line in lines) / 1024
             with open(f"/proc/{current}/task/{current}/children") as file:
                 waiting += [int(word) for word in file.read().split()]
         except OSError:

@@ -30,7 +30,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("demo_out"), help="must not hold another demo's files")
     parser.add_argument("--iterations", type=int, default=120)
-    parser.add_argument("--base-steps", type=int, default=120, help="training steps of the stand-in base model")
+    parser.add_argument("--base-steps", type=int, default=150, help="training steps of the stand-in base model")
     options = parser.parse_args()
     os.chdir(ROOT)
     if options.output.exists():

@@ -59,7 +59,7 @@ def main() -> int:
     parser.add_argument("--text", type=Path, nargs="+", required=True, help="JSON lines with a field `text`")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--model", type=Path, default=ROOT / "configs/tiny/model.yml")
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=150)
     options = parser.parse_args()
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)

@@ -133,3 +133,41 @@ def test_a_training_checkpoint_goes_back_bit_for_bit(tied: bool, tmp_path: Path)
         assert (tmp_path / "back" / name).read_bytes() == (tmp_path / "hf" / name).read_bytes(), name
     convert("reshard", "--input", tmp_path / "run", "--output", tmp_path / "one", "--tp", 1)
     convert("verify", tmp_path / "hf", tmp_path / "one")
+
+
+def _load_with_deepspeed(rank: int, world_size: int, folder: Path, tp: int, pp: int) -> list[tuple[int, str, bytes]]:
+    """Weights after DeepSpeed's own `load_checkpoint`, the one that GPT-NeoX calls."""
+    from deepspeed.pipe import PipelineModule
+
+    from megatron.model.pipeline import LlamaPipelineModule
+    from megatron.trainer.engine import build_inference_engine, build_model
+
+    LlamaPipelineModule.load_state_dir = PipelineModule.load_state_dir  # this project closes that door for itself
+    args = run_arguments(folder, tp, pp)
+    device = start(args)
+    engine = build_inference_engine(args, build_model(args, device))
+    path, _ = engine.load_checkpoint(
+        str(folder), load_optimizer_states=False, load_lr_scheduler_states=False, load_module_strict=False
+    )
+    assert path is not None
+    assert engine.loaded_checkpoint_mp_world_size == tp
+    return [
+        (index, name, parameter.detach().numpy().tobytes())
+        for index, layer in engine.module.numbered_layers()
+        for name, parameter in layer.named_parameters()
+    ]
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (2, 2)])
+def test_files_are_what_deepspeed_itself_reads(tp: int, pp: int, tmp_path: Path) -> None:
+    """GPT-NeoX loads layer files and mp_rank files by DeepSpeed's pipeline engine."""
+    hugging_face_folder(tmp_path / "hf", CASES["gqa"])
+    folder = tmp_path / "neox"
+    convert("to-neox", "--input", tmp_path / "hf", "--output", folder, "--tp", tp)
+    run_arguments(folder, tp, pp)
+    for rank, tensors in enumerate(run_ranks(_load_with_deepspeed, tp * pp, folder, tp, pp)):
+        assert tensors
+        for index, name, raw in tensors:
+            file = folder / "global_step0" / f"layer_{index:02d}-model_{rank % tp:02d}-model_states.pt"
+            stored = torch.load(file, weights_only=True)
+            assert raw == stored[name].numpy().tobytes(), (index, name)

@@ -300,6 +300,9 @@ def _execute(output, arguments: argparse.Namespace) -> int:  # type: ignore[no-u
     size_ = output.plan.bytes_written
     rate = f"{size_:,} bytes in {seconds:.1f} s ({size_ / max(seconds, 1e-3) / 1e9:.2f} GB/s)"
     if done:
+        print("with it: " + ", ".join(sorted(output.extras)))
+        if output.left_behind:
+            print("left behind: " + ", ".join(output.left_behind))
         print(f"wrote {output.final}: {len(output.plan.files)} weight files, {rate}")
     else:
         print(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron.model.layout import HEAD, padded_vocab_size
+from megatron.model.layout import HEAD, LlamaShape, padded_vocab_size
 from tools.convert_hf import publishing
 from tools.convert_hf.dtypes import BY_NAME, WEIGHT_DTYPES, DType
 from tools.convert_hf.errors import ConvertError
@@ -22,7 +22,7 @@ from tools.convert_hf.planning import make_plan
 from tools.convert_hf.publishing import Output
 from tools.convert_hf.settings import refuse_differences, with_trained_settings
 from tools.convert_hf.sidefiles import shard_index, side_files, tokenizer_of
-from tools.convert_hf.targets import hf_files, neox_files, shards_by_size, shards_like
+from tools.convert_hf.targets import TargetFile, hf_files, neox_files, shards_by_size, shards_like
 from tools.convert_hf.torch_file import plain_file
 
 WRITTEN_BY = "tools/convert_hf"
@@ -30,7 +30,7 @@ PADDING = 128  # GPT-NeoX's default for make_vocab_size_divisible_by, used where
 DEFAULT_SHARD_SIZE = 5_000_000_000
 _MEMORY_BASE = 48 << 20  # interpreter and tables
 _MEMORY_TORCH = 256 << 20  # more, once torch is imported for a cast
-_LARGEST_BAND = 16 << 20
+_LARGEST_BAND = 4 << 20  # larger ones leave the cache between reading, checksum and writing
 _SMALLEST_BAND = 256 << 10
 
 
@@ -70,10 +70,11 @@ def prepare_neox(source: Checkpoint, tp: int, divisible_by: int | None, request:
     dtype_of = _dtype_of(source, request.dtype)
     files = neox_files(shape, tp, dtype_of, tag, rows)
     extras: dict[str, bytes | Path] = {}
+    left: list[str] = []
     final = Path(request.output).absolute()
     keys = model_keys(source.config, divisible_by) if source.config is not None else {}
     if source.side_folder is not None:
-        travelling, _ = side_files(source.side_folder)
+        travelling, left = side_files(source.side_folder)
         extras |= {f"{tag}/{SIDE}/{name}": path for name, path in travelling.items()}
         if source.config_text is not None:
             extras[f"{tag}/{SIDE}/config.json"] = source.config_text
@@ -84,7 +85,7 @@ def prepare_neox(source: Checkpoint, tp: int, divisible_by: int | None, request:
     layout = {"tp": tp}
     for rank in range(tp):
         name = f"mp_rank_{rank:02d}_model_states"
-        extras[f"{tag}/{name}.pt"] = plain_file(name, _meta(shape, tp, divisible_by, iteration))
+        extras[f"{tag}/{name}.pt"] = plain_file(name, _meta(shape, tp, divisible_by, iteration, source.position))
     extras["latest"] = f"{tag}\n".encode()
     provenance = _provenance(source, request) | {
         "iteration": iteration,
@@ -92,7 +93,7 @@ def prepare_neox(source: Checkpoint, tp: int, divisible_by: int | None, request:
         "shape": dataclasses.asdict(shape),
         "config": {key: value for key, value in keys.items() if value is not None},
     }
-    return _output(source, files, extras, tag, provenance, request)
+    return _output(source, files, extras, tag, provenance, request, left)
 
 
 def prepare_hf(source: Checkpoint, shard_size: int | None, request: Request) -> Output:
@@ -111,7 +112,7 @@ def prepare_hf(source: Checkpoint, shard_size: int | None, request: Request) -> 
     check_duplicates(source)
     tensors = {n: t for n, t in source.tensors.items() if not (source.config.tied and n == HEAD[0].hf[0])}
     dtype_of = _dtype_of(source, request.dtype)
-    travelling, _ = side_files(source.side_folder)
+    travelling, left = side_files(source.side_folder)
     index_path = shard_index(travelling)
     travelling.pop(SAFETENSORS_INDEX, None)
     shards = None
@@ -130,7 +131,7 @@ def prepare_hf(source: Checkpoint, shard_size: int | None, request: Request) -> 
         where = {t.stored.name: f.name for f in files for t in f.tensors}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
         extras[SAFETENSORS_INDEX] = (json.dumps(index, indent=2) + "\n").encode()
-    return _output(source, files, extras, ".", _provenance(source, request), request)
+    return _output(source, files, extras, ".", _provenance(source, request), request, left)
 
 
 def execute(output: Output, progress: Callable[[int], None]) -> bool:
@@ -140,7 +141,13 @@ def execute(output: Output, progress: Callable[[int], None]) -> bool:
 
 
 def _output(
-    source: Checkpoint, files: list[Any], extras: dict[str, bytes | Path], tag: str, provenance: Any, request: Request
+    source: Checkpoint,
+    files: list[TargetFile],
+    extras: dict[str, bytes | Path],
+    tag: str,
+    provenance: dict[str, Any],
+    request: Request,
+    left: list[str],
 ) -> Output:
     casting = request.dtype is not None and any(t.dtype.name != request.dtype for t in source.tensors.values())
     band, threads = memory_plan(request.max_ram, request.threads, casting)
@@ -151,11 +158,16 @@ def _output(
         extras=extras,
         manifest_in=tag,
         provenance=provenance,
+        left_behind=[name for name in left if not _is_weight_file(name)],
         shard=request.shard,
         threads=threads,
         force=request.force,
         resume=request.resume,
     )
+
+
+def _is_weight_file(name: str) -> bool:
+    return name.endswith((".safetensors", ".bin", ".pth"))
 
 
 def memory_plan(max_ram: int, threads: int, casting: bool) -> tuple[int, int]:
@@ -187,7 +199,7 @@ def _iteration(source: Checkpoint) -> int:
     return int(name) if source.kind.startswith("neox") and name.isdecimal() and name.isascii() else 0
 
 
-def _meta(shape: Any, tp: int, divisible_by: int, iteration: int) -> dict[str, Any]:
+def _meta(shape: LlamaShape, tp: int, divisible_by: int, iteration: int, position: dict[str, Any]) -> dict[str, Any]:
     """What DeepSpeed expects beside the layer files. `module` must be None for a pipeline to read layer files."""
     arguments = {
         "num_layers": shape.num_layers,
@@ -216,8 +228,9 @@ def _meta(shape: Any, tp: int, divisible_by: int, iteration: int) -> dict[str, A
         "ds_config": {},
         "ds_version": "0.19.8",
         "iteration": iteration,
+        "consumed_samples": 0,
         "args": arguments,
-    }
+    } | position
 
 
 def _provenance(source: Checkpoint, request: Request) -> dict[str, Any]:

@@ -24,6 +24,32 @@ SYNC_SECONDS = 5.0  # between two syncs, the work that a crash of the machine ma
 Piece = tuple[int, int, int, int, int]  # file, tensor, first byte within the tensor, bytes, CRC-32
 
 
+class Checksums:
+    """CRCs of byte ranges that grow together: neighbours are joined at once, so memory does not follow the model."""
+
+    def __init__(self) -> None:
+        self._starts: dict[tuple[int, int, int], tuple[int, int]] = {}  # (file, tensor, start) -> (bytes, CRC-32)
+        self._ends: dict[tuple[int, int, int], int] = {}  # (file, tensor, end) -> start
+
+    def add(self, piece: Piece) -> None:
+        file, tensor, start, nbytes, crc = piece
+        left = self._ends.pop((file, tensor, start), None)
+        if left is not None:
+            before, left_crc = self._starts.pop((file, tensor, left))
+            start, nbytes, crc = left, before + nbytes, combine(left_crc, crc, nbytes)
+        right = self._starts.pop((file, tensor, start + nbytes), None)
+        if right is not None:
+            crc = combine(crc, right[1], right[0])
+            nbytes += right[0]
+        self._starts[file, tensor, start] = (nbytes, crc)
+        self._ends[file, tensor, start + nbytes] = start
+
+    def whole(self, file: int, tensor: int, nbytes: int) -> int | None:
+        """The CRC of a tensor of `nbytes` bytes if exactly these were added; None otherwise."""
+        found = self._starts.get((file, tensor, 0))
+        return found[1] if found is not None and found[0] == nbytes else None
+
+
 @dataclass
 class Finished:
     job: int
@@ -45,7 +71,7 @@ class Copier:
 
     def run(self, journal: Journal, progress: Callable[[int], None]) -> None:
         """Copy what the journal does not have yet. Work is synced, then recorded, every few seconds; the rest of it
-        is in `journal.finished` only, because the caller completes and syncs all files next."""
+        is in memory only, because the caller completes and syncs all files next."""
         jobs = [i for i in range(len(self.plan.jobs)) if i not in journal.finished]
         for i in jobs:
             self._todo.put(i)
@@ -73,7 +99,7 @@ class Copier:
             if time.monotonic() - last > SYNC_SECONDS:
                 self._record(waiting, journal)
                 waiting, last = [], time.monotonic()
-        journal.finished |= {item.job: item.pieces for item in waiting}
+        journal.note(waiting)
 
     def _record(self, done: list[Finished], journal: Journal) -> None:
         self._writing.sync({self._paths[piece[0]] for item in done for piece in item.pieces})
@@ -82,7 +108,7 @@ class Copier:
     def _work(self) -> None:
         try:
             largest = max((job.nbytes for job in self.plan.jobs), default=0)
-            buffer = memoryview(mmap.mmap(-1, max(largest, 1)))
+            buffer = memoryview(mmap.mmap(-1, max(largest, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
             while not self._stop.is_set():
                 try:
                     number = self._todo.get_nowait()
@@ -130,7 +156,8 @@ class Journal:
 
     def __init__(self, path: Path, digest: str, resume: bool) -> None:
         self.path = path
-        self.finished: dict[int, list[Piece]] = {}
+        self.finished: set[int] = set()
+        self.checksums = Checksums()
         if resume and path.exists():
             self._read(digest)
         else:
@@ -147,13 +174,25 @@ class Journal:
             )
         for line in whole[1:]:
             entry = json.loads(line)
-            self.finished[entry["job"]] = [tuple(p) for p in entry["pieces"]]
+            self._keep(entry["job"], entry["pieces"])
         if len(whole) != len(lines):  # the last line was cut off by the kill
             self.path.write_text("".join(whole))
 
-    def add(self, done: list[Finished]) -> None:
+    def _keep(self, job: int, pieces: list[Piece]) -> None:
+        if job not in self.finished:
+            self.finished.add(job)
+            for piece in pieces:
+                self.checksums.add(piece)
+
+    def note(self, done: list[Finished]) -> None:
+        """Take jobs as done without recording them."""
         for item in done:
-            self.finished[item.job] = item.pieces
+            self._keep(item.job, item.pieces)
+
+    def add(self, done: list[Finished]) -> None:
+        """Record jobs whose data are synced."""
+        self.note(done)
+        for item in done:
             self._file.write(json.dumps({"job": item.job, "pieces": item.pieces}) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -162,29 +201,19 @@ class Journal:
         self._file.close()
 
 
-def tensor_crcs(plan: Plan, finished: dict[int, list[Piece]]) -> list[dict[str, int]]:
+def tensor_crcs(plan: Plan, checksums: Checksums) -> list[dict[str, int]]:
     """CRC-32 of every tensor of every file, checking that its bytes were written exactly once."""
-    pieces: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
-    for job in finished.values():
-        for f, t, start, nbytes, crc in job:
-            pieces.setdefault((f, t), []).append((start, nbytes, crc))
     result: list[dict[str, int]] = []
     for f, file in enumerate(plan.files):
         result.append({})
         for t, target in enumerate(file.tensors):
-            parts = pieces.get((f, t), [])
             row_bytes = rows_and_columns(target.stored.shape)[1] * target.stored.dtype.itemsize
             for region in target.regions:
                 if region.logical is None:  # padding: the file was made of zeros
                     nbytes = region.rows * row_bytes
-                    parts.append((region.row * row_bytes, nbytes, zeros(nbytes)))
-            position, crc = 0, 0
-            for start, nbytes, part in sorted(parts):
-                if start != position:
-                    raise AssertionError(f"{file.name}: {target.stored.name} was not written once at byte {position}")
-                crc = combine(crc, part, nbytes)
-                position += nbytes
-            if position != target.stored.nbytes:
-                raise AssertionError(f"{file.name}: {target.stored.name} was not written to its end")
+                    checksums.add((f, t, region.row * row_bytes, nbytes, zeros(nbytes)))
+            crc = checksums.whole(f, t, target.stored.nbytes)
+            if crc is None:
+                raise AssertionError(f"{file.name}: {target.stored.name} was not written exactly once")
             result[-1][target.stored.name] = crc
     return result

@@ -27,7 +27,8 @@ _DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 
 def recognises(path: Path, names: list[str]) -> bool:
-    return any(n in names for n, _ in _LAYOUTS) or any(n.endswith(".safetensors") for n in names)
+    """Weights in one of the usual files, or safetensors whose index is missing."""
+    return any(n in names for n, _ in _LAYOUTS) or any(re.fullmatch(r"model-.*\.safetensors", n) for n in names)
 
 
 def open_folder(path: Path, names: list[str], options: Options) -> Checkpoint:

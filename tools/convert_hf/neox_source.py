@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron.checkpoint.errors import CheckpointError
+from megatron.checkpoint.folders import LATEST, find_checkpoint
 from megatron.checkpoint.manifest import MANIFEST_NAME, ManifestError, read_manifest, size_problems
 from megatron.model.layout import (
     DECODER_LAYER,
@@ -22,7 +24,7 @@ from megatron.model.layout import (
     source_shapes,
 )
 from tools.convert_hf.errors import ConvertError
-from tools.convert_hf.hf_source import plain_name, tensor_views
+from tools.convert_hf.hf_source import tensor_views
 from tools.convert_hf.llama_config import LlamaConfig, parse_config, read_config_file
 from tools.convert_hf.opening import Checkpoint, Options, check_shape
 from tools.convert_hf.pickles import Inert, TensorView
@@ -41,6 +43,7 @@ _LEGACY = {
     "mlp.w2.weight": ("mlp.down_proj", 1),
 }
 _MODERN_MLP = ("mlp.linear1.weight", "mlp.linear2.weight")
+_POSITION = ("iteration", "consumed_samples", "lr_scheduler", "global_steps", "global_samples", "skipped_steps")
 # Entries that other writers put beside weights and that carry none.
 _EMPTY = re.compile(r"(.*\.)?(_extra_state|rotary_emb\.inv_freq)")
 
@@ -60,11 +63,11 @@ class _Files:
 
 
 def recognises(path: Path, names: list[str]) -> bool:
-    return "latest" in names or any(_LAYER.fullmatch(n) or _META.fullmatch(n) for n in names)
+    return LATEST in names or any(_LAYER.fullmatch(n) or _META.fullmatch(n) for n in names)
 
 
 def open_folder(path: Path, names: list[str], options: Options) -> Checkpoint:
-    folder = _tag_folder(path) if "latest" in names else path
+    folder = _tag_folder(path) if LATEST in names else path
     names = sorted(p.name for p in folder.iterdir())
     notes, provenance = [], {}
     if MANIFEST_NAME in names:
@@ -90,7 +93,12 @@ def open_folder(path: Path, names: list[str], options: Options) -> Checkpoint:
         config_text = config_path.read_bytes()
     shape = _shape(files, config, provenance)
     recorded = provenance.get("config")
-    divisible = recorded.get("make_vocab_size_divisible_by") if isinstance(recorded, dict) else None
+    for described in (recorded, files.meta.get("args")):
+        if isinstance(described, dict) and isinstance(described.get("make_vocab_size_divisible_by"), int):
+            divisible = described["make_vocab_size_divisible_by"]
+            break
+    else:
+        divisible = None
     checkpoint = Checkpoint(
         root=folder,
         kind=files.kind,
@@ -100,7 +108,8 @@ def open_folder(path: Path, names: list[str], options: Options) -> Checkpoint:
         config_text=config_text,
         side_folder=side,
         tp=files.tp,
-        divisible_by=divisible if isinstance(divisible, int) else None,
+        divisible_by=divisible,
+        position=_position(files.meta),
         notes=notes,
         provenance=provenance,
         given=given,
@@ -111,14 +120,22 @@ def open_folder(path: Path, names: list[str], options: Options) -> Checkpoint:
 
 def _tag_folder(path: Path) -> Path:
     try:
-        tag = (path / "latest").read_text().strip()
-    except UnicodeDecodeError:
-        tag = ""
-    if not plain_name(tag):
-        raise ConvertError(f"{path / 'latest'} holds {tag[:80]!r}, not the name of a folder beside it")
-    if not (path / tag).is_dir():
-        raise ConvertError(f"{path / 'latest'} names {tag}, but there is no folder {path / tag}")
-    return path / tag
+        return find_checkpoint(path, log=lambda line: None)
+    except (CheckpointError, UnicodeDecodeError) as error:
+        raise ConvertError(f"{path / LATEST}: {error}") from None
+
+
+def _position(meta: dict[str, Any]) -> dict[str, Any]:
+    """What the meta file of a training checkpoint says about where training stands; plain values only."""
+    return {key: meta[key] for key in _POSITION if key in meta and _plain(meta[key])}
+
+
+def _plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _plain(item) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(_plain, value))
+    return value is None or type(value) in (bool, int, float, str)
 
 
 def _side_folder(folder: Path, options: Options) -> Path | None:

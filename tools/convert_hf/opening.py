@@ -10,7 +10,7 @@ from typing import Any
 from megatron.model.layout import LlamaShape
 from tools.convert_hf.errors import ConvertError
 from tools.convert_hf.llama_config import LlamaConfig
-from tools.convert_hf.regions import Logical
+from tools.convert_hf.regions import Logical, whole
 from tools.convert_hf.tiles import FilePool, bands, read_band
 
 
@@ -35,6 +35,7 @@ class Checkpoint:
     side_folder: Path | None = None  # where tokenizer, licence, ... lie
     tp: int = 1
     divisible_by: int | None = None
+    position: dict[str, Any] = field(default_factory=dict)  # where training stands, as a training checkpoint records it
     given: dict[str, Any] = field(default_factory=dict)  # config fields stated with --set, now or at conversion
     notes: list[str] = field(default_factory=list)
     duplicates: list[tuple[Logical, Logical, str]] = field(default_factory=list)  # must be bit-equal
@@ -53,7 +54,7 @@ def open_checkpoint(path: Path, options: Options | None = None) -> Checkpoint:
         if not path.is_dir():
             raise ConvertError(f"{path} is not a folder; give the folder that holds the checkpoint")
         names = sorted(os.listdir(path))
-        for module in (neox_source, meta_source, hf_source):
+        for module in (hf_source, meta_source, neox_source):
             if module.recognises(path, names):
                 return module.open_folder(path, names, options)
     except OSError as error:
@@ -75,10 +76,7 @@ def check_duplicates(checkpoint: Checkpoint, chunk: int = 1 << 22) -> None:
     try:
         for tensor in checkpoint.tensors.values():
             for copy in tensor.replicas:
-                other = Logical(tensor.name, tensor.shape, copy.dtype)
-                from tools.convert_hf.regions import whole
-
-                other.regions.append(whole(copy, tensor.name))
+                other = Logical(tensor.name, tensor.shape, copy.dtype, [whole(copy, tensor.name)])
                 if not bit_equal(pool, tensor, other, chunk):
                     raise ConvertError(
                         f"{copy.name} differs between tensor-parallel ranks: {tensor.regions[0].stored.path} and "

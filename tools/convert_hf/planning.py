@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ class Destination:
     region: Region
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Job:
     tensor: Logical
     start: int
@@ -49,6 +49,7 @@ class Plan:
     destinations: dict[str, list[Destination]]
     jobs: list[Job]
     band: int
+    whole: str = ""  # identifies the job of all shares together
 
     @property
     def bytes_read(self) -> int:
@@ -66,13 +67,17 @@ class Plan:
 
     def digest(self) -> str:
         """Identifies the job down to its bytes: sources as they are on disk now, targets, band size."""
-        paths = sorted({r.stored.path for t in self.sources.values() for r in t.regions})
-        described: dict[str, Any] = {
-            "sources": [_stamp(path) for path in paths],
-            "jobs": [(j.tensor.name, j.start, j.stop) for j in self.jobs],
-            "files": [(f.name, f.size, [(t.stored.name, t.stored.offset) for t in f.tensors]) for f in self.files],
-        }
-        return hashlib.sha256(json.dumps(described).encode()).hexdigest()
+        bands = [(job.tensor.name, job.start, job.stop) for job in self.jobs]
+        return _digest([self.whole, [file.name for file in self.files], bands])
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def _identify(sources: Iterable[Logical], files: list[TargetFile]) -> str:
+    stamps = [_stamp(path) for path in sorted({r.stored.path for t in sources for r in t.regions})]
+    return _digest([stamps, [(f.name, f.size, [(t.stored.name, t.stored.offset) for t in f.tensors]) for f in files]])
 
 
 def _stamp(path: Path) -> tuple[str, int, int]:
@@ -85,6 +90,7 @@ def make_plan(
 ) -> Plan:
     """Plan of all files, or of share `shard` (i, n) of them: shares have about equal bytes and no file in common."""
     destinations: dict[str, list[Destination]] = defaultdict(list)
+    whole = _identify(sources.values(), files)
     files = _share(files, shard)
     for f, file in enumerate(files):
         for t, target in enumerate(file.tensors):
@@ -98,7 +104,7 @@ def make_plan(
     needed = {name: sources[name] for name in sources if name in destinations}
     order = sorted(needed.values(), key=lambda t: (str(t.regions[0].stored.path), t.regions[0].stored.offset))
     jobs = [Job(tensor, *rows) for tensor in order for rows in bands(tensor, band)]
-    return Plan(needed, files, dict(destinations), jobs, band)
+    return Plan(needed, files, dict(destinations), jobs, band, whole)
 
 
 def _check_target(name: str, regions: list[Region]) -> None:

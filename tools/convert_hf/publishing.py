@@ -46,6 +46,7 @@ class Output:
     extras: Mapping[str, bytes | Path]
     manifest_in: str
     provenance: dict[str, Any]
+    left_behind: list[str] = field(default_factory=list)  # files of the source that do not travel
     shard: tuple[int, int] = (1, 1)
     threads: int = 4
     force: bool = False
@@ -109,7 +110,7 @@ class Output:
             except OSError:
                 pass  # a file system without locks
             self._copy(journal_path, progress)
-            self._share_path(number).write_text(json.dumps(self._entries))
+            self._share_path(number).write_text(json.dumps({"plan": self.plan.whole, "files": self._entries}))
         return self._finish_if_last()
 
     def _copy(self, journal_path: Path, progress: Callable[[int], None]) -> None:
@@ -121,7 +122,7 @@ class Output:
                 _preallocate(path, file.size, keep=resume)
             progress(sum(self.plan.jobs[i].nbytes for i in journal.finished))
             Copier(self.plan, self.partial, self.threads).run(journal, progress)
-            crcs = tensor_crcs(self.plan, journal.finished)
+            crcs = tensor_crcs(self.plan, journal.checksums)
         finally:
             journal.close()
         self._entries: dict[str, Any] = {}
@@ -149,8 +150,12 @@ class Output:
 
     def _finish_if_last(self) -> bool:
         shares = [self._share_path(i) for i in range(1, self.shard[1] + 1)]
-        if not all(path.exists() for path in shares):
-            return False
+        entries: dict[str, Any] = {}
+        for path in shares:
+            share = json.loads(path.read_text()) if path.exists() else {}
+            if share.get("plan") != self.plan.whole:  # not done yet, or left from another job
+                return False
+            entries |= share["files"]
         if self.shard[1] > 1:
             # Several hosts may see the last share appear: one completes the folder, the others wait for the rename.
             try:
@@ -158,9 +163,6 @@ class Output:
             except (FileExistsError, FileNotFoundError):
                 if not self.resume:
                     return self._wait_for_rename()
-        entries: dict[str, Any] = {}
-        for path in shares:
-            entries |= json.loads(path.read_text())
         self._finish(entries)
         return True
 

@@ -317,3 +317,32 @@ def test_exported_shards_follow_the_source_or_the_size(tmp_path: Path) -> None:
     assert len(weights) > 3
     mode = (tmp_path / "small" / "config.json").stat().st_mode
     assert all(p.stat().st_mode == mode for p in (tmp_path / "small").glob("*.safetensors"))
+
+
+def test_position_survives_resharding(tmp_path: Path) -> None:
+    """A resharded training checkpoint can be continued with `no_load_optim`: it still says where it stands."""
+    model = Model()
+    files = neox_files(model.state(), model.heads, model.kv_heads, 2, 1)
+    tag = write_pipeline(tmp_path / "neox", files, model, 2)
+    position = {
+        "iteration": 7,
+        "consumed_samples": 1792,
+        "lr_scheduler": {"num_iters": 7, "min_lr": 1e-6},
+        "global_steps": 7,
+        "global_samples": 1792,
+        "skipped_steps": 1,
+    }
+    meta = {"module": None, "mp_world_size": 2, "args": neox_args(model, 2), "np_rng_state": np.random.get_state()}
+    torch.save(meta | position, tag / "mp_rank_00_model_states.pt")
+    convert("reshard", "--input", tmp_path / "neox", "--output", tmp_path / "one", "--tp", 1)
+    written = torch.load(tmp_path / "one" / "global_step7" / "mp_rank_00_model_states.pt", weights_only=True)
+    assert written.items() >= position.items()
+    assert written["mp_world_size"] == 1
+
+
+def test_folder_of_a_trainer_that_also_has_latest(tmp_path: Path) -> None:
+    """Hugging Face's trainer with DeepSpeed leaves `latest` beside safetensors; the safetensors are the model."""
+    state = write_hf(tmp_path / "hf", Model())
+    (tmp_path / "hf" / "latest").write_text("global_step5")
+    (tmp_path / "hf" / "global_step5").mkdir()
+    assert same(to_hf(tmp_path / "hf", tmp_path), state)

@@ -298,3 +298,45 @@ def test_inspect_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert facts["parameters"] == sum(t.numel() for t in MODEL.state().values())
     assert facts["settings"]["rope_scaling"]["factor"] == 8.0
     assert facts["missing"] == []
+
+
+@pytest.mark.usefixtures("small_bands")
+def test_a_share_left_from_another_job_is_not_used(tmp_path: Path) -> None:
+    """Share 2 of an older conversion must not be joined with share 1 of a newer one."""
+    write_hf(tmp_path / "hf", MODEL)
+    to_neox(tmp_path, "out", "--shard", "2/2")
+    (tmp_path / "hf").rename(tmp_path / "old")
+    state = write_hf(tmp_path / "hf", MODEL, MODEL.state(seed=1))
+    to_neox(tmp_path, "out", "--shard", "1/2")
+    assert not (tmp_path / "out").exists()
+    to_neox(tmp_path, "out", "--shard", "2/2")
+    convert("to-hf", "--input", tmp_path / "out", "--output", tmp_path / "back")
+    assert same(read_hf(tmp_path / "back"), state)
+
+
+def test_what_travels_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_hf(tmp_path / "hf", MODEL)
+    (tmp_path / "hf" / "original").mkdir()
+    (tmp_path / "hf" / "training_args.bin").write_bytes(b"x")
+    to_neox(tmp_path, "out")
+    out = capsys.readouterr().out
+    assert "global_step0/hf/LICENSE.txt" in out
+    assert "left behind: original/\n" in out
+
+
+def test_checksums_of_ranges_in_any_order() -> None:
+    import random
+
+    data, chance = os.urandom(1000), random.Random(3)
+    cuts = sorted(chance.sample(range(1, 1000), 30))
+    pieces = [(0, 1, a, b - a, zlib.crc32(data[a:b])) for a, b in zip([0, *cuts], [*cuts, 1000], strict=True)]
+    for _ in range(20):
+        chance.shuffle(pieces)
+        sums = copying.Checksums()
+        for piece in pieces[:-1]:
+            sums.add(piece)
+        assert sums.whole(0, 1, 1000) is None
+        sums.add(pieces[-1])
+        assert sums.whole(0, 1, 1000) == zlib.crc32(data)
+        sums.add((0, 1, 1000, 5, 7))  # bytes beyond the end
+        assert sums.whole(0, 1, 1000) is None

@@ -26,7 +26,8 @@ def watch():
     global peak
     while not stop:
         with open("/proc/self/status") as file:
-            peak = max(peak, next(int(line.split()[1]) for line in file if line.startswith("RssAnon")))
+            lines = [line.split() for line in file if line.startswith(("RssAnon", "RssShmem"))]
+            peak = max(peak, sum(int(line[1]) for line in lines))
         time.sleep(0.002)
 thread = threading.Thread(target=watch)
 thread.start()

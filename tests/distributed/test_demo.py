@@ -1,0 +1,118 @@
+"""The demo, shortened, and every command that README.md and docs/training.md show, on what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.distributed
+
+ROOT = Path(__file__).resolve().parents[2]
+NOT_RUN_HERE = {
+    "make demo": "the fixture below runs its script",
+    "make test": "it runs this test",
+}
+TINY = "configs/tiny/model.yml configs/tiny/run.yml configs/tiny/local.yml"
+STAND_INS = {  # what the README names and only its reader has
+    "configs/llama31_8b/model.yml run.yml local.yml": TINY,
+    "Meta-Llama-3.1-8B": "{out}/hf_base",
+    "--load llama31-8b": "--load {out}/readme_neox",
+    "--output llama31-8b": "--output {out}/readme_neox",
+    "--input checkpoints": "--input {out}/checkpoints",
+    "my-llama": "{out}/readme_hf",
+    "prompts.txt": "{out}/prompts.txt",
+    "samples.jsonl": "{out}/samples.jsonl",
+    "demo_out": "{out}",
+}
+
+
+def documented_commands(page: str) -> list[str]:
+    """Commands in the ```bash blocks of a page, continued lines joined, comments cut."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line for line in (re.sub(r"\s+#.*", "", line).strip() for line in lines) if line]
+
+
+COMMANDS = [
+    pytest.param(command, id=f"{page}-{number}")
+    for page in ("README.md", "docs/training.md")
+    for number, command in enumerate(documented_commands(page))
+    if command not in NOT_RUN_HERE
+]
+
+
+def run(words: list[str], timeout: int = 280) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """(output folder, what was printed) of a demo of six steps on a base model that has learned enough to be taken."""
+    out = tmp_path_factory.mktemp("demo") / "out"
+    options = ["--output", str(out), "--iterations", "6", "--base-steps", "120"]
+    result = run([sys.executable, "examples/demo.py", *options])
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return out, result.stdout
+
+
+def test_the_demo_shows_what_it_promises(demo: tuple[Path, str]) -> None:
+    out, printed = demo
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    shown = printed[printed.index("what was shown") :]
+    assert "largest difference" in shown
+    checked = json.loads((out / "check.json").read_text())
+    assert checked["after"]["text"].startswith("Return the coordinates of")
+    before = json.loads((out / "before_eval_results.json").read_text())["results"]
+    after = json.loads((out / "after_eval_results.json").read_text())["results"]
+    assert before.keys() == after.keys() == checked["after"]["loss"].keys()
+    for name in after:
+        assert after[name]["loss"] == pytest.approx(checked["after"]["loss"][name], abs=1e-5)
+        assert after[name]["loss"] != before[name]["loss"]
+    names = {path.name for path in (out / "hf_trained").iterdir()}
+    assert {"config.json", "generation_config.json", "tokenizer.json"} <= names
+    for name in ("generation_config.json", "tokenizer.json"):
+        assert (out / "hf_trained" / name).read_bytes() == (out / "hf_base" / name).read_bytes(), name
+    configs = [json.loads((out / folder / "config.json").read_text()) for folder in ("hf_base", "hf_trained")]
+    assert {**configs[0], "dtype": None} == {**configs[1], "dtype": None}, "only the trained weights' dtype may differ"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_documented_command(command: str, demo: tuple[Path, str]) -> None:
+    out, _ = demo
+    (out / "prompts.txt").write_text("The coordinate\nclass\n")
+    for shown, stand_in in STAND_INS.items():
+        command = command.replace(shown, stand_in.format(out=out))
+    words = shlex.split(command)
+    assert words[0] == "python", f"{command}: tell this test how to run it"
+    words[0] = sys.executable
+    if "deepy.py" in words:
+        words += overrides(words, out)
+    result = run(words)
+    assert result.returncode == 0, f"{command}\n{result.stdout[-2000:]}{result.stderr[-2000:]}"
+    if "generate.py" in words:
+        records = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+        assert [r["context"] for r in records] == ["The coordinate", "class"]
+        assert all(r["length"] == 16 or r["finished"] for r in records)
+
+
+def overrides(words: list[str], out: Path) -> list[str]:
+    """Paths of configs/tiny/run.yml moved into the test's folder, and as few steps as show that it runs."""
+    moved = [
+        *("--vocab_file", f"{out}/tokenizer/tokenizer.json"),
+        *("--valid_data_paths", f"[{out}/data/domain_valid_text_document]"),
+        *("--train_data_paths", f"[{out}/data/domain_train_text_document]", "--train_data_weights", "[1.0]"),
+        *("--log_dir", "null", "--tensorboard_dir", "null"),
+    ]
+    if "eval.py" in words:
+        moved += ["--eval_results_prefix", f"{out}/documented_"]
+    if "train.py" in words:
+        moved += ["--train_iters", "1", "--save", "null", "--allow_high_initial_loss", "true"]
+    if "--load" not in words:
+        moved += ["--load", f"{out}/neox_start"]
+    return moved
