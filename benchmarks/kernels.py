@@ -250,14 +250,14 @@ def plot(results: list[Result], path: Path, title: str) -> None:
     figure.savefig(path, dpi=120)
 
 
-def table(results: list[Result]) -> str:
+def table(results: list[Result], targets: bool) -> str:
     lines = [
         "| op | direction | model | TP | who | ms (quartiles) | GB/s | of copy | target H100 / MI250X |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for r in results:
         goal, which = GOALS[r.op], DIRECTIONS.index(r.direction)
-        target = f"{goal.h100[which]:.2f} / {goal.mi250x[which]:.2f}" if r.who == "ours" else ""
+        target = f"{goal.h100[which]:.2f} / {goal.mi250x[which]:.2f}" if targets and r.who == "ours" else ""
         times = f"{r.milliseconds:.3f} ({r.low:.3f}-{r.high:.3f})"
         lines.append(
             f"| {r.op} | {r.direction} | {r.model} | {r.tensor_parallel} | {r.who} | {times} "
@@ -297,7 +297,7 @@ def main() -> int:
                         Result(problem.op, direction, model, tp, tokens, who, *times, rate / 1e9, rate / copy)
                     )
                 torch.compiler.reset()
-    print(table(results))
+    print(table(results, targets=not on_cpu))
     if args.json:
         facts = {"device": name, "dtype": str(dtype), "copy_gb_per_s": copy / 1e9, "choice": said}
         args.json.write_text(json.dumps(facts | {"results": [asdict(r) for r in results]}, indent=1) + "\n")
