@@ -14,6 +14,9 @@ $(VENV)/.complete: requirements.txt requirements-data.txt requirements-dev.txt c
 	$(BIN)/pip install --quiet --constraint constraints.txt --requirement requirements-dev.txt
 	touch $@
 
+demo: venv
+	$(BIN)/python examples/demo.py
+
 test: venv lint
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
 

@@ -5,6 +5,7 @@ Imported by tests in the pytest process and inside ranks; torch and transformers
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,6 +78,7 @@ class Case:
             "distributed_backend": "gloo",
             "from_scratch": True,
             "train_data_paths": ["unused"],
+            "kernels": os.environ.get("NEOX_TEST_KERNELS", "auto"),
         }
         if self.rope is not None:
             keys["rope_scaling"] = dict(self.rope)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import deepspeed
 import torch
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
-from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 OPTIMIZER_CLASSES: tuple[type, ...] = (
     fragment_address,  # where a parameter lies in the flat fp32 partition
     LossScaler,  # the loss scale, in fp32 too
-    DynamicLossScaler,  # the same in fp16
     ZeroStageEnum,  # an int with a name
 )
 

@@ -29,8 +29,6 @@ def build(args: NeoXArgs, *, with_extra: bool = True) -> dict[str, Any]:
     if args.precision == "bfloat16":
         config["bf16"] = (args.bf16.model_dump() if args.bf16 else {}) | {"enabled": True}
         config["data_types"] = {"grad_accum_dtype": "fp32"}
-    elif args.precision == "fp16":
-        config["fp16"] = (args.fp16.model_dump() if args.fp16 else {}) | {"enabled": True}
     if with_extra:
         config |= args.deepspeed_extra_args
     return config

@@ -125,10 +125,7 @@ def whole(batch: int, divisor: int, what: str) -> int:
 
 def precision(args: NeoXArgs, device: str) -> tuple[str, str | None]:
     """Precision of the run and, for `auto`, the line that says why."""
-    bf16, fp16 = bool(args.bf16 and args.bf16.enabled), bool(args.fp16 and args.fp16.enabled)
-    if bf16 and fp16:
-        raise ConfigError("bf16 and fp16 are both enabled; keep one")
-    implied = "bfloat16" if bf16 else "fp16" if fp16 else None
+    implied = "bfloat16" if args.bf16 and args.bf16.enabled else None
     given = args.precision
     if given is None:
         return implied or "fp32", None

@@ -51,16 +51,6 @@ class Zero(Keys):
     cpu_offload: Literal[False] = key(False, "Not supported.")
 
 
-class Fp16(Keys):
-    enabled: bool = key(False, "Train in fp16 with loss scaling.")
-    loss_scale: float = key(0.0, "Static loss scale; 0 means dynamic.", ge=0)
-    initial_scale_power: int = key(16, "Dynamic scaling starts at 2 to this power.", ge=0)
-    loss_scale_window: int = key(1000, "Steps without overflow before the scale doubles.", gt=0)
-    hysteresis: int = key(2, "Overflows before the scale halves.", gt=0)
-    consecutive_hysteresis: bool = key(False, "Refill hysteresis after a step without overflow.")
-    min_loss_scale: int = key(1, "Smallest dynamic scale.", gt=0)
-
-
 class Bf16(Keys):
     enabled: bool = key(False, "Train in bf16 with fp32 master weights and fp32 gradient accumulation.")
     check_grad_overflow: bool = key(True, "Skip a step whose gradients hold an infinity or NaN.")
@@ -98,12 +88,11 @@ class OptimizationKeys(Keys):
     lr_overrides: list[LrOverride] = key(
         [], "Manual factors on the schedule, each from an iteration on: [{at: 1200, scale: 0.5}].", ours=True
     )
-    precision: Literal["auto", "fp32", "bfloat16", "fp16"] = derived(
-        "bfloat16 or fp16 if that mapping is enabled, else fp32",
-        "fp32, bfloat16 and fp16 are honoured everywhere. auto picks bfloat16 where the device computes in it and fp32 "
+    precision: Literal["auto", "fp32", "bfloat16"] = derived(
+        "bfloat16 if that mapping is enabled, else fp32",
+        "fp32 and bfloat16 are honoured everywhere. auto picks bfloat16 where the device computes in it and fp32 "
         "on a CPU that would emulate it.",
     )
-    fp16: Fp16 | None = key(None, "DeepSpeed's fp16 mapping.")
     bf16: Bf16 | None = key(None, "DeepSpeed's bf16 mapping.")
     data_types: DataTypes | None = key(None, "Accepted from GPT-NeoX configurations; fp32 accumulation is always on.")
     zero_optimization: Zero = key(Zero(), "ZeRO options; stage 1 always.")

@@ -21,7 +21,6 @@ from megatron.neox_arguments.model import ModelKeys, RopeScaling
 from megatron.neox_arguments.optimization import (
     Bf16,
     DataTypes,
-    Fp16,
     LrOverride,
     OptimizationKeys,
     Optimizer,
@@ -44,7 +43,6 @@ _GROUPS: list[tuple[str, type[BaseModel]]] = [
     ("lr_overrides, each entry", LrOverride),
     ("zero_optimization", Zero),
     ("bf16", Bf16),
-    ("fp16", Fp16),
     ("data_types", DataTypes),
     ("Data", DataKeys),
     ("Checkpoints", CheckpointKeys),

@@ -48,6 +48,11 @@ UNSUPPORTED: dict[str, Refusal] = {
     "output_layer_parallelism": Refusal("The head is split by vocabulary rows: column.", (None, "column")),
     "attention_softmax_in_fp32": Refusal("The softmax is always in fp32; nothing to choose.", (None, True, False)),
     "apply_query_key_layer_scaling": Refusal("Llama does not scale attention by the layer number.", (None, False)),
+    "fp16": Refusal(
+        "fp16 is not supported: Llama-3.1 is a bfloat16 model, and loss scaling cannot be tested here. "
+        "Write precision: bfloat16.",
+        (None, {"enabled": False}),
+    ),
     "fp16_lm_cross_entropy": Refusal("The loss is always computed in fp32.", (None, False)),
     "fp32_allreduce": Refusal(
         "Gradients are always reduced in fp32 with bf16; nothing to choose.", (None, True, False)
@@ -97,7 +102,7 @@ UNSUPPORTED: dict[str, Refusal] = {
     "lr": Refusal("Give it as optimizer: {params: {lr: ...}}."),
     "batch_size": Refusal("Give train_micro_batch_size_per_gpu."),
     "clip_grad": Refusal("GPT-NeoX overwrites it by gradient_clipping; give that.", (None, 1, 1.0)),
-    "loss_scale": Refusal("Give it inside the fp16 mapping."),
+    "loss_scale": Refusal("Loss scaling belongs to fp16, which is not supported; write precision: bfloat16."),
     "force_multi": Refusal(_START, (None, False)),
     "use_shared_fs": Refusal("Data and checkpoints are on a file system that all ranks see.", (None, True)),
     **_family(_MOE, "moe_num_experts", "moe_expert_interval", "moe_top_k", neutral=(None, 1)),
@@ -148,7 +153,7 @@ WITHOUT_EFFECT: dict[str, str] = {
     "fused_kernels_build_path": _FUSED,
     **dict.fromkeys(("layernorm_epsilon", "scalenorm_epsilon"), _OTHER_NORM),
     "use_bias_in_norms": "RMSNorm has no bias, and GPT-NeoX does not use it either",
-    **dict.fromkeys(("hysteresis", "loss_scale_window", "min_scale"), "set it inside the fp16 mapping"),
+    **dict.fromkeys(("hysteresis", "loss_scale_window", "min_scale"), "loss scaling belongs to fp16"),
     **dict.fromkeys(("short_seq_prob", "adlr_autoresume", "adlr_autoresume_interval", "onnx_safe"), _NEVER_READ),
     "gpt_j_tied": "the residual is sequential",
     **dict.fromkeys(("rpe_num_buckets", "rpe_max_distance", "opt_pos_emb_offset"), "the position embedding is rotary"),

@@ -15,7 +15,9 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import tiktoken
+from numpy.typing import NDArray
 
 from megatron.tokenizer.base import Tokenizer, TokenizerError
 from megatron.tokenizer.llama3 import SPECIAL_TOKENS, SPLIT_PATTERN
@@ -36,9 +38,11 @@ class TiktokenTokenizer(Tokenizer):
         )
 
     def _encode(self, text: str) -> list[int]:
-        if len(text) <= MAX_RUN:
-            return self._encoding.encode_ordinary(text)
-        return [i for piece in _pieces(text) for i in self._encoding.encode_ordinary(piece)]
+        return [i for piece in pieces(text) for i in self._encoding.encode_ordinary(piece)]
+
+    def _encode_arrays(self, texts: list[str]) -> list[NDArray[np.integer]]:
+        encode = self._encoding.encode_to_numpy
+        return [np.concatenate([encode(part, disallowed_special=()) for part in pieces(text)]) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._encoding.decode(list(ids))
@@ -71,7 +75,11 @@ def read_ranks(path: Path) -> dict[bytes, int]:
     return ranks
 
 
-def _pieces(text: str) -> Iterator[str]:
+def pieces(text: str) -> Iterator[str]:
+    """The text in parts that tiktoken can split; one for all but very long texts."""
+    if len(text) <= MAX_RUN:
+        yield text
+        return
     for offset in range(0, len(text), MAX_TEXT):
         part = text[offset : offset + MAX_TEXT]
         cuts = [

@@ -26,7 +26,6 @@ from megatron.trainer.optimizer import build_optimizer
 
 EXPECTED_OPTIMIZER = {
     "fp32": "DeepSpeedZeroOptimizer",
-    "fp16": "DeepSpeedZeroOptimizer",
     "bfloat16": "BF16_Optimizer",  # the one that keeps fp32 masters and accumulates in fp32
 }
 
@@ -62,7 +61,6 @@ def build_inference_engine(args: NeoXArgs, model: LlamaPipelineModule) -> Pipeli
         "train_micro_batch_size_per_gpu": args.train_micro_batch_size_per_gpu,
         "gradient_accumulation_steps": 1,
         "bf16": {"enabled": args.precision == "bfloat16"},
-        "fp16": {"enabled": args.precision == "fp16"},
     }
     return _initialize(model, config)
 
@@ -80,11 +78,10 @@ def _initialize(
 
 def describe(engine: PipelineEngine, args: NeoXArgs) -> list[str]:
     """What the engine reports of itself, for the start of the log."""
-    accumulation = "fp32" if args.precision in ("bfloat16", "fp32") else "fp16"
     return [
         f"engine: {type(engine.optimizer).__name__} over {type(_inner(engine)).__name__}, ZeRO stage "
         f"{engine.zero_optimization_stage()}, weights {args.precision}, gradients accumulated and reduced in "
-        f"{accumulation}, clipping at {engine.gradient_clipping():g}",
+        f"fp32, clipping at {engine.gradient_clipping():g}",
         f"batch: {engine.train_batch_size()} = micro-batch {engine.train_micro_batch_size_per_gpu()} x accumulation "
         f"{engine.gradient_accumulation_steps()} x data parallel {engine.grid.data_parallel_size}",
         "stages: "

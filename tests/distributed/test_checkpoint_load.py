@@ -344,19 +344,3 @@ def test_another_split_with_optimizer_is_refused_by_name(saved: Any, split: tupl
         else:
             assert "for model_parallel_size 2, the configuration says 1" in weights_only
             assert "convert_hf reshard" in weights_only
-
-
-def _every_loss_scaler(rank: int, world_size: int, folder: str) -> float:
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
-
-    from megatron.checkpoint.deepspeed_files import OPTIMIZER_CLASSES
-    from megatron.checkpoint.torch_files import read_file, write_file
-
-    scaler = DynamicLossScaler(2.0**12, scale_window=9, min_scale=1.0, delayed_shift=2, consecutive_hysteresis=False)
-    write_file(Path(folder, "a.pt"), {"loss_scaler": scaler}, OPTIMIZER_CLASSES)
-    return read_file(Path(folder, "a.pt"), classes=OPTIMIZER_CLASSES)["loss_scaler"].cur_scale
-
-
-def test_the_loss_scaler_of_fp16_can_be_read_back(tmp_path: Path) -> None:
-    """fp16 itself does not run on a CPU."""
-    assert run_ranks(_every_loss_scaler, 1, str(tmp_path)) == [2.0**12]

@@ -14,9 +14,9 @@ import pytest
 pytestmark = pytest.mark.distributed
 
 ROOT = Path(__file__).resolve().parents[2]
-NOT_RUN_HERE = {
-    "make demo": "the fixture below runs its script",
-    "make test": "it runs this test",
+MAKE = {  # target: the command it must come down to; `make test` runs this test, the fixture below the demo's script
+    "make demo": "python examples/demo.py",
+    "make test": 'python -m pytest -m "not slow"',
 }
 TINY = "configs/tiny/model.yml configs/tiny/run.yml configs/tiny/local.yml"
 STAND_INS = {  # what the README names and only its reader has
@@ -43,7 +43,7 @@ COMMANDS = [
     pytest.param(command, id=f"{page}-{number}")
     for page in ("README.md", "docs/training.md")
     for number, command in enumerate(documented_commands(page))
-    if command not in NOT_RUN_HERE
+    if command not in MAKE
 ]
 
 
@@ -53,7 +53,7 @@ def run(words: list[str], timeout: int = 280) -> subprocess.CompletedProcess[str
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """(output folder, what was printed) of a demo of six steps on a base model that has learned enough to pass for one."""
+    """(output folder, what was printed) of a demo of six steps on a base model that has learned enough to be taken."""
     out = tmp_path_factory.mktemp("demo") / "out"
     options = ["--output", str(out), "--iterations", "6", "--base-steps", "120"]
     result = run([sys.executable, "examples/demo.py", *options])
@@ -80,6 +80,14 @@ def test_the_demo_shows_what_it_promises(demo: tuple[Path, str]) -> None:
         assert (out / "hf_trained" / name).read_bytes() == (out / "hf_base" / name).read_bytes(), name
     configs = [json.loads((out / folder / "config.json").read_text()) for folder in ("hf_base", "hf_trained")]
     assert {**configs[0], "dtype": None} == {**configs[1], "dtype": None}, "only the trained weights' dtype may differ"
+
+
+@pytest.mark.parametrize(("command", "means"), MAKE.items())
+def test_make_targets(command: str, means: str) -> None:
+    assert command in documented_commands("README.md")
+    result = run([*command.split(), "--dry-run"])
+    assert result.returncode == 0, result.stderr
+    assert means in result.stdout
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -142,11 +142,11 @@ def test_decay_length() -> None:
     [
         ({}, "fp32"),
         ({"bf16": {"enabled": True}}, "bfloat16"),
-        ({"fp16": {"enabled": True}}, "fp16"),
+        ({"fp16": {"enabled": False}}, "fp32"),
         ({"bf16": {"enabled": False}}, "fp32"),
         ({"precision": "bfloat16"}, "bfloat16"),
         ({"precision": "auto", "distributed_backend": "nccl"}, "bfloat16"),
-        ({"precision": "auto", "fp16": {"enabled": True}}, "fp16"),
+        ({"precision": "auto", "bf16": {"enabled": True}}, "bfloat16"),
     ],
 )
 def test_precision(changes: dict, expected: str) -> None:
@@ -173,7 +173,8 @@ def test_a_machine_without_cpuinfo_is_taken_as_slow(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"bf16": {"enabled": True}, "fp16": {"enabled": True}},
+        {"precision": "fp16"},
+        {"fp16": {"enabled": True}},
         {"precision": "fp32", "bf16": {"enabled": True}},
     ],
 )

@@ -79,18 +79,16 @@ class TextEncoder:
 
             texts = [ftfy.fix_text(text) for text in texts]
         result.text_bytes = sum(len(text.encode(errors="replace")) for text in texts)
-        arrays = []
-        for ids in self.tokenizer.encode_batch(texts):
-            if self.bos is not None:
-                ids.insert(0, self.bos)
-            if self.eod is not None:
-                ids.append(self.eod)
-            arrays.append(np.array(ids, np.int64))
-        if arrays:
-            joined = np.concatenate(arrays)
-            result.max_token = int(joined.max(initial=-1))
-            result.tokens = joined.astype(self.dtype).tobytes()
-            result.sizes = np.array([len(a) for a in arrays], np.int32)
+        before = np.array([] if self.bos is None else [self.bos], self.dtype)
+        behind = np.array([] if self.eod is None else [self.eod], self.dtype)
+        documents = self.tokenizer.encode_arrays(texts)
+        if not documents:
+            return
+        parts = [part.astype(self.dtype) for ids in documents for part in (before, ids, behind)]
+        joined = np.concatenate(parts)
+        result.max_token = int(joined.max()) if len(joined) else -1
+        result.tokens = joined.tobytes()
+        result.sizes = np.array([len(ids) + len(before) + len(behind) for ids in documents], np.int32)
 
 
 def read_record(block: Block, position: int) -> dict[str, Any] | None:

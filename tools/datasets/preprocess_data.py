@@ -71,6 +71,7 @@ def preprocess(options: argparse.Namespace) -> None:
     tokenizer = build_tokenizer(options.tokenizer_type, options.vocab_file)
     if options.prepend_bos and tokenizer.bos is None:
         raise TokenizerError(f"{tokenizer.path}: no begin-of-text token, --prepend-bos cannot be done")
+    tokenizer.encode_arrays([""])  # what it prepares at its first use, the workers inherit
     bos = tokenizer.bos if options.prepend_bos else None
     eod = tokenizer.eod if options.append_eod else None
     dtype = token_dtype(tokenizer.vocab_size)

@@ -137,6 +137,7 @@ def preprocess(options: argparse.Namespace) -> None:
     """Run the job that the command line describes."""
     sources = parse_sources(options.source)
     tokenizer = build_tokenizer(options.tokenizer_type, options.vocab_file)
+    tokenizer.encode_arrays([""])  # what it prepares at its first use, the workers inherit
     chat = load_chat(options.chat_template, tokenizer)
     dtype = token_dtype(tokenizer.vocab_size)
     prefixes = [f"{options.output_prefix}_{source.name}" for source in sources]

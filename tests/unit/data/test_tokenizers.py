@@ -6,11 +6,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import tokenizers
 import transformers
 from llama_models.llama3.tokenizer import Tokenizer as MetaTokenizer
-from transformers.convert_slow_tokenizer import TikTokenConverter
+from transformers.convert_slow_tokenizer import TikTokenConverter, bytes_to_unicode
 
 from megatron.tokenizer import Tokenizer, TokenizerError, build_tokenizer
+from megatron.tokenizer.hf import byte_letters, equivalent_encoding
 from megatron.tokenizer.llama3 import SPECIAL_TOKENS, SPLIT_PATTERN
 from tests.unit.data.conftest import VOCAB_SIZE, real_texts
 
@@ -112,16 +114,68 @@ def test_long_lines_equal_meta(vocab_folder: Path) -> None:
         assert ours.encode(text) == meta.encode(text, bos=False, eos=False)
 
 
-def test_hf_equals_tiktoken_on_one_vocabulary(vocab_folder: Path, tmp_path: Path) -> None:
-    converted = TikTokenConverter(vocab_file=str(vocab_folder / "tokenizer.model"), pattern=SPLIT_PATTERN).converted()
-    converted.add_special_tokens([transformers.AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS])
-    converted.model.ignore_merges = True
-    converted.save(str(tmp_path / "tokenizer.json"))
-    hf = build_tokenizer("HFTokenizer", tmp_path)
-    tiktoken = build_tokenizer("TiktokenTokenizer", vocab_folder)
-    for text in [*adversarial_texts(), *real_texts()]:
-        assert hf.encode(text) == tiktoken.encode(text)
-    assert hf.encode_batch(real_texts()) == [tiktoken.encode(text) for text in real_texts()]
+@pytest.fixture(scope="module")
+def converted(vocab_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer.json made of the tokenizer.model as `transformers` does it: the form of Llama 3's own file."""
+    file = TikTokenConverter(vocab_file=str(vocab_folder / "tokenizer.model"), pattern=SPLIT_PATTERN).converted()
+    file.add_special_tokens([transformers.AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS])
+    file.model.ignore_merges = True
+    path = tmp_path_factory.mktemp("converted") / "tokenizer.json"
+    file.save(str(path))
+    return path
+
+
+def periodic_texts() -> list[str]:
+    """Where two merges could overlap and make the same token, their order would show."""
+    rng = random.Random(3)
+    alphabets = ["ab", " ", "-=", "aA", "01", "\n ", "* ", "xyx", "天文", "the "]
+    texts = []
+    for _ in range(3000):
+        alphabet = rng.choice(alphabets)
+        period = "".join(rng.choices(alphabet, k=rng.randint(1, 6)))
+        texts.append((period * 200)[: rng.randint(1, 200)] + rng.choice(["", "x", " "]))
+    return texts
+
+
+def test_hf_equals_tiktoken_on_one_vocabulary(converted: Path, vocab_folder: Path) -> None:
+    hf, tiktoken = build_tokenizer("HFTokenizer", converted), build_tokenizer("TiktokenTokenizer", vocab_folder)
+    library = tokenizers.Tokenizer.from_file(str(converted))
+    library.encode_special_tokens = True
+    texts = [t for t in adversarial_texts() if t.isprintable() or "surrogate" not in t]
+    texts += [*real_texts(), *periodic_texts(), "word" * 20_000, " " * 30_000, "a b\n" * 150_000]
+    texts += [f"a{chr(c)}b {chr(c)}{chr(c)}1 {chr(c)}\n" for c in range(0x20, 0x2FFFF, 13) if not 0xD800 <= c < 0xE000]
+    theirs = [e.ids for e in library.encode_batch(texts, add_special_tokens=False)]
+    assert hf._fast is not None  # type: ignore[attr-defined]
+    assert hf.encode_batch(texts) == theirs
+    assert [ids.tolist() for ids in hf.encode_arrays(texts)] == theirs
+    assert [hf.encode(text) for text in texts[:100]] == theirs[:100]
+    short = [i for i, text in enumerate(texts) if len(text) <= 25_000]
+    assert [tiktoken.encode(texts[i]) for i in short] == [theirs[i] for i in short]
+    assert [ids.tolist() for ids in tiktoken.encode_arrays(texts)] == tiktoken.encode_batch(texts)
+
+
+def test_the_fast_way_is_taken_only_where_it_is_the_same(converted: Path, vocab_folder: Path) -> None:
+    content = json.loads(converted.read_text())
+    assert equivalent_encoding(content) is not None
+    trained = json.loads((vocab_folder / "tokenizer.json").read_text())
+    assert equivalent_encoding(trained) is None  # a trained file lists one merge per token, not all
+    for change in (
+        lambda c: c.update(normalizer={"type": "NFC"}),
+        lambda c: c["model"].update(ignore_merges=False),
+        lambda c: c["model"].update(dropout=0.1),
+        lambda c: c["model"].update(merges=c["model"]["merges"][1:]),
+        lambda c: c["model"].update(merges=c["model"]["merges"][::-1]),
+        lambda c: c["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": "x"}),
+        lambda c: c["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True),
+        lambda c: c["added_tokens"][0].update(special=False),
+    ):
+        changed = json.loads(converted.read_text())
+        change(changed)
+        assert equivalent_encoding(changed) is None
+
+
+def test_the_letters_of_bytes() -> None:
+    assert byte_letters() == bytes_to_unicode()
 
 
 def test_fingerprint_follows_what_decides_ids(vocab_folder: Path, tmp_path: Path) -> None:
