@@ -1,4 +1,4 @@
-"""benchmarks/conversion.py runs, refuses wrong results, and at the 8B size stays in its memory. Times are not tested."""
+"""benchmarks/conversion.py runs, refuses wrong results, and at the 8B size stays in its memory; times go untested."""
 
 from __future__ import annotations
 
