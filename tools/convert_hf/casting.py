@@ -6,12 +6,16 @@ import torch
 
 from tools.convert_hf.errors import ConvertError
 
+_CHECKED = 1 << 17  # elements at a time, because the check needs several copies of them
+
 
 def cast_band(band: memoryview, source: str, target: str, name: str) -> memoryview:
     """The elements of `band` in another type, rounded to nearest even; ConvertError if a finite value overflows."""
     values = torch.frombuffer(band, dtype=getattr(torch, source))
     out = bytearray(values.numel() * getattr(torch, target).itemsize)
     result = torch.frombuffer(out, dtype=getattr(torch, target)).copy_(values)
-    if not torch.equal(torch.isfinite(result), torch.isfinite(values)):
-        raise ConvertError(f"{name} has values that are too large for {target}; choose bfloat16 or float32")
+    if torch.finfo(result.dtype).max < torch.finfo(values.dtype).max:
+        for after, before in zip(result.split(_CHECKED), values.split(_CHECKED), strict=True):
+            if not torch.equal(torch.isfinite(after), torch.isfinite(before)):
+                raise ConvertError(f"{name} has values that are too large for {target}; choose bfloat16 or float32")
     return memoryview(out)

@@ -14,6 +14,7 @@ from tools.convert_hf.opening import Checkpoint, bit_equal
 from tools.convert_hf.regions import Logical, Region, rows_and_columns, whole
 from tools.convert_hf.tiles import FilePool, bands, read_band
 
+_ELEMENTS = 1 << 17  # compared at a time in float64, several copies of them
 _VOCABULARY = {EMBEDDING[0].hf[0], HEAD[0].hf[0]}
 
 
@@ -128,19 +129,24 @@ def _compare(
 def _difference(one: Logical, two: Logical, left: bytearray, right: bytearray, start: int) -> Difference:
     import torch
 
-    a = torch.frombuffer(left, dtype=getattr(torch, one.dtype.name)).double()
-    b = torch.frombuffer(right, dtype=getattr(torch, two.dtype.name)).double()
-    gap = (a - b).abs()
-    differs = (a != b) & ~(a.isnan() & b.isnan())
-    result = Difference(one.name, count=int(differs.sum()))
-    if result.count:
-        at = int(differs.nonzero()[0])
-        cols = rows_and_columns(one.shape)[1]
-        result.first = (start + at // cols, at % cols)
-        gap = gap[differs].nan_to_num(float("inf"))
-        result.max_abs = float(gap.max())
-        scale = float(a.abs().nan_to_num(0.0).max())
-        result.max_rel = result.max_abs / scale if scale else float("inf")
+    a_all = torch.frombuffer(left, dtype=getattr(torch, one.dtype.name))
+    b_all = torch.frombuffer(right, dtype=getattr(torch, two.dtype.name))
+    result, scale = Difference(one.name), 0.0
+    cols = rows_and_columns(one.shape)[1]
+    for first in range(0, a_all.numel(), _ELEMENTS):
+        a, b = (t[first : first + _ELEMENTS].double() for t in (a_all, b_all))
+        scale = max(scale, float(a.abs().nan_to_num(0.0).max()))
+        differs = (a != b) & ~(a.isnan() & b.isnan())
+        count = int(differs.sum())
+        if not count:
+            continue
+        if not result.count:
+            at = first + int(differs.nonzero()[0])
+            result.first = (start + at // cols, at % cols)
+        result.count += count
+        gap = (a - b)[differs].abs().nan_to_num(float("inf"))
+        result.max_abs = max(result.max_abs, float(gap.max()))
+    result.max_rel = result.max_abs / scale if scale else float("inf")
     return result
 
 

@@ -172,8 +172,8 @@ def _is_weight_file(name: str) -> bool:
 
 def memory_plan(max_ram: int, threads: int, casting: bool) -> tuple[int, int]:
     """(bytes of a band, threads) that keep anonymous memory under `max_ram` bytes."""
-    # A cast holds its band, the result (up to twice as large) and one comparison each.
-    factor = 6 if casting else 1
+    # A cast holds its band, the result (up to twice as large) and what is being checked.
+    factor = 4 if casting else 1
     budget = max_ram - _MEMORY_BASE - (_MEMORY_TORCH if casting else 0)
     for count in range(max(threads, 1), 0, -1):
         band = min(budget // (count * factor), _LARGEST_BAND)

@@ -56,7 +56,7 @@ def table(checkpoint: Checkpoint) -> str:
     rows = [
         ("folder", facts["folder"]),
         ("kind", facts["kind"]),
-        ("tensor-parallel", f"{checkpoint.tp} shard{'s' * (checkpoint.tp > 1)} of every split tensor"),
+        ("tensor-parallel", f"{checkpoint.tp} ranks" if checkpoint.tp > 1 else "not split"),
         ("parameters", f"{facts['parameters']:,}"),
         ("bytes", f"{facts['bytes']:,} ({', '.join(facts['dtypes'])})"),
         ("layers", f"{shape.num_layers} of width {shape.hidden_size}, MLP {shape.intermediate_size}"),

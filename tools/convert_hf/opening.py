@@ -42,7 +42,9 @@ class Checkpoint:
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def describe(self) -> str:
-        return f"{self.root} ({self.kind}, {self.tp} shard{'s' * (self.tp > 1)}, {len(self.tensors)} tensors)"
+        split = f", TP {self.tp}" if self.tp > 1 or self.kind.startswith("neox") else ""
+        total = sum(t.nbytes for t in self.tensors.values())
+        return f"{self.root} ({self.kind}{split}, {len(self.tensors)} tensors, {total:,} bytes)"
 
 
 def open_checkpoint(path: Path, options: Options | None = None) -> Checkpoint:

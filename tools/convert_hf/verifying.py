@@ -51,9 +51,9 @@ def verify(
 
 def verification_band(max_ram: int, threads: int) -> int:
     """Bytes of a band so that reading two checkpoints with `threads` threads stays under `max_ram` bytes."""
-    # Each thread holds a band of both, and where they differ both in float64 and their difference.
-    budget = max_ram - (320 << 20)
-    return max(256 << 10, min(4 << 20, budget // (threads * 2 * 12)))
+    # Each thread holds a band of both, the second perhaps in a type twice as wide, and a few MB where they differ.
+    budget = max_ram - (320 << 20) - threads * (8 << 20)
+    return max(256 << 10, min(4 << 20, budget // (threads * 4)))
 
 
 def _settings(one: Checkpoint, two: Checkpoint) -> tuple[list[str], list[str], list[str]]:
