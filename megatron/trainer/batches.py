@@ -31,7 +31,6 @@ class StepBatch:
     """One call of the engine: `iterator` yields (inputs, targets) per micro-batch, None where no data is read."""
 
     iterator: Iterator[Any] | None
-    num_micro_batches: int
     learned_tokens: int
 
 
@@ -62,10 +61,10 @@ def assemble(
             "Check the label files and masks of this part of the data"
         )
     if micro_batches is None:
-        return StepBatch(None, num_micro_batches, total)
+        return StepBatch(None, total)
     weight = step_weight(total, num_micro_batches * data_parallel_size)
     pairs = [(_inputs(batch), (batch["labels"], weight)) for batch in micro_batches]
-    return StepBatch(iter(pairs), num_micro_batches, total)
+    return StepBatch(iter(pairs), total)
 
 
 def _inputs(batch: MicroBatch) -> Tensor | tuple[Tensor, Tensor]:
