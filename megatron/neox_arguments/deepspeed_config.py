@@ -16,7 +16,8 @@ def build(args: NeoXArgs, *, with_extra: bool = True) -> dict[str, Any]:
     """Batch sizes, clipping, precision and ZeRO of a resolved configuration.
 
     bf16 comes with `grad_accum_dtype: fp32`, which selects DeepSpeed's BF16_Optimizer; without it gradients would be
-    accumulated in bf16.
+    accumulated in bf16. `communication_data_type` says the same of their reduction over data-parallel ranks, which
+    DeepSpeed would round to bf16 whatever they were accumulated in.
     """
     config: dict[str, Any] = {
         "train_batch_size": args.train_batch_size,
@@ -29,6 +30,7 @@ def build(args: NeoXArgs, *, with_extra: bool = True) -> dict[str, Any]:
     if args.precision == "bfloat16":
         config["bf16"] = (args.bf16.model_dump() if args.bf16 else {}) | {"enabled": True}
         config["data_types"] = {"grad_accum_dtype": "fp32"}
+        config["communication_data_type"] = "fp32"
     if with_extra:
         config |= args.deepspeed_extra_args
     return config

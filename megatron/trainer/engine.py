@@ -80,8 +80,8 @@ def describe(engine: PipelineEngine, args: NeoXArgs) -> list[str]:
     """What the engine reports of itself, for the start of the log."""
     return [
         f"engine: {type(engine.optimizer).__name__} over {type(_inner(engine)).__name__}, ZeRO stage "
-        f"{engine.zero_optimization_stage()}, weights {args.precision}, gradients accumulated and reduced in "
-        f"fp32, clipping at {engine.gradient_clipping():g}",
+        f"{engine.zero_optimization_stage()}, weights {args.precision}, gradients accumulated in fp32 and reduced in "
+        f"{_name(engine.communication_data_type)}, clipping at {engine.gradient_clipping():g}",
         f"batch: {engine.train_batch_size()} = micro-batch {engine.train_micro_batch_size_per_gpu()} x accumulation "
         f"{engine.gradient_accumulation_steps()} x data parallel {engine.grid.data_parallel_size}",
         "stages: "
@@ -96,11 +96,16 @@ def _inner(engine: PipelineEngine) -> torch.optim.Optimizer:
     return engine.optimizer.optimizer
 
 
+def _name(dtype: torch.dtype) -> str:
+    return {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(dtype, str(dtype))
+
+
 def _check(engine: PipelineEngine, args: NeoXArgs) -> None:
     expected = EXPECTED_OPTIMIZER[args.precision]
     found = {
         "optimizer": (type(engine.optimizer).__name__, expected),
         "ZeRO stage": (engine.zero_optimization_stage(), 1),
+        "dtype of the gradients' reduction": (_name(engine.communication_data_type), "fp32"),
         "gradient clipping": (engine.gradient_clipping(), args.gradient_clipping),
         "train_batch_size": (engine.train_batch_size(), args.train_batch_size),
         "gradient_accumulation_steps": (engine.gradient_accumulation_steps(), args.gradient_accumulation_steps),
