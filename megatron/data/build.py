@@ -70,18 +70,22 @@ class DataArgs(Protocol):
     @property
     def train_iters(self) -> int | None: ...
     @property
+    def train_epochs(self) -> float | None: ...
+    @property
     def train_batch_size(self) -> int: ...
 
 
 @dataclass
 class Datasets:
     """What a run reads. `valid` and `test` are apart by source and hold every token once. `fingerprints` are the
-    provenance of each prefix, `notes` lines for the log."""
+    provenance of each prefix, `notes` lines for the log. `train_iters` is the run's own or what `train_epochs` come to,
+    None in a run that only evaluates."""
 
     blend: Blend | None
     valid: dict[str, SampleDataset]
     test: dict[str, SampleDataset]
     fingerprints: dict[str, dict[str, str | int]]
+    train_iters: int | None
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -155,7 +159,15 @@ def _build(args: DataArgs, tokenizer: Tokenizer | None) -> Datasets:
     opener = _Opener(args, form)
     train_parts, valid_parts, test_parts = stages
     blend = None
-    wanted = (args.train_iters or 0) * args.train_batch_size
+    train_iters = args.train_iters
+    if train_iters is None and args.train_epochs is not None and train_parts:
+        epoch = _epoch(train_parts, opener)
+        train_iters = max(1, round(args.train_epochs * epoch / args.train_batch_size))
+        notes.append(
+            f"train: {args.train_epochs:g} epochs of {epoch:,.0f} samples are {train_iters} iterations of "
+            f"{args.train_batch_size}"
+        )
+    wanted = (train_iters or 0) * args.train_batch_size
     if train_parts and wanted:
         blend = _blend(train_parts, args.train_data_weights, opener, wanted)
         notes += [f"train: {line}" for line in blend.describe()]
@@ -164,6 +176,7 @@ def _build(args: DataArgs, tokenizer: Tokenizer | None) -> Datasets:
         _passes(valid_parts, opener),
         _passes(test_parts, opener),
         {prefix: fingerprint(prefix) for prefix in prefixes},
+        train_iters,
         notes,
     )
 
@@ -195,6 +208,12 @@ class _Opener:
 
     def samples_per_epoch(self, part: _Part) -> float:
         return self(part, None if self.args.pack_impl == "packed" else 1).samples_per_epoch
+
+
+def _epoch(parts: list[_Part], opener: _Opener) -> float:
+    """Samples of the run, replayed ones included, in which the sources without replay are read once."""
+    replayed = sum(part.replay.share for part in parts if part.replay is not None)
+    return sum(opener.samples_per_epoch(part) for part in parts if part.replay is None) / (1 - replayed)
 
 
 def _blend(parts: list[_Part], weights: list[float] | None, opener: _Opener, wanted: int) -> Blend:

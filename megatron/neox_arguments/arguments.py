@@ -87,6 +87,13 @@ class NeoXArgs(RuntimeKeys, CheckpointKeys, DataKeys, OptimizationKeys, Parallel
         """The same configuration with some keys changed."""
         return self._build({**self._merged, **keys}, {}, self.global_num_gpus, self._task)
 
+    def with_train_iters(self, train_iters: int) -> Self:
+        """The same run with the length that its data give to `train_epochs`; the keys the user gave stay as they are."""
+        values = {"train_iters": train_iters}
+        if self.lr_decay_iters is None:
+            values["lr_decay_iters"] = derived.decay_iters(train_iters, self.lr_decay_fraction)
+        return self.model_copy(update=values)
+
     # --- what the user gave, and what we have to say about it
 
     @property

@@ -207,7 +207,11 @@ def zero_stage_is_one(args: NeoXArgs) -> str | None:
 
 @_rule(*_TRAIN)
 def training_has_a_length(args: NeoXArgs) -> str | None:
-    return None if args.train_iters is not None else "train_iters is missing: the number of optimizer steps"
+    if args.train_iters is not None and args.train_epochs is not None:
+        return "train_iters and train_epochs are both given; keep one"
+    if args.train_iters is not None or args.train_epochs is not None:
+        return None
+    return "train_iters is missing: the number of optimizer steps (or train_epochs, passes over the data)"
 
 
 @_rule(*_TRAIN)

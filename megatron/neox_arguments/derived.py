@@ -45,8 +45,13 @@ def resolve(args: NeoXArgs, task: Task, world_size: int | None) -> Resolution:
     if task in ("train", "eval"):
         values |= batch_sizes(args, values["global_num_gpus"], pipe)
     if args.lr_decay_iters is None and args.train_iters:
-        values["lr_decay_iters"] = max(1, int(args.train_iters * (args.lr_decay_fraction or 1.0)))
+        values["lr_decay_iters"] = decay_iters(args.train_iters, args.lr_decay_fraction)
     return Resolution(values, notes)
+
+
+def decay_iters(train_iters: int, fraction: float | None) -> int:
+    """Iteration at which the learning rate stops falling."""
+    return max(1, int(train_iters * (fraction or 1.0)))
 
 
 def true_width(args: NeoXArgs) -> int:

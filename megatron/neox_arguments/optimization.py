@@ -61,7 +61,13 @@ class DataTypes(Keys):
 
 
 class OptimizationKeys(Keys):
-    train_iters: int = derived("nothing: training needs it", "Optimizer steps.", ge=0)
+    train_iters: int = derived("train_epochs and the size of the data, when these are read", "Optimizer steps.", ge=0)
+    train_epochs: float | None = key(
+        None,
+        "Length of the run in passes over the training sources without replay, in the place of train_iters; 0.6 is "
+        "most of one.",
+        gt=0,
+    )
     train_micro_batch_size_per_gpu: int = derived(
         "train_batch_size / (gradient_accumulation_steps x data_parallel_size)",
         "Sequences in one forward pass of a data-parallel rank.",

@@ -57,7 +57,6 @@ UNSUPPORTED: dict[str, Refusal] = {
     "fp32_allreduce": Refusal(
         "Gradients are always reduced in fp32 with bf16; nothing to choose.", (None, True, False)
     ),
-    "train_epochs": Refusal("Give train_iters; the number of samples is train_iters x train_batch_size."),
     "weight_by_num_documents": Refusal("Give train_data_weights.", (None, False)),
     "weighted_sampler_alpha": Refusal("Give train_data_weights.", (None, 1, 1.0)),
     "dataset_impl": Refusal(_PREFERENCE, (None, "gpt2")),

@@ -33,6 +33,9 @@ def run_training(args: NeoXArgs, place: Place) -> None:
     datasets = build_datasets(args)
     for note in datasets.notes:
         progress.say(note)
+    if args.train_iters is None:
+        assert datasets.train_iters is not None  # checked with the configuration
+        args = progress.args = args.with_train_iters(datasets.train_iters)
     startup.done("data")
     start = where_to_start(args, place.device, progress.say)
     model = build_model(args, place.device, progress.say)

@@ -75,10 +75,35 @@ def test_the_tiny_run_is_what_the_demo_promises() -> None:
     assert len(args.valid_data_paths or []) == 2
 
 
+@pytest.mark.parametrize("machine", ["frontier", "lumi"])
+@pytest.mark.parametrize("run", ["cpt", "sft"])
+def test_the_70b_runs_as_astrosage_did(run: str, machine: str) -> None:
+    args = NeoXArgs.from_ymls([CONFIGS / "llama31_70b" / f"{name}.yml" for name in ("model", run, machine)])
+    layout = (args.model_parallel_size, args.pipe_parallel_size, args.data_parallel_size, args.global_num_gpus)
+    assert layout == (8, 8, 32, 2048)
+    assert args.checkpoint_activations
+    assert args.zero_optimization.stage == 1
+    assert args.train_epochs == {"cpt": 2.5, "sft": 0.6}[run]
+
+
+def test_the_fine_tune_changes_what_the_paper_says() -> None:
+    """Fewer epochs, no weight decay, labels; the other hyperparameters are those of the continued pre-training."""
+    cpt, sft = (read_file(CONFIGS / "llama31_70b" / f"{name}.yml")[0] for name in ("cpt", "sft"))
+    same = ["optimizer", "train_batch_size", "gradient_clipping", "lr_decay_style", "warmup", "min_lr", "precision"]
+    assert [cpt[name] for name in same] == [sft[name] for name in same]
+    assert (cpt["weight_decay"], sft["weight_decay"]) == (0.1, 0.0)
+    assert len(sft["train_label_data_paths"]) == len(sft["train_data_paths"])
+    assert sft["train_data_weights"] == [0.418, 0.308, 0.274]
+
+
 def test_every_file_is_loaded_here() -> None:
     assert {file.relative_to(CONFIGS).as_posix() for file in FILES} == {
         "llama31_8b/model.yml",
         "llama31_70b/model.yml",
+        "llama31_70b/cpt.yml",
+        "llama31_70b/sft.yml",
+        "llama31_70b/frontier.yml",
+        "llama31_70b/lumi.yml",
         "llama32_1b/model.yml",
         "tiny/model.yml",
         "tiny/run.yml",

@@ -51,6 +51,7 @@ class Args:
     pack_impl: Literal["packed", "pack_until_overflow", "unpacked", "best_fit"] = "packed"
     allow_chopped: bool = True
     train_iters: int | None = 20
+    train_epochs: float | None = None
     train_batch_size: int = 8
 
 
