@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 
 import yaml
 
+from megatron.launcher.elsewhere import run_as_rank, start_by_srun, uses_srun
+from megatron.launcher.ranks import started_as_rank
 from megatron.launcher.start import start
 from megatron.neox_arguments import ConfigError, NeoXArgs
 from megatron.neox_arguments.derived import Task
@@ -17,7 +20,8 @@ from megatron.neox_arguments.load import parse_overrides, resolve_path
 USAGE = """\
 usage: python deepy.py SCRIPT CONFIG [CONFIG ...] [-d FOLDER] [--KEY VALUE ...] [--print-config] [--help]
 
-Checks the configuration, then starts SCRIPT (train.py, eval.py or generate.py) on all ranks of this machine.
+Checks the configuration, then starts SCRIPT (train.py, eval.py or generate.py) on all ranks: those of this machine, or,
+in a Slurm allocation, by one srun. Started itself as a rank (srun python deepy.py ...), it runs SCRIPT.
 
   CONFIG            YAML files, merged; `.yml` may be left out; a key in two files is an error
   -d, --conf_dir    folder that is put in front of every CONFIG
@@ -38,6 +42,7 @@ class Request:
     script: Path
     configs: list[Path]
     overrides: dict[str, Any] = field(default_factory=dict)
+    options: list[str] = field(default_factory=list)  # the overrides as they were typed
     print_config: bool = False
 
     @property
@@ -58,8 +63,9 @@ def parse(arguments: list[str]) -> Request:
     script = Path(positional[0])
     if not script.is_file():
         raise ConfigError(f"{script}: no such script; train.py, eval.py and generate.py are in the project's folder")
-    overrides = parse_overrides([_SHORT.get(word, word) for word in options])
-    return Request(script, [resolve_path(name, folder) for name in positional[1:]], overrides, print_config)
+    options = [_SHORT.get(word, word) for word in options]
+    configs = [resolve_path(name, folder) for name in positional[1:]]
+    return Request(script, configs, parse_overrides(options), options, print_config)
 
 
 def _take(words: list[str], names: tuple[str, ...]) -> str | None:
@@ -108,6 +114,8 @@ def main(arguments: list[str]) -> int:
         return 0 if arguments else 2
     try:
         request = parse(arguments)
+        if started_as_rank() and not request.print_config:
+            run_as_rank(request.script, [*map(str, request.configs), *request.options])
         args = NeoXArgs.from_ymls(request.configs, request.overrides, task=request.task)
     except ConfigError as error:
         print(f"deepy.py: {error}", file=sys.stderr)
@@ -117,11 +125,8 @@ def main(arguments: list[str]) -> int:
     if request.print_config:
         print(describe(args), end="")
         return 0
-    if args.num_nodes > 1:
-        print(
-            f"deepy.py: num_nodes is {args.num_nodes}, but deepy.py starts the ranks of one machine; start the script "
-            f"itself with torchrun or srun on each",
-            file=sys.stderr,
-        )
+    try:
+        return start_by_srun(request.script, args) if uses_srun(args, os.environ) else start(request.script, args)
+    except ConfigError as error:
+        print(f"deepy.py: {error}", file=sys.stderr)
         return 2
-    return start(request.script, args)

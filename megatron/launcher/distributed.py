@@ -1,10 +1,12 @@
-"""From a process with RANK and WORLD_SIZE to a rank with its groups and device."""
+"""From a process that was started as a rank to one that knows its groups, its device and its neighbours."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 import deepspeed
 import torch
@@ -12,7 +14,11 @@ import torch.distributed as dist
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from megatron.core import parallel_state
 
+from megatron.launcher.placement import Seat, check_devices, check_nodes, coordinates, device_index, summary, table
+from megatron.launcher.ranks import Ranks, find_ranks, node_name, set_rendezvous
 from megatron.neox_arguments import ConfigError, NeoXArgs
+
+ROWS_SHOWN = 64  # ranks; the table of a larger run goes to a file alone
 
 
 @dataclass(frozen=True)
@@ -31,12 +37,16 @@ class Place:
 def initialize(args: NeoXArgs) -> Place:
     """Process group, device, megatron-core's groups and DeepSpeed's communication, for a rank that was started.
 
-    Reads RANK, WORLD_SIZE and LOCAL_RANK, and MASTER_ADDR and MASTER_PORT unless the launcher gave a rendezvous of its
-    own. Raises ConfigError if the ranks do not hold the same configuration or are not as many as it says, and
-    RuntimeError if DeepSpeed and megatron-core disagree on who is who.
+    Reads who it is from the environment (`ranks`), and MASTER_ADDR and MASTER_PORT unless the launcher gave a
+    rendezvous of its own. Raises ConfigError if the ranks do not hold the same configuration, are not as many as it
+    says, tear a tensor-parallel group apart or share a GPU, and RuntimeError if DeepSpeed and megatron-core disagree on
+    who is who.
     """
-    rank, world_size, local_rank = _environment(args)
-    device = _device(args, local_rank)
+    started = _started(args)
+    rank, world_size, local_rank = started.rank, started.world_size, started.local_rank
+    device = _device(args, started)
+    if "NEOX_RENDEZVOUS" not in os.environ:
+        set_rendezvous(os.environ)
     dist.init_process_group(
         args.distributed_backend,
         init_method=os.environ.get("NEOX_RENDEZVOUS", "env://"),
@@ -46,6 +56,7 @@ def initialize(args: NeoXArgs) -> Place:
         device_id=device if device.type == "cuda" else None,
     )
     check_same_configuration(args, device)
+    report_seats(args, started, device)
     pipe, data, tensor = form_groups(args)
     return Place(rank, world_size, local_rank, pipe, data, tensor, device)
 
@@ -65,30 +76,70 @@ def form_groups(args: NeoXArgs) -> tuple[int, int, int]:
     return check_coordinates(args, dist.get_rank())
 
 
-def _environment(args: NeoXArgs) -> tuple[int, int, int]:
-    missing = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name not in os.environ]
-    if missing:
+def _started(args: NeoXArgs) -> Ranks:
+    started = find_ranks(os.environ)
+    if started is None:
         raise ConfigError(
-            f"{', '.join(missing)} not in the environment: this script runs as a rank; start it by python deepy.py"
+            "nobody started this process as a rank (neither RANK, WORLD_SIZE and LOCAL_RANK nor Slurm's variables are "
+            "set); start it by python deepy.py, srun or torchrun"
         )
-    rank, world_size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    if world_size != args.global_num_gpus:
-        raise ConfigError(f"{world_size} ranks were started, the configuration is made for {args.global_num_gpus}")
-    return rank, world_size, local_rank
+    if started.world_size != args.global_num_gpus:
+        raise ConfigError(
+            f"{started.world_size} ranks were started, the configuration is made for {args.global_num_gpus}"
+        )
+    return started
 
 
-def _device(args: NeoXArgs, local_rank: int) -> torch.device:
+def _device(args: NeoXArgs, started: Ranks) -> torch.device:
     """This rank's device: the only visible GPU, or the one with the local rank's number."""
     if args.device == "cpu":
         return torch.device("cpu")
-    visible = torch.cuda.device_count()
-    if visible == 0:
-        raise ConfigError("the configuration asks for GPUs, torch sees none; on a CPU write distributed_backend: gloo")
-    index = 0 if visible == 1 else local_rank
-    if index >= visible:
-        raise ConfigError(f"local rank {local_rank} has no GPU: {visible} are visible; lower num_gpus")
+    index = device_index(started.local_rank, started.local_world_size, torch.cuda.device_count(), os.environ)
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
+
+
+def report_seats(args: NeoXArgs, started: Ranks, device: torch.device) -> None:
+    """Gather where all ranks sit, check it on all of them, and say it on rank 0. Collective.
+
+    A run on GPUs or on several nodes prints the whole table, a large one writes it to `log_dir/ranks.txt`.
+    """
+    sizes = (args.pipe_parallel_size, args.data_parallel_size, args.model_parallel_size)
+    identity, numa = (None, None) if device.type == "cpu" else _gpu(device.index)
+    mine = Seat(
+        started.rank,
+        node_name(os.environ),
+        started.local_rank,
+        *coordinates(started.rank, *sizes),
+        identity,
+    )
+    told: list[tuple[Seat, int | None]] = [(mine, numa)] * started.world_size
+    dist.all_gather_object(told, (mine, numa))
+    seats = [seat for seat, _ in told]
+    check_nodes(seats)
+    check_devices(seats)
+    if started.rank != 0 or (device.type == "cpu" and len({seat.node for seat in seats}) == 1):
+        return
+    print(summary(seats), flush=True)
+    rows = table(seats, {seat.rank: domain for seat, domain in told})
+    if len(seats) <= ROWS_SHOWN or not args.log_dir:
+        print("\n".join(rows), flush=True)
+        return
+    path = Path(args.log_dir) / "ranks.txt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(rows) + "\n")
+    print(f"ranks: all of them are in {path}", flush=True)
+
+
+def _gpu(index: int) -> tuple[str, int | None]:
+    """What identifies a GPU on its node (PCI address), and its NUMA domain if the kernel tells."""
+    properties: Any = torch.cuda.get_device_properties(index)  # torch's stubs lack the PCI numbers
+    address = f"{properties.pci_domain_id:04x}:{properties.pci_bus_id:02x}:{properties.pci_device_id:02x}.0"
+    try:
+        numa = int(Path(f"/sys/bus/pci/devices/{address}/numa_node").read_text())
+    except (OSError, ValueError):
+        return address, None
+    return address, numa if numa >= 0 else None
 
 
 def check_same_configuration(args: NeoXArgs, device: torch.device) -> None:

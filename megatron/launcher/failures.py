@@ -1,6 +1,7 @@
-"""Who failed first: a file in the run's folder, so that one rank speaks and its victims are silent.
+"""Who failed first, and why: files in the run's folder, so that one rank speaks and its victims are silent.
 
-A rank that fails writes it before it ends, and its peers notice only afterwards that it is gone.
+A rank that fails writes them before it ends, and its peers notice only afterwards that it is gone. `why` is for whoever
+comes after the ranks: the batch script prints it last.
 """
 
 from __future__ import annotations
@@ -10,10 +11,26 @@ import os
 import time
 from pathlib import Path
 
-USER_ERROR, FAILURE = 2, 1  # exit codes
+# Exit codes. REQUEUE is sysexits.h's EX_TEMPFAIL: all is saved, the same command goes on.
+FAILURE, USER_ERROR, REQUEUE = 1, 2, 75
 LOST_PEER_SECONDS = 2.0  # how long a rank that lost a peer waits for the peer's own words
 
-_FAILED = "failed"
+_FAILED, WHY = "failed", "why"
+
+
+class Stopped(Exception):
+    """The run ends before its end, in order and on all ranks; its text says why, `code` is the exit code."""
+
+    def __init__(self, why: str, code: int = REQUEUE) -> None:
+        super().__init__(why)
+        self.code = code
+
+
+def run_folder(arguments: list[str]) -> Path | None:
+    """The folder that the ranks of a run share: NEOX_RUN_FOLDER, or that of the file which deepy.py handed over."""
+    if "NEOX_RUN_FOLDER" in os.environ:
+        return Path(os.environ["NEOX_RUN_FOLDER"])
+    return Path(arguments[1]).parent if arguments[:1] == ["--neox-args"] else None
 
 
 def claim(folder: Path | None, name: str, text: str = "") -> bool:
@@ -34,17 +51,37 @@ def claim(folder: Path | None, name: str, text: str = "") -> bool:
     return True
 
 
-def claim_failure(folder: Path | None, code: int) -> bool:
+def claim_failure(folder: Path | None, code: int, why: str = "") -> bool:
     """Whether no rank has failed before this one; `code` becomes the exit code of those that fail in its wake."""
-    return claim(folder, _FAILED, str(code))
+    first = claim(folder, _FAILED, str(code))
+    if first and why and folder is not None:
+        claim(folder, WHY, why + "\n")
+    return first
+
+
+def clear(folder: Path) -> None:
+    """Forget an earlier start in the same folder: a requeued job has the folder of the job before."""
+    for pattern in (_FAILED, WHY, "said-*"):
+        for path in folder.glob(pattern):
+            with contextlib.suppress(FileNotFoundError):
+                path.unlink()
+
+
+def recorded_code(folder: Path) -> int | None:
+    """Exit code of the rank that failed or stopped first, None if none has."""
+    try:
+        return int((folder / _FAILED).read_text())
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def code_of_the_culprit(folder: Path | None) -> int | None:
     """Exit code of the rank that failed first; waits a little for one that is about to say so."""
     deadline = time.monotonic() + LOST_PEER_SECONDS
     while folder is not None and folder.exists() and time.monotonic() < deadline:
-        with contextlib.suppress(FileNotFoundError):
-            return int((folder / _FAILED).read_text())
+        code = recorded_code(folder)
+        if code is not None:
+            return code
         time.sleep(0.05)
     return None
 

@@ -9,6 +9,7 @@ not used here. Ranks meet through a file in FOLDER.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import importlib
 import multiprocessing
 import os
@@ -21,7 +22,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from types import FrameType
 
-from megatron.launcher.failures import USER_ERROR, claim_failure
+from megatron.launcher.failures import REQUEUE, USER_ERROR, claim_failure
 from megatron.launcher.processes import die_with_parent, shell_code
 from megatron.launcher.start import GRACE_SECONDS
 
@@ -39,6 +40,10 @@ def _rank(rank: int, ranks: int, folder: Path, command: list[str], parent: int) 
     """Body of a forked rank: the script as `__main__`, as if it had been started alone."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A warning that comes during start-up waits until the training listens (StopRequest); a program that never does
+    # is not ended by it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    signal.signal(signal.SIGUSR1, signal.SIG_DFL)
     die_with_parent(parent, signal.SIGKILL)
     os.environ.update(
         RANK=str(rank),
@@ -74,6 +79,15 @@ def main(arguments: list[str]) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, on_signal)
     running: dict[int, Rank] = {}
+
+    warned: list[int] = []
+
+    def on_warning(number: int, frame: FrameType | None) -> None:
+        warned.append(number)
+        for process in list(running.values()):
+            _warn(process)
+
+    signal.signal(signal.SIGUSR1, on_warning)
     failed: list[int] = []
     try:
         sys.path.insert(0, str(Path(command[0]).resolve().parent))
@@ -84,14 +98,24 @@ def main(arguments: list[str]) -> int:
             process = context.Process(target=_rank, args=(rank, ranks, folder, command, os.getpid()))
             process.start()
             running[rank] = process
+            if warned:
+                _warn(process)
         _watch(running, failed, folder, deadline=None)
     except _Stop:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         _terminate(running)
         _watch(running, failed, folder, deadline=time.monotonic() + GRACE_SECONDS)
+    if REQUEUE in failed:
+        return REQUEUE
     if stop:
         return 128 + stop[0]
     return shell_code(failed[0]) if failed else 0
+
+
+def _warn(process: Rank) -> None:
+    if process.pid is not None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGUSR1)
 
 
 def _terminate(running: dict[int, Rank]) -> None:
@@ -120,7 +144,7 @@ def _watch(running: dict[int, Rank], failed: list[int], folder: Path, deadline: 
             code = process.exitcode or 0
             if code and not failed and not asked:
                 claim_failure(folder, shell_code(code))  # the others need not say that they lost this one
-                if code != USER_ERROR:  # else the rank has said all there is to say
+                if code not in (USER_ERROR, REQUEUE):  # else the rank has said all there is to say
                     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
                     print(f"rank {rank} {how}; the other ranks are stopped", file=sys.stderr, flush=True)
                 deadline = time.monotonic() + FAILURE_GRACE_SECONDS

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
+from megatron.launcher.failures import REQUEUE
 from megatron.launcher.processes import kill_group, shell_code
 from megatron.neox_arguments import NeoXArgs
 
@@ -31,13 +32,13 @@ _ROOT = Path(__file__).resolve().parents[2]
 def start(script: Path, args: NeoXArgs) -> int:
     """Run `script` on the local ranks of a resolved configuration; returns the job's exit code.
 
-    The configuration travels as a file in a folder of the run, named by its digest. Ctrl-C and SIGTERM are passed on;
-    whatever has not ended after GRACE_SECONDS is killed.
+    The configuration travels as a file in a folder of the run, named by its digest. SIGUSR1, Ctrl-C and SIGTERM are
+    passed on; whatever has not ended GRACE_SECONDS after one of the last two is killed.
     """
     folder = Path(tempfile.mkdtemp(prefix="neox_run_"))
     try:
         handover = write_handover(args, folder)
-        return _supervise([*_command(args, folder), str(script), "--neox-args", str(handover)], environment(args))
+        return supervise([*_command(args, folder), str(script), "--neox-args", str(handover)], environment(args))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -78,7 +79,8 @@ def environment(args: NeoXArgs) -> dict[str, str]:
     return result
 
 
-def _supervise(command: list[str], env: dict[str, str]) -> int:
+def supervise(command: list[str], env: dict[str, str]) -> int:
+    """Run `command` in a session of its own, pass signals on, leave nothing of it behind; returns its exit code."""
     # A session of its own: the terminal's ctrl-C reaches deepy alone, which then ends the ranks in order.
     process = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, start_new_session=True)
     received: list[int] = []
@@ -92,6 +94,7 @@ def _supervise(command: list[str], env: dict[str, str]) -> int:
 
     handled = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     previous = {number: signal.signal(number, forward) for number in handled}
+    previous[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, lambda number, frame: process.send_signal(number))
     previous[signal.SIGALRM] = signal.signal(signal.SIGALRM, lambda number, frame: kill_group(process.pid))
     try:
         code = process.wait()
@@ -100,4 +103,4 @@ def _supervise(command: list[str], env: dict[str, str]) -> int:
         for number, handler in previous.items():
             signal.signal(number, handler)
         kill_group(process.pid)
-    return 128 + received[0] if received else shell_code(code)
+    return 128 + received[0] if received and code != REQUEUE else shell_code(code)

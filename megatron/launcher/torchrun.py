@@ -6,13 +6,16 @@ with an error: the rank itself has said what happened.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
 import sys
+from pathlib import Path
+from types import FrameType
 
-from megatron.launcher.failures import USER_ERROR
-from megatron.launcher.processes import die_with_parent, shell_code
+from megatron.launcher.failures import REQUEUE, USER_ERROR, recorded_code
+from megatron.launcher.processes import children, die_with_parent, shell_code
 from megatron.launcher.start import GRACE_SECONDS
 
 
@@ -24,18 +27,28 @@ def main(arguments: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    ranks, _, *command = arguments
+    ranks, folder, *command = arguments
+    signal.signal(signal.SIGUSR1, _pass_on)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
         run.run(run.parse_args(["--standalone", "--nproc-per-node", ranks, *command]))
     except ChildFailedError as error:
+        if recorded_code(Path(folder)) == REQUEUE:
+            return REQUEUE
         rank, failure = error.get_first_failure()
         if failure.exitcode != USER_ERROR:  # else the rank has said all there is to say
             print(f"rank {rank} ended with exit code {failure.exitcode}; the other ranks were stopped", file=sys.stderr)
         return shell_code(failure.exitcode)
     except SignalException as stop:
-        return 128 + stop.sigval
+        return REQUEUE if recorded_code(Path(folder)) == REQUEUE else 128 + stop.sigval
     return 0
+
+
+def _pass_on(number: int, frame: FrameType | None) -> None:
+    """Slurm's warning to the ranks; torch's agent would end at once."""
+    for child in children(os.getpid()):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, number)
 
 
 if __name__ == "__main__":

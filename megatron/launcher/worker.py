@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import signal
@@ -15,12 +16,15 @@ from typing import NoReturn
 from megatron.launcher.failures import (
     FAILURE,
     USER_ERROR,
+    Stopped,
     claim,
     claim_failure,
     code_of_the_culprit,
     is_about_a_lost_peer,
+    run_folder,
 )
 from megatron.launcher.processes import die_with_parent
+from megatron.launcher.ranks import find_ranks, node_name
 from megatron.neox_arguments import ConfigError, NeoXArgs
 from megatron.neox_arguments.derived import Task
 from megatron.neox_arguments.errors import UserError
@@ -32,7 +36,7 @@ AFTER_THE_CULPRIT_SECONDS = 0.5  # a victim ends later than the culprit, so that
 def worker_args(arguments: list[str] | None = None, task: Task = "train") -> NeoXArgs:
     """The configuration of this rank: `--neox-args FILE` as deepy.py writes it, or YAML files and overrides.
 
-    The second form is for ranks that somebody else has started (`torchrun train.py a.yml b.yml`); then every rank
+    The second form is for ranks that somebody else has started (`srun python train.py a.yml b.yml`); then every rank
     resolves the files, and `distributed.initialize` compares the results. Raises ConfigError.
     """
     words = sys.argv[1:] if arguments is None else arguments
@@ -43,7 +47,9 @@ def worker_args(arguments: list[str] | None = None, task: Task = "train") -> Neo
         raise ConfigError(
             f"configuration files are missing: python deepy.py {Path(sys.argv[0]).name} model.yml run.yml"
         )
-    return NeoXArgs.from_ymls(words[:first], parse_overrides(words[first:]), task=task)
+    ranks = find_ranks(os.environ)
+    world_size = None if ranks is None else ranks.world_size
+    return NeoXArgs.from_ymls(words[:first], parse_overrides(words[first:]), world_size, task=task)
 
 
 def read_handover(path: Path) -> NeoXArgs:
@@ -66,20 +72,25 @@ def run(program: Callable[[NeoXArgs], object], task: Task = "train", user_errors
     """`program(worker_args())`, and the end of the process.
 
     Exit code 0, 2 for a user's error (UserError or one of `user_errors`: its text alone is printed, once, however many
-    ranks meet it), 1 for anything else: then the first rank to fail prints its traceback, and those that fail because
-    it is gone are silent.
+    ranks meet it), that of `Stopped` for a run that ends early in order, 1 for anything else: then the first rank to
+    fail prints its traceback, and those that fail because it is gone are silent.
     """
-    code, folder = FAILURE, _run_folder()
-    if folder:
+    code, folder = FAILURE, run_folder(sys.argv[1:])
+    if sys.argv[1:2] == ["--neox-args"]:
         die_with_parent(os.getppid(), signal.SIGKILL)
     try:
         program(worker_args(task=task))
         code = 0
     except (UserError, *user_errors) as error:
         code = USER_ERROR
-        claim_failure(folder, code)
+        claim_failure(folder, code, f"error: {error}")
         if claim(folder, "said-" + hashlib.sha256(str(error).encode()).hexdigest()):
             print(f"error: {error}", file=sys.stderr)
+    except Stopped as stop:
+        code = stop.code
+        if claim_failure(folder, code, str(stop)) and (folder is not None or _rank() == 0):
+            print(f"stopped: {stop}", file=sys.stderr)
+        _close_process_group()  # all ranks are here: none has failed
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
     except Exception as error:
@@ -100,17 +111,20 @@ def _unexpected(error: Exception, folder: Path | None) -> int:
         if culprit is not None:
             time.sleep(AFTER_THE_CULPRIT_SECONDS)
             return culprit
-    rank = os.environ.get("RANK", "0")
-    if claim_failure(folder, FAILURE):
+    rank = _rank()
+    what = f"rank {rank} on {node_name(os.environ)} failed: {type(error).__name__}: {error}"
+    if claim_failure(folder, FAILURE, what):
         print(f"rank {rank} failed:\n{traceback.format_exc()}", file=sys.stderr)
     else:
         print(f"rank {rank} failed as well: {type(error).__name__}: {error}", file=sys.stderr)
     return FAILURE
 
 
-def _run_folder() -> Path | None:
-    """The folder of the file that deepy.py handed over."""
-    return Path(sys.argv[2]).parent if sys.argv[1:2] == ["--neox-args"] else None
+def _rank() -> int:
+    with contextlib.suppress(ConfigError):  # contradicting variables: said already
+        ranks = find_ranks(os.environ)
+        return 0 if ranks is None else ranks.rank
+    return 0
 
 
 def _close_process_group() -> None:

@@ -88,7 +88,7 @@ class NeoXArgs(RuntimeKeys, CheckpointKeys, DataKeys, OptimizationKeys, Parallel
         return self._build({**self._merged, **keys}, {}, self.global_num_gpus, self._task)
 
     def with_train_iters(self, train_iters: int) -> Self:
-        """The same run with the length that its data give to `train_epochs`; the keys the user gave stay as they are."""
+        """The same run with the length that its data give to `train_epochs`; the keys as given stay what they are."""
         values = {"train_iters": train_iters}
         if self.lr_decay_iters is None:
             values["lr_decay_iters"] = derived.decay_iters(train_iters, self.lr_decay_fraction)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -73,7 +72,7 @@ def true_width(args: NeoXArgs) -> int:
 
 def ranks(args: NeoXArgs, pipe: int, world_size: int | None) -> int:
     """World size: the launcher's word, then the configuration's, then the smallest that works."""
-    started = world_size or int(os.environ.get("WORLD_SIZE", "0")) or None
+    started = world_size
     nodes = max(1, args.num_nodes)
     asked = args.global_num_gpus or (nodes * args.num_gpus if args.num_gpus else None)
     if args.global_num_gpus and args.num_gpus and args.global_num_gpus != nodes * args.num_gpus:

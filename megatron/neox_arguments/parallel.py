@@ -30,8 +30,9 @@ class ParallelKeys(Keys):
     device: Literal["cuda", "cpu"] = derived(
         "cuda with nccl, cpu with gloo", "Where tensors live; ROCm's devices are called cuda.", ours=True
     )
-    launcher: Literal["auto", "fork", "torchrun"] = key(
+    launcher: Literal["auto", "fork", "torchrun", "slurm"] = key(
         "auto",
-        "How deepy.py starts local ranks. fork: one process imports, then forks (CPU); torchrun: each rank imports for "
-        "itself (needed for GPUs); auto: fork on cpu, torchrun on cuda.",
+        "How deepy.py starts ranks. fork: one process imports, then forks (CPU); torchrun: each rank imports for "
+        "itself (needed for GPUs); slurm: one srun over the nodes of the allocation; auto: slurm inside of an "
+        "allocation, else fork on cpu, torchrun on cuda.",
     )

@@ -9,24 +9,32 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from megatron.checkpoint import TrainState, load_checkpoint, prepare_save, save_checkpoint
 from megatron.data import Datasets, MicroBatches, build_datasets
 from megatron.launcher.distributed import Place, initialize
+from megatron.launcher.failures import Stopped
+from megatron.launcher.signals import StopRequest
 from megatron.neox_arguments import NeoXArgs
 from megatron.trainer.batches import MicroBatch, StepBatch, assemble
 from megatron.trainer.engine import build_engine, build_model
 from megatron.trainer.evaluation import evaluate_all
 from megatron.trainer.guards import check_finite, check_initial_loss
 from megatron.trainer.progress import Progress
-from megatron.trainer.resume import where_to_start
+from megatron.trainer.resume import is_own_save, where_to_start
 from megatron.trainer.schedule import learning_rate
 from megatron.trainer.startup import StartUp
 
 
 def train(args: NeoXArgs) -> None:
-    """Train to `args.train_iters`. Collective: every rank that was started calls it."""
-    run_training(args, initialize(args))
+    """Train to `args.train_iters`. Collective: every rank that was started calls it.
+
+    Raises Stopped on all ranks, everything saved, after SIGUSR1 or SIGTERM to one of them.
+    """
+    stop = StopRequest()
+    stop.install()
+    run_training(args, initialize(args), stop)
 
 
-def run_training(args: NeoXArgs, place: Place) -> None:
+def run_training(args: NeoXArgs, place: Place, stop: StopRequest | None = None) -> None:
     """`train` in a world that is initialised already."""
+    stop = stop or StopRequest()
     startup = StartUp()
     startup.done("start, imports and groups")
     progress = Progress(args, place.rank)
@@ -50,13 +58,15 @@ def run_training(args: NeoXArgs, place: Place) -> None:
     startup.done("checkpoint")
     progress.say(f"starting at iteration {state.iteration}, {state.consumed_samples} samples consumed")
     first = state.iteration
+    saves = Saves(engine, args, datasets, progress, first if is_own_save(start) else None)
     if first == 0:
         report_validation(engine, args, datasets, progress, 0)
-        save_if_due(engine, args, datasets, progress, state)
+        saves.if_due(state)
     startup.done("validation")
     batches = TrainingBatches(engine, args, datasets, state)
     progress.start_clock()
     while state.iteration < args.train_iters:
+        stop_if_asked(stop, saves, state)
         train_step(engine, args, batches, state, progress)
         with progress.off_the_clock():
             if state.iteration == first + 1:
@@ -64,7 +74,7 @@ def run_training(args: NeoXArgs, place: Place) -> None:
                 progress.say(startup.line())
             if args.eval_interval and state.iteration % args.eval_interval == 0:
                 report_validation(engine, args, datasets, progress, state.iteration)
-            save_if_due(engine, args, datasets, progress, state)
+            saves.if_due(state)
     progress.close()
 
 
@@ -117,11 +127,41 @@ def train_step(
     return loss
 
 
-def save_if_due(
-    engine: PipelineEngine, args: NeoXArgs, datasets: Datasets, progress: Progress, state: TrainState
-) -> None:
-    if is_save_point(args, state.iteration):
-        save_checkpoint(engine, args, state, data_fingerprints=datasets.fingerprints, log=progress.say)
+class Saves:
+    """The checkpoints of this run: when they are due, and whether the present state is in one."""
+
+    def __init__(
+        self, engine: PipelineEngine, args: NeoXArgs, datasets: Datasets, progress: Progress, saved: int | None
+    ) -> None:
+        self.engine, self.args, self.datasets, self.progress = engine, args, datasets, progress
+        self.saved = saved  # iteration that `args.save` holds
+
+    def if_due(self, state: TrainState) -> None:
+        if is_save_point(self.args, state.iteration):
+            self.now(state)
+
+    def now(self, state: TrainState) -> None:
+        """Save unless this state is saved already. Collective."""
+        if state.iteration != self.saved:
+            fingerprints = self.datasets.fingerprints
+            save_checkpoint(self.engine, self.args, state, data_fingerprints=fingerprints, log=self.progress.say)
+            self.saved = state.iteration
+
+
+def stop_if_asked(stop: StopRequest, saves: Saves, state: TrainState) -> None:
+    """After a signal to any rank: save what is not saved yet, then raise Stopped on all ranks. Collective.
+
+    Without a save folder there is nothing to go on with, and the exit code is the signal's.
+    """
+    args = saves.args
+    received = stop.agreed(saves.engine.device)
+    if received is None:
+        return
+    where = f"{received.name} at iteration {state.iteration} of {args.train_iters}"
+    if not args.save:
+        raise Stopped(f"{where}; nothing is saved, the run has no save folder", code=128 + received)
+    saves.now(state)
+    raise Stopped(f"{where}; all is saved, the same command goes on from there")
 
 
 def is_save_point(args: NeoXArgs, iteration: int) -> bool:

@@ -16,12 +16,17 @@ from megatron.checkpoint.folders import LATEST
 from megatron.neox_arguments import NeoXArgs
 
 
+def is_own_save(args: NeoXArgs) -> bool:
+    """Whether the run continues from the folder that it saves to."""
+    return bool(args.save and args.load) and Path(args.load or "").resolve() == Path(args.save or "").resolve()
+
+
 def where_to_start(args: NeoXArgs, device: torch.device, log: Callable[[str], None]) -> NeoXArgs:
     """`args`, or the same run continued from its own `save` folder. Collective: rank 0 looks, all follow.
 
     A `load` that names the save folder itself is taken as it stands, with its `finetune` and `no_load_optim`.
     """
-    if args.save is None or (args.load is not None and Path(args.load).resolve() == Path(args.save).resolve()):
+    if args.save is None or is_own_save(args):
         return args
     box = [dist.get_rank() == 0 and (Path(args.save) / LATEST).is_file()]
     dist.broadcast_object_list(box, src=0, device=device)

@@ -52,7 +52,10 @@ def test_print_config_shows_the_merged_and_derived_keys() -> None:
         (("nothing.py", *TINY), "nothing.py: no such script"),
         (("train.py",), "at least one configuration file"),
         (("train.py", *TINY, "-H", "hosts"), "hostfile: 'hosts' is not supported"),
-        (("train.py", *TINY, "--num_nodes", "2"), "deepy.py starts the ranks of one machine"),
+        (
+            ("train.py", *TINY, "--num_nodes", "2"),
+            "not a Slurm allocation, and here deepy.py starts the ranks of one machine",
+        ),
         (("train.py", TINY[0], TINY[0]), "num_layers is given twice"),
         ((), "usage:"),
     ],
