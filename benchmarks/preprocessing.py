@@ -1,19 +1,18 @@
 """preprocess_data.py against a one-process loop over the same tokenizer, on real text, in one run.
 
-    python benchmarks/preprocessing.py [--vocab-file Meta-Llama-3.1-8B/tokenizer.json] [--megabytes 24]
+    python benchmarks/preprocessing.py [--vocab-file Meta-Llama-3.1-8B/tokenizer.json] [--megabytes 64]
 
 Measured in alternation, median and range over the rounds: a loop over `tokenizers`' own `encode`, document by
-document; its batch call, the ceiling of that library on one core; this project's encoder on one core; and the whole
-command (reading JSON, encoding, writing, checksums, start-up included) with all cores. `datasets.map` joins in where
-the package is installed. The last line compares the
-peak memory of the command (its largest process) on the input and on twice the input.
+document; its batch call on one core and on all of them, the ceiling of that library; this project's encoder on one
+core; the whole command (reading JSON, encoding, writing, checksums, start-up included) with all cores; and
+`datasets.map` with as many processes. A command on one document tells how long the start takes. The last line
+compares the peak memory of the command (its largest process) on the input and on twice the input.
 Without --vocab-file the vocabulary is the one in Meta's `llama-models`, written as tokenizer.json by `transformers`.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import statistics
@@ -38,7 +37,7 @@ from megatron.tokenizer import build_tokenizer  # noqa: E402
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vocab-file", type=Path)
-    parser.add_argument("--megabytes", type=int, default=24)
+    parser.add_argument("--megabytes", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--json", type=Path, help="write the figures there, too")
@@ -47,9 +46,8 @@ def main() -> int:
         folder = Path(name)
         vocab = options.vocab_file or meta_vocabulary(folder)
         documents = list(real_documents(options.megabytes * 1_000_000))
-        for label, times in (("once", 1), ("twice", 2)):
-            lines = (json.dumps({"text": text}) + "\n" for _ in range(times) for text in documents)
-            (folder / f"{label}.jsonl").write_text("".join(lines))
+        for label, texts in (("once", documents), ("twice", documents * 2), ("start", documents[:1])):
+            (folder / f"{label}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
         report = measure(folder, vocab, documents, options)
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n")
@@ -66,25 +64,33 @@ def measure(folder: Path, vocab: Path, documents: list[str], options: argparse.N
             library.encode(d, add_special_tokens=False).ids for d in documents
         ],
         "tokenizers: encode_batch_fast, 1 core": lambda: library.encode_batch_fast(documents, add_special_tokens=False),
+        f"tokenizers: encode_batch_fast, {options.workers} processes": lambda: on_all_cores(
+            library, documents, options.workers
+        ),
         "this project's encoder, 1 core": lambda: ours.encode_arrays(documents),
         f"preprocess_data.py, {options.workers} workers": lambda: command(folder, vocab, "once", options.workers),
+        f"datasets.map, {options.workers} processes": lambda: datasets_map(folder, library, options.workers),
+        "preprocess_data.py on one document": lambda: command(folder, vocab, "start", options.workers),
     }
-    if importlib.util.find_spec("datasets"):
-        runs[f"datasets.map, {options.workers} processes"] = lambda: datasets_map(folder, library, options.workers)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(options.rounds):
         for name, run in runs.items():
+            os.sync()  # what the run before left to write is not this one's
             start = time.perf_counter()
             run()
             seconds[name].append(time.perf_counter() - start)
-    header = read_header(folder / "out_text_document")
+    header = read_header(folder / "once_text_document")
     assert header is not None
+    print(f"{size:.1f} MB of real text, {len(documents)} documents, {header.tokens} tokens, {options.rounds} rounds")
+    starts = seconds.pop("preprocess_data.py on one document")
+    whole = f"preprocess_data.py, {options.workers} workers"
+    seconds[f"{whole}, without its start"] = [a - b for a, b in zip(seconds[whole], starts, strict=True)]
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     loop = next(iter(medians.values()))
-    print(f"{size:.1f} MB of real text, {len(documents)} documents, {header.tokens} tokens, {options.rounds} rounds")
+    print(f"the start takes {statistics.median(starts):.1f} s")
     for name, values in seconds.items():
         print(
-            f"{name:<44} {size / medians[name]:6.2f} MB/s ({size / max(values):.2f} to {size / min(values):.2f})  "
+            f"{name:<50} {size / medians[name]:6.2f} MB/s ({size / max(values):.2f} to {size / min(values):.2f})  "
             f"{header.tokens / medians[name]:>10,.0f} tokens/s   {loop / medians[name]:5.2f} x the loop"
         )
     once, twice = (command(folder, vocab, label, options.workers) for label in ("once", "twice"))
@@ -95,9 +101,22 @@ def measure(folder: Path, vocab: Path, documents: list[str], options: argparse.N
     return {**{f"{name} [MB/s]": size / value for name, value in medians.items()}, "peak": once, "peak, twice": twice}
 
 
+def on_all_cores(library: tokenizers.Tokenizer, documents: list[str], workers: int) -> None:
+    """What the library can do at most: every process encodes its part and throws the result away."""
+    children = []
+    for worker in range(workers):
+        child = os.fork()
+        if child == 0:
+            library.encode_batch_fast(documents[worker::workers], add_special_tokens=False)
+            os._exit(0)
+        children.append(child)
+    for child in children:
+        os.waitpid(child, 0)
+
+
 def command(folder: Path, vocab: Path, label: str, workers: int) -> float:
     """Run preprocess_data.py; the peak resident memory of its largest process, MiB."""
-    arguments = ["--input", folder / f"{label}.jsonl", "--output-prefix", folder / "out", "--vocab-file", vocab]
+    arguments = ["--input", folder / f"{label}.jsonl", "--output-prefix", folder / label, "--vocab-file", vocab]
     arguments += ["--tokenizer-type", "HFTokenizer", "--append-eod", "--workers", workers]
     process = subprocess.Popen(
         [sys.executable, ROOT / "tools/datasets/preprocess_data.py", *map(str, arguments)],

@@ -1,0 +1,139 @@
+"""Packed conversations with masks, from JSON to gradients: however the samples are split, each learned token weighs
+the same, and what is learned is the assistant's words."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import Tensor
+
+from examples.demo_tokenizer import train_tokenizer
+from megatron.data import build_datasets
+from megatron.model.loss import IGNORE_INDEX
+from megatron.tokenizer import build_tokenizer
+from tests.models import LLAMA3_ROPE, Case
+from tests.parity.test_masked_loss import assert_equal_gradients
+from tests.ranks import run_ranks
+from tests.training import relative_difference
+from tests.unit.data.conftest import real_texts
+from tests.unit.data.test_datasets import Args
+from tests.unit.data.test_preprocess_sft import conversations, write
+from tools.datasets.preprocess_sft import main as preprocess_sft
+
+pytestmark = pytest.mark.distributed
+
+VOCAB, SAMPLES = 640, 32
+CASE = Case(heads=4, kv_heads=2, head_dim=8, layers=2, intermediate=40, vocab=VOCAB, rope=LLAMA3_ROPE, seq=96)
+SPLITS = {"1x32": (1, 32, 1), "4x8": (1, 8, 4), "dp2x4x4": (2, 4, 4)}  # name: (DP, micro-batch, accumulation)
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The keys that preprocess_sft.py writes for its two sources, with the tokenizer."""
+    folder = tmp_path_factory.mktemp("sft")
+    records = conversations(90, "stars"), conversations(60, "gardens")
+    texts = [message["content"] for part in records for record in part for message in record["messages"]]
+    train_tokenizer([*texts, *real_texts()[:10]], VOCAB).save(str(folder / "tokenizer.json"))
+    sources = [write(folder / f"{name}.jsonl", part) for name, part in zip("ab", records, strict=True)]
+    arguments = ["--output-prefix", str(folder / "sft"), "--tokenizer-type", "HFTokenizer", "--workers", "1"]
+    arguments += ["--vocab-file", str(folder), "--source", f"a:0.7={sources[0]}", "--source", f"b:0.3={sources[1]}"]
+    assert preprocess_sft(arguments) == 0
+    return {**yaml.safe_load((folder / "sft_train.yml").read_text()), "vocab_file": str(folder / "tokenizer.json")}
+
+
+@pytest.fixture(scope="module")
+def samples(keys: dict[str, Any]) -> list[Any]:
+    """One global batch of packed samples, as a run reads them."""
+    named = {name: value for name, value in keys.items() if hasattr(Args, name)}
+    args = Args(**named, vocab_size=VOCAB, seq_length=CASE.seq, train_iters=1, train_batch_size=SAMPLES)
+    train = build_datasets(args).train
+    return [train[place] for place in range(SAMPLES)]
+
+
+def test_the_batch_is_packed_isolated_and_unevenly_masked(keys: dict[str, Any], samples: list[Any]) -> None:
+    assert keys["pack_impl"] == "best_fit"
+    assert keys["isolate_documents"] is True
+    documents = [int(sample["positions"].eq(0).sum()) for sample in samples]
+    learned = [int(sample["labels"].ne(IGNORE_INDEX).sum()) for sample in samples]
+    assert max(documents) > 1
+    assert min(learned) > 0
+    assert max(learned) > 1.2 * min(learned)
+
+
+def test_what_is_learned_is_what_the_assistant_says(keys: dict[str, Any], samples: list[Any]) -> None:
+    tokenizer = build_tokenizer("HFTokenizer", keys["vocab_file"])
+    said = {f"{m['content']}<|eot_id|>" for tag in ("stars", "gardens") for record in conversations(90, tag)
+            for m in record["messages"] if m["role"] == "assistant"}  # fmt: skip
+    for sample in samples:
+        labels = sample["labels"]
+        text = tokenizer.decode(labels[labels != IGNORE_INDEX].tolist())
+        for turn in text.split("<|eot_id|>")[:-1]:
+            assert f"{turn}<|eot_id|>" in said, turn
+
+
+def _gradients(rank: int, world_size: int, micro: int, accumulation: int, samples: list[Any]) -> list[Tensor]:
+    """This rank's shard of the gradients, by parameter group, without a position's `sample_id`."""
+    from tests.training import build, step
+
+    args = CASE.neox(
+        world_size=world_size,
+        train_micro_batch_size_per_gpu=micro,
+        gradient_accumulation_steps=accumulation,
+        gradient_clipping=1e9,
+        isolate_documents=True,
+    )
+    engine = build(args, CASE)
+    step(engine, args, [{k: sample[k] for k in ("tokens", "labels", "positions")} for sample in samples])
+    inner = engine.optimizer.optimizer
+    beta1 = args.optimizer.params.betas[0]
+    return [inner.state[group["params"][0]]["exp_avg"] / (1 - beta1) for group in inner.param_groups]
+
+
+def gradients(split: str, samples: list[Any]) -> list[Tensor]:
+    dp, micro, accumulation = SPLITS[split]
+    shards = run_ranks(_gradients, dp, micro, accumulation, samples)
+    sizes = CASE.neox(world_size=1).shape.num_parameters, CASE.hidden * (2 * CASE.layers + 1)
+    flat = [torch.cat(parts) for parts in zip(*shards, strict=True)]
+    return [flat[0][: sizes[0] - sizes[1]], flat[1][: sizes[1]]]  # ZeRO's padding cut off
+
+
+@pytest.fixture(scope="module")
+def whole_batch(samples: list[Any]) -> list[Tensor]:
+    return gradients("1x32", samples)
+
+
+@pytest.mark.parametrize("split", ["4x8", "dp2x4x4"])
+def test_splits_give_equal_gradients(split: str, samples: list[Any], whole_batch: list[Tensor]) -> None:
+    assert_equal_gradients(gradients(split, samples), whole_batch)
+
+
+def test_learning_the_user_s_words_too_would_be_seen(samples: list[Any], whole_batch: list[Tensor]) -> None:
+    """The masks matter to these gradients: without them they are others."""
+    unmasked = []
+    for sample in samples:
+        labels = torch.cat([sample["tokens"][1:], torch.tensor([IGNORE_INDEX])])
+        unmasked.append({**sample, "labels": labels})
+    assert relative_difference(gradients("1x32", unmasked)[0], whole_batch[0]) > 0.05
+
+
+def test_the_gradients_are_those_of_transformers_on_single_conversations(
+    samples: list[Any], whole_batch: list[Tensor]
+) -> None:
+    """The norm of all gradients, from `LlamaForCausalLM` run on each conversation alone."""
+    model = CASE.hugging_face().train()
+    total = sum(int(sample["labels"].ne(IGNORE_INDEX).sum()) for sample in samples)
+    for sample in samples:
+        starts = [*sample["positions"].eq(0).nonzero().flatten().tolist(), CASE.seq]
+        for first, behind in itertools.pairwise(starts):
+            labels = sample["labels"][first:behind]
+            if bool(labels.ne(IGNORE_INDEX).any()):
+                logits = model(sample["tokens"][None, first:behind]).logits[0]
+                loss = torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+                (loss / total).backward()
+    theirs = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm()
+    ours = torch.cat(whole_batch).norm()
+    assert float(ours) == pytest.approx(float(theirs), rel=1e-5)
