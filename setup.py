@@ -54,6 +54,7 @@ setup(
             f"megatron.{name}{rest}"
             for name in (
                 "neox_arguments",
+                "planner",
                 "launcher",
                 "model",
                 "ops",

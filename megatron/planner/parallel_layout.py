@@ -1,0 +1,56 @@
+"""How a model is spread over ranks and a batch over micro-batches: what all of the planner's formulas take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from megatron.neox_arguments import NeoXArgs
+
+Recompute = Literal["none", "selective", "full"]
+
+
+@dataclass(frozen=True)
+class ParallelLayout:
+    """One way to run a model on `world_size` ranks.
+
+    `recompute` is what the backward pass computes again: nothing, attention's inner part (selective), or whole decoder
+    layers (full). `sequence_parallel`, `virtual_stages` > 1 and selective recomputation cannot be run by the trainer
+    today (`runs_today`); the planner knows them to say what they would gain.
+    """
+
+    tensor: int
+    pipe: int
+    data: int
+    micro_batch: int
+    num_micro_batches: int  # gradient accumulation steps
+    recompute: Recompute = "full"
+    sequence_parallel: bool = False
+    virtual_stages: int = 1
+
+    @classmethod
+    def of(cls, args: NeoXArgs) -> ParallelLayout:
+        """The layout of a resolved training configuration."""
+        return cls(
+            tensor=args.model_parallel_size,
+            pipe=args.pipe_parallel_size,
+            data=args.data_parallel_size,
+            micro_batch=args.train_micro_batch_size_per_gpu,
+            num_micro_batches=args.gradient_accumulation_steps,
+            recompute="full" if args.checkpoint_activations else "none",
+        )
+
+    @property
+    def world_size(self) -> int:
+        return self.tensor * self.pipe * self.data
+
+    @property
+    def global_batch(self) -> int:
+        """Sequences of one optimizer step."""
+        return self.micro_batch * self.num_micro_batches * self.data
+
+    @property
+    def runs_today(self) -> bool:
+        """Whether the trainer can run it."""
+        return not self.sequence_parallel and self.virtual_stages == 1 and self.recompute != "selective"
