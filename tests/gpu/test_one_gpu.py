@@ -161,19 +161,25 @@ def losses(folder: Path) -> list[float]:
 
 
 def test_a_run_on_the_gpu_follows_the_cpu_and_resumes(tmp_path: Path) -> None:
-    """fp32 follows the CPU's run; bf16 on kernels, stopped at step 4 and resumed, ends on the same bits."""
-    cpu, gpu = tmp_path / "cpu", tmp_path / "gpu"
-    done = deepy(cpu, kernels="reference")
+    """fp32 follows the CPU's run; bf16 on kernels, resumed from its middle, ends on the same bits."""
+    cpu, gpu, whole, half = (tmp_path / name for name in ("cpu", "gpu", "whole", "half"))
+    done = deepy(cpu, kernels="reference", save=None, checkpoint_factor=None)
     assert done.returncode == 0, done.stderr
-    done = deepy(gpu, distributed_backend="nccl", kernels="required")
+    on_gpu = {"distributed_backend": "nccl", "kernels": "required"}
+    done = deepy(gpu, **on_gpu, save=None, checkpoint_factor=None)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "compiled kernels" in done.stdout
     assert "ranks: 1 on 1 node" in done.stdout
     assert losses(gpu) == pytest.approx(losses(cpu), rel=2e-4)
 
-    whole, halves = tmp_path / "whole", tmp_path / "halves"
-    bf16 = {"distributed_backend": "nccl", "precision": "bfloat16", "kernels": "required", "lr_decay_iters": 8}
-    assert deepy(whole, **bf16).returncode == 0
-    assert deepy(halves, **bf16, train_iters=4).returncode == 0
-    assert deepy(halves, **bf16).returncode == 0
-    assert losses(halves) == losses(whole)
+    done = deepy(whole, **on_gpu, precision="bfloat16")
+    assert done.returncode == 0, done.stdout + done.stderr
+    start = {"load": str(whole / "checkpoints"), "iteration": 4, "from_scratch": False}
+    done = deepy(half, **on_gpu, precision="bfloat16", **start)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert losses(half) == losses(whole)[4:]
+    last = [sorted((f / "checkpoints/global_step8").glob("layer_*.pt")) for f in (whole, half)]
+    assert len(last[0]) == CASE.layers + 3
+    for one, other in zip(*last, strict=True):
+        tensors = [torch.load(path, weights_only=True) for path in (one, other)]
+        assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0] | tensors[1])
