@@ -6,27 +6,46 @@ DeepSpeed really hold, read from their source and checked against measured runs 
 - bf16 (`BF16_Optimizer`): bf16 weights and bf16 gradients, *unsharded* fp32 gradients, and 12 bytes a parameter of
   fp32 master weights and moments, sharded over data-parallel ranks. fp32 (ZeRO-1): fp32 weights and gradients.
 - 1F1B keeps min(m, p - stage) micro-batches in flight (`TrainSchedule`), of each of them what the recomputation mode
-  leaves stored.
-- Of a recomputed layer everything is alive once, while its backward pass runs.
+  leaves stored. Between stages DeepSpeed passes each tensor-parallel rank's share of the hidden states.
+- The last stage's buffers keep the logits of two micro-batches, long after their backward pass.
+- The reduction copies all fp32 gradients that fit one bucket of 500 million elements.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
 
 from megatron.model import layout as tensors
 from megatron.model.layout import LlamaShape
+from megatron.planner.activations import FP32, Activations, Ops
 from megatron.planner.parallel_layout import ParallelLayout
 
 GIB = 1 << 30
-FP32 = 4
 ELEMENT = {"fp32": 4, "bfloat16": 2}
 
 # RCCL on MI250X: the first communicator takes about 950 MiB of device memory and 90 MiB of context, each further one
 # 630 to 650 MiB, none of it seen by torch's allocator (measured on LUMI; see docs/planning.md for the source).
 FIRST_COMMUNICATOR = 1 * GIB
 FURTHER_COMMUNICATOR = int(0.65 * GIB)
+
+# DeepSpeed's MEMORY_OPT_ALLREDUCE_SIZE and the default of `reduce_bucket_size`: elements that are reduced together.
+_BUCKET = 500_000_000
+
+KINDS = (
+    "weights",
+    "gradients",
+    "optimizer",
+    "activations",
+    "workspace",
+    "logits",
+    "pipeline",
+    "tables",
+    "communicators",
+)
 
 
 @dataclass(frozen=True)
@@ -41,12 +60,13 @@ class StageMemory:
     gradients: int
     optimizer: int  # fp32 masters and Adam's two moments: this data-parallel rank's shard
     activations: int  # stored for backward, of all micro-batches in flight
-    workspace: int  # the layer being differentiated, gradients on their way, reduction buffers
+    workspace: int  # the layer being differentiated, gradients on their way, or reduction buffers
     logits: int
     pipeline: int  # what the engine keeps to receive and send
     tables: int  # rotary cos and sin
     communicators: int  # outside of torch's allocator
-    moment: str
+    moment: str  # which moment that is
+    moments: dict[str, int]  # bytes of tensors at each moment that can be the fullest
 
     @property
     def by_kind(self) -> dict[str, int]:
@@ -62,19 +82,6 @@ class StageMemory:
         return sum(self.by_kind.values())
 
 
-KINDS = (
-    "weights",
-    "gradients",
-    "optimizer",
-    "activations",
-    "workspace",
-    "logits",
-    "pipeline",
-    "tables",
-    "communicators",
-)
-
-
 def plan_memory(
     shape: LlamaShape,
     layout: ParallelLayout,
@@ -83,18 +90,18 @@ def plan_memory(
     *,
     stage_layers: Sequence[range] | None = None,
     isolate_documents: bool = False,
+    ops: Ops = "kernels",
 ) -> list[StageMemory]:
     """One entry per pipeline stage.
 
     `precision` is `bfloat16` or `fp32`; `stage_layers` the layer-file numbers of every stage, default DeepSpeed's
-    partition by decoder layers. Raises ValueError where the shape does not fit the tensor-parallel size.
+    partition by decoder layers; `ops` says how the fused operations run. Attention is a flash kernel. Raises
+    ValueError where the shape does not fit the tensor-parallel size.
     """
     shape.check_tensor_parallel(layout.tensor)
     stages = stage_layers or default_stages(shape.num_layers, layout.pipe)
-    return [
-        _stage(shape, layout, seq_length, precision, stage, layers, isolate_documents)
-        for stage, layers in enumerate(stages)
-    ]
+    sizes = Activations.of(shape, layout, seq_length, ELEMENT[precision], ops, isolate_documents)
+    return [_stage(shape, layout, seq_length, precision, sizes, stage, layers) for stage, layers in enumerate(stages)]
 
 
 def default_stages(num_layers: int, pipe: int) -> list[range]:
@@ -109,7 +116,7 @@ def default_stages(num_layers: int, pipe: int) -> list[range]:
         edges.append(edges[-1] + each + (stage < more))
     starts = [tensors.decoder_index(edge) for edge in edges]
     starts[0], starts[-1] = tensors.EMBEDDING_INDEX, tensors.head_index(num_layers) + 1
-    return [range(start, stop) for start, stop in zip(starts, starts[1:], strict=False)]
+    return [range(start, stop) for start, stop in itertools.pairwise(starts)]
 
 
 def communicators(layout: ParallelLayout, stage: int) -> int:
@@ -128,51 +135,72 @@ def _communicator_bytes(count: int) -> int:
 
 
 @dataclass(frozen=True)
-class _Sizes:
-    """Bytes of the tensors of one micro-batch on one rank."""
+class _Parameters:
+    """Elements on one tensor-parallel rank."""
 
-    hidden: int  # residual stream [s, b, h]; its slice under sequence parallelism
-    gathered: int  # [s, b, h] whole
-    qkv: int
-    rotated: int  # q and k after the rotary embedding
-    context: int  # output of attention
-    row_statistics: int  # attention's log-sum-exp
-    up_gate: int
-    product: int
-    rstd: int
-    logits: int
-
-    @classmethod
-    def of(cls, shape: LlamaShape, layout: ParallelLayout, seq_length: int, element: int) -> _Sizes:
-        tokens, t = seq_length * layout.micro_batch, layout.tensor
-        h, f, kv = shape.hidden_size, shape.intermediate_size, shape.num_kv_heads * shape.head_dim
-        share = t if layout.sequence_parallel else 1
-        return cls(
-            hidden=tokens * h * element // share,
-            gathered=tokens * h * element,
-            qkv=tokens * (h + 2 * kv) // t * element,
-            rotated=tokens * (h + kv) // t * element,
-            context=tokens * h // t * element,
-            row_statistics=tokens * shape.num_attention_heads // t * FP32,
-            up_gate=tokens * 2 * f // t * element,
-            product=tokens * f // t * element,
-            rstd=tokens * FP32 // share,
-            logits=tokens * shape.padded_vocab_size // t * element,
-        )
+    matrices: int
+    vectors: int
+    largest: int
+    embedding: int  # 0 where the stage has none
+    head: int
+    layer: int  # a decoder layer's
+    mlp_first: int
+    mlp_second: int
 
     @property
-    def inside_layer(self) -> int:
-        """What autograd stores of a layer besides its input."""
-        norms = 3 * self.hidden + 2 * self.rstd  # both norms' outputs, the first residual sum
-        attention = self.qkv + self.rotated + self.context + self.row_statistics
-        return norms + attention + self.up_gate + self.product
+    def all(self) -> int:
+        return self.matrices + self.vectors
 
-    def stored(self, recompute: str) -> int:
-        """Bytes that a decoder layer keeps of a micro-batch until its backward pass."""
-        if recompute == "full":
-            return self.hidden
-        dropped = self.rotated + self.row_statistics if recompute == "selective" else 0
-        return self.hidden + self.inside_layer - dropped
+    def padded(self, data: int) -> int:
+        """As DeepSpeed flattens the two parameter groups: each to a multiple of twice the data-parallel size."""
+        return sum(-(-group // (2 * data)) * 2 * data for group in (self.matrices, self.vectors))
+
+
+@lru_cache(maxsize=4096)
+def _parameters(shape: LlamaShape, tensor: int, layers: range) -> _Parameters:
+    numbers = {row: prod(tensors.rank_shape(row, shape, tensor)) for row in _ROWS}
+    decoders = _decoders(shape, layers)
+    embedding = numbers[tensors.EMBEDDING[0]] if tensors.EMBEDDING_INDEX in layers else 0
+    head = numbers[tensors.HEAD[0]] if tensors.head_index(shape.num_layers) in layers else 0
+    norm = numbers[tensors.FINAL_NORM[0]] if tensors.final_norm_index(shape.num_layers) in layers else 0
+    one_layer = [numbers[row] for row in tensors.DECODER_LAYER if row.shard_dim is not None]
+    norms = sum(numbers[row] for row in tensors.DECODER_LAYER if row.shard_dim is None)
+    shared = shape.tied and embedding and head  # one matrix where one stage is the first and the last
+    return _Parameters(
+        matrices=decoders * sum(one_layer) + embedding + (0 if shared else head),
+        vectors=decoders * norms + norm,
+        largest=max([embedding, head, *(one_layer if decoders else [])]),
+        embedding=embedding,
+        head=head,
+        layer=sum(one_layer) + norms,
+        mlp_first=numbers[_MLP_FIRST],
+        mlp_second=numbers[_MLP_SECOND],
+    )
+
+
+_ROWS = (*tensors.EMBEDDING, *tensors.DECODER_LAYER, *tensors.FINAL_NORM, *tensors.HEAD)
+_MLP_FIRST = next(row for row in tensors.DECODER_LAYER if row.packing is tensors.Packing.UP_GATE)
+_MLP_SECOND = next(row for row in tensors.DECODER_LAYER if row.neox == "mlp.linear2.weight")
+
+
+def _decoders(shape: LlamaShape, layers: range) -> int:
+    first, last = tensors.decoder_index(0), tensors.decoder_index(shape.num_layers)
+    return max(0, min(layers.stop, last) - max(layers.start, first))
+
+
+@dataclass(frozen=True)
+class _Moment:
+    """Bytes that come and go; `gradients` are those of the weights, in the weights' dtype."""
+
+    name: str
+    gradients: int
+    activations: int
+    workspace: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        return self.gradients + self.activations + self.workspace + self.logits
 
 
 def _stage(
@@ -180,76 +208,164 @@ def _stage(
     layout: ParallelLayout,
     seq_length: int,
     precision: str,
+    sizes: Activations,
     stage: int,
     layers: range,
-    isolate_documents: bool,
 ) -> StageMemory:
-    element = ELEMENT[precision]
-    first, last = stage == 0, stage == layout.pipe - 1
-    matrices = vectors = largest = 0
-    for index in layers:
-        for row in _rows(shape, index):
-            size = _numel(tensors.rank_shape(row, shape, layout.tensor))
-            largest = max(largest, size)
-            matrices, vectors = (matrices, vectors + size) if row.shard_dim is None else (matrices + size, vectors)
-    parameters = matrices + vectors
-    decoders = sum(tensors.decoder_index(0) <= i < tensors.decoder_index(shape.num_layers) for i in layers)
-    padded = [_padded(group, 2 * layout.data) for group in (matrices, vectors)]
-    sizes = _Sizes.of(shape, layout, seq_length, element)
-
-    in_flight = min(layout.num_micro_batches, layout.pipe - stage)
-    if layout.virtual_stages > 1:  # chunks of a stage in flight, in stages (Narayanan et al. 2021, interleaved 1F1B)
-        v = layout.virtual_stages
-        chunks = 2 * (layout.pipe - stage - 1) + (v - 1) * layout.pipe + 1
-        activation_layers = min(chunks, v * layout.num_micro_batches) * decoders / v
-    else:
-        activation_layers = in_flight * decoders
-    received = 0 if first else sizes.hidden  # the engine keeps the received tensor beside the clone it computes with
-    kept = received + (0 if last else sizes.hidden)
-    activations = int(activation_layers * sizes.stored(layout.recompute)) + in_flight * kept
-    if last:
-        activations += 2 * sizes.hidden + sizes.rstd
-
-    logits = min(2, layout.num_micro_batches) * sizes.logits + sizes.logits if last else 0
-    recomputed = sizes.inside_layer + sizes.hidden if layout.recompute == "full" else 0
-    if layout.recompute == "selective":
-        recomputed = sizes.rotated + sizes.row_statistics
-    largest_in_layer = max(
-        (_numel(tensors.rank_shape(row, shape, layout.tensor)) for row in tensors.DECODER_LAYER), default=0
-    )
-    differentiated = sizes.up_gate + sizes.gathered + largest_in_layer * element
-    workspace = recomputed + differentiated if decoders else 0
-    table = FP32 * seq_length * shape.head_dim if decoders else 0
+    parameters = _parameters(shape, layout.tensor, layers)
+    decoders = _decoders(shape, layers)
+    padded = parameters.padded(layout.data)
+    moments = _Step(shape, layout, precision, sizes, stage, decoders, parameters).moments()
+    fullest = max(moments, key=lambda moment: moment.total)
+    accumulated = FP32 * padded if precision == "bfloat16" else 0
+    always = {
+        "weights": ELEMENT[precision] * padded,
+        "optimizer": 3 * FP32 * padded // layout.data,
+        "pipeline": _message(layout, sizes) if layout.pipe > 1 else 0,
+        "tables": FP32 * seq_length * shape.head_dim if decoders else 0,
+    }
+    peaks: dict[str, int] = {}
+    for moment in moments:
+        peaks[moment.name] = max(peaks.get(moment.name, 0), sum(always.values()) + accumulated + moment.total)
     return StageMemory(
         stage=stage,
         layers=layers,
         decoder_layers=decoders,
-        parameters=parameters,
-        weights=element * sum(padded),
-        gradients=(element + FP32) * sum(padded) if precision == "bfloat16" else FP32 * parameters,
-        optimizer=3 * FP32 * sum(padded) // layout.data,
-        activations=activations,
-        workspace=workspace,
-        logits=logits,
-        pipeline=sizes.hidden if layout.pipe > 1 else 0,
-        tables=table,
+        parameters=parameters.all,
+        **always,
+        gradients=accumulated + fullest.gradients,
+        activations=fullest.activations,
+        workspace=fullest.workspace,
+        logits=fullest.logits,
         communicators=_communicator_bytes(communicators(layout, stage)),
-        moment="backward",
+        moment=fullest.name,
+        moments=peaks,
     )
 
 
-def _rows(shape: LlamaShape, index: int) -> tuple[tensors.TensorLayout, ...]:
-    if shape.tied and index == tensors.head_index(shape.num_layers):
-        return tensors.EMBEDDING
-    return tensors.rows_of(index, shape.num_layers)
+def _message(layout: ParallelLayout, sizes: Activations) -> int:
+    """What a rank sends to the next stage: DeepSpeed splits the hidden states over the tensor-parallel ranks."""
+    return sizes.gathered // layout.tensor + (sizes.tokens if sizes.documents else 0)
 
 
-def _numel(sizes: tuple[int, ...]) -> int:
-    product = 1
-    for size in sizes:
-        product *= size
-    return product
+def _in_flight(layout: ParallelLayout, stage: int, done: int) -> float:
+    """Micro-batches whose activations a stage stores at most once `done` of them have been differentiated.
+
+    In whole stages: interleaved 1F1B (Narayanan et al. 2021) counts chunks of a v-th of a stage.
+    """
+    v, p, left = layout.virtual_stages, layout.pipe, layout.num_micro_batches - done
+    if v == 1:
+        return min(left, p - stage)
+    return min(2 * (p - stage - 1) + (v - 1) * p + 1, v * left) / v
 
 
-def _padded(elements: int, multiple: int) -> int:
-    return -(-elements // multiple) * multiple
+@dataclass(frozen=True)
+class _Step:
+    """The moments of a training step in which a rank of one stage can be fullest."""
+
+    shape: LlamaShape
+    layout: ParallelLayout
+    precision: str
+    sizes: Activations
+    stage: int
+    decoders: int
+    parameters: _Parameters
+
+    @property
+    def first(self) -> bool:
+        return self.stage == 0
+
+    @property
+    def last(self) -> bool:
+        return self.stage == self.layout.pipe - 1
+
+    @property
+    def element(self) -> int:
+        return ELEMENT[self.precision]
+
+    def moments(self) -> list[_Moment]:
+        """The first backward pass finds most micro-batches in flight, the second finds gradients to add to."""
+        moments = self._backward(done=0)
+        if self.layout.num_micro_batches > 1:
+            moments += self._backward(done=1)
+        last_two = min(2, self.layout.num_micro_batches)
+        moments.append(
+            _Moment(
+                "reduction",
+                self.element * self.parameters.all,
+                last_two * self._kept_beside_logits,
+                _reduction(self.precision, self.parameters, self.layout.data),
+                last_two * self.sizes.logits * self.last,
+            )
+        )
+        return moments
+
+    @property
+    def _kept_beside_logits(self) -> int:
+        """The logits' graph, which the engine keeps with them, ends in the tensor received and its gradient."""
+        return 2 * self.sizes.hidden if self.last and not self.first else 0
+
+    def _backward(self, done: int) -> list[_Moment]:
+        """A backward pass when `done` micro-batches have been through theirs, from the loss to the first layer."""
+        sizes, parameters, alone = self.sizes, self.parameters, self.layout.tensor == 1
+        hidden, one_layer = sizes.hidden, sizes.stored_by_layer(self.layout.recompute)
+
+        # The engine keeps a received tensor beside the clone that it computes with; with tensor parallelism the tensor
+        # is put together from the ranks' shares, and computed with. Its output it keeps until the backward pass.
+        received = hidden if alone and not self.first else 0
+        output = 0 if self.last else _message(self.layout, sizes)
+        ids = (2 if alone else 3) * sizes.tokens if self.first else 0
+        positions = 2 * sizes.tokens if sizes.documents else 0
+        of_one = self.decoders * one_layer + received + output + ids + positions
+        stored = int(_in_flight(self.layout, self.stage, done) * of_one)
+        others = stored - of_one
+        logits, before = 0, 0
+        if self.last:
+            logits = (1 + done) * sizes.logits
+            before = done * self._kept_beside_logits
+
+        # The gradient of the output is in the engine's buffer, or is put together from shares as the output is again.
+        restored = 0 if alone or self.last else hidden
+        incoming = hidden * (2 if sizes.several else 1) if self.last else restored
+
+        # Gradients of weights: all from the second backward pass on, in the first they grow from the head down.
+        everything = self.element * parameters.all
+        matrices = self.element * parameters.layer
+        head = self.element * (parameters.all - parameters.embedding) - self.decoders * matrices
+
+        moments = []
+        if self.last:
+            after = 2 * hidden + sizes.inverse_rms  # the norm's input and output
+            gradient = max(sizes.loss_temporaries, hidden + parameters.head * self.element)
+            moments.append(_Moment("loss", done * everything, stored + before + after, gradient, logits + sizes.logits))
+        if self.decoders:
+            work = restored + sizes.layer_backward(
+                self.layout.recompute,
+                self.element * parameters.mlp_first,
+                self.element * parameters.mlp_second,
+                incoming,
+            )
+            layers_before = (self.decoders - 1) * one_layer
+            grown = head + (self.decoders - 1) * matrices
+            moments.append(_Moment("backward", everything if done else head, stored + before, work, logits))
+            moments.append(
+                _Moment("backward", everything if done else grown, stored + before - layers_before, work, logits)
+            )
+        finished = before + output + ids + restored + (0 if self.last else incoming)
+        if self.first:
+            work = hidden * (2 if sizes.several else 1) + self.element * parameters.embedding
+            grown = everything - (0 if done else self.element * parameters.embedding)
+            moments.append(_Moment("embedding", grown, others + finished, work, logits))
+        if self.precision == "bfloat16":
+            inputs = 0 if self.first else 2 * hidden  # the input and its gradient
+            work = FP32 * parameters.largest
+            moments.append(_Moment("accumulation", everything, others + finished + inputs, work, logits))
+        return moments
+
+
+def _reduction(precision: str, parameters: _Parameters, data: int) -> int:
+    """Bytes that reducing the gradients takes: tensors reduced together are copied to one."""
+    if precision == "bfloat16":  # two flat tensors, of matrices and of vectors
+        together = parameters.matrices <= _BUCKET and parameters.vectors and parameters.matrices
+        return FP32 * parameters.padded(data) if together else 0
+    return FP32 * max(min(parameters.all, _BUCKET), parameters.padded(data) // data)
