@@ -1,6 +1,8 @@
 """What a layout costs in time: one step of training, predicted without hardware.
 
     estimate(shape, layout, seq_length, machine) -> Estimate
+    reliability(estimate) -> Reliability           saves and failures
+    budget(estimate, tokens) -> Budget             days and node-hours
 
 Pure arithmetic on the model's sizes (`compute`), on who sends what to whom (`traffic`) and on one machine's constants
 (`machines`); no torch. What it takes for granted: bf16, the 1F1B schedule, communication overlapped with nothing, which
@@ -10,6 +12,7 @@ is what DeepSpeed's pipeline engine does. What it does not know: `docs/planning.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -127,14 +130,71 @@ class Estimate:
         return math.ceil(self.layout.world_size / self.machine.gpus_per_node)
 
 
+@dataclass(frozen=True)
+class Reliability:
+    """What saving and failing cost, seconds; the share is of all time."""
+
+    mean_time_to_interrupt: float  # of the whole job: an assumption, see `Machine.node_mtbf_seconds`
+    save_seconds: float
+    save_interval: float  # the one that loses least (Young 1974, Daly 2006, first order): sqrt(2 save interrupt)
+    lost_to_saves: float  # shares
+    lost_to_failures: float  # half an interval is computed again, and the restart
+
+    @property
+    def useful(self) -> float:
+        return 1.0 / (1.0 + self.lost_to_saves + self.lost_to_failures)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A number of tokens, in time on the machine."""
+
+    tokens: float
+    steps: int
+    days: float  # saves and failures included
+    node_hours: float
+
+
+def reliability(estimate: Estimate, blocked_seconds: float | None = None) -> Reliability:
+    """`blocked_seconds` is how long a save stops training: all of the write unless it is asynchronous."""
+    machine = estimate.machine
+    interrupt = machine.node_mtbf_seconds / estimate.nodes
+    save = estimate.checkpoint_seconds if blocked_seconds is None else blocked_seconds
+    interval = math.sqrt(2.0 * save * interrupt)
+    return Reliability(
+        mean_time_to_interrupt=interrupt,
+        save_seconds=save,
+        save_interval=interval,
+        lost_to_saves=save / interval,
+        lost_to_failures=(interval / 2.0 + machine.restart_seconds) / interrupt,
+    )
+
+
+def budget(estimate: Estimate, tokens: float) -> Budget:
+    """Time for `tokens` tokens, with what saves and failures take."""
+    steps = math.ceil(tokens / estimate.tokens_per_step)
+    seconds = steps * estimate.step_seconds / reliability(estimate).useful
+    return Budget(tokens, steps, seconds / 86_400, seconds / 3600 * estimate.nodes)
+
+
 def stage_layers(num_layers: int, pipe: int) -> list[int]:
     """Decoder layers of each stage, as DeepSpeed deals them by `type:transformer|mlp`: the longer stages first."""
     return [num_layers // pipe + (stage < num_layers % pipe) for stage in range(pipe)]
 
 
-def estimate(shape: LlamaShape, layout: ParallelLayout, seq_length: int, machine: Machine) -> Estimate:
-    """The step of `layout`. Legality and memory are not looked at: `megatron.planner.search` and `.memory` do."""
-    stages = tuple(_stages(shape, layout, seq_length, machine))
+def estimate(
+    shape: LlamaShape,
+    layout: ParallelLayout,
+    seq_length: int,
+    machine: Machine,
+    *,
+    layers: Sequence[int] | None = None,
+) -> Estimate:
+    """The step of `layout`; `layers` are the decoder layers of each stage, default DeepSpeed's even split.
+
+    Legality and memory are not looked at: `megatron.planner.search` and `megatron.planner.memory` do.
+    """
+    stages = tuple(_stages(shape, layout, seq_length, machine, layers or stage_layers(shape.num_layers, layout.pipe)))
     times = [stage.total for stage in stages]
     longest = max(times)
     # the first micro-batch passes every stage, forwards and backwards; each further one waits for the longest stage
@@ -153,7 +213,9 @@ def estimate(shape: LlamaShape, layout: ParallelLayout, seq_length: int, machine
     )
 
 
-def _stages(shape: LlamaShape, layout: ParallelLayout, seq_length: int, machine: Machine) -> list[StageTime]:
+def _stages(
+    shape: LlamaShape, layout: ParallelLayout, seq_length: int, machine: Machine, layers_of_stage: Sequence[int]
+) -> list[StageTime]:
     layer = sum(compute.layer_seconds(shape, layout, seq_length, machine), Seconds())
     reduced = traffic.tensor_bytes_per_layer(shape, layout, seq_length)
     rate = traffic.tensor_rate(layout, machine) if layout.tensor > 1 else math.inf
@@ -163,7 +225,7 @@ def _stages(shape: LlamaShape, layout: ParallelLayout, seq_length: int, machine:
     matrix = shape.padded_vocab_size * shape.hidden_size / layout.tensor
     layer_parameters = sum(i * o for i, o in compute.layer_matrices(shape, layout.tensor)) + 2 * shape.hidden_size
     stages = []
-    for stage, layers in enumerate(stage_layers(shape.num_layers, layout.pipe)):
+    for stage, layers in enumerate(layers_of_stage):
         first, last = stage == 0, stage == layout.pipe - 1
         work, parameters = layer * layers, float(layer_parameters * layers)
         if first:

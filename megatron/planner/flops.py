@@ -1,7 +1,8 @@
 """FLOPs of training, by the two formulas in use. Whoever prints TFLOP/s names the formula.
 
-At a sequence of 8,192 they agree for Llama-3.1-70B within 1.5 % by luck (GPT-NeoX's, without recomputation, misses
-SwiGLU's and grouped-query attention's weights and counts attention's masked half); with recomputation they differ by 35 %.
+At a sequence of 8,192 they agree for Llama-3.1-70B within 1.5 % by luck: GPT-NeoX's, without recomputation, misses
+SwiGLU's and grouped-query attention's weights and counts attention's masked half. With recomputation they
+differ by 35 %.
 """
 
 from __future__ import annotations

@@ -56,9 +56,10 @@ class Machine:
     # --- one GCD
     # 383 TFLOP/s of an MI250X, halved: AMD's peak at 1.7 GHz, 110 of 110 units. [S] X-MoE, torchtitan, ml-engineering
     peak_flops: float = 191.5e12
-    # What matrix kernels reach in long isolated loops, before their operands' traffic: with it they come to 125-147
-    # by shape, the published range ([S] HUGINN, AxoNN, ml-engineering's 147.0 at 1024 x 19968 x 14080). [D]
-    gemm_flops: float = 158e12
+    # Arithmetic rate of matrix kernels in long isolated loops, before their operands' traffic; with it large shapes
+    # come to 147 and a tensor-parallel 70B's to 134-147, the published range of 125-147. [D] from [S] HUGINN (125),
+    # AxoNN (about 125), ml-engineering (147.0, the best of all shapes tried)
+    gemm_flops: float = 153e12
     # Flash attention, forward and backward, of executed (causal) FLOPs. [A]: no public MI250X figure found
     attention_forward_flops: float = 75e12
     attention_backward_flops: float = 55e12
@@ -66,7 +67,7 @@ class Machine:
     hbm_rate: float = 1.35e12
     # Part of the isolated kernels' speed that a training step keeps: clocks under sustained power, gaps between
     # launches, weaker layouts (rocBLAS's TN). Calibrated, see benchmarks/planner.py
-    sustained: float = 0.78
+    sustained: float = 0.80
     # Standard deviation of speed between GCDs: half of the 4 % above. A step waits for the slowest of all. [D]
     spread: float = 0.02
 
@@ -82,9 +83,9 @@ class Machine:
     # Four NICs of 25 GB/s a node, 23.3-24.0 measured each. [S] FUG, OSU-LUMI
     node_network_rate: float = 4 * 23.6e9
     nic_rate: float = 23.6e9
-    # One hop of a ring between nodes. [D] from HUGINN: 108.75 TFLOP/s on 8 GCDs, 58 on 4,096, gradients of 3.5e9
-    # parameters in pieces of 64 MB
-    hop_seconds: float = 7e-6
+    # One hop of a ring. [D] from HUGINN: 108.75 TFLOP/s on 8 GCDs, 52-64 on 4,096, where the gradients of 3.5e9
+    # parameters go round in pieces of 64 MB
+    hop_seconds: float = 6.5e-6
 
     # --- node and site
     gpus_per_node: int = 8
