@@ -1,7 +1,9 @@
 """Training runs on MI250X whose layout and speed are public: what the planner's time model is held against.
 
-Numbers are per GCD. Each row keeps what its source states; what had to be assumed is in `assumed`, and why a row may not
-be comparable is in `caution`. Rows without a layout, without a speed, or of another kind of model are in `EXCLUDED`.
+Numbers are per GCD. A row keeps what its source states; `assumed` is what had to be added, `caution` why the number may
+mean something else. Rows that cannot be replayed are in `EXCLUDED`.
+
+Sources by short name: DASHREPO sajal-vt/Megatron-DeepSpeed-ORNL, ORHAN eminorhan/frontier-torchtitan.
 """
 
 from __future__ import annotations
@@ -30,10 +32,19 @@ class PublishedRun:
     year: int
     assumed: str = ""
     caution: str = ""
+    calibrates: bool = True
     sharded: bool = False  # FSDP: weights gathered for every layer, behind the computation
     half_recompute: bool = False  # torchtitan's selective mode: every second matrix product again
-    forward_only_layers: int = 0  # recurrent steps outside of truncated backpropagation
-    speed_of_gcd: float = 1.0  # against an MI250X GCD
+    # a recurrent model's layers beyond those it stores: passed forwards, and backwards
+    more_forward_layers: int = 0
+    more_backward_layers: int = 0
+    speed: float = 1.0  # of GCD and software, against an MI250X GCD under ROCm 6.2 and later
+
+
+# "Moving to torch/ROCm 6.2: another 22 %" (eminorhan/frontier-accelerate): runs of 2023 and early 2024 had less.
+EARLY_SOFTWARE = 1 / 1.22
+# An MI250 has 104 compute units to an MI250X's 110.
+MI250 = 104 / 110
 
 
 def gpt(layers: int, hidden: int, heads: int, vocab: int = 51_200) -> LlamaShape:
@@ -67,6 +78,7 @@ RUNS = (
         73.5,
         "arXiv 2312.12705; layout from the authors' scripts",
         2023,
+        speed=EARLY_SOFTWARE,
         assumed="that the scripts' layout gave the abstract's number, recomputation counted",
     ),
     PublishedRun(
@@ -79,6 +91,7 @@ RUNS = (
         69.2,
         "as above",
         2023,
+        speed=EARLY_SOFTWARE,
         assumed="as above",
     ),
     PublishedRun(
@@ -91,6 +104,7 @@ RUNS = (
         61.2,
         "as above",
         2023,
+        speed=EARLY_SOFTWARE,
         assumed="as above",
     ),
     PublishedRun(
@@ -103,20 +117,23 @@ RUNS = (
         37.4,
         "DASHREPO log 405287, corrected for the samples really run",
         2023,
+        speed=EARLY_SOFTWARE,
+        calibrates=False,
         caution="a first port on the test system, with 40 % jitter between its steps; the same authors' published run "
         "of this layout is 1.85 times faster",
     ),
     PublishedRun(
         "Huginn, one node",
         "frontier",
-        LlamaShape(36, 5280, 55, 55, 17_920, 65_536, 65_536, tied=True),
+        LlamaShape(8, 5280, 55, 55, 17_920, 65_536, 65_536, tied=True),
         ParallelLayout(1, 1, 8, 1, 1, recompute="none"),
         4096,
         "megatron",
         108.75,
         "arXiv 2502.05171",
         2025,
-        forward_only_layers=96,
+        more_forward_layers=124,
+        more_backward_layers=28,
         assumed="32 recurrences of 4 layers, the last 8 with gradients",
     ),
     PublishedRun(
@@ -181,7 +198,7 @@ RUNS = (
         "mosaicml/llm-foundry issue 1153",
         2024,
         sharded=True,
-        speed_of_gcd=104 / 110,
+        speed=EARLY_SOFTWARE * MI250,
         assumed="recomputation, llm-foundry's default; one micro-batch a step",
     ),
     PublishedRun(
@@ -195,7 +212,16 @@ RUNS = (
         "as above",
         2024,
         sharded=True,
-        speed_of_gcd=104 / 110,
+        speed=EARLY_SOFTWARE * MI250,
         assumed="as above",
     ),
 )
+
+EXCLUDED = {
+    "Huginn, 4,096 GCDs (52-64 TFLOP/s)": "its slowdown against one node is where `hop_seconds` comes from",
+    "AxoNN, 8,192 and 32,768 GCDs (69.5 and 42.1 TFLOP/s)": "the four-dimensional layout is not stated",
+    "OLMo-7B, 64 GCDs (1,200 tokens/s)": "micro-batch and recomputation are not stated",
+    "X-MoE 10B": "a mixture of experts",
+    "E97 4B": "not a transformer",
+    "Poro-34B, Poro-2 8B and 70B, Europa 71B": "layouts without a published speed",
+}

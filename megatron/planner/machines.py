@@ -28,9 +28,17 @@ _PAIRS: dict[tuple[int, int], float] = {
 }
 
 
-def link_rate(a: int, b: int, routed: float = ROUTED) -> float:
+def link_rate(a: int, b: int) -> float:
     """Bytes per second from GCD `a` to GCD `b` of a node."""
-    return _PAIRS.get((min(a, b), max(a, b)), routed)
+    return _PAIRS.get((min(a, b), max(a, b)), ROUTED)
+
+
+LINK_NAMES = {
+    SAME_PACKAGE: "links inside a package",
+    TWO_LINKS: "two-link pairs",
+    ONE_LINK: "one-link pairs",
+    ROUTED: "routed pairs",
+}
 
 
 @lru_cache
@@ -44,6 +52,21 @@ def ring_rate(gcds: tuple[int, ...]) -> float:
     pairs = [[(min(edge), max(edge)) for edge in itertools.pairwise(ring)] for ring in rings]
     direct = [ring for ring in pairs if all(pair in _PAIRS for pair in ring)]
     return max(min(link_rate(*pair) for pair in ring) for ring in direct or pairs)
+
+
+@lru_cache
+def cut_rate(gcds: tuple[int, ...]) -> float:
+    """Least that the links between two parts of a group carry one way, bytes per second, over all ways to part it.
+
+    Every ring crosses every cut, so this bounds all rings together. Only where no direct link crosses does a routed
+    pair.
+    """
+    cuts = []
+    for size in range(1, len(gcds) // 2 + 1):
+        for part in itertools.combinations(gcds, size):
+            across = [(min(a, b), max(a, b)) for a in part for b in gcds if b not in part]
+            cuts.append(sum(_PAIRS[pair] for pair in across if pair in _PAIRS) or ROUTED)
+    return min(cuts)
 
 
 @dataclass(frozen=True)
@@ -67,7 +90,7 @@ class Machine:
     hbm_rate: float = 1.35e12
     # Part of the isolated kernels' speed that a training step keeps: clocks under sustained power, gaps between
     # launches, weaker layouts (rocBLAS's TN). Calibrated, see benchmarks/planner.py
-    sustained: float = 0.80
+    sustained: float = 0.84
     # Standard deviation of speed between GCDs: half of the 4 % above. A step waits for the slowest of all. [D]
     spread: float = 0.02
 
@@ -78,8 +101,8 @@ class Machine:
     communicator_bytes: int = 650 * 2**20  # each further one. [S] LAB
 
     # --- links
-    # Rings of RCCL that share a group's traffic. Calibrated, see benchmarks/planner.py
-    rings: float = 2.0
+    # Part of the links' point-to-point rates that RCCL's collectives reach. Calibrated, see benchmarks/planner.py
+    collective: float = 0.85
     # Four NICs of 25 GB/s a node, 23.3-24.0 measured each. [S] FUG, OSU-LUMI
     node_network_rate: float = 4 * 23.6e9
     nic_rate: float = 23.6e9

@@ -13,13 +13,15 @@ and micro-batch x accumulation x data parallel is the global batch.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from megatron.model.layout import LlamaShape
+from megatron.model.layout import LlamaShape, padded_vocab_size
+from megatron.planner.compute import gemm_seconds, layer_matrices
 from megatron.planner.estimate import Estimate, estimate
-from megatron.planner.machines import GIB, Machine
-from megatron.planner.memory import StageMemory, plan_memory
+from megatron.planner.machines import GIB, LINK_NAMES, Machine, ring_rate
+from megatron.planner.memory import plan_memory
 from megatron.planner.parallel_layout import ParallelLayout, Recompute
 
 RECOMPUTE: tuple[Recompute, ...] = ("none", "full")
@@ -68,13 +70,13 @@ class SearchResult:
 
     def lines(self, top: int = 10) -> list[str]:
         """A table for people: the `top` fastest, the fastest of those that do not fit, and what is not built yet."""
-        lines = _table(self.ranked[:top], self.best)
+        lines = _table(self.ranked[:top])
         if not self.ranked:
             lines = [f"no layout fits {self.machine.usable_hbm_bytes / GIB:.0f} GiB a GCD"]
         if self.lost:
-            lines += ["", f"{len(self.lost)} do not fit; the fastest of them:", *_table(self.lost[:5], self.best)]
+            lines += ["", f"{len(self.lost)} do not fit; the fastest of them:", *_table(self.lost[:5])]
         if self.later:
-            lines += ["", "not built yet, and their gain over the best of today:", *_table(self.later, self.best)]
+            lines += ["", "not built yet, and their gain over the best of today:", *_table(self.later)]
         return lines
 
 
@@ -84,19 +86,20 @@ def search(
     global_batch: int,
     seq_length: int,
     machine: Machine,
+    *,
     precision: str = "bfloat16",
     usable_bytes: int | None = None,
+    vocab_divisible_by: int | None = None,
 ) -> SearchResult:
     """All legal layouts of `world_size` GCDs and `global_batch` sequences a step.
 
-    `usable_bytes` is the memory of a GCD that a layout may take, the machine's unless given. Raises ValueError if there
-    is no legal layout at all.
+    `usable_bytes` is the memory of a GCD that a layout may take, the machine's unless given. `vocab_divisible_by` is
+    GPT-NeoX's `make_vocab_size_divisible_by`: the vocabulary is then padded anew for every tensor-parallel size, else
+    the shape's padding stays. Raises ValueError if there is no legal layout.
     """
     limit = machine.usable_hbm_bytes if usable_bytes is None else usable_bytes
-    today = [
-        _candidate(shape, layout, seq_length, machine, precision)
-        for layout in layouts(shape, world_size, global_batch, machine)
-    ]
+    plan = _Planner(shape, seq_length, machine, precision, vocab_divisible_by)
+    today = [plan.candidate(layout) for layout in plan.layouts(world_size, global_batch)]
     if not today:
         raise ValueError(
             f"no layout of {world_size} GCDs fits a global batch of {global_batch} sequences: data-parallel ranks must "
@@ -107,23 +110,47 @@ def search(
     best = fitting[0] if fitting else None
     ranked = [replace(candidate, reason=_behind(candidate, best)) for candidate in fitting]
     lost = [replace(c, reason=_too_large(c, limit)) for c in today if c.peak_bytes > limit]
-    later = _later(shape, [c.layout for c in today], seq_length, machine, precision, limit, best)
+    later = _later(plan, [candidate.layout for candidate in today], limit, best)
     return SearchResult(machine, seq_length, global_batch, ranked, lost, later)
 
 
-def layouts(shape: LlamaShape, world_size: int, global_batch: int, machine: Machine) -> Iterator[ParallelLayout]:
-    """Every layout that the trainer accepts."""
-    for tensor in _divisors(world_size):
-        if machine.gpus_per_node % tensor or not _splits(shape, tensor):
-            continue
-        for pipe in _divisors(world_size // tensor):
-            data = world_size // tensor // pipe
-            if pipe > shape.num_layers or global_batch % data:
+@dataclass(frozen=True)
+class _Planner:
+    """What stays the same while layouts are tried."""
+
+    shape: LlamaShape
+    seq_length: int
+    machine: Machine
+    precision: str
+    vocab_divisible_by: int | None
+
+    def shape_at(self, tensor: int) -> LlamaShape:
+        if self.vocab_divisible_by is None:
+            return self.shape
+        padded = padded_vocab_size(self.shape.vocab_size, self.vocab_divisible_by, tensor)
+        return replace(self.shape, padded_vocab_size=padded)
+
+    def layouts(self, world_size: int, global_batch: int) -> Iterator[ParallelLayout]:
+        """Every layout that the trainer accepts."""
+        for tensor in _divisors(world_size):
+            if self.machine.gpus_per_node % tensor or not _splits(self.shape_at(tensor), tensor):
                 continue
-            for micro_batch in _divisors(global_batch // data):
-                for recompute in RECOMPUTE:
+            for pipe in _divisors(world_size // tensor):
+                data = world_size // tensor // pipe
+                if pipe > self.shape.num_layers or global_batch % data:
+                    continue
+                for micro_batch in _divisors(global_batch // data):
                     steps = global_batch // data // micro_batch
-                    yield ParallelLayout(tensor, pipe, data, micro_batch, steps, recompute)
+                    for recompute in RECOMPUTE:
+                        yield ParallelLayout(tensor, pipe, data, micro_batch, steps, recompute)
+
+    def time(self, layout: ParallelLayout) -> Estimate:
+        return estimate(self.shape_at(layout.tensor), layout, self.seq_length, self.machine)
+
+    def candidate(self, layout: ParallelLayout) -> Candidate:
+        stages = plan_memory(self.shape_at(layout.tensor), layout, self.seq_length, self.precision)
+        fullest = max(stages, key=lambda stage: stage.peak)
+        return Candidate(layout, self.time(layout), fullest.peak, fullest.stage)
 
 
 def _divisors(number: int) -> list[int]:
@@ -138,110 +165,122 @@ def _splits(shape: LlamaShape, tensor: int) -> bool:
     return True
 
 
-def _candidate(
-    shape: LlamaShape, layout: ParallelLayout, seq_length: int, machine: Machine, precision: str
-) -> Candidate:
-    stages = plan_memory(shape, layout, seq_length, precision)
-    fullest: StageMemory = max(stages, key=lambda stage: stage.peak)
-    return Candidate(layout, estimate(shape, layout, seq_length, machine), fullest.peak, fullest.stage)
-
-
-def _later(
-    shape: LlamaShape,
-    today: list[ParallelLayout],
-    seq_length: int,
-    machine: Machine,
-    precision: str,
-    limit: int,
-    best: Candidate | None,
-) -> list[Candidate]:
-    """The fastest that fits of each thing the trainer lacks, alone and together, if it beats today's best."""
-    kinds: dict[str, list[ParallelLayout]] = {}
+def _later(plan: _Planner, today: list[ParallelLayout], limit: int, best: Candidate | None) -> list[Candidate]:
+    """For everything the trainer lacks, alone and together: the fastest that fits, where it beats today's best and
+    whatever needs less."""
+    kinds: dict[frozenset[str], list[ParallelLayout]] = {}
     for layout in today:
-        for name, variant in _variants(layout, shape.num_layers):
-            kinds.setdefault(name, []).append(variant)
-    found = []
-    for name, variants in kinds.items():
-        timed = sorted(
-            ((estimate(shape, v, seq_length, machine), v) for v in variants), key=lambda e: -e[0].tokens_per_second
-        )
-        for time, variant in timed:
-            if best and time.tokens_per_second <= best.tokens_per_second:
-                break
-            candidate = _candidate(shape, variant, seq_length, machine, precision)
-            if candidate.peak_bytes <= limit:
-                gain = f", {time.tokens_per_second / best.tokens_per_second - 1:+.0%}" if best else ""
-                found.append(replace(candidate, reason=name + gain))
-                break
-    return sorted(found, key=lambda candidate: -candidate.tokens_per_second)
+        for lacking, variant in _variants(layout, plan.shape.num_layers):
+            kinds.setdefault(lacking, []).append(variant)
+    found: dict[frozenset[str], Candidate] = {}
+    for lacking in sorted(kinds, key=lambda names: (len(names), sorted(names))):
+        beaten = [found[less].tokens_per_second for less in found if less < lacking]
+        bar = max([*beaten, best.tokens_per_second if best else 0.0])
+        fastest = _fastest_fitting(plan, kinds[lacking], limit, bar)
+        if fastest:
+            gain = f": {fastest.tokens_per_second / best.tokens_per_second - 1:+.0%}" if best else ""
+            found[lacking] = replace(fastest, reason="needs " + " and ".join(sorted(lacking)) + gain)
+    return sorted(found.values(), key=lambda candidate: -candidate.tokens_per_second)
 
 
-def _variants(layout: ParallelLayout, num_layers: int) -> Iterator[tuple[str, ParallelLayout]]:
-    chunks = [
-        v
-        for v in range(2, num_layers // layout.pipe + 1)
-        if layout.pipe > 1 and num_layers % (layout.pipe * v) == 0 and layout.num_micro_batches % layout.pipe == 0
-    ]
-    interleaved = [replace(layout, virtual_stages=v) for v in chunks]
-    for variant in interleaved:
-        yield "interleaving", variant
-    if layout.recompute == "none":
-        yield "selective recomputation", replace(layout, recompute="selective")
-    if layout.tensor > 1:
-        yield "sequence parallelism", replace(layout, sequence_parallel=True)
-        for variant in interleaved:
-            yield "sequence parallelism and interleaving", replace(variant, sequence_parallel=True)
+def _fastest_fitting(plan: _Planner, variants: list[ParallelLayout], limit: int, bar: float) -> Candidate | None:
+    timed = [(plan.time(variant).tokens_per_second, variant) for variant in variants]
+    for speed, variant in sorted(timed, key=lambda entry: -entry[0]):
+        if speed <= bar:
+            return None
+        candidate = plan.candidate(variant)
+        if candidate.peak_bytes <= limit:
+            return candidate
+    return None
+
+
+def _variants(layout: ParallelLayout, num_layers: int) -> Iterator[tuple[frozenset[str], ParallelLayout]]:
+    """`layout` with each combination of what the trainer cannot run yet, and the names of what it takes.
+
+    Interleaving wants whole layers in every chunk and, in Megatron's schedule, micro-batches in multiples of stages.
+    """
+    chunks = [1]
+    if layout.pipe > 1 and layout.num_micro_batches % layout.pipe == 0:
+        chunks += [v for v in range(2, num_layers // layout.pipe + 1) if num_layers % (layout.pipe * v) == 0]
+    modes: list[Recompute] = [layout.recompute, "selective"] if layout.recompute == "none" else [layout.recompute]
+    for virtual, recompute, sequence in itertools.product(chunks, modes, (False, layout.tensor > 1)):
+        lacking = {
+            "interleaving": virtual > 1,
+            "selective recomputation": recompute == "selective",
+            "sequence parallelism": sequence,
+        }
+        names = frozenset(name for name, wanted in lacking.items() if wanted)
+        if names:
+            yield names, replace(layout, virtual_stages=virtual, recompute=recompute, sequence_parallel=sequence)
 
 
 def _too_large(candidate: Candidate, limit: int) -> str:
     return f"stage {candidate.fullest_stage} needs {candidate.peak_bytes / GIB:.1f} of {limit / GIB:.0f} GiB"
 
 
-PHRASES = {
-    "bubble": "bubble {:.0%} of the step",
-    "tensor_parallel": "tensor-parallel traffic {:.0%}",
-    "gradient_reduction": "gradient reduction {:.0%}",
-    "parameter_gather": "gather of weights {:.0%}",
-    "pipeline_messages": "messages between stages {:.0%}",
-    "gemm": "matrix products {:.0%}",
-    "attention": "attention {:.0%}",
-    "memory_bound": "memory traffic {:.0%}",
-    "optimizer": "optimizer {:.0%}",
-    "waiting": "waiting for the slowest {:.0%}",
-}
-
-
 def _behind(candidate: Candidate, best: Candidate | None) -> str:
-    """What costs a layout most, against the best one, in seconds of a step."""
+    """What costs a layout most against the best one, in seconds of a step."""
     if best is None or candidate.layout == best.layout:
         return "the fastest that fits"
     mine, theirs = candidate.estimate.parts, best.estimate.parts
     part = max(mine, key=lambda name: mine[name] - theirs[name])
-    if part in ("gemm", "attention", "memory_bound") and candidate.layout.recompute != best.layout.recompute:
-        return "recomputes every layer"
-    phrase = PHRASES[part].format(mine[part] / candidate.estimate.step_seconds)
-    return f"{phrase}, {theirs[part] / best.estimate.step_seconds:.0%} in the best"
+    layout = candidate.layout
+    if part in ("gemm", "attention", "memory_bound", "waiting") and layout.recompute == "full" != best.layout.recompute:
+        return "computes every layer's forward twice"
+    share = f"{mine[part] / candidate.estimate.step_seconds:.0%} of the step"
+    match part:
+        case "bubble":
+            return f"bubble {share}: {layout.num_micro_batches} micro-batches through {layout.pipe} stages"
+        case "tensor_parallel":
+            return f"all-reduces of {layout.tensor} tensor-parallel ranks {share}, {_links(layout, candidate.estimate)}"
+        case "gradient_reduction":
+            return f"reduction of gradients over {layout.data} data-parallel ranks {share}"
+        case "parameter_gather":
+            return f"gather of weights over {layout.data} data-parallel ranks {share}"
+        case "pipeline_messages":
+            return f"messages between stages {share}"
+        case "gemm":
+            return f"smaller matrices: {_matrix_rate(candidate):.0f} TFLOP/s, {_matrix_rate(best):.0f} in the best"
+        case _:
+            return f"{part.replace('_', ' ')} {share}"
 
 
-def _table(candidates: list[Candidate], best: Candidate | None) -> list[str]:
-    rows = [("TP", "PP", "DP", "micro", "accum", "recompute", "tok/s/GCD", "TF NeoX", "TF Megatron", "GiB", "")]
-    for candidate in candidates:
-        layout, time = candidate.layout, candidate.estimate
-        flops = time.tflops_per_gcd
-        rows.append(
-            (
-                str(layout.tensor),
-                str(layout.pipe) + (f" v{layout.virtual_stages}" if layout.virtual_stages > 1 else ""),
-                str(layout.data),
-                str(layout.micro_batch),
-                str(layout.num_micro_batches),
-                layout.recompute + (" +SP" if layout.sequence_parallel else ""),
-                f"{time.tokens_per_second_per_gcd:.1f}",
-                f"{flops['neox']:.1f}",
-                f"{flops['megatron']:.1f}",
-                f"{candidate.peak_bytes / GIB:.1f}",
-                candidate.reason,
-            )
-        )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return ["  ".join(item.ljust(width) for item, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+def _links(layout: ParallelLayout, time: Estimate) -> str:
+    return "over " + LINK_NAMES[ring_rate(tuple(sorted(time.machine.gcds(range(layout.tensor)))))]
+
+
+def _matrix_rate(candidate: Candidate) -> float:
+    """TFLOP/s of the forward products of a decoder layer."""
+    time, layout = candidate.estimate, candidate.layout
+    sizes = layer_matrices(time.shape, layout.tensor)
+    tokens = layout.micro_batch * time.seq_length
+    seconds = sum(gemm_seconds(tokens, features_in, features_out, time.machine) for features_in, features_out in sizes)
+    return sum(2.0 * tokens * i * o for i, o in sizes) / seconds / 1e12
+
+
+HEADER = ("TP", "PP", "DP", "micro", "accum", "recompute", "tok/s/GCD", "TF NeoX", "TF Megatron", "GiB", "")
+
+
+def row(candidate: Candidate) -> tuple[str, ...]:
+    """A candidate under `HEADER`: TFLOP/s of a GCD by both formulas, peak memory of its fullest stage."""
+    layout, time = candidate.layout, candidate.estimate
+    flops = time.tflops_per_gcd
+    return (
+        str(layout.tensor),
+        str(layout.pipe) + (f" v{layout.virtual_stages}" if layout.virtual_stages > 1 else ""),
+        str(layout.data),
+        str(layout.micro_batch),
+        str(layout.num_micro_batches),
+        layout.recompute + (" +SP" if layout.sequence_parallel else ""),
+        f"{time.tokens_per_second_per_gcd:.1f}",
+        f"{flops['neox']:.1f}",
+        f"{flops['megatron']:.1f}",
+        f"{candidate.peak_bytes / GIB:.1f}",
+        candidate.reason,
+    )
+
+
+def _table(candidates: list[Candidate]) -> list[str]:
+    rows = [HEADER, *map(row, candidates)]
+    widths = [max(len(line[column]) for line in rows) for column in range(len(HEADER))]
+    return ["  ".join(item.ljust(width) for item, width in zip(line, widths, strict=True)).rstrip() for line in rows]

@@ -6,12 +6,11 @@ nodes in order, so that a tensor-parallel group stays inside a node.
 
 from __future__ import annotations
 
-import itertools
 import math
-from functools import lru_cache
+from collections.abc import Sequence
 
 from megatron.model.layout import LlamaShape
-from megatron.planner.machines import Machine, link_rate, ring_rate
+from megatron.planner.machines import Machine, cut_rate, link_rate, ring_rate
 from megatron.planner.parallel_layout import ParallelLayout
 
 BF16, FP32 = 2, 4
@@ -24,20 +23,14 @@ def ring_bytes(ranks: int, size: float) -> float:
     return 2.0 * (ranks - 1) / ranks * size
 
 
-@lru_cache
-def group_rate(machine: Machine, local_ranks: tuple[int, ...]) -> float:
+def group_rate(machine: Machine, local_ranks: Sequence[int]) -> float:
     """Bytes per second that a ring collective moves per rank among ranks of one node.
 
-    `machine.rings` rings, each as fast as its slowest link, together never more than what links carry across any cut
-    of the group.
+    Two rings, one in each direction, each as fast as its slowest link; together never more than what the links carry
+    across any cut of the group.
     """
-    gcds = machine.gcds(local_ranks)
-    cuts = []
-    for size in range(1, len(gcds) // 2 + 1):
-        for part in itertools.combinations(gcds, size):
-            direct = [link_rate(a, b) for a in part for b in gcds if b not in part and link_rate(a, b, 0.0)]
-            cuts.append(sum(direct) or link_rate(part[0], next(b for b in gcds if b not in part)))
-    return min(machine.rings * ring_rate(tuple(sorted(gcds))), *cuts)
+    gcds = tuple(sorted(machine.gcds(local_ranks)))
+    return machine.collective * min(2.0 * ring_rate(gcds), cut_rate(gcds))
 
 
 def tensor_bytes_per_layer(shape: LlamaShape, layout: ParallelLayout, seq_length: int) -> float:
@@ -52,8 +45,7 @@ def tensor_bytes_per_layer(shape: LlamaShape, layout: ParallelLayout, seq_length
 def tensor_rate(layout: ParallelLayout, machine: Machine) -> float:
     """Slowest of a node's tensor-parallel groups."""
     t = layout.tensor
-    groups = [tuple(range(first, first + t)) for first in range(0, machine.gpus_per_node, t)]
-    return min(group_rate(machine, group) for group in groups)
+    return min(group_rate(machine, range(first, first + t)) for first in range(0, machine.gpus_per_node, t))
 
 
 def message_bytes(shape: LlamaShape, layout: ParallelLayout, seq_length: int) -> float:
@@ -82,7 +74,8 @@ def data_rate(layout: ParallelLayout, machine: Machine) -> float:
     inside = group_rate(machine, here) if len(here) > 1 else math.inf
     if ranks <= machine.gpus_per_node:
         return inside
-    return min(inside, machine.node_network_rate / min(layout.tensor, machine.gpus_per_node))
+    network = machine.node_network_rate / min(layout.tensor, machine.gpus_per_node)
+    return min(inside, machine.collective * network)
 
 
 def reduction_seconds(parameters: float, layout: ParallelLayout, machine: Machine) -> float:
