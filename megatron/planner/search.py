@@ -47,6 +47,7 @@ class SearchResult:
     machine: Machine
     seq_length: int
     global_batch: int
+    usable_bytes: int  # of a GCD's memory
     ranked: list[Candidate]
     lost: list[Candidate]  # too large, fastest first
     later: list[Candidate]  # fit and are faster than the best of today, best of each kind
@@ -72,7 +73,7 @@ class SearchResult:
         """A table for people: the `top` fastest, the fastest of those that do not fit, and what is not built yet."""
         lines = _table(self.ranked[:top])
         if not self.ranked:
-            lines = [f"no layout fits {self.machine.usable_hbm_bytes / GIB:.0f} GiB a GCD"]
+            lines = [f"no layout fits {self.usable_bytes / GIB:.0f} GiB a GCD"]
         if self.lost:
             lines += ["", f"{len(self.lost)} do not fit; the fastest of them:", *_table(self.lost[:5])]
         if self.later:
@@ -111,7 +112,7 @@ def search(
     ranked = [replace(candidate, reason=_behind(candidate, best)) for candidate in fitting]
     lost = [replace(c, reason=_too_large(c, limit)) for c in today if c.peak_bytes > limit]
     later = _later(plan, [candidate.layout for candidate in today], limit, best)
-    return SearchResult(machine, seq_length, global_batch, ranked, lost, later)
+    return SearchResult(machine, seq_length, global_batch, limit, ranked, lost, later)
 
 
 @dataclass(frozen=True)
