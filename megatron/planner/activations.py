@@ -51,6 +51,7 @@ class Activations:
     loss_temporaries: int
     several: bool  # sequences in a micro-batch: [s, b, h] <-> [b, s, h] then needs copies
     documents: bool
+    on_host: bool  # a CPU's memory
 
     @classmethod
     def of(
@@ -86,6 +87,7 @@ class Activations:
             loss_temporaries=block(vocabulary) * FP32 * (2 if upcast else 0),
             several=layout.micro_batch > 1,
             documents=documents,
+            on_host=ops == "cpu",
         )
 
     @property

@@ -22,15 +22,11 @@ from math import prod
 from megatron.model import layout as tensors
 from megatron.model.layout import LlamaShape
 from megatron.planner.activations import FP32, Activations, Ops
+from megatron.planner.machines import FRONTIER, Machine
 from megatron.planner.parallel_layout import ParallelLayout
 
 GIB = 1 << 30
 ELEMENT = {"fp32": 4, "bfloat16": 2}
-
-# RCCL on MI250X: the first communicator takes about 950 MiB of device memory and 90 MiB of context, each further one
-# 630 to 650 MiB, none of it seen by torch's allocator (measured on LUMI; see docs/planning.md for the source).
-FIRST_COMMUNICATOR = 1 * GIB
-FURTHER_COMMUNICATOR = int(0.65 * GIB)
 
 # DeepSpeed's MEMORY_OPT_ALLREDUCE_SIZE and the default of `reduce_bucket_size`: elements that are reduced together.
 _BUCKET = 500_000_000
@@ -91,17 +87,21 @@ def plan_memory(
     stage_layers: Sequence[range] | None = None,
     isolate_documents: bool = False,
     ops: Ops = "kernels",
+    machine: Machine = FRONTIER,
 ) -> list[StageMemory]:
     """One entry per pipeline stage.
 
     `precision` is `bfloat16` or `fp32`; `stage_layers` the layer-file numbers of every stage, default DeepSpeed's
-    partition by decoder layers; `ops` says how the fused operations run. Attention is a flash kernel. Raises
-    ValueError where the shape does not fit the tensor-parallel size.
+    partition by decoder layers; `ops` says how the fused operations run; `machine` what a communicator takes (on
+    a CPU none takes any). Attention is a flash kernel. Raises ValueError where the shape does not fit the tensor-parallel size.
     """
     shape.check_tensor_parallel(layout.tensor)
     stages = stage_layers or default_stages(shape.num_layers, layout.pipe)
     sizes = Activations.of(shape, layout, seq_length, ELEMENT[precision], ops, isolate_documents)
-    return [_stage(shape, layout, seq_length, precision, sizes, stage, layers) for stage, layers in enumerate(stages)]
+    return [
+        _stage(shape, layout, seq_length, precision, sizes, machine, stage, layers)
+        for stage, layers in enumerate(stages)
+    ]
 
 
 def default_stages(num_layers: int, pipe: int) -> list[range]:
@@ -130,8 +130,8 @@ def communicators(layout: ParallelLayout, stage: int) -> int:
     return world + tensor + data + gradient_norm + broadcast + neighbours
 
 
-def _communicator_bytes(count: int) -> int:
-    return FIRST_COMMUNICATOR + (count - 1) * FURTHER_COMMUNICATOR if count else 0
+def _communicator_bytes(count: int, machine: Machine) -> int:
+    return machine.first_communicator_bytes + (count - 1) * machine.communicator_bytes if count else 0
 
 
 @dataclass(frozen=True)
@@ -209,6 +209,7 @@ def _stage(
     seq_length: int,
     precision: str,
     sizes: Activations,
+    machine: Machine,
     stage: int,
     layers: range,
 ) -> StageMemory:
@@ -237,7 +238,7 @@ def _stage(
         activations=fullest.activations,
         workspace=fullest.workspace,
         logits=fullest.logits,
-        communicators=_communicator_bytes(communicators(layout, stage)),
+        communicators=0 if sizes.on_host else _communicator_bytes(communicators(layout, stage), machine),
         moment=fullest.name,
         moments=peaks,
     )
