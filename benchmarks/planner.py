@@ -16,7 +16,7 @@ import math
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -162,18 +162,7 @@ def figures() -> dict[str, Any]:
             }
             for result, outside in zip(map(replay, RUNS), left_out(RUNS), strict=True)
         ],
-        "search": {
-            str(batch): [asdict(candidate.layout) | _speed(candidate) for candidate in found.ranked]
-            for batch, found in ((batch, _search(batch)) for batch in BATCHES)
-        },
-    }
-
-
-def _speed(candidate: Candidate) -> dict[str, Any]:
-    return {
-        "tokens_per_second_per_gcd": candidate.estimate.tokens_per_second_per_gcd,
-        "tflops_per_gcd": candidate.estimate.tflops_per_gcd,
-        "peak_bytes": candidate.peak_bytes,
+        "search": {batch: _search(batch).as_json() for batch in BATCHES},
     }
 
 

@@ -175,6 +175,13 @@ def test_nothing_legal_is_an_error() -> None:
         search(replace(LLAMA_8B, num_layers=4), 7, 3, 2048, FRONTIER)
 
 
+def test_json_holds_what_the_table_shows(found: SearchResult) -> None:
+    shown = json.loads(json.dumps(found.as_json(top=2)))
+    assert [len(shown[name]) for name in ("ranked", "lost", "later")] == [2, 2, min(2, len(found.later))]
+    assert ParallelLayout(**shown["ranked"][0]["layout"]) == found.ranked[0].layout
+    assert shown["lost"][0]["reason"] == found.lost[0].reason
+
+
 def test_lines_are_a_table(found: SearchResult) -> None:
     lines = found.lines(top=3)
     assert lines[0].split()[:3] == ["TP", "PP", "DP"]
@@ -246,4 +253,4 @@ def test_the_command(tmp_path: Path) -> None:
     assert written.endswith("<!-- search:end --> after")
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert len(figures["runs"]) == len(RUNS)
-    assert figures["search"]["512"][0]["tensor"] == 8
+    assert figures["search"]["512"]["ranked"][0]["layout"]["tensor"] == 8

@@ -16,12 +16,14 @@ from hypothesis import strategies as st
 from benchmarks.published_runs import LLAMA_8B, LLAMA_70B
 from megatron.launcher.placement import coordinates
 from megatron.model.layout import LlamaShape
+from megatron.neox_arguments import NeoXArgs
 from megatron.planner import compute, traffic
 from megatron.planner.estimate import Estimate, StageTime, budget, estimate, reliability, stage_layers
 from megatron.planner.flops import megatron_flops_per_token, neox_flops_per_token
 from megatron.planner.machines import FRONTIER, LUMI, MACHINES, Machine, cut_rate, ring_rate
 from megatron.planner.memory import default_stages
 from megatron.planner.parallel_layout import ParallelLayout
+from tests.unit.configurations import keys
 
 pytestmark = pytest.mark.unit
 
@@ -84,14 +86,30 @@ def test_tensor_parallel_traffic_of_a_stage() -> None:
 
 
 def test_messages_between_stages() -> None:
+    """DeepSpeed splits 134 MB over the tensor-parallel ranks and gathers them: input, own output, gradient."""
     size = traffic.message_bytes(LLAMA_70B, ASTROSAGE, 8192)
-    assert size == 134_217_728
-    assert size / 24e9 == pytest.approx(5.6e-3, abs=5e-5)
-    assert traffic.message_bytes(LLAMA_70B, replace(ASTROSAGE, sequence_parallel=True), 8192) == size / 8
+    assert 8 * size == 134_217_728
+    assert 8 * size / 24e9 == pytest.approx(5.6e-3, abs=5e-5)
     stages = planned().stages
-    rate = 4 * 23.6e9 / 8  # eight ranks of a node share four NICs
-    assert stages[1].messages == pytest.approx(4 * size / rate)  # to and from either side
-    assert stages[0].messages == stages[7].messages == pytest.approx(2 * size / rate)
+    sent = 2 * size / (4 * 23.6e9 / 8)  # there and back; eight ranks of a node share four NICs
+    gathered = 7 * size / traffic.tensor_rate(ASTROSAGE, FRONTIER)
+    assert stages[0].messages == pytest.approx(sent + 2 * gathered)
+    assert stages[1].messages == pytest.approx(2 * sent + 3 * gathered)
+    assert stages[7].messages == pytest.approx(sent + gathered)
+    split = planned(replace(ASTROSAGE, sequence_parallel=True)).stages
+    assert split[1].messages == pytest.approx(2 * sent)
+    alone = ParallelLayout(1, 2, 8, 1, 4)
+    assert planned(alone).stages[0].messages == pytest.approx(2 * 8 * size / (4 * 23.6e9 / 8))
+
+
+def test_deepspeed_splits_messages_by_default() -> None:
+    from deepspeed.runtime.config import get_pipeline_config
+
+    defaults = get_pipeline_config({})
+    assert defaults["pipe_partitioned"]
+    assert defaults["grad_partitioned"]
+    args = NeoXArgs.from_dict(keys(), world_size=1)
+    assert "pipeline" not in args.deepspeed_config
 
 
 def test_gradients_are_reduced_in_fp32() -> None:
