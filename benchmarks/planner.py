@@ -200,9 +200,18 @@ def published_section() -> str:
             "",
             *notes,
             "",
+            f"AstroSage-70B's global batch is not published: {_batches(RUNS[0])}.",
+            "",
             f"Not replayed. {excluded}.",
         ]
     )
+
+
+def _batches(run: PublishedRun) -> str:
+    """A run's prediction with half as many, as many and twice as many micro-batches."""
+    steps = [run.layout.num_micro_batches * factor // 2 for factor in (1, 2, 4)]
+    runs = [replace(run, layout=replace(run.layout, num_micro_batches=number)) for number in steps]
+    return ", ".join(f"{replay(other).predicted:.1f} with {other.layout.global_batch:,} sequences" for other in runs)
 
 
 def describe(run: PublishedRun) -> str:

@@ -74,6 +74,32 @@ def test_executed_flops_of_a_micro_batch() -> None:
     assert 10 * 4 * (2 * 8192 * weights + attention) == pytest.approx(7.56e13, rel=1e-3)
 
 
+def test_time_of_a_layer_and_of_the_head() -> None:
+    """From the published sizes: forward, twice as many products backward, attention's five against two."""
+    machine = replace(FRONTIER, sustained=1.0, hbm_rate=math.inf)  # arithmetic alone
+    tokens, weights = 8192, 855_654_400 - 16_384  # of a layer, without norms
+    forward, backward, again = compute.layer_seconds(LLAMA_70B, ASTROSAGE, 8192, machine)
+    assert forward.gemm == pytest.approx(2 * tokens * weights / 8 / 153e12)
+    assert backward.gemm == pytest.approx(2 * forward.gemm)
+    assert forward.attention == pytest.approx(tokens * 4 * 8192 * 8192 / 2 / 8 / 75e12)  # q k^T and p v, half masked
+    assert backward.attention == pytest.approx(2.5 * forward.attention * 75 / 55)
+    assert again == forward
+    nothing = compute.layer_seconds(LLAMA_70B, replace(ASTROSAGE, recompute="none"), 8192, machine)[2]
+    assert nothing.total == 0
+    selective = compute.layer_seconds(LLAMA_70B, replace(ASTROSAGE, recompute="selective"), 8192, machine)[2]
+    assert selective.total == selective.attention == forward.attention
+    head = compute.head_seconds(LLAMA_70B, ASTROSAGE, 8192, machine)
+    assert head.total == pytest.approx(6 * tokens * 1_050_673_152 / 8 / 153e12)
+
+
+def test_bytes_that_only_move() -> None:
+    """By hand: the norms move 2 + 4 elements, the addition 3, the backward 8; rotary and SwiGLU by their widths."""
+    tiny = LlamaShape(1, 2, 1, 1, 5, 8, 8, tied=False)
+    forward, backward = compute.memory_bound_bytes(tiny, ParallelLayout(1, 1, 1, 1, 1), 1)
+    assert forward == 2 * (9 * 2 + 2 * (2 + 2) + 3 * 5)
+    assert backward == 2 * (8 * 2 + 2 * (2 + 2) + 5 * 5)
+
+
 def test_tensor_parallel_traffic_of_a_stage() -> None:
     stored = replace(ASTROSAGE, recompute="none")
     assert 10 * traffic.tensor_bytes_per_layer(LLAMA_70B, stored, 8192) == pytest.approx(9.4e9, rel=1e-2)
@@ -81,8 +107,11 @@ def test_tensor_parallel_traffic_of_a_stage() -> None:
     assert recomputed == pytest.approx(14.1e9, rel=1e-2)
     assert recomputed / 75e9 == pytest.approx(0.19, abs=5e-3)
     assert recomputed / 39e9 == pytest.approx(0.36, abs=5e-3)
-    middle = planned().stages[1]
-    assert middle.tensor_parallel == pytest.approx(recomputed / traffic.tensor_rate(ASTROSAGE, FRONTIER))
+    first, middle, last = (planned().stages[stage].tensor_parallel for stage in (0, 1, 7))
+    rate = traffic.tensor_rate(ASTROSAGE, FRONTIER)
+    assert middle == pytest.approx(recomputed / rate)
+    one = traffic.ring_bytes(8, 134_217_728) / rate  # the embedding's output; the gradient of the head's input
+    assert [first, last] == pytest.approx([middle + one] * 2)
 
 
 def test_messages_between_stages() -> None:
