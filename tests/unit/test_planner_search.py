@@ -147,6 +147,28 @@ def test_what_is_not_built_is_apart_and_gains(found: SearchResult) -> None:
         assert candidate.layout.runs_today
 
 
+def test_recomputing_no_more_than_needed(found: SearchResult) -> None:
+    partly, best = found.partly, found.best
+    assert partly is not None
+    assert best is not None
+    layout = partly.layout
+    full = found.find(layout.tensor, layout.pipe, layout.micro_batch)
+    none = found.find(layout.tensor, layout.pipe, layout.micro_batch, "none")
+    assert full is not None
+    assert none is not None
+    assert full.tokens_per_second < partly.tokens_per_second < none.tokens_per_second
+    assert best.tokens_per_second < partly.tokens_per_second
+
+    def size(recomputed: int) -> float:
+        return full.peak_bytes + (none.peak_bytes - full.peak_bytes) * (1 - recomputed / partly.layers)
+
+    assert size(partly.recomputed) <= FRONTIER.usable_hbm_bytes < size(partly.recomputed - 1)
+    share = partly.recomputed / partly.layers
+    seconds = share * full.estimate.step_seconds + (1 - share) * none.estimate.step_seconds
+    assert partly.tokens_per_second == pytest.approx(512 * 8192 / seconds)
+    assert found.partly_line() in found.lines()[-1]
+
+
 def test_less_memory_leaves_fewer(found: SearchResult) -> None:
     tight = search(LLAMA_70B, 2048, 512, 8192, FRONTIER, usable_bytes=30 * 2**30)
     assert {c.layout for c in tight.ranked} < {c.layout for c in found.ranked}

@@ -213,6 +213,7 @@ def test_tensor_parallel_groups_on_the_links() -> None:
     for machine in (FRONTIER, LUMI):
         assert traffic.tensor_rate(replace(ASTROSAGE, tensor=2), machine) == pytest.approx(0.85 * 147.8e9)
         assert traffic.tensor_rate(ASTROSAGE, machine) == pytest.approx(0.85 * 78e9)
+        assert traffic.tensor_rate(replace(ASTROSAGE, tensor=16), machine) == traffic.tensor_rate(ASTROSAGE, machine)
 
 
 def test_where_stages_and_replicas_meet() -> None:
@@ -312,7 +313,7 @@ def test_equal_stages_make_the_textbooks_bubble() -> None:
 
 LAYOUTS = st.builds(
     ParallelLayout,
-    tensor=st.sampled_from([1, 2, 4, 8]),
+    tensor=st.sampled_from([1, 2, 3, 4, 8, 16]),
     pipe=st.sampled_from([1, 2, 4, 5, 7, 8, 16]),
     data=st.sampled_from([1, 2, 3, 8, 32, 128]),
     micro_batch=st.sampled_from([1, 2, 4]),
