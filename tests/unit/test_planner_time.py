@@ -242,6 +242,18 @@ def test_every_machine_is_whole(machine: Machine) -> None:
     assert machine.gemm_flops < machine.peak_flops
 
 
+def test_the_hop_comes_from_huginns_slowdown() -> None:
+    """108.75 TFLOP/s on 8 GCDs, about 58 on 4,096 (52-64), one sequence of 4,096 tokens each, 32e9-equivalent FLOPs;
+    bf16 gradients of 3.5e9 parameters go round in pieces of 64 MB. What waiting and wire do not explain is hops.
+    """
+    flops = 4096 * 6 * 32e9
+    quick, slow = flops / 108.75e12, flops / 58e12
+    one_node, all_nodes = (planned(ParallelLayout(1, 1, n, 1, 1)).waiting for n in (8, 4096))
+    wire = traffic.ring_bytes(4096, 2 * 3.5e9) / traffic.data_rate(ParallelLayout(1, 1, 4096, 1, 1), FRONTIER)
+    hops = 2 * 4095 * math.ceil(2 * 3.5e9 / 64e6)
+    assert (slow / all_nodes - quick / one_node - wire) / hops == pytest.approx(FRONTIER.hop_seconds, rel=0.1)
+
+
 # --- DeepSpeed
 
 
