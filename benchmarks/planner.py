@@ -16,7 +16,7 @@ import math
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.published_runs import EXCLUDED, LLAMA_70B, RUNS, PublishedRun  # noqa: E402
 from megatron.planner import compute, traffic  # noqa: E402
-from megatron.planner.estimate import Estimate, estimate  # noqa: E402
+from megatron.planner.estimate import Estimate, budget, estimate, reliability  # noqa: E402
 from megatron.planner.flops import megatron_flops_per_token, neox_flops_per_token  # noqa: E402
 from megatron.planner.machines import FRONTIER, MACHINES  # noqa: E402
 from megatron.planner.search import HEADER, Candidate, SearchResult, row, search  # noqa: E402
@@ -42,6 +42,7 @@ UNITS = {"neox": "TFLOP/s, NeoX", "megatron": "TFLOP/s, Megatron", "tokens": "to
 BEGIN, END = "<!-- {}:begin -->", "<!-- {}:end -->"
 WORLD, SEQ = 2048, 8192
 BATCHES = (512, 1024)
+TOKENS = 10e9
 
 
 def main() -> int:
@@ -161,18 +162,7 @@ def figures() -> dict[str, Any]:
             }
             for result, outside in zip(map(replay, RUNS), left_out(RUNS), strict=True)
         ],
-        "search": {
-            str(batch): [asdict(candidate.layout) | _speed(candidate) for candidate in found.ranked]
-            for batch, found in ((batch, _search(batch)) for batch in BATCHES)
-        },
-    }
-
-
-def _speed(candidate: Candidate) -> dict[str, Any]:
-    return {
-        "tokens_per_second_per_gcd": candidate.estimate.tokens_per_second_per_gcd,
-        "tflops_per_gcd": candidate.estimate.tflops_per_gcd,
-        "peak_bytes": candidate.peak_bytes,
+        "search": {batch: _search(batch).as_json() for batch in BATCHES},
     }
 
 
@@ -203,7 +193,10 @@ def published_section() -> str:
         [
             *_markdown(rows),
             "",
-            f"Absolute error: {_spread(results)}. Left out: {_spread(outside)}.",
+            f"Calibrated on all: {_constants(calibrate(RUNS))}. Absolute error: {_spread(results)}.",
+            "",
+            f"Each run left out of the calibration in turn: {_spread(outside)}; the constants then are "
+            f"{_ranges([calibrate([other for other in RUNS if other is not run]) for run in RUNS])}.",
             "",
             *notes,
             "",
@@ -221,6 +214,16 @@ def describe(run: PublishedRun) -> str:
         f"TP{layout.tensor}{sequence} PP{layout.pipe} {kind}{layout.data}, {layout.micro_batch} x "
         f"{layout.num_micro_batches} x {run.seq_length:,}, recompute {recompute}"
     )
+
+
+def _constants(constants: dict[str, float]) -> str:
+    return ", ".join(f"`{name}` {value:.2f}" for name, value in constants.items())
+
+
+def _ranges(fits: Sequence[dict[str, float]]) -> str:
+    low = {name: min(fit[name] for fit in fits) for name in FREE}
+    high = {name: max(fit[name] for fit in fits) for name in FREE}
+    return ", ".join(f"`{name}` {low[name]:.2f} to {high[name]:.2f}" for name in FREE)
 
 
 def _spread(results: Sequence[Replay]) -> str:
@@ -264,7 +267,24 @@ def search_section() -> str:
             *_markdown([HEADER, *map(row, found.later)]),
             "",
         ]
-    return "\n".join(blocks[:-1])
+    return "\n".join([*blocks, _cost(_search(BATCHES[0]))])
+
+
+def _cost(found: SearchResult) -> str:
+    best = found.best
+    assert best
+    time = best.estimate
+    saving, plan = reliability(time), budget(time, TOKENS)
+    return (
+        f"With the fastest layout of {found.global_batch} sequences, {TOKENS / 1e9:.0f} billion tokens are "
+        f"{plan.steps:,} steps, {plan.days:.1f} days and {plan.node_hours:,.0f} node-hours on {time.nodes} nodes. A "
+        f"checkpoint has {time.checkpoint_bytes / 1e9:.0f} GB, written in {saving.save_seconds:.0f} s at an assumed "
+        f"{time.machine.file_system_rate / 1e9:.0f} GB/s. With an assumed failure of one node in "
+        f"{time.machine.node_mtbf_seconds / 3600:,.0f} hours the job is interrupted every "
+        f"{saving.mean_time_to_interrupt / 3600:.0f} hours; saving every {saving.save_interval / 60:.0f} minutes then "
+        f"loses least: {saving.lost_to_saves:.1%} of the time to saves that block, {saving.lost_to_failures:.1%} to "
+        f"work done again and restarts of {time.machine.restart_seconds / 60:.0f} minutes."
+    )
 
 
 def _speeds(candidate: Candidate) -> str:

@@ -221,7 +221,7 @@ def _stages(
     rate = traffic.tensor_rate(layout, machine) if layout.tensor > 1 else math.inf
     # the embedding's output, and the gradient of the head's input
     end_reduced = traffic.ring_bytes(layout.tensor, traffic.BF16 * layout.micro_batch * seq_length * shape.hidden_size)
-    message = traffic.message_bytes(shape, layout, seq_length) * layout.virtual_stages
+    message = traffic.message_bytes(shape, layout, seq_length)
     matrix = shape.padded_vocab_size * shape.hidden_size / layout.tensor
     layer_parameters = sum(i * o for i, o in compute.layer_matrices(shape, layout.tensor)) + 2 * shape.hidden_size
     stages = []
@@ -235,14 +235,16 @@ def _stages(
             work += compute.head_seconds(shape, layout, seq_length, machine)
             parameters += matrix * (not (shape.tied and first)) + shape.hidden_size
         boundaries = [stage - 1] * (not first) + [stage] * (not last)
+        # activations one way, gradients the other
+        messages = sum(2 * message / traffic.boundary_rate(b, layout, machine) for b in boundaries)
+        messages += traffic.message_gathers(layout, first, last) * (end_reduced / 2) / rate
         stages.append(
             StageTime(
                 layers=layers,
                 parameters=parameters,
                 compute=work,
                 tensor_parallel=(reduced * layers + end_reduced * (first + last)) / rate,
-                # activations one way, gradients the other
-                messages=sum(2 * message / traffic.boundary_rate(b, layout, machine) for b in boundaries),
+                messages=messages * layout.virtual_stages,
                 accumulation=_accumulation_seconds(parameters, machine),
             )
         )

@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from megatron.model.layout import LlamaShape, padded_vocab_size
 from megatron.planner.compute import gemm_seconds, layer_matrices
 from megatron.planner.estimate import Estimate, estimate
 from megatron.planner.machines import GIB, LINK_NAMES, Machine, ring_rate
-from megatron.planner.memory import plan_memory
+from megatron.planner.memory import StageMemory, plan_memory
 from megatron.planner.parallel_layout import ParallelLayout, Recompute
 
 RECOMPUTE: tuple[Recompute, ...] = ("none", "full")
@@ -33,9 +34,12 @@ class Candidate:
 
     layout: ParallelLayout
     estimate: Estimate
-    peak_bytes: int
-    fullest_stage: int
+    fullest: StageMemory  # the stage that needs most
     reason: str = ""
+
+    @property
+    def peak_bytes(self) -> int:
+        return self.fullest.peak
 
     @property
     def tokens_per_second(self) -> float:
@@ -47,6 +51,7 @@ class SearchResult:
     machine: Machine
     seq_length: int
     global_batch: int
+    usable_bytes: int  # of a GCD's memory
     ranked: list[Candidate]
     lost: list[Candidate]  # too large, fastest first
     later: list[Candidate]  # fit and are faster than the best of today, best of each kind
@@ -68,11 +73,20 @@ class SearchResult:
                 return candidate
         return None
 
+    def as_json(self, top: int | None = None) -> dict[str, Any]:
+        """The first `top` of each list, for scripts."""
+        return {
+            "usable_bytes": self.usable_bytes,
+            "ranked": [_json(candidate) for candidate in self.ranked[:top]],
+            "lost": [_json(candidate) for candidate in self.lost[:top]],
+            "later": [_json(candidate) for candidate in self.later[:top]],
+        }
+
     def lines(self, top: int = 10) -> list[str]:
         """A table for people: the `top` fastest, the fastest of those that do not fit, and what is not built yet."""
         lines = _table(self.ranked[:top])
         if not self.ranked:
-            lines = [f"no layout fits {self.machine.usable_hbm_bytes / GIB:.0f} GiB a GCD"]
+            lines = [f"no layout fits {self.usable_bytes / GIB:.0f} GiB a GCD"]
         if self.lost:
             lines += ["", f"{len(self.lost)} do not fit; the fastest of them:", *_table(self.lost[:5])]
         if self.later:
@@ -90,6 +104,7 @@ def search(
     precision: str = "bfloat16",
     usable_bytes: int | None = None,
     vocab_divisible_by: int | None = None,
+    isolate_documents: bool = False,
 ) -> SearchResult:
     """All legal layouts of `world_size` GCDs and `global_batch` sequences a step.
 
@@ -98,7 +113,7 @@ def search(
     the shape's padding stays. Raises ValueError if there is no legal layout.
     """
     limit = machine.usable_hbm_bytes if usable_bytes is None else usable_bytes
-    plan = _Planner(shape, seq_length, machine, precision, vocab_divisible_by)
+    plan = _Planner(shape, seq_length, machine, precision, vocab_divisible_by, isolate_documents)
     today = [plan.candidate(layout) for layout in plan.layouts(world_size, global_batch)]
     if not today:
         raise ValueError(
@@ -111,7 +126,7 @@ def search(
     ranked = [replace(candidate, reason=_behind(candidate, best)) for candidate in fitting]
     lost = [replace(c, reason=_too_large(c, limit)) for c in today if c.peak_bytes > limit]
     later = _later(plan, [candidate.layout for candidate in today], limit, best)
-    return SearchResult(machine, seq_length, global_batch, ranked, lost, later)
+    return SearchResult(machine, seq_length, global_batch, limit, ranked, lost, later)
 
 
 @dataclass(frozen=True)
@@ -123,6 +138,7 @@ class _Planner:
     machine: Machine
     precision: str
     vocab_divisible_by: int | None
+    isolate_documents: bool
 
     def shape_at(self, tensor: int) -> LlamaShape:
         if self.vocab_divisible_by is None:
@@ -148,9 +164,15 @@ class _Planner:
         return estimate(self.shape_at(layout.tensor), layout, self.seq_length, self.machine)
 
     def candidate(self, layout: ParallelLayout) -> Candidate:
-        stages = plan_memory(self.shape_at(layout.tensor), layout, self.seq_length, self.precision)
-        fullest = max(stages, key=lambda stage: stage.peak)
-        return Candidate(layout, self.time(layout), fullest.peak, fullest.stage)
+        stages = plan_memory(
+            self.shape_at(layout.tensor),
+            layout,
+            self.seq_length,
+            self.precision,
+            isolate_documents=self.isolate_documents,
+            machine=self.machine,
+        )
+        return Candidate(layout, self.time(layout), max(stages, key=lambda stage: stage.peak))
 
 
 def _divisors(number: int) -> list[int]:
@@ -215,7 +237,12 @@ def _variants(layout: ParallelLayout, num_layers: int) -> Iterator[tuple[frozens
 
 
 def _too_large(candidate: Candidate, limit: int) -> str:
-    return f"stage {candidate.fullest_stage} needs {candidate.peak_bytes / GIB:.1f} of {limit / GIB:.0f} GiB"
+    kinds = candidate.fullest.by_kind
+    most = max(kinds, key=lambda kind: kinds[kind])
+    return (
+        f"stage {candidate.fullest.stage} needs {candidate.peak_bytes / GIB:.1f} of {limit / GIB:.0f} GiB, "
+        f"{kinds[most] / GIB:.1f} of it {most}"
+    )
 
 
 def _behind(candidate: Candidate, best: Candidate | None) -> str:
@@ -278,6 +305,16 @@ def row(candidate: Candidate) -> tuple[str, ...]:
         f"{candidate.peak_bytes / GIB:.1f}",
         candidate.reason,
     )
+
+
+def _json(candidate: Candidate) -> dict[str, Any]:
+    return {
+        "layout": asdict(candidate.layout),
+        "tokens_per_second_per_gcd": candidate.estimate.tokens_per_second_per_gcd,
+        "tflops_per_gcd": candidate.estimate.tflops_per_gcd,
+        "peak_bytes": candidate.peak_bytes,
+        "reason": candidate.reason,
+    }
 
 
 def _table(candidates: list[Candidate]) -> list[str]:

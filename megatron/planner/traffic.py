@@ -49,10 +49,18 @@ def tensor_rate(layout: ParallelLayout, machine: Machine) -> float:
 
 
 def message_bytes(shape: LlamaShape, layout: ParallelLayout, seq_length: int) -> float:
-    """What a rank hands to the next stage for one micro-batch: every tensor-parallel rank sends the whole hidden
-    state, without sequence parallelism."""
-    size = BF16 * layout.micro_batch * seq_length * shape.hidden_size
-    return size / layout.tensor if layout.sequence_parallel else size
+    """What a rank sends to the next stage for one micro-batch, and back as gradient: DeepSpeed splits the hidden state
+    over the tensor-parallel ranks (`pipe_partitioned`, `grad_partitioned`)."""
+    return BF16 * layout.micro_batch * seq_length * shape.hidden_size / layout.tensor
+
+
+def message_gathers(layout: ParallelLayout, first: bool, last: bool) -> int:
+    """Gathers of a whole hidden state over tensor-parallel ranks that the split costs a stage in each micro-batch: of
+    the received input; of the stage's own output again, and of its gradient. Under sequence parallelism the parts are
+    what the layers want."""
+    if layout.tensor == 1 or layout.sequence_parallel:
+        return 0
+    return (not first) + 2 * (not last)
 
 
 def boundary_rate(boundary: int, layout: ParallelLayout, machine: Machine) -> float:
