@@ -93,7 +93,8 @@ def plan_memory(
 
     `precision` is `bfloat16` or `fp32`; `stage_layers` the layer-file numbers of every stage, default DeepSpeed's
     partition by decoder layers; `ops` says how the fused operations run; `machine` what a communicator takes (on
-    a CPU none takes any). Attention is a flash kernel. Raises ValueError where the shape does not fit the tensor-parallel size.
+    a CPU none takes any). Attention is a flash kernel. Raises ValueError where the shape does not fit the
+    tensor-parallel size.
     """
     shape.check_tensor_parallel(layout.tensor)
     stages = stage_layers or default_stages(shape.num_layers, layout.pipe)

@@ -30,7 +30,8 @@ def _what(plan: Plan) -> str:
     recompute = {"full": "every decoder layer recomputed", "none": "nothing recomputed"}[layout.recompute]
     nodes = f" ({plan.nodes:,} nodes of {plan.machine.gpus_per_node})" if plan.nodes > 1 else ""
     return (
-        f"{plan.parameters_total:,} parameters on {layout.world_size:,} ranks{nodes}: TP {layout.tensor} x PP {layout.pipe} x DP {layout.data}, {args.precision}, "
+        f"{plan.parameters_total:,} parameters on {layout.world_size:,} ranks{nodes}: TP {layout.tensor} x PP "
+        f"{layout.pipe} x DP {layout.data}, {args.precision}, "
         f"{recompute}\n"
         f"batch of {layout.global_batch:,} sequences = micro-batch {layout.micro_batch} x accumulation "
         f"{layout.num_micro_batches} x data parallel {layout.data}; {plan.time.tokens_per_step:,} tokens a step"
