@@ -4,7 +4,8 @@
     result.ranked        candidates that the trainer runs today and that fit, fastest first
     result.lost          candidates that do not fit, each with its reason
     result.later         what sequence parallelism, interleaving or selective recomputation would give
-    result.lines()       all of it as text
+    result.partly        what recomputing no more layers than needed would give
+    result.lines()       all of it as text; result.as_json() for scripts
 
 Time is `megatron.planner.estimate`'s, memory `megatron.planner.memory`'s. Legal is what `NeoXArgs` accepts: tensor
 parallelism divides heads, key/value heads, MLP width and vocabulary and stays inside a node, every stage has a layer,
