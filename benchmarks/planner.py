@@ -188,21 +188,31 @@ def published_section() -> str:
                 f"{other.error:+.0%}",
             )
         )
+    unused = " and ".join(run.name for run in RUNS if not run.calibrates)
     excluded = "; ".join(f"{name}: {why}" for name, why in EXCLUDED.items())
     return "\n".join(
         [
             *_markdown(rows),
             "",
-            f"Calibrated on all: {_constants(calibrate(RUNS))}. Absolute error: {_spread(results)}.",
+            f"Calibrated on all but the {unused}: {_constants(calibrate(RUNS))}. Absolute error: {_spread(results)}.",
             "",
             f"Each run left out of the calibration in turn: {_spread(outside)}; the constants then are "
             f"{_ranges([calibrate([other for other in RUNS if other is not run]) for run in RUNS])}.",
             "",
             *notes,
             "",
+            f"AstroSage-70B's global batch is not published: {_batches(RUNS[0])}.",
+            "",
             f"Not replayed. {excluded}.",
         ]
     )
+
+
+def _batches(run: PublishedRun) -> str:
+    """A run's prediction with half as many, as many and twice as many micro-batches."""
+    steps = [run.layout.num_micro_batches * factor // 2 for factor in (1, 2, 4)]
+    runs = [replace(run, layout=replace(run.layout, num_micro_batches=number)) for number in steps]
+    return ", ".join(f"{replay(other).predicted:.1f} with {other.layout.global_batch:,} sequences" for other in runs)
 
 
 def describe(run: PublishedRun) -> str:
@@ -265,6 +275,8 @@ def search_section() -> str:
             "What the trainer cannot run yet, and its gain over the best above:",
             "",
             *_markdown([HEADER, *map(row, found.later)]),
+            "",
+            f"Nor this: {found.partly_line()}.",
             "",
         ]
     return "\n".join([*blocks, _cost(_search(BATCHES[0]))])

@@ -2,8 +2,6 @@
 
 Numbers are per GCD. A row keeps what its source states; `assumed` is what had to be added, `caution` why the number may
 mean something else. Rows that cannot be replayed are in `EXCLUDED`.
-
-Sources by short name: DASHREPO sajal-vt/Megatron-DeepSpeed-ORNL, ORHAN eminorhan/frontier-torchtitan.
 """
 
 from __future__ import annotations
@@ -76,7 +74,7 @@ RUNS = (
         2048,
         "neox",
         73.5,
-        "arXiv 2312.12705; layout from the authors' scripts",
+        "arXiv 2312.12705, abstract; layout from the authors' scripts, sajal-vt/Megatron-DeepSpeed-ORNL",
         2023,
         speed=EARLY_SOFTWARE,
         assumed="that the scripts' layout gave the abstract's number, recomputation counted",
@@ -108,19 +106,19 @@ RUNS = (
         assumed="as above",
     ),
     PublishedRun(
-        "175B, raw log",
+        "175B raw log",
         "frontier",
         gpt(96, 12_288, 96),
         ParallelLayout(4, 16, 2, 1, 160),
         2048,
         "neox",
         37.4,
-        "DASHREPO log 405287, corrected for the samples really run",
+        "sajal-vt/Megatron-DeepSpeed-ORNL, log 405287, corrected for the samples really run",
         2023,
         speed=EARLY_SOFTWARE,
         calibrates=False,
-        caution="a first port on the test system, with 40 % jitter between its steps; the same authors' published run "
-        "of this layout is 1.85 times faster",
+        caution="an early log from the test system, with steps that differ by 40 %; the same authors' published run of "
+        "this layout is 1.85 times faster; not calibrated on",
     ),
     PublishedRun(
         "Huginn, one node",
@@ -144,7 +142,7 @@ RUNS = (
         8192,
         "tokens",
         1333.0,
-        "ORHAN, llama3_8b_n8_benchmark.toml",
+        "eminorhan/frontier-torchtitan, llama3_8b_n8_benchmark.toml",
         2024,
         sharded=True,
         half_recompute=True,
@@ -157,7 +155,7 @@ RUNS = (
         8192,
         "tokens",
         600.0,
-        "ORHAN, llama3_8b.toml",
+        "eminorhan/frontier-torchtitan, llama3_8b.toml",
         2024,
         sharded=True,
         caution='derived from "0.6 minutes a step"; an earlier version of the source says one minute',
@@ -190,8 +188,8 @@ RUNS = (
     PublishedRun(
         "MPT-7B FSDP",
         "frontier",
-        gpt(32, 4096, 32, 50_432),
-        ParallelLayout(1, 1, 8, 4, 1),
+        gpt(32, 4096, 32, 50_368),
+        ParallelLayout(1, 1, 8, 4, 32),
         2048,
         "tokens",
         1602.0,
@@ -199,13 +197,13 @@ RUNS = (
         2024,
         sharded=True,
         speed=EARLY_SOFTWARE * MI250,
-        assumed="recomputation, llm-foundry's default; one micro-batch a step",
+        assumed="recomputation and 1,024 sequences a step, as in llm-foundry's configuration files",
     ),
     PublishedRun(
         "MPT-13B FSDP",
         "frontier",
-        gpt(40, 5120, 40, 50_432),
-        ParallelLayout(1, 1, 8, 4, 1),
+        gpt(40, 5120, 40, 50_368),
+        ParallelLayout(1, 1, 8, 4, 32),
         2048,
         "tokens",
         753.0,

@@ -96,7 +96,8 @@ class Machine:
 
     # --- memory
     hbm_bytes: int = 64 * GIB  # 63.98 GiB by the driver. [S] LAB
-    usable_hbm_bytes: int = 57 * GIB  # under 8-10 communicators, which PyTorch's allocator does not see. [S] LAB
+    # What is left under 8-10 communicators, which PyTorch's allocator does not see. [S] LAB
+    usable_hbm_bytes: int = 57 * GIB
     first_communicator_bytes: int = GIB  # RCCL's first, with the context. [S] LAB
     communicator_bytes: int = 650 * 2**20  # each further one. [S] LAB
 
@@ -114,9 +115,6 @@ class Machine:
     gpus_per_node: int = 8
     # File system, all ranks together. [A]: Orion's flash tier is far above what one job of 256 nodes is given
     file_system_rate: float = 100e9
-    # Node-local NVMe, bytes per second a node: 5.5 read, 2 write. [S] FUG. None: no local disk (LUMI)
-    nvme_write_rate: float | None = 2e9
-    nvme_read_rate: float | None = 5.5e9
     # Mean time between failures of one node. [A]: none is published for jobs of this size; 256 nodes then fail once
     # in 39 hours. For scale: Llama-3-405B saw one interruption per 3 hours on 2,048 nodes of 8 H100, 256 in 25 hours
     node_mtbf_seconds: float = 10_000 * 3600.0
@@ -129,6 +127,6 @@ class Machine:
 
 # Frontier's ranks sit where `--gpu-bind=closest` puts them ([S] FUG); LUMI's CPU masks make rank = GCD ([S] LUMI-UG).
 FRONTIER = Machine("frontier", gcd_of_local_rank=CLOSEST_GCDS)
-LUMI = Machine("lumi", gcd_of_local_rank=tuple(range(8)), nvme_write_rate=None, nvme_read_rate=None)
+LUMI = Machine("lumi", gcd_of_local_rank=tuple(range(8)))
 
 MACHINES = {machine.name: machine for machine in (FRONTIER, LUMI)}

@@ -4,7 +4,8 @@
     result.ranked        candidates that the trainer runs today and that fit, fastest first
     result.lost          candidates that do not fit, each with its reason
     result.later         what sequence parallelism, interleaving or selective recomputation would give
-    result.lines()       all of it as text
+    result.partly        what recomputing no more layers than needed would give
+    result.lines()       all of it as text; result.as_json() for scripts
 
 Time is `megatron.planner.estimate`'s, memory `megatron.planner.memory`'s. Legal is what `NeoXArgs` accepts: tensor
 parallelism divides heads, key/value heads, MLP width and vocabulary and stays inside a node, every stage has a layer,
@@ -47,6 +48,17 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class Partly:
+    """A layout that would recompute `recomputed` of each stage's `layers` decoder layers and store what the others
+    compute: as fast and as large as lies between all and none. The trainer recomputes all or none."""
+
+    layout: ParallelLayout
+    recomputed: int
+    layers: int
+    tokens_per_second: float
+
+
+@dataclass(frozen=True)
 class SearchResult:
     machine: Machine
     seq_length: int
@@ -55,6 +67,7 @@ class SearchResult:
     ranked: list[Candidate]
     lost: list[Candidate]  # too large, fastest first
     later: list[Candidate]  # fit and are faster than the best of today, best of each kind
+    partly: Partly | None  # the fastest that recomputes no more than it must
 
     @property
     def best(self) -> Candidate | None:
@@ -91,7 +104,21 @@ class SearchResult:
             lines += ["", f"{len(self.lost)} do not fit; the fastest of them:", *_table(self.lost[:5])]
         if self.later:
             lines += ["", "not built yet, and their gain over the best of today:", *_table(self.later)]
+        if self.partly:
+            lines += ["", f"not built yet either: {self.partly_line()}"]
         return lines
+
+    def partly_line(self) -> str:
+        """One sentence on `partly`; empty without it."""
+        if self.partly is None:
+            return ""
+        layout, speed = self.partly.layout, self.partly.tokens_per_second
+        gain = f", {speed / self.best.tokens_per_second - 1:+.0%}" if self.best else ""
+        return (
+            f"recomputing {self.partly.recomputed} of a stage's {self.partly.layers} layers at TP{layout.tensor} "
+            f"PP{layout.pipe} DP{layout.data}, micro-batch {layout.micro_batch}, would just fit: about "
+            f"{speed / layout.world_size:.1f} tok/s/GCD{gain}"
+        )
 
 
 def search(
@@ -126,7 +153,7 @@ def search(
     ranked = [replace(candidate, reason=_behind(candidate, best)) for candidate in fitting]
     lost = [replace(c, reason=_too_large(c, limit)) for c in today if c.peak_bytes > limit]
     later = _later(plan, [candidate.layout for candidate in today], limit, best)
-    return SearchResult(machine, seq_length, global_batch, limit, ranked, lost, later)
+    return SearchResult(machine, seq_length, global_batch, limit, ranked, lost, later, _partly(today, limit, best))
 
 
 @dataclass(frozen=True)
@@ -203,6 +230,30 @@ def _later(plan: _Planner, today: list[ParallelLayout], limit: int, best: Candid
             gain = f": {fastest.tokens_per_second / best.tokens_per_second - 1:+.0%}" if best else ""
             found[lacking] = replace(fastest, reason="needs " + " and ".join(sorted(lacking)) + gain)
     return sorted(found.values(), key=lambda candidate: -candidate.tokens_per_second)
+
+
+def _partly(today: list[Candidate], limit: int, best: Candidate | None) -> Partly | None:
+    """Between every layout that fits with recomputation and the same without, which does not."""
+    stored = {candidate.layout: candidate for candidate in today if candidate.layout.recompute == "none"}
+    found = []
+    for candidate in today:
+        other = stored.get(replace(candidate.layout, recompute="none"))
+        if (
+            candidate.layout.recompute != "full"
+            or other is None
+            or not candidate.peak_bytes <= limit < other.peak_bytes
+        ):
+            continue
+        room = (limit - candidate.peak_bytes) / (other.peak_bytes - candidate.peak_bytes)
+        layers = max(stage.layers for stage in candidate.estimate.stages)
+        kept = int(room * layers)
+        gained = kept / layers * (candidate.estimate.step_seconds - other.estimate.step_seconds)
+        speed = candidate.estimate.tokens_per_step / (candidate.estimate.step_seconds - gained)
+        found.append(Partly(candidate.layout, layers - kept, layers, speed))
+    fastest = max(found, key=lambda partly: partly.tokens_per_second, default=None)
+    if fastest is None or (best and fastest.tokens_per_second <= best.tokens_per_second):
+        return None
+    return fastest
 
 
 def _fastest_fitting(plan: _Planner, variants: list[ParallelLayout], limit: int, bar: float) -> Candidate | None:

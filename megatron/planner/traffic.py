@@ -43,9 +43,11 @@ def tensor_bytes_per_layer(shape: LlamaShape, layout: ParallelLayout, seq_length
 
 
 def tensor_rate(layout: ParallelLayout, machine: Machine) -> float:
-    """Slowest of a node's tensor-parallel groups."""
-    t = layout.tensor
-    return min(group_rate(machine, range(first, first + t)) for first in range(0, machine.gpus_per_node, t))
+    """Slowest of a node's tensor-parallel groups; one that is larger than a node goes through its network."""
+    t, node = layout.tensor, machine.gpus_per_node
+    if t > node:
+        return min(group_rate(machine, range(node)), machine.collective * machine.node_network_rate)
+    return min(group_rate(machine, range(first, first + t)) for first in range(0, node - t + 1, t))
 
 
 def message_bytes(shape: LlamaShape, layout: ParallelLayout, seq_length: int) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import subprocess
 import sys
@@ -70,32 +72,24 @@ def test_every_layout_of_the_70b_is_accepted_by_the_trainer(found: SearchResult)
 
 
 def test_no_layout_that_the_trainer_accepts_is_missed() -> None:
-    """8 ranks, 16 sequences: all sizes are tried with NeoXArgs, which knows nothing of the search."""
+    """12 ranks, 16 sequences: all sizes are tried with NeoXArgs, which knows nothing of the search."""
     base = keys(train_micro_batch_size_per_gpu=None, gradient_accumulation_steps=None, num_layers=5, vocab_size=4000)
     base["make_vocab_size_divisible_by"] = 128
     shape = NeoXArgs.from_dict(base | {"train_micro_batch_size_per_gpu": 1}, world_size=1).shape
-    result = search(shape, 8, 16, 256, FRONTIER, vocab_divisible_by=128)
+    result = search(shape, 12, 16, 256, FRONTIER, vocab_divisible_by=128)
     ours = {candidate.layout for candidate in result.ranked + result.lost}
     theirs = set()
-    for tensor in range(1, 9):
-        for pipe in range(1, 9):
-            for micro_batch in range(1, 17):
-                for steps in range(1, 17):
-                    for recompute in ("none", "full"):
-                        data = 8 // (tensor * pipe)
-                        layout = ParallelLayout(tensor, pipe, data, micro_batch, steps, recompute)  # type: ignore[arg-type]
-                        if layout.world_size != 8 or layout.global_batch != 16:
-                            continue
-                        try:
-                            args = accepted(layout, base)
-                        except ConfigError:
-                            continue
-                        theirs.add(ParallelLayout.of(args))
+    sizes = itertools.product(range(1, 13), range(1, 13), range(1, 17), range(1, 17), ("none", "full"))
+    for tensor, pipe, micro_batch, steps, recompute in sizes:
+        layout = ParallelLayout(tensor, pipe, 12 // (tensor * pipe), micro_batch, steps, recompute)  # type: ignore[arg-type]
+        if layout.world_size != 12 or layout.global_batch != 16:
+            continue
+        with contextlib.suppress(ConfigError):
+            theirs.add(ParallelLayout.of(accepted(layout, base)))
     assert ours == theirs
     assert len(ours) > 20
-    padded = {candidate.layout.tensor: candidate.estimate.shape.padded_vocab_size for candidate in result.ranked}
-    assert padded[1] == 4096
-    assert padded[4] == 4096
+    assert {layout.data for layout in ours} == {1, 2, 4}  # 3, 6 and 12 do not divide 16
+    assert {layout.pipe for layout in ours} == {3}  # 12 needs 12 layers, 6 needs 6
 
 
 def test_padding_follows_the_tensor_parallel_size() -> None:
@@ -151,6 +145,28 @@ def test_what_is_not_built_is_apart_and_gains(found: SearchResult) -> None:
         assert f"{candidate.tokens_per_second / found.best.tokens_per_second - 1:+.0%}" in candidate.reason
     for candidate in found.ranked + found.lost:
         assert candidate.layout.runs_today
+
+
+def test_recomputing_no_more_than_needed(found: SearchResult) -> None:
+    partly, best = found.partly, found.best
+    assert partly is not None
+    assert best is not None
+    layout = partly.layout
+    full = found.find(layout.tensor, layout.pipe, layout.micro_batch)
+    none = found.find(layout.tensor, layout.pipe, layout.micro_batch, "none")
+    assert full is not None
+    assert none is not None
+    assert full.tokens_per_second < partly.tokens_per_second < none.tokens_per_second
+    assert best.tokens_per_second < partly.tokens_per_second
+
+    def size(recomputed: int) -> float:
+        return full.peak_bytes + (none.peak_bytes - full.peak_bytes) * (1 - recomputed / partly.layers)
+
+    assert size(partly.recomputed) <= FRONTIER.usable_hbm_bytes < size(partly.recomputed - 1)
+    share = partly.recomputed / partly.layers
+    seconds = share * full.estimate.step_seconds + (1 - share) * none.estimate.step_seconds
+    assert partly.tokens_per_second == pytest.approx(512 * 8192 / seconds)
+    assert found.partly_line() in found.lines()[-1]
 
 
 def test_less_memory_leaves_fewer(found: SearchResult) -> None:
