@@ -36,12 +36,12 @@ class Gate:
 
     def __init__(self) -> None:
         self._open = threading.Event()
-        self._write = save.CheckpointWriter.write
-        gate = self
+        write = save.CheckpointWriter.write
+        opened = self._open
 
         def held(writer: Any, contents: Any) -> None:
-            assert gate._open.wait(60)
-            gate._write(writer, contents)
+            assert opened.wait(60)
+            write(writer, contents)
 
         background.CheckpointWriter.write = held  # type: ignore[method-assign]
 

@@ -24,6 +24,7 @@ from megatron.checkpoint.manifest import read_manifest
 from megatron.checkpoint.verify import verify_checkpoint
 from tests.checkpoints import standing_args, standing_engine
 from tests.ranks import run_ranks
+from tests.unit.test_checkpoint_folders import killed_at
 
 pytestmark = pytest.mark.distributed
 
@@ -40,7 +41,7 @@ class Standing:
     def __init__(self, rank: int, world_size: int, root: str, **keys: Any) -> None:
         self.warnings: list[str] = []
         self.lines: list[str] = []
-        args, engine = standing_args(root, **keys), None
+        args = standing_args(root, **keys)
         engine = standing_engine(args, rank, world_size)
         self.saver = BackgroundSaver(engine, args, {}, log=self.lines.append, warn=self.warnings.append)
 
@@ -238,3 +239,42 @@ def test_killed_at_ten_random_moments_what_was_reported_is_there(tmp_path: Path)
         assert read_manifest(find_checkpoint(root)) == manifest
         assert not [path.name for path in root.iterdir() if path.name.endswith((".tmp", ".replaced"))]
     assert partial, "no kill fell into a save"
+
+
+def test_killed_at_every_operation_the_last_complete_one_is_found(tmp_path: Path) -> None:
+    """A new step, a replaced one and retention in the background, ended before each of their file operations."""
+    torch.set_num_threads(1)
+
+    def work(root: Path) -> None:
+        torch.distributed.init_process_group("gloo", init_method=f"file://{root}.store", rank=0, world_size=1)
+        standing = Standing(0, 1, str(root), keep_last_n_checkpoints=2, keep_optimizer_last_n=1)
+        standing.saver.completed = 2
+        for _ in range(2):
+            standing.whole(3)
+        assert standing.saver.completed == 3
+        assert standing.warnings == []
+
+    def before(root: Path) -> None:
+        torch.distributed.init_process_group("gloo", init_method=f"file://{root}.store", rank=0, world_size=1)
+        for step in (1, 2):
+            Standing(0, 1, str(root), keep_optimizer_last_n=1).whole(step)
+
+    assert not killed_at(0, lambda: before(tmp_path / "before"))
+    for operation in range(1, 1000):
+        root = tmp_path / str(operation)
+        shutil.copytree(tmp_path / "before", root)
+        killed = killed_at(operation, lambda root=root: work(root))
+        found = find_checkpoint(root)
+        problems = [p for p in verify_checkpoint(found) if "is not in the manifest" not in p]
+        assert problems == [], f"killed before operation {operation}"
+        assert found.name.startswith(("global_step2", "global_step3"))
+        manifest = read_manifest(found)
+        clean_leftovers(root, quiet)
+        assert read_manifest(find_checkpoint(root)) == manifest
+        assert not [path.name for path in root.iterdir() if path.name.endswith((".tmp", ".replaced"))]
+        if not killed:
+            assert operation > 60, "the operations were not counted"
+            assert complete_steps(root) == [2, 3]
+            return
+        shutil.rmtree(root)
+    pytest.fail("the work never came to its end")
