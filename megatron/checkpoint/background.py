@@ -71,14 +71,20 @@ class BackgroundSaver:
     def in_flight(self) -> bool:
         return self._flight is not None
 
-    def announce(self) -> None:
-        """Say how much host memory a save takes. Collective."""
-        writer = self._writer(TrainState())
-        own = tensor_bytes(rank_contents(self.engine, self.args, writer.state, writer.place))
+    def prepare(self) -> None:
+        """Make the buffers, so that too little memory shows before the first step, and say how large they are.
+
+        Collective; CheckpointError on all ranks if one has no room.
+        """
+        own = 0
+        with self._ranks.together("async_save: making room for copies in host memory"):
+            writer = self._writer(TrainState())
+            contents = rank_contents(self.engine, self.args, writer.state, writer.place)
+            own = tensor_bytes(self._copies.snapshot(contents))
         largest, total = self._ranks.largest(own), self._ranks.total(own)
         self.log(
-            f"async_save: copies of {total / 1e9:.2f} GB in host memory while they are written, "
-            f"at most {largest / 1e9:.2f} GB on a rank"
+            f"async_save: {total / 1e9:.3g} GB are copied to host memory at each save, at most {largest / 1e9:.3g} GB "
+            "on a rank"
         )
 
     def begin(self, state: TrainState) -> None:

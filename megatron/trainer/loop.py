@@ -14,7 +14,7 @@ from megatron.neox_arguments import NeoXArgs
 from megatron.trainer.batches import MicroBatch, StepBatch, assemble
 from megatron.trainer.engine import build_engine, build_model
 from megatron.trainer.evaluation import evaluate_all
-from megatron.trainer.guards import check_finite, check_initial_loss
+from megatron.trainer.guards import SuspiciousLossError, check_finite, check_initial_loss
 from megatron.trainer.progress import Progress
 from megatron.trainer.resume import is_own_save, where_to_start
 from megatron.trainer.saves import Saves, stop_if_asked
@@ -67,7 +67,11 @@ def run_training(args: NeoXArgs, place: Place, stop: StopRequest | None = None) 
     progress.start_clock()
     while state.iteration < args.train_iters:
         stop_if_asked(stop, saves, state)
-        train_step(engine, args, batches, state, progress)
+        try:
+            train_step(engine, args, batches, state, progress)
+        except SuspiciousLossError:  # on all ranks; what is being written is from before
+            saves.finish()
+            raise
         with progress.off_the_clock():
             if state.iteration == first + 1:
                 startup.done("first step")

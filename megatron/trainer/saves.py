@@ -26,7 +26,7 @@ class Saves:
             self.background = BackgroundSaver(
                 engine, args, datasets.fingerprints, saved, log=progress.say, warn=progress.warn
             )
-            self.background.announce()
+            self.background.prepare()
 
     def if_due(self, state: TrainState) -> None:
         """After every step: take note of what was written since, and save if it is time. Collective."""

@@ -215,3 +215,25 @@ def test_a_signal_and_the_end_wait_for_what_is_in_flight(
     assert complete_steps(checkpoints) == complete
     assert find_checkpoint(checkpoints).name == tag_name(complete[-1])
     assert all(verify_checkpoint(checkpoints / tag_name(step)) == [] for step in complete)
+
+
+def _run_until_broken(rank: int, world_size: int, run_keys: dict[str, Any]) -> None:
+    """The gradient of step 3 is not a number, while the save of step 2 waits to be written."""
+    from megatron.trainer import loop
+    from megatron.trainer.saves import Saves
+
+    gate, finish, check = Gate(), Saves.finish, loop.check_finite
+
+    def open_gate(saves: Any) -> None:
+        gate.open()
+        finish(saves)
+
+    Saves.finish = open_gate  # type: ignore[method-assign]
+    loop.check_finite = lambda loss, norm, step: check(loss, float("nan") if step == 3 else norm, step)
+    _run(rank, world_size, run_keys)
+
+
+def test_a_run_that_stops_for_its_loss_keeps_what_was_being_written(data: str, tmp_path: Path) -> None:
+    outcome = run_ranks(_run_until_broken, 2, keys(data, tmp_path, train_iters=5), expect_failure=True)
+    assert all(code == 1 and "SuspiciousLossError: iteration 3" in output for code, output in outcome)
+    assert complete_steps(tmp_path / "checkpoints") == [2]

@@ -1,0 +1,73 @@
+"""Copies for a save beside training: nothing of them is the engine's, and they take the same memory every time."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from megatron.checkpoint.contents import FileContent
+from megatron.checkpoint.snapshot import HostCopies, tensor_bytes
+
+pytestmark = pytest.mark.unit
+
+
+class Scale:
+    """As DeepSpeed's loss scaler: an object with values in it."""
+
+    def __init__(self) -> None:
+        self.value = [1.0]
+
+
+def state() -> dict[str, Any]:
+    flat = torch.arange(100, dtype=torch.float32)
+    return {
+        "weight": nn.Parameter(torch.ones(3, 4)),
+        "half": torch.full((7,), 2.0, dtype=torch.bfloat16),
+        "part": flat[10:20],
+        "columns": flat.view(10, 10)[:, :3],
+        "nested": [{"step": torch.tensor(5)}, (torch.zeros(2), None, "text")],
+        "shapes": OrderedDict(w=torch.Size([3, 4])),
+        "scale": Scale(),
+    }
+
+
+def tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return [tensor for item in items for tensor in tensors(item)]
+
+
+def test_a_snapshot_keeps_what_was_when_everything_changes() -> None:
+    live, expected = state(), state()
+    copied = HostCopies().snapshot({"a": FileContent(live)})["a"].content
+    with torch.no_grad():
+        for tensor in tensors(live):
+            tensor.fill_(77)
+    live["scale"].value[0] = 0.5
+    live["shapes"]["more"] = torch.Size([1])
+    live["nested"].append(1)
+    for one, other in zip(tensors(copied), tensors(expected), strict=True):
+        assert torch.equal(one, other)
+        assert (one.dtype, one.requires_grad) == (other.dtype, other.requires_grad)
+        assert one.untyped_storage().nbytes() == one.nbytes, "a file would hold the whole buffer of a view"
+    assert copied["scale"].value == [1.0]
+    assert (type(copied["shapes"]), copied["shapes"]) == (OrderedDict, expected["shapes"])
+    assert type(copied["shapes"]["w"]) is torch.Size
+    assert len(copied["nested"]) == 2
+    assert copied["nested"][1][1:] == (None, "text")
+
+
+def test_the_next_snapshot_takes_the_same_memory() -> None:
+    copies, contents = HostCopies(), {"a": FileContent(state()), "b": FileContent({"weight": torch.ones(5)})}
+    first = copies.snapshot(contents)
+    places = [tensor.data_ptr() for name in first for tensor in tensors(first[name].content)]
+    assert tensor_bytes(first) == tensor_bytes(contents) == 12 * 4 + 7 * 2 + 10 * 4 + 30 * 4 + 8 + 2 * 4 + 5 * 4
+    contents["b"].content["weight"].fill_(9)
+    second = copies.snapshot(contents)
+    assert [tensor.data_ptr() for name in second for tensor in tensors(second[name].content)] == places
+    assert torch.equal(second["b"].content["weight"], torch.full((5,), 9.0))
