@@ -87,8 +87,8 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     ours = Ours(engine, args, state)
     prepared = timed(ours.saver.prepare)
     ways = {"sync": Sync(engine, args, state), "async_save": ours, "torch async": Torch(tensors, folder / "torch")}
-    flat = torch.empty(total, dtype=torch.uint8, device=engine.device)
-    host = torch.empty(total, dtype=torch.uint8, pin_memory=engine.device.type == "cuda")
+    flat = torch.ones(total, dtype=torch.uint8, device=engine.device)
+    host = torch.zeros(total, dtype=torch.uint8, pin_memory=engine.device.type == "cuda")
     costs = {name: Cost() for name in ways}
     floors: dict[str, list[float]] = {"copy": [], "disk": []}
     alone: list[float] = []

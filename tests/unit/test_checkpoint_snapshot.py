@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from math import prod
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +13,12 @@ from torch import Tensor, nn
 
 from megatron.checkpoint.contents import FileContent
 from megatron.checkpoint.snapshot import HostCopies, tensor_bytes
+from megatron.model.layout import layer_files, rank_shape
+from megatron.neox_arguments import NeoXArgs
 
 pytestmark = pytest.mark.unit
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Scale:
@@ -71,3 +77,22 @@ def test_the_next_snapshot_takes_the_same_memory() -> None:
     second = copies.snapshot(contents)
     assert [tensor.data_ptr() for name in second for tensor in tensors(second[name].content)] == places
     assert torch.equal(second["b"].content["weight"], torch.full((5,), 9.0))
+
+
+def test_the_guides_figures_for_the_70b() -> None:
+    """Bytes of a rank's copies at TP8 x PP8 x DP32: bf16 layer files, and twelve bytes a parameter over DP."""
+    names = ("model", "cpt", "frontier")
+    args = NeoXArgs.from_ymls([ROOT / f"configs/llama31_70b/{name}.yml" for name in names])
+    assert (args.async_save, args.model_parallel_size, args.pipe_parallel_size) == (True, 8, 8)
+    assert args.data_parallel_size == 32
+    sizes = {
+        index: sum(prod(rank_shape(row, args.shape, 8)) for row in rows) for index, _, rows in layer_files(args.shape)
+    }
+    embedding, layer, head = sizes[0], sizes[2], sizes[84]
+    guide = (ROOT / "docs/checkpoints.md").read_text()
+    for parameters, file in ((10 * layer, layer), (10 * layer + embedding, embedding), (10 * layer + head, head)):
+        optimizer, weights = 12 * parameters / 32 / 1e9, 2 * file / 1e9
+        assert f"| {optimizer:.2f} GB | {weights:.2f} GB | {optimizer + weights:.2f} GB |" in guide
+    total = 14 * 8 * (80 * layer + embedding + head + sizes[83]) / 1e9
+    assert f"{total:.0f} GB in all" in guide
+    assert f"At most {8 * (12 * (10 * layer + embedding) / 32 + 2 * embedding) / 1e9:.1f} of a Frontier" in guide
