@@ -1,7 +1,7 @@
 """What a checkpoint costs training: saves that it waits for, `async_save`, and torch's own asynchronous save.
 
     python benchmarks/saving.py [--folder DIR] [--json FILE] [--rounds 5]
-    python benchmarks/saving.py --device cuda --hidden 2048 --layers 4 --vocab 32768 --seq 2048 --batch 1 --rounds 3
+    python benchmarks/saving.py --device cuda --hidden 2048 --layers 2 --vocab 16384 --seq 2048 --rounds 3
 
 One process trains a random model through the real engine. In each round every way saves the same state once, in turn.
 Measured are the time until training goes on (blocked), the time by which the steps during the write were slower than
