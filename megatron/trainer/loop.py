@@ -6,18 +6,18 @@ from collections.abc import Iterator
 
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
-from megatron.checkpoint import TrainState, load_checkpoint, prepare_save, save_checkpoint
+from megatron.checkpoint import TrainState, load_checkpoint, prepare_save
 from megatron.data import Datasets, MicroBatches, build_datasets
 from megatron.launcher.distributed import Place, initialize
-from megatron.launcher.failures import Stopped
 from megatron.launcher.signals import StopRequest
 from megatron.neox_arguments import NeoXArgs
 from megatron.trainer.batches import MicroBatch, StepBatch, assemble
 from megatron.trainer.engine import build_engine, build_model
 from megatron.trainer.evaluation import evaluate_all
-from megatron.trainer.guards import check_finite, check_initial_loss
+from megatron.trainer.guards import SuspiciousLossError, check_finite, check_initial_loss
 from megatron.trainer.progress import Progress
 from megatron.trainer.resume import is_own_save, where_to_start
+from megatron.trainer.saves import Saves, stop_if_asked
 from megatron.trainer.schedule import learning_rate
 from megatron.trainer.startup import StartUp
 
@@ -67,7 +67,11 @@ def run_training(args: NeoXArgs, place: Place, stop: StopRequest | None = None) 
     progress.start_clock()
     while state.iteration < args.train_iters:
         stop_if_asked(stop, saves, state)
-        train_step(engine, args, batches, state, progress)
+        try:
+            train_step(engine, args, batches, state, progress)
+        except SuspiciousLossError:  # on all ranks; what is being written is from before
+            saves.finish()
+            raise
         with progress.off_the_clock():
             if state.iteration == first + 1:
                 startup.done("first step")
@@ -125,51 +129,6 @@ def train_step(
     state.consumed_samples += args.train_batch_size
     progress.step(state.iteration, loss, rate, grad_norm, batch.learned_tokens)
     return loss
-
-
-class Saves:
-    """The checkpoints of this run: when they are due, and whether the present state is in one."""
-
-    def __init__(
-        self, engine: PipelineEngine, args: NeoXArgs, datasets: Datasets, progress: Progress, saved: int | None
-    ) -> None:
-        self.engine, self.args, self.datasets, self.progress = engine, args, datasets, progress
-        self.saved = saved  # iteration that `args.save` holds
-
-    def if_due(self, state: TrainState) -> None:
-        if is_save_point(self.args, state.iteration):
-            self.now(state)
-
-    def now(self, state: TrainState) -> None:
-        """Save unless this state is saved already. Collective."""
-        if state.iteration != self.saved:
-            fingerprints = self.datasets.fingerprints
-            save_checkpoint(self.engine, self.args, state, data_fingerprints=fingerprints, log=self.progress.say)
-            self.saved = state.iteration
-
-
-def stop_if_asked(stop: StopRequest, saves: Saves, state: TrainState) -> None:
-    """After a signal to any rank: save what is not saved yet, then raise Stopped on all ranks. Collective.
-
-    Without a save folder there is nothing to go on with, and the exit code is the signal's.
-    """
-    args = saves.args
-    received = stop.agreed(saves.engine.device)
-    if received is None:
-        return
-    where = f"{received.name} at iteration {state.iteration} of {args.train_iters}"
-    if not args.save:
-        raise Stopped(f"{where}; nothing is saved, the run has no save folder", code=128 + received)
-    saves.now(state)
-    raise Stopped(f"{where}; all is saved, the same command goes on from there")
-
-
-def is_save_point(args: NeoXArgs, iteration: int) -> bool:
-    """Every `checkpoint_factor` iterations, at the `extra_save_iters` (0: before the first step), and at the end."""
-    if not args.save:
-        return False
-    every = args.checkpoint_factor and iteration and iteration % args.checkpoint_factor == 0
-    return bool(every or iteration in (args.extra_save_iters or ()) or iteration == args.train_iters)
 
 
 def report_validation(
