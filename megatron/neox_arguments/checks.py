@@ -327,6 +327,14 @@ def document_ends_are_known(args: NeoXArgs) -> str | None:
     return "eod_mask_loss needs the end-of-document token: give vocab_file, the tokenizer's file"
 
 
+@_rule(*_TRAIN)
+def skipped_ranges_are_ranges(args: NeoXArgs) -> str | None:
+    wrong = [pair for pair in args.skip_sample_ranges if len(pair) != 2 or not 0 <= pair[0] < pair[1]]
+    if not wrong:
+        return None
+    return f"skip_sample_ranges: {wrong[0]} is no range of samples; write [first, end] with 0 <= first < end"
+
+
 # --- checkpoints
 
 

@@ -22,6 +22,7 @@ from megatron.model.parallel import TensorParallel
 from megatron.model.pipeline import PARAMETER_DTYPES, LlamaPipelineModule
 from megatron.neox_arguments import NeoXArgs
 from megatron.ops import configure
+from megatron.trainer.instructions import spread_what_is_not_finite
 from megatron.trainer.optimizer import build_optimizer
 
 EXPECTED_OPTIMIZER = {
@@ -50,6 +51,7 @@ def build_engine(args: NeoXArgs, model: LlamaPipelineModule, log: Callable[[str]
     """DeepSpeed's pipeline engine with ZeRO-1; its fp32 masters are copies of the model's present weights."""
     engine = _initialize(model, args.deepspeed_config, build_optimizer(model, args))
     _check(engine, args)
+    spread_what_is_not_finite(engine)
     for line in describe(engine, args):
         log(line)
     return engine

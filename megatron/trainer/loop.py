@@ -8,6 +8,7 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from megatron.checkpoint import TrainState, load_checkpoint, prepare_save, save_checkpoint
 from megatron.data import Datasets, MicroBatches, build_datasets
+from megatron.data.ranges import SampleRanges
 from megatron.launcher.distributed import Place, initialize
 from megatron.launcher.failures import Stopped
 from megatron.launcher.signals import StopRequest
@@ -19,6 +20,7 @@ from megatron.trainer.guards import check_finite, check_initial_loss
 from megatron.trainer.progress import Progress
 from megatron.trainer.resume import is_own_save, where_to_start
 from megatron.trainer.schedule import learning_rate
+from megatron.trainer.skips import announce, count_skipped, crossed, was_skipped
 from megatron.trainer.startup import StartUp
 
 
@@ -55,6 +57,7 @@ def run_training(args: NeoXArgs, place: Place, stop: StopRequest | None = None) 
     state = load_checkpoint(engine, start, data_fingerprints=datasets.fingerprints, log=progress.say) or TrainState()
     if args.save:
         prepare_save(engine, args, log=progress.say)
+    datasets = long_enough(args, datasets, state)
     startup.done("checkpoint")
     progress.say(f"starting at iteration {state.iteration}, {state.consumed_samples} samples consumed")
     first = state.iteration
@@ -63,6 +66,7 @@ def run_training(args: NeoXArgs, place: Place, stop: StopRequest | None = None) 
         report_validation(engine, args, datasets, progress, 0)
         saves.if_due(state)
     startup.done("validation")
+    announce(SampleRanges(args.skip_sample_ranges), state.consumed_samples, progress.say)
     batches = TrainingBatches(engine, args, datasets, state)
     progress.start_clock()
     while state.iteration < args.train_iters:
@@ -82,7 +86,7 @@ class TrainingBatches:
     """The batches of training from a position on; stages without data only take part in the count."""
 
     def __init__(self, engine: PipelineEngine, args: NeoXArgs, datasets: Datasets, state: TrainState) -> None:
-        self.engine, self.args = engine, args
+        self.engine, self.args, self.skip = engine, args, SampleRanges(args.skip_sample_ranges)
         self._micro_batches: Iterator[MicroBatch] | None = None
         if engine.is_first_stage() or engine.is_last_stage():
             self._micro_batches = iter(
@@ -93,6 +97,7 @@ class TrainingBatches:
                     dp_size=args.data_parallel_size,
                     accumulation=args.gradient_accumulation_steps,
                     consumed_samples=state.consumed_samples,
+                    skip=self.skip,
                 )
             )
 
@@ -111,20 +116,41 @@ class TrainingBatches:
 def train_step(
     engine: PipelineEngine, args: NeoXArgs, batches: TrainingBatches, state: TrainState, progress: Progress
 ) -> float:
-    """One optimizer step; returns the global mean loss. `state` moves on by one iteration."""
+    """One optimizer step; returns the global mean loss. `state` moves on by one iteration.
+
+    Where the loss or the gradient is not finite the update is skipped, up to a bound; the data move on all the same.
+    """
     rate = learning_rate(args, state.iteration)
     for group in engine.optimizer.param_groups:
         group["lr"] = rate
     batch = batches.next(state.iteration + 1)
     loss = float(engine.train_batch(batch.iterator))
     grad_norm = float(engine.get_global_grad_norm())
-    check_finite(loss, grad_norm, state.iteration + 1)
-    if state.iteration == 0:
-        check_initial_loss(loss, args)
+    behind = batches.skip.after(state.consumed_samples, args.train_batch_size)
+    if was_skipped(engine):
+        progress.warn(count_skipped(engine, args, state, loss, (state.consumed_samples, behind)))
+    else:
+        check_finite(loss, grad_norm, state.iteration + 1)
+        if state.iteration == 0:
+            check_initial_loss(loss, args)
+        state.skipped_in_a_row = 0
+    for line in crossed(batches.skip, state.consumed_samples, behind):
+        progress.say(line)
     state.iteration += 1
-    state.consumed_samples += args.train_batch_size
-    progress.step(state.iteration, loss, rate, grad_norm, batch.learned_tokens)
+    state.consumed_samples = behind
+    progress.step(state, loss, rate, grad_norm, batch.learned_tokens, engine.skipped_steps)
     return loss
+
+
+def long_enough(args: NeoXArgs, datasets: Datasets, state: TrainState) -> Datasets:
+    """`datasets`, or the same with a longer order if the run reads on beyond it.
+
+    So it does when it is behind where its iteration alone would put it: it has left out samples, or had a larger batch,
+    of which the present configuration does not know.
+    """
+    ranges, left = SampleRanges(args.skip_sample_ranges), args.train_iters - state.iteration
+    end = ranges.after(state.consumed_samples, left * args.train_batch_size)
+    return datasets if end <= len(datasets.train) else build_datasets(args, samples=end)
 
 
 class Saves:

@@ -50,6 +50,8 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
     ("labels_match_paths", {"valid_label_data_paths": ["x"]}, "1 entries for 0 valid_data_paths"),
     ("document_ends_are_known", {"eod_mask_loss": True}, "needs the end-of-document token: give vocab_file"),
     ("chopping_has_an_effect", {"allow_chopped": False}, "no effect with pack_impl: packed"),
+    ("skipped_ranges_are_ranges", {"skip_sample_ranges": [[0, 8], [9, 9]]}, "[9, 9] is no range of samples"),
+    ("skipped_ranges_are_ranges", {"skip_sample_ranges": [[1, 2, 3]]}, "[1, 2, 3] is no range of samples"),
     ("start_is_named", {"from_scratch": None}, "There is no silent random start"),
     ("start_is_named", {"load": "runs/a"}, "load and from_scratch exclude each other"),
     ("saving_has_a_rhythm", {"save": "runs/a"}, "nothing would say when to save"),
