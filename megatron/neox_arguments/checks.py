@@ -335,6 +335,20 @@ def skipped_ranges_are_ranges(args: NeoXArgs) -> str | None:
     return f"skip_sample_ranges: {wrong[0]} is no range of samples; write [first, end] with 0 <= first < end"
 
 
+# --- survival
+
+
+@_rule(*_RUN)
+def a_step_ends_before_its_collectives(args: NeoXArgs) -> str | None:
+    if args.step_timeout_minutes < args.distributed_timeout_minutes:
+        return None
+    return (
+        f"step_timeout_minutes {args.step_timeout_minutes:g} is not below distributed_timeout_minutes "
+        f"{args.distributed_timeout_minutes}: a collective would give up before the watchdog can name the ranks that "
+        f"did not arrive; lower it, or raise distributed_timeout_minutes"
+    )
+
+
 # --- checkpoints
 
 

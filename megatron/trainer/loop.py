@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from signal import Signals
 
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
@@ -11,17 +12,22 @@ from megatron.data import Datasets, MicroBatches, build_datasets
 from megatron.data.ranges import SampleRanges
 from megatron.launcher.distributed import Place, initialize
 from megatron.launcher.failures import Stopped
+from megatron.launcher.heartbeat import Whereabouts
 from megatron.launcher.signals import StopRequest
+from megatron.launcher.watchdog import Watchdog
 from megatron.neox_arguments import NeoXArgs
 from megatron.trainer.batches import MicroBatch, StepBatch, assemble
 from megatron.trainer.engine import build_engine, build_model
 from megatron.trainer.evaluation import evaluate_all
 from megatron.trainer.guards import check_finite, check_initial_loss
+from megatron.trainer.instructions import run_inside
+from megatron.trainer.phases import Phases
 from megatron.trainer.progress import Progress
 from megatron.trainer.resume import is_own_save, where_to_start
 from megatron.trainer.schedule import learning_rate
 from megatron.trainer.skips import announce, count_skipped, crossed, was_skipped
 from megatron.trainer.startup import StartUp
+from megatron.trainer.watch import Watch
 
 
 def train(args: NeoXArgs) -> None:
@@ -31,13 +37,17 @@ def train(args: NeoXArgs) -> None:
     """
     stop = StopRequest()
     stop.install()
-    run_training(args, initialize(args), stop)
+    place = initialize(args)
+    with Watchdog(args, place) as watchdog:
+        run_training(args, place, stop, watchdog.whereabouts)
 
 
-def run_training(args: NeoXArgs, place: Place, stop: StopRequest | None = None) -> None:
+def run_training(
+    args: NeoXArgs, place: Place, stop: StopRequest | None = None, whereabouts: Whereabouts | None = None
+) -> None:
     """`train` in a world that is initialised already."""
-    stop = stop or StopRequest()
-    startup = StartUp()
+    stop, phases = stop or StopRequest(), Phases(whereabouts or Whereabouts(), place.device)
+    startup = StartUp(phases.whereabouts)
     startup.done("start, imports and groups")
     progress = Progress(args, place.rank)
     datasets = build_datasets(args)
@@ -53,6 +63,7 @@ def run_training(args: NeoXArgs, place: Place, stop: StopRequest | None = None) 
         model.initialise_from_scratch()
     startup.done("model")
     engine = build_engine(args, model, progress.say)
+    run_inside(engine, phases.during)
     startup.done("engine")
     state = load_checkpoint(engine, start, data_fingerprints=datasets.fingerprints, log=progress.say) or TrainState()
     if args.save:
@@ -69,16 +80,21 @@ def run_training(args: NeoXArgs, place: Place, stop: StopRequest | None = None) 
     announce(SampleRanges(args.skip_sample_ranges), state.consumed_samples, progress.say)
     batches = TrainingBatches(engine, args, datasets, state)
     progress.start_clock()
+    watch = Watch(args, place, phases, progress)
     while state.iteration < args.train_iters:
-        stop_if_asked(stop, saves, state)
-        train_step(engine, args, batches, state, progress)
+        pulse = watch.between_steps(stop.received, state.iteration)
+        with phases.unhurried("save"):
+            stop_if_asked(pulse.stop, saves, state)
+        with phases.step(state.iteration + 1, first=state.iteration == first):
+            train_step(engine, args, batches, state, progress, phases)
         with progress.off_the_clock():
             if state.iteration == first + 1:
                 startup.done("first step")
                 progress.say(startup.line())
             if args.eval_interval and state.iteration % args.eval_interval == 0:
                 report_validation(engine, args, datasets, progress, state.iteration)
-            saves.if_due(state)
+            with phases.unhurried("save"):
+                saves.if_due(state)
     progress.close()
 
 
@@ -101,10 +117,12 @@ class TrainingBatches:
                 )
             )
 
-    def next(self, iteration: int) -> StepBatch:
+    def next(self, iteration: int, phases: Phases) -> StepBatch:
         accumulation, source = self.args.gradient_accumulation_steps, self._micro_batches
+        with phases.during("data"):
+            micro_batches = None if source is None else [next(source) for _ in range(accumulation)]
         return assemble(
-            None if source is None else [next(source) for _ in range(accumulation)],
+            micro_batches,
             accumulation,
             self.args.data_parallel_size,
             counts_tokens=self.engine.is_last_stage() and self.engine.grid.get_slice_parallel_rank() == 0,
@@ -114,7 +132,12 @@ class TrainingBatches:
 
 
 def train_step(
-    engine: PipelineEngine, args: NeoXArgs, batches: TrainingBatches, state: TrainState, progress: Progress
+    engine: PipelineEngine,
+    args: NeoXArgs,
+    batches: TrainingBatches,
+    state: TrainState,
+    progress: Progress,
+    phases: Phases,
 ) -> float:
     """One optimizer step; returns the global mean loss. `state` moves on by one iteration.
 
@@ -123,8 +146,10 @@ def train_step(
     rate = learning_rate(args, state.iteration)
     for group in engine.optimizer.param_groups:
         group["lr"] = rate
-    batch = batches.next(state.iteration + 1)
-    loss = float(engine.train_batch(batch.iterator))
+    batch = batches.next(state.iteration + 1, phases)
+    mean_loss = engine.train_batch(batch.iterator)
+    phases.whereabouts.at("result")  # where a GPU's host waits for the step
+    loss = float(mean_loss)
     grad_norm = float(engine.get_global_grad_norm())
     behind = batches.skip.after(state.consumed_samples, args.train_batch_size)
     if was_skipped(engine):
@@ -174,13 +199,12 @@ class Saves:
             self.saved = state.iteration
 
 
-def stop_if_asked(stop: StopRequest, saves: Saves, state: TrainState) -> None:
+def stop_if_asked(received: Signals | None, saves: Saves, state: TrainState) -> None:
     """After a signal to any rank: save what is not saved yet, then raise Stopped on all ranks. Collective.
 
     Without a save folder there is nothing to go on with, and the exit code is the signal's.
     """
     args = saves.args
-    received = stop.agreed(saves.engine.device)
     if received is None:
         return
     where = f"{received.name} at iteration {state.iteration} of {args.train_iters}"

@@ -52,6 +52,11 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
     ("chopping_has_an_effect", {"allow_chopped": False}, "no effect with pack_impl: packed"),
     ("skipped_ranges_are_ranges", {"skip_sample_ranges": [[0, 8], [9, 9]]}, "[9, 9] is no range of samples"),
     ("skipped_ranges_are_ranges", {"skip_sample_ranges": [[1, 2, 3]]}, "[1, 2, 3] is no range of samples"),
+    (
+        "a_step_ends_before_its_collectives",
+        {"step_timeout_minutes": 30.0},
+        "step_timeout_minutes 30 is not below distributed_timeout_minutes 30: a collective would give up before",
+    ),
     ("start_is_named", {"from_scratch": None}, "There is no silent random start"),
     ("start_is_named", {"load": "runs/a"}, "load and from_scratch exclude each other"),
     ("saving_has_a_rhythm", {"save": "runs/a"}, "nothing would say when to save"),
