@@ -349,6 +349,21 @@ def a_step_ends_before_its_collectives(args: NeoXArgs) -> str | None:
     )
 
 
+@_rule(*_TRAIN)
+def a_profile_has_steps_ranks_and_a_folder(args: NeoXArgs) -> str | None:
+    if not args.profile:
+        return None
+    if not args.log_dir:
+        return "profile needs log_dir, where the traces are written"
+    if args.profile_step_start >= args.profile_step_stop:
+        return (
+            f"profile_step_start {args.profile_step_start} is not below profile_step_stop {args.profile_step_stop}, "
+            f"the first iteration that is not in the trace"
+        )
+    outside = [rank for rank in args.profile_ranks if not 0 <= rank < args.global_num_gpus]
+    return f"profile_ranks: {outside} of {args.global_num_gpus} ranks do not exist" if outside else None
+
+
 # --- checkpoints
 
 

@@ -43,3 +43,14 @@ class SurvivalKeys(Keys):
         ours=True,
         ge=0,
     )
+    replica_check_interval: int = key(
+        100,
+        "Iterations between checksums of replicated parameters (all over data-parallel ranks, norms over "
+        "tensor-parallel ranks), also before each save; 0 is off.",
+        ours=True,
+        ge=0,
+    )
+    profile: bool = key(False, "Write torch profiler traces of some steps to log_dir.")
+    profile_step_start: int = key(10, "First iteration in the trace.", ge=1)
+    profile_step_stop: int = key(12, "First iteration that is not in the trace any more.", ge=2)
+    profile_ranks: list[int] = key([0], "Ranks that write a trace.", ours=True, min_length=1)

@@ -80,13 +80,14 @@ def run_training(
     announce(SampleRanges(args.skip_sample_ranges), state.consumed_samples, progress.say)
     batches = TrainingBatches(engine, args, datasets, state)
     progress.start_clock()
-    watch = Watch(args, place, phases, progress)
+    watch = Watch(engine, args, place, phases, progress)
     while state.iteration < args.train_iters:
         pulse = watch.between_steps(stop.received, state.iteration)
         with phases.unhurried("save"):
             stop_if_asked(pulse.stop, saves, state)
-        with phases.step(state.iteration + 1, first=state.iteration == first):
+        with watch.profiler.step(state.iteration + 1), phases.step(state.iteration + 1, state.iteration == first):
             train_step(engine, args, batches, state, progress, phases)
+        watch.after_step(state.iteration, is_save_point(args, state.iteration))
         with progress.off_the_clock():
             if state.iteration == first + 1:
                 startup.done("first step")
@@ -95,6 +96,7 @@ def run_training(
                 report_validation(engine, args, datasets, progress, state.iteration)
             with phases.unhurried("save"):
                 saves.if_due(state)
+    watch.profiler.close()
     progress.close()
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import torch
 
 from megatron.launcher.heartbeat import Whereabouts
+from megatron.trainer.profiling import named
 
 # In these a rank waits for others: the shortest time among ranks is what the exchange itself takes. In all others the
 # longest is what the step waits for.
@@ -34,7 +35,8 @@ class Phases:
         """The main thread is in `phase`; its time counts towards the present step."""
         self.whereabouts.at(phase)
         start = self._now()
-        yield
+        with named(phase):
+            yield
         self._spans.append((phase, start, self._now()))
 
     @contextlib.contextmanager

@@ -57,6 +57,17 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
         {"step_timeout_minutes": 30.0},
         "step_timeout_minutes 30 is not below distributed_timeout_minutes 30: a collective would give up before",
     ),
+    ("a_profile_has_steps_ranks_and_a_folder", {"profile": True}, "profile needs log_dir"),
+    (
+        "a_profile_has_steps_ranks_and_a_folder",
+        {"profile": True, "log_dir": "x", "profile_step_start": 12},
+        "profile_step_start 12 is not below profile_step_stop 12",
+    ),
+    (
+        "a_profile_has_steps_ranks_and_a_folder",
+        {"profile": True, "log_dir": "x", "profile_ranks": [0, 1]},
+        "profile_ranks: [1] of 1 ranks do not exist",
+    ),
     ("start_is_named", {"from_scratch": None}, "There is no silent random start"),
     ("start_is_named", {"load": "runs/a"}, "load and from_scratch exclude each other"),
     ("saving_has_a_rhythm", {"save": "runs/a"}, "nothing would say when to save"),
