@@ -76,6 +76,16 @@ def form_groups(args: NeoXArgs) -> tuple[int, int, int]:
     return check_coordinates(args, dist.get_rank())
 
 
+def set_timeouts(minutes: int) -> None:
+    """`distributed_timeout_minutes` for every process group of this rank, whoever made it.
+
+    DeepSpeed makes its pipeline and data-parallel groups without a timeout, and torch gives those 10 minutes with NCCL,
+    whatever the default group has.
+    """
+    for group in dist.distributed_c10d._world.pg_map:
+        dist.distributed_c10d._set_pg_timeout(timedelta(minutes=minutes), group)
+
+
 def _started(args: NeoXArgs) -> Ranks:
     started = find_ranks(os.environ)
     if started is None:

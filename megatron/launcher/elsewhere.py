@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
 
+from megatron.launcher.failures import LOST, REQUEUE, recorded_code
 from megatron.launcher.start import environment, supervise, write_handover
 from megatron.neox_arguments import ConfigError, NeoXArgs
 
@@ -72,7 +73,10 @@ def start_by_srun(script: Path, args: NeoXArgs) -> int:
     try:
         handover = write_handover(args, folder)
         python = [sys.executable, "-u", str(script.resolve()), "--neox-args", str(handover)]
-        return supervise([*command, *python], environment(args))
+        code = supervise([*command, *python], environment(args))
+        # srun gives the highest code of all tasks: that of the rank that was killed hides what the others say of it.
+        recorded = recorded_code(folder)
+        return recorded if code and recorded in (REQUEUE, LOST) else code
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
