@@ -101,7 +101,7 @@ def test_all_is_well(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fault", "missing", "said"),
     [
-        ("absent", [5], "rank 5 on n2 did not arrive"),
+        ("absent", [5], "rank 5 on n2 (pipe 1, data 0, tensor 1) did not arrive"),
         ("node absent", [4, 5], "node n2 is missing: none of its ranks 4-5 arrived"),
         ("before TP", [], "rank 5 on n2 (pipe 1, data 0, tensor 1) did not arrive at TP group (pipe 1, data 0)"),
     ],

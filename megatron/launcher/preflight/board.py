@@ -12,6 +12,7 @@ import json
 import os
 import queue
 import resource
+import socket
 import sys
 import threading
 import time
@@ -28,7 +29,8 @@ from megatron.neox_arguments.errors import UserError
 MARGIN_SECONDS = 15.0  # how much longer than a phase may take a rank waits for rank 0's word
 GOODBYE_SECONDS = 5.0  # how long rank 0 stays for the others to read its last word
 AFTER_AN_ERROR_SECONDS = 5.0  # how long the others have to finish once one rank has failed
-_LOOK_SECONDS = 0.5  # between two looks for a rank that has failed
+_LOOK_SECONDS = 0.05  # between two looks of rank 0 at its own store
+_RETRY_SECONDS = 0.2
 
 
 class Board:
@@ -130,9 +132,10 @@ class Board:
         done = [f"{number}/done/{rank}" for rank in world]
         started = time.monotonic()
         deadline = started + self.timeout
-        while not self._wait(done) and time.monotonic() < deadline:
-            if self._second.check([f"{number}/error"]):
-                deadline = min(deadline, time.monotonic() + AFTER_AN_ERROR_SECONDS)
+        error = [f"{number}/error"]
+        while not self._second.check(done) and not self._second.check(error) and time.monotonic() < deadline:
+            time.sleep(_LOOK_SECONDS)
+        self._wait(done, min(deadline, time.monotonic() + AFTER_AN_ERROR_SECONDS))
         finished = [rank for rank in world if self._second.check([done[rank]])]
         values = self._second.multi_get([done[rank] for rank in finished]) if finished else []
         told = {rank: json.loads(value) for rank, value in zip(finished, values, strict=True)}
@@ -144,11 +147,12 @@ class Board:
         self._second.set(f"{number}/word", "0")
         self._passed.put(None)
 
-    def _wait(self, keys: list[str]) -> bool:
-        try:
-            self._second.wait(keys, timedelta(seconds=_LOOK_SECONDS))
-        except RuntimeError:
-            return False
+    def _wait(self, keys: list[str], deadline: float) -> bool:
+        """Whether all keys are on the board. Looks instead of calling `wait`, which prints a page when it is over."""
+        while not self._second.check(keys):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(_LOOK_SECONDS)
         return True
 
     def _end(self, number: int, failed: Failure) -> NoReturn:
@@ -160,9 +164,7 @@ class Board:
 
     def _await_the_others(self) -> None:
         came = [rank for rank in range(1, self._world) if self._second.check([f"0/at/{rank}"])]
-        deadline = time.monotonic() + GOODBYE_SECONDS
-        while not self._wait([f"gone/{rank}" for rank in came]) and time.monotonic() < deadline:
-            continue
+        self._wait([f"gone/{rank}" for rank in came], time.monotonic() + GOODBYE_SECONDS)
 
     def _leave(self, code: int, text: str) -> NoReturn:
         """End the process; `text` is said by one rank of each node."""
@@ -174,6 +176,16 @@ class Board:
 
 
 def _connect(host: str, port: int, world_size: int, serve: bool, timeout: float) -> dist.TCPStore:
+    """Raises OSError or RuntimeError if nobody listens there in time."""
+    deadline = time.monotonic() + timeout
+    while not serve:  # a store that cannot connect prints a page
+        try:
+            socket.create_connection((host, port), timeout).close()
+            break
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(_RETRY_SECONDS)
     return dist.TCPStore(host, port, world_size, serve, timedelta(seconds=timeout), wait_for_workers=False)
 
 

@@ -66,8 +66,7 @@ class Preflight:
 
     def _take_seats(self) -> None:
         """Every rank reads the configuration and takes its device; rank 0 compares."""
-        world = checks.world_group(self.started.world_size)
-        told = self.board.phase("the start", [world], self._seat)
+        told = self.board.phase("the start", [], self._seat)
         if not self.speaks:
             return
         seats = [(Seat(**seat), numa) for seat, numa, _ in told]
@@ -85,6 +84,7 @@ class Preflight:
     def _seat(self) -> Any:
         self.args = worker_args(self.options.configuration)
         started_ranks(self.args)
+        self.board.roster.sizes = checks.sizes(self.args)
         self.device = take_device(self.args, self.started)
         self.groups = checks.groups_of(self.args)
         seat, numa = find_seat(self.args, self.started, self.device)

@@ -18,12 +18,16 @@ _MOST = {"cuda": 128 << 20, "cpu": 1 << 20}
 _TIMED = 3  # collectives after the first, which connects
 
 
+def sizes(args: NeoXArgs) -> tuple[int, int, int]:
+    """(pipe, data, tensor)."""
+    return args.pipe_parallel_size, args.data_parallel_size, args.model_parallel_size
+
+
 def groups_of(args: NeoXArgs) -> dict[str, list[Group]]:
     """All groups of the layout by kind, named by the coordinates that their ranks share."""
-    sizes = (args.pipe_parallel_size, args.data_parallel_size, args.model_parallel_size)
     members: dict[tuple[str, str], list[int]] = {}
     for rank in range(args.global_num_gpus):
-        pipe, data, tensor = coordinates(rank, *sizes)
+        pipe, data, tensor = coordinates(rank, *sizes(args))
         for kind, where in (
             ("TP", f"(pipe {pipe}, data {data})"),
             ("PP", f"(data {data}, tensor {tensor})"),

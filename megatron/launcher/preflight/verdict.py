@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron.launcher.placement import Seat
+from megatron.launcher.placement import Seat, coordinates
 
 CONFIGURATION, STALLED, SLOW, SOCKETS = 2, 3, 4, 5  # exit codes, docs/preflight.md
 
@@ -33,6 +33,7 @@ class Roster:
     def __init__(self, world_size: int, local_world_size: int | None = None, planned: Sequence[str] = ()) -> None:
         self.world_size, self._local_world_size, self._planned = world_size, local_world_size, planned
         self.seats: dict[int, Seat] = {}
+        self.sizes: tuple[int, int, int] | None = None  # pipe, data, tensor, once the configuration is read
 
     def node(self, rank: int) -> str:
         """Node of a rank, also of one that never came: by Slurm's plan, or by its neighbours."""
@@ -53,8 +54,9 @@ class Roster:
 
     def named(self, rank: int) -> str:
         """`rank 5 on n2 (pipe 1, data 0, tensor 1)`."""
-        seat = self.seats.get(rank)
-        where = f" (pipe {seat.pipe}, data {seat.data}, tensor {seat.tensor})" if seat else ""
+        where = ""
+        if self.sizes:
+            where = " (pipe {}, data {}, tensor {})".format(*coordinates(rank, *self.sizes))
         return f"rank {rank} on {self.node(rank)}{where}"
 
     def several(self, ranks: Collection[int]) -> str:
