@@ -93,6 +93,14 @@ class Board:
         except RuntimeError:  # rank 0 has gone: the other thread says so
             return
 
+    def tell(self, name: str, value: Any) -> None:
+        """On rank 0: write something for all others."""
+        self.store.set(name, json.dumps(value))
+
+    def ask(self, name: str) -> Any:
+        """What rank 0 has told in an earlier phase."""
+        return json.loads(self.store.get(name))
+
     def fail(self, code: int, text: str) -> NoReturn:
         """On rank 0, between two phases: say `text` and end all processes with `code`."""
         self._end(self._phase, Failure(code, text))

@@ -1,29 +1,66 @@
-"""The preflight's phases, in order, and its command line."""
+"""The preflight's command line: what is asked for, and who asks."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
-import time
-from dataclasses import asdict
-from datetime import timedelta
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NoReturn
 
-import torch.distributed as dist
-
-from megatron.launcher.distributed import check_seats, find_seat, form_groups, print_seats, started_ranks, take_device
-from megatron.launcher.placement import Seat
-from megatron.launcher.preflight import groups as checks
 from megatron.launcher.preflight.board import Board
-from megatron.launcher.preflight.options import USAGE, Options, parse
-from megatron.launcher.preflight.verdict import CONFIGURATION, STALLED, Roster
-from megatron.launcher.ranks import Ranks, find_ranks, planned_nodes, set_rendezvous
-from megatron.launcher.worker import worker_args
+from megatron.launcher.preflight.phases import Preflight
+from megatron.launcher.preflight.verdict import CONFIGURATION, Roster
+from megatron.launcher.ranks import find_ranks, planned_nodes, set_rendezvous
 from megatron.neox_arguments import ConfigError
+
+USAGE = """\
+usage: python -m megatron.launcher.preflight CONFIG [CONFIG ...] [options] [--KEY VALUE ...]
+
+Run on all ranks (srun, torchrun): forms the training's groups, sums over each, measures every node against the median.
+
+  CONFIG                   the training's configuration files, merged as deepy.py merges them
+  --timeout SECONDS        for each phase, after which those that did not come are named (default 180)
+  --no-screen              no measurements of devices and links
+  --slow-nodes fail|warn   whether slow nodes end the preflight with exit code 4 (default fail)
+  --exclude-file FILE      where slow nodes are written, as in --exclude=nid001,nid002; empty if there are none
+  --KEY VALUE              sets any key of the configuration, as for deepy.py
+
+Exit code, the same on all ranks: 0 all is well, 2 the configuration or the placement cannot be right, 3 ranks or groups
+that do not come, do not end or sum wrongly, 4 slow nodes, 5 RCCL on TCP sockets.
+"""
+
+
+@dataclass(frozen=True)
+class Options:
+    configuration: list[str]  # files and overrides, as `worker_args` takes them
+    timeout: float
+    screen: bool
+    slow_nodes: Literal["fail", "warn"]
+    exclude_file: Path | None
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}\n{USAGE}")
+
+
+def parse(arguments: list[str]) -> Options:
+    """Raises ConfigError."""
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--timeout", type=float, default=180.0)
+    parser.add_argument("--screen", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--slow-nodes", choices=("fail", "warn"), default="fail")
+    parser.add_argument("--exclude-file", type=Path, default=None)
+    own, configuration = parser.parse_known_args(arguments)
+    if own.timeout <= 0:
+        raise ConfigError(f"--timeout {own.timeout}: expected seconds above 0")
+    return Options(configuration, own.timeout, own.screen, own.slow_nodes, own.exclude_file)
 
 
 def main(arguments: list[str]) -> int:
-    """0, or 2 for a wrong command line; what fails later ends all ranks from inside (docs/preflight.md)."""
+    """0, 4 for slow nodes, 2 for a wrong command line; what fails later ends all ranks from inside."""
     if not arguments or any(word in ("-h", "--help") for word in arguments):
         print(USAGE, end="")
         return 0 if arguments else CONFIGURATION
@@ -39,85 +76,6 @@ def main(arguments: list[str]) -> int:
         return CONFIGURATION
     # The board ends the process with a sentence; NCCL's own watchdog would abort it with a page of addresses.
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
-    Preflight(options, started, Board(started, os.environ, roster, options.timeout)).run()
+    board = Board(started, os.environ, roster, options.timeout)
+    Preflight(started, board, options.configuration).run(options.screen, options.slow_nodes, options.exclude_file)
     return 0
-
-
-class Preflight:
-    """One rank's way through the phases."""
-
-    def __init__(self, options: Options, started: Ranks, board: Board) -> None:
-        self.options, self.started, self.board = options, started, board
-        self.begun = time.monotonic()
-
-    @property
-    def speaks(self) -> bool:
-        return self.started.rank == 0
-
-    def run(self) -> None:
-        """All phases; returns if all is well."""
-        self._take_seats()
-        self._form_groups()
-        for kind in ("TP", "PP", "DP", "world"):
-            self._sum_over(kind)
-        self.board.finish()
-        if self.speaks:
-            print(f"preflight: all is well, after {time.monotonic() - self.begun:.0f} s", flush=True)
-
-    def _take_seats(self) -> None:
-        """Every rank reads the configuration and takes its device; rank 0 compares."""
-        told = self.board.phase("the start", [], self._seat)
-        if not self.speaks:
-            return
-        seats = [(Seat(**seat), numa) for seat, numa, _ in told]
-        self.board.roster.seats.update({seat.rank: seat for seat, _ in seats})
-        digests = {digest: self.board.roster.named(rank) for rank, (_, _, digest) in enumerate(told)}
-        if len(digests) > 1:
-            one, other, *_ = digests.values()
-            self.board.fail(CONFIGURATION, f"preflight: {one} and {other} hold different configurations")
-        try:
-            check_seats([seat for seat, _ in seats])
-        except ConfigError as error:
-            self.board.fail(CONFIGURATION, f"preflight: {error}")
-        print_seats(self.args, seats)
-
-    def _seat(self) -> Any:
-        self.args = worker_args(self.options.configuration)
-        started_ranks(self.args)
-        self.board.roster.sizes = checks.sizes(self.args)
-        self.device = take_device(self.args, self.started)
-        self.groups = checks.groups_of(self.args)
-        seat, numa = find_seat(self.args, self.started, self.device)
-        return asdict(seat), numa, self.args.digest
-
-    def _form_groups(self) -> None:
-        world = self.groups["world"]
-        self.board.phase("the forming of the world group", world, self._join)
-        self.board.phase("the forming of the TP, PP and DP groups", world, lambda: form_groups(self.args) and None)
-
-    def _join(self) -> None:
-        """As `distributed.initialize` does, but by the board's store and with a time limit that the board outruns."""
-        dist.init_process_group(
-            self.args.distributed_backend,
-            store=dist.PrefixStore("world", self.board.store),
-            rank=self.started.rank,
-            world_size=self.started.world_size,
-            timeout=timedelta(seconds=2 * self.options.timeout + 60),
-            device_id=self.device if self.device.type == "cuda" else None,
-        )
-
-    def _sum_over(self, kind: str) -> None:
-        size = checks.payload_bytes(self.args, kind, self.device)
-
-        def work() -> dict[str, Any]:
-            group = checks.process_group(kind)
-            mine = next(group for group in self.groups[kind] if self.started.rank in group.ranks)
-            checks.check_members(group, mine)
-            return checks.all_reduce(group, size, self.device)
-
-        outcomes = self.board.phase(f"the {kind} collectives", self.groups[kind], work)
-        if self.speaks:
-            text, wrong = checks.judge(self.groups[kind], self.board.roster, outcomes, size)
-            if wrong:
-                self.board.fail(STALLED, "\n".join([f"preflight: FAILED at the {kind} collectives", *wrong]))
-            print(text, flush=True)

@@ -49,6 +49,10 @@ class Roster:
             return self._planned[rank]
         return "an unknown node"
 
+    def nodes(self) -> list[str]:
+        """The node of every rank."""
+        return [self.node(rank) for rank in range(self.world_size)]
+
     def _plan_holds(self) -> bool:
         return all(self._planned[rank] == seat.node for rank, seat in self.seats.items())
 
