@@ -12,7 +12,7 @@ NODES_SHOWN = 16
 
 def overview(screens: Sequence[Screen]) -> list[str]:
     """A line for each screen: median, lowest and highest of all devices or links, and where the slowest is."""
-    rows = [("screen", "unit", "median", "min", "max", "slow below", "slowest")]
+    rows: list[tuple[str, ...]] = [("screen", "unit", "median", "min", "max", "slow below", "slowest")]
     for screen in screens:
         slowest = min(screen.shares, key=lambda node: screen.shares[node])
         spread = (statistics.median(screen.values), min(screen.values), max(screen.values))
