@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import threading
@@ -124,11 +125,11 @@ def rccl_logs(log_of_node: Callable[[int], str]) -> Callable[[int], None]:
 
 
 def slow_network(one: int, other: int) -> float:
-    return 0.5 if 1 in (one, other) and one != other else 1.0
+    return 0.3 if 1 in (one, other) and one != other else 1.0
 
 
 def slow_link(one: int, other: int) -> float:
-    return 0.5 if {one, other} == {0, 1} else 1.0
+    return 0.3 if {one, other} == {0, 1} else 1.0
 
 
 def even(one: int, other: int) -> float:
@@ -144,6 +145,7 @@ FAULTS: dict[str, Callable[[int], Any]] = {
     "rank 5 is absent": lambda rank: rank == 5,
     "node n2 is absent": lambda rank: rank in (4, 5),
     "rank 0 is absent": lambda rank: rank == 0,
+    "rank 5 stays away from its link": of_ranks({5}, before_phase, "node to node, round 1 of 3", never),
     "rank 5 stays away from TP": of_ranks({5}, before_phase, "the TP collectives", never),
     "rank 0 stays away from TP": of_ranks({0}, before_phase, "the TP collectives", never),
     "rank 5 stays away from forming": of_ranks({5}, before_phase, "the forming of the TP, PP and DP groups", never),
@@ -152,8 +154,8 @@ FAULTS: dict[str, Callable[[int], Any]] = {
     "rank 5 fails in DP": of_ranks({5}, in_phase, "the DP collectives", raising),
     "rank 0 is killed in DP": of_ranks({0}, in_phase, "the DP collectives", killed),
     "rank 3 sums wrongly": spoil,
-    "n2 multiplies slowly": speeds({2: 0.7}, {}, even),
-    "n2 copies slowly": speeds({}, {2: 0.7}, even),
+    "n2 multiplies slowly": speeds({2: 0.3}, {}, even),
+    "n2 copies slowly": speeds({}, {2: 0.3}, even),
     "n1 has a slow network": speeds({}, {}, slow_network),
     "a slow link": speeds({}, {}, slow_link),
     "all are alike": speeds({}, {}, even),
@@ -216,14 +218,20 @@ def test_all_is_well(tmp_path: Path) -> None:
         ("node n2 is absent", [4, 5], ["node n2 is missing: none of its ranks 4-5 arrived"]),
         ("rank 0 is absent", [0], ["rank 0 on n0 did not arrive within 6 s", "127.0.0.1"]),
         (
+            "rank 5 stays away from its link",
+            [],
+            ["rank 5 on n2 (pipe 1, data 0, tensor 1) did not arrive at link, ranks 5, 7 on 2 nodes (n2, n3)"],
+        ),
+        (
             "rank 5 stays away from TP",
             [],
             ["rank 5 on n2 (pipe 1, data 0, tensor 1) did not arrive at TP group (pipe 1, data 0), ranks 4-5 on n2"],
         ),
-        (
+        pytest.param(
             "rank 0 stays away from TP",
-            [],
-            ["rank 0 on n0 (pipe 0, data 0, tensor 0) did not arrive at TP group (pipe 0, data 0), ranks 0-1 on n0"],
+            [0],
+            ["rank 0 on n0 (pipe 0, data 0, tensor 0) did not arrive at the TP collectives, or has gone"],
+            marks=pytest.mark.slow,  # the others' patience is longer than rank 0's
         ),
         (
             "rank 5 stays away from forming",
@@ -241,7 +249,11 @@ def test_all_is_well(tmp_path: Path) -> None:
             ["DP group (pipe 1, tensor 1) stalls: ranks 5, 7 on 2 nodes (n2, n3)", "rank 5 on n2"],
         ),
         ("rank 5 fails in DP", [], ["DP group (pipe 1, tensor 1) stalls", "rank 5 on n2: RuntimeError: HIP error"]),
-        ("rank 0 is killed in DP", [0], ["rank 0 on n0 has gone without a word"]),
+        (
+            "rank 0 is killed in DP",
+            [0],
+            ["rank 0 on n0 (pipe 0, data 0, tensor 0) did not arrive at the "],
+        ),
         (
             "rank 3 sums wrongly",
             [],
@@ -253,15 +265,15 @@ def test_what_stalls_is_named(tmp_path: Path, fault: str, gone: list[int], said:
     report = failed_with(3, preflight(tmp_path, fault, "--no-screen"), *gone)
     for text in said:
         assert text in report, report
-    assert report.count("did not arrive at") + report.count(" stalls: ") + report.count("wrong sums") <= 1, report
+    assert report.count("did not arrive at ") + report.count(" stalls: ") + report.count("wrong sums") <= 1, report
 
 
 @pytest.mark.parametrize(
     ("fault", "node", "reason"),
     [
-        ("n2 multiplies slowly", "n2", "GEMM fp32 0.70 of the median (rank 4)"),
-        ("n2 copies slowly", "n2", "memory copy 0.70 of the median (rank 4)"),
-        ("n1 has a slow network", "n1", "network 0.50 of the median"),
+        ("n2 multiplies slowly", "n2", "GEMM fp32 0.30 of the median (rank 4)"),
+        ("n2 copies slowly", "n2", "memory copy 0.30 of the median (rank 4)"),
+        ("n1 has a slow network", "n1", "network 0.30 of the median"),
     ],
 )
 def test_a_slow_node_is_named(tmp_path: Path, fault: str, node: str, reason: str) -> None:
@@ -274,7 +286,7 @@ def test_a_slow_node_is_named(tmp_path: Path, fault: str, node: str, reason: str
 
 def test_a_slow_link_is_named_and_excludes_nobody(tmp_path: Path) -> None:
     report = failed_with(0, preflight(tmp_path, "a slow link", "--exclude-file", str(tmp_path / "exclude")))
-    assert "slow link, neither of its nodes is slow with others: n0 - n1: 20 GB/s, 0.50 of the median" in report, report
+    assert "slow link, neither of its nodes is slow with others: n0 - n1: 12 GB/s, 0.30 of the median" in report, report
     assert "slow node" not in report
     assert (tmp_path / "exclude").read_text() == ""
 
@@ -311,11 +323,54 @@ def test_the_plugin_on_all_nodes_passes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"num_gpus": 4}, "8 ranks were started, the configuration is made for 16"),
+        ({"num_gpus": 4}, "8 ranks were started, but global_num_gpus"),
         ({"model_parallel_size": 4, "pipe_parallel_size": 1}, "2 of 2 tensor-parallel groups leave their node"),
-        ({"hidden_siz": 128}, "hidden_siz"),
+        ({"hidden_siz": 128}, "unknown key hidden_siz"),
     ],
 )
 def test_what_cannot_be_right_stops_with_2_on_all_ranks(tmp_path: Path, changes: dict[str, int], said: str) -> None:
     report = failed_with(2, preflight(tmp_path, "none", "--no-screen", **changes))
     assert report.count(said) == 1, report
+
+
+SRUN = """\
+srun() {
+    for task in 0 1; do
+        SLURM_JOB_ID=7 SLURM_STEP_ID=0 SLURM_PROCID=$task SLURM_NTASKS=2 SLURM_LOCALID=0 SLURM_NODEID=$task \\
+            SLURM_STEP_TASKS_PER_NODE="1(x2)" SLURM_STEP_NODELIST="n[0-1]" SLURMD_NODENAME=n$task "${@:2}" &
+        pids+=($!)
+    done
+    for pid in "${pids[@]}"; do wait "$pid" || return; done
+}
+sbatch() { echo "sbatch $*"; }
+"""
+
+
+def test_the_page_s_commands(tmp_path: Path) -> None:
+    """docs/preflight.md as it is written, with srun's tasks and sbatch played by the shell."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", (ROOT / "docs/preflight.md").read_text(), re.MULTILINE | re.DOTALL)
+    for name, path in (("model.yml", "model.yml"), ("run.yml", "run.yml")):
+        (tmp_path / name).symlink_to(ROOT / "configs/tiny" / path)
+    (tmp_path / "local.yml").write_text("num_gpus: 2\npipe_parallel_size: 2\ndistributed_backend: gloo\n")
+    (tmp_path / "torchrun").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m torch.distributed.run "$@"\n')
+    (tmp_path / "torchrun").chmod(0o755)
+    (tmp_path / "python").symlink_to(sys.executable)
+    env = os.environ | {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "GLOO_SOCKET_IFNAME": "lo",
+        "OMP_NUM_THREADS": "1",
+    }
+    result = subprocess.run(
+        ["bash", "-c", "set -e\n" + SRUN + "\n".join(blocks)],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
+    assert result.returncode in (0, 4), result.stdout + result.stderr
+    assert result.stdout.count("preflight: all is well") == 2, result.stdout + result.stderr
+    assert "sbatch --exclude= job.sh" in result.stdout

@@ -6,6 +6,8 @@ import warnings
 
 from megatron.launcher.start import QUIET
 
+# Else a rank that loses rank 0 prints a page of addresses before its own sentence.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 for text in QUIET:
     warnings.filterwarnings("ignore", message=text.partition(":")[2])
 

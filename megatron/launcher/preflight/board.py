@@ -26,11 +26,12 @@ from megatron.launcher.preflight.verdict import CONFIGURATION, STALLED, Failure,
 from megatron.launcher.ranks import Ranks
 from megatron.neox_arguments.errors import UserError
 
-MARGIN_SECONDS = 15.0  # how much longer than a phase may take a rank waits for rank 0's word
-GOODBYE_SECONDS = 5.0  # how long rank 0 stays for the others to read its last word
-AFTER_AN_ERROR_SECONDS = 5.0  # how long the others have to finish once one rank has failed
+MARGIN_SECONDS = 10.0  # how much longer than a phase may take a rank waits for rank 0's word
+GOODBYE_SECONDS = 3.0  # how long rank 0 stays for the others to read its last word
+AFTER_AN_ERROR_SECONDS = 3.0  # how long the others have to finish once one rank has failed
 _LOOK_SECONDS = 0.05  # between two looks of rank 0 at its own store
 _RETRY_SECONDS = 0.2
+_LONGEST = 200  # characters of an error's text
 
 
 class Board:
@@ -40,7 +41,7 @@ class Board:
         """Connect. A rank 0 that does not come within the timeout ends the process with STALLED."""
         self.roster, self.timeout = roster, timeout
         self._rank, self._world, self._speaks = started.rank, started.world_size, started.local_rank == 0
-        self._phase, self._finished = 0, False
+        self._phase, self._name, self._finished = 0, "the start", False
         self._passed: queue.Queue[None] = queue.Queue()
         self._results: list[Any] = []
         _allow_open_files()
@@ -67,8 +68,8 @@ class Board:
         `groups` are those that come together for it, and are named if they do not. Where `work` raises on any rank or
         is not done in time, all processes end: with CONFIGURATION for a user's error, else with STALLED.
         """
-        number = self._phase
-        # Runs without Python, should a library hold the interpreter's lock for ever.
+        number, self._name = self._phase, name
+        # The last resort, until the next phase begins: needs no Python, should a library hold the interpreter's lock.
         faulthandler.dump_traceback_later(self.timeout + 3 * MARGIN_SECONDS, exit=True)
         if self._rank == 0:
             threading.Thread(target=self._watch, args=(number, name, groups), daemon=True).start()
@@ -81,7 +82,6 @@ class Board:
             said = {"error": f"{type(error).__name__}: {_first_line(error)}", "code": STALLED}
         self._say(number, said)
         self._passed.get()
-        faulthandler.cancel_dump_traceback_later()
         self._phase += 1
         return self._results if self._rank == 0 else []
 
@@ -108,6 +108,7 @@ class Board:
     def finish(self) -> None:
         """Leave the board together. Collective."""
         self.phase("the end", (), lambda: None)
+        faulthandler.cancel_dump_traceback_later()
         self._finished = True
         self.store.set(f"gone/{self._rank}", "")
         if self._rank == 0:
@@ -125,8 +126,8 @@ class Board:
                     return
                 self._leave(
                     STALLED,
-                    f"preflight: FAILED: rank 0 on {self.roster.node(0)} has gone without a word; says rank "
-                    f"{self._rank} on {self.roster.node(self._rank)} ({_first_line(error)})",
+                    f"preflight: FAILED: {self.roster.named(0)} did not arrive at {self._name}, or has gone: it has "
+                    f"given no word; says rank {self._rank} on {self.roster.node(self._rank)} ({_first_line(error)})",
                 )
             if code:
                 self._second.set(f"gone/{self._rank}", "")
@@ -204,4 +205,4 @@ def _allow_open_files() -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:_LONGEST]

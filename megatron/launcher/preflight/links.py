@@ -40,11 +40,11 @@ def ring_and_across(count: int) -> list[list[Pair]]:
 
 def inside(nodes: Sequence[Sequence[int]]) -> list[list[Pair]]:
     """Rounds of rank pairs in which all pairs of a node meet, on all nodes at once."""
-    rounds = tournament(max(map(len, nodes)))
-    return [
+    rounds = [
         [(ranks[one], ranks[other]) for ranks in nodes for one, other in pairs if other < len(ranks)]
-        for pairs in rounds
+        for pairs in tournament(max(map(len, nodes)))
     ]
+    return [pairs for pairs in rounds if pairs]
 
 
 def between(nodes: Sequence[Sequence[int]]) -> list[list[Pair]]:

@@ -36,11 +36,13 @@ class Preflight:
         """All phases; returns if all is well, else the board ends the process."""
         self.take_seats()
         self.form_groups()
+        screening = Screening(self.board, self.started.rank, self.device)
+        between = screening.meet()
         for kind in ("TP", "PP", "DP", "world"):
             self.sum_over(kind)
         self.check_transport()
         if screen:
-            screened = Screening(self.board, self.started.rank, self.device).run()
+            screened = screening.run(between)
             if self.speaks:
                 self.judge(screened, slow_nodes, exclude_file)
         self.board.finish()

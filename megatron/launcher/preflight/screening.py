@@ -26,8 +26,15 @@ class Screening:
         self.by_node = list(by_node.values())
         self.place = {member: place for members in self.by_node for place, member in enumerate(members)}
 
-    def run(self) -> list[Screen]:
-        """All screens; on the other ranks than 0 an empty list. Collective."""
+    def meet(self) -> dict[Pair, float]:
+        """Every node exchanges with two or three others; GB/s of each pair of ranks on rank 0, elsewhere nothing.
+
+        Done before any larger group: where a node cannot be reached, two nodes are named and not a group's 32.
+        """
+        return self._links("node to node", links.between(self.by_node))
+
+    def run(self, between: dict[Pair, float]) -> list[Screen]:
+        """All screens, `between` is what `meet` returned; on the other ranks than 0 an empty list. Collective."""
         gemm = f"GEMM {'bf16' if self.device.type == 'cuda' else 'fp32'}"
         everybody = [range(len(self.nodes))]
         found = self._devices(gemm, "TFLOP/s", 1e12, screens.gemm, everybody)
@@ -36,11 +43,10 @@ class Screening:
             found += self._devices(f"{gemm} alone", "TFLOP/s", 1e12, screens.gemm, turns)
         found += self._devices("memory copy", "GB/s", 1e9, screens.copy, everybody)
         limit = LINK_SHARE[self.device.type]
-        inside = self._links("links in a node", links.inside(self.by_node))
+        inside = self._links("rank to rank in a node", links.inside(self.by_node))
         if inside:
             places = [self.place[rank] for rank in range(len(self.nodes))]
             found.append(compare.links_inside("links inside", "GB/s", inside, self.nodes, places, limit))
-        between = self._links("links between nodes", links.between(self.by_node))
         if between:
             found.append(compare.links_between("network", "GB/s", between, self.nodes, limit))
         return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -124,7 +123,6 @@ def failure(
         ]
     if len(stalled) > _SHOWN:
         lines.append(f"  and {len(stalled) - _SHOWN} more groups")
-    lines += _common_nodes(stalled, roster)
     if not absent and not stalled:
         lines += _errors(errors, roster)
         silent = [rank for rank in range(roster.world_size) if rank not in told]
@@ -164,14 +162,3 @@ def _errors(errors: Mapping[int, Mapping[str, Any]], roster: Roster) -> list[str
     for rank, said in errors.items():
         by_text.setdefault(said["error"], []).append(rank)
     return [f"  {roster.several(ranks)}: {text}" for text, ranks in list(by_text.items())[:_SHOWN]]
-
-
-def _common_nodes(stalled: Sequence[Group], roster: Roster) -> list[str]:
-    """The nodes that all of several stalled groups share, if they are fewer than the groups' own."""
-    if len(stalled) < 2:
-        return []
-    counts = Counter(node for group in stalled for node in {roster.node(rank) for rank in group.ranks})
-    common = [node for node, count in counts.items() if count == len(stalled)]
-    if not common or len(common) == len(counts):
-        return []
-    return [f"  common to all {len(stalled)} of them: {', '.join(common[:_SHOWN])}"]
