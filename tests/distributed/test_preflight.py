@@ -6,6 +6,8 @@ import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -337,7 +339,7 @@ SRUN = """\
 srun() {
     for task in 0 1; do
         SLURM_JOB_ID=7 SLURM_STEP_ID=0 SLURM_PROCID=$task SLURM_NTASKS=2 SLURM_LOCALID=0 SLURM_NODEID=$task \\
-            SLURM_STEP_TASKS_PER_NODE="1(x2)" SLURM_STEP_NODELIST="n[0-1]" SLURMD_NODENAME=n$task "${@:2}" &
+            SLURM_STEP_TASKS_PER_NODE="1(x2)" SLURM_STEP_NODELIST="n[0-1]" SLURMD_NODENAME=n$task "${@:2}" --slow-nodes warn &
         pids+=($!)
     done
     for pid in "${pids[@]}"; do wait "$pid" || return; done
@@ -347,14 +349,14 @@ sbatch() { echo "sbatch $*"; }
 
 
 def test_the_page_s_commands(tmp_path: Path) -> None:
-    """docs/preflight.md as it is written, with srun's tasks and sbatch played by the shell."""
+    """docs/preflight.md as it is written; the shell plays srun and sbatch, on nodes whose speed says nothing."""
     blocks = re.findall(r"^```bash\n(.*?)^```", (ROOT / "docs/preflight.md").read_text(), re.MULTILINE | re.DOTALL)
     for name, path in (("model.yml", "model.yml"), ("run.yml", "run.yml")):
         (tmp_path / name).symlink_to(ROOT / "configs/tiny" / path)
     (tmp_path / "local.yml").write_text("num_gpus: 2\npipe_parallel_size: 2\ndistributed_backend: gloo\n")
-    (tmp_path / "torchrun").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m torch.distributed.run "$@"\n')
-    (tmp_path / "torchrun").chmod(0o755)
-    (tmp_path / "python").symlink_to(sys.executable)
+    for name, module in (("torchrun", "-m torch.distributed.run"), ("python", "")):
+        (tmp_path / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {module} "$@"\n')
+        (tmp_path / name).chmod(0o755)
     env = os.environ | {
         "PATH": f"{tmp_path}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
@@ -371,6 +373,6 @@ def test_the_page_s_commands(tmp_path: Path) -> None:
         text=True,
         timeout=250,
     )
-    assert result.returncode in (0, 4), result.stdout + result.stderr
+    assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.count("preflight: all is well") == 2, result.stdout + result.stderr
     assert "sbatch --exclude= job.sh" in result.stdout
