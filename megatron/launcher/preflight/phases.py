@@ -11,6 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron.launcher.binding import Cpus, check_cpus, far_from_gpu, own_cpus
 from megatron.launcher.distributed import check_seats, find_seat, form_groups, print_seats, started_ranks, take_device
 from megatron.launcher.placement import Seat
 from megatron.launcher.preflight import groups, report, transport
@@ -55,7 +56,7 @@ class Preflight:
         """Every rank reads the configuration and takes its device; rank 0 compares."""
         told = self.board.phase("the start", [], self._seat)
         if self.speaks:
-            self.board.tell("nodes", [seat["node"] for seat, _, _ in told])
+            self.board.tell("nodes", [seat["node"] for seat, *_ in told])
             self._check_seats(told)
 
     def _seat(self) -> Any:
@@ -65,20 +66,28 @@ class Preflight:
         self.groups = groups.groups_of(self.args)
         self.device = take_device(self.args, self.started)
         seat, numa = find_seat(self.args, self.started, self.device)
-        return asdict(seat), numa, self.args.digest
+        return asdict(seat), numa, asdict(own_cpus()), self.args.digest
 
     def _check_seats(self, told: list[Any]) -> None:
-        seats = [(Seat(**seat), numa) for seat, numa, _ in told]
+        seats = [(Seat(**seat), numa) for seat, numa, *_ in told]
+        cpus = {rank: Cpus(**own) for rank, (_, _, own, _) in enumerate(told)}
         self.board.roster.seats.update({seat.rank: seat for seat, _ in seats})
-        digests = {digest: self.board.roster.named(rank) for rank, (_, _, digest) in enumerate(told)}
+        digests = {digest: self.board.roster.named(rank) for rank, (*_, digest) in enumerate(told)}
         if len(digests) > 1:
             one, other, *_ = digests.values()
             self.board.fail(CONFIGURATION, f"preflight: {one} and {other} hold different configurations")
         try:
             check_seats([seat for seat, _ in seats])
+            check_cpus([seat for seat, _ in seats], cpus)
         except ConfigError as error:
             self.board.fail(CONFIGURATION, f"preflight: {error}")
         print_seats(self.args, seats)
+        far = far_from_gpu([seat for seat, _ in seats], {seat.rank: domain for seat, domain in seats}, cpus)
+        if far:
+            print(
+                f"note: {len(far)} ranks run on CPUs far from their GPU (another NUMA domain), the first is "
+                f"{self.board.roster.named(far[0].rank)}: bind them (docs/launching.md)"
+            )
 
     def form_groups(self) -> None:
         """The world and the training's groups, as `distributed.initialize` forms them."""
