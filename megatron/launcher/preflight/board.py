@@ -145,16 +145,22 @@ class Board:
         while not self._second.check(done) and not self._second.check(error) and time.monotonic() < deadline:
             time.sleep(_LOOK_SECONDS)
         self._wait(done, min(deadline, time.monotonic() + AFTER_AN_ERROR_SECONDS))
-        finished = [rank for rank in world if self._second.check([done[rank]])]
+        finished = self._there(done)
         values = self._second.multi_get([done[rank] for rank in finished]) if finished else []
         told = {rank: json.loads(value) for rank, value in zip(finished, values, strict=True)}
-        arrived = [rank for rank in world if self._second.check([f"{number}/at/{rank}"])]
+        arrived = self._there([f"{number}/at/{rank}" for rank in world])
         failed = failure(name, groups, self.roster, arrived, told, time.monotonic() - started)
         if failed is not None:
             self._end(number, failed)
         self._results = [told[rank]["result"] for rank in world]
         self._second.set(f"{number}/word", "0")
         self._passed.put(None)
+
+    def _there(self, keys: list[str]) -> list[int]:
+        """The ranks whose keys are on the board; `keys` is by rank."""
+        if self._second.check(keys):
+            return list(range(len(keys)))
+        return [rank for rank, key in enumerate(keys) if self._second.check([key])]
 
     def _wait(self, keys: list[str], deadline: float) -> bool:
         """Whether all keys are on the board. Looks instead of calling `wait`, which prints a page when it is over."""
@@ -172,8 +178,8 @@ class Board:
         self._leave(failed.code, "")
 
     def _await_the_others(self) -> None:
-        came = [rank for rank in range(1, self._world) if self._second.check([f"0/at/{rank}"])]
-        self._wait([f"gone/{rank}" for rank in came], time.monotonic() + GOODBYE_SECONDS)
+        came = self._there([f"0/at/{rank}" for rank in range(self._world)])
+        self._wait([f"gone/{rank}" for rank in came if rank != 0], time.monotonic() + GOODBYE_SECONDS)
 
     def _leave(self, code: int, text: str) -> NoReturn:
         """End the process; `text` is said by one rank of each node."""
