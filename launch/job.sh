@@ -16,8 +16,48 @@ trap 'echo "launch: stopped: line $LINENO of the batch script failed, see above"
 
 @VALUES@
 
+# --- signals, and the end
+
+say() { echo "launch: $*"; }
+
+# stop CODE WHY...: the last lines of the log say why the job has ended.
+stop() {
+    if [[ -n $cancelled ]]; then set -- 143 "cancelled, last save: $(last_save)${why:+; $why}"; fi
+    say "stopped: ${*:2}"
+    exit "$1"
+}
+
+last_save() { if [[ -n $save && -r $save/latest ]]; then cat "$save/latest"; else echo none; fi; }
+
+step='' warned='' cancelled='' why=''
+
+# Slurm warns the batch shell alone (--signal=B:). srun passes the warning to all ranks; it is repeated for those that did
+# not listen yet. Never TERM while they save: srun answers it by killing them. Ranks that are still there when three
+# quarters of the time are over will not save any more; then the job goes on from the save before.
+remind() {
+    local since=$SECONDS
+    while kill -USR1 "$step" 2>/dev/null; do
+        sleep "$((signal_seconds < 120 ? (signal_seconds + 3) / 4 : 30))"
+        if ((SECONDS - since > signal_seconds * 3 / 4)); then
+            say "the ranks did not save within $((SECONDS - since)) s of the warning: they are killed"
+            kill -TERM "$step" 2>/dev/null
+            break
+        fi
+    done
+}
+warn() {
+    say "warning: the time limit is $signal_seconds s away"
+    warned=1
+    if [[ -n $step ]]; then remind & fi
+}
+trap warn USR1
+# scancel reaches the ranks, too: they save what they have if Slurm's KillWait allows.
+trap 'cancelled=1; say "cancelled"' TERM
+
 # --- environment: @PROFILE@
 
+# What another launcher may have left in the shell that called sbatch: srun numbers the ranks, and they find each other.
+unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT
 set +u # modules read variables that are not set
 @ENVIRONMENT@
 set -u
@@ -70,16 +110,6 @@ remove_folders() { rm -rf "$(here)"; }
 
 # --- on the batch node
 
-say() { echo "launch: $*"; }
-
-# stop CODE WHY...: the last lines of the log say why the job has ended.
-stop() {
-    local code=$1
-    shift
-    say "stopped: $*"
-    exit "$code"
-}
-
 # on_every_node MINUTES FUNCTION [ARGUMENT...]
 on_every_node() {
     local minutes=$1 name=$2
@@ -111,8 +141,6 @@ all_ranks() {
         bash -c "$(declare -f here run_here run_rank); run_rank \"\$@\"" rank "$@"
 }
 
-last_save() { if [[ -n $save && -r $save/latest ]]; then cat "$save/latest"; else echo none; fi; }
-
 # Nodes of a list that Slurm has taken out of service, with its reason.
 lost_nodes() {
     sinfo --noheader --Node --nodes="$1" --format='%N is %T (%E)' 2>/dev/null |
@@ -124,7 +152,8 @@ lost_nodes() {
 cd "$directory"
 run="$directory/runs/$SLURM_JOB_ID"
 mkdir -p "$run"
-rm -f "$run"/failed "$run"/why "$run"/said-* # of the start before: a requeued job has its number again
+forget() { rm -f "$run"/failed "$run"/why "$run"/said-*; }
+forget # of the start before: a requeued job has its number again
 export NEOX_RUN_FOLDER="$run"
 
 before=$(last_save) fruitless=0
@@ -138,22 +167,6 @@ if [[ -f $run/start ]]; then
 fi
 printf '%s\n' "$before" "$fruitless" "$SLURM_JOB_NODELIST" >"$run/start"
 rm -f "$run/ended"
-
-# --- signals
-
-step='' warned='' cancelled=''
-
-# Slurm warns the batch shell alone (--signal=B:). srun passes the warning to all ranks, also to those that did not listen
-# yet: it is repeated. Never TERM: that makes srun kill the ranks before they have saved.
-remind() { while kill -USR1 "$step" 2>/dev/null; do sleep 30; done; }
-warn() {
-    say "warning: the time limit is $signal_seconds s away"
-    warned=1
-    if [[ -n $step ]]; then remind & fi
-}
-trap warn USR1
-# scancel reaches the ranks, too: they save what they have if Slurm's KillWait allows.
-trap 'cancelled=1; say "cancelled"' TERM
 
 # --- software
 
@@ -172,7 +185,8 @@ code=$(here)/code
 
 # --- the training
 
-if [[ -n $cancelled ]]; then stop 143 "cancelled before the training began"; fi
+if [[ -n $cancelled ]]; then stop 143; fi
+forget # what the checks said
 NEOX_STARTED=$(date +%s)
 export NEOX_STARTED
 exec 9> >(tee "$run/srun.err" >&2)
@@ -193,9 +207,8 @@ touch "$run/ended"
 if [[ -f $run/failed ]]; then status=$(<"$run/failed"); fi
 why=$(cat "$run/why" 2>/dev/null || true)
 first=$(grep -m1 -E '^srun: error: ([^:]+: tasks? |Node failure)' "$run/srun.err" | sed 's/^srun: error: //' || true)
-on_every_node 1 remove_folders >/dev/null 2>&1 || true
-
-if [[ -n $cancelled ]]; then stop 143 "cancelled; last save: $(last_save)${why:+; $why}"; fi
+if [[ -n $cancelled ]]; then stop 143; fi
+case $status in 0 | 2 | 75) on_every_node 1 remove_folders >/dev/null 2>&1 || true ;; esac # else a node may be gone
 if ((status == 0)); then
     say "done; last save: $(last_save)"
     exit 0

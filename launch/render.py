@@ -96,7 +96,7 @@ def render(options: argparse.Namespace, overrides: Sequence[str], project: Path,
         "PROFILE": f"launch/{options.site}/environment.sh",
         "ENVIRONMENT": "\n".join(environment(options, args, site)),
         "NODE_DISK": site.node_disk,
-        "PYTHON": software.command(),
+        "PYTHON": software.command(str(directory)),
         "STAGE_SOFTWARE": software.staging(),
         "SRUN": "\n".join(f"        {flag} \\" for flag in site.srun),
         "CHECKS": checks(options),
@@ -158,10 +158,6 @@ def sbatch_lines(options: argparse.Namespace, site: Site, directory: Path) -> li
             f"--time {limit} leaves no time to train: the warning comes --signal-seconds {options.signal_seconds} "
             f"before the limit, up to a minute earlier by Slurm's clock, and a start takes a minute or more"
         )
-    one_line = {"--job-name": options.job_name, "the working directory": str(directory), "--account": options.account}
-    for name, value in one_line.items():
-        if value and not value.isprintable():
-            raise ConfigError(f"{name} is {value!r}: sbatch takes it from one line of text")
     partition = options.partition or site.partition
     asked = [
         ("--job-name", options.job_name),
@@ -174,6 +170,9 @@ def sbatch_lines(options: argparse.Namespace, site: Site, directory: Path) -> li
         ("--chdir", str(directory)),
         ("--output", "neox-%j.log"),
     ]
+    for name, value in asked:
+        if value and (not value.isprintable() or "\\" in value):
+            raise ConfigError(f"{name} is {value!r}: sbatch reads it from one line, in which a backslash has a meaning")
     lines = [f"#SBATCH {name}={shlex.quote(value)}" for name, value in asked if value]
     for extra in site.sbatch:
         lines += [f"# {extra.why}", f"#SBATCH {extra.flag}"]

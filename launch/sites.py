@@ -41,17 +41,16 @@ class Software(_Strict):
     python: str | None = None
     bind: list[str] = []
 
-    def command(self) -> str:
-        """The shell's words that run Python with "$@" on a node; `$here` is the node's folder."""
+    def command(self, directory: str) -> str:
+        """The shell's words that run Python with "$@" on a node, where `$here` is the node's folder."""
         if self.environment:
             return '"$here/software/bin/python" -u "$@"'
         if self.container:
-            binds = "".join(f" --bind {shlex.quote(spec)}" for spec in self.bind)
+            bind = " ".join(f"--bind {shlex.quote(spec)}" for spec in [directory, *self.bind])
             # Images of LUMI's support team say in WITH_CONDA how their Python is entered.
-            return (
-                f'singularity exec --bind "$here" --bind "$directory"{binds} {shlex.quote(self.container)} \\\n'
-                f'        bash -c \'eval "${{WITH_CONDA:-}}"; exec "$0" -u "$@"\' {shlex.quote(self.python or "python")} "$@"'
-            )
+            enter = """bash -c 'eval "${WITH_CONDA:-}"; exec "$0" -u "$@"'"""
+            image, python = shlex.quote(self.container), shlex.quote(self.python or "python")
+            return f'singularity exec --bind "$here" {bind} \\\n        {image} {enter} {python} "$@"'
         return f'{shlex.quote(self.python or "python3")} -u "$@"'
 
     def staging(self) -> str:

@@ -47,7 +47,7 @@ SchedulerParameters=bf_interval=1,sched_interval=2,batch_sched_delay=0
 ReturnToService=2
 SlurmctldTimeout=10
 SlurmdTimeout=5
-KillWait=20
+KillWait=12
 InactiveLimit=0
 # Virtual nodes have as many cores as they say.
 SlurmdParameters=config_overrides
@@ -110,13 +110,17 @@ class Cluster:
         )
         options = {"key-file": "key", "socket": "socket", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
         self._daemon("munged", "-F", *(f"--{option}={munge / name}" for option, name in options.items()))
-        self._until(lambda: (munge / "socket").exists(), "munged", 20)
+        self.until(lambda: (munge / "socket").exists(), "munged", 20)
         self._daemon("slurmctld", "-D")
         for name in self.names:
             self.start_node(name)
-        self._until(
+        self.until(
             lambda: self.run("sinfo", "-h", "-o", "%T %D").split() == ["idle", str(len(self.names))], "nodes", 60
         )
+
+    def wait_for_nodes(self) -> None:
+        ready = ["idle", str(len(self.names))]
+        self.until(lambda: self.run("sinfo", "-h", "-o", "%T %D").split() == ready, "all nodes to be idle", 60)
 
     def start_node(self, name: str) -> None:
         self._daemon("slurmd", "-D", "-N", name, key=name, NEOX_VIRTUAL_NODE=name)
@@ -170,15 +174,13 @@ class Cluster:
             raise AssertionError(f"{command}: {result.returncode}\n{result.stdout}{result.stderr}")
         return result.stdout
 
-    def submit(self, script: Path, **variables: str) -> str:
-        """Job id. Ranks meet on this machine's loopback, where the nodes' names lead nowhere."""
+    def submit(self, script: Path, *options: str, **variables: str) -> str:
+        """Job id; `variables` are those of the shell that calls sbatch."""
         return self.run(
             "sbatch",
             "--parsable",
+            *options,
             str(script),
-            MASTER_ADDR="127.0.0.1",
-            GLOO_SOCKET_IFNAME="lo",
-            OMP_NUM_THREADS="1",
             **variables,
         ).strip()
 
@@ -190,13 +192,20 @@ class Cluster:
         words = self.run("scontrol", "show", "job", "--oneliner", job).split()
         return next(word.partition("=")[2] for word in words if word.startswith(f"{name}="))
 
-    def start_requeued(self, job: str, timeout: float = 60) -> None:
-        """Slurm keeps a requeued job for two minutes; a test has none of them to lose."""
-        self._until(lambda: self.state(job) == "PENDING", f"job {job} to be back in the queue", timeout)
-        self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+    def start_requeued(self, job: str, times: int = 1, timeout: float = 60) -> None:
+        """Start a job that has been requeued for the `times`-th time.
+
+        Slurm keeps a requeued job for two minutes, which a test has not; but not within the second in which its last
+        start was ended, to which a node's revoked credential counts.
+        """
+        back = ["PENDING", str(times)]
+        self.until(
+            lambda: [self.state(job), self.field(job, "Restarts")] == back, f"job {job} back in the queue", timeout
+        )
+        self.run("scontrol", "update", f"JobId={job}", "StartTime=now+2seconds")
 
     def wait_for(self, job: str, *states: str, timeout: float = 120) -> str:
-        self._until(lambda: self.state(job) in states, f"job {job} to be {' or '.join(states)}", timeout)
+        self.until(lambda: self.state(job) in states, f"job {job} to be {' or '.join(states)}", timeout)
         return self.state(job)
 
     def fail_node(self, name: str) -> None:
@@ -209,7 +218,7 @@ class Cluster:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
 
-    def _until(self, condition: Callable[[], bool], what: str, timeout: float) -> None:
+    def until(self, condition: Callable[[], bool], what: str, timeout: float) -> None:
         deadline = time.monotonic() + timeout
         while not condition():
             if time.monotonic() > deadline:
