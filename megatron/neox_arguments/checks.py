@@ -206,6 +206,24 @@ def zero_stage_is_one(args: NeoXArgs) -> str | None:
 
 
 @_rule(*_TRAIN)
+def recomputation_is_of_layers(args: NeoXArgs) -> str | None:
+    if args.recompute_layers is None:
+        return None
+    if not args.checkpoint_activations:
+        return (
+            f"recompute_layers {args.recompute_layers} without checkpoint_activations: true, which is what recomputes; "
+            f"give both, or neither to store everything"
+        )
+    most = -(-args.num_layers // args.pipe_parallel_size)
+    if args.recompute_layers <= most:
+        return None
+    return (
+        f"recompute_layers {args.recompute_layers} counts layers of one stage, and a stage of {args.num_layers} layers "
+        f"over {args.pipe_parallel_size} stages has at most {most}; leave it out to recompute all"
+    )
+
+
+@_rule(*_TRAIN)
 def training_has_a_length(args: NeoXArgs) -> str | None:
     if args.train_iters is not None and args.train_epochs is not None:
         return "train_iters and train_epochs are both given; keep one"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.neox_arguments import NeoXArgs
-from megatron.trainer.flops import megatron_flops_per_token
+from megatron.planner.flops import megatron_flops_per_token
 
 
 class Progress:
@@ -95,7 +95,7 @@ class Progress:
             seconds = (time.perf_counter() - self._interval_start) / self._interval_iterations
             tokens_per_second = self.args.train_batch_size * self.args.seq_length / seconds
             ranks = self.args.global_num_gpus
-            tflops = tokens_per_second * megatron_flops_per_token(self.args) / ranks / 1e12
+            tflops = tokens_per_second * megatron_flops_per_token(self.args.shape, self.args.seq_length) / ranks / 1e12
             values |= {
                 "runtime/iteration_time": seconds,
                 "runtime/tokens_per_sec": tokens_per_second,

@@ -31,6 +31,8 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
     ("zero_stage_is_one", {"zero_optimization": {"stage": 0}}, "stage 0 clips gradients wrongly"),
     ("zero_stage_is_one", {"zero_optimization": {"stage": 2}}, "stage 2 splits gradients or weights"),
     ("zero_stage_is_one", {"zero_optimization": {"stage": 3}}, "write stage: 1"),
+    ("recomputation_is_of_layers", {"recompute_layers": 2}, "without checkpoint_activations: true"),
+    ("recomputation_is_of_layers", {"recompute_layers": 5, "checkpoint_activations": True}, "has at most 4"),
     ("training_has_a_length", {"train_iters": None}, "train_iters is missing"),
     ("training_has_an_optimizer", {"optimizer": None}, "optimizer is missing"),
     ("samples_have_a_length", {"seq_length": None}, "seq_length is missing"),
