@@ -22,7 +22,7 @@ say() { echo "launch: $*"; }
 
 # stop CODE WHY...: the last lines of the log say why the job has ended.
 stop() {
-    if [[ -n $cancelled ]]; then set -- 143 "cancelled, last save: $(last_save)${why:+; $why}"; fi
+    if [[ -n $cancelled ]]; then set -- 143 "ended by Slurm; last save: $(last_save)${why:+; $why}"; fi
     say "stopped: ${*:2}"
     exit "$1"
 }
@@ -31,8 +31,8 @@ last_save() { if [[ -n $save && -r $save/latest ]]; then cat "$save/latest"; els
 
 step='' warned='' cancelled='' why=''
 
-# Slurm warns the batch shell alone (--signal=B:). srun passes the warning to all ranks; it is repeated for those that did
-# not listen yet. Never TERM while they save: srun answers it by killing them. Ranks that are still there when three
+# Slurm warns the batch shell alone (--signal=B:). srun passes the warning to all ranks; it is repeated, for srun may still
+# be starting them. Never TERM while they save: srun answers it by killing them. Ranks that are still there when three
 # quarters of the time are over will not save any more; then the job goes on from the save before.
 remind() {
     local since=$SECONDS
@@ -52,7 +52,7 @@ warn() {
 }
 trap warn USR1
 # scancel reaches the ranks, too: they save what they have if Slurm's KillWait allows.
-trap 'cancelled=1; say "cancelled"' TERM
+trap 'cancelled=1; say "Slurm ends the job: scancel, preemption or a failed node"' TERM
 
 # --- environment: @PROFILE@
 
@@ -67,8 +67,8 @@ set -u
 # This node's folder for the job. The node's name keeps nodes apart where the "local" disk is a shared one.
 here() { printf '%s' "@NODE_DISK@/neox-$SLURM_JOB_ID/$SLURMD_NODENAME"; }
 
-# A program on this node, with everything that is read and written often on the node's own disk: imports of thousands of
-# ranks stall a parallel file system, and caches there lose their locks (MIOpen's are sqlite files) and race.
+# run_here PROGRAM [ARGUMENT...]: Python on this node, with all that is read and written often on the node's own disk.
+# Imports of thousands of ranks stall a parallel file system; caches there race and lose their locks (MIOpen's are sqlite).
 run_here() {
     local here
     here=$(here)
@@ -78,14 +78,8 @@ run_here() {
     # Triton's and inductor's files are renamed into place, but by each rank for itself: a folder for each.
     export TRITON_CACHE_DIR="$here/cache/triton-${SLURM_LOCALID:-0}"
     export TORCHINDUCTOR_CACHE_DIR="$here/cache/inductor-${SLURM_LOCALID:-0}"
-    exec @PYTHON@
-}
-
-# A rank: Slurm's warning is ignored until the program listens to it (it is repeated), it would end a starting rank.
-# SLURM_PROCID and its like are read by the program itself, so they are those of the task, never the batch shell's.
-run_rank() {
-    trap '' USR1
-    run_here "$@"
+    # Slurm's warning would end a rank that starts: it waits until the program listens.
+    exec env --block-signal=USR1 @PYTHON@
 }
 
 make_folders() {
@@ -108,6 +102,8 @@ unpack() {
 
 remove_folders() { rm -rf "$(here)"; }
 
+answer() { :; }
+
 # --- on the batch node
 
 # on_every_node MINUTES FUNCTION [ARGUMENT...]
@@ -119,32 +115,54 @@ on_every_node() {
         bash -c "$(declare -f here "$name"); $name \"\$@\"" "$name" "$@"
 }
 
+# Nodes of a list that Slurm has taken out of service, with its reason.
+lost_nodes() {
+    sinfo --noheader --Node --nodes="$1" --format='%N is %T (%E)' 2>/dev/null |
+        grep -E ' is (down|fail|drain|unknown|powering|power|reboot|[a-z]+\*)' | sort -u || true
+}
+
+# broken WHY: a step before the training failed. If all nodes answer, it would fail again. If one does not, the job goes
+# back to the queue for others.
+broken() {
+    if [[ -z $cancelled ]] && ! on_every_node 2 answer; then again 1 "$1 and a node does not answer"; fi
+    stop 2 "$1"
+}
+
+# again CODE WHY: back to the queue, unless that has been in vain too often.
+again() {
+    if [[ -n $cancelled ]]; then stop 143; fi
+    lost_nodes "$SLURM_JOB_NODELIST" | sed 's/^/launch: node failure: /'
+    if [[ $(last_save) == "$before" ]] && ((fruitless >= max_fruitless)); then
+        stop "$1" "$2; not requeued: $((fruitless + 1)) starts in a row without a new save"
+    fi
+    say "requeued: $2; last save: $(last_save)"
+    trap '' TERM # requeueing ends this script
+    touch "$run/ended"
+    scontrol requeue "$SLURM_JOB_ID" || stop "$1" "Slurm refused to requeue; submit the same script again"
+    exit 75
+}
+
 # stage FOLDER ARCHIVE: to every node's disk, as HERE/FOLDER. sbcast can fail half-way and leave a part of the file.
 stage() {
     local sum target
     sum=$(sha256sum <"$2") || stop 2 "$2 cannot be read"
     target="@NODE_DISK@/neox-$SLURM_JOB_ID-$1.tar"
-    sbcast --preserve --force "$2" "$target" || stop 2 "sbcast of $2 to $target failed, see above"
-    on_every_node 15 unpack "$1" "$target" "${sum%% *}" || stop 2 "$2 did not arrive whole on every node, see above"
+    sbcast --preserve --force "$2" "$target" || broken "sbcast of $2 to $target failed, see above"
+    on_every_node 15 unpack "$1" "$target" "${sum%% *}" || broken "$2 did not arrive whole on every node, see above"
     on_every_node 5 rm_staged "$target" || true
 }
 
 rm_staged() { rm -f "$1"; }
 
-# all_ranks MINUTES PROGRAM...: one srun, ranks numbered node by node. 0 minutes: as long as the job.
+# all_ranks MINUTES PROGRAM [ARGUMENT...]: one srun, ranks numbered node by node. 0 minutes: as long as the job. What
+# differs between ranks (SLURM_PROCID, ...) is read in the rank; here it would be the batch shell's.
 all_ranks() {
     local minutes=$1
     shift
     exec srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks=@RANKS@ --ntasks-per-node=@RANKS_PER_NODE@ --distribution=block \
 @SRUN@
         --time="$minutes" --kill-on-bad-exit=1 --export=ALL \
-        bash -c "$(declare -f here run_here run_rank); run_rank \"\$@\"" rank "$@"
-}
-
-# Nodes of a list that Slurm has taken out of service, with its reason.
-lost_nodes() {
-    sinfo --noheader --Node --nodes="$1" --format='%N is %T (%E)' 2>/dev/null |
-        grep -E ' is (down|fail|drain|unknown|powering|power|reboot|[a-z]+\*)' | sort -u || true
+        bash -c "$(declare -f here run_here); run_here \"\$@\"" rank "$@"
 }
 
 # --- start or restart
@@ -170,7 +188,7 @@ rm -f "$run/ended"
 
 # --- software
 
-on_every_node 5 make_folders || stop 2 "the folders for this job cannot be made, see above"
+on_every_node 5 make_folders || broken "the folders for this job cannot be made, see above"
 if [[ ! -f $run/code.tar ]]; then # the code that the first start had, whatever happens to the checkout meanwhile
     tar -C "$project" --exclude=__pycache__ -cf "$run/code.tar.part" deepy.py train.py eval.py generate.py megatron csrc
     mv "$run/code.tar.part" "$run/code.tar"
@@ -202,7 +220,7 @@ wait "$tee" || true
 
 # --- how it ended
 
-touch "$run/ended"
+touch "$run/ended" # so that the next start can tell whether Slurm let this one end
 # The rank that failed first has written its code and its words; of one that was killed srun knows more.
 if [[ -f $run/failed ]]; then status=$(<"$run/failed"); fi
 why=$(cat "$run/why" 2>/dev/null || true)
@@ -213,16 +231,7 @@ if ((status == 0)); then
     say "done; last save: $(last_save)"
     exit 0
 fi
-if ((status != 75)); then
-    say "failed with code $status${first:+; first to end: $first}"
-    lost_nodes "$SLURM_JOB_NODELIST" | sed 's/^/launch: node failure: /'
-fi
+if ((status != 75)); then say "failed with code $status${first:+; first to end: $first}"; fi
 if ((status == 2)); then stop 2 "$why"; fi
 if [[ -z $save ]]; then stop "$status" "${why:-see above}; there is no save folder to go on from"; fi
-if [[ $(last_save) == "$before" ]] && ((fruitless >= max_fruitless)); then
-    stop "$status" "${why:-see above}; not requeued: $((fruitless + 1)) starts in a row without a new save"
-fi
-say "requeued: ${why:-${first:-see above}}; last save: $(last_save)"
-trap '' TERM # requeueing ends this script
-scontrol requeue "$SLURM_JOB_ID" || stop "$status" "Slurm refused to requeue; submit the same script again"
-exit 75
+again "$status" "${why:-${first:-see above}}"

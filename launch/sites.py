@@ -122,7 +122,7 @@ def time_limit(time: str | None, nodes: int, partition: str | None, site: Site) 
         raise ConfigError(f"{nodes} nodes: partition {name} of {site.title} takes {limits[-1].nodes} at most")
     if time is not None and seconds(time) > fitting.hours * 3600:
         raise ConfigError(
-            f"--time {time}: a job of {nodes} nodes may take {fitting.hours} hours in partition {name} of {site.title}; "
-            f"the job is requeued at its limit and goes on by itself"
+            f"--time {time}: a job of {nodes} nodes may take {fitting.hours} hours in partition {name} of "
+            f"{site.title}; it is requeued at its limit and goes on by itself"
         )
     return time or f"{fitting.hours:02d}:00:00"

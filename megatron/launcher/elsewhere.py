@@ -71,8 +71,9 @@ def start_by_srun(script: Path, args: NeoXArgs) -> int:
     folder = Path(tempfile.mkdtemp(prefix=f".neox_run_{os.environ['SLURM_JOB_ID']}_", dir=parent)).resolve()
     try:
         handover = write_handover(args, folder)
-        python = [sys.executable, "-u", str(script.resolve()), "--neox-args", str(handover)]
-        return supervise([*command, *python], environment(args))
+        # A warning during start-up would end a rank: it waits until the training listens (StopRequest).
+        python = ["env", "--block-signal=USR1", sys.executable, "-u", str(script.resolve())]
+        return supervise([*command, *python, "--neox-args", str(handover)], environment(args))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -153,9 +153,9 @@ class Cluster:
             time.sleep(0.05)
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def processes(self, variable: str | None = None) -> list[int]:
-        """Live processes of this cluster, daemons included; with `variable` those whose environment has it, too."""
-        marks = [f"SLURM_CONF={self.env['SLURM_CONF']}".encode(), *([variable.encode()] if variable else [])]
+    def processes(self, *variables: str) -> list[int]:
+        """Live processes of this cluster, daemons included, whose environment has all of these variables."""
+        marks = [f"SLURM_CONF={self.env['SLURM_CONF']}".encode(), *map(str.encode, variables)]
         found = []
         for path in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):

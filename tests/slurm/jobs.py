@@ -37,6 +37,7 @@ def program(args):
     if act in ("wait", "deaf"):
         for number in (signal.SIGUSR1, signal.SIGTERM):
             signal.signal(number, lambda n, frame: caught.append(n))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})  # as StopRequest does
     Path(f"seen-{start}-{rank}.part").rename(f"seen-{start}-{rank}.json")
     while act == "wait" and not caught or act == "deaf":
         time.sleep(0.02)

@@ -126,8 +126,8 @@ def test_a_failed_sbcast_stops_the_job(cluster: Cluster, project: Path, tmp_path
     script = rendered(tmp_path, project)
     if not checked:
         text = script.read_text()
-        assert text.count('|| stop 2 "sbcast of') == 1
-        script.write_text(text.replace('|| stop 2 "sbcast of', '|| say "sbcast of'))
+        assert text.count('|| broken "sbcast of') == 1
+        script.write_text(text.replace('|| broken "sbcast of', '|| say "sbcast of'))
     job = submit(cluster, tmp_path, script, "done", "--hold")
     (tmp_path / "disk" / f"neox-{job}-code.tar").mkdir()
     cluster.run("scontrol", "release", job)
@@ -183,9 +183,7 @@ def test_ranks_that_do_not_listen_are_killed_in_time(cluster: Cluster, project: 
     ("plan", "state", "starts", "said"),
     [
         pytest.param("stuck,stuck,done", "COMPLETED", 3, "launch: done; last save: none", id="goes on"),
-        pytest.param(
-            "stuck,stuck,stuck", "FAILED", 3, "not requeued: 3 starts in a row without a new save", id="bound"
-        ),
+        pytest.param("stuck,stuck,stuck", "FAILED", 3, "not requeued: 3 starts in a row without", id="bound"),
         pytest.param("bug,killed,bug", "FAILED", 3, "rank 3 on n1 failed: KeyError: 'telescope'", id="bug"),
         pytest.param("user", "FAILED", 1, "launch: stopped: error: the sky is too cloudy", id="user"),
     ],
@@ -211,7 +209,7 @@ def test_a_cancelled_job_saves_and_stays_out_of_the_queue(cluster: Cluster, proj
     log = finished(cluster, tmp_path, job, "CANCELLED", timeout=30)
     cluster.until(lambda: not cluster.processes(f"SLURM_JOB_ID={job}"), "the processes to end", 30)
     log = log_of(tmp_path, job)
-    assert "launch: stopped: cancelled, last save: global_step1; SIGTERM at start 0; all is saved" in log
+    assert "launch: stopped: ended by Slurm; last save: global_step1; SIGTERM at start 0; all is saved" in log
 
 
 def test_a_lost_node_is_named_and_the_job_goes_on(cluster: Cluster, project: Path, tmp_path: Path) -> None:
@@ -228,3 +226,19 @@ def test_a_lost_node_is_named_and_the_job_goes_on(cluster: Cluster, project: Pat
         cluster.wait_for_nodes()
     assert f"launch: node failure: {lost} is down" in log
     assert seen(tmp_path, 1)[2]["env"]["SLURMD_NODENAME"] != lost, "another node took its place"
+
+
+def test_a_node_lost_before_the_training_costs_a_restart(cluster: Cluster, project: Path, tmp_path: Path) -> None:
+    stub(tmp_path / "stubs", "sbcast", 'touch "$HERE/staging"; until [[ -e $HERE/go ]]; do sleep 0.1; done; exit 1')
+    job = submit(cluster, tmp_path, rendered(tmp_path, project), "none,done", HERE=str(tmp_path))
+    cluster.until((tmp_path / "staging").exists, "the job", 60)
+    try:
+        cluster.fail_node("n1")
+        (tmp_path / "stubs" / "sbcast").unlink()
+        (tmp_path / "go").touch()
+        cluster.start_requeued(job, timeout=90)
+        log = finished(cluster, tmp_path, job, "COMPLETED")
+    finally:
+        cluster.start_node("n1")
+        cluster.wait_for_nodes()
+    assert "failed, see above and a node does not answer" in log or "ended by Slurm" in log
