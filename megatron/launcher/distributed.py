@@ -45,6 +45,8 @@ def initialize(args: NeoXArgs) -> Place:
     """
     started = started_ranks(args)
     rank, world_size, local_rank = started.rank, started.world_size, started.local_rank
+    # DeepSpeed's pipeline reads LOCAL_RANK by itself, which Slurm does not set.
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(local_rank))
     device = take_device(args, started)
     if "NEOX_RENDEZVOUS" not in os.environ:
         set_rendezvous(os.environ)

@@ -72,8 +72,9 @@ def start_by_srun(script: Path, args: NeoXArgs) -> int:
     folder = Path(tempfile.mkdtemp(prefix=f".neox_run_{os.environ['SLURM_JOB_ID']}_", dir=parent)).resolve()
     try:
         handover = write_handover(args, folder)
-        python = [sys.executable, "-u", str(script.resolve()), "--neox-args", str(handover)]
-        code = supervise([*command, *python], environment(args))
+        # A warning during start-up would end a rank: it waits until the training listens (StopRequest).
+        python = ["env", "--block-signal=USR1", sys.executable, "-u", str(script.resolve())]
+        code = supervise([*command, *python, "--neox-args", str(handover)], environment(args))
         # srun gives the highest code of all tasks: that of the rank that was killed hides what the others say of it.
         recorded = recorded_code(folder)
         return recorded if code and recorded in (REQUEUE, LOST) else code
