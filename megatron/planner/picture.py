@@ -72,7 +72,7 @@ def _schedule(plan: Plan, axes) -> None:  # type: ignore[no-untyped-def]  # matp
     again = [plan.layout.recomputed(stage.layers) / max(1, stage.layers) for stage in plan.time.stages]
     forward = [stage.total / (3 + more) for stage, more in zip(plan.time.stages, again, strict=True)]
     work = timeline(m, forward, [one * (2 + more) for one, more in zip(forward, again, strict=True)])
-    end = max(one.stop for one in work)
+    end = max(item.stop for item in work)
     after = plan.time.reduction_seconds + plan.time.optimizer_seconds + plan.time.gather_seconds
     axes.barh(range(stages), end, left=0, color=_IDLE, height=0.86)
     for one in work:
