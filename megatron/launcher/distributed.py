@@ -45,6 +45,8 @@ def initialize(args: NeoXArgs) -> Place:
     """
     started = started_ranks(args)
     rank, world_size, local_rank = started.rank, started.world_size, started.local_rank
+    # DeepSpeed's pipeline reads LOCAL_RANK by itself, which Slurm does not set.
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(local_rank))
     device = take_device(args, started)
     if "NEOX_RENDEZVOUS" not in os.environ:
         set_rendezvous(os.environ)
@@ -75,6 +77,16 @@ def form_groups(args: NeoXArgs) -> tuple[int, int, int]:
         create_gloo_process_groups=False,
     )
     return check_coordinates(args, dist.get_rank())
+
+
+def set_timeouts(minutes: int) -> None:
+    """`distributed_timeout_minutes` for every process group of this rank, whoever made it.
+
+    DeepSpeed makes its pipeline and data-parallel groups without a timeout, and torch gives those 10 minutes with NCCL,
+    whatever the default group has.
+    """
+    for group in dist.distributed_c10d._world.pg_map:
+        dist.distributed_c10d._set_pg_timeout(timedelta(minutes=minutes), group)
 
 
 def started_ranks(args: NeoXArgs) -> Ranks:
