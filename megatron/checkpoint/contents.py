@@ -74,5 +74,6 @@ def _client_state(args: NeoXArgs, state: TrainState) -> dict[str, Any]:
     return {
         "iteration": state.iteration,
         "consumed_samples": state.consumed_samples,
+        "skipped_in_a_row": state.skipped_in_a_row,
         "args": {name: getattr(args, name) for name in names},
     }

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
 
+from megatron.launcher.failures import LOST, REQUEUE, recorded_code
 from megatron.launcher.start import environment, supervise, write_handover
 from megatron.neox_arguments import ConfigError, NeoXArgs
 
@@ -71,8 +72,12 @@ def start_by_srun(script: Path, args: NeoXArgs) -> int:
     folder = Path(tempfile.mkdtemp(prefix=f".neox_run_{os.environ['SLURM_JOB_ID']}_", dir=parent)).resolve()
     try:
         handover = write_handover(args, folder)
-        python = [sys.executable, "-u", str(script.resolve()), "--neox-args", str(handover)]
-        return supervise([*command, *python], environment(args))
+        # A warning during start-up would end a rank: it waits until the training listens (StopRequest).
+        python = ["env", "--block-signal=USR1", sys.executable, "-u", str(script.resolve())]
+        code = supervise([*command, *python, "--neox-args", str(handover)], environment(args))
+        # srun gives the highest code of all tasks: that of the rank that was killed hides what the others say of it.
+        recorded = recorded_code(folder)
+        return recorded if code and recorded in (REQUEUE, LOST) else code
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from signal import Signals
+
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from megatron.checkpoint import BackgroundSaver, TrainState, save_checkpoint
 from megatron.data import Datasets
 from megatron.launcher.failures import Stopped
-from megatron.launcher.signals import StopRequest
 from megatron.neox_arguments import NeoXArgs
 from megatron.trainer.progress import Progress
 
@@ -59,13 +60,12 @@ class Saves:
             self.saved = self.background.completed
 
 
-def stop_if_asked(stop: StopRequest, saves: Saves, state: TrainState) -> None:
+def stop_if_asked(received: Signals | None, saves: Saves, state: TrainState) -> None:
     """After a signal to any rank: save what is not saved yet, then raise Stopped on all ranks. Collective.
 
     Without a save folder there is nothing to go on with, and the exit code is the signal's.
     """
     args = saves.args
-    received = stop.agreed(saves.engine.device)
     if received is None:
         return
     where = f"{received.name} at iteration {state.iteration} of {args.train_iters}"
