@@ -67,10 +67,10 @@ def after_each_step(what: Callable[[int], None]) -> None:
 
     step = loop.train_step
 
-    def and_then(engine: Any, args: Any, batches: Any, state: Any, progress: Any) -> float:
-        loss = step(engine, args, batches, state, progress)
+    def and_then(engine: Any, args: Any, batches: Any, state: Any, *rest: Any) -> Any:
+        result = step(engine, args, batches, state, *rest)
         what(state.iteration)
-        return loss
+        return result
 
     loop.train_step = and_then
 
