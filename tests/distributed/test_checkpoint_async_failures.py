@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import random
 import re
@@ -241,28 +242,41 @@ def test_killed_at_ten_random_moments_what_was_reported_is_there(tmp_path: Path)
     assert partial, "no kill fell into a save"
 
 
-def test_killed_at_every_operation_the_last_complete_one_is_found(tmp_path: Path) -> None:
-    """A new step, a replaced one and retention in the background, ended before each of their file operations."""
+def alone(root: Path, **keys: Any) -> Standing:
+    """A saver in a process of its own, the only rank."""
     torch.set_num_threads(1)
+    background.PAUSE_SECONDS = 0.001
+    torch.distributed.init_process_group("gloo", init_method=f"file://{root}.store", rank=0, world_size=1)
+    return Standing(0, 1, str(root), **keys)
+
+
+@pytest.fixture
+def before(tmp_path: Path) -> Path:
+    """A run folder with the checkpoints of steps 1 and 2."""
+    root = tmp_path / "before"
+
+    def work() -> None:
+        standing = alone(root, keep_optimizer_last_n=1)
+        for step in (1, 2):
+            standing.whole(step)
+
+    assert not killed_at(1000, work)
+    return root
+
+
+def test_killed_at_every_operation_the_last_complete_one_is_found(tmp_path: Path, before: Path) -> None:
+    """A new step, a replaced one and retention in the background, ended before each of their file operations."""
 
     def work(root: Path) -> None:
-        torch.distributed.init_process_group("gloo", init_method=f"file://{root}.store", rank=0, world_size=1)
-        standing = Standing(0, 1, str(root), keep_last_n_checkpoints=2, keep_optimizer_last_n=1)
-        standing.saver.completed = 2
+        standing = alone(root, keep_last_n_checkpoints=2, keep_optimizer_last_n=1)
         for _ in range(2):
             standing.whole(3)
         assert standing.saver.completed == 3
         assert standing.warnings == []
 
-    def before(root: Path) -> None:
-        torch.distributed.init_process_group("gloo", init_method=f"file://{root}.store", rank=0, world_size=1)
-        for step in (1, 2):
-            Standing(0, 1, str(root), keep_optimizer_last_n=1).whole(step)
-
-    assert not killed_at(0, lambda: before(tmp_path / "before"))
     for operation in range(1, 1000):
         root = tmp_path / str(operation)
-        shutil.copytree(tmp_path / "before", root)
+        shutil.copytree(before, root)
         killed = killed_at(operation, lambda root=root: work(root))
         found = find_checkpoint(root)
         problems = [p for p in verify_checkpoint(found) if "is not in the manifest" not in p]
@@ -277,4 +291,42 @@ def test_killed_at_every_operation_the_last_complete_one_is_found(tmp_path: Path
             assert complete_steps(root) == [2, 3]
             return
         shutil.rmtree(root)
+    pytest.fail("the work never came to its end")
+
+
+def test_an_error_at_any_operation_costs_one_save_at_most(tmp_path: Path, before: Path) -> None:
+    """Each file operation fails in turn, once: the run goes on, the next save is complete and nothing is left over."""
+
+    hit: list[str] = []
+
+    def broken() -> None:
+        if not hit:
+            hit.append("Input/output error")
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def work(root: Path) -> None:
+        standing = alone(root, keep_last_n_checkpoints=2, keep_optimizer_last_n=1)
+        for _ in range(2):
+            standing.whole(3)
+        (root / "said").write_text(json.dumps({"hit": bool(hit), "warnings": standing.warnings}))
+        hit.append("no more")
+        standing.whole(4)
+        assert standing.saver.completed == 4
+
+    reported = 0
+    for operation in range(1, 1000):
+        root = tmp_path / str(operation)
+        shutil.copytree(before, root)
+        killed_at(operation, lambda root=root: work(root), broken)
+        said = json.loads((root / "said").read_text())
+        assert len(said["warnings"]) <= 1
+        assert all("Input/output error" in warning and GOES_ON in warning for warning in said["warnings"])
+        reported += len(said["warnings"])
+        assert complete_steps(root) == [3, 4], f"operation {operation}"
+        assert verify_checkpoint(find_checkpoint(root, 3)) == verify_checkpoint(find_checkpoint(root)) == []
+        assert {path.name for path in root.iterdir()} == {"global_step3", "global_step4", LATEST, "said"}
+        shutil.rmtree(root)
+        if not said["hit"]:
+            assert reported > 40
+            return
     pytest.fail("the work never came to its end")
