@@ -20,8 +20,10 @@ import pytest
 import torch
 
 from megatron.checkpoint import BackgroundSaver, TrainState, background, save
+from megatron.checkpoint.errors import CheckpointError
 from megatron.checkpoint.folders import LATEST, clean_leftovers, complete_steps, find_checkpoint, tag_name
 from megatron.checkpoint.manifest import read_manifest
+from megatron.checkpoint.snapshot import HostCopies
 from megatron.checkpoint.verify import verify_checkpoint
 from tests.checkpoints import standing_args, standing_engine
 from tests.ranks import run_ranks
@@ -166,6 +168,35 @@ def test_a_failure_of_rank_0_alone_is_reported_too(tmp_path: Path, where: str, r
     assert all(len(lines) == 1 and lines[0].startswith(expected) for lines in warnings), warnings
     assert complete_steps(tmp_path) == [1, 3]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["global_step1", "global_step3", LATEST]
+
+
+def _without_memory(rank: int, world_size: int, root: str) -> Any:
+    """Rank 1 cannot make its copies: at the start, then at the first save."""
+    standing = Standing(rank, world_size, root)
+    snapshot = HostCopies.snapshot
+
+    def no_room(copies: HostCopies, contents: Any) -> Any:
+        raise RuntimeError("cannot allocate memory")
+
+    if rank == 1:
+        HostCopies.snapshot = no_room  # type: ignore[method-assign]
+    with pytest.raises(CheckpointError) as refused:
+        standing.saver.prepare()
+    standing.whole(1)
+    HostCopies.snapshot = snapshot  # type: ignore[method-assign]
+    standing.whole(2)
+    return str(refused.value), standing.warnings
+
+
+def test_a_rank_without_memory_is_named_before_the_first_step(tmp_path: Path) -> None:
+    results = run_ranks(_without_memory, 2, str(tmp_path))
+    assert results[0] == results[1]
+    refused, warnings = results[0]
+    reason = "failed. rank 1: RuntimeError: cannot allocate memory"
+    assert refused == f"async_save: making room for copies in host memory {reason}"
+    assert len(warnings) == 1
+    assert warnings[0].startswith(f"saving {tmp_path}/global_step1 {reason}. {GOES_ON} (there is none yet)")
+    assert complete_steps(tmp_path) == [2]
 
 
 def _wait_for_a_slow_rank(rank: int, world_size: int, root: str) -> Any:
