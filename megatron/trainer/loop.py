@@ -93,7 +93,8 @@ def run_training(
                 startup.done("first step")
                 progress.say(startup.line())
             if args.eval_interval and state.iteration % args.eval_interval == 0:
-                report_validation(engine, args, datasets, progress, state.iteration)
+                with phases.evaluation():
+                    report_validation(engine, args, datasets, progress, state.iteration)
             with phases.unhurried("save"):
                 saves.if_due(state)
     watch.profiler.close()

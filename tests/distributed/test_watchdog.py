@@ -217,18 +217,27 @@ def test_nobody_waits_for_a_rank_that_failed(started: Any, tmp_path: Path, monke
     assert "lost" not in run.said()
 
 
-def _timeouts(rank: int, world_size: int) -> dict[str, timedelta]:
+def _timeouts(rank: int, world_size: int, spread: bool) -> dict[str, timedelta]:
     import torch
     import torch.distributed as dist
 
+    from megatron.trainer import engine
     from tests.training import build
 
+    if not spread:
+        engine.set_timeouts = lambda minutes: None
     build(CASE.neox(world_size=world_size, pipe_parallel_size=2, distributed_timeout_minutes=7), CASE)
     groups = dist.distributed_c10d._world.pg_map
     return {group.group_name: group._get_backend(torch.device("cpu")).options._timeout for group in groups}
 
 
 def test_the_timeout_reaches_every_group() -> None:
-    for timeouts in run_ranks(_timeouts, 4):
+    for timeouts in run_ranks(_timeouts, 4, True):
         assert len(timeouts) > 10, "DeepSpeed's and megatron-core's groups"
         assert set(timeouts.values()) == {timedelta(minutes=7)}
+
+
+def test_by_itself_it_would_not() -> None:
+    """The reason for `set_timeouts`: groups that DeepSpeed makes have torch's own timeout, 30 minutes with gloo."""
+    for timeouts in run_ranks(_timeouts, 4, False):
+        assert timedelta(minutes=30) in timeouts.values()
