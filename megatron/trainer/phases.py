@@ -68,8 +68,10 @@ class Phases:
         self.whereabouts.at("between steps")
 
     def seconds(self) -> dict[str, float]:
-        """Seconds of the last step by phase. The device has come to the step's end."""
+        """Seconds of the last step by phase. Waits for the device to come to the step's end, if it has not."""
         sums: dict[str, float] = defaultdict(float)
+        if self._spans and isinstance(last := self._spans[-1][2], torch.cuda.Event):
+            last.synchronize()
         for phase, start, end in self._spans:
             if isinstance(start, torch.cuda.Event):
                 assert isinstance(end, torch.cuda.Event)

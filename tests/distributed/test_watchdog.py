@@ -86,11 +86,15 @@ class Run:
         )
 
     def until_it_steps(self) -> None:
-        metrics, deadline = self.folder / "log/metrics.jsonl", time.monotonic() + 200
-        while not metrics.exists() or metrics.read_text().count("train/lm_loss") < 3:
+        deadline = time.monotonic() + 200
+        while self.metrics().count("train/lm_loss") < 3:
             assert all(process.poll() is None for process in self.processes), self.said()
             assert time.monotonic() < deadline, "the run did not start"
             time.sleep(0.05)
+
+    def metrics(self) -> str:
+        path = self.folder / "log/metrics.jsonl"
+        return path.read_text() if path.exists() else ""
 
     def ranks(self) -> list[int]:
         """Process ids by rank, under deepy: its child supervises, and started them in order."""
@@ -137,6 +141,24 @@ def test_a_stopped_rank_is_named(started: Any, rank: int) -> None:
     assert [path.name for path in stacks.iterdir()] == [f"rank_{1 - rank}.txt"], "the reachable rank's"
     assert "train_step" in (stacks / f"rank_{1 - rank}.txt").read_text()
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+def test_a_job_that_is_suspended_as_a_whole_goes_on(started: Any) -> None:
+    """`scontrol suspend` and `resume`: nobody was awake to miss anybody."""
+    run = started()
+    run.by_deepy()
+    run.until_it_steps()
+    pids = run.ranks()
+    for number, seconds in ((signal.SIGSTOP, 3 * 2.0), (signal.SIGCONT, 2 * 2.0)):
+        for pid in pids:
+            os.kill(pid, number)
+        time.sleep(seconds)  # longer than heartbeat_timeout_seconds, 2
+    before = run.metrics().count("train/lm_loss")
+    deadline = time.monotonic() + BOUND_SECONDS
+    while run.metrics().count("train/lm_loss") == before:
+        assert run.processes[0].poll() is None, run.said()
+        assert time.monotonic() < deadline, "no step after the resume"
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("launcher", ["fork", "torchrun"])
