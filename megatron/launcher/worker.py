@@ -22,6 +22,7 @@ from megatron.launcher.failures import (
     claim,
     claim_failure,
     claim_loss,
+    code_after,
     code_of_the_culprit,
     is_about_a_lost_peer,
     run_folder,
@@ -96,9 +97,11 @@ def run(program: Callable[[NeoXArgs], object], task: Task = "train", user_errors
             print(f"stopped: {stop}", file=sys.stderr)
         _close_process_group()  # all ranks are here: none has failed
     except LostRanks as lost:
-        code = LOST
         if claim_loss(folder, lost):
+            code = LOST
             print(f"stopped: {lost}", file=sys.stderr)
+        else:
+            code = code_after(folder)
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
     except Exception as error:
