@@ -47,6 +47,9 @@ def program(args):
         raise Stopped(f"{signal.Signals(caught[0]).name} at start {start}; all is saved")
     if act == "stuck":
         raise Stopped("a stop without a new save")
+    if act == "lost":  # what the watchdog leaves when a rank's node does not answer
+        Path(os.environ["NEOX_RUN_FOLDER"], "lost-nodes").write_text("n1\n")
+        raise Stopped("rank 2 on n1 did not arrive", code=76)
     if act == "user" and rank == 1:
         raise ConfigError("the sky is too cloudy")
     if act == "bug" and rank == 3:

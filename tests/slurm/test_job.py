@@ -242,3 +242,13 @@ def test_a_node_lost_before_the_training_costs_a_restart(cluster: Cluster, proje
         cluster.start_node("n1")
         cluster.wait_for_nodes()
     assert "failed, see above and a node does not answer" in log or "ended by Slurm" in log
+
+
+def test_the_next_start_avoids_the_nodes_on_which_ranks_were_lost(
+    cluster: Cluster, project: Path, tmp_path: Path
+) -> None:
+    job = submit(cluster, tmp_path, rendered(tmp_path, project, "--exclude=n3"), "lost,done")
+    cluster.start_requeued(job)
+    log = finished(cluster, tmp_path, job, "COMPLETED")
+    assert "launch: requeued: rank 2 on n1 did not arrive; last save: none" in log
+    assert [found["env"]["SLURMD_NODENAME"] for found in seen(tmp_path, 1)] == ["n0", "n0", "n2", "n2"], log
