@@ -276,8 +276,6 @@ def search_section() -> str:
             "",
             *_markdown([HEADER, *map(row, found.later)]),
             "",
-            f"Nor this: {found.partly_line()}.",
-            "",
         ]
     return "\n".join([*blocks, _cost(_search(BATCHES[0]))])
 

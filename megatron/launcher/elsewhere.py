@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
 
+from megatron.launcher.failures import LOST, REQUEUE, recorded_code
 from megatron.launcher.start import environment, supervise, write_handover
 from megatron.neox_arguments import ConfigError, NeoXArgs
 
@@ -73,7 +74,10 @@ def start_by_srun(script: Path, args: NeoXArgs) -> int:
         handover = write_handover(args, folder)
         # A warning during start-up would end a rank: it waits until the training listens (StopRequest).
         python = ["env", "--block-signal=USR1", sys.executable, "-u", str(script.resolve())]
-        return supervise([*command, *python, "--neox-args", str(handover)], environment(args))
+        code = supervise([*command, *python, "--neox-args", str(handover)], environment(args))
+        # srun gives the highest code of all tasks: that of the rank that was killed hides what the others say of it.
+        recorded = recorded_code(folder)
+        return recorded if code and recorded in (REQUEUE, LOST) else code
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from megatron.model.layout import LlamaShape
@@ -96,6 +96,11 @@ class Estimate:
         return (self.layout.pipe - 1) / (self.layout.virtual_stages * self.layout.num_micro_batches)
 
     @property
+    def recomputed_share(self) -> float:
+        """Of the model's decoder layers, those that are computed again."""
+        return sum(self.layout.recomputed(stage.layers) for stage in self.stages) / self.shape.num_layers
+
+    @property
     def tokens_per_step(self) -> int:
         return self.layout.global_batch * self.seq_length
 
@@ -111,9 +116,8 @@ class Estimate:
     def tflops_per_gcd(self) -> dict[str, float]:
         """By formula: GPT-NeoX's log counts recomputation (HFU), Megatron-LM's does not (MFU)."""
         rate = self.tokens_per_second_per_gcd / 1e12
-        recomputed = self.layout.recompute == "full"
         return {
-            "neox": rate * neox_flops_per_token(self.shape, self.seq_length, recomputed),
+            "neox": rate * neox_flops_per_token(self.shape, self.seq_length, self.recomputed_share),
             "megatron": rate * megatron_flops_per_token(self.shape, self.seq_length),
         }
 
@@ -216,8 +220,8 @@ def estimate(
 def _stages(
     shape: LlamaShape, layout: ParallelLayout, seq_length: int, machine: Machine, layers_of_stage: Sequence[int]
 ) -> list[StageTime]:
-    layer = sum(compute.layer_seconds(shape, layout, seq_length, machine), Seconds())
-    reduced = traffic.tensor_bytes_per_layer(shape, layout, seq_length)
+    stored = replace(layout, recompute="none") if layout.recompute == "full" else layout
+    again, once = (_layer(shape, kind, seq_length, machine) for kind in (layout, stored))
     rate = traffic.tensor_rate(layout, machine) if layout.tensor > 1 else math.inf
     # the embedding's output, and the gradient of the head's input
     end_reduced = traffic.ring_bytes(layout.tensor, traffic.BF16 * layout.micro_batch * seq_length * shape.hidden_size)
@@ -227,7 +231,10 @@ def _stages(
     stages = []
     for stage, layers in enumerate(layers_of_stage):
         first, last = stage == 0, stage == layout.pipe - 1
-        work, parameters = layer * layers, float(layer_parameters * layers)
+        twice = layout.recomputed(layers)
+        work = again[0] * twice + once[0] * (layers - twice)
+        reduced = again[1] * twice + once[1] * (layers - twice)
+        parameters = float(layer_parameters * layers)
         if first:
             work += compute.embedding_seconds(shape, layout, seq_length, machine)
             parameters += matrix
@@ -243,12 +250,20 @@ def _stages(
                 layers=layers,
                 parameters=parameters,
                 compute=work,
-                tensor_parallel=(reduced * layers + end_reduced * (first + last)) / rate,
+                tensor_parallel=(reduced + end_reduced * (first + last)) / rate,
                 messages=messages * layout.virtual_stages,
                 accumulation=_accumulation_seconds(parameters, machine),
             )
         )
     return stages
+
+
+def _layer(shape: LlamaShape, layout: ParallelLayout, seq_length: int, machine: Machine) -> tuple[Seconds, float]:
+    """One decoder layer and micro-batch: computation, and bytes sent between tensor-parallel ranks."""
+    return (
+        sum(compute.layer_seconds(shape, layout, seq_length, machine), Seconds()),
+        traffic.tensor_bytes_per_layer(shape, layout, seq_length),
+    )
 
 
 def _accumulation_seconds(parameters: float, machine: Machine) -> float:

@@ -19,10 +19,10 @@ def megatron_flops_per_token(shape: LlamaShape, seq_length: int) -> float:
     return 6.0 * (layers * layer + h * vocab) + 6.0 * layers * seq_length * h
 
 
-def neox_flops_per_token(shape: LlamaShape, seq_length: int, recomputed: bool) -> float:
+def neox_flops_per_token(shape: LlamaShape, seq_length: int, recomputed: float) -> float:
     """FLOPs per token as GPT-NeoX's log counts them (Narayanan et al. 2021): multi-head attention and a 4h MLP
-    assumed, full-square attention, and one more forward where activations are recomputed (a hardware number, for
-    HFU)."""
+    assumed, full-square attention, and one more forward of the share `recomputed` of the layers, 0 to 1 (a hardware
+    number, for HFU; GPT-NeoX itself knows all or none)."""
     h, layers = shape.hidden_size, shape.num_layers
-    passes = 4 if recomputed else 3
+    passes = 3 + recomputed
     return 24.0 * passes * layers * h * h * (1 + seq_length / (6 * h) + shape.padded_vocab_size / (16 * layers * h))

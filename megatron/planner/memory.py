@@ -14,8 +14,9 @@ DeepSpeed really hold, read from their source and checked against measured runs 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
 
@@ -23,7 +24,7 @@ from megatron.model import layout as tensors
 from megatron.model.layout import LlamaShape
 from megatron.planner.activations import FP32, Activations, Ops
 from megatron.planner.machines import FRONTIER, Machine
-from megatron.planner.parallel_layout import ParallelLayout
+from megatron.planner.parallel_layout import ParallelLayout, Recompute
 
 GIB = 1 << 30
 ELEMENT = {"fp32": 4, "bfloat16": 2}
@@ -103,6 +104,20 @@ def plan_memory(
         _stage(shape, layout, seq_length, precision, sizes, machine, stage, layers)
         for stage, layers in enumerate(stages)
     ]
+
+
+def fewest_recomputed(layout: ParallelLayout, most: int, fits: Callable[[ParallelLayout], bool]) -> int | None:
+    """The least `recompute_layers` below `most`, the layers of the longest stage, with which a layout fits.
+
+    None if it fits only with all of them recomputed, or not at all. `fits` asks for the memory of a layout, which
+    grows with every layer that is stored.
+    """
+
+    def enough(layers: int) -> bool:
+        return fits(replace(layout, recompute="full", recompute_layers=layers))
+
+    found = bisect_left(range(1, most), True, key=enough) + 1
+    return found if found < most and enough(found) else None
 
 
 def default_stages(num_layers: int, pipe: int) -> list[range]:
@@ -285,6 +300,10 @@ class _Step:
     def element(self) -> int:
         return ELEMENT[self.precision]
 
+    def _mode(self, again: bool) -> Recompute:
+        """What happens to a layer that is recomputed (`again`), and to one that is not although others are."""
+        return "none" if self.layout.recompute == "full" and not again else self.layout.recompute
+
     def moments(self) -> list[_Moment]:
         """The first backward pass finds most micro-batches in flight, the second finds gradients to add to."""
         moments = self._backward(done=0)
@@ -310,7 +329,9 @@ class _Step:
     def _backward(self, done: int) -> list[_Moment]:
         """A backward pass when `done` micro-batches have been through theirs, from the loss to the first layer."""
         sizes, parameters, alone = self.sizes, self.parameters, self.layout.tensor == 1
-        hidden, one_layer = sizes.hidden, sizes.stored_by_layer(self.layout.recompute)
+        hidden, again = sizes.hidden, self.layout.recomputed(self.decoders)
+        layer_modes = [self._mode(number < again) for number in range(self.decoders)]
+        layers = [sizes.stored_by_layer(mode) for mode in layer_modes]
 
         # The engine keeps a received tensor beside the clone that it computes with; with tensor parallelism the tensor
         # is put together from the ranks' shares, and computed with. Its output it keeps until the backward pass.
@@ -318,7 +339,7 @@ class _Step:
         output = 0 if self.last else _message(self.layout, sizes)
         ids = (2 if alone else 3) * sizes.tokens if self.first else 0
         positions = 2 * sizes.tokens if sizes.documents else 0
-        of_one = self.decoders * one_layer + received + output + ids + positions
+        of_one = sum(layers) + received + output + ids + positions
         stored = int(_in_flight(self.layout, self.stage, done) * of_one)
         others = stored - of_one
         logits, before = 0, 0
@@ -340,19 +361,17 @@ class _Step:
             after = 2 * hidden + sizes.inverse_rms  # the norm's input and output
             gradient = max(sizes.loss_temporaries, hidden + parameters.head * self.element)
             moments.append(_Moment("loss", done * everything, stored + before + after, gradient, logits + sizes.logits))
-        if self.decoders:
+        # The last layer of each kind has most stored besides, the first has most gradients already.
+        for number in sorted({self.decoders - 1, again - 1, 0} - {-1}) if self.decoders else []:
             work = restored + sizes.layer_backward(
-                self.layout.recompute,
+                layer_modes[number],
                 self.element * parameters.mlp_first,
                 self.element * parameters.mlp_second,
                 incoming,
             )
-            layers_before = (self.decoders - 1) * one_layer
-            grown = head + (self.decoders - 1) * matrices
-            moments.append(_Moment("backward", everything if done else head, stored + before, work, logits))
-            moments.append(
-                _Moment("backward", everything if done else grown, stored + before - layers_before, work, logits)
-            )
+            freed = sum(layers[number + 1 :])
+            grown = head + (self.decoders - 1 - number) * matrices
+            moments.append(_Moment("backward", everything if done else grown, stored + before - freed, work, logits))
         finished = before + output + ids + restored + (0 if self.last else incoming)
         if self.first:
             work = hidden * (2 if sizes.several else 1) + self.element * parameters.embedding

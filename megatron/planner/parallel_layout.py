@@ -52,6 +52,12 @@ class ParallelLayout:
         """Sequences of one optimizer step."""
         return self.micro_batch * self.num_micro_batches * self.data
 
+    def recomputed(self, decoder_layers: int) -> int:
+        """How many of a stage's decoder layers the backward pass computes again."""
+        if self.recompute != "full":
+            return 0
+        return decoder_layers if self.recompute_layers is None else min(self.recompute_layers, decoder_layers)
+
     @property
     def runs_today(self) -> bool:
         """Whether the trainer can run it."""

@@ -68,25 +68,31 @@ def _schedule(plan: Plan, axes) -> None:  # type: ignore[no-untyped-def]  # matp
     from megatron.planner.schedule import idle_share, timeline
 
     stages, m = len(plan.stages), plan.layout.num_micro_batches
-    # a backward pass takes twice a forward one, and recomputation one more before it
-    passes = 4 if plan.layout.recompute == "full" else 3
-    seconds = [stage.total for stage in plan.time.stages]
-    work = timeline(m, [s / passes for s in seconds], [s * (passes - 1) / passes for s in seconds])
+    # a backward pass takes twice a forward one, and before it what is recomputed of one
+    again = [plan.layout.recomputed(stage.layers) / max(1, stage.layers) for stage in plan.time.stages]
+    forward = [stage.total / (3 + more) for stage, more in zip(plan.time.stages, again, strict=True)]
+    work = timeline(m, forward, [one * (2 + more) for one, more in zip(forward, again, strict=True)])
     end = max(one.stop for one in work)
     after = plan.time.reduction_seconds + plan.time.optimizer_seconds + plan.time.gather_seconds
     axes.barh(range(stages), end, left=0, color=_IDLE, height=0.86)
     for one in work:
         start, length = one.start, one.stop - one.start
-        if one.kind == "backward" and passes == 4:
-            axes.barh(one.stage, length / 3, left=start, color=_AGAIN, height=0.86)
-            axes.barh(one.stage, length * 2 / 3, left=start + length / 3, color=_BACKWARD, height=0.86)
-        else:
-            colour = _FORWARD if one.kind == "forward" else _BACKWARD
-            axes.barh(one.stage, length, left=start, color=colour, height=0.86)
+        first = forward[one.stage] * again[one.stage] if one.kind == "backward" else 0.0
+        if first:
+            axes.barh(one.stage, first, left=start, color=_AGAIN, height=0.86)
+        colour = _FORWARD if one.kind == "forward" else _BACKWARD
+        axes.barh(one.stage, length - first, left=start + first, color=colour, height=0.86)
         axes.plot([start, start], [one.stage - 0.43, one.stage + 0.43], color="white", linewidth=0.5)
         if length / (end + after) > 0.011:
-            middle = start + length * (2 / 3 if one.kind == "backward" and passes == 4 else 1 / 2)
-            axes.text(middle, one.stage, str(one.micro_batch + 1), ha="center", va="center", color="white", fontsize=7)
+            axes.text(
+                start + (first + length) / 2,
+                one.stage,
+                str(one.micro_batch + 1),
+                ha="center",
+                va="center",
+                color="white",
+                fontsize=7,
+            )
     axes.barh(range(stages), after, left=end, color=_END, height=0.86)
     axes.set_xlim(0, end + after)
     axes.set_ylim(stages - 0.5, -0.5)
@@ -95,7 +101,7 @@ def _schedule(plan: Plan, axes) -> None:  # type: ignore[no-untyped-def]  # matp
     axes.set_xlabel(f"seconds of a step, predicted for {plan.machine.name}; numbers are micro-batches")
     handles = [
         Patch(color=_FORWARD, label="forward"),
-        *([Patch(color=_AGAIN, label="forward again (recomputation)")] if passes == 4 else []),
+        *([Patch(color=_AGAIN, label="forward again (recomputation)")] if any(again) else []),
         Patch(color=_BACKWARD, label="backward"),
         Patch(color=_IDLE, label=f"idle: {idle_share(work, stages):.0%} of the schedule"),
         Patch(color=_END, label="gradient reduction, optimizer"),

@@ -12,7 +12,7 @@ from megatron.planner.activations import Ops
 from megatron.planner.checkpoint_size import CheckpointSize, checkpoint_size
 from megatron.planner.estimate import Budget, Estimate, Reliability, budget, estimate, reliability
 from megatron.planner.machines import GIB, MACHINES, Machine
-from megatron.planner.memory import StageMemory, plan_memory
+from megatron.planner.memory import StageMemory, fewest_recomputed, plan_memory
 from megatron.planner.parallel_layout import ParallelLayout
 
 
@@ -160,13 +160,42 @@ def refusal(plan: Plan) -> str:
     )
 
 
+def _fewest(plan: Plan) -> int | None:
+    """The least `recompute_layers` with which the run fits, None where that is all of them or not enough."""
+    longest = max(stage.decoder_layers for stage in plan.stages)
+
+    def fits(layout: ParallelLayout) -> bool:
+        stages = memory_of(plan.args, layout, plan.machine, [stage.layers for stage in plan.stages])
+        return max(stage.peak for stage in stages) <= plan.usable_bytes
+
+    return fewest_recomputed(plan.layout, longest, fits)
+
+
+def less_recomputation(plan: Plan) -> str | None:
+    """What recomputing no more layers than memory asks for would gain; None where nothing."""
+    layout, time = plan.layout, plan.time
+    fewest = _fewest(plan) if plan.fits and layout.recompute == "full" else None
+    longest = max(stage.decoder_layers for stage in plan.stages)
+    if fewest is None or fewest >= layout.recomputed(longest):
+        return None
+    layers = [stage.decoder_layers for stage in plan.stages]
+    other = estimate(time.shape, replace(layout, recompute_layers=fewest), time.seq_length, plan.machine, layers=layers)
+    gain = other.tokens_per_second / time.tokens_per_second - 1
+    return f"recompute_layers: {fewest} would fit too: {gain:+.0%} tokens/s, predicted"
+
+
 def remedies(plan: Plan) -> list[tuple[str, int]]:
     """Changes that save memory and keep ranks and global batch, each with the fullest stage's bytes."""
     args, layout = plan.args, plan.layout
     candidates: list[tuple[str, ParallelLayout]] = []
-    recomputed = replace(layout, recompute="full")
-    if layout.recompute != "full":
-        candidates.append(("checkpoint_activations: true", recomputed))
+    recomputed = replace(layout, recompute="full", recompute_layers=None)
+    fewest = _fewest(plan)
+    if fewest is not None:
+        partly = replace(recomputed, recompute_layers=fewest)
+        candidates.append((f"checkpoint_activations: true with recompute_layers: {fewest}", partly))
+    if layout != recomputed:
+        every = "recompute_layers left out" if layout.recompute == "full" else "checkpoint_activations: true"
+        candidates.append((every, recomputed))
     if layout.micro_batch > 1:
         smaller = replace(layout, micro_batch=1, num_micro_batches=layout.num_micro_batches * layout.micro_batch)
         candidates.append(("train_micro_batch_size_per_gpu: 1", smaller))

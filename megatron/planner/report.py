@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron.planner.machines import GIB
-from megatron.planner.plan import Plan
+from megatron.planner.plan import Plan, less_recomputation
 
 WIDTH = 132  # columns; a log file has no terminal to ask
 
@@ -28,6 +28,8 @@ def text(plan: Plan, width: int = WIDTH) -> str:
 def _what(plan: Plan) -> str:
     layout, args = plan.layout, plan.args
     recompute = {"full": "every decoder layer recomputed", "none": "nothing recomputed"}[layout.recompute]
+    if layout.recompute_layers is not None:
+        recompute = f"{layout.recompute_layers} decoder layers of each stage recomputed"
     nodes = f" ({plan.nodes:,} nodes of {plan.machine.gpus_per_node})" if plan.nodes > 1 else ""
     return (
         f"{plan.parameters_total:,} parameters on {layout.world_size:,} ranks{nodes}: TP {layout.tensor} x PP "
@@ -76,10 +78,12 @@ def _memory(plan: Plan, width: int) -> str:
 def _verdict(plan: Plan) -> str:
     stage = plan.fullest
     verdict = "fits" if plan.fits else "DOES NOT FIT"
-    return (
+    line = (
         f"{verdict}: at most {stage.peak / GIB:.1f} GiB (stage {stage.stage}, {stage.moment}) of the "
         f"{plan.usable_bytes / GIB:.1f} GiB that can be used on {plan.machine.name}"
     )
+    hint = less_recomputation(plan)
+    return line if hint is None else f"{line}\n{hint}"
 
 
 def _time(plan: Plan) -> str:

@@ -4,12 +4,12 @@
     result.ranked        candidates that the trainer runs today and that fit, fastest first
     result.lost          candidates that do not fit, each with its reason
     result.later         what sequence parallelism, interleaving or selective recomputation would give
-    result.partly        what recomputing no more layers than needed would give
     result.lines()       all of it as text; result.as_json() for scripts
 
 Time is `megatron.planner.estimate`'s, memory `megatron.planner.memory`'s. Legal is what `NeoXArgs` accepts: tensor
 parallelism divides heads, key/value heads, MLP width and vocabulary and stays inside a node, every stage has a layer,
-and micro-batch x accumulation x data parallel is the global batch.
+and micro-batch x accumulation x data parallel is the global batch. Of recomputation it tries none, all, and, where
+memory lies between, the fewest layers that fit.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from megatron.model.layout import LlamaShape, padded_vocab_size
 from megatron.planner.compute import gemm_seconds, layer_matrices
 from megatron.planner.estimate import Estimate, estimate
 from megatron.planner.machines import GIB, LINK_NAMES, Machine, ring_rate
-from megatron.planner.memory import StageMemory, plan_memory
+from megatron.planner.memory import StageMemory, fewest_recomputed, plan_memory
 from megatron.planner.parallel_layout import ParallelLayout, Recompute
 
 RECOMPUTE: tuple[Recompute, ...] = ("none", "full")
@@ -48,17 +48,6 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Partly:
-    """A layout that would recompute `recomputed` of each stage's `layers` decoder layers and store what the others
-    compute: as fast and as large as lies between all and none. The trainer recomputes all or none."""
-
-    layout: ParallelLayout
-    recomputed: int
-    layers: int
-    tokens_per_second: float
-
-
-@dataclass(frozen=True)
 class SearchResult:
     machine: Machine
     seq_length: int
@@ -67,7 +56,6 @@ class SearchResult:
     ranked: list[Candidate]
     lost: list[Candidate]  # too large, fastest first
     later: list[Candidate]  # fit and are faster than the best of today, best of each kind
-    partly: Partly | None  # the fastest that recomputes no more than it must
 
     @property
     def best(self) -> Candidate | None:
@@ -75,14 +63,10 @@ class SearchResult:
 
     def find(self, tensor: int, pipe: int, micro_batch: int, recompute: Recompute = "full") -> Candidate | None:
         """The candidate of today's with these sizes, fitting or not."""
+        sizes = (tensor, pipe, micro_batch, recompute, None)
         for candidate in self.ranked + self.lost:
             layout = candidate.layout
-            if (layout.tensor, layout.pipe, layout.micro_batch, layout.recompute) == (
-                tensor,
-                pipe,
-                micro_batch,
-                recompute,
-            ):
+            if (layout.tensor, layout.pipe, layout.micro_batch, layout.recompute, layout.recompute_layers) == sizes:
                 return candidate
         return None
 
@@ -104,21 +88,7 @@ class SearchResult:
             lines += ["", f"{len(self.lost)} do not fit; the fastest of them:", *_table(self.lost[:5])]
         if self.later:
             lines += ["", "not built yet, and their gain over the best of today:", *_table(self.later)]
-        if self.partly:
-            lines += ["", f"not built yet either: {self.partly_line()}"]
         return lines
-
-    def partly_line(self) -> str:
-        """One sentence on `partly`; empty without it."""
-        if self.partly is None:
-            return ""
-        layout, speed = self.partly.layout, self.partly.tokens_per_second
-        gain = f", {speed / self.best.tokens_per_second - 1:+.0%}" if self.best else ""
-        return (
-            f"recomputing {self.partly.recomputed} of a stage's {self.partly.layers} layers at TP{layout.tensor} "
-            f"PP{layout.pipe} DP{layout.data}, micro-batch {layout.micro_batch}, would just fit: about "
-            f"{speed / layout.world_size:.1f} tok/s/GCD{gain}"
-        )
 
 
 def search(
@@ -147,13 +117,15 @@ def search(
             f"no layout of {world_size} GCDs fits a global batch of {global_batch} sequences: data-parallel ranks must "
             f"divide it, with tensor-parallel sizes that divide the model's heads and a node's {machine.gpus_per_node}"
         )
+    whole = [candidate.layout for candidate in today]
+    today += [plan.candidate(layout) for layout in plan.between(today, limit)]
     today.sort(key=lambda candidate: -candidate.tokens_per_second)
     fitting = [candidate for candidate in today if candidate.peak_bytes <= limit]
     best = fitting[0] if fitting else None
     ranked = [replace(candidate, reason=_behind(candidate, best)) for candidate in fitting]
     lost = [replace(c, reason=_too_large(c, limit)) for c in today if c.peak_bytes > limit]
-    later = _later(plan, [candidate.layout for candidate in today], limit, best)
-    return SearchResult(machine, seq_length, global_batch, limit, ranked, lost, later, _partly(today, limit, best))
+    later = _later(plan, whole, limit, best)
+    return SearchResult(machine, seq_length, global_batch, limit, ranked, lost, later)
 
 
 @dataclass(frozen=True)
@@ -186,6 +158,26 @@ class _Planner:
                     steps = global_batch // data // micro_batch
                     for recompute in RECOMPUTE:
                         yield ParallelLayout(tensor, pipe, data, micro_batch, steps, recompute)
+
+    def between(self, today: list[Candidate], limit: int) -> Iterator[ParallelLayout]:
+        """Of the layouts that fit if they recompute all layers but not if none, those that recompute as few as fit."""
+        too_large = {candidate.layout for candidate in today if candidate.peak_bytes > limit}
+        for candidate in today:
+            layout = candidate.layout
+            if (
+                layout.recompute == "full"
+                and layout not in too_large
+                and replace(layout, recompute="none") in too_large
+            ):
+                partly = self.fewest(layout, limit)
+                if partly is not None:
+                    yield partly
+
+    def fewest(self, layout: ParallelLayout, limit: int) -> ParallelLayout | None:
+        """`layout` with the least recomputation that fits, None if that is all layers'."""
+        longest = -(-self.shape.num_layers // layout.pipe)
+        layers = fewest_recomputed(layout, longest, lambda other: self.candidate(other).peak_bytes <= limit)
+        return None if layers is None else replace(layout, recompute_layers=layers)
 
     def time(self, layout: ParallelLayout) -> Estimate:
         return estimate(self.shape_at(layout.tensor), layout, self.seq_length, self.machine)
@@ -227,33 +219,11 @@ def _later(plan: _Planner, today: list[ParallelLayout], limit: int, best: Candid
         bar = max([*beaten, best.tokens_per_second if best else 0.0])
         fastest = _fastest_fitting(plan, kinds[lacking], limit, bar)
         if fastest:
+            partly = plan.fewest(fastest.layout, limit) if fastest.layout.recompute == "full" else None
+            fastest = fastest if partly is None else plan.candidate(partly)
             gain = f": {fastest.tokens_per_second / best.tokens_per_second - 1:+.0%}" if best else ""
             found[lacking] = replace(fastest, reason="needs " + " and ".join(sorted(lacking)) + gain)
     return sorted(found.values(), key=lambda candidate: -candidate.tokens_per_second)
-
-
-def _partly(today: list[Candidate], limit: int, best: Candidate | None) -> Partly | None:
-    """Between every layout that fits with recomputation and the same without, which does not."""
-    stored = {candidate.layout: candidate for candidate in today if candidate.layout.recompute == "none"}
-    found = []
-    for candidate in today:
-        other = stored.get(replace(candidate.layout, recompute="none"))
-        if (
-            candidate.layout.recompute != "full"
-            or other is None
-            or not candidate.peak_bytes <= limit < other.peak_bytes
-        ):
-            continue
-        room = (limit - candidate.peak_bytes) / (other.peak_bytes - candidate.peak_bytes)
-        layers = max(stage.layers for stage in candidate.estimate.stages)
-        kept = int(room * layers)
-        gained = kept / layers * (candidate.estimate.step_seconds - other.estimate.step_seconds)
-        speed = candidate.estimate.tokens_per_step / (candidate.estimate.step_seconds - gained)
-        found.append(Partly(candidate.layout, layers - kept, layers, speed))
-    fastest = max(found, key=lambda partly: partly.tokens_per_second, default=None)
-    if fastest is None or (best and fastest.tokens_per_second <= best.tokens_per_second):
-        return None
-    return fastest
 
 
 def _fastest_fitting(plan: _Planner, variants: list[ParallelLayout], limit: int, bar: float) -> Candidate | None:
@@ -303,8 +273,12 @@ def _behind(candidate: Candidate, best: Candidate | None) -> str:
     mine, theirs = candidate.estimate.parts, best.estimate.parts
     part = max(mine, key=lambda name: mine[name] - theirs[name])
     layout = candidate.layout
-    if part in ("gemm", "attention", "memory_bound", "waiting") and layout.recompute == "full" != best.layout.recompute:
-        return "computes every layer's forward twice"
+    again = candidate.estimate.recomputed_share
+    if part in ("gemm", "attention", "memory_bound", "waiting") and again > best.estimate.recomputed_share:
+        return f"computes the forward of {'every layer' if again == 1 else f'{again:.0%} of the layers'} twice"
+    ends = _imbalance(candidate.estimate)
+    if part == "gemm" and ends > _imbalance(best.estimate) + 0.01:
+        return f"the longest stage takes {ends:.0%} more than the average: the head is on the last"
     share = f"{mine[part] / candidate.estimate.step_seconds:.0%} of the step"
     match part:
         case "bubble":
@@ -321,6 +295,11 @@ def _behind(candidate: Candidate, best: Candidate | None) -> str:
             return f"smaller matrices: {_matrix_rate(candidate):.0f} TFLOP/s, {_matrix_rate(best):.0f} in the best"
         case _:
             return f"{part.replace('_', ' ')} {share}"
+
+
+def _imbalance(time: Estimate) -> float:
+    """How much longer the longest stage takes than the average one."""
+    return time.slowest.total * len(time.stages) / sum(stage.total for stage in time.stages) - 1
 
 
 def _links(layout: ParallelLayout, time: Estimate) -> str:
@@ -349,13 +328,20 @@ def row(candidate: Candidate) -> tuple[str, ...]:
         str(layout.data),
         str(layout.micro_batch),
         str(layout.num_micro_batches),
-        layout.recompute + (" +SP" if layout.sequence_parallel else ""),
+        _recompute(candidate) + (" +SP" if layout.sequence_parallel else ""),
         f"{time.tokens_per_second_per_gcd:.1f}",
         f"{flops['neox']:.1f}",
         f"{flops['megatron']:.1f}",
         f"{candidate.peak_bytes / GIB:.1f}",
         candidate.reason,
     )
+
+
+def _recompute(candidate: Candidate) -> str:
+    layout = candidate.layout
+    if layout.recompute_layers is None:
+        return layout.recompute
+    return f"{layout.recompute_layers} of {max(stage.layers for stage in candidate.estimate.stages)}"
 
 
 def _json(candidate: Candidate) -> dict[str, Any]:

@@ -161,7 +161,7 @@ def test_optimizer_states_go_before_the_weights(tmp_path: Path, keep: int, left:
         assert read_manifest(tmp_path / tag_name(step)).provenance["optimizer"] is (step in left)
 
 
-def _killed_at(operation: int, work: Callable[[], None]) -> bool:
+def killed_at(operation: int, work: Callable[[], None]) -> bool:
     """Run `work` in a child that kills itself before its n-th change to the file system; True if it got that far."""
     child = os.fork()
     if child == 0:
@@ -202,7 +202,7 @@ def test_killed_at_every_operation_the_last_complete_one_is_found(tmp_path: Path
     for operation in range(1, 1000):
         root = tmp_path / str(operation)
         shutil.copytree(tmp_path / "before", root)
-        killed = _killed_at(operation, lambda root=root: work(root))
+        killed = killed_at(operation, lambda root=root: work(root))
         found = find_checkpoint(root)
         assert verify_or_unlisted(found) == [], f"killed before operation {operation}"
         assert found.name.startswith(("global_step2", "global_step3"))

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron.checkpoint import TrainState
 from megatron.trainer.batches import evaluation_micro_batches
 from megatron.trainer.generation import choose
 from megatron.trainer.guards import SuspiciousLossError, check_finite, check_initial_loss
-from megatron.trainer.loop import is_save_point
 from megatron.trainer.optimizer import parameter_groups
 from megatron.trainer.progress import Progress
+from megatron.trainer.saves import is_save_point
 from tests.models import Case
 from tests.training import IGNORE, Samples, make_samples
 
@@ -89,7 +90,8 @@ def test_progress_writes_jsonl_and_tensorboard(tmp_path: Path, capsys: pytest.Ca
     )
     progress = Progress(args, rank=0)
     for iteration in (1, 2, 3):
-        progress.step(iteration, loss=1.5, learning_rate=1e-3, grad_norm=0.5, learned_tokens=7)
+        state = TrainState(iteration, 8 * iteration)
+        progress.step(state, loss=1.5, learning_rate=1e-3, grad_norm=0.5, learned_tokens=7, skipped_steps=0)
     progress.close()
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("|")[0].split()[1] for line in lines] == ["2/3", "3/3"]
@@ -100,5 +102,5 @@ def test_progress_writes_jsonl_and_tensorboard(tmp_path: Path, capsys: pytest.Ca
     assert "runtime/tokens_per_sec" in records[1]
     assert list((tmp_path / "tb").iterdir())
     silent = Progress(args, rank=1)
-    silent.step(1, 1.0, 1.0, 1.0, 1)
+    silent.step(TrainState(1), 1.0, 1.0, 1.0, 1, 0)
     assert capsys.readouterr().out == ""
