@@ -36,7 +36,7 @@ case $checked in
     3) again 1 "the preflight: ranks or groups did not come, see above" ;;
     4) again 1 "the preflight: slow nodes, see above" ;;
     *) stop 2 "the preflight failed with code $checked, see above" ;;
-esac""".splitlines()
+esac"""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -110,7 +110,7 @@ def render(options: argparse.Namespace, overrides: Sequence[str], project: Path,
         "PYTHON": software.command(str(directory)),
         "STAGE_SOFTWARE": software.staging(),
         "SRUN": "\n".join(f"        {flag} \\" for flag in site.srun),
-        "CHECKS": checks(options, site),
+        "CHECKS": checks(options, args, site),
     }
     text = TEMPLATE.read_text()
     names = set(re.findall(r"@([A-Z_]+)@", text))
@@ -233,8 +233,8 @@ def environment(options: argparse.Namespace, args: NeoXArgs, site: Site) -> list
     return lines
 
 
-def checks(options: argparse.Namespace, site: Site) -> str:
-    """What runs before the training: the plan where the machine is known, else the configuration alone; the preflight."""
+def checks(options: argparse.Namespace, args: NeoXArgs, site: Site) -> str:
+    """What runs before the training: the plan (the configuration alone where the machine is unknown), the preflight."""
     deepy = '(run_here "$code/deepy.py" "$code/train.py" "${configuration[@]}"'
     if site.machine:
         lines = ["# Does every stage fit into memory? The plan stands in the log."]
@@ -243,7 +243,9 @@ def checks(options: argparse.Namespace, site: Site) -> str:
         lines = ["# The configuration files may have changed since this script was rendered."]
         lines += [f"{deepy} --print-config) >/dev/null ||", '    stop 2 "the configuration cannot be right, see above"']
     if not options.no_preflight:
-        lines += ["", *PREFLIGHT]
+        # Cores that a CPU's ranks share with others say nothing about a node.
+        screen = " --no-screen" if args.device == "cpu" else ""
+        lines += ["", *PREFLIGHT.replace(" --exclude-file", f"{screen} --exclude-file").splitlines()]
     return "\n".join(lines)
 
 

@@ -61,8 +61,11 @@ class Software(_Strict):
 
 
 class Site(_Strict):
-    """A place to run. `time_limits` is by partition, each ascending in nodes, empty where nothing is known; `machine` is
-    the planner's name of the hardware."""
+    """A place to run.
+
+    `time_limits` is by partition, each ascending in nodes, empty where nothing is known; `machine` is the planner's
+    name of the hardware.
+    """
 
     title: str
     shell: str = "/bin/bash"

@@ -84,16 +84,19 @@ def configure(folder: Path, name: str = "run.yml") -> list[str]:
     return [name, "machine.yml"]
 
 
-def rendered(folder: Path, project: Path, *options: str, configs: list[str] | None = None) -> Path:
-    """job.sh for `folder`, without the preflight unless `options` say more. `--` and overrides may end the options."""
+def rendered(
+    folder: Path, project: Path, *options: str, configs: list[str] | None = None, preflight: bool = False
+) -> Path:
+    """job.sh for `folder`. `--` and overrides may end the options."""
     before = Path.cwd()
     os.chdir(folder)
     try:
         configs = configure(folder) if configs is None else configs
         # Ranks meet on this machine's loopback, where the nodes' names lead nowhere.
         meet = ["--env=MASTER_ADDR=127.0.0.1", "--env=GLOO_SOCKET_IFNAME=lo"]
-        words = ["generic_slurm", *configs, "--nodes=2", "--time=30", "--no-preflight", *meet, "-o", "job.sh", *options]
-        assert main(words, project=project) == 0
+        words = ["generic_slurm", *configs, "--nodes=2", "--time=30", *meet, "-o", "job.sh"]
+        words += [] if preflight else ["--no-preflight"]
+        assert main([*words, *options], project=project) == 0
     finally:
         os.chdir(before)
     return folder / "job.sh"
