@@ -22,7 +22,8 @@ from pathlib import Path
 
 from megatron.launcher.processes import die_with_parent
 
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "sbcast", "scontrol", "sinfo", "squeue", "scancel")
+DAEMONS = ("munged", "slurmctld", "slurmd")
+PROGRAMS = (*DAEMONS, "sbatch", "srun", "salloc", "sbcast", "scontrol", "sinfo", "squeue", "scancel")
 SEARCHED = os.pathsep.join(["/usr/sbin", "/usr/local/sbin", os.environ.get("PATH", "")])  # daemons are in sbin
 
 CONFIGURATION = """\

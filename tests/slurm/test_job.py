@@ -252,3 +252,32 @@ def test_the_next_start_avoids_the_nodes_on_which_ranks_were_lost(
     log = finished(cluster, tmp_path, job, "COMPLETED")
     assert "launch: requeued: rank 2 on n1 did not arrive; last save: none" in log
     assert [found["env"]["SLURMD_NODENAME"] for found in seen(tmp_path, 1)] == ["n0", "n0", "n2", "n2"], log
+
+
+def test_a_container_has_the_ranks_environment(cluster: Cluster, project: Path, tmp_path: Path) -> None:
+    """Singularity itself is not here: a stand-in that runs what it is given, and says what that was."""
+    body = (
+        'printf "%s\\n" "$@" >"$HERE/entered-$SLURM_PROCID"\nuntil [[ $1 == *.sif ]]; do shift; done; shift\nexec "$@"'
+    )
+    stub(tmp_path / "stubs", "singularity", body)
+    options = ["--container=my image.sif", f"--python={sys.executable}", "--bind=/some where:/data", f"--env=ODD={ODD}"]
+    script = rendered(tmp_path, project, *options)
+    job = submit(cluster, tmp_path, script, "done", HERE=str(tmp_path), WITH_CONDA="export CONDA=entered")
+    finished(cluster, tmp_path, job, "COMPLETED")
+    for rank, found in enumerate(seen(tmp_path)):
+        assert found["env"]["ODD"] == ODD
+        assert found["env"]["CONDA"] == "entered"
+        binds = (tmp_path / f"entered-{rank}").read_text().splitlines()[:8]
+        here = f"{tmp_path}/disk/neox-{job}/n{rank // 2}"
+        assert binds == ["exec", "--bind", here, "--bind", str(tmp_path), "--bind", "/some where:/data", "my image.sif"]
+
+
+@pytest.mark.slow
+def test_slurm_s_own_warning(cluster: Cluster, project: Path, tmp_path: Path) -> None:
+    """Three minutes of wall time, warned by Slurm itself and not by a hand."""
+    script = rendered(tmp_path, project, "--time=3", "--signal-seconds=60")
+    job = submit(cluster, tmp_path, script, "wait,done")
+    cluster.start_requeued(job, timeout=200)
+    log = finished(cluster, tmp_path, job, "COMPLETED")
+    assert "launch: warning: the time limit is 60 s away" in log
+    assert "launch: requeued: SIGUSR1 at start 0; all is saved; last save: global_step1" in log
