@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from launch.render import main
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import configure, finished, light_project, log_of, rendered
 
@@ -27,9 +28,9 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return light_project(tmp_path_factory.mktemp("checkout") / "project")
 
 
-def seen(folder: Path, start: int = 0) -> list[dict[str, Any]]:
-    """What each of the four ranks of a start has found around itself."""
-    return [json.loads((folder / f"seen-{start}-{rank}.json").read_text()) for rank in range(4)]
+def seen(folder: Path, start: int = 0, ranks: int = 4) -> list[dict[str, Any]]:
+    """What each rank of a start has found around itself."""
+    return [json.loads((folder / f"seen-{start}-{rank}.json").read_text()) for rank in range(ranks)]
 
 
 def all_wait(folder: Path, start: int) -> bool:
@@ -83,20 +84,24 @@ def test_a_list_for_export_would_lose_values(cluster: Cluster, project: Path, tm
     assert {found["env"].get("LISTED") for found in seen(tmp_path)} == {"a"}
 
 
+def pack(folder: Path, archive: Path) -> None:
+    """What conda-pack would write: bin/python and bin/conda-unpack; both say that they were called."""
+    stub(folder, "python", f'export FOUND_IN="$0"\nexec {sys.executable} "$@"')
+    stub(folder, "conda-unpack", 'echo "$SLURMD_NODENAME" >>"$CONDA_UNPACKED"')
+    archive.parent.mkdir(exist_ok=True)
+    with tarfile.open(archive, "w:gz") as file:
+        file.add(folder, "bin")
+
+
 def test_software_is_unpacked_once_per_node(cluster: Cluster, project: Path, tmp_path: Path) -> None:
-    shim = tmp_path / "bin" / "python"
-    shim.parent.mkdir()
-    shim.write_text(f'#!/bin/bash\nexport FOUND_IN="$0"\nexec {sys.executable} "$@"\n')
-    shim.chmod(0o755)
-    (tmp_path / "bin" / "conda-unpack").write_text('#!/bin/bash\ntouch "$0.ran"\n')
-    (tmp_path / "bin" / "conda-unpack").chmod(0o755)
-    with tarfile.open(tmp_path / "soft ware.tar.gz", "w:gz") as archive:
-        archive.add(tmp_path / "bin", "bin")
+    pack(tmp_path / "bin", tmp_path / "soft ware.tar.gz")
     count = 'echo "$SLURMD_NODENAME $*" >>"$COUNTED"; exec /bin/tar "$@"'
     stub(tmp_path / "stubs", "tar", count)
     script = rendered(tmp_path, project, "--environment=soft ware.tar.gz")
-    job = submit(cluster, tmp_path, script, "done", COUNTED=str(tmp_path / "counted"))
+    where = {"COUNTED": str(tmp_path / "counted"), "CONDA_UNPACKED": str(tmp_path / "conda")}
+    job = submit(cluster, tmp_path, script, "done", **where)
     finished(cluster, tmp_path, job, "COMPLETED")
+    assert sorted((tmp_path / "conda").read_text().split()) == ["n0", "n1"]
     unpacked = [line for line in (tmp_path / "counted").read_text().splitlines() if " -xf " in line]
     assert sorted(line.split()[0] for line in unpacked if "software.tar" in line) == ["n0", "n1"]
     assert sorted(line.split()[0] for line in unpacked if "code.tar" in line) == ["n0", "n1"]
@@ -270,6 +275,48 @@ def test_a_container_has_the_ranks_environment(cluster: Cluster, project: Path, 
         binds = (tmp_path / f"entered-{rank}").read_text().splitlines()[:8]
         here = f"{tmp_path}/disk/neox-{job}/n{rank // 2}"
         assert binds == ["exec", "--bind", here, "--bind", str(tmp_path), "--bind", "/some where:/data", "my image.sif"]
+
+
+@pytest.mark.parametrize("site", ["frontier", "lumi"])
+def test_the_scripts_of_the_sites_run(
+    cluster: Cluster, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, site: str
+) -> None:
+    """Two of their nodes, as far as Slurm goes: flags, 8 ranks on each, the profile, the software, the plan.
+
+    Stand-ins for `module`, singularity and the node-local disk; the GPUs are a number in Slurm's configuration.
+    """
+    monkeypatch.chdir(tmp_path)
+    configs = configure(tmp_path)
+    (tmp_path / "machine.yml").write_text("num_nodes: 2\nnum_gpus: 8\n")
+    account = ["--account=AST123", "--time=1:00:00", "--no-preflight", "-o", "job.sh"]
+    assert main([site, "--nodes=2", *account, *configs], project=project) == 0
+    script = tmp_path / "job.sh"
+    text = script.read_text().replace("#!/bin/bash -l\n", "#!/bin/bash\n")  # it would reset PATH
+    disk = {"frontier": "/mnt/bb/$USER", "lumi": "/tmp/$USER"}[site]
+    assert disk in text
+    script.write_text(text.replace(disk, "$TMPDIR"))
+    stub(tmp_path / "stubs", "module", 'echo "module $*"')
+    stub(tmp_path / "stubs", "singularity", 'until [[ $1 == *.sif ]]; do shift; done; shift; exec "$@"')
+    stub(tmp_path / "stubs", "python", f'exec {sys.executable} "$@"')
+    pack(tmp_path / "bin", tmp_path / "software" / "neox-llama.tar.gz")
+    job = submit(cluster, tmp_path, script, "done", USER="astronomer", CONDA_UNPACKED=str(tmp_path / "conda"))
+    log = finished(cluster, tmp_path, job, "COMPLETED", timeout=200)
+    assert "module load " in log
+    assert f"of the 57.0 GiB that can be used on {site}" in log, "the plan"
+    for rank, found in enumerate(seen(tmp_path, ranks=16)):
+        env = found["env"]
+        assert (env["SLURM_PROCID"], env["SLURM_LOCALID"]) == (str(rank), str(rank % 8))
+        assert env["SLURMD_NODENAME"] == f"n{rank // 8}"
+        assert env["SLURM_CPUS_PER_TASK"] == "7"
+        assert env["NCCL_NET"] == {"frontier": "OFI", "lumi": "AWS Libfabric"}[site]
+        assert ("FI_CXI_RDZV_PROTO" in env) is (site == "frontier")
+        assert "NCCL_NCHANNELS_PER_PEER" not in env
+    if site == "frontier":
+        assert cluster.field(job, "Features") == "nvme"
+        assert cluster.field(job, "Network") == "disable_rdzv_get"
+        assert cluster.field(job, "Partition") == "batch"
+    else:
+        assert cluster.field(job, "Partition") == "standard-g"
 
 
 @pytest.mark.slow
