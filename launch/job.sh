@@ -36,6 +36,7 @@ step='' warned='' cancelled='' why=''
 # three quarters of the time are over will not save any more; then the job goes on from the save before.
 remind() {
     local since=$SECONDS
+    until [[ $(cat "/proc/$step/comm" 2>/dev/null || echo srun) == srun ]]; do sleep 0.1; done # bash would die of it
     while kill -USR1 "$step" 2>/dev/null; do
         sleep "$((signal_seconds < 120 ? (signal_seconds + 3) / 4 : 30))"
         if ((SECONDS - since > signal_seconds * 3 / 4)); then
@@ -175,11 +176,13 @@ stage() {
 rm_staged() { rm -f "$1"; }
 
 # all_ranks MINUTES PROGRAM [ARGUMENT...]: one srun, ranks numbered node by node. 0 minutes: as long as the job. What
-# differs between ranks (SLURM_PROCID, ...) is read in the rank; here it would be the batch shell's.
+# differs between ranks (SLURM_PROCID, ...) is read in the rank; here it would be the batch shell's. A warning that comes
+# while srun starts waits for it.
 all_ranks() {
     local minutes=$1
     shift
-    exec srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks=@RANKS@ --ntasks-per-node=@RANKS_PER_NODE@ --distribution=block \
+    exec env --block-signal=USR1 \
+        srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks=@RANKS@ --ntasks-per-node=@RANKS_PER_NODE@ --distribution=block \
 @SRUN@
         --time="$minutes" --kill-on-bad-exit=1 --export=ALL \
         bash -c "$(declare -f here run_here); run_here \"\$@\"" rank "$@"
@@ -227,7 +230,7 @@ if [[ -n $cancelled ]]; then stop 143; fi
 forget # what the checks said
 NEOX_STARTED=$(date +%s)
 export NEOX_STARTED
-exec 9> >(tee "$run/srun.err" >&2)
+exec 9> >(trap '' TERM && exec tee "$run/srun.err" >&2) # scancel must not take the ranks' last words
 tee=$!
 all_ranks 0 "$code/train.py" "${configuration[@]}" 2>&9 9>&- &
 step=$!

@@ -30,6 +30,10 @@ def save(args, step):
     Path(args.save).mkdir(exist_ok=True)
     Path(args.save, "latest").write_text(f"global_step{step}")
 
+def last_save(args):
+    path = Path(args.save, "latest")
+    return path.read_text() if path.exists() else None
+
 def program(args):
     seen = {"argv": sys.argv, "env": dict(os.environ), "cwd": os.getcwd(), "file": __file__}
     Path(f"seen-{start}-{rank}.part").write_text(json.dumps(seen))
@@ -43,6 +47,8 @@ def program(args):
         time.sleep(0.02)
     if act == "wait" and rank == 0:
         save(args, start + 1)
+    while act == "wait" and last_save(args) != f"global_step{start + 1}":  # no rank leaves before all is saved
+        time.sleep(0.02)
     if act == "wait":
         raise Stopped(f"{signal.Signals(caught[0]).name} at start {start}; all is saved")
     if act == "stuck":

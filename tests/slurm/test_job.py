@@ -162,6 +162,17 @@ def test_the_warning_saves_and_requeues(cluster: Cluster, project: Path, tmp_pat
     assert "ended from outside" not in log
 
 
+def test_a_warning_before_the_training_is_not_lost(cluster: Cluster, project: Path, tmp_path: Path) -> None:
+    stub(tmp_path / "stubs", "sbcast", 'until [[ -e $HERE/go ]]; do sleep 0.1; done; exec /usr/bin/sbcast "$@"')
+    job = submit(cluster, tmp_path, rendered(tmp_path, project), "wait,done", HERE=str(tmp_path))
+    cluster.until(lambda: "start 1 on n[0-1]" in log_of(tmp_path, job), "the job", 60)
+    cluster.run("scancel", "--batch", "--signal=USR1", job)
+    (tmp_path / "go").touch()
+    cluster.start_requeued(job)
+    log = finished(cluster, tmp_path, job, "COMPLETED")
+    assert "launch: requeued: SIGUSR1 at start 0; all is saved; last save: global_step1" in log
+
+
 def test_without_the_trap_the_job_does_not_go_on(cluster: Cluster, project: Path, tmp_path: Path) -> None:
     """The mutation: the warning ends the batch shell, and the ranks have what KillWait leaves them."""
     script = rendered(tmp_path, project)
