@@ -1,7 +1,8 @@
 """Perplexity of a text under a language model: a KenLM n-gram, or a causal model in a Hugging Face folder.
 
-Perplexity is per unit of the model: exp(-log probability / units), units being words and the end of each line for
-KenLM (its own convention), tokens for Hugging Face.
+Perplexity is exp(-log probability / units). The units are words for KenLM, the end of a line counting as one (its own
+convention, and CCNet's); they are UTF-8 bytes for a Hugging Face model (2 to the bits per byte of The Pile). Per token
+would not do there: letter soup is split into single letters, each of which is easy to guess.
 """
 
 from __future__ import annotations
@@ -40,6 +41,12 @@ def load_perplexity(path: Path) -> Perplexity:
     )
 
 
+def word_lines(text: str) -> list[str]:
+    """Lines of lower-case words with one space between, as n-grams see a text."""
+    lines = [" ".join(line.lower().split()) for line in text.splitlines()]
+    return [line for line in lines if line]
+
+
 class Ngram:
     """KenLM; the file is memory-mapped and shared by all workers."""
 
@@ -47,16 +54,17 @@ class Ngram:
         try:
             import kenlm
         except ImportError as error:
-            raise DataError(f"{path}: n-grams need the package kenlm (pip install kenlm)") from error
+            raise DataError(f"{path}: n-grams need the package kenlm (pip install .[data])") from error
         try:
-            self._model = kenlm.Model(str(path))
+            config = kenlm.Config()
+            config.show_progress, config.arpa_complain = False, kenlm.ARPALoadComplain.NONE
+            self._model = kenlm.Model(str(path), config)
         except OSError as error:
             raise DataError(f"{path}: not a KenLM model: {error}") from None
         self.name = str(path)
 
     def __call__(self, text: str) -> float:
-        lines = [" ".join(line.lower().split()) for line in text.splitlines()]
-        lines = [line for line in lines if line]
+        lines = word_lines(text)
         units = sum(line.count(" ") + 2 for line in lines)
         score = sum(self._model.score(line) for line in lines)  # log10
         return float(10 ** min(300.0, -score / max(1, units)))
@@ -81,7 +89,7 @@ class HuggingFace:
         window = min(WINDOW, model.config.max_position_embeddings)
         ids = torch.tensor(tokenizer(text, add_special_tokens=False).input_ids)
         begin = torch.tensor([] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id], dtype=ids.dtype)
-        total, count = 0.0, 0
+        total = 0.0
         for piece in ids.split(window - len(begin)):
             piece = torch.cat([begin, piece])
             if len(piece) < 2:
@@ -89,8 +97,7 @@ class HuggingFace:
             with torch.inference_mode():
                 logits = model(piece[None].to(model.device)).logits[0, :-1].float()
                 total += torch.nn.functional.cross_entropy(logits, piece[1:].to(logits.device), reduction="sum").item()
-            count += len(piece) - 1
-        return math.exp(min(700.0, total / max(1, count)))
+        return math.exp(min(700.0, total / max(1, len(text.encode(errors="replace")))))
 
     def _load(self) -> tuple[Any, Any]:
         import multiprocessing
