@@ -39,7 +39,7 @@ class Drop:
     rule: str
     value: float
     limit: float
-    like: str | None = None  # the earlier document, for duplicates
+    like: tuple[str, str, int] | None = None  # file, unit and number of the earlier document, for duplicates
 
 
 @dataclass
@@ -172,6 +172,7 @@ class Example:
     before: str = field(compare=False)
     after: str = field(compare=False)
     drop: Drop | None = field(compare=False)
+    earlier: str | None = field(default=None, compare=False)  # the text that a duplicate is like
 
 
 @dataclass
@@ -279,6 +280,7 @@ def run_cleaning(job: CleanJob) -> Report:
                 out.write(line + b"\n")
         if not report.kept:
             raise DataError(f"nothing is left: {report.documents} documents, {dict(report.dropped)} dropped")
+        _find_earlier(job, report)
         write_report(report, job.report)
         os.replace(dropped, job.report / "dropped.jsonl")
         os.replace(partial, job.output)
@@ -314,9 +316,8 @@ def _collect(job: CleanJob, report: Report, results: Iterator[Cleaned], log: IO[
                     places.append((cleaned.source, cleaned.unit, document.number))
                 else:
                     rule, similarity, earlier = found
-                    source, unit, number = places[earlier]
                     limit = 1.0 if rule == "exact_duplicate" else job.rules.near_duplicate
-                    document.drop = Drop(rule, similarity, limit, f"{source}, {unit} {number}")
+                    document.drop = Drop(rule, similarity, limit, places[earlier])
                     if report.wants(rule, chance):
                         assert line is not None
                         text = json.loads(line)[job.key]
@@ -335,7 +336,7 @@ def _collect(job: CleanJob, report: Report, results: Iterator[Cleaned], log: IO[
                     "rule": document.drop.rule,
                     "value": round(document.drop.value, 6),
                     "limit": document.drop.limit,
-                    **({"like": document.drop.like} if document.drop.like else {}),
+                    **({"like": "{}, {} {}".format(*document.drop.like)} if document.drop.like else {}),
                     "characters": document.before,
                     "start": document.start,
                 }
@@ -344,6 +345,24 @@ def _collect(job: CleanJob, report: Report, results: Iterator[Cleaned], log: IO[
             next_report = report.documents + job.log_interval
             rate = report.characters / max(time.monotonic() - start, 1e-9) / 1e6
             print(f"{report.documents} documents, {report.kept} kept, {rate:.2f} million characters/s", file=sys.stderr)
+
+
+def _find_earlier(job: CleanJob, report: Report) -> None:
+    """Read the texts that the examples of duplicates are like once more, for the page."""
+    wanted: dict[str, dict[int, list[Example]]] = {}
+    for example in (example for lot in report.examples.values() for example in lot):
+        if example.drop is not None and example.drop.like is not None:
+            source, _, number = example.drop.like
+            wanted.setdefault(source, {}).setdefault(number, []).append(example)
+    for source, numbers in wanted.items():
+        for block in read_blocks(Path(source), [job.key]):
+            for number in sorted(numbers):
+                if 0 <= number - block.first < len(block):
+                    record = read_record(block, number - block.first)
+                    for example in numbers.pop(number):
+                        example.earlier = None if record is None else text_of(record, job.key)
+            if not numbers:
+                break
 
 
 @contextlib.contextmanager

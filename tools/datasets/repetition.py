@@ -109,17 +109,35 @@ def repeated_shares(text: str) -> dict[str, float]:
     total = max(1, int(sizes.sum()))
     hashes = word_hashes(words)
     for n in range(2, 11):
-        grams = ngram_hashes(hashes, n)
-        name = f"top_{n}gram" if n < 5 else f"duplicate_{n}gram"
-        if len(grams) < 2:
-            shares[name] = 0.0
-            continue
-        where = _most_frequent(grams) if n < 5 else _again(grams)
-        covered = np.zeros(len(words) + 1, np.int64)  # +1 where a sequence begins, -1 behind its end
-        covered[:-n][where] += 1
-        covered[n:][where] -= 1
-        shares[name] = float(sizes[np.cumsum(covered[:-1]) > 0].sum() / total)
+        shares[f"{'top' if n < 5 else 'duplicate'}_{n}gram"] = float(sizes[_in_repeated(hashes, n)].sum() / total)
     return shares
+
+
+def repeated_spans(text: str, name: str) -> list[tuple[int, int]]:
+    """What one of the measures counts, as spans of the text."""
+    if name.endswith("gram"):
+        words = list(_WORD.finditer(text))
+        places = _in_repeated(word_hashes([word.group() for word in words]), int(name.split("_")[-1][:-4]))
+        spans = [word.span() for word, place in zip(words, places.tolist(), strict=True) if place]
+        return _union([(begin, end + 1) for begin, end in spans])
+    pattern = _PARAGRAPHS if "paragraph" in name else _LINES
+    begins = [0, *(gap.end() for gap in pattern.finditer(text))]
+    ends = [*(gap.start() for gap in pattern.finditer(text)), len(text)]
+    spans = [(begin, end) for begin, end in zip(begins, ends, strict=True) if text[begin:end].strip()]
+    again = _again(word_hashes([text[begin:end].strip() for begin, end in spans]))
+    return [span for span, place in zip(spans, again.tolist(), strict=True) if place]
+
+
+def _in_repeated(words: NDArray[np.uint64], n: int) -> NDArray[np.bool_]:
+    """Which words are in the most frequent sequence of n words (below 5) or in any that was there before."""
+    grams = ngram_hashes(words, n)
+    if len(grams) < 2:
+        return np.zeros(len(words), bool)
+    where = _most_frequent(grams) if n < 5 else _again(grams)
+    edges = np.zeros(len(words) + 1, np.int64)  # +1 where a sequence begins, -1 behind its end
+    edges[:-n][where] += 1
+    edges[n:][where] -= 1
+    return np.cumsum(edges[:-1]) > 0
 
 
 def _again(hashes: NDArray[np.uint64]) -> NDArray[np.bool_]:

@@ -29,9 +29,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--input", nargs="+", required=True, help="as in clean_corpus.py")
     p.add_argument("--output", type=Path, required=True, help="the .arpa file")
     p.add_argument("--text-key", default="text", help="the field that is read")
-    p.add_argument(
-        "--order", type=int, default=3, help="words in the longest sequence, at most 6 (default: 3)"
-    )
+    p.add_argument("--order", type=int, default=3, help="words in the longest sequence, at most 6 (default: 3)")
     return p
 
 
