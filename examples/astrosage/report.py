@@ -12,8 +12,11 @@ from typing import Any
 import zstandard
 
 from examples.demo import plot
+from megatron.data import build_datasets
 from megatron.data.header import read_header
+from megatron.neox_arguments import NeoXArgs
 
+ROOT = Path(__file__).resolve().parents[2]
 PARITY = 1e-5
 LOSSES = {
     "astronomy_valid_text_document": "astronomy",
@@ -22,11 +25,11 @@ LOSSES = {
 }
 
 
-def write_report(out: Path) -> str:
-    """Raises SystemExit where `transformers` does not agree."""
+def write_report(out: Path, runs: dict[str, list[str]]) -> str:
+    """`runs` has the YAML files of `cpt` and `sft`. Raises SystemExit where `transformers` does not agree."""
     sections = [
         ("What was dropped and repaired", cleaning(out)),
-        ("What was mixed", mixture(out)),
+        ("What was mixed", mixture(runs)),
         ("What was masked", masks(out)),
         ("What was learned", losses(out)),
     ]
@@ -69,16 +72,14 @@ def cleaning(out: Path) -> str:
     )
 
 
-def mixture(out: Path) -> str:
-    """The realised shares of both trainings, as their data files and logs say."""
-    rows = []
-    for name in ("astronomy", "general", *(f"sft_{name}" for name in ("reasoning", "astronomy", "general"))):
-        prefix = next(out.glob(f"data/{name}_*document.idx")).with_suffix("")
-        prefix = out / "data" / f"{name}{'' if name.startswith('sft_') else '_text'}_document"
-        header = read_header(prefix)
-        assert header is not None
-        rows.append((name, header.documents, header.tokens))
-    return table(("source", "documents", "tokens"), rows)
+def mixture(runs: dict[str, list[str]]) -> str:
+    """The realised shares, from the indices that the trainings read."""
+    parts = []
+    for name, ymls in runs.items():
+        notes = build_datasets(NeoXArgs.from_ymls([str(ROOT / yml) for yml in ymls])).notes
+        lines = [note.removeprefix("train: ").replace(f"{ROOT}/", "") for note in notes if note.startswith("train: ")]
+        parts.append(f"{name}:\n\n" + "\n".join(f"- {line}" for line in lines))
+    return "\n\n".join(parts)
 
 
 def masks(out: Path) -> str:

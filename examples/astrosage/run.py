@@ -32,7 +32,7 @@ def main() -> int:
     parser.add_argument("--cpt-epochs", type=float, default=2.5)
     parser.add_argument("--conversations", type=int, default=1500, help="of each of the three sets")
     options = parser.parse_args()
-    out = options.output if options.output.is_absolute() else Path(options.output)
+    out = options.output
     for name in MADE:
         shutil.rmtree(ROOT / out / name, ignore_errors=True)
     start = time.monotonic()
@@ -43,8 +43,8 @@ def main() -> int:
     run.finetune()
     run.export()
     run.title("what was shown")
-    print(write_report(ROOT / out))
-    print(f"\nthe whole run took {time.monotonic() - start:.0f} s; {out}/report.md and {out}/loss.png keep this")
+    print(write_report(ROOT / out, {name: [MODEL, run.yml(name), f"{HERE}/local.yml"] for name in ("cpt", "sft")}))
+    print(f"\nthe whole run took {time.monotonic() - start:.0f} s; {out}/report.md keeps this")
     return 0
 
 
@@ -98,11 +98,8 @@ class Run(Steps):
         )
         self.convert("to-neox", "hf_base", "neox_base", "--tp", 1, "--vocab-divisible-by", 1)
         self.title("continued pre-training: the domain, a fifth of replay, fresh in every epoch")
-        epochs = self.options.cpt_epochs
-        changed = () if epochs == 2.5 else ("--train_epochs", epochs)
-        if not changed:
-            self.python("tools/datasets/build_indices.py", MODEL, self.yml("cpt"), f"{HERE}/local.yml")
-        self.deepy("train.py", "cpt", *changed)
+        self.python("tools/datasets/build_indices.py", MODEL, self.yml("cpt"), f"{HERE}/local.yml")
+        self.deepy("train.py", "cpt")
 
     def finetune(self) -> None:
         out, options = self.out, self.options
@@ -151,12 +148,16 @@ class Run(Steps):
         self.python("deepy.py", script, MODEL, self.yml(yml), f"{HERE}/local.yml", *arguments)
 
     def yml(self, name: str) -> str:
-        """The run file; for another output folder a copy that names it."""
-        if str(self.out) == "astrosage_out":
+        """The run file; for another output folder or fewer epochs a copy that says so."""
+        text = (ROOT / HERE / f"{name}.yml").read_text()
+        changed = text.replace("astrosage_out", str(self.out))
+        if name == "cpt":
+            changed = changed.replace("train_epochs: 2.5", f"train_epochs: {self.options.cpt_epochs}")
+        if changed == text:
             return f"{HERE}/{name}.yml"
         copy = ROOT / self.out / "yml" / f"{name}.yml"
         copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.write_text((ROOT / HERE / f"{name}.yml").read_text().replace("astrosage_out", str(self.out)))
+        copy.write_text(changed)
         return str(copy)
 
 

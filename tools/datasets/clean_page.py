@@ -22,7 +22,7 @@ LONGEST = 300  # characters of one deletion that are shown
 _PIECE = re.compile(r"\w+|\s+|[^\w\s]")
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; --del: #e5534b33; --ins: #2da44e33; --mark: #d4a72c55 }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto; padding: 0 1rem }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 74rem; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin: 2.5rem 0 .3rem } p { margin: .3rem 0 }
 table { border-collapse: collapse; width: 100%; margin: 1rem 0 } td, th { padding: .25rem .6rem; text-align: left }
 tr { border-bottom: 1px solid var(--line) } .n { text-align: right; font-variant-numeric: tabular-nums }
@@ -70,7 +70,7 @@ def figures(report: Report) -> str:
     ]
     lines = [
         f"<tr><td>{name}<td class=gap>{_text(note)}<td class=n>{count:,}<td class=n>{count / most:.2%}"
-        f"<td class=n>{characters:,}<td style='width:9rem'><div class='{bar}' style='width:{count / most:.1%}'></div>"
+        f"<td class=n>{characters:,}<td style='width:7rem'><div class='{bar}' style='width:{count / most:.1%}'></div>"
         for name, note, count, characters, bar in rows
     ]
     notes = [

@@ -52,27 +52,44 @@ def find_loops(text: str, repeats: int, characters: int) -> list[tuple[int, int]
     ends = np.array([m.end() for m in matches], np.int64)
     words = word_hashes([m.group() for m in matches])
     letters = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
-    spans = []
-    for first, kept, stop in _runs(words, LOOP_WORDS, repeats):
-        if ends[stop - 1] - begins[first] >= characters:
-            spans.append((int(ends[kept - 1]), int(ends[stop - 1])))
-    for first, kept, stop in _runs(letters, LOOP_CHARACTERS, repeats):
-        if stop - first >= characters:
+    inside = letters.copy()  # no two white spaces are equal here: what is said with spaces is the words' business
+    inside[_spaces(begins, ends, len(text))] = np.arange(0x110000, 0x110000 + len(text) - int((ends - begins).sum()))
+    runs = [
+        (int(begins[first]), int(ends[kept - 1]), int(ends[stop - 1]))
+        for first, kept, stop in _runs(words, range(1, LOOP_WORDS + 1), repeats)
+    ]
+    runs += _runs(letters, range(1, 2), repeats)
+    runs += _runs(inside, range(2, LOOP_CHARACTERS + 1), repeats)
+    spans: list[tuple[int, int]] = []
+    taken = np.zeros(len(text), bool)
+    for first, kept, stop in sorted(runs, key=lambda run: (run[0] - run[2], run[1] - run[0])):
+        if stop - first >= characters and not taken[first:stop].any():  # the longest wins, then the shortest period
+            taken[first:stop] = True
             spans.append((kept, stop))
-    return _union(spans)
+    return sorted(spans)
 
 
-def _runs(items: NDArray[np.unsignedinteger], longest: int, repeats: int) -> Iterator[tuple[int, int, int]]:
+def _spaces(begins: NDArray[np.int64], ends: NDArray[np.int64], length: int) -> NDArray[np.bool_]:
+    """Where a text has no word."""
+    edges = np.zeros(length + 1, np.int64)
+    edges[begins] += 1
+    edges[ends] -= 1
+    return np.cumsum(edges[:-1]) == 0
+
+
+def _runs(items: NDArray[np.unsignedinteger], periods: range, repeats: int) -> Iterator[tuple[int, int, int]]:
     """(first, end of the first turn, end of the last whole turn) of each run that repeats with some period."""
-    for period in range(1, min(longest, len(items) // repeats) + 1):
+    for period in periods:
+        if period * repeats > len(items):
+            return
         same = items[period:] == items[:-period]
         if np.count_nonzero(same) < (repeats - 1) * period:
             continue
         edges = np.flatnonzero(np.diff(np.concatenate([[False], same, [False]]).astype(np.int8)))
-        for begin, end in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True):
-            turns = (end - begin) // period + 1
-            if turns >= repeats:
-                yield begin, begin + period, begin + turns * period
+        begins, ends = edges[::2], edges[1::2]
+        long = ends - begins >= (repeats - 1) * period
+        for begin, end in zip(begins[long].tolist(), ends[long].tolist(), strict=True):
+            yield begin, begin + period, begin + ((end - begin) // period + 1) * period
 
 
 def _union(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
