@@ -282,7 +282,7 @@ def test_all_is_well(tmp_path: Path) -> None:
             "rank 3 sends something else",
             [],
             [
-                "link stalls: ranks 1, 3 on 2 nodes (n0, n1)",
+                "link fails: ranks 1, 3 on 2 nodes (n0, n1)",
                 "rank 1 on n0: RuntimeError: 1 of 262144 elements that rank 3",
             ],
         ),
