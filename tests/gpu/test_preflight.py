@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from tests.kernels.requirements import need
+from tests.requirements import need
 from tests.unit.configurations import keys
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(200)]
