@@ -36,13 +36,13 @@ if TYPE_CHECKING:
     from megatron.planner.activations import Ops
 
 MIB = 1 << 20
-BEGIN, END = "<!-- memory:begin -->", "<!-- memory:end -->"
+MARKERS = {"cpu": "memory", "cuda": "memory-gpu"}  # of the page, by device
 STEPS = 4
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model and a layout; `recompute` of whole layers."""
+    """A model and a layout; `recompute` of whole layers, `recompute_layers` of each stage or all."""
 
     tensor: int = 1
     pipe: int = 1
@@ -50,6 +50,7 @@ class Case:
     micro_batch: int = 1
     num_micro_batches: int = 4
     recompute: bool = True
+    recompute_layers: int | None = None
     precision: str = "bfloat16"
     layers: int = 4
     hidden: int = 256
@@ -73,6 +74,8 @@ class Case:
     @property
     def layout(self) -> str:
         recompute = "recomputed" if self.recompute else "stored"
+        if self.recompute_layers is not None:
+            recompute = f"{self.recompute_layers} recomputed"
         return (
             f"TP{self.tensor} PP{self.pipe} DP{self.data}, {self.micro_batch} x {self.num_micro_batches}, {recompute}, "
             f"{'bf16' if self.precision == 'bfloat16' else self.precision}"
@@ -99,6 +102,7 @@ class Case:
                 "train_micro_batch_size_per_gpu": self.micro_batch,
                 "gradient_accumulation_steps": self.num_micro_batches,
                 "checkpoint_activations": self.recompute,
+                "recompute_layers": self.recompute_layers,
                 "precision": self.precision,
                 "train_iters": STEPS,
                 "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "betas": [0.9, 0.95], "eps": 1e-8}},
@@ -131,6 +135,7 @@ CPU_CASES = (
     Case(tensor=2, pipe=2, data=2, seq=512),
     Case(pipe=2, num_micro_batches=3, micro_batch=2, seq=1024, recompute=False),
     Case(pipe=2, num_micro_batches=3, micro_batch=2, seq=2048, layers=8),
+    Case(pipe=2, num_micro_batches=3, micro_batch=2, seq=1024, layers=8, recompute_layers=1),
     Case(tensor=2, micro_batch=2, seq=1024, precision="fp32", recompute=False),
 )
 _LLAMA = {"kv_heads": 8, "num_micro_batches": 2}
@@ -350,6 +355,7 @@ def rows(case: Case, device: str) -> list[Row]:
 def table(found: list[Row], device: str) -> str:
     """Markdown."""
     worst = max(found, key=lambda row: abs(row.error))
+    where = "the CPU" if device == "cpu" else _gpu()
     lines = [
         "| model | layout | stage | predicted, MiB | counted, MiB | error | fullest in |",
         "|---|---|---|---|---|---|---|",
@@ -359,25 +365,32 @@ def table(found: list[Row], device: str) -> str:
             for row in found
         ),
         "",
-        f"Largest error of {len(found)} stages on {device}: {worst.error:+.1%} "
+        f"Largest error of {len(found)} stages on {where}: {worst.error:+.1%} "
         f"({worst.case.model}: {worst.case.layout}, stage {worst.stage}).",
     ]
     return "\n".join(lines)
 
 
-def fill(text: str, block: str) -> str:
-    """`text` with `block` between the memory markers."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"{BEGIN} and {END} must each stand in the file once")
-    head, rest = text.split(BEGIN)
-    return head + BEGIN + "\n" + block + "\n" + END + rest.split(END)[1]
+def _gpu() -> str:
+    import torch
+
+    return f"one {torch.cuda.get_device_name()}"
+
+
+def fill(text: str, block: str, device: str) -> str:
+    """`text` with `block` between the markers of the device's table; raises ValueError where one is missing."""
+    begin, end = (f"<!-- {MARKERS[device]}:{edge} -->" for edge in ("begin", "end"))
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(f"{begin} and {end} must each stand in the file once")
+    head, rest = text.split(begin)
+    return head + begin + "\n" + block + "\n" + end + rest.split(end)[1]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
     parser.add_argument("--json", type=Path, help="also write every moment's bytes there")
-    parser.add_argument("--write", type=Path, help="put the table between the memory markers of this Markdown file")
+    parser.add_argument("--write", type=Path, help="put the table between its markers in this Markdown file")
     options = parser.parse_args()
     import torch
 
@@ -407,7 +420,7 @@ def main() -> int:
         ]
         options.json.write_text(json.dumps(facts, indent=1) + "\n")
     if options.write:
-        options.write.write_text(fill(options.write.read_text(), table(found, device)))
+        options.write.write_text(fill(options.write.read_text(), table(found, device), device))
     return 0 if all(abs(row.error) < 0.05 for row in found) else 1
 
 

@@ -5,6 +5,8 @@ nothing that can block, and ends the process when there is a verdict. Verdicts a
 `heartbeat_timeout_seconds`; a rank has made no progress for the limit of its phase (`step_timeout_minutes`, elsewhere
 0.9 x `distributed_timeout_minutes`, so that the watchdog comes before the collectives give up); a rank has failed by
 itself, and the others wait for it in a collective that does not end.
+
+All times are those in which this process was running: a job that is suspended and resumed as a whole goes on.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from megatron.launcher.failures import (
     LostRanks,
     Stopped,
     claim_loss,
+    code_after,
     code_of_the_culprit,
     is_about_a_lost_peer,
     run_folder,
@@ -39,6 +42,7 @@ from megatron.neox_arguments import NeoXArgs
 
 VICTIM_SECONDS = 10.0  # how long a rank may go on that waits for one which has failed by itself
 RANKS_SHOWN = 8
+TICK_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,8 @@ class Watchdog:
     """Around a run: `with Watchdog(args, place) as watchdog: ...`. Collective. Progress is told to `whereabouts`."""
 
     def __init__(self, args: NeoXArgs, place: Place) -> None:
-        self.whereabouts = Whereabouts()
+        self._awake_seconds = 0.0
+        self.whereabouts = Whereabouts(self._awake)
         self.place, self.rank, self.world_size = place, place.rank, place.world_size
         self.silence = args.heartbeat_timeout_seconds
         self.step_limit = 60 * args.step_timeout_minutes
@@ -72,7 +77,7 @@ class Watchdog:
         self._main = threading.get_ident()
         self._let_go, self._end = threading.Event(), threading.Event()  # of the store; of the run
         self._verdict: Verdict | None = None
-        self._answered = time.monotonic()  # when the store last answered
+        self._answered = self._awake()  # when the store last answered
         self._disconnected = False
 
     def __enter__(self) -> Self:
@@ -125,7 +130,11 @@ class Watchdog:
             except RuntimeError:  # the store is gone, and rank 0 with it
                 self._disconnected = True
                 return
-            self._answered = time.monotonic()
+            self._answered = self._awake()
+
+    def _awake(self) -> float:
+        """Seconds that this process has been running for, counted by the guard; not those it was suspended."""
+        return self._awake_seconds
 
     def _accuse(self, verdict: Verdict) -> None:
         self.board.publish(verdict.to_json())
@@ -138,7 +147,7 @@ class Watchdog:
         return self.whereabouts.seconds > limit
 
     def _silent(self, beats: list[Beat], seen: dict[int, tuple[int, float]]) -> Verdict | None:
-        now, lost = time.monotonic(), []
+        now, lost = self._awake(), []
         for rank, beat in enumerate(beats):
             if rank not in seen or seen[rank][0] != beat.number:
                 seen[rank] = (beat.number, now)
@@ -166,8 +175,11 @@ class Watchdog:
     # --- the thread that ends the process
 
     def _guard(self) -> None:
-        while not self._end.wait(min(0.2, self.interval)):
-            unanswered = time.monotonic() - self._answered
+        tick = time.monotonic()
+        while not self._end.wait(TICK_SECONDS):
+            before, tick = tick, time.monotonic()
+            self._awake_seconds += min(tick - before, 5 * TICK_SECONDS)
+            unanswered = self._awake() - self._answered
             if unanswered > self.silence + 3 * self.interval:
                 self._execute(self._without_rank_0(f"its store has not answered for {unanswered:.0f} s"))
             if self._let_go.is_set():
@@ -189,10 +201,11 @@ class Watchdog:
             os._exit(code_of_the_culprit(self.folder) or FAILURE)
         self._dump()
         lost = self._error(verdict)
-        if claim_loss(self.folder, lost):
+        first = claim_loss(self.folder, lost)
+        if first:
             print(f"stopped: {lost}", file=sys.stderr, flush=True)
         self._linger()
-        os._exit(LOST)
+        os._exit(LOST if first else code_after(self.folder))
 
     def _error(self, verdict: Verdict) -> LostRanks:
         nodes = sorted({self.board.titles[rank].partition(" ")[0] for rank in verdict.lost})
@@ -234,7 +247,7 @@ class Watchdog:
             while time.monotonic() < deadline:
                 number += 1
                 self.board.beat(beat_of(number, self.whereabouts, self._main))
-                self._answered = time.monotonic()
+                self._answered = self._awake()
                 if self._verdict is None and (text := self.board.verdict()) is not None:
                     self._verdict = Verdict(**json.loads(text))
                 if self._verdict is not None:

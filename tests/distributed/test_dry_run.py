@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -167,3 +168,31 @@ def test_a_checkpoint_has_the_predicted_size_within_1_percent(
     layout = ParallelLayout.of(args)
     predicted = checkpoint_size(args.shape, layout, precision, plan_memory(args.shape, layout, 16, precision))
     assert predicted.total == pytest.approx(size, rel=0.01)
+
+
+def test_the_commands_of_the_guide(tmp_path: Path) -> None:
+    """Those of docs/planning.md that plan; its benchmarks have tests of their own."""
+    guide = (ROOT / "docs" / "planning.md").read_text()
+    commands = [line for block in re.findall(r"```bash\n(.*?)```", guide, re.DOTALL) for line in block.splitlines()]
+    planned = [command for command in commands if command.startswith("python deepy.py train.py ")]
+    assert len(planned) == 2
+    for command in planned:
+        words = command.replace("docs/plan_70b.png", str(tmp_path / "plan.png")).split()[3:]
+        done = dry_run(*[word for word in words if word != "--dry-run"])
+        assert done.returncode == 0, done.stderr
+        assert "70,553,706,496 parameters" in done.stdout
+    assert (tmp_path / "plan.png").stat().st_size > 10_000
+
+
+def test_the_benchmark_fills_the_guides_table(tmp_path: Path) -> None:
+    """On one of its cases; its command in the guide runs all of them."""
+    guide = tmp_path / "planning.md"
+    guide.write_text((ROOT / "docs" / "planning.md").read_text())
+    program = "import sys, benchmarks.planner_memory as b; b.CPU_CASES = (b.Case(pipe=2, seq=64),); sys.exit(b.main())"
+    command = [sys.executable, "-c", program, "--device", "cpu", "--write", str(guide), "--json", str(tmp_path / "j")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    between = guide.read_text().split("<!-- memory:begin -->")[1].split("<!-- memory:end -->")[0]
+    assert between.count("| TP1 PP2 DP1, 1 x 4, recomputed, bf16 |") == 2
+    assert "Largest error of 2 stages on the CPU" in between
+    assert len(json.loads((tmp_path / "j").read_text())) == 2

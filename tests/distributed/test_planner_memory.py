@@ -21,6 +21,7 @@ CASES = [
     Case(num_micro_batches=1, micro_batch=2, recompute=False),
     Case(pipe=2, micro_batch=2),
     Case(pipe=2, layers=5, num_micro_batches=2, recompute=False),
+    Case(pipe=2, layers=6, recompute_layers=1),
     Case(tensor=2, micro_batch=2, recompute=False),
     Case(data=2, precision="fp32"),
     Case(tensor=2, pipe=2, seq=512),

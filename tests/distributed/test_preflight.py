@@ -267,7 +267,8 @@ def test_what_stalls_is_named(tmp_path: Path, fault: str, gone: list[int], said:
     report = failed_with(3, preflight(tmp_path, fault, "--no-screen"), *gone)
     for text in said:
         assert text in report, report
-    assert report.count("did not arrive at ") + report.count(" stalls: ") + report.count("wrong sums") <= 1, report
+    if "rank 0 on" not in said[0]:  # one speaker, and nobody else is blamed
+        assert report.count("did not arrive") + report.count(" stalls: ") + report.count("wrong sums") <= 1, report
 
 
 @pytest.mark.parametrize(
@@ -279,7 +280,7 @@ def test_what_stalls_is_named(tmp_path: Path, fault: str, gone: list[int], said:
     ],
 )
 def test_a_slow_node_is_named(tmp_path: Path, fault: str, node: str, reason: str) -> None:
-    results = preflight(tmp_path, fault, "--exclude-file", str(tmp_path / "exclude"))
+    results = preflight(tmp_path, fault, "--slow-nodes", "fail", "--exclude-file", str(tmp_path / "exclude"))
     report = failed_with(4, results)
     assert f"slow node {node}: {reason}" in report, report
     assert f"1 of 4 nodes are slow; leave them out: --exclude={node}\n" in report
@@ -287,15 +288,17 @@ def test_a_slow_node_is_named(tmp_path: Path, fault: str, node: str, reason: str
 
 
 def test_a_slow_link_is_named_and_excludes_nobody(tmp_path: Path) -> None:
-    report = failed_with(0, preflight(tmp_path, "a slow link", "--exclude-file", str(tmp_path / "exclude")))
+    report = failed_with(
+        0, preflight(tmp_path, "a slow link", "--slow-nodes", "fail", "--exclude-file", f"{tmp_path}/exclude")
+    )
     assert "slow link, neither of its nodes is slow with others: n0 - n1: 12 GB/s, 0.30 of the median" in report, report
     assert "slow node" not in report
     assert (tmp_path / "exclude").read_text() == ""
 
 
 def test_slow_nodes_may_be_a_warning(tmp_path: Path) -> None:
-    arguments = ("--slow-nodes", "warn", "--exclude-file", str(tmp_path / "exclude"))
-    report = failed_with(0, preflight(tmp_path, "n2 multiplies slowly", *arguments))
+    """The default on CPUs."""
+    report = failed_with(0, preflight(tmp_path, "n2 multiplies slowly", "--exclude-file", str(tmp_path / "exclude")))
     assert "slow node n2: GEMM" in report
     assert "preflight: all is well" in report
     assert (tmp_path / "exclude").read_text() == "n2\n"
@@ -303,7 +306,7 @@ def test_slow_nodes_may_be_a_warning(tmp_path: Path) -> None:
 
 def test_real_measurements(tmp_path: Path) -> None:
     """Nothing replaced. What they are worth on this machine is not asked, only that each node has all of them."""
-    results = preflight(tmp_path, "none", "--slow-nodes", "warn")
+    results = preflight(tmp_path, "none")
     report = failed_with(0, results)
     rows = [line.split() for line in report.splitlines() if line.startswith(("n0 ", "n1 ", "n2 ", "n3 "))]
     numbers = {row[0]: [float(value) for value in row[1:]] for row in rows}
