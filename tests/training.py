@@ -47,12 +47,12 @@ def rank_micro_batches(samples: list[dict[str, Tensor]], micro: int, dp_rank: in
     ]
 
 
-def build(args: NeoXArgs, case: Case, seed: int = 0) -> Any:
-    """The engine on this rank with the case's random HF weights."""
+def build(args: NeoXArgs, case: Case, seed: int = 0, device: torch.device | None = None) -> Any:
+    """The engine on this rank, on the CPU unless told, with the case's random HF weights."""
     from megatron.trainer.engine import build_engine, build_model
 
-    device = start(args)
-    model = build_model(args, device)
+    cpu = start(args)
+    model = build_model(args, device or cpu)
     state = dict(case.hugging_face(seed).state_dict())
     load_hugging_face(model, state, args)
     return build_engine(args, model, log=lambda line: None)

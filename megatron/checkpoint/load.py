@@ -202,6 +202,7 @@ def _read_position(ranks: Ranks, source: Source, args: NeoXArgs) -> dict[str, An
                     f"start from the weights with `finetune: true`"
                 )
             position = {key: meta[key] for key in wanted}
+            position["skipped_in_a_row"] = meta.get("skipped_in_a_row", 0)  # GPT-NeoX does not count it
     return ranks.broadcast(position)
 
 
@@ -222,6 +223,7 @@ def _restore_optimizer(engine: PipelineEngine, place: Place, own: dict[str, Any]
 
 def _restore_position(engine: PipelineEngine, state: TrainState, position: dict[str, Any]) -> None:
     state.iteration, state.consumed_samples = position["iteration"], position["consumed_samples"]
+    state.skipped_in_a_row = position["skipped_in_a_row"]
     state.lr_scheduler_state = position["lr_scheduler"]
     if engine.lr_scheduler is not None and state.lr_scheduler_state is not None:
         engine.lr_scheduler.load_state_dict(state.lr_scheduler_state)

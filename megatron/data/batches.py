@@ -2,7 +2,8 @@
 
 Position is counted in samples of the whole run. Global batch g holds samples g*B to (g+1)*B; micro-step m of rank r
 takes `micro_batch` of them from m * micro_batch * dp + r * micro_batch on, as in GPT-NeoX. So the same global batch is
-the same set of samples for any micro-batch and data-parallel size, and any position is reached at once.
+the same set of samples for any micro-batch and data-parallel size, and any position is reached at once. Samples that
+are left out (`skip`) are as if the order did not have them; a position counts them.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from megatron.data.ranges import SampleRanges
 from megatron.data.sample import Sample, SampleDataset
 
 Batch = dict[str, Tensor]  # tokens, labels and perhaps positions [micro_batch, s]; sample_id [micro_batch]
@@ -31,6 +33,7 @@ class MicroBatches:
         dp_size: int,
         accumulation: int,
         consumed_samples: int = 0,
+        skip: SampleRanges | None = None,
     ) -> None:
         if not 0 <= dp_rank < dp_size or micro_batch < 1 or accumulation < 1 or consumed_samples < 0:
             raise ValueError(
@@ -40,6 +43,7 @@ class MicroBatches:
         self.dataset, self.micro_batch, self.accumulation = dataset, micro_batch, accumulation
         self.dp_rank, self.dp_size = dp_rank, dp_size
         self.first_sample = consumed_samples
+        self.skip = skip or SampleRanges()
         self._given = 0  # micro-batches
 
     @property
@@ -50,11 +54,11 @@ class MicroBatches:
     @property
     def consumed_samples(self) -> int:
         """Position behind the last complete global batch that was given out: what a checkpoint stores."""
-        return self.first_sample + self._given // self.accumulation * self.global_batch
+        return self.skip.after(self.first_sample, self._given // self.accumulation * self.global_batch)
 
     def __len__(self) -> int:
         """Micro-batches from the first position to the end of the data."""
-        left = max(0, len(self.dataset) - self.first_sample)
+        left = self.skip.kept(self.first_sample, len(self.dataset))
         return -(-left // self.global_batch) * self.accumulation
 
     def __iter__(self) -> Iterator[Batch]:
@@ -67,10 +71,10 @@ class MicroBatches:
         self._given += 1
         return batch
 
-    def sample_places(self, step: int) -> range:
+    def sample_places(self, step: int) -> list[int]:
         """Places in the dataset that make up micro-batch `step`, counted from the first position."""
-        start = self.first_sample + (step * self.dp_size + self.dp_rank) * self.micro_batch
-        return range(start, start + self.micro_batch)
+        start = (step * self.dp_size + self.dp_rank) * self.micro_batch
+        return [self.skip.place(self.first_sample, count) for count in range(start, start + self.micro_batch)]
 
     def _read(self, step: int) -> Batch:
         samples: list[Sample] = [

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megatron.data.blend import Blend, Replay, mix, shares
 from megatron.data.header import check_header, fingerprint, read_header
 from megatron.data.indexed import DataError, open_indexed
+from megatron.data.ranges import SampleRanges
 from megatron.data.sample import SampleDataset, SampleForm
 from megatron.data.sources import OncePacked, RunningPack, Source
 from megatron.data.whole import Packing, WholeDocuments
@@ -73,6 +74,8 @@ class DataArgs(Protocol):
     def train_epochs(self) -> float | None: ...
     @property
     def train_batch_size(self) -> int: ...
+    @property
+    def skip_sample_ranges(self) -> Sequence[Sequence[int]]: ...
 
 
 @dataclass
@@ -106,15 +109,18 @@ class _Part:
     replay: Replay | None = None
 
 
-def build_datasets(args: DataArgs, tokenizer: Tokenizer | None = None) -> Datasets:
+def build_datasets(args: DataArgs, tokenizer: Tokenizer | None = None, samples: int = 0) -> Datasets:
     """Open, check and index all data of a run. Without `tokenizer` the one of `vocab_file` is loaded.
+
+    The training order holds as many samples as the run reads or leaves out from its beginning on, and at least
+    `samples`; a longer order begins like a shorter one.
 
     Raises DataError or TokenizerError. Where torch.distributed is initialised every rank must call this, and if one
     rank fails, all raise its message.
     """
     problem: Exception | None = None
     try:
-        datasets = _build(args, tokenizer)
+        datasets = _build(args, tokenizer, samples)
     except (DataError, TokenizerError, OSError) as error:
         problem = error
     _agree(problem)
@@ -136,7 +142,7 @@ def _agree(problem: Exception | None) -> None:
         raise DataError(f"on rank {failed[0][0]} and {len(failed) - 1} others: {failed[0][1]}")
 
 
-def _build(args: DataArgs, tokenizer: Tokenizer | None) -> Datasets:
+def _build(args: DataArgs, tokenizer: Tokenizer | None, samples: int) -> Datasets:
     if tokenizer is None and args.vocab_file is not None:
         tokenizer = build_tokenizer(args.tokenizer_type, args.vocab_file)
     stages = _parts(args)
@@ -167,7 +173,7 @@ def _build(args: DataArgs, tokenizer: Tokenizer | None) -> Datasets:
             f"train: {args.train_epochs:g} epochs of {epoch:,.0f} samples are {train_iters} iterations of "
             f"{args.train_batch_size}"
         )
-    wanted = (train_iters or 0) * args.train_batch_size
+    wanted = max(samples, SampleRanges(args.skip_sample_ranges).after(0, (train_iters or 0) * args.train_batch_size))
     if train_parts and wanted:
         blend = _blend(train_parts, args.train_data_weights, opener, wanted)
         notes += [f"train: {line}" for line in blend.describe()]

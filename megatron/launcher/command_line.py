@@ -6,7 +6,7 @@ import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -17,8 +17,11 @@ from megatron.neox_arguments import ConfigError, NeoXArgs
 from megatron.neox_arguments.derived import Task
 from megatron.neox_arguments.load import parse_overrides, resolve_path
 
+if TYPE_CHECKING:
+    from megatron.planner.options import PlanOptions
+
 USAGE = """\
-usage: python deepy.py SCRIPT CONFIG [CONFIG ...] [-d FOLDER] [--KEY VALUE ...] [--print-config] [--help]
+usage: python deepy.py SCRIPT CONFIG [CONFIG ...] [-d FOLDER] [--KEY VALUE ...] [--print-config] [--dry-run] [--help]
 
 Checks the configuration, then starts SCRIPT (train.py, eval.py or generate.py) on all ranks: those of this machine, or,
 in a Slurm allocation, by one srun. Started itself as a rank (srun python deepy.py ...), it runs SCRIPT.
@@ -28,6 +31,15 @@ in a Slurm allocation, by one srun. Started itself as a rank (srun python deepy.
   -i, -o FILE       sample_input_file and sample_output_file
   --KEY VALUE       sets any key after merging: --train_iters 10 --optimizer.params.lr 1e-5 --from_scratch
   --print-config    prints the merged and derived configuration and what DeepSpeed gets, starts nothing
+  --dry-run         prints the plan of a training: memory of every stage, time, checkpoint size; starts nothing, needs
+                    no GPU and no data. Exit code 2 if it does not fit. With it:
+      --json            as JSON
+      --machine NAME    frontier (default) or lumi
+      --usable-gib X    memory of a GCD that may be used, default the machine's
+      --allow-memory    a plan that does not fit is no error
+      --token-budget N  days and node-hours for so many tokens
+      --search          all layouts of the same ranks and global batch, ranked
+      --picture FILE    the pipeline's schedule and the memory of the stages as .png or .svg
   --help            this text
 
 Keys: docs/configuration.md. The exit code is the job's; 2 is a configuration that cannot be right.
@@ -44,6 +56,7 @@ class Request:
     overrides: dict[str, Any] = field(default_factory=dict)
     options: list[str] = field(default_factory=list)  # the overrides as they were typed
     print_config: bool = False
+    plan: PlanOptions | None = None  # --dry-run
 
     @property
     def task(self) -> Task:
@@ -56,6 +69,11 @@ def parse(arguments: list[str]) -> Request:
     words = list(arguments)
     folder = _take(words, ("-d", "--conf_dir", "--conf-dir"))
     print_config = _take_flag(words, ("--print-config", "--print_config"))
+    plan = None
+    if _take_flag(words, ("--dry-run", "--dry_run")):
+        from megatron.planner.options import take_options
+
+        plan = take_options(words)
     first = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
     positional, options = words[:first], words[first:]
     if len(positional) < 2:
@@ -65,7 +83,10 @@ def parse(arguments: list[str]) -> Request:
         raise ConfigError(f"{script}: no such script; train.py, eval.py and generate.py are in the project's folder")
     options = [_SHORT.get(word, word) for word in options]
     configs = [resolve_path(name, folder) for name in positional[1:]]
-    return Request(script, configs, parse_overrides(options), options, print_config)
+    request = Request(script, configs, parse_overrides(options), options, print_config, plan)
+    if plan is not None and request.task != "train":
+        raise ConfigError(f"--dry-run plans a training, not {script.name}; give train.py")
+    return request
 
 
 def _take(words: list[str], names: tuple[str, ...]) -> str | None:
@@ -114,7 +135,7 @@ def main(arguments: list[str]) -> int:
         return 0 if arguments else 2
     try:
         request = parse(arguments)
-        if started_as_rank() and not request.print_config:
+        if started_as_rank() and not request.print_config and request.plan is None:
             run_as_rank(request.script, [*map(str, request.configs), *request.options])
         args = NeoXArgs.from_ymls(request.configs, request.overrides, task=request.task)
     except ConfigError as error:
@@ -126,6 +147,10 @@ def main(arguments: list[str]) -> int:
         print(describe(args), end="")
         return 0
     try:
+        if request.plan is not None:
+            from megatron.planner.command import dry_run
+
+            return dry_run(args, request.plan)
         return start_by_srun(request.script, args) if uses_srun(args, os.environ) else start(request.script, args)
     except ConfigError as error:
         print(f"deepy.py: {error}", file=sys.stderr)

@@ -11,11 +11,12 @@ import os
 import time
 from pathlib import Path
 
-# Exit codes. REQUEUE is sysexits.h's EX_TEMPFAIL: all is saved, the same command goes on.
-FAILURE, USER_ERROR, REQUEUE = 1, 2, 75
+# Exit codes. REQUEUE is sysexits.h's EX_TEMPFAIL: all is saved, the same command goes on. LOST: ranks died or hung, the
+# same command goes on from the last checkpoint, better without their nodes (LOST_NODES names them, one a line).
+FAILURE, USER_ERROR, REQUEUE, LOST = 1, 2, 75, 76
 LOST_PEER_SECONDS = 2.0  # how long a rank that lost a peer waits for the peer's own words
 
-_FAILED, WHY = "failed", "why"
+_FAILED, WHY, LOST_NODES = "failed", "why", "lost-nodes"
 
 
 class Stopped(Exception):
@@ -24,6 +25,25 @@ class Stopped(Exception):
     def __init__(self, why: str, code: int = REQUEUE) -> None:
         super().__init__(why)
         self.code = code
+
+
+class LostRanks(Exception):
+    """Ranks died, or did not arrive where the others wait; the text names them and their nodes.
+
+    `first` is True on the one rank that says so.
+    """
+
+    def __init__(self, why: str, nodes: list[str], first: bool = True) -> None:
+        super().__init__(why)
+        self.nodes, self.first = nodes, first
+
+
+def claim_loss(folder: Path | None, lost: LostRanks) -> bool:
+    """`claim_failure` for lost ranks, with their nodes for whoever requeues the job."""
+    first = claim_failure(folder, LOST, str(lost))
+    if first and folder is not None:
+        claim(folder, LOST_NODES, "".join(f"{node}\n" for node in lost.nodes))
+    return first and (folder is not None or lost.first)
 
 
 def run_folder(arguments: list[str]) -> Path | None:
@@ -61,7 +81,7 @@ def claim_failure(folder: Path | None, code: int, why: str = "") -> bool:
 
 def clear(folder: Path) -> None:
     """Forget an earlier start in the same folder: a requeued job has the folder of the job before."""
-    for pattern in (_FAILED, WHY, "said-*"):
+    for pattern in (_FAILED, WHY, LOST_NODES, "said-*"):
         for path in folder.glob(pattern):
             with contextlib.suppress(FileNotFoundError):
                 path.unlink()
@@ -73,6 +93,12 @@ def recorded_code(folder: Path) -> int | None:
         return int((folder / _FAILED).read_text())
     except (FileNotFoundError, ValueError):
         return None
+
+
+def code_after(folder: Path | None) -> int:
+    """Exit code of a rank that names lost ranks after somebody has spoken: a rank that failed by itself is lost too."""
+    recorded = None if folder is None else recorded_code(folder)
+    return LOST if recorded is None else recorded
 
 
 def code_of_the_culprit(folder: Path | None) -> int | None:

@@ -22,8 +22,9 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from types import FrameType
 
-from megatron.launcher.failures import REQUEUE, USER_ERROR, claim_failure
+from megatron.launcher.failures import LOST, REQUEUE, USER_ERROR, claim_failure
 from megatron.launcher.processes import die_with_parent, shell_code
+from megatron.launcher.ranks import node_name
 from megatron.launcher.start import GRACE_SECONDS
 
 FAILURE_GRACE_SECONDS = 10.0  # how long the others may run on once one rank has failed
@@ -143,11 +144,13 @@ def _watch(running: dict[int, Rank], failed: list[int], folder: Path, deadline: 
             del running[rank]
             code = process.exitcode or 0
             if code and not failed and not asked:
-                claim_failure(folder, shell_code(code))  # the others need not say that they lost this one
-                if code not in (USER_ERROR, REQUEUE):  # else the rank has said all there is to say
-                    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-                    print(f"rank {rank} {how}; the other ranks are stopped", file=sys.stderr, flush=True)
+                how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+                said = f"rank {rank} on {node_name(os.environ)} {how}"
+                claim_failure(folder, shell_code(code), said)  # the others need not say that they lost this one
+                if code not in (USER_ERROR, REQUEUE, LOST):  # else the rank has said all there is to say
+                    print(f"{said}; the other ranks are stopped", file=sys.stderr, flush=True)
                 deadline = time.monotonic() + FAILURE_GRACE_SECONDS
+                asked = code == LOST  # then nobody is waited for but who cannot end by itself
             if code:
                 failed.append(code)
 

@@ -15,10 +15,14 @@ from typing import NoReturn
 
 from megatron.launcher.failures import (
     FAILURE,
+    LOST,
     USER_ERROR,
+    LostRanks,
     Stopped,
     claim,
     claim_failure,
+    claim_loss,
+    code_after,
     code_of_the_culprit,
     is_about_a_lost_peer,
     run_folder,
@@ -72,8 +76,9 @@ def run(program: Callable[[NeoXArgs], object], task: Task = "train", user_errors
     """`program(worker_args())`, and the end of the process.
 
     Exit code 0, 2 for a user's error (UserError or one of `user_errors`: its text alone is printed, once, however many
-    ranks meet it), that of `Stopped` for a run that ends early in order, 1 for anything else: then the first rank to
-    fail prints its traceback, and those that fail because it is gone are silent.
+    ranks meet it), that of `Stopped` for a run that ends early in order, 76 (LOST) where other ranks died or hang, 1
+    for anything else: then the first rank to fail prints its traceback, and those that fail because it is gone are
+    silent.
     """
     code, folder = FAILURE, run_folder(sys.argv[1:])
     if sys.argv[1:2] == ["--neox-args"]:
@@ -91,6 +96,12 @@ def run(program: Callable[[NeoXArgs], object], task: Task = "train", user_errors
         if claim_failure(folder, code, str(stop)) and (folder is not None or _rank() == 0):
             print(f"stopped: {stop}", file=sys.stderr)
         _close_process_group()  # all ranks are here: none has failed
+    except LostRanks as lost:
+        if claim_loss(folder, lost):
+            code = LOST
+            print(f"stopped: {lost}", file=sys.stderr)
+        else:
+            code = code_after(folder)
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
     except Exception as error:
@@ -106,13 +117,14 @@ def run(program: Callable[[NeoXArgs], object], task: Task = "train", user_errors
 
 def _unexpected(error: Exception, folder: Path | None) -> int:
     """Report an error that nobody foresaw, unless it only follows from another rank's; returns the exit code."""
+    rank, happened = _rank(), "failed"
     if is_about_a_lost_peer(error):
         culprit = code_of_the_culprit(folder)
         if culprit is not None:
             time.sleep(AFTER_THE_CULPRIT_SECONDS)
             return culprit
-    rank = _rank()
-    what = f"rank {rank} on {node_name(os.environ)} failed: {type(error).__name__}: {error}"
+        happened = "lost another rank, which left no word"
+    what = f"rank {rank} on {node_name(os.environ)} {happened}: {type(error).__name__}: {error}"
     if claim_failure(folder, FAILURE, what):
         print(f"rank {rank} failed:\n{traceback.format_exc()}", file=sys.stderr)
     else:

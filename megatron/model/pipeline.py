@@ -91,6 +91,17 @@ class LlamaPipelineModule(PipelineModule):
             return self
         return super().to(*args, **kwargs)
 
+    def _is_checkpointable(self, funcs: list[Any]) -> bool:
+        """DeepSpeed's question, layer by layer: is this one recomputed?
+
+        The first `recompute_layers` decoder layers of the stage are. Their backward passes come last, when the layers
+        that are stored have given their memory back.
+        """
+        if not super()._is_checkpointable(funcs):
+            return False
+        decoder = [layer for layer in self.forward_funcs if isinstance(layer, TransformerLayer)]
+        return funcs[0] in decoder[: self.args.recompute_layers]
+
     def numbered_layers(self) -> Iterator[tuple[int, nn.Module]]:
         """(layer file number, module) of every layer with parameters that this stage owns.
 

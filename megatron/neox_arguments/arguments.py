@@ -23,11 +23,12 @@ from megatron.neox_arguments.model import ModelKeys
 from megatron.neox_arguments.optimization import OptimizationKeys
 from megatron.neox_arguments.parallel import ParallelKeys
 from megatron.neox_arguments.runtime import RuntimeKeys
+from megatron.neox_arguments.survival import SurvivalKeys
 from megatron.neox_arguments.unsupported import UNSUPPORTED, WITHOUT_EFFECT
 
 
 # Pydantic lists the fields of the last base first.
-class NeoXArgs(RuntimeKeys, CheckpointKeys, DataKeys, OptimizationKeys, ParallelKeys, ModelKeys):
+class NeoXArgs(SurvivalKeys, RuntimeKeys, CheckpointKeys, DataKeys, OptimizationKeys, ParallelKeys, ModelKeys):
     """Immutable. Build it with `from_ymls` or `from_dict`; change it with `replace`, which checks again.
 
     Every declared key holds its final value: `num_kv_heads`, the batch sizes, `precision` and the others that may be

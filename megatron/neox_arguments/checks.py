@@ -206,6 +206,24 @@ def zero_stage_is_one(args: NeoXArgs) -> str | None:
 
 
 @_rule(*_TRAIN)
+def recomputation_is_of_layers(args: NeoXArgs) -> str | None:
+    if args.recompute_layers is None:
+        return None
+    if not args.checkpoint_activations:
+        return (
+            f"recompute_layers {args.recompute_layers} without checkpoint_activations: true, which is what recomputes; "
+            f"give both, or neither to store everything"
+        )
+    most = -(-args.num_layers // args.pipe_parallel_size)
+    if args.recompute_layers <= most:
+        return None
+    return (
+        f"recompute_layers {args.recompute_layers} counts layers of one stage, and a stage of {args.num_layers} layers "
+        f"over {args.pipe_parallel_size} stages has at most {most}; leave it out to recompute all"
+    )
+
+
+@_rule(*_TRAIN)
 def training_has_a_length(args: NeoXArgs) -> str | None:
     if args.train_iters is not None and args.train_epochs is not None:
         return "train_iters and train_epochs are both given; keep one"
@@ -327,6 +345,43 @@ def document_ends_are_known(args: NeoXArgs) -> str | None:
     return "eod_mask_loss needs the end-of-document token: give vocab_file, the tokenizer's file"
 
 
+@_rule(*_TRAIN)
+def skipped_ranges_are_ranges(args: NeoXArgs) -> str | None:
+    wrong = [pair for pair in args.skip_sample_ranges if len(pair) != 2 or not 0 <= pair[0] < pair[1]]
+    if not wrong:
+        return None
+    return f"skip_sample_ranges: {wrong[0]} is no range of samples; write [first, end] with 0 <= first < end"
+
+
+# --- survival
+
+
+@_rule("train", "eval", "generate")
+def a_step_ends_before_its_collectives(args: NeoXArgs) -> str | None:
+    if args.step_timeout_minutes < args.distributed_timeout_minutes:
+        return None
+    return (
+        f"step_timeout_minutes {args.step_timeout_minutes:g} is not below distributed_timeout_minutes "
+        f"{args.distributed_timeout_minutes}: a collective would give up before the watchdog can name the ranks that "
+        f"did not arrive; lower it, or raise distributed_timeout_minutes"
+    )
+
+
+@_rule(*_TRAIN)
+def a_profile_has_steps_ranks_and_a_folder(args: NeoXArgs) -> str | None:
+    if not args.profile:
+        return None
+    if not args.log_dir:
+        return "profile needs log_dir, where the traces are written"
+    if args.profile_step_start >= args.profile_step_stop:
+        return (
+            f"profile_step_start {args.profile_step_start} is not below profile_step_stop {args.profile_step_stop}, "
+            f"the first iteration that is not in the trace"
+        )
+    outside = [rank for rank in args.profile_ranks if not 0 <= rank < args.global_num_gpus]
+    return f"profile_ranks: {outside} of {args.global_num_gpus} ranks do not exist" if outside else None
+
+
 # --- checkpoints
 
 
@@ -355,7 +410,11 @@ def saving_has_a_rhythm(args: NeoXArgs) -> str | None:
 
 @_warning(*_TRAIN)
 def nothing_is_saved(args: NeoXArgs) -> str | None:
-    return None if args.save else "save is not given: this run leaves no checkpoint"
+    if args.save:
+        return None
+    return "save is not given: this run leaves no checkpoint" + (
+        ", async_save has no effect" if args.async_save else ""
+    )
 
 
 @_rule(*_TRAIN)

@@ -43,6 +43,8 @@ def resolve(args: NeoXArgs, task: Task, world_size: int | None) -> Resolution:
         notes.append(note)
     if task in ("train", "eval"):
         values |= batch_sizes(args, values["global_num_gpus"], pipe)
+    if args.step_timeout_minutes is None:
+        values["step_timeout_minutes"] = min(10.0, 0.9 * args.distributed_timeout_minutes)
     if args.lr_decay_iters is None and args.train_iters:
         values["lr_decay_iters"] = decay_iters(args.train_iters, args.lr_decay_fraction)
     return Resolution(values, notes)

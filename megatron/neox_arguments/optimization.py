@@ -105,6 +105,13 @@ class OptimizationKeys(Keys):
     checkpoint_activations: bool = key(
         False, "Recompute each decoder layer in the backward pass instead of storing it."
     )
+    recompute_layers: int | None = key(
+        None,
+        "With checkpoint_activations, how many decoder layers of each stage are recomputed, the first ones; all if "
+        "not given. Each one less saves its forward pass and costs what a layer stores; --dry-run says how many fit.",
+        ours=True,
+        gt=0,
+    )
     checkpoint_num_layers: Literal[1] = key(1, "Layers recomputed together; 1 is the only right interval here.")
     deepspeed_extra_args: dict[str, Any] = Field(
         default={},

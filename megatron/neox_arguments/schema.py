@@ -29,6 +29,7 @@ from megatron.neox_arguments.optimization import (
 )
 from megatron.neox_arguments.parallel import ParallelKeys
 from megatron.neox_arguments.runtime import RuntimeKeys
+from megatron.neox_arguments.survival import SurvivalKeys
 from megatron.neox_arguments.unsupported import UNSUPPORTED, WITHOUT_EFFECT
 
 BEGIN, END = "<!-- generated keys: begin -->", "<!-- generated keys: end -->"
@@ -47,6 +48,7 @@ _GROUPS: list[tuple[str, type[BaseModel]]] = [
     ("Data", DataKeys),
     ("Checkpoints", CheckpointKeys),
     ("Running, logging, evaluation, generation", RuntimeKeys),
+    ("Survival", SurvivalKeys),
 ]
 
 

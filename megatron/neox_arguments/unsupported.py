@@ -89,7 +89,6 @@ UNSUPPORTED: dict[str, Refusal] = {
     "char_level_ppl": Refusal("eval.py reports perplexity per token.", (None, False)),
     "lazy_mpu_init": Refusal("Process groups are made at start.", (None, False)),
     "memory_profiling": Refusal("Memory profiles are not recorded.", (None, False)),
-    "profile": Refusal("Profiles are not recorded.", (None, False)),
     "log_grad_pct_zeros": Refusal("Not logged.", (None, False)),
     "log_optimizer_states": Refusal("Not logged.", (None, False)),
     "log_param_norm": Refusal("Not logged.", (None, False)),
@@ -168,5 +167,5 @@ WITHOUT_EFFECT: dict[str, str] = {
     "s3_chunk_size": "checkpoints are written to a file system only",
     "recompute": "generate.py chooses by itself",
     **dict.fromkeys(("gradient_noise_scale_n_batches", "gradient_noise_scale_cpu_offload"), "it is not logged"),
-    **dict.fromkeys(("profile_step_start", "profile_step_stop", "memory_profiling_path"), "profiles are not recorded"),
+    "memory_profiling_path": "memory profiles are not recorded",
 }

@@ -15,9 +15,9 @@ Recompute = Literal["none", "selective", "full"]
 class ParallelLayout:
     """One way to run a model on `world_size` ranks.
 
-    `recompute` is what the backward pass computes again: nothing, attention's inner part (selective), or whole decoder
-    layers (full). `sequence_parallel`, `virtual_stages` > 1 and selective recomputation cannot be run by the trainer
-    today (`runs_today`); the planner knows them to say what they would gain.
+    `recompute` is what the backward pass computes again: nothing, attention's inner part (selective), or decoder layers
+    (full), `recompute_layers` of each stage or all of them. `sequence_parallel`, `virtual_stages` > 1 and selective
+    recomputation cannot be run by the trainer today (`runs_today`); the planner knows them to say what they would gain.
     """
 
     tensor: int
@@ -26,6 +26,7 @@ class ParallelLayout:
     micro_batch: int
     num_micro_batches: int  # gradient accumulation steps
     recompute: Recompute = "full"
+    recompute_layers: int | None = None  # of each stage, with full recomputation; None: all
     sequence_parallel: bool = False
     virtual_stages: int = 1
 
@@ -39,6 +40,7 @@ class ParallelLayout:
             micro_batch=args.train_micro_batch_size_per_gpu,
             num_micro_batches=args.gradient_accumulation_steps,
             recompute="full" if args.checkpoint_activations else "none",
+            recompute_layers=args.recompute_layers,
         )
 
     @property
@@ -49,6 +51,12 @@ class ParallelLayout:
     def global_batch(self) -> int:
         """Sequences of one optimizer step."""
         return self.micro_batch * self.num_micro_batches * self.data
+
+    def recomputed(self, decoder_layers: int) -> int:
+        """How many of a stage's decoder layers the backward pass computes again."""
+        if self.recompute != "full":
+            return 0
+        return decoder_layers if self.recompute_layers is None else min(self.recompute_layers, decoder_layers)
 
     @property
     def runs_today(self) -> bool:

@@ -18,10 +18,12 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from megatron.core import parallel_state
 
 from megatron.checkpoint.deepspeed_files import SafeCheckpointEngine
+from megatron.launcher.distributed import set_timeouts
 from megatron.model.parallel import TensorParallel
 from megatron.model.pipeline import PARAMETER_DTYPES, LlamaPipelineModule
 from megatron.neox_arguments import NeoXArgs
 from megatron.ops import configure
+from megatron.trainer.instructions import spread_what_is_not_finite
 from megatron.trainer.optimizer import build_optimizer
 
 EXPECTED_OPTIMIZER = {
@@ -48,8 +50,9 @@ def build_model(
 
 def build_engine(args: NeoXArgs, model: LlamaPipelineModule, log: Callable[[str], None]) -> PipelineEngine:
     """DeepSpeed's pipeline engine with ZeRO-1; its fp32 masters are copies of the model's present weights."""
-    engine = _initialize(model, args.deepspeed_config, build_optimizer(model, args))
+    engine = _initialize(model, args.deepspeed_config, args.distributed_timeout_minutes, build_optimizer(model, args))
     _check(engine, args)
+    spread_what_is_not_finite(engine)
     for line in describe(engine, args):
         log(line)
     return engine
@@ -62,16 +65,20 @@ def build_inference_engine(args: NeoXArgs, model: LlamaPipelineModule) -> Pipeli
         "gradient_accumulation_steps": 1,
         "bf16": {"enabled": args.precision == "bfloat16"},
     }
-    return _initialize(model, config)
+    return _initialize(model, config, args.distributed_timeout_minutes)
 
 
 def _initialize(
-    model: LlamaPipelineModule, config: dict[str, Any], optimizer: torch.optim.Optimizer | None = None
+    model: LlamaPipelineModule,
+    config: dict[str, Any],
+    timeout_minutes: int,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> PipelineEngine:
     """`deepspeed.initialize` without its chatter: memory readings go to stdout, everything else to its logger."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     with contextlib.redirect_stdout(io.StringIO()):
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+    set_timeouts(timeout_minutes)
     engine.checkpoint_engine = SafeCheckpointEngine()  # DeepSpeed's own opens files with weights_only=False
     return engine
 

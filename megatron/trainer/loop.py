@@ -6,20 +6,28 @@ from collections.abc import Iterator
 
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
-from megatron.checkpoint import TrainState, load_checkpoint, prepare_save, save_checkpoint
+from megatron.checkpoint import TrainState, load_checkpoint, prepare_save
 from megatron.data import Datasets, MicroBatches, build_datasets
+from megatron.data.ranges import SampleRanges
 from megatron.launcher.distributed import Place, initialize
-from megatron.launcher.failures import Stopped
+from megatron.launcher.heartbeat import Whereabouts
 from megatron.launcher.signals import StopRequest
+from megatron.launcher.watchdog import Watchdog
 from megatron.neox_arguments import NeoXArgs
 from megatron.trainer.batches import MicroBatch, StepBatch, assemble
 from megatron.trainer.engine import build_engine, build_model
 from megatron.trainer.evaluation import evaluate_all
-from megatron.trainer.guards import check_finite, check_initial_loss
+from megatron.trainer.guards import SuspiciousLossError, check_finite, check_initial_loss
+from megatron.trainer.instructions import run_inside
+from megatron.trainer.phases import Phases
 from megatron.trainer.progress import Progress
+from megatron.trainer.replicas import ReplicasDifferError
 from megatron.trainer.resume import is_own_save, where_to_start
+from megatron.trainer.saves import Saves, is_save_point, stop_if_asked
 from megatron.trainer.schedule import learning_rate
+from megatron.trainer.skips import announce, count_skipped, crossed, was_skipped
 from megatron.trainer.startup import StartUp
+from megatron.trainer.watch import Watch
 
 
 def train(args: NeoXArgs) -> None:
@@ -29,13 +37,17 @@ def train(args: NeoXArgs) -> None:
     """
     stop = StopRequest()
     stop.install()
-    run_training(args, initialize(args), stop)
+    place = initialize(args)
+    with Watchdog(args, place) as watchdog:
+        run_training(args, place, stop, watchdog.whereabouts)
 
 
-def run_training(args: NeoXArgs, place: Place, stop: StopRequest | None = None) -> None:
+def run_training(
+    args: NeoXArgs, place: Place, stop: StopRequest | None = None, whereabouts: Whereabouts | None = None
+) -> None:
     """`train` in a world that is initialised already."""
-    stop = stop or StopRequest()
-    startup = StartUp()
+    stop, phases = stop or StopRequest(), Phases(whereabouts or Whereabouts(), place.device)
+    startup = StartUp(phases.whereabouts)
     startup.done("start, imports and groups")
     progress = Progress(args, place.rank)
     datasets = build_datasets(args)
@@ -51,10 +63,12 @@ def run_training(args: NeoXArgs, place: Place, stop: StopRequest | None = None) 
         model.initialise_from_scratch()
     startup.done("model")
     engine = build_engine(args, model, progress.say)
+    run_inside(engine, phases.during)
     startup.done("engine")
     state = load_checkpoint(engine, start, data_fingerprints=datasets.fingerprints, log=progress.say) or TrainState()
     if args.save:
         prepare_save(engine, args, log=progress.say)
+    datasets = long_enough(args, datasets, state)
     startup.done("checkpoint")
     progress.say(f"starting at iteration {state.iteration}, {state.consumed_samples} samples consumed")
     first = state.iteration
@@ -63,18 +77,32 @@ def run_training(args: NeoXArgs, place: Place, stop: StopRequest | None = None) 
         report_validation(engine, args, datasets, progress, 0)
         saves.if_due(state)
     startup.done("validation")
+    announce(SampleRanges(args.skip_sample_ranges), state.consumed_samples, progress.say)
     batches = TrainingBatches(engine, args, datasets, state)
     progress.start_clock()
+    watch = Watch(engine, args, place, phases, progress)
     while state.iteration < args.train_iters:
-        stop_if_asked(stop, saves, state)
-        train_step(engine, args, batches, state, progress)
+        pulse = watch.between_steps(stop.received, state.iteration)
+        with phases.unhurried("save"):
+            stop_if_asked(pulse.stop, saves, state)
+        try:
+            with watch.profiler.step(state.iteration + 1), phases.step(state.iteration + 1, state.iteration == first):
+                train_step(engine, args, batches, state, progress, phases)
+            watch.after_step(state.iteration, is_save_point(args, state.iteration))
+        except (SuspiciousLossError, ReplicasDifferError):  # on all ranks; what is being written is from before
+            with phases.unhurried("save"):
+                saves.finish()
+            raise
         with progress.off_the_clock():
             if state.iteration == first + 1:
                 startup.done("first step")
                 progress.say(startup.line())
             if args.eval_interval and state.iteration % args.eval_interval == 0:
-                report_validation(engine, args, datasets, progress, state.iteration)
-            saves.if_due(state)
+                with phases.evaluation():
+                    report_validation(engine, args, datasets, progress, state.iteration)
+            with phases.unhurried("save"):
+                saves.if_due(state)
+    watch.profiler.close()
     progress.close()
 
 
@@ -82,7 +110,7 @@ class TrainingBatches:
     """The batches of training from a position on; stages without data only take part in the count."""
 
     def __init__(self, engine: PipelineEngine, args: NeoXArgs, datasets: Datasets, state: TrainState) -> None:
-        self.engine, self.args = engine, args
+        self.engine, self.args, self.skip = engine, args, SampleRanges(args.skip_sample_ranges)
         self._micro_batches: Iterator[MicroBatch] | None = None
         if engine.is_first_stage() or engine.is_last_stage():
             self._micro_batches = iter(
@@ -93,13 +121,16 @@ class TrainingBatches:
                     dp_size=args.data_parallel_size,
                     accumulation=args.gradient_accumulation_steps,
                     consumed_samples=state.consumed_samples,
+                    skip=self.skip,
                 )
             )
 
-    def next(self, iteration: int) -> StepBatch:
+    def next(self, iteration: int, phases: Phases) -> StepBatch:
         accumulation, source = self.args.gradient_accumulation_steps, self._micro_batches
+        with phases.during("data"):
+            micro_batches = None if source is None else [next(source) for _ in range(accumulation)]
         return assemble(
-            None if source is None else [next(source) for _ in range(accumulation)],
+            micro_batches,
             accumulation,
             self.args.data_parallel_size,
             counts_tokens=self.engine.is_last_stage() and self.engine.grid.get_slice_parallel_rank() == 0,
@@ -109,67 +140,50 @@ class TrainingBatches:
 
 
 def train_step(
-    engine: PipelineEngine, args: NeoXArgs, batches: TrainingBatches, state: TrainState, progress: Progress
+    engine: PipelineEngine,
+    args: NeoXArgs,
+    batches: TrainingBatches,
+    state: TrainState,
+    progress: Progress,
+    phases: Phases,
 ) -> float:
-    """One optimizer step; returns the global mean loss. `state` moves on by one iteration."""
+    """One optimizer step; returns the global mean loss. `state` moves on by one iteration.
+
+    Where the loss or the gradient is not finite the update is skipped, up to a bound; the data move on all the same.
+    """
     rate = learning_rate(args, state.iteration)
     for group in engine.optimizer.param_groups:
         group["lr"] = rate
-    batch = batches.next(state.iteration + 1)
-    loss = float(engine.train_batch(batch.iterator))
+    batch = batches.next(state.iteration + 1, phases)
+    mean_loss = engine.train_batch(batch.iterator)
+    phases.whereabouts.at("result")  # where a GPU's host waits for the step
+    loss = float(mean_loss)
     grad_norm = float(engine.get_global_grad_norm())
-    check_finite(loss, grad_norm, state.iteration + 1)
-    if state.iteration == 0:
-        check_initial_loss(loss, args)
+    behind = batches.skip.after(state.consumed_samples, args.train_batch_size)
+    if was_skipped(engine):
+        progress.warn(count_skipped(engine, args, state, loss, (state.consumed_samples, behind)))
+    else:
+        check_finite(loss, grad_norm, state.iteration + 1)
+        if state.iteration == 0:
+            check_initial_loss(loss, args)
+        state.skipped_in_a_row = 0
+    for line in crossed(batches.skip, state.consumed_samples, behind):
+        progress.say(line)
     state.iteration += 1
-    state.consumed_samples += args.train_batch_size
-    progress.step(state.iteration, loss, rate, grad_norm, batch.learned_tokens)
+    state.consumed_samples = behind
+    progress.step(state, loss, rate, grad_norm, batch.learned_tokens, engine.skipped_steps)
     return loss
 
 
-class Saves:
-    """The checkpoints of this run: when they are due, and whether the present state is in one."""
+def long_enough(args: NeoXArgs, datasets: Datasets, state: TrainState) -> Datasets:
+    """`datasets`, or the same with a longer order if the run reads on beyond it.
 
-    def __init__(
-        self, engine: PipelineEngine, args: NeoXArgs, datasets: Datasets, progress: Progress, saved: int | None
-    ) -> None:
-        self.engine, self.args, self.datasets, self.progress = engine, args, datasets, progress
-        self.saved = saved  # iteration that `args.save` holds
-
-    def if_due(self, state: TrainState) -> None:
-        if is_save_point(self.args, state.iteration):
-            self.now(state)
-
-    def now(self, state: TrainState) -> None:
-        """Save unless this state is saved already. Collective."""
-        if state.iteration != self.saved:
-            fingerprints = self.datasets.fingerprints
-            save_checkpoint(self.engine, self.args, state, data_fingerprints=fingerprints, log=self.progress.say)
-            self.saved = state.iteration
-
-
-def stop_if_asked(stop: StopRequest, saves: Saves, state: TrainState) -> None:
-    """After a signal to any rank: save what is not saved yet, then raise Stopped on all ranks. Collective.
-
-    Without a save folder there is nothing to go on with, and the exit code is the signal's.
+    So it does when it is behind where its iteration alone would put it: it has left out samples, or had a larger batch,
+    of which the present configuration does not know.
     """
-    args = saves.args
-    received = stop.agreed(saves.engine.device)
-    if received is None:
-        return
-    where = f"{received.name} at iteration {state.iteration} of {args.train_iters}"
-    if not args.save:
-        raise Stopped(f"{where}; nothing is saved, the run has no save folder", code=128 + received)
-    saves.now(state)
-    raise Stopped(f"{where}; all is saved, the same command goes on from there")
-
-
-def is_save_point(args: NeoXArgs, iteration: int) -> bool:
-    """Every `checkpoint_factor` iterations, at the `extra_save_iters` (0: before the first step), and at the end."""
-    if not args.save:
-        return False
-    every = args.checkpoint_factor and iteration and iteration % args.checkpoint_factor == 0
-    return bool(every or iteration in (args.extra_save_iters or ()) or iteration == args.train_iters)
+    ranges, left = SampleRanges(args.skip_sample_ranges), max(0, args.train_iters - state.iteration)
+    end = ranges.after(state.consumed_samples, left * args.train_batch_size)
+    return datasets if end <= len(datasets.train) else build_datasets(args, samples=end)
 
 
 def report_validation(

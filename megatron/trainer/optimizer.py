@@ -7,6 +7,8 @@ from torch import nn
 
 from megatron.neox_arguments import NeoXArgs
 
+DECAYED, UNDECAYED = "weight_decay_params", "no_weight_decay_params"
+
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
     """Matrices (embedding and head included) decay, norms do not; GPT-NeoX's grouping.
@@ -17,8 +19,8 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
     matrices = [p for p in module.parameters() if p.dim() > 1]
     vectors = [p for p in module.parameters() if p.dim() <= 1]
     groups = [
-        {"params": matrices, "weight_decay": weight_decay, "name": "weight_decay_params"},
-        {"params": vectors, "weight_decay": 0.0, "name": "no_weight_decay_params"},
+        {"params": matrices, "weight_decay": weight_decay, "name": DECAYED},
+        {"params": vectors, "weight_decay": 0.0, "name": UNDECAYED},
     ]
     return [group for group in groups if group["params"]]
 

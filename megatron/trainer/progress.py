@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron.checkpoint import TrainState
 from megatron.neox_arguments import NeoXArgs
-from megatron.trainer.flops import megatron_flops_per_token
+from megatron.planner.flops import megatron_flops_per_token
 
 
 class Progress:
@@ -80,22 +82,33 @@ class Progress:
         yield
         self._interval_start += time.perf_counter() - start
 
-    def step(self, iteration: int, loss: float, learning_rate: float, grad_norm: float, learned_tokens: int) -> None:
-        """Record one optimizer step; print a line every `log_interval`."""
+    def step(
+        self,
+        state: TrainState,
+        loss: float,
+        learning_rate: float,
+        grad_norm: float,
+        learned_tokens: int,
+        skipped_steps: int,
+    ) -> None:
+        """Record one optimizer step, after which the run is at `state`; print a line every `log_interval`."""
         if not self.active:
             return
+        iteration = state.iteration
         self._interval_iterations += 1
         values = {
             "train/lm_loss": loss,
             "train/learning_rate": learning_rate,
             "train/grad_norm": grad_norm,
             "train/learned_tokens": learned_tokens,
+            "train/consumed_samples": state.consumed_samples,
+            "train/skipped_steps": skipped_steps,
         }
         if iteration % self.args.log_interval == 0 or iteration == self.args.train_iters:
             seconds = (time.perf_counter() - self._interval_start) / self._interval_iterations
             tokens_per_second = self.args.train_batch_size * self.args.seq_length / seconds
             ranks = self.args.global_num_gpus
-            tflops = tokens_per_second * megatron_flops_per_token(self.args) / ranks / 1e12
+            tflops = tokens_per_second * megatron_flops_per_token(self.args.shape, self.args.seq_length) / ranks / 1e12
             values |= {
                 "runtime/iteration_time": seconds,
                 "runtime/tokens_per_sec": tokens_per_second,
@@ -108,7 +121,8 @@ class Progress:
             )
             self._interval_iterations = 0
             self._interval_start = time.perf_counter()
-        self.record(iteration, values)
+        # JSON has no NaN, and a curve no place for one.
+        self.record(iteration, {name: value for name, value in values.items() if math.isfinite(value)})
 
     def close(self) -> None:
         for sink in (self._jsonl, self._tensorboard):

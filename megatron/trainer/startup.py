@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import time
 
+from megatron.launcher.heartbeat import Whereabouts
+
 STARTED = "NEOX_STARTED"  # set by the launcher: time.time() when deepy.py began
 
 
 class StartUp:
     """Named spans that follow each other without a gap, from the command line to the first step."""
 
-    def __init__(self) -> None:
+    def __init__(self, whereabouts: Whereabouts) -> None:
+        self._whereabouts = whereabouts
         self._last = float(os.environ.get(STARTED, time.time()))
         self.spans: dict[str, float] = {}
 
@@ -20,6 +23,7 @@ class StartUp:
         now = time.time()
         self.spans[what] = now - self._last
         self._last = now
+        self._whereabouts.at(f"start-up, after {what}")
 
     def line(self) -> str:
         parts = ", ".join(f"{what} {seconds:.1f}" for what, seconds in self.spans.items())

@@ -88,6 +88,27 @@ def test_every_layout_trains_the_same_model(case: Case, split: tuple[int, int, i
     assert_same_training(trained(case, split), trained(case, (1, 1, 1)), loss=1e-6, parameters=1e-5)
 
 
+def _recomputed(rank: int, world_size: int, recompute: int | None) -> tuple[Any, dict[int, int]]:
+    """The training of stages of two layers, and how often each layer number ran in one step of two micro-batches."""
+    from megatron.model.llama import TransformerLayer
+
+    args = arguments(UNTIED, (1, 2, 1), recompute_layers=recompute, gradient_accumulation_steps=2)
+    engine = build(args, UNTIED)
+    runs: dict[int, int] = {}
+    for index, layer in engine.module.numbered_layers():
+        if isinstance(layer, TransformerLayer):
+            layer.register_forward_pre_hook(lambda *_, i=index: runs.update({i: runs.get(i, 0) + 1}))
+    return step(engine, args, make_samples(UNTIED, 4)), runs
+
+
+def test_only_some_layers_are_recomputed_and_nothing_changes() -> None:
+    """Layers 2 to 5 of the checkpoint, two on each stage: a recomputed one runs twice for each micro-batch."""
+    every, one = (run_ranks(_recomputed, 2, recompute) for recompute in (None, 1))
+    assert [runs for _, runs in every] == [{2: 4, 3: 4}, {4: 4, 5: 4}]
+    assert [runs for _, runs in one] == [{2: 4, 3: 2}, {4: 4, 5: 2}]
+    assert [history for history, _ in one] == [history for history, _ in every]
+
+
 @pytest.mark.parametrize("split", [(1, 2, 2), (2, 2, 1)], ids=lambda s: "tp{}pp{}dp{}".format(*s))
 def test_evaluation_between_steps_changes_nothing(split: tuple[int, int, int]) -> None:
     quiet, evaluated = trained(UNTIED, split), trained(UNTIED, split, evals=True)

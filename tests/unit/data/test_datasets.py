@@ -5,7 +5,7 @@ import json
 import multiprocessing
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any, Literal
@@ -53,6 +53,7 @@ class Args:
     train_iters: int | None = 20
     train_epochs: float | None = None
     train_batch_size: int = 8
+    skip_sample_ranges: list[list[int]] = field(default_factory=list)
 
 
 def write(prefix: Path, documents: list[np.ndarray]) -> str:

@@ -1,0 +1,58 @@
+"""Counts the bytes of tensors that are alive: what a GPU's allocator would report, on a device that has no counter."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class LiveBytes(TorchDispatchMode):
+    """While it is entered: `now`, the bytes of all storages made since and still alive, and their `peak`.
+
+    A storage counts once however many tensors view it, from the operation that makes it until nothing holds it.
+    Temporaries inside one operation are not seen; a GPU's caching allocator sees those, and rounds each block up to
+    512 bytes.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0
+        self.peak = 0
+        self.live: dict[int, tuple[int, str, tuple[int, ...]]] = {}
+        self.at_peak: dict[int, tuple[int, str, tuple[int, ...]]] = {}
+        self.stop_at: int | None = None
+        self._refs: dict[int, weakref.ref] = {}
+
+    def reset_peak(self) -> None:
+        self.peak = self.now
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and not leaf.is_meta:
+                self._count(leaf, str(func))
+        return result
+
+    def _count(self, tensor: Tensor, op: str) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._refs:
+            return
+        size = storage.nbytes()
+
+        def gone(_: Any) -> None:
+            self.now -= size
+            del self._refs[key]
+            del self.live[key]
+
+        self._refs[key] = weakref.ref(storage, gone)
+        self.live[key] = (size, op, tuple(tensor.shape))
+        self.now += size
+        if self.now > self.peak:
+            self.peak = self.now
+            if self.stop_at is not None and self.now >= self.stop_at:
+                self.at_peak = dict(self.live)

@@ -1,0 +1,220 @@
+"""A run's plan: what its stages are and hold, how long a step takes, how large a checkpoint is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from megatron.neox_arguments import ConfigError, NeoXArgs
+from megatron.planner.activations import Ops
+from megatron.planner.checkpoint_size import CheckpointSize, checkpoint_size
+from megatron.planner.estimate import Budget, Estimate, Reliability, budget, estimate, reliability
+from megatron.planner.machines import GIB, MACHINES, Machine
+from megatron.planner.memory import StageMemory, fewest_recomputed, plan_memory
+from megatron.planner.parallel_layout import ParallelLayout
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`parameters_total` counts replicated tensors once, as a model card does."""
+
+    args: NeoXArgs
+    layout: ParallelLayout
+    machine: Machine
+    usable_bytes: int
+    parameters_total: int
+    stages: list[StageMemory]
+    checkpoint: CheckpointSize
+    time: Estimate
+    tokens: float | None = None
+
+    @property
+    def fullest(self) -> StageMemory:
+        return max(self.stages, key=lambda stage: stage.peak)
+
+    @property
+    def fits(self) -> bool:
+        return self.fullest.peak <= self.usable_bytes
+
+    @property
+    def nodes(self) -> int:
+        return math.ceil(self.layout.world_size / self.machine.gpus_per_node)
+
+    @property
+    def reliability(self) -> Reliability:
+        return reliability(self.time)
+
+    @property
+    def budget(self) -> Budget | None:
+        return None if self.tokens is None else budget(self.time, self.tokens)
+
+    def as_json(self) -> dict[str, Any]:
+        """Bytes, seconds, tokens; layer numbers are the checkpoint's."""
+        plan: dict[str, Any] = {
+            "world_size": self.layout.world_size,
+            "nodes": self.nodes,
+            "layout": asdict(self.layout),
+            "global_batch": self.layout.global_batch,
+            "seq_length": self.args.seq_length,
+            "tokens_per_step": self.time.tokens_per_step,
+            "precision": self.args.precision,
+            "machine": self.machine.name,
+            "usable_bytes": self.usable_bytes,
+            "fits": self.fits,
+            "parameters_total": self.parameters_total,
+            "stages": [
+                {
+                    "stage": stage.stage,
+                    "layers": list(stage.layers),
+                    "decoder_layers": stage.decoder_layers,
+                    "parameters": stage.parameters,
+                    "bytes": stage.by_kind,
+                    "peak": stage.peak,
+                    "allocated": stage.allocated,
+                    "moment": stage.moment,
+                }
+                for stage in self.stages
+            ],
+            "checkpoint_bytes": self.checkpoint.total,
+            "checkpoint": asdict(self.checkpoint),
+            "tokens_per_second_per_gcd": self.time.tokens_per_second_per_gcd,
+            "tokens_per_second": self.time.tokens_per_second,
+            "tflops_per_gcd": self.time.tflops_per_gcd,
+            "step_seconds": self.time.step_seconds,
+            "step_parts": self.time.parts,
+            "bubble": self.time.bubble,
+            "reliability": asdict(self.reliability),
+        }
+        if self.budget is not None:
+            plan["budget"] = asdict(self.budget)
+        return plan
+
+
+def make_plan(
+    args: NeoXArgs,
+    stage_layers: Sequence[range],
+    parameters_total: int,
+    machine: Machine,
+    usable_bytes: int | None = None,
+    tokens: float | None = None,
+) -> Plan:
+    """The plan of a resolved training configuration; `stage_layers` and `parameters_total` are the true model's."""
+    layout = ParallelLayout.of(args)
+    stages = memory_of(args, layout, machine, stage_layers)
+    return Plan(
+        args=args,
+        layout=layout,
+        machine=machine,
+        usable_bytes=machine.usable_hbm_bytes if usable_bytes is None else usable_bytes,
+        parameters_total=parameters_total,
+        stages=stages,
+        checkpoint=checkpoint_size(args.shape, layout, args.precision, stages),
+        time=estimate(args.shape, layout, args.seq_length, machine, layers=[stage.decoder_layers for stage in stages]),
+        tokens=tokens,
+    )
+
+
+def memory_of(
+    args: NeoXArgs, layout: ParallelLayout, machine: Machine, stage_layers: Sequence[range] | None = None
+) -> list[StageMemory]:
+    """Memory of the configuration's model under a layout, its own or another."""
+    ops: Ops = "cpu" if args.device == "cpu" else "torch" if args.kernels == "reference" else "kernels"
+    return plan_memory(
+        args.shape,
+        layout,
+        args.seq_length,
+        args.precision,
+        stage_layers=stage_layers,
+        isolate_documents=args.isolate_documents,
+        ops=ops,
+        machine=machine,
+    )
+
+
+def find_machine(name: str) -> Machine:
+    """Raises ConfigError for a machine that `megatron.planner.machines` does not describe."""
+    if name not in MACHINES:
+        raise ConfigError(f"--machine: {name!r} is not known; known: {', '.join(MACHINES)}")
+    return MACHINES[name]
+
+
+def refusal(plan: Plan) -> str:
+    """Why a plan does not fit, and what would."""
+    stage, limit = plan.fullest, plan.usable_bytes / GIB
+    over = sum(stage.peak > plan.usable_bytes for stage in plan.stages)
+    where = f"stage {stage.stage} needs {stage.peak / GIB:.1f} GiB a GCD"
+    others = f", and {over} of {len(plan.stages)} stages are too large" if over > 1 else ""
+    parts = sorted(stage.by_kind.items(), key=lambda kind: -kind[1])[:3]
+    most = ", ".join(f"{kind} {size / GIB:.1f}" for kind, size in parts)
+    fitting = [f"{what} ({peak / GIB:.1f} GiB)" for what, peak in remedies(plan) if peak <= plan.usable_bytes]
+    advice = (
+        "what would fit: " + "; or ".join(fitting[:3])
+        if fitting
+        else "neither recomputation nor twice the stages or tensor-parallel ranks is enough: --search tries all layouts"
+    )
+    return (
+        f"this run does not fit: {where}, of which {limit:.1f} GiB can be used on {plan.machine.name}{others}. Most of "
+        f"it: {most} GiB. {advice[0].upper()}{advice[1:]}. --allow-memory goes on all the same"
+    )
+
+
+def _fewest(plan: Plan) -> int | None:
+    """The least `recompute_layers` with which the run fits, None where that is all of them or not enough."""
+    longest = max(stage.decoder_layers for stage in plan.stages)
+
+    def fits(layout: ParallelLayout) -> bool:
+        stages = memory_of(plan.args, layout, plan.machine, [stage.layers for stage in plan.stages])
+        return max(stage.peak for stage in stages) <= plan.usable_bytes
+
+    return fewest_recomputed(plan.layout, longest, fits)
+
+
+def less_recomputation(plan: Plan) -> str | None:
+    """What recomputing no more layers than memory asks for would gain; None where nothing."""
+    layout, time = plan.layout, plan.time
+    fewest = _fewest(plan) if plan.fits and layout.recompute == "full" else None
+    longest = max(stage.decoder_layers for stage in plan.stages)
+    if fewest is None or fewest >= layout.recomputed(longest):
+        return None
+    layers = [stage.decoder_layers for stage in plan.stages]
+    other = estimate(time.shape, replace(layout, recompute_layers=fewest), time.seq_length, plan.machine, layers=layers)
+    gain = other.tokens_per_second / time.tokens_per_second - 1
+    return f"recompute_layers: {fewest} would fit too: {gain:+.0%} tokens/s, predicted"
+
+
+def remedies(plan: Plan) -> list[tuple[str, int]]:
+    """Changes that save memory and keep ranks and global batch, each with the fullest stage's bytes."""
+    args, layout = plan.args, plan.layout
+    candidates: list[tuple[str, ParallelLayout]] = []
+    recomputed = replace(layout, recompute="full", recompute_layers=None)
+    fewest = _fewest(plan)
+    if fewest is not None:
+        partly = replace(recomputed, recompute_layers=fewest)
+        candidates.append((f"checkpoint_activations: true with recompute_layers: {fewest}", partly))
+    if layout != recomputed:
+        every = "recompute_layers left out" if layout.recompute == "full" else "checkpoint_activations: true"
+        candidates.append((every, recomputed))
+    if layout.micro_batch > 1:
+        smaller = replace(layout, micro_batch=1, num_micro_batches=layout.num_micro_batches * layout.micro_batch)
+        candidates.append(("train_micro_batch_size_per_gpu: 1", smaller))
+    for key, larger in (
+        ("pipe_parallel_size", replace(layout, pipe=2 * layout.pipe)),
+        ("model_parallel_size", replace(layout, tensor=2 * layout.tensor)),
+    ):
+        if layout.data % 2 or larger.pipe > args.num_layers or larger.tensor > plan.machine.gpus_per_node:
+            continue
+        larger = replace(larger, data=layout.data // 2, num_micro_batches=2 * layout.num_micro_batches)
+        size = larger.pipe if key == "pipe_parallel_size" else larger.tensor
+        candidates.append((f"{key}: {size}", larger))
+        if layout.recompute != "full":
+            candidates.append((f"checkpoint_activations: true with {key}: {size}", replace(larger, recompute="full")))
+    found = []
+    for what, candidate in candidates:
+        try:
+            stages = memory_of(args, candidate, plan.machine)
+        except ValueError:  # the model's heads cannot be split so far
+            continue
+        found.append((what, max(stage.peak for stage in stages)))
+    return found

@@ -1,0 +1,81 @@
+"""When each stage computes what in one step, from the instructions that DeepSpeed's pipeline engine executes.
+
+`deepspeed.runtime.pipe.schedule.TrainSchedule` lists a stage's instructions in order; here each gets its time: a
+receive waits for the send it belongs to, everything else follows what is before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from deepspeed.runtime.pipe import schedule
+
+Kind = Literal["forward", "backward"]
+
+
+@dataclass(frozen=True)
+class Work:
+    """One pass of a micro-batch through a stage."""
+
+    stage: int
+    kind: Kind
+    micro_batch: int
+    start: float
+    stop: float
+
+
+class ScheduleError(RuntimeError):
+    """DeepSpeed's schedule cannot be executed: stages wait for each other."""
+
+
+def timeline(num_micro_batches: int, forward: Sequence[float], backward: Sequence[float]) -> list[Work]:
+    """All passes of a step in order of their end; `forward` and `backward` are seconds by stage."""
+    stages = len(forward)
+    pending = [list(_instructions(num_micro_batches, stages, stage)) for stage in range(stages)]
+    clocks = [0.0] * stages
+    counts: dict[tuple[int, str], int] = {}
+    sent: dict[tuple[int, str, int], float] = {}  # (receiving stage, what, micro-batch) -> time of arrival
+    done: list[Work] = []
+    while any(pending):
+        progress = False
+        for stage, instructions in enumerate(pending):
+            while instructions:
+                name = type(instructions[0]).__name__
+                number = counts.get((stage, name), 0)
+                if name in _ARRIVES and (stage, _ARRIVES[name], number) not in sent:
+                    break
+                instructions.pop(0)
+                counts[stage, name] = number + 1
+                progress = True
+                if name in _ARRIVES:
+                    clocks[stage] = max(clocks[stage], sent[stage, _ARRIVES[name], number])
+                elif name in _SENDS:
+                    step, what = _SENDS[name]
+                    sent[stage + step, what, number] = clocks[stage]
+                elif name in _PASSES:
+                    seconds = (forward if _PASSES[name] == "forward" else backward)[stage]
+                    done.append(Work(stage, _PASSES[name], number, clocks[stage], clocks[stage] + seconds))
+                    clocks[stage] += seconds
+        if not progress:
+            raise ScheduleError(f"stages wait for each other: next are {[row[0] for row in pending if row]}")
+    return sorted(done, key=lambda work: work.stop)
+
+
+# What is sent and received in the same order on both sides, so that the n-th belongs to the n-th.
+_ARRIVES = {"RecvActivation": "activation", "RecvGrad": "gradient"}
+_SENDS = {"SendActivation": (+1, "activation"), "SendGrad": (-1, "gradient")}
+_PASSES: dict[str, Kind] = {"ForwardPass": "forward", "BackwardPass": "backward"}
+
+
+def _instructions(num_micro_batches: int, stages: int, stage: int) -> list[schedule.PipeInstruction]:
+    steps = schedule.TrainSchedule(micro_batches=num_micro_batches, stages=stages, stage_id=stage)
+    return [instruction for step in steps for instruction in step]
+
+
+def idle_share(work: Sequence[Work], stages: int) -> float:
+    """Part of the stages' time, from the first pass to the last, in which they wait."""
+    end = max(one.stop for one in work)
+    busy = sum(one.stop - one.start for one in work)
+    return 1.0 - busy / (stages * end)

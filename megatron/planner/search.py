@@ -1,0 +1,360 @@
+"""Every layout that a number of GCDs and a global batch allow, by predicted tokens per second, and why losers lose.
+
+    result = search(shape, world_size, global_batch, seq_length, machine)
+    result.ranked        candidates that the trainer runs today and that fit, fastest first
+    result.lost          candidates that do not fit, each with its reason
+    result.later         what sequence parallelism, interleaving or selective recomputation would give
+    result.lines()       all of it as text; result.as_json() for scripts
+
+Time is `megatron.planner.estimate`'s, memory `megatron.planner.memory`'s. Legal is what `NeoXArgs` accepts: tensor
+parallelism divides heads, key/value heads, MLP width and vocabulary and stays inside a node, every stage has a layer,
+and micro-batch x accumulation x data parallel is the global batch. Of recomputation it tries none, all, and, where
+memory lies between, the fewest layers that fit.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from megatron.model.layout import LlamaShape, padded_vocab_size
+from megatron.planner.compute import gemm_seconds, layer_matrices
+from megatron.planner.estimate import Estimate, estimate
+from megatron.planner.machines import GIB, LINK_NAMES, Machine, ring_rate
+from megatron.planner.memory import StageMemory, fewest_recomputed, plan_memory
+from megatron.planner.parallel_layout import ParallelLayout, Recompute
+
+RECOMPUTE: tuple[Recompute, ...] = ("none", "full")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layout, what it takes, and in `reason` what holds it back."""
+
+    layout: ParallelLayout
+    estimate: Estimate
+    fullest: StageMemory  # the stage that needs most
+    reason: str = ""
+
+    @property
+    def peak_bytes(self) -> int:
+        return self.fullest.peak
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.estimate.tokens_per_second
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    machine: Machine
+    seq_length: int
+    global_batch: int
+    usable_bytes: int  # of a GCD's memory
+    ranked: list[Candidate]
+    lost: list[Candidate]  # too large, fastest first
+    later: list[Candidate]  # fit and are faster than the best of today, best of each kind
+
+    @property
+    def best(self) -> Candidate | None:
+        return self.ranked[0] if self.ranked else None
+
+    def find(self, tensor: int, pipe: int, micro_batch: int, recompute: Recompute = "full") -> Candidate | None:
+        """The candidate of today's with these sizes, fitting or not."""
+        sizes = (tensor, pipe, micro_batch, recompute, None)
+        for candidate in self.ranked + self.lost:
+            layout = candidate.layout
+            if (layout.tensor, layout.pipe, layout.micro_batch, layout.recompute, layout.recompute_layers) == sizes:
+                return candidate
+        return None
+
+    def as_json(self, top: int | None = None) -> dict[str, Any]:
+        """The first `top` of each list, for scripts."""
+        return {
+            "usable_bytes": self.usable_bytes,
+            "ranked": [_json(candidate) for candidate in self.ranked[:top]],
+            "lost": [_json(candidate) for candidate in self.lost[:top]],
+            "later": [_json(candidate) for candidate in self.later[:top]],
+        }
+
+    def lines(self, top: int = 10) -> list[str]:
+        """A table for people: the `top` fastest, the fastest of those that do not fit, and what is not built yet."""
+        lines = _table(self.ranked[:top])
+        if not self.ranked:
+            lines = [f"no layout fits {self.usable_bytes / GIB:.0f} GiB a GCD"]
+        if self.lost:
+            lines += ["", f"{len(self.lost)} do not fit; the fastest of them:", *_table(self.lost[:5])]
+        if self.later:
+            lines += ["", "not built yet, and their gain over the best of today:", *_table(self.later)]
+        return lines
+
+
+def search(
+    shape: LlamaShape,
+    world_size: int,
+    global_batch: int,
+    seq_length: int,
+    machine: Machine,
+    *,
+    precision: str = "bfloat16",
+    usable_bytes: int | None = None,
+    vocab_divisible_by: int | None = None,
+    isolate_documents: bool = False,
+) -> SearchResult:
+    """All legal layouts of `world_size` GCDs and `global_batch` sequences a step.
+
+    `usable_bytes` is the memory of a GCD that a layout may take, the machine's unless given. `vocab_divisible_by` is
+    GPT-NeoX's `make_vocab_size_divisible_by`: the vocabulary is then padded anew for every tensor-parallel size, else
+    the shape's padding stays. Raises ValueError if there is no legal layout.
+    """
+    limit = machine.usable_hbm_bytes if usable_bytes is None else usable_bytes
+    plan = _Planner(shape, seq_length, machine, precision, vocab_divisible_by, isolate_documents)
+    today = [plan.candidate(layout) for layout in plan.layouts(world_size, global_batch)]
+    if not today:
+        raise ValueError(
+            f"no layout of {world_size} GCDs fits a global batch of {global_batch} sequences: data-parallel ranks must "
+            f"divide it, with tensor-parallel sizes that divide the model's heads and a node's {machine.gpus_per_node}"
+        )
+    whole = [candidate.layout for candidate in today]
+    today += [plan.candidate(layout) for layout in plan.between(today, limit)]
+    today.sort(key=lambda candidate: -candidate.tokens_per_second)
+    fitting = [candidate for candidate in today if candidate.peak_bytes <= limit]
+    best = fitting[0] if fitting else None
+    ranked = [replace(candidate, reason=_behind(candidate, best)) for candidate in fitting]
+    lost = [replace(c, reason=_too_large(c, limit)) for c in today if c.peak_bytes > limit]
+    later = _later(plan, whole, limit, best)
+    return SearchResult(machine, seq_length, global_batch, limit, ranked, lost, later)
+
+
+@dataclass(frozen=True)
+class _Planner:
+    """What stays the same while layouts are tried."""
+
+    shape: LlamaShape
+    seq_length: int
+    machine: Machine
+    precision: str
+    vocab_divisible_by: int | None
+    isolate_documents: bool
+
+    def shape_at(self, tensor: int) -> LlamaShape:
+        if self.vocab_divisible_by is None:
+            return self.shape
+        padded = padded_vocab_size(self.shape.vocab_size, self.vocab_divisible_by, tensor)
+        return replace(self.shape, padded_vocab_size=padded)
+
+    def layouts(self, world_size: int, global_batch: int) -> Iterator[ParallelLayout]:
+        """Every layout that the trainer accepts."""
+        for tensor in _divisors(world_size):
+            if self.machine.gpus_per_node % tensor or not _splits(self.shape_at(tensor), tensor):
+                continue
+            for pipe in _divisors(world_size // tensor):
+                data = world_size // tensor // pipe
+                if pipe > self.shape.num_layers or global_batch % data:
+                    continue
+                for micro_batch in _divisors(global_batch // data):
+                    steps = global_batch // data // micro_batch
+                    for recompute in RECOMPUTE:
+                        yield ParallelLayout(tensor, pipe, data, micro_batch, steps, recompute)
+
+    def between(self, today: list[Candidate], limit: int) -> Iterator[ParallelLayout]:
+        """Of the layouts that fit if they recompute all layers but not if none, those that recompute as few as fit."""
+        too_large = {candidate.layout for candidate in today if candidate.peak_bytes > limit}
+        for candidate in today:
+            layout = candidate.layout
+            if (
+                layout.recompute == "full"
+                and layout not in too_large
+                and replace(layout, recompute="none") in too_large
+            ):
+                partly = self.fewest(layout, limit)
+                if partly is not None:
+                    yield partly
+
+    def fewest(self, layout: ParallelLayout, limit: int) -> ParallelLayout | None:
+        """`layout` with the least recomputation that fits, None if that is all layers'."""
+        longest = -(-self.shape.num_layers // layout.pipe)
+        layers = fewest_recomputed(layout, longest, lambda other: self.candidate(other).peak_bytes <= limit)
+        return None if layers is None else replace(layout, recompute_layers=layers)
+
+    def time(self, layout: ParallelLayout) -> Estimate:
+        return estimate(self.shape_at(layout.tensor), layout, self.seq_length, self.machine)
+
+    def candidate(self, layout: ParallelLayout) -> Candidate:
+        stages = plan_memory(
+            self.shape_at(layout.tensor),
+            layout,
+            self.seq_length,
+            self.precision,
+            isolate_documents=self.isolate_documents,
+            machine=self.machine,
+        )
+        return Candidate(layout, self.time(layout), max(stages, key=lambda stage: stage.peak))
+
+
+def _divisors(number: int) -> list[int]:
+    return [candidate for candidate in range(1, number + 1) if number % candidate == 0]
+
+
+def _splits(shape: LlamaShape, tensor: int) -> bool:
+    try:
+        shape.check_tensor_parallel(tensor)
+    except ValueError:
+        return False
+    return True
+
+
+def _later(plan: _Planner, today: list[ParallelLayout], limit: int, best: Candidate | None) -> list[Candidate]:
+    """For everything the trainer lacks, alone and together: the fastest that fits, where it beats today's best and
+    whatever needs less."""
+    kinds: dict[frozenset[str], list[ParallelLayout]] = {}
+    for layout in today:
+        for lacking, variant in _variants(layout, plan.shape.num_layers):
+            kinds.setdefault(lacking, []).append(variant)
+    found: dict[frozenset[str], Candidate] = {}
+    for lacking in sorted(kinds, key=lambda names: (len(names), sorted(names))):
+        beaten = [found[less].tokens_per_second for less in found if less < lacking]
+        bar = max([*beaten, best.tokens_per_second if best else 0.0])
+        fastest = _fastest_fitting(plan, kinds[lacking], limit, bar)
+        if fastest:
+            partly = plan.fewest(fastest.layout, limit) if fastest.layout.recompute == "full" else None
+            fastest = fastest if partly is None else plan.candidate(partly)
+            gain = f": {fastest.tokens_per_second / best.tokens_per_second - 1:+.0%}" if best else ""
+            found[lacking] = replace(fastest, reason="needs " + " and ".join(sorted(lacking)) + gain)
+    return sorted(found.values(), key=lambda candidate: -candidate.tokens_per_second)
+
+
+def _fastest_fitting(plan: _Planner, variants: list[ParallelLayout], limit: int, bar: float) -> Candidate | None:
+    timed = [(plan.time(variant).tokens_per_second, variant) for variant in variants]
+    for speed, variant in sorted(timed, key=lambda entry: -entry[0]):
+        if speed <= bar:
+            return None
+        candidate = plan.candidate(variant)
+        if candidate.peak_bytes <= limit:
+            return candidate
+    return None
+
+
+def _variants(layout: ParallelLayout, num_layers: int) -> Iterator[tuple[frozenset[str], ParallelLayout]]:
+    """`layout` with each combination of what the trainer cannot run yet, and the names of what it takes.
+
+    Interleaving wants whole layers in every chunk and, in Megatron's schedule, micro-batches in multiples of stages.
+    """
+    chunks = [1]
+    if layout.pipe > 1 and layout.num_micro_batches % layout.pipe == 0:
+        chunks += [v for v in range(2, num_layers // layout.pipe + 1) if num_layers % (layout.pipe * v) == 0]
+    modes: list[Recompute] = [layout.recompute, "selective"] if layout.recompute == "none" else [layout.recompute]
+    for virtual, recompute, sequence in itertools.product(chunks, modes, (False, layout.tensor > 1)):
+        lacking = {
+            "interleaving": virtual > 1,
+            "selective recomputation": recompute == "selective",
+            "sequence parallelism": sequence,
+        }
+        names = frozenset(name for name, wanted in lacking.items() if wanted)
+        if names:
+            yield names, replace(layout, virtual_stages=virtual, recompute=recompute, sequence_parallel=sequence)
+
+
+def _too_large(candidate: Candidate, limit: int) -> str:
+    kinds = candidate.fullest.by_kind
+    most = max(kinds, key=lambda kind: kinds[kind])
+    return (
+        f"stage {candidate.fullest.stage} needs {candidate.peak_bytes / GIB:.1f} of {limit / GIB:.0f} GiB, "
+        f"{kinds[most] / GIB:.1f} of it {most}"
+    )
+
+
+def _behind(candidate: Candidate, best: Candidate | None) -> str:
+    """What costs a layout most against the best one, in seconds of a step."""
+    if best is None or candidate.layout == best.layout:
+        return "the fastest that fits"
+    mine, theirs = candidate.estimate.parts, best.estimate.parts
+    part = max(mine, key=lambda name: mine[name] - theirs[name])
+    layout = candidate.layout
+    again = candidate.estimate.recomputed_share
+    if part in ("gemm", "attention", "memory_bound", "waiting") and again > best.estimate.recomputed_share:
+        return f"computes the forward of {'every layer' if again == 1 else f'{again:.0%} of the layers'} twice"
+    ends = _imbalance(candidate.estimate)
+    if part == "gemm" and ends > _imbalance(best.estimate) + 0.01:
+        return f"the longest stage takes {ends:.0%} more than the average: the head is on the last"
+    share = f"{mine[part] / candidate.estimate.step_seconds:.0%} of the step"
+    match part:
+        case "bubble":
+            return f"bubble {share}: {layout.num_micro_batches} micro-batches through {layout.pipe} stages"
+        case "tensor_parallel":
+            return f"all-reduces of {layout.tensor} tensor-parallel ranks {share}, {_links(layout, candidate.estimate)}"
+        case "gradient_reduction":
+            return f"reduction of gradients over {layout.data} data-parallel ranks {share}"
+        case "parameter_gather":
+            return f"gather of weights over {layout.data} data-parallel ranks {share}"
+        case "pipeline_messages":
+            return f"messages between stages {share}"
+        case "gemm":
+            return f"smaller matrices: {_matrix_rate(candidate):.0f} TFLOP/s, {_matrix_rate(best):.0f} in the best"
+        case _:
+            return f"{part.replace('_', ' ')} {share}"
+
+
+def _imbalance(time: Estimate) -> float:
+    """How much longer the longest stage takes than the average one."""
+    return time.slowest.total * len(time.stages) / sum(stage.total for stage in time.stages) - 1
+
+
+def _links(layout: ParallelLayout, time: Estimate) -> str:
+    return "over " + LINK_NAMES[ring_rate(tuple(sorted(time.machine.gcds(range(layout.tensor)))))]
+
+
+def _matrix_rate(candidate: Candidate) -> float:
+    """TFLOP/s of the forward products of a decoder layer."""
+    time, layout = candidate.estimate, candidate.layout
+    sizes = layer_matrices(time.shape, layout.tensor)
+    tokens = layout.micro_batch * time.seq_length
+    seconds = sum(gemm_seconds(tokens, features_in, features_out, time.machine) for features_in, features_out in sizes)
+    return sum(2.0 * tokens * i * o for i, o in sizes) / seconds / 1e12
+
+
+HEADER = ("TP", "PP", "DP", "micro", "accum", "recompute", "tok/s/GCD", "TF NeoX", "TF Megatron", "GiB", "")
+
+
+def row(candidate: Candidate) -> tuple[str, ...]:
+    """A candidate under `HEADER`: TFLOP/s of a GCD by both formulas, peak memory of its fullest stage."""
+    layout, time = candidate.layout, candidate.estimate
+    flops = time.tflops_per_gcd
+    return (
+        str(layout.tensor),
+        str(layout.pipe) + (f" v{layout.virtual_stages}" if layout.virtual_stages > 1 else ""),
+        str(layout.data),
+        str(layout.micro_batch),
+        str(layout.num_micro_batches),
+        _recompute(candidate) + (" +SP" if layout.sequence_parallel else ""),
+        f"{time.tokens_per_second_per_gcd:.1f}",
+        f"{flops['neox']:.1f}",
+        f"{flops['megatron']:.1f}",
+        f"{candidate.peak_bytes / GIB:.1f}",
+        candidate.reason,
+    )
+
+
+def _recompute(candidate: Candidate) -> str:
+    layout = candidate.layout
+    if layout.recompute_layers is None:
+        return layout.recompute
+    return f"{layout.recompute_layers} of {max(stage.layers for stage in candidate.estimate.stages)}"
+
+
+def _json(candidate: Candidate) -> dict[str, Any]:
+    return {
+        "layout": asdict(candidate.layout),
+        "tokens_per_second_per_gcd": candidate.estimate.tokens_per_second_per_gcd,
+        "tflops_per_gcd": candidate.estimate.tflops_per_gcd,
+        "peak_bytes": candidate.peak_bytes,
+        "reason": candidate.reason,
+    }
+
+
+def _table(candidates: list[Candidate]) -> list[str]:
+    rows = [HEADER, *map(row, candidates)]
+    widths = [max(len(line[column]) for line in rows) for column in range(len(HEADER))]
+    return ["  ".join(item.ljust(width) for item, width in zip(line, widths, strict=True)).rstrip() for line in rows]
