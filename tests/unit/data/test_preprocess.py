@@ -213,18 +213,6 @@ BAD_FILES = {
 }
 
 
-@pytest.mark.parametrize("kind", BAD_FILES)
-def test_bad_files(kind: str, vocab_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "in").mkdir()
-    (tmp_path / "out").mkdir()
-    source = _write_bad_file(kind, tmp_path / "in")
-    assert run(vocab_folder, tmp_path / "out" / "x", source) == 1
-    message = capsys.readouterr().err
-    assert BAD_FILES[kind] in message
-    assert kind == "no text at all" or str(source) in message
-    assert not list((tmp_path / "out").iterdir())
-
-
 def test_a_failed_run_keeps_the_previous_output(vocab_folder: Path, tmp_path: Path) -> None:
     assert run(vocab_folder, tmp_path / "out", write_jsonl(tmp_path / "a.jsonl", ["a"])) == 0
     before = outputs(tmp_path)
