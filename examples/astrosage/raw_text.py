@@ -86,7 +86,7 @@ def damaged(name: str, text: str, kind: str, chance: random.Random) -> list[dict
     if kind == "copy":
         return [{**record, "damage": ""}, {**record, "id": f"{name} (copy)"}]
     if kind == "version":
-        for at in range(5, len(words), 60):
+        for at in range(1, len(words), 150):
             text = text.replace(f" {words[at]} ", " revised ", 1)
         return [{**record, "damage": ""}, {"id": f"{name} (v2)", "text": text, "damage": kind}]
     return [record]

@@ -40,6 +40,7 @@ def main() -> int:
     run.clean()
     run.tokenize()
     run.pretrain()
+    run.converse()
     run.finetune()
     run.export()
     run.title("what was shown")
@@ -101,7 +102,7 @@ class Run(Steps):
         self.python("tools/datasets/build_indices.py", MODEL, self.yml("cpt"), f"{HERE}/local.yml")
         self.deepy("train.py", "cpt")
 
-    def finetune(self) -> None:
+    def converse(self) -> None:
         out, options = self.out, self.options
         self.title("conversations: three sets in three shapes, only the assistant's words learned")
         self.python(f"{HERE}/conversations.py", "--output", out, "--count", options.conversations)
@@ -120,6 +121,8 @@ class Run(Steps):
             *("tools/datasets/inspect_data.py", out / "data/sft_reasoning_document", "--show-mask"),
             *("--vocab-file", out / "tokenizer/tokenizer.json", "--samples", 2),
         )
+
+    def finetune(self) -> None:
         self.title("supervised fine-tuning: 0.6 of an epoch, no weight decay")
         self.deepy("train.py", "sft")
 

@@ -17,7 +17,7 @@ from typing import Protocol
 
 import numpy as np
 
-from megatron.data.header import DataHeader, header_path
+from megatron.data.header import ChatInfo, DataHeader, TokenizerInfo, header_path
 from megatron.data.indexed import DataError, IndexedWriter, bin_path, idx_path
 from megatron.tokenizer import Tokenizer
 from tools.datasets.encode import Encoded
@@ -63,6 +63,36 @@ class Output:
     @property
     def partial(self) -> Path:
         return Path(f"{self.prefix}.partial")
+
+
+@dataclass(frozen=True)
+class HeaderMaker:
+    """Makes `Output.header`: what is known of an output before it is written, and the counts at the end."""
+
+    tokenizer: Tokenizer
+    dtype: np.dtype
+    bos: int | None
+    eod: int | None
+    ftfy: bool
+    files: list[Path]
+    chat: Callable[[State], ChatInfo] | None = None
+
+    def __call__(self, state: State) -> DataHeader:
+        return DataHeader(
+            tokenizer=TokenizerInfo.of(self.tokenizer),
+            bos=self.bos,
+            eod=self.eod,
+            ftfy=self.ftfy,
+            documents=state.documents,
+            tokens=state.bytes // self.dtype.itemsize,
+            max_token=state.max_token,
+            input_bytes=state.text_bytes,
+            empty=state.empty,
+            skipped=state.skipped,
+            crc32=f"{state.crc32:08x}",
+            sources=[str(file) for file in self.files],
+            chat=None if self.chat is None else self.chat(state),
+        )
 
 
 @dataclass(frozen=True)

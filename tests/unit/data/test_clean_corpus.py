@@ -12,7 +12,7 @@ import pytest
 import zstandard
 
 from tests.unit.data.conftest import real_texts
-from tests.unit.data.test_preprocess import BAD_FILES, BAD_LINES, _write_bad_file, outputs, write_jsonl
+from tests.unit.data.test_preprocess import BAD_LINES, outputs, write_jsonl
 from tools.datasets.clean_corpus import main
 from tools.datasets.rules import Rules
 
@@ -223,16 +223,6 @@ def test_bad_records(line: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[
     listed = [json.loads(entry) for entry in (tmp_path / "out_report/dropped.jsonl").read_text().splitlines()]
     assert [entry["rule"] for entry in listed] == ["unreadable", "near_duplicate"]
     assert BAD_LINES[line] in listed[0]["message"]
-
-
-@pytest.mark.parametrize("kind", BAD_FILES)
-def test_bad_files(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "in").mkdir()
-    source = _write_bad_file(kind, tmp_path / "in")
-    assert clean(tmp_path / "out" / "x.jsonl", source) == 1
-    message = capsys.readouterr().err
-    assert (BAD_FILES[kind] if kind != "no text at all" else "nothing is left: 1 documents") in message
-    assert not [path for path in tmp_path.glob("out/**/*") if path.is_file()]
 
 
 def test_a_failed_run_keeps_the_previous_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
