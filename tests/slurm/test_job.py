@@ -234,6 +234,7 @@ def test_a_cancelled_job_saves_and_stays_out_of_the_queue(cluster: Cluster, proj
     assert "launch: stopped: ended by Slurm; last save: global_step1; SIGTERM at start 0; all is saved" in log
 
 
+@pytest.mark.slow  # with a training: test_a_night
 def test_a_lost_node_is_named_and_the_job_goes_on(cluster: Cluster, project: Path, tmp_path: Path) -> None:
     """Daemon and ranks of the node are gone at once, in mid-step; Slurm notices, ends the job and starts it again."""
     job = submit(cluster, tmp_path, rendered(tmp_path, project), "deaf,done")

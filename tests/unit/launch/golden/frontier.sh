@@ -65,7 +65,7 @@ remind() {
     local since=$SECONDS
     until [[ $(cat "/proc/$step/comm" 2>/dev/null || echo srun) == srun ]]; do sleep 0.1; done # bash would die of it
     while kill -USR1 "$step" 2>/dev/null; do
-        sleep "$((signal_seconds < 120 ? (signal_seconds + 3) / 4 : 30))"
+        sleep "$((signal_seconds < 40 ? (signal_seconds + 3) / 4 : 10))"
         if ((SECONDS - since > signal_seconds * 3 / 4)); then
             say "the ranks did not save within $((SECONDS - since)) s of the warning: they are killed"
             kill -TERM "$step" 2>/dev/null
