@@ -52,6 +52,23 @@ def test_every_rank_is_predicted_within_5_percent(case: Case) -> None:
     assert max(map(abs, errors(case))) < TOLERANCE
 
 
+def _step_in_one_block(rank: int, world_size: int, case: Case) -> tuple[int, int]:
+    """The references as on a GPU: every tensor is one block of rows."""
+    from megatron.ops import rows
+
+    rows.BLOCK_ELEMENTS = 1 << 60
+    return _step(rank, world_size, case)
+
+
+@pytest.mark.parametrize("case", [Case(pipe=2, seq=1024), Case(seq=1024, vocab=4096, recompute=False)])
+def test_temporaries_of_the_references_on_a_gpu(case: Case) -> None:
+    """And the formula for the blocks of a CPU does not describe them."""
+    ranks = run_ranks(_step_in_one_block, case.world_size, case)
+    whole, blocks = predict(case, "cpu", "torch"), predict(case, "cpu", "cpu")
+    assert max(abs(whole[stage].allocated / peak - 1) for stage, peak in ranks) < TOLERANCE
+    assert max(abs(blocks[stage].allocated / peak - 1) for stage, peak in ranks) > TOLERANCE
+
+
 def test_the_benchmark_measures_these_cases_too() -> None:
     assert {case.precision for case in CPU_CASES} == {"bfloat16", "fp32"}
     assert {case.recompute for case in CPU_CASES} == {True, False}
