@@ -4,13 +4,13 @@
 # @TITLE@: @RANKS@ ranks on @NODES@ node(s), rendered by launch/render.py; docs/launching.md explains it. To change
 # something, render again.
 #
-# The job ends with one of: 0 the run is done; 2 something that the same job would meet again (configuration, software,
-# preflight); 75 all is saved and the job is back in the queue; anything else, the ranks' own code.
+# Exit codes: 0 the training is done; 2 what the same job would meet again (configuration, software, preflight); 75 the
+# job is back in the queue; 143 Slurm has ended it; others are the ranks' own.
 
 # shellcheck disable=SC2016 # values stand in single quotes so that nothing in them is expanded
 # shellcheck disable=SC2317 # srun gets functions by name, through declare -f
-set -euo pipefail
-trap 'echo "launch: stopped: line $LINENO of the batch script failed, see above"' ERR
+set -Eeuo pipefail
+trap 'echo "launch: stopped: line $LINENO of the batch script failed, see above" >&2' ERR
 
 # --- what was asked for
 
@@ -31,11 +31,12 @@ last_save() { if [[ -n $save && -r $save/latest ]]; then cat "$save/latest"; els
 
 step='' warned='' cancelled='' why=''
 
-# Slurm warns the batch shell alone (--signal=B:). srun passes the warning to all ranks; it is repeated, for srun may still
-# be starting them. Never TERM while they save: srun answers it by killing them. Ranks that are still there when three
-# quarters of the time are over will not save any more; then the job goes on from the save before.
+# Slurm warns the batch shell alone (--signal=B:). srun passes the warning to all ranks; it is repeated, for srun may
+# still be starting them. Never TERM while they save: srun answers it by killing them. Ranks that are still there when
+# three quarters of the time are over will not save any more; then the job goes on from the save before.
 remind() {
     local since=$SECONDS
+    until [[ $(cat "/proc/$step/comm" 2>/dev/null || echo srun) == srun ]]; do sleep 0.1; done # bash would die of it
     while kill -USR1 "$step" 2>/dev/null; do
         sleep "$((signal_seconds < 120 ? (signal_seconds + 3) / 4 : 30))"
         if ((SECONDS - since > signal_seconds * 3 / 4)); then
@@ -67,12 +68,14 @@ set -u
 # This node's folder for the job. The node's name keeps nodes apart where the "local" disk is a shared one.
 here() { printf '%s' "@NODE_DISK@/neox-$SLURM_JOB_ID/$SLURMD_NODENAME"; }
 
-# run_here PROGRAM [ARGUMENT...]: Python on this node, with all that is read and written often on the node's own disk.
-# Imports of thousands of ranks stall a parallel file system; caches there race and lose their locks (MIOpen's are sqlite).
+# run_here PROGRAM.py|-m [ARGUMENT...]: Python with the project's code, on this node. All that is read and written often is
+# on the node's own disk: imports of thousands of ranks stall a parallel file system, and caches there race and lose
+# their locks (MIOpen's are sqlite files).
 run_here() {
     local here
     here=$(here)
-    export PYTHONPATH="$here/code" PYTHONDONTWRITEBYTECODE=1
+    export PYTHONPATH="$here/code"
+    if [[ $1 == *.py ]]; then set -- "$here/code/$1" "${@:2}"; fi
     export NEOX_CACHE="$here/cache/neox" TORCH_EXTENSIONS_DIR="$here/cache/torch_extensions"
     export MIOPEN_USER_DB_PATH="$here/cache/miopen" MIOPEN_CUSTOM_CACHE_DIR="$here/cache/miopen"
     # Triton's and inductor's files are renamed into place, but by each rank for itself: a folder for each.
@@ -96,8 +99,10 @@ unpack() {
         exit 1
     fi
     tar -xf "$2" -C "$(here)/$1" || { echo "launch: $SLURMD_NODENAME: $2 cannot be unpacked" >&2; exit 1; }
-    # What conda-pack packs holds the paths of its first home until this is run.
-    if [[ -x $(here)/$1/bin/conda-unpack ]]; then "$(here)/$1/bin/conda-unpack" || exit 1; fi
+    # What conda-pack packs holds the paths of its first home until this is run, by its own Python.
+    local bin
+    bin="$(here)/$1/bin"
+    if [[ -x $bin/conda-unpack ]]; then PATH="$bin:$PATH" "$bin/conda-unpack" || exit 1; fi
 }
 
 remove_folders() { rm -rf "$(here)"; }
@@ -139,7 +144,26 @@ again() {
     trap '' TERM # requeueing ends this script
     touch "$run/ended"
     scontrol requeue "$SLURM_JOB_ID" || stop "$1" "Slurm refused to requeue; submit the same script again"
+    avoid
     exit 75
+}
+
+# Nodes that the preflight found slow (one --exclude line) or on which ranks were lost (one name a line) are not used by
+# the next start. A job's nodes can be chosen only while it waits in the queue, which it does a moment after it was
+# requeued.
+avoid() {
+    local nodes now
+    nodes=$({ cat "$run/exclude" "$run/lost-nodes" 2>/dev/null || true; } | sed 's/^--exclude=//' | paste -sd,)
+    if [[ -z $nodes ]]; then return; fi
+    now=$(scontrol show job --oneliner "$SLURM_JOB_ID" | grep -oP ' ExcNodeList=\K[^( ]\S*' || true)
+    for _ in {1..20}; do
+        if scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="${now:+$now,}$nodes"; then
+            say "the next start avoids $nodes"
+            return
+        fi
+        sleep 1
+    done 2>/dev/null
+    say "the next start should avoid $nodes: scontrol update JobId=$SLURM_JOB_ID ExcNodeList=$nodes"
 }
 
 # stage FOLDER ARCHIVE: to every node's disk, as HERE/FOLDER. sbcast can fail half-way and leave a part of the file.
@@ -155,11 +179,13 @@ stage() {
 rm_staged() { rm -f "$1"; }
 
 # all_ranks MINUTES PROGRAM [ARGUMENT...]: one srun, ranks numbered node by node. 0 minutes: as long as the job. What
-# differs between ranks (SLURM_PROCID, ...) is read in the rank; here it would be the batch shell's.
+# differs between ranks (SLURM_PROCID, ...) is read in the rank; here it would be the batch shell's. A warning that
+# comes while srun starts waits for it.
 all_ranks() {
     local minutes=$1
     shift
-    exec srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks=@RANKS@ --ntasks-per-node=@RANKS_PER_NODE@ --distribution=block \
+    exec env --block-signal=USR1 \
+        srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks=@RANKS@ --ntasks-per-node=@RANKS_PER_NODE@ --distribution=block \
 @SRUN@
         --time="$minutes" --kill-on-bad-exit=1 --export=ALL \
         bash -c "$(declare -f here run_here); run_here \"\$@\"" rank "$@"
@@ -170,7 +196,7 @@ all_ranks() {
 cd "$directory"
 run="$directory/runs/$SLURM_JOB_ID"
 mkdir -p "$run"
-forget() { rm -f "$run"/failed "$run"/why "$run"/said-*; }
+forget() { rm -f "$run"/failed "$run"/why "$run"/said-* "$run"/lost-nodes "$run"/exclude; }
 forget # of the start before: a requeued job has its number again
 export NEOX_RUN_FOLDER="$run"
 
@@ -195,7 +221,6 @@ if [[ ! -f $run/code.tar ]]; then # the code that the first start had, whatever 
 fi
 stage code "$run/code.tar"
 @STAGE_SOFTWARE@
-code=$(here)/code
 
 # --- checks before anything is trained
 
@@ -207,9 +232,9 @@ if [[ -n $cancelled ]]; then stop 143; fi
 forget # what the checks said
 NEOX_STARTED=$(date +%s)
 export NEOX_STARTED
-exec 9> >(tee "$run/srun.err" >&2)
+exec 9> >(trap '' TERM && exec tee "$run/srun.err" >&2) # scancel must not take the ranks' last words
 tee=$!
-all_ranks 0 "$code/train.py" "${configuration[@]}" 2>&9 9>&- &
+all_ranks 0 train.py "${configuration[@]}" 2>&9 9>&- &
 step=$!
 exec 9>&-
 if [[ -n $warned ]]; then remind & fi

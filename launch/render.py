@@ -27,6 +27,17 @@ from megatron.neox_arguments.load import parse_overrides, resolve_path  # noqa: 
 STARTUP_SECONDS = 120
 TEMPLATE = Path(__file__).resolve().parent / "job.sh"
 
+PREFLIGHT = """\
+# Every group of ranks meets under a time limit, every node is measured, RCCL's transport is read.
+checked=0
+(all_ranks 15 -m megatron.launcher.preflight "${configuration[@]}" --exclude-file "$run/exclude") || checked=$?
+case $checked in
+    0) ;;
+    3) again 1 "the preflight: ranks or groups did not come, see above" ;;
+    4) again 1 "the preflight: slow nodes, see above" ;;
+    *) stop 2 "the preflight failed with code $checked, see above" ;;
+esac"""
+
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
@@ -99,7 +110,7 @@ def render(options: argparse.Namespace, overrides: Sequence[str], project: Path,
         "PYTHON": software.command(str(directory)),
         "STAGE_SOFTWARE": software.staging(),
         "SRUN": "\n".join(f"        {flag} \\" for flag in site.srun),
-        "CHECKS": checks(options),
+        "CHECKS": checks(options, args, site),
     }
     text = TEMPLATE.read_text()
     names = set(re.findall(r"@([A-Z_]+)@", text))
@@ -180,7 +191,8 @@ def sbatch_lines(options: argparse.Namespace, site: Site, directory: Path) -> li
     lines += [
         "# the batch shell is warned before the time limit, and passes the warning on",
         f"#SBATCH --signal=B:USR1@{options.signal_seconds}",
-        "# after the loss of a node Slurm starts the job again; its log goes on where it was",
+        "# after the loss of a node Slurm starts the job again; its log goes on where it was. Not --no-kill: if it is",
+        "# the batch shell's node, the others would be held until the time limit with nobody to use or free them",
         "#SBATCH --requeue",
         "#SBATCH --open-mode=append",
         "# never two jobs of this name at once: they would save into the same folder",
@@ -222,15 +234,19 @@ def environment(options: argparse.Namespace, args: NeoXArgs, site: Site) -> list
     return lines
 
 
-def checks(options: argparse.Namespace) -> str:
-    lines = []
+def checks(options: argparse.Namespace, args: NeoXArgs, site: Site) -> str:
+    """What runs before the training: the plan (the configuration alone where the machine is unknown), the preflight."""
+    deepy = '(run_here deepy.py "$(here)/code/train.py" "${configuration[@]}"'
+    if site.machine:
+        lines = ["# Does every stage fit into memory? The plan stands in the log."]
+        lines += [f"{deepy} --dry-run --machine {site.machine}) ||", '    stop 2 "the plan cannot be right, see above"']
+    else:
+        lines = ["# The configuration files may have changed since this script was rendered."]
+        lines += [f"{deepy} --print-config) >/dev/null ||", '    stop 2 "the configuration cannot be right, see above"']
     if not options.no_preflight:
-        lines += [
-            "# Every group of ranks meets under a time limit, every node is measured, RCCL's transport is read.",
-            'if ! (all_ranks 10 -m megatron.launcher.preflight "${configuration[@]}"); then',
-            '    stop 2 "the preflight failed, see above"',
-            "fi",
-        ]
+        # Cores that a CPU's ranks share with others say nothing about a node.
+        screen = " --no-screen" if args.device == "cpu" else ""
+        lines += ["", *PREFLIGHT.replace(" --exclude-file", f"{screen} --exclude-file").splitlines()]
     return "\n".join(lines)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
+from typing import Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -60,7 +61,11 @@ class Software(_Strict):
 
 
 class Site(_Strict):
-    """A machine. `time_limits` is by partition, each ascending in nodes; empty where nothing is known."""
+    """A place to run.
+
+    `time_limits` is by partition, each ascending in nodes, empty where nothing is known; `machine` is the planner's
+    name of the hardware.
+    """
 
     title: str
     shell: str = "/bin/bash"
@@ -71,6 +76,7 @@ class Site(_Strict):
     srun: list[str] = []
     node_disk: str
     software: Software | None = None
+    machine: Literal["frontier", "lumi"] | None = None
 
     @property
     def partition(self) -> str | None:

@@ -10,14 +10,15 @@ export LD_LIBRARY_PATH="$CRAY_LD_LIBRARY_PATH:$LD_LIBRARY_PATH"
 MASTER_ADDR=$(hostname -i | cut -d' ' -f1)
 export MASTER_ADDR
 
-# Fail instead of falling to TCP without a word when the plugin is missing; several times slower (FPT, HPE). HPE's name for
-# the same is "AWS Libfabric". For jobs on several nodes only.
+# Fail instead of falling to TCP without a word when the plugin is missing; several times slower (FPT, HPE). HPE's name
+# for the same is "AWS Libfabric". For jobs on several nodes only.
 if ((SLURM_JOB_NUM_NODES > 1)); then export NCCL_NET=OFI; fi
-# Bootstrap traffic on one card: with all four, jobs of more than about 300 nodes did not start (frontier-torchtitan; OLCF
-# user docs, issue 947). The data use all four all the same.
+# Bootstrap traffic on one card: with all four, jobs of more than about 300 nodes did not start (frontier-torchtitan;
+# OLCF user docs, issue 947). The data use all four all the same.
 export NCCL_SOCKET_IFNAME=hsn0 GLOO_SOCKET_IFNAME=hsn0
-# Contradicted: GPU-direct RDMA. OLCF, LUMI and HPE say PHB. Twice as fast, but unstable beyond 128 to 256 nodes for Huginn
-# (arXiv 2502.05171) and hanging with the ROCm 7.0 container of LUMI until unset (laifs-container-recipes, issue 30).
+# Contradicted: GPU-direct RDMA. OLCF, LUMI and HPE say PHB. Twice as fast, but unstable beyond 128 to 256 nodes for
+# Huginn (arXiv 2502.05171) and hanging with the ROCm 7.0 container of LUMI until unset (laifs-container-recipes, issue
+# 30).
 export NCCL_NET_GDR_LEVEL=PHB
 # Rings may use another card at the other end (FPT, HPE).
 export NCCL_CROSS_NIC=1
@@ -39,14 +40,15 @@ export FI_CXI_RX_MATCH_MODE=hybrid
 
 # Fine-grained memory over PCIe, for kernels that signal the card (FPT).
 export HSA_FORCE_FINE_GRAIN_PCIE=1
-# Copies between GCDs by kernels: the copy engines reach the links' speed on several pairs only so (measured on LUMI's same
-# blade; Poro-2's launcher). Not in OLCF's list.
+# Copies between GCDs by kernels: the copy engines reach the links' speed on several pairs only so (measured on LUMI's
+# same blade; Poro-2's launcher). Not in OLCF's list.
 export HSA_ENABLE_SDMA=0
 # Seven cores to a rank, most of them for the data loader and RCCL's threads.
 export OMP_NUM_THREADS=2
 
-# A rank whose collective fails leaves a trace of the last ones of every rank; the first has no effect without the second
-# (docs.pytorch.org, ProcessGroupNCCL environment variables).
+# A rank whose collective fails leaves a trace of the last ones of every rank; the first has no effect without the
+# second (docs.pytorch.org, ProcessGroupNCCL environment variables).
 export TORCH_NCCL_DUMP_ON_TIMEOUT=1 TORCH_NCCL_TRACE_BUFFER_SIZE=2000
-# A stall of the file system freezes the ranks for longer than the default of this monitor, which then kills a healthy job.
+# A stall of the file system freezes the ranks for longer than the default of this monitor, which then kills a healthy
+# job.
 export TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC=1800

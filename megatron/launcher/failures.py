@@ -95,6 +95,12 @@ def recorded_code(folder: Path) -> int | None:
         return None
 
 
+def code_after(folder: Path | None) -> int:
+    """Exit code of a rank that names lost ranks after somebody has spoken: a rank that failed by itself is lost too."""
+    recorded = None if folder is None else recorded_code(folder)
+    return LOST if recorded is None else recorded
+
+
 def code_of_the_culprit(folder: Path | None) -> int | None:
     """Exit code of the rank that failed first; waits a little for one that is about to say so."""
     deadline = time.monotonic() + LOST_PEER_SECONDS

@@ -11,6 +11,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -31,19 +32,23 @@ _WAITING_IN = ("/torch/distributed/", "/deepspeed/comm/")  # a frame here: the r
 class Whereabouts:
     """Where the main thread is. It writes, the watchdog's threads read; assignments need no lock."""
 
+    clock: Callable[[], float] = time.monotonic
     phase: str = "start-up"
     iteration: int = 0
     hurried: bool = False  # whether the limit of a training step holds
-    since: float = field(default_factory=time.monotonic)
+    since: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.since = self.clock()
 
     def at(self, phase: str) -> None:
         """The main thread has come to `phase`: progress."""
-        self.phase, self.since = phase, time.monotonic()
+        self.phase, self.since = phase, self.clock()
 
     @property
     def seconds(self) -> float:
         """Time since the last progress."""
-        return time.monotonic() - self.since
+        return self.clock() - self.since
 
 
 @dataclass(frozen=True)

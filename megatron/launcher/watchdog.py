@@ -5,6 +5,8 @@ nothing that can block, and ends the process when there is a verdict. Verdicts a
 `heartbeat_timeout_seconds`; a rank has made no progress for the limit of its phase (`step_timeout_minutes`, elsewhere
 0.9 x `distributed_timeout_minutes`, so that the watchdog comes before the collectives give up); a rank has failed by
 itself, and the others wait for it in a collective that does not end.
+
+All times are those in which this process was running: a job that is suspended and resumed as a whole goes on.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import os
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -30,6 +32,7 @@ from megatron.launcher.failures import (
     LostRanks,
     Stopped,
     claim_loss,
+    code_after,
     code_of_the_culprit,
     is_about_a_lost_peer,
     run_folder,
@@ -39,29 +42,30 @@ from megatron.neox_arguments import NeoXArgs
 
 VICTIM_SECONDS = 10.0  # how long a rank may go on that waits for one which has failed by itself
 RANKS_SHOWN = 8
+TICK_SECONDS = 0.2
+RANK_0_INTERVALS = 5  # beats that the others leave rank 0 to speak first
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Why the run ends. `lost` are the ranks that are dead or did not arrive; none if `why` is a rank's own error."""
+    """Why the run ends. `lost` are the ranks that are dead or did not arrive, none if nobody stands out; `own_error`:
+    rank `by` has failed, and says so itself."""
 
     why: str
     lost: list[int]
     by: int
-
-    @property
-    def own_error(self) -> bool:
-        return not self.lost
+    own_error: bool = False
 
     def to_json(self) -> str:
-        return json.dumps({"why": self.why, "lost": self.lost, "by": self.by})
+        return json.dumps(asdict(self))
 
 
 class Watchdog:
     """Around a run: `with Watchdog(args, place) as watchdog: ...`. Collective. Progress is told to `whereabouts`."""
 
     def __init__(self, args: NeoXArgs, place: Place) -> None:
-        self.whereabouts = Whereabouts()
+        self._awake_seconds = 0.0
+        self.whereabouts = Whereabouts(self._awake)
         self.place, self.rank, self.world_size = place, place.rank, place.world_size
         self.silence = args.heartbeat_timeout_seconds
         self.step_limit = 60 * args.step_timeout_minutes
@@ -72,8 +76,10 @@ class Watchdog:
         self._main = threading.get_ident()
         self._let_go, self._end = threading.Event(), threading.Event()  # of the store; of the run
         self._verdict: Verdict | None = None
-        self._answered = time.monotonic()  # when the store last answered
+        self._answered = self._awake()  # when the store last answered
         self._disconnected = False
+        self._dumped = False
+        self._number = 0  # of the last beat
 
     def __enter__(self) -> Self:
         if not self.silence:
@@ -94,8 +100,9 @@ class Watchdog:
                 self._name_the_lost(error)
             elif isinstance(error, Exception):
                 with contextlib.suppress(RuntimeError):
-                    self.board.publish(Verdict(f"{type(error).__name__}: {error}", [], self.rank).to_json())
+                    self.board.publish(Verdict(f"{type(error).__name__}: {error}", [], self.rank, True).to_json())
         finally:
+            self._let_go.set()
             self._end.set()
 
     def _end_together(self) -> None:
@@ -103,6 +110,7 @@ class Watchdog:
         self.whereabouts.at("the end")
         self.whereabouts.hurried = False
         dist.barrier()
+        self._end.set()
         self._let_go.set()
         self._exchanging.join()
         dist.barrier()
@@ -110,12 +118,11 @@ class Watchdog:
     # --- the thread that talks to the store
 
     def _exchange(self) -> None:
-        number = 0
         seen: dict[int, tuple[int, float]] = {}  # rank -> its last beat's number, and when that came
         while not self._let_go.wait(self.interval):
-            number += 1
+            self._number += 1
             try:
-                self.board.beat(beat_of(number, self.whereabouts, self._main))
+                self.board.beat(beat_of(self._number, self.whereabouts, self._main))
                 if (text := self.board.verdict()) is not None:
                     self._verdict = self._verdict or Verdict(**json.loads(text))
                 elif self._stuck():
@@ -125,7 +132,11 @@ class Watchdog:
             except RuntimeError:  # the store is gone, and rank 0 with it
                 self._disconnected = True
                 return
-            self._answered = time.monotonic()
+            self._answered = self._awake()
+
+    def _awake(self) -> float:
+        """Seconds that this process has been running for, counted by the guard; not those it was suspended."""
+        return self._awake_seconds
 
     def _accuse(self, verdict: Verdict) -> None:
         self.board.publish(verdict.to_json())
@@ -134,11 +145,13 @@ class Watchdog:
         self._verdict = Verdict(**json.loads(text))
 
     def _stuck(self) -> bool:
+        """Whether the main thread has made no progress for too long. Rank 0 comes first: thousands of ranks that all
+        read everybody's beats would keep its store busy for minutes."""
         limit = self.step_limit if self.whereabouts.hurried else self.other_limit
-        return self.whereabouts.seconds > limit
+        return self.whereabouts.seconds > limit + (0 if self.rank == 0 else RANK_0_INTERVALS * self.interval)
 
     def _silent(self, beats: list[Beat], seen: dict[int, tuple[int, float]]) -> Verdict | None:
-        now, lost = time.monotonic(), []
+        now, lost = self._awake(), []
         for rank, beat in enumerate(beats):
             if rank not in seen or seen[rank][0] != beat.number:
                 seen[rank] = (beat.number, now)
@@ -159,15 +172,18 @@ class Watchdog:
         if not lost:
             first = min(range(self.world_size), key=lambda rank: (beats[rank].iteration, -beats[rank].seconds))
             why = f"{what}; all ranks wait, none stands out; longest of all {self.board.name(first)}, "
-            return Verdict(why + beats[first].told(), [first], self.rank)
+            return Verdict(why + beats[first].told(), [], self.rank)
         named = [f"{self.board.name(rank)}, {beats[rank].told()}" for rank in lost[:RANKS_SHOWN]]
         return Verdict(f"{what}; {_many(lost)} did not arrive: " + "; ".join(named) + _more(lost), lost, self.rank)
 
     # --- the thread that ends the process
 
     def _guard(self) -> None:
-        while not self._end.wait(min(0.2, self.interval)):
-            unanswered = time.monotonic() - self._answered
+        tick = time.monotonic()
+        while not self._end.wait(TICK_SECONDS):
+            before, tick = tick, time.monotonic()
+            self._awake_seconds += min(tick - before, 5 * TICK_SECONDS)
+            unanswered = self._awake() - self._answered
             if unanswered > self.silence + 3 * self.interval:
                 self._execute(self._without_rank_0(f"its store has not answered for {unanswered:.0f} s"))
             if self._let_go.is_set():
@@ -189,10 +205,11 @@ class Watchdog:
             os._exit(code_of_the_culprit(self.folder) or FAILURE)
         self._dump()
         lost = self._error(verdict)
-        if claim_loss(self.folder, lost):
+        first = claim_loss(self.folder, lost)
+        if first:
             print(f"stopped: {lost}", file=sys.stderr, flush=True)
         self._linger()
-        os._exit(LOST)
+        os._exit(LOST if first else code_after(self.folder))
 
     def _error(self, verdict: Verdict) -> LostRanks:
         nodes = sorted({self.board.titles[rank].partition(" ")[0] for rank in verdict.lost})
@@ -208,9 +225,10 @@ class Watchdog:
         return Path(self.log_dir or ".") / "stacks"
 
     def _dump(self) -> None:
-        """Where every thread of this process is, for people."""
-        if not self.log_dir:
+        """Where every thread of this process is, for people; once, before the others' end changes it."""
+        if not self.log_dir or self._dumped:
             return
+        self._dumped = True
         with contextlib.suppress(OSError):
             self._stacks().mkdir(parents=True, exist_ok=True)
             with (self._stacks() / f"rank_{self.rank}.txt").open("w") as file:
@@ -228,18 +246,11 @@ class Watchdog:
         self._let_go.set()
         self._exchanging.join()
         try:
-            before = self.board.beats()
-            deadline = time.monotonic() + 4 * self.interval
-            number = 10**9
-            while time.monotonic() < deadline:
-                number += 1
-                self.board.beat(beat_of(number, self.whereabouts, self._main))
-                self._answered = time.monotonic()
-                if self._verdict is None and (text := self.board.verdict()) is not None:
-                    self._verdict = Verdict(**json.loads(text))
-                if self._verdict is not None:
-                    break
-                time.sleep(self.interval / 2)
+            if self.rank != 0:
+                self._beat_on(RANK_0_INTERVALS)
+            if self._verdict is None:
+                before = self.board.beats()
+                self._beat_on(RANK_0_INTERVALS - 1)
             if self._verdict is None:
                 after = self.board.beats()
                 lost = [r for r in range(self.world_size) if r != self.rank and before[r].number == after[r].number]
@@ -251,8 +262,20 @@ class Watchdog:
         assert self._verdict is not None
         if self._verdict.own_error:
             return  # the rank that failed has said so
+        self._dump()
         self._linger()
         raise self._error(self._verdict) from error
+
+    def _beat_on(self, intervals: int) -> None:
+        """Give signs of life for a while, or until there is a verdict."""
+        deadline = time.monotonic() + intervals * self.interval
+        while self._verdict is None and time.monotonic() < deadline:
+            self._number += 1
+            self.board.beat(beat_of(self._number, self.whereabouts, self._main))
+            self._answered = self._awake()
+            if (text := self.board.verdict()) is not None:
+                self._verdict = Verdict(**json.loads(text))
+            time.sleep(self.interval / 2)
 
 
 def _many(ranks: list[int]) -> str:

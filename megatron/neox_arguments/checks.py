@@ -356,7 +356,7 @@ def skipped_ranges_are_ranges(args: NeoXArgs) -> str | None:
 # --- survival
 
 
-@_rule(*_RUN)
+@_rule("train", "eval", "generate")
 def a_step_ends_before_its_collectives(args: NeoXArgs) -> str | None:
     if args.step_timeout_minutes < args.distributed_timeout_minutes:
         return None

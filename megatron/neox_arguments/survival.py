@@ -8,8 +8,8 @@ from megatron.neox_arguments.fields import Keys, derived, key
 class SurvivalKeys(Keys):
     step_timeout_minutes: float = derived(
         "the smaller of 10 and 0.9 x distributed_timeout_minutes",
-        "A rank that makes no progress in a training step or an evaluation for this long ends the run, and the ranks "
-        "that did not arrive are named. Start-up, the first step and saves have 0.9 x distributed_timeout_minutes.",
+        "A rank that makes no progress in a training step, or an evaluation between steps, for this long ends the run, "
+        "and the ranks that did not arrive are named. All else has 0.9 x distributed_timeout_minutes.",
         ours=True,
         gt=0,
     )

@@ -98,7 +98,8 @@ def run_training(
                 startup.done("first step")
                 progress.say(startup.line())
             if args.eval_interval and state.iteration % args.eval_interval == 0:
-                report_validation(engine, args, datasets, progress, state.iteration)
+                with phases.evaluation():
+                    report_validation(engine, args, datasets, progress, state.iteration)
             with phases.unhurried("save"):
                 saves.if_due(state)
     watch.profiler.close()
@@ -180,7 +181,7 @@ def long_enough(args: NeoXArgs, datasets: Datasets, state: TrainState) -> Datase
     So it does when it is behind where its iteration alone would put it: it has left out samples, or had a larger batch,
     of which the present configuration does not know.
     """
-    ranges, left = SampleRanges(args.skip_sample_ranges), args.train_iters - state.iteration
+    ranges, left = SampleRanges(args.skip_sample_ranges), max(0, args.train_iters - state.iteration)
     end = ranges.after(state.consumed_samples, left * args.train_batch_size)
     return datasets if end <= len(datasets.train) else build_datasets(args, samples=end)
 

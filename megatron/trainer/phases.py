@@ -28,12 +28,16 @@ class Phases:
     def __init__(self, whereabouts: Whereabouts, device: torch.device) -> None:
         self.whereabouts = whereabouts
         self._on_gpu = device.type == "cuda"
+        self._timed = False  # in a training step
         self._spans: list[tuple[str, torch.cuda.Event | float, torch.cuda.Event | float]] = []
 
     @contextlib.contextmanager
     def during(self, phase: str) -> Iterator[None]:
-        """The main thread is in `phase`; its time counts towards the present step."""
+        """The main thread is in `phase`; in a training step its time counts."""
         self.whereabouts.at(phase)
+        if not self._timed:
+            yield
+            return
         start = self._now()
         with named(phase):
             yield
@@ -43,9 +47,17 @@ class Phases:
     def step(self, iteration: int, first: bool) -> Iterator[None]:
         """A training step. The first one may compile kernels and is not hurried."""
         self._spans.clear()
+        self._timed = True
         self.whereabouts.iteration, self.whereabouts.hurried = iteration, not first
         with self.during("step"):
             yield
+        self._timed = self.whereabouts.hurried = False
+
+    @contextlib.contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """An evaluation between steps, hurried as they are."""
+        self.whereabouts.hurried = True
+        yield
         self.whereabouts.hurried = False
 
     @contextlib.contextmanager
@@ -56,8 +68,10 @@ class Phases:
         self.whereabouts.at("between steps")
 
     def seconds(self) -> dict[str, float]:
-        """Seconds of the last step by phase. The device has come to the step's end."""
+        """Seconds of the last step by phase. Waits for the device to come to the step's end, if it has not."""
         sums: dict[str, float] = defaultdict(float)
+        if self._spans and isinstance(last := self._spans[-1][2], torch.cuda.Event):
+            last.synchronize()
         for phase, start, end in self._spans:
             if isinstance(start, torch.cuda.Event):
                 assert isinstance(end, torch.cuda.Event)

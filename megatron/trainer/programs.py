@@ -15,20 +15,25 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from megatron.checkpoint.load import load_weights
 from megatron.data import build_datasets
 from megatron.launcher.distributed import Place, initialize
+from megatron.launcher.heartbeat import Whereabouts
+from megatron.launcher.watchdog import Watchdog
 from megatron.neox_arguments import NeoXArgs
 from megatron.neox_arguments.errors import UserError
 from megatron.tokenizer import build_tokenizer
 from megatron.trainer.engine import build_inference_engine, build_model
 from megatron.trainer.evaluation import evaluate_all
 from megatron.trainer.generation import continue_text
+from megatron.trainer.instructions import run_inside
+from megatron.trainer.phases import Phases
 
 
 def evaluate_checkpoint(args: NeoXArgs) -> None:
     """Validation loss and perplexity of every source, over the whole set, printed and written as JSON."""
     place = initialize(args)
-    datasets = build_datasets(args)
-    engine, folder = _loaded_engine(args, place)
-    results = evaluate_all(engine, args, datasets.valid)
+    with Watchdog(args, place) as watchdog:
+        datasets = build_datasets(args)
+        engine, folder = _loaded_engine(args, place, watchdog.whereabouts)
+        results = evaluate_all(engine, args, datasets.valid)
     if place.rank != 0:
         return
     for name, result in results.items():
@@ -50,10 +55,17 @@ def evaluate_checkpoint(args: NeoXArgs) -> None:
 def generate_text(args: NeoXArgs) -> None:
     """Continue every prompt (or start from the beginning-of-text token); JSON lines with GPT-NeoX's fields."""
     place = initialize(args)
+    with Watchdog(args, place) as watchdog:
+        records = _continuations(args, place, watchdog.whereabouts)
+    if place.rank == 0:
+        _write_samples(Path(args.sample_output_file), records)
+
+
+def _continuations(args: NeoXArgs, place: Place, whereabouts: Whereabouts) -> list[dict[str, Any]]:
     assert args.vocab_file is not None  # checked with the configuration
     tokenizer = build_tokenizer(args.tokenizer_type, args.vocab_file)
     prompts = _prompts(args)
-    engine, _ = _loaded_engine(args, place)
+    engine, _ = _loaded_engine(args, place, whereabouts)
     generator = torch.Generator().manual_seed(args.seed)
     records = []
     for prompt in prompts:
@@ -70,16 +82,17 @@ def generate_text(args: NeoXArgs) -> None:
                 "duration_seconds": time.perf_counter() - start,
             }
         )
-    if place.rank == 0:
-        _write_samples(Path(args.sample_output_file), records)
+    return records
 
 
-def _loaded_engine(args: NeoXArgs, place: Place) -> tuple[PipelineEngine, Path]:
+def _loaded_engine(args: NeoXArgs, place: Place, whereabouts: Whereabouts) -> tuple[PipelineEngine, Path]:
     model = build_model(args, place.device)
     world = dist.group.WORLD
     assert world is not None
     folder = load_weights(model, args, world)
-    return build_inference_engine(args, model), folder
+    engine = build_inference_engine(args, model)
+    run_inside(engine, Phases(whereabouts, place.device).during)  # progress, for the watchdog
+    return engine, folder
 
 
 def _prompts(args: NeoXArgs) -> list[str]:

@@ -67,10 +67,10 @@ def after_each_step(what: Callable[[int], None]) -> None:
 
     step = loop.train_step
 
-    def and_then(engine: Any, args: Any, batches: Any, state: Any, progress: Any) -> float:
-        loss = step(engine, args, batches, state, progress)
+    def and_then(engine: Any, args: Any, batches: Any, state: Any, *rest: Any) -> Any:
+        result = step(engine, args, batches, state, *rest)
         what(state.iteration)
-        return loss
+        return result
 
     loop.train_step = and_then
 
@@ -86,14 +86,13 @@ def _run(rank: int, world_size: int, run_keys: dict[str, Any], stop: StopRequest
     run_training(args, Place(rank, world_size, rank, pipe, data, tensor, torch.device("cpu")), stop)
 
 
-def _run_until_killed(rank: int, world_size: int, run_keys: dict[str, Any], delay: float) -> None:
-    killer: list[int] = []
+def _run_until_killed(rank: int, world_size: int, run_keys: dict[str, Any], steps: int, delay: float) -> None:
+    """SIGKILL `delay` seconds after the end of this start's `steps`-th step."""
+    done: list[int] = []
 
     def start_killer(iteration: int) -> None:
-        if killer:
-            return
-        killer.append(os.fork())
-        if killer == [0]:  # from outside of the rank's threads
+        done.append(iteration)
+        if len(done) == steps and os.fork() == 0:  # from outside of the rank's threads
             time.sleep(delay)
             os.kill(os.getppid(), signal.SIGKILL)
             os._exit(0)
@@ -104,14 +103,14 @@ def _run_until_killed(rank: int, world_size: int, run_keys: dict[str, Any], dela
 
 def test_ten_kills_lose_nothing_that_was_reported_and_change_nothing(data: str, tmp_path: Path) -> None:
     """A run that is killed ten times ends as the run that never was: every loss, and the last checkpoint to the bit."""
-    steps = 400
+    steps = 240
     whole, chain = tmp_path / "whole", tmp_path / "chain"
     run_ranks(_run, 2, keys(data, whole, train_iters=steps, checkpoint_factor=steps))
     moments, in_flight = random.Random(22), 0
     run_keys = keys(data, chain, train_iters=steps, keep_last_n_checkpoints=2)
     for _ in range(KILLS):
-        delay = moments.uniform(0.0, 0.4)
-        outcome = run_ranks(_run_until_killed, 2, run_keys, delay, expect_failure=True)
+        moment = moments.randint(1, 12), moments.uniform(0.0, 0.03)
+        outcome = run_ranks(_run_until_killed, 2, run_keys, *moment, expect_failure=True)
         codes = {code for code, _ in outcome}
         assert -signal.SIGKILL in codes, outcome
         assert 0 not in codes, outcome  # one may have noticed the other's death before its own

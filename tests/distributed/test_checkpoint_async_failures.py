@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import random
 import re
@@ -19,8 +20,10 @@ import pytest
 import torch
 
 from megatron.checkpoint import BackgroundSaver, TrainState, background, save
+from megatron.checkpoint.errors import CheckpointError
 from megatron.checkpoint.folders import LATEST, clean_leftovers, complete_steps, find_checkpoint, tag_name
 from megatron.checkpoint.manifest import read_manifest
+from megatron.checkpoint.snapshot import HostCopies
 from megatron.checkpoint.verify import verify_checkpoint
 from tests.checkpoints import standing_args, standing_engine
 from tests.ranks import run_ranks
@@ -167,6 +170,35 @@ def test_a_failure_of_rank_0_alone_is_reported_too(tmp_path: Path, where: str, r
     assert sorted(path.name for path in tmp_path.iterdir()) == ["global_step1", "global_step3", LATEST]
 
 
+def _without_memory(rank: int, world_size: int, root: str) -> Any:
+    """Rank 1 cannot make its copies: at the start, then at the first save."""
+    standing = Standing(rank, world_size, root)
+    snapshot = HostCopies.snapshot
+
+    def no_room(copies: HostCopies, contents: Any) -> Any:
+        raise RuntimeError("cannot allocate memory")
+
+    if rank == 1:
+        HostCopies.snapshot = no_room  # type: ignore[method-assign]
+    with pytest.raises(CheckpointError) as refused:
+        standing.saver.prepare()
+    standing.whole(1)
+    HostCopies.snapshot = snapshot  # type: ignore[method-assign]
+    standing.whole(2)
+    return str(refused.value), standing.warnings
+
+
+def test_a_rank_without_memory_is_named_before_the_first_step(tmp_path: Path) -> None:
+    results = run_ranks(_without_memory, 2, str(tmp_path))
+    assert results[0] == results[1]
+    refused, warnings = results[0]
+    reason = "failed. rank 1: RuntimeError: cannot allocate memory"
+    assert refused == f"async_save: making room for copies in host memory {reason}"
+    assert len(warnings) == 1
+    assert warnings[0].startswith(f"saving {tmp_path}/global_step1 {reason}. {GOES_ON} (there is none yet)")
+    assert complete_steps(tmp_path) == [2]
+
+
 def _wait_for_a_slow_rank(rank: int, world_size: int, root: str) -> Any:
     """Rank 1 writes only when rank 0 has asked a few times; the next save falls due meanwhile."""
     standing = Standing(rank, world_size, root, keep_last_n_checkpoints=1)
@@ -186,6 +218,10 @@ def _wait_for_a_slow_rank(rank: int, world_size: int, root: str) -> Any:
     standing.saver._ranks.where = reporting  # type: ignore[method-assign]
     background.CheckpointWriter.write = slow  # type: ignore[method-assign]
     standing.begin(1)
+    if rank == 0:
+        for thread in threading.enumerate():
+            if thread.name == "checkpoint":
+                thread.join()
     standing.begin(2)
     standing.saver.wait()
     return standing.lines
@@ -241,28 +277,41 @@ def test_killed_at_ten_random_moments_what_was_reported_is_there(tmp_path: Path)
     assert partial, "no kill fell into a save"
 
 
-def test_killed_at_every_operation_the_last_complete_one_is_found(tmp_path: Path) -> None:
-    """A new step, a replaced one and retention in the background, ended before each of their file operations."""
+def alone(root: Path, **keys: Any) -> Standing:
+    """A saver in a process of its own, the only rank."""
     torch.set_num_threads(1)
+    background.PAUSE_SECONDS = 0.001
+    torch.distributed.init_process_group("gloo", init_method=f"file://{root}.store", rank=0, world_size=1)
+    return Standing(0, 1, str(root), **keys)
+
+
+@pytest.fixture
+def before(tmp_path: Path) -> Path:
+    """A run folder with the checkpoints of steps 1 and 2."""
+    root = tmp_path / "before"
+
+    def work() -> None:
+        standing = alone(root, keep_optimizer_last_n=1)
+        for step in (1, 2):
+            standing.whole(step)
+
+    assert not killed_at(1000, work)
+    return root
+
+
+def test_killed_at_every_operation_the_last_complete_one_is_found(tmp_path: Path, before: Path) -> None:
+    """A new step, a replaced one and retention in the background, ended before each of their file operations."""
 
     def work(root: Path) -> None:
-        torch.distributed.init_process_group("gloo", init_method=f"file://{root}.store", rank=0, world_size=1)
-        standing = Standing(0, 1, str(root), keep_last_n_checkpoints=2, keep_optimizer_last_n=1)
-        standing.saver.completed = 2
+        standing = alone(root, keep_last_n_checkpoints=2, keep_optimizer_last_n=1)
         for _ in range(2):
             standing.whole(3)
         assert standing.saver.completed == 3
         assert standing.warnings == []
 
-    def before(root: Path) -> None:
-        torch.distributed.init_process_group("gloo", init_method=f"file://{root}.store", rank=0, world_size=1)
-        for step in (1, 2):
-            Standing(0, 1, str(root), keep_optimizer_last_n=1).whole(step)
-
-    assert not killed_at(0, lambda: before(tmp_path / "before"))
     for operation in range(1, 1000):
         root = tmp_path / str(operation)
-        shutil.copytree(tmp_path / "before", root)
+        shutil.copytree(before, root)
         killed = killed_at(operation, lambda root=root: work(root))
         found = find_checkpoint(root)
         problems = [p for p in verify_checkpoint(found) if "is not in the manifest" not in p]
@@ -277,4 +326,42 @@ def test_killed_at_every_operation_the_last_complete_one_is_found(tmp_path: Path
             assert complete_steps(root) == [2, 3]
             return
         shutil.rmtree(root)
+    pytest.fail("the work never came to its end")
+
+
+def test_an_error_at_any_operation_costs_one_save_at_most(tmp_path: Path, before: Path) -> None:
+    """Each file operation fails in turn, once: the run goes on, the next save is complete and nothing is left over."""
+
+    hit: list[str] = []
+
+    def broken() -> None:
+        if not hit:
+            hit.append("Input/output error")
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def work(root: Path) -> None:
+        standing = alone(root, keep_last_n_checkpoints=2, keep_optimizer_last_n=1)
+        for _ in range(2):
+            standing.whole(3)
+        (root / "said").write_text(json.dumps({"hit": bool(hit), "warnings": standing.warnings}))
+        hit.append("no more")
+        standing.whole(4)
+        assert standing.saver.completed == 4
+
+    reported = 0
+    for operation in range(1, 1000):
+        root = tmp_path / str(operation)
+        shutil.copytree(before, root)
+        killed_at(operation, lambda root=root: work(root), broken)
+        said = json.loads((root / "said").read_text())
+        assert len(said["warnings"]) <= 1
+        assert all("Input/output error" in warning and GOES_ON in warning for warning in said["warnings"])
+        reported += len(said["warnings"])
+        assert complete_steps(root) == [3, 4], f"operation {operation}"
+        assert verify_checkpoint(find_checkpoint(root, 3)) == verify_checkpoint(find_checkpoint(root)) == []
+        assert {path.name for path in root.iterdir()} == {"global_step3", "global_step4", LATEST, "said"}
+        shutil.rmtree(root)
+        if not said["hit"]:
+            assert reported > 40
+            return
     pytest.fail("the work never came to its end")

@@ -79,9 +79,9 @@ def _run(rank: int, world_size: int, run_keys: dict[str, Any], poison: dict[str,
                 GlobalMeanLoss.token_losses = overflowing
         return build_engine(args, model, log)
 
-    def step(engine: Any, args: Any, batches: Any, train_state: Any, progress: Any) -> float:
+    def step(engine: Any, args: Any, batches: Any, train_state: Any, *rest: Any) -> float:
         state["iteration"] = train_state.iteration + 1
-        return train_step(engine, args, batches, train_state, progress)
+        return train_step(engine, args, batches, train_state, *rest)
 
     loop.build_engine, loop.train_step = build, step
     loop.run_training(args, place)
@@ -175,6 +175,39 @@ def test_too_many_skips_stop_on_all_ranks(data: str, tmp_path: Path) -> None:
     said = run_ranks(_quiet, 8, second, poison | {"iterations": [5]})
     assert "it is the 3. in a row" in said[0]
     assert "the 4. in all (at most 3, max_skipped_steps)" in said[0]
+
+
+def _mutant(rank: int, world_size: int, run_keys: dict[str, Any], poison: dict[str, Any], mutation: str) -> str:
+    """`_run` without one of the two things that make every rank refuse a step; gives back the error's text."""
+    from megatron.model import loss
+    from megatron.trainer import engine
+    from megatron.trainer.guards import SuspiciousLossError
+
+    if mutation == "no spreading":
+        engine.spread_what_is_not_finite = lambda engine: None
+    else:
+        loss._spoiled_unless_finite = lambda value: value
+    try:
+        _run(rank, world_size, run_keys, poison)
+    except SuspiciousLossError as error:
+        return str(error)
+    return ""
+
+
+def test_without_spreading_a_nan_would_be_applied(data: str, tmp_path: Path) -> None:
+    """A NaN in the second tensor-parallel rank's copy of a norm: DeepSpeed's norm does not see it."""
+    poison = {"rank": 1, "where": "gradient", "tensor": "norm", "value": math.nan, "iterations": [2]}
+    for name, run, arguments in (("with", _run, ()), ("without", _mutant, ("no spreading",))):
+        changes = {"pipe_parallel_size": 1, "train_iters": 2, "replica_check_interval": 0}
+        run_ranks(run, 2, keys(data, tmp_path / name, **changes), poison, *arguments)
+        assert metrics(tmp_path / name, "train/skipped_steps")[2] == (1 if name == "with" else 0)
+
+
+def test_without_spoiling_an_infinite_loss_would_be_applied(data: str, tmp_path: Path) -> None:
+    poison = {"rank": 0, "where": "loss", "value": math.inf, "iterations": [2]}
+    one = {"pipe_parallel_size": 1, "model_parallel_size": 1}
+    said = run_ranks(_mutant, 1, keys(data, tmp_path, **one), poison, "no spoiling")
+    assert said[0].startswith("iteration 2: loss inf, gradient norm 1.1"), "the engine has applied it; the run stops"
 
 
 def _replica_with_a_broken_loss(rank: int, world_size: int, run_keys: dict[str, Any]) -> str:

@@ -86,11 +86,15 @@ class Run:
         )
 
     def until_it_steps(self) -> None:
-        metrics, deadline = self.folder / "log/metrics.jsonl", time.monotonic() + 200
-        while not metrics.exists() or metrics.read_text().count("train/lm_loss") < 3:
+        deadline = time.monotonic() + 200
+        while self.metrics().count("train/lm_loss") < 3:
             assert all(process.poll() is None for process in self.processes), self.said()
             assert time.monotonic() < deadline, "the run did not start"
             time.sleep(0.05)
+
+    def metrics(self) -> str:
+        path = self.folder / "log/metrics.jsonl"
+        return path.read_text() if path.exists() else ""
 
     def ranks(self) -> list[int]:
         """Process ids by rank, under deepy: its child supervises, and started them in order."""
@@ -137,6 +141,24 @@ def test_a_stopped_rank_is_named(started: Any, rank: int) -> None:
     assert [path.name for path in stacks.iterdir()] == [f"rank_{1 - rank}.txt"], "the reachable rank's"
     assert "train_step" in (stacks / f"rank_{1 - rank}.txt").read_text()
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+def test_a_job_that_is_suspended_as_a_whole_goes_on(started: Any) -> None:
+    """`scontrol suspend` and `resume`: nobody was awake to miss anybody."""
+    run = started()
+    run.by_deepy()
+    run.until_it_steps()
+    pids = run.ranks()
+    for number, seconds in ((signal.SIGSTOP, 3 * 2.0), (signal.SIGCONT, 2 * 2.0)):
+        for pid in pids:
+            os.kill(pid, number)
+        time.sleep(seconds)  # longer than heartbeat_timeout_seconds, 2
+    before = run.metrics().count("train/lm_loss")
+    deadline = time.monotonic() + BOUND_SECONDS
+    while run.metrics().count("train/lm_loss") == before:
+        assert run.processes[0].poll() is None, run.said()
+        assert time.monotonic() < deadline, "no step after the resume"
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("launcher", ["fork", "torchrun"])
@@ -217,18 +239,27 @@ def test_nobody_waits_for_a_rank_that_failed(started: Any, tmp_path: Path, monke
     assert "lost" not in run.said()
 
 
-def _timeouts(rank: int, world_size: int) -> dict[str, timedelta]:
+def _timeouts(rank: int, world_size: int, spread: bool) -> dict[str, timedelta]:
     import torch
     import torch.distributed as dist
 
+    from megatron.trainer import engine
     from tests.training import build
 
+    if not spread:
+        engine.set_timeouts = lambda minutes: None
     build(CASE.neox(world_size=world_size, pipe_parallel_size=2, distributed_timeout_minutes=7), CASE)
     groups = dist.distributed_c10d._world.pg_map
     return {group.group_name: group._get_backend(torch.device("cpu")).options._timeout for group in groups}
 
 
 def test_the_timeout_reaches_every_group() -> None:
-    for timeouts in run_ranks(_timeouts, 4):
+    for timeouts in run_ranks(_timeouts, 4, True):
         assert len(timeouts) > 10, "DeepSpeed's and megatron-core's groups"
         assert set(timeouts.values()) == {timedelta(minutes=7)}
+
+
+def test_by_itself_it_would_not() -> None:
+    """The reason for `set_timeouts`: groups that DeepSpeed makes have torch's own timeout, 30 minutes with gloo."""
+    for timeouts in run_ranks(_timeouts, 4, False):
+        assert timedelta(minutes=30) in timeouts.values()

@@ -22,7 +22,8 @@ from pathlib import Path
 
 from megatron.launcher.processes import die_with_parent
 
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "sbcast", "scontrol", "sinfo", "squeue", "scancel")
+DAEMONS = ("munged", "slurmctld", "slurmd")
+PROGRAMS = (*DAEMONS, "sbatch", "srun", "salloc", "sbcast", "scontrol", "sinfo", "squeue", "scancel")
 SEARCHED = os.pathsep.join(["/usr/sbin", "/usr/local/sbin", os.environ.get("PATH", "")])  # daemons are in sbin
 
 CONFIGURATION = """\
@@ -41,7 +42,9 @@ ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SwitchType=switch/none
 MpiDefault=none
-SelectType=select/linear
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+GresTypes=gpu
 SchedulerType=sched/backfill
 SchedulerParameters=bf_interval=1,sched_interval=2,batch_sched_delay=0
 ReturnToService=2
@@ -51,8 +54,11 @@ KillWait=12
 InactiveLimit=0
 # Virtual nodes have as many cores as they say.
 SlurmdParameters=config_overrides
-NodeName={nodes} NodeHostname=localhost NodeAddr=127.0.0.1 Port=[{node_ports}] CPUs=8 State=UNKNOWN
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+NodeName={nodes} NodeHostname=localhost NodeAddr=127.0.0.1 Port=[{node_ports}] CPUs=64 Gres=gpu:8 Feature=nvme
+# Nodes are given whole, as on Frontier and in LUMI's standard-g.
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=EXCLUSIVE
+PartitionName=batch Nodes=ALL MaxTime=INFINITE State=UP OverSubscribe=EXCLUSIVE
+PartitionName=standard-g Nodes=ALL MaxTime=INFINITE State=UP OverSubscribe=EXCLUSIVE
 """
 
 
@@ -99,6 +105,9 @@ class Cluster:
         (munge / "key").write_bytes(os.urandom(128))
         (munge / "key").chmod(0o400)
         first = free_ports(len(self.names) + 1)
+        for number in range(8):  # Slurm looks whether a GPU's device is there, not what it is
+            (self.folder / f"gpu{number}").touch()
+        (self.folder / "gres.conf").write_text(f"AutoDetect=off\nName=gpu File={self.folder}/gpu[0-7]\n")
         (self.folder / "slurm.conf").write_text(
             CONFIGURATION.format(
                 folder=self.folder,

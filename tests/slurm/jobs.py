@@ -30,8 +30,13 @@ def save(args, step):
     Path(args.save).mkdir(exist_ok=True)
     Path(args.save, "latest").write_text(f"global_step{step}")
 
+def last_save(args):
+    path = Path(args.save, "latest")
+    return path.read_text() if path.exists() else None
+
 def program(args):
     seen = {"argv": sys.argv, "env": dict(os.environ), "cwd": os.getcwd(), "file": __file__}
+    seen["folders"] = [name for name, value in os.environ.items() if os.path.isdir(value)]
     Path(f"seen-{start}-{rank}.part").write_text(json.dumps(seen))
     act = os.environ["PLAN"].split(",")[start]
     if act in ("wait", "deaf"):
@@ -43,10 +48,15 @@ def program(args):
         time.sleep(0.02)
     if act == "wait" and rank == 0:
         save(args, start + 1)
+    while act == "wait" and last_save(args) != f"global_step{start + 1}":  # no rank leaves before all is saved
+        time.sleep(0.02)
     if act == "wait":
         raise Stopped(f"{signal.Signals(caught[0]).name} at start {start}; all is saved")
     if act == "stuck":
         raise Stopped("a stop without a new save")
+    if act == "lost":  # what the watchdog leaves when a rank's node does not answer
+        Path(os.environ["NEOX_RUN_FOLDER"], "lost-nodes").write_text("n1\n")
+        raise Stopped("rank 2 on n1 did not arrive", code=76)
     if act == "user" and rank == 1:
         raise ConfigError("the sky is too cloudy")
     if act == "bug" and rank == 3:
@@ -81,16 +91,19 @@ def configure(folder: Path, name: str = "run.yml") -> list[str]:
     return [name, "machine.yml"]
 
 
-def rendered(folder: Path, project: Path, *options: str, configs: list[str] | None = None) -> Path:
-    """job.sh for `folder`, without the preflight unless `options` say more. `--` and overrides may end the options."""
+def rendered(
+    folder: Path, project: Path, *options: str, configs: list[str] | None = None, preflight: bool = False
+) -> Path:
+    """job.sh for `folder`. `--` and overrides may end the options."""
     before = Path.cwd()
     os.chdir(folder)
     try:
         configs = configure(folder) if configs is None else configs
         # Ranks meet on this machine's loopback, where the nodes' names lead nowhere.
         meet = ["--env=MASTER_ADDR=127.0.0.1", "--env=GLOO_SOCKET_IFNAME=lo"]
-        words = ["generic_slurm", *configs, "--nodes=2", "--time=30", "--no-preflight", *meet, "-o", "job.sh", *options]
-        assert main(words, project=project) == 0
+        words = ["generic_slurm", *configs, "--nodes=2", "--time=30", *meet, "-o", "job.sh"]
+        words += [] if preflight else ["--no-preflight"]
+        assert main([*words, *options], project=project) == 0
     finally:
         os.chdir(before)
     return folder / "job.sh"

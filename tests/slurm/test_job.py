@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from launch.render import main
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import configure, finished, light_project, log_of, rendered
 
@@ -27,9 +28,9 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return light_project(tmp_path_factory.mktemp("checkout") / "project")
 
 
-def seen(folder: Path, start: int = 0) -> list[dict[str, Any]]:
-    """What each of the four ranks of a start has found around itself."""
-    return [json.loads((folder / f"seen-{start}-{rank}.json").read_text()) for rank in range(4)]
+def seen(folder: Path, start: int = 0, ranks: int = 4) -> list[dict[str, Any]]:
+    """What each rank of a start has found around itself."""
+    return [json.loads((folder / f"seen-{start}-{rank}.json").read_text()) for rank in range(ranks)]
 
 
 def all_wait(folder: Path, start: int) -> bool:
@@ -83,29 +84,39 @@ def test_a_list_for_export_would_lose_values(cluster: Cluster, project: Path, tm
     assert {found["env"].get("LISTED") for found in seen(tmp_path)} == {"a"}
 
 
+def pack(folder: Path, archive: Path) -> None:
+    """What conda-pack would write: bin/python and bin/conda-unpack; both say that they were called."""
+    stub(folder, "python", f'export FOUND_IN="$0"\nexec {sys.executable} "$@"')
+    (folder / "conda-unpack").write_text(
+        "#!/usr/bin/env python\nimport os\nassert 'FOUND_IN' in os.environ\n"
+        "open(os.environ['CONDA_UNPACKED'], 'a').write(os.environ['SLURMD_NODENAME'] + '\\n')\n"
+    )
+    (folder / "conda-unpack").chmod(0o755)
+    archive.parent.mkdir(exist_ok=True)
+    with tarfile.open(archive, "w:gz") as file:
+        file.add(folder, "bin")
+
+
 def test_software_is_unpacked_once_per_node(cluster: Cluster, project: Path, tmp_path: Path) -> None:
-    shim = tmp_path / "bin" / "python"
-    shim.parent.mkdir()
-    shim.write_text(f'#!/bin/bash\nexport FOUND_IN="$0"\nexec {sys.executable} "$@"\n')
-    shim.chmod(0o755)
-    (tmp_path / "bin" / "conda-unpack").write_text('#!/bin/bash\ntouch "$0.ran"\n')
-    (tmp_path / "bin" / "conda-unpack").chmod(0o755)
-    with tarfile.open(tmp_path / "soft ware.tar.gz", "w:gz") as archive:
-        archive.add(tmp_path / "bin", "bin")
+    pack(tmp_path / "bin", tmp_path / "soft ware.tar.gz")
     count = 'echo "$SLURMD_NODENAME $*" >>"$COUNTED"; exec /bin/tar "$@"'
     stub(tmp_path / "stubs", "tar", count)
     script = rendered(tmp_path, project, "--environment=soft ware.tar.gz")
-    job = submit(cluster, tmp_path, script, "done", COUNTED=str(tmp_path / "counted"))
+    where = {"COUNTED": str(tmp_path / "counted"), "CONDA_UNPACKED": str(tmp_path / "conda")}
+    job = submit(cluster, tmp_path, script, "done", **where)
     finished(cluster, tmp_path, job, "COMPLETED")
+    assert sorted((tmp_path / "conda").read_text().split()) == ["n0", "n1"]
     unpacked = [line for line in (tmp_path / "counted").read_text().splitlines() if " -xf " in line]
     assert sorted(line.split()[0] for line in unpacked if "software.tar" in line) == ["n0", "n1"]
     assert sorted(line.split()[0] for line in unpacked if "code.tar" in line) == ["n0", "n1"]
     for rank, found in enumerate(seen(tmp_path)):
         here = f"{tmp_path}/disk/neox-{job}/n{rank // 2}"
         assert found["env"]["FOUND_IN"] == f"{here}/software/bin/python"
-        assert found["file"] == f"{tmp_path}/disk/neox-{job}/n0/code/train.py" or rank >= 2
+        assert found["file"] == found["argv"][0] == f"{here}/code/train.py"
+        assert f"/n{1 - rank // 2}/" not in json.dumps(found), "another node's disk cannot be seen"
         for name in ("NEOX_CACHE", "MIOPEN_USER_DB_PATH", "TORCH_EXTENSIONS_DIR"):
             assert found["env"][name].startswith(here), name
+            assert name in found["folders"], "made on every node, not on that of the batch shell alone"
     assert not list((tmp_path / "disk").rglob("*.*")), "nothing is left on the nodes"
 
 
@@ -155,6 +166,17 @@ def test_the_warning_saves_and_requeues(cluster: Cluster, project: Path, tmp_pat
     assert log.splitlines()[-1] == "launch: done; last save: global_step2"
     assert "node failure" not in log
     assert "ended from outside" not in log
+
+
+def test_a_warning_before_the_training_is_not_lost(cluster: Cluster, project: Path, tmp_path: Path) -> None:
+    stub(tmp_path / "stubs", "sbcast", 'until [[ -e $HERE/go ]]; do sleep 0.1; done; exec /usr/bin/sbcast "$@"')
+    job = submit(cluster, tmp_path, rendered(tmp_path, project), "wait,done", HERE=str(tmp_path))
+    cluster.until(lambda: "start 1 on n[0-1]" in log_of(tmp_path, job), "the job", 60)
+    cluster.run("scancel", "--batch", "--signal=USR1", job)
+    (tmp_path / "go").touch()
+    cluster.start_requeued(job)
+    log = finished(cluster, tmp_path, job, "COMPLETED")
+    assert "launch: requeued: SIGUSR1 at start 0; all is saved; last save: global_step1" in log
 
 
 def test_without_the_trap_the_job_does_not_go_on(cluster: Cluster, project: Path, tmp_path: Path) -> None:
@@ -242,3 +264,84 @@ def test_a_node_lost_before_the_training_costs_a_restart(cluster: Cluster, proje
         cluster.start_node("n1")
         cluster.wait_for_nodes()
     assert "failed, see above and a node does not answer" in log or "ended by Slurm" in log
+
+
+def test_the_next_start_avoids_the_nodes_on_which_ranks_were_lost(
+    cluster: Cluster, project: Path, tmp_path: Path
+) -> None:
+    job = submit(cluster, tmp_path, rendered(tmp_path, project, "--exclude=n3"), "lost,done")
+    cluster.start_requeued(job)
+    log = finished(cluster, tmp_path, job, "COMPLETED")
+    assert "launch: requeued: rank 2 on n1 did not arrive; last save: none" in log
+    assert [found["env"]["SLURMD_NODENAME"] for found in seen(tmp_path, 1)] == ["n0", "n0", "n2", "n2"], log
+
+
+def test_a_container_has_the_ranks_environment(cluster: Cluster, project: Path, tmp_path: Path) -> None:
+    """Singularity itself is not here: a stand-in that runs what it is given, and says what that was."""
+    body = (
+        'printf "%s\\n" "$@" >"$HERE/entered-$SLURM_PROCID"\nuntil [[ $1 == *.sif ]]; do shift; done; shift\nexec "$@"'
+    )
+    stub(tmp_path / "stubs", "singularity", body)
+    options = ["--container=my image.sif", f"--python={sys.executable}", "--bind=/some where:/data", f"--env=ODD={ODD}"]
+    script = rendered(tmp_path, project, *options)
+    job = submit(cluster, tmp_path, script, "done", HERE=str(tmp_path), WITH_CONDA="export CONDA=entered")
+    finished(cluster, tmp_path, job, "COMPLETED")
+    for rank, found in enumerate(seen(tmp_path)):
+        assert found["env"]["ODD"] == ODD
+        assert found["env"]["CONDA"] == "entered"
+        binds = (tmp_path / f"entered-{rank}").read_text().splitlines()[:8]
+        here = f"{tmp_path}/disk/neox-{job}/n{rank // 2}"
+        assert binds == ["exec", "--bind", here, "--bind", str(tmp_path), "--bind", "/some where:/data", "my image.sif"]
+
+
+@pytest.mark.parametrize("site", ["frontier", "lumi"])
+def test_the_scripts_of_the_sites_run(
+    cluster: Cluster, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, site: str
+) -> None:
+    """Two of their nodes, as far as Slurm goes: flags, 8 ranks on each, the profile, the software, the plan.
+
+    Stand-ins for `module`, singularity and the node-local disk; the GPUs are a number in Slurm's configuration.
+    """
+    monkeypatch.chdir(tmp_path)
+    configs = configure(tmp_path)
+    (tmp_path / "machine.yml").write_text("num_nodes: 2\nnum_gpus: 8\n")
+    account = ["--account=AST123", "--time=1:00:00", "--no-preflight", "-o", "job.sh"]
+    assert main([site, "--nodes=2", *account, *configs], project=project) == 0
+    script = tmp_path / "job.sh"
+    text = script.read_text().replace("#!/bin/bash -l\n", "#!/bin/bash\n")  # it would reset PATH
+    disk = {"frontier": "/mnt/bb/$USER", "lumi": "/tmp/$USER"}[site]
+    assert disk in text
+    script.write_text(text.replace(disk, "$TMPDIR"))
+    stub(tmp_path / "stubs", "module", 'echo "module $*"')
+    stub(tmp_path / "stubs", "singularity", 'until [[ $1 == *.sif ]]; do shift; done; shift; exec "$@"')
+    stub(tmp_path / "stubs", "python", f'exec {sys.executable} "$@"')
+    pack(tmp_path / "bin", tmp_path / "software" / "neox-llama.tar.gz")
+    job = submit(cluster, tmp_path, script, "done", USER="astronomer", CONDA_UNPACKED=str(tmp_path / "conda"))
+    log = finished(cluster, tmp_path, job, "COMPLETED", timeout=200)
+    assert "module load " in log
+    assert f"of the 57.0 GiB that can be used on {site}" in log, "the plan"
+    for rank, found in enumerate(seen(tmp_path, ranks=16)):
+        env = found["env"]
+        assert (env["SLURM_PROCID"], env["SLURM_LOCALID"]) == (str(rank), str(rank % 8))
+        assert env["SLURMD_NODENAME"] == f"n{rank // 8}"
+        assert env["SLURM_CPUS_PER_TASK"] == "7"
+        assert env["NCCL_NET"] == {"frontier": "OFI", "lumi": "AWS Libfabric"}[site]
+        assert ("FI_CXI_RDZV_PROTO" in env) is (site == "frontier")
+        assert "NCCL_NCHANNELS_PER_PEER" not in env
+    if site == "frontier":
+        assert cluster.field(job, "Features") == "nvme"
+        assert cluster.field(job, "Network") == "disable_rdzv_get"
+        assert cluster.field(job, "Partition") == "batch"
+    else:
+        assert cluster.field(job, "Partition") == "standard-g"
+
+
+@pytest.mark.slow
+def test_slurm_s_own_warning(cluster: Cluster, project: Path, tmp_path: Path) -> None:
+    """Three minutes of wall time, warned by Slurm itself and not by a hand."""
+    script = rendered(tmp_path, project, "--time=3", "--signal-seconds=60")
+    job = submit(cluster, tmp_path, script, "wait,done")
+    cluster.start_requeued(job, timeout=200)
+    log = finished(cluster, tmp_path, job, "COMPLETED")
+    assert "launch: warning: the time limit is 60 s away" in log
+    assert "launch: requeued: SIGUSR1 at start 0; all is saved; last save: global_step1" in log

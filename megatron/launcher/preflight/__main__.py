@@ -2,6 +2,7 @@
 
 import os
 import sys
+import traceback
 import warnings
 
 from megatron.launcher.start import QUIET
@@ -14,7 +15,11 @@ for text in QUIET:
 from megatron.launcher.preflight.command_line import main  # noqa: E402
 
 if __name__ == "__main__":
-    code = main(sys.argv[1:])
+    code = 1
+    try:
+        code = main(sys.argv[1:])
+    except Exception:
+        traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # all is said: destructors of process groups would wait for each other

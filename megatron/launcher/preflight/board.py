@@ -30,7 +30,7 @@ MARGIN_SECONDS = 10.0  # how much longer than a phase may take a rank waits for 
 GOODBYE_SECONDS = 3.0  # how long rank 0 stays for the others to read its last word
 AFTER_AN_ERROR_SECONDS = 3.0  # how long the others have to finish once one rank has failed
 _LOOK_SECONDS = 0.05  # between two looks of rank 0 at its own store
-_RETRY_SECONDS = 0.2
+_RETRY_SECONDS, _CONNECT_SECONDS = 0.2, 5.0  # of a rank that looks for rank 0
 _LONGEST = 200  # characters of an error's text
 
 
@@ -195,7 +195,7 @@ def _connect(host: str, port: int, world_size: int, serve: bool, timeout: float)
     deadline = time.monotonic() + timeout
     while not serve:  # a store that cannot connect prints a page
         try:
-            socket.create_connection((host, port), timeout).close()
+            socket.create_connection((host, port), _CONNECT_SECONDS).close()
             break
         except OSError:
             if time.monotonic() > deadline:

@@ -23,7 +23,7 @@ Run on all ranks (srun, torchrun): forms the training's groups, sums over each, 
   CONFIG                   the training's configuration files, merged as deepy.py merges them
   --timeout SECONDS        for each phase, after which those that did not come are named (default 180)
   --no-screen              no measurements of devices and links
-  --slow-nodes fail|warn   whether slow nodes end the preflight with exit code 4 (default fail)
+  --slow-nodes fail|warn   whether slow nodes end the preflight with exit code 4 (default: fail on GPUs, warn on CPUs)
   --exclude-file FILE      where slow nodes are written, as in --exclude=nid001,nid002; empty if there are none
   --KEY VALUE              sets any key of the configuration, as for deepy.py
 
@@ -37,7 +37,7 @@ class Options:
     configuration: list[str]  # files and overrides, as `worker_args` takes them
     timeout: float
     screen: bool
-    slow_nodes: Literal["fail", "warn"]
+    slow_nodes: Literal["fail", "warn"] | None  # None: as the device is
     exclude_file: Path | None
 
 
@@ -51,7 +51,7 @@ def parse(arguments: list[str]) -> Options:
     parser = _Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("--timeout", type=float, default=180.0)
     parser.add_argument("--screen", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--slow-nodes", choices=("fail", "warn"), default="fail")
+    parser.add_argument("--slow-nodes", choices=("fail", "warn"), default=None)
     parser.add_argument("--exclude-file", type=Path, default=None)
     own, configuration = parser.parse_known_args(arguments)
     if own.timeout <= 0:

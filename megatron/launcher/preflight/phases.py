@@ -33,7 +33,7 @@ class Preflight:
         self.speaks = started.rank == 0
         self.begun = time.monotonic()
 
-    def run(self, screen: bool, slow_nodes: str, exclude_file: Path | None) -> None:
+    def run(self, screen: bool, slow_nodes: str | None, exclude_file: Path | None) -> None:
         """All phases; returns if all is well, else the board ends the process."""
         self.take_seats()
         self.form_groups()
@@ -145,7 +145,7 @@ class Preflight:
     def _transport(self) -> dict[str, Any] | None:
         return None if self.rccl_log is None else asdict(transport.read(transport.take_log(self.rccl_log)))
 
-    def judge(self, screened: list[Screen], slow_nodes: str, exclude_file: Path | None) -> None:
+    def judge(self, screened: list[Screen], slow_nodes: str | None, exclude_file: Path | None) -> None:
         """Rank 0: say what the screens have found, write the list for --exclude, and end if that is asked for."""
         nodes = list(dict.fromkeys(self.board.roster.nodes()))
         print("\n".join(report.overview(screened)), flush=True)
@@ -168,6 +168,7 @@ class Preflight:
             text.append(
                 f"preflight: {len(slow)} of {len(nodes)} nodes are slow; leave them out: --exclude={','.join(slow)}"
             )
-            if slow_nodes == "fail":
+            # CPUs are shared, and what they are worth in this minute says little about the next hours.
+            if slow_nodes == "fail" or (slow_nodes is None and self.device.type == "cuda"):
                 self.board.fail(SLOW, "\n".join(text))
             print("\n".join(text), flush=True)

@@ -1,0 +1,120 @@
+"""What the watchdogs cost a step: everything at its defaults against everything off, on the tiny model.
+
+    python benchmarks/watching.py [--ranks 8] [--rounds 12] [--steps 10]
+
+One run of gloo ranks (TP2 x PP2, the rest data parallel) takes blocks of steps in alternation. Off is the engine as
+DeepSpeed makes it and the one-number all-reduce for signals that a run has anyway; on is the engine with phases, the
+spreading of gradients that are not finite, the pulse, the drift of step times, and the heartbeat. The comparison of
+replicas is timed by itself and counted once in `replica_check_interval` steps. Printed are the medians over blocks with
+their range, wall time and CPU time of rank 0 (which other work on the machine disturbs less), and the ratios (above 1:
+watching costs).
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from tests.ranks import run_ranks  # noqa: E402
+from tests.training import make_samples  # noqa: E402
+
+
+def measure(rank: int, world_size: int, rounds: int, steps: int) -> dict[str, list[float]]:
+    """Seconds a step by block, for `off` and `on`, and seconds of a comparison of replicas."""
+    import torch
+    import torch.distributed as dist
+    from deepspeed.runtime.pipe.engine import PipelineEngine
+
+    from megatron.launcher.distributed import Place, form_groups
+    from megatron.launcher.watchdog import Watchdog
+    from megatron.neox_arguments import NeoXArgs
+    from megatron.trainer.engine import build_engine, build_model
+    from megatron.trainer.instructions import run_inside
+    from megatron.trainer.phases import Phases
+    from megatron.trainer.progress import Progress
+    from megatron.trainer.watch import Watch
+    from tests.models import Case
+    from tests.training import step
+
+    files = [ROOT / "configs/tiny" / name for name in ("model.yml", "run.yml", "local.yml")]
+    overrides = {
+        "num_gpus": world_size,
+        "load": None,
+        "finetune": False,
+        "from_scratch": True,
+        "save": None,
+        "log_dir": None,
+        "tensorboard_dir": None,
+        "precision": "fp32",
+        "train_data_paths": ["unused"],
+        "train_data_weights": None,
+        "valid_data_paths": None,
+    }
+    args = NeoXArgs.from_ymls(files, overrides, world_size)
+    place = Place(rank, world_size, rank, *form_groups(args), torch.device("cpu"))
+    model = build_model(args, place.device)
+    model.initialise_from_scratch()
+    engine = build_engine(args, model, lambda line: None)
+    samples = make_samples(Case(vocab=args.vocab_size, seq=args.seq_length), args.train_batch_size)
+    watched = dict(engine._INSTRUCTION_MAP)
+    seconds: dict[str, list[float]] = {"off": [], "on": [], "off CPU": [], "on CPU": [], "replicas": []}
+    flag = torch.zeros((), dtype=torch.int32)
+    for _ in range(rounds):
+        engine._INSTRUCTION_MAP = PipelineEngine._INSTRUCTION_MAP
+        step(engine, args, samples)
+        dist.barrier()
+        start, cpu = time.perf_counter(), time.process_time()
+        for _ in range(steps):
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+            step(engine, args, samples)
+        seconds["off"].append((time.perf_counter() - start) / steps)
+        seconds["off CPU"].append((time.process_time() - cpu) / steps)
+
+        engine._INSTRUCTION_MAP = dict(watched)
+        with Watchdog(args, place) as watchdog:
+            phases = Phases(watchdog.whereabouts, place.device)
+            run_inside(engine, phases.during)
+            watch = Watch(engine, args, place, phases, Progress(args, rank))
+            step(engine, args, samples)
+            dist.barrier()
+            start, cpu = time.perf_counter(), time.process_time()
+            for iteration in range(steps):
+                watch.between_steps(0, iteration)
+                with watch.profiler.step(iteration + 1), phases.step(iteration + 1, first=False):
+                    step(engine, args, samples)
+                watch.after_step(iteration + 1, saving=False)
+            seconds["on"].append((time.perf_counter() - start) / steps)
+            seconds["on CPU"].append((time.process_time() - cpu) / steps)
+            start = time.perf_counter()
+            watch.check_replicas(0)
+            seconds["replicas"].append(time.perf_counter() - start)
+    return seconds | {"interval": [float(args.replica_check_interval)]}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=10)
+    options = parser.parse_args()
+    seconds: dict[str, Any] = run_ranks(measure, options.ranks, options.rounds, options.steps, timeout=3600)[0]
+    interval = seconds.pop("interval")[0]
+    for name, values in seconds.items():
+        low, high = min(values) * 1e3, max(values) * 1e3
+        print(f"{name:>8}: {statistics.median(values) * 1e3:.2f} ms ({low:.2f} to {high:.2f})")
+    replicas = statistics.median(seconds["replicas"])
+    for kind in ("", " CPU"):
+        off, on = (statistics.median(seconds[name + kind]) for name in ("off", "on"))
+        print(f"ratio on / off{kind}: {(on + replicas / interval) / off:.4f}, with replicas in 1 of {interval:g} steps")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
