@@ -61,6 +61,7 @@ class Case:
     seq: int = 256
     tied: bool = False
     documents: bool = False
+    bucket: int | None = None  # elements; with contiguous_gradients
 
     @property
     def world_size(self) -> int:
@@ -68,7 +69,8 @@ class Case:
 
     @property
     def model(self) -> str:
-        extra = [word for word, is_so in (("tied", self.tied), ("documents", self.documents)) if is_so]
+        flags = (("tied", self.tied), ("documents", self.documents), (f"bucket {self.bucket or 0:,}", self.bucket))
+        extra = [word for word, is_so in flags if is_so]
         return " ".join([f"{self.layers} x {self.hidden}, V {self.vocab:,}, s {self.seq:,}", *extra])
 
     @property
@@ -82,6 +84,7 @@ class Case:
         )
 
     def args(self, device: str) -> NeoXArgs:
+        zero = {"contiguous_gradients": True, "reduce_bucket_size": self.bucket} if self.bucket else {}
         return NeoXArgs.from_dict(
             {
                 "num_layers": self.layers,
@@ -104,6 +107,7 @@ class Case:
                 "checkpoint_activations": self.recompute,
                 "recompute_layers": self.recompute_layers,
                 "precision": self.precision,
+                "zero_optimization": {"stage": 1} | zero,
                 "train_iters": STEPS,
                 "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "betas": [0.9, 0.95], "eps": 1e-8}},
                 "distributed_backend": "gloo" if device == "cpu" else "nccl",
@@ -200,6 +204,7 @@ def measure(rank: int, world_size: int, case: Case, device: str = "cpu") -> Meas
 
 def predict(case: Case, device: str, ops: Ops) -> list[StageMemory]:
     args = case.args(device)
+    zero = args.zero_optimization
     return plan_memory(
         args.shape,
         ParallelLayout.of(args),
@@ -207,6 +212,8 @@ def predict(case: Case, device: str, ops: Ops) -> list[StageMemory]:
         args.precision,
         isolate_documents=case.documents,
         ops=ops,
+        reduce_bucket_size=zero.reduce_bucket_size,
+        contiguous_gradients=zero.contiguous_gradients,
     )
 
 

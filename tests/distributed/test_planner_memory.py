@@ -24,6 +24,8 @@ CASES = [
     Case(pipe=2, layers=6, recompute_layers=1),
     Case(tensor=2, micro_batch=2, recompute=False),
     Case(data=2, precision="fp32"),
+    Case(data=2, precision="fp32", bucket=1_000_000),
+    Case(data=2, bucket=10_000_000),
     Case(tensor=2, pipe=2, seq=512),
     Case(pipe=2, data=2, tied=True),
     Case(pipe=2, documents=True, recompute=False),
