@@ -196,7 +196,9 @@ def measure(rank: int, world_size: int, case: Case, device: str = "cpu") -> Meas
         for number in range(STEPS):
             if number == STEPS - 2:
                 moments.clear()
-            engine.train_batch(iter(_micro_batches(case, engine.device)))
+            loss = engine.train_batch(iter(_micro_batches(case, engine.device)))
+            if not torch.isfinite(loss):
+                raise RuntimeError(f"{case.layout}: the loss is {float(loss)}, the step was skipped and shows nothing")
     kernels = device != "cpu" and use_kernels("swiglu", torch.empty(0, device=device, dtype=torch.bfloat16))
     ops: Ops = "cpu" if device == "cpu" else "kernels" if kernels else "torch"
     return Measured(engine.stage_id, max(moments.values()), dict(moments), ops)
@@ -281,7 +283,7 @@ def _rank(rank: int, case: Case, folder: str, results: Any) -> None:
     import torch.distributed as dist
 
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(case.world_size))
-    torch.manual_seed(rank)
+    torch.manual_seed(0)  # the same batch everywhere: tensor-parallel ranks must agree on it
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=case.world_size)
     results.put((rank, measure(rank, case.world_size, case)))
