@@ -28,7 +28,7 @@ pytestmark = pytest.mark.distributed
 
 ROOT = Path(__file__).resolve().parents[2]
 NODE = node_name(os.environ)
-BOUND_SECONDS = 60  # silence (2 s) or lack of progress (3 s), then the launcher's patience with what does not end
+BOUND_SECONDS = 90  # silence (2 s) or lack of progress (3 s), then the launcher's patience with what does not end
 
 
 @pytest.fixture(scope="module")
@@ -218,6 +218,7 @@ def test_a_rank_that_hangs_alive_is_named_with_its_line(
     monkeypatch.setenv("MODE", "hang")
     run = started(script=tmp_path / "train.py", heartbeat_timeout_seconds=30.0, step_timeout_minutes=0.05)
     run.by_deepy()
+    run.until_it_steps()
     assert run.end() == LOST, run.said()
     line = run.last_line()
     assert "no progress for " in line
@@ -233,6 +234,7 @@ def test_nobody_waits_for_a_rank_that_failed(started: Any, tmp_path: Path, monke
     monkeypatch.setenv("MODE", "fail")
     run = started(script=tmp_path / "train.py", heartbeat_timeout_seconds=30.0)
     run.as_plain_ranks()
+    run.until_it_steps()
     assert run.end(1) == 1
     assert run.end(0) == 1
     assert run.said().count("KeyError: 'telescope'") == 1
