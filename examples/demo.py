@@ -13,14 +13,16 @@ import json
 import math
 import os
 import re
-import shlex
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from examples.steps import Steps  # noqa: E402
+
 PARITY = 1e-5
 CONFIGS = ["configs/tiny/model.yml", "configs/tiny/run.yml", "configs/tiny/local.yml"]
 SOURCES = ("domain", "general")
@@ -42,10 +44,10 @@ def main() -> int:
     return 0
 
 
-class Demo:
+class Demo(Steps):
     def __init__(self, out: Path, iterations: int, base_steps: int) -> None:
+        super().__init__()
         self.out, self.iterations, self.base_steps = out, iterations, base_steps
-        self.step = 0
 
     def run(self) -> None:
         out = self.out
@@ -85,10 +87,6 @@ class Demo:
         )
         self.report()
 
-    def title(self, text: str) -> None:
-        self.step += 1
-        print(f"\n=== {self.step}. {text}", flush=True)
-
     def deepy(self, script: str, *arguments: object) -> None:
         paths = [] if str(self.out) == "demo_out" else self.moved_paths(script)
         self.python("deepy.py", script, *CONFIGS, *paths, *arguments)
@@ -105,15 +103,6 @@ class Demo:
             assert value is not None, f"{CONFIGS[1]} has no {key}"
             words += [f"--{key}", value[1].replace("demo_out", str(self.out))]
         return words
-
-    def python(self, *arguments: object) -> None:
-        words = [str(argument) for argument in arguments]
-        print("$ python " + shlex.join(words), flush=True)
-        # Threads that spin while they wait made the base model eight times slower on a machine with other work.
-        environment = {"OMP_WAIT_POLICY": "passive", **os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-        code = subprocess.run([sys.executable, *words], env=environment, check=False).returncode
-        if code:
-            raise SystemExit(f"demo: step {self.step} failed with exit code {code}")
 
     def report(self) -> None:
         """What was shown, from the files that the steps left; a parity that is missed fails the demo."""

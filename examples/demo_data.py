@@ -17,7 +17,7 @@ import inspect
 import json
 import pydoc_data.topics
 import sys
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 
 import yaml
@@ -27,25 +27,37 @@ sys.path.insert(0, str(ROOT))
 
 from examples.demo_tokenizer import CHAT_TEMPLATE, train_tokenizer  # noqa: E402
 
+LEFT_OUT = ("tests", "extern")  # folders
 MIN_LENGTH = 200  # characters; shorter docstrings say little
 VALID_SHARE = {"domain": 0.03, "general": 0.1}
 
 
 def docstrings(package: str) -> Iterator[str]:
-    """Docstrings of a package's modules, classes and functions, read from its source without importing it."""
+    """Docstrings of an installed package's modules, classes and functions."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise SystemExit(f"demo_data.py: the package {package} is not installed (make venv installs it)")
     root = Path(next(iter(spec.submodule_search_locations)))
+    return (text for _, text in named_docstrings(root, package))
+
+
+def named_docstrings(
+    root: Path, name: str, leave_out: Container[str] = ("tests", "extern")
+) -> Iterator[tuple[str, str]]:
+    """(dotted name, docstring) of what is defined below a folder of sources, read without importing it."""
     for path in sorted(root.rglob("*.py")):
-        parts = path.relative_to(root).parts
-        if "tests" in parts or "extern" in parts:
+        parts = path.relative_to(root).with_suffix("").parts
+        if any(part in leave_out for part in parts):
             continue
-        for node in ast.walk(ast.parse(path.read_bytes())):
+        module = ".".join([name, *(part for part in parts if part != "__init__")]).lstrip(".")
+        tree = ast.parse(path.read_bytes())
+        owner = {child: node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef) for child in node.body}
+        for node in ast.walk(tree):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
                 text = ast.get_docstring(node)
                 if text:
-                    yield text
+                    inner = [owner.get(node), getattr(node, "name", None)]  # type: ignore[call-overload]
+                    yield ".".join([module, *(part for part in inner if part)]), text
 
 
 def topics() -> Iterator[str]:

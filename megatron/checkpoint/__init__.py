@@ -10,12 +10,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from megatron.checkpoint.background import BackgroundSaver
     from megatron.checkpoint.load import load_checkpoint
     from megatron.checkpoint.save import prepare_save, save_checkpoint
     from megatron.checkpoint.state import TrainState
 
-_HOME = {"load_checkpoint": "load", "prepare_save": "save", "save_checkpoint": "save", "TrainState": "state"}
-__all__ = ["TrainState", "load_checkpoint", "prepare_save", "save_checkpoint"]
+_HOME = {
+    "BackgroundSaver": "background",
+    "load_checkpoint": "load",
+    "prepare_save": "save",
+    "save_checkpoint": "save",
+    "TrainState": "state",
+}
+__all__ = ["BackgroundSaver", "TrainState", "load_checkpoint", "prepare_save", "save_checkpoint"]
 
 
 def __getattr__(name: str) -> Any:

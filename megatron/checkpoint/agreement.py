@@ -40,14 +40,16 @@ class Ranks:
 
         The body must not communicate: a rank that fails in it would leave the others waiting.
         """
-        failure: BaseException | None = None
+        failure: Exception | None = None
         try:
             yield
         except Exception as error:
             failure = error
-        count = torch.tensor([0 if failure is None else 1], dtype=torch.int32, device=self.device)
-        dist.all_reduce(count, group=self.group)
-        if not int(count):
+        self.agree(what, failure)
+
+    def agree(self, what: str, failure: BaseException | None) -> None:
+        """Raise one CheckpointError on all ranks if any of them comes with a failure. Collective."""
+        if not self.total(failure is not None):
             return
         reasons: list[str | None] = [None] * self.size
         dist.all_gather_object(reasons, None if failure is None else describe(failure), group=self.group)
@@ -60,17 +62,29 @@ class Ranks:
             shown.append(f"and {len(ranks_by_reason) - _SHOWN} more reasons")
         raise CheckpointError(f"{what} failed. " + "; ".join(shown)) from failure
 
+    def total(self, number: int) -> int:
+        """The sum over all ranks. Collective."""
+        count = torch.tensor([int(number)], dtype=torch.int64, device=self.device)
+        dist.all_reduce(count, group=self.group)
+        return int(count)
+
+    def largest(self, number: int) -> int:
+        """The largest of all ranks. Collective."""
+        count = torch.tensor([number], dtype=torch.int64, device=self.device)
+        dist.all_reduce(count, op=dist.ReduceOp.MAX, group=self.group)
+        return int(count)
+
+    def where(self, true: bool) -> str:
+        """Names of the ranks for which it is true. Collective."""
+        answers: list[bool | None] = [None] * self.size
+        dist.all_gather_object(answers, true, group=self.group)
+        return _name([rank for rank, answer in enumerate(answers) if answer])
+
     def broadcast(self, value: T) -> T:
         """The value of rank 0."""
         box: list[Any] = [value]
         dist.broadcast_object_list(box, src=dist.get_global_rank(self.group, 0), group=self.group, device=self.device)
         return box[0]
-
-    def gather(self, value: T) -> list[T]:
-        """Every rank's value, on rank 0; an empty list elsewhere."""
-        box: list[Any] | None = [None] * self.size if self.rank == 0 else None
-        dist.gather_object(value, box, dst=dist.get_global_rank(self.group, 0), group=self.group)
-        return box or []
 
 
 def _name(ranks: list[int]) -> str:

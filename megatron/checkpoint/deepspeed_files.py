@@ -62,6 +62,10 @@ class Place:
         return {"tp": self.tp, "pp": self.pp, "dp": self.dp}
 
     @property
+    def ranks(self) -> int:
+        return self.tp * self.pp * self.dp
+
+    @property
     def meta_file(self) -> str:
         return f"mp_rank_{self.pp_rank * self.tp + self.tp_rank:02d}_model_states.pt"
 

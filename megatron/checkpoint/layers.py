@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from megatron.checkpoint.errors import CheckpointError, describe
 from megatron.checkpoint.manifest import FileEntry
-from megatron.checkpoint.torch_files import Header, dtype_name, read_headers, read_tensors, write_tensors
+from megatron.checkpoint.torch_files import Header, dtype_name, read_headers, read_tensors
 from megatron.model.layout import EMBEDDING_INDEX, LlamaShape, TensorLayout, layer_file_name, layer_files, rank_shape
 
 if TYPE_CHECKING:
@@ -35,18 +35,18 @@ class _Described(Protocol):
     def dtype(self) -> str: ...
 
 
-def write_layers(module: LlamaPipelineModule, folder: Path) -> dict[str, FileEntry]:
-    """Write this rank's share of its stage's layer files and return their manifest entries.
+def own_layers(module: LlamaPipelineModule) -> dict[str, dict[str, Tensor]]:
+    """The live tensors of the layer files that this rank writes, by file.
 
     Data-parallel ranks hold equal weights and take the layers of their stage in turn.
     """
     grid = module.mpu()
-    entries = {}
-    for turn, (index, layer) in enumerate(module.numbered_layers()):
-        if turn % grid.get_data_parallel_world_size() == grid.get_data_parallel_rank():
-            name = layer_file_name(index, grid.get_slice_parallel_rank())
-            entries[name] = write_tensors(folder / name, _tensors(layer))
-    return entries
+    dp_rank, dp_size = grid.get_data_parallel_rank(), grid.get_data_parallel_world_size()
+    return {
+        layer_file_name(index, grid.get_slice_parallel_rank()): _tensors(layer)
+        for turn, (index, layer) in enumerate(module.numbered_layers())
+        if turn % dp_size == dp_rank
+    }
 
 
 def load_layers(module: LlamaPipelineModule, folder: Path) -> set[tuple[str, str]]:

@@ -4,6 +4,9 @@ All ranks write into `global_stepN.tmp`, each file synced; they agree that every
 small files and, last, the manifest, renames the folder and moves `latest`. Whatever is killed when, `latest` names a
 complete checkpoint. A rank that cannot write makes all ranks raise the same CheckpointError, and the partial folder
 is removed.
+
+The steps are those of `CheckpointWriter`, none of which communicates. `save_checkpoint` takes them one after the other
+while training waits; `background` takes the same ones beside training.
 """
 
 from __future__ import annotations
@@ -12,28 +15,29 @@ import contextlib
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from megatron.checkpoint.agreement import Ranks
-from megatron.checkpoint.deepspeed_files import OPTIMIZER_CLASSES, Place, meta_content, optimizer_content
+from megatron.checkpoint.contents import Contents, rank_contents, write_contents
+from megatron.checkpoint.deepspeed_files import Place
 from megatron.checkpoint.errors import CheckpointError, describe
 from megatron.checkpoint.folders import PARTIAL, clean_leftovers, publish, tag_name
-from megatron.checkpoint.layers import expected_files, tensor_problems, write_layers
+from megatron.checkpoint.layers import expected_files, tensor_problems
 from megatron.checkpoint.manifest import FileEntry, Manifest, checksum, size_problems, write_manifest
 from megatron.checkpoint.provenance import provenance
 from megatron.checkpoint.retention import apply_retention
-from megatron.checkpoint.state import TrainState, capture_rng
-from megatron.checkpoint.torch_files import write_file
+from megatron.checkpoint.state import TrainState
 
 if TYPE_CHECKING:
     from deepspeed.runtime.pipe.engine import PipelineEngine
 
     from megatron.neox_arguments import NeoXArgs
 
-CONFIGS, HF = "configs", "hf"
+CONFIGS, HF, PARTS = "configs", "hf", "parts"
 
 
 def prepare_save(engine: PipelineEngine, args: NeoXArgs, log: Callable[[str], None] = print) -> None:
@@ -67,114 +71,125 @@ def save_checkpoint(
     that were there before are untouched then. Older ones are thinned out (`keep_last_n_checkpoints`,
     `keep_optimizer_last_n`) after the new one is complete. `log` is called on rank 0.
     """
-    assert args.save is not None
-    ranks, place = Ranks.of(engine), Place.of(engine)
-    root = Path(args.save)
-    final = root / tag_name(state.iteration)
-    partial = root / (final.name + PARTIAL)
-    what = f"saving {final}"
+    ranks = Ranks.of(engine)
+    writer = CheckpointWriter(engine, args, state, data_fingerprints, ranks.rank, log)
     try:
-        with ranks.together(what):
-            if ranks.rank == 0:
-                root.mkdir(parents=True, exist_ok=True)
-                clean_leftovers(root, log)
-                partial.mkdir()
-        entries: dict[str, FileEntry] = {}
-        with ranks.together(what):
-            entries = _write_rank_files(engine, args, state, place, partial)
-        gathered = ranks.gather(entries)
-        with ranks.together(what):
-            if ranks.rank == 0:
-                _finish(args, state, place, partial, final, gathered, data_fingerprints)
+        with ranks.together(writer.what):
+            writer.open()
+        with ranks.together(writer.what):
+            writer.write(rank_contents(engine, args, state, writer.place))
+        with ranks.together(writer.what):
+            writer.publish()
     except CheckpointError:
-        with ranks.together(f"removing {partial}"):  # before any rank ends and takes the others down
-            if ranks.rank == 0:
-                shutil.rmtree(partial, ignore_errors=True)
+        with ranks.together(f"removing {writer.partial}"):  # before any rank ends and takes the others down
+            writer.discard()
         raise
     if ranks.rank == 0:
-        log(f"saved {final}")
+        log(f"saved {writer.final}")
+    writer.thin_out()
+    return writer.final
+
+
+class CheckpointWriter:
+    """One checkpoint on its way to disk: `open`, `write`, `publish`, `thin_out` in this order, or `discard`.
+
+    Every rank has one and calls every method; between two of them all ranks must have agreed that all succeeded. What
+    the methods write of `state` is its position when the writer was made.
+    """
+
+    def __init__(
+        self,
+        engine: PipelineEngine,
+        args: NeoXArgs,
+        state: TrainState,
+        data_fingerprints: Mapping[str, Any],
+        rank: int,
+        log: Callable[[str], None],
+    ) -> None:
+        assert args.save is not None
+        self.args, self.state, self.data_fingerprints = args, replace(state), data_fingerprints
+        self.place, self.rank, self.log = Place.of(engine), rank, log
+        self.root = Path(args.save)
+        self.final = self.root / tag_name(state.iteration)
+        self.partial = self.root / (self.final.name + PARTIAL)
+        self.what = f"saving {self.final}"
+
+    def open(self) -> None:
+        """Rank 0 makes the folder that all write into."""
+        if self.rank == 0:
+            self.root.mkdir(parents=True, exist_ok=True)
+            clean_leftovers(self.root, self.log)
+            self.partial.mkdir()
+            (self.partial / PARTS).mkdir()
+
+    def write(self, contents: Contents) -> None:
+        """This rank's files, and its part of the manifest beside them.
+
+        The parts go through the file system and not to rank 0 by a gather, in which 2,048 GPU ranks would each open a
+        connection to it, with buffers in its GPU's memory.
+        """
+        entries = write_contents(self.partial, contents)
+        (self.partial / PARTS / f"{self.rank}.json").write_text(Manifest(entries).to_json(), encoding="utf-8")
+
+    def publish(self) -> None:
+        """Rank 0: the small files, the checks, the manifest, the names."""
+        if self.rank != 0:
+            return
+        files = self._take_parts()
+        files |= write_small_files(self.partial / HF, self.state.hf_files)
+        merged = yaml.safe_dump(dict(self.args.merged), sort_keys=False).encode()
+        files |= write_small_files(self.partial / CONFIGS, {"merged.yml": merged})
+        manifest = Manifest(files, self._provenance())
+        problems = self._weights_problems(files) + size_problems(self.partial, manifest)
+        if problems:
+            raise CheckpointError("; ".join(problems[:5]))
+        write_manifest(self.partial, manifest)
+        publish(self.partial, self.final)
+
+    def thin_out(self) -> None:
+        """Rank 0: older checkpoints make room for the one that is complete now."""
+        if self.rank != 0:
+            return
         try:
-            keep = (args.keep_last_n_checkpoints, args.keep_optimizer_last_n)
-            apply_retention(root, state.iteration, *keep, log)
+            keep = (self.args.keep_last_n_checkpoints, self.args.keep_optimizer_last_n)
+            apply_retention(self.root, self.state.iteration, *keep, self.log)
         except (OSError, CheckpointError) as error:
-            log(f"warning: an old checkpoint could not be removed: {describe(error)}")
-    return final
+            self.log(f"warning: an old checkpoint could not be removed: {describe(error)}")
 
+    def discard(self) -> None:
+        """Rank 0 removes what was written, after all ranks have stopped writing."""
+        if self.rank == 0:
+            shutil.rmtree(self.partial, ignore_errors=True)
 
-def _write_rank_files(
-    engine: PipelineEngine, args: NeoXArgs, state: TrainState, place: Place, folder: Path
-) -> dict[str, FileEntry]:
-    entries = write_layers(engine.module, folder)
-    if place.dp_rank == 0:
-        meta = meta_content(engine) | _client_state(args, state)
-        if meta["lr_scheduler"] is None:
-            meta["lr_scheduler"] = state.lr_scheduler_state
-        entries[place.meta_file] = write_file(folder / place.meta_file, meta)
-    optimizer = optimizer_content(engine)
-    if not args.no_save_rng:
-        optimizer["rng"] = capture_rng()
-    entries[place.optimizer_file] = write_file(folder / place.optimizer_file, optimizer, OPTIMIZER_CLASSES)
-    return entries
+    def _take_parts(self) -> dict[str, FileEntry]:
+        """The entries that the ranks left; their folder is gone then."""
+        folder, files = self.partial / PARTS, {}
+        for rank in range(self.place.ranks):
+            path = folder / f"{rank}.json"
+            files.update(Manifest.from_json(path.read_text(encoding="utf-8"), str(path)).files)
+        shutil.rmtree(folder)
+        return files
 
+    def _weights_problems(self, files: Mapping[str, FileEntry]) -> list[str]:
+        shape, tp = self.args.shape, self.place.tp
+        return [
+            f"{name}: {problem}"
+            for name, rows in expected_files(shape, tp).items()
+            for problem in (
+                tensor_problems(files[name].tensors, rows, shape, tp) if name in files else ["was not written"]
+            )
+        ]
 
-def _client_state(args: NeoXArgs, state: TrainState) -> dict[str, Any]:
-    """What GPT-NeoX expects beside DeepSpeed's keys, and our position."""
-    names = (
-        "num_layers",
-        "hidden_size",
-        "num_attention_heads",
-        "max_position_embeddings",
-        "make_vocab_size_divisible_by",
-        "padded_vocab_size",
-        "tokenizer_type",
-        "model_parallel_size",
-    )
-    return {
-        "iteration": state.iteration,
-        "consumed_samples": state.consumed_samples,
-        "skipped_in_a_row": state.skipped_in_a_row,
-        "args": {name: getattr(args, name) for name in names},
-    }
-
-
-def _finish(
-    args: NeoXArgs,
-    state: TrainState,
-    place: Place,
-    partial: Path,
-    final: Path,
-    gathered: list[dict[str, FileEntry]],
-    data_fingerprints: Mapping[str, Any],
-) -> None:
-    """Rank 0: the small files, the checks, the manifest, the names."""
-    files = {name: entry for entries in gathered for name, entry in entries.items()}
-    files |= write_small_files(partial / HF, state.hf_files)
-    merged = yaml.safe_dump(dict(args.merged), sort_keys=False).encode()
-    files |= write_small_files(partial / CONFIGS, {"merged.yml": merged})
-    problems = [
-        f"{name}: {problem}"
-        for name, rows in expected_files(args.shape, place.tp).items()
-        for problem in (
-            tensor_problems(files[name].tensors, rows, args.shape, place.tp) if name in files else ["was not written"]
+    def _provenance(self) -> dict[str, Any]:
+        return provenance(
+            iteration=self.state.iteration,
+            consumed_samples=self.state.consumed_samples,
+            merged=self.args.merged,
+            shape=self.args.shape,
+            precision=self.args.precision,
+            layout=self.place.sizes,
+            data=self.data_fingerprints,
         )
-    ]
-    manifest = Manifest(
-        files,
-        provenance(
-            iteration=state.iteration,
-            consumed_samples=state.consumed_samples,
-            merged=args.merged,
-            shape=args.shape,
-            precision=args.precision,
-            layout=place.sizes,
-            data=data_fingerprints,
-        ),
-    )
-    problems += size_problems(partial, manifest)
-    if problems:
-        raise CheckpointError("; ".join(problems[:5]))
-    write_manifest(partial, manifest)
-    publish(partial, final)
 
 
 def write_small_files(folder: Path, contents: Mapping[str, bytes]) -> dict[str, FileEntry]:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import pickle
 import re
+import threading
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from megatron.checkpoint.errors import CheckpointError
 from megatron.checkpoint.manifest import FileEntry, TensorEntry, checksum, format_checksum
+
+_REGISTRY = threading.Lock()  # torch's list of allowed classes is the process's, files are also written beside training
 
 
 class _Sink:
@@ -80,10 +83,20 @@ def write_file(path: Path, content: Any, classes: Sequence[type] = ()) -> FileEn
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> FileEntry:
-    """Save a flat dict of tensors, each in storage of its own so that the file holds no other bytes."""
-    own = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    """Save a flat dict of tensors, each in storage of its own so that the file holds no other bytes.
+
+    Memory: a copy of those that lie on a GPU or inside a larger storage.
+    """
+    own = {name: _alone(tensor.detach()) for name, tensor in tensors.items()}
     entry = write_file(path, own)
     return FileEntry(entry.bytes, {name: tensor_entry(tensor) for name, tensor in own.items()}, entry.checksum)
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """The tensor on the CPU, contiguous, the only one in its storage."""
+    if tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes:
+        return tensor
+    return tensor.to("cpu", copy=True).contiguous()
 
 
 def tensor_entry(tensor: Tensor) -> TensorEntry:
@@ -123,14 +136,15 @@ def read_file(path: Path, lazy: bool = False, classes: Sequence[type] = ()) -> A
 @contextlib.contextmanager
 def _only_these_globals(classes: Sequence[type]) -> Iterator[None]:
     """Allow `classes` and nothing that a library has registered: megatron-core adds sixteen of its own on import."""
-    registered = torch.serialization.get_safe_globals()
-    torch.serialization.clear_safe_globals()
-    try:
-        torch.serialization.add_safe_globals(list(classes))
-        yield
-    finally:
+    with _REGISTRY:
+        registered = torch.serialization.get_safe_globals()
         torch.serialization.clear_safe_globals()
-        torch.serialization.add_safe_globals(registered)
+        try:
+            torch.serialization.add_safe_globals(list(classes))
+            yield
+        finally:
+            torch.serialization.clear_safe_globals()
+            torch.serialization.add_safe_globals(registered)
 
 
 def _first_line(error: BaseException) -> str:

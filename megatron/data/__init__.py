@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from megatron.data.build import DataArgs, Datasets, build_datasets
     from megatron.data.header import fingerprint
     from megatron.data.indexed import DataError
-    from megatron.data.sample import Sample, SampleDataset
+    from megatron.data.sample import Sample, SampleDataset, stack
 
 _MODULES = {
     "DataArgs": "build",
@@ -22,6 +22,7 @@ _MODULES = {
     "SampleDataset": "sample",
     "build_datasets": "build",
     "fingerprint": "header",
+    "stack": "sample",
 }
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "SampleDataset",
     "build_datasets",
     "fingerprint",
+    "stack",
 ]
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron.data.ranges import SampleRanges
-from megatron.data.sample import Sample, SampleDataset
+from megatron.data.sample import Sample, SampleDataset, stack
 
 Batch = dict[str, Tensor]  # tokens, labels and perhaps positions [micro_batch, s]; sample_id [micro_batch]
 
@@ -81,10 +81,6 @@ class MicroBatches:
             self.dataset[place] if place < len(self.dataset) else self.dataset.padding()
             for place in self.sample_places(step)
         ]
-        batch: Batch = {
-            key: torch.stack([sample[key] for sample in samples])
-            for key in ("tokens", "labels", "positions")
-            if key in samples[0]
-        }
+        batch = stack(samples)
         batch["sample_id"] = torch.tensor([sample["sample_id"] for sample in samples])
         return batch

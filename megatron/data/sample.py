@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Literal, TypedDict
 
 import numpy as np
 import torch
@@ -24,6 +25,14 @@ class Sample(TypedDict, total=False):
     labels: Tensor
     positions: Tensor
     sample_id: int
+
+
+def stack(samples: Sequence[Sample]) -> dict[str, Tensor]:
+    """tokens, labels and, where documents are isolated, positions of several samples, [len(samples), s]."""
+    keys: list[Literal["tokens", "labels", "positions"]] = ["tokens", "labels"]
+    if "positions" in samples[0]:
+        keys.append("positions")
+    return {key: torch.stack([sample[key] for sample in samples]) for key in keys}
 
 
 class SampleDataset(Dataset[Sample], ABC):

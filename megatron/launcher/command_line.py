@@ -83,7 +83,10 @@ def parse(arguments: list[str]) -> Request:
         raise ConfigError(f"{script}: no such script; train.py, eval.py and generate.py are in the project's folder")
     options = [_SHORT.get(word, word) for word in options]
     configs = [resolve_path(name, folder) for name in positional[1:]]
-    return Request(script, configs, parse_overrides(options), options, print_config, plan)
+    request = Request(script, configs, parse_overrides(options), options, print_config, plan)
+    if plan is not None and request.task != "train":
+        raise ConfigError(f"--dry-run plans a training, not {script.name}; give train.py")
+    return request
 
 
 def _take(words: list[str], names: tuple[str, ...]) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -42,9 +43,11 @@ def initialize(args: NeoXArgs) -> Place:
     says, tear a tensor-parallel group apart or share a GPU, and RuntimeError if DeepSpeed and megatron-core disagree on
     who is who.
     """
-    started = _started(args)
+    started = started_ranks(args)
     rank, world_size, local_rank = started.rank, started.world_size, started.local_rank
-    device = _device(args, started)
+    # DeepSpeed's pipeline reads LOCAL_RANK by itself, which Slurm does not set.
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(local_rank))
+    device = take_device(args, started)
     if "NEOX_RENDEZVOUS" not in os.environ:
         set_rendezvous(os.environ)
     dist.init_process_group(
@@ -86,7 +89,8 @@ def set_timeouts(minutes: int) -> None:
         dist.distributed_c10d._set_pg_timeout(timedelta(minutes=minutes), group)
 
 
-def _started(args: NeoXArgs) -> Ranks:
+def started_ranks(args: NeoXArgs) -> Ranks:
+    """Who this process is. Raises ConfigError if nobody started it, or as one of too many or too few."""
     started = find_ranks(os.environ)
     if started is None:
         raise ConfigError(
@@ -100,7 +104,7 @@ def _started(args: NeoXArgs) -> Ranks:
     return started
 
 
-def _device(args: NeoXArgs, started: Ranks) -> torch.device:
+def take_device(args: NeoXArgs, started: Ranks) -> torch.device:
     """This rank's device: the only visible GPU, or the one with the local rank's number."""
     if args.device == "cpu":
         return torch.device("cpu")
@@ -110,25 +114,33 @@ def _device(args: NeoXArgs, started: Ranks) -> torch.device:
 
 
 def report_seats(args: NeoXArgs, started: Ranks, device: torch.device) -> None:
-    """Gather where all ranks sit, check it on all of them, and say it on rank 0. Collective.
+    """Gather where all ranks sit, check it on all of them, and say it on rank 0. Collective."""
+    mine = find_seat(args, started, device)
+    told: list[tuple[Seat, int | None]] = [mine] * started.world_size
+    dist.all_gather_object(told, mine)
+    check_seats([seat for seat, _ in told])
+    if started.rank == 0:
+        print_seats(args, told)
 
-    A run on GPUs or on several nodes prints the whole table, a large one writes it to `log_dir/ranks.txt`.
-    """
+
+def find_seat(args: NeoXArgs, started: Ranks, device: torch.device) -> tuple[Seat, int | None]:
+    """This rank's seat, and the NUMA domain of its GPU if the kernel tells."""
     sizes = (args.pipe_parallel_size, args.data_parallel_size, args.model_parallel_size)
     identity, numa = (None, None) if device.type == "cpu" else _gpu(device.index)
-    mine = Seat(
-        started.rank,
-        node_name(os.environ),
-        started.local_rank,
-        *coordinates(started.rank, *sizes),
-        identity,
-    )
-    told: list[tuple[Seat, int | None]] = [(mine, numa)] * started.world_size
-    dist.all_gather_object(told, (mine, numa))
-    seats = [seat for seat, _ in told]
+    where = coordinates(started.rank, *sizes)
+    return Seat(started.rank, node_name(os.environ), started.local_rank, *where, identity), numa
+
+
+def check_seats(seats: Sequence[Seat]) -> None:
+    """Raise ConfigError for a tensor-parallel group that leaves its node, or a GPU that two ranks have taken."""
     check_nodes(seats)
     check_devices(seats)
-    if started.rank != 0 or (device.type == "cpu" and len({seat.node for seat in seats}) == 1):
+
+
+def print_seats(args: NeoXArgs, told: Sequence[tuple[Seat, int | None]]) -> None:
+    """Say where all ranks sit, unless that is this machine's CPU; a large table goes to `log_dir/ranks.txt`."""
+    seats = [seat for seat, _ in told]
+    if args.device == "cpu" and len({seat.node for seat in seats}) == 1:
         return
     print(summary(seats), flush=True)
     rows = table(seats, {seat.rank: domain for seat, domain in told})

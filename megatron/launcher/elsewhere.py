@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
 
-from megatron.launcher.failures import LOST, REQUEUE, recorded_code
+from megatron.launcher.failures import recorded_code
 from megatron.launcher.start import environment, supervise, write_handover
 from megatron.neox_arguments import ConfigError, NeoXArgs
 
@@ -60,7 +60,7 @@ def srun_command(args: NeoXArgs, env: Mapping[str, str]) -> list[str]:
 
 
 def start_by_srun(script: Path, args: NeoXArgs) -> int:
-    """Run `script` on all ranks of the allocation; returns the job step's exit code.
+    """Run `script` on all ranks of the allocation; returns the code of the rank that failed first.
 
     The configuration travels as a file that all nodes must see: beside the checkpoints, or in the working directory.
     """
@@ -72,11 +72,11 @@ def start_by_srun(script: Path, args: NeoXArgs) -> int:
     folder = Path(tempfile.mkdtemp(prefix=f".neox_run_{os.environ['SLURM_JOB_ID']}_", dir=parent)).resolve()
     try:
         handover = write_handover(args, folder)
-        python = [sys.executable, "-u", str(script.resolve()), "--neox-args", str(handover)]
-        code = supervise([*command, *python], environment(args))
-        # srun gives the highest code of all tasks: that of the rank that was killed hides what the others say of it.
-        recorded = recorded_code(folder)
-        return recorded if code and recorded in (REQUEUE, LOST) else code
+        # A warning during start-up would end a rank: it waits until the training listens (StopRequest).
+        python = ["env", "--block-signal=USR1", sys.executable, "-u", str(script.resolve())]
+        code = supervise([*command, *python, "--neox-args", str(handover)], environment(args))
+        # srun gives the highest code of all tasks, such as that of a rank which it ended because another had failed.
+        return code and (recorded_code(folder) or code)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -85,15 +85,31 @@ def _in_step(env: Mapping[str, str]) -> bool:
 
 
 def _tasks_on_this_node(env: Mapping[str, str]) -> int | None:
-    """From `SLURM_STEP_TASKS_PER_NODE`, such as `8(x256)` or `8(x2),4`."""
+    counts, node = _tasks_per_node(env), env.get("SLURM_NODEID", "")
+    return counts[int(node)] if node.isdigit() and int(node) < len(counts) else None
+
+
+def _tasks_per_node(env: Mapping[str, str]) -> list[int]:
+    """From `SLURM_STEP_TASKS_PER_NODE`, such as `8(x256)` or `8(x2),4`; empty if it is not set."""
     counts: list[int] = []
     for part in env.get("SLURM_STEP_TASKS_PER_NODE", "").split(","):
         match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
         if match is None:
-            return None
+            return []
         counts += [int(match[1])] * int(match[2] or 1)
-    node = env.get("SLURM_NODEID", "")
-    return counts[int(node)] if node.isdigit() and int(node) < len(counts) else None
+    return counts
+
+
+def planned_nodes(env: Mapping[str, str]) -> list[str]:
+    """The node of each rank of a Slurm step that is numbered node by node; empty where Slurm does not say.
+
+    So a rank that never started has a node. Raises ConfigError for a node list that cannot be read.
+    """
+    hosts = env.get("SLURM_STEP_NODELIST", "")
+    names, counts = expand_hosts(hosts) if hosts else [], _tasks_per_node(env)
+    if not _in_step(env) or len(names) != len(counts):
+        return []
+    return [name for name, count in zip(names, counts, strict=True) for _ in range(count)]
 
 
 def _number(env: Mapping[str, str], name: str) -> int:

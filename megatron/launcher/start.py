@@ -20,7 +20,7 @@ GRACE_SECONDS = 30.0  # from ctrl-C or SIGTERM until ranks that have not ended a
 
 # What every rank would say: megatron-core of libraries that this project does not need, torch of a name that DeepSpeed
 # and megatron-core still use.
-_QUIET = (
+QUIET = (
     "ignore:Transformer Engine and Apex are not installed",
     "ignore:`torch.distributed.all_gather_into_tensor` is deprecated",
     "ignore:`torch.distributed.reduce_scatter_tensor` is deprecated",
@@ -69,7 +69,7 @@ def environment(args: NeoXArgs) -> dict[str, str]:
     # The project's folder comes first, so that `megatron.launcher` is found from any working directory.
     paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     result = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    result["PYTHONWARNINGS"] = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), *_QUIET]))
+    result["PYTHONWARNINGS"] = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), *QUIET]))
     result["NEOX_STARTED"] = str(time.time())  # megatron.trainer.startup says where the time to the first step went
     result.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # megatron-core: TP all-reduces start before the next GEMM
     if args.device == "cpu":

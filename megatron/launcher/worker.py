@@ -117,13 +117,14 @@ def run(program: Callable[[NeoXArgs], object], task: Task = "train", user_errors
 
 def _unexpected(error: Exception, folder: Path | None) -> int:
     """Report an error that nobody foresaw, unless it only follows from another rank's; returns the exit code."""
+    rank, happened = _rank(), "failed"
     if is_about_a_lost_peer(error):
         culprit = code_of_the_culprit(folder)
         if culprit is not None:
             time.sleep(AFTER_THE_CULPRIT_SECONDS)
             return culprit
-    rank = _rank()
-    what = f"rank {rank} on {node_name(os.environ)} failed: {type(error).__name__}: {error}"
+        happened = "lost another rank, which left no word"
+    what = f"rank {rank} on {node_name(os.environ)} {happened}: {type(error).__name__}: {error}"
     if claim_failure(folder, FAILURE, what):
         print(f"rank {rank} failed:\n{traceback.format_exc()}", file=sys.stderr)
     else:

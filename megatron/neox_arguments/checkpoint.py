@@ -19,6 +19,12 @@ class CheckpointKeys(Keys):
     checkpoint_factor: int | None = key(None, "Save every this many iterations.", gt=0)
     checkpoint_scale: Literal["linear"] = key("linear", "Spacing of checkpoints.")
     extra_save_iters: list[int] = key([], "Further iterations to save at; 0 is before the first step.")
+    async_save: bool = key(
+        False,
+        "Go on with training while a checkpoint is written from a copy in host memory; a failed write is reported "
+        "and does not end the run.",
+        ours=True,
+    )
     keep_last_n_checkpoints: int | None = key(None, "Older checkpoints are deleted.", gt=0)
     keep_optimizer_last_n: int | None = key(
         None,

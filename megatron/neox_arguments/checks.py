@@ -410,7 +410,11 @@ def saving_has_a_rhythm(args: NeoXArgs) -> str | None:
 
 @_warning(*_TRAIN)
 def nothing_is_saved(args: NeoXArgs) -> str | None:
-    return None if args.save else "save is not given: this run leaves no checkpoint"
+    if args.save:
+        return None
+    return "save is not given: this run leaves no checkpoint" + (
+        ", async_save has no effect" if args.async_save else ""
+    )
 
 
 @_rule(*_TRAIN)

@@ -6,12 +6,16 @@ import json
 import os
 import sys
 import warnings
+from typing import TYPE_CHECKING
 
 from megatron.neox_arguments import ConfigError, NeoXArgs
 from megatron.planner import report
 from megatron.planner.machines import GIB
 from megatron.planner.options import PlanOptions
 from megatron.planner.plan import Plan, find_machine, make_plan, refusal
+
+if TYPE_CHECKING:
+    from megatron.planner.search import SearchResult
 
 FITS, REFUSED = 0, 2
 
@@ -21,8 +25,6 @@ def dry_run(args: NeoXArgs, options: PlanOptions) -> int:
 
     Raises ConfigError for options that cannot be right.
     """
-    if args.train_micro_batch_size_per_gpu is None:
-        raise ConfigError("--dry-run plans a training; give train.py")
     machine = find_machine(options.machine)
     usable = None if options.usable_gib is None else int(options.usable_gib * GIB)
     if options.picture is not None:
@@ -33,12 +35,13 @@ def dry_run(args: NeoXArgs, options: PlanOptions) -> int:
     plan = make_plan(args, layers, parameters, machine, usable, options.token_budget)
     found = _search(plan) if options.search else None
     if options.json:
-        shown = plan.as_json()
-        print(json.dumps(shown, indent=1))
+        searched = {} if found is None else {"search": found.as_json()}
+        print(json.dumps(plan.as_json() | searched, indent=1))
     else:
         print(report.text(plan), end="")
         if found is not None:
-            print("\n" + "\n".join(found))
+            ranks, batch = plan.layout.world_size, plan.layout.global_batch
+            print(f"\nall layouts of {ranks:,} ranks and {batch:,} sequences a step:\n" + "\n".join(found.lines()))
     if options.picture is not None:
         from megatron.planner.picture import draw
 
@@ -61,19 +64,21 @@ def _true_model(args: NeoXArgs) -> tuple[list[range], int]:
     return [stage.layers for stage in stages], sum(stage.parameters_total for stage in stages)
 
 
-def _search(plan: Plan) -> list[str]:
-    """The layouts of the run's ranks and global batch, ranked, as text."""
+def _search(plan: Plan) -> SearchResult:
+    """The layouts of the run's ranks and global batch, ranked."""
     from megatron.planner.search import search
 
     args = plan.args
-    result = search(
-        args.shape,
-        plan.layout.world_size,
-        plan.layout.global_batch,
-        args.seq_length,
-        plan.machine,
-        precision=args.precision,
-        usable_bytes=plan.usable_bytes,
-        vocab_divisible_by=args.make_vocab_size_divisible_by,
-    )
-    return [f"layouts of {plan.layout.world_size:,} GCDs and {plan.layout.global_batch:,} sequences:", *result.lines()]
+    try:
+        return search(
+            args.shape,
+            plan.layout.world_size,
+            plan.layout.global_batch,
+            args.seq_length,
+            plan.machine,
+            precision=args.precision,
+            usable_bytes=plan.usable_bytes,
+            vocab_divisible_by=args.make_vocab_size_divisible_by,
+        )
+    except ValueError as error:
+        raise ConfigError(f"--search: {error}") from None

@@ -70,10 +70,11 @@ def _schedule(plan: Plan, axes) -> None:  # type: ignore[no-untyped-def]  # matp
     stages, m = len(plan.stages), plan.layout.num_micro_batches
     # a backward pass takes twice a forward one, and before it what is recomputed of one
     again = [plan.layout.recomputed(stage.layers) / max(1, stage.layers) for stage in plan.time.stages]
-    forward = [stage.total / (3 + more) for stage, more in zip(plan.time.stages, again, strict=True)]
+    slower = plan.time.waiting
+    forward = [slower * stage.total / (3 + more) for stage, more in zip(plan.time.stages, again, strict=True)]
     work = timeline(m, forward, [one * (2 + more) for one, more in zip(forward, again, strict=True)])
-    end = max(one.stop for one in work)
-    after = plan.time.reduction_seconds + plan.time.optimizer_seconds + plan.time.gather_seconds
+    end = max(item.stop for item in work)
+    after = slower * (plan.time.reduction_seconds + plan.time.optimizer_seconds + plan.time.gather_seconds)
     axes.barh(range(stages), end, left=0, color=_IDLE, height=0.86)
     for one in work:
         start, length = one.start, one.stop - one.start

@@ -10,6 +10,7 @@ Importing this module imports torch, DeepSpeed and megatron-core: seconds.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -89,6 +90,7 @@ def _whole(args: NeoXArgs, shapes: dict[tuple[int, str], torch.Size], stage: int
 def _rank(args: NeoXArgs, stage: int, tensor: int) -> Iterator[None]:
     """This process as one rank of the whole world, which answers every collective at once."""
     rank = topology(args).get_rank(pipe=stage, data=0, model=tensor)
+    excepthook = sys.excepthook  # torch's would put this rank's number before every line of a traceback
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=args.global_num_gpus)
     local_rank = os.environ.get("LOCAL_RANK")
     os.environ["LOCAL_RANK"] = "0"  # DeepSpeed's pipeline module reads it
@@ -107,5 +109,6 @@ def _rank(args: NeoXArgs, stage: int, tensor: int) -> Iterator[None]:
             del os.environ["LOCAL_RANK"]
         else:
             os.environ["LOCAL_RANK"] = local_rank
+        sys.excepthook = excepthook
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()

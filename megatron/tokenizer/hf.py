@@ -41,8 +41,15 @@ class HFTokenizer(Tokenizer):
         self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
 
     @cached_property
+    def _derived(self) -> tuple[tiktoken.Encoding | None, str]:
+        """What the file says, read once and not kept: a tiktoken encoding if one gives the same ids, and a hash."""
+        content = json.loads(self._tokenizer.to_str())
+        text = json.dumps({key: content.get(key) for key in _DECIDES_IDS}, sort_keys=True)
+        return equivalent_encoding(content), "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+    @property
     def _fast(self) -> tiktoken.Encoding | None:
-        return equivalent_encoding(json.loads(self._tokenizer.to_str()))
+        return self._derived[0]
 
     def _takes_fast(self, text: str) -> bool:
         return next(pieces(text), "") == text
@@ -68,12 +75,10 @@ class HFTokenizer(Tokenizer):
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """Over the parts of the file that decide ids: a copy re-saved with another post-processor is the same."""
-        content = json.loads(self._tokenizer.to_str())
-        text = json.dumps({key: content.get(key) for key in _DECIDES_IDS}, sort_keys=True)
-        return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+        return self._derived[1]
 
 
 def equivalent_encoding(content: dict[str, Any]) -> tiktoken.Encoding | None:
@@ -101,10 +106,10 @@ def equivalent_encoding(content: dict[str, Any]) -> tiktoken.Encoding | None:
     if results != sorted(results):
         return None
     implied = sum(token[:cut] in vocab and token[cut:] in vocab for token in vocab for cut in range(1, len(token)))
-    letters = {letter: byte for byte, letter in byte_letters().items()}
-    if implied != len(set(merges)) or any(letter not in letters for token in vocab for letter in token):
+    letters = {ord(letter): byte for byte, letter in byte_letters().items()}
+    if implied != len(set(merges)) or not set().union(*vocab) <= set(map(chr, letters)):
         return None
-    ranks = {bytes(letters[letter] for letter in token): index for token, index in vocab.items()}
+    ranks = {token.translate(letters).encode("latin-1"): index for token, index in vocab.items()}
     if len(ranks) < len(vocab) or any(bytes([byte]) not in ranks for byte in range(256)):
         return None
     return tiktoken.Encoding("tokenizer.json", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens={})

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron.data import Sample, SampleDataset
+from megatron.data import SampleDataset, stack
 from megatron.model.loss import IGNORE_INDEX, step_weight
 from megatron.neox_arguments.errors import UserError
 
@@ -82,14 +82,9 @@ def evaluation_micro_batches(
     same tokens for every split.
     """
     rounds = -(-samples // (micro_batch * dp_size))
-    batches = []
+    batches: list[MicroBatch] = []
     for index in range(rounds):
         first = (index * dp_size + dp_rank) * micro_batch
         places = range(first, first + micro_batch)
-        batches.append(_stack([dataset[i] if i < samples else dataset.padding() for i in places]))
+        batches.append(stack([dataset[i] if i < samples else dataset.padding() for i in places]))
     return batches
-
-
-def _stack(samples: list[Sample]) -> MicroBatch:
-    keys = [key for key in ("tokens", "labels", "positions") if key in samples[0]]
-    return {key: torch.stack([sample[key] for sample in samples]) for key in keys}

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from signal import Signals
 
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
-from megatron.checkpoint import TrainState, load_checkpoint, prepare_save, save_checkpoint
+from megatron.checkpoint import TrainState, load_checkpoint, prepare_save
 from megatron.data import Datasets, MicroBatches, build_datasets
 from megatron.data.ranges import SampleRanges
 from megatron.launcher.distributed import Place, initialize
-from megatron.launcher.failures import Stopped
 from megatron.launcher.heartbeat import Whereabouts
 from megatron.launcher.signals import StopRequest
 from megatron.launcher.watchdog import Watchdog
@@ -19,11 +17,13 @@ from megatron.neox_arguments import NeoXArgs
 from megatron.trainer.batches import MicroBatch, StepBatch, assemble
 from megatron.trainer.engine import build_engine, build_model
 from megatron.trainer.evaluation import evaluate_all
-from megatron.trainer.guards import check_finite, check_initial_loss
+from megatron.trainer.guards import SuspiciousLossError, check_finite, check_initial_loss
 from megatron.trainer.instructions import run_inside
 from megatron.trainer.phases import Phases
 from megatron.trainer.progress import Progress
+from megatron.trainer.replicas import ReplicasDifferError
 from megatron.trainer.resume import is_own_save, where_to_start
+from megatron.trainer.saves import Saves, is_save_point, stop_if_asked
 from megatron.trainer.schedule import learning_rate
 from megatron.trainer.skips import announce, count_skipped, crossed, was_skipped
 from megatron.trainer.startup import StartUp
@@ -85,9 +85,14 @@ def run_training(
         pulse = watch.between_steps(stop.received, state.iteration)
         with phases.unhurried("save"):
             stop_if_asked(pulse.stop, saves, state)
-        with watch.profiler.step(state.iteration + 1), phases.step(state.iteration + 1, state.iteration == first):
-            train_step(engine, args, batches, state, progress, phases)
-        watch.after_step(state.iteration, is_save_point(args, state.iteration))
+        try:
+            with watch.profiler.step(state.iteration + 1), phases.step(state.iteration + 1, state.iteration == first):
+                train_step(engine, args, batches, state, progress, phases)
+            watch.after_step(state.iteration, is_save_point(args, state.iteration))
+        except (SuspiciousLossError, ReplicasDifferError):  # on all ranks; what is being written is from before
+            with phases.unhurried("save"):
+                saves.finish()
+            raise
         with progress.off_the_clock():
             if state.iteration == first + 1:
                 startup.done("first step")
@@ -179,50 +184,6 @@ def long_enough(args: NeoXArgs, datasets: Datasets, state: TrainState) -> Datase
     ranges, left = SampleRanges(args.skip_sample_ranges), max(0, args.train_iters - state.iteration)
     end = ranges.after(state.consumed_samples, left * args.train_batch_size)
     return datasets if end <= len(datasets.train) else build_datasets(args, samples=end)
-
-
-class Saves:
-    """The checkpoints of this run: when they are due, and whether the present state is in one."""
-
-    def __init__(
-        self, engine: PipelineEngine, args: NeoXArgs, datasets: Datasets, progress: Progress, saved: int | None
-    ) -> None:
-        self.engine, self.args, self.datasets, self.progress = engine, args, datasets, progress
-        self.saved = saved  # iteration that `args.save` holds
-
-    def if_due(self, state: TrainState) -> None:
-        if is_save_point(self.args, state.iteration):
-            self.now(state)
-
-    def now(self, state: TrainState) -> None:
-        """Save unless this state is saved already. Collective."""
-        if state.iteration != self.saved:
-            fingerprints = self.datasets.fingerprints
-            save_checkpoint(self.engine, self.args, state, data_fingerprints=fingerprints, log=self.progress.say)
-            self.saved = state.iteration
-
-
-def stop_if_asked(received: Signals | None, saves: Saves, state: TrainState) -> None:
-    """After a signal to any rank: save what is not saved yet, then raise Stopped on all ranks. Collective.
-
-    Without a save folder there is nothing to go on with, and the exit code is the signal's.
-    """
-    args = saves.args
-    if received is None:
-        return
-    where = f"{received.name} at iteration {state.iteration} of {args.train_iters}"
-    if not args.save:
-        raise Stopped(f"{where}; nothing is saved, the run has no save folder", code=128 + received)
-    saves.now(state)
-    raise Stopped(f"{where}; all is saved, the same command goes on from there")
-
-
-def is_save_point(args: NeoXArgs, iteration: int) -> bool:
-    """Every `checkpoint_factor` iterations, at the `extra_save_iters` (0: before the first step), and at the end."""
-    if not args.save:
-        return False
-    every = args.checkpoint_factor and iteration and iteration % args.checkpoint_factor == 0
-    return bool(every or iteration in (args.extra_save_iters or ()) or iteration == args.train_iters)
 
 
 def report_validation(

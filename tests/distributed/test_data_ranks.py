@@ -8,7 +8,7 @@ import pytest
 from megatron.data import MicroBatches, build_datasets
 from megatron.data.indexed import IndexedWriter
 from tests.ranks import run_ranks
-from tests.unit.data.test_datasets import Args
+from tests.unit.data.made_data import Args
 
 pytestmark = pytest.mark.distributed
 

@@ -123,11 +123,22 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     assert losses(tmp_path) == uninterrupted
 
 
-def test_a_chain_of_short_jobs_makes_progress(data: str, tmp_path: Path, uninterrupted: dict[int, float]) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({}, id="save at the end"),
+        pytest.param(
+            {"async_save": True, "checkpoint_factor": 1000, "extra_save_iters": None}, id="async, factor 1000"
+        ),
+    ],
+)
+def test_a_chain_of_short_jobs_makes_progress(
+    data: str, tmp_path: Path, uninterrupted: dict[int, float], changes: dict[str, Any]
+) -> None:
     """Each is ended long before the only save point; at the end nothing was done twice or left out."""
     for _ in range(2):
         before = len(losses(tmp_path))
-        words = command(data, tmp_path)
+        words = command(data, tmp_path, **changes)
         process = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         try:
             while len(losses(tmp_path)) < before + 2:
@@ -138,7 +149,8 @@ def test_a_chain_of_short_jobs_makes_progress(data: str, tmp_path: Path, uninter
         finally:
             process.kill()
         assert len(losses(tmp_path)) > before
-    subprocess.run(command(data, tmp_path), cwd=tmp_path, check=True, capture_output=True, timeout=200)
+        assert complete_steps(tmp_path / "checkpoints")[-1] == max(losses(tmp_path))
+    subprocess.run(command(data, tmp_path, **changes), cwd=tmp_path, check=True, capture_output=True, timeout=200)
     assert losses(tmp_path) == uninterrupted
 
 

@@ -24,8 +24,8 @@ from torch import Tensor
 from megatron import ops
 from megatron.data.indexed import IndexedWriter
 from megatron.ops.kernels import PACKAGED_LIBRARY
-from tests.kernels.requirements import need
 from tests.models import LLAMA3_ROPE, Case, load_hugging_face
+from tests.requirements import need
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(200)]
 

@@ -16,7 +16,7 @@ import pytest
 
 from megatron.ops.build import KERNEL_FILES, SOURCES, Target, compile_command
 from tests.kernels import gfx90a
-from tests.kernels.requirements import need
+from tests.requirements import need
 
 pytestmark = pytest.mark.kernels
 

@@ -20,7 +20,7 @@ from tests.parity.test_masked_loss import assert_equal_gradients
 from tests.ranks import run_ranks
 from tests.training import relative_difference
 from tests.unit.data.conftest import real_texts
-from tests.unit.data.test_datasets import Args
+from tests.unit.data.made_data import Args
 from tests.unit.data.test_preprocess_sft import conversations, write
 from tools.datasets.preprocess_sft import main as preprocess_sft
 

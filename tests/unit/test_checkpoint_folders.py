@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -161,8 +162,15 @@ def test_optimizer_states_go_before_the_weights(tmp_path: Path, keep: int, left:
         assert read_manifest(tmp_path / tag_name(step)).provenance["optimizer"] is (step in left)
 
 
-def _killed_at(operation: int, work: Callable[[], None]) -> bool:
-    """Run `work` in a child that kills itself before its n-th change to the file system; True if it got that far."""
+def kill_itself() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killed_at(operation: int, work: Callable[[], None], how: Callable[[], None] = kill_itself) -> bool:
+    """Run `work` in a child that kills itself before its n-th change to the file system; True if it got that far.
+
+    With another `how` that is called there instead, and the work must come to its end.
+    """
     child = os.fork()
     if child == 0:
         done = 0
@@ -173,18 +181,19 @@ def _killed_at(operation: int, work: Callable[[], None]) -> bool:
                 nonlocal done
                 done += 1
                 if done == operation:
-                    os.kill(os.getpid(), signal.SIGKILL)
+                    how()
                 return _original(*args, **keys)
 
             setattr(os, name, counted)
         try:
             work()
         except BaseException:
+            traceback.print_exc()
             os._exit(2)
-        os._exit(0)
+        os._exit(0 if done < operation else 3)
     _, status = os.waitpid(child, 0)
     code = os.waitstatus_to_exitcode(status)
-    assert code in (0, -signal.SIGKILL), "the work itself failed"
+    assert code in (0, 3, -signal.SIGKILL), "the work itself failed"
     return code != 0
 
 
@@ -202,7 +211,7 @@ def test_killed_at_every_operation_the_last_complete_one_is_found(tmp_path: Path
     for operation in range(1, 1000):
         root = tmp_path / str(operation)
         shutil.copytree(tmp_path / "before", root)
-        killed = _killed_at(operation, lambda root=root: work(root))
+        killed = killed_at(operation, lambda root=root: work(root))
         found = find_checkpoint(root)
         assert verify_or_unlisted(found) == [], f"killed before operation {operation}"
         assert found.name.startswith(("global_step2", "global_step3"))

@@ -13,9 +13,9 @@ from megatron.checkpoint import TrainState
 from megatron.trainer.batches import evaluation_micro_batches
 from megatron.trainer.generation import choose
 from megatron.trainer.guards import SuspiciousLossError, check_finite, check_initial_loss
-from megatron.trainer.loop import is_save_point
 from megatron.trainer.optimizer import parameter_groups
 from megatron.trainer.progress import Progress
+from megatron.trainer.saves import is_save_point
 from tests.models import Case
 from tests.training import IGNORE, Samples, make_samples
 

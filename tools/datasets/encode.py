@@ -63,15 +63,7 @@ class TextEncoder:
         record = read_record(block, position)
         if record is None:
             return [None] * len(self.keys)
-        values: list[str | None] = []
-        for key in self.keys:
-            if key not in record:
-                raise ValueError(f"no field {key!r}; the fields are {', '.join(list(record)[:8]) or 'none'}")
-            value = record[key]
-            if not isinstance(value, str):
-                raise ValueError(f"field {key!r} is not text but {type(value).__name__}")
-            values.append(value)
-        return values
+        return [text_of(record, key) for key in self.keys]
 
     def _encode(self, texts: list[str], result: Encoded) -> None:
         if self.ftfy:
@@ -109,3 +101,13 @@ def read_record(block: Block, position: int) -> dict[str, Any] | None:
     if not isinstance(record, dict):
         raise ValueError(f"expected a JSON object, got {type(record).__name__}")
     return record
+
+
+def text_of(record: dict[str, Any], key: str) -> str:
+    """A field that must be there and be text. Raises ValueError."""
+    if key not in record:
+        raise ValueError(f"no field {key!r}; the fields are {', '.join(list(record)[:8]) or 'none'}")
+    value = record[key]
+    if not isinstance(value, str):
+        raise ValueError(f"field {key!r} is not text but {type(value).__name__}")
+    return value

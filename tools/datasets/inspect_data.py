@@ -45,12 +45,16 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
+    from megatron.data.header import check_header, read_header
     from megatron.data.indexed import DataError, IndexedFile
     from megatron.tokenizer import TokenizerError, build_tokenizer
 
     try:
         file = IndexedFile(options.prefix)
         tokenizer = build_tokenizer(options.tokenizer_type, options.vocab_file) if options.vocab_file else None
+        header = read_header(file.prefix)
+        if header is not None and tokenizer is not None:
+            check_header(file.prefix, header, tokenizer, None)
         print("\n".join(describe(file)))
         if options.histogram:
             draw(file, options.histogram)

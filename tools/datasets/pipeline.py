@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import hashlib
 import json
-import multiprocessing
 import os
-import signal
 import sys
 import time
 import zlib
-from collections import deque
-from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -23,17 +17,15 @@ from typing import Protocol
 
 import numpy as np
 
-from megatron.data.header import DataHeader, header_path
+from megatron.data.header import ChatInfo, DataHeader, TokenizerInfo, header_path
 from megatron.data.indexed import DataError, IndexedWriter, bin_path, idx_path
 from megatron.tokenizer import Tokenizer
 from tools.datasets.encode import Encoded
 from tools.datasets.sources import Block
+from tools.datasets.workers import in_order
 
 JOURNAL_SECONDS = 10.0
-_PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 MAX_SHOWN = 20  # skipped records printed in full; all are counted
-
-_encoder: Encoder | None = None  # set before the workers are forked, which inherit it
 
 
 class BadRecord(ValueError):
@@ -71,6 +63,36 @@ class Output:
     @property
     def partial(self) -> Path:
         return Path(f"{self.prefix}.partial")
+
+
+@dataclass(frozen=True)
+class HeaderMaker:
+    """Makes `Output.header`: what is known of an output before it is written, and the counts at the end."""
+
+    tokenizer: Tokenizer
+    dtype: np.dtype
+    bos: int | None
+    eod: int | None
+    ftfy: bool
+    files: list[Path]
+    chat: Callable[[State], ChatInfo] | None = None
+
+    def __call__(self, state: State) -> DataHeader:
+        return DataHeader(
+            tokenizer=TokenizerInfo.of(self.tokenizer),
+            bos=self.bos,
+            eod=self.eod,
+            ftfy=self.ftfy,
+            documents=state.documents,
+            tokens=state.bytes // self.dtype.itemsize,
+            max_token=state.max_token,
+            input_bytes=state.text_bytes,
+            empty=state.empty,
+            skipped=state.skipped,
+            crc32=f"{state.crc32:08x}",
+            sources=[str(file) for file in self.files],
+            chat=None if self.chat is None else self.chat(state),
+        )
 
 
 @dataclass(frozen=True)
@@ -135,7 +157,7 @@ def run_job(job: Job) -> list[State]:
         if journal.blocks:
             print(f"going on after block {journal.blocks} of a killed run", file=sys.stderr)
         todo = islice(job.blocks, journal.blocks, None)
-        with contextlib.closing(_in_order(job.encoder, todo, job.workers)) as results:
+        with contextlib.closing(in_order(job.encoder, todo, job.workers)) as results:
             _collect(job, results, journal, writers)
         _publish(job, journal.states, writers)
     except Exception:
@@ -221,36 +243,3 @@ def _publish(job: Job, states: list[State], writers: list[IndexedWriter]) -> Non
             f"{state.empty} empty and {state.skipped} unreadable left out",
             file=sys.stderr,
         )
-
-
-def _in_order(encoder: Encoder, blocks: Iterable[Block], workers: int) -> Generator[list[Encoded], None, None]:
-    """Results in the order of the blocks. Only a few blocks per worker are under way, so memory does not grow."""
-    global _encoder
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process a core; threads inside them would only compete
-    _encoder = encoder
-    context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
-        pending: deque[Future[list[Encoded]]] = deque()
-        try:
-            for block in blocks:
-                pending.append(pool.submit(_encode_block, block))
-                if len(pending) > 2 * workers:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        except BrokenProcessPool as error:
-            raise DataError("a worker process was killed, probably for memory; use fewer --workers") from error
-        finally:
-            with contextlib.suppress(Exception):
-                pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _start_worker() -> None:
-    """ctrl-C is the parent's to handle; and when the parent is killed, so is the worker, which would wait for ever."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def _encode_block(block: Block) -> list[Encoded]:
-    assert _encoder is not None
-    return _encoder(block)

@@ -59,11 +59,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def preprocess(options: argparse.Namespace) -> None:
     """Raises BadRecord, DataError, SourceError, TokenizerError, OSError."""
-    from megatron.data.header import DataHeader, TokenizerInfo
     from megatron.data.indexed import token_dtype
     from megatron.tokenizer import TokenizerError, build_tokenizer
     from tools.datasets.encode import TextEncoder
-    from tools.datasets.pipeline import Job, Output, State, identity_of, run_job
+    from tools.datasets.pipeline import HeaderMaker, Job, Output, identity_of, run_job
     from tools.datasets.sources import expand, read_blocks
 
     keys: list[str] = [key for item in options.jsonl_keys for key in item.split(",")]
@@ -76,22 +75,7 @@ def preprocess(options: argparse.Namespace) -> None:
     eod = tokenizer.eod if options.append_eod else None
     dtype = token_dtype(tokenizer.vocab_size)
 
-    def header(state: State) -> DataHeader:
-        return DataHeader(
-            tokenizer=TokenizerInfo.of(tokenizer),
-            bos=bos,
-            eod=eod,
-            ftfy=options.ftfy,
-            documents=state.documents,
-            tokens=state.bytes // dtype.itemsize,
-            max_token=state.max_token,
-            input_bytes=state.text_bytes,
-            empty=state.empty,
-            skipped=state.skipped,
-            crc32=f"{state.crc32:08x}",
-            sources=[str(file) for file in files],
-        )
-
+    header = HeaderMaker(tokenizer, dtype, bos, eod, options.ftfy, files)
     run_job(
         Job(
             identity=identity_of(tokenizer, files, [bos, eod, options.ftfy, keys, options.on_bad_record]),

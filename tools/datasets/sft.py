@@ -6,19 +6,19 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from megatron.data.header import ChatInfo, DataHeader, TokenizerInfo
+from megatron.data.header import ChatInfo
 from megatron.data.indexed import DataError, token_dtype
 from megatron.tokenizer import Tokenizer, build_tokenizer
 from megatron.tokenizer.chat import IGNORED, Chat, ChatError, Message, Segment, TrainOn, assemble, load_chat
 from tools.datasets.conversations import digest, read_conversation
 from tools.datasets.encode import Encoded, read_record
-from tools.datasets.pipeline import Job, Output, State, identity_of, run_job
+from tools.datasets.pipeline import HeaderMaker, Job, Output, State, identity_of, run_job
 from tools.datasets.sources import Block, SourceError, expand, read_blocks
 
 _SOURCE = re.compile(r"(?P<name>[A-Za-z0-9_.-]+)(:(?P<share>[0-9.eE+-]+))?=(?P<files>.+)")
@@ -143,31 +143,18 @@ def preprocess(options: argparse.Namespace) -> None:
     prefixes = [f"{options.output_prefix}_{source.name}" for source in sources]
     blocks = Deduplicated(sources, options.thinking_prompt)
 
-    def header_of(source: SftSource) -> Callable[[State], DataHeader]:
-        def header(state: State) -> DataHeader:
-            return DataHeader(
-                tokenizer=TokenizerInfo.of(tokenizer),
-                bos=tokenizer.bos,
-                eod=None,
-                ftfy=False,
-                documents=state.documents,
-                tokens=state.bytes // dtype.itemsize,
-                max_token=state.max_token,
-                input_bytes=state.text_bytes,
-                empty=state.empty,
-                skipped=state.skipped,
-                crc32=f"{state.crc32:08x}",
-                sources=[str(file) for file in source.files],
-                chat=ChatInfo(template=chat.name, train_on=options.train_on, learned_tokens=state.learned),
-            )
-
-        return header
+    def chat_info(state: State) -> ChatInfo:
+        return ChatInfo(template=chat.name, train_on=options.train_on, learned_tokens=state.learned)
 
     outputs = [
         output
         for source, prefix in zip(sources, prefixes, strict=True)
         for output in (
-            Output(f"{prefix}_document", dtype, header_of(source)),
+            Output(
+                f"{prefix}_document",
+                dtype,
+                HeaderMaker(tokenizer, dtype, tokenizer.bos, None, False, source.files, chat_info),
+            ),
             Output(f"{prefix}_label_document", LABEL_DTYPE, None),
         )
     ]

@@ -10,6 +10,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from examples.demo_tokenizer import train_tokenizer
 from megatron.tokenizer import Tokenizer, build_tokenizer
+from tests.unit.data.made_data import LENGTHS, numbered, write
 
 VOCAB_SIZE = 1024
 
@@ -50,3 +51,8 @@ def vocab_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def hf_tokenizer(vocab_folder: Path) -> Tokenizer:
     return build_tokenizer("HFTokenizer", vocab_folder / "tokenizer.json")
+
+
+@pytest.fixture
+def prefix(tmp_path: Path) -> str:
+    return write(tmp_path / "d", numbered(LENGTHS))

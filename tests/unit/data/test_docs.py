@@ -32,6 +32,7 @@ def workplace(vocab_folder: Path, tmp_path: Path) -> Path:
     texts = real_texts()
     for name, part in (("domain", texts[:40]), ("general", texts[40:])):
         write_jsonl(tmp_path / f"{name}.jsonl", part)
+    (tmp_path / "papers.jsonl.zst").write_bytes(zstandard.compress((tmp_path / "domain.jsonl").read_bytes()))
     (tmp_path / "general.jsonl.zst").write_bytes(zstandard.compress((tmp_path / "general.jsonl").read_bytes()))
     for tag in ("nemotron", "astronomy", "hermes"):
         write_records(tmp_path / f"{tag}.jsonl", conversations(20, tag))

@@ -11,7 +11,7 @@ import pytest
 
 from megatron.data import build_datasets
 from tests.unit.configurations import keys
-from tests.unit.data.test_datasets import Args, write
+from tests.unit.data.made_data import Args, write
 
 pytestmark = pytest.mark.unit
 

@@ -13,7 +13,7 @@ from megatron.data.indexed import IndexedFile
 from megatron.data.sample import IGNORED
 from megatron.tokenizer import Tokenizer
 from megatron.tokenizer.chat import Llama3Chat, encode_chat
-from tests.unit.data.test_datasets import Args
+from tests.unit.data.made_data import Args
 from tests.unit.data.test_preprocess import outputs
 from tools.datasets.conversations import read_conversation
 from tools.datasets.preprocess_sft import main

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 import pytest
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
@@ -26,15 +27,22 @@ pytestmark = pytest.mark.unit
 PP, DP, TP = 8, 32, 8
 
 
-def seats(pipe: int = PP, data: int = DP, tensor: int = TP, per_node: int = 8, cyclic: bool = False) -> list[Seat]:
-    """Ranks numbered node by node, or (cyclic) dealt out one to each node in turn."""
+def seats(
+    pipe: int = PP,
+    data: int = DP,
+    tensor: int = TP,
+    per_node: int = 8,
+    cyclic: bool = False,
+    gcds: Sequence[int] = CLOSEST_GCDS,
+) -> list[Seat]:
+    """Ranks numbered node by node, or (cyclic) dealt out one to each node in turn; `gcds` is by local rank."""
     world = pipe * data * tensor
     nodes = world // per_node
     places = []
     for rank in range(world):
         node, local = (rank % nodes, rank // nodes) if cyclic else (rank // per_node, rank % per_node)
         where = coordinates(rank, pipe, data, tensor)
-        places.append(Seat(rank, f"frontier{node:05d}", local, *where, f"gcd{CLOSEST_GCDS[local % 8]}"))
+        places.append(Seat(rank, f"frontier{node:05d}", local, *where, f"gcd{gcds[local % 8]}"))
     return places
 
 
@@ -55,6 +63,30 @@ def test_all_tensor_parallel_groups_of_2048_ranks_are_inside_a_node() -> None:
         "ranks: 2048 on 256 nodes (frontier00000 to frontier00255), 8 on each; every tensor-parallel group is inside "
         "one node"
     )
+
+
+LUMI_GCDS = tuple(range(8))  # all visible, and local rank n takes GCD n
+
+
+@pytest.mark.parametrize("gcds", [CLOSEST_GCDS, LUMI_GCDS])
+def test_2048_ranks_with_either_binding(gcds: Sequence[int]) -> None:
+    """Every GCD of every node once, a TP group on one node, pipeline neighbours 32 nodes apart."""
+    all_seats = seats(gcds=gcds)
+    check_nodes(all_seats)
+    check_devices(all_seats)
+    assert len({(seat.node, seat.device) for seat in all_seats}) == 2048
+    assert len({(seat.pipe, seat.data, seat.tensor) for seat in all_seats}) == 2048
+    for seat in all_seats:
+        assert seat.node == f"frontier{seat.pipe * 32 + seat.data:05d}"
+        assert seat.device == f"gcd{gcds[seat.tensor]}"
+
+
+def test_two_link_bridges_of_groups_of_four() -> None:
+    """Frontier's user guide: only OLCF's order puts a two-link pair (0-6, 2-4) into each TP group of four."""
+    pairs = ({0, 6}, {2, 4})
+    for gcds, bridged in ((CLOSEST_GCDS, True), (LUMI_GCDS, False)):
+        groups = [set(gcds[:4]), set(gcds[4:])]
+        assert all(any(pair <= group for pair in pairs) for group in groups) is bridged
 
 
 @pytest.mark.parametrize(("tensor", "data"), [(1, 256), (2, 128), (4, 64)])

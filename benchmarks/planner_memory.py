@@ -1,0 +1,428 @@
+"""The planner's memory against the real engine: peak bytes of tensors in a training step, predicted and counted.
+
+    python benchmarks/planner_memory.py [--device cuda|cpu] [--json FILE] [--write docs/planning.md]
+
+On a CPU every storage that is alive is counted by a dispatch mode, on forked gloo ranks in several layouts (TP, PP, DP,
+micro-batch, recomputation, precision, tied, isolated documents). On a GPU, one rank, `torch.cuda.max_memory_allocated`
+says it, for models of several sizes. Both run the trainer's engine for four steps and read the third and fourth. Needs
+what a training run needs and nothing more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from megatron.neox_arguments import NeoXArgs  # noqa: E402
+from megatron.planner.memory import StageMemory, plan_memory  # noqa: E402
+from megatron.planner.parallel_layout import ParallelLayout  # noqa: E402
+
+if TYPE_CHECKING:
+    from megatron.planner.activations import Ops
+
+MIB = 1 << 20
+MARKERS = {"cpu": "memory", "cuda": "memory-gpu"}  # of the page, by device
+STEPS = 4
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and a layout; `recompute` of whole layers, `recompute_layers` of each stage or all."""
+
+    tensor: int = 1
+    pipe: int = 1
+    data: int = 1
+    micro_batch: int = 1
+    num_micro_batches: int = 4
+    recompute: bool = True
+    recompute_layers: int | None = None
+    precision: str = "bfloat16"
+    layers: int = 4
+    hidden: int = 256
+    heads: int = 8
+    kv_heads: int = 2
+    intermediate: int = 704
+    vocab: int = 1024
+    seq: int = 256
+    tied: bool = False
+    documents: bool = False
+
+    @property
+    def world_size(self) -> int:
+        return self.tensor * self.pipe * self.data
+
+    @property
+    def model(self) -> str:
+        extra = [word for word, is_so in (("tied", self.tied), ("documents", self.documents)) if is_so]
+        return " ".join([f"{self.layers} x {self.hidden}, V {self.vocab:,}, s {self.seq:,}", *extra])
+
+    @property
+    def layout(self) -> str:
+        recompute = "recomputed" if self.recompute else "stored"
+        if self.recompute_layers is not None:
+            recompute = f"{self.recompute_layers} recomputed"
+        return (
+            f"TP{self.tensor} PP{self.pipe} DP{self.data}, {self.micro_batch} x {self.num_micro_batches}, {recompute}, "
+            f"{'bf16' if self.precision == 'bfloat16' else self.precision}"
+        )
+
+    def args(self, device: str) -> NeoXArgs:
+        return NeoXArgs.from_dict(
+            {
+                "num_layers": self.layers,
+                "hidden_size": self.hidden,
+                "num_attention_heads": self.heads,
+                "num_kv_heads": self.kv_heads,
+                "intermediate_size": self.intermediate,
+                "vocab_size": self.vocab,
+                "make_vocab_size_divisible_by": 1,
+                "seq_length": self.seq,
+                "max_position_embeddings": self.seq,
+                "rotary_emb_base": 500000,
+                "rms_norm_epsilon": 1e-5,
+                "no_weight_tying": not self.tied,
+                "isolate_documents": self.documents,
+                "model_parallel_size": self.tensor,
+                "pipe_parallel_size": self.pipe,
+                "train_micro_batch_size_per_gpu": self.micro_batch,
+                "gradient_accumulation_steps": self.num_micro_batches,
+                "checkpoint_activations": self.recompute,
+                "recompute_layers": self.recompute_layers,
+                "precision": self.precision,
+                "train_iters": STEPS,
+                "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "betas": [0.9, 0.95], "eps": 1e-8}},
+                "distributed_backend": "gloo" if device == "cpu" else "nccl",
+                "from_scratch": True,
+                "train_data_paths": ["unused"],
+            },
+            world_size=self.world_size,
+        )
+
+
+CPU_CASES = (
+    Case(),
+    Case(recompute=False),
+    Case(precision="fp32"),
+    Case(precision="fp32", recompute=False),
+    Case(num_micro_batches=1, micro_batch=2, recompute=False),
+    Case(pipe=2),
+    Case(pipe=2, recompute=False, micro_batch=2),
+    Case(pipe=2, precision="fp32", recompute=False),
+    Case(pipe=2, layers=5, num_micro_batches=2, recompute=False),
+    Case(tensor=2, micro_batch=2),
+    Case(tensor=2, recompute=False),
+    Case(data=2, seq=512),
+    Case(data=2, precision="fp32"),
+    Case(tensor=2, pipe=2, micro_batch=2),
+    Case(tensor=2, pipe=2, micro_batch=2, recompute=False, precision="fp32"),
+    Case(pipe=2, data=2, tied=True),
+    Case(pipe=2, documents=True, recompute=False),
+    Case(tensor=2, pipe=2, data=2, seq=512),
+    Case(pipe=2, num_micro_batches=3, micro_batch=2, seq=1024, recompute=False),
+    Case(pipe=2, num_micro_batches=3, micro_batch=2, seq=2048, layers=8),
+    Case(pipe=2, num_micro_batches=3, micro_batch=2, seq=1024, layers=8, recompute_layers=1),
+    Case(tensor=2, micro_batch=2, seq=1024, precision="fp32", recompute=False),
+)
+_LLAMA = {"kv_heads": 8, "num_micro_batches": 2}
+GPU_CASES = (
+    Case(**_LLAMA, layers=8, hidden=2048, heads=32, intermediate=8192, vocab=128256, seq=4096, tied=True),
+    Case(**_LLAMA, layers=8, hidden=2048, heads=32, intermediate=8192, vocab=32000, seq=4096, recompute=False),
+    Case(**_LLAMA, layers=4, hidden=4096, heads=32, intermediate=14336, vocab=32000, seq=8192, recompute=False),
+    Case(**_LLAMA, layers=6, hidden=4096, heads=32, intermediate=14336, vocab=128256, seq=8192),
+    Case(**_LLAMA, layers=2, hidden=8192, heads=64, intermediate=28672, vocab=32000, seq=8192),
+    Case(**_LLAMA, layers=12, hidden=1024, heads=16, intermediate=2816, vocab=32000, seq=4096, micro_batch=4),
+)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One rank; `moments` are the peaks while the engine executes each of its instructions."""
+
+    stage: int
+    peak: int
+    moments: dict[str, int]
+    ops: Ops
+
+
+def measure(rank: int, world_size: int, case: Case, device: str = "cpu") -> Measured:
+    """Peak bytes of the tensors that a training step of `case` has on this rank, of an initialised world."""
+    import torch
+    from megatron.core import parallel_state
+
+    from megatron.launcher.distributed import form_groups
+    from megatron.ops.kernels import use_kernels
+    from megatron.trainer.engine import build_engine, build_model
+
+    args = case.args(device)
+    with _counter(device) as counter:
+        if not parallel_state.model_parallel_is_initialized():
+            form_groups(args)
+        model = build_model(args, torch.device(device))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.02)
+        model._synchronize_tied_weights()
+        engine = build_engine(args, model, log=lambda line: None)
+        moments: Counter[str] = Counter()
+
+        def watched(execute: Any, name: str) -> Any:
+            def run(self: Any, **arguments: Any) -> None:
+                counter.reset()
+                execute(self, **arguments)
+                moments[name] = max(moments[name], counter.peak())
+
+            return run
+
+        engine._INSTRUCTION_MAP = {kind: watched(f, kind.__name__) for kind, f in engine._INSTRUCTION_MAP.items()}
+        for number in range(STEPS):
+            if number == STEPS - 2:
+                moments.clear()
+            engine.train_batch(iter(_micro_batches(case, engine.device)))
+    kernels = device != "cpu" and use_kernels("swiglu", torch.empty(0, device=device, dtype=torch.bfloat16))
+    ops: Ops = "cpu" if device == "cpu" else "kernels" if kernels else "torch"
+    return Measured(engine.stage_id, max(moments.values()), dict(moments), ops)
+
+
+def predict(case: Case, device: str, ops: Ops) -> list[StageMemory]:
+    args = case.args(device)
+    return plan_memory(
+        args.shape,
+        ParallelLayout.of(args),
+        args.seq_length,
+        args.precision,
+        isolate_documents=case.documents,
+        ops=ops,
+    )
+
+
+def _micro_batches(case: Case, device: Any) -> Iterator[Any]:
+    import torch
+
+    shape = (case.micro_batch, case.seq)
+    for _ in range(case.num_micro_batches):
+        tokens = torch.randint(case.vocab, shape, device=device)
+        inputs = tokens
+        if case.documents:  # three of unequal length
+            positions = torch.arange(case.seq, device=device)
+            for start in (case.seq // 5, case.seq // 2):
+                positions[start:] = torch.arange(case.seq - start, device=device)
+            inputs = (tokens, positions.expand(shape).contiguous())
+        yield inputs, (tokens.clone(), torch.tensor(1.0 / tokens.numel(), device=device))
+
+
+class _Cuda:
+    """Peak of the allocator above what was there before, which are the libraries' own workspaces."""
+
+    def __init__(self) -> None:
+        import torch
+
+        x = torch.ones(4096, 4096, device="cuda", dtype=torch.bfloat16)
+        (x @ x).sum().item()
+        del x
+        self.before = torch.cuda.memory_allocated()
+
+    def reset(self) -> None:
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
+
+    def peak(self) -> int:
+        import torch
+
+        return torch.cuda.max_memory_allocated() - self.before
+
+
+class _Cpu:
+    def __init__(self, live: Any) -> None:
+        self.live = live
+
+    def reset(self) -> None:
+        self.live.reset_peak()
+
+    def peak(self) -> int:
+        return self.live.peak
+
+
+@contextmanager
+def _counter(device: str) -> Iterator[Any]:
+    if device == "cpu":
+        from megatron.planner.live_bytes import LiveBytes
+
+        with LiveBytes() as live:
+            yield _Cpu(live)
+    else:
+        yield _Cuda()
+
+
+def _rank(rank: int, case: Case, folder: str, results: Any) -> None:
+    import torch
+    import torch.distributed as dist
+
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(case.world_size))
+    torch.manual_seed(rank)
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=case.world_size)
+    results.put((rank, measure(rank, case.world_size, case)))
+    dist.destroy_process_group()
+
+
+def run_on_cpu(case: Case) -> list[Measured]:
+    """All ranks of a case, forked from this process, which has imported everything."""
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = [
+            context.Process(target=_rank, args=(rank, case, folder, results), daemon=True)
+            for rank in range(case.world_size)
+        ]
+        for process in ranks:
+            process.start()
+        found: dict[int, Measured] = {}
+        while len(found) < len(ranks):
+            if any(process.exitcode not in (None, 0) for process in ranks):
+                raise SystemExit(f"a rank of {case.layout} failed; its message is above")
+            if not results.empty():
+                rank, measured = results.get()
+                found[rank] = measured
+            time.sleep(0.02)
+        for process in ranks:
+            process.join()
+    return [found[rank] for rank in sorted(found)]
+
+
+def run_on_gpu(case: Case) -> list[Measured]:
+    """One rank in this process: a GPU does not outlive a fork. The process group serves all cases."""
+    import torch
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+        torch.cuda.set_device(0)
+        store = dist.HashStore()
+        dist.init_process_group("nccl", store=store, rank=0, world_size=1)
+    measured = measure(0, 1, case, "cuda")
+    _free("cuda")
+    torch.cuda.empty_cache()
+    return [measured]
+
+
+def _free(device: str) -> None:
+    """Give back the memory of every tensor: something in DeepSpeed keeps an engine that nobody uses any more."""
+    import torch
+
+    gc.collect()
+    for thing in gc.get_objects():
+        if isinstance(thing, torch.Tensor) and thing.device.type == device:
+            thing.untyped_storage().resize_(0)
+
+
+@dataclass(frozen=True)
+class Row:
+    """The fullest rank of a stage."""
+
+    case: Case
+    stage: int
+    predicted: StageMemory
+    measured: Measured
+
+    @property
+    def error(self) -> float:
+        return self.predicted.allocated / self.measured.peak - 1.0
+
+
+def rows(case: Case, device: str) -> list[Row]:
+    measured = run_on_gpu(case) if device == "cuda" else run_on_cpu(case)
+    predicted = predict(case, device, measured[0].ops)
+    stages = [max((m for m in measured if m.stage == s), key=lambda m: m.peak) for s in range(case.pipe)]
+    return [Row(case, stage, predicted[stage], found) for stage, found in enumerate(stages)]
+
+
+def table(found: list[Row], device: str) -> str:
+    """Markdown."""
+    worst = max(found, key=lambda row: abs(row.error))
+    where = "the CPU" if device == "cpu" else _gpu()
+    lines = [
+        "| model | layout | stage | predicted, MiB | counted, MiB | error | fullest in |",
+        "|---|---|---|---|---|---|---|",
+        *(
+            f"| {row.case.model} | {row.case.layout} | {row.stage} | {row.predicted.allocated / MIB:,.1f} | "
+            f"{row.measured.peak / MIB:,.1f} | {row.error:+.1%} | {row.predicted.moment} |"
+            for row in found
+        ),
+        "",
+        f"Largest error of {len(found)} stages on {where}: {worst.error:+.1%} "
+        f"({worst.case.model}: {worst.case.layout}, stage {worst.stage}).",
+    ]
+    return "\n".join(lines)
+
+
+def _gpu() -> str:
+    import torch
+
+    return f"one {torch.cuda.get_device_name()}"
+
+
+def fill(text: str, block: str, device: str) -> str:
+    """`text` with `block` between the markers of the device's table; raises ValueError where one is missing."""
+    begin, end = (f"<!-- {MARKERS[device]}:{edge} -->" for edge in ("begin", "end"))
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(f"{begin} and {end} must each stand in the file once")
+    head, rest = text.split(begin)
+    return head + begin + "\n" + block + "\n" + end + rest.split(end)[1]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
+    parser.add_argument("--json", type=Path, help="also write every moment's bytes there")
+    parser.add_argument("--write", type=Path, help="put the table between its markers in this Markdown file")
+    options = parser.parse_args()
+    import torch
+
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    import megatron.trainer.engine  # noqa: F401  # once, before the ranks fork
+
+    found: list[Row] = []
+    for case in GPU_CASES if device == "cuda" else CPU_CASES:
+        start = time.time()
+        for row in rows(case, device):
+            found.append(row)
+            print(
+                f"{row.case.model:32} {row.case.layout:44} stage {row.stage}  predicted "
+                f"{row.predicted.allocated / MIB:10,.1f} MiB  counted {row.measured.peak / MIB:10,.1f} MiB  "
+                f"{row.error:+6.1%}  {row.predicted.moment} ({time.time() - start:.1f} s)",
+                flush=True,
+            )
+    print("\n" + table(found, device))
+    if options.json:
+        facts = [
+            asdict(row.case)
+            | {"stage": row.stage, "predicted": asdict(row.predicted) | {"layers": list(row.predicted.layers)}}
+            | {"allocated": row.predicted.allocated, "measured": asdict(row.measured), "error": row.error}
+            for row in found
+        ]
+        options.json.write_text(json.dumps(facts, indent=1) + "\n")
+    if options.write:
+        options.write.write_text(fill(options.write.read_text(), table(found, device), device))
+    return 0 if all(abs(row.error) < 0.05 for row in found) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

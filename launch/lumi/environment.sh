@@ -1,0 +1,35 @@
+# Sources: LUG is LUMI's user guide, LAG the LUMI AI guide, HPE its RCCL tuning guide (April 2026). "Contradicted" marks
+# advice that changed between ROCm versions: measure with the preflight before you change it.
+
+# Binds the host's Slingshot libraries and file systems into the container; the RCCL plugin is in the container (LAG).
+module use /appl/local/containers/ai-modules
+module load singularity-AI-bindings
+
+# Fail instead of falling to TCP without a word when the plugin is missing: about 13 times slower was measured for MPI.
+# HPE's name; containers whose plugin calls itself OFI need that name. For jobs on several nodes only.
+if ((SLURM_JOB_NUM_NODES > 1)); then export NCCL_NET="AWS Libfabric"; fi
+# Traffic of all four network cards (LUG, LAG).
+export NCCL_SOCKET_IFNAME=hsn0,hsn1,hsn2,hsn3 GLOO_SOCKET_IFNAME=hsn0
+# Contradicted: GPU-direct RDMA. LUG and HPE say PHB. With ROCm 7.0 containers PHB and SYS hung on several nodes and
+# unset worked (laifs-container-recipes, issues 28 and 30): delete this line for those.
+export NCCL_NET_GDR_LEVEL=PHB
+# NCCL_NCHANNELS_PER_PEER stays unset: 32 is quoted as faster and gave unstable gradients with pipeline parallelism on
+# LUMI (Poro-2's launcher, April 2025).
+
+# How libfabric watches memory; never memhooks, which deadlocks (HPE).
+export FI_MR_CACHE_MONITOR=userfaultfd
+# Room for the events of thousands of peers; LumiOpen's 71B run used this much (Megatron-LM-lumi).
+export FI_CXI_DEFAULT_CQ_SIZE=262144
+
+# Copies between GCDs by kernels: the copy engines reach the links' speed on several pairs only so (Poro-2's launcher,
+# measured on LUMI with OSU's benchmarks).
+export HSA_ENABLE_SDMA=0 HSA_FORCE_FINE_GRAIN_PCIE=1
+# LumiOpen and TildeOpen trained with one thread to a rank.
+export OMP_NUM_THREADS=1
+
+# A rank whose collective fails leaves a trace of the last ones of every rank; the first has no effect without the
+# second (docs.pytorch.org, ProcessGroupNCCL environment variables).
+export TORCH_NCCL_DUMP_ON_TIMEOUT=1 TORCH_NCCL_TRACE_BUFFER_SIZE=2000
+# A stall of the file system freezes the ranks for longer than the default of this monitor, which then kills a healthy
+# job.
+export TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC=1800

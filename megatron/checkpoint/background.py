@@ -1,0 +1,197 @@
+"""Save beside training: copy the state to host memory, go on, and write the files from a thread of each rank.
+
+A save is three jobs: all ranks write their files, then rank 0 publishes the checkpoint and thins out older ones, or
+removes the partial folder if a rank failed. Each job runs on a thread of its rank. **The threads do not communicate.**
+Whether a job is over on all ranks, and what went wrong, the main threads ask each other in `poll`, which every rank
+calls after every step: a sum over one number, only while a save is in flight. So all collectives of a rank are called
+by one thread, and in the same order on all ranks, because whether to call the next one follows from the results of
+the last: there is nothing to deadlock, with 2,048 ranks no more than with two, and no communicator but the training's.
+(A collective from the writing thread would be ordered against the training's by chance, which NCCL and RCCL do not
+allow on one communicator, and which can deadlock on two that share a GPU; a second world-wide gloo group would be a
+mesh of two million sockets.) The price: publishing begins at the end of the step in which the last file was written.
+
+A thread and not a process: forking a rank that holds GPU contexts and registered network memory is not safe, and a
+process could outlive its rank and write into the folder of the next job. Nor would it disturb less: torch writes,
+checksums and syncs with the interpreter lock released, and a loop in plain Python beside the writing of 0.5 GiB made
+1.2 to 1.3 million rounds in a second of CPU time whether a thread wrote or a process. `benchmarks/saving.py` measures
+what training loses.
+
+One save is in flight at a time, so a rank holds one copy of its state and the disk one partial folder. A save that
+falls due earlier waits for the one before, and says so.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from megatron.checkpoint.agreement import Ranks
+from megatron.checkpoint.contents import rank_contents
+from megatron.checkpoint.errors import CheckpointError
+from megatron.checkpoint.save import CheckpointWriter
+from megatron.checkpoint.snapshot import HostCopies, tensor_bytes
+from megatron.checkpoint.state import TrainState
+
+if TYPE_CHECKING:
+    from deepspeed.runtime.pipe.engine import PipelineEngine
+
+    from megatron.neox_arguments import NeoXArgs
+
+_Then = Callable[["_Flight"], None]  # what the main threads do when a job has succeeded on all ranks
+_Job = tuple[Callable[[], None], _Then | None]
+
+PAUSE_SECONDS = 0.02  # between two questions of ranks that wait for the end of a save
+QUESTIONS_A_REPORT = 3000  # while waiting; about a minute
+
+
+class BackgroundSaver:
+    """The saves of a run that go on beside its training. All ranks call the same methods in the same order.
+
+    `completed` is the iteration of the last checkpoint that is complete on disk. `log` and `warn` are called on rank 0,
+    in the main thread but for lines about older checkpoints.
+    """
+
+    def __init__(
+        self,
+        engine: PipelineEngine,
+        args: NeoXArgs,
+        data_fingerprints: Mapping[str, Any],
+        completed: int | None = None,
+        log: Callable[[str], None] = print,
+        warn: Callable[[str], None] = print,
+    ) -> None:
+        self.engine, self.args, self.data_fingerprints = engine, args, data_fingerprints
+        self.completed, self.log, self.warn = completed, log, warn
+        self._ranks = Ranks.of(engine)
+        self._copies = HostCopies()
+        self._flight: _Flight | None = None
+
+    @property
+    def in_flight(self) -> bool:
+        return self._flight is not None
+
+    def prepare(self) -> None:
+        """Make the buffers, so that too little memory shows before the first step, and say how large they are.
+
+        Collective; CheckpointError on all ranks if one has no room.
+        """
+        own = 0
+        with self._ranks.together("async_save: making room for copies in host memory"):
+            writer = self._writer(TrainState())
+            contents = rank_contents(self.engine, self.args, writer.state, writer.place)
+            own = tensor_bytes(self._copies.snapshot(contents))
+        largest, total = self._ranks.largest(own), self._ranks.total(own)
+        self.log(
+            f"async_save: {total / 1e9:.3g} GB are copied to host memory at each save, at most {largest / 1e9:.3g} GB "
+            "on a rank"
+        )
+
+    def begin(self, state: TrainState) -> None:
+        """Copy the state of this moment and start to write it. Collective.
+
+        Waits for a save in flight. A failure, now or later, is reported on rank 0 and never raised.
+        """
+        if self._flight is not None:
+            start, before = time.perf_counter(), self._flight.writer.final.name
+            self.wait()
+            self.log(
+                f"iteration {state.iteration}: training waited {time.perf_counter() - start:.2f} s until {before} was "
+                "written: saves are due faster than the file system takes them"
+            )
+        flight = _Flight(self._writer(state))
+        writer = flight.writer
+        try:
+            with self._ranks.together(writer.what):
+                writer.open()
+            with self._ranks.together(writer.what):
+                contents = rank_contents(self.engine, self.args, writer.state, writer.place)
+                snapshot = self._copies.snapshot(contents)
+        except CheckpointError as error:
+            self._give_up(flight, error)
+        else:
+            write = partial(writer.write, snapshot)
+            flight.start((write, None), (writer.publish, self._say_saved), (writer.thin_out, None))
+        flight.blocked = time.perf_counter() - flight.begun
+        self._flight = flight
+
+    def poll(self) -> None:
+        """Take note of what has been written since. Collective; it waits for nothing but the other ranks' calls."""
+        flight = self._flight
+        if flight is None or self._ranks.total(flight.running):
+            return
+        try:
+            self._ranks.agree(flight.writer.what, flight.error)
+        except CheckpointError as error:
+            self._give_up(flight, error)
+            return
+        if flight.then is not None:
+            flight.then(flight)
+        if not flight.start_next():
+            self._flight = None
+
+    def wait(self) -> None:
+        """Until no save is in flight. Collective. Ranks that keep the others waiting are named every minute."""
+        questions = 0
+        while self._flight is not None:
+            time.sleep(PAUSE_SECONDS)
+            questions += 1
+            if questions % QUESTIONS_A_REPORT == 0:
+                still = self._ranks.where(self._flight.running)
+                self.log(f"waiting for {self._flight.writer.final.name}: {still} still writing")
+            self.poll()
+
+    def _writer(self, state: TrainState) -> CheckpointWriter:
+        return CheckpointWriter(self.engine, self.args, state, self.data_fingerprints, self._ranks.rank, self.log)
+
+    def _say_saved(self, flight: _Flight) -> None:
+        self.completed = flight.writer.state.iteration
+        self.log(
+            f"saved {flight.writer.final}: training waited {flight.blocked:.2f} s, written beside it in "
+            f"{time.perf_counter() - flight.begun:.1f} s"
+        )
+
+    def _give_up(self, flight: _Flight, error: CheckpointError) -> None:
+        last = "there is none yet" if self.completed is None else f"the last one is of iteration {self.completed}"
+        self.warn(f"{error}. The run goes on without this checkpoint ({last}); the next save tries again")
+        flight.start((flight.writer.discard, None))
+
+
+class _Flight:
+    """A save on its way: the job that a thread of this rank does, and those that follow."""
+
+    def __init__(self, writer: CheckpointWriter) -> None:
+        self.writer = writer
+        self.begun, self.blocked = time.perf_counter(), 0.0
+        self.error: BaseException | None = None
+        self.then: _Then | None = None
+        self._jobs: list[_Job] = []
+        self._thread: threading.Thread | None = None
+
+    def start(self, *jobs: _Job) -> None:
+        """Do the first of these now, in place of all that was still to do."""
+        self._jobs = list(jobs)
+        self.start_next()
+
+    def start_next(self) -> bool:
+        """Whether there was another job to start."""
+        if not self._jobs:
+            return False
+        job, self.then = self._jobs.pop(0)
+        self.error = None
+        # A daemon: a rank that has to end does not wait for a file system that hangs.
+        self._thread = threading.Thread(target=self._run, args=(job,), name="checkpoint", daemon=True)
+        self._thread.start()
+        return True
+
+    @property
+    def running(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def _run(self, job: Callable[[], None]) -> None:
+        try:
+            job()
+        except BaseException as error:  # told to all ranks by `poll`
+            self.error = error

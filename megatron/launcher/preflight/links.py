@@ -1,0 +1,55 @@
+"""Who exchanges with whom, in rounds in which everybody has one partner. Pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+Pair = tuple[int, int]
+
+
+def tournament(count: int) -> list[list[Pair]]:
+    """Rounds in which each of `count` meets each other once (the circle method); one rests a round if odd."""
+    places = list(range(count + count % 2))
+    rounds = []
+    for _ in range(len(places) - 1):
+        half = len(places) // 2
+        meetings = zip(places[:half], reversed(places[half:]), strict=True)
+        rounds.append([(min(pair), max(pair)) for pair in meetings if max(pair) < count])
+        places = [places[0], places[-1], *places[1:-1]]
+    return rounds
+
+
+def ring_and_across(count: int) -> list[list[Pair]]:
+    """Rounds in which each of `count` meets its two neighbours in a ring, and one half of the ring away.
+
+    Several partners tell a slow node (slow with all of them) from a slow link (slow with one), in three or four rounds
+    however many there are.
+    """
+    rounds = [
+        [(first, first + 1) for first in range(0, count - 1, 2)],
+        [(first, first + 1) for first in range(1, count - 1, 2)],
+    ]
+    if count > 2 and count % 2 == 0:
+        rounds[1].append((0, count - 1))
+    elif count > 2:
+        rounds.append([(0, count - 1)])
+    if count > 3:
+        rounds.append([(first, first + count // 2) for first in range(count // 2)])
+    return [pairs for pairs in rounds if pairs]
+
+
+def inside(nodes: Sequence[Sequence[int]]) -> list[list[Pair]]:
+    """Rounds of rank pairs in which all pairs of a node meet, on all nodes at once."""
+    rounds = [
+        [(ranks[one], ranks[other]) for ranks in nodes for one, other in pairs if other < len(ranks)]
+        for pairs in tournament(max(map(len, nodes)))
+    ]
+    return [pairs for pairs in rounds if pairs]
+
+
+def between(nodes: Sequence[Sequence[int]]) -> list[list[Pair]]:
+    """Rounds of rank pairs in which nodes meet: local rank with local rank of the same number, all at once."""
+    return [
+        [pair for one, other in pairs for pair in zip(nodes[one], nodes[other], strict=False)]
+        for pairs in ring_and_across(len(nodes))
+    ]

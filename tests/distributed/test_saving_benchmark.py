@@ -1,0 +1,32 @@
+"""benchmarks/saving.py runs all three ways, on a folder that it leaves empty; times go untested."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.distributed
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_every_way_is_measured(tmp_path: Path) -> None:
+    folder = tmp_path / "scratch"
+    folder.mkdir()
+    command = [sys.executable, "benchmarks/saving.py", "--folder", str(folder), "--json", str(tmp_path / "r.json")]
+    command += ["--hidden", "128", "--layers", "2", "--vocab", "512", "--seq", "64", "--rounds", "2", "--threads", "1"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads((tmp_path / "r.json").read_text())
+    assert set(facts["seconds"]) == {"sync", "async_save", "torch async"}
+    for cost in facts["seconds"].values():
+        assert all(len(cost[name]) == 2 for name in ("blocked", "slowed", "lost", "written"))
+        assert all(b <= w for b, w in zip(cost["blocked"], cost["written"], strict=True))
+    assert facts["seconds"]["sync"]["slowed"] == [0.0, 0.0]
+    assert "sync / async blocked" in facts["ratios"]
+    assert not list(folder.iterdir())

@@ -1,0 +1,80 @@
+"""deepy.py without the template: in an allocation of salloc's or of one's own batch script."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.cluster import Cluster
+from tests.slurm.jobs import configure, light_project
+from tests.slurm.test_job import ODD
+
+pytestmark = pytest.mark.slurm
+
+
+def allocated(cluster: Cluster, folder: Path, *options: str, plan: str = "done") -> subprocess.CompletedProcess[str]:
+    """deepy.py with the light program on 2 x 2 ranks, in an allocation with these options of salloc."""
+    project = light_project(folder / "project")
+    deepy = [sys.executable, str(project / "deepy.py"), str(project / "train.py"), *configure(folder)]
+    return subprocess.run(
+        ["salloc", *options, *deepy],
+        cwd=folder,
+        env=cluster.env | {"PLAN": plan, "ODD": ODD},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def test_one_srun_starts_all_ranks(cluster: Cluster, tmp_path: Path) -> None:
+    result = allocated(cluster, tmp_path, "--nodes=2", "--cpus-per-task=3")
+    assert result.returncode == 0, result.stderr
+    for rank in range(4):
+        found = json.loads((tmp_path / f"seen-0-{rank}.json").read_text())
+        assert found["env"]["SLURMD_NODENAME"] == f"n{rank // 2}"
+        assert found["env"]["SLURM_LOCALID"] == str(rank % 2)
+        assert found["env"]["ODD"] == ODD
+        assert found["env"]["SLURM_CPUS_PER_TASK"] == "3", "since 22.05 srun does not take it from the job"
+        assert found["argv"][1] == "--neox-args"
+    assert not list(tmp_path.rglob(".neox_run_*"))
+
+
+@pytest.mark.parametrize(
+    ("plan", "code", "said"),
+    [
+        ("user", 2, "error: the sky is too cloudy"),
+        ("stuck", 75, "stopped: a stop without a new save"),
+        ("bug", 1, "KeyError: 'telescope'"),
+    ],
+)
+def test_the_ranks_exit_code_is_deepy_s(cluster: Cluster, tmp_path: Path, plan: str, code: int, said: str) -> None:
+    result = allocated(cluster, tmp_path, "--nodes=2", plan=plan)
+    assert result.returncode == code, result.stderr
+    assert result.stderr.count(said) == 1, result.stderr
+
+
+def test_an_allocation_of_another_size_is_refused(cluster: Cluster, tmp_path: Path) -> None:
+    result = allocated(cluster, tmp_path, "--nodes=1")
+    assert result.returncode == 2
+    assert "the allocation has 1 nodes, the configuration is made for num_nodes 2" in result.stderr
+    assert not list(tmp_path.glob("seen-*"))
+
+
+def test_no_allocation_at_all(tmp_path: Path) -> None:
+    project = light_project(tmp_path / "project")
+    deepy = [sys.executable, str(project / "deepy.py"), str(project / "train.py"), *configure(tmp_path)]
+    env = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    for more, said in (
+        ([], "num_nodes is 2, but this is not a Slurm allocation"),
+        (["--launcher", "slurm"], "launcher: slurm outside of a Slurm allocation"),
+    ):
+        result = subprocess.run([*deepy, *more], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=100)
+        assert result.returncode == 2
+        assert said in result.stderr
+        assert "docs/launching.md" in result.stderr

@@ -1,0 +1,167 @@
+"""The rendered generic template under a real Slurm: the tiny model on two nodes, and what a night does to it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from megatron.checkpoint.folders import complete_steps
+from megatron.data.indexed import IndexedWriter
+from megatron.launcher.failures import REQUEUE
+from tests.models import LLAMA3_ROPE, Case
+from tests.slurm.cluster import Cluster
+from tests.slurm.jobs import ROOT, finished, log_of, rendered
+
+pytestmark = pytest.mark.slurm
+
+CASE = Case(heads=4, kv_heads=2, head_dim=8, layers=2, intermediate=48, vocab=96, seq=16, rope=LLAMA3_ROPE)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    prefix = tmp_path_factory.mktemp("tokens") / "train"
+    writer = IndexedWriter(prefix, np.dtype(np.uint16))
+    rng = np.random.RandomState(0)
+    for _ in range(60):
+        writer.add(rng.randint(CASE.vocab, size=rng.randint(5, 60)))
+    writer.finish()
+    return str(prefix)
+
+
+def configure(folder: Path, data: str, **changes: Any) -> list[str]:
+    """TP2 x PP2, saving at the end alone; the machine is a file of its own."""
+    folder.mkdir(exist_ok=True)
+    run = dict(CASE.neox().merged) | {
+        "train_data_paths": [data],
+        "train_iters": 60,
+        "log_interval": 1,
+        "log_dir": "log",
+        "save": "checkpoints",
+        "extra_save_iters": [60],
+        "lr_decay_style": "cosine",
+        "warmup": 0.1,
+        "model_parallel_size": 2,
+        "pipe_parallel_size": 2,
+        **changes,
+    }
+    run = {key: value for key, value in run.items() if value is not None}
+    (folder / "run.yml").write_text(yaml.safe_dump(run))
+    (folder / "two_nodes.yml").write_text(yaml.safe_dump({"num_nodes": 2, "num_gpus": 2}))
+    return ["run.yml", "two_nodes.yml"]
+
+
+def losses(folder: Path) -> dict[int, float]:
+    path = folder / "log/metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    records = [json.loads(line) for line in lines if line.endswith("}")]
+    return {r["iteration"]: r["train/lm_loss"] for r in records if "train/lm_loss" in r}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(data: str, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
+    """Losses of deepy.py on this machine alone."""
+    folder = tmp_path_factory.mktemp("local")
+    configure(folder, data)
+    command = [sys.executable, str(ROOT / "deepy.py"), str(ROOT / "train.py"), "run.yml", "--num_gpus", "4"]
+    subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=200)
+    return losses(folder)
+
+
+def until(cluster: Cluster, folder: Path, job: str, start: int, steps: int) -> None:
+    """Wait until a job's start, counted from 1, has done some steps."""
+
+    def trained() -> bool:
+        assert cluster.state(job) in ("PENDING", "CONFIGURING", "RUNNING"), log_of(folder, job)[-3000:]
+        log = log_of(folder, job).partition(f"launch: job {job}, start {start} ")[2]
+        return len(re.findall(r"^iteration ", log, re.MULTILINE)) >= steps
+
+    cluster.until(trained, f"{steps} steps", 200)
+
+
+def test_a_night(cluster: Cluster, data: str, tmp_path: Path, uninterrupted: dict[int, float]) -> None:
+    """A rank is killed, the time limit comes near, a node is lost; the fourth start ends as if nothing had happened."""
+    script = rendered(tmp_path, ROOT, configs=configure(tmp_path, data))
+    job = cluster.submit(script, TMPDIR=str(tmp_path))
+
+    until(cluster, tmp_path, job, 1, 2)
+    (culprit,) = cluster.processes(f"SLURM_JOB_ID={job}", "SLURM_PROCID=2", "SLURM_NTASKS=4")
+    os.kill(culprit, signal.SIGKILL)
+    cluster.start_requeued(job, 1)
+    first = log_of(tmp_path, job)
+    assert "ranks: 4 on 2 nodes (n0, n1), 2 on each; every tensor-parallel group is inside one node" in first
+    rows = re.findall(r"^ +(\d) +(n\d) +(\d) +cpu +- +(\d) +(\d) +(\d)$", first, re.MULTILINE)
+    assert rows == [(f"{r}", f"n{r // 2}", f"{r % 2}", f"{r // 2}", "0", f"{r % 2}") for r in range(4)]
+    assert "; first to end: n1: task 2: Killed" in first
+
+    until(cluster, tmp_path, job, 2, 3)
+    cluster.run("scancel", "--batch", "--signal=USR1", job)
+    cluster.start_requeued(job, 2)
+    (saved,) = complete_steps(tmp_path / "checkpoints")
+    assert 3 <= saved < 60
+    assert f"launch: requeued: SIGUSR1 at iteration {saved} of 60; all is saved" in log_of(tmp_path, job)
+
+    until(cluster, tmp_path, job, 3, 1)
+    lost = cluster.run("scontrol", "show", "hostnames", cluster.field(job, "NodeList")).split()[1]
+    try:
+        cluster.fail_node(lost)
+        cluster.start_requeued(job, 3)
+        log = finished(cluster, tmp_path, job, "COMPLETED", timeout=200)
+    finally:
+        cluster.start_node(lost)
+        cluster.wait_for_nodes()
+    assert f"launch: node failure: {lost} is down" in log
+    assert f"starting at iteration {saved}," in log.rpartition("launch: job")[2]
+    assert log.splitlines()[-1] == "launch: done; last save: global_step60"
+    assert losses(tmp_path) == uninterrupted
+    assert not cluster.processes(f"SLURM_JOB_ID={job}")
+
+
+def test_scancel_leaves_a_complete_checkpoint_and_no_process(cluster: Cluster, data: str, tmp_path: Path) -> None:
+    """With the preflight in front, as users run it."""
+    script = rendered(tmp_path, ROOT, configs=configure(tmp_path, data), preflight=True)
+    job = cluster.submit(script, TMPDIR=str(tmp_path))
+    until(cluster, tmp_path, job, 1, 2)
+    assert "preflight" in log_of(tmp_path, job)
+    cluster.run("scancel", job)
+    finished(cluster, tmp_path, job, "CANCELLED", timeout=60)
+    cluster.until(lambda: not cluster.processes(f"SLURM_JOB_ID={job}"), "the processes to end", 30)
+    (saved,) = complete_steps(tmp_path / "checkpoints")
+    assert saved >= 2
+    assert f"launch: stopped: ended by Slurm; last save: global_step{saved}; SIGTERM" in log_of(tmp_path, job)
+
+
+ALLOCATION = """\
+#!/bin/bash
+#SBATCH --nodes=2 --time=30 --output=neox-%j.log
+exec {python} {root}/deepy.py {root}/train.py run.yml two_nodes.yml
+"""
+
+
+def test_deepy_in_an_allocation_starts_the_ranks_by_itself(
+    cluster: Cluster, data: str, tmp_path: Path, uninterrupted: dict[int, float]
+) -> None:
+    """A batch script of one's own: deepy.py makes one srun, passes warnings on, and goes on when called again."""
+    configure(tmp_path, data)
+    (tmp_path / "own.sh").write_text(ALLOCATION.format(python=sys.executable, root=ROOT))
+    meet = {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
+    job = cluster.submit(tmp_path / "own.sh", f"--chdir={tmp_path}", **meet)
+    # Long before the ranks listen: this warning must wait for them.
+    cluster.until(lambda: len(cluster.processes(f"SLURM_JOB_ID={job}", "SLURM_PROCID=3")) > 0, "the ranks", 60)
+    cluster.run("scancel", "--batch", "--signal=USR1", job)
+    log = finished(cluster, tmp_path, job, "FAILED", timeout=200)
+    assert cluster.field(job, "ExitCode") == f"{REQUEUE}:0", log
+    assert "stopped: SIGUSR1 at iteration 0 of 60; all is saved" in log
+    job = cluster.submit(tmp_path / "own.sh", f"--chdir={tmp_path}", **meet)
+    finished(cluster, tmp_path, job, "COMPLETED", timeout=200)
+    assert losses(tmp_path) == uninterrupted
+    assert not list((tmp_path / "checkpoints").glob(".neox_run_*"))

@@ -1,0 +1,82 @@
+"""Clean a corpus: repair Unicode, cut loops, drop what is broken, noisy or there twice; and say what was done to what.
+
+    python tools/datasets/clean_corpus.py --input papers.jsonl.zst --output data/papers_clean.jsonl.zst
+
+Input is JSON lines (plain, .gz, .zst), Parquet or plain text; commas, globs and folders are understood. The output
+is JSON lines (plain, .gz or .zst) with the same fields. Beside it, in `papers_clean_report/`: `page.html` to look at,
+`summary.json`, and `dropped.jsonl` with every document that is not in the output, the rule that dropped it, what was
+measured and what the rule allows. The result is the same for any number of workers; a run that fails or is killed
+leaves the old output and no new one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+
+def parser() -> argparse.ArgumentParser:
+    from tools.datasets.rules import add_flags
+
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--input", nargs="+", required=True, help="files, globs or folders; commas separate, too")
+    p.add_argument("--output", type=Path, required=True, help="a name ending in .jsonl, .jsonl.gz or .jsonl.zst")
+    p.add_argument("--report", type=Path, help="folder of the report (default: OUTPUT without its ending + _report)")
+    p.add_argument("--text-key", default="text", help="the field that is cleaned")
+    p.add_argument("--perplexity-model", type=Path, help="a KenLM n-gram, or a Hugging Face model folder")
+    p.add_argument("--rules", type=Path, help="YAML file with lines `rule: threshold`; flags win over it")
+    p.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: all cores)")
+    p.add_argument("--log-interval", type=int, default=10_000, help="documents between progress lines")
+    p.add_argument(
+        "--on-bad-record", choices=["fatal", "skip"], default="fatal", help="stop at an unreadable record, or count it"
+    )
+    add_flags(p)
+    return p
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    from megatron.data.indexed import DataError
+    from tools.datasets.clean import CleanJob, run_cleaning
+    from tools.datasets.clean_page import table
+    from tools.datasets.perplexity import load_perplexity
+    from tools.datasets.pipeline import BadRecord
+    from tools.datasets.rules import read_rules
+    from tools.datasets.sources import SourceError, expand
+
+    try:
+        rules = read_rules(options.rules, options)
+        limited = rules.max_perplexity != float("inf") or rules.min_perplexity > 0
+        if limited and options.perplexity_model is None:
+            raise DataError("a limit on perplexity needs --perplexity-model")
+        name = options.output.name.removesuffix(".gz").removesuffix(".zst").removesuffix(".jsonl")
+        folder = options.report or options.output.with_name(f"{name}_report")
+        report = run_cleaning(
+            CleanJob(
+                files=expand(options.input),
+                output=options.output,
+                report=folder,
+                key=options.text_key,
+                rules=rules,
+                perplexity=load_perplexity(options.perplexity_model) if options.perplexity_model else None,
+                workers=options.workers,
+                skip_bad=options.on_bad_record == "skip",
+                log_interval=options.log_interval,
+            )
+        )
+    except (BadRecord, DataError, SourceError, OSError) as error:
+        print(f"clean_corpus.py: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("clean_corpus.py: stopped; nothing was written", file=sys.stderr)
+        return 130
+    print(f"{table(report)}\n{options.output}: {report.kept} documents; {folder}/page.html shows what was done")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

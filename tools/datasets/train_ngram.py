@@ -1,0 +1,105 @@
+"""Train a Kneser-Ney n-gram on text that is trusted, for `clean_corpus.py --perplexity-model`.
+
+    python tools/datasets/train_ngram.py --input wikipedia.jsonl.zst --output wikipedia.arpa
+
+Counting and smoothing are `kaldingram`'s; words are prepared as `clean_corpus.py` prepares them. A word that is not in
+the text costs what Good and Turing say: the share of words seen once, spread over as many words as were seen. All
+counts are held in memory: some hundred megabytes of text are plenty. For more, KenLM's own `lmplz` writes the same
+format.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import math
+import os
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--input", nargs="+", required=True, help="as in clean_corpus.py")
+    p.add_argument("--output", type=Path, required=True, help="the .arpa file")
+    p.add_argument("--text-key", default="text", help="the field that is read")
+    p.add_argument("--order", type=int, default=3, help="words in the longest sequence, at most 6 (default: 3)")
+    return p
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    from megatron.data.indexed import DataError
+    from tools.datasets.sources import SourceError
+
+    try:
+        train(options.input, options.output, options.text_key, options.order)
+    except (DataError, SourceError, OSError) as error:
+        print(f"train_ngram.py: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def train(inputs: list[str], output: Path, key: str, order: int) -> None:
+    """Raises DataError, SourceError, OSError; the output is complete or it is not there."""
+    from megatron.data.indexed import DataError
+    from tools.datasets.sources import expand
+
+    if not 2 <= order <= 6:
+        raise DataError(f"--order {order}: expected 2 to 6")
+    if output.suffix != ".arpa":
+        raise DataError(f"--output {output}: expected a name that ends in .arpa")
+    try:
+        from kaldingram.train import main as kneser_ney
+    except ImportError as error:
+        raise DataError("training an n-gram needs the package kaldingram (pip install .[data])") from error
+    files = expand(inputs)
+    counts = Counter(word for line in _lines(files, key) for word in line.split(" "))
+    once = sum(1 for count in counts.values() if count == 1)
+    if once == len(counts):
+        raise DataError(f"{', '.join(inputs)}: no word comes twice; this is no corpus")
+    unknown = math.log10(max(1, once) / counts.total() / len(counts))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".partial.") as folder:
+        corpus, closed, model = (Path(folder) / name for name in ("corpus.txt", "closed.arpa", "model.arpa"))
+        with corpus.open("w", encoding="utf-8", errors="replace") as file:
+            file.writelines(f"{line}\n" for line in _lines(files, key))
+        with contextlib.redirect_stderr(io.StringIO()):  # progress bars
+            kneser_ney(["--ngram-order", str(order), "--text", str(corpus), "--lm", str(closed)])
+        with closed.open("rb") as source, model.open("wb") as target:
+            for line in source:
+                if line.startswith(b"ngram 1="):
+                    line = b"ngram 1=%d\n" % (int(line[8:]) + 1)
+                target.write(line)
+                if line.startswith(b"\\1-grams:"):
+                    target.write(b"%.7f\t<unk>\n" % unknown)
+        os.replace(model, output)
+    print(f"{output}: {order}-gram of {counts.total()} words, {len(counts)} different, from {len(files)} files")
+
+
+def _lines(files: list[Path], key: str) -> Iterator[str]:
+    """Lines of words of all records. Raises DataError for a record without text."""
+    from megatron.data.indexed import DataError
+    from tools.datasets.encode import read_record, text_of
+    from tools.datasets.perplexity import word_lines
+    from tools.datasets.sources import read_blocks
+
+    for file in files:
+        for block in read_blocks(file, [key]):
+            for position in range(len(block)):
+                try:
+                    record = read_record(block, position)
+                    text = "" if record is None else text_of(record, key)
+                except ValueError as error:
+                    raise DataError(f"{block.where(position)}: {error}") from None
+                yield from word_lines(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,62 @@
+"""A function over a stream of items on all cores; the results come in the order of the items."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import multiprocessing
+import os
+import signal
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, TypeVar
+
+from megatron.data.indexed import DataError
+
+_PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+_work: Callable[[Any], Any] | None = None  # set before the workers are forked, which inherit it
+
+
+def in_order(work: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Generator[Result, None, None]:
+    """`work` of every item, by that many processes. Only a few items per worker are under way, so memory does not grow.
+
+    `work` and what it holds are inherited by fork, never pickled. Raises what `work` raises, and DataError when a
+    worker is killed.
+    """
+    global _work
+    if workers < 1:
+        raise DataError(f"--workers {workers}: at least one is needed")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process a core; threads inside them would only compete
+    _work = work
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
+        pending: deque[Future[Result]] = deque()
+        try:
+            for item in items:
+                pending.append(pool.submit(_do, item))
+                if len(pending) > 2 * workers:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        except BrokenProcessPool as error:
+            raise DataError("a worker process was killed, probably for memory; use fewer --workers") from error
+        finally:
+            with contextlib.suppress(Exception):
+                pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_worker() -> None:
+    """ctrl-C is the parent's to handle; and when the parent is killed, so is the worker, which would wait for ever."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _do(item: Any) -> Any:
+    assert _work is not None
+    return _work(item)
