@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -20,7 +22,7 @@ import yaml
 from megatron.data.indexed import IndexedWriter
 from megatron.launcher.failures import LOST
 from megatron.launcher.processes import children
-from megatron.launcher.ranks import node_name
+from megatron.launcher.ranks import PORTS, node_name
 from tests.distributed.test_signals import CASE
 from tests.ranks import run_ranks
 
@@ -40,6 +42,15 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
         writer.add(rng.randint(CASE.vocab, size=rng.randint(5, 60)))
     writer.finish()
     return str(prefix)
+
+
+def _free_port() -> int:
+    """Below the ephemeral ports, which connections of other processes take while the ranks import."""
+    for port in random.sample(PORTS, 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no free port")
 
 
 class Run:
@@ -64,9 +75,7 @@ class Run:
 
     def as_plain_ranks(self) -> None:
         """As somebody starts them who is no launcher of ours: nobody ends the others but they themselves."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = _free_port()
         for rank in range(2):
             env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
             env |= {
