@@ -130,6 +130,8 @@ def memory_of(
         isolate_documents=args.isolate_documents,
         ops=ops,
         machine=machine,
+        reduce_bucket_size=args.zero_optimization.reduce_bucket_size,
+        contiguous_gradients=args.zero_optimization.contiguous_gradients,
     )
 
 
