@@ -44,8 +44,9 @@ def test_only_a_few_blocks_are_under_way() -> None:
 
     def items() -> Iterator[int]:
         nonlocal taken
-        for taken in range(1, 201):
-            yield taken
+        for number in range(1, 201):
+            taken = number
+            yield number
 
     for workers in (1, 3):
         for done, result in enumerate(in_order(str, items(), workers), start=1):
