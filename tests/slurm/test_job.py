@@ -296,12 +296,13 @@ def test_a_container_has_the_ranks_environment(cluster: Cluster, project: Path, 
 
 @pytest.mark.parametrize("site", ["frontier", "lumi"])
 def test_the_scripts_of_the_sites_run(
-    cluster: Cluster, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, site: str
+    cluster_of_gpus: Cluster, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, site: str
 ) -> None:
     """Two of their nodes, as far as Slurm goes: flags, 8 ranks on each, the profile, the software, the plan.
 
     Stand-ins for `module`, singularity and the node-local disk; the GPUs are a number in Slurm's configuration.
     """
+    cluster = cluster_of_gpus
     monkeypatch.chdir(tmp_path)
     configs = configure(tmp_path)
     (tmp_path / "machine.yml").write_text("num_nodes: 2\nnum_gpus: 8\n")

@@ -327,12 +327,12 @@ wait "$tee" || true
 
 # --- how it ended
 
-touch "$run/ended" # so that the next start can tell whether Slurm let this one end
 # The rank that failed first has written its code and its words; of one that was killed srun knows more.
 if [[ -f $run/failed ]]; then status=$(<"$run/failed"); fi
 why=$(cat "$run/why" 2>/dev/null || true)
 first=$(grep -m1 -E '^srun: error: ([^:]+: tasks? |Node failure)' "$run/srun.err" | sed 's/^srun: error: //' || true)
 if [[ -n $cancelled ]]; then stop 143; fi
+touch "$run/ended" # so that the next start can tell whether Slurm let this one end
 case $status in 0 | 2 | 75) on_every_node 1 remove_folders >/dev/null 2>&1 || true ;; esac # else a node may be gone
 if ((status == 0)); then
     say "done; last save: $(last_save)"
