@@ -222,10 +222,9 @@ class Cluster:
         update = ("scontrol", "update", f"JobId={job}", "StartTime=now+2seconds")
 
         def started() -> bool:
-            if self.field(job, "Restarts") != str(times):
-                return False
-            # Refused while nodes still clean up after the last start, and once the job runs again by itself.
-            return self.succeeds(*update) or self.state(job) == "RUNNING"
+            # While nodes still clean up (COMPLETING) the time could be set, and would be forgotten.
+            state, restarts = self.state(job), self.field(job, "Restarts")
+            return restarts == str(times) and (state == "RUNNING" or (state == "PENDING" and self.succeeds(*update)))
 
         self.until(started, f"job {job} back in the queue", timeout)
 
