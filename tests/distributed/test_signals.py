@@ -12,15 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import yaml
 
 from megatron.checkpoint.folders import complete_steps
-from megatron.data.indexed import IndexedWriter
 from megatron.launcher.failures import REQUEUE
 from megatron.launcher.processes import children
 from tests.models import LLAMA3_ROPE, Case
+from tests.token_files import random_documents
 
 pytestmark = pytest.mark.distributed
 
@@ -31,13 +30,7 @@ STEPS = 120
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    prefix = tmp_path_factory.mktemp("tokens") / "train"
-    writer = IndexedWriter(prefix, np.dtype(np.uint16))
-    rng = np.random.RandomState(0)
-    for _ in range(60):
-        writer.add(rng.randint(CASE.vocab, size=rng.randint(5, 60)))
-    writer.finish()
-    return str(prefix)
+    return random_documents(tmp_path_factory.mktemp("tokens") / "train", CASE.vocab)
 
 
 def command(data: str, folder: Path, **changes: Any) -> list[str]:

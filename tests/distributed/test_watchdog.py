@@ -15,16 +15,15 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import yaml
 
-from megatron.data.indexed import IndexedWriter
 from megatron.launcher.failures import LOST
 from megatron.launcher.processes import children
 from megatron.launcher.ranks import PORTS, node_name
 from tests.distributed.test_signals import CASE
 from tests.ranks import run_ranks
+from tests.token_files import random_documents
 
 pytestmark = pytest.mark.distributed
 
@@ -35,13 +34,7 @@ BOUND_SECONDS = 90  # silence (2 s) or lack of progress (3 s), then the launcher
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    prefix = tmp_path_factory.mktemp("tokens") / "train"
-    writer = IndexedWriter(prefix, np.dtype(np.uint16))
-    rng = np.random.RandomState(0)
-    for _ in range(60):
-        writer.add(rng.randint(CASE.vocab, size=rng.randint(5, 60)))
-    writer.finish()
-    return str(prefix)
+    return random_documents(tmp_path_factory.mktemp("tokens") / "train", CASE.vocab)
 
 
 def _free_port() -> int:
