@@ -139,6 +139,7 @@ class Watchdog:
         return self._awake_seconds
 
     def _accuse(self, verdict: Verdict) -> None:
+        self._dump()  # before anybody ends because of it
         self.board.publish(verdict.to_json())
         text = self.board.verdict()
         assert text is not None
@@ -217,9 +218,8 @@ class Watchdog:
         return LostRanks(verdict.why + where, nodes, verdict.by == self.rank)
 
     def _linger(self) -> None:
-        """Rank 0 serves the store until the others have read the verdict there."""
-        if self.rank == 0:
-            time.sleep(3 * self.interval)
+        """All read the verdict and write their stacks before one of them ends; rank 0 serves the store longest."""
+        time.sleep((4 if self.rank == 0 else 2) * self.interval)
 
     def _stacks(self) -> Path:
         return Path(self.log_dir or ".") / "stacks"

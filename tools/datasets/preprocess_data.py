@@ -26,6 +26,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--output-prefix", required=True, help="outputs are PREFIX_KEY_document.{bin,idx,json}")
     p.add_argument("--tokenizer-type", required=True, help="HFTokenizer, TiktokenTokenizer or SPMTokenizer")
     p.add_argument("--vocab-file", required=True, help="tokenizer.json or tokenizer.model, or the folder it is in")
+    p.add_argument("--merge-file", help="accepted from GPT-NeoX's scripts; no supported tokenizer has one")
     p.add_argument("--prepend-bos", action="store_true", help="put the begin-of-text id before every document")
     p.add_argument("--append-eod", action="store_true", help="put the end-of-text id behind every document")
     p.add_argument("--ftfy", action="store_true", help="repair mis-decoded Unicode with ftfy first")
@@ -65,6 +66,8 @@ def preprocess(options: argparse.Namespace) -> None:
     from tools.datasets.pipeline import HeaderMaker, Job, Output, identity_of, run_job
     from tools.datasets.sources import expand, read_blocks
 
+    if options.merge_file:
+        print(f"--merge-file {options.merge_file} is not read: the merges are in --vocab-file", file=sys.stderr)
     keys: list[str] = [key for item in options.jsonl_keys for key in item.split(",")]
     files = expand(options.input)
     tokenizer = build_tokenizer(options.tokenizer_type, options.vocab_file)

@@ -66,6 +66,17 @@ def test_round_trip_of_real_text(vocab_folder: Path, hf_tokenizer: Tokenizer, tm
     assert header.input_bytes == sum(len(text.encode()) for text in texts)
 
 
+def test_the_flags_of_gpt_neox(
+    vocab_folder: Path, hf_tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", ["a", "b c"])
+    flags = {"jsonl_keys": "text", "num_docs": 2, "append_eod": True, "ftfy": True, "dataset_impl": "mmap"}
+    assert run(vocab_folder, tmp_path / "out", source, log_interval=1, merge_file="merges.txt", **flags) == 0
+    assert "--merge-file merges.txt is not read" in capsys.readouterr().err
+    expected = ["a<|end_of_text|>", "b c<|end_of_text|>"]
+    assert texts_of(tmp_path / "out_text_document", hf_tokenizer) == expected
+
+
 def test_without_flags_nothing_is_added(vocab_folder: Path, hf_tokenizer: Tokenizer, tmp_path: Path) -> None:
     assert run(vocab_folder, tmp_path / "out", write_jsonl(tmp_path / "in.jsonl", ["a", "b c"])) == 0
     assert texts_of(tmp_path / "out_text_document", hf_tokenizer) == ["a", "b c"]
