@@ -61,6 +61,7 @@ class Case:
     seq: int = 256
     tied: bool = False
     documents: bool = False
+    bucket: int | None = None  # elements; with contiguous_gradients
 
     @property
     def world_size(self) -> int:
@@ -68,7 +69,8 @@ class Case:
 
     @property
     def model(self) -> str:
-        extra = [word for word, is_so in (("tied", self.tied), ("documents", self.documents)) if is_so]
+        flags = (("tied", self.tied), ("documents", self.documents), (f"bucket {self.bucket or 0:,}", self.bucket))
+        extra = [word for word, is_so in flags if is_so]
         return " ".join([f"{self.layers} x {self.hidden}, V {self.vocab:,}, s {self.seq:,}", *extra])
 
     @property
@@ -82,6 +84,7 @@ class Case:
         )
 
     def args(self, device: str) -> NeoXArgs:
+        zero = {"contiguous_gradients": True, "reduce_bucket_size": self.bucket} if self.bucket else {}
         return NeoXArgs.from_dict(
             {
                 "num_layers": self.layers,
@@ -104,6 +107,7 @@ class Case:
                 "checkpoint_activations": self.recompute,
                 "recompute_layers": self.recompute_layers,
                 "precision": self.precision,
+                "zero_optimization": {"stage": 1} | zero,
                 "train_iters": STEPS,
                 "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "betas": [0.9, 0.95], "eps": 1e-8}},
                 "distributed_backend": "gloo" if device == "cpu" else "nccl",
@@ -192,7 +196,9 @@ def measure(rank: int, world_size: int, case: Case, device: str = "cpu") -> Meas
         for number in range(STEPS):
             if number == STEPS - 2:
                 moments.clear()
-            engine.train_batch(iter(_micro_batches(case, engine.device)))
+            loss = engine.train_batch(iter(_micro_batches(case, engine.device)))
+            if not torch.isfinite(loss):
+                raise RuntimeError(f"{case.layout}: the loss is {float(loss)}, the step was skipped and shows nothing")
     kernels = device != "cpu" and use_kernels("swiglu", torch.empty(0, device=device, dtype=torch.bfloat16))
     ops: Ops = "cpu" if device == "cpu" else "kernels" if kernels else "torch"
     return Measured(engine.stage_id, max(moments.values()), dict(moments), ops)
@@ -200,6 +206,7 @@ def measure(rank: int, world_size: int, case: Case, device: str = "cpu") -> Meas
 
 def predict(case: Case, device: str, ops: Ops) -> list[StageMemory]:
     args = case.args(device)
+    zero = args.zero_optimization
     return plan_memory(
         args.shape,
         ParallelLayout.of(args),
@@ -207,6 +214,8 @@ def predict(case: Case, device: str, ops: Ops) -> list[StageMemory]:
         args.precision,
         isolate_documents=case.documents,
         ops=ops,
+        reduce_bucket_size=zero.reduce_bucket_size,
+        contiguous_gradients=zero.contiguous_gradients,
     )
 
 
@@ -274,7 +283,7 @@ def _rank(rank: int, case: Case, folder: str, results: Any) -> None:
     import torch.distributed as dist
 
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(case.world_size))
-    torch.manual_seed(rank)
+    torch.manual_seed(0)  # the same batch everywhere: tensor-parallel ranks must agree on it
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=case.world_size)
     results.put((rank, measure(rank, case.world_size, case)))

@@ -6,7 +6,8 @@ One run of gloo ranks (TP2 x PP2, the rest data parallel) takes blocks of steps 
 DeepSpeed makes it and the one-number all-reduce for signals that a run has anyway; on is the engine with phases, the
 spreading of gradients that are not finite, the pulse, the drift of step times, and the heartbeat. The comparison of
 replicas is timed by itself and counted once in `replica_check_interval` steps. Printed are the medians over blocks with
-their range, and the ratio (above 1: watching costs).
+their range, wall time and CPU time of rank 0 (which other work on the machine disturbs less), and the ratios (above 1:
+watching costs).
 """
 
 from __future__ import annotations
@@ -63,17 +64,18 @@ def measure(rank: int, world_size: int, rounds: int, steps: int) -> dict[str, li
     engine = build_engine(args, model, lambda line: None)
     samples = make_samples(Case(vocab=args.vocab_size, seq=args.seq_length), args.train_batch_size)
     watched = dict(engine._INSTRUCTION_MAP)
-    seconds: dict[str, list[float]] = {"off": [], "on": [], "replicas": []}
+    seconds: dict[str, list[float]] = {"off": [], "on": [], "off CPU": [], "on CPU": [], "replicas": []}
     flag = torch.zeros((), dtype=torch.int32)
     for _ in range(rounds):
         engine._INSTRUCTION_MAP = PipelineEngine._INSTRUCTION_MAP
         step(engine, args, samples)
         dist.barrier()
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         for _ in range(steps):
             dist.all_reduce(flag, op=dist.ReduceOp.MAX)
             step(engine, args, samples)
         seconds["off"].append((time.perf_counter() - start) / steps)
+        seconds["off CPU"].append((time.process_time() - cpu) / steps)
 
         engine._INSTRUCTION_MAP = dict(watched)
         with Watchdog(args, place) as watchdog:
@@ -82,13 +84,14 @@ def measure(rank: int, world_size: int, rounds: int, steps: int) -> dict[str, li
             watch = Watch(engine, args, place, phases, Progress(args, rank))
             step(engine, args, samples)
             dist.barrier()
-            start = time.perf_counter()
+            start, cpu = time.perf_counter(), time.process_time()
             for iteration in range(steps):
                 watch.between_steps(0, iteration)
                 with watch.profiler.step(iteration + 1), phases.step(iteration + 1, first=False):
                     step(engine, args, samples)
                 watch.after_step(iteration + 1, saving=False)
             seconds["on"].append((time.perf_counter() - start) / steps)
+            seconds["on CPU"].append((time.process_time() - cpu) / steps)
             start = time.perf_counter()
             watch.check_replicas(0)
             seconds["replicas"].append(time.perf_counter() - start)
@@ -106,10 +109,10 @@ def main() -> int:
     for name, values in seconds.items():
         low, high = min(values) * 1e3, max(values) * 1e3
         print(f"{name:>8}: {statistics.median(values) * 1e3:.2f} ms ({low:.2f} to {high:.2f})")
-    off, on, replicas = (statistics.median(seconds[name]) for name in ("off", "on", "replicas"))
-    print(
-        f"ratio on / off: {(on + replicas / interval) / off:.4f}, the comparison of replicas in 1 of {interval:g} steps"
-    )
+    replicas = statistics.median(seconds["replicas"])
+    for kind in ("", " CPU"):
+        off, on = (statistics.median(seconds[name + kind]) for name in ("off", "on"))
+        print(f"ratio on / off{kind}: {(on + replicas / interval) / off:.4f}, with replicas in 1 of {interval:g} steps")
     return 0
 
 

@@ -191,7 +191,8 @@ def sbatch_lines(options: argparse.Namespace, site: Site, directory: Path) -> li
     lines += [
         "# the batch shell is warned before the time limit, and passes the warning on",
         f"#SBATCH --signal=B:USR1@{options.signal_seconds}",
-        "# after the loss of a node Slurm starts the job again; its log goes on where it was",
+        "# after the loss of a node Slurm starts the job again; its log goes on where it was. Not --no-kill: if it is",
+        "# the batch shell's node, the others would be held until the time limit with nobody to use or free them",
         "#SBATCH --requeue",
         "#SBATCH --open-mode=append",
         "# never two jobs of this name at once: they would save into the same folder",
@@ -235,7 +236,7 @@ def environment(options: argparse.Namespace, args: NeoXArgs, site: Site) -> list
 
 def checks(options: argparse.Namespace, args: NeoXArgs, site: Site) -> str:
     """What runs before the training: the plan (the configuration alone where the machine is unknown), the preflight."""
-    deepy = '(run_here "$code/deepy.py" "$code/train.py" "${configuration[@]}"'
+    deepy = '(run_here deepy.py "$(here)/code/train.py" "${configuration[@]}"'
     if site.machine:
         lines = ["# Does every stage fit into memory? The plan stands in the log."]
         lines += [f"{deepy} --dry-run --machine {site.machine}) ||", '    stop 2 "the plan cannot be right, see above"']

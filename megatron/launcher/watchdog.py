@@ -18,7 +18,7 @@ import os
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -43,22 +43,21 @@ from megatron.neox_arguments import NeoXArgs
 VICTIM_SECONDS = 10.0  # how long a rank may go on that waits for one which has failed by itself
 RANKS_SHOWN = 8
 TICK_SECONDS = 0.2
+RANK_0_INTERVALS = 5  # beats that the others leave rank 0 to speak first
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Why the run ends. `lost` are the ranks that are dead or did not arrive; none if `why` is a rank's own error."""
+    """Why the run ends. `lost` are the ranks that are dead or did not arrive, none if nobody stands out; `own_error`:
+    rank `by` has failed, and says so itself."""
 
     why: str
     lost: list[int]
     by: int
-
-    @property
-    def own_error(self) -> bool:
-        return not self.lost
+    own_error: bool = False
 
     def to_json(self) -> str:
-        return json.dumps({"why": self.why, "lost": self.lost, "by": self.by})
+        return json.dumps(asdict(self))
 
 
 class Watchdog:
@@ -79,6 +78,8 @@ class Watchdog:
         self._verdict: Verdict | None = None
         self._answered = self._awake()  # when the store last answered
         self._disconnected = False
+        self._dumped = False
+        self._number = 0  # of the last beat
 
     def __enter__(self) -> Self:
         if not self.silence:
@@ -99,8 +100,9 @@ class Watchdog:
                 self._name_the_lost(error)
             elif isinstance(error, Exception):
                 with contextlib.suppress(RuntimeError):
-                    self.board.publish(Verdict(f"{type(error).__name__}: {error}", [], self.rank).to_json())
+                    self.board.publish(Verdict(f"{type(error).__name__}: {error}", [], self.rank, True).to_json())
         finally:
+            self._let_go.set()
             self._end.set()
 
     def _end_together(self) -> None:
@@ -108,6 +110,7 @@ class Watchdog:
         self.whereabouts.at("the end")
         self.whereabouts.hurried = False
         dist.barrier()
+        self._end.set()
         self._let_go.set()
         self._exchanging.join()
         dist.barrier()
@@ -115,12 +118,11 @@ class Watchdog:
     # --- the thread that talks to the store
 
     def _exchange(self) -> None:
-        number = 0
         seen: dict[int, tuple[int, float]] = {}  # rank -> its last beat's number, and when that came
         while not self._let_go.wait(self.interval):
-            number += 1
+            self._number += 1
             try:
-                self.board.beat(beat_of(number, self.whereabouts, self._main))
+                self.board.beat(beat_of(self._number, self.whereabouts, self._main))
                 if (text := self.board.verdict()) is not None:
                     self._verdict = self._verdict or Verdict(**json.loads(text))
                 elif self._stuck():
@@ -137,14 +139,17 @@ class Watchdog:
         return self._awake_seconds
 
     def _accuse(self, verdict: Verdict) -> None:
+        self._dump()  # before anybody ends because of it
         self.board.publish(verdict.to_json())
         text = self.board.verdict()
         assert text is not None
         self._verdict = Verdict(**json.loads(text))
 
     def _stuck(self) -> bool:
+        """Whether the main thread has made no progress for too long. Rank 0 comes first: thousands of ranks that all
+        read everybody's beats would keep its store busy for minutes."""
         limit = self.step_limit if self.whereabouts.hurried else self.other_limit
-        return self.whereabouts.seconds > limit
+        return self.whereabouts.seconds > limit + (0 if self.rank == 0 else RANK_0_INTERVALS * self.interval)
 
     def _silent(self, beats: list[Beat], seen: dict[int, tuple[int, float]]) -> Verdict | None:
         now, lost = self._awake(), []
@@ -168,7 +173,7 @@ class Watchdog:
         if not lost:
             first = min(range(self.world_size), key=lambda rank: (beats[rank].iteration, -beats[rank].seconds))
             why = f"{what}; all ranks wait, none stands out; longest of all {self.board.name(first)}, "
-            return Verdict(why + beats[first].told(), [first], self.rank)
+            return Verdict(why + beats[first].told(), [], self.rank)
         named = [f"{self.board.name(rank)}, {beats[rank].told()}" for rank in lost[:RANKS_SHOWN]]
         return Verdict(f"{what}; {_many(lost)} did not arrive: " + "; ".join(named) + _more(lost), lost, self.rank)
 
@@ -213,17 +218,17 @@ class Watchdog:
         return LostRanks(verdict.why + where, nodes, verdict.by == self.rank)
 
     def _linger(self) -> None:
-        """Rank 0 serves the store until the others have read the verdict there."""
-        if self.rank == 0:
-            time.sleep(3 * self.interval)
+        """All read the verdict and write their stacks before one of them ends; rank 0 serves the store longest."""
+        time.sleep((4 if self.rank == 0 else 2) * self.interval)
 
     def _stacks(self) -> Path:
         return Path(self.log_dir or ".") / "stacks"
 
     def _dump(self) -> None:
-        """Where every thread of this process is, for people."""
-        if not self.log_dir:
+        """Where every thread of this process is, for people; once, before the others' end changes it."""
+        if not self.log_dir or self._dumped:
             return
+        self._dumped = True
         with contextlib.suppress(OSError):
             self._stacks().mkdir(parents=True, exist_ok=True)
             with (self._stacks() / f"rank_{self.rank}.txt").open("w") as file:
@@ -241,18 +246,11 @@ class Watchdog:
         self._let_go.set()
         self._exchanging.join()
         try:
-            before = self.board.beats()
-            deadline = time.monotonic() + 4 * self.interval
-            number = 10**9
-            while time.monotonic() < deadline:
-                number += 1
-                self.board.beat(beat_of(number, self.whereabouts, self._main))
-                self._answered = self._awake()
-                if self._verdict is None and (text := self.board.verdict()) is not None:
-                    self._verdict = Verdict(**json.loads(text))
-                if self._verdict is not None:
-                    break
-                time.sleep(self.interval / 2)
+            if self.rank != 0:
+                self._beat_on(RANK_0_INTERVALS)
+            if self._verdict is None:
+                before = self.board.beats()
+                self._beat_on(RANK_0_INTERVALS - 1)
             if self._verdict is None:
                 after = self.board.beats()
                 lost = [r for r in range(self.world_size) if r != self.rank and before[r].number == after[r].number]
@@ -264,8 +262,20 @@ class Watchdog:
         assert self._verdict is not None
         if self._verdict.own_error:
             return  # the rank that failed has said so
+        self._dump()
         self._linger()
         raise self._error(self._verdict) from error
+
+    def _beat_on(self, intervals: int) -> None:
+        """Give signs of life for a while, or until there is a verdict."""
+        deadline = time.monotonic() + intervals * self.interval
+        while self._verdict is None and time.monotonic() < deadline:
+            self._number += 1
+            self.board.beat(beat_of(self._number, self.whereabouts, self._main))
+            self._answered = self._awake()
+            if (text := self.board.verdict()) is not None:
+                self._verdict = Verdict(**json.loads(text))
+            time.sleep(self.interval / 2)
 
 
 def _many(ranks: list[int]) -> str:

@@ -160,11 +160,14 @@ class Budget:
 
 
 def reliability(estimate: Estimate, blocked_seconds: float | None = None) -> Reliability:
-    """`blocked_seconds` is how long a save stops training: all of the write unless it is asynchronous."""
+    """`blocked_seconds` is how long a save stops training: all of the write unless it is asynchronous.
+
+    Saves do not come faster than they are written, one being in flight at a time.
+    """
     machine = estimate.machine
     interrupt = machine.node_mtbf_seconds / estimate.nodes
     save = estimate.checkpoint_seconds if blocked_seconds is None else blocked_seconds
-    interval = math.sqrt(2.0 * save * interrupt)
+    interval = max(math.sqrt(2.0 * save * interrupt), estimate.checkpoint_seconds)
     return Reliability(
         mean_time_to_interrupt=interrupt,
         save_seconds=save,
@@ -174,10 +177,10 @@ def reliability(estimate: Estimate, blocked_seconds: float | None = None) -> Rel
     )
 
 
-def budget(estimate: Estimate, tokens: float) -> Budget:
-    """Time for `tokens` tokens, with what saves and failures take."""
+def budget(estimate: Estimate, tokens: float, blocked_seconds: float | None = None) -> Budget:
+    """Time for `tokens` tokens, with what saves and failures take; `blocked_seconds` as for `reliability`."""
     steps = math.ceil(tokens / estimate.tokens_per_step)
-    seconds = steps * estimate.step_seconds / reliability(estimate).useful
+    seconds = steps * estimate.step_seconds / reliability(estimate, blocked_seconds).useful
     return Budget(tokens, steps, seconds / 86_400, seconds / 3600 * estimate.nodes)
 
 

@@ -112,6 +112,8 @@ class Machine:
     hop_seconds: float = 6.5e-6
 
     # --- node and site
+    # A GCD's own link to its CPU, each way. [S] FUG
+    host_link_rate: float = 36e9
     gpus_per_node: int = 8
     # File system, all ranks together. [A]: Orion's flash tier is far above what one job of 256 nodes is given
     file_system_rate: float = 100e9

@@ -29,8 +29,8 @@ from megatron.planner.parallel_layout import ParallelLayout, Recompute
 GIB = 1 << 30
 ELEMENT = {"fp32": 4, "bfloat16": 2}
 
-# DeepSpeed's MEMORY_OPT_ALLREDUCE_SIZE and the default of `reduce_bucket_size`: elements that are reduced together.
-_BUCKET = 500_000_000
+# DeepSpeed's MEMORY_OPT_ALLREDUCE_SIZE, and the default of `reduce_bucket_size`: elements that are reduced together.
+BUCKET = 500_000_000
 
 KINDS = (
     "weights",
@@ -89,19 +89,22 @@ def plan_memory(
     isolate_documents: bool = False,
     ops: Ops = "kernels",
     machine: Machine = FRONTIER,
+    reduce_bucket_size: int = BUCKET,
+    contiguous_gradients: bool = False,
 ) -> list[StageMemory]:
     """One entry per pipeline stage.
 
     `precision` is `bfloat16` or `fp32`; `stage_layers` the layer-file numbers of every stage, default DeepSpeed's
     partition by decoder layers; `ops` says how the fused operations run; `machine` what a communicator takes (on
-    a CPU none takes any). Attention is a flash kernel. Raises ValueError where the shape does not fit the
-    tensor-parallel size.
+    a CPU none takes any). `reduce_bucket_size` and `contiguous_gradients` are ZeRO's keys, without effect in bf16.
+    Attention is a flash kernel. Raises ValueError where the shape does not fit the tensor-parallel size.
     """
     shape.check_tensor_parallel(layout.tensor)
     stages = stage_layers or default_stages(shape.num_layers, layout.pipe)
     sizes = Activations.of(shape, layout, seq_length, ELEMENT[precision], ops, isolate_documents)
+    optimizer = _Optimizer(precision, reduce_bucket_size, contiguous_gradients)
     return [
-        _stage(shape, layout, seq_length, precision, sizes, machine, stage, layers)
+        _stage(shape, layout, seq_length, optimizer, sizes, machine, stage, layers)
         for stage, layers in enumerate(stages)
     ]
 
@@ -205,6 +208,37 @@ def _decoders(shape: LlamaShape, layers: range) -> int:
 
 
 @dataclass(frozen=True)
+class _Optimizer:
+    """What DeepSpeed's optimizer of a precision does with gradients."""
+
+    precision: str
+    bucket: int  # elements
+    contiguous: bool
+
+    @property
+    def element(self) -> int:
+        return ELEMENT[self.precision]
+
+    def gradients_always(self, padded: int) -> int:
+        """Bytes of gradients that are there in every moment: the fp32 ones of bf16, the contiguous bucket of fp32."""
+        if self.precision == "bfloat16":
+            return FP32 * padded
+        return FP32 * self.bucket * self.contiguous
+
+    def reduction(self, parameters: _Parameters, data: int) -> int:
+        """Bytes that reducing the gradients takes: tensors reduced together are copied to one."""
+        if self.precision == "bfloat16":  # two flat tensors, of matrices and of vectors
+            together = parameters.matrices <= BUCKET and parameters.vectors and parameters.matrices
+            return FP32 * parameters.padded(data) if together else 0
+        shard = parameters.padded(data) // data
+        if not self.contiguous:
+            return FP32 * max(min(parameters.all, self.bucket), shard)
+        # A second bucket, into which gradients move. Where it holds all of them the shard is cut out beside it, if the
+        # communication has not let go of them by then: at most so much.
+        return FP32 * (self.bucket + shard if self.bucket >= parameters.all else max(self.bucket, shard))
+
+
+@dataclass(frozen=True)
 class _Moment:
     """Bytes that come and go; `gradients` are those of the weights, in the weights' dtype."""
 
@@ -223,7 +257,7 @@ def _stage(
     shape: LlamaShape,
     layout: ParallelLayout,
     seq_length: int,
-    precision: str,
+    optimizer: _Optimizer,
     sizes: Activations,
     machine: Machine,
     stage: int,
@@ -232,11 +266,11 @@ def _stage(
     parameters = _parameters(shape, layout.tensor, layers)
     decoders = _decoders(shape, layers)
     padded = parameters.padded(layout.data)
-    moments = _Step(shape, layout, precision, sizes, stage, decoders, parameters).moments()
+    moments = _Step(shape, layout, optimizer, sizes, stage, decoders, parameters).moments()
     fullest = max(moments, key=lambda moment: moment.total)
-    accumulated = FP32 * padded if precision == "bfloat16" else 0
+    accumulated = optimizer.gradients_always(padded)
     always = {
-        "weights": ELEMENT[precision] * padded,
+        "weights": optimizer.element * padded,
         "optimizer": 3 * FP32 * padded // layout.data,
         "pipeline": _message(layout, sizes) if layout.pipe > 1 else 0,
         "tables": FP32 * seq_length * shape.head_dim if decoders else 0,
@@ -282,7 +316,7 @@ class _Step:
 
     shape: LlamaShape
     layout: ParallelLayout
-    precision: str
+    optimizer: _Optimizer
     sizes: Activations
     stage: int
     decoders: int
@@ -298,7 +332,7 @@ class _Step:
 
     @property
     def element(self) -> int:
-        return ELEMENT[self.precision]
+        return self.optimizer.element
 
     def _mode(self, again: bool) -> Recompute:
         """What happens to a layer that is recomputed (`again`), and to one that is not although others are."""
@@ -315,7 +349,7 @@ class _Step:
                 "reduction",
                 self.element * self.parameters.all,
                 last_two * self._kept_beside_logits,
-                _reduction(self.precision, self.parameters, self.layout.data),
+                self.optimizer.reduction(self.parameters, self.layout.data),
                 last_two * self.sizes.logits * self.last,
             )
         )
@@ -377,16 +411,8 @@ class _Step:
             work = hidden * (2 if sizes.several else 1) + self.element * parameters.embedding
             grown = everything - (0 if done else self.element * parameters.embedding)
             moments.append(_Moment("embedding", grown, others + finished, work, logits))
-        if self.precision == "bfloat16":
+        if self.optimizer.precision == "bfloat16":
             inputs = 0 if self.first else 2 * hidden  # the input and its gradient
             work = FP32 * parameters.largest
             moments.append(_Moment("accumulation", everything, others + finished + inputs, work, logits))
         return moments
-
-
-def _reduction(precision: str, parameters: _Parameters, data: int) -> int:
-    """Bytes that reducing the gradients takes: tensors reduced together are copied to one."""
-    if precision == "bfloat16":  # two flat tensors, of matrices and of vectors
-        together = parameters.matrices <= _BUCKET and parameters.vectors and parameters.matrices
-        return FP32 * parameters.padded(data) if together else 0
-    return FP32 * max(min(parameters.all, _BUCKET), parameters.padded(data) // data)

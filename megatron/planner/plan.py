@@ -44,11 +44,23 @@ class Plan:
 
     @property
     def reliability(self) -> Reliability:
-        return reliability(self.time)
+        return reliability(self.time, self.blocked_seconds)
+
+    @property
+    def blocked_seconds(self) -> float | None:
+        """How long a save stops training: with `async_save` the copy of a rank's files to host memory, as slow as the
+        largest; None for all of the write."""
+        if not self.args.async_save:
+            return None
+        written = [
+            stage.optimizer + stage.weights * -(-len(stage.layers) // self.layout.data) / len(stage.layers)
+            for stage in self.stages
+        ]
+        return max(written) / self.machine.host_link_rate
 
     @property
     def budget(self) -> Budget | None:
-        return None if self.tokens is None else budget(self.time, self.tokens)
+        return None if self.tokens is None else budget(self.time, self.tokens, self.blocked_seconds)
 
     def as_json(self) -> dict[str, Any]:
         """Bytes, seconds, tokens; layer numbers are the checkpoint's."""
@@ -130,6 +142,8 @@ def memory_of(
         isolate_documents=args.isolate_documents,
         ops=ops,
         machine=machine,
+        reduce_bucket_size=args.zero_optimization.reduce_bucket_size,
+        contiguous_gradients=args.zero_optimization.contiguous_gradients,
     )
 
 

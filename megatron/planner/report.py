@@ -112,11 +112,19 @@ def _time(plan: Plan) -> str:
 
 def _checkpoint(plan: Plan) -> str:
     size, safe = plan.checkpoint, plan.reliability
+    beside = (
+        "" if plan.blocked_seconds is None else f" beside training, which waits {safe.save_seconds:.2g} s for a copy"
+    )
     return (
         f"checkpoint: {_decimal(size.total)} (weights {_decimal(size.weights)}, optimizer {_decimal(size.optimizer)}), "
-        f"{safe.save_seconds:.1f} s to write; saving every {safe.save_interval / 60:.0f} minutes loses least: "
+        f"{plan.time.checkpoint_seconds:.1f} s to write{beside}; saving every "
+        f"{_minutes(safe.save_interval)} loses least: "
         f"{safe.lost_to_saves:.1%} to saves, {safe.lost_to_failures:.1%} to failures"
     )
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:.0f} minutes" if seconds >= 120 else f"{seconds:.0f} s"
 
 
 def _decimal(size: int) -> str:

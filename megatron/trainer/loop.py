@@ -82,10 +82,10 @@ def run_training(
     progress.start_clock()
     watch = Watch(engine, args, place, phases, progress)
     while state.iteration < args.train_iters:
-        pulse = watch.between_steps(stop.received, state.iteration)
-        with phases.unhurried("save"):
-            stop_if_asked(pulse.stop, saves, state)
         try:
+            pulse = watch.between_steps(stop.received, state.iteration)
+            with phases.unhurried("save"):
+                stop_if_asked(pulse.stop, saves, state)
             with watch.profiler.step(state.iteration + 1), phases.step(state.iteration + 1, state.iteration == first):
                 train_step(engine, args, batches, state, progress, phases)
             watch.after_step(state.iteration, is_save_point(args, state.iteration))

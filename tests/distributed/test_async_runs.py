@@ -20,13 +20,13 @@ import torch
 from megatron.checkpoint import background, save
 from megatron.checkpoint.folders import complete_steps, find_checkpoint, tag_name
 from megatron.checkpoint.verify import verify_checkpoint
-from megatron.data.indexed import IndexedWriter
 from megatron.launcher.failures import Stopped
 from megatron.launcher.signals import StopRequest
 from tests.distributed.test_checkpoint_async import Gate, file_differences
 from tests.distributed.test_runs import metrics
 from tests.models import LLAMA3_ROPE, Case
 from tests.ranks import run_ranks
+from tests.token_files import random_documents
 
 pytestmark = pytest.mark.distributed
 
@@ -36,13 +36,7 @@ KILLS = 10
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    prefix = tmp_path_factory.mktemp("tokens") / "train"
-    writer = IndexedWriter(prefix, np.dtype(np.uint16))
-    rng = np.random.RandomState(0)
-    for _ in range(60):
-        writer.add(rng.randint(CASE.vocab, size=rng.randint(5, 60)))
-    writer.finish()
-    return str(prefix)
+    return random_documents(tmp_path_factory.mktemp("tokens") / "train", CASE.vocab)
 
 
 def keys(data: str, folder: Path, **changes: Any) -> dict[str, Any]:

@@ -218,6 +218,10 @@ def _wait_for_a_slow_rank(rank: int, world_size: int, root: str) -> Any:
     standing.saver._ranks.where = reporting  # type: ignore[method-assign]
     background.CheckpointWriter.write = slow  # type: ignore[method-assign]
     standing.begin(1)
+    if rank == 0:
+        for thread in threading.enumerate():
+            if thread.name == "checkpoint":
+                thread.join()
     standing.begin(2)
     standing.saver.wait()
     return standing.lines

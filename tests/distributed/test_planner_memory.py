@@ -24,6 +24,8 @@ CASES = [
     Case(pipe=2, layers=6, recompute_layers=1),
     Case(tensor=2, micro_batch=2, recompute=False),
     Case(data=2, precision="fp32"),
+    Case(data=2, precision="fp32", bucket=1_000_000),
+    Case(data=2, bucket=10_000_000),
     Case(tensor=2, pipe=2, seq=512),
     Case(pipe=2, data=2, tied=True),
     Case(pipe=2, documents=True, recompute=False),
@@ -50,6 +52,23 @@ def errors(case: Case) -> list[float]:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.layout}, {case.model}")
 def test_every_rank_is_predicted_within_5_percent(case: Case) -> None:
     assert max(map(abs, errors(case))) < TOLERANCE
+
+
+def _step_in_one_block(rank: int, world_size: int, case: Case) -> tuple[int, int]:
+    """The references as on a GPU: every tensor is one block of rows."""
+    from megatron.ops import rows
+
+    rows.BLOCK_ELEMENTS = 1 << 60
+    return _step(rank, world_size, case)
+
+
+@pytest.mark.parametrize("case", [Case(pipe=2, seq=1024), Case(seq=1024, vocab=4096, recompute=False)])
+def test_temporaries_of_the_references_on_a_gpu(case: Case) -> None:
+    """And the formula for the blocks of a CPU does not describe them."""
+    ranks = run_ranks(_step_in_one_block, case.world_size, case)
+    whole, blocks = predict(case, "cpu", "torch"), predict(case, "cpu", "cpu")
+    assert max(abs(whole[stage].allocated / peak - 1) for stage, peak in ranks) < TOLERANCE
+    assert max(abs(blocks[stage].allocated / peak - 1) for stage, peak in ranks) > TOLERANCE
 
 
 def test_the_benchmark_measures_these_cases_too() -> None:

@@ -101,6 +101,26 @@ def spoil(rank: int) -> None:
         groups.dist.all_reduce = wrong
 
 
+def corrupt() -> None:
+    """What this rank sends is not what it should be."""
+    from megatron.launcher.preflight import screens
+
+    exchange = dist.batch_isend_irecv
+
+    def wrong(operations: list[dist.P2POp]) -> list[dist.Work]:
+        operations[0].tensor[5] += 1
+        return exchange(operations)
+
+    screens.dist.batch_isend_irecv = wrong
+
+
+def other_seed() -> None:
+    from megatron.launcher.preflight import phases
+
+    read = phases.worker_args
+    phases.worker_args = lambda words: read([*words, "--seed", "2"])
+
+
 def speeds(gemm: dict[int, float], copy: dict[int, float], link: Callable[[int, int], float]) -> Callable[[int], None]:
     """Measurements replaced by numbers: 1 everywhere, but for the nodes named."""
 
@@ -156,6 +176,8 @@ FAULTS: dict[str, Callable[[int], Any]] = {
     "rank 5 fails in DP": of_ranks({5}, in_phase, "the DP collectives", raising),
     "rank 0 is killed in DP": of_ranks({0}, in_phase, "the DP collectives", killed),
     "rank 3 sums wrongly": spoil,
+    "rank 3 sends something else": of_ranks({3}, corrupt),
+    "rank 6 has another seed": of_ranks({6}, other_seed),
     "n2 multiplies slowly": speeds({2: 0.3}, {}, even),
     "n2 copies slowly": speeds({}, {2: 0.3}, even),
     "n1 has a slow network": speeds({}, {}, slow_network),
@@ -255,6 +277,14 @@ def test_all_is_well(tmp_path: Path) -> None:
             "rank 0 is killed in DP",
             [0],
             ["rank 0 on n0 (pipe 0, data 0, tensor 0) did not arrive at the "],
+        ),
+        (
+            "rank 3 sends something else",
+            [],
+            [
+                "link fails: ranks 1, 3 on 2 nodes (n0, n1)",
+                "rank 1 on n0: RuntimeError: 1 of 262144 elements that rank 3",
+            ],
         ),
         (
             "rank 3 sums wrongly",
@@ -379,3 +409,8 @@ def test_the_page_s_commands(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.count("preflight: all is well") == 2, result.stdout + result.stderr
     assert "sbatch --exclude= job.sh" in result.stdout
+
+
+def test_ranks_with_different_configurations_stop(tmp_path: Path) -> None:
+    report = failed_with(2, preflight(tmp_path, "rank 6 has another seed", "--no-screen"))
+    assert "rank 6 on n3 (pipe 1, data 1, tensor 0) hold different configurations" in report, report

@@ -6,14 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
-from megatron.data.indexed import IndexedWriter
 from megatron.trainer.profiling import Request, RequestError, parse
 from tests.models import Case
 from tests.ranks import run_ranks
+from tests.token_files import random_documents
 
 pytestmark = pytest.mark.distributed
 
@@ -22,12 +21,7 @@ CASE = Case(heads=4, kv_heads=2, head_dim=8, layers=2, intermediate=48, vocab=96
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    prefix = tmp_path_factory.mktemp("tokens") / "train"
-    writer = IndexedWriter(prefix, np.dtype(np.uint16))
-    for document in np.random.RandomState(0).randint(CASE.vocab, size=(40, 30)):
-        writer.add(document)
-    writer.finish()
-    return str(prefix)
+    return random_documents(tmp_path_factory.mktemp("tokens") / "train", CASE.vocab)
 
 
 def _run(rank: int, world_size: int, run_keys: dict[str, Any], drop: tuple[int, str] | None = None) -> None:

@@ -6,15 +6,14 @@ import os
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
-from megatron.data.indexed import IndexedWriter
 from megatron.launcher.ranks import node_name
 from megatron.trainer.replicas import checksum, differences
 from tests.models import LLAMA3_ROPE, Case
 from tests.ranks import run_ranks
+from tests.token_files import random_documents
 
 pytestmark = pytest.mark.distributed
 
@@ -24,12 +23,7 @@ NODE = node_name(os.environ)
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    prefix = tmp_path_factory.mktemp("tokens") / "train"
-    writer = IndexedWriter(prefix, np.dtype(np.uint16))
-    for document in np.random.RandomState(0).randint(CASE.vocab, size=(40, 30)):
-        writer.add(document)
-    writer.finish()
-    return str(prefix)
+    return random_documents(tmp_path_factory.mktemp("tokens") / "train", CASE.vocab)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

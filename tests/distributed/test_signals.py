@@ -12,15 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import yaml
 
 from megatron.checkpoint.folders import complete_steps
-from megatron.data.indexed import IndexedWriter
 from megatron.launcher.failures import REQUEUE
 from megatron.launcher.processes import children
 from tests.models import LLAMA3_ROPE, Case
+from tests.token_files import random_documents
 
 pytestmark = pytest.mark.distributed
 
@@ -31,13 +30,7 @@ STEPS = 120
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    prefix = tmp_path_factory.mktemp("tokens") / "train"
-    writer = IndexedWriter(prefix, np.dtype(np.uint16))
-    rng = np.random.RandomState(0)
-    for _ in range(60):
-        writer.add(rng.randint(CASE.vocab, size=rng.randint(5, 60)))
-    writer.finish()
-    return str(prefix)
+    return random_documents(tmp_path_factory.mktemp("tokens") / "train", CASE.vocab)
 
 
 def command(data: str, folder: Path, **changes: Any) -> list[str]:
@@ -80,13 +73,15 @@ def one_rank(deepy: int) -> int:
     return sorted(children(supervisor))[-1]
 
 
-def interrupt(words: list[str], folder: Path, whom: Callable[[int], int], number: int) -> tuple[int, str]:
-    """Run until two steps are done, send the signal; returns exit code and stderr."""
+def interrupt(
+    words: list[str], folder: Path, whom: Callable[[int], int], number: int, steps: int = 2
+) -> tuple[int, str]:
+    """Run until `steps` steps are done, send the signal; returns exit code and stderr."""
     log = (folder / "stderr").open("w+")
     process = subprocess.Popen(words, cwd=folder, stdout=subprocess.DEVNULL, stderr=log)
     try:
         deadline = time.monotonic() + 200
-        while len(losses(folder)) < 2:
+        while len(losses(folder)) < steps:
             assert process.poll() is None, (folder / "stderr").read_text()
             assert time.monotonic() < deadline, "the run did not start"
             time.sleep(0.02)
@@ -159,3 +154,20 @@ def test_without_a_save_folder_the_signal_just_ends_the_run(data: str, tmp_path:
     code, said = interrupt(words, tmp_path, one_rank, signal.SIGUSR1)
     assert code == 128 + signal.SIGUSR1
     assert "nothing is saved, the run has no save folder" in said
+
+
+def test_after_a_killed_rank_the_same_command_goes_on_from_the_last_checkpoint(
+    data: str, tmp_path: Path, uninterrupted: dict[int, float]
+) -> None:
+    """What a lost node leaves: no warning, a step cut in the middle, perhaps a save cut in the middle."""
+    often = {"checkpoint_factor": 2, "keep_last_n_checkpoints": 2}
+    code, said = interrupt(command(data, tmp_path, **often), tmp_path, one_rank, signal.SIGKILL, steps=6)
+    assert code == 128 + signal.SIGKILL, said
+    assert "rank 1 on " in said.splitlines()[-1]
+    assert "was killed by SIGKILL" in said.splitlines()[-1]
+    saved = complete_steps(tmp_path / "checkpoints")[-1]
+    again = subprocess.run(
+        command(data, tmp_path, **often), cwd=tmp_path, check=True, capture_output=True, text=True, timeout=200
+    )
+    assert f"starting at iteration {saved}, " in again.stdout
+    assert losses(tmp_path) == uninterrupted

@@ -6,13 +6,13 @@ import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from tests.distributed.test_runs import metrics, weights
 from tests.models import LLAMA3_ROPE, Case
 from tests.ranks import run_ranks
+from tests.token_files import random_documents
 
 pytestmark = pytest.mark.distributed
 
@@ -23,15 +23,7 @@ BATCH = 8
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    from megatron.data.indexed import IndexedWriter
-
-    prefix = tmp_path_factory.mktemp("tokens") / "train"
-    writer = IndexedWriter(prefix, np.dtype(np.uint16))
-    rng = np.random.RandomState(0)
-    for _ in range(60):
-        writer.add(rng.randint(CASE.vocab, size=rng.randint(5, 60)))
-    writer.finish()
-    return str(prefix)
+    return random_documents(tmp_path_factory.mktemp("tokens") / "train", CASE.vocab)
 
 
 def keys(data: str, folder: Path, **changes: Any) -> dict[str, Any]:

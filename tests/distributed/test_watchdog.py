@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -13,33 +15,35 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import yaml
 
-from megatron.data.indexed import IndexedWriter
 from megatron.launcher.failures import LOST
 from megatron.launcher.processes import children
-from megatron.launcher.ranks import node_name
+from megatron.launcher.ranks import PORTS, node_name
 from tests.distributed.test_signals import CASE
 from tests.ranks import run_ranks
+from tests.token_files import random_documents
 
 pytestmark = pytest.mark.distributed
 
 ROOT = Path(__file__).resolve().parents[2]
 NODE = node_name(os.environ)
-BOUND_SECONDS = 60  # silence (2 s) or lack of progress (3 s), then the launcher's patience with what does not end
+BOUND_SECONDS = 90  # silence (2 s) or lack of progress (3 s), then the launcher's patience with what does not end
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    prefix = tmp_path_factory.mktemp("tokens") / "train"
-    writer = IndexedWriter(prefix, np.dtype(np.uint16))
-    rng = np.random.RandomState(0)
-    for _ in range(60):
-        writer.add(rng.randint(CASE.vocab, size=rng.randint(5, 60)))
-    writer.finish()
-    return str(prefix)
+    return random_documents(tmp_path_factory.mktemp("tokens") / "train", CASE.vocab)
+
+
+def _free_port() -> int:
+    """Below the ephemeral ports, which connections of other processes take while the ranks import."""
+    for port in random.sample(PORTS, 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no free port")
 
 
 class Run:
@@ -64,9 +68,7 @@ class Run:
 
     def as_plain_ranks(self) -> None:
         """As somebody starts them who is no launcher of ours: nobody ends the others but they themselves."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = _free_port()
         for rank in range(2):
             env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
             env |= {
@@ -218,6 +220,7 @@ def test_a_rank_that_hangs_alive_is_named_with_its_line(
     monkeypatch.setenv("MODE", "hang")
     run = started(script=tmp_path / "train.py", heartbeat_timeout_seconds=30.0, step_timeout_minutes=0.05)
     run.by_deepy()
+    run.until_it_steps()
     assert run.end() == LOST, run.said()
     line = run.last_line()
     assert "no progress for " in line
@@ -233,6 +236,7 @@ def test_nobody_waits_for_a_rank_that_failed(started: Any, tmp_path: Path, monke
     monkeypatch.setenv("MODE", "fail")
     run = started(script=tmp_path / "train.py", heartbeat_timeout_seconds=30.0)
     run.as_plain_ranks()
+    run.until_it_steps()
     assert run.end(1) == 1
     assert run.end(0) == 1
     assert run.said().count("KeyError: 'telescope'") == 1

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -22,10 +21,10 @@ import yaml
 from torch import Tensor
 
 from megatron import ops
-from megatron.data.indexed import IndexedWriter
 from megatron.ops.kernels import PACKAGED_LIBRARY
-from tests.kernels.requirements import need
 from tests.models import LLAMA3_ROPE, Case, load_hugging_face
+from tests.requirements import need
+from tests.token_files import random_documents
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(200)]
 
@@ -133,14 +132,9 @@ def test_every_kernel_passes_its_self_test() -> None:
 def deepy(folder: Path, **changes: Any) -> subprocess.CompletedProcess[str]:
     """A run of eight steps on one device that saves in the middle and at the end."""
     folder.mkdir(parents=True, exist_ok=True)
-    tokens = folder / "tokens"
-    writer = IndexedWriter(tokens, np.dtype(np.uint16))
-    rng = np.random.RandomState(0)
-    for _ in range(40):
-        writer.add(rng.randint(CASE.vocab, size=rng.randint(100, 900)))
-    writer.finish()
+    tokens = random_documents(folder / "tokens", CASE.vocab, 40, (100, 900))
     settings = dict(CASE.neox().merged) | {
-        "train_data_paths": [str(tokens)],
+        "train_data_paths": [tokens],
         "train_iters": 8,
         "log_interval": 1,
         "log_dir": str(folder / "log"),

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from tests.kernels.requirements import need
+from tests.requirements import need
 from tests.unit.configurations import keys
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(200)]
@@ -42,7 +42,7 @@ def run(arguments: list[str], **env: str) -> str:
     result = subprocess.run(
         [sys.executable, *arguments],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)} | env,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])} | env,
         capture_output=True,
         text=True,
         timeout=180,

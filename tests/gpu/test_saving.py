@@ -13,8 +13,8 @@ import torch.distributed as dist
 
 from megatron.checkpoint import BackgroundSaver, TrainState, background, save_checkpoint
 from tests.distributed.test_checkpoint_async import file_differences
-from tests.kernels.requirements import need
 from tests.models import Case
+from tests.requirements import need
 from tests.training import make_samples, step
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(200)]

@@ -1,4 +1,4 @@
-"""The cluster that all tests of this folder share."""
+"""The clusters that the tests of this folder share."""
 
 from __future__ import annotations
 
@@ -10,9 +10,20 @@ from tests.requirements import need
 from tests.slurm.cluster import Cluster, missing
 
 
-@pytest.fixture(scope="session")
-def cluster() -> Iterator[Cluster]:
+def need_slurm() -> None:
     lacking = missing()
     need("slurm", not lacking, f"{', '.join(lacking)} not found; apt-get install slurm-wlm munge")
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    need_slurm()
     with Cluster(nodes=4) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def cluster_of_gpus() -> Iterator[Cluster]:
+    need_slurm()
+    with Cluster(nodes=2, gpus=True) as started:
         yield started

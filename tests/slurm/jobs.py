@@ -36,6 +36,7 @@ def last_save(args):
 
 def program(args):
     seen = {"argv": sys.argv, "env": dict(os.environ), "cwd": os.getcwd(), "file": __file__}
+    seen["folders"] = [name for name, value in os.environ.items() if os.path.isdir(value)]
     Path(f"seen-{start}-{rank}.part").write_text(json.dumps(seen))
     act = os.environ["PLAN"].split(",")[start]
     if act in ("wait", "deaf"):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron.launcher.ranks import expand_hosts
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import configure, light_project
 from tests.slurm.test_job import ODD
@@ -78,3 +79,8 @@ def test_no_allocation_at_all(tmp_path: Path) -> None:
         assert result.returncode == 2
         assert said in result.stderr
         assert "docs/launching.md" in result.stderr
+
+
+@pytest.mark.parametrize("hostlist", ["n[0-3]", "frontier[00012-00014,00020],login1", "a[1-2]b[3,5]"])
+def test_host_lists_are_read_as_scontrol_reads_them(cluster: Cluster, hostlist: str) -> None:
+    assert cluster.run("scontrol", "show", "hostnames", hostlist).split() == expand_hosts(hostlist)

@@ -87,7 +87,11 @@ def test_a_list_for_export_would_lose_values(cluster: Cluster, project: Path, tm
 def pack(folder: Path, archive: Path) -> None:
     """What conda-pack would write: bin/python and bin/conda-unpack; both say that they were called."""
     stub(folder, "python", f'export FOUND_IN="$0"\nexec {sys.executable} "$@"')
-    stub(folder, "conda-unpack", 'echo "$SLURMD_NODENAME" >>"$CONDA_UNPACKED"')
+    (folder / "conda-unpack").write_text(
+        "#!/usr/bin/env python\nimport os\nassert 'FOUND_IN' in os.environ\n"
+        "open(os.environ['CONDA_UNPACKED'], 'a').write(os.environ['SLURMD_NODENAME'] + '\\n')\n"
+    )
+    (folder / "conda-unpack").chmod(0o755)
     archive.parent.mkdir(exist_ok=True)
     with tarfile.open(archive, "w:gz") as file:
         file.add(folder, "bin")
@@ -108,9 +112,11 @@ def test_software_is_unpacked_once_per_node(cluster: Cluster, project: Path, tmp
     for rank, found in enumerate(seen(tmp_path)):
         here = f"{tmp_path}/disk/neox-{job}/n{rank // 2}"
         assert found["env"]["FOUND_IN"] == f"{here}/software/bin/python"
-        assert found["file"] == f"{tmp_path}/disk/neox-{job}/n0/code/train.py" or rank >= 2
+        assert found["file"] == found["argv"][0] == f"{here}/code/train.py"
+        assert f"/n{1 - rank // 2}/" not in json.dumps(found), "another node's disk cannot be seen"
         for name in ("NEOX_CACHE", "MIOPEN_USER_DB_PATH", "TORCH_EXTENSIONS_DIR"):
             assert found["env"][name].startswith(here), name
+            assert name in found["folders"], "made on every node, not on that of the batch shell alone"
     assert not list((tmp_path / "disk").rglob("*.*")), "nothing is left on the nodes"
 
 
@@ -290,12 +296,13 @@ def test_a_container_has_the_ranks_environment(cluster: Cluster, project: Path, 
 
 @pytest.mark.parametrize("site", ["frontier", "lumi"])
 def test_the_scripts_of_the_sites_run(
-    cluster: Cluster, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, site: str
+    cluster_of_gpus: Cluster, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, site: str
 ) -> None:
     """Two of their nodes, as far as Slurm goes: flags, 8 ranks on each, the profile, the software, the plan.
 
     Stand-ins for `module`, singularity and the node-local disk; the GPUs are a number in Slurm's configuration.
     """
+    cluster = cluster_of_gpus
     monkeypatch.chdir(tmp_path)
     configs = configure(tmp_path)
     (tmp_path / "machine.yml").write_text("num_nodes: 2\nnum_gpus: 8\n")

@@ -11,16 +11,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import yaml
 
 from megatron.checkpoint.folders import complete_steps
-from megatron.data.indexed import IndexedWriter
 from megatron.launcher.failures import REQUEUE
 from tests.models import LLAMA3_ROPE, Case
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import ROOT, finished, log_of, rendered
+from tests.token_files import random_documents
 
 pytestmark = pytest.mark.slurm
 
@@ -29,13 +28,7 @@ CASE = Case(heads=4, kv_heads=2, head_dim=8, layers=2, intermediate=48, vocab=96
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    prefix = tmp_path_factory.mktemp("tokens") / "train"
-    writer = IndexedWriter(prefix, np.dtype(np.uint16))
-    rng = np.random.RandomState(0)
-    for _ in range(60):
-        writer.add(rng.randint(CASE.vocab, size=rng.randint(5, 60)))
-    writer.finish()
-    return str(prefix)
+    return random_documents(tmp_path_factory.mktemp("tokens") / "train", CASE.vocab)
 
 
 def configure(folder: Path, data: str, **changes: Any) -> list[str]:

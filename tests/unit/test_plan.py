@@ -154,3 +154,13 @@ def test_the_guide_explains_every_option() -> None:
     for option in ("--json", "--machine", "--usable-gib", "--allow-memory", "--token-budget", "--search", "--picture"):
         assert f"`{option}" in guide
         assert option in command_line.USAGE
+
+
+def test_saves_beside_training_cost_a_copy() -> None:
+    """The 70B's largest rank copies 0.45 GB of masters and moments and one layer file over its own 36 GB/s."""
+    waiting, beside = plan(async_save=False), plan(async_save=True)
+    assert waiting.reliability.save_seconds == pytest.approx(987.9e9 / 100e9, rel=1e-3)
+    assert 0.45e9 / 36e9 < beside.reliability.save_seconds < 0.75e9 / 36e9
+    assert beside.reliability.lost_to_saves < waiting.reliability.lost_to_saves / 10
+    assert beside.reliability.save_interval >= beside.time.checkpoint_seconds
+    assert "beside training, which waits 0.0" in report.text(beside)

@@ -114,13 +114,13 @@ def failure(
     lines += _absent(absent, groups, roster)
     stalled = [group for group in groups if not set(absent) & set(group.ranks) and _stalls(group, told)]
     for group in stalled[:_SHOWN]:
-        lines.append(f"  {group.name} stalls: {roster.several(group.ranks)}, all of which arrived")
         silent = [rank for rank in group.ranks if rank not in told]
+        verb = "stalls" if silent else "fails"
+        lines.append(f"  {group.name} {verb}: {roster.several(group.ranks)}, all of which arrived")
         if silent and len(silent) < len(group.ranks):
             lines.append(f"    without a word since: {'; '.join(map(roster.named, silent[:_SHOWN]))}")
-        lines += [
-            f"  {line}" for line in _errors({rank: errors[rank] for rank in group.ranks if rank in errors}, roster)
-        ]
+        own_errors = {rank: errors[rank] for rank in group.ranks if rank in errors}
+        lines += [f"  {line}" for line in _errors(own_errors, roster)]
     if len(stalled) > _SHOWN:
         lines.append(f"  and {len(stalled) - _SHOWN} more groups")
     if not absent and not stalled:

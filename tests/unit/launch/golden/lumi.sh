@@ -14,7 +14,8 @@
 #SBATCH --gpus-per-node=8
 # the batch shell is warned before the time limit, and passes the warning on
 #SBATCH --signal=B:USR1@600
-# after the loss of a node Slurm starts the job again; its log goes on where it was
+# after the loss of a node Slurm starts the job again; its log goes on where it was. Not --no-kill: if it is
+# the batch shell's node, the others would be held until the time limit with nobody to use or free them
 #SBATCH --requeue
 #SBATCH --open-mode=append
 # never two jobs of this name at once: they would save into the same folder
@@ -23,8 +24,8 @@
 # LUMI-G (CSC): 2048 ranks on 256 node(s), rendered by launch/render.py; docs/launching.md explains it. To change
 # something, render again.
 #
-# The job ends with one of: 0 the run is done; 2 something that the same job would meet again (configuration, software,
-# preflight); 75 all is saved and the job is back in the queue; anything else, the ranks' own code.
+# Exit codes: 0 the training is done; 2 what the same job would meet again (configuration, software, preflight); 75 the
+# job is back in the queue; 143 Slurm has ended it; others are the ranks' own.
 
 # shellcheck disable=SC2016 # values stand in single quotes so that nothing in them is expanded
 # shellcheck disable=SC2317 # srun gets functions by name, through declare -f
@@ -135,13 +136,14 @@ set -u
 # This node's folder for the job. The node's name keeps nodes apart where the "local" disk is a shared one.
 here() { printf '%s' "/tmp/$USER/neox-$SLURM_JOB_ID/$SLURMD_NODENAME"; }
 
-# run_here PROGRAM [ARGUMENT...]: Python on this node, with all that is read and written often on the node's own disk.
-# Imports of thousands of ranks stall a parallel file system; caches there race and lose their locks (MIOpen's are
-# sqlite).
+# run_here PROGRAM.py|-m [ARGUMENT...]: Python with the project's code, on this node. All that is read and written often is
+# on the node's own disk: imports of thousands of ranks stall a parallel file system, and caches there race and lose
+# their locks (MIOpen's are sqlite files).
 run_here() {
     local here
     here=$(here)
-    export PYTHONPATH="$here/code" PYTHONDONTWRITEBYTECODE=1
+    export PYTHONPATH="$here/code"
+    if [[ $1 == *.py ]]; then set -- "$here/code/$1" "${@:2}"; fi
     export NEOX_CACHE="$here/cache/neox" TORCH_EXTENSIONS_DIR="$here/cache/torch_extensions"
     export MIOPEN_USER_DB_PATH="$here/cache/miopen" MIOPEN_CUSTOM_CACHE_DIR="$here/cache/miopen"
     # Triton's and inductor's files are renamed into place, but by each rank for itself: a folder for each.
@@ -166,8 +168,10 @@ unpack() {
         exit 1
     fi
     tar -xf "$2" -C "$(here)/$1" || { echo "launch: $SLURMD_NODENAME: $2 cannot be unpacked" >&2; exit 1; }
-    # What conda-pack packs holds the paths of its first home until this is run.
-    if [[ -x $(here)/$1/bin/conda-unpack ]]; then "$(here)/$1/bin/conda-unpack" || exit 1; fi
+    # What conda-pack packs holds the paths of its first home until this is run, by its own Python.
+    local bin
+    bin="$(here)/$1/bin"
+    if [[ -x $bin/conda-unpack ]]; then PATH="$bin:$PATH" "$bin/conda-unpack" || exit 1; fi
 }
 
 remove_folders() { rm -rf "$(here)"; }
@@ -244,8 +248,8 @@ stage() {
 rm_staged() { rm -f "$1"; }
 
 # all_ranks MINUTES PROGRAM [ARGUMENT...]: one srun, ranks numbered node by node. 0 minutes: as long as the job. What
-# differs between ranks (SLURM_PROCID, ...) is read in the rank; here it would be the batch shell's. A warning that comes
-# while srun starts waits for it.
+# differs between ranks (SLURM_PROCID, ...) is read in the rank; here it would be the batch shell's. A warning that
+# comes while srun starts waits for it.
 all_ranks() {
     local minutes=$1
     shift
@@ -287,12 +291,11 @@ if [[ ! -f $run/code.tar ]]; then # the code that the first start had, whatever 
     mv "$run/code.tar.part" "$run/code.tar"
 fi
 stage code "$run/code.tar"
-code=$(here)/code
 
 # --- checks before anything is trained
 
 # Does every stage fit into memory? The plan stands in the log.
-(run_here "$code/deepy.py" "$code/train.py" "${configuration[@]}" --dry-run --machine lumi) ||
+(run_here deepy.py "$(here)/code/train.py" "${configuration[@]}" --dry-run --machine lumi) ||
     stop 2 "the plan cannot be right, see above"
 
 # Every group of ranks meets under a time limit, every node is measured, RCCL's transport is read.
@@ -313,7 +316,7 @@ NEOX_STARTED=$(date +%s)
 export NEOX_STARTED
 exec 9> >(trap '' TERM && exec tee "$run/srun.err" >&2) # scancel must not take the ranks' last words
 tee=$!
-all_ranks 0 "$code/train.py" "${configuration[@]}" 2>&9 9>&- &
+all_ranks 0 train.py "${configuration[@]}" 2>&9 9>&- &
 step=$!
 exec 9>&-
 if [[ -n $warned ]]; then remind & fi
@@ -324,12 +327,12 @@ wait "$tee" || true
 
 # --- how it ended
 
-touch "$run/ended" # so that the next start can tell whether Slurm let this one end
 # The rank that failed first has written its code and its words; of one that was killed srun knows more.
 if [[ -f $run/failed ]]; then status=$(<"$run/failed"); fi
 why=$(cat "$run/why" 2>/dev/null || true)
 first=$(grep -m1 -E '^srun: error: ([^:]+: tasks? |Node failure)' "$run/srun.err" | sed 's/^srun: error: //' || true)
 if [[ -n $cancelled ]]; then stop 143; fi
+touch "$run/ended" # so that the next start can tell whether Slurm let this one end
 case $status in 0 | 2 | 75) on_every_node 1 remove_folders >/dev/null 2>&1 || true ;; esac # else a node may be gone
 if ((status == 0)); then
     say "done; last save: $(last_save)"
