@@ -224,6 +224,8 @@ class Cluster:
         def started() -> bool:
             # While nodes still clean up (COMPLETING) the time could be set, and would be forgotten.
             state, restarts = self.state(job), self.field(job, "Restarts")
+            if state == "PENDING" and self.run("sinfo", "--noheader", "--states=completing", "--format=%N").strip():
+                return False
             return restarts == str(times) and (state == "RUNNING" or (state == "PENDING" and self.succeeds(*update)))
 
         self.until(started, f"job {job} back in the queue", timeout)
