@@ -6,8 +6,8 @@ something done around some of them; the class stays as it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -55,24 +55,19 @@ def spread_what_is_not_finite(engine: PipelineEngine) -> None:
     gradients_of = _gradients(optimizer)  # raises for an optimizer that keeps them elsewhere
     names = [group["name"] for group in optimizer.param_groups]
 
-    @torch.no_grad()
-    def spread() -> None:
+    @contextmanager
+    def spread() -> Iterator[None]:
         vectors = [g for i, name in enumerate(names) if name == UNDECAYED for g in gradients_of(i)]
         matrices = [g for i, name in enumerate(names) if name != UNDECAYED for g in gradients_of(i)]
-        if not vectors or not matrices:
-            return
-        finite = torch.stack([vector.isfinite().all() for vector in vectors]).all()
-        factor = torch.where(finite, 1.0, torch.nan)
-        for matrix in matrices:
-            matrix.view(-1)[:1].mul_(factor)
+        if vectors and matrices:
+            with torch.no_grad():
+                finite = torch.stack([vector.isfinite().all() for vector in vectors]).all()
+                factor = torch.where(finite, 1.0, torch.nan)
+                for matrix in matrices:
+                    matrix.view(-1)[:1].mul_(factor)
+        yield
 
-    original = engine._INSTRUCTION_MAP[schedule.OptimizerStep]
-
-    def step(self: PipelineEngine, **arguments: Any) -> None:
-        spread()
-        original(self, **arguments)
-
-    engine._INSTRUCTION_MAP = {**engine._INSTRUCTION_MAP, schedule.OptimizerStep: step}
+    _wrap(engine, schedule.OptimizerStep, spread)
 
 
 def _gradients(optimizer: Any) -> Callable[[int], list[Tensor]]:

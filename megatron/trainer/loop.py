@@ -77,8 +77,8 @@ def run_training(
         report_validation(engine, args, datasets, progress, 0)
         saves.if_due(state)
     startup.done("validation")
-    announce(SampleRanges(args.skip_sample_ranges), state.consumed_samples, progress.say)
     batches = TrainingBatches(engine, args, datasets, state)
+    announce(batches.skip, state.consumed_samples, progress.say)
     progress.start_clock()
     watch = Watch(engine, args, place, phases, progress)
     while state.iteration < args.train_iters:
