@@ -11,7 +11,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -140,7 +140,17 @@ class Board:
         return self.store.compare_set("verdict", "", verdict).decode() == verdict
 
     def name(self, rank: int) -> str:
-        return f"rank {rank} on {self.titles[rank]}"
+        return titled(rank, self.titles)
+
+
+def titled(rank: int, titles: list[str]) -> str:
+    """`rank 5 on n2 (pipe 1, data 0, tensor 1)`."""
+    return f"rank {rank} on {titles[rank]}"
+
+
+def nodes_of(ranks: Iterable[int], titles: list[str]) -> list[str]:
+    """The nodes of some ranks, sorted, each once."""
+    return sorted({titles[rank].partition(" ")[0] for rank in ranks})
 
 
 def gather_titles(place: Place) -> list[str]:

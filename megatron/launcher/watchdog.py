@@ -37,7 +37,7 @@ from megatron.launcher.failures import (
     is_about_a_lost_peer,
     run_folder,
 )
-from megatron.launcher.heartbeat import Beat, Board, Whereabouts, beat_of, gather_titles
+from megatron.launcher.heartbeat import Beat, Board, Whereabouts, beat_of, gather_titles, nodes_of
 from megatron.neox_arguments import NeoXArgs
 
 VICTIM_SECONDS = 10.0  # how long a rank may go on that waits for one which has failed by itself
@@ -213,9 +213,8 @@ class Watchdog:
         os._exit(LOST if first else code_after(self.folder))
 
     def _error(self, verdict: Verdict) -> LostRanks:
-        nodes = sorted({self.board.titles[rank].partition(" ")[0] for rank in verdict.lost})
         where = f"; stacks in {self._stacks()}" if self.log_dir else ""
-        return LostRanks(verdict.why + where, nodes, verdict.by == self.rank)
+        return LostRanks(verdict.why + where, nodes_of(verdict.lost, self.board.titles), verdict.by == self.rank)
 
     def _linger(self) -> None:
         """All read the verdict and write their stacks before one of them ends; rank 0 serves the store longest."""

@@ -16,6 +16,7 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor, nn
 
 from megatron.launcher.failures import LostRanks
+from megatron.launcher.heartbeat import nodes_of, titled
 from megatron.model import layout
 from megatron.neox_arguments import NeoXArgs
 
@@ -58,10 +59,7 @@ class Replicas:
         ]
 
     def name(self, rank: int) -> str:
-        return f"rank {rank} on {self.titles[rank]}"
-
-    def node(self, rank: int) -> str:
-        return self.titles[rank].partition(" ")[0]
+        return titled(rank, self.titles)
 
     def check(self, iteration: int) -> None:
         """Collective over all ranks. Raises ReplicasDifferError on all of them."""
@@ -94,7 +92,7 @@ class Replicas:
         return ReplicasDifferError(
             f"iteration {iteration}: copies of a parameter are not the same any more: {'; '.join(lines)}{more}. The "
             f"run stops before it saves them; go on from the last checkpoint, without the node if one is to blame",
-            sorted({self.node(rank) for rank in guilty}),
+            nodes_of(guilty, self.titles),
             first=dist.get_rank() == 0,
         )
 

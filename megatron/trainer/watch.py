@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from megatron.launcher.distributed import Place
-from megatron.launcher.heartbeat import gather_titles
+from megatron.launcher.heartbeat import gather_titles, titled
 from megatron.neox_arguments import NeoXArgs
 from megatron.trainer.drift import StepTimes
 from megatron.trainer.phases import Phases
@@ -24,9 +26,7 @@ class Watch:
         self.args, self.place, self.phases, self.progress = args, place, phases, progress
         titles = gather_titles(place)
         self.profiler = Profiler(args, place, progress.say, progress.warn)
-        self._times = StepTimes(
-            args.slow_step_factor, args.step_time_drift, lambda rank: f"rank {rank} on {titles[rank]}"
-        )
+        self._times = StepTimes(args.slow_step_factor, args.step_time_drift, partial(titled, titles=titles))
         self._replicas = Replicas(engine, args, titles)
         self._first: int | None = None
 
