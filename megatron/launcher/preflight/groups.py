@@ -10,6 +10,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron.launcher.placement import coordinates
+from megatron.launcher.preflight.screens import payload_pattern, synchronize
 from megatron.launcher.preflight.verdict import Group, Roster
 from megatron.neox_arguments import NeoXArgs
 
@@ -77,7 +78,7 @@ def all_reduce(group: dist.ProcessGroup | None, size: int, device: torch.device)
     n (n + 1) / 2 times the pattern. All are whole numbers, exact in fp32 up to 3,343 members.
     """
     members, mine = dist.get_world_size(group), dist.get_rank(group)
-    pattern = (torch.arange(size // 4, device=device) % 3 + 1).float()
+    pattern = payload_pattern(size, device)
     expected = pattern * (members * (members + 1) // 2)
     wrong, seconds = 0, []
     for _ in range(1 + _TIMED):
@@ -89,11 +90,6 @@ def all_reduce(group: dist.ProcessGroup | None, size: int, device: torch.device)
         seconds.append(time.perf_counter() - started)
         wrong = max(wrong, int((payload != expected).sum()))
     return {"wrong": wrong, "elements": size // 4, "seconds": min(seconds[1:])}
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def judge(groups: list[Group], roster: Roster, outcomes: list[dict[str, Any]], size: int) -> tuple[str, list[str]]:

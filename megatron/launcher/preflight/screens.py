@@ -50,7 +50,7 @@ def exchange(partner: int, device: torch.device) -> float:
     Raises RuntimeError if something else arrives than the partner has sent.
     """
     size = _MESSAGE[device.type]
-    pattern = (torch.arange(size // 4, device=device) % 3 + 1).float()
+    pattern = payload_pattern(size, device)
     sent, expected, received = pattern * (dist.get_rank() + 1), pattern * (partner + 1), torch.empty_like(pattern)
     seconds = []
     for _ in range(1 + _EXCHANGES):
@@ -66,6 +66,11 @@ def exchange(partner: int, device: torch.device) -> float:
     if wrong:
         raise RuntimeError(f"{wrong} of {size // 4} elements that rank {partner} sent arrived as something else")
     return size / min(seconds[1:])  # the first one connects
+
+
+def payload_pattern(size: int, device: torch.device) -> torch.Tensor:
+    """`size` bytes of the small whole numbers that messages are made of, fp32."""
+    return (torch.arange(size // 4, device=device) % 3 + 1).float()
 
 
 def synchronize(device: torch.device) -> None:
