@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron.model.layout import LlamaShape
+from megatron.planner.compute import FP32
 from megatron.planner.parallel_layout import ParallelLayout, Recompute
 
-FP32 = 4
 INT64 = 8
 
 Ops = Literal["kernels", "torch", "cpu"]

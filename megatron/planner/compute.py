@@ -12,7 +12,7 @@ from megatron.model.layout import LlamaShape
 from megatron.planner.machines import Machine
 from megatron.planner.parallel_layout import ParallelLayout
 
-BF16, FP32 = 2, 4
+BF16, FP32 = 2, 4  # bytes
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from megatron.planner import compute, traffic
 from megatron.planner.compute import Seconds
 from megatron.planner.flops import megatron_flops_per_token, neox_flops_per_token
 from megatron.planner.machines import Machine
-from megatron.planner.parallel_layout import ParallelLayout
+from megatron.planner.parallel_layout import ParallelLayout, stage_layers
 
 # Bytes of a saved parameter: bf16 weight, fp32 master and both moments.
 CHECKPOINT_BYTES_PER_PARAMETER = 2 + 3 * 4
@@ -182,11 +182,6 @@ def budget(estimate: Estimate, tokens: float, blocked_seconds: float | None = No
     steps = math.ceil(tokens / estimate.tokens_per_step)
     seconds = steps * estimate.step_seconds / reliability(estimate, blocked_seconds).useful
     return Budget(tokens, steps, seconds / 86_400, seconds / 3600 * estimate.nodes)
-
-
-def stage_layers(num_layers: int, pipe: int) -> list[int]:
-    """Decoder layers of each stage, as DeepSpeed deals them by `type:transformer|mlp`: the longer stages first."""
-    return [num_layers // pipe + (stage < num_layers % pipe) for stage in range(pipe)]
 
 
 def estimate(

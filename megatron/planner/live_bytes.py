@@ -22,9 +22,6 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self.now = 0
         self.peak = 0
-        self.live: dict[int, tuple[int, str, tuple[int, ...]]] = {}
-        self.at_peak: dict[int, tuple[int, str, tuple[int, ...]]] = {}
-        self.stop_at: int | None = None
         self._refs: dict[int, weakref.ref] = {}
 
     def reset_peak(self) -> None:
@@ -34,10 +31,10 @@ class LiveBytes(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor) and not leaf.is_meta:
-                self._count(leaf, str(func))
+                self._count(leaf)
         return result
 
-    def _count(self, tensor: Tensor, op: str) -> None:
+    def _count(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._refs:
@@ -47,12 +44,7 @@ class LiveBytes(TorchDispatchMode):
         def gone(_: Any) -> None:
             self.now -= size
             del self._refs[key]
-            del self.live[key]
 
         self._refs[key] = weakref.ref(storage, gone)
-        self.live[key] = (size, op, tuple(tensor.shape))
         self.now += size
-        if self.now > self.peak:
-            self.peak = self.now
-            if self.stop_at is not None and self.now >= self.stop_at:
-                self.at_peak = dict(self.live)
+        self.peak = max(self.peak, self.now)

@@ -22,15 +22,14 @@ from math import prod
 
 from megatron.model import layout as tensors
 from megatron.model.layout import LlamaShape
-from megatron.planner.activations import FP32, Activations, Ops
+from megatron.planner.activations import Activations, Ops
+from megatron.planner.compute import FP32
 from megatron.planner.machines import FRONTIER, Machine
 from megatron.planner.parallel_layout import ParallelLayout, Recompute
+from megatron.planner.parallel_layout import stage_layers as dealt
+from megatron.planner.traffic import REDUCTION_BUCKET
 
-GIB = 1 << 30
 ELEMENT = {"fp32": 4, "bfloat16": 2}
-
-# DeepSpeed's MEMORY_OPT_ALLREDUCE_SIZE, and the default of `reduce_bucket_size`: elements that are reduced together.
-BUCKET = 500_000_000
 
 KINDS = (
     "weights",
@@ -89,7 +88,7 @@ def plan_memory(
     isolate_documents: bool = False,
     ops: Ops = "kernels",
     machine: Machine = FRONTIER,
-    reduce_bucket_size: int = BUCKET,
+    reduce_bucket_size: int = REDUCTION_BUCKET,
     contiguous_gradients: bool = False,
 ) -> list[StageMemory]:
     """One entry per pipeline stage.
@@ -129,10 +128,7 @@ def default_stages(num_layers: int, pipe: int) -> list[range]:
     Decoder layers are dealt evenly, the first stages take one more where they do not divide; the embedding goes with
     the first and the norm and head with the last.
     """
-    each, more = divmod(num_layers, pipe)
-    edges = [0]
-    for stage in range(pipe):
-        edges.append(edges[-1] + each + (stage < more))
+    edges = itertools.accumulate(dealt(num_layers, pipe), initial=0)
     starts = [tensors.decoder_index(edge) for edge in edges]
     starts[0], starts[-1] = tensors.EMBEDDING_INDEX, tensors.head_index(num_layers) + 1
     return [range(start, stop) for start, stop in itertools.pairwise(starts)]
@@ -228,7 +224,7 @@ class _Optimizer:
     def reduction(self, parameters: _Parameters, data: int) -> int:
         """Bytes that reducing the gradients takes: tensors reduced together are copied to one."""
         if self.precision == "bfloat16":  # two flat tensors, of matrices and of vectors
-            together = parameters.matrices <= BUCKET and parameters.vectors and parameters.matrices
+            together = parameters.matrices <= REDUCTION_BUCKET and parameters.vectors and parameters.matrices
             return FP32 * parameters.padded(data) if together else 0
         shard = parameters.padded(data) // data
         if not self.contiguous:

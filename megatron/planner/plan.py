@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -40,7 +39,7 @@ class Plan:
 
     @property
     def nodes(self) -> int:
-        return math.ceil(self.layout.world_size / self.machine.gpus_per_node)
+        return self.time.nodes
 
     @property
     def reliability(self) -> Reliability:

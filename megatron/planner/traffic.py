@@ -10,11 +10,11 @@ import math
 from collections.abc import Sequence
 
 from megatron.model.layout import LlamaShape
+from megatron.planner.compute import BF16, FP32
 from megatron.planner.machines import Machine, cut_rate, link_rate, ring_rate
 from megatron.planner.parallel_layout import ParallelLayout
 
-BF16, FP32 = 2, 4
-# Elements of one all-reduce of gradients: DeepSpeed's MEMORY_OPT_ALLREDUCE_SIZE
+# Elements reduced together: DeepSpeed's MEMORY_OPT_ALLREDUCE_SIZE, and the default of `reduce_bucket_size`
 REDUCTION_BUCKET = 500_000_000
 
 
