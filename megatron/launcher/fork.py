@@ -23,7 +23,7 @@ from pathlib import Path
 from types import FrameType
 
 from megatron.launcher.failures import LOST, REQUEUE, USER_ERROR, claim_failure
-from megatron.launcher.processes import die_with_parent, shell_code
+from megatron.launcher.processes import die_with_parent, how_it_ended, shell_code
 from megatron.launcher.ranks import node_name
 from megatron.launcher.start import GRACE_SECONDS
 
@@ -144,8 +144,7 @@ def _watch(running: dict[int, Rank], failed: list[int], folder: Path, deadline: 
             del running[rank]
             code = process.exitcode or 0
             if code and not failed and not asked:
-                how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-                said = f"rank {rank} on {node_name(os.environ)} {how}"
+                said = f"rank {rank} on {node_name(os.environ)} {how_it_ended(code)}"
                 claim_failure(folder, shell_code(code), said)  # the others need not say that they lost this one
                 if code not in (USER_ERROR, REQUEUE, LOST):  # else the rank has said all there is to say
                     print(f"{said}; the other ranks are stopped", file=sys.stderr, flush=True)

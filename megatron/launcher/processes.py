@@ -39,6 +39,11 @@ def kill_group(leader: int) -> None:
         os.killpg(leader, signal.SIGKILL)
 
 
+def how_it_ended(code: int) -> str:
+    """`was killed by SIGKILL` or `ended with exit code 1`; `code` is negative for a signal."""
+    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+
+
 def shell_code(code: int) -> int:
     """Exit code as a shell shows it: 128 + the signal's number for a killed process."""
     return 128 - code if code < 0 else code

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 
 from megatron.launcher.failures import LOST, REQUEUE, USER_ERROR, recorded_code
-from megatron.launcher.processes import children, die_with_parent, shell_code
+from megatron.launcher.processes import children, die_with_parent, how_it_ended, shell_code
 from megatron.launcher.ranks import node_name
 from megatron.launcher.start import GRACE_SECONDS
 
@@ -39,8 +39,8 @@ def main(arguments: list[str]) -> int:
         rank, failure = error.get_first_failure()
         code = failure.exitcode
         if code not in (USER_ERROR, LOST):  # else the rank has said all there is to say
-            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-            print(f"rank {rank} on {node_name(os.environ)} {how}; the other ranks were stopped", file=sys.stderr)
+            said = f"rank {rank} on {node_name(os.environ)} {how_it_ended(code)}"
+            print(f"{said}; the other ranks were stopped", file=sys.stderr)
         return shell_code(code)
     except SignalException as stop:
         return REQUEUE if recorded_code(Path(folder)) == REQUEUE else 128 + stop.sigval
