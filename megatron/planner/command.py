@@ -79,6 +79,7 @@ def _search(plan: Plan) -> SearchResult:
             precision=args.precision,
             usable_bytes=plan.usable_bytes,
             vocab_divisible_by=args.make_vocab_size_divisible_by,
+            isolate_documents=args.isolate_documents,
         )
     except ValueError as error:
         raise ConfigError(f"--search: {error}") from None
