@@ -15,6 +15,13 @@ from megatron.checkpoint.manifest import Manifest, write_manifest
 from megatron.checkpoint.torch_files import write_tensors
 from megatron.model.layout import LlamaShape, rank_shape
 
+# A rank, the most bytes of a file that it can write, and the file of the stand-in engine's save that fails there.
+FULL_DISKS = [
+    (0, 1000, "layer_00-model_00-model_states.pt"),
+    (1, 3000, "layer_02-model_01-model_states.pt"),  # behind some files that fit
+    (2, 6000, "zero_pp_rank_0_mp_rank_02_optim_states.pt"),
+]
+
 SHAPE = LlamaShape(
     num_layers=2,
     hidden_size=16,

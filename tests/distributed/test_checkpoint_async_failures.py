@@ -10,7 +10,6 @@ import re
 import resource
 import shutil
 import signal
-import subprocess
 import threading
 import time
 from pathlib import Path
@@ -25,7 +24,7 @@ from megatron.checkpoint.folders import LATEST, clean_leftovers, complete_steps,
 from megatron.checkpoint.manifest import read_manifest
 from megatron.checkpoint.snapshot import HostCopies
 from megatron.checkpoint.verify import verify_checkpoint
-from tests.checkpoints import standing_args, standing_engine
+from tests.checkpoints import FULL_DISKS, standing_args, standing_engine
 from tests.ranks import run_ranks
 from tests.unit.test_checkpoint_folders import killed_at
 
@@ -72,14 +71,7 @@ def _save_on_a_full_disk(rank: int, world_size: int, root: str, full_rank: int, 
     return standing.warnings, after, completed
 
 
-@pytest.mark.parametrize(
-    ("full_rank", "limit", "file"),
-    [
-        (0, 1000, "layer_00-model_00-model_states.pt"),
-        (1, 3000, "layer_02-model_01-model_states.pt"),  # behind some files that fit
-        (2, 6000, "zero_pp_rank_0_mp_rank_02_optim_states.pt"),
-    ],
-)
+@pytest.mark.parametrize(("full_rank", "limit", "file"), FULL_DISKS)
 def test_a_disk_that_fills_on_one_rank_is_reported_and_the_next_save_tries_again(
     tmp_path: Path, full_rank: int, limit: int, file: str
 ) -> None:
@@ -107,17 +99,6 @@ def _save_on_a_small_disk(rank: int, world_size: int, root: str) -> Any:
     torch.distributed.barrier()
     standing.whole(step + 1)
     return standing.warnings, step, standing.saver.completed
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Any:
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=200k", "none", str(folder)]
-    if subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("mounting a small file system needs root")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
 
 
 def test_a_file_system_without_space_keeps_the_last_checkpoint_and_the_run(small_disk: Path) -> None:

@@ -6,7 +6,6 @@ import os
 import random
 import resource
 import signal
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from megatron.checkpoint.errors import CheckpointError
 from megatron.checkpoint.folders import LATEST, clean_leftovers, find_checkpoint
 from megatron.checkpoint.manifest import read_manifest
 from megatron.checkpoint.verify import verify_checkpoint
-from tests.checkpoints import standing_args, standing_engine
+from tests.checkpoints import FULL_DISKS, standing_args, standing_engine
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -94,14 +93,7 @@ def _save_on_a_full_disk(rank: int, world_size: int, root: str, full_rank: int, 
     return message, after
 
 
-@pytest.mark.parametrize(
-    ("full_rank", "limit", "file"),
-    [
-        (0, 1000, "layer_00-model_00-model_states.pt"),
-        (1, 3000, "layer_02-model_01-model_states.pt"),  # behind some files that fit
-        (2, 6000, "zero_pp_rank_0_mp_rank_02_optim_states.pt"),
-    ],
-)
+@pytest.mark.parametrize(("full_rank", "limit", "file"), FULL_DISKS)
 def test_a_disk_that_fills_on_one_rank_stops_all_with_one_message(
     tmp_path: Path, full_rank: int, limit: int, file: str
 ) -> None:
@@ -125,17 +117,6 @@ def _save_on_a_small_disk(rank: int, world_size: int, root: str) -> str:
     except CheckpointError as error:
         return str(error)
     return ""
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Any:
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=200k", "none", str(folder)]
-    if subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("mounting a small file system needs root")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
 
 
 def test_a_file_system_without_space_keeps_the_last_checkpoint(small_disk: Path) -> None:
