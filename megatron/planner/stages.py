@@ -15,12 +15,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from megatron.launcher.distributed import form_groups
 from megatron.model import layout
 from megatron.model.pipeline import LlamaPipelineModule, topology
 from megatron.neox_arguments import NeoXArgs
@@ -95,14 +95,7 @@ def _rank(args: NeoXArgs, stage: int, tensor: int) -> Iterator[None]:
     local_rank = os.environ.get("LOCAL_RANK")
     os.environ["LOCAL_RANK"] = "0"  # DeepSpeed's pipeline module reads it
     try:
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would compile C++
-        deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)  # takes torch's group as it is
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=args.model_parallel_size,
-            pipeline_model_parallel_size=args.pipe_parallel_size,
-            order="tp-cp-ep-dp-pp",
-            create_gloo_process_groups=False,
-        )
+        form_groups(args)
         yield
     finally:
         if local_rank is None:
