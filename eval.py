@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Validation loss and perplexity of a checkpoint: python deepy.py eval.py model.yml run.yml --load DIR"""
 
+from megatron.evaluation.programs import evaluate_checkpoint
 from megatron.launcher import run
 from megatron.trainer.errors import USER_ERRORS
-from megatron.trainer.programs import evaluate_checkpoint
 
 if __name__ == "__main__":
     run(evaluate_checkpoint, task="eval", user_errors=USER_ERRORS)

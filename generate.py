@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Text from a checkpoint: python deepy.py generate.py model.yml run.yml --load DIR -i prompts.txt -o out.jsonl"""
 
+from megatron.evaluation.programs import generate_text
 from megatron.launcher import run
 from megatron.trainer.errors import USER_ERRORS
-from megatron.trainer.programs import generate_text
 
 if __name__ == "__main__":
     run(generate_text, task="generate", user_errors=USER_ERRORS)

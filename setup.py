@@ -53,15 +53,23 @@ setup(
         include=[
             f"megatron.{name}{rest}"
             for name in (
-                "neox_arguments",
-                "planner",
                 "launcher",
+                "preflight",
+                "planner",
+                "trainer",
+                "evaluation",
+                "generation",
+                "supervision",
+                "checkpoint",
+                "engine",
                 "model",
                 "ops",
-                "tokenizer",
                 "data",
-                "checkpoint",
-                "trainer",
+                "parallel",
+                "neox_arguments",
+                "tokenizer",
+                "layout",
+                "common",
             )
             for rest in ("", ".*")
         ]

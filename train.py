@@ -3,7 +3,7 @@
 
 from megatron.launcher import run
 from megatron.trainer.errors import USER_ERRORS
-from megatron.trainer.loop import train
+from megatron.trainer.run import train
 
 if __name__ == "__main__":
     run(train, user_errors=USER_ERRORS)

@@ -121,8 +121,8 @@ def make_fixture(folder: Path, size: str) -> None:
     import numpy as np
     import torch
 
-    from tools.convert_hf.dtypes import BY_NAME
-    from tools.convert_hf.safetensors_file import file_layout
+    from tools.convert_hf.formats.dtypes import BY_NAME
+    from tools.convert_hf.formats.safetensors_file import file_layout
 
     layers, h, f, heads, kv, vocabulary = SIZES[size]
     d = h // heads

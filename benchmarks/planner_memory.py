@@ -29,11 +29,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from megatron.neox_arguments import NeoXArgs  # noqa: E402
-from megatron.planner.memory import StageMemory, plan_memory  # noqa: E402
-from megatron.planner.parallel_layout import ParallelLayout  # noqa: E402
+from megatron.planner.cost.memory import StageMemory, plan_memory  # noqa: E402
+from megatron.planner.cost.parallel_layout import ParallelLayout  # noqa: E402
 
 if TYPE_CHECKING:
-    from megatron.planner.activations import Ops
+    from megatron.planner.cost.activations import Ops
 
 MIB = 1 << 20
 MARKERS = {"cpu": "memory", "cuda": "memory-gpu"}  # of the page, by device
@@ -168,9 +168,9 @@ def measure(rank: int, world_size: int, case: Case, device: str = "cpu") -> Meas
     import torch
     from megatron.core import parallel_state
 
-    from megatron.launcher.distributed import form_groups
-    from megatron.ops.kernels import use_kernels
-    from megatron.trainer.engine import build_engine, build_model
+    from megatron.engine.deepspeed import build_engine, build_model
+    from megatron.ops.library import use_kernels
+    from megatron.parallel.process_groups import form_groups
 
     args = case.args(device)
     with _counter(device) as counter:
@@ -270,7 +270,7 @@ class _Cpu:
 @contextmanager
 def _counter(device: str) -> Iterator[Any]:
     if device == "cpu":
-        from megatron.planner.live_bytes import LiveBytes
+        from benchmarks.live_bytes import LiveBytes
 
         with LiveBytes() as live:
             yield _Cpu(live)
@@ -406,7 +406,7 @@ def main() -> int:
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
-    import megatron.trainer.engine  # noqa: F401  # once, before the ranks fork
+    import megatron.engine.deepspeed  # noqa: F401  # once, before the ranks fork
 
     found: list[Row] = []
     for case in GPU_CASES if device == "cuda" else CPU_CASES:

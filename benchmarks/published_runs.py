@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron.model.layout import LlamaShape
-from megatron.planner.parallel_layout import ParallelLayout
+from megatron.layout import LlamaShape
+from megatron.planner.cost.parallel_layout import ParallelLayout
 
 Metric = Literal["neox", "megatron", "tokens"]
 

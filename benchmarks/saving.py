@@ -34,7 +34,7 @@ import torch.distributed.checkpoint as dcp  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from megatron.checkpoint import BackgroundSaver, TrainState, save_checkpoint  # noqa: E402
-from tests.models import Case  # noqa: E402
+from tests.support.models import Case  # noqa: E402
 
 Step = Callable[[], float]  # one training step; its seconds
 ALONE, CHUNK = 8, 1 << 24
@@ -233,8 +233,8 @@ def write_plainly(path: Path, data: Tensor) -> None:
 
 def own_tensors(engine: Any, args: Any, state: TrainState) -> dict[str, Tensor]:
     """All tensors of a checkpoint, flat, for torch's own save."""
-    from megatron.checkpoint.contents import rank_contents
-    from megatron.checkpoint.deepspeed_files import Place
+    from megatron.checkpoint.rank_files import rank_contents
+    from megatron.engine.deepspeed_files import Place
 
     found: dict[str, Tensor] = {}
 
@@ -259,9 +259,9 @@ def training(options: argparse.Namespace, folder: Path) -> tuple[Any, Any, Step]
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"  # torch's asynchronous save wants gloo beside
     store = f"file://{folder}/store"
     torch.distributed.init_process_group(backend, init_method=store, rank=0, world_size=1)
-    from megatron.launcher.distributed import form_groups
-    from megatron.trainer.engine import build_engine, build_model
-    from tests import training
+    from megatron.engine.deepspeed import build_engine, build_model
+    from megatron.parallel.process_groups import form_groups
+    from tests.support import engine_runs
 
     case = Case(
         heads=options.hidden // 64,
@@ -287,11 +287,11 @@ def training(options: argparse.Namespace, folder: Path) -> tuple[Any, Any, Step]
     model = build_model(args, torch.device(options.device, 0) if cuda else torch.device("cpu"))
     model.initialise_from_scratch()
     engine = build_engine(args, model, quiet)
-    samples = training.make_samples(case, options.batch)
+    samples = engine_runs.make_samples(case, options.batch)
 
     def step() -> float:
         start = time.perf_counter()
-        training.step(engine, args, samples)
+        engine_runs.step(engine, args, samples)
         if cuda:
             torch.cuda.synchronize()
         return time.perf_counter() - start

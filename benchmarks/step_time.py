@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from tests.models import Case, llama3_rope  # noqa: E402
+from tests.support.models import Case, llama3_rope  # noqa: E402
 
 
 def main() -> int:
@@ -168,7 +168,7 @@ def neox_step(case: Case, size: int, device: torch.device, kernels: str) -> Any:
     store = tempfile.mkdtemp() + "/store"
     backend = "gloo" if device.type == "cpu" else "nccl"
     torch.distributed.init_process_group(backend, init_method=f"file://{store}", rank=0, world_size=1)
-    import tests.training as training
+    import tests.support.engine_runs as training
 
     args = case.neox(
         world_size=1,

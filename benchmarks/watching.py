@@ -22,8 +22,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tests.ranks import run_ranks  # noqa: E402
-from tests.training import make_samples  # noqa: E402
+from tests.support.engine_runs import make_samples  # noqa: E402
+from tests.support.ranks import run_ranks  # noqa: E402
 
 
 def measure(rank: int, world_size: int, rounds: int, steps: int) -> dict[str, list[float]]:
@@ -32,16 +32,16 @@ def measure(rank: int, world_size: int, rounds: int, steps: int) -> dict[str, li
     import torch.distributed as dist
     from deepspeed.runtime.pipe.engine import PipelineEngine
 
-    from megatron.launcher.distributed import Place, form_groups
-    from megatron.launcher.watchdog import Watchdog
+    from megatron.engine.deepspeed import build_engine, build_model
+    from megatron.engine.deepspeed_hooks import run_inside
     from megatron.neox_arguments import NeoXArgs
-    from megatron.trainer.engine import build_engine, build_model
-    from megatron.trainer.instructions import run_inside
-    from megatron.trainer.phases import Phases
-    from megatron.trainer.progress import Progress
-    from megatron.trainer.watch import Watch
-    from tests.models import Case
-    from tests.training import step
+    from megatron.parallel.process_groups import Place, form_groups
+    from megatron.supervision.step_monitor import Watch
+    from megatron.supervision.step_timers import Phases
+    from megatron.supervision.watchdog import Watchdog
+    from megatron.trainer.metrics import Progress
+    from tests.support.engine_runs import step
+    from tests.support.models import Case
 
     files = [ROOT / "configs/tiny" / name for name in ("model.yml", "run.yml", "local.yml")]
     overrides = {

@@ -30,7 +30,7 @@ TEMPLATE = Path(__file__).resolve().parent / "job.sh"
 PREFLIGHT = """\
 # Every group of ranks meets under a time limit, every node is measured, RCCL's transport is read.
 checked=0
-(all_ranks 15 -m megatron.launcher.preflight "${configuration[@]}" --exclude-file "$run/exclude") || checked=$?
+(all_ranks 15 -m megatron.preflight "${configuration[@]}" --exclude-file "$run/exclude") || checked=$?
 case $checked in
     0) ;;
     3) again 1 "the preflight: ranks or groups did not come, see above" ;;

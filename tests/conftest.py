@@ -1,6 +1,27 @@
-"""Settings of every test process, made before torch is imported."""
+"""Settings of every test process, made before torch is imported, and fixtures that several folders share."""
+
+from __future__ import annotations
 
 import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
 
 # Two OpenMP threads that spin while a third process wants a core were eight times slower than two that sleep.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+pytest_plugins = ["tests.support.vocabulary"]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 200 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=200k", "none", str(folder)]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)

@@ -28,12 +28,12 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from megatron.checkpoint.agreement import Ranks
-from megatron.checkpoint.contents import rank_contents
 from megatron.checkpoint.errors import CheckpointError
+from megatron.checkpoint.rank_files import rank_contents
 from megatron.checkpoint.save import CheckpointWriter
 from megatron.checkpoint.snapshot import HostCopies, tensor_bytes
 from megatron.checkpoint.state import TrainState
+from megatron.parallel.collective_errors import Ranks
 
 if TYPE_CHECKING:
     from deepspeed.runtime.pipe.engine import PipelineEngine

@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
-from megatron.checkpoint.agreement import Ranks
-from megatron.checkpoint.deepspeed_files import OPTIMIZER_CLASSES, Place
+from megatron.checkpoint.discovery import OPTIMIZER_FILE, find_checkpoint
 from megatron.checkpoint.errors import CheckpointError
-from megatron.checkpoint.folders import OPTIMIZER_FILE, find_checkpoint
-from megatron.checkpoint.layers import load_layers, verify_before_load
+from megatron.checkpoint.layer_files import load_layers, verify_before_load
 from megatron.checkpoint.manifest import MANIFEST_NAME, Manifest, read_manifest
 from megatron.checkpoint.save import HF, read_small_files
 from megatron.checkpoint.state import TrainState, restore_rng
 from megatron.checkpoint.torch_files import read_file
+from megatron.engine.deepspeed_files import OPTIMIZER_CLASSES, Place
+from megatron.parallel.collective_errors import Ranks
 
 if TYPE_CHECKING:
     from deepspeed.runtime.pipe.engine import PipelineEngine

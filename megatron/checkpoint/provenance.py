@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from megatron.model.layout import LlamaShape
+from megatron.layout import LlamaShape
 
 _REPOSITORY = Path(__file__).resolve().parents[2]
 _DISTRIBUTIONS = ("torch", "deepspeed", "megatron-core", "neox-llama")

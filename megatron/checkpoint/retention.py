@@ -11,10 +11,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from megatron.checkpoint.durable import sync_folder
-from megatron.checkpoint.folders import OPTIMIZER_FILE, remove, steps_in, tag_name
+from megatron.checkpoint.discovery import OPTIMIZER_FILE, remove, steps_in, tag_name
 from megatron.checkpoint.manifest import ManifestError, read_manifest, write_manifest
 from megatron.checkpoint.provenance import TRAINING
+from megatron.common.atomic_files import sync_folder
 
 
 def apply_retention(

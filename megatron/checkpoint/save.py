@@ -21,16 +21,16 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from megatron.checkpoint.agreement import Ranks
-from megatron.checkpoint.contents import Contents, rank_contents, write_contents
-from megatron.checkpoint.deepspeed_files import Place
+from megatron.checkpoint.discovery import PARTIAL, clean_leftovers, publish, tag_name
 from megatron.checkpoint.errors import CheckpointError, describe
-from megatron.checkpoint.folders import PARTIAL, clean_leftovers, publish, tag_name
-from megatron.checkpoint.layers import expected_files, tensor_problems
+from megatron.checkpoint.layer_files import expected_files, tensor_problems
 from megatron.checkpoint.manifest import FileEntry, Manifest, checksum, size_problems, write_manifest
 from megatron.checkpoint.provenance import provenance
+from megatron.checkpoint.rank_files import Contents, rank_contents, write_contents
 from megatron.checkpoint.retention import apply_retention
 from megatron.checkpoint.state import TrainState
+from megatron.engine.deepspeed_files import Place
+from megatron.parallel.collective_errors import Ranks
 
 if TYPE_CHECKING:
     from deepspeed.runtime.pipe.engine import PipelineEngine

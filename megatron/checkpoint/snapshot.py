@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.checkpoint.contents import Contents
+from megatron.checkpoint.rank_files import Contents
 
 _Path = tuple[Any, ...]  # file name, then the keys and positions that lead to a tensor
 

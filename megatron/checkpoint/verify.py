@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+from megatron.checkpoint.discovery import find_checkpoint
 from megatron.checkpoint.errors import CheckpointError, describe
-from megatron.checkpoint.folders import find_checkpoint
 from megatron.checkpoint.manifest import MANIFEST_NAME, FileEntry, file_checksum, read_manifest
 from megatron.checkpoint.torch_files import read_tensors, tensor_entry
 

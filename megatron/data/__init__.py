@@ -7,17 +7,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megatron.data.batches import MicroBatches
     from megatron.data.build import DataArgs, Datasets, build_datasets
     from megatron.data.header import fingerprint
     from megatron.data.indexed import DataError
     from megatron.data.sample import Sample, SampleDataset, stack
+    from megatron.data.sampler import MicroBatches
 
 _MODULES = {
     "DataArgs": "build",
     "DataError": "indexed",
     "Datasets": "build",
-    "MicroBatches": "batches",
+    "MicroBatches": "sampler",
     "Sample": "sample",
     "SampleDataset": "sample",
     "build_datasets": "build",

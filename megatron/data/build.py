@@ -11,12 +11,12 @@ import numpy as np
 import torch.distributed as dist
 
 from megatron.data.blend import Blend, Replay, mix, shares
+from megatron.data.document_packing import Packing, WholeDocuments
 from megatron.data.header import check_header, fingerprint, read_header
 from megatron.data.indexed import DataError, open_indexed
-from megatron.data.ranges import SampleRanges
 from megatron.data.sample import SampleDataset, SampleForm
+from megatron.data.skip_ranges import SampleRanges
 from megatron.data.sources import OncePacked, RunningPack, Source
-from megatron.data.whole import Packing, WholeDocuments
 from megatron.tokenizer import Tokenizer, TokenizerError, build_tokenizer
 
 

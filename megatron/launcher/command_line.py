@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from megatron.launcher.elsewhere import run_as_rank, start_by_srun, uses_srun
-from megatron.launcher.ranks import started_as_rank
+from megatron.launcher.slurm import run_as_rank, start_by_srun, uses_srun
 from megatron.launcher.start import start
 from megatron.neox_arguments import ConfigError, NeoXArgs
 from megatron.neox_arguments.derived import Task
 from megatron.neox_arguments.load import parse_overrides, resolve_path
+from megatron.parallel.rank_env import started_as_rank
 
 if TYPE_CHECKING:
-    from megatron.planner.options import PlanOptions
+    from megatron.planner.front.options import PlanOptions
 
 USAGE = """\
 usage: python deepy.py SCRIPT CONFIG [CONFIG ...] [-d FOLDER] [--KEY VALUE ...] [--print-config] [--dry-run] [--help]
@@ -71,7 +71,7 @@ def parse(arguments: list[str]) -> Request:
     print_config = _take_flag(words, ("--print-config", "--print_config"))
     plan = None
     if _take_flag(words, ("--dry-run", "--dry_run")):
-        from megatron.planner.options import take_options
+        from megatron.planner.front.options import take_options
 
         plan = take_options(words)
     first = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
@@ -148,7 +148,7 @@ def main(arguments: list[str]) -> int:
         return 0
     try:
         if request.plan is not None:
-            from megatron.planner.command import dry_run
+            from megatron.planner.front.command import dry_run
 
             return dry_run(args, request.plan)
         return start_by_srun(request.script, args) if uses_srun(args, os.environ) else start(request.script, args)

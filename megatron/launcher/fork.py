@@ -22,10 +22,10 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from types import FrameType
 
-from megatron.launcher.failures import LOST, REQUEUE, USER_ERROR, claim_failure
-from megatron.launcher.processes import die_with_parent, how_it_ended, shell_code
-from megatron.launcher.ranks import node_name
+from megatron.common.processes import die_with_parent, how_it_ended, shell_code
 from megatron.launcher.start import GRACE_SECONDS
+from megatron.parallel.rank_env import node_name
+from megatron.supervision.failures import LOST, REQUEUE, USER_ERROR, claim_failure
 
 FAILURE_GRACE_SECONDS = 10.0  # how long the others may run on once one rank has failed
 PRELOAD = ("torch", "deepspeed", "megatron.core.tensor_parallel")

@@ -12,9 +12,9 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from megatron.launcher.failures import REQUEUE
-from megatron.launcher.processes import kill_group, shell_code
+from megatron.common.processes import kill_group, shell_code
 from megatron.neox_arguments import NeoXArgs
+from megatron.supervision.failures import REQUEUE
 
 GRACE_SECONDS = 30.0  # from ctrl-C or SIGTERM until ranks that have not ended are killed
 

@@ -14,10 +14,10 @@ import sys
 from pathlib import Path
 from types import FrameType
 
-from megatron.launcher.failures import LOST, REQUEUE, USER_ERROR, recorded_code
-from megatron.launcher.processes import children, die_with_parent, how_it_ended, shell_code
-from megatron.launcher.ranks import node_name
+from megatron.common.processes import children, die_with_parent, how_it_ended, shell_code
 from megatron.launcher.start import GRACE_SECONDS
+from megatron.parallel.rank_env import node_name
+from megatron.supervision.failures import LOST, REQUEUE, USER_ERROR, recorded_code
 
 
 def main(arguments: list[str]) -> int:

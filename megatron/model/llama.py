@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron.model import layout
+from megatron import layout
 from megatron.model.parallel import TensorParallel
 from megatron.model.rotary import RotaryTable
 from megatron.neox_arguments import NeoXArgs

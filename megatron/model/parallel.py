@@ -49,7 +49,7 @@ class _RowLinear(_PlainState, RowParallelLinear):
 @dataclass(frozen=True)
 class TensorParallel:
     """Builds the parallel matrices of one tensor-parallel group. Weights are left uninitialised: every one of them
-    is either read from a checkpoint or drawn by `megatron.model.initialise`."""
+    is either read from a checkpoint or drawn by `megatron.model.initialize`."""
 
     group: ProcessGroup
     dtype: torch.dtype

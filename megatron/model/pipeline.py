@@ -18,7 +18,7 @@ from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
-from megatron.model.initialise import initialise
+from megatron.model.initialize import initialise
 from megatron.model.llama import Embedding, FinalNorm, Head, TransformerLayer, batch_first, sequence_first
 from megatron.model.loss import GlobalMeanLoss
 from megatron.model.parallel import TensorParallel

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:  # the converter uses these frequencies where pydantic is not installed
-    from megatron.neox_arguments.model import RopeScaling
+    from megatron.neox_arguments.keys.model import RopeScaling
 
 
 def inverse_frequencies(dim: int, base: float, scaling: RopeScaling | None) -> Tensor:

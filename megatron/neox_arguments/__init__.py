@@ -4,7 +4,7 @@ You are here: **neox_arguments** -> launcher -> model -> trainer -> checkpoint. 
 that a configuration can be checked on a login node in a second.
 """
 
+from megatron.common.errors import ConfigError
 from megatron.neox_arguments.arguments import NeoXArgs
-from megatron.neox_arguments.errors import ConfigError
 
 __all__ = ["ConfigError", "NeoXArgs"]

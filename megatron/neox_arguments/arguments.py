@@ -12,18 +12,18 @@ from typing import Any, Self
 
 from pydantic import PrivateAttr, ValidationError
 
-from megatron.model.layout import LlamaShape
+from megatron.common.errors import ConfigError
+from megatron.layout import LlamaShape
 from megatron.neox_arguments import checks, deepspeed_config, derived
-from megatron.neox_arguments.checkpoint import CheckpointKeys
-from megatron.neox_arguments.data import DataKeys
 from megatron.neox_arguments.derived import Task
-from megatron.neox_arguments.errors import ConfigError
+from megatron.neox_arguments.keys.checkpoint import CheckpointKeys
+from megatron.neox_arguments.keys.data import DataKeys
+from megatron.neox_arguments.keys.model import ModelKeys
+from megatron.neox_arguments.keys.optimization import OptimizationKeys
+from megatron.neox_arguments.keys.parallel import ParallelKeys
+from megatron.neox_arguments.keys.runtime import RuntimeKeys
+from megatron.neox_arguments.keys.survival import SurvivalKeys
 from megatron.neox_arguments.load import apply_overrides, canonical, merge_files
-from megatron.neox_arguments.model import ModelKeys
-from megatron.neox_arguments.optimization import OptimizationKeys
-from megatron.neox_arguments.parallel import ParallelKeys
-from megatron.neox_arguments.runtime import RuntimeKeys
-from megatron.neox_arguments.survival import SurvivalKeys
 from megatron.neox_arguments.unsupported import UNSUPPORTED, WITHOUT_EFFECT
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from megatron.neox_arguments.errors import ConfigError
+from megatron.common.errors import ConfigError
 
 if TYPE_CHECKING:
     from megatron.neox_arguments.arguments import NeoXArgs

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from megatron.model.layout import LlamaShape, padded_vocab_size
-from megatron.neox_arguments.errors import ConfigError
+from megatron.common.errors import ConfigError
+from megatron.layout import LlamaShape, padded_vocab_size
 
 if TYPE_CHECKING:
     from megatron.neox_arguments.arguments import NeoXArgs

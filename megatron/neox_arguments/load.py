@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from megatron.neox_arguments.errors import ConfigError
+from megatron.common.errors import ConfigError
 
 
 class _Loader(yaml.SafeLoader):

@@ -15,10 +15,10 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from megatron.neox_arguments.arguments import NeoXArgs
-from megatron.neox_arguments.checkpoint import CheckpointKeys
-from megatron.neox_arguments.data import DataKeys
-from megatron.neox_arguments.model import ModelKeys, RopeScaling
-from megatron.neox_arguments.optimization import (
+from megatron.neox_arguments.keys.checkpoint import CheckpointKeys
+from megatron.neox_arguments.keys.data import DataKeys
+from megatron.neox_arguments.keys.model import ModelKeys, RopeScaling
+from megatron.neox_arguments.keys.optimization import (
     Bf16,
     DataTypes,
     LrOverride,
@@ -27,9 +27,9 @@ from megatron.neox_arguments.optimization import (
     OptimizerParams,
     Zero,
 )
-from megatron.neox_arguments.parallel import ParallelKeys
-from megatron.neox_arguments.runtime import RuntimeKeys
-from megatron.neox_arguments.survival import SurvivalKeys
+from megatron.neox_arguments.keys.parallel import ParallelKeys
+from megatron.neox_arguments.keys.runtime import RuntimeKeys
+from megatron.neox_arguments.keys.survival import SurvivalKeys
 from megatron.neox_arguments.unsupported import UNSUPPORTED, WITHOUT_EFFECT
 
 BEGIN, END = "<!-- generated keys: begin -->", "<!-- generated keys: end -->"
@@ -115,7 +115,8 @@ def _type(field: FieldInfo) -> str:
     text = annotation.__name__ if isinstance(annotation, type) and not _arguments(annotation) else str(annotation)
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "mapping"
-    for noise in ("typing.", "megatron.neox_arguments.model.", "megatron.neox_arguments.optimization.", " | None"):
+    keys = "megatron.neox_arguments.keys"
+    for noise in ("typing.", f"{keys}.model.", f"{keys}.optimization.", " | None"):
         text = text.replace(noise, "")
     if text.startswith("Literal["):
         return " | ".join(

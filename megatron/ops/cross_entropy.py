@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron.ops.kernels import use_kernels
-from megatron.ops.rows import compute_dtype, rows_per_block
+from megatron.ops.cpu_blocks import compute_dtype, rows_per_block
+from megatron.ops.library import use_kernels
 
 
 def vocab_parallel_cross_entropy(

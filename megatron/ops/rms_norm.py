@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.ops.kernels import use_kernels
-from megatron.ops.rows import compute_dtype, rows_per_block
+from megatron.ops.cpu_blocks import compute_dtype, rows_per_block
+from megatron.ops.library import use_kernels
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, hf_rounding: bool = False) -> Tensor:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.ops.kernels import use_kernels
-from megatron.ops.rows import compute_dtype
+from megatron.ops.cpu_blocks import compute_dtype
+from megatron.ops.library import use_kernels
 
 
 def apply_rotary(

@@ -13,10 +13,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from megatron.ops import accuracy
-from megatron.ops.accuracy import Check
+from megatron.ops import kernel_checks
 from megatron.ops.bandwidth import Clock
-from megatron.ops.kernels import KERNEL_DTYPES, KernelsUnavailable, architectures, load_library
+from megatron.ops.kernel_checks import Check
+from megatron.ops.library import KERNEL_DTYPES, KernelsUnavailable, architectures, load_library
 
 kernels = torch.ops.neox
 
@@ -37,23 +37,23 @@ def checks(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Chec
 
     for rows, width in ((7, 4096), (70, 1024), (5, 63)):
         x, dy, residual, dsum = (random(rows, width) for _ in range(4))
-        for check in accuracy.norm_checks(x, random(width), dy, 1e-5):
+        for check in kernel_checks.norm_checks(x, random(width), dy, 1e-5):
             yield "rms_norm", check
-        for check in accuracy.norm_checks(x, random(width), dy, 1e-5, residual, dsum):
+        for check in kernel_checks.norm_checks(x, random(width), dy, 1e-5, residual, dsum):
             yield "add_rms_norm", check
     for d, half in ((128, 64), (80, 20)):
         packed = random(9, 2, (4 + 2 * 2) * d)
         q, k, _ = packed.unflatten(-1, (8, d)).split((4, 2, 2), -2)
         positions = torch.randint(0, 50, (2, 9), generator=generator).to(device)
-        for check in accuracy.rotary_checks(q, k, *rotary_tables(50, half, device), positions):
+        for check in kernel_checks.rotary_checks(q, k, *rotary_tables(50, half, device), positions):
             yield "rotary", check
     for rows, width in ((7, 1792), (5, 33)):
-        for check in accuracy.swiglu_checks(random(rows, 2 * width), random(rows, width)):
+        for check in kernel_checks.swiglu_checks(random(rows, 2 * width), random(rows, width)):
             yield "swiglu", check
     for columns, width in ((16032, 16000), (777, 777)):
         logits, dloss = random(6, columns) * 4, torch.rand(6, generator=generator).to(device)
         labels = torch.tensor([3, 5 + width // 2, -100, 4, 2 + width, 9]).to(device)
-        for check in accuracy.cross_entropy_checks(logits, labels, dloss, 3, width):
+        for check in kernel_checks.cross_entropy_checks(logits, labels, dloss, 3, width):
             yield "cross_entropy", check
 
 

@@ -7,16 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.model.layout import split_up_gate
-from megatron.ops.kernels import use_kernels
-from megatron.ops.rows import compute_dtype, rows_per_block
+from megatron.layout import split_up_gate
+from megatron.ops.cpu_blocks import compute_dtype, rows_per_block
+from megatron.ops.library import use_kernels
 
 _silu = torch.ops.aten.silu.out
 _silu_backward = torch.ops.aten.silu_backward.grad_input
 
 
 def swiglu(fused: Tensor) -> Tensor:
-    """up * silu(gate) of `fused` [..., 2 F] = [up | gate] (`megatron.model.layout.split_up_gate`); [..., F].
+    """up * silu(gate) of `fused` [..., 2 F] = [up | gate] (`megatron.layout.split_up_gate`); [..., F].
 
     Saves `fused` only. Raises ValueError if the last dimension is odd.
     """

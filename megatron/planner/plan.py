@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from megatron.neox_arguments import ConfigError, NeoXArgs
-from megatron.planner.activations import Ops
-from megatron.planner.checkpoint_size import CheckpointSize, checkpoint_size
-from megatron.planner.estimate import Budget, Estimate, Reliability, budget, estimate, reliability
-from megatron.planner.machines import GIB, MACHINES, Machine
-from megatron.planner.memory import StageMemory, fewest_recomputed, plan_memory
-from megatron.planner.parallel_layout import ParallelLayout
+from megatron.planner.cost.activations import Ops
+from megatron.planner.cost.checkpoint_size import CheckpointSize, checkpoint_size
+from megatron.planner.cost.estimate import Budget, Estimate, Reliability, budget, estimate, reliability
+from megatron.planner.cost.machines import GIB, MACHINES, Machine
+from megatron.planner.cost.memory import StageMemory, fewest_recomputed, plan_memory
+from megatron.planner.cost.parallel_layout import ParallelLayout
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def memory_of(
 
 
 def find_machine(name: str) -> Machine:
-    """Raises ConfigError for a machine that `megatron.planner.machines` does not describe."""
+    """Raises ConfigError for a machine that `megatron.planner.cost.machines` does not describe."""
     if name not in MACHINES:
         raise ConfigError(f"--machine: {name!r} is not known; known: {', '.join(MACHINES)}")
     return MACHINES[name]

@@ -6,7 +6,7 @@
     result.later         what sequence parallelism, interleaving or selective recomputation would give
     result.lines()       all of it as text; result.as_json() for scripts
 
-Time is `megatron.planner.estimate`'s, memory `megatron.planner.memory`'s. Legal is what `NeoXArgs` accepts: tensor
+Time is `planner.cost.estimate`'s, memory `planner.cost.memory`'s. Legal is what `NeoXArgs` accepts: tensor
 parallelism divides heads, key/value heads, MLP width and vocabulary and stays inside a node, every stage has a layer,
 and micro-batch x accumulation x data parallel is the global batch. Of recomputation it tries none, all, and, where
 memory lies between, the fewest layers that fit.
@@ -19,12 +19,12 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from megatron.model.layout import LlamaShape, padded_vocab_size
-from megatron.planner.compute import gemm_seconds, layer_matrices
-from megatron.planner.estimate import Estimate, estimate
-from megatron.planner.machines import GIB, LINK_NAMES, Machine, ring_rate
-from megatron.planner.memory import StageMemory, fewest_recomputed, plan_memory
-from megatron.planner.parallel_layout import ParallelLayout, Recompute
+from megatron.layout import LlamaShape, padded_vocab_size
+from megatron.planner.cost.compute import gemm_seconds, layer_matrices
+from megatron.planner.cost.estimate import Estimate, estimate
+from megatron.planner.cost.machines import GIB, LINK_NAMES, Machine, ring_rate
+from megatron.planner.cost.memory import StageMemory, fewest_recomputed, plan_memory
+from megatron.planner.cost.parallel_layout import ParallelLayout, Recompute
 
 RECOMPUTE: tuple[Recompute, ...] = ("none", "full")
 

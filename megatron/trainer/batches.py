@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron.common.errors import UserError
 from megatron.data import SampleDataset, stack
 from megatron.model.loss import IGNORE_INDEX, step_weight
-from megatron.neox_arguments.errors import UserError
 
 MicroBatch = Mapping[str, Tensor]
 

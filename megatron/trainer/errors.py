@@ -5,7 +5,7 @@ They do not derive from `UserError`, because tools on a login node raise them wh
 
 from megatron.checkpoint.errors import CheckpointError
 from megatron.data import DataError
-from megatron.ops.kernels import KernelsUnavailable
+from megatron.ops.library import KernelsUnavailable
 from megatron.tokenizer import TokenizerError
 
 USER_ERRORS = (CheckpointError, DataError, KernelsUnavailable, TokenizerError)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron.checkpoint.folders import LATEST
+from megatron.checkpoint.discovery import LATEST
 from megatron.neox_arguments import NeoXArgs
 
 

@@ -8,9 +8,9 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from megatron.checkpoint import BackgroundSaver, TrainState, save_checkpoint
 from megatron.data import Datasets
-from megatron.launcher.failures import Stopped
 from megatron.neox_arguments import NeoXArgs
-from megatron.trainer.progress import Progress
+from megatron.supervision.failures import Stopped
+from megatron.trainer.metrics import Progress
 
 
 class Saves:

@@ -14,9 +14,9 @@ import torch.distributed as dist
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from megatron.checkpoint import TrainState
-from megatron.data.ranges import SampleRanges
+from megatron.data.skip_ranges import SampleRanges
 from megatron.neox_arguments import NeoXArgs
-from megatron.trainer.guards import SuspiciousLossError
+from megatron.trainer.nonfinite import SuspiciousLossError
 
 
 class SkipLimitError(SuspiciousLossError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 
-from megatron.launcher.heartbeat import Whereabouts
+from megatron.supervision.status_store import Whereabouts
 
 STARTED = "NEOX_STARTED"  # set by the launcher: time.time() when deepy.py began
 

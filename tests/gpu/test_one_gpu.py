@@ -21,10 +21,10 @@ import yaml
 from torch import Tensor
 
 from megatron import ops
-from megatron.ops.kernels import PACKAGED_LIBRARY
-from tests.models import LLAMA3_ROPE, Case, load_hugging_face
-from tests.requirements import need
-from tests.token_files import random_documents
+from megatron.ops.library import PACKAGED_LIBRARY
+from tests.support.models import LLAMA3_ROPE, Case, load_hugging_face
+from tests.support.requirements import need
+from tests.support.token_files import random_documents
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(200)]
 
@@ -42,7 +42,7 @@ def _gpu() -> None:
 @pytest.fixture
 def _world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """This process as the only rank, with NCCL (RCCL)."""
-    from megatron.launcher.distributed import form_groups
+    from megatron.parallel.process_groups import form_groups
 
     monkeypatch.setenv("LOCAL_RANK", "0")  # DeepSpeed's pipeline asks for it
     torch.cuda.set_device(0)
@@ -65,7 +65,7 @@ def batch() -> tuple[Tensor, Tensor]:
 
 def ours(mode: str, precision: str) -> tuple[str, list[Tensor]]:
     """What was chosen; logits, losses, gradients of the embedding and of the first norm."""
-    from megatron.trainer.engine import build_model
+    from megatron.engine.deepspeed import build_model
 
     said: list[str] = []
     args = CASE.neox(world_size=1, distributed_backend="nccl", kernels=mode, precision=precision)

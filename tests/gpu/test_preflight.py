@@ -11,8 +11,8 @@ import pytest
 import torch
 import yaml
 
-from tests.requirements import need
-from tests.unit.configurations import keys
+from tests.support.configurations import keys
+from tests.support.requirements import need
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(200)]
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 LOG = """
 import os, torch, torch.distributed as dist
-from megatron.launcher.preflight.transport import problem, read, start_logging, take_log
+from megatron.preflight.transport import problem, read, start_logging, take_log
 
 path = start_logging(os.environ)
 torch.cuda.set_device(0)
@@ -55,7 +55,7 @@ def test_one_gpu(tmp_path: Path) -> None:
     config = tmp_path / "run.yml"
     config.write_text(yaml.safe_dump(keys(num_gpus=1, distributed_backend="nccl", precision="bfloat16")))
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
-    report = run([*launcher, "-m", "megatron.launcher.preflight", str(config), "--timeout", "60"])
+    report = run([*launcher, "-m", "megatron.preflight", str(config), "--timeout", "60"])
     print(report)
     assert "transport: one node, no network is used" in report
     assert "GEMM bf16" in report

@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 
 from megatron.checkpoint import BackgroundSaver, TrainState, background, save_checkpoint
-from tests.distributed.test_checkpoint_async import file_differences
-from tests.models import Case
-from tests.requirements import need
-from tests.training import make_samples, step
+from tests.checkpoint.test_async import file_differences
+from tests.support.engine_runs import make_samples, step
+from tests.support.models import Case
+from tests.support.requirements import need
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(200)]
 
@@ -26,7 +26,7 @@ CASE = Case(heads=8, kv_heads=2, head_dim=64, layers=2, intermediate=1408, vocab
 def _world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     from megatron.core import parallel_state
 
-    from megatron.launcher.distributed import form_groups
+    from megatron.parallel.process_groups import form_groups
 
     need("gpu", torch.cuda.is_available(), "torch sees no GPU")
     monkeypatch.setenv("LOCAL_RANK", "0")
@@ -41,7 +41,7 @@ def _world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.usefixtures("_world")
 @pytest.mark.parametrize("precision", ["fp32", "bfloat16"])
 def test_a_background_save_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
-    from megatron.trainer.engine import build_engine, build_model
+    from megatron.engine.deepspeed import build_engine, build_model
 
     args = CASE.neox(
         world_size=1, distributed_backend="nccl", precision=precision, save=str(tmp_path / "sync"), checkpoint_factor=1

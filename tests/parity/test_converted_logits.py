@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.models import LLAMA3_ROPE, Case, gathered, start
-from tests.ranks import run_ranks
+from tests.support.models import LLAMA3_ROPE, Case, gathered, start
+from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
 
@@ -69,7 +69,7 @@ def run_arguments(folder: Path, tp: int, pp: int, **more: Any) -> Any:
 def _logits(rank: int, world_size: int, folder: Path, tp: int, pp: int, ids: torch.Tensor) -> torch.Tensor | None:
     """Logits on the last stage, None on the others."""
     from megatron.checkpoint.load import load_weights
-    from megatron.trainer.engine import build_model
+    from megatron.engine.deepspeed import build_model
 
     args = run_arguments(folder, tp, pp)
     device = start(args)
@@ -108,7 +108,7 @@ def test_converted_logits_equal_transformers(name: str, tied: bool, tmp_path: Pa
 
 def _load_and_save(rank: int, world_size: int, folder: Path, save: Path) -> None:
     from megatron.checkpoint import load_checkpoint, save_checkpoint
-    from megatron.trainer.engine import build_engine, build_model
+    from megatron.engine.deepspeed import build_engine, build_model
 
     args = run_arguments(folder, 2, 2, save=str(save))
     device = start(args)
@@ -139,8 +139,8 @@ def _load_with_deepspeed(rank: int, world_size: int, folder: Path, tp: int, pp: 
     """Weights after DeepSpeed's own `load_checkpoint`, the one that GPT-NeoX calls."""
     from deepspeed.pipe import PipelineModule
 
+    from megatron.engine.deepspeed import build_inference_engine, build_model
     from megatron.model.pipeline import LlamaPipelineModule
-    from megatron.trainer.engine import build_inference_engine, build_model
 
     LlamaPipelineModule.load_state_dir = PipelineModule.load_state_dir  # this project closes that door for itself
     args = run_arguments(folder, tp, pp)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.models import LLAMA3_ROPE, Case
-from tests.ranks import run_ranks
-from tests.training import batch_of, build, make_samples
+from tests.support.engine_runs import batch_of, build, make_samples
+from tests.support.models import LLAMA3_ROPE, Case
+from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from megatron.data.indexed import IndexedWriter
 from megatron.data.sample import IGNORED, SampleForm
 from megatron.data.sources import RunningPack
-from tests.models import LLAMA3_ROPE, Case, gathered, load_hugging_face, start
-from tests.ranks import run_ranks
+from tests.support.models import LLAMA3_ROPE, Case, gathered, load_hugging_face, start
+from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
 
@@ -22,7 +22,7 @@ TOLERANCE = 1e-5
 
 
 def _logits(rank: int, world_size: int, tokens: Tensor, positions: Tensor | None) -> Tensor:
-    from megatron.trainer.engine import build_model
+    from megatron.engine.deepspeed import build_model
 
     args = CASE.neox(model_parallel_size=world_size, world_size=world_size, isolate_documents=positions is not None)
     device = start(args)

@@ -8,9 +8,17 @@ from typing import Any
 import pytest
 import torch
 
-from tests.models import LLAMA3_ROPE, Case
-from tests.ranks import run_ranks
-from tests.training import Samples, build, make_samples, rank_parameters, relative_difference, step, whole_model
+from tests.support.engine_runs import (
+    Samples,
+    build,
+    make_samples,
+    rank_parameters,
+    relative_difference,
+    step,
+    whole_model,
+)
+from tests.support.models import LLAMA3_ROPE, Case
+from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
 
@@ -55,7 +63,7 @@ def _train(rank: int, world_size: int, case: Case, split: tuple[int, int, int], 
         batch = samples[iteration * GLOBAL_BATCH : (iteration + 1) * GLOBAL_BATCH]
         history.append(step(engine, args, batch, iteration))
         if evals:
-            from megatron.trainer.evaluation import evaluate
+            from megatron.evaluation.perplexity import evaluate
 
             evaluate(engine, args, Samples(samples[:3]))
             evaluate(engine, args, Samples(samples[3:10]))

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.models import Case
-from tests.ranks import run_ranks
-from tests.training import IGNORE, build, make_samples, relative_difference, step
+from tests.support.engine_runs import IGNORE, build, make_samples, relative_difference, step
+from tests.support.models import Case
+from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
 

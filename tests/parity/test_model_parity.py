@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.models import LLAMA3_ROPE, Case, gathered, llama3_rope, load_hugging_face, start
-from tests.ranks import run_ranks
+from tests.support.models import LLAMA3_ROPE, Case, gathered, llama3_rope, load_hugging_face, start
+from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
 
@@ -36,7 +36,7 @@ GRID = [
 
 
 def _largest_difference(rank: int, world_size: int, case: Case, mutation: str | None) -> float:
-    from megatron.trainer.engine import build_model
+    from megatron.engine.deepspeed import build_model
 
     reference = case.hugging_face()
     args = case.neox(model_parallel_size=world_size, world_size=world_size)

@@ -15,13 +15,13 @@ from examples.demo_tokenizer import train_tokenizer
 from megatron.data import build_datasets
 from megatron.model.loss import IGNORE_INDEX
 from megatron.tokenizer import build_tokenizer
-from tests.models import LLAMA3_ROPE, Case
+from tests.datasets.test_preprocess_sft import conversations, write
 from tests.parity.test_masked_loss import assert_equal_gradients
-from tests.ranks import run_ranks
-from tests.training import relative_difference
-from tests.unit.data.conftest import real_texts
-from tests.unit.data.made_data import Args
-from tests.unit.data.test_preprocess_sft import conversations, write
+from tests.support.engine_runs import relative_difference
+from tests.support.made_data import Args
+from tests.support.models import LLAMA3_ROPE, Case
+from tests.support.ranks import run_ranks
+from tests.support.vocabulary import real_texts
 from tools.datasets.preprocess_sft import main as preprocess_sft
 
 pytestmark = pytest.mark.distributed
@@ -77,7 +77,7 @@ def test_what_is_learned_is_what_the_assistant_says(keys: dict[str, Any], sample
 
 def _gradients(rank: int, world_size: int, micro: int, accumulation: int, samples: list[Any]) -> list[Tensor]:
     """This rank's shard of the gradients, by parameter group, without a position's `sample_id`."""
-    from tests.training import build, step
+    from tests.support.engine_runs import build, step
 
     args = CASE.neox(
         world_size=world_size,

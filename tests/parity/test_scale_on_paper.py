@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
 
@@ -22,10 +22,10 @@ def _stage_parameters(rank: int, world_size: int, config: str, tp: int, pp: int,
     from megatron.core import parallel_state
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from megatron.model import layout
+    from megatron import layout
+    from megatron.engine.deepspeed import build_model
     from megatron.model.pipeline import topology
     from megatron.neox_arguments import NeoXArgs
-    from megatron.trainer.engine import build_model
 
     args = NeoXArgs.from_ymls(
         [config],

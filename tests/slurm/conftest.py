@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.requirements import need
-from tests.slurm.cluster import Cluster, missing
+from tests.support.requirements import need
+from tests.support.slurm_cluster import Cluster, missing
 
 
 def need_slurm() -> None:

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron.launcher.ranks import expand_hosts
-from tests.slurm.cluster import Cluster
-from tests.slurm.jobs import configure, light_project
+from megatron.parallel.rank_env import expand_hosts
 from tests.slurm.test_job import ODD
+from tests.support.slurm_cluster import Cluster
+from tests.support.slurm_jobs import configure, light_project
 
 pytestmark = pytest.mark.slurm
 

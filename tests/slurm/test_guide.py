@@ -13,8 +13,8 @@ from launch.render import main
 from launch.sites import Site
 from megatron.launcher.command_line import parse
 from megatron.neox_arguments import NeoXArgs
-from tests.slurm.cluster import Cluster
-from tests.slurm.jobs import ROOT, configure, finished, light_project, log_of
+from tests.support.slurm_cluster import Cluster
+from tests.support.slurm_jobs import ROOT, configure, finished, light_project, log_of
 
 pytestmark = pytest.mark.slurm
 

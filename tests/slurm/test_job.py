@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from launch.render import main
-from tests.slurm.cluster import Cluster
-from tests.slurm.jobs import configure, finished, light_project, log_of, rendered
+from tests.support.slurm_cluster import Cluster
+from tests.support.slurm_jobs import configure, finished, light_project, log_of, rendered
 
 pytestmark = pytest.mark.slurm
 

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron.checkpoint.folders import complete_steps
-from megatron.launcher.failures import REQUEUE
-from tests.models import LLAMA3_ROPE, Case
-from tests.slurm.cluster import Cluster
-from tests.slurm.jobs import ROOT, finished, log_of, rendered
-from tests.token_files import random_documents
+from megatron.checkpoint.discovery import complete_steps
+from megatron.supervision.failures import REQUEUE
+from tests.support.models import LLAMA3_ROPE, Case
+from tests.support.slurm_cluster import Cluster
+from tests.support.slurm_jobs import ROOT, finished, log_of, rendered
+from tests.support.token_files import random_documents
 
 pytestmark = pytest.mark.slurm
 

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from tools.convert_hf.dtypes import ALIASES
 from tools.convert_hf.errors import ConvertError
+from tools.convert_hf.formats.dtypes import ALIASES
 
 _SIZES = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30}
 
@@ -203,8 +203,8 @@ def _describing(verb: argparse.ArgumentParser) -> None:
 
 
 def _open(path: Path, arguments: argparse.Namespace, quiet: bool = False):  # type: ignore[no-untyped-def]
-    from tools.convert_hf.llama_config import parse_given
-    from tools.convert_hf.opening import Options, open_checkpoint
+    from tools.convert_hf.sources.llama_config import parse_given
+    from tools.convert_hf.sources.opening import Options, open_checkpoint
 
     checkpoint = open_checkpoint(path, Options(arguments.hf_source, parse_given(arguments.set)))
     for note in [] if quiet else checkpoint.notes:
@@ -213,7 +213,7 @@ def _open(path: Path, arguments: argparse.Namespace, quiet: bool = False):  # ty
 
 
 def _request(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
-    from tools.convert_hf.converting import Request
+    from tools.convert_hf.commands.convert import Request
 
     return Request(
         output=arguments.output,
@@ -228,7 +228,7 @@ def _request(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
 
 
 def _run_neox(arguments: argparse.Namespace) -> int:
-    from tools.convert_hf.converting import prepare_neox
+    from tools.convert_hf.commands.convert import prepare_neox
 
     source = _open(arguments.input, arguments)
     print(f"source: {source.describe()}")
@@ -237,7 +237,7 @@ def _run_neox(arguments: argparse.Namespace) -> int:
 
 
 def _run_hf(arguments: argparse.Namespace) -> int:
-    from tools.convert_hf.converting import prepare_hf
+    from tools.convert_hf.commands.convert import prepare_hf
 
     source = _open(arguments.input, arguments)
     print(f"source: {source.describe()}")
@@ -245,8 +245,8 @@ def _run_hf(arguments: argparse.Namespace) -> int:
 
 
 def _run_verify(arguments: argparse.Namespace) -> int:
-    from tools.convert_hf.comparing import own_digests
-    from tools.convert_hf.verifying import verification_band, verify
+    from tools.convert_hf.commands.verify import verification_band, verify
+    from tools.convert_hf.verify.compare import own_digests
 
     if len(arguments.checkpoints) > 2:
         raise ConvertError("verify compares two checkpoints, or one with its manifest")
@@ -277,7 +277,7 @@ def _run_verify(arguments: argparse.Namespace) -> int:
 def _run_inspect(arguments: argparse.Namespace) -> int:
     import json
 
-    from tools.convert_hf.inspecting import describe, table
+    from tools.convert_hf.commands.inspect import describe, table
 
     checkpoint = _open(arguments.checkpoint, arguments, quiet=arguments.json)
     print(json.dumps(describe(checkpoint), indent=2) if arguments.json else table(checkpoint))
@@ -285,10 +285,10 @@ def _run_inspect(arguments: argparse.Namespace) -> int:
 
 
 def _execute(output, arguments: argparse.Namespace) -> int:  # type: ignore[no-untyped-def]
-    from tools.convert_hf.converting import execute
+    from tools.convert_hf.commands.convert import execute
 
     if arguments.plan:
-        from tools.convert_hf.describing import plan_text
+        from tools.convert_hf.commands.show_plan import plan_text
 
         print(plan_text(output))
         return 0

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 
 def parser() -> argparse.ArgumentParser:
-    from tools.datasets.rules import add_flags
+    from tools.datasets.cleaning.rules import add_flags
 
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--input", nargs="+", required=True, help="files, globs or folders; commas separate, too")
@@ -41,12 +41,12 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     from megatron.data.indexed import DataError
-    from tools.datasets.clean import CleanJob, run_cleaning
-    from tools.datasets.clean_page import table
-    from tools.datasets.perplexity import load_perplexity
-    from tools.datasets.pipeline import BadRecord
-    from tools.datasets.rules import read_rules
-    from tools.datasets.sources import SourceError, expand
+    from tools.datasets.cleaning.clean import CleanJob, run_cleaning
+    from tools.datasets.cleaning.page import table
+    from tools.datasets.cleaning.perplexity import load_perplexity
+    from tools.datasets.cleaning.rules import read_rules
+    from tools.datasets.encoding.pipeline import BadRecord
+    from tools.datasets.encoding.sources import SourceError, expand
 
     try:
         rules = read_rules(options.rules, options)

@@ -44,8 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     from megatron.data.indexed import DataError
     from megatron.tokenizer import TokenizerError
-    from tools.datasets.pipeline import BadRecord
-    from tools.datasets.sources import SourceError
+    from tools.datasets.encoding.pipeline import BadRecord
+    from tools.datasets.encoding.sources import SourceError
 
     try:
         preprocess(options)
@@ -62,9 +62,9 @@ def preprocess(options: argparse.Namespace) -> None:
     """Raises BadRecord, DataError, SourceError, TokenizerError, OSError."""
     from megatron.data.indexed import token_dtype
     from megatron.tokenizer import TokenizerError, build_tokenizer
-    from tools.datasets.encode import TextEncoder
-    from tools.datasets.pipeline import HeaderMaker, Job, Output, identity_of, run_job
-    from tools.datasets.sources import expand, read_blocks
+    from tools.datasets.encoding.encode import TextEncoder
+    from tools.datasets.encoding.pipeline import HeaderMaker, Job, Output, identity_of, run_job
+    from tools.datasets.encoding.sources import expand, read_blocks
 
     if options.merge_file:
         print(f"--merge-file {options.merge_file} is not read: the merges are in --vocab-file", file=sys.stderr)

@@ -49,9 +49,9 @@ def main(arguments: list[str] | None = None) -> int:
     from megatron.data.indexed import DataError
     from megatron.tokenizer import TokenizerError
     from megatron.tokenizer.chat import ChatError
-    from tools.datasets.pipeline import BadRecord
-    from tools.datasets.sft import preprocess
-    from tools.datasets.sources import SourceError
+    from tools.datasets.encoding.pipeline import BadRecord
+    from tools.datasets.encoding.sft import preprocess
+    from tools.datasets.encoding.sources import SourceError
 
     try:
         preprocess(options)

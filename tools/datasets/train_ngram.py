@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     from megatron.data.indexed import DataError
-    from tools.datasets.sources import SourceError
+    from tools.datasets.encoding.sources import SourceError
 
     try:
         train(options.input, options.output, options.text_key, options.order)
@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
 def train(inputs: list[str], output: Path, key: str, order: int) -> None:
     """Raises DataError, SourceError, OSError; the output is complete or it is not there."""
     from megatron.data.indexed import DataError
-    from tools.datasets.sources import expand
+    from tools.datasets.encoding.sources import expand
 
     if not 2 <= order <= 6:
         raise DataError(f"--order {order}: expected 2 to 6")
@@ -86,9 +86,9 @@ def train(inputs: list[str], output: Path, key: str, order: int) -> None:
 def _lines(files: list[Path], key: str) -> Iterator[str]:
     """Lines of words of all records. Raises DataError for a record without text."""
     from megatron.data.indexed import DataError
-    from tools.datasets.encode import read_record, text_of
-    from tools.datasets.perplexity import word_lines
-    from tools.datasets.sources import read_blocks
+    from tools.datasets.cleaning.perplexity import word_lines
+    from tools.datasets.encoding.encode import read_record, text_of
+    from tools.datasets.encoding.sources import read_blocks
 
     for file in files:
         for block in read_blocks(file, [key]):

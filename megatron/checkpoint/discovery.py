@@ -1,0 +1,147 @@
+"""Which folder is the checkpoint: names, `latest`, completeness, left-overs of killed runs. Standard library only.
+
+A run folder holds `global_stepN/` for each checkpoint and `latest`, the name of one of them. Names with a suffix are
+never checkpoints in use:
+
+- `global_stepN.tmp`: being written, or being deleted. Worth nothing; the next save removes it.
+- `global_stepN.replaced`: the previous checkpoint of the same step, moved aside while a new one takes its name. Between
+  the two renames it is the only one, so a reader accepts it in the place of the missing `global_stepN`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from megatron.checkpoint.errors import CheckpointError
+from megatron.checkpoint.manifest import MANIFEST_NAME, ManifestError, read_manifest, size_problems
+from megatron.common.atomic_files import sync_folder, write_text
+
+LATEST = "latest"
+PARTIAL = ".tmp"
+REPLACED = ".replaced"
+OPTIMIZER_FILE = re.compile(r"(bf16_)?zero_pp_rank_\d+_mp_rank_\d+_optim_states\.pt")
+_TAG = re.compile(r"global_step(\d+)")
+
+
+def tag_name(iteration: int) -> str:
+    return f"global_step{iteration}"
+
+
+def optimizer_file_name(dp_rank: int, k: int, bf16: bool) -> str:
+    """DeepSpeed's name of a rank's optimizer file; `k` is pp_rank * tp + tp_rank."""
+    return f"{'bf16_' if bf16 else ''}zero_pp_rank_{dp_rank}_mp_rank_{k:02d}_optim_states.pt"
+
+
+def steps_in(root: Path) -> list[int]:
+    """Steps of the folders named `global_stepN` under `root`, ascending; they may be incomplete."""
+    if not root.is_dir():
+        return []
+    matches = (_TAG.fullmatch(path.name) for path in root.iterdir() if path.is_dir())
+    return sorted(int(match[1]) for match in matches if match)
+
+
+def completeness_problems(folder: Path) -> list[str]:
+    """Why a checkpoint with a manifest is not complete; empty if every listed file is there with its size."""
+    try:
+        return size_problems(folder, read_manifest(folder))
+    except ManifestError as error:
+        return [str(error)]
+
+
+def complete_steps(root: Path) -> list[int]:
+    """Steps under `root` whose folder has a manifest and every file it lists, ascending."""
+    return [step for step in steps_in(root) if not completeness_problems(root / tag_name(step))]
+
+
+def find_checkpoint(root: Path | str, iteration: int | None = None, log: Callable[[str], None] = print) -> Path:
+    """The checkpoint folder to read: the one `latest` names, or that of `iteration`.
+
+    Saving moves `latest` last, so it names a complete checkpoint whatever was killed when. If it does not, something
+    was lost since, and the choice is the user's: CheckpointError names what is missing and which steps are complete.
+    A folder without a manifest (GPT-NeoX wrote it) is returned with a line in the log; its files are checked
+    against the model's shape before anything is loaded.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise CheckpointError(f"load: {root} is not a folder; give the folder that holds `latest` and `global_stepN`")
+    tag = tag_name(iteration) if iteration is not None else _read_latest(root)
+    folder = root / tag
+    if not folder.exists() and (root / (tag + REPLACED)).is_dir():
+        folder = root / (tag + REPLACED)
+    if not folder.is_dir():
+        asked = "`iteration` asks for it" if iteration is not None else f"{root / LATEST} names it"
+        raise CheckpointError(f"{folder} does not exist, but {asked}; {_choices(root)}")
+    if not (folder / MANIFEST_NAME).exists():
+        log(f"{folder} has no {MANIFEST_NAME} (GPT-NeoX wrote it?): keys, shapes and shard counts are checked instead")
+        return folder
+    problems = completeness_problems(folder)
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise CheckpointError(f"{folder} is not complete: {'; '.join(problems[:3])}{more}; {_choices(root)}")
+    return folder
+
+
+def _read_latest(root: Path) -> str:
+    try:
+        tag = (root / LATEST).read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise CheckpointError(f"{root / LATEST} cannot be read ({error.strerror}); {_choices(root)}") from error
+    if not tag or Path(tag).name != tag:
+        raise CheckpointError(f"{root / LATEST} holds {tag!r}, which is not the name of a checkpoint; {_choices(root)}")
+    return tag
+
+
+def _choices(root: Path) -> str:
+    steps = complete_steps(root)
+    if not steps:
+        return f"{root} holds no complete checkpoint"
+    return f"complete in {root}: steps {', '.join(map(str, steps))} (choose one with `iteration: {steps[-1]}`)"
+
+
+def publish(partial: Path, final: Path) -> None:
+    """Give a finished folder its name, then point `latest` at it; an older folder of that name is removed after."""
+    replaced = final.with_name(final.name + REPLACED)
+    sync_folder(partial)
+    if final.exists():
+        os.rename(final, replaced)
+    os.rename(partial, final)
+    sync_folder(final.parent)
+    write_text(final.parent / LATEST, final.name + "\n")
+    if replaced.exists():
+        remove(replaced)
+
+
+def remove(folder: Path) -> None:
+    """Delete a checkpoint so that a kill on the way leaves rubbish with a `.tmp` name, not half a checkpoint."""
+    rubbish = folder.with_name(folder.name + PARTIAL)
+    if rubbish.exists():
+        shutil.rmtree(rubbish)
+    os.rename(folder, rubbish)
+    sync_folder(folder.parent)
+    shutil.rmtree(rubbish)
+
+
+def clean_leftovers(root: Path, log: Callable[[str], None] = print) -> None:
+    """Undo what killed saves left in a run folder that this run owns: finish or drop replacements, drop partials."""
+    if not root.is_dir():
+        return
+    for path in sorted(root.iterdir()):
+        tag = path.name.removesuffix(REPLACED)
+        if not path.is_dir() or tag == path.name or not _TAG.fullmatch(tag):
+            continue
+        if (root / tag).exists():
+            remove(path)
+        else:
+            log(f"{path} takes its name {tag} back: the save that was to replace it did not finish")
+            os.rename(path, root / tag)
+            sync_folder(root)
+    for path in sorted(root.iterdir()):
+        tag = path.name.removesuffix(PARTIAL)
+        if path.is_dir() and tag != path.name and _TAG.fullmatch(tag.removesuffix(REPLACED)):
+            log(f"{path} is removed: a save or a deletion that did not finish left it")
+            shutil.rmtree(path)
+    (root / (LATEST + PARTIAL)).unlink(missing_ok=True)  # killed while `latest` was about to move

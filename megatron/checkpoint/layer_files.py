@@ -1,0 +1,188 @@
+"""Layer files of a pipeline module: written from it, checked before anything is loaded, loaded strictly.
+
+DeepSpeed's own loader globs for files and gives a rank another rank's shard when one is missing; nothing here looks
+for files: `megatron.layout` says which there must be, and each rank opens the ones of its own name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from megatron.checkpoint.errors import CheckpointError, describe
+from megatron.checkpoint.manifest import FileEntry
+from megatron.checkpoint.torch_files import Header, dtype_name, read_headers, read_tensors
+from megatron.layout import EMBEDDING_INDEX, LlamaShape, TensorLayout, layer_file_name, layer_files, rank_shape
+
+if TYPE_CHECKING:
+    from megatron.model.pipeline import LlamaPipelineModule
+
+WEIGHT_DTYPES = ("float32", "bfloat16", "float16")
+_LAYER_FILE = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
+
+
+class _Described(Protocol):
+    """What files and manifests both know of a tensor."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> str: ...
+
+
+def own_layers(module: LlamaPipelineModule) -> dict[str, dict[str, Tensor]]:
+    """The live tensors of the layer files that this rank writes, by file.
+
+    Data-parallel ranks hold equal weights and take the layers of their stage in turn.
+    """
+    grid = module.mpu()
+    dp_rank, dp_size = grid.get_data_parallel_rank(), grid.get_data_parallel_world_size()
+    return {
+        layer_file_name(index, grid.get_slice_parallel_rank()): _tensors(layer)
+        for turn, (index, layer) in enumerate(module.numbered_layers())
+        if turn % dp_size == dp_rank
+    }
+
+
+def load_layers(module: LlamaPipelineModule, folder: Path) -> set[tuple[str, str]]:
+    """Fill this rank's stage from the layer files in `folder`; every tensor must be there, with its shape.
+
+    Returns the conversions done, as (dtype in the file, dtype of the parameter). Copies are in place and collective
+    communication is not used. CheckpointError names the file and the tensor.
+    """
+    tp_rank = module.mpu().get_slice_parallel_rank()
+    conversions = set()
+    for index, layer in [*module.numbered_layers(), *_tied_copies(module)]:
+        path = folder / layer_file_name(index, tp_rank)
+        stored, wanted = read_tensors(path), _tensors(layer)
+        problems = list(_key_problems(stored.keys(), wanted.keys()))
+        problems += [
+            _shape_problem(name, tuple(stored[name].shape), tuple(parameter.shape))
+            for name, parameter in wanted.items()
+            if name in stored and stored[name].shape != parameter.shape
+        ]
+        if problems:
+            raise CheckpointError(f"{path}: {'; '.join(problems)}")
+        for name, parameter in wanted.items():
+            _copy(stored[name], parameter, f"{path}: {name}")
+            conversions.add((dtype_name(stored[name].dtype), dtype_name(parameter.dtype)))
+    return conversions
+
+
+@torch.no_grad()
+def _copy(source: Tensor, target: Tensor, where: str) -> None:
+    target.detach().copy_(source)
+    narrower = target.dtype == torch.float16 and source.dtype != torch.float16
+    if narrower and not bool(torch.isfinite(target).all()):
+        raise CheckpointError(f"{where} does not fit into float16: train in bfloat16 or fp32")
+
+
+def _tied_copies(module: LlamaPipelineModule) -> Iterator[tuple[int, nn.Module]]:
+    """(number of the file that holds it, module) of a tied embedding that another stage owns."""
+    own = {id(layer) for _, layer in module.numbered_layers()}
+    for tied in module.tied_modules.values():
+        if id(tied) not in own:
+            yield EMBEDDING_INDEX, tied
+
+
+def _tensors(layer: nn.Module) -> dict[str, Tensor]:
+    """The layer's state without megatron-core's `_extra_state` entries, which GPT-NeoX refuses."""
+    return {name: value for name, value in layer.state_dict().items() if not name.endswith("_extra_state")}
+
+
+def expected_files(shape: LlamaShape, tp: int) -> dict[str, tuple[TensorLayout, ...]]:
+    """Rows of the layout table by the name of every layer file that a checkpoint of this shape must have."""
+    return {layer_file_name(index, tp_rank): rows for index, _, rows in layer_files(shape) for tp_rank in range(tp)}
+
+
+def set_problems(names: set[str], shape: LlamaShape, tp: int) -> list[str]:
+    """What is wrong with the set of layer files in a checkpoint: another TP, lost or foreign files."""
+    matches = {name: match for name in names if (match := _LAYER_FILE.fullmatch(name))}
+    if not matches:
+        return ["there is no layer file (layer_XX-model_YY-model_states.pt)"]
+    stored_tp = 1 + max(int(match[2]) for match in matches.values())
+    if stored_tp != tp:
+        return [
+            f"its layer files are for model_parallel_size {stored_tp}, the configuration says {tp}: set it to "
+            f"{stored_tp}, or write the weights anew with `python tools/convert_hf reshard --tp {tp}`"
+        ]
+    expected = expected_files(shape, tp)
+    problems = [f"{name} is missing" for name in expected if name not in matches]
+    return problems + [
+        f"{name} belongs to no layer of a model with num_layers {shape.num_layers}"
+        + (" and tied embeddings" if shape.tied else "")
+        for name in sorted(matches.keys() - expected.keys())
+    ]
+
+
+def tensor_problems(
+    stored: Mapping[str, _Described], rows: tuple[TensorLayout, ...], shape: LlamaShape, tp: int
+) -> list[str]:
+    """What is wrong with the tensors of one layer file, by name."""
+    wanted = {row.neox: rank_shape(row, shape, tp) for row in rows}
+    problems = list(_key_problems(stored.keys(), wanted.keys()))
+    for name in sorted(stored.keys() & wanted.keys()):
+        header = stored[name]
+        if header.shape != wanted[name]:
+            problems.append(_shape_problem(name, header.shape, wanted[name]))
+        if header.dtype not in WEIGHT_DTYPES:
+            problems.append(f"{name} has dtype {header.dtype}, expected one of {', '.join(WEIGHT_DTYPES)}")
+    return problems
+
+
+def verify_before_load(
+    folder: Path,
+    shape: LlamaShape,
+    tp: int,
+    part: tuple[int, int] = (0, 1),
+    manifest_files: Mapping[str, FileEntry] | None = None,
+) -> list[str]:
+    """Problems of a checkpoint's layer files against the model's shape, from their headers; no weight is read.
+
+    Every file of every tensor-parallel rank is looked at, whichever stage or rank will load it: `part` is (rank,
+    ranks), and the ranks of a run share the files among them. With the files of a manifest, headers must also agree
+    with it. An empty list means that all is as it should be.
+    """
+    rank, ranks = part
+    names = {path.name for path in folder.iterdir()}
+    problems = set_problems(names, shape, tp) if rank == 0 else []
+    for name, rows in sorted(expected_files(shape, tp).items())[rank::ranks]:
+        if name not in names:
+            continue  # named by rank 0 already
+        try:
+            headers = read_headers(folder / name)
+        except (CheckpointError, OSError) as error:
+            problems.append(describe(error))
+            continue
+        found = tensor_problems(headers, rows, shape, tp)
+        if not found and manifest_files is not None:
+            found = _manifest_problems(headers, manifest_files.get(name))
+        problems += [f"{folder / name}: {problem}" for problem in found]
+    return problems
+
+
+def _manifest_problems(headers: Mapping[str, Header], entry: FileEntry | None) -> list[str]:
+    if entry is None:
+        return ["is not listed in the manifest"]
+    listed = {name: Header(tensor.shape, tensor.dtype) for name, tensor in entry.tensors.items()}
+    return [
+        f"{name} is {headers.get(name)} in the file and {listed.get(name)} in the manifest"
+        for name in sorted(listed.keys() | headers.keys())
+        if listed.get(name) != headers.get(name)
+    ]
+
+
+def _key_problems(stored: Any, wanted: Any) -> Iterator[str]:
+    for name in sorted(wanted - stored):
+        yield f"{name} is missing"
+    for name in sorted(stored - wanted):
+        yield f"{name} is not a tensor of this layer"
+
+
+def _shape_problem(name: str, stored: tuple[int, ...], wanted: tuple[int, ...]) -> str:
+    return f"{name} has shape {list(stored)}, the model's is {list(wanted)}"

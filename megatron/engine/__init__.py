@@ -1,0 +1,1 @@
+"""What trains a pipeline stage: DeepSpeed behind the project's own seam."""

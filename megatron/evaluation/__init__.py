@@ -1,0 +1,1 @@
+"""Loss and perplexity of a checkpoint, source by source."""

@@ -1,0 +1,1 @@
+"""Text from a checkpoint at any TP x PP."""

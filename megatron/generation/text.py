@@ -1,0 +1,82 @@
+"""Text from a checkpoint at any TP x PP, by recomputation: every token runs the whole sequence once.
+
+There is no key/value cache. Sequences are padded on the right to `seq_length`, which a causal model does not see, so
+that the pipeline's buffers keep their shape.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.pipe.engine import PipelineEngine
+from torch import Tensor
+
+from megatron.common.errors import UserError
+from megatron.neox_arguments import NeoXArgs
+
+
+def continue_text(
+    engine: PipelineEngine, args: NeoXArgs, prompt: list[int], eod: int, generator: torch.Generator
+) -> tuple[list[int], bool]:
+    """New token ids after `prompt`, at most `maximum_tokens`, and whether the document ended. Collective.
+
+    Raises UserError for a prompt that is empty or fills `seq_length`.
+    """
+    if not 0 < len(prompt) < args.seq_length:
+        raise UserError(f"a prompt of {len(prompt)} tokens; expected 1 to {args.seq_length - 1} (seq_length - 1)")
+    ids = list(prompt)
+    while len(ids) < args.seq_length and len(ids) - len(prompt) < args.maximum_tokens:
+        token = _next_token(engine, args, ids, generator)
+        if token == eod:
+            return ids[len(prompt) :], True
+        ids.append(token)
+    return ids[len(prompt) :], False
+
+
+def choose(logits: Tensor, args: NeoXArgs, generator: torch.Generator) -> int:
+    """A token from logits [vocab_size]: the most likely at temperature 0, else sampled within top_k and top_p."""
+    if args.temperature == 0:
+        return int(logits.argmax())
+    probabilities, order = (logits.float().cpu() / args.temperature).softmax(-1).sort(descending=True)
+    if args.top_k:
+        probabilities[args.top_k :] = 0
+    if args.top_p:
+        before = probabilities.cumsum(0) - probabilities  # the most likely token always stays
+        probabilities[before >= args.top_p] = 0
+    return int(order[torch.multinomial(probabilities, 1, generator=generator)])
+
+
+def _next_token(engine: PipelineEngine, args: NeoXArgs, ids: list[int], generator: torch.Generator) -> int:
+    chosen = torch.zeros(1, dtype=torch.int64, device=engine.device)
+    logits = _last_logits(engine, args, ids)
+    if logits is not None:
+        chosen[0] = choose(logits, args, generator)
+    if engine.num_stages > 1:
+        last = engine.grid.stage_to_global(engine.num_stages - 1)
+        dist.broadcast(chosen, src=last, group=engine.grid.get_pipe_parallel_group())
+    return int(chosen)
+
+
+def _last_logits(engine: PipelineEngine, args: NeoXArgs, ids: list[int]) -> Tensor | None:
+    """Logits [vocab_size] after the last id, the same on every tensor-parallel rank of the last stage, else None."""
+    micro_batch = args.train_micro_batch_size_per_gpu
+    tokens = torch.zeros(micro_batch, args.seq_length, dtype=torch.int64)
+    tokens[:, : len(ids)] = torch.tensor(ids)
+    positions = torch.arange(args.seq_length).expand_as(tokens).contiguous()
+    inputs = (tokens, positions) if args.isolate_documents else tokens
+    reads = engine.is_first_stage() or engine.is_last_stage()
+    _, logits = engine.eval_batch(
+        iter([(inputs, tokens)]) if reads else None,
+        return_logits=True,
+        compute_loss=False,
+        reduce_output=None,
+        bcast_loss=False,
+        num_micro_batches=1,
+    )
+    if not engine.is_last_stage():
+        return None
+    local = logits[0, len(ids) - 1].contiguous()
+    group = engine.module.tensor_parallel.group
+    parts = [torch.empty_like(local) for _ in range(group.size())]
+    dist.all_gather(parts, local, group=group)
+    return torch.cat(parts)[: args.vocab_size]

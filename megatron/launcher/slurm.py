@@ -1,0 +1,89 @@
+"""deepy.py where others start processes: in a Slurm allocation (one srun), and as a rank that was started already."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NoReturn
+
+from megatron.launcher.start import environment, supervise, write_handover
+from megatron.neox_arguments import ConfigError, NeoXArgs
+from megatron.supervision.failures import recorded_code
+
+
+def in_allocation(env: Mapping[str, str]) -> bool:
+    """Whether this is the batch script of a Slurm job, or a shell in an allocation: a place to call srun from."""
+    return "SLURM_JOB_ID" in env
+
+
+def uses_srun(args: NeoXArgs, env: Mapping[str, str]) -> bool:
+    """Whether deepy.py starts the ranks by srun. Raises ConfigError where it should and cannot."""
+    if args.launcher == "slurm" and not in_allocation(env):
+        raise ConfigError(
+            "launcher: slurm outside of a Slurm allocation; submit a job (docs/launching.md) or open one with salloc"
+        )
+    chosen = args.launcher == "slurm" or (args.launcher == "auto" and in_allocation(env))
+    if not chosen and args.num_nodes > 1:
+        raise ConfigError(
+            f"num_nodes is {args.num_nodes}, but this is not a Slurm allocation, and here deepy.py starts the ranks of "
+            f"one machine. Submit a job (docs/launching.md), or start the script itself by torchrun on each node"
+        )
+    return chosen
+
+
+def srun_command(args: NeoXArgs, env: Mapping[str, str]) -> list[str]:
+    """One srun for all ranks, numbered node by node. The environment is passed whole: values in `--export=A=b` are cut
+    at commas. Raises ConfigError if the allocation has another number of nodes than the configuration."""
+    nodes = int(env.get("SLURM_JOB_NUM_NODES") or env.get("SLURM_NNODES") or "1")
+    if nodes != args.num_nodes:
+        raise ConfigError(
+            f"the allocation has {nodes} nodes, the configuration is made for num_nodes {args.num_nodes}; ask Slurm "
+            f"for {args.num_nodes}, or give --num_nodes {nodes} (and num_gpus, the ranks on each)"
+        )
+    command = [
+        "srun",
+        f"--nodes={nodes}",
+        f"--ntasks={args.global_num_gpus}",
+        f"--ntasks-per-node={args.global_num_gpus // nodes}",
+        "--distribution=block",
+        "--kill-on-bad-exit=1",
+        "--export=ALL",
+    ]
+    if env.get("SLURM_CPUS_PER_TASK"):  # since 22.05 srun no longer takes it from the job
+        command.append(f"--cpus-per-task={env['SLURM_CPUS_PER_TASK']}")
+    return command
+
+
+def start_by_srun(script: Path, args: NeoXArgs) -> int:
+    """Run `script` on all ranks of the allocation; returns the code of the rank that failed first.
+
+    The configuration travels as a file that all nodes must see: beside the checkpoints, or in the working directory.
+    """
+    if shutil.which("srun") is None:
+        raise ConfigError("this is a Slurm job, but srun is not on PATH; call deepy.py outside of the container")
+    command = srun_command(args, os.environ)
+    parent = Path(args.save or args.log_dir or ".")
+    parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".neox_run_{os.environ['SLURM_JOB_ID']}_", dir=parent)).resolve()
+    try:
+        handover = write_handover(args, folder)
+        # A warning during start-up would end a rank: it waits until the training listens (StopRequest).
+        python = ["env", "--block-signal=USR1", sys.executable, "-u", str(script.resolve())]
+        code = supervise([*command, *python, "--neox-args", str(handover)], environment(args))
+        # srun gives the highest code of all tasks, such as that of a rank which it ended because another had failed.
+        return code and (recorded_code(folder) or code)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def run_as_rank(script: Path, arguments: list[str]) -> NoReturn:
+    """Become the rank: `script` as `__main__`, with `arguments` (files and overrides, each rank reads them itself)."""
+    sys.argv = [str(script), *arguments]
+    sys.path.insert(0, str(script.resolve().parent))
+    runpy.run_path(str(script), run_name="__main__")
+    sys.exit(0)

@@ -1,0 +1,37 @@
+"""Keys of running: logging, evaluation, generation, kernels."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from megatron.neox_arguments.keys.fields import Keys, key
+
+
+class RuntimeKeys(Keys):
+    log_interval: int = key(100, "Iterations between progress lines.", gt=0)
+    log_dir: str | None = key(None, "Folder for metrics.jsonl, one JSON object a progress line.")
+    tensorboard_dir: str | None = key(None, "Folder for TensorBoard.")
+    use_wandb: bool = key(
+        False, "Log to Weights & Biases (extra `wandb`); never switched on by a key in the environment."
+    )
+    wandb_project: str = key("neox", "Project in Weights & Biases.")
+    wandb_group: str | None = key(None, "Group of the run.")
+    wandb_run_name: str | None = key(None, "Name of the run.")
+    wandb_team: str | None = key(None, "Team (entity) of the run.")
+    wall_clock_breakdown: bool = key(False, "DeepSpeed's timers of forward, backward and step.")
+    eval_interval: int = key(1000, "Iterations between evaluations.", gt=0)
+    eval_iters: int = key(100, "Global batches in one evaluation of a source; 0 evaluates nothing.", ge=0)
+    kernels: Literal["auto", "reference", "required"] = key(
+        "auto",
+        "Fused operations: auto uses compiled kernels that pass their self-test, reference only PyTorch, required "
+        "stops without kernels.",
+        ours=True,
+    )
+    sample_input_file: str | None = key(None, "Prompts, one a line.")
+    sample_output_file: str = key("samples.txt", "Where generated text goes, JSON lines.")
+    eval_results_prefix: str = key("", "eval.py writes its results to PREFIXeval_results.json.")
+    maximum_tokens: int = key(64, "Longest generated text.", gt=0)
+    num_samples: int = key(1, "Unconditional samples.", gt=0)
+    temperature: float = key(0.0, "0 takes the most likely token.", ge=0)
+    top_p: float = key(0.0, "Nucleus sampling; 0 is off.", ge=0, le=1)
+    top_k: int = key(0, "Sample among the k most likely tokens; 0 is off.", ge=0)

@@ -1,0 +1,190 @@
+"""From a process that was started as a rank to one that knows its groups, its device and its neighbours."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from megatron.core import parallel_state
+
+from megatron.neox_arguments import ConfigError, NeoXArgs
+from megatron.parallel.gpu_placement import Seat, check_devices, check_nodes, coordinates, device_index, summary, table
+from megatron.parallel.rank_env import Ranks, find_ranks, node_name, set_rendezvous
+
+ROWS_SHOWN = 64  # ranks; the table of a larger run goes to a file alone
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process stands: global and node-local rank, its coordinates, and its device."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    pipe: int
+    data: int
+    tensor: int
+    device: torch.device
+
+
+def initialize(args: NeoXArgs) -> Place:
+    """Process group, device, megatron-core's groups and DeepSpeed's communication, for a rank that was started.
+
+    Reads who it is from the environment (`ranks`), and MASTER_ADDR and MASTER_PORT unless the launcher gave a
+    rendezvous of its own. Raises ConfigError if the ranks do not hold the same configuration, are not as many as it
+    says, tear a tensor-parallel group apart or share a GPU, and RuntimeError if DeepSpeed and megatron-core disagree on
+    who is who.
+    """
+    started = started_ranks(args)
+    rank, world_size, local_rank = started.rank, started.world_size, started.local_rank
+    # DeepSpeed's pipeline reads LOCAL_RANK by itself, which Slurm does not set.
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(local_rank))
+    device = take_device(args, started)
+    if "NEOX_RENDEZVOUS" not in os.environ:
+        set_rendezvous(os.environ)
+    dist.init_process_group(
+        args.distributed_backend,
+        init_method=os.environ.get("NEOX_RENDEZVOUS", "env://"),
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(minutes=args.distributed_timeout_minutes),
+        device_id=device if device.type == "cuda" else None,
+    )
+    check_same_configuration(args, device)
+    report_seats(args, started, device)
+    pipe, data, tensor = form_groups(args)
+    return Place(rank, world_size, local_rank, pipe, data, tensor, device)
+
+
+def form_groups(args: NeoXArgs) -> tuple[int, int, int]:
+    """DeepSpeed's and megatron-core's groups within an initialised world; returns this rank's (pipe, data, tensor)."""
+    # DeepSpeed would compile a shared-memory backend for the CPU here: 46 s, and a traceback without a compiler.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(args.distributed_backend, auto_mpi_discovery=False, verbose=False)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=args.model_parallel_size,
+        pipeline_model_parallel_size=args.pipe_parallel_size,
+        distributed_timeout_minutes=args.distributed_timeout_minutes,
+        order="tp-cp-ep-dp-pp",  # innermost first: pipe, data, model as GPT-NeoX and DeepSpeed count
+        create_gloo_process_groups=False,
+    )
+    return check_coordinates(args, dist.get_rank())
+
+
+def set_timeouts(minutes: int) -> None:
+    """`distributed_timeout_minutes` for every process group of this rank, whoever made it.
+
+    DeepSpeed makes its pipeline and data-parallel groups without a timeout, and torch gives those 10 minutes with NCCL,
+    whatever the default group has.
+    """
+    for group in dist.distributed_c10d._world.pg_map:
+        dist.distributed_c10d._set_pg_timeout(timedelta(minutes=minutes), group)
+
+
+def started_ranks(args: NeoXArgs) -> Ranks:
+    """Who this process is. Raises ConfigError if nobody started it, or as one of too many or too few."""
+    started = find_ranks(os.environ)
+    if started is None:
+        raise ConfigError(
+            "nobody started this process as a rank (neither RANK, WORLD_SIZE and LOCAL_RANK nor Slurm's variables are "
+            "set); start it by python deepy.py, srun or torchrun"
+        )
+    if started.world_size != args.global_num_gpus:
+        raise ConfigError(
+            f"{started.world_size} ranks were started, the configuration is made for {args.global_num_gpus}"
+        )
+    return started
+
+
+def take_device(args: NeoXArgs, started: Ranks) -> torch.device:
+    """This rank's device: the only visible GPU, or the one with the local rank's number."""
+    if args.device == "cpu":
+        return torch.device("cpu")
+    index = device_index(started.local_rank, started.local_world_size, torch.cuda.device_count(), os.environ)
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def report_seats(args: NeoXArgs, started: Ranks, device: torch.device) -> None:
+    """Gather where all ranks sit, check it on all of them, and say it on rank 0. Collective."""
+    mine = find_seat(args, started, device)
+    told: list[tuple[Seat, int | None]] = [mine] * started.world_size
+    dist.all_gather_object(told, mine)
+    check_seats([seat for seat, _ in told])
+    if started.rank == 0:
+        print_seats(args, told)
+
+
+def find_seat(args: NeoXArgs, started: Ranks, device: torch.device) -> tuple[Seat, int | None]:
+    """This rank's seat, and the NUMA domain of its GPU if the kernel tells."""
+    sizes = (args.pipe_parallel_size, args.data_parallel_size, args.model_parallel_size)
+    identity, numa = (None, None) if device.type == "cpu" else _gpu(device.index)
+    where = coordinates(started.rank, *sizes)
+    return Seat(started.rank, node_name(os.environ), started.local_rank, *where, identity), numa
+
+
+def check_seats(seats: Sequence[Seat]) -> None:
+    """Raise ConfigError for a tensor-parallel group that leaves its node, or a GPU that two ranks have taken."""
+    check_nodes(seats)
+    check_devices(seats)
+
+
+def print_seats(args: NeoXArgs, told: Sequence[tuple[Seat, int | None]]) -> None:
+    """Say where all ranks sit, unless that is this machine's CPU; a large table goes to `log_dir/ranks.txt`."""
+    seats = [seat for seat, _ in told]
+    if args.device == "cpu" and len({seat.node for seat in seats}) == 1:
+        return
+    print(summary(seats), flush=True)
+    rows = table(seats, {seat.rank: domain for seat, domain in told})
+    if len(seats) <= ROWS_SHOWN or not args.log_dir:
+        print("\n".join(rows), flush=True)
+        return
+    path = Path(args.log_dir) / "ranks.txt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(rows) + "\n")
+    print(f"ranks: all of them are in {path}", flush=True)
+
+
+def _gpu(index: int) -> tuple[str, int | None]:
+    """What identifies a GPU on its node (PCI address), and its NUMA domain if the kernel tells."""
+    properties: Any = torch.cuda.get_device_properties(index)  # torch's stubs lack the PCI numbers
+    address = f"{properties.pci_domain_id:04x}:{properties.pci_bus_id:02x}:{properties.pci_device_id:02x}.0"
+    try:
+        numa = int(Path(f"/sys/bus/pci/devices/{address}/numa_node").read_text())
+    except (OSError, ValueError):
+        return address, None
+    return address, numa if numa >= 0 else None
+
+
+def check_same_configuration(args: NeoXArgs, device: torch.device) -> None:
+    """Raise ConfigError on all ranks if any two hold different configurations."""
+    mark = int(args.digest[:15], 16)
+    extremes = torch.tensor([mark, -mark], dtype=torch.int64, device=device)
+    dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
+    if extremes[0] != -extremes[1]:
+        raise ConfigError("the ranks hold different configurations; give all of them the same files and overrides")
+
+
+def check_coordinates(args: NeoXArgs, rank: int) -> tuple[int, int, int]:
+    """This rank's (pipe, data, tensor), on which DeepSpeed's topology and megatron-core's groups must agree."""
+    topology = PipeModelDataParallelTopology(
+        num_pp=args.pipe_parallel_size, num_mp=args.model_parallel_size, num_dp=args.data_parallel_size
+    )
+    coordinate = topology.get_coord(rank)
+    theirs = (coordinate.pipe, coordinate.data, coordinate.model)
+    ours = (
+        parallel_state.get_pipeline_model_parallel_rank(),
+        parallel_state.get_data_parallel_rank(),
+        parallel_state.get_tensor_model_parallel_rank(),
+    )
+    if ours != theirs:
+        raise RuntimeError(f"rank {rank} is (pipe, data, tensor) {theirs} for DeepSpeed and {ours} for megatron-core")
+    return ours

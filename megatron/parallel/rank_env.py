@@ -1,0 +1,183 @@
+"""Who this process is among the ranks: from Slurm's variables, from torchrun's, or from nothing.
+
+A rank is started by `srun` (SLURM_PROCID, SLURM_NTASKS, SLURM_LOCALID), by torchrun or deepy.py (RANK, WORLD_SIZE,
+LOCAL_RANK), or it is the only one. Two sources that contradict each other stop: DeepSpeed and mpi4py guess, and a wrong
+guess is a run in which every process is rank 0 of 1. Standard library only, no ssh, no hostfile.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass
+
+from megatron.common.errors import ConfigError
+
+PORTS = range(20000, 32000)  # below Linux's ephemeral ports, which begin at 32768
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """A process's global and node-local number, and how many there are of either."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int | None  # None where the source does not say
+    source: str  # whose variables said so, for messages
+
+
+def find_ranks(env: Mapping[str, str]) -> Ranks | None:
+    """This process's place, None if nobody started it as a rank. Raises ConfigError for half or contradicting sets."""
+    torch, slurm = _from_torch(env), _from_slurm(env)
+    if torch is None or slurm is None:
+        return torch or slurm
+    # torchrun as a Slurm task starts ranks of its own: their numbers are torchrun's, Slurm's are those of the agents.
+    if "TORCHELASTIC_RUN_ID" in env or slurm.world_size == 1:
+        return torch
+    if (torch.rank, torch.world_size, torch.local_rank) != (slurm.rank, slurm.world_size, slurm.local_rank):
+        raise ConfigError(
+            f"two launchers disagree: RANK, WORLD_SIZE and LOCAL_RANK say rank {torch.rank} of {torch.world_size} "
+            f"(local {torch.local_rank}), Slurm says rank {slurm.rank} of {slurm.world_size} (local "
+            f"{slurm.local_rank}). Variables exported in the batch script are the same for every task: unset RANK, "
+            f"WORLD_SIZE and LOCAL_RANK there and let srun number the ranks"
+        )
+    return torch
+
+
+def _from_torch(env: Mapping[str, str]) -> Ranks | None:
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    given = [name for name in names if name in env]
+    if not given or given == ["WORLD_SIZE"]:  # WORLD_SIZE alone is a habit of batch scripts, and says nothing of a rank
+        return None
+    missing = [name for name in names if name not in env]
+    if missing:
+        raise ConfigError(f"{', '.join(given)} set without {', '.join(missing)}: set all three or none")
+    rank, world_size, local_rank = (_number(env, name) for name in names)
+    local_world_size = _number(env, "LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in env else None
+    return _checked(Ranks(rank, world_size, local_rank, local_world_size, "RANK"))
+
+
+def _from_slurm(env: Mapping[str, str]) -> Ranks | None:
+    """Only inside a job step: the batch script itself is SLURM_PROCID 0, too, but not a rank."""
+    if not _in_step(env):
+        return None
+    missing = [name for name in ("SLURM_PROCID", "SLURM_LOCALID") if name not in env]
+    total = next((name for name in ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS") if name in env), None)
+    if missing or total is None:
+        raise ConfigError(
+            f"this is a Slurm step without {', '.join(missing) or 'SLURM_NTASKS'}: start the ranks by srun, and do not "
+            f"unset Slurm's variables"
+        )
+    per_node = _tasks_on_this_node(env)
+    return _checked(
+        Ranks(
+            _number(env, "SLURM_PROCID"), _number(env, total), _number(env, "SLURM_LOCALID"), per_node, "SLURM_PROCID"
+        )
+    )
+
+
+def _in_step(env: Mapping[str, str]) -> bool:
+    step = env.get("SLURM_STEP_ID", env.get("SLURM_STEPID", ""))
+    return step.isdigit() and int(step) < 0xFFFFFFF0  # higher numbers are the batch script, an interactive shell, ...
+
+
+def _tasks_on_this_node(env: Mapping[str, str]) -> int | None:
+    counts, node = _tasks_per_node(env), env.get("SLURM_NODEID", "")
+    return counts[int(node)] if node.isdigit() and int(node) < len(counts) else None
+
+
+def _tasks_per_node(env: Mapping[str, str]) -> list[int]:
+    """From `SLURM_STEP_TASKS_PER_NODE`, such as `8(x256)` or `8(x2),4`; empty if it is not set."""
+    counts: list[int] = []
+    for part in env.get("SLURM_STEP_TASKS_PER_NODE", "").split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        if match is None:
+            return []
+        counts += [int(match[1])] * int(match[2] or 1)
+    return counts
+
+
+def planned_nodes(env: Mapping[str, str]) -> list[str]:
+    """The node of each rank of a Slurm step that is numbered node by node; empty where Slurm does not say.
+
+    So a rank that never started has a node. Raises ConfigError for a node list that cannot be read.
+    """
+    hosts = env.get("SLURM_STEP_NODELIST", "")
+    names, counts = expand_hosts(hosts) if hosts else [], _tasks_per_node(env)
+    if not _in_step(env) or len(names) != len(counts):
+        return []
+    return [name for name, count in zip(names, counts, strict=True) for _ in range(count)]
+
+
+def _number(env: Mapping[str, str], name: str) -> int:
+    try:
+        return int(env[name])
+    except ValueError:
+        raise ConfigError(f"{name} is {env[name]!r}, expected a number") from None
+
+
+def _checked(ranks: Ranks) -> Ranks:
+    if 0 <= ranks.rank < ranks.world_size and ranks.local_rank >= 0:
+        return ranks
+    raise ConfigError(
+        f"{ranks.source} gives rank {ranks.rank} of {ranks.world_size}, local rank {ranks.local_rank}: expected "
+        f"numbers from 0 and a rank below the number of ranks"
+    )
+
+
+def node_name(env: Mapping[str, str]) -> str:
+    """This node's name as the batch system, and so `--exclude`, spells it."""
+    return env.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def expand_hosts(hostlist: str) -> list[str]:
+    """Slurm's `frontier[00012-00014,00020],login1` as names, without scontrol, which containers do not have.
+
+    Raises ConfigError for what is not a host list.
+    """
+    parts = re.findall(r"(?:[^,\[\]]|\[[^\[\]]*\])+", hostlist)
+    if ",".join(parts) != hostlist or not parts:
+        raise ConfigError(f"host list {hostlist!r} cannot be read, expected something like node[001-004,7]")
+    return [host for part in parts for host in _expand(part)]
+
+
+def _expand(part: str) -> list[str]:
+    before, bracket, rest = part.partition("[")
+    if not bracket:
+        return [part]
+    inside, _, after = rest.partition("]")
+    names = []
+    for piece in inside.split(","):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", piece)
+        if match is None or int(match[2] or match[1]) < int(match[1]):
+            raise ConfigError(f"host list {part!r} cannot be read: {piece!r} is not a number or a range")
+        first, last, width = int(match[1]), int(match[2] or match[1]), len(match[1])
+        names += [f"{before}{number:0{width}d}" for number in range(first, last + 1)]
+    return [name + end for name in names for end in (_expand(after) if after else [""])]
+
+
+def set_rendezvous(env: MutableMapping[str, str]) -> None:
+    """MASTER_ADDR and MASTER_PORT for ranks that Slurm started, unless the batch script has set them.
+
+    The first node of the step runs rank 0. The port follows from job and step, so that two jobs on one node meet
+    apart. Raises ConfigError where neither Slurm nor the user says where the ranks meet.
+    """
+    if "MASTER_ADDR" not in env:
+        hosts = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST")
+        if not hosts:
+            raise ConfigError(
+                "MASTER_ADDR is not set and Slurm names no nodes: export MASTER_ADDR, the name of rank 0's node"
+            )
+        env["MASTER_ADDR"] = expand_hosts(hosts)[0]
+    if "MASTER_PORT" not in env:
+        job, step = (int(re.sub(r"\D", "", env.get(name, "")) or 0) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+        env["MASTER_PORT"] = str(PORTS[(job * 7 + step) % len(PORTS)])
+
+
+def started_as_rank() -> bool:
+    """Whether somebody has started this process as one of several ranks."""
+    ranks = find_ranks(os.environ)
+    return ranks is not None and (ranks.source == "RANK" or ranks.world_size > 1)

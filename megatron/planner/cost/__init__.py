@@ -1,0 +1,1 @@
+"""What a layout costs: floating-point operations, bytes, messages, seconds."""

@@ -1,0 +1,126 @@
+"""Bytes of one micro-batch on one rank: what a decoder layer stores, and what its backward pass needs besides.
+
+Follows the modules of `megatron.model.llama` tensor by tensor. T = sequence x micro-batch tokens; t tensor-parallel
+ranks; h, f, V as in the model; kv = key/value heads x head_dim. Elements per token that autograd keeps of a layer:
+
+    2h               outputs of the two norms, inputs of the column-parallel matrices
+    h                the residual sum between attention and MLP
+    (h + 2kv) / t    the fused projection: v is a view of it
+    (h + kv) / t     rotated q and k
+    h / t            attention's output
+    3f / t           up and gate, and their product
+
+and 2h more with the layer's input, which is all that full recomputation keeps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron.layout import LlamaShape
+from megatron.planner.cost.compute import FP32
+from megatron.planner.cost.parallel_layout import ParallelLayout, Recompute
+
+INT64 = 8
+
+Ops = Literal["kernels", "torch", "cpu"]
+"""How the fused operations run: as compiled kernels, which need no temporaries; as PyTorch references on a GPU, with
+fp32 temporaries as large as their input; or the references on a CPU, in blocks of rows (`megatron.ops.cpu_blocks`)."""
+
+_CPU_BLOCK = 1 << 17  # megatron.ops.cpu_blocks.BLOCK_ELEMENTS, without its torch
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes of each tensor of one micro-batch, for one tensor-parallel rank."""
+
+    hidden: int  # residual stream [s, b, h]; a slice of it under sequence parallelism
+    gathered: int  # [s, b, h] whole
+    qkv: int
+    rotated: int
+    context: int
+    log_sum_exp: int  # fp32, one per token and head
+    up_gate: int
+    product: int
+    inverse_rms: int  # fp32, one per token
+    logits: int
+    tokens: int  # ids, int64
+    swiglu_temporaries: int
+    norm_temporaries: int
+    loss_temporaries: int
+    several: bool  # sequences in a micro-batch: [s, b, h] <-> [b, s, h] then needs copies
+    documents: bool
+    on_host: bool  # a CPU's memory
+
+    @classmethod
+    def of(
+        cls, shape: LlamaShape, layout: ParallelLayout, seq_length: int, element: int, ops: Ops, documents: bool
+    ) -> Activations:
+        tokens, t = seq_length * layout.micro_batch, layout.tensor
+        h, f, kv = shape.hidden_size, shape.intermediate_size, shape.num_kv_heads * shape.head_dim
+        vocabulary = shape.padded_vocab_size // t
+        share = t if layout.sequence_parallel else 1
+
+        def block(width: int) -> int:
+            """Elements that a reference treats at once."""
+            if ops == "kernels":
+                return 0
+            return tokens * width if ops == "torch" else min(tokens, max(1, _CPU_BLOCK // width)) * width
+
+        upcast = element < FP32  # fp32 inputs are worked on in place
+        return cls(
+            hidden=tokens * h * element // share,
+            gathered=tokens * h * element,
+            qkv=tokens * (h + 2 * kv) // t * element,
+            rotated=tokens * (h + kv) // t * element,
+            context=tokens * h // t * element,
+            log_sum_exp=tokens * shape.num_attention_heads // t * FP32,
+            up_gate=tokens * 2 * f // t * element,
+            product=tokens * f // t * element,
+            inverse_rms=tokens * FP32 // share,
+            logits=tokens * vocabulary * element,
+            tokens=tokens * INT64,
+            # fp32 copies of up, gate, dout, of both gradients, and one product; or the product alone
+            swiglu_temporaries=block(f // t) * FP32 * (6 if upcast else 1),
+            norm_temporaries=block(h) * FP32 * (3 if upcast else 0),
+            loss_temporaries=block(vocabulary) * FP32 * (2 if upcast else 0),
+            several=layout.micro_batch > 1,
+            documents=documents,
+            on_host=ops == "cpu",
+        )
+
+    @property
+    def inside_layer(self) -> int:
+        """What autograd keeps of a decoder layer besides its input."""
+        norms = 3 * self.hidden + 2 * self.inverse_rms
+        attention = self.qkv + self.rotated + self.context + self.log_sum_exp
+        if self.documents:  # one output per document, joined to one
+            attention += self.context
+        return norms + attention + self.up_gate + self.product
+
+    def stored_by_layer(self, recompute: Recompute) -> int:
+        """What a decoder layer keeps until its backward pass, its input included."""
+        if recompute == "full":
+            return self.hidden
+        return self.hidden + self.inside_layer - (self._inner_attention if recompute == "selective" else 0)
+
+    @property
+    def _inner_attention(self) -> int:
+        return self.rotated + self.log_sum_exp
+
+    def layer_backward(self, recompute: Recompute, first_matrix: int, second_matrix: int, incoming: int) -> int:
+        """Most bytes beyond what is stored while one layer is differentiated.
+
+        `first_matrix` and `second_matrix` are the bytes of the MLP's weight gradients, `incoming` those of the
+        gradient of the layer's output and its copies.
+        """
+        again = {"none": 0, "selective": self._inner_attention, "full": self.inside_layer + self.hidden}[recompute]
+        whole = 2 * (self.gathered - self.hidden)  # sequence parallelism: gathered input and gradient of a matrix
+        moments = (
+            self.product + second_matrix,  # gradient of the product, and of the MLP's second matrix
+            self.up_gate + self.swiglu_temporaries,  # the product is free, its gradient and that of up and gate alive
+            self.hidden + whole + first_matrix - self.product,
+            self.hidden + self.norm_temporaries - self.product - self.up_gate,
+        )
+        return again + incoming + max(moments)

@@ -1,0 +1,120 @@
+"""What one decoder layer and the two ends of the model cost one rank in FLOPs, bytes through memory, and time.
+
+Formulas follow the modules in `megatron/model/llama.py`: s sequence, b micro-batch, h hidden, f the MLP's width, t
+tensor-parallel ranks; 2-byte activations. Times are those of one micro-batch on one GCD.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron.layout import LlamaShape
+from megatron.planner.cost.machines import Machine
+from megatron.planner.cost.parallel_layout import ParallelLayout
+
+BF16, FP32 = 2, 4  # bytes
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Time by what it is spent on."""
+
+    gemm: float = 0.0
+    attention: float = 0.0
+    memory_bound: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return self.gemm + self.attention + self.memory_bound
+
+    def __add__(self, other: Seconds) -> Seconds:
+        return Seconds(self.gemm + other.gemm, self.attention + other.attention, self.memory_bound + other.memory_bound)
+
+    def __mul__(self, factor: float) -> Seconds:
+        return Seconds(self.gemm * factor, self.attention * factor, self.memory_bound * factor)
+
+
+def gemm_seconds(m: int, k: int, n: int, machine: Machine) -> float:
+    """[m, k] x [k, n]: arithmetic at the kernels' rate, and the operands' way through memory beside it."""
+    arithmetic = 2.0 * m * k * n / machine.gemm_flops
+    traffic = BF16 * (m * k + k * n + m * n) / machine.hbm_rate
+    return (arithmetic + traffic) / machine.sustained
+
+
+def linear_seconds(tokens: int, features_in: int, features_out: int, machine: Machine) -> tuple[float, float]:
+    """(forward, backward) of one matrix; backward is the gradient of the input and that of the weight."""
+    forward = gemm_seconds(tokens, features_in, features_out, machine)
+    of_input = gemm_seconds(tokens, features_out, features_in, machine)
+    of_weight = gemm_seconds(features_in, tokens, features_out, machine)
+    return forward, of_input + of_weight
+
+
+def layer_matrices(shape: LlamaShape, tensor: int) -> list[tuple[int, int]]:
+    """(in, out) features of a rank's four matrices of a decoder layer."""
+    h, f, kv = shape.hidden_size, shape.intermediate_size, shape.num_kv_heads * shape.head_dim
+    return [(h, (h + 2 * kv) // tensor), (h // tensor, h), (h, 2 * f // tensor), (f // tensor, h)]
+
+
+def attention_flops(shape: LlamaShape, layout: ParallelLayout, seq_length: int) -> float:
+    """Forward FLOPs of causal attention in one layer, micro-batch and rank: two products, the masked half skipped."""
+    return 2.0 * layout.micro_batch * seq_length * seq_length * shape.hidden_size / layout.tensor
+
+
+def layer_seconds(
+    shape: LlamaShape, layout: ParallelLayout, seq_length: int, machine: Machine
+) -> tuple[Seconds, Seconds, Seconds]:
+    """(forward, backward, recomputation) of one decoder layer and micro-batch, without communication."""
+    tokens = layout.micro_batch * seq_length
+    gemm_forward = gemm_backward = 0.0
+    for features_in, features_out in layer_matrices(shape, layout.tensor):
+        there, back = linear_seconds(tokens, features_in, features_out, machine)
+        gemm_forward += there
+        gemm_backward += back
+    flops = attention_flops(shape, layout, seq_length)
+    attention_forward = flops / machine.attention_forward_flops / machine.sustained
+    # five products against the forward's two (Dao 2023: scores again, and four gradients)
+    attention_backward = 2.5 * flops / machine.attention_backward_flops / machine.sustained
+    there, back = (
+        bytes_ / machine.hbm_rate / machine.sustained for bytes_ in memory_bound_bytes(shape, layout, tokens)
+    )
+    forward = Seconds(gemm_forward, attention_forward, there)
+    recompute = {
+        "none": Seconds(),
+        "selective": Seconds(attention=attention_forward),
+        "full": forward,
+    }[layout.recompute]
+    return forward, Seconds(gemm_backward, attention_backward, back), recompute
+
+
+def memory_bound_bytes(shape: LlamaShape, layout: ParallelLayout, tokens: int) -> tuple[float, float]:
+    """(forward, backward) bytes of the operations of a layer that only move data.
+
+    Counted with the fused operations of `megatron/ops`: norm (read x, write y), residual addition and norm in one,
+    the second addition, rotary embedding of q and k, SwiGLU. Sequence parallelism divides what lies outside the
+    tensor-parallel region.
+    """
+    h, f, kv = shape.hidden_size, shape.intermediate_size, shape.num_kv_heads * shape.head_dim
+    outside = layout.tensor if layout.sequence_parallel else 1
+    rotary = 2 * (h + kv) / layout.tensor
+    forward = (2 + 4 + 3) * h / outside + rotary + 3 * f / layout.tensor
+    # norm: x, dy, dx, and the residual's gradient added; once more for the second; SwiGLU: gate, up, dy and two out
+    backward = (4 + 4) * h / outside + rotary + 5 * f / layout.tensor
+    return BF16 * tokens * forward, BF16 * tokens * backward
+
+
+def head_seconds(shape: LlamaShape, layout: ParallelLayout, seq_length: int, machine: Machine) -> Seconds:
+    """Final norm, output head and loss of one micro-batch, forward and backward; never recomputed."""
+    tokens = layout.micro_batch * seq_length
+    columns = shape.padded_vocab_size // layout.tensor
+    gemm = sum(linear_seconds(tokens, shape.hidden_size, columns, machine))
+    logits = 3 * columns  # read for the loss; read, and their gradient written, in the backward
+    moved = BF16 * tokens * (logits + 5 * shape.hidden_size)
+    return Seconds(gemm=gemm, memory_bound=moved / machine.hbm_rate / machine.sustained)
+
+
+def embedding_seconds(shape: LlamaShape, layout: ParallelLayout, seq_length: int, machine: Machine) -> Seconds:
+    """Rows gathered, and in the backward added into a gradient of the matrix's size."""
+    tokens = layout.micro_batch * seq_length
+    rows = shape.padded_vocab_size // layout.tensor
+    moved = BF16 * shape.hidden_size * (4 * tokens + 2 * rows)
+    return Seconds(memory_bound=moved / machine.hbm_rate / machine.sustained)

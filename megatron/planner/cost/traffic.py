@@ -1,0 +1,106 @@
+"""What ranks send each other in a step: bytes by the textbook's counts, seconds by where the groups lie.
+
+Ranks are numbered tensor-parallel innermost, then data, then pipeline (`megatron.parallel.gpu_placement`), and filled
+into nodes in order, so that a tensor-parallel group stays inside a node.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from megatron.layout import LlamaShape
+from megatron.planner.cost.compute import BF16, FP32
+from megatron.planner.cost.machines import Machine, cut_rate, link_rate, ring_rate
+from megatron.planner.cost.parallel_layout import ParallelLayout
+
+# Elements reduced together: DeepSpeed's MEMORY_OPT_ALLREDUCE_SIZE, and the default of `reduce_bucket_size`
+REDUCTION_BUCKET = 500_000_000
+
+
+def ring_bytes(ranks: int, size: float) -> float:
+    """What each rank sends in a ring all-reduce of `size` bytes; a gather or a reduce-scatter is half of it."""
+    return 2.0 * (ranks - 1) / ranks * size
+
+
+def group_rate(machine: Machine, local_ranks: Sequence[int]) -> float:
+    """Bytes per second that a ring collective moves per rank among ranks of one node.
+
+    Two rings, one in each direction, each as fast as its slowest link; together never more than what the links carry
+    across any cut of the group.
+    """
+    gcds = tuple(sorted(machine.gcds(local_ranks)))
+    return machine.collective * min(2.0 * ring_rate(gcds), cut_rate(gcds))
+
+
+def tensor_bytes_per_layer(shape: LlamaShape, layout: ParallelLayout, seq_length: int) -> float:
+    """Ring traffic of a rank in one decoder layer and micro-batch: an all-reduce of s b h after attention and after
+    the MLP, two more in the backward, and the forward's again if the layer is recomputed. Sequence parallelism splits
+    each into a gather and a reduce-scatter, of the same bytes."""
+    reductions = 6 if layout.recompute == "full" else 4
+    size = BF16 * layout.micro_batch * seq_length * shape.hidden_size
+    return reductions * ring_bytes(layout.tensor, size)
+
+
+def tensor_rate(layout: ParallelLayout, machine: Machine) -> float:
+    """Slowest of a node's tensor-parallel groups; one that is larger than a node goes through its network."""
+    t, node = layout.tensor, machine.gpus_per_node
+    if t > node:
+        return min(group_rate(machine, range(node)), machine.collective * machine.node_network_rate)
+    return min(group_rate(machine, range(first, first + t)) for first in range(0, node - t + 1, t))
+
+
+def message_bytes(shape: LlamaShape, layout: ParallelLayout, seq_length: int) -> float:
+    """What a rank sends to the next stage for one micro-batch, and back as gradient: DeepSpeed splits the hidden state
+    over the tensor-parallel ranks (`pipe_partitioned`, `grad_partitioned`)."""
+    return BF16 * layout.micro_batch * seq_length * shape.hidden_size / layout.tensor
+
+
+def message_gathers(layout: ParallelLayout, first: bool, last: bool) -> int:
+    """Gathers of a whole hidden state over tensor-parallel ranks that the split costs a stage in each micro-batch: of
+    the received input; of the stage's own output again, and of its gradient. Under sequence parallelism the parts are
+    what the layers want."""
+    if layout.tensor == 1 or layout.sequence_parallel:
+        return 0
+    return (not first) + 2 * (not last)
+
+
+def boundary_rate(boundary: int, layout: ParallelLayout, machine: Machine) -> float:
+    """Bytes per second of each rank from stage `boundary` to the next one, all of the stage's ranks sending at once."""
+    ranks = layout.tensor * layout.data
+    first = (boundary * ranks) % machine.gpus_per_node
+    if first + 2 * ranks <= machine.gpus_per_node:  # both stages in one node
+        gcds = machine.gcds(range(first, first + 2 * ranks))
+        return min(link_rate(gcds[i], gcds[i + ranks]) for i in range(ranks))
+    senders = min(ranks, machine.gpus_per_node)
+    return min(machine.nic_rate, machine.node_network_rate / senders)
+
+
+def data_rate(layout: ParallelLayout, machine: Machine) -> float:
+    """Bytes per second per rank of a data-parallel group's ring. Where it spans nodes, the tensor-parallel ranks'
+    groups share the node's network."""
+    ranks = layout.tensor * layout.data
+    here = tuple(range(0, min(ranks, machine.gpus_per_node), layout.tensor))
+    inside = group_rate(machine, here) if len(here) > 1 else math.inf
+    if ranks <= machine.gpus_per_node:
+        return inside
+    network = machine.node_network_rate / min(layout.tensor, machine.gpus_per_node)
+    return min(inside, machine.collective * network)
+
+
+def reduction_seconds(parameters: float, layout: ParallelLayout, machine: Machine) -> float:
+    """The gradients' all-reduce. `BF16_Optimizer` reduces full fp32 gradients after the last micro-batch, overlapped
+    with nothing."""
+    if layout.data == 1:
+        return 0.0
+    buckets = math.ceil(parameters / REDUCTION_BUCKET)
+    hops = 2 * (layout.data - 1) * machine.hop_seconds
+    return ring_bytes(layout.data, FP32 * parameters) / data_rate(layout, machine) + buckets * hops
+
+
+def gather_seconds(parameters: float, layout: ParallelLayout, machine: Machine) -> float:
+    """The gather of bf16 weights after the step: each rank has updated its share."""
+    if layout.data == 1:
+        return 0.0
+    hops = (layout.data - 1) * machine.hop_seconds
+    return ring_bytes(layout.data, BF16 * parameters) / 2 / data_rate(layout, machine) + hops

@@ -1,0 +1,1 @@
+"""The planner's command, its text and its picture."""

@@ -1,0 +1,135 @@
+"""A plan as text for people."""
+
+from __future__ import annotations
+
+import io
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from megatron.planner.cost.machines import GIB
+from megatron.planner.plan import Plan, less_recomputation
+
+WIDTH = 132  # columns; a log file has no terminal to ask
+
+
+def text(plan: Plan, width: int = WIDTH) -> str:
+    """The whole plan, some 40 lines."""
+    parts = [_what(plan), _memory(plan, width), _verdict(plan), _time(plan), _checkpoint(plan)]
+    if plan.budget is not None:
+        parts.append(
+            f"{plan.budget.tokens:.4g} tokens: {plan.budget.steps:,} steps, {plan.budget.days:.1f} days, "
+            f"{plan.budget.node_hours:,.0f} node-hours, saves and failures included"
+        )
+    return "\n\n".join(parts) + "\n"
+
+
+def _what(plan: Plan) -> str:
+    layout, args = plan.layout, plan.args
+    recompute = {"full": "every decoder layer recomputed", "none": "nothing recomputed"}[layout.recompute]
+    if layout.recompute_layers is not None:
+        recompute = f"{layout.recompute_layers} decoder layers of each stage recomputed"
+    nodes = f" ({plan.nodes:,} nodes of {plan.machine.gpus_per_node})" if plan.nodes > 1 else ""
+    return (
+        f"{plan.parameters_total:,} parameters on {layout.world_size:,} ranks{nodes}: TP {layout.tensor} x PP "
+        f"{layout.pipe} x DP {layout.data}, {args.precision}, "
+        f"{recompute}\n"
+        f"batch of {layout.global_batch:,} sequences = micro-batch {layout.micro_batch} x accumulation "
+        f"{layout.num_micro_batches} x data parallel {layout.data}; {plan.time.tokens_per_step:,} tokens a step"
+    )
+
+
+# Heading, and the kinds of `StageMemory` whose bytes stand below it.
+_COLUMNS = (
+    ("weights", ("weights",)),
+    ("gradients", ("gradients",)),
+    ("optimizer", ("optimizer",)),
+    ("activa-\ntions", ("activations",)),
+    ("work-\nspace", ("workspace",)),
+    ("logits", ("logits",)),
+    ("buffers", ("pipeline", "tables")),
+    ("commu-\nnicators", ("communicators",)),
+)
+
+
+def _memory(plan: Plan, width: int) -> str:
+    unit, scale = ("GiB", GIB) if plan.fullest.peak >= GIB else ("MiB", GIB >> 10)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in ("stage", "layers", "param-\neters", *(heading for heading, _ in _COLUMNS), "peak", "of\nusable"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("fullest in", no_wrap=True)
+    for stage in plan.stages:
+        table.add_row(
+            str(stage.stage),
+            f"{stage.layers.start}-{stage.layers.stop - 1}",
+            f"{stage.parameters / 1e6:,.1f} M",
+            *(f"{sum(stage.by_kind[kind] for kind in kinds) / scale:.2f}" for _, kinds in _COLUMNS),
+            f"{stage.peak / scale:.2f}",
+            f"{stage.peak / plan.usable_bytes:.0%}",
+            f" {stage.moment}",
+        )
+    stream = io.StringIO()
+    Console(file=stream, width=width, no_color=True, highlight=False).print(table)
+    lines = [line.rstrip() for line in stream.getvalue().splitlines()]
+    return "\n".join([f"memory of one rank of each stage, {unit}:", *filter(None, lines)])
+
+
+def _verdict(plan: Plan) -> str:
+    stage = plan.fullest
+    verdict = "fits" if plan.fits else "DOES NOT FIT"
+    line = (
+        f"{verdict}: at most {stage.peak / GIB:.1f} GiB (stage {stage.stage}, {stage.moment}) of the "
+        f"{plan.usable_bytes / GIB:.1f} GiB that can be used on {plan.machine.name}"
+    )
+    hint = less_recomputation(plan)
+    return line if hint is None else f"{line}\n{hint}"
+
+
+def _time(plan: Plan) -> str:
+    time = plan.time
+    flops = time.tflops_per_gcd
+    peak = plan.machine.peak_flops / 1e12
+    shares = ", ".join(
+        f"{name.replace('_', ' ')} {seconds / time.step_seconds:.1%}"
+        for name, seconds in sorted(time.parts.items(), key=lambda part: -part[1])
+        if seconds / time.step_seconds >= 0.001
+    )
+    differs = [
+        *(["on CPUs"] if plan.args.device == "cpu" else []),
+        *(["in fp32"] if plan.args.precision == "fp32" else []),
+    ]
+    assumed = f" in bfloat16 (this run is {' and '.join(differs)})" if differs else ""
+    return (
+        f"time predicted for {plan.machine.name}{assumed}: {time.step_seconds:.3g} s a step, "
+        f"{time.tokens_per_second_per_gcd:,.1f} tokens/s a GCD, {time.tokens_per_second:,.0f} in all\n"
+        f"  {flops['neox']:.1f} TFLOP/s a GCD by GPT-NeoX's formula (HFU {flops['neox'] / peak:.0%}), "
+        f"{flops['megatron']:.1f} by Megatron's (MFU {flops['megatron'] / peak:.0%} of {peak:.1f})\n"
+        f"  {shares}\n"
+        f"  bubble (p - 1) / m = {time.bubble:.0%} of the busy time"
+    )
+
+
+def _checkpoint(plan: Plan) -> str:
+    size, safe = plan.checkpoint, plan.reliability
+    beside = (
+        "" if plan.blocked_seconds is None else f" beside training, which waits {safe.save_seconds:.2g} s for a copy"
+    )
+    return (
+        f"checkpoint: {_decimal(size.total)} (weights {_decimal(size.weights)}, optimizer {_decimal(size.optimizer)}), "
+        f"{plan.time.checkpoint_seconds:.1f} s to write{beside}; saving every "
+        f"{_minutes(safe.save_interval)} loses least: "
+        f"{safe.lost_to_saves:.1%} to saves, {safe.lost_to_failures:.1%} to failures"
+    )
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:.0f} minutes" if seconds >= 120 else f"{seconds:.0f} s"
+
+
+def _decimal(size: int) -> str:
+    """Bytes as file systems count them."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
+        if size >= scale:
+            return f"{size / scale:,.1f} {unit}"
+    return f"{size:,} bytes"

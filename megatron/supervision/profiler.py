@@ -1,0 +1,161 @@
+"""Traces of torch's profiler: of steps that the YAML names, or that a file beside a running job asks for.
+
+`log_dir/profile.request` may be empty (two steps, rank 0) or say more:
+
+    steps: 3
+    ranks: [0, 5]
+
+Rank 0 looks for it between steps, all ranks learn of it through the pulse; the traced steps begin with the one after.
+Traces are Chrome's, for chrome://tracing or ui.perfetto.dev.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import yaml
+from torch.profiler import ProfilerActivity, profile
+
+from megatron.neox_arguments import NeoXArgs
+from megatron.parallel.process_groups import Place
+
+REQUEST, REFUSED, FOLDER = "profile.request", "profile.request.refused", "profile"
+LOOK_SECONDS = 1.0  # a look at a parallel file system costs more than nothing
+MOST_STEPS = 100  # a trace holds every operation: gigabytes
+
+
+@dataclass(frozen=True)
+class Request:
+    """Trace iterations `first` to `end` - 1 on `ranks`."""
+
+    first: int
+    end: int
+    ranks: tuple[int, ...]
+
+
+class RequestError(ValueError):
+    """A request that cannot be followed."""
+
+
+def parse(text: str, iteration: int, world_size: int) -> Request:
+    """The request that a file holds, for steps from `iteration` on. Raises RequestError."""
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RequestError(f"not YAML: {' '.join(str(error).split())}") from None
+    content = {} if content is None else content
+    if not isinstance(content, dict) or set(content) - {"steps", "ranks"}:
+        raise RequestError(f"{text.strip()[:80]!r} is not a mapping of steps and ranks")
+    steps, ranks = content.get("steps", 2), content.get("ranks", [0])
+    if type(steps) is not int or not 1 <= steps <= MOST_STEPS:
+        raise RequestError(f"steps is {steps!r}, expected a number from 1 to {MOST_STEPS}")
+    if not isinstance(ranks, list) or not ranks or any(type(r) is not int or not 0 <= r < world_size for r in ranks):
+        raise RequestError(f"ranks is {ranks!r}, expected a list of ranks from 0 to {world_size - 1}")
+    return Request(iteration, iteration + steps, tuple(ranks))
+
+
+class Profiler:
+    """The profiler of this rank. `warn` and `say` are heard on rank 0."""
+
+    def __init__(self, args: NeoXArgs, place: Place, say: Callable[[str], None], warn: Callable[[str], None]) -> None:
+        self.place, self.say, self.warn = place, say, warn
+        self.folder = Path(args.log_dir) if args.log_dir else None
+        self.request: Request | None = None
+        if args.profile:
+            self.request = Request(args.profile_step_start, args.profile_step_stop, tuple(args.profile_ranks))
+        self._profile: Any = None
+        self._looked = 0.0
+
+    def wanted(self) -> bool:
+        """Whether somebody has dropped a request; on rank 0 alone."""
+        if self.place.rank != 0 or self.folder is None or self._profile is not None:
+            return False
+        if time.monotonic() - self._looked < LOOK_SECONDS:
+            return False
+        self._looked = time.monotonic()
+        return (self.folder / REQUEST).exists()
+
+    def take(self, iteration: int) -> None:
+        """Take over the dropped request for the steps from `iteration` on. Collective."""
+        box: list[Request | None] = [self._read(iteration) if self.place.rank == 0 else None]
+        dist.broadcast_object_list(box, src=0, device=self.place.device)
+        if box[0] is not None:
+            self._stop()
+            self.request = box[0]
+            self.say(f"profile: iterations {box[0].first} to {box[0].end - 1} on ranks {list(box[0].ranks)}, as asked")
+
+    def _read(self, iteration: int) -> Request | None:
+        assert self.folder is not None
+        path = self.folder / REQUEST
+        try:
+            request = parse(path.read_text(), iteration, self.place.world_size)
+        except (OSError, UnicodeDecodeError, RequestError) as error:
+            self.warn(f"{path}: {error}; the run goes on without a profile, the file is now {REFUSED}")
+            with contextlib.suppress(OSError):
+                path.replace(self.folder / REFUSED)
+            return None
+        with contextlib.suppress(OSError):
+            path.unlink()
+        return request
+
+    @contextlib.contextmanager
+    def step(self, iteration: int) -> Iterator[None]:
+        """A training step that may be in a trace."""
+        request = self.request
+        if request and self._profile is None and request.first <= iteration < request.end:
+            self._start(request)
+        yield
+        if request and iteration >= request.end - 1:
+            self._stop()
+
+    def close(self) -> None:
+        """The run ends: write the trace that is being made."""
+        self._stop()
+
+    def _start(self, request: Request) -> None:
+        if self.place.rank not in request.ranks:
+            return
+        activities = [ProfilerActivity.CPU]
+        if self.place.device.type == "cuda":
+            activities.append(ProfilerActivity.CUDA)
+        self._profile = profile(activities=activities)
+        self._profile.start()
+
+    def _stop(self) -> None:
+        """End the trace and write it: beside, then renamed. A failed write is reported and kills nothing."""
+        request, self.request = self.request, None
+        running, self._profile = self._profile, None
+        if running is None or request is None or self.folder is None:
+            return
+        running.stop()
+        name = f"iterations_{request.first}-{request.end - 1}_rank_{self.place.rank}.json"
+        path = self.folder / FOLDER / name
+        draft = path.with_name(f".{name}.part")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            running.export_chrome_trace(str(draft))
+            os.replace(draft, path)
+        except (OSError, RuntimeError) as error:
+            print(f"warning: rank {self.place.rank} could not write {path}: {error}", flush=True)
+            with contextlib.suppress(OSError):
+                draft.unlink()
+            return
+        self.say(f"profile: {path}")
+
+
+@contextlib.contextmanager
+def named(phase: str) -> Iterator[None]:
+    """`phase` as a span in a trace, if one is being made."""
+    if not torch.autograd._profiler_enabled():
+        yield
+        return
+    with torch.profiler.record_function(phase):
+        yield

@@ -1,0 +1,118 @@
+"""Parameters that several ranks hold must be the same on all of them, bit for bit: looked at from time to time.
+
+Data-parallel replicas hold the same stage, tensor-parallel ranks the same norms, and two stages a tied embedding. A
+faulty GPU, or a wrong reduction, makes them drift apart without a sign in the loss (and an export that averages would
+hide it). Each tensor's bits are summed up; the sums of a group are compared by one small all-reduce.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.pipe.engine import PipelineEngine
+from torch import Tensor, nn
+
+from megatron import layout
+from megatron.neox_arguments import NeoXArgs
+from megatron.supervision.failures import LostRanks
+from megatron.supervision.status_store import nodes_of, titled
+
+Groups = list[tuple[tuple[int, ...], dict[str, int]]]
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+TENSORS_SHOWN = 3
+
+
+class ReplicasDifferError(LostRanks):
+    """Copies of a parameter on several ranks are not the same any more; `nodes` hold those that disagree with most."""
+
+
+def checksum(tensor: Tensor) -> Tensor:
+    """int64 [] that changes with any single bit of `tensor`: its elements' bits as integers, summed modulo 2^64."""
+    return tensor.detach().contiguous().view(_INTEGERS[tensor.element_size()]).sum(dtype=torch.int64)
+
+
+class Replicas:
+    """This rank's parameters and the ranks that hold copies of them. `titles` are `gather_titles`'."""
+
+    def __init__(self, engine: PipelineEngine, args: NeoXArgs, titles: list[str]) -> None:
+        self.device, self.titles = engine.device, titles
+        self.tensors: list[tuple[str, nn.Parameter]] = []
+        replicated = []
+        for index, layer in engine.module.numbered_layers():
+            rows = {row.neox: row for row in layout.rows_of(index, args.num_layers)}
+            for tensor_name, parameter in layer.named_parameters():
+                if rows[tensor_name].shard_dim is None:
+                    replicated.append(len(self.tensors))
+                self.tensors.append((f"layer {index} {tensor_name}", parameter))
+        tied = []
+        for weight, group in engine.module.get_tied_weights_and_groups():
+            tied.append((group, [len(self.tensors)]))
+            self.tensors.append(("tied embedding", weight))
+        # Which of this rank's tensors each group holds copies of.
+        self.groups: list[tuple[dist.ProcessGroup, list[int]]] = [
+            (engine.grid.get_data_parallel_group(), list(range(len(self.tensors)))),
+            (engine.grid.get_slice_parallel_group(), replicated),
+            *tied,
+        ]
+
+    def name(self, rank: int) -> str:
+        return titled(rank, self.titles)
+
+    def check(self, iteration: int) -> None:
+        """Collective over all ranks. Raises ReplicasDifferError on all of them."""
+        sums = torch.stack([checksum(parameter) for _, parameter in self.tensors])
+        differs = torch.zeros((), dtype=torch.int64, device=self.device)
+        for group, which in self.groups:
+            if not which or dist.get_world_size(group) == 1:
+                continue
+            mine = sums[which]
+            extremes = torch.cat([mine, ~mine])  # ~x falls where x rises, and never overflows
+            dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
+            highest, inverted_lowest = extremes.chunk(2)
+            differs |= highest.ne(~inverted_lowest).any()
+        dist.all_reduce(differs, op=dist.ReduceOp.MAX)
+        if differs:
+            raise self._error(iteration, sums)
+
+    def _error(self, iteration: int, sums: Tensor) -> ReplicasDifferError:
+        """Which tensors differ, and on which ranks: those that disagree with most of their group. Collective."""
+        mine: Groups = [
+            (tuple(dist.get_process_group_ranks(group)), {self.tensors[i][0]: int(sums[i]) for i in which})
+            for group, which in self.groups
+        ]
+        told = [mine] * dist.get_world_size()
+        dist.all_gather_object(told, mine)
+        found = sorted(set(differences(told)))
+        lines = [self._line(*difference) for difference in found[:TENSORS_SHOWN]]
+        more = f"; and {len(found) - TENSORS_SHOWN} more tensors" if len(found) > TENSORS_SHOWN else ""
+        guilty = {rank for _, odd, others in found if len(odd) < len(others) for rank in odd}
+        return ReplicasDifferError(
+            f"iteration {iteration}: copies of a parameter are not the same any more: {'; '.join(lines)}{more}. The "
+            f"run stops before it saves them; go on from the last checkpoint, without the node if one is to blame",
+            nodes_of(guilty, self.titles),
+            first=dist.get_rank() == 0,
+        )
+
+    def _line(self, tensor: str, odd: tuple[int, ...], others: tuple[int, ...]) -> str:
+        who, rest = " and ".join(map(self.name, odd)), ", ".join(map(str, others))
+        if len(odd) < len(others):
+            return f"{tensor} on {who} differs from that on ranks {rest}"
+        return f"{tensor} on {who} differs from that on {' and '.join(map(self.name, others))}"
+
+
+def differences(told: list[Groups]) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...]]]:
+    """(tensor, ranks that disagree with most of their group, the others), from what every rank holds: by group, its
+    members and the sums of the tensors that they share."""
+    known = [
+        {(members, tensor): value for members, sums in groups for tensor, value in sums.items()} for groups in told
+    ]
+    for key in dict.fromkeys(key for rank in known for key in rank):
+        members, tensor = key
+        values = {member: known[member][key] for member in members}
+        usual, _ = Counter(values.values()).most_common(1)[0]
+        odd = tuple(member for member in members if values[member] != usual)
+        if odd:
+            yield tensor, odd, tuple(member for member in members if member not in odd)

@@ -1,0 +1,89 @@
+"""What a rank is doing, and how long each phase of a step takes it.
+
+Phases are those of the pipeline's instructions (`instructions.PHASES`) and of what the loop does around them. On a GPU
+they are measured by events on the stream, read after the step's loss has been: nothing waits for them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+
+import torch
+
+from megatron.supervision.profiler import named
+from megatron.supervision.status_store import Whereabouts
+
+# In these a rank waits for others: the shortest time among ranks is what the exchange itself takes. In all others the
+# longest is what the step waits for.
+WAITING = ("pipeline", "reduce")
+TIMED = ("step", "data", "forward", "backward", "pipeline", "reduce", "optimizer")
+
+
+class Phases:
+    """Whereabouts and timers of this rank's main thread."""
+
+    def __init__(self, whereabouts: Whereabouts, device: torch.device) -> None:
+        self.whereabouts = whereabouts
+        self._on_gpu = device.type == "cuda"
+        self._timed = False  # in a training step
+        self._spans: list[tuple[str, torch.cuda.Event | float, torch.cuda.Event | float]] = []
+
+    @contextlib.contextmanager
+    def during(self, phase: str) -> Iterator[None]:
+        """The main thread is in `phase`; in a training step its time counts."""
+        self.whereabouts.at(phase)
+        if not self._timed:
+            yield
+            return
+        start = self._now()
+        with named(phase):
+            yield
+        self._spans.append((phase, start, self._now()))
+
+    @contextlib.contextmanager
+    def step(self, iteration: int, first: bool) -> Iterator[None]:
+        """A training step. The first one may compile kernels and is not hurried."""
+        self._spans.clear()
+        self._timed = True
+        self.whereabouts.iteration, self.whereabouts.hurried = iteration, not first
+        with self.during("step"):
+            yield
+        self._timed = self.whereabouts.hurried = False
+
+    @contextlib.contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """An evaluation between steps, hurried as they are."""
+        self.whereabouts.hurried = True
+        yield
+        self.whereabouts.hurried = False
+
+    @contextlib.contextmanager
+    def unhurried(self, phase: str) -> Iterator[None]:
+        """Something of a time of its own: a save."""
+        self.whereabouts.at(phase)
+        yield
+        self.whereabouts.at("between steps")
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds of the last step by phase. Waits for the device to come to the step's end, if it has not."""
+        sums: dict[str, float] = defaultdict(float)
+        if self._spans and isinstance(last := self._spans[-1][2], torch.cuda.Event):
+            last.synchronize()
+        for phase, start, end in self._spans:
+            if isinstance(start, torch.cuda.Event):
+                assert isinstance(end, torch.cuda.Event)
+                sums[phase] += start.elapsed_time(end) / 1e3
+            else:
+                assert isinstance(end, float)
+                sums[phase] += end - start
+        return {phase: sums[phase] for phase in TIMED}
+
+    def _now(self) -> torch.cuda.Event | float:
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event

@@ -1,0 +1,40 @@
+"""Checks that stop a run which cannot be right before it costs node-hours."""
+
+from __future__ import annotations
+
+import math
+
+from megatron.common.errors import UserError
+from megatron.neox_arguments import NeoXArgs
+
+MARGIN_NATS = 2.0
+
+
+class SuspiciousLossError(UserError):
+    """A continued run starts at the loss of a random model, or a loss is not a number."""
+
+
+def check_initial_loss(loss: float, args: NeoXArgs) -> None:
+    """Refuse a continued run whose first loss is near ln(vocabulary), that of a model which knows nothing.
+
+    Llama-3.1 starts near 2 on English text; a wrong packing order or a misplaced epsilon shows as 10 to 12.
+    """
+    limit = math.log(args.vocab_size) - MARGIN_NATS
+    if args.from_scratch or args.allow_high_initial_loss or loss <= limit:
+        return
+    raise SuspiciousLossError(
+        f"the first loss of this continued run is {loss:.2f}; a model that knows nothing has "
+        f"ln({args.vocab_size}) = {math.log(args.vocab_size):.2f}, and more than {limit:.2f} is not a trained Llama. "
+        "Likely: a checkpoint converted with another packing, a wrong rms_norm_epsilon, rope_scaling or tokenizer. "
+        "Compare it with its source: python tools/convert_hf verify HF_DIR NEOX_DIR --forward. "
+        "If the loss is right (another language, unusual text), go on with --allow-high-initial-loss true"
+    )
+
+
+def check_finite(loss: float, grad_norm: float, iteration: int) -> None:
+    """Stop at the first loss or gradient that is not a number; the last checkpoint is before it."""
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        raise SuspiciousLossError(
+            f"iteration {iteration}: loss {loss}, gradient norm {grad_norm}. The run stops before it saves broken "
+            "weights; resume from the last checkpoint with a lower learning rate or other data"
+        )

@@ -1,0 +1,233 @@
+"""Names, `latest`, retention, and a process killed at every single operation on the way."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron.checkpoint.discovery import (
+    LATEST,
+    PARTIAL,
+    REPLACED,
+    clean_leftovers,
+    complete_steps,
+    find_checkpoint,
+    optimizer_file_name,
+    publish,
+    steps_in,
+    tag_name,
+)
+from megatron.checkpoint.errors import CheckpointError
+from megatron.checkpoint.manifest import FileEntry, Manifest, checksum, read_manifest, write_manifest
+from megatron.checkpoint.retention import apply_retention
+from megatron.checkpoint.verify import verify_checkpoint
+
+pytestmark = pytest.mark.unit
+
+OPTIMIZER = optimizer_file_name(0, 0, bf16=True)
+WEIGHTS = "weights.bin"
+
+
+def save(root: Path, step: int, mark: str = "", by: str = "training") -> Path:
+    """A checkpoint of two small files, by the same calls as `save_checkpoint`."""
+    final = root / tag_name(step)
+    partial = root / (final.name + PARTIAL)
+    clean_leftovers(root, quiet)
+    partial.mkdir(parents=True)
+    entries = {}
+    for name in (WEIGHTS, OPTIMIZER):
+        data = f"{name} {step} {mark}".encode()
+        (partial / name).write_bytes(data)
+        entries[name] = FileEntry(len(data), {}, checksum(data))
+    write_manifest(partial, Manifest(entries, {"written_by": by, "optimizer": True, "mark": mark}))
+    publish(partial, final)
+    return final
+
+
+def quiet(line: str) -> None:
+    pass
+
+
+def names(root: Path) -> set[str]:
+    return {path.name for path in root.iterdir()}
+
+
+def test_latest_or_the_step_asked_for(tmp_path: Path) -> None:
+    for step in (5, 10, 100):
+        save(tmp_path, step)
+    assert steps_in(tmp_path) == [5, 10, 100]
+    assert find_checkpoint(tmp_path) == tmp_path / "global_step100"
+    assert find_checkpoint(f"{tmp_path}/", 5) == tmp_path / "global_step5"
+    (tmp_path / LATEST).write_text("global_step10\n")  # going back is the user's right, later steps lie there or not
+    assert find_checkpoint(tmp_path) == tmp_path / "global_step10"
+
+
+def test_a_wrong_path_is_an_error_that_says_what_there_is(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="nowhere is not a folder"):
+        find_checkpoint(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match=r"latest cannot be read .*holds no complete checkpoint"):
+        find_checkpoint(tmp_path)
+    save(tmp_path, 5)
+    with pytest.raises(CheckpointError, match=r"global_step7 does not exist, but `iteration` .*steps 5"):
+        find_checkpoint(tmp_path, 7)
+    (tmp_path / LATEST).write_text("global_step9")
+    with pytest.raises(CheckpointError, match=r"global_step9 does not exist, but .*latest names it.*`iteration: 5`"):
+        find_checkpoint(tmp_path)
+    (tmp_path / LATEST).unlink()
+    with pytest.raises(CheckpointError, match=r"latest cannot be read.*complete in .*: steps 5"):
+        find_checkpoint(tmp_path)
+    (tmp_path / LATEST).write_text("../elsewhere")
+    with pytest.raises(CheckpointError, match="not the name of a checkpoint"):
+        find_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["missing", "short"])
+def test_an_incomplete_checkpoint_is_never_passed_over_in_silence(tmp_path: Path, damage: str) -> None:
+    save(tmp_path, 5)
+    folder = save(tmp_path, 10)
+    if damage == "missing":
+        (folder / WEIGHTS).unlink()
+    else:
+        os.truncate(folder / WEIGHTS, 3)
+    with pytest.raises(CheckpointError, match=rf"global_step10 is not complete: .*{WEIGHTS} .*`iteration: 5`"):
+        find_checkpoint(tmp_path)
+    assert complete_steps(tmp_path) == [5]
+
+
+def test_a_checkpoint_of_gpt_neox_is_accepted_with_a_line(tmp_path: Path) -> None:
+    folder = save(tmp_path, 5)
+    (folder / "manifest.json").unlink()
+    lines: list[str] = []
+    assert find_checkpoint(tmp_path, log=lines.append) == folder
+    assert "has no manifest.json" in lines[0]
+
+
+def test_replacing_a_step_leaves_the_new_one(tmp_path: Path) -> None:
+    save(tmp_path, 5, "old")
+    save(tmp_path, 5, "new")
+    assert read_manifest(find_checkpoint(tmp_path)).provenance["mark"] == "new"
+    assert names(tmp_path) == {LATEST, "global_step5"}
+
+
+def test_between_the_two_renames_the_old_one_is_found(tmp_path: Path) -> None:
+    folder = save(tmp_path, 5)
+    folder.rename(tmp_path / ("global_step5" + REPLACED))
+    assert find_checkpoint(tmp_path).name == "global_step5" + REPLACED
+    clean_leftovers(tmp_path, quiet)
+    assert find_checkpoint(tmp_path) == folder
+
+
+def test_left_overs_go_and_nothing_else(tmp_path: Path) -> None:
+    save(tmp_path, 5)
+    for name in ("global_step6.tmp", "global_step4.replaced.tmp", "notes.tmp", "tensorboard", "global_step7x"):
+        (tmp_path / name).mkdir()
+    clean_leftovers(tmp_path, quiet)
+    assert names(tmp_path) == {LATEST, "global_step5", "notes.tmp", "tensorboard", "global_step7x"}
+
+
+def test_keep_the_last_n(tmp_path: Path) -> None:
+    root = Path(f"{tmp_path}/")  # GPT-NeoX deletes nothing when an absolute path ends in a slash
+    for step in (1, 2, 10):
+        save(root, step)
+        apply_retention(root, step, 2, None, quiet)
+    assert complete_steps(tmp_path) == [2, 10]
+
+
+def test_retention_spares_what_is_not_ours_to_delete(tmp_path: Path) -> None:
+    save(tmp_path, 0, by="tools/convert_hf")
+    neox = save(tmp_path, 1)
+    (neox / "manifest.json").unlink()
+    save(tmp_path, 50)  # of a run that went further before the user went back to 2
+    for step in (2, 3):
+        save(tmp_path, step)
+        apply_retention(tmp_path, step, 1, None, quiet)
+    assert steps_in(tmp_path) == [0, 1, 3, 50]
+
+
+@pytest.mark.parametrize(("keep", "left"), [(0, []), (1, [3]), (2, [2, 3])])
+def test_optimizer_states_go_before_the_weights(tmp_path: Path, keep: int, left: list[int]) -> None:
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+        apply_retention(tmp_path, step, None, keep, quiet)
+    assert [step for step in (1, 2, 3) if (tmp_path / tag_name(step) / OPTIMIZER).exists()] == left
+    for step in (1, 2, 3):
+        assert verify_checkpoint(tmp_path / tag_name(step)) == []
+        assert read_manifest(tmp_path / tag_name(step)).provenance["optimizer"] is (step in left)
+
+
+def kill_itself() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killed_at(operation: int, work: Callable[[], None], how: Callable[[], None] = kill_itself) -> bool:
+    """Run `work` in a child that kills itself before its n-th change to the file system; True if it got that far.
+
+    With another `how` that is called there instead, and the work must come to its end.
+    """
+    child = os.fork()
+    if child == 0:
+        done = 0
+        for name in ("fsync", "rename", "replace", "unlink", "rmdir", "mkdir", "open"):
+            original = getattr(os, name)
+
+            def counted(*args: Any, _original: Any = original, **keys: Any) -> Any:
+                nonlocal done
+                done += 1
+                if done == operation:
+                    how()
+                return _original(*args, **keys)
+
+            setattr(os, name, counted)
+        try:
+            work()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(2)
+        os._exit(0 if done < operation else 3)
+    _, status = os.waitpid(child, 0)
+    code = os.waitstatus_to_exitcode(status)
+    assert code in (0, 3, -signal.SIGKILL), "the work itself failed"
+    return code != 0
+
+
+def test_killed_at_every_operation_the_last_complete_one_is_found(tmp_path: Path) -> None:
+    """A new step, a replaced step and both kinds of retention, ended before each of their file operations in turn."""
+
+    def work(root: Path) -> None:
+        save(root, 3)
+        apply_retention(root, 3, 2, 1, quiet)
+        save(root, 3, "again")
+        apply_retention(root, 3, 2, 1, quiet)
+
+    for step in (1, 2):
+        save(tmp_path / "before", step)
+    for operation in range(1, 1000):
+        root = tmp_path / str(operation)
+        shutil.copytree(tmp_path / "before", root)
+        killed = killed_at(operation, lambda root=root: work(root))
+        found = find_checkpoint(root)
+        assert verify_or_unlisted(found) == [], f"killed before operation {operation}"
+        assert found.name.startswith(("global_step2", "global_step3"))
+        manifest = read_manifest(found)
+        clean_leftovers(root, quiet)
+        assert read_manifest(find_checkpoint(root)) == manifest
+        work(root)  # the next start
+        assert complete_steps(root) == [2, 3]
+        assert names(root) == {LATEST, "global_step2", "global_step3"}
+        assert verify_checkpoint(root / "global_step2") == verify_checkpoint(root / "global_step3") == []
+        if not killed:
+            assert operation > 40, "the operations were not counted"
+            return
+    pytest.fail("the work never came to its end")
+
+
+def verify_or_unlisted(folder: Path) -> list[str]:
+    """Problems but for files that a retention in progress no longer lists."""
+    return [problem for problem in verify_checkpoint(folder) if OPTIMIZER not in problem]

@@ -1,0 +1,79 @@
+"""build_indices.py: what it prepares is what a run then reads, and what it refuses."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron.data import build_datasets, index_cache
+from megatron.neox_arguments import NeoXArgs
+from tests.datasets.test_preprocess import run, write_jsonl
+from tests.support.vocabulary import real_texts
+from tools.datasets.build_indices import main
+
+pytestmark = pytest.mark.unit
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def yml(vocab_folder: Path, tmp_path: Path) -> Path:
+    for name, texts in (("a", real_texts()[:20]), ("b", real_texts()[20:30])):
+        assert run(vocab_folder, tmp_path / name, write_jsonl(tmp_path / f"{name}.jsonl", texts), append_eod=True) == 0
+    keys = yaml.safe_load((ROOT / "configs/tiny/run.yml").read_text())
+    for key in (
+        "load",
+        "save",
+        "finetune",
+        "checkpoint_factor",
+        "keep_last_n_checkpoints",
+        "log_dir",
+        "tensorboard_dir",
+    ):
+        keys.pop(key, None)
+    keys.pop("train_data_weights")
+    keys |= {
+        "from_scratch": True,
+        "vocab_file": str(vocab_folder / "tokenizer.json"),
+        "train_data_paths": [
+            str(tmp_path / "a_text_document"),
+            {"path": str(tmp_path / "b_text_document"), "replay": {"share": 0.25}},
+        ],
+        "valid_data_paths": [str(tmp_path / "b_text_document")],
+        "seq_length": 64,
+    }
+    (tmp_path / "run.yml").write_text(yaml.safe_dump(keys))
+    return tmp_path / "run.yml"
+
+
+def test_training_only_reads_afterwards(
+    yml: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = str(ROOT / "configs/tiny/model.yml")
+    assert main([model, str(yml), "--world-size", "2", "--check-content"]) == 0
+    out = capsys.readouterr().out
+    assert "a_text_document: offsets and checksum are right" in out
+    assert "25.00% of the run" in out
+    assert "2 sources are ready" in out
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("an index was built during training")
+
+    monkeypatch.setattr(index_cache, "_write", refuse)
+    args = NeoXArgs.from_ymls([model, yml], world_size=2)
+    assert len(build_datasets(args).train) == args.train_iters * args.train_batch_size
+
+
+def test_damage_and_mistakes_are_named(yml: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = str(ROOT / "configs/tiny/model.yml")
+    path = yml.parent / "a_text_document.bin"
+    content = bytearray(path.read_bytes())
+    content[100] ^= 1
+    path.write_bytes(content)
+    assert main([model, str(yml), "--world-size", "2"]) == 0
+    assert main([model, str(yml), "--world-size", "2", "--check-content"]) == 1
+    assert "a_text_document.bin: checksum" in capsys.readouterr().err
+    path.write_bytes(content[:-2])
+    assert main([model, str(yml), "--world-size", "2"]) == 1
+    assert "a_text_document.bin" in capsys.readouterr().err
+    assert main([model, "--world-size", "2"]) == 1

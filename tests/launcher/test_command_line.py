@@ -1,0 +1,122 @@
+"""deepy.py up to the start of the ranks: arguments, printing, errors in one message and exit code 2."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron.launcher import command_line, rank_main
+from megatron.launcher.start import environment, forks, write_handover
+from megatron.neox_arguments import ConfigError, NeoXArgs
+from tests.support.configurations import VALID, keys
+
+pytestmark = pytest.mark.unit
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ["configs/tiny/model", "configs/tiny/run", "configs/tiny/local.yml"]
+
+
+def deepy(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "deepy.py", *words], cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+def test_help() -> None:
+    result = deepy("--help")
+    assert result.returncode == 0
+    assert "--print-config" in result.stdout
+
+
+def test_print_config_shows_the_merged_and_derived_keys() -> None:
+    result = deepy("train.py", *TINY, "--train-iters", "7", "--print-config", "--optimizer.params.lr", "5e-3")
+    assert result.returncode == 0, result.stderr
+    shown = yaml.safe_load(result.stdout)
+    assert shown["train_iters"] == 7
+    assert shown["optimizer"]["params"]["lr"] == 5e-3
+    assert shown["num_parameters"] == 1_787_008
+    assert shown["data_parallel_size"] == 2
+    assert shown["deepspeed_config"]["gradient_clipping"] == 1.0
+    assert "precision auto" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("train.py", *TINY, "--hiden_size", "3"), "--hiden_size: unknown key hiden_size; did you mean hidden_size?"),
+        (("train.py", *TINY, "--model_parallel_size", "3"), "8 ranks cannot be divided"),
+        (("train.py", "configs/nothing"), "configs/nothing.yml: cannot be read"),
+        (("nothing.py", *TINY), "nothing.py: no such script"),
+        (("train.py",), "at least one configuration file"),
+        (("train.py", *TINY, "-H", "hosts"), "hostfile: 'hosts' is not supported"),
+        (
+            ("train.py", *TINY, "--num_nodes", "2"),
+            "not a Slurm allocation, and here deepy.py starts the ranks of one machine",
+        ),
+        (("train.py", TINY[0], TINY[0]), "num_layers is given twice"),
+        ((), "usage:"),
+    ],
+)
+def test_a_mistake_is_one_message_and_exit_code_2(words: tuple[str, ...], message: str) -> None:
+    result = deepy(*words)
+    assert result.returncode == 2
+    assert message in result.stderr + result.stdout
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    "spelling", [["-d", "configs/tiny"], ["--conf_dir", "configs/tiny"], ["--conf_dir=configs/tiny"]]
+)
+def test_a_folder_is_put_in_front(spelling: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    request = command_line.parse(["eval.py", *spelling, "model", "run.yml", "-o", "out.jsonl", "--load", "x"])
+    assert request.configs == [Path("configs/tiny/model.yml"), Path("configs/tiny/run.yml")]
+    assert request.overrides == {"sample_output_file": "out.jsonl", "load": "x"}
+    assert request.task == "eval"
+
+
+def test_scripts_have_their_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    tasks = {name: command_line.parse([name, "x"]).task for name in ("train.py", "eval.py", "generate.py")}
+    assert tasks == {"train.py": "train", "eval.py": "eval", "generate.py": "generate"}
+
+
+def test_the_configuration_arrives_as_it_left(tmp_path: Path) -> None:
+    args = NeoXArgs.from_dict(VALID)
+    path = write_handover(args, tmp_path)
+    assert rank_main.worker_args(["--neox-args", str(path)]) == args
+
+
+@pytest.mark.parametrize("damage", [lambda text: text[: len(text) // 2], lambda text: text.replace("128", "129")])
+def test_a_damaged_configuration_is_not_used(tmp_path: Path, damage: Callable[[str], str]) -> None:
+    path = write_handover(NeoXArgs.from_dict(VALID), tmp_path)
+    path.write_text(damage(path.read_text()))
+    with pytest.raises(ConfigError, match="the file was changed or not read whole"):
+        rank_main.worker_args(["--neox-args", str(path)])
+
+
+def test_ranks_started_by_others_read_the_files_themselves(tmp_path: Path) -> None:
+    (tmp_path / "a.yml").write_text(yaml.safe_dump(VALID))
+    args = rank_main.worker_args([str(tmp_path / "a"), "--train_iters", "3"])
+    assert args.train_iters == 3
+    with pytest.raises(ConfigError, match="configuration files are missing"):
+        rank_main.worker_args([])
+
+
+def test_cpu_ranks_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("os.cpu_count", lambda: 16)
+    args = NeoXArgs.from_dict(keys(num_gpus=8))
+    assert environment(args)["OMP_NUM_THREADS"] == "2"
+    assert environment(args)["DS_ACCELERATOR"] == "cpu"
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert environment(args)["OMP_NUM_THREADS"] == "3"
+
+
+def test_ranks_are_forked_on_cpus_only_unless_asked() -> None:
+    assert forks(NeoXArgs.from_dict(VALID))
+    assert not forks(NeoXArgs.from_dict(keys(distributed_backend="nccl")))
+    assert not forks(NeoXArgs.from_dict(keys(launcher="torchrun")))

@@ -1,0 +1,227 @@
+"""deepy.py with real ranks: they find their place, failures are said once, and nothing is left running."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from megatron.neox_arguments import NeoXArgs
+from tests.support.configurations import VALID, keys
+from tests.support.ranks import run_ranks
+
+pytestmark = pytest.mark.distributed
+
+ROOT = Path(__file__).resolve().parents[2]
+
+SCRIPT = """
+import os, signal, sys, time
+from megatron.launcher import run
+from megatron.parallel.process_groups import initialize
+from megatron.neox_arguments import ConfigError
+
+def program(args):
+    place = initialize(args)
+    rank, mode = place.rank, args.wandb_group
+    import torch.distributed as dist
+    if mode == "places":
+        with open(f"{args.log_dir}/{rank}", "w") as file:
+            file.write(f"{place.pipe} {place.data} {place.tensor} {place.local_rank} {place.device}")
+    elif mode == "user-all":
+        raise ConfigError("the sky is too cloudy")
+    elif mode == "user-one" and rank == 1:
+        raise ConfigError("the sky is too cloudy")
+    elif mode == "bug" and rank == 1:
+        raise KeyError("telescope")
+    elif mode == "killed" and rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif mode == "code" and rank == 1:
+        sys.exit(7)
+    elif mode == "sleep":
+        with open(f"{args.log_dir}/{rank}", "w") as file:
+            file.write(str(os.getpid()))
+        time.sleep(600)
+    dist.barrier()
+
+if __name__ == "__main__":
+    run(program)
+"""
+
+
+def prepare(folder: Path, mode: str, **changes: Any) -> list[str]:
+    """A script and its configuration in `folder`; returns the deepy command."""
+    (folder / "train.py").write_text(SCRIPT)
+    settings = keys(wandb_group=mode, log_dir=str(folder), num_gpus=2, **changes)
+    (folder / "run.yml").write_text(yaml.safe_dump(settings))
+    return [sys.executable, str(ROOT / "deepy.py"), str(folder / "train.py"), str(folder / "run.yml")]
+
+
+def launch(folder: Path, mode: str, **changes: Any) -> subprocess.CompletedProcess[str]:
+    """Run deepy from another working directory than the project's."""
+    (folder / "tmp").mkdir()
+    env = os.environ | {"TMPDIR": str(folder / "tmp")}
+    result = subprocess.run(
+        prepare(folder, mode, **changes), cwd=folder, env=env, capture_output=True, text=True, timeout=200
+    )
+    assert list((folder / "tmp").glob("neox_run_*")) == [], "the run's folder is removed"
+    return result
+
+
+@pytest.mark.parametrize("launcher", ["fork", "torchrun"])
+def test_ranks_know_their_place(tmp_path: Path, launcher: str) -> None:
+    result = launch(tmp_path, "places", launcher=launcher, model_parallel_size=2)
+    assert result.returncode == 0, result.stderr
+    assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["0 0 0 0 cpu", "0 0 1 1 cpu"]
+
+
+@pytest.mark.parametrize(
+    ("mode", "code", "said", "unsaid"),
+    [
+        ("user-all", 2, ["error: the sky is too cloudy"], ["Traceback", "ended with"]),
+        ("user-one", 2, ["error: the sky is too cloudy"], ["Traceback", "ended with", "rank 0"]),
+        ("bug", 1, ["rank 1 failed:", "KeyError: 'telescope'", "ended with exit code 1"], ["rank 0"]),
+        ("killed", 137, ["was killed by SIGKILL"], ["Traceback", "rank 0"]),
+        ("code", 7, ["ended with exit code 7"], ["Traceback", "rank 0"]),
+    ],
+)
+def test_a_failure_is_said_once(tmp_path: Path, mode: str, code: int, said: list[str], unsaid: list[str]) -> None:
+    result = launch(tmp_path, mode)
+    assert result.returncode == code, result.stderr
+    for text in said:
+        assert result.stderr.count(text) == 1, result.stderr
+    for text in unsaid:
+        assert text not in result.stderr, result.stderr
+
+
+def test_torchrun_s_page_of_errors_is_not_printed(tmp_path: Path) -> None:
+    result = launch(tmp_path, "user-one", launcher="torchrun")
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.count("the sky is too cloudy") == 1
+    assert "Traceback" not in result.stderr
+    assert "ChildFailedError" not in result.stderr
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("launcher", "deadly", "code"),
+    [
+        ("fork", signal.SIGINT, 130),
+        ("fork", signal.SIGTERM, 143),
+        ("fork", signal.SIGKILL, -9),
+        ("torchrun", signal.SIGINT, 130),
+        ("torchrun", signal.SIGKILL, -9),
+    ],
+)
+def test_no_rank_outlives_deepy(tmp_path: Path, launcher: str, deadly: signal.Signals, code: int) -> None:
+    log = (tmp_path / "output").open("w")
+    process = subprocess.Popen(prepare(tmp_path, "sleep", launcher=launcher), stdout=log, stderr=log, cwd=tmp_path)
+    try:
+        deadline = time.monotonic() + 150
+        files = [tmp_path / str(rank) for rank in range(2)]
+        while not all(file.exists() and file.read_text() for file in files):
+            assert process.poll() is None, (tmp_path / "output").read_text()
+            assert time.monotonic() < deadline, "the ranks did not start"
+            time.sleep(0.1)
+        pids = [int(file.read_text()) for file in files]
+        assert all(map(_alive, pids))
+        process.send_signal(deadly)
+        assert process.wait(timeout=60) == code
+        deadline = time.monotonic() + 60
+        while any(map(_alive, pids)):
+            assert time.monotonic() < deadline, f"ranks still run: {pids}"
+            time.sleep(0.1)
+    finally:
+        process.kill()
+    assert "Traceback" not in (tmp_path / "output").read_text()
+
+
+def _initialize(rank: int, world_size: int, folder: str, keys_of_rank: list[dict]) -> Any:
+    import torch.distributed as dist
+
+    from megatron.parallel.process_groups import initialize
+
+    dist.destroy_process_group()
+    os.environ["NEOX_RENDEZVOUS"] = f"file://{folder}/rendezvous"
+    args = NeoXArgs.from_dict(keys_of_rank[rank % len(keys_of_rank)], world_size)
+    try:
+        place = initialize(args)
+    except ValueError as error:
+        return str(error)
+    dist.barrier()  # a rank that ends while others still connect their groups looks like a crash to them
+    return place.pipe, place.data, place.tensor
+
+
+def test_coordinates_are_pipe_data_tensor(tmp_path: Path) -> None:
+    layout = keys(model_parallel_size=2, pipe_parallel_size=2)
+    places = run_ranks(_initialize, 8, str(tmp_path), [layout])
+    assert places == [(pipe, data, tensor) for pipe in range(2) for data in range(2) for tensor in range(2)]
+
+
+def test_ranks_with_different_configurations_stop(tmp_path: Path) -> None:
+    messages = run_ranks(_initialize, 2, str(tmp_path), [VALID, keys(seed=2)])
+    assert all("the ranks hold different configurations" in message for message in messages)
+
+
+def test_deepspeed_s_names_for_the_axes_are_checked(tmp_path: Path) -> None:
+    messages = run_ranks(_disagreeing, 4, str(tmp_path))
+    assert any("for DeepSpeed and" in message for message in messages)
+
+
+def _disagreeing(rank: int, world_size: int, folder: str) -> str:
+    """megatron-core's groups made in another order than DeepSpeed counts."""
+    from megatron.core import parallel_state
+
+    from megatron.parallel.process_groups import check_coordinates
+
+    parallel_state.initialize_model_parallel(2, 2, order="tp-cp-ep-pp-dp", create_gloo_process_groups=False)
+    torch.distributed.barrier()
+    args = NeoXArgs.from_dict(keys(model_parallel_size=1, pipe_parallel_size=2), world_size)
+    try:
+        check_coordinates(args, rank)
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def _deepspeed_reads(rank: int, world_size: int, precision: str) -> dict[str, Any]:
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    args = NeoXArgs.from_dict(keys(precision=precision, gradient_clipping=0.7), world_size)
+    config = DeepSpeedConfig(args.deepspeed_config)
+    return {
+        "clipping": config.gradient_clipping,
+        "stage": config.zero_optimization_stage,
+        "accumulation": config.grad_accum_dtype,
+        "bf16": config.bfloat16_config.enabled,
+        "fp16": config.float16_config.enabled,
+        "batch": (config.train_batch_size, config.train_micro_batch_size_per_gpu, config.gradient_accumulation_steps),
+    }
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bfloat16"])
+def test_deepspeed_reads_what_we_meant(precision: str) -> None:
+    """DeepSpeed 0.19 refuses unknown keys inside its mappings, so that a misspelt one shows here."""
+    assert run_ranks(_deepspeed_reads, 1, precision) == [
+        {
+            "clipping": 0.7,
+            "stage": 1,
+            "accumulation": "fp32" if precision == "bfloat16" else None,
+            "bf16": precision == "bfloat16",
+            "fp16": False,
+            "batch": (8, 2, 4),
+        }
+    ]

@@ -1,0 +1,136 @@
+"""The kernels as hipcc compiles them for gfx90a, against the committed table; and as nvcc compiles them, if present.
+
+The counts belong to one compiler (Debian's hipcc 5.2): with another, waves, spills and vector accesses still hold, the
+arithmetic may differ a little.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron.ops.build import KERNEL_FILES, SOURCES, Target, compile_command
+from tests.support import gfx90a
+from tests.support.requirements import need
+
+pytestmark = pytest.mark.kernels
+
+ROOT = SOURCES.parents[1]
+SLACK = 0.03  # of the arithmetic budget
+ON_THE_HOT_PATH = ("rms_norm_forward<", "rms_norm_backward<", "rotary<", "swiglu", "cross_entropy_stats", "_gradient")
+
+
+@pytest.fixture(scope="module")
+def kernels() -> dict[str, gfx90a.Kernel]:
+    need("hipcc", gfx90a.toolchain() is not None, "apt install hipcc libamdhip64-dev rocm-device-libs lld")
+    return {k.name: k for k in gfx90a.compile_all()}
+
+
+def test_nothing_spills(kernels: dict[str, gfx90a.Kernel]) -> None:
+    assert [k for k in kernels.values() if k.spills or k.scratch] == []
+
+
+def test_vector_kernels_use_16_byte_accesses_within_the_arithmetic_budget(kernels: dict[str, gfx90a.Kernel]) -> None:
+    hot = [k for k in kernels.values() if k.share is not None]
+    assert {name for name in ON_THE_HOT_PATH if any(name in k.name for k in hot)} == set(ON_THE_HOT_PATH)
+    for k in hot:
+        assert k.vector_loads > 0, k
+        assert k.vector_stores > 0 or "stats" in k.name, k
+        assert k.share is not None
+        assert k.share < 0.75, f"{k.name} is close to being bound by arithmetic"
+        assert k.waves >= 4, k
+
+
+def test_no_worse_than_the_committed_table(kernels: dict[str, gfx90a.Kernel]) -> None:
+    table = gfx90a.read_table()
+    assert set(table) == set(kernels), "run `python -m tests.support.gfx90a` and commit docs/kernels_gfx90a.md"
+    worse = []
+    for name, (_, waves, lds, loads, stores, share) in table.items():
+        now = kernels[name]
+        if now.waves < waves or now.lds > lds or now.vector_loads < loads or now.vector_stores < stores:
+            worse.append(f"{now}, the table has {waves} waves, {lds} bytes of LDS, {loads} and {stores} accesses")
+        if share is not None and (now.share is None or now.share > share + SLACK):
+            worse.append(f"{name} needs {now.share} of the arithmetic budget, the table has {share}")
+    assert worse == []
+
+
+def test_a_spill_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The report can fail: with room for 40 registers the norm backward must spill."""
+    need("hipcc", gfx90a.toolchain() is not None, "apt install hipcc libamdhip64-dev rocm-device-libs lld")
+    shutil.copytree(SOURCES, tmp_path / "sources")
+    path = tmp_path / "sources" / "platform.h"
+    text = path.read_text()
+    narrow = text.replace("__launch_bounds__(threads)\n", "__launch_bounds__(threads, 8)\n")
+    assert narrow != text
+    path.write_text(narrow)
+    monkeypatch.setattr(gfx90a, "SOURCES", tmp_path / "sources")
+    monkeypatch.setattr(gfx90a, "KERNEL_FILES", ("rms_norm",))
+    assert any(k.spills and k.scratch for k in gfx90a.compile_all())
+
+
+def test_sources_compile_for_nvidia(tmp_path: Path) -> None:
+    need("nvcc", shutil.which("nvcc") is not None, "install the CUDA toolkit")
+    jobs = [
+        subprocess.Popen(
+            [
+                *compile_command(Target("cuda", ("sm_90",))),
+                "-c",
+                str(SOURCES / f"{name}.cu"),
+                "-o",
+                str(tmp_path / name),
+            ],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for name in KERNEL_FILES
+    ]
+    for job in jobs:
+        errors = job.communicate()[1]
+        assert job.returncode == 0, errors
+
+
+def test_library_builds_and_loads_without_a_gpu(tmp_path: Path) -> None:
+    """The whole build of setup.py for two architectures; only torch's HIP half is stood in for."""
+    need("hipcc", gfx90a.toolchain() is not None, "apt install hipcc libamdhip64-dev rocm-device-libs lld")
+    stub = tmp_path / "libtorch_hip.so"
+    source = 'extern "C" int aoti_torch_get_current_cuda_stream(int, void**) { return 1; }'
+    subprocess.run(["g++", "-shared", "-fPIC", "-x", "c++", "-", "-o", str(stub)], input=source, text=True, check=True)
+    environment = os.environ | {
+        "NEOX_GPU_ARCHS": "gfx90a, gfx908",
+        "LIBRARY_PATH": str(tmp_path),
+        "LD_LIBRARY_PATH": str(tmp_path),
+        "ROCM_PATH": "/usr",
+    }
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    program = """
+import ctypes, sys, torch, megatron.ops
+torch.ops.load_library(sys.argv[1])
+library = ctypes.CDLL(sys.argv[1])
+library.neox_architectures.restype = ctypes.c_char_p
+assert torch._C._dispatch_has_kernel_for_dispatch_key("neox::rms_norm", "CUDA")
+print(library.neox_wave_size(), library.neox_architectures().decode())
+"""
+    library = str(tmp_path / "megatron" / "ops" / "libneox_kernels.so")
+    command = [sys.executable, "-c", program, library]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == ["64", "gfx90a,gfx908"], done.stderr
+
+
+@pytest.mark.parametrize(
+    ("architectures", "message", "code"),
+    [("", "installing without compiled kernels", 0), ("mi250", "kernels: mi250 is not an architecture", 1)],
+)
+def test_setup_without_a_toolchain_or_with_a_wrong_name(architectures: str, message: str, code: int) -> None:
+    environment = os.environ | {"NEOX_GPU_ARCHS": architectures}
+    command = [sys.executable, "setup.py", "-q", "build_ext"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == code
+    assert message in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,177 @@
+"""What a layout holds: hand arithmetic for the 70B, published formulas, and the moments in which a rank is fullest."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron.layout import LlamaShape
+from megatron.planner.cost.activations import Activations
+from megatron.planner.cost.checkpoint_size import checkpoint_size
+from megatron.planner.cost.machines import GIB
+from megatron.planner.cost.memory import StageMemory, communicators, default_stages, plan_memory
+from megatron.planner.cost.parallel_layout import ParallelLayout
+
+pytestmark = pytest.mark.unit
+
+ROOT = Path(__file__).resolve().parents[2]
+LLAMA_70B = LlamaShape(
+    num_layers=80,
+    hidden_size=8192,
+    num_attention_heads=64,
+    num_kv_heads=8,
+    intermediate_size=28672,
+    vocab_size=128256,
+    padded_vocab_size=128256,
+    tied=False,
+)
+ASTROSAGE = ParallelLayout(tensor=8, pipe=8, data=32, micro_batch=1, num_micro_batches=16)
+SEQ = 8192
+
+
+def plan(layout: ParallelLayout = ASTROSAGE, precision: str = "bfloat16", **keys: bool) -> list[StageMemory]:
+    return plan_memory(LLAMA_70B, layout, SEQ, precision, **keys)
+
+
+def test_parameters_of_the_70b_per_gcd() -> None:
+    layer = (8192 * (8192 + 2 * 1024) + 8192 * 8192 + 3 * 8192 * 28672) // 8 + 2 * 8192
+    vocabulary = 128256 * 8192 // 8
+    stages = plan()
+    assert [stage.parameters for stage in stages] == [
+        10 * layer + vocabulary,
+        *[10 * layer] * 6,
+        10 * layer + vocabulary + 8192,
+    ]
+    assert stages[1].parameters == 1_069_711_360  # 1.070e9, and 1.201e9 at the ends
+    assert sum(stage.decoder_layers for stage in stages) == 80
+
+
+def test_state_of_the_70b_is_the_sum_made_by_hand() -> None:
+    """2 bytes of weight, 2 + 4 of gradient, 12 / 32 of master and moments: 9.0 GB, and 10.1 GB at the ends."""
+    middle, end = plan()[3], plan()[7]
+    assert (middle.weights + middle.gradients + middle.optimizer) / 1e9 == pytest.approx(9.0, abs=0.05)
+    assert (end.weights + end.gradients + end.optimizer) / 1e9 == pytest.approx(10.1, abs=0.05)
+    assert middle.weights / 1e9 == pytest.approx(2.14, abs=0.005)
+    assert middle.gradients / 1e9 == pytest.approx(2.14 + 4.28, abs=0.01)
+    assert middle.optimizer / 1e9 == pytest.approx(0.40, abs=0.005)
+
+
+def test_full_recomputation_stores_layer_inputs_of_eight_micro_batches() -> None:
+    """134.2 MB each, 10 layers, 8 micro-batches in flight: 10.7 GB; beside it the outputs' eighths and token ids."""
+    hidden = 8192 * 8192 * 2
+    assert plan()[0].activations == 8 * (10 * hidden + hidden // 8 + 3 * 8 * 8192)
+    assert 8 * 10 * hidden / 1e9 == pytest.approx(10.7, abs=0.05)
+
+
+def test_a_stored_layer_lies_between_the_published_counts() -> None:
+    """34 s b h with everything fused (Korthikanti et al. 2022, and the Llama count), 40.5 with SiLU kept as well."""
+    alone = ParallelLayout(tensor=1, pipe=1, data=1, micro_batch=1, num_micro_batches=1)
+    stored = Activations.of(LLAMA_70B, alone, SEQ, 2, "kernels", documents=False).stored_by_layer("none")
+    assert 33.5 < stored / (SEQ * 8192) < 40.5
+    h, kv, f = 8192, 1024, 28672
+    exact = 2 * SEQ * (4 * h + (h + 2 * kv) + (h + kv) + h + 3 * f)
+    assert stored == exact + 4 * SEQ * (64 + 2)  # log-sum-exp of 64 heads, two inverse norms
+
+
+def test_storing_everything_does_not_fit_without_sequence_parallelism() -> None:
+    """By hand 69.8 GB with (10 + 24 / t) s b h, 22.8 to 27 GB with sequence parallelism."""
+    stored = plan(replace(ASTROSAGE, recompute="none"))[0]
+    assert 60e9 < stored.activations < 75e9
+    sliced = plan(replace(ASTROSAGE, recompute="none", sequence_parallel=True))[0]
+    assert 22e9 < sliced.activations < 27e9
+
+
+def test_one_forward_one_backward_bounds_what_is_in_flight() -> None:
+    """min(m, p - stage) micro-batches, each as large as on the other stages."""
+    hidden = 8192 * 8192 * 2
+    one = 10 * hidden + hidden // 8  # of a middle stage
+    assert [stage.activations for stage in plan()[1:7]] == [(8 - stage) * one for stage in range(1, 7)]
+    # with fewer micro-batches than stages: all in the first backward pass, one less when gradients are there to add to
+    for stage in plan(replace(ASTROSAGE, num_micro_batches=4))[1:4]:
+        assert stage.activations in (4 * one, 3 * one)
+
+
+@pytest.mark.parametrize("v", [2, 5])
+def test_interleaving_multiplies_the_first_stage_by_its_published_factor(v: int) -> None:
+    """1 + (p - 1) / (p v) (Megatron-LM's theoretical_memory_usage)."""
+    layout = replace(ASTROSAGE, num_micro_batches=64)
+    plain, interleaved = plan(layout)[0], plan(replace(layout, virtual_stages=v))[0]
+    assert interleaved.activations / plain.activations == pytest.approx(1 + 7 / (8 * v), rel=1e-6)
+
+
+def test_the_last_stage_keeps_logits_of_two_micro_batches() -> None:
+    logits = 8192 * 128256 // 8 * 2  # bf16, this rank's part: 0.26 GB
+    last = plan()[7]
+    assert logits / 1e9 == pytest.approx(0.26, abs=0.005)
+    assert last.logits == 2 * logits
+    assert plan(replace(ASTROSAGE, num_micro_batches=1))[7].logits <= 2 * logits
+    assert all(stage.logits == 0 for stage in plan()[:7])
+
+
+def test_fp32_shards_the_same_and_has_no_second_gradient() -> None:
+    for stage in plan(precision="fp32"):
+        assert stage.gradients <= 4 * stage.parameters
+        assert stage.weights == pytest.approx(4 * stage.parameters, rel=1e-6)
+
+
+def test_gradients_of_a_small_stage_are_copied_for_their_reduction() -> None:
+    """DeepSpeed reduces up to 500 million elements together, in a copy; a larger flat tensor is reduced in place."""
+    small = replace(LLAMA_70B, num_layers=8)
+    layout = replace(ASTROSAGE, pipe=8, recompute="full")
+    middle = plan_memory(small, layout, 128)[3]
+    assert middle.parameters < 500_000_000
+    assert middle.moment == "reduction"
+    assert middle.workspace == pytest.approx(4 * middle.parameters, rel=1e-6)
+    large = plan_memory(LLAMA_70B, layout, 128)[3]
+    assert large.parameters > 500_000_000
+    assert large.moments["reduction"] < large.allocated
+
+
+def test_communicators_of_a_middle_rank() -> None:
+    """World, tensor, data, gradient norm, pipeline, two neighbours: 1 GiB, and about 0.65 GiB for each further one."""
+    assert [communicators(ASTROSAGE, stage) for stage in range(8)] == [6, 7, 7, 7, 7, 7, 7, 6]
+    assert plan()[1].communicators / GIB == pytest.approx(1 + 0.65 * 6, rel=0.03)
+    alone = ParallelLayout(tensor=1, pipe=1, data=1, micro_batch=1, num_micro_batches=1)
+    assert plan_memory(LLAMA_70B, alone, SEQ)[0].communicators == 0
+    assert plan_memory(LLAMA_70B, ASTROSAGE, SEQ, ops="cpu")[1].communicators == 0
+
+
+def test_kinds_add_up_to_the_fullest_moment() -> None:
+    for stage in [*plan(), *plan(replace(ASTROSAGE, recompute="none")), *plan(precision="fp32")]:
+        assert stage.peak == sum(stage.by_kind.values())
+        assert stage.allocated == max(stage.moments.values()) == stage.moments[stage.moment]
+
+
+def test_layers_that_do_not_divide_go_to_the_first_stages() -> None:
+    assert default_stages(80, 8) == [
+        range(0, 12),
+        *[range(2 + 10 * s, 12 + 10 * s) for s in range(1, 7)],
+        range(72, 85),
+    ]
+    assert default_stages(5, 2) == [range(0, 5), range(5, 10)]
+    assert default_stages(4, 1) == [range(0, 9)]
+
+
+def test_heads_that_cannot_be_split_are_an_error() -> None:
+    with pytest.raises(ValueError, match="model_parallel_size 16 does not divide num_kv_heads 8"):
+        plan(replace(ASTROSAGE, tensor=16))
+
+
+def test_a_checkpoint_of_the_70b_is_988_gb() -> None:
+    size = checkpoint_size(LLAMA_70B, ASTROSAGE, "bfloat16", plan())
+    assert size.weights / 1e9 == pytest.approx(141, abs=0.5)
+    assert size.optimizer / 1e9 == pytest.approx(847, abs=0.5)
+    assert size.total / 1e9 == pytest.approx(988, abs=0.5)
+
+
+def test_the_planner_needs_no_torch() -> None:
+    program = (
+        "import sys, megatron.planner.plan, megatron.planner.search, megatron.planner.front.report; print(*sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "torch" not in done.stdout.split()
+    assert "deepspeed" not in done.stdout.split()

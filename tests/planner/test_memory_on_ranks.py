@@ -1,0 +1,119 @@
+"""The planner's memory is what the engine holds: live tensor bytes of real steps, rank by rank, within 5 %."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+
+from benchmarks.live_bytes import LiveBytes
+from benchmarks.planner_memory import CPU_CASES, Case, measure, predict
+from megatron.planner.cost import memory
+from tests.support.ranks import run_ranks
+
+pytestmark = pytest.mark.distributed
+
+TOLERANCE = 0.05
+CASES = [
+    Case(recompute=False),
+    Case(precision="fp32", recompute=False),
+    Case(num_micro_batches=1, micro_batch=2, recompute=False),
+    Case(pipe=2, micro_batch=2),
+    Case(pipe=2, layers=5, num_micro_batches=2, recompute=False),
+    Case(pipe=2, layers=6, recompute_layers=1),
+    Case(tensor=2, micro_batch=2, recompute=False),
+    Case(data=2, precision="fp32"),
+    Case(data=2, precision="fp32", bucket=1_000_000),
+    Case(data=2, bucket=10_000_000),
+    Case(tensor=2, pipe=2, seq=512),
+    Case(pipe=2, data=2, tied=True),
+    Case(pipe=2, documents=True, recompute=False),
+]
+
+
+def _step(rank: int, world_size: int, case: Case) -> tuple[int, int]:
+    """(stage, peak bytes)"""
+    found = measure(rank, world_size, case)
+    return found.stage, found.peak
+
+
+@cache
+def measured(case: Case) -> list[tuple[int, int]]:
+    """Of every rank."""
+    return run_ranks(_step, case.world_size, case)
+
+
+def errors(case: Case) -> list[float]:
+    stages = predict(case, "cpu", "cpu")
+    return [stages[stage].allocated / peak - 1 for stage, peak in measured(case)]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.layout}, {case.model}")
+def test_every_rank_is_predicted_within_5_percent(case: Case) -> None:
+    assert max(map(abs, errors(case))) < TOLERANCE
+
+
+def _step_in_one_block(rank: int, world_size: int, case: Case) -> tuple[int, int]:
+    """The references as on a GPU: every tensor is one block of rows."""
+    from megatron.ops import cpu_blocks
+
+    cpu_blocks.BLOCK_ELEMENTS = 1 << 60
+    return _step(rank, world_size, case)
+
+
+@pytest.mark.parametrize("case", [Case(pipe=2, seq=1024), Case(seq=1024, vocab=4096, recompute=False)])
+def test_temporaries_of_the_references_on_a_gpu(case: Case) -> None:
+    """And the formula for the blocks of a CPU does not describe them."""
+    ranks = run_ranks(_step_in_one_block, case.world_size, case)
+    whole, blocks = predict(case, "cpu", "torch"), predict(case, "cpu", "cpu")
+    assert max(abs(whole[stage].allocated / peak - 1) for stage, peak in ranks) < TOLERANCE
+    assert max(abs(blocks[stage].allocated / peak - 1) for stage, peak in ranks) > TOLERANCE
+
+
+def test_the_benchmark_measures_these_cases_too() -> None:
+    assert {case.precision for case in CPU_CASES} == {"bfloat16", "fp32"}
+    assert {case.recompute for case in CPU_CASES} == {True, False}
+    assert max(case.world_size for case in CPU_CASES) == 8
+
+
+def test_the_measurement_tells_one_micro_batch_in_flight_from_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(pipe=2, documents=True, recompute=False)
+    assert max(map(abs, errors(case))) < TOLERANCE
+    monkeypatch.setattr(memory, "_in_flight", lambda layout, stage, done: 1.0)
+    assert max(map(abs, errors(case))) > TOLERANCE
+
+
+def test_the_measurement_sees_full_fp32_gradients() -> None:
+    """The formula with them sharded, as the master weights are, must fail."""
+    case = Case(pipe=2, data=2, tied=True)
+    stages = predict(case, "cpu", "cpu")
+    for stage, peak in measured(case):
+        full = 4 * stages[stage].parameters
+        assert abs((stages[stage].allocated - full // 2) / peak - 1) > TOLERANCE
+
+
+def test_live_bytes_count_storages_once_and_only_while_they_live() -> None:
+    with LiveBytes() as live:
+        a = torch.zeros(1000, dtype=torch.float32)
+        view = a[10:].view(3, -1)
+        assert live.now == 4000
+        b = a.to(torch.bfloat16)
+        assert live.now == 6000
+        torch.zeros(1 << 20, device="meta")
+        del a, b
+        assert live.now == 4000, "a view keeps its storage"
+        del view
+        assert live.now == 0
+        assert live.peak == 6000
+        live.reset_peak()
+        assert live.peak == 0
+
+
+def test_live_bytes_see_what_autograd_keeps() -> None:
+    weight = torch.ones(64, 64, requires_grad=True)
+    with LiveBytes() as live:
+        out = (weight @ weight).exp()  # exp keeps its output; the product is freed
+        assert live.now == 64 * 64 * 4
+        out.sum().backward()
+        assert live.peak >= 3 * 64 * 64 * 4

@@ -1,0 +1,272 @@
+"""The search over layouts: legal as NeoXArgs sees it, complete, ordered, with reasons; and the guide's tables."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import planner as benchmark
+from benchmarks.published_runs import LLAMA_8B, LLAMA_70B, RUNS
+from megatron.common.errors import ConfigError
+from megatron.layout import LlamaShape
+from megatron.neox_arguments import NeoXArgs
+from megatron.planner.cost.estimate import estimate
+from megatron.planner.cost.machines import FRONTIER, LUMI
+from megatron.planner.cost.memory import plan_memory
+from megatron.planner.cost.parallel_layout import ParallelLayout
+from megatron.planner.search import SearchResult, search
+from tests.support.configurations import keys
+
+pytestmark = pytest.mark.unit
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "configs/llama31_70b"
+
+
+@pytest.fixture(scope="module")
+def found() -> SearchResult:
+    return search(LLAMA_70B, 2048, 512, 8192, FRONTIER)
+
+
+def accepted(layout: ParallelLayout, base: dict[str, Any]) -> NeoXArgs:
+    return NeoXArgs.from_dict(
+        base
+        | {
+            "model_parallel_size": layout.tensor,
+            "pipe_parallel_size": layout.pipe,
+            "train_micro_batch_size_per_gpu": layout.micro_batch,
+            "gradient_accumulation_steps": layout.num_micro_batches,
+            "train_batch_size": layout.global_batch,
+            "checkpoint_activations": layout.recompute == "full",
+            "recompute_layers": layout.recompute_layers,
+        },
+        world_size=layout.world_size,
+    )
+
+
+def test_every_layout_of_the_70b_is_accepted_by_the_trainer(found: SearchResult) -> None:
+    replaced = (
+        "model_parallel_size",
+        "pipe_parallel_size",
+        "train_micro_batch_size_per_gpu",
+        "train_batch_size",
+        "checkpoint_activations",
+        "num_nodes",
+        "num_gpus",
+    )
+    files = [CONFIGS / name for name in ("model.yml", "cpt.yml", "frontier.yml")]
+    merged = NeoXArgs.from_ymls(files, world_size=2048).merged
+    base = {key: value for key, value in merged.items() if key not in replaced}
+    for candidate in found.ranked + found.lost:
+        args = accepted(candidate.layout, base)
+        assert ParallelLayout.of(args) == candidate.layout
+        assert candidate.layout.runs_today
+        assert args.shape == candidate.estimate.shape
+
+
+def test_no_layout_that_the_trainer_accepts_is_missed() -> None:
+    """12 ranks, 16 sequences: all sizes are tried with NeoXArgs, which knows nothing of the search."""
+    base = keys(train_micro_batch_size_per_gpu=None, gradient_accumulation_steps=None, num_layers=5, vocab_size=4000)
+    base["make_vocab_size_divisible_by"] = 128
+    shape = NeoXArgs.from_dict(base | {"train_micro_batch_size_per_gpu": 1}, world_size=1).shape
+    result = search(shape, 12, 16, 256, FRONTIER, vocab_divisible_by=128)
+    ours = {candidate.layout for candidate in result.ranked + result.lost}
+    theirs = set()
+    sizes = itertools.product(range(1, 13), range(1, 13), range(1, 17), range(1, 17), ("none", "full"))
+    for tensor, pipe, micro_batch, steps, recompute in sizes:
+        layout = ParallelLayout(tensor, pipe, 12 // (tensor * pipe), micro_batch, steps, recompute)  # type: ignore[arg-type]
+        if layout.world_size != 12 or layout.global_batch != 16:
+            continue
+        with contextlib.suppress(ConfigError):
+            theirs.add(ParallelLayout.of(accepted(layout, base)))
+    assert ours == theirs
+    assert len(ours) > 20
+    assert {layout.data for layout in ours} == {1, 2, 4}  # 3, 6 and 12 do not divide 16
+    assert {layout.pipe for layout in ours} == {3}  # 12 needs 12 layers, 6 needs 6
+
+
+def test_padding_follows_the_tensor_parallel_size() -> None:
+    shape = replace(LLAMA_8B, vocab_size=128_200, padded_vocab_size=128_256)
+    result = search(shape, 8, 8, 2048, FRONTIER, vocab_divisible_by=128)
+    sizes = {c.layout.tensor: c.estimate.shape.padded_vocab_size for c in result.ranked + result.lost}
+    assert sizes == {1: 128_256, 2: 128_256, 4: 128_512, 8: 129_024}
+
+
+def test_ranked_fit_and_stand_in_order(found: SearchResult) -> None:
+    speeds = [candidate.tokens_per_second for candidate in found.ranked]
+    assert speeds == sorted(speeds, reverse=True)
+    for candidate in found.ranked:
+        peak = max(stage.peak for stage in plan_memory(LLAMA_70B, candidate.layout, 8192))
+        assert candidate.peak_bytes == peak <= FRONTIER.usable_hbm_bytes
+        time = estimate(LLAMA_70B, candidate.layout, 8192, FRONTIER)
+        assert candidate.tokens_per_second == time.tokens_per_second
+    assert all(candidate.peak_bytes > FRONTIER.usable_hbm_bytes for candidate in found.lost)
+    assert {candidate.layout.global_batch for candidate in found.ranked + found.lost + found.later} == {512}
+    assert {candidate.layout.world_size for candidate in found.ranked + found.lost + found.later} == {2048}
+
+
+def test_everybody_has_a_reason(found: SearchResult) -> None:
+    assert found.best is found.ranked[0]
+    assert found.best.reason == "the fastest that fits"
+    assert all(candidate.reason for candidate in found.ranked)
+    for candidate in found.lost:
+        assert f"needs {candidate.peak_bytes / 2**30:.1f} of 57 GiB" in candidate.reason
+    assert found.find(8, 8, 1).reason == "computes the forward of every layer twice"  # type: ignore[union-attr]
+    short = next(c for c in found.ranked if c.layout.pipe == 8 and c.layout.num_micro_batches == 8)
+    assert short.reason.startswith("bubble")
+    assert "8 micro-batches through 8 stages" in short.reason
+
+
+@pytest.mark.parametrize("batch", [512, 1024])
+def test_a_better_layout_than_astrosages_at_the_same_batch(batch: int) -> None:
+    found = search(LLAMA_70B, 2048, batch, 8192, FRONTIER)
+    astrosage, best = found.find(8, 8, 1), found.best
+    assert astrosage in found.ranked
+    assert best is not None
+    assert best.tokens_per_second > astrosage.tokens_per_second  # type: ignore[union-attr]
+    assert best.layout.recompute_layers is not None
+    whole = [candidate for candidate in found.ranked if candidate.layout.recompute_layers is None]
+    assert whole[0].tokens_per_second > astrosage.tokens_per_second  # type: ignore[union-attr]
+    assert whole[0].layout.pipe < 8
+
+
+def test_what_is_not_built_is_apart_and_gains(found: SearchResult) -> None:
+    assert found.best is not None
+    assert found.later
+    for candidate in found.later:
+        assert not candidate.layout.runs_today
+        assert candidate.tokens_per_second > found.best.tokens_per_second
+        assert candidate.peak_bytes <= FRONTIER.usable_hbm_bytes
+        assert candidate.reason.startswith("needs ")
+        assert f"{candidate.tokens_per_second / found.best.tokens_per_second - 1:+.0%}" in candidate.reason
+    for candidate in found.ranked + found.lost:
+        assert candidate.layout.runs_today
+
+
+def test_recomputing_no_more_than_needed(found: SearchResult) -> None:
+    """What memory lets a layout store, it stores: one layer less recomputed would not fit, and it is faster for it."""
+    partly = [candidate for candidate in found.ranked if candidate.layout.recompute_layers is not None]
+    assert found.best in partly
+    for candidate in partly:
+        layout = candidate.layout
+        full = found.find(layout.tensor, layout.pipe, layout.micro_batch)
+        none = found.find(layout.tensor, layout.pipe, layout.micro_batch, "none")
+        assert full in found.ranked
+        assert none in found.lost
+        fewer = (layout.recompute_layers or 0) - 1
+        less = replace(layout, recompute_layers=fewer) if fewer else replace(layout, recompute="none")
+        stages = plan_memory(LLAMA_70B, less, 8192)
+        assert max(stage.peak for stage in stages) > FRONTIER.usable_hbm_bytes >= candidate.peak_bytes
+        assert full.tokens_per_second < candidate.tokens_per_second < none.tokens_per_second  # type: ignore[union-attr]
+
+
+def test_less_memory_leaves_fewer(found: SearchResult) -> None:
+    tight = search(LLAMA_70B, 2048, 512, 8192, FRONTIER, usable_bytes=30 * 2**30)
+    ours, theirs = ({c.layout for c in r.ranked if c.layout.recompute_layers is None} for r in (tight, found))
+    assert ours < theirs
+    assert len(ours) + len(tight.lost) == len(theirs) + len(found.lost)
+    nothing = search(LLAMA_70B, 2048, 512, 8192, FRONTIER, usable_bytes=2**30)
+    assert nothing.best is None
+    assert nothing.lines()[0] == "no layout fits 1 GiB a GCD"
+
+
+def test_heads_and_nodes_bound_tensor_parallelism() -> None:
+    two_heads = LlamaShape(8, 1024, 2, 2, 2816, 4096, 4096, tied=False)
+    result = search(two_heads, 16, 16, 2048, LUMI)
+    assert {candidate.layout.tensor for candidate in result.ranked} == {1, 2}
+    many = LlamaShape(8, 4096, 32, 32, 11_264, 32_000, 32_000, tied=False)
+    assert max(candidate.layout.tensor for candidate in search(many, 16, 16, 2048, LUMI).ranked) == 8
+
+
+def test_nothing_legal_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no layout of 7 GCDs fits a global batch of 3 sequences"):
+        search(replace(LLAMA_8B, num_layers=4), 7, 3, 2048, FRONTIER)
+
+
+def test_json_holds_what_the_table_shows(found: SearchResult) -> None:
+    shown = json.loads(json.dumps(found.as_json(top=2)))
+    assert [len(shown[name]) for name in ("ranked", "lost", "later")] == [2, 2, min(2, len(found.later))]
+    assert ParallelLayout(**shown["ranked"][0]["layout"]) == found.ranked[0].layout
+    assert shown["lost"][0]["reason"] == found.lost[0].reason
+
+
+def test_lines_are_a_table(found: SearchResult) -> None:
+    lines = found.lines(top=3)
+    assert lines[0].split()[:3] == ["TP", "PP", "DP"]
+    assert lines[1].split()[:5] == [
+        str(getattr(found.ranked[0].layout, name))
+        for name in ("tensor", "pipe", "data", "micro_batch", "num_micro_batches")
+    ]
+    assert any("do not fit" in line for line in lines)
+    assert any("not built yet" in line for line in lines)
+
+
+# --- published runs
+
+
+def test_errors_against_published_runs() -> None:
+    """Half within 10 %; beyond 25 % only runs whose number is in doubt, and the table says why."""
+    results = [benchmark.replay(run) for run in RUNS]
+    errors = sorted(abs(result.error) for result in results)
+    assert len(results) >= 10
+    assert errors[len(errors) // 2] < 0.10
+    assert all(result.run.caution for result in results if abs(result.error) > 0.25)
+
+
+def test_the_machines_constants_are_the_calibrated_ones() -> None:
+    assert benchmark.calibrate(RUNS) == {name: getattr(FRONTIER, name) for name in benchmark.FREE}
+    assert all(getattr(FRONTIER, name) == getattr(LUMI, name) for name in benchmark.FREE)
+
+
+def test_no_single_run_carries_the_calibration() -> None:
+    outside = [result for result in benchmark.left_out(RUNS) if abs(result.error) > 0.25]
+    assert all(result.run.caution for result in outside)
+
+
+def test_replay_counts_what_the_run_counts() -> None:
+    """A run's TFLOP/s over its tokens/s is its own formula; a GCD at half speed is at most twice as slow."""
+    run = next(run for run in RUNS if run.name.startswith("AstroSage"))
+    tflops = benchmark.replay(run).predicted
+    tokens = benchmark.replay(replace(run, metric="tokens")).predicted
+    assert tflops / tokens * 1e12 == pytest.approx(6.076e11, rel=1e-3)
+    slow = benchmark.replay(replace(run, speed=0.5)).predicted
+    assert tflops / 2 < slow < tflops
+
+
+def test_the_guide_is_what_the_command_writes() -> None:
+    guide = ROOT / "docs/planning.md"
+    assert benchmark.fill(guide.read_text()) == guide.read_text(), (
+        "run python benchmarks/planner.py --write docs/planning.md"
+    )
+
+
+def test_a_guide_without_markers_is_refused() -> None:
+    with pytest.raises(ValueError, match="published:begin"):
+        benchmark.fill("# Planning a run\n")
+
+
+def test_the_command(tmp_path: Path) -> None:
+    guide = tmp_path / "planning.md"
+    text = (ROOT / "docs/planning.md").read_text()
+    assert "python benchmarks/planner.py --write docs/planning.md" in text
+    guide.write_text(
+        "before <!-- published:begin -->OUTDATED<!-- published:end --> <!-- search:begin --><!-- search:end --> after"
+    )
+    command = [sys.executable, "benchmarks/planner.py", "--write", str(guide), "--json", str(tmp_path / "figures.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120)
+    assert "Absolute error: median" in done.stdout
+    written = guide.read_text()
+    assert "OUTDATED" not in written
+    assert written.startswith("before <!-- published:begin -->\n| run |")
+    assert written.endswith("<!-- search:end --> after")
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert len(figures["runs"]) == len(RUNS)
+    assert figures["search"]["512"]["ranked"][0]["layout"]["tensor"] == 8

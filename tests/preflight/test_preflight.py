@@ -1,0 +1,416 @@
+"""The preflight on eight real ranks of four virtual nodes: what does not come, does not end or is slow is named."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import yaml
+
+from tests.support.configurations import keys
+from tests.support.ranks import run_ranks
+from tests.support.rccl_logs import PLUGIN, SOCKETS
+
+pytestmark = pytest.mark.distributed
+
+ROOT = Path(__file__).resolve().parents[2]
+PER_NODE = 2
+TIMEOUT = 6  # seconds; a phase of eight healthy ranks takes a fraction of one
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def virtual_node(rank: int, world_size: int, port: int) -> None:
+    """The environment that Slurm gives to a rank on `n0`, `n1`, ..., two ranks on each."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        del os.environ[name]
+    nodes = world_size // PER_NODE
+    os.environ.update(
+        SLURM_JOB_ID="1",
+        SLURM_STEP_ID="0",
+        SLURM_PROCID=str(rank),
+        SLURM_NTASKS=str(world_size),
+        SLURM_LOCALID=str(rank % PER_NODE),
+        SLURM_NODEID=str(rank // PER_NODE),
+        SLURM_STEP_NODELIST=f"n[0-{nodes - 1}]",
+        SLURM_STEP_TASKS_PER_NODE=f"{PER_NODE}(x{nodes})",
+        SLURMD_NODENAME=f"n{rank // PER_NODE}",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        GLOO_SOCKET_IFNAME="lo",
+    )
+
+
+def never(*args: Any, **kwargs: Any) -> None:
+    threading.Event().wait()
+
+
+def killed(*args: Any, **kwargs: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def raising(*args: Any, **kwargs: Any) -> None:
+    raise RuntimeError("HIP error: out of memory")
+
+
+def in_phase(name: str, instead: Callable[..., Any]) -> None:
+    """Do `instead` of the work of a phase."""
+    from megatron.preflight.phase_store import Board
+
+    phase = Board.phase
+    Board.phase = lambda board, phase_name, groups, work: phase(
+        board, phase_name, groups, instead if phase_name == name else work
+    )
+
+
+def before_phase(name: str, instead: Callable[..., Any]) -> None:
+    """Do `instead` of coming to a phase."""
+    from megatron.preflight.phase_store import Board
+
+    phase = Board.phase
+    Board.phase = lambda board, phase_name, *rest: instead() if phase_name == name else phase(board, phase_name, *rest)
+
+
+def spoil(rank: int) -> None:
+    """A sum over the ranks' network that comes out wrong in one place."""
+    from megatron.preflight import groups
+
+    all_reduce = dist.all_reduce
+
+    def wrong(tensor: torch.Tensor, **kwargs: Any) -> None:
+        all_reduce(tensor, **kwargs)
+        tensor[17] += 1
+
+    if rank == 3:
+        groups.dist.all_reduce = wrong
+
+
+def corrupt() -> None:
+    """What this rank sends is not what it should be."""
+    from megatron.preflight import measurements
+
+    exchange = dist.batch_isend_irecv
+
+    def wrong(operations: list[dist.P2POp]) -> list[dist.Work]:
+        operations[0].tensor[5] += 1
+        return exchange(operations)
+
+    measurements.dist.batch_isend_irecv = wrong
+
+
+def other_seed() -> None:
+    from megatron.preflight import phases
+
+    read = phases.worker_args
+    phases.worker_args = lambda words: read([*words, "--seed", "2"])
+
+
+def speeds(gemm: dict[int, float], copy: dict[int, float], link: Callable[[int, int], float]) -> Callable[[int], None]:
+    """Measurements replaced by numbers: 1 everywhere, but for the nodes named."""
+
+    def replace(rank: int) -> None:
+        from megatron.preflight import measurements
+
+        node = rank // PER_NODE
+        measurements.gemm = lambda device: 140e12 * gemm.get(node, 1)
+        measurements.copy = lambda device: 1300e9 * copy.get(node, 1)
+        measurements.exchange = lambda partner, device: 20e9 * link(node, partner // PER_NODE)
+
+    return replace
+
+
+def rccl_logs(log_of_node: Callable[[int], str]) -> Callable[[int], None]:
+    """As if RCCL had written these logs."""
+
+    def replace(rank: int) -> None:
+        from megatron.preflight import phases, transport
+
+        phases.Preflight._transport = lambda self: vars(transport.read(log_of_node(rank // PER_NODE)))
+
+    return replace
+
+
+def slow_network(one: int, other: int) -> float:
+    return 0.3 if 1 in (one, other) and one != other else 1.0
+
+
+def slow_link(one: int, other: int) -> float:
+    return 0.3 if {one, other} == {0, 1} else 1.0
+
+
+def even(one: int, other: int) -> float:
+    return 1.0
+
+
+def of_ranks(ranks: set[int], action: Callable[..., None], *args: Any) -> Callable[[int], None]:
+    return lambda rank: action(*args) if rank in ranks else None
+
+
+FAULTS: dict[str, Callable[[int], Any]] = {
+    "none": lambda rank: None,
+    "rank 5 is absent": lambda rank: rank == 5,
+    "node n2 is absent": lambda rank: rank in (4, 5),
+    "rank 0 is absent": lambda rank: rank == 0,
+    "rank 5 stays away from its link": of_ranks({5}, before_phase, "node to node, round 1 of 3", never),
+    "rank 5 stays away from TP": of_ranks({5}, before_phase, "the TP collectives", never),
+    "rank 0 stays away from TP": of_ranks({0}, before_phase, "the TP collectives", never),
+    "rank 5 stays away from forming": of_ranks({5}, before_phase, "the forming of the TP, PP and DP groups", never),
+    "rank 5 hangs in PP": of_ranks({5}, in_phase, "the PP collectives", never),
+    "rank 5 is killed in DP": of_ranks({5}, in_phase, "the DP collectives", killed),
+    "rank 5 fails in DP": of_ranks({5}, in_phase, "the DP collectives", raising),
+    "rank 0 is killed in DP": of_ranks({0}, in_phase, "the DP collectives", killed),
+    "rank 3 sums wrongly": spoil,
+    "rank 3 sends something else": of_ranks({3}, corrupt),
+    "rank 6 has another seed": of_ranks({6}, other_seed),
+    "n2 multiplies slowly": speeds({2: 0.3}, {}, even),
+    "n2 copies slowly": speeds({}, {2: 0.3}, even),
+    "n1 has a slow network": speeds({}, {}, slow_network),
+    "a slow link": speeds({}, {}, slow_link),
+    "all are alike": speeds({}, {}, even),
+    "sockets on n2": rccl_logs(lambda node: SOCKETS if node == 2 else PLUGIN),
+    "plugin everywhere": rccl_logs(lambda node: PLUGIN),
+}
+
+
+def _preflight(rank: int, world_size: int, port: int, arguments: list[str], fault: str) -> None:
+    from megatron.preflight.command_line import main
+
+    dist.destroy_process_group()
+    virtual_node(rank, world_size, port)
+    if FAULTS[fault](rank) is not True:
+        assert main(arguments) == 0
+
+
+def preflight(folder: Path, fault: str, *arguments: str, **changes: Any) -> list[tuple[int, str]]:
+    """(exit code, output) of eight ranks, TP2 PP2 DP2, after a fault has been arranged."""
+    config = folder / "run.yml"
+    layout = {"model_parallel_size": 2, "pipe_parallel_size": 2, "num_nodes": 4, "num_gpus": 2}
+    config.write_text(yaml.safe_dump(keys(**layout | changes)))
+    words = [str(config), "--timeout", str(TIMEOUT), *arguments]
+    started = time.monotonic()
+    results = run_ranks(_preflight, 8, free_port(), words, fault, timeout=100, expect_failure=True)
+    assert time.monotonic() - started < 60, "the end is bounded"
+    assert "Traceback" not in "".join(output for _, output in results), results
+    return results
+
+
+def failed_with(code: int, results: list[tuple[int, str]], *gone: int) -> str:
+    """The report, after checking that all ranks that are not gone have ended with `code`."""
+    codes = {rank: ended for rank, (ended, _) in enumerate(results) if rank not in gone}
+    assert set(codes.values()) == {code}, results
+    return "".join(output for _, output in results)
+
+
+def test_all_is_well(tmp_path: Path) -> None:
+    results = preflight(tmp_path, "all are alike", "--exclude-file", str(tmp_path / "exclude"))
+    report = failed_with(0, results)
+    assert report == results[0][1], "rank 0 alone speaks"
+    for line in (
+        "ranks: 8 on 4 nodes (n0, n1, n2, n3), 2 on each",
+        "TP groups: 4 of 2 ranks, all-reduce of 0.25 MiB right",
+        "PP groups: 4 of 2 ranks",
+        "DP groups: 4 of 2 ranks",
+        "world group: 1 of 8 ranks",
+        "transport: gloo over TCP sockets, by choice",
+        "preflight: all is well",
+    ):
+        assert line in report, report
+    assert "slow node" not in report
+    assert (tmp_path / "exclude").read_text() == ""
+
+
+@pytest.mark.parametrize(
+    ("fault", "gone", "said"),
+    [
+        ("rank 5 is absent", [5], ["at the start", "rank 5 on n2 (pipe 1, data 0, tensor 1) did not arrive"]),
+        ("node n2 is absent", [4, 5], ["node n2 is missing: none of its ranks 4-5 arrived"]),
+        ("rank 0 is absent", [0], ["rank 0 on n0 did not arrive within 6 s", "127.0.0.1"]),
+        (
+            "rank 5 stays away from its link",
+            [],
+            ["rank 5 on n2 (pipe 1, data 0, tensor 1) did not arrive at link, ranks 5, 7 on 2 nodes (n2, n3)"],
+        ),
+        (
+            "rank 5 stays away from TP",
+            [],
+            ["rank 5 on n2 (pipe 1, data 0, tensor 1) did not arrive at TP group (pipe 1, data 0), ranks 4-5 on n2"],
+        ),
+        pytest.param(
+            "rank 0 stays away from TP",
+            [0],
+            ["rank 0 on n0 (pipe 0, data 0, tensor 0) did not arrive at the TP collectives, or has gone"],
+            marks=pytest.mark.slow,  # the others' patience is longer than rank 0's
+        ),
+        (
+            "rank 5 stays away from forming",
+            [],
+            ["the forming of the TP, PP and DP groups", "rank 5 on n2 (pipe 1, data 0, tensor 1) did not arrive"],
+        ),
+        (
+            "rank 5 hangs in PP",
+            [],
+            ["PP group (data 0, tensor 1) stalls: ranks 1, 5 on 2 nodes (n0, n2), all of which arrived"],
+        ),
+        (
+            "rank 5 is killed in DP",
+            [5],
+            ["DP group (pipe 1, tensor 1) stalls: ranks 5, 7 on 2 nodes (n2, n3)", "rank 5 on n2"],
+        ),
+        ("rank 5 fails in DP", [], ["DP group (pipe 1, tensor 1) stalls", "rank 5 on n2: RuntimeError: HIP error"]),
+        (
+            "rank 0 is killed in DP",
+            [0],
+            ["rank 0 on n0 (pipe 0, data 0, tensor 0) did not arrive at the "],
+        ),
+        (
+            "rank 3 sends something else",
+            [],
+            [
+                "link fails: ranks 1, 3 on 2 nodes (n0, n1)",
+                "rank 1 on n0: RuntimeError: 1 of 262144 elements that rank 3",
+            ],
+        ),
+        (
+            "rank 3 sums wrongly",
+            [],
+            ["TP group (pipe 0, data 1), ranks 2-3 on n1: wrong sums on rank 3, in up to 1 of 65536 elements"],
+        ),
+    ],
+)
+def test_what_stalls_is_named(tmp_path: Path, fault: str, gone: list[int], said: list[str]) -> None:
+    report = failed_with(3, preflight(tmp_path, fault, "--no-screen"), *gone)
+    for text in said:
+        assert text in report, report
+    if "rank 0 on" not in said[0]:  # one speaker, and nobody else is blamed
+        assert report.count("did not arrive") + report.count(" stalls: ") + report.count("wrong sums") <= 1, report
+
+
+@pytest.mark.parametrize(
+    ("fault", "node", "reason"),
+    [
+        ("n2 multiplies slowly", "n2", "GEMM fp32 0.30 of the median (rank 4)"),
+        ("n2 copies slowly", "n2", "memory copy 0.30 of the median (rank 4)"),
+        ("n1 has a slow network", "n1", "network 0.30 of the median"),
+    ],
+)
+def test_a_slow_node_is_named(tmp_path: Path, fault: str, node: str, reason: str) -> None:
+    results = preflight(tmp_path, fault, "--slow-nodes", "fail", "--exclude-file", str(tmp_path / "exclude"))
+    report = failed_with(4, results)
+    assert f"slow node {node}: {reason}" in report, report
+    assert f"1 of 4 nodes are slow; leave them out: --exclude={node}\n" in report
+    assert (tmp_path / "exclude").read_text() == f"{node}\n"
+
+
+def test_a_slow_link_is_named_and_excludes_nobody(tmp_path: Path) -> None:
+    report = failed_with(
+        0, preflight(tmp_path, "a slow link", "--slow-nodes", "fail", "--exclude-file", f"{tmp_path}/exclude")
+    )
+    assert "slow link, neither of its nodes is slow with others: n0 - n1: 12 GB/s, 0.30 of the median" in report, report
+    assert "slow node" not in report
+    assert (tmp_path / "exclude").read_text() == ""
+
+
+def test_slow_nodes_may_be_a_warning(tmp_path: Path) -> None:
+    """The default on CPUs."""
+    report = failed_with(0, preflight(tmp_path, "n2 multiplies slowly", "--exclude-file", str(tmp_path / "exclude")))
+    assert "slow node n2: GEMM" in report
+    assert "preflight: all is well" in report
+    assert (tmp_path / "exclude").read_text() == "n2\n"
+
+
+def test_real_measurements(tmp_path: Path) -> None:
+    """Nothing replaced. What they are worth on this machine is not asked, only that each node has all of them."""
+    results = preflight(tmp_path, "none")
+    report = failed_with(0, results)
+    rows = [line.split() for line in report.splitlines() if line.startswith(("n0 ", "n1 ", "n2 ", "n3 "))]
+    numbers = {row[0]: [float(value) for value in row[1:]] for row in rows}
+    assert {node: len(row) for node, row in numbers.items()} == {f"n{node}": 5 for node in range(4)}, report
+    assert all(value > 0 for row in numbers.values() for value in row), report
+
+
+def test_a_fallback_to_sockets_is_named(tmp_path: Path) -> None:
+    report = failed_with(5, preflight(tmp_path, "sockets on n2", "--no-screen"))
+    assert "ranks 4-5 on n2: TCP sockets (NET/Plugin : No plugin found (librccl-net.so)" in report, report
+    assert "NCCL_NET" in report
+
+
+def test_the_plugin_on_all_nodes_passes(tmp_path: Path) -> None:
+    report = failed_with(0, preflight(tmp_path, "plugin everywhere", "--no-screen"))
+    assert "transport: AWS Libfabric, provider cxi on all 8 ranks" in report
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"num_gpus": 4}, "8 ranks were started, but global_num_gpus"),
+        ({"model_parallel_size": 4, "pipe_parallel_size": 1}, "2 of 2 tensor-parallel groups leave their node"),
+        ({"hidden_siz": 128}, "unknown key hidden_siz"),
+    ],
+)
+def test_what_cannot_be_right_stops_with_2_on_all_ranks(tmp_path: Path, changes: dict[str, int], said: str) -> None:
+    report = failed_with(2, preflight(tmp_path, "none", "--no-screen", **changes))
+    assert report.count(said) == 1, report
+
+
+SRUN = """\
+srun() {
+    for task in 0 1; do
+        SLURM_JOB_ID=7 SLURM_STEP_ID=0 SLURM_PROCID=$task SLURM_NTASKS=2 SLURM_LOCALID=$task SLURM_NODEID=0 \\
+            SLURM_STEP_TASKS_PER_NODE=2 SLURM_STEP_NODELIST=n0 SLURMD_NODENAME=n0 "${@:2}" &
+        pids+=($!)
+    done
+    for pid in "${pids[@]}"; do wait "$pid" || return; done
+}
+sbatch() { echo "sbatch $*"; }
+"""
+
+
+def test_the_page_s_commands(tmp_path: Path) -> None:
+    """docs/preflight.md as it is written; the shell plays srun and sbatch."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", (ROOT / "docs/preflight.md").read_text(), re.MULTILINE | re.DOTALL)
+    for name, path in (("model.yml", "model.yml"), ("run.yml", "run.yml")):
+        (tmp_path / name).symlink_to(ROOT / "configs/tiny" / path)
+    (tmp_path / "local.yml").write_text("num_gpus: 2\npipe_parallel_size: 2\ndistributed_backend: gloo\n")
+    for name, module in (("torchrun", "-m torch.distributed.run"), ("python", "")):
+        (tmp_path / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {module} "$@"\n')
+        (tmp_path / name).chmod(0o755)
+    env = os.environ | {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "GLOO_SOCKET_IFNAME": "lo",
+        "OMP_NUM_THREADS": "1",
+    }
+    result = subprocess.run(
+        ["bash", "-c", "set -e\n" + SRUN + "\n".join(blocks)],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count("preflight: all is well") == 2, result.stdout + result.stderr
+    assert "sbatch --exclude= job.sh" in result.stdout
+
+
+def test_ranks_with_different_configurations_stop(tmp_path: Path) -> None:
+    report = failed_with(2, preflight(tmp_path, "rank 6 has another seed", "--no-screen"))
+    assert "rank 6 on n3 (pipe 1, data 1, tensor 0) hold different configurations" in report, report

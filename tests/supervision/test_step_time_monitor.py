@@ -1,0 +1,77 @@
+"""Series of step times: what is flagged, what is not, and who is named."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from megatron.supervision.step_time_monitor import StepTimes
+
+pytestmark = pytest.mark.unit
+
+USUAL = {"data": 0.02, "forward": 0.9, "backward": 1.8, "pipeline": 0.2, "reduce": 0.1, "optimizer": 0.08}
+
+
+def times(whose: dict[str, int] | None = None, **changed: float) -> dict[str, tuple[float, int]]:
+    phases = USUAL | changed
+    whole = {**phases, "step": sum(phases.values())}
+    return {phase: (seconds, (whose or {}).get(phase, 0)) for phase, seconds in whole.items()}
+
+
+def watcher(slow: float = 1.25, drift: float = 1.1) -> StepTimes:
+    return StepTimes(slow, drift, lambda rank: f"rank {rank} on n{rank // 4}")
+
+
+@pytest.mark.parametrize("phase", ["data", "forward", "backward", "optimizer"])
+def test_one_percent_a_step_is_flagged_with_its_phase(phase: str) -> None:
+    """The step grows by 1 % a step, all of it in one phase, on rank 6 alone."""
+    watch, lines = watcher(), []
+    whole = sum(USUAL.values())
+    for i in range(60):
+        lines += watch.add(i + 1, times({phase: 6}, **{phase: USUAL[phase] + 0.01 * i * whole}))
+    creeping = [line for line in lines if "creeps" in line]
+    assert creeping, lines
+    assert f"; {phase} takes" in creeping[0]
+    assert "longest on rank 6 on n1" in creeping[0]
+    assert "iterations 21 to 40" in creeping[0]
+    assert "in iterations 1 to 20 (+" in creeping[0]
+
+
+def test_the_network_is_nobody_s_fault() -> None:
+    watch, lines = watcher(), []
+    for i in range(40):
+        lines += watch.add(i + 1, times(reduce=0.1 + 0.03 * i))
+    assert lines
+    assert all("reduce" in line and "on all ranks at once" in line for line in lines)
+
+
+def test_noise_is_not_flagged() -> None:
+    rng, watch, lines = random.Random(0), watcher(), []
+    for i in range(2000):
+        noisy = {phase: seconds * rng.uniform(0.92, 1.08) for phase, seconds in USUAL.items()}
+        lines += watch.add(i + 1, times(**noisy))
+    assert lines == []
+
+
+def test_a_slow_step_names_rank_and_node_once() -> None:
+    watch, lines = watcher(), []
+    for i in range(30):
+        lines += watch.add(i + 1, times({"backward": 9}, backward=3.0 if i == 20 else 1.8))
+    assert len(lines) == 1
+    assert "iteration 21 took 4.3 s, 1.39 x the running median: backward 3 s instead of 1.8 s" in lines[0]
+    assert "longest on rank 9 on n2" in lines[0]
+
+
+def test_a_creep_is_said_again_only_when_it_has_grown_again() -> None:
+    watch, lines = watcher(slow=0), []
+    for i in range(400):
+        lines += watch.add(i + 1, times(forward=0.9 if i < 20 else 1.5))
+    assert len(lines) == 1
+
+
+def test_zero_turns_the_checks_off() -> None:
+    watch, lines = watcher(slow=0, drift=0), []
+    for i in range(100):
+        lines += watch.add(i + 1, times(forward=0.9 * 1.05**i))
+    assert lines == []

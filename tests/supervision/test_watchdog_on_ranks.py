@@ -1,0 +1,269 @@
+"""Ranks that are stopped, killed, hang or fail: the run ends in bounded time and names them and their node."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megatron.common.processes import children
+from megatron.parallel.rank_env import PORTS, node_name
+from megatron.supervision.failures import LOST
+from tests.supervision.test_signals import CASE
+from tests.support.ranks import run_ranks
+from tests.support.token_files import random_documents
+
+pytestmark = pytest.mark.distributed
+
+ROOT = Path(__file__).resolve().parents[2]
+NODE = node_name(os.environ)
+BOUND_SECONDS = 90  # silence (2 s) or lack of progress (3 s), then the launcher's patience with what does not end
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return random_documents(tmp_path_factory.mktemp("tokens") / "train", CASE.vocab)
+
+
+def _free_port() -> int:
+    """Below the ephemeral ports, which connections of other processes take while the ranks import."""
+    for port in random.sample(PORTS, 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no free port")
+
+
+class Run:
+    """A run that would not end by itself, of two pipeline stages, until it is past its first steps."""
+
+    def __init__(self, folder: Path, data: str, script: Path = ROOT / "train.py", **changes: Any) -> None:
+        self.folder = folder
+        settings = dict(CASE.neox().merged) | {
+            "pipe_parallel_size": 2,
+            "train_data_paths": [data],
+            "train_iters": 100_000,
+            "log_dir": str(folder / "log"),
+            "heartbeat_timeout_seconds": 2.0,
+            **changes,
+        }
+        (folder / "run.yml").write_text(yaml.safe_dump(settings))
+        self.script, self.processes = script, []
+        self.stderr = (folder / "stderr").open("w+")
+
+    def by_deepy(self) -> None:
+        self._start([str(ROOT / "deepy.py"), str(self.script), str(self.folder / "run.yml")], {})
+
+    def as_plain_ranks(self) -> None:
+        """As somebody starts them who is no launcher of ours: nobody ends the others but they themselves."""
+        port = _free_port()
+        for rank in range(2):
+            env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+            env |= {
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+                "GLOO_SOCKET_IFNAME": "lo",
+                "DS_ACCELERATOR": "cpu",
+            }
+            self._start([str(self.script), str(self.folder / "run.yml")], {k: str(v) for k, v in env.items()})
+
+    def _start(self, words: list[str], env: dict[str, str]) -> None:
+        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | env
+        self.processes.append(
+            subprocess.Popen(
+                [sys.executable, *words], cwd=self.folder, env=env, stdout=subprocess.DEVNULL, stderr=self.stderr
+            )
+        )
+
+    def until_it_steps(self) -> None:
+        deadline = time.monotonic() + 200
+        while self.metrics().count("train/lm_loss") < 3:
+            assert all(process.poll() is None for process in self.processes), self.said()
+            assert time.monotonic() < deadline, "the run did not start"
+            time.sleep(0.05)
+
+    def metrics(self) -> str:
+        path = self.folder / "log/metrics.jsonl"
+        return path.read_text() if path.exists() else ""
+
+    def ranks(self) -> list[int]:
+        """Process ids by rank, under deepy: its child supervises, and started them in order."""
+        (supervisor,) = children(self.processes[0].pid)
+        return sorted(children(supervisor))
+
+    def said(self) -> str:
+        return (self.folder / "stderr").read_text()
+
+    def end(self, process: int = 0) -> int:
+        return self.processes[process].wait(timeout=BOUND_SECONDS)
+
+    def last_line(self) -> str:
+        return [line for line in self.said().splitlines() if "Warning" not in line and line[:1] not in (" ", "[")][-1]
+
+
+@pytest.fixture
+def started(data: str, tmp_path: Path) -> Iterator[Any]:
+    runs: list[Run] = []
+
+    def start(**changes: Any) -> Run:
+        runs.append(Run(tmp_path, data, **changes))
+        return runs[-1]
+
+    yield start
+    for process in runs[0].processes:
+        process.kill()  # also one that is stopped; deepy's ranks end with it
+        process.wait()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_stopped_rank_is_named(started: Any, rank: int) -> None:
+    """SIGSTOP is what a frozen node looks like: connections stay open, nothing moves."""
+    run = started()
+    run.by_deepy()
+    run.until_it_steps()
+    pids = run.ranks()
+    os.kill(pids[rank], signal.SIGSTOP)
+    assert run.end() == LOST, run.said()
+    assert f"1 rank lost: rank {rank} on {NODE} (pipe {rank}, data 0, tensor 0): " in run.last_line()
+    assert run.said().count("stopped: ") == 1
+    assert "Traceback" not in run.said()
+    stacks = run.folder / "log/stacks"
+    assert [path.name for path in stacks.iterdir()] == [f"rank_{1 - rank}.txt"], "the reachable rank's"
+    assert "run_training" in (stacks / f"rank_{1 - rank}.txt").read_text(), "in a step, or between two"
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+def test_a_job_that_is_suspended_as_a_whole_goes_on(started: Any) -> None:
+    """`scontrol suspend` and `resume`: nobody was awake to miss anybody."""
+    run = started()
+    run.by_deepy()
+    run.until_it_steps()
+    pids = run.ranks()
+    for number, seconds in ((signal.SIGSTOP, 3 * 2.0), (signal.SIGCONT, 2 * 2.0)):
+        for pid in pids:
+            os.kill(pid, number)
+        time.sleep(seconds)  # longer than heartbeat_timeout_seconds, 2
+    before = run.metrics().count("train/lm_loss")
+    deadline = time.monotonic() + BOUND_SECONDS
+    while run.metrics().count("train/lm_loss") == before:
+        assert run.processes[0].poll() is None, run.said()
+        assert time.monotonic() < deadline, "no step after the resume"
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("launcher", ["fork", "torchrun"])
+def test_a_killed_rank_is_named_by_the_launcher(started: Any, launcher: str) -> None:
+    run = started(launcher=launcher)
+    run.by_deepy()
+    run.until_it_steps()
+    os.kill(run.ranks()[1], signal.SIGKILL)
+    assert run.end() == 128 + signal.SIGKILL, run.said()
+    assert f"rank 1 on {NODE} was killed by SIGKILL" in run.last_line()
+    assert "Traceback" not in run.said()
+
+
+@pytest.mark.parametrize(("whom", "number"), [(1, signal.SIGKILL), (0, signal.SIGKILL), (1, signal.SIGSTOP)])
+def test_plain_ranks_name_it_themselves(started: Any, whom: int, number: signal.Signals) -> None:
+    run = started()
+    run.as_plain_ranks()
+    run.until_it_steps()
+    os.kill(run.processes[whom].pid, number)
+    assert run.end(1 - whom) == LOST, run.said()
+    assert f"1 rank lost: rank {whom} on {NODE} (pipe {whom}, data 0, tensor 0): " in run.last_line()
+    assert "Traceback" not in run.said()
+
+
+SCRIPT = """
+import os, sys, time
+import megatron.data.sampler
+import megatron.trainer.run as loop
+from megatron.launcher import run
+
+if __name__ == "__main__":
+    mode, rank = os.environ["MODE"], int(os.environ["RANK"])
+    train_step, steps = loop.train_step, []
+
+    def hang():
+        time.sleep(1000)
+
+    def step(engine, args, batches, *rest):
+        steps.append(0)
+        if len(steps) == 5 and mode == "hang" and rank == 1:
+            batches.next = lambda *arguments: hang()
+        if len(steps) == 5 and mode == "fail" and rank == 1:
+            raise KeyError("telescope")
+        if len(steps) == 5 and mode == "fail" and rank == 0:
+            hang()  # as in a collective of NCCL, which does not notice
+        return train_step(engine, args, batches, *rest)
+
+    loop.train_step = step
+    run(loop.train)
+"""
+
+
+def test_a_rank_that_hangs_alive_is_named_with_its_line(
+    started: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "train.py").write_text(SCRIPT)
+    monkeypatch.setenv("MODE", "hang")
+    run = started(script=tmp_path / "train.py", heartbeat_timeout_seconds=30.0, step_timeout_minutes=0.05)
+    run.by_deepy()
+    run.until_it_steps()
+    assert run.end() == LOST, run.said()
+    line = run.last_line()
+    assert "no progress for " in line
+    assert f"1 rank did not arrive: rank 1 on {NODE} (pipe 1, data 0, tensor 0), in " in line
+    assert " of iteration 5 at megatron/trainer/run.py:" in line
+    assert "hang" in (tmp_path / "log/stacks/rank_1.txt").read_text()
+    assert "all_reduce" in (tmp_path / "log/stacks/rank_0.txt").read_text()
+
+
+def test_nobody_waits_for_a_rank_that_failed(started: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain ranks, the survivor blocked in something that does not notice: it ends all the same, and blames nobody."""
+    (tmp_path / "train.py").write_text(SCRIPT)
+    monkeypatch.setenv("MODE", "fail")
+    run = started(script=tmp_path / "train.py", heartbeat_timeout_seconds=30.0)
+    run.as_plain_ranks()
+    run.until_it_steps()
+    assert run.end(1) == 1
+    assert run.end(0) == 1
+    assert run.said().count("KeyError: 'telescope'") == 1
+    assert "lost" not in run.said()
+
+
+def _timeouts(rank: int, world_size: int, spread: bool) -> dict[str, timedelta]:
+    import torch
+    import torch.distributed as dist
+
+    from megatron.engine import deepspeed
+    from tests.support.engine_runs import build
+
+    if not spread:
+        deepspeed.set_timeouts = lambda minutes: None
+    build(CASE.neox(world_size=world_size, pipe_parallel_size=2, distributed_timeout_minutes=7), CASE)
+    groups = dist.distributed_c10d._world.pg_map
+    return {group.group_name: group._get_backend(torch.device("cpu")).options._timeout for group in groups}
+
+
+def test_the_timeout_reaches_every_group() -> None:
+    for timeouts in run_ranks(_timeouts, 4, True):
+        assert len(timeouts) > 10, "DeepSpeed's and megatron-core's groups"
+        assert set(timeouts.values()) == {timedelta(minutes=7)}
+
+
+def test_by_itself_it_would_not() -> None:
+    """The reason for `set_timeouts`: groups that DeepSpeed makes have torch's own timeout, 30 minutes with gloo."""
+    for timeouts in run_ranks(_timeouts, 4, False):
+        assert timedelta(minutes=30) in timeouts.values()

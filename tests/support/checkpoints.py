@@ -1,0 +1,155 @@
+"""Checkpoints for tests: written from the layout table without an engine, and a stand-in engine that can be saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatron.checkpoint.discovery import LATEST, tag_name
+from megatron.checkpoint.layer_files import expected_files
+from megatron.checkpoint.manifest import Manifest, write_manifest
+from megatron.checkpoint.torch_files import write_tensors
+from megatron.layout import LlamaShape, rank_shape
+
+# A rank, the most bytes of a file that it can write, and the file of the stand-in engine's save that fails there.
+FULL_DISKS = [
+    (0, 1000, "layer_00-model_00-model_states.pt"),
+    (1, 3000, "layer_02-model_01-model_states.pt"),  # behind some files that fit
+    (2, 6000, "zero_pp_rank_0_mp_rank_02_optim_states.pt"),
+]
+
+SHAPE = LlamaShape(
+    num_layers=2,
+    hidden_size=16,
+    num_attention_heads=4,
+    num_kv_heads=2,
+    intermediate_size=24,
+    vocab_size=30,
+    padded_vocab_size=32,
+    tied=False,
+)
+
+
+def weights(shape: LlamaShape, tp: int, dtype: torch.dtype = torch.float32) -> dict[str, dict[str, Tensor]]:
+    """Random tensors by layer file and name; replicated ones are equal on all tensor-parallel ranks."""
+    files = {}
+    for name, rows in expected_files(shape, tp).items():
+        seed = sum(map(ord, name[: len("layer_00")]))
+        generator = torch.Generator().manual_seed(seed)
+        files[name] = {row.neox: torch.randn(rank_shape(row, shape, tp), generator=generator).to(dtype) for row in rows}
+    return files
+
+
+def write_weights(
+    root: Path,
+    shape: LlamaShape = SHAPE,
+    tp: int = 2,
+    step: int = 0,
+    dtype: torch.dtype = torch.float32,
+    manifest: bool = True,
+    **provenance: Any,
+) -> Path:
+    """A complete weights-only checkpoint as the converter leaves it; returns the folder."""
+    folder = root / tag_name(step)
+    folder.mkdir(parents=True)
+    entries = {name: write_tensors(folder / name, tensors) for name, tensors in weights(shape, tp, dtype).items()}
+    if manifest:
+        write_manifest(folder, Manifest(entries, provenance))
+    (root / LATEST).write_text(folder.name)
+    return folder
+
+
+def rewrite(path: Path, change: Any) -> None:
+    """Load a torch file's dict, let `change` edit it, and write it back, as a careless tool would."""
+    content = torch.load(path, weights_only=True)
+    change(content)
+    torch.save(content, path)
+
+
+def standing_engine(args: Any, rank: int, world_size: int) -> Any:
+    """What `save_checkpoint` needs of an engine, with tensor parallelism over all ranks and a toy optimizer state."""
+    layers = []
+    for rank_name, tensors in weights(args.shape, world_size).items():
+        if rank_name.endswith(f"model_{rank:02d}-model_states.pt"):
+            layers.append((int(rank_name[6:8]), _module(tensors)))
+    grid = SimpleNamespace(
+        get_slice_parallel_world_size=lambda: world_size,
+        get_slice_parallel_rank=lambda: rank,
+        get_pipe_parallel_world_size=lambda: 1,
+        get_pipe_parallel_rank=lambda: 0,
+        get_data_parallel_world_size=lambda: 1,
+        get_data_parallel_rank=lambda: 0,
+    )
+    return SimpleNamespace(
+        module=SimpleNamespace(numbered_layers=lambda: layers, mpu=lambda: grid),
+        grid=grid,
+        device=torch.device("cpu"),
+        config={},
+        bfloat16_enabled=lambda: False,
+        optimizer=SimpleNamespace(state_dict=lambda: {"exp_avg": torch.zeros(1000)}),
+        _common_checkpoint_state=lambda *a, **k: {"module": None, "lr_scheduler": None, "global_steps": 0},
+    )
+
+
+def _module(tensors: dict[str, Tensor]) -> nn.Module:
+    module = nn.Module()
+    for name, tensor in tensors.items():
+        parent = module
+        *path, leaf = name.split(".")
+        for part in path:
+            if not hasattr(parent, part):
+                parent.add_module(part, nn.Module())
+            parent = getattr(parent, part)
+        parent.register_parameter(leaf, nn.Parameter(tensor))
+    return module
+
+
+def standing_args(save: Path | str, **keys: Any) -> Any:
+    """What `save_checkpoint` reads of NeoXArgs."""
+    base = {
+        "save": str(save),
+        "shape": SHAPE,
+        "merged": {"num_layers": SHAPE.num_layers},
+        "precision": "fp32",
+        "no_save_rng": False,
+        "keep_last_n_checkpoints": None,
+        "keep_optimizer_last_n": None,
+        "num_layers": SHAPE.num_layers,
+        "hidden_size": SHAPE.hidden_size,
+        "num_attention_heads": SHAPE.num_attention_heads,
+        "max_position_embeddings": 16,
+        "make_vocab_size_divisible_by": 1,
+        "padded_vocab_size": SHAPE.padded_vocab_size,
+        "tokenizer_type": "HFTokenizer",
+        "model_parallel_size": 2,
+    }
+    return SimpleNamespace(**(base | keys))
+
+
+def wasted_bytes(path: Path) -> int:
+    """Bytes of a torch file's storages that belong to no tensor: an uncloned view carries its whole buffer along."""
+    from megatron.checkpoint.torch_files import read_file
+    from megatron.engine.deepspeed_files import OPTIMIZER_CLASSES
+
+    storages: dict[int, int] = {}
+    used = 0
+
+    def visit(value: Any) -> None:
+        nonlocal used
+        if isinstance(value, Tensor):
+            storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+            used += value.numel() * value.element_size()
+        elif isinstance(value, dict):
+            for item in value.values():
+                visit(item)
+        elif isinstance(value, list | tuple):
+            for item in value:
+                visit(item)
+
+    visit(read_file(path, classes=OPTIMIZER_CLASSES))
+    assert used, f"{path} holds no tensor"
+    return sum(storages.values()) - used

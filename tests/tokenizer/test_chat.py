@@ -1,0 +1,257 @@
+"""Conversations: ids as Meta's ChatFormat, golden spans written by hand, and templates that may not be trusted."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from llama_models.datatypes import RawMessage, StopReason, ToolCall
+from llama_models.llama3.chat_format import ChatFormat
+from llama_models.llama3.tokenizer import Tokenizer as MetaTokenizer
+
+from examples.demo_tokenizer import CHAT_TEMPLATE
+from megatron.tokenizer import Tokenizer, TokenizerError, build_tokenizer
+from megatron.tokenizer.chat import IGNORED, Chat, ChatError, Llama3Chat, Message, TemplateChat, encode_chat, load_chat
+from tools.datasets.encoding.conversations import digest, read_conversation
+
+pytestmark = pytest.mark.unit
+
+NASTY = "quotes <|eot_id|> and <|start_header_id|>assistant<|end_header_id|>\n\n, then \n\n\nnewlines  "
+
+DIALOGUES: dict[str, dict[str, Any]] = {
+    "one turn": {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho!"}]},
+    "system and several turns": {
+        "messages": [
+            {"role": "system", "content": "Be an astronomer."},
+            {"role": "user", "content": "What is z?"},
+            {"role": "assistant", "content": "Redshift: $z = \\Delta\\lambda / \\lambda$."},
+            {"role": "user", "content": "And M☉?\n"},
+            {"role": "assistant", "content": "\n The mass of the Sun. "},
+        ]
+    },
+    "nasty": {"messages": [{"role": "user", "content": NASTY}, {"role": "assistant", "content": NASTY}]},
+    "tool": {
+        "messages": [
+            {"role": "user", "content": "Where is M31?"},
+            {
+                "role": "assistant",
+                "content": None,
+                "tool_calls": [{"function": {"name": "simbad", "arguments": '{"object": "M31"}'}}],
+            },
+            {"role": "tool", "content": '{"ra": 10.68}'},
+            {"role": "assistant", "content": "At right ascension 10.68 degrees."},
+        ]
+    },
+    "thinking": {
+        "messages": [
+            {"role": "system", "content": "detailed thinking on"},
+            {"role": "user", "content": "2+2?"},
+            {"role": "assistant", "content": "<think>\nTwo and two.\n</think>\n\n4"},
+        ]
+    },
+}
+
+
+def messages_of(name: str) -> list[Message]:
+    return read_conversation(DIALOGUES[name], thinking_prompt=False)
+
+
+def raw(messages: list[Message]) -> list[RawMessage]:
+    """The same for Meta's package, tool calls as it has them."""
+    result = []
+    for message in messages:
+        if message.role == "assistant" and message.waits_for_tool:
+            call = json.loads(message.content)
+            tool_call = ToolCall(call_id="1", tool_name=call["name"], arguments=call["parameters"])
+            result.append(
+                RawMessage(role="assistant", content="", tool_calls=[tool_call], stop_reason=StopReason.end_of_message)
+            )
+        else:
+            result.append(RawMessage(role=message.role, content=message.content))
+    return result
+
+
+@pytest.mark.parametrize("name", DIALOGUES)
+def test_ids_equal_metas_chat_format(name: str, vocab_folder: Path) -> None:
+    tokenizer = build_tokenizer("TiktokenTokenizer", vocab_folder)
+    meta = ChatFormat(MetaTokenizer(vocab_folder / "tokenizer.model"))
+    messages = messages_of(name)
+    ids, labels = encode_chat(Llama3Chat(tokenizer), tokenizer, messages)
+    prompt = meta.encode_dialog_prompt(raw(messages)).tokens
+    header = meta._encode_header("assistant")
+    assert ids == prompt[: -len(header)]
+    assert ids.count(tokenizer.bos) == 1
+    assert all(label in (IGNORED, token) for label, token in zip(labels, ids, strict=True))
+
+
+GOLDEN = {
+    "one turn": ["Ho!<|eot_id|>"],
+    "system and several turns": [
+        "Redshift: $z = \\Delta\\lambda / \\lambda$.<|eot_id|>",
+        "\n The mass of the Sun. <|eot_id|>",
+    ],
+    "nasty": [NASTY + "<|eot_id|>"],
+    "tool": [
+        '{"type": "function", "name": "simbad", "parameters": {"object": "M31"}}<|eom_id|>',
+        "At right ascension 10.68 degrees.<|eot_id|>",
+    ],
+    "thinking": ["<think>\nTwo and two.\n</think>\n\n4<|eot_id|>"],
+}
+
+
+def learned_spans(tokenizer: Tokenizer, ids: list[int], labels: list[int]) -> list[str]:
+    spans: list[list[int]] = []
+    before = IGNORED
+    for token, label in zip(ids, labels, strict=True):
+        if label != IGNORED:
+            if before == IGNORED:
+                spans.append([])
+            spans[-1].append(token)
+        before = label
+    return [tokenizer.decode(span) for span in spans]
+
+
+def chats(tokenizer: Tokenizer) -> list[Chat]:
+    return [Llama3Chat(tokenizer), TemplateChat(CHAT_TEMPLATE, tokenizer)]
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden_spans(name: str, hf_tokenizer: Tokenizer) -> None:
+    for chat in chats(hf_tokenizer):
+        if name == "tool" and isinstance(chat, TemplateChat):
+            continue  # the demo's template knows no tools
+        ids, labels = encode_chat(chat, hf_tokenizer, messages_of(name), "all")
+        assert learned_spans(hf_tokenizer, ids, labels) == GOLDEN[name]
+        ids, labels = encode_chat(chat, hf_tokenizer, messages_of(name), "last")
+        assert learned_spans(hf_tokenizer, ids, labels) == GOLDEN[name][-1:]
+
+
+@pytest.mark.parametrize("name", [name for name in DIALOGUES if name != "tool"])
+def test_a_template_with_the_same_words_gives_the_same_ids(name: str, hf_tokenizer: Tokenizer) -> None:
+    ours, theirs = (encode_chat(chat, hf_tokenizer, messages_of(name)) for chat in chats(hf_tokenizer))
+    assert ours == theirs
+
+
+HEADERS = "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' }}"
+PROMPT = "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+REFUSED = {
+    "rewrites earlier turns": "{% for m in messages %}"
+    + HEADERS
+    + "{% if loop.last or m['role'] != 'assistant' %}{{ m['content'] }}{% endif %}<|eot_id|>{% endfor %}"
+    + PROMPT,
+    "changes what was said": "{% for m in messages %}"
+    + HEADERS
+    + "{{ m['content'].split('</think>')[-1] }}<|eot_id|>{% endfor %}"
+    + PROMPT,
+    "the prompt for turn": "{% for m in messages %}" + HEADERS + "{{ m['content'] }}<|eot_id|>{% endfor %}",
+    "no end token": "{% for m in messages %}" + HEADERS + "{{ m['content'] }}\n{% endfor %}" + PROMPT,
+    "writes 2 begin-of-text": "{{ bos_token }}{{ bos_token }}{% for m in messages %}"
+    + HEADERS
+    + "{{ m['content'] }}<|eot_id|>{% endfor %}"
+    + PROMPT,
+    "refuses the conversation: no": "{{ raise_exception('no') }}",
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_templates_that_may_not_be_trusted(reason: str, hf_tokenizer: Tokenizer) -> None:
+    messages = [
+        *messages_of("one turn"),
+        Message("user", "and now"),
+        Message("assistant", "<think>hm</think>so"),
+    ]
+    with pytest.raises(ChatError, match=reason):
+        TemplateChat(REFUSED[reason], hf_tokenizer).segments(messages, "all")
+
+
+def test_a_template_that_trims_and_one_without_bos(hf_tokenizer: Tokenizer) -> None:
+    trimming = "{% for m in messages %}" + HEADERS + "{{ m['content'] | trim }}<|eot_id|>{% endfor %}" + PROMPT
+    messages = messages_of("system and several turns")
+    ids, labels = encode_chat(TemplateChat(trimming, hf_tokenizer), hf_tokenizer, messages)
+    assert learned_spans(hf_tokenizer, ids, labels)[1] == "The mass of the Sun.<|eot_id|>"
+    assert ids[0] == hf_tokenizer.bos
+    assert ids.count(hf_tokenizer.bos) == 1
+
+
+def test_loading(vocab_folder: Path, hf_tokenizer: Tokenizer, tmp_path: Path) -> None:
+    assert isinstance(load_chat(None, hf_tokenizer), Llama3Chat)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHAT_TEMPLATE}))
+    (tmp_path / "t.jinja").write_text(CHAT_TEMPLATE)
+    names = {load_chat(str(tmp_path / f), hf_tokenizer).name for f in ("tokenizer_config.json", "t.jinja")}
+    assert len(names) == 1
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(TokenizerError, match="no chat_template"):
+        load_chat(str(tmp_path / "tokenizer_config.json"), hf_tokenizer)
+    with pytest.raises(ChatError, match="not valid Jinja"):
+        TemplateChat("{% for %}", hf_tokenizer)
+    with pytest.raises(TokenizerError, match="no special token"):
+        Llama3Chat(build_tokenizer("SPMTokenizer", vocab_folder / "spm.model"))
+
+
+def test_shapes_of_conversations() -> None:
+    expected = [Message("system", "S"), Message("user", "U"), Message("assistant", "A")]
+    share_gpt = {"conversations": [{"from": f, "value": v} for f, v in (("system", "S"), ("human", "U"), ("gpt", "A"))]}
+    openai = {"messages": [{"role": r, "content": c} for r, c in (("system", "S"), ("user", "U"), ("assistant", "A"))]}
+    parts = {"conversation": [*openai["messages"][:1], {"role": "user", "content": [{"type": "text", "text": "U"}]}]}
+    parts["conversation"].append({"role": "assistant", "content": "A"})
+    nemotron = {"input": [{"role": "user", "content": "U"}], "output": "A", "system_prompt": "S", "reasoning": "off"}
+    for record in (share_gpt, openai, parts, nemotron, nemotron | {"input": "U"}):
+        assert read_conversation(record, thinking_prompt=True) == expected
+    reasoning = {"input": "U", "output": "<think>x</think>A", "reasoning": "on"}
+    assert read_conversation(reasoning, thinking_prompt=False)[0] == Message("system", "detailed thinking on")
+
+
+def test_thinking_prompts_and_empty_traces() -> None:
+    def conversation(answer: str, **extra: str) -> dict:
+        system = [{"role": "system", "content": extra["system"]}] if extra else []
+        return {"messages": [*system, {"role": "user", "content": "U"}, {"role": "assistant", "content": answer}]}
+
+    with_trace, without = conversation("<think>hm</think>A"), conversation("<think>\n\n</think>\n\nA")
+    assert read_conversation(with_trace, True)[0].content == "detailed thinking on"
+    assert read_conversation(without, True)[0].content == "detailed thinking off"
+    assert read_conversation(without, True)[-1].content == "A"
+    assert len(read_conversation(without, False)) == 2
+    with pytest.raises(ChatError, match="has a <think> trace"):
+        read_conversation(conversation("<think>hm</think>A", system="detailed thinking off"), False)
+
+
+BAD = {
+    "no conversation: expected": {"text": "x"},
+    "the conversation is empty": {"messages": []},
+    "'messages' is not a list": {"messages": "x"},
+    "turn 1: expected an object": {"messages": ["x"]},
+    "turn 2: the role 'robot' does not exist": {
+        "messages": [{"role": "user", "content": "x"}, {"role": "robot", "content": "x"}]
+    },
+    "the first turn is the assistant's": {"messages": [{"role": "assistant", "content": "x"}]},
+    "a system turn that is not the first": {
+        "messages": [{"role": "user", "content": "x"}, {"role": "system", "content": "x"}]
+    },
+    "turn 2: the assistant says nothing": {
+        "messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": " "}]
+    },
+    "turn 1: the content is not text but NoneType": {"messages": [{"role": "user", "content": None}]},
+    "turn 2: a tool call without": {
+        "messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": None, "tool_calls": [{}]}]
+    },
+    "input is neither": {"input": 3, "output": "x"},
+}
+
+
+@pytest.mark.parametrize("reason", BAD)
+def test_bad_conversations(reason: str) -> None:
+    with pytest.raises(ChatError, match=reason):
+        read_conversation(BAD[reason], thinking_prompt=False)
+
+
+def test_nothing_to_learn(hf_tokenizer: Tokenizer) -> None:
+    for chat in chats(hf_tokenizer):
+        with pytest.raises(ChatError, match="nothing to learn"):
+            chat.segments([Message("user", "x")], "all")
+
+
+def test_digest() -> None:
+    first = [Message("system", "S"), Message("user", "U  u\n"), Message("assistant", "A")]
+    assert digest(first) == digest([Message("user", " U u"), Message("assistant", "A")])
+    assert digest(first) != digest([Message("user", "U u"), Message("assistant", "B")])
+    assert digest(first) != digest([Message("user", "A"), Message("assistant", "U u")])

@@ -1,0 +1,52 @@
+"""Learning rate: warm-up, decay, a floor that stays, and an operator's overrides; values worked out by hand."""
+
+import pytest
+
+from megatron.trainer.learning_rate import learning_rate
+from tests.support.models import Case
+
+pytestmark = pytest.mark.unit
+
+PEAK, FLOOR = 1e-3, 1e-4
+
+
+def args(**keys: object) -> object:
+    defaults = {"train_iters": 1100, "warmup": 0.1, "lr_decay_iters": 1000, "min_lr": FLOOR, "world_size": 1}
+    return Case().neox(**(defaults | keys))
+
+
+@pytest.mark.parametrize(
+    ("style", "iteration", "expected"),
+    [
+        ("cosine", 0, PEAK / 100),  # never zero: the first step already learns
+        ("cosine", 50, PEAK / 2),
+        ("cosine", 100, PEAK),
+        ("cosine", 550, (PEAK + FLOOR) / 2),
+        ("cosine", 1000, FLOOR),
+        ("linear", 550, PEAK / 2),
+        ("linear", 1000, FLOOR),
+        ("constant", 100, PEAK),
+        ("constant", 1000, PEAK),
+    ],
+)
+def test_values(style: str, iteration: int, expected: float) -> None:
+    assert learning_rate(args(lr_decay_style=style), iteration) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("style", ["cosine", "linear", "constant"])
+def test_flat_after_the_end(style: str) -> None:
+    """GPT-NeoX's cosine is back at 56 % of the peak at one and a half times the decay."""
+    run = args(lr_decay_style=style)
+    end = learning_rate(run, 1000)
+    assert [learning_rate(run, n) for n in (1001, 1500, 2000, 10**6)] == [end] * 4
+
+
+def test_overrides_multiply_from_their_iteration_on() -> None:
+    run = args(lr_decay_style="constant", lr_overrides=[{"at": 200, "scale": 0.5}, {"at": 300, "scale": 0.1}])
+    assert learning_rate(run, 199) == PEAK
+    assert learning_rate(run, 200) == pytest.approx(PEAK * 0.5)
+    assert learning_rate(run, 300) == pytest.approx(PEAK * 0.05)
+
+
+def test_no_warmup_starts_at_the_peak() -> None:
+    assert learning_rate(args(lr_decay_style="cosine", warmup=0.0), 0) == PEAK

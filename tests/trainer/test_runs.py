@@ -1,0 +1,185 @@
+"""Whole runs of the training loop on real files: resume, step-0 guard, evaluation and generation agree with it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.support.models import LLAMA3_ROPE, Case
+from tests.support.ranks import run_ranks
+
+pytestmark = pytest.mark.distributed
+
+CASE = Case(heads=4, kv_heads=2, head_dim=8, layers=4, intermediate=48, vocab=96, seq=16, rope=LLAMA3_ROPE)
+SPLIT = {"model_parallel_size": 2, "pipe_parallel_size": 2}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Three token files in megatron-core's own format: one to train on, two to validate with."""
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+    folder = tmp_path_factory.mktemp("tokens")
+    rng = np.random.RandomState(0)
+    prefixes = {}
+    for name, documents in (("train", 60), ("domain", 5), ("general", 4)):
+        prefix = folder / name
+        builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=DType.optimal_dtype(CASE.vocab))
+        for _ in range(documents):
+            tokens = rng.randint(CASE.vocab, size=rng.randint(5, 60))
+            builder.add_document(torch.from_numpy(tokens), [len(tokens)])
+        builder.finalize(f"{prefix}.idx")
+        prefixes[name] = str(prefix)
+    return prefixes
+
+
+def keys(data: dict[str, str], folder: Path, **changes: Any) -> dict[str, Any]:
+    return {
+        **SPLIT,
+        "train_data_paths": [data["train"]],
+        "valid_data_paths": [data["domain"], data["general"]],
+        "train_iters": 6,
+        "eval_interval": 3,
+        "eval_iters": 2,
+        "log_interval": 1,
+        "log_dir": str(folder / "log"),
+        "save": str(folder / "checkpoints"),
+        "checkpoint_factor": 2,
+        "lr_decay_style": "cosine",
+        "warmup": 0.2,
+        "checkpoint_activations": True,
+        "gradient_accumulation_steps": 4,
+        **changes,
+    }
+
+
+def _run(rank: int, world_size: int, run_keys: dict[str, Any]) -> None:
+    from megatron.parallel.process_groups import Place, form_groups
+    from megatron.trainer.run import run_training
+
+    args = CASE.neox(world_size=world_size, **run_keys)
+    pipe, data, tensor = form_groups(args)
+    run_training(args, Place(rank, world_size, rank, pipe, data, tensor, torch.device("cpu")))
+
+
+def _forward_losses(rank: int, world_size: int, run_keys: dict[str, Any]) -> dict[str, float]:
+    """Validation losses of a saved checkpoint, on however many ranks."""
+    import torch.distributed as dist
+
+    from megatron.checkpoint.load import load_weights
+    from megatron.data import build_datasets
+    from megatron.engine.deepspeed import build_inference_engine, build_model
+    from megatron.evaluation.perplexity import evaluate_all
+    from megatron.parallel.process_groups import form_groups
+
+    args = CASE.neox(world_size=world_size, **run_keys)
+    form_groups(args)
+    model = build_model(args, torch.device("cpu"))
+    load_weights(model, args, dist.group.WORLD, log=lambda line: None)
+    results = evaluate_all(build_inference_engine(args, model), args, build_datasets(args).valid)
+    return {name: result.loss for name, result in results.items()}
+
+
+def metrics(folder: Path, key: str) -> dict[int, float]:
+    records = [json.loads(line) for line in (folder / "log/metrics.jsonl").read_text().splitlines()]
+    return {r["iteration"]: r[key] for r in records if key in r}
+
+
+def weights(folder: Path, step: int) -> dict[str, Any]:
+    files = sorted((folder / f"checkpoints/global_step{step}").glob("layer_*.pt"))
+    assert files
+    return {f"{file.name}:{name}": tensor for file in files for name, tensor in torch.load(file).items()}
+
+
+@pytest.fixture(scope="module")
+def whole_run(data: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six uninterrupted steps from scratch at TP2 x PP2 x DP2, saved every two."""
+    folder = tmp_path_factory.mktemp("whole")
+    run_ranks(_run, 8, keys(data, folder))
+    return folder
+
+
+@pytest.mark.parametrize("how", ["by load", "by the same command"])
+def test_a_resumed_run_is_the_uninterrupted_one(
+    data: dict[str, str], whole_run: Path, tmp_path: Path, how: str
+) -> None:
+    first = keys(data, tmp_path, train_iters=4, lr_decay_iters=6, eval_interval=100)
+    run_ranks(_run, 8, first)
+    resumed = keys(data, tmp_path, eval_interval=100)
+    if how == "by load":
+        resumed |= {"load": str(tmp_path / "checkpoints"), "from_scratch": False}
+    run_ranks(_run, 8, resumed)
+    for key in ("train/lm_loss", "train/grad_norm", "train/learning_rate", "train/learned_tokens"):
+        assert metrics(tmp_path, key) == metrics(whole_run, key), key
+    expected = weights(whole_run, 6)
+    for name, tensor in weights(tmp_path, 6).items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_validation_reports_each_source(whole_run: Path) -> None:
+    for source in ("domain", "general"):
+        assert sorted(metrics(whole_run, f"validation/{source}/lm_loss")) == [0, 3, 6]
+
+
+@pytest.mark.parametrize("split", [(2, 1), (2, 2)], ids=lambda s: "tp{}pp{}".format(*s))
+def test_evaluation_of_the_saved_weights_is_that_of_the_run(
+    data: dict[str, str], whole_run: Path, split: tuple[int, int]
+) -> None:
+    """At another pipeline and data-parallel size: layer files do not depend on them."""
+    tp, pp = split
+    changes = {"model_parallel_size": tp, "pipe_parallel_size": pp, "from_scratch": False, "save": None}
+    run_keys = keys(data, whole_run, load=str(whole_run / "checkpoints"), **changes)
+    losses = run_ranks(_forward_losses, tp * pp, run_keys)[0]
+    for source in ("domain", "general"):
+        assert losses[source] == pytest.approx(metrics(whole_run, f"validation/{source}/lm_loss")[6], rel=1e-6)
+
+
+def test_a_continued_run_that_knows_nothing_stops(data: dict[str, str], whole_run: Path, tmp_path: Path) -> None:
+    """The six steps above taught next to nothing: continuing from them is what a broken conversion looks like."""
+    continued = keys(data, tmp_path, load=str(whole_run / "checkpoints"), finetune=True, from_scratch=False)
+    for code, output in run_ranks(_run, 8, continued, expect_failure=True):
+        assert code == 1
+        assert "SuspiciousLossError: the first loss of this continued run" in output
+    assert not list((tmp_path / "checkpoints").glob("global_step*")), "a broken run must not save"
+    run_ranks(_run, 8, continued | {"allow_high_initial_loss": True, "train_iters": 1})
+
+
+def test_two_pipelines_start_from_the_same_weights(data: dict[str, str], tmp_path: Path) -> None:
+    """From scratch, the first loss does not depend on the split."""
+    losses = []
+    for name, split in (("many", SPLIT), ("one", {"model_parallel_size": 1, "pipe_parallel_size": 1})):
+        world_size = 4 if name == "many" else 1
+        run_keys = keys(data, tmp_path / name, train_iters=1, save=None, valid_data_paths=None, **split)
+        run_ranks(_run, world_size, run_keys)
+        losses.append(metrics(tmp_path / name, "train/lm_loss")[1])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def _greedy(rank: int, world_size: int, prompt: list[int], tokens: int) -> tuple[list[int], bool]:
+    from megatron.engine.deepspeed import build_inference_engine, build_model
+    from megatron.generation.text import continue_text
+    from megatron.parallel.process_groups import form_groups
+    from tests.support.models import load_hugging_face
+
+    args = CASE.neox(world_size=world_size, maximum_tokens=tokens, **SPLIT)
+    form_groups(args)
+    model = build_model(args, torch.device("cpu"))
+    load_hugging_face(model, dict(CASE.hugging_face().state_dict()), args)
+    engine = build_inference_engine(args, model)
+    return continue_text(engine, args, prompt, eod=CASE.vocab, generator=torch.Generator())
+
+
+def test_greedy_generation_equals_transformers() -> None:
+    prompt, count = [5, 17, 80], 9
+    reference = CASE.hugging_face()
+    ids = torch.tensor([prompt])
+    expected = reference.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, eos_token_id=None
+    )[0, len(prompt) :].tolist()
+    results = run_ranks(_greedy, 4, prompt, count)
+    assert results == [(expected, False)] * 4

@@ -1,0 +1,256 @@
+"""The converting verbs: what `to-neox`, `reshard` and `to-hf` read, write and record."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron.layout import HEAD, LlamaShape, padded_vocab_size
+from tools.convert_hf.errors import ConvertError
+from tools.convert_hf.formats.dtypes import BY_NAME, WEIGHT_DTYPES, DType
+from tools.convert_hf.formats.model_yml import model_keys, model_yml
+from tools.convert_hf.formats.torch_file import plain_file
+from tools.convert_hf.sources.hf import SAFETENSORS_INDEX
+from tools.convert_hf.sources.llama_config import read_config_file
+from tools.convert_hf.sources.neox import SIDE
+from tools.convert_hf.sources.opening import Checkpoint, check_duplicates
+from tools.convert_hf.sources.settings import refuse_differences, with_trained_settings
+from tools.convert_hf.sources.side_files import shard_index, side_files, tokenizer_of
+from tools.convert_hf.stream import publish
+from tools.convert_hf.stream.plan import make_plan
+from tools.convert_hf.stream.publish import Output
+from tools.convert_hf.stream.targets import TargetFile, hf_files, neox_files, shards_by_size, shards_like
+
+WRITTEN_BY = "tools/convert_hf"
+PADDING = 128  # GPT-NeoX's default for make_vocab_size_divisible_by, used where the vocabulary has to be padded
+DEFAULT_SHARD_SIZE = 5_000_000_000
+_MEMORY_BASE = 48 << 20  # interpreter and tables
+_MEMORY_TORCH = 256 << 20  # more, once torch is imported for a cast
+_LARGEST_BAND = 4 << 20  # larger ones leave the cache between reading, checksum and writing
+_SMALLEST_BAND = 256 << 10
+
+
+@dataclass
+class Request:
+    """The options that all converting verbs share."""
+
+    output: Path
+    dtype: str | None = None
+    max_ram: int = 512 << 20
+    threads: int = 4
+    shard: tuple[int, int] = (1, 1)
+    trained_settings: bool = False  # to-hf: write the training run's epsilon and rotary settings into config.json
+    resume: bool = False
+    force: bool = False
+
+
+def prepare_neox(source: Checkpoint, tp: int, divisible_by: int | None, request: Request) -> Output:
+    """Plan pipeline layer files for `tp` ranks from a checkpoint of any kind; nothing is written yet."""
+    if divisible_by is None:
+        divisible_by = source.divisible_by or (1 if tp > 0 and source.shape.vocab_size % tp == 0 else PADDING)
+    if source.config is not None:
+        shape = source.config.shape_for(divisible_by, tp)
+        if shape.tied != source.shape.tied:
+            shape = dataclasses.replace(shape, tied=source.shape.tied)
+    else:
+        padded = padded_vocab_size(source.shape.vocab_size, divisible_by, tp)
+        shape = dataclasses.replace(source.shape, padded_vocab_size=padded)
+        try:
+            shape.check_tensor_parallel(tp)
+        except ValueError as error:
+            raise ConvertError(f"--tp {tp} does not fit this model: {error}") from None
+    check_duplicates(source)
+    iteration = _iteration(source)
+    tag = f"global_step{iteration}"
+    rows = source.tensors["model.embed_tokens.weight"].shape[0]
+    dtype_of = _dtype_of(source, request.dtype)
+    files = neox_files(shape, tp, dtype_of, tag, rows)
+    extras: dict[str, bytes | Path] = {}
+    left: list[str] = []
+    final = Path(request.output).absolute()
+    keys = model_keys(source.config, divisible_by) if source.config is not None else {}
+    if source.side_folder is not None:
+        travelling, left = side_files(source.side_folder)
+        extras |= {f"{tag}/{SIDE}/{name}": path for name, path in travelling.items()}
+        if source.config_text is not None:
+            extras[f"{tag}/{SIDE}/config.json"] = source.config_text
+        tokenizer = tokenizer_of(travelling)
+        place = (tokenizer[0], final / tag / SIDE / tokenizer[1]) if tokenizer else None
+        if keys:
+            extras["model.yml"] = model_yml(keys, place).encode()
+    layout = {"tp": tp}
+    for rank in range(tp):
+        name = f"mp_rank_{rank:02d}_model_states"
+        extras[f"{tag}/{name}.pt"] = plain_file(name, _meta(shape, tp, divisible_by, iteration, source.position))
+    extras["latest"] = f"{tag}\n".encode()
+    provenance = _provenance(source, request) | {
+        "iteration": iteration,
+        "layout": layout,
+        "shape": dataclasses.asdict(shape),
+        "config": {key: value for key, value in keys.items() if value is not None},
+    }
+    return _output(source, files, extras, tag, provenance, request, left)
+
+
+def prepare_hf(source: Checkpoint, shard_size: int | None, request: Request) -> Output:
+    """Plan a Hugging Face folder from a checkpoint of any kind; nothing is written yet."""
+    if source.config is None or source.config_text is None or source.side_folder is None:
+        raise ConvertError(
+            f"{source.root} has no config.json with it (GPT-NeoX does not keep one), and none is invented; "
+            f"give the folder that the model came from: --hf-source HF_DIR"
+        )
+    if source.shape.tied != source.config.tied:
+        raise ConvertError(
+            f"{source.root} stores a tied model (no output head), but config.json says tie_word_embeddings false"
+        )
+    if not request.trained_settings:
+        refuse_differences(source)
+    check_duplicates(source)
+    tensors = {n: t for n, t in source.tensors.items() if not (source.config.tied and n == HEAD[0].hf[0])}
+    dtype_of = _dtype_of(source, request.dtype)
+    travelling, left = side_files(source.side_folder)
+    index_path = shard_index(travelling)
+    travelling.pop(SAFETENSORS_INDEX, None)
+    shards = None
+    if index_path is not None and shard_size is None:
+        weight_map = read_config_file(index_path).get("weight_map")
+        if isinstance(weight_map, dict) and all(isinstance(v, str) for v in weight_map.values()):
+            shards = shards_like(weight_map, list(tensors))
+    if shards is None:
+        sizes = {n: t.nbytes // t.dtype.itemsize * dtype_of(n).itemsize for n, t in tensors.items()}
+        shards = shards_by_size(sizes, shard_size or DEFAULT_SHARD_SIZE)
+    files = hf_files(tensors, dtype_of, shards)
+    extras: dict[str, bytes | Path] = dict(travelling)
+    extras["config.json"] = _config(source, request, {dtype_of(n).name for n in tensors})
+    if len(files) > 1:
+        total = sum(t.stored.nbytes for f in files for t in f.tensors)
+        where = {t.stored.name: f.name for f in files for t in f.tensors}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+        extras[SAFETENSORS_INDEX] = (json.dumps(index, indent=2) + "\n").encode()
+    return _output(source, files, extras, ".", _provenance(source, request), request, left)
+
+
+def execute(output: Output, progress: Callable[[int], None]) -> bool:
+    """Check that the output can be written, then write it; False if other shares are still to be done."""
+    output.check()
+    return output.write(progress)
+
+
+def _output(
+    source: Checkpoint,
+    files: list[TargetFile],
+    extras: dict[str, bytes | Path],
+    tag: str,
+    provenance: dict[str, Any],
+    request: Request,
+    left: list[str],
+) -> Output:
+    casting = request.dtype is not None and any(t.dtype.name != request.dtype for t in source.tensors.values())
+    band, threads = memory_plan(request.max_ram, request.threads, casting)
+    plan = make_plan(source.tensors, files, band, request.shard)
+    return publish.Output(
+        final=request.output,
+        plan=plan,
+        extras=extras,
+        manifest_in=tag,
+        provenance=provenance,
+        left_behind=[name for name in left if not _is_weight_file(name)],
+        shard=request.shard,
+        threads=threads,
+        force=request.force,
+        resume=request.resume,
+    )
+
+
+def _is_weight_file(name: str) -> bool:
+    return name.endswith((".safetensors", ".bin", ".pth"))
+
+
+def memory_plan(max_ram: int, threads: int, casting: bool) -> tuple[int, int]:
+    """(bytes of a band, threads) that keep anonymous memory under `max_ram` bytes."""
+    # A cast holds its band, the result (up to twice as large) and what is being checked.
+    factor = 4 if casting else 1
+    budget = max_ram - _MEMORY_BASE - (_MEMORY_TORCH if casting else 0)
+    for count in range(max(threads, 1), 0, -1):
+        band = min(budget // (count * factor), _LARGEST_BAND)
+        if band >= _SMALLEST_BAND:
+            return band, count
+    least = max_ram - budget + _SMALLEST_BAND * factor
+    raise ConvertError(f"--max-ram {max_ram >> 20} MiB is too little for this job; give at least {-(-least >> 20)} MiB")
+
+
+def _dtype_of(source: Checkpoint, wanted: str | None) -> Callable[[str], DType]:
+    for tensor in source.tensors.values():
+        if tensor.dtype.name not in WEIGHT_DTYPES:
+            raise ConvertError(
+                f"{source.root}: {tensor.name} is {tensor.dtype.name}; weights may be {', '.join(WEIGHT_DTYPES)}"
+            )
+    if wanted is not None:
+        return lambda name: BY_NAME[wanted]
+    return lambda name: source.tensors[name].dtype
+
+
+def _iteration(source: Checkpoint) -> int:
+    name = source.root.name.removeprefix("global_step")
+    return int(name) if source.kind.startswith("neox") and name.isdecimal() and name.isascii() else 0
+
+
+def _meta(shape: LlamaShape, tp: int, divisible_by: int, iteration: int, position: dict[str, Any]) -> dict[str, Any]:
+    """What DeepSpeed expects beside the layer files. `module` must be None for a pipeline to read layer files."""
+    arguments = {
+        "num_layers": shape.num_layers,
+        "hidden_size": shape.hidden_size,
+        "num_attention_heads": shape.num_attention_heads,
+        "make_vocab_size_divisible_by": divisible_by,
+        "padded_vocab_size": shape.padded_vocab_size,
+        "model_parallel_size": tp,
+    }
+    return {
+        "module": None,
+        "buffer_names": [],
+        "optimizer": None,
+        "param_shapes": None,
+        "frozen_param_shapes": None,
+        "shared_params": {},
+        "frozen_param_fragments": None,
+        "lr_scheduler": None,
+        "data_sampler": None,
+        "random_ltd": None,
+        "skipped_steps": 0,
+        "global_steps": iteration,
+        "global_samples": 0,
+        "dp_world_size": 1,
+        "mp_world_size": tp,
+        "ds_config": {},
+        "ds_version": "0.19.8",
+        "iteration": iteration,
+        "consumed_samples": 0,
+        "args": arguments,
+    } | position
+
+
+def _provenance(source: Checkpoint, request: Request) -> dict[str, Any]:
+    record: dict[str, Any] = {"written_by": WRITTEN_BY, "source": str(source.root), "source_kind": source.kind}
+    if source.given:
+        record["given"] = source.given
+    if request.dtype:
+        record["cast_to"] = request.dtype
+    if source.provenance:
+        record["source_provenance"] = {k: v for k, v in source.provenance.items() if k != "source_provenance"}
+    return record
+
+
+def _config(source: Checkpoint, request: Request, types: set[str]) -> bytes:
+    """config.json byte for byte, unless the type of the weights or (if asked) the trained settings differ from it."""
+    assert source.config_text is not None
+    assert source.config is not None
+    before = json.loads(source.config_text)
+    raw = with_trained_settings(source, before) if request.trained_settings else dict(before)
+    if len(types) == 1 and source.config.dtype not in types:
+        for key in [key for key in ("dtype", "torch_dtype") if key in raw] or ["torch_dtype"]:
+            raw[key] = next(iter(types))
+    return source.config_text if raw == before else (json.dumps(raw, indent=2, ensure_ascii=False) + "\n").encode()

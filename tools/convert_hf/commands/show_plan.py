@@ -1,0 +1,28 @@
+"""What `--plan` prints: sources, targets and bytes of a whole job."""
+
+from __future__ import annotations
+
+from tools.convert_hf.stream.publish import Output
+
+
+def plan_text(output: Output) -> str:
+    plan = output.plan
+    sources: dict[str, int] = {}
+    for tensor in plan.sources.values():
+        for region in tensor.regions:
+            size = region.rows * region.cols * tensor.dtype.itemsize
+            sources[str(region.stored.path)] = sources.get(str(region.stored.path), 0) + size
+    lines = [f"read {plan.bytes_read:,} bytes from {len(sources)} files"]
+    lines += [f"  {size:>18,}  {path}" for path, size in sorted(sources.items())]
+    lines.append(f"write {plan.bytes_written:,} bytes to {len(plan.files)} weight files in {output.final}")
+    for file in plan.files:
+        lines.append(f"  {file.size:>18,}  {file.name}")
+        for target in file.tensors:
+            shape = "x".join(map(str, target.stored.shape))
+            origin = ", ".join(dict.fromkeys(r.logical or "zero padding" for r in target.regions))
+            lines.append(f"  {'':>18}    {target.stored.name} {shape} {target.stored.dtype.name} <- {origin}")
+    lines.append("and " + ", ".join(sorted([*output.extras, "manifest.json"])))
+    lines.append(
+        f"{len(plan.jobs)} bands of at most {plan.band:,} bytes, {output.threads} threads; nothing was written"
+    )
+    return "\n".join(lines)

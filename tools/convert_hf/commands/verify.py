@@ -1,0 +1,109 @@
+"""`verify`: settings, tensors and, with --forward, activations of two checkpoints; what differs first, and why."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tools.convert_hf.sources.opening import Checkpoint
+from tools.convert_hf.sources.settings import run_settings
+from tools.convert_hf.verify.compare import Difference, compare
+from tools.convert_hf.verify.diagnose import weight_causes
+
+_SHOWN = 12  # differing tensors that are listed one by one
+
+
+@dataclass
+class Verdict:
+    equal: bool
+    lines: list[str] = field(default_factory=list)
+
+
+def verify(
+    one: Checkpoint,
+    two: Checkpoint,
+    *,
+    forward: bool = False,
+    tokens: Path | None = None,
+    tolerance: float = 1e-4,
+    device: str = "cpu",
+    band: int = 16 << 20,
+    threads: int = 4,
+    progress: Callable[[int], None] = lambda nbytes: None,
+) -> Verdict:
+    """Compare two checkpoints of any kind; the lines are what the command prints."""
+    settings, setting_causes, unknown = _settings(one, two)
+    differences = compare(one, two, band, threads, progress)
+    verdict = Verdict(not settings and not differences, settings + unknown)
+    names = [d.name for d in differences]
+    verdict.lines += _table(differences, sum(1 for n in one.tensors if n in two.tensors))
+    causes = setting_causes + weight_causes(one, two, [d.name for d in differences if not d.problem])
+    if forward:
+        verdict.lines += _forward(one, two, tokens, tolerance, device, band, verdict)
+    verdict.lines += [f"cause: {cause}" for cause in causes]
+    if names and not causes:
+        verdict.lines.append("cause: none of the known patterns (the values themselves differ)")
+    verdict.lines.append("EQUAL" if verdict.equal else "DIFFERENT")
+    return verdict
+
+
+def verification_band(max_ram: int, threads: int) -> int:
+    """Bytes of a band so that reading two checkpoints with `threads` threads stays under `max_ram` bytes."""
+    # Each thread holds a band of both, the second perhaps in a type twice as wide, and a few MB where they differ.
+    budget = max_ram - (320 << 20) - threads * (8 << 20)
+    return max(256 << 10, min(4 << 20, budget // (threads * 4)))
+
+
+def _settings(one: Checkpoint, two: Checkpoint) -> tuple[list[str], list[str], list[str]]:
+    """(differing settings, causes, remarks)."""
+    a, b = run_settings(one), run_settings(two)
+    if a is None or b is None:
+        missing = (one if a is None else two).root
+        return [], [], [f"nothing beside {missing} gives its epsilon and rotary settings: they are not compared"]
+    lines, causes = [], []
+    for key, first, second in a.differences(b):
+        lines.append(f"{key}: {json.dumps(first)} in {a.origin}, {json.dumps(second)} in {b.origin}")
+        if key == "rope_scaling" and (first is None or second is None):
+            causes.append(f"rope scaling is missing in {(a if first is None else b).origin}")
+        else:
+            what = {"rms_norm_epsilon": "epsilon", "rotary_emb_base": "rotary base"}.get(key, "rope scaling")
+            causes.append(f"{what} differs: {json.dumps(first)} and {json.dumps(second)}")
+    return lines, causes, []
+
+
+def _table(differences: list[Difference], count: int) -> list[str]:
+    if not differences:
+        return [f"all {count} tensors are equal"]
+    lines = [d.text() for d in differences[:_SHOWN]]
+    if len(differences) > _SHOWN:
+        lines.append(f"... and {len(differences) - _SHOWN} more tensors differ")
+    lines.append(f"{len(differences)} differences in {count} tensors; the first is {differences[0].name}")
+    return lines
+
+
+def _forward(
+    one: Checkpoint,
+    two: Checkpoint,
+    tokens: Path | None,
+    tolerance: float,
+    device: str,
+    band: int,
+    verdict: Verdict,
+) -> list[str]:
+    from tools.convert_hf.verify.forward import compare_forward, default_tokens, read_tokens
+
+    vocabulary = min(one.shape.vocab_size, two.shape.vocab_size)
+    ids = list(read_tokens(tokens.read_text())) if tokens else default_tokens(vocabulary)
+    # A band is held as stored and once more in fp32, twice over while the next one is read.
+    report = compare_forward(one, two, ids, band // 4, tolerance, device)
+    lines = [f"forward pass of {len(ids)} tokens", f"  {'':<12}{'max abs':>12}{'relative':>12}"]
+    lines += [f"  {r.name:<12}{r.max_abs:>12.3g}{r.relative:>12.3g}" for r in report.layers]
+    lines.append(f"  KL of the logits {report.kl:.3g} nats, same first token at {report.same_top:.1%} of positions")
+    if report.first is not None:
+        verdict.equal = False
+        lines.append(f"first to diverge (beyond {tolerance:g}): {report.first}")
+    else:
+        lines.append(f"no layer diverges beyond {tolerance:g}")
+    return lines

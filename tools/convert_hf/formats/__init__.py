@@ -1,0 +1,1 @@
+"""File formats, byte for byte, without torch."""

@@ -1,0 +1,1 @@
+"""Checkpoints that can be read: Hugging Face, Meta, GPT-NeoX."""

@@ -1,0 +1,1 @@
+"""From a plan of byte ranges to files, in bounded memory."""

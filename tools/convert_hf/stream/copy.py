@@ -1,0 +1,219 @@
+"""Executing a plan: worker threads with one buffer each, CRCs on the way, and a journal that survives a kill."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import queue
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tools.convert_hf.errors import ConvertError
+from tools.convert_hf.formats.crc import combine, zeros
+from tools.convert_hf.stream.band_io import FilePool, read_band, region_runs, write_runs
+from tools.convert_hf.stream.plan import Destination, Job, Plan
+from tools.convert_hf.stream.tensor_map import rows_and_columns
+
+SYNC_SECONDS = 5.0  # between two syncs, the work that a crash of the machine may cost
+
+Piece = tuple[int, int, int, int, int]  # file, tensor, first byte within the tensor, bytes, CRC-32
+
+
+class Checksums:
+    """CRCs of byte ranges that grow together: neighbours are joined at once, so memory does not follow the model."""
+
+    def __init__(self) -> None:
+        self._starts: dict[tuple[int, int, int], tuple[int, int]] = {}  # (file, tensor, start) -> (bytes, CRC-32)
+        self._ends: dict[tuple[int, int, int], int] = {}  # (file, tensor, end) -> start
+
+    def add(self, piece: Piece) -> None:
+        file, tensor, start, nbytes, crc = piece
+        left = self._ends.pop((file, tensor, start), None)
+        if left is not None:
+            before, left_crc = self._starts.pop((file, tensor, left))
+            start, nbytes, crc = left, before + nbytes, combine(left_crc, crc, nbytes)
+        right = self._starts.pop((file, tensor, start + nbytes), None)
+        if right is not None:
+            crc = combine(crc, right[1], right[0])
+            nbytes += right[0]
+        self._starts[file, tensor, start] = (nbytes, crc)
+        self._ends[file, tensor, start + nbytes] = start
+
+    def whole(self, file: int, tensor: int, nbytes: int) -> int | None:
+        """The CRC of a tensor of `nbytes` bytes if exactly these were added; None otherwise."""
+        found = self._starts.get((file, tensor, 0))
+        return found[1] if found is not None and found[0] == nbytes else None
+
+
+@dataclass
+class Finished:
+    job: int
+    nbytes: int
+    pieces: list[Piece]
+
+
+class Copier:
+    """Copies all bands of a plan into `folder`, whose files exist with their final sizes."""
+
+    def __init__(self, plan: Plan, folder: Path, threads: int) -> None:
+        self.plan, self.folder, self.threads = plan, folder, threads
+        self._reading = FilePool(os.O_RDONLY)
+        self._writing = FilePool(os.O_WRONLY)
+        self._paths = [folder / file.name for file in plan.files]
+        self._todo: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[Finished | BaseException] = queue.SimpleQueue()
+        self._stop = threading.Event()
+
+    def run(self, journal: Journal, progress: Callable[[int], None]) -> None:
+        """Copy what the journal does not have yet. Work is synced, then recorded, every few seconds; the rest of it
+        is in memory only, because the caller completes and syncs all files next."""
+        jobs = [i for i in range(len(self.plan.jobs)) if i not in journal.finished]
+        for i in jobs:
+            self._todo.put(i)
+        workers = [threading.Thread(target=self._work, daemon=True) for _ in range(min(self.threads, len(jobs)))]
+        for worker in workers:
+            worker.start()
+        try:
+            self._gather(len(jobs), journal, progress)
+        finally:
+            self._stop.set()
+            for worker in workers:
+                worker.join()
+            self._reading.close()
+            self._writing.close()
+
+    def _gather(self, count: int, journal: Journal, progress: Callable[[int], None]) -> None:
+        waiting: list[Finished] = []
+        last = time.monotonic()
+        for _ in range(count):
+            item = self._done.get()
+            if isinstance(item, BaseException):
+                raise item
+            waiting.append(item)
+            progress(item.nbytes)
+            if time.monotonic() - last > SYNC_SECONDS:
+                self._record(waiting, journal)
+                waiting, last = [], time.monotonic()
+        journal.note(waiting)
+
+    def _record(self, done: list[Finished], journal: Journal) -> None:
+        self._writing.sync({self._paths[piece[0]] for item in done for piece in item.pieces})
+        journal.add(done)
+
+    def _work(self) -> None:
+        try:
+            largest = max((job.nbytes for job in self.plan.jobs), default=0)
+            buffer = memoryview(mmap.mmap(-1, max(largest, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+            while not self._stop.is_set():
+                try:
+                    number = self._todo.get_nowait()
+                except queue.Empty:
+                    return
+                job = self.plan.jobs[number]
+                pieces = list(self._copy(job, buffer[: job.nbytes]))
+                self._done.put(Finished(number, job.nbytes, pieces))
+        except BaseException as error:
+            self._done.put(error)
+
+    def _copy(self, job: Job, band: memoryview) -> Iterator[Piece]:
+        read_band(self._reading, job.tensor, job.start, job.stop, band)
+        cols = rows_and_columns(job.tensor.shape)[1]
+        cast: dict[str, memoryview] = {}
+        for destination in self.plan.destinations[job.tensor.name]:
+            dtype = destination.region.stored.dtype
+            data = band
+            if dtype != job.tensor.dtype:
+                if dtype.name not in cast:
+                    from tools.convert_hf.stream.cast import cast_band
+
+                    cast[dtype.name] = cast_band(band, job.tensor.dtype.name, dtype.name, job.tensor.name)
+                data = cast[dtype.name]
+            runs = region_runs(destination.region, job.start, job.stop, cols, dtype.itemsize)
+            if runs:
+                yield self._write(destination, runs, data)
+
+    def _write(self, destination: Destination, runs: list[tuple[int, int, int]], data: memoryview) -> Piece:
+        crc = 0
+        for _, nbytes, place in runs:
+            crc = zlib.crc32(data[place : place + nbytes], crc)
+        path = self._paths[destination.file]
+        first, total = runs[0][0] - destination.region.stored.offset, sum(run[1] for run in runs)
+        with self._writing.use(path) as descriptor:
+            try:
+                write_runs(descriptor, runs, data)
+            except OSError as error:
+                raise ConvertError(f"{path} cannot be written: {error.strerror}") from None
+        return destination.file, destination.tensor, first, total, crc
+
+
+class Journal:
+    """The finished jobs of a run, one JSON line each after a line that identifies the plan."""
+
+    def __init__(self, path: Path, digest: str, resume: bool) -> None:
+        self.path = path
+        self.finished: set[int] = set()
+        self.checksums = Checksums()
+        if resume and path.exists():
+            self._read(digest)
+        else:
+            path.write_text(json.dumps({"plan": digest}) + "\n")
+        self._file = open(path, "a")  # noqa: SIM115 closed by close()
+
+    def _read(self, digest: str) -> None:
+        lines = self.path.read_text().splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith("\n")]
+        if not whole or json.loads(whole[0]) != {"plan": digest}:
+            raise ConvertError(
+                f"{self.path.parent} was begun from other files or with other options; "
+                f"use the same ones, or start again with --force"
+            )
+        for line in whole[1:]:
+            entry = json.loads(line)
+            self._keep(entry["job"], entry["pieces"])
+        if len(whole) != len(lines):  # the last line was cut off by the kill
+            self.path.write_text("".join(whole))
+
+    def _keep(self, job: int, pieces: list[Piece]) -> None:
+        if job not in self.finished:
+            self.finished.add(job)
+            for piece in pieces:
+                self.checksums.add(piece)
+
+    def note(self, done: list[Finished]) -> None:
+        """Take jobs as done without recording them."""
+        for item in done:
+            self._keep(item.job, item.pieces)
+
+    def add(self, done: list[Finished]) -> None:
+        """Record jobs whose data are synced."""
+        self.note(done)
+        for item in done:
+            self._file.write(json.dumps({"job": item.job, "pieces": item.pieces}) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def tensor_crcs(plan: Plan, checksums: Checksums) -> list[dict[str, int]]:
+    """CRC-32 of every tensor of every file, checking that its bytes were written exactly once."""
+    result: list[dict[str, int]] = []
+    for f, file in enumerate(plan.files):
+        result.append({})
+        for t, target in enumerate(file.tensors):
+            row_bytes = rows_and_columns(target.stored.shape)[1] * target.stored.dtype.itemsize
+            for region in target.regions:
+                if region.logical is None:  # padding: the file was made of zeros
+                    nbytes = region.rows * row_bytes
+                    checksums.add((f, t, region.row * row_bytes, nbytes, zeros(nbytes)))
+            crc = checksums.whole(f, t, target.stored.nbytes)
+            if crc is None:
+                raise AssertionError(f"{file.name}: {target.stored.name} was not written exactly once")
+            result[-1][target.stored.name] = crc
+    return result

@@ -1,0 +1,1 @@
+"""What clean_corpus.py does to a document."""

@@ -1,0 +1,245 @@
+"""The parallel part of preprocessing: blocks out to workers, results back in order, a journal to go on from."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from megatron.data.header import ChatInfo, DataHeader, TokenizerInfo, header_path
+from megatron.data.indexed import DataError, IndexedWriter, bin_path, idx_path
+from megatron.tokenizer import Tokenizer
+from tools.datasets.encoding.encode import Encoded
+from tools.datasets.encoding.sources import Block
+from tools.datasets.encoding.workers import in_order
+
+JOURNAL_SECONDS = 10.0
+MAX_SHOWN = 20  # skipped records printed in full; all are counted
+
+
+class BadRecord(ValueError):
+    """An unreadable record under the policy `fatal`."""
+
+
+class Encoder(Protocol):
+    """Runs in the workers: a block -> what it adds to each output, in the order of `Job.outputs`."""
+
+    def __call__(self, block: Block) -> list[Encoded]: ...
+
+
+@dataclass
+class State:
+    """Where one output stands."""
+
+    bytes: int = 0
+    documents: int = 0
+    crc32: int = 0
+    max_token: int = -1
+    text_bytes: int = 0
+    learned: int = 0
+    empty: int = 0
+    skipped: int = 0
+
+
+@dataclass(frozen=True)
+class Output:
+    """One `.bin/.idx` to write. `header` makes what goes beside it, None if nothing does."""
+
+    prefix: str
+    dtype: np.dtype
+    header: Callable[[State], DataHeader] | None
+
+    @property
+    def partial(self) -> Path:
+        return Path(f"{self.prefix}.partial")
+
+
+@dataclass(frozen=True)
+class HeaderMaker:
+    """Makes `Output.header`: what is known of an output before it is written, and the counts at the end."""
+
+    tokenizer: Tokenizer
+    dtype: np.dtype
+    bos: int | None
+    eod: int | None
+    ftfy: bool
+    files: list[Path]
+    chat: Callable[[State], ChatInfo] | None = None
+
+    def __call__(self, state: State) -> DataHeader:
+        return DataHeader(
+            tokenizer=TokenizerInfo.of(self.tokenizer),
+            bos=self.bos,
+            eod=self.eod,
+            ftfy=self.ftfy,
+            documents=state.documents,
+            tokens=state.bytes // self.dtype.itemsize,
+            max_token=state.max_token,
+            input_bytes=state.text_bytes,
+            empty=state.empty,
+            skipped=state.skipped,
+            crc32=f"{state.crc32:08x}",
+            sources=[str(file) for file in self.files],
+            chat=None if self.chat is None else self.chat(state),
+        )
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be done. Two jobs with equal `identity` must give the same output: one goes on where the other was
+    killed."""
+
+    identity: str
+    encoder: Encoder
+    blocks: Iterable[Block]
+    outputs: list[Output]
+    journal: Path
+    workers: int
+    skip_bad: bool
+    log_interval: int  # documents
+    num_docs: int | None
+
+
+@dataclass
+class Journal:
+    """What a later run needs to go on: how many blocks are in the outputs, and how long the files then were."""
+
+    identity: str
+    blocks: int
+    states: list[State]
+
+    def save(self, path: Path) -> None:
+        aside = path.with_name(path.name + ".tmp")
+        aside.write_text(json.dumps(asdict(self)))
+        os.replace(aside, path)
+
+    @classmethod
+    def load(cls, path: Path, identity: str) -> Journal | None:
+        """The journal of a killed run of the same job, None if there is none."""
+        try:
+            content = json.loads(path.read_text())
+        except (FileNotFoundError, ValueError):
+            return None
+        if content.get("identity") != identity:
+            return None
+        return cls(identity, content["blocks"], [State(**state) for state in content["states"]])
+
+
+def identity_of(tokenizer: Tokenizer, files: list[Path], settings: list[object]) -> str:
+    """Equal for two runs over the same files with the same settings."""
+    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    text = json.dumps([tokenizer.fingerprint, settings, stats])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def run_job(job: Job) -> list[State]:
+    """Do it. Raises BadRecord, DataError, SourceError, OSError; nothing is left behind then, except after a kill."""
+    if job.workers < 1:
+        raise DataError(f"--workers {job.workers}: at least one is needed")
+    job.journal.parent.mkdir(parents=True, exist_ok=True)
+    journal = Journal.load(job.journal, job.identity) or Journal(job.identity, 0, [State() for _ in job.outputs])
+    try:
+        writers = [
+            IndexedWriter(output.partial, output.dtype, (state.bytes, state.documents))
+            for output, state in zip(job.outputs, journal.states, strict=True)
+        ]
+        if journal.blocks:
+            print(f"going on after block {journal.blocks} of a killed run", file=sys.stderr)
+        todo = islice(job.blocks, journal.blocks, None)
+        with contextlib.closing(in_order(job.encoder, todo, job.workers)) as results:
+            _collect(job, results, journal, writers)
+        _publish(job, journal.states, writers)
+    except Exception:
+        for output in job.outputs:
+            for ending in (".bin", ".idx", ".sizes", ".json"):
+                Path(f"{output.partial}{ending}").unlink(missing_ok=True)
+        job.journal.unlink(missing_ok=True)
+        raise
+    job.journal.unlink(missing_ok=True)
+    return journal.states
+
+
+def _collect(job: Job, encoded: Iterable[list[Encoded]], journal: Journal, writers: list[IndexedWriter]) -> None:
+    first = journal.states[0]
+    start = last_sync = time.monotonic()
+    text_before, bytes_before = first.text_bytes, first.bytes
+    next_report = first.documents + job.log_interval
+    shown = 0
+    for results in encoded:
+        for writer, state, result in zip(writers, journal.states, results, strict=True):
+            shown += _report_bad(result, job.skip_bad, shown)
+            _append(writer, state, result)
+        journal.blocks += 1
+        now = time.monotonic()
+        if now - last_sync > JOURNAL_SECONDS:
+            for writer in writers:
+                writer.sync()
+            journal.save(job.journal)
+            last_sync = now
+        if first.documents >= next_report:
+            next_report = first.documents + job.log_interval
+            seconds = max(now - start, 1e-9)
+            tokens = (first.bytes - bytes_before) / job.outputs[0].dtype.itemsize / seconds
+            share = f" ({first.documents / job.num_docs:.1%})" if job.num_docs else ""
+            print(
+                f"{first.documents} documents{share}, {(first.text_bytes - text_before) / seconds / 1e6:.2f} MB/s, "
+                f"{tokens:,.0f} tokens/s",
+                file=sys.stderr,
+            )
+
+
+def _report_bad(result: Encoded, skip: bool, shown: int) -> int:
+    if not result.bad:
+        return 0
+    if not skip:
+        raise BadRecord(f"{result.bad[0]} (--on-bad-record skip leaves such records out and counts them)")
+    for message in result.bad[: max(0, MAX_SHOWN - shown)]:
+        print(f"skipped: {message}", file=sys.stderr)
+    return len(result.bad)
+
+
+def _append(writer: IndexedWriter, state: State, result: Encoded) -> None:
+    writer.append(result.tokens, result.sizes)
+    state.bytes, state.documents = writer.bytes, writer.documents
+    state.crc32 = zlib.crc32(result.tokens, state.crc32)
+    state.max_token = max(state.max_token, result.max_token)
+    state.text_bytes += result.text_bytes
+    state.learned += result.learned
+    state.empty += result.empty
+    state.skipped += len(result.bad)
+
+
+def _publish(job: Job, states: list[State], writers: list[IndexedWriter]) -> None:
+    for output, state, writer in zip(job.outputs, states, writers, strict=True):
+        if not writer.documents:
+            raise DataError(
+                f"nothing to write to {output.prefix}: no documents with text in the input, {state.empty} empty and "
+                f"{state.skipped} unreadable records"
+            )
+    for output, state, writer in zip(job.outputs, states, writers, strict=True):
+        writer.finish()
+        if output.header is not None:
+            header_path(output.partial).write_text(output.header(state).model_dump_json(indent=2) + "\n")
+    for output in job.outputs:  # a reader sees the old set, none, or the new one; never a mixture
+        idx_path(output.prefix).unlink(missing_ok=True)
+    for output, state in zip(job.outputs, states, strict=True):
+        os.replace(bin_path(output.partial), bin_path(output.prefix))
+        if output.header is not None:
+            os.replace(header_path(output.partial), header_path(output.prefix))
+        os.replace(idx_path(output.partial), idx_path(output.prefix))
+        print(
+            f"{output.prefix}: {state.documents} documents, {state.bytes // output.dtype.itemsize} tokens, "
+            f"{state.empty} empty and {state.skipped} unreadable left out",
+            file=sys.stderr,
+        )
