@@ -3,7 +3,6 @@
 
 from megatron.evaluation.programs import evaluate_checkpoint
 from megatron.launcher import run
-from megatron.trainer.errors import USER_ERRORS
 
 if __name__ == "__main__":
-    run(evaluate_checkpoint, task="eval", user_errors=USER_ERRORS)
+    run(evaluate_checkpoint, task="eval")

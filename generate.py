@@ -3,7 +3,6 @@
 
 from megatron.evaluation.programs import generate_text
 from megatron.launcher import run
-from megatron.trainer.errors import USER_ERRORS
 
 if __name__ == "__main__":
-    run(generate_text, task="generate", user_errors=USER_ERRORS)
+    run(generate_text, task="generate")

@@ -2,8 +2,7 @@
 """Train on the ranks that `python deepy.py train.py a.yml b.yml` (or torchrun, or srun) starts."""
 
 from megatron.launcher import run
-from megatron.trainer.errors import USER_ERRORS
 from megatron.trainer.run import train
 
 if __name__ == "__main__":
-    run(train, user_errors=USER_ERRORS)
+    run(train)

@@ -28,12 +28,12 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from megatron.checkpoint.errors import CheckpointError
 from megatron.checkpoint.rank_files import rank_contents
 from megatron.checkpoint.save import CheckpointWriter
 from megatron.checkpoint.snapshot import HostCopies, tensor_bytes
 from megatron.checkpoint.state import TrainState
-from megatron.parallel.collective_errors import Ranks
+from megatron.common.errors import CheckpointError
+from megatron.parallel.collective_errors import RankGroup
 
 if TYPE_CHECKING:
     from deepspeed.runtime.pipe.engine import PipelineEngine
@@ -65,7 +65,7 @@ class BackgroundSaver:
     ) -> None:
         self.engine, self.args, self.data_fingerprints = engine, args, data_fingerprints
         self.completed, self.log, self.warn = completed, log, warn
-        self._ranks = Ranks.of(engine)
+        self._ranks = RankGroup.world(engine.device)
         self._copies = HostCopies()
         self._flight: _Flight | None = None
 
@@ -133,7 +133,7 @@ class BackgroundSaver:
             self._flight = None
 
     def wait(self) -> None:
-        """Until no save is in flight. Collective. Ranks that keep the others waiting are named every minute."""
+        """Until no save is in flight. Collective. RankGroup that keep the others waiting are named every minute."""
         questions = 0
         while self._flight is not None:
             time.sleep(PAUSE_SECONDS)

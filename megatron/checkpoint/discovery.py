@@ -16,9 +16,9 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron.checkpoint.errors import CheckpointError
 from megatron.checkpoint.manifest import MANIFEST_NAME, ManifestError, read_manifest, size_problems
 from megatron.common.atomic_files import sync_folder, write_text
+from megatron.common.errors import CheckpointError
 
 LATEST = "latest"
 PARTIAL = ".tmp"

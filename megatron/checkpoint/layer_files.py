@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from megatron.checkpoint.errors import CheckpointError, describe
 from megatron.checkpoint.manifest import FileEntry
 from megatron.checkpoint.torch_files import Header, dtype_name, read_headers, read_tensors
+from megatron.common.errors import CheckpointError, one_line
 from megatron.layout import EMBEDDING_INDEX, LlamaShape, TensorLayout, layer_file_name, layer_files, rank_shape
 
 if TYPE_CHECKING:
@@ -157,7 +157,7 @@ def verify_before_load(
         try:
             headers = read_headers(folder / name)
         except (CheckpointError, OSError) as error:
-            problems.append(describe(error))
+            problems.append(one_line(error))
             continue
         found = tensor_problems(headers, rows, shape, tp)
         if not found and manifest_files is not None:

@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 
 from megatron.checkpoint.discovery import OPTIMIZER_FILE, find_checkpoint
-from megatron.checkpoint.errors import CheckpointError
 from megatron.checkpoint.layer_files import load_layers, verify_before_load
 from megatron.checkpoint.manifest import MANIFEST_NAME, Manifest, read_manifest
 from megatron.checkpoint.save import HF, read_small_files
 from megatron.checkpoint.state import TrainState, restore_rng
 from megatron.checkpoint.torch_files import read_file
+from megatron.common.errors import CheckpointError
 from megatron.engine.deepspeed_files import OPTIMIZER_CLASSES, Place
-from megatron.parallel.collective_errors import Ranks
+from megatron.parallel.collective_errors import RankGroup
 
 if TYPE_CHECKING:
     from deepspeed.runtime.pipe.engine import PipelineEngine
@@ -63,7 +63,7 @@ def load_checkpoint(
     """
     if args.load is None:
         return None
-    ranks, place = Ranks.of(engine), Place.of(engine)
+    ranks, place = RankGroup.world(engine.device), Place.of(engine)
     source = locate(ranks, Path(args.load), args.iteration, log)
     weights_only = args.finetune or args.no_load_optim
     with ranks.together(f"loading {source.folder}"):
@@ -105,7 +105,7 @@ def load_weights(
     Collective over `group`, the ranks that hold one model. With an optimizer use `load_checkpoint`, which also renews
     the fp32 masters.
     """
-    ranks = Ranks(group, next(module.parameters()).device)
+    ranks = RankGroup(group, next(module.parameters()).device)
     if args.load is None:
         raise CheckpointError("`load` is not set; give the folder that holds `latest` and `global_stepN`")
     source = locate(ranks, Path(args.load), args.iteration, log)
@@ -114,7 +114,7 @@ def load_weights(
     return source.folder
 
 
-def locate(ranks: Ranks, root: Path, iteration: int | None, log: Callable[[str], None]) -> Source:
+def locate(ranks: RankGroup, root: Path, iteration: int | None, log: Callable[[str], None]) -> Source:
     """The checkpoint that all ranks read; rank 0 looks, so that all see the same one."""
     found = None
     with ranks.together(f"loading from {root}"):
@@ -126,7 +126,7 @@ def locate(ranks: Ranks, root: Path, iteration: int | None, log: Callable[[str],
     return source
 
 
-def _verify(ranks: Ranks, source: Source, args: NeoXArgs) -> None:
+def _verify(ranks: RankGroup, source: Source, args: NeoXArgs) -> None:
     with ranks.together(f"loading {source.folder}"):
         files = None if source.manifest is None else source.manifest.files
         part = (ranks.rank, ranks.size)
@@ -136,7 +136,7 @@ def _verify(ranks: Ranks, source: Source, args: NeoXArgs) -> None:
             raise CheckpointError("; ".join(problems[:3]) + more)
 
 
-def _load_layers(ranks: Ranks, source: Source, module: LlamaPipelineModule, log: Callable[[str], None]) -> None:
+def _load_layers(ranks: RankGroup, source: Source, module: LlamaPipelineModule, log: Callable[[str], None]) -> None:
     conversions: set[tuple[str, str]] = set()
     with ranks.together(f"loading weights of {source.folder}"):
         conversions = load_layers(module, source.folder)
@@ -179,7 +179,7 @@ def _layout(sizes: Any) -> str:
     return ", ".join(f"{name.upper()} {sizes.get(name)}" for name in ("tp", "pp", "dp"))
 
 
-def _read_position(ranks: Ranks, source: Source, args: NeoXArgs) -> dict[str, Any] | None:
+def _read_position(ranks: RankGroup, source: Source, args: NeoXArgs) -> dict[str, Any] | None:
     """The saved position and schedule, from rank 0; None when the run starts anew."""
     if args.finetune:
         return None

@@ -25,8 +25,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from megatron.checkpoint.errors import CheckpointError
 from megatron.common.atomic_files import write_text
+from megatron.common.errors import CheckpointError
 
 FORMAT = "neox-llama-checkpoint"
 VERSION = 1

@@ -22,15 +22,15 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from megatron.checkpoint.discovery import PARTIAL, clean_leftovers, publish, tag_name
-from megatron.checkpoint.errors import CheckpointError, describe
 from megatron.checkpoint.layer_files import expected_files, tensor_problems
 from megatron.checkpoint.manifest import FileEntry, Manifest, checksum, size_problems, write_manifest
 from megatron.checkpoint.provenance import provenance
 from megatron.checkpoint.rank_files import Contents, rank_contents, write_contents
 from megatron.checkpoint.retention import apply_retention
 from megatron.checkpoint.state import TrainState
+from megatron.common.errors import CheckpointError, one_line
 from megatron.engine.deepspeed_files import Place
-from megatron.parallel.collective_errors import Ranks
+from megatron.parallel.collective_errors import RankGroup
 
 if TYPE_CHECKING:
     from deepspeed.runtime.pipe.engine import PipelineEngine
@@ -46,7 +46,7 @@ def prepare_save(engine: PipelineEngine, args: NeoXArgs, log: Callable[[str], No
     Collective. Only for the run that owns the folder: another run's save in progress would be removed.
     """
     assert args.save is not None
-    ranks = Ranks.of(engine)
+    ranks = RankGroup.world(engine.device)
     root = Path(args.save)
     with ranks.together("preparing the save folder"):
         if ranks.rank == 0:
@@ -71,7 +71,7 @@ def save_checkpoint(
     that were there before are untouched then. Older ones are thinned out (`keep_last_n_checkpoints`,
     `keep_optimizer_last_n`) after the new one is complete. `log` is called on rank 0.
     """
-    ranks = Ranks.of(engine)
+    ranks = RankGroup.world(engine.device)
     writer = CheckpointWriter(engine, args, state, data_fingerprints, ranks.rank, log)
     try:
         with ranks.together(writer.what):
@@ -154,7 +154,7 @@ class CheckpointWriter:
             keep = (self.args.keep_last_n_checkpoints, self.args.keep_optimizer_last_n)
             apply_retention(self.root, self.state.iteration, *keep, self.log)
         except (OSError, CheckpointError) as error:
-            self.log(f"warning: an old checkpoint could not be removed: {describe(error)}")
+            self.log(f"warning: an old checkpoint could not be removed: {one_line(error)}")
 
     def discard(self) -> None:
         """Rank 0 removes what was written, after all ranks have stopped writing."""

@@ -17,8 +17,8 @@ from typing import IO, Any, cast
 import torch
 from torch import Tensor
 
-from megatron.checkpoint.errors import CheckpointError
 from megatron.checkpoint.manifest import FileEntry, TensorEntry, checksum, format_checksum
+from megatron.common.errors import CheckpointError
 
 _REGISTRY = threading.Lock()  # torch's list of allowed classes is the process's, files are also written beside training
 

@@ -10,9 +10,9 @@ from functools import partial
 from pathlib import Path
 
 from megatron.checkpoint.discovery import find_checkpoint
-from megatron.checkpoint.errors import CheckpointError, describe
 from megatron.checkpoint.manifest import MANIFEST_NAME, FileEntry, file_checksum, read_manifest
 from megatron.checkpoint.torch_files import read_tensors, tensor_entry
+from megatron.common.errors import CheckpointError, one_line
 
 
 def verify_checkpoint(folder: Path, workers: int = 1) -> list[str]:
@@ -42,7 +42,7 @@ def _file_problems(folder: Path, name: str, entry: FileEntry) -> list[str]:
             problems = [f"{path} has checksum {found}, the manifest says {entry.checksum}"]
         return problems
     except (OSError, CheckpointError) as error:
-        return [describe(error)]
+        return [one_line(error)]
 
 
 def _tensor_problems(path: Path, entry: FileEntry) -> list[str]:

@@ -1,9 +1,24 @@
-"""Errors that a user causes and can mend; the programs print their text alone, without a traceback."""
+"""User errors: reported by their text alone, without a traceback, with exit code 2."""
+
+from __future__ import annotations
 
 
 class UserError(Exception):
-    """Says what was given, what was expected and what to do. Exit code 2."""
+    """Says what was given, what was expected and what to do."""
 
 
 class ConfigError(UserError, ValueError):
     """The configuration cannot be right."""
+
+
+class CheckpointError(UserError, ValueError):
+    """A checkpoint is missing, damaged, or does not fit the run; the message says which file and what to do."""
+
+
+def one_line(error: BaseException) -> str:
+    """An error as one line: user errors by their text, operating-system errors by file and reason, others by type."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return f"{type(error).__name__}: {error}"

@@ -72,13 +72,12 @@ def read_handover(path: Path) -> NeoXArgs:
     return NeoXArgs.from_json(text)
 
 
-def run(program: Callable[[NeoXArgs], object], task: Task = "train", user_errors: tuple = ()) -> NoReturn:
+def run(program: Callable[[NeoXArgs], object], task: Task = "train") -> NoReturn:
     """`program(worker_args())`, and the end of the process.
 
-    Exit code 0, 2 for a user's error (UserError or one of `user_errors`: its text alone is printed, once, however many
-    ranks meet it), that of `Stopped` for a run that ends early in order, 76 (LOST) where other ranks died or hang, 1
-    for anything else: then the first rank to fail prints its traceback, and those that fail because it is gone are
-    silent.
+    Exit codes: 0; 2 for a UserError, whose text alone is printed, once, however many ranks meet it; the one of `Stopped`
+    for a run that ends early in order; 76 (LOST) where other ranks died or hang; 1 for anything else. Then the first
+    rank to fail prints its traceback, and those that fail because it is gone are silent.
     """
     code, folder = FAILURE, run_folder(sys.argv[1:])
     if sys.argv[1:2] == ["--neox-args"]:
@@ -86,7 +85,7 @@ def run(program: Callable[[NeoXArgs], object], task: Task = "train", user_errors
     try:
         program(worker_args(task=task))
         code = 0
-    except (UserError, *user_errors) as error:
+    except UserError as error:
         code = USER_ERROR
         claim_failure(folder, code, f"error: {error}")
         if claim(folder, "said-" + hashlib.sha256(str(error).encode()).hexdigest()):

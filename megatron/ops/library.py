@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron.common.errors import UserError
 from megatron.ops.build import LIBRARY_NAME, BuildError, Target, cached_library, default_target
 
 logger = logging.getLogger(__name__)
@@ -25,7 +26,7 @@ KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 PACKAGED_LIBRARY = Path(__file__).parent / LIBRARY_NAME
 
 
-class KernelsUnavailable(RuntimeError):
+class KernelsUnavailable(UserError, RuntimeError):
     """`kernels: required` cannot be satisfied; the message says why and what to do."""
 
 

@@ -1,1 +1,1 @@
-"""Who this process is among the ranks: environment, devices and CPUs, process groups, errors raised on all ranks together."""
+"""A process among the ranks: environment, devices, CPUs, process groups, errors raised on all ranks together."""

@@ -4,39 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from megatron.checkpoint.errors import CheckpointError, describe
-
-if TYPE_CHECKING:
-    from deepspeed.runtime.pipe.engine import PipelineEngine
+from megatron.common.errors import CheckpointError, UserError, one_line
 
 T = TypeVar("T")
 _SHOWN = 5  # reasons in a message; a full disk fails on every rank of a node at once
 
 
-class Ranks:
-    """The ranks that save or load together: one process group, and the device its backend communicates from."""
+class RankGroup:
+    """Ranks that act together: a process group, the device its backend communicates from, the error they raise."""
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
+    def __init__(
+        self, group: dist.ProcessGroup, device: torch.device, error: type[UserError] = CheckpointError
+    ) -> None:
         self.group = group
         self.device = device
+        self.error = error
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
 
     @classmethod
-    def of(cls, engine: PipelineEngine) -> Ranks:
-        """All ranks of the engine's world."""
-        world = dist.group.WORLD
-        assert world is not None
-        return cls(world, engine.device)
+    def world(cls, device: torch.device, error: type[UserError] = CheckpointError) -> RankGroup:
+        """All ranks of the run."""
+        group = dist.group.WORLD
+        assert group is not None
+        return cls(group, device, error)
 
     @contextmanager
     def together(self, what: str) -> Iterator[None]:
-        """Run the body on every rank, then compare; if any failed, all raise one CheckpointError that names them.
+        """Run the body on every rank, then compare; if any failed, all raise one `error` that names them.
 
         The body must not communicate: a rank that fails in it would leave the others waiting.
         """
@@ -48,11 +48,11 @@ class Ranks:
         self.agree(what, failure)
 
     def agree(self, what: str, failure: BaseException | None) -> None:
-        """Raise one CheckpointError on all ranks if any of them comes with a failure. Collective."""
+        """Raise one `error` on all ranks if any of them comes with a failure. Collective."""
         if not self.total(failure is not None):
             return
         reasons: list[str | None] = [None] * self.size
-        dist.all_gather_object(reasons, None if failure is None else describe(failure), group=self.group)
+        dist.all_gather_object(reasons, None if failure is None else one_line(failure), group=self.group)
         ranks_by_reason: dict[str, list[int]] = {}
         for rank, reason in enumerate(reasons):
             if reason is not None:
@@ -60,7 +60,7 @@ class Ranks:
         shown = [f"{_name(ranks)}: {reason}" for reason, ranks in list(ranks_by_reason.items())[:_SHOWN]]
         if len(ranks_by_reason) > _SHOWN:
             shown.append(f"and {len(ranks_by_reason) - _SHOWN} more reasons")
-        raise CheckpointError(f"{what} failed. " + "; ".join(shown)) from failure
+        raise self.error(f"{what} failed. " + "; ".join(shown)) from failure
 
     def total(self, number: int) -> int:
         """The sum over all ranks. Collective."""

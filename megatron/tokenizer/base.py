@@ -16,12 +16,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron.common.errors import UserError
+
 BOS_NAMES = ("<|begin_of_text|>", "<s>")
 EOD_NAMES = ("<|end_of_text|>", "<|endoftext|>", "</s>")
 PAD_NAMES = ("<|finetune_right_pad_id|>", "<|padding|>", "<pad>")
 
 
-class TokenizerError(ValueError):
+class TokenizerError(UserError, ValueError):
     """A tokenizer file that cannot be used, or a token it lacks; the message says which and what to do."""
 
 

@@ -20,10 +20,10 @@ import torch
 
 from megatron.checkpoint import BackgroundSaver, TrainState, background, save
 from megatron.checkpoint.discovery import LATEST, clean_leftovers, complete_steps, find_checkpoint, tag_name
-from megatron.checkpoint.errors import CheckpointError
 from megatron.checkpoint.manifest import read_manifest
 from megatron.checkpoint.snapshot import HostCopies
 from megatron.checkpoint.verify import verify_checkpoint
+from megatron.common.errors import CheckpointError
 from tests.checkpoint.test_discovery import killed_at
 from tests.support.checkpoints import FULL_DISKS, standing_args, standing_engine
 from tests.support.ranks import run_ranks

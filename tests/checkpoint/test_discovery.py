@@ -24,10 +24,10 @@ from megatron.checkpoint.discovery import (
     steps_in,
     tag_name,
 )
-from megatron.checkpoint.errors import CheckpointError
 from megatron.checkpoint.manifest import FileEntry, Manifest, checksum, read_manifest, write_manifest
 from megatron.checkpoint.retention import apply_retention
 from megatron.checkpoint.verify import verify_checkpoint
+from megatron.common.errors import CheckpointError
 
 pytestmark = pytest.mark.unit
 

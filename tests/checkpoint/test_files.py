@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from megatron.checkpoint import verify
-from megatron.checkpoint.errors import CheckpointError
 from megatron.checkpoint.layer_files import verify_before_load
 from megatron.checkpoint.manifest import read_manifest
 from megatron.checkpoint.torch_files import read_file, read_tensors, write_file, write_tensors
+from megatron.common.errors import CheckpointError
 from tests.support.checkpoints import SHAPE, rewrite, write_weights
 
 pytestmark = pytest.mark.unit

@@ -13,9 +13,9 @@ import pytest
 import torch
 import yaml
 
-from megatron.checkpoint.errors import CheckpointError
 from megatron.checkpoint.manifest import read_manifest
 from megatron.checkpoint.verify import verify_checkpoint
+from megatron.common.errors import CheckpointError
 from tests.checkpoint.test_resume import BATCH, CASE, STOP, TIED, arguments, masters, quiet, train
 from tests.support.checkpoints import rewrite, wasted_bytes, write_weights
 from tests.support.engine_runs import batch_of, build, make_samples, rank_parameters

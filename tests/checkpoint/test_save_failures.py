@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from megatron.checkpoint.discovery import LATEST, clean_leftovers, find_checkpoint
-from megatron.checkpoint.errors import CheckpointError
 from megatron.checkpoint.manifest import read_manifest
 from megatron.checkpoint.verify import verify_checkpoint
+from megatron.common.errors import CheckpointError
 from tests.support.checkpoints import FULL_DISKS, standing_args, standing_engine
 from tests.support.ranks import run_ranks
 

@@ -1,5 +1,7 @@
 """The one error that a user sees: what was given, what was expected, what to do."""
 
+from megatron.common.errors import UserError
 
-class ConvertError(ValueError):
+
+class ConvertError(UserError, ValueError):
     """Bad input or an impossible request; the command prints the message and exits with code 2."""

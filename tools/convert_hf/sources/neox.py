@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron.checkpoint.discovery import LATEST, find_checkpoint
-from megatron.checkpoint.errors import CheckpointError
 from megatron.checkpoint.manifest import MANIFEST_NAME, ManifestError, read_manifest, size_problems
+from megatron.common.errors import CheckpointError
 from megatron.layout import (
     DECODER_LAYER,
     HEAD,
