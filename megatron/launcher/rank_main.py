@@ -75,7 +75,7 @@ def read_handover(path: Path) -> NeoXArgs:
 def run(program: Callable[[NeoXArgs], object], task: Task = "train") -> NoReturn:
     """`program(worker_args())`, and the end of the process.
 
-    Exit codes: 0; 2 for a UserError, whose text alone is printed, once, however many ranks meet it; the one of `Stopped`
+    Exit codes: 0; 2 for a UserError, its text alone printed once, however many ranks meet it; the one of `Stopped`
     for a run that ends early in order; 76 (LOST) where other ranks died or hang; 1 for anything else. Then the first
     rank to fail prints its traceback, and those that fail because it is gone are silent.
     """
