@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Validation loss and perplexity of a checkpoint: python deepy.py eval.py model.yml run.yml --load DIR"""
 
-from megatron.evaluation.programs import evaluate_checkpoint
+from megatron.evaluation.checkpoint import evaluate_checkpoint
 from megatron.launcher import run
 
 if __name__ == "__main__":

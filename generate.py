@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Text from a checkpoint: python deepy.py generate.py model.yml run.yml --load DIR -i prompts.txt -o out.jsonl"""
 
-from megatron.evaluation.programs import generate_text
+from megatron.generation.prompts import generate_text
 from megatron.launcher import run
 
 if __name__ == "__main__":

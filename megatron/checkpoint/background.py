@@ -22,23 +22,24 @@ falls due earlier waits for the one before, and says so.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from megatron.checkpoint.rank_files import rank_contents
+from megatron.checkpoint.rank_files import HostCopies, rank_contents, tensor_bytes
 from megatron.checkpoint.save import CheckpointWriter
-from megatron.checkpoint.snapshot import HostCopies, tensor_bytes
 from megatron.checkpoint.state import TrainState
 from megatron.common.errors import CheckpointError
 from megatron.parallel.collective_errors import RankGroup
 
 if TYPE_CHECKING:
-    from deepspeed.runtime.pipe.engine import PipelineEngine
-
+    from megatron.engine.protocol import Engine
     from megatron.neox_arguments import NeoXArgs
+
+logger = logging.getLogger(__name__)
 
 _Then = Callable[["_Flight"], None]  # what the main threads do when a job has succeeded on all ranks
 _Job = tuple[Callable[[], None], _Then | None]
@@ -50,22 +51,19 @@ QUESTIONS_A_REPORT = 3000  # while waiting; about a minute
 class BackgroundSaver:
     """The saves of a run that go on beside its training. All ranks call the same methods in the same order.
 
-    `completed` is the iteration of the last checkpoint that is complete on disk. `log` and `warn` are called on rank 0,
-    in the main thread but for lines about older checkpoints.
+    `completed` is the iteration of the last checkpoint that is complete on disk.
     """
 
     def __init__(
         self,
-        engine: PipelineEngine,
+        engine: Engine,
         args: NeoXArgs,
         data_fingerprints: Mapping[str, Any],
         completed: int | None = None,
-        log: Callable[[str], None] = print,
-        warn: Callable[[str], None] = print,
     ) -> None:
         self.engine, self.args, self.data_fingerprints = engine, args, data_fingerprints
-        self.completed, self.log, self.warn = completed, log, warn
-        self._ranks = RankGroup.world(engine.device)
+        self.completed = completed
+        self._ranks = RankGroup.world(engine.place.device)
         self._copies = HostCopies()
         self._flight: _Flight | None = None
 
@@ -81,10 +79,10 @@ class BackgroundSaver:
         own = 0
         with self._ranks.together("async_save: making room for copies in host memory"):
             writer = self._writer(TrainState())
-            contents = rank_contents(self.engine, self.args, writer.state, writer.place)
+            contents = rank_contents(self.engine, self.args, writer.state)
             own = tensor_bytes(self._copies.snapshot(contents))
         largest, total = self._ranks.largest(own), self._ranks.total(own)
-        self.log(
+        logger.info(
             f"async_save: {total / 1e9:.3g} GB are copied to host memory at each save, at most {largest / 1e9:.3g} GB "
             "on a rank"
         )
@@ -97,7 +95,7 @@ class BackgroundSaver:
         if self._flight is not None:
             start, before = time.perf_counter(), self._flight.writer.final.name
             self.wait()
-            self.log(
+            logger.info(
                 f"iteration {state.iteration}: training waited {time.perf_counter() - start:.2f} s until {before} was "
                 "written: saves are due faster than the file system takes them"
             )
@@ -107,7 +105,7 @@ class BackgroundSaver:
             with self._ranks.together(writer.what):
                 writer.open()
             with self._ranks.together(writer.what):
-                contents = rank_contents(self.engine, self.args, writer.state, writer.place)
+                contents = rank_contents(self.engine, self.args, writer.state)
                 snapshot = self._copies.snapshot(contents)
         except CheckpointError as error:
             self._give_up(flight, error)
@@ -140,22 +138,22 @@ class BackgroundSaver:
             questions += 1
             if questions % QUESTIONS_A_REPORT == 0:
                 still = self._ranks.where(self._flight.running)
-                self.log(f"waiting for {self._flight.writer.final.name}: {still} still writing")
+                logger.info(f"waiting for {self._flight.writer.final.name}: {still} still writing")
             self.poll()
 
     def _writer(self, state: TrainState) -> CheckpointWriter:
-        return CheckpointWriter(self.engine, self.args, state, self.data_fingerprints, self._ranks.rank, self.log)
+        return CheckpointWriter(self.engine, self.args, state, self.data_fingerprints)
 
     def _say_saved(self, flight: _Flight) -> None:
         self.completed = flight.writer.state.iteration
-        self.log(
+        logger.info(
             f"saved {flight.writer.final}: training waited {flight.blocked:.2f} s, written beside it in "
             f"{time.perf_counter() - flight.begun:.1f} s"
         )
 
     def _give_up(self, flight: _Flight, error: CheckpointError) -> None:
         last = "there is none yet" if self.completed is None else f"the last one is of iteration {self.completed}"
-        self.warn(f"{error}. The run goes on without this checkpoint ({last}); the next save tries again")
+        logger.warning(f"{error}. The run goes on without this checkpoint ({last}); the next save tries again")
         flight.start((flight.writer.discard, None))
 
 

@@ -10,20 +10,22 @@ never checkpoints in use:
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 from megatron.checkpoint.manifest import MANIFEST_NAME, ManifestError, read_manifest, size_problems
 from megatron.common.atomic_files import sync_folder, write_text
 from megatron.common.errors import CheckpointError
 
+logger = logging.getLogger(__name__)
+
 LATEST = "latest"
 PARTIAL = ".tmp"
 REPLACED = ".replaced"
-OPTIMIZER_FILE = re.compile(r"(bf16_)?zero_pp_rank_\d+_mp_rank_\d+_optim_states\.pt")
+OPTIMIZER_FILE = re.compile(r"\w+_optim_states\.pt")  # whatever engine wrote it
 _TAG = re.compile(r"global_step(\d+)")
 
 
@@ -31,9 +33,9 @@ def tag_name(iteration: int) -> str:
     return f"global_step{iteration}"
 
 
-def optimizer_file_name(dp_rank: int, k: int, bf16: bool) -> str:
-    """DeepSpeed's name of a rank's optimizer file; `k` is pp_rank * tp + tp_rank."""
-    return f"{'bf16_' if bf16 else ''}zero_pp_rank_{dp_rank}_mp_rank_{k:02d}_optim_states.pt"
+def meta_file_name(model_rank: int) -> str:
+    """Name of the file with a run's position and DeepSpeed's values; `model_rank` is pp_rank * tp + tp_rank."""
+    return f"mp_rank_{model_rank:02d}_model_states.pt"
 
 
 def steps_in(root: Path) -> list[int]:
@@ -57,7 +59,7 @@ def complete_steps(root: Path) -> list[int]:
     return [step for step in steps_in(root) if not completeness_problems(root / tag_name(step))]
 
 
-def find_checkpoint(root: Path | str, iteration: int | None = None, log: Callable[[str], None] = print) -> Path:
+def find_checkpoint(root: Path | str, iteration: int | None = None) -> Path:
     """The checkpoint folder to read: the one `latest` names, or that of `iteration`.
 
     Saving moves `latest` last, so it names a complete checkpoint whatever was killed when. If it does not, something
@@ -76,7 +78,9 @@ def find_checkpoint(root: Path | str, iteration: int | None = None, log: Callabl
         asked = "`iteration` asks for it" if iteration is not None else f"{root / LATEST} names it"
         raise CheckpointError(f"{folder} does not exist, but {asked}; {_choices(root)}")
     if not (folder / MANIFEST_NAME).exists():
-        log(f"{folder} has no {MANIFEST_NAME} (GPT-NeoX wrote it?): keys, shapes and shard counts are checked instead")
+        logger.info(
+            f"{folder} has no {MANIFEST_NAME} (GPT-NeoX wrote it?): keys, shapes and shard counts are checked instead"
+        )
         return folder
     problems = completeness_problems(folder)
     if problems:
@@ -125,7 +129,7 @@ def remove(folder: Path) -> None:
     shutil.rmtree(rubbish)
 
 
-def clean_leftovers(root: Path, log: Callable[[str], None] = print) -> None:
+def clean_leftovers(root: Path) -> None:
     """Undo what killed saves left in a run folder that this run owns: finish or drop replacements, drop partials."""
     if not root.is_dir():
         return
@@ -136,12 +140,12 @@ def clean_leftovers(root: Path, log: Callable[[str], None] = print) -> None:
         if (root / tag).exists():
             remove(path)
         else:
-            log(f"{path} takes its name {tag} back: the save that was to replace it did not finish")
+            logger.info(f"{path} takes its name {tag} back: the save that was to replace it did not finish")
             os.rename(path, root / tag)
             sync_folder(root)
     for path in sorted(root.iterdir()):
         tag = path.name.removesuffix(PARTIAL)
         if path.is_dir() and tag != path.name and _TAG.fullmatch(tag.removesuffix(REPLACED)):
-            log(f"{path} is removed: a save or a deletion that did not finish left it")
+            logger.info(f"{path} is removed: a save or a deletion that did not finish left it")
             shutil.rmtree(path)
     (root / (LATEST + PARTIAL)).unlink(missing_ok=True)  # killed while `latest` was about to move

@@ -1,4 +1,4 @@
-"""Layer files of a pipeline module: written from it, checked before anything is loaded, loaded strictly.
+"""Layer files of a pipeline stage: written from it, checked before anything is loaded, loaded strictly.
 
 DeepSpeed's own loader globs for files and gives a rank another rank's shard when one is missing; nothing here looks
 for files: `megatron.layout` says which there must be, and each rank opens the ones of its own name.
@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from megatron.checkpoint.manifest import FileEntry
 from megatron.checkpoint.torch_files import Header, dtype_name, read_headers, read_tensors
 from megatron.common.errors import CheckpointError, one_line
-from megatron.layout import EMBEDDING_INDEX, LlamaShape, TensorLayout, layer_file_name, layer_files, rank_shape
+from megatron.layout import LlamaShape, TensorLayout, layer_file_name, layer_files, rank_shape
 
 if TYPE_CHECKING:
-    from megatron.model.pipeline import LlamaPipelineModule
+    from megatron.engine.protocol import Engine
 
 WEIGHT_DTYPES = ("float32", "bfloat16", "float16")
 _LAYER_FILE = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
@@ -35,30 +35,29 @@ class _Described(Protocol):
     def dtype(self) -> str: ...
 
 
-def own_layers(module: LlamaPipelineModule) -> dict[str, dict[str, Tensor]]:
+def own_layers(engine: Engine) -> dict[str, dict[str, Tensor]]:
     """The live tensors of the layer files that this rank writes, by file.
 
     Data-parallel ranks hold equal weights and take the layers of their stage in turn.
     """
-    grid = module.mpu()
-    dp_rank, dp_size = grid.get_data_parallel_rank(), grid.get_data_parallel_world_size()
+    place = engine.place
     return {
-        layer_file_name(index, grid.get_slice_parallel_rank()): _tensors(layer)
-        for turn, (index, layer) in enumerate(module.numbered_layers())
-        if turn % dp_size == dp_rank
+        layer_file_name(index, place.tp_rank): _tensors(layer)
+        for turn, (index, layer) in enumerate(engine.numbered_layers())
+        if turn % place.dp == place.dp_rank
     }
 
 
-def load_layers(module: LlamaPipelineModule, folder: Path) -> set[tuple[str, str]]:
+@torch.no_grad()
+def load_layers(engine: Engine, folder: Path) -> set[tuple[str, str]]:
     """Fill this rank's stage from the layer files in `folder`; every tensor must be there, with its shape.
 
     Returns the conversions done, as (dtype in the file, dtype of the parameter). Copies are in place and collective
     communication is not used. CheckpointError names the file and the tensor.
     """
-    tp_rank = module.mpu().get_slice_parallel_rank()
     conversions = set()
-    for index, layer in [*module.numbered_layers(), *_tied_copies(module)]:
-        path = folder / layer_file_name(index, tp_rank)
+    for index, layer in [*engine.numbered_layers(), *engine.tied_copies()]:
+        path = folder / layer_file_name(index, engine.place.tp_rank)
         stored, wanted = read_tensors(path), _tensors(layer)
         problems = list(_key_problems(stored.keys(), wanted.keys()))
         problems += [
@@ -69,25 +68,9 @@ def load_layers(module: LlamaPipelineModule, folder: Path) -> set[tuple[str, str
         if problems:
             raise CheckpointError(f"{path}: {'; '.join(problems)}")
         for name, parameter in wanted.items():
-            _copy(stored[name], parameter, f"{path}: {name}")
+            parameter.detach().copy_(stored[name])
             conversions.add((dtype_name(stored[name].dtype), dtype_name(parameter.dtype)))
     return conversions
-
-
-@torch.no_grad()
-def _copy(source: Tensor, target: Tensor, where: str) -> None:
-    target.detach().copy_(source)
-    narrower = target.dtype == torch.float16 and source.dtype != torch.float16
-    if narrower and not bool(torch.isfinite(target).all()):
-        raise CheckpointError(f"{where} does not fit into float16: train in bfloat16 or fp32")
-
-
-def _tied_copies(module: LlamaPipelineModule) -> Iterator[tuple[int, nn.Module]]:
-    """(number of the file that holds it, module) of a tied embedding that another stage owns."""
-    own = {id(layer) for _, layer in module.numbered_layers()}
-    for tied in module.tied_modules.values():
-        if id(tied) not in own:
-            yield EMBEDDING_INDEX, tied
 
 
 def _tensors(layer: nn.Module) -> dict[str, Tensor]:

@@ -1,20 +1,36 @@
-"""What a rank writes into a checkpoint: its share of the layer files, its meta file, its optimizer file."""
+"""What a rank writes into a checkpoint: its share of the layer files, its meta file, its optimizer file.
+
+For a save in the background the files are first copied to host memory. Every tensor has a buffer, made when it is
+copied for the first time and overwritten by each later snapshot: a rank holds one copy of its files' bytes, however
+often it saves. Buffers for GPU tensors are pinned (torch rounds each up to a power of two), so that all copies are
+queued at once and run at the speed of the link.
+
+The copies run on the stream of the training and the snapshot waits for them: they start when the kernels of the step
+are done, and the next step starts after them. A stream of their own would let the next forward pass overlap, at the
+price of a wait in front of the optimizer, and gain a 70B on 2,048 GCDs the 0.02 s that 0.7 GB take on a Frontier node's
+36 GB/s link (OLCF's user guide).
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
+from megatron.checkpoint.discovery import meta_file_name
 from megatron.checkpoint.layer_files import own_layers
 from megatron.checkpoint.manifest import FileEntry
 from megatron.checkpoint.state import TrainState, capture_rng
 from megatron.checkpoint.torch_files import write_file, write_tensors
-from megatron.engine.deepspeed_files import OPTIMIZER_CLASSES, Place, meta_content, optimizer_content
 
 if TYPE_CHECKING:
-    from deepspeed.runtime.pipe.engine import PipelineEngine
-
+    from megatron.engine.protocol import Engine
     from megatron.neox_arguments import NeoXArgs
 
 
@@ -23,7 +39,7 @@ class FileContent:
     """One file to be: tensors (live, or copies of them) and plain values, nested in dicts, lists and tuples.
 
     `weights` marks a flat dict of tensors, which the manifest lists one by one; other files may hold instances of
-    `classes` too.
+    `classes`.
     """
 
     content: dict[str, Any]
@@ -34,18 +50,15 @@ class FileContent:
 Contents = dict[str, FileContent]  # by file name
 
 
-def rank_contents(engine: PipelineEngine, args: NeoXArgs, state: TrainState, place: Place) -> Contents:
+def rank_contents(engine: Engine, args: NeoXArgs, state: TrainState) -> Contents:
     """This rank's files as they are now. Tensors are the engine's own: the next step changes them."""
-    contents = {name: FileContent(tensors, weights=True) for name, tensors in own_layers(engine.module).items()}
-    if place.dp_rank == 0:
-        meta = meta_content(engine) | _client_state(args, state)
-        if meta["lr_scheduler"] is None:
-            meta["lr_scheduler"] = state.lr_scheduler_state
-        contents[place.meta_file] = FileContent(meta)
-    optimizer = optimizer_content(engine)
-    if not args.no_save_rng:
-        optimizer["rng"] = capture_rng()
-    contents[place.optimizer_file] = FileContent(optimizer, classes=OPTIMIZER_CLASSES)
+    contents = {name: FileContent(tensors, weights=True) for name, tensors in own_layers(engine).items()}
+    if engine.place.dp_rank == 0:
+        meta = engine.meta_content() | _client_state(args, state)
+        contents[meta_file_name(engine.place.model_rank)] = FileContent(meta)
+    optimizer = engine.optimizer_file()
+    random_state = {} if args.no_save_rng else {"rng": capture_rng()}
+    contents[engine.optimizer_file_name()] = FileContent(optimizer.content | random_state, classes=optimizer.classes)
     return contents
 
 
@@ -60,7 +73,7 @@ def write_contents(folder: Path, contents: Contents) -> dict[str, FileEntry]:
 
 
 def _client_state(args: NeoXArgs, state: TrainState) -> dict[str, Any]:
-    """What GPT-NeoX expects beside DeepSpeed's keys, and our position."""
+    """What GPT-NeoX expects besides DeepSpeed's keys, and the run's position."""
     names = (
         "num_layers",
         "hidden_size",
@@ -77,3 +90,55 @@ def _client_state(args: NeoXArgs, state: TrainState) -> dict[str, Any]:
         "skipped_in_a_row": state.skipped_in_a_row,
         "args": {name: getattr(args, name) for name in names},
     }
+
+
+# --- copies in host memory
+
+_Path = tuple[Any, ...]  # file name, then the keys and positions that lead to a tensor
+
+
+class HostCopies:
+    """The buffers of one rank. A snapshot is valid until the next one is taken."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[_Path, Tensor] = {}
+
+    def snapshot(self, contents: Contents) -> Contents:
+        """`contents` as it is now: tensors in host memory, everything else copied. Returns when all is copied."""
+        copies = {name: replace(file, content=self._copy(file.content, (name,))) for name, file in contents.items()}
+        if torch.cuda.is_initialized():
+            torch.cuda.current_stream().synchronize()
+        return copies
+
+    def _copy(self, value: Any, path: _Path) -> Any:
+        if isinstance(value, Tensor):
+            return self._copy_tensor(value, path)
+        if type(value) in (dict, OrderedDict):
+            return type(value)((key, self._copy(item, (*path, key))) for key, item in value.items())
+        if type(value) in (list, tuple):
+            return type(value)(self._copy(item, (*path, place)) for place, item in enumerate(value))
+        return copy.deepcopy(value)
+
+    def _copy_tensor(self, tensor: Tensor, path: _Path) -> Tensor:
+        buffer = self._buffers.get(path)
+        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+            buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            self._buffers[path] = buffer
+        buffer.copy_(tensor.detach(), non_blocking=True)
+        return buffer.detach().requires_grad_(tensor.requires_grad)  # which is written into a file, too
+
+
+def tensor_bytes(contents: Contents) -> int:
+    """Bytes of all tensors, which is what a snapshot of them takes."""
+    return sum(tensor.nbytes for file in contents.values() for tensor in _tensors(file.content))
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)

@@ -6,8 +6,8 @@ a later step than the present: after going back to an earlier checkpoint those a
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,21 +16,21 @@ from megatron.checkpoint.manifest import ManifestError, read_manifest, write_man
 from megatron.checkpoint.provenance import TRAINING
 from megatron.common.atomic_files import sync_folder
 
+logger = logging.getLogger(__name__)
 
-def apply_retention(
-    root: Path, iteration: int, keep_last_n: int | None, keep_optimizer_last_n: int | None, log: Callable[[str], None]
-) -> None:
+
+def apply_retention(root: Path, iteration: int, keep_last_n: int | None, keep_optimizer_last_n: int | None) -> None:
     """Delete what is older than wanted; call it when the checkpoint of `iteration` is complete. None keeps all."""
     ours = [step for step in steps_in(root) if step <= iteration and _written_by_training(root / tag_name(step))]
     newest_first = ours[::-1]
     kept = newest_first if keep_last_n is None else newest_first[: max(keep_last_n, 1)]
     for step in newest_first[len(kept) :]:
         remove(root / tag_name(step))
-        log(f"removed {root / tag_name(step)} (keep_last_n_checkpoints: {keep_last_n})")
+        logger.info(f"removed {root / tag_name(step)} (keep_last_n_checkpoints: {keep_last_n})")
     if keep_optimizer_last_n is not None:
         for step in kept[keep_optimizer_last_n:]:
             if remove_optimizer(root / tag_name(step)):
-                log(f"removed optimizer states of {root / tag_name(step)} (keep_optimizer_last_n)")
+                logger.info(f"removed optimizer states of {root / tag_name(step)} (keep_optimizer_last_n)")
 
 
 def remove_optimizer(folder: Path) -> bool:

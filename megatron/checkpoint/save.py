@@ -6,15 +6,16 @@ complete checkpoint. A rank that cannot write makes all ranks raise the same Che
 is removed.
 
 The steps are those of `CheckpointWriter`, none of which communicates. `save_checkpoint` takes them one after the other
-while training waits; `background` takes the same ones beside training.
+while training waits; `background` takes the same ones while training continues.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,63 +30,55 @@ from megatron.checkpoint.rank_files import Contents, rank_contents, write_conten
 from megatron.checkpoint.retention import apply_retention
 from megatron.checkpoint.state import TrainState
 from megatron.common.errors import CheckpointError, one_line
-from megatron.engine.deepspeed_files import Place
 from megatron.parallel.collective_errors import RankGroup
 
 if TYPE_CHECKING:
-    from deepspeed.runtime.pipe.engine import PipelineEngine
-
+    from megatron.engine.protocol import Engine
     from megatron.neox_arguments import NeoXArgs
+
+logger = logging.getLogger(__name__)
 
 CONFIGS, HF, PARTS = "configs", "hf", "parts"
 
 
-def prepare_save(engine: PipelineEngine, args: NeoXArgs, log: Callable[[str], None] = print) -> None:
+def prepare_save(engine: Engine, args: NeoXArgs) -> None:
     """Before the first step of training: the save folder exists, can be written, and holds no left-overs.
 
     Collective. Only for the run that owns the folder: another run's save in progress would be removed.
     """
     assert args.save is not None
-    ranks = RankGroup.world(engine.device)
+    ranks = RankGroup.world(engine.place.device)
     root = Path(args.save)
     with ranks.together("preparing the save folder"):
         if ranks.rank == 0:
             root.mkdir(parents=True, exist_ok=True)
-            clean_leftovers(root, log)
+            clean_leftovers(root)
     with ranks.together("preparing the save folder"):
         if not os.access(root, os.W_OK | os.X_OK):
             raise CheckpointError(f"save: {root} cannot be written from this rank")
 
 
-def save_checkpoint(
-    engine: PipelineEngine,
-    args: NeoXArgs,
-    state: TrainState,
-    *,
-    data_fingerprints: Mapping[str, Any],
-    log: Callable[[str], None] = print,
-) -> Path:
+def save_checkpoint(engine: Engine, args: NeoXArgs, state: TrainState, *, data_fingerprints: Mapping[str, Any]) -> Path:
     """Save weights, optimizer, position and random states at `state.iteration` under `args.save`; returns the folder.
 
     Collective over all ranks. CheckpointError, the same on all ranks, if any rank could not write; the checkpoints
     that were there before are untouched then. Older ones are thinned out (`keep_last_n_checkpoints`,
-    `keep_optimizer_last_n`) after the new one is complete. `log` is called on rank 0.
+    `keep_optimizer_last_n`) after the new one is complete.
     """
-    ranks = RankGroup.world(engine.device)
-    writer = CheckpointWriter(engine, args, state, data_fingerprints, ranks.rank, log)
+    ranks = RankGroup.world(engine.place.device)
+    writer = CheckpointWriter(engine, args, state, data_fingerprints)
     try:
         with ranks.together(writer.what):
             writer.open()
         with ranks.together(writer.what):
-            writer.write(rank_contents(engine, args, state, writer.place))
+            writer.write(rank_contents(engine, args, state))
         with ranks.together(writer.what):
             writer.publish()
     except CheckpointError:
         with ranks.together(f"removing {writer.partial}"):  # before any rank ends and takes the others down
             writer.discard()
         raise
-    if ranks.rank == 0:
-        log(f"saved {writer.final}")
+    logger.info(f"saved {writer.final}")
     writer.thin_out()
     return writer.final
 
@@ -97,18 +90,10 @@ class CheckpointWriter:
     the methods write of `state` is its position when the writer was made.
     """
 
-    def __init__(
-        self,
-        engine: PipelineEngine,
-        args: NeoXArgs,
-        state: TrainState,
-        data_fingerprints: Mapping[str, Any],
-        rank: int,
-        log: Callable[[str], None],
-    ) -> None:
+    def __init__(self, engine: Engine, args: NeoXArgs, state: TrainState, data_fingerprints: Mapping[str, Any]) -> None:
         assert args.save is not None
         self.args, self.state, self.data_fingerprints = args, replace(state), data_fingerprints
-        self.place, self.rank, self.log = Place.of(engine), rank, log
+        self.place, self.rank = engine.place, engine.place.rank
         self.root = Path(args.save)
         self.final = self.root / tag_name(state.iteration)
         self.partial = self.root / (self.final.name + PARTIAL)
@@ -118,7 +103,7 @@ class CheckpointWriter:
         """Rank 0 makes the folder that all write into."""
         if self.rank == 0:
             self.root.mkdir(parents=True, exist_ok=True)
-            clean_leftovers(self.root, self.log)
+            clean_leftovers(self.root)
             self.partial.mkdir()
             (self.partial / PARTS).mkdir()
 
@@ -152,9 +137,9 @@ class CheckpointWriter:
             return
         try:
             keep = (self.args.keep_last_n_checkpoints, self.args.keep_optimizer_last_n)
-            apply_retention(self.root, self.state.iteration, *keep, self.log)
+            apply_retention(self.root, self.state.iteration, *keep)
         except (OSError, CheckpointError) as error:
-            self.log(f"warning: an old checkpoint could not be removed: {one_line(error)}")
+            logger.warning(f"an old checkpoint could not be removed: {one_line(error)}")
 
     def discard(self) -> None:
         """Rank 0 removes what was written, after all ranks have stopped writing."""
@@ -164,7 +149,7 @@ class CheckpointWriter:
     def _take_parts(self) -> dict[str, FileEntry]:
         """The entries that the ranks left; their folder is gone then."""
         folder, files = self.partial / PARTS, {}
-        for rank in range(self.place.ranks):
+        for rank in range(self.place.world_size):
             path = folder / f"{rank}.json"
             files.update(Manifest.from_json(path.read_text(encoding="utf-8"), str(path)).files)
         shutil.rmtree(folder)

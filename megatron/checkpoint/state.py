@@ -1,4 +1,4 @@
-"""What a run needs besides weights and optimizer: where it is, and the random numbers of each rank."""
+"""What a run needs besides weights and optimizer: its position, and the random numbers of each rank."""
 
 from __future__ import annotations
 
@@ -16,16 +16,13 @@ class TrainState:
 
     `consumed_samples` is the position in the order of samples, those that were left out (`skip_sample_ranges`)
     included; the data are read from there on. `skipped_in_a_row` counts the last optimizer steps that were skipped
-    because something was not finite; how many were in all is the engine's `skipped_steps`.
-    `lr_scheduler_state` is what the scheduler's `state_dict()` gave; if the engine has a scheduler, it is saved and
-    restored there and this copy is for reading. `hf_files`, on rank 0 only, are the files of the `hf/` folder
-    (config.json, tokenizer) that came with the loaded checkpoint; every later checkpoint carries them along.
+    because something was not finite; the engine's counters hold the total. `hf_files`, on rank 0 only, are the files of
+    the `hf/` folder (config.json, tokenizer) that came with the loaded checkpoint; every later checkpoint carries them.
     """
 
     iteration: int = 0
     consumed_samples: int = 0
     skipped_in_a_row: int = 0
-    lr_scheduler_state: dict[str, Any] | None = None
     hf_files: dict[str, bytes] = field(default_factory=dict, repr=False)
 
 

@@ -109,18 +109,21 @@ class _Part:
     replay: Replay | None = None
 
 
-def build_datasets(args: DataArgs, tokenizer: Tokenizer | None = None, samples: int = 0) -> Datasets:
+def build_datasets(
+    args: DataArgs, tokenizer: Tokenizer | None = None, *, iteration: int = 0, consumed_samples: int = 0
+) -> Datasets:
     """Open, check and index all data of a run. Without `tokenizer` the one of `vocab_file` is loaded.
 
-    The training order holds as many samples as the run reads or leaves out from its beginning on, and at least
-    `samples`; a longer order begins like a shorter one.
+    The training order holds as many samples as the run reads or leaves out, from its beginning on and from where it
+    stands: `consumed_samples` after `iteration` steps may be more than the configuration explains, where samples were
+    left out, or the batch was larger, before. A longer order begins like a shorter one.
 
     Raises DataError or TokenizerError. Where torch.distributed is initialised every rank must call this, and if one
     rank fails, all raise its message.
     """
     problem: Exception | None = None
     try:
-        datasets = _build(args, tokenizer, samples)
+        datasets = _build(args, tokenizer, (iteration, consumed_samples))
     except (DataError, TokenizerError, OSError) as error:
         problem = error
     _agree(problem)
@@ -142,7 +145,7 @@ def _agree(problem: Exception | None) -> None:
         raise DataError(f"on rank {failed[0][0]} and {len(failed) - 1} others: {failed[0][1]}")
 
 
-def _build(args: DataArgs, tokenizer: Tokenizer | None, samples: int) -> Datasets:
+def _build(args: DataArgs, tokenizer: Tokenizer | None, position: tuple[int, int]) -> Datasets:
     if tokenizer is None and args.vocab_file is not None:
         tokenizer = build_tokenizer(args.tokenizer_type, args.vocab_file)
     stages = _parts(args)
@@ -173,7 +176,10 @@ def _build(args: DataArgs, tokenizer: Tokenizer | None, samples: int) -> Dataset
             f"train: {args.train_epochs:g} epochs of {epoch:,.0f} samples are {train_iters} iterations of "
             f"{args.train_batch_size}"
         )
-    wanted = max(samples, SampleRanges(args.skip_sample_ranges).after(0, (train_iters or 0) * args.train_batch_size))
+    wanted = 0
+    for iteration, consumed in ((0, 0), position):
+        left = max(0, (train_iters or 0) - iteration) * args.train_batch_size
+        wanted = max(wanted, SampleRanges(args.skip_sample_ranges).after(consumed, left))
     if train_parts and wanted:
         blend = _blend(train_parts, args.train_data_weights, opener, wanted)
         notes += [f"train: {line}" for line in blend.describe()]

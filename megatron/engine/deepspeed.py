@@ -1,4 +1,4 @@
-"""The DeepSpeed pipeline engine around the model, and what it really has: printed, and checked against the request.
+"""DeepSpeed's pipeline engine with ZeRO-1 behind the project's seam, checked against what was asked for.
 
 GPT-NeoX passes DeepSpeed only the values that differ from its own defaults, so that gradient clipping was off in
 nearly every shipped configuration. Here the engine is read back.
@@ -9,22 +9,27 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.runtime.pipe.engine import PipelineEngine
-from megatron.core import parallel_state
+from torch import Tensor, nn
 
-from megatron.engine.deepspeed_files import SafeCheckpointEngine
-from megatron.engine.deepspeed_hooks import spread_what_is_not_finite
-from megatron.engine.optimizer import build_optimizer
-from megatron.model.parallel import TensorParallel
-from megatron.model.pipeline import PARAMETER_DTYPES, LlamaPipelineModule
+from megatron.engine import deepspeed_files
+from megatron.engine.batches import MicroBatch, StepBatch
+from megatron.engine.deepspeed_hooks import run_instructions_inside, run_optimizer_after
+from megatron.engine.deepspeed_module import LlamaPipelineModule
+from megatron.engine.nonfinite import propagate
+from megatron.engine.optimizer import REPLICATED_GROUPS, build_optimizer, parameter_groups
+from megatron.engine.protocol import Around, Counters, StateFile, StepResult
 from megatron.neox_arguments import NeoXArgs
 from megatron.ops import configure
-from megatron.parallel.process_groups import set_timeouts
+from megatron.parallel.place import Place
+from megatron.parallel.process_groups import ModelGroups, set_timeouts
+
+logger = logging.getLogger(__name__)
 
 EXPECTED_OPTIMIZER = {
     "fp32": "DeepSpeedZeroOptimizer",
@@ -36,87 +41,216 @@ class EngineMismatchError(RuntimeError):
     """The engine does not have what the configuration asks for."""
 
 
-def build_model(
-    args: NeoXArgs, device: torch.device, log: Callable[[str], None] = lambda line: None
-) -> LlamaPipelineModule:
-    """This rank's stage, uninitialised, on `device`. Needs megatron-core's parallel state.
+class DeepSpeedEngine:
+    """`megatron.engine.protocol.Engine` on DeepSpeed's PipelineEngine."""
 
-    Chooses the fused operations' implementation for the process; raises KernelsUnavailable where that is impossible.
-    """
-    log(configure(args.kernels, device))
-    tp = TensorParallel(parallel_state.get_tensor_model_parallel_group(), PARAMETER_DTYPES[args.precision])
-    return LlamaPipelineModule(args, tp, device)
+    def __init__(self, args: NeoXArgs, place: Place, module: LlamaPipelineModule, engine: PipelineEngine) -> None:
+        self.args, self.place, self.module, self.pipeline_engine = args, place, module, engine
+        tied = dict(enumerate(group for _, group in module.get_tied_weights_and_groups()))
+        grid = engine.grid
+        self.groups = ModelGroups(
+            tensor=module.tensor_parallel.group,
+            data=grid.get_data_parallel_group(),
+            pipe=grid.get_pipe_parallel_group(),
+            tied=tied.get(0),
+        )
+        self._around: Around = contextlib.nullcontext
+
+    @classmethod
+    def for_training(cls, args: NeoXArgs, place: Place, around: Around) -> DeepSpeedEngine:
+        module = _module(args, place)
+        rows = {id(parameter): row for parameter, row in module.parameter_rows()}
+        groups = parameter_groups(module.parameters(), rows, args.weight_decay)
+        optimizer = build_optimizer(groups, args)
+        engine = cls(args, place, module, _initialize(module, args, args.deepspeed_config, optimizer))
+        engine.check()
+        run_optimizer_after(engine.pipeline_engine, engine.propagate_nonfinite)
+        engine.run_inside(around)
+        return engine
+
+    @classmethod
+    def for_inference(cls, args: NeoXArgs, place: Place, around: Around) -> DeepSpeedEngine:
+        module = _module(args, place)
+        config = {
+            "train_micro_batch_size_per_gpu": args.train_micro_batch_size_per_gpu,
+            "gradient_accumulation_steps": 1,
+            "bf16": {"enabled": args.precision == "bfloat16"},
+        }
+        engine = cls(args, place, module, _initialize(module, args, config))
+        engine.run_inside(around)
+        return engine
+
+    def run_inside(self, around: Around) -> None:
+        self._around = around
+        run_instructions_inside(self.pipeline_engine, around)
+
+    def describe(self) -> list[str]:
+        engine = self.pipeline_engine
+        return [
+            f"engine: {type(engine.optimizer).__name__} over {type(engine.optimizer.optimizer).__name__}, ZeRO stage "
+            f"{engine.zero_optimization_stage()}, weights {self.args.precision}, gradients accumulated in fp32 and "
+            f"reduced in {_name(engine.communication_data_type)}, clipping at {engine.gradient_clipping():g}",
+            f"batch: {engine.train_batch_size()} = micro-batch {engine.train_micro_batch_size_per_gpu()} x "
+            f"accumulation {engine.gradient_accumulation_steps()} x data parallel {engine.grid.data_parallel_size}",
+            "stages: "
+            + ", ".join(
+                f"{stage}: layers {layers.start}-{layers.stop - 1}"
+                for stage, layers in ((s, self.stage_layers(s)) for s in range(self.place.pp))
+            ),
+        ]
+
+    # --- the stage
+
+    def numbered_layers(self) -> Iterator[tuple[int, nn.Module]]:
+        return self.module.numbered_layers()
+
+    def tied_copies(self) -> Iterator[tuple[int, nn.Module]]:
+        return self.module.tied_copies()
+
+    def stage_layers(self, stage: int) -> range:
+        return self.module.stage_layers(stage)
+
+    def initialize_weights(self) -> None:
+        self.module.initialize_weights()
+        self.weights_changed()
+
+    def weights_changed(self) -> None:
+        self.module.synchronize_tied()
+        if self.pipeline_engine.optimizer is not None:
+            self.pipeline_engine.optimizer.refresh_fp32_params()
+
+    # --- steps
+
+    def set_learning_rate(self, rate: float) -> None:
+        for group in self.pipeline_engine.optimizer.param_groups:
+            group["lr"] = rate
+
+    def train_step(self, batch: StepBatch) -> StepResult:
+        mean_loss = self.pipeline_engine.train_batch(self._iterator(batch))
+        with self._around("result"):  # where a GPU's host waits for the step
+            loss, grad_norm = float(mean_loss), float(self.pipeline_engine.get_global_grad_norm())
+        replica_loss = float(self.pipeline_engine.total_loss) if self.place.last_stage else None
+        return StepResult(loss, grad_norm, self.pipeline_engine.was_step_applied(), replica_loss)
+
+    def evaluate(self, batch: StepBatch) -> float:
+        return float(self.pipeline_engine.eval_batch(self._iterator(batch), num_micro_batches=batch.num_micro_batches))
+
+    def logits(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor | None:
+        inputs = tokens if positions is None else (tokens, positions)
+        _, logits = self.pipeline_engine.eval_batch(
+            iter([(inputs, tokens)]) if self.place.reads_data else None,
+            return_logits=True,
+            compute_loss=False,
+            reduce_output=None,
+            bcast_loss=False,
+            num_micro_batches=1,
+        )
+        return logits if self.place.last_stage else None
+
+    @staticmethod
+    def _iterator(batch: StepBatch) -> Iterator[Any] | None:
+        """What DeepSpeed reads: (inputs, targets) for each micro-batch; None on stages that read no data."""
+        if batch.micro_batches is None:
+            return None
+        return iter(
+            [(_inputs(micro_batch), (micro_batch["labels"], batch.weight)) for micro_batch in batch.micro_batches]
+        )
+
+    def propagate_nonfinite(self) -> None:
+        gradients: dict[bool, list[Tensor]] = {True: [], False: []}
+        for number, group in enumerate(self.pipeline_engine.optimizer.param_groups):
+            gradients[group["name"] in REPLICATED_GROUPS] += reduced_gradients(self.pipeline_engine.optimizer, number)
+        propagate(replicated=gradients[True], sharded=gradients[False])
+
+    # --- checkpoints
+
+    @property
+    def counters(self) -> Counters:
+        engine = self.pipeline_engine
+        return Counters(engine.global_steps, engine.global_samples, engine.skipped_steps)
+
+    @counters.setter
+    def counters(self, counters: Counters) -> None:
+        engine = self.pipeline_engine
+        engine.global_steps, engine.global_samples = counters.steps, counters.samples
+        engine.skipped_steps = counters.skipped
+
+    def meta_content(self) -> dict[str, Any]:
+        return deepspeed_files.meta_content(self.pipeline_engine)
+
+    def optimizer_file(self) -> StateFile:
+        return deepspeed_files.optimizer_file(self.pipeline_engine)
+
+    def optimizer_file_name(self) -> str:
+        return self._file_name(self.place.dp_rank, self.place.model_rank)
+
+    def optimizer_file_names(self) -> set[str]:
+        ranks = range(self.place.pp * self.place.tp)
+        return {self._file_name(dp_rank, k) for dp_rank in range(self.place.dp) for k in ranks}
+
+    def _file_name(self, dp_rank: int, model_rank: int) -> str:
+        return deepspeed_files.optimizer_file_name(dp_rank, model_rank, bf16=self.pipeline_engine.bfloat16_enabled())
+
+    def load_optimizer(self, content: dict[str, Any]) -> None:
+        states: list[Any] = [None] * self.place.dp
+        states[self.place.dp_rank] = content["optimizer_state_dict"]
+        with contextlib.redirect_stdout(io.StringIO()):  # BF16_Optimizer prints a line of its own on every rank
+            self.pipeline_engine.optimizer.load_state_dict(
+                state_dict_list=states, load_optimizer_states=True, load_from_fp32_weights=True
+            )
+
+    # --- read back
+
+    def check(self) -> None:
+        """EngineMismatchError unless the engine has what the configuration asks for."""
+        engine, args = self.pipeline_engine, self.args
+        found = {
+            "optimizer": (type(engine.optimizer).__name__, EXPECTED_OPTIMIZER[args.precision]),
+            "ZeRO stage": (engine.zero_optimization_stage(), 1),
+            "dtype of the gradients' reduction": (_name(engine.communication_data_type), "fp32"),
+            "gradient clipping": (engine.gradient_clipping(), args.gradient_clipping),
+            "train_batch_size": (engine.train_batch_size(), args.train_batch_size),
+            "gradient_accumulation_steps": (engine.gradient_accumulation_steps(), args.gradient_accumulation_steps),
+        }
+        wrong = [f"{name} is {has}, asked for {want}" for name, (has, want) in found.items() if has != want]
+        if wrong:
+            raise EngineMismatchError("the DeepSpeed engine is not what was configured: " + "; ".join(wrong))
 
 
-def build_engine(args: NeoXArgs, model: LlamaPipelineModule, log: Callable[[str], None]) -> PipelineEngine:
-    """DeepSpeed's pipeline engine with ZeRO-1; its fp32 masters are copies of the model's present weights."""
-    engine = _initialize(model, args.deepspeed_config, args.distributed_timeout_minutes, build_optimizer(model, args))
-    _check(engine, args)
-    spread_what_is_not_finite(engine)
-    for line in describe(engine, args):
-        log(line)
-    return engine
-
-
-def build_inference_engine(args: NeoXArgs, model: LlamaPipelineModule) -> PipelineEngine:
-    """The same pipeline without optimizer, for evaluation and generation; `model` holds its weights already."""
-    config = {
-        "train_micro_batch_size_per_gpu": args.train_micro_batch_size_per_gpu,
-        "gradient_accumulation_steps": 1,
-        "bf16": {"enabled": args.precision == "bfloat16"},
-    }
-    return _initialize(model, config, args.distributed_timeout_minutes)
+def _module(args: NeoXArgs, place: Place) -> LlamaPipelineModule:
+    logger.info(configure(args.kernels, place.device))
+    return LlamaPipelineModule(args, place)
 
 
 def _initialize(
-    model: LlamaPipelineModule,
+    module: LlamaPipelineModule,
+    args: NeoXArgs,
     config: dict[str, Any],
-    timeout_minutes: int,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> PipelineEngine:
     """`deepspeed.initialize` without its chatter: memory readings go to stdout, everything else to its logger."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     with contextlib.redirect_stdout(io.StringIO()):
-        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
-    set_timeouts(timeout_minutes)
-    engine.checkpoint_engine = SafeCheckpointEngine()  # DeepSpeed's own opens files with weights_only=False
+        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
+    set_timeouts(args.distributed_timeout_minutes)
+    engine.checkpoint_engine = deepspeed_files.SafeCheckpointEngine()  # its own opens files with weights_only=False
     return engine
 
 
-def describe(engine: PipelineEngine, args: NeoXArgs) -> list[str]:
-    """What the engine reports of itself, for the start of the log."""
-    return [
-        f"engine: {type(engine.optimizer).__name__} over {type(_inner(engine)).__name__}, ZeRO stage "
-        f"{engine.zero_optimization_stage()}, weights {args.precision}, gradients accumulated in fp32 and reduced in "
-        f"{_name(engine.communication_data_type)}, clipping at {engine.gradient_clipping():g}",
-        f"batch: {engine.train_batch_size()} = micro-batch {engine.train_micro_batch_size_per_gpu()} x accumulation "
-        f"{engine.gradient_accumulation_steps()} x data parallel {engine.grid.data_parallel_size}",
-        "stages: "
-        + ", ".join(
-            f"{stage}: layers {layers.start}-{layers.stop - 1}"
-            for stage, layers in ((s, engine.module.stage_layers(s)) for s in range(engine.num_stages))
-        ),
-    ]
+def reduced_gradients(optimizer: Any, group: int) -> list[Tensor]:
+    """This rank's reduced gradients of a parameter group, as the optimizer will use them."""
+    if hasattr(optimizer, "averaged_gradients"):  # DeepSpeedZeroOptimizer
+        return list(optimizer.averaged_gradients[group] or [])
+    if hasattr(optimizer, "fp32_groups_gradients"):  # BF16_Optimizer
+        return list(optimizer.fp32_groups_gradients[group])
+    raise RuntimeError(f"{type(optimizer).__name__} keeps its gradients where this project does not know")
 
 
-def _inner(engine: PipelineEngine) -> torch.optim.Optimizer:
-    return engine.optimizer.optimizer
+def _inputs(micro_batch: MicroBatch) -> Tensor | tuple[Tensor, Tensor]:
+    if "positions" in micro_batch:
+        return micro_batch["tokens"], micro_batch["positions"]
+    return micro_batch["tokens"]
 
 
 def _name(dtype: torch.dtype) -> str:
     return {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(dtype, str(dtype))
-
-
-def _check(engine: PipelineEngine, args: NeoXArgs) -> None:
-    expected = EXPECTED_OPTIMIZER[args.precision]
-    found = {
-        "optimizer": (type(engine.optimizer).__name__, expected),
-        "ZeRO stage": (engine.zero_optimization_stage(), 1),
-        "dtype of the gradients' reduction": (_name(engine.communication_data_type), "fp32"),
-        "gradient clipping": (engine.gradient_clipping(), args.gradient_clipping),
-        "train_batch_size": (engine.train_batch_size(), args.train_batch_size),
-        "gradient_accumulation_steps": (engine.gradient_accumulation_steps(), args.gradient_accumulation_steps),
-    }
-    wrong = [f"{name} is {has}, asked for {want}" for name, (has, want) in found.items() if has != want]
-    if wrong:
-        raise EngineMismatchError("the DeepSpeed engine is not what was configured: " + "; ".join(wrong))

@@ -1,28 +1,23 @@
 """DeepSpeed's own files of a checkpoint: the meta file of a stage's tensor rank, the optimizer file of a rank.
 
-Contents are what DeepSpeed's engine writes, so that its tools read them; writing and reading go through `torch_files`,
-which syncs, sums and refuses code. DeepSpeed's save and load are not used themselves: they wait in barriers for ranks
-that failed, and load with `weights_only=False`.
+Contents are what DeepSpeed's engine writes, so that its tools read them. DeepSpeed's save and load are not used: they
+wait in barriers for ranks that failed, and load with `weights_only=False`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+import os
+from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
-from megatron.checkpoint.discovery import optimizer_file_name
-from megatron.checkpoint.torch_files import read_file, write_file
-
-if TYPE_CHECKING:
-    from deepspeed.runtime.pipe.engine import PipelineEngine
+from megatron.engine.protocol import StateFile
 
 # All that a file may hold besides tensors and plain values; none of them does anything when it is made.
 OPTIMIZER_CLASSES: tuple[type, ...] = (
@@ -32,51 +27,9 @@ OPTIMIZER_CLASSES: tuple[type, ...] = (
 )
 
 
-@dataclass(frozen=True)
-class Place:
-    """A rank's coordinates, and the names of the files that are its own."""
-
-    tp: int
-    pp: int
-    dp: int
-    tp_rank: int
-    pp_rank: int
-    dp_rank: int
-    bf16: bool
-
-    @classmethod
-    def of(cls, engine: PipelineEngine) -> Place:
-        grid = engine.grid
-        return cls(
-            tp=grid.get_slice_parallel_world_size(),
-            pp=grid.get_pipe_parallel_world_size(),
-            dp=grid.get_data_parallel_world_size(),
-            tp_rank=grid.get_slice_parallel_rank(),
-            pp_rank=grid.get_pipe_parallel_rank(),
-            dp_rank=grid.get_data_parallel_rank(),
-            bf16=engine.bfloat16_enabled(),
-        )
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        return {"tp": self.tp, "pp": self.pp, "dp": self.dp}
-
-    @property
-    def ranks(self) -> int:
-        return self.tp * self.pp * self.dp
-
-    @property
-    def meta_file(self) -> str:
-        return f"mp_rank_{self.pp_rank * self.tp + self.tp_rank:02d}_model_states.pt"
-
-    @property
-    def optimizer_file(self) -> str:
-        return optimizer_file_name(self.dp_rank, self.pp_rank * self.tp + self.tp_rank, self.bf16)
-
-    def all_optimizer_files(self) -> set[str]:
-        return {
-            optimizer_file_name(dp_rank, k, self.bf16) for dp_rank in range(self.dp) for k in range(self.pp * self.tp)
-        }
+def optimizer_file_name(dp_rank: int, model_rank: int, bf16: bool) -> str:
+    """DeepSpeed's name of a rank's optimizer file; `model_rank` is pp_rank * tp + tp_rank."""
+    return f"{'bf16_' if bf16 else ''}zero_pp_rank_{dp_rank}_mp_rank_{model_rank:02d}_optim_states.pt"
 
 
 def meta_content(engine: PipelineEngine) -> dict[str, Any]:
@@ -84,13 +37,14 @@ def meta_content(engine: PipelineEngine) -> dict[str, Any]:
     return engine._common_checkpoint_state(None, zero_optimizer_state=True, save_frozen_param=False)
 
 
-def optimizer_content(engine: PipelineEngine) -> dict[str, Any]:
+def optimizer_file(engine: PipelineEngine) -> StateFile:
     """What DeepSpeed puts into a rank's optimizer file."""
-    return {
+    content = {
         "optimizer_state_dict": engine.optimizer.state_dict(),
         "ds_config": engine.config,
         "ds_version": deepspeed.__version__,
     }
+    return StateFile(content, OPTIMIZER_CLASSES)
 
 
 class SafeCheckpointEngine(CheckpointEngine):
@@ -107,10 +61,14 @@ class SafeCheckpointEngine(CheckpointEngine):
         pass
 
     def save(self, state_dict: dict[str, Any], path: str) -> None:
-        write_file(Path(path), state_dict, OPTIMIZER_CLASSES)
+        with open(path, "wb") as file:
+            torch.save(state_dict, file)
+            file.flush()
+            os.fsync(file.fileno())
 
     def load(self, path: str, map_location: torch.device | str | None = None) -> Any:
-        return read_file(Path(path), classes=OPTIMIZER_CLASSES)
+        with torch.serialization.safe_globals(list(OPTIMIZER_CLASSES)):
+            return torch.load(path, map_location="cpu", weights_only=True)
 
     def commit(self, info: CheckpointCommitInfo) -> bool:
         return True

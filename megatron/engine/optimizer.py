@@ -1,37 +1,65 @@
-"""AdamW and its parameter groups."""
+"""AdamW and its parameter groups, which follow the layout table: a row says whether its tensor decays."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
 
+from megatron import layout
 from megatron.neox_arguments import NeoXArgs
 
-DECAYED, UNDECAYED = "weight_decay_params", "no_weight_decay_params"
+# The log and the checkpoint show these names, GPT-NeoX's for the two kinds that a text model has.
+GROUP_NAMES = {
+    # (decays, replicated)
+    (True, False): "weight_decay_params",
+    (False, True): "no_weight_decay_params",
+    (True, True): "weight_decay_replicated_params",
+    (False, False): "no_weight_decay_sharded_params",
+}
+REPLICATED_GROUPS = frozenset(name for (_, replicated), name in GROUP_NAMES.items() if replicated)
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
-    """Matrices (embedding and head included) decay, norms do not; GPT-NeoX's grouping.
+def rows_of_parameters(
+    layers: Iterable[tuple[int, nn.Module]], num_layers: int
+) -> list[tuple[nn.Parameter, layout.TensorLayout]]:
+    """Every parameter of some numbered layers with its row of the layout table.
 
-    Group names are kept: the log and the checkpoint show them. Empty groups are left out, which the ranks of a
-    pipeline must tolerate: a stage may hold an embedding and nothing else.
+    RuntimeError for a parameter that the table does not know.
     """
-    matrices = [p for p in module.parameters() if p.dim() > 1]
-    vectors = [p for p in module.parameters() if p.dim() <= 1]
-    groups = [
-        {"params": matrices, "weight_decay": weight_decay, "name": DECAYED},
-        {"params": vectors, "weight_decay": 0.0, "name": UNDECAYED},
+    found = []
+    for index, layer in layers:
+        rows = {row.neox: row for row in layout.rows_of(index, num_layers)}
+        for name, parameter in layer.named_parameters():
+            if name not in rows:
+                raise RuntimeError(f"layer {index}: {name} is a parameter that the layout table does not know")
+            found.append((parameter, rows[name]))
+    return found
+
+
+def parameter_groups(
+    parameters: Iterable[nn.Parameter], rows: dict[int, layout.TensorLayout], weight_decay: float
+) -> list[dict[str, Any]]:
+    """One group for each kind of parameter that this rank holds, parameters in their order; `rows` is by `id`.
+
+    Matrices (embedding and head included) decay, norms do not: GPT-NeoX's grouping. Empty groups are left out, which
+    the ranks of a pipeline must tolerate: a stage may hold an embedding and nothing else.
+    """
+    groups: dict[str, list[nn.Parameter]] = {name: [] for name in GROUP_NAMES.values()}
+    decays = {name: decayed for (decayed, _), name in GROUP_NAMES.items()}
+    for parameter in parameters:
+        row = rows[id(parameter)]
+        groups[GROUP_NAMES[not row.replicated, row.replicated]].append(parameter)
+    return [
+        {"params": members, "weight_decay": weight_decay if decays[name] else 0.0, "name": name}
+        for name, members in groups.items()
+        if members
     ]
-    return [group for group in groups if group["params"]]
 
 
-def build_optimizer(module: nn.Module, args: NeoXArgs) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2019) over this rank's parameters; DeepSpeed shards its state by ZeRO-1."""
+def build_optimizer(groups: list[dict[str, Any]], args: NeoXArgs) -> torch.optim.AdamW:
+    """AdamW (Loshchilov and Hutter 2019) over this rank's parameter groups; an engine shards its state by ZeRO-1."""
     beta1, beta2 = args.optimizer.params.betas
-    return torch.optim.AdamW(
-        parameter_groups(module, args.weight_decay),
-        lr=args.lr,
-        betas=(beta1, beta2),
-        eps=args.optimizer.params.eps,
-        fused=True,
-    )
+    return torch.optim.AdamW(groups, lr=args.lr, betas=(beta1, beta2), eps=args.optimizer.params.eps, fused=True)

@@ -1,4 +1,4 @@
-"""Validation: the loss of each data source apart, over the same tokens whatever the layout."""
+"""Validation: the loss of each data source separately, over the same tokens whatever the layout."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from deepspeed.runtime.pipe.engine import PipelineEngine
-
 from megatron.common.errors import UserError
-from megatron.data import SampleDataset
+from megatron.data.sample import SampleDataset, stack
+from megatron.engine.batches import MicroBatch, assemble_step
+from megatron.engine.protocol import Engine
 from megatron.neox_arguments import NeoXArgs
-from megatron.trainer.batches import assemble, evaluation_micro_batches
 
 
 @dataclass(frozen=True)
@@ -27,9 +26,7 @@ class Evaluation:
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
 
-def evaluate(
-    engine: PipelineEngine, args: NeoXArgs, dataset: SampleDataset, max_samples: int | None = None
-) -> Evaluation:
+def evaluate(engine: Engine, args: NeoXArgs, dataset: SampleDataset, max_samples: int | None = None) -> Evaluation:
     """Loss over the first samples of `dataset` (all of them by default). Collective over all ranks.
 
     The engine's training state is untouched: a run with and without evaluations gives the same weights.
@@ -37,23 +34,37 @@ def evaluate(
     samples = min(len(dataset), max_samples) if max_samples is not None else len(dataset)
     if samples == 0:
         raise UserError("the validation set has no samples; it needs at least seq_length + 1 tokens")
-    reads_data = engine.is_first_stage() or engine.is_last_stage()
-    micro, dp = args.train_micro_batch_size_per_gpu, args.data_parallel_size
-    rounds = -(-samples // (micro * dp))
-    batch = assemble(
-        evaluation_micro_batches(dataset, samples, micro, engine.grid.data_parallel_id, dp) if reads_data else None,
-        rounds,
-        dp,
-        counts_tokens=engine.is_last_stage() and engine.grid.get_slice_parallel_rank() == 0,
-        device=engine.device,
-        what="validation",
-    )
-    loss = engine.eval_batch(batch.iterator, num_micro_batches=rounds)
-    return Evaluation(float(loss), batch.learned_tokens, samples)
+    place, micro_batch = engine.place, args.train_micro_batch_size_per_gpu
+    own = None
+    if place.reads_data:
+        own = evaluation_micro_batches(dataset, samples, micro_batch, place.dp_rank, place.dp)
+    batch = assemble_step(own, _rounds(samples, micro_batch, place.dp), place, "validation")
+    return Evaluation(engine.evaluate(batch), batch.learned_tokens, samples)
 
 
 def evaluate_all(
-    engine: PipelineEngine, args: NeoXArgs, datasets: Mapping[str, SampleDataset], max_samples: int | None = None
+    engine: Engine, args: NeoXArgs, datasets: Mapping[str, SampleDataset], max_samples: int | None = None
 ) -> dict[str, Evaluation]:
     """`evaluate` for every source, by name."""
     return {name: evaluate(engine, args, dataset, max_samples) for name, dataset in datasets.items()}
+
+
+def evaluation_micro_batches(
+    dataset: SampleDataset, samples: int, micro_batch: int, dp_rank: int, dp_size: int
+) -> list[MicroBatch]:
+    """The first `samples` samples of a data set, each exactly once over the data-parallel ranks.
+
+    What does not fill the last micro-batches is filled with samples that have no targets, so the mean is over the
+    same tokens for every split.
+    """
+    batches: list[MicroBatch] = []
+    for index in range(_rounds(samples, micro_batch, dp_size)):
+        first = (index * dp_size + dp_rank) * micro_batch
+        numbers = range(first, first + micro_batch)
+        batches.append(stack([dataset[i] if i < samples else dataset.padding() for i in numbers]))
+    return batches
+
+
+def _rounds(samples: int, micro_batch: int, dp_size: int) -> int:
+    """Micro-batches of each data-parallel rank."""
+    return -(-samples // (micro_batch * dp_size))

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor
 
 from megatron.common.errors import UserError
+from megatron.engine.protocol import Engine
 from megatron.neox_arguments import NeoXArgs
 
 
 def continue_text(
-    engine: PipelineEngine, args: NeoXArgs, prompt: list[int], eod: int, generator: torch.Generator
+    engine: Engine, args: NeoXArgs, prompt: list[int], eod: int, generator: torch.Generator
 ) -> tuple[list[int], bool]:
     """New token ids after `prompt`, at most `maximum_tokens`, and whether the document ended. Collective.
 
@@ -46,37 +46,26 @@ def choose(logits: Tensor, args: NeoXArgs, generator: torch.Generator) -> int:
     return int(order[torch.multinomial(probabilities, 1, generator=generator)])
 
 
-def _next_token(engine: PipelineEngine, args: NeoXArgs, ids: list[int], generator: torch.Generator) -> int:
-    chosen = torch.zeros(1, dtype=torch.int64, device=engine.device)
+def _next_token(engine: Engine, args: NeoXArgs, ids: list[int], generator: torch.Generator) -> int:
+    place, pipe = engine.place, engine.groups.pipe
+    chosen = torch.zeros(1, dtype=torch.int64, device=place.device)
     logits = _last_logits(engine, args, ids)
     if logits is not None:
         chosen[0] = choose(logits, args, generator)
-    if engine.num_stages > 1:
-        last = engine.grid.stage_to_global(engine.num_stages - 1)
-        dist.broadcast(chosen, src=last, group=engine.grid.get_pipe_parallel_group())
+    if place.pp > 1:
+        dist.broadcast(chosen, src=dist.get_global_rank(pipe, place.pp - 1), group=pipe)
     return int(chosen)
 
 
-def _last_logits(engine: PipelineEngine, args: NeoXArgs, ids: list[int]) -> Tensor | None:
+def _last_logits(engine: Engine, args: NeoXArgs, ids: list[int]) -> Tensor | None:
     """Logits [vocab_size] after the last id, the same on every tensor-parallel rank of the last stage, else None."""
-    micro_batch = args.train_micro_batch_size_per_gpu
-    tokens = torch.zeros(micro_batch, args.seq_length, dtype=torch.int64)
+    tokens = torch.zeros(args.train_micro_batch_size_per_gpu, args.seq_length, dtype=torch.int64)
     tokens[:, : len(ids)] = torch.tensor(ids)
-    positions = torch.arange(args.seq_length).expand_as(tokens).contiguous()
-    inputs = (tokens, positions) if args.isolate_documents else tokens
-    reads = engine.is_first_stage() or engine.is_last_stage()
-    _, logits = engine.eval_batch(
-        iter([(inputs, tokens)]) if reads else None,
-        return_logits=True,
-        compute_loss=False,
-        reduce_output=None,
-        bcast_loss=False,
-        num_micro_batches=1,
-    )
-    if not engine.is_last_stage():
+    positions = torch.arange(args.seq_length).expand_as(tokens).contiguous() if args.isolate_documents else None
+    logits = engine.logits(tokens, positions)
+    if logits is None:
         return None
     local = logits[0, len(ids) - 1].contiguous()
-    group = engine.module.tensor_parallel.group
-    parts = [torch.empty_like(local) for _ in range(group.size())]
-    dist.all_gather(parts, local, group=group)
+    parts = [torch.empty_like(local) for _ in range(engine.place.tp)]
+    dist.all_gather(parts, local, group=engine.groups.tensor)
     return torch.cat(parts)[: args.vocab_size]

@@ -104,6 +104,11 @@ class TensorLayout:
     shard_dim: int | None
     packing: Packing
 
+    @property
+    def replicated(self) -> bool:
+        """Every tensor-parallel rank holds the whole tensor."""
+        return self.packing is Packing.REPLICATED
+
 
 @dataclass(frozen=True)
 class Slice:

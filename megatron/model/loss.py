@@ -30,8 +30,7 @@ class GlobalMeanLoss:
 
     def __call__(self, logits: Tensor, targets: tuple[Tensor, Tensor]) -> Tensor:
         labels, weight = targets
-        loss = self.token_losses(logits, labels).sum() * weight
-        return _spoiled_unless_finite(loss) if loss.requires_grad else loss
+        return self.token_losses(logits, labels).sum() * weight
 
     def token_losses(self, logits: Tensor, labels: Tensor) -> Tensor:
         """fp32 loss per token [b, s], 0 where the label is -100; `logits` [b, s, V / tp] of this rank."""
@@ -39,16 +38,6 @@ class GlobalMeanLoss:
         return vocab_parallel_cross_entropy(
             logits, labels, self.group, vocab_start=start, true_vocab_size=self.vocab_size, ignore_index=IGNORE_INDEX
         )
-
-
-def _spoiled_unless_finite(loss: Tensor) -> Tensor:
-    """The same loss, with gradients that are NaN if it is not finite.
-
-    An overflow in the loss alone leaves gradients that look right, and the engine decides by the norm of all ranks'
-    gradients whether a step is applied. This way it refuses the step in both cases, on all ranks, and the ranks need
-    not ask each other before the optimizer.
-    """
-    return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
 
 
 def step_weight(learned_tokens: int, micro_batches: int) -> Tensor:

@@ -13,10 +13,7 @@ from typing import Any
 import torch
 from megatron.core import ModelParallelConfig
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
-from megatron.core.tensor_parallel.layers import (
-    linear_with_grad_accumulation_and_async_allreduce,
-    set_tensor_model_parallel_attributes,
-)
+from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
@@ -76,7 +73,7 @@ class TensorParallel:
         linear = _ColumnLinear(
             in_features, out_features, config=self._config, init_method=_no_init, bias=False, tp_group=self.group
         )
-        return _mark_split(linear, dim=0)
+        return linear
 
     def row(self, in_features: int, out_features: int) -> nn.Module:
         """[..., in / tp] -> [..., out], summed over the group; weight [out, in / tp]."""
@@ -90,14 +87,14 @@ class TensorParallel:
             skip_bias_add=False,
             tp_group=self.group,
         )
-        return _mark_split(linear, dim=1)
+        return linear
 
     def embedding(self, rows: int, features: int) -> nn.Module:
         """ids -> [..., features]; weight [rows / tp, features]."""
         embedding = VocabParallelEmbedding(
             rows, features, init_method=_no_init, config=self._config, tp_group=self.group
         )
-        return _mark_split(embedding, dim=0)
+        return embedding
 
     def tied_logits(self, x: Tensor, embedding: nn.Module) -> Tensor:
         """[..., features] -> [..., rows / tp] with the embedding's matrix, the head of a tied model."""
@@ -110,9 +107,3 @@ class TensorParallel:
             sequence_parallel=False,
             tp_group=self.group,
         )
-
-
-def _mark_split(module: nn.Module, dim: int) -> nn.Module:
-    """Tell DeepSpeed's gradient norm that ranks hold different parts; unmarked parameters count once per group."""
-    set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=dim, stride=1)
-    return module

@@ -9,39 +9,37 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from megatron.core import parallel_state
 
 from megatron.neox_arguments import ConfigError, NeoXArgs
 from megatron.parallel.gpu_placement import Seat, check_devices, check_nodes, coordinates, device_index, summary, table
+from megatron.parallel.place import Place
 from megatron.parallel.rank_env import Ranks, find_ranks, node_name, set_rendezvous
 
 ROWS_SHOWN = 64  # ranks; the table of a larger run goes to a file alone
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where this process stands: global and node-local rank, its coordinates, and its device."""
+class ModelGroups:
+    """The process groups of this rank: ranks that share its stage's tensors, its data, its pipeline.
 
-    rank: int
-    world_size: int
-    local_rank: int
-    pipe: int
-    data: int
-    tensor: int
-    device: torch.device
+    `tied` joins the two stages that hold a tied embedding; None where there is one copy, or none on this rank.
+    """
+
+    tensor: dist.ProcessGroup
+    data: dist.ProcessGroup
+    pipe: dist.ProcessGroup
+    tied: dist.ProcessGroup | None = None
 
 
 def initialize(args: NeoXArgs) -> Place:
-    """Process group, device, megatron-core's groups and DeepSpeed's communication, for a rank that was started.
+    """Process group, device and megatron-core's groups, for a rank that was started.
 
     Reads who it is from the environment (`ranks`), and MASTER_ADDR and MASTER_PORT unless the launcher gave a
     rendezvous of its own. Raises ConfigError if the ranks do not hold the same configuration, are not as many as it
-    says, tear a tensor-parallel group apart or share a GPU, and RuntimeError if DeepSpeed and megatron-core disagree on
-    who is who.
+    says, tear a tensor-parallel group apart or share a GPU, and RuntimeError if megatron-core numbers ranks otherwise.
     """
     started = started_ranks(args)
     rank, world_size, local_rank = started.rank, started.world_size, started.local_rank
@@ -60,15 +58,14 @@ def initialize(args: NeoXArgs) -> Place:
     )
     check_same_configuration(args, device)
     report_seats(args, started, device)
-    pipe, data, tensor = form_groups(args)
-    return Place(rank, world_size, local_rank, pipe, data, tensor, device)
+    return form_groups(args, device, local_rank)
 
 
-def form_groups(args: NeoXArgs) -> tuple[int, int, int]:
-    """DeepSpeed's and megatron-core's groups within an initialised world; returns this rank's (pipe, data, tensor)."""
-    # DeepSpeed would compile a shared-memory backend for the CPU here: 46 s, and a traceback without a compiler.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(args.distributed_backend, auto_mpi_discovery=False, verbose=False)
+def form_groups(args: NeoXArgs, device: torch.device | None = None, local_rank: int | None = None) -> Place:
+    """megatron-core's groups within an initialised world; returns this rank's place, by default one on the CPU.
+
+    RuntimeError if megatron-core gives a rank other coordinates than `Place`.
+    """
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=args.model_parallel_size,
         pipeline_model_parallel_size=args.pipe_parallel_size,
@@ -76,7 +73,17 @@ def form_groups(args: NeoXArgs) -> tuple[int, int, int]:
         order="tp-cp-ep-dp-pp",  # innermost first: pipe, data, model as GPT-NeoX and DeepSpeed count
         create_gloo_process_groups=False,
     )
-    return check_coordinates(args, dist.get_rank())
+    rank = dist.get_rank()
+    place = Place.of(args, rank, rank if local_rank is None else local_rank, device or torch.device("cpu"))
+    ours = (place.pp_rank, place.dp_rank, place.tp_rank)
+    theirs = (
+        parallel_state.get_pipeline_model_parallel_rank(),
+        parallel_state.get_data_parallel_rank(),
+        parallel_state.get_tensor_model_parallel_rank(),
+    )
+    if ours != theirs:
+        raise RuntimeError(f"rank {rank} is (pipe, data, tensor) {ours} here and {theirs} for megatron-core")
+    return place
 
 
 def set_timeouts(minutes: int) -> None:
@@ -171,20 +178,3 @@ def check_same_configuration(args: NeoXArgs, device: torch.device) -> None:
     dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
     if extremes[0] != -extremes[1]:
         raise ConfigError("the ranks hold different configurations; give all of them the same files and overrides")
-
-
-def check_coordinates(args: NeoXArgs, rank: int) -> tuple[int, int, int]:
-    """This rank's (pipe, data, tensor), on which DeepSpeed's topology and megatron-core's groups must agree."""
-    topology = PipeModelDataParallelTopology(
-        num_pp=args.pipe_parallel_size, num_mp=args.model_parallel_size, num_dp=args.data_parallel_size
-    )
-    coordinate = topology.get_coord(rank)
-    theirs = (coordinate.pipe, coordinate.data, coordinate.model)
-    ours = (
-        parallel_state.get_pipeline_model_parallel_rank(),
-        parallel_state.get_data_parallel_rank(),
-        parallel_state.get_tensor_model_parallel_rank(),
-    )
-    if ours != theirs:
-        raise RuntimeError(f"rank {rank} is (pipe, data, tensor) {theirs} for DeepSpeed and {ours} for megatron-core")
-    return ours

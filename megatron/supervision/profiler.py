@@ -5,27 +5,31 @@
     steps: 3
     ranks: [0, 5]
 
-Rank 0 looks for it between steps, all ranks learn of it through the pulse; the traced steps begin with the one after.
+Rank 0 looks for it between steps, all ranks learn of it through `step_sync`; traced steps begin with the next one.
 Traces are Chrome's, for chrome://tracing or ui.perfetto.dev.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import yaml
 from torch.profiler import ProfilerActivity, profile
 
+from megatron.common.log import EVERY_RANK
 from megatron.neox_arguments import NeoXArgs
-from megatron.parallel.process_groups import Place
+from megatron.parallel.collective_errors import RankGroup
+from megatron.parallel.place import Place
+
+logger = logging.getLogger(__name__)
 
 REQUEST, REFUSED, FOLDER = "profile.request", "profile.request.refused", "profile"
 LOOK_SECONDS = 1.0  # a look at a parallel file system costs more than nothing
@@ -33,7 +37,7 @@ MOST_STEPS = 100  # a trace holds every operation: gigabytes
 
 
 @dataclass(frozen=True)
-class Request:
+class ProfileRequest:
     """Trace iterations `first` to `end` - 1 on `ranks`."""
 
     first: int
@@ -45,7 +49,7 @@ class RequestError(ValueError):
     """A request that cannot be followed."""
 
 
-def parse(text: str, iteration: int, world_size: int) -> Request:
+def parse_request(text: str, iteration: int, world_size: int) -> ProfileRequest:
     """The request that a file holds, for steps from `iteration` on. Raises RequestError."""
     try:
         content = yaml.safe_load(text)
@@ -59,18 +63,18 @@ def parse(text: str, iteration: int, world_size: int) -> Request:
         raise RequestError(f"steps is {steps!r}, expected a number from 1 to {MOST_STEPS}")
     if not isinstance(ranks, list) or not ranks or any(type(r) is not int or not 0 <= r < world_size for r in ranks):
         raise RequestError(f"ranks is {ranks!r}, expected a list of ranks from 0 to {world_size - 1}")
-    return Request(iteration, iteration + steps, tuple(ranks))
+    return ProfileRequest(iteration, iteration + steps, tuple(ranks))
 
 
 class Profiler:
-    """The profiler of this rank. `warn` and `say` are heard on rank 0."""
+    """The profiler of this rank."""
 
-    def __init__(self, args: NeoXArgs, place: Place, say: Callable[[str], None], warn: Callable[[str], None]) -> None:
-        self.place, self.say, self.warn = place, say, warn
+    def __init__(self, args: NeoXArgs, place: Place) -> None:
+        self.place = place
         self.folder = Path(args.log_dir) if args.log_dir else None
-        self.request: Request | None = None
+        self.request: ProfileRequest | None = None
         if args.profile:
-            self.request = Request(args.profile_step_start, args.profile_step_stop, tuple(args.profile_ranks))
+            self.request = ProfileRequest(args.profile_step_start, args.profile_step_stop, tuple(args.profile_ranks))
         self._profile: Any = None
         self._looked = 0.0
 
@@ -85,20 +89,20 @@ class Profiler:
 
     def take(self, iteration: int) -> None:
         """Take over the dropped request for the steps from `iteration` on. Collective."""
-        box: list[Request | None] = [self._read(iteration) if self.place.rank == 0 else None]
-        dist.broadcast_object_list(box, src=0, device=self.place.device)
-        if box[0] is not None:
+        request = RankGroup.world(self.place.device).broadcast(self._read(iteration) if self.place.rank == 0 else None)
+        if request is not None:
             self._stop()
-            self.request = box[0]
-            self.say(f"profile: iterations {box[0].first} to {box[0].end - 1} on ranks {list(box[0].ranks)}, as asked")
+            self.request = request
+            steps, ranks = f"{request.first} to {request.end - 1}", list(request.ranks)
+            logger.info(f"profile: iterations {steps} on ranks {ranks}, as asked")
 
-    def _read(self, iteration: int) -> Request | None:
+    def _read(self, iteration: int) -> ProfileRequest | None:
         assert self.folder is not None
         path = self.folder / REQUEST
         try:
-            request = parse(path.read_text(), iteration, self.place.world_size)
+            request = parse_request(path.read_text(), iteration, self.place.world_size)
         except (OSError, UnicodeDecodeError, RequestError) as error:
-            self.warn(f"{path}: {error}; the run goes on without a profile, the file is now {REFUSED}")
+            logger.warning(f"{path}: {error}; the run continues without a profile, the file is now {REFUSED}")
             with contextlib.suppress(OSError):
                 path.replace(self.folder / REFUSED)
             return None
@@ -120,7 +124,7 @@ class Profiler:
         """The run ends: write the trace that is being made."""
         self._stop()
 
-    def _start(self, request: Request) -> None:
+    def _start(self, request: ProfileRequest) -> None:
         if self.place.rank not in request.ranks:
             return
         activities = [ProfilerActivity.CPU]
@@ -144,11 +148,11 @@ class Profiler:
             running.export_chrome_trace(str(draft))
             os.replace(draft, path)
         except (OSError, RuntimeError) as error:
-            print(f"warning: rank {self.place.rank} could not write {path}: {error}", flush=True)
+            logger.warning(f"rank {self.place.rank} could not write {path}: {error}", extra=EVERY_RANK)
             with contextlib.suppress(OSError):
                 draft.unlink()
             return
-        self.say(f"profile: {path}")
+        logger.info(f"profile: {path}")
 
 
 @contextlib.contextmanager

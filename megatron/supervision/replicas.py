@@ -12,10 +12,10 @@ from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor, nn
 
 from megatron import layout
+from megatron.engine.protocol import Engine
 from megatron.neox_arguments import NeoXArgs
 from megatron.supervision.failures import LostRanks
 from megatron.supervision.status_store import nodes_of, titled
@@ -26,10 +26,10 @@ TENSORS_SHOWN = 3
 
 
 class ReplicasDifferError(LostRanks):
-    """Copies of a parameter on several ranks are not the same any more; `nodes` hold those that disagree with most."""
+    """Replicated parameters have diverged; `nodes` are those of the ranks that disagree with most of their group."""
 
 
-def checksum(tensor: Tensor) -> Tensor:
+def bit_sum(tensor: Tensor) -> Tensor:
     """int64 [] that changes with any single bit of `tensor`: its elements' bits as integers, summed modulo 2^64."""
     return tensor.detach().contiguous().view(_INTEGERS[tensor.element_size()]).sum(dtype=torch.int64)
 
@@ -37,33 +37,33 @@ def checksum(tensor: Tensor) -> Tensor:
 class Replicas:
     """This rank's parameters and the ranks that hold copies of them. `titles` are `gather_titles`'."""
 
-    def __init__(self, engine: PipelineEngine, args: NeoXArgs, titles: list[str]) -> None:
-        self.device, self.titles = engine.device, titles
+    def __init__(self, engine: Engine, args: NeoXArgs, titles: list[str]) -> None:
+        self.device, self.titles = engine.place.device, titles
         self.tensors: list[tuple[str, nn.Parameter]] = []
-        replicated = []
-        for index, layer in engine.module.numbered_layers():
+        replicated: list[int] = []
+        tied: list[int] = []
+        for index, layer in [*engine.numbered_layers(), *engine.tied_copies()]:
             rows = {row.neox: row for row in layout.rows_of(index, args.num_layers)}
             for tensor_name, parameter in layer.named_parameters():
-                if rows[tensor_name].shard_dim is None:
+                if rows[tensor_name].replicated:
                     replicated.append(len(self.tensors))
-                self.tensors.append((f"layer {index} {tensor_name}", parameter))
-        tied = []
-        for weight, group in engine.module.get_tied_weights_and_groups():
-            tied.append((group, [len(self.tensors)]))
-            self.tensors.append(("tied embedding", weight))
+                if args.shape.tied and index == layout.EMBEDDING_INDEX:
+                    tied.append(len(self.tensors))
+                self.tensors.append((_title(index, tensor_name, args.shape.tied), parameter))
         # Which of this rank's tensors each group holds copies of.
         self.groups: list[tuple[dist.ProcessGroup, list[int]]] = [
-            (engine.grid.get_data_parallel_group(), list(range(len(self.tensors)))),
-            (engine.grid.get_slice_parallel_group(), replicated),
-            *tied,
+            (engine.groups.data, list(range(len(self.tensors)))),
+            (engine.groups.tensor, replicated),
         ]
+        if engine.groups.tied is not None:
+            self.groups.append((engine.groups.tied, tied))
 
     def name(self, rank: int) -> str:
         return titled(rank, self.titles)
 
     def check(self, iteration: int) -> None:
         """Collective over all ranks. Raises ReplicasDifferError on all of them."""
-        sums = torch.stack([checksum(parameter) for _, parameter in self.tensors])
+        sums = torch.stack([bit_sum(parameter) for _, parameter in self.tensors])
         differs = torch.zeros((), dtype=torch.int64, device=self.device)
         for group, which in self.groups:
             if not which or dist.get_world_size(group) == 1:
@@ -101,6 +101,12 @@ class Replicas:
         if len(odd) < len(others):
             return f"{tensor} on {who} differs from that on ranks {rest}"
         return f"{tensor} on {who} differs from that on {' and '.join(map(self.name, others))}"
+
+
+def _title(index: int, tensor_name: str, tied: bool) -> str:
+    if tied and index == layout.EMBEDDING_INDEX:
+        return "tied embedding"
+    return f"layer {index} {tensor_name}"
 
 
 def differences(told: list[Groups]) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...]]]:

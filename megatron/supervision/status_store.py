@@ -20,7 +20,7 @@ from types import FrameType
 import torch.distributed as dist
 from torch.distributed import TCPStore
 
-from megatron.parallel.process_groups import Place
+from megatron.parallel.place import Place
 from megatron.parallel.rank_env import node_name
 
 CONNECT_SECONDS = 60
@@ -155,7 +155,7 @@ def nodes_of(ranks: Iterable[int], titles: list[str]) -> list[str]:
 
 def gather_titles(place: Place) -> list[str]:
     """By rank, "node (pipe p, data d, tensor t)". Collective over the default group."""
-    mine = f"{node_name(os.environ)} (pipe {place.pipe}, data {place.data}, tensor {place.tensor})"
+    mine = f"{node_name(os.environ)} (pipe {place.pp_rank}, data {place.dp_rank}, tensor {place.tp_rank})"
     titles = [mine] * place.world_size
     dist.all_gather_object(titles, mine)
     return titles

@@ -1,54 +1,51 @@
-"""What the ranks tell each other between two steps, and what is said of it."""
+"""What observes a run's steps: the exchange between two of them, step times, comparison of replicas, profiles."""
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 
-from deepspeed.runtime.pipe.engine import PipelineEngine
-
+from megatron.engine.protocol import Engine
 from megatron.neox_arguments import NeoXArgs
-from megatron.parallel.process_groups import Place
 from megatron.supervision.profiler import Profiler
 from megatron.supervision.replicas import Replicas
 from megatron.supervision.status_store import gather_titles, titled
-from megatron.supervision.step_sync import Pulse, exchange
+from megatron.supervision.step_sync import StepSync, synchronize_step
 from megatron.supervision.step_time_monitor import StepTimes
-from megatron.supervision.step_timers import Phases
-from megatron.trainer.metrics import Progress
+from megatron.supervision.step_timers import StepTimers
+
+logger = logging.getLogger(__name__)
 
 
-class Watch:
+class StepMonitor:
     """The observers of a run's steps. Collective to make."""
 
-    def __init__(
-        self, engine: PipelineEngine, args: NeoXArgs, place: Place, phases: Phases, progress: Progress
-    ) -> None:
-        self.args, self.place, self.phases, self.progress = args, place, phases, progress
-        titles = gather_titles(place)
-        self.profiler = Profiler(args, place, progress.say, progress.warn)
+    def __init__(self, engine: Engine, args: NeoXArgs, timers: StepTimers) -> None:
+        self.args, self.place, self.timers = args, engine.place, timers
+        titles = gather_titles(self.place)
+        self.profiler = Profiler(args, self.place)
         self._times = StepTimes(args.slow_step_factor, args.step_time_drift, partial(titled, titles=titles))
         self._replicas = Replicas(engine, args, titles)
         self._first: int | None = None
 
-    def between_steps(self, stop: int, iteration: int) -> Pulse:
-        """Exchange the pulse after `iteration` steps; rank 0 says what is odd about the last one. Collective.
+    def between_steps(self, stop: int, iteration: int) -> StepSync:
+        """Exchange what the ranks must agree on after `iteration` steps; report what is odd about the last one.
 
-        The times of a run's first step are left out: it compiles, allocates and connects.
+        Collective. The times of a run's first step are left out: it compiles, allocates and connects.
         """
         self._first = iteration if self._first is None else self._first
-        self.phases.whereabouts.at("agreement")
-        seconds = self.phases.seconds() if iteration > self._first + 1 else {}
-        pulse = exchange(self.place.device, stop, self.profiler.wanted(), seconds)
-        if pulse.profile:
+        self.timers.whereabouts.at("agreement")
+        seconds = self.timers.seconds() if iteration > self._first + 1 else {}
+        sync = synchronize_step(self.place.device, stop, self.profiler.wanted(), seconds)
+        if sync.profile:
             self.profiler.take(iteration + 1)
-        if pulse.stop:  # before this state is saved
+        if sync.stop:  # before this state is saved
             self.check_replicas(iteration)
             self.profiler.close()
-        if pulse.slowest and self.progress.active:
-            for line in self._times.add(iteration, pulse.slowest):
-                self.progress.warn(line)
-            self.progress.record(iteration, {f"timers/{phase}": time for phase, (time, _) in pulse.slowest.items()})
-        return pulse
+        if sync.slowest and self.place.rank == 0:
+            for line in self._times.add(iteration, sync.slowest):
+                logger.warning(line)
+        return sync
 
     def after_step(self, iteration: int, saving: bool) -> None:
         """Compare replicated parameters where it is time to, or the state is about to be saved. Collective."""
@@ -56,6 +53,7 @@ class Watch:
             self.check_replicas(iteration)
 
     def check_replicas(self, iteration: int) -> None:
+        """Raise ReplicasDifferError on all ranks if replicated parameters have diverged; 0 switches the check off."""
         if self.args.replica_check_interval:
-            self.phases.whereabouts.at("comparison of replicas")
+            self.timers.whereabouts.at("comparison of replicas")
             self._replicas.check(iteration)

@@ -1,4 +1,4 @@
-"""The one small all-reduce between two steps: everything that the ranks must agree on or want to know of each other.
+"""The one small all-reduce between two steps: all that the ranks must agree on or want to know of each other.
 
 A signal to stop, a request for a profile, and how long each phase of the last step took and where it took longest:
 some eighty bytes, reduced by MAX. A time travels as microseconds with the rank in its lowest bits, so that the highest
@@ -20,7 +20,7 @@ _RANK_BITS = 20
 
 
 @dataclass(frozen=True)
-class Pulse:
+class StepSync:
     """What all ranks know after the exchange: the same everywhere.
 
     `slowest` is, by phase of the step before, (seconds, rank): the longest, for phases of waiting the shortest; empty
@@ -32,7 +32,7 @@ class Pulse:
     slowest: dict[str, tuple[float, int]] = field(default_factory=dict)
 
 
-def exchange(device: torch.device, stop: int, profile: bool, seconds: Mapping[str, float]) -> Pulse:
+def synchronize_step(device: torch.device, stop: int, profile: bool, seconds: Mapping[str, float]) -> StepSync:
     """Collective over all ranks; `seconds` are this rank's of the step before, empty on all ranks before the first."""
     rank = dist.get_rank()
     times = [_packed(seconds[phase], rank) * _sign(phase) for phase in TIMED if seconds]
@@ -40,7 +40,7 @@ def exchange(device: torch.device, stop: int, profile: bool, seconds: Mapping[st
     dist.all_reduce(vector, op=dist.ReduceOp.MAX)
     number, asked, *times = vector.tolist()
     slowest = {phase: _unpacked(time * _sign(phase)) for phase, time in zip(TIMED, times, strict=False)}
-    return Pulse(signal.Signals(number) if number else None, bool(asked), slowest)
+    return StepSync(signal.Signals(number) if number else None, bool(asked), slowest)
 
 
 def _sign(phase: str) -> int:

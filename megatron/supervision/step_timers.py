@@ -1,7 +1,7 @@
 """What a rank is doing, and how long each phase of a step takes it.
 
-Phases are those of the pipeline's instructions (`instructions.PHASES`) and of what the loop does around them. On a GPU
-they are measured by events on the stream, read after the step's loss has been: nothing waits for them.
+Phases are those that the engine reports (`engine.protocol.PHASES`) and of what the run does around them. On a GPU they
+are measured by events on the stream, read after the step's loss has been: nothing waits for them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ WAITING = ("pipeline", "reduce")
 TIMED = ("step", "data", "forward", "backward", "pipeline", "reduce", "optimizer")
 
 
-class Phases:
+class StepTimers:
     """Whereabouts and timers of this rank's main thread."""
 
     def __init__(self, whereabouts: Whereabouts, device: torch.device) -> None:
@@ -45,7 +45,7 @@ class Phases:
 
     @contextlib.contextmanager
     def step(self, iteration: int, first: bool) -> Iterator[None]:
-        """A training step. The first one may compile kernels and is not hurried."""
+        """A training step. The first one may compile kernels: the limit of a step does not hold for it."""
         self._spans.clear()
         self._timed = True
         self.whereabouts.iteration, self.whereabouts.hurried = iteration, not first
@@ -55,14 +55,14 @@ class Phases:
 
     @contextlib.contextmanager
     def evaluation(self) -> Iterator[None]:
-        """An evaluation between steps, hurried as they are."""
+        """An evaluation between steps, under the limit of a step."""
         self.whereabouts.hurried = True
         yield
         self.whereabouts.hurried = False
 
     @contextlib.contextmanager
-    def unhurried(self, phase: str) -> Iterator[None]:
-        """Something of a time of its own: a save."""
+    def without_step_limit(self, phase: str) -> Iterator[None]:
+        """Something that takes a time of its own: a save."""
         self.whereabouts.at(phase)
         yield
         self.whereabouts.at("between steps")

@@ -26,7 +26,7 @@ from typing import Self
 import torch.distributed as dist
 
 from megatron.neox_arguments import NeoXArgs
-from megatron.parallel.process_groups import Place
+from megatron.parallel.place import Place
 from megatron.supervision.failures import (
     FAILURE,
     LOST,

@@ -1,90 +1,64 @@
-"""Micro-batches of one step in the shape the pipeline engine takes, with the loss weight known before the forward.
-
-Only the first stage reads tokens and only the last reads labels, but every rank must learn how many tokens the
-global batch teaches: the last stage's data-parallel replicas count theirs and all ranks add them up. A batch that
-teaches nothing is refused on all ranks at once.
-"""
+"""The batches of training, from a position in the order of samples on."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+import logging
+from collections.abc import Iterator
 
-import torch
-import torch.distributed as dist
-from torch import Tensor
+from megatron.data.sample import SampleDataset
+from megatron.data.sampler import MicroBatches
+from megatron.data.skip_ranges import SampleRanges
+from megatron.engine.batches import MicroBatch, StepBatch, assemble_step
+from megatron.neox_arguments import NeoXArgs
+from megatron.parallel.place import Place
+from megatron.supervision.step_timers import StepTimers
 
-from megatron.common.errors import UserError
-from megatron.data import SampleDataset, stack
-from megatron.model.loss import IGNORE_INDEX, step_weight
-
-MicroBatch = Mapping[str, Tensor]
-
-
-class EmptyBatchError(UserError):
-    """No token of the global batch carries a target."""
+logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class StepBatch:
-    """One call of the engine: `iterator` yields (inputs, targets) per micro-batch, None where no data is read."""
+class TrainingBatches:
+    """Global batches in the run's order; ranks of stages that read no data only take part in the count of tokens."""
 
-    iterator: Iterator[Any] | None
-    learned_tokens: int
+    def __init__(self, args: NeoXArgs, place: Place, dataset: SampleDataset, consumed_samples: int) -> None:
+        self.args, self.place = args, place
+        self.consumed_samples = consumed_samples
+        self._skip = SampleRanges(args.skip_sample_ranges)
+        self._micro_batches: Iterator[MicroBatch] | None = None
+        if place.reads_data:
+            self._micro_batches = iter(
+                MicroBatches(
+                    dataset,
+                    micro_batch=args.train_micro_batch_size_per_gpu,
+                    dp_rank=place.dp_rank,
+                    dp_size=place.dp,
+                    accumulation=args.gradient_accumulation_steps,
+                    consumed_samples=consumed_samples,
+                    skip=self._skip,
+                )
+            )
 
+    def announce_skipped_ranges(self) -> None:
+        """At the start: which `skip_sample_ranges` are still to come, and which have no effect any more."""
+        position = self.consumed_samples
+        for first, end in self._skip.ranges:
+            if end <= position:
+                logger.info(f"skip_sample_ranges: [{first}, {end}) lies behind position {position} and changes nothing")
+            else:
+                logger.info(
+                    f"skip_sample_ranges: [{max(first, position)}, {end}) lies ahead, its samples will be left out"
+                )
 
-def assemble(
-    micro_batches: list[MicroBatch] | None,
-    num_micro_batches: int,
-    data_parallel_size: int,
-    counts_tokens: bool,
-    device: torch.device,
-    what: str,
-) -> StepBatch:
-    """Count the global batch's learned tokens and weigh its losses with them. Collective over all ranks.
+    def next(self, iteration: int, timers: StepTimers) -> StepBatch:
+        """The batch of step `iteration`. Collective."""
+        accumulation, source = self.args.gradient_accumulation_steps, self._micro_batches
+        with timers.during("data"):
+            micro_batches = None if source is None else [next(source) for _ in range(accumulation)]
+        return assemble_step(micro_batches, accumulation, self.place, f"training step {iteration}")
 
-    Args:
-        micro_batches: this rank's part, or None on stages that read no data.
-        counts_tokens: True on exactly one rank per data-parallel replica.
-        what: names the batch in the error, e.g. "training step 12".
-    """
-    learned = torch.zeros((), dtype=torch.int64, device=device)
-    if counts_tokens:
-        assert micro_batches is not None
-        learned += sum(int(batch["labels"].ne(IGNORE_INDEX).sum()) for batch in micro_batches)
-    dist.all_reduce(learned)
-    total = int(learned)
-    if total == 0:
-        raise EmptyBatchError(
-            f"{what}: no token of the global batch has a target (every label is {IGNORE_INDEX}). "
-            "Check the label files and masks of this part of the data"
-        )
-    if micro_batches is None:
-        return StepBatch(None, total)
-    weight = step_weight(total, num_micro_batches * data_parallel_size)
-    pairs = [(_inputs(batch), (batch["labels"], weight)) for batch in micro_batches]
-    return StepBatch(iter(pairs), total)
-
-
-def _inputs(batch: MicroBatch) -> Tensor | tuple[Tensor, Tensor]:
-    if "positions" in batch:
-        return batch["tokens"], batch["positions"]
-    return batch["tokens"]
-
-
-def evaluation_micro_batches(
-    dataset: SampleDataset, samples: int, micro_batch: int, dp_rank: int, dp_size: int
-) -> list[MicroBatch]:
-    """The first `samples` samples of a data set, each exactly once over the data-parallel ranks.
-
-    What does not fill the last micro-batches is filled with samples that have no targets, so the mean is over the
-    same tokens for every split.
-    """
-    rounds = -(-samples // (micro_batch * dp_size))
-    batches: list[MicroBatch] = []
-    for index in range(rounds):
-        first = (index * dp_size + dp_rank) * micro_batch
-        places = range(first, first + micro_batch)
-        batches.append(stack([dataset[i] if i < samples else dataset.padding() for i in places]))
-    return batches
+    def advance(self) -> tuple[int, int]:
+        """The samples [first, end) of the step just done, those left out included; the position moves past them."""
+        first = self.consumed_samples
+        self.consumed_samples = self._skip.after(first, self.args.train_batch_size)
+        for start, end in self._skip.between(first, self.consumed_samples):
+            logger.info(f"skip_sample_ranges: {end - start} samples left out, [{start}, {end})")
+        return first, self.consumed_samples

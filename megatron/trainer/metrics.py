@@ -1,29 +1,36 @@
-"""What a run says while it runs: a line for people, JSONL for scripts, TensorBoard and (if asked) wandb for curves.
+"""What a run reports while it runs: a line for people, JSONL for scripts, TensorBoard and (if asked) wandb for curves.
 
-Only global rank 0 writes; on every other rank all of this is silent.
+Only global rank 0 writes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
-import sys
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron.checkpoint import TrainState
+from megatron.checkpoint.state import TrainState
+from megatron.engine.protocol import StepResult
 from megatron.model.flops import megatron_flops_per_token
 from megatron.neox_arguments import NeoXArgs
+from megatron.supervision.status_store import Whereabouts
+
+logger = logging.getLogger(__name__)
+
+STARTED = "NEOX_STARTED"  # set by the launcher: time.time() when deepy.py began
 
 
-class Progress:
+class Metrics:
     """Console, `log_dir/metrics.jsonl`, TensorBoard and wandb, behind two methods."""
 
-    def __init__(self, args: NeoXArgs, rank: int) -> None:
-        self.args = args
+    def __init__(self, args: NeoXArgs, rank: int, train_iters: int) -> None:
+        self.args, self.train_iters = args, train_iters
         self.active = rank == 0
         self._jsonl: Any = None
         self._tensorboard: Any = None
@@ -53,14 +60,6 @@ class Progress:
                 config=self.args.merged,
             )
 
-    def say(self, text: str) -> None:
-        if self.active:
-            print(text, flush=True)
-
-    def warn(self, text: str) -> None:
-        if self.active:
-            print(f"warning: {text}", file=sys.stderr, flush=True)
-
     def record(self, iteration: int, values: dict[str, float]) -> None:
         """Values under NeoX's names (`train/lm_loss`, `runtime/tokens_per_sec`, ...) to all sinks but the console."""
         if self._jsonl:
@@ -70,6 +69,11 @@ class Progress:
                 self._tensorboard.add_scalar(name, value, iteration)
         if self._wandb:
             self._wandb.log(values, step=iteration)
+
+    def record_timers(self, iteration: int, slowest: Mapping[str, tuple[float, int]]) -> None:
+        """The slowest rank's seconds of each phase of a step."""
+        if slowest:
+            self.record(iteration, {f"timers/{phase}": seconds for phase, (seconds, _) in slowest.items()})
 
     def start_clock(self) -> None:
         """The first step begins now."""
@@ -85,9 +89,8 @@ class Progress:
     def step(
         self,
         state: TrainState,
-        loss: float,
+        result: StepResult,
         learning_rate: float,
-        grad_norm: float,
         learned_tokens: int,
         skipped_steps: int,
     ) -> None:
@@ -97,14 +100,14 @@ class Progress:
         iteration = state.iteration
         self._interval_iterations += 1
         values = {
-            "train/lm_loss": loss,
+            "train/lm_loss": result.loss,
             "train/learning_rate": learning_rate,
-            "train/grad_norm": grad_norm,
+            "train/grad_norm": result.grad_norm,
             "train/learned_tokens": learned_tokens,
             "train/consumed_samples": state.consumed_samples,
             "train/skipped_steps": skipped_steps,
         }
-        if iteration % self.args.log_interval == 0 or iteration == self.args.train_iters:
+        if iteration % self.args.log_interval == 0 or iteration == self.train_iters:
             seconds = (time.perf_counter() - self._interval_start) / self._interval_iterations
             tokens_per_second = self.args.train_batch_size * self.args.seq_length / seconds
             ranks = self.args.global_num_gpus
@@ -114,9 +117,9 @@ class Progress:
                 "runtime/tokens_per_sec": tokens_per_second,
                 "runtime/tflops_per_rank_megatron": tflops,
             }
-            self.say(
-                f"iteration {iteration:>6}/{self.args.train_iters} | loss {loss:.4f} | lr {learning_rate:.3e} | "
-                f"grad norm {grad_norm:.3f} | {seconds * 1e3:.0f} ms | {tokens_per_second:,.0f} tokens/s "
+            logger.info(
+                f"iteration {iteration:>6}/{self.train_iters} | loss {result.loss:.4f} | lr {learning_rate:.3e} | "
+                f"grad norm {result.grad_norm:.3f} | {seconds * 1e3:.0f} ms | {tokens_per_second:,.0f} tokens/s "
                 f"({tokens_per_second / ranks:,.0f} per rank) | {tflops:.4g} TFLOP/s per rank (Megatron formula)"
             )
             self._interval_iterations = 0
@@ -130,3 +133,23 @@ class Progress:
                 sink.close()
         if self._wandb:
             self._wandb.finish()
+
+
+class StartUpClock:
+    """Where the time from the command line to the first optimizer step goes: spans that follow without a gap."""
+
+    def __init__(self, whereabouts: Whereabouts) -> None:
+        self._whereabouts = whereabouts
+        self._last = float(os.environ.get(STARTED, time.time()))
+        self.spans: dict[str, float] = {}
+
+    def done(self, what: str) -> None:
+        """The span that ends now is called `what`."""
+        now = time.time()
+        self.spans[what] = now - self._last
+        self._last = now
+        self._whereabouts.at(f"start-up, after {what}")
+
+    def line(self) -> str:
+        parts = ", ".join(f"{what} {seconds:.1f}" for what, seconds in self.spans.items())
+        return f"{sum(self.spans.values()):.1f} s to the end of the first step: {parts}"

@@ -1,37 +1,44 @@
-"""A whole run: build, load, then step, evaluate and save until the last iteration."""
+"""A training run from its configuration to its last checkpoint: set up, step, between steps, end.
+
+position -> data -> engine -> weights      `set_up`: where the run begins decides what is read and built
+batch -> step -> guards                    `step`: one optimizer step, and what must be true of it
+evaluate, save, agree                      `between_steps`: what happens at every step's end, and whether to stop
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
 
-from deepspeed.runtime.pipe.engine import PipelineEngine
-
-from megatron.checkpoint import TrainState, load_checkpoint, prepare_save
-from megatron.data import Datasets, MicroBatches, build_datasets
-from megatron.data.skip_ranges import SampleRanges
-from megatron.engine.deepspeed import build_engine, build_model
-from megatron.engine.deepspeed_hooks import run_inside
+from megatron.checkpoint.load import load_checkpoint
+from megatron.checkpoint.start import find_start
+from megatron.checkpoint.state import TrainState
+from megatron.common.log import log_on_rank_0
+from megatron.data.build import build_datasets
+from megatron.engine.build import build_engine
+from megatron.engine.nonfinite import SkipLimits, SuspiciousLossError, check_finite, report_skipped
+from megatron.engine.protocol import StepResult
 from megatron.evaluation.perplexity import evaluate_all
 from megatron.neox_arguments import NeoXArgs
-from megatron.parallel.process_groups import Place, initialize
+from megatron.parallel.collective_errors import RankGroup
+from megatron.parallel.place import Place
+from megatron.parallel.process_groups import initialize
 from megatron.supervision.replicas import ReplicasDifferError
 from megatron.supervision.signals import StopRequest
 from megatron.supervision.status_store import Whereabouts
-from megatron.supervision.step_monitor import Watch
-from megatron.supervision.step_timers import Phases
+from megatron.supervision.step_monitor import StepMonitor
+from megatron.supervision.step_timers import StepTimers
 from megatron.supervision.watchdog import Watchdog
-from megatron.trainer.batches import MicroBatch, StepBatch, assemble
-from megatron.trainer.learning_rate import learning_rate
-from megatron.trainer.metrics import Progress
-from megatron.trainer.nonfinite import SuspiciousLossError, check_finite, check_initial_loss
-from megatron.trainer.resume import is_own_save, where_to_start
-from megatron.trainer.saves import Saves, is_save_point, stop_if_asked
-from megatron.trainer.skips import announce, count_skipped, crossed, was_skipped
-from megatron.trainer.startup import StartUp
+from megatron.trainer.batches import TrainingBatches
+from megatron.trainer.initial_loss import check_initial_loss
+from megatron.trainer.metrics import Metrics, StartUpClock
+from megatron.trainer.saves import Saves
+from megatron.trainer.schedule import Schedule
+
+logger = logging.getLogger(__name__)
 
 
 def train(args: NeoXArgs) -> None:
-    """Train to `args.train_iters`. Collective: every rank that was started calls it.
+    """Train to the configured length. Collective: every rank that was started calls it.
 
     Raises Stopped on all ranks, everything saved, after SIGUSR1 or SIGTERM to one of them.
     """
@@ -39,163 +46,171 @@ def train(args: NeoXArgs) -> None:
     stop.install()
     place = initialize(args)
     with Watchdog(args, place) as watchdog:
-        run_training(args, place, stop, watchdog.whereabouts)
+        Run(args, place, stop, watchdog.whereabouts).execute()
 
 
-def run_training(
-    args: NeoXArgs, place: Place, stop: StopRequest | None = None, whereabouts: Whereabouts | None = None
-) -> None:
-    """`train` in a world that is initialised already."""
-    stop, phases = stop or StopRequest(), Phases(whereabouts or Whereabouts(), place.device)
-    startup = StartUp(phases.whereabouts)
-    startup.done("start, imports and groups")
-    progress = Progress(args, place.rank)
-    datasets = build_datasets(args)
-    for note in datasets.notes:
-        progress.say(note)
-    if args.train_iters is None:
-        assert datasets.train_iters is not None  # checked with the configuration
-        args = progress.args = args.with_train_iters(datasets.train_iters)
-    startup.done("data")
-    start = where_to_start(args, place.device, progress.say)
-    model = build_model(args, place.device, progress.say)
-    if start.from_scratch:
-        model.initialise_from_scratch()
-    startup.done("model")
-    engine = build_engine(args, model, progress.say)
-    run_inside(engine, phases.during)
-    startup.done("engine")
-    state = load_checkpoint(engine, start, data_fingerprints=datasets.fingerprints, log=progress.say) or TrainState()
-    if args.save:
-        prepare_save(engine, args, log=progress.say)
-    datasets = long_enough(args, datasets, state)
-    startup.done("checkpoint")
-    progress.say(f"starting at iteration {state.iteration}, {state.consumed_samples} samples consumed")
-    first = state.iteration
-    saves = Saves(engine, args, datasets, progress, first if is_own_save(start) else None)
-    if first == 0:
-        report_validation(engine, args, datasets, progress, 0)
-        saves.if_due(state)
-    startup.done("validation")
-    batches = TrainingBatches(engine, args, datasets, state)
-    announce(batches.skip, state.consumed_samples, progress.say)
-    progress.start_clock()
-    watch = Watch(engine, args, place, phases, progress)
-    while state.iteration < args.train_iters:
+class Run:
+    """A training run on this rank, in a world that is initialised. All methods are collective."""
+
+    def __init__(
+        self, args: NeoXArgs, place: Place, stop: StopRequest | None = None, whereabouts: Whereabouts | None = None
+    ) -> None:
+        log_on_rank_0(place.rank)
+        self.args, self.place = args, place
+        self.stop = stop or StopRequest()
+        self.timers = StepTimers(whereabouts or Whereabouts(), place.device)
+        self.startup = StartUpClock(self.timers.whereabouts)
+        self.skip_limits = SkipLimits(args.max_skipped_steps_in_a_row, args.max_skipped_steps)
+
+    def execute(self) -> None:
+        """The whole run."""
+        self.set_up()
         try:
-            pulse = watch.between_steps(stop.received, state.iteration)
-            with phases.unhurried("save"):
-                stop_if_asked(pulse.stop, saves, state)
-            with watch.profiler.step(state.iteration + 1), phases.step(state.iteration + 1, state.iteration == first):
-                train_step(engine, args, batches, state, progress, phases)
-            watch.after_step(state.iteration, is_save_point(args, state.iteration))
+            self.agree()
+            while self.state.iteration < self.schedule.train_iters:
+                self.step()
+                self.between_steps()
         except (SuspiciousLossError, ReplicasDifferError):  # on all ranks; what is being written is from before
-            with phases.unhurried("save"):
-                saves.finish()
+            with self.timers.without_step_limit("save"):
+                self.saves.finish()
             raise
-        with progress.off_the_clock():
-            if state.iteration == first + 1:
-                startup.done("first step")
-                progress.say(startup.line())
-            if args.eval_interval and state.iteration % args.eval_interval == 0:
-                with phases.evaluation():
-                    report_validation(engine, args, datasets, progress, state.iteration)
-            with phases.unhurried("save"):
-                saves.if_due(state)
-    watch.profiler.close()
-    progress.close()
+        self.end()
 
+    # --- set up
 
-class TrainingBatches:
-    """The batches of training from a position on; stages without data only take part in the count."""
+    def set_up(self) -> None:
+        """Find the position, open the data there, build the engine, fill it, and validate a run that begins."""
+        args = self.args
+        self.startup.done("start, imports and groups")
+        start = find_start(RankGroup.world(self.place.device), args)
+        self.startup.done("position")
 
-    def __init__(self, engine: PipelineEngine, args: NeoXArgs, datasets: Datasets, state: TrainState) -> None:
-        self.engine, self.args, self.skip = engine, args, SampleRanges(args.skip_sample_ranges)
-        self._micro_batches: Iterator[MicroBatch] | None = None
-        if engine.is_first_stage() or engine.is_last_stage():
-            self._micro_batches = iter(
-                MicroBatches(
-                    datasets.train,
-                    micro_batch=args.train_micro_batch_size_per_gpu,
-                    dp_rank=engine.grid.data_parallel_id,
-                    dp_size=args.data_parallel_size,
-                    accumulation=args.gradient_accumulation_steps,
-                    consumed_samples=state.consumed_samples,
-                    skip=self.skip,
+        datasets = build_datasets(
+            args, iteration=start.position.iteration, consumed_samples=start.position.consumed_samples
+        )
+        for note in datasets.notes:
+            logger.info(note)
+        assert datasets.train_iters is not None  # checked with the configuration
+        self.schedule = Schedule(args, datasets.train_iters)
+        self.validation = datasets.valid
+        self.startup.done("data")
+
+        self.engine = build_engine(args, self.place, self.timers.during)
+        for line in self.engine.describe():
+            logger.info(line)
+        self.startup.done("engine")
+
+        if start.checkpoint is None:
+            self.engine.initialize_weights()
+            self.state = TrainState()
+        else:
+            self.state = load_checkpoint(self.engine, args, start, data_fingerprints=datasets.fingerprints)
+        self.startup.done("weights")
+        logger.info(f"starting at iteration {self.state.iteration}, {self.state.consumed_samples} samples consumed")
+
+        self.metrics = Metrics(args, self.place.rank, self.schedule.train_iters)
+        saved = self.state.iteration if start.own_save else None
+        self.saves = Saves(self.engine, args, self.schedule.train_iters, datasets.fingerprints, saved)
+        self.first = self.state.iteration
+        if self.first == 0:
+            self.validate()
+            self.saves.if_due(self.state)
+        self.startup.done("validation")
+
+        self.batches = TrainingBatches(args, self.place, datasets.train, self.state.consumed_samples)
+        self.batches.announce_skipped_ranges()
+        self.monitor = StepMonitor(self.engine, args, self.timers)
+        self.metrics.start_clock()
+
+    # --- step
+
+    def step(self) -> None:
+        """One optimizer step, timed, in a trace if one is asked for, and its replicas compared if it is time."""
+        iteration = self.state.iteration + 1
+        with self.monitor.profiler.step(iteration), self.timers.step(iteration, first=iteration == self.first + 1):
+            self.train_step()
+        self.monitor.after_step(iteration, saving=self.saves.is_due(iteration))
+
+    def train_step(self) -> None:
+        """Batch, engine, guards, log; the state moves on by one iteration.
+
+        Where the loss or the gradient is not finite the update is skipped, up to a bound; the data move on regardless.
+        """
+        state, iteration = self.state, self.state.iteration + 1
+        rate = self.schedule.learning_rate(state.iteration)
+        self.engine.set_learning_rate(rate)
+        batch = self.batches.next(iteration, self.timers)
+        result = self.engine.train_step(batch)
+        samples = self.batches.advance()
+        self.judge(result, iteration, samples)
+        state.iteration, state.consumed_samples = iteration, samples[1]
+        self.metrics.step(state, result, rate, batch.learned_tokens, self.engine.counters.skipped)
+
+    def judge(self, result: StepResult, iteration: int, samples: tuple[int, int]) -> None:
+        """Count a skipped step; stop a run that cannot be right. Raises SuspiciousLossError on all ranks."""
+        if not result.applied:
+            self.state.skipped_in_a_row += 1
+            logger.warning(
+                report_skipped(
+                    result,
+                    self.place,
+                    iteration,
+                    samples,
+                    in_a_row=self.state.skipped_in_a_row,
+                    total=self.engine.counters.skipped,
+                    limits=self.skip_limits,
                 )
             )
+            return
+        check_finite(result, iteration)
+        if iteration == 1:
+            check_initial_loss(result.loss, self.args)
+        self.state.skipped_in_a_row = 0
 
-    def next(self, iteration: int, phases: Phases) -> StepBatch:
-        accumulation, source = self.args.gradient_accumulation_steps, self._micro_batches
-        with phases.during("data"):
-            micro_batches = None if source is None else [next(source) for _ in range(accumulation)]
-        return assemble(
-            micro_batches,
-            accumulation,
-            self.args.data_parallel_size,
-            counts_tokens=self.engine.is_last_stage() and self.engine.grid.get_slice_parallel_rank() == 0,
-            device=self.engine.device,
-            what=f"training step {iteration}",
-        )
+    # --- between steps
 
+    def between_steps(self) -> None:
+        """Evaluate and save where it is time to, then agree on what comes next."""
+        state, args = self.state, self.args
+        with self.metrics.off_the_clock():
+            if state.iteration == self.first + 1:
+                self.startup.done("first step")
+                logger.info(self.startup.line())
+            if args.eval_interval and state.iteration % args.eval_interval == 0:
+                with self.timers.evaluation():
+                    self.validate()
+            with self.timers.without_step_limit("save"):
+                self.saves.if_due(state)
+        self.agree()
 
-def train_step(
-    engine: PipelineEngine,
-    args: NeoXArgs,
-    batches: TrainingBatches,
-    state: TrainState,
-    progress: Progress,
-    phases: Phases,
-) -> float:
-    """One optimizer step; returns the global mean loss. `state` moves on by one iteration.
+    def agree(self) -> None:
+        """Exchange step times, requests for profiles and signals; stop on all ranks if any received a signal.
 
-    Where the loss or the gradient is not finite the update is skipped, up to a bound; the data move on all the same.
-    """
-    rate = learning_rate(args, state.iteration)
-    for group in engine.optimizer.param_groups:
-        group["lr"] = rate
-    batch = batches.next(state.iteration + 1, phases)
-    mean_loss = engine.train_batch(batch.iterator)
-    phases.whereabouts.at("result")  # where a GPU's host waits for the step
-    loss = float(mean_loss)
-    grad_norm = float(engine.get_global_grad_norm())
-    behind = batches.skip.after(state.consumed_samples, args.train_batch_size)
-    if was_skipped(engine):
-        progress.warn(count_skipped(engine, args, state, loss, (state.consumed_samples, behind)))
-    else:
-        check_finite(loss, grad_norm, state.iteration + 1)
-        if state.iteration == 0:
-            check_initial_loss(loss, args)
-        state.skipped_in_a_row = 0
-    for line in crossed(batches.skip, state.consumed_samples, behind):
-        progress.say(line)
-    state.iteration += 1
-    state.consumed_samples = behind
-    progress.step(state, loss, rate, grad_norm, batch.learned_tokens, engine.skipped_steps)
-    return loss
+        Raises Stopped after everything is saved; a run that is at its end anyway just ends.
+        """
+        state = self.state
+        sync = self.monitor.between_steps(self.stop.received, state.iteration)
+        self.metrics.record_timers(state.iteration, sync.slowest)
+        if sync.stop is not None and state.iteration < self.schedule.train_iters:
+            with self.timers.without_step_limit("save"):
+                self.saves.stop(sync.stop, state)
 
+    def validate(self) -> None:
+        """Validation loss of every source: what a continued run learns of its domain and forgets of the rest."""
+        iteration, samples = self.state.iteration, self.args.eval_iters * self.args.train_batch_size
+        for name, result in evaluate_all(self.engine, self.args, self.validation, samples).items():
+            logger.info(
+                f"validation at iteration {iteration} | {name} | loss {result.loss:.4f} | "
+                f"perplexity {result.perplexity:.2f} | {result.learned_tokens} tokens"
+            )
+            self.metrics.record(
+                iteration,
+                {f"validation/{name}/lm_loss": result.loss, f"validation/{name}/lm_loss_ppl": result.perplexity},
+            )
 
-def long_enough(args: NeoXArgs, datasets: Datasets, state: TrainState) -> Datasets:
-    """`datasets`, or the same with a longer order if the run reads on beyond it.
+    # --- end
 
-    So it does when it is behind where its iteration alone would put it: it has left out samples, or had a larger batch,
-    of which the present configuration does not know.
-    """
-    ranges, left = SampleRanges(args.skip_sample_ranges), max(0, args.train_iters - state.iteration)
-    end = ranges.after(state.consumed_samples, left * args.train_batch_size)
-    return datasets if end <= len(datasets.train) else build_datasets(args, samples=end)
-
-
-def report_validation(
-    engine: PipelineEngine, args: NeoXArgs, datasets: Datasets, progress: Progress, iteration: int
-) -> None:
-    """Validation loss of every source: what a continued run learns of its domain and forgets of the rest."""
-    for name, result in evaluate_all(engine, args, datasets.valid, args.eval_iters * args.train_batch_size).items():
-        progress.say(
-            f"validation at iteration {iteration} | {name} | loss {result.loss:.4f} | "
-            f"perplexity {result.perplexity:.2f} | {result.learned_tokens} tokens"
-        )
-        progress.record(
-            iteration,
-            {f"validation/{name}/lm_loss": result.loss, f"validation/{name}/lm_loss_ppl": result.perplexity},
-        )
+    def end(self) -> None:
+        """Write what is still open."""
+        self.monitor.profiler.close()
+        self.metrics.close()

@@ -2,40 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from signal import Signals
+from typing import Any
 
-from deepspeed.runtime.pipe.engine import PipelineEngine
-
-from megatron.checkpoint import BackgroundSaver, TrainState, save_checkpoint
-from megatron.data import Datasets
+from megatron.checkpoint.background import BackgroundSaver
+from megatron.checkpoint.save import prepare_save, save_checkpoint
+from megatron.checkpoint.state import TrainState
+from megatron.engine.protocol import Engine
 from megatron.neox_arguments import NeoXArgs
 from megatron.supervision.failures import Stopped
-from megatron.trainer.metrics import Progress
 
 
 class Saves:
-    """With `async_save` those in the middle of a run are written beside it; the last one is always waited for."""
+    """With `async_save` those in the middle of a run are written in the background; the last one is waited for."""
 
     def __init__(
-        self, engine: PipelineEngine, args: NeoXArgs, datasets: Datasets, progress: Progress, saved: int | None
+        self,
+        engine: Engine,
+        args: NeoXArgs,
+        train_iters: int,
+        data_fingerprints: Mapping[str, Any],
+        saved: int | None,
     ) -> None:
-        """`saved` is the iteration that `args.save` holds. Collective with `async_save`."""
-        self.engine, self.args, self.datasets, self.progress = engine, args, datasets, progress
-        self.saved = saved
+        """`saved` is the iteration that `args.save` holds. Collective if the run saves."""
+        self.engine, self.args, self.train_iters = engine, args, train_iters
+        self.data_fingerprints, self.saved = data_fingerprints, saved
         self.background: BackgroundSaver | None = None
+        if args.save:
+            prepare_save(engine, args)
         if args.save and args.async_save:
-            self.background = BackgroundSaver(
-                engine, args, datasets.fingerprints, saved, log=progress.say, warn=progress.warn
-            )
+            self.background = BackgroundSaver(engine, args, data_fingerprints, saved)
             self.background.prepare()
+
+    def is_due(self, iteration: int) -> bool:
+        return is_save_point(self.args, iteration, self.train_iters)
 
     def if_due(self, state: TrainState) -> None:
         """After every step: take note of what was written since, and save if it is time. Collective."""
         if self.background is not None:
             self.background.poll()
-        if not is_save_point(self.args, state.iteration):
+        if not self.is_due(state.iteration):
             return
-        if self.background is None or state.iteration == self.args.train_iters:
+        if self.background is None or state.iteration == self.train_iters:
             self.now(state)
         elif state.iteration != self.background.completed:
             self.background.begin(state)
@@ -47,8 +56,7 @@ class Saves:
         """
         self.finish()
         if state.iteration != self.saved:
-            fingerprints = self.datasets.fingerprints
-            save_checkpoint(self.engine, self.args, state, data_fingerprints=fingerprints, log=self.progress.say)
+            save_checkpoint(self.engine, self.args, state, data_fingerprints=self.data_fingerprints)
             self.saved = state.iteration
             if self.background is not None:
                 self.background.completed = state.iteration
@@ -59,25 +67,21 @@ class Saves:
             self.background.wait()
             self.saved = self.background.completed
 
+    def stop(self, received: Signals, state: TrainState) -> None:
+        """After a signal to any rank: save what is not saved yet, then raise Stopped on all ranks. Collective.
 
-def stop_if_asked(received: Signals | None, saves: Saves, state: TrainState) -> None:
-    """After a signal to any rank: save what is not saved yet, then raise Stopped on all ranks. Collective.
-
-    Without a save folder there is nothing to go on with, and the exit code is the signal's.
-    """
-    args = saves.args
-    if received is None:
-        return
-    where = f"{received.name} at iteration {state.iteration} of {args.train_iters}"
-    if not args.save:
-        raise Stopped(f"{where}; nothing is saved, the run has no save folder", code=128 + received)
-    saves.now(state)
-    raise Stopped(f"{where}; all is saved, the same command goes on from there")
+        Without a save folder there is nothing to continue from, and the exit code is the signal's.
+        """
+        where = f"{received.name} at iteration {state.iteration} of {self.train_iters}"
+        if not self.args.save:
+            raise Stopped(f"{where}; nothing is saved, the run has no save folder", code=128 + received)
+        self.now(state)
+        raise Stopped(f"{where}; all is saved, the same command goes on from there")
 
 
-def is_save_point(args: NeoXArgs, iteration: int) -> bool:
+def is_save_point(args: NeoXArgs, iteration: int, train_iters: int) -> bool:
     """Every `checkpoint_factor` iterations, at the `extra_save_iters` (0: before the first step), and at the end."""
     if not args.save:
         return False
     every = args.checkpoint_factor and iteration and iteration % args.checkpoint_factor == 0
-    return bool(every or iteration in (args.extra_save_iters or ()) or iteration == args.train_iters)
+    return bool(every or iteration in (args.extra_save_iters or ()) or iteration == train_iters)

@@ -18,14 +18,17 @@ from typing import Any
 import pytest
 import torch
 
-from megatron.checkpoint import BackgroundSaver, TrainState, background, save
+from megatron.checkpoint import background, save
+from megatron.checkpoint.background import BackgroundSaver
 from megatron.checkpoint.discovery import LATEST, clean_leftovers, complete_steps, find_checkpoint, tag_name
 from megatron.checkpoint.manifest import read_manifest
-from megatron.checkpoint.snapshot import HostCopies
+from megatron.checkpoint.rank_files import HostCopies
+from megatron.checkpoint.state import TrainState
 from megatron.checkpoint.verify import verify_checkpoint
 from megatron.common.errors import CheckpointError
-from tests.checkpoint.test_discovery import killed_at
-from tests.support.checkpoints import FULL_DISKS, standing_args, standing_engine
+from tests.support.checkpoints import FULL_DISKS, StandingEngine, standing_args
+from tests.support.kills import killed_at
+from tests.support.log_lines import LogLines
 from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -33,19 +36,14 @@ pytestmark = pytest.mark.distributed
 GOES_ON = "The run goes on without this checkpoint"
 
 
-def quiet(line: str) -> None:
-    pass
-
-
 class Standing:
-    """A background saver around the stand-in engine, and what it says."""
+    """A background saver around the stand-in engine, and what it logs on this rank."""
 
     def __init__(self, rank: int, world_size: int, root: str, **keys: Any) -> None:
-        self.warnings: list[str] = []
-        self.lines: list[str] = []
+        log = LogLines()
+        self.warnings, self.lines = log.warnings, log.lines
         args = standing_args(root, **keys)
-        engine = standing_engine(args, rank, world_size)
-        self.saver = BackgroundSaver(engine, args, {}, log=self.lines.append, warn=self.warnings.append)
+        self.saver = BackgroundSaver(StandingEngine(args, rank, world_size), args, {})
 
     def begin(self, step: int) -> None:
         self.saver.begin(TrainState(step, 8 * step, hf_files={"config.json": b"{}"}))
@@ -252,7 +250,7 @@ def test_killed_at_ten_random_moments_what_was_reported_is_there(tmp_path: Path)
         assert problems == [], f"killed after {delay:.3f} s"
         manifest = read_manifest(folder)
         assert manifest.provenance["iteration"] >= int((root / "reported").read_text() or 1)
-        clean_leftovers(root, quiet)
+        clean_leftovers(root)
         assert read_manifest(find_checkpoint(root)) == manifest
         assert not [path.name for path in root.iterdir() if path.name.endswith((".tmp", ".replaced"))]
     assert partial, "no kill fell into a save"
@@ -299,7 +297,7 @@ def test_killed_at_every_operation_the_last_complete_one_is_found(tmp_path: Path
         assert problems == [], f"killed before operation {operation}"
         assert found.name.startswith(("global_step2", "global_step3"))
         manifest = read_manifest(found)
-        clean_leftovers(root, quiet)
+        clean_leftovers(root)
         assert read_manifest(find_checkpoint(root)) == manifest
         assert not [path.name for path in root.iterdir() if path.name.endswith((".tmp", ".replaced"))]
         if not killed:

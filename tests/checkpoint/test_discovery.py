@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
-import traceback
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -19,7 +15,6 @@ from megatron.checkpoint.discovery import (
     clean_leftovers,
     complete_steps,
     find_checkpoint,
-    optimizer_file_name,
     publish,
     steps_in,
     tag_name,
@@ -28,10 +23,12 @@ from megatron.checkpoint.manifest import FileEntry, Manifest, checksum, read_man
 from megatron.checkpoint.retention import apply_retention
 from megatron.checkpoint.verify import verify_checkpoint
 from megatron.common.errors import CheckpointError
+from tests.support.kills import killed_at
+from tests.support.log_lines import LogLines
 
 pytestmark = pytest.mark.unit
 
-OPTIMIZER = optimizer_file_name(0, 0, bf16=True)
+OPTIMIZER = "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"
 WEIGHTS = "weights.bin"
 
 
@@ -39,7 +36,7 @@ def save(root: Path, step: int, mark: str = "", by: str = "training") -> Path:
     """A checkpoint of two small files, by the same calls as `save_checkpoint`."""
     final = root / tag_name(step)
     partial = root / (final.name + PARTIAL)
-    clean_leftovers(root, quiet)
+    clean_leftovers(root)
     partial.mkdir(parents=True)
     entries = {}
     for name in (WEIGHTS, OPTIMIZER):
@@ -49,10 +46,6 @@ def save(root: Path, step: int, mark: str = "", by: str = "training") -> Path:
     write_manifest(partial, Manifest(entries, {"written_by": by, "optimizer": True, "mark": mark}))
     publish(partial, final)
     return final
-
-
-def quiet(line: str) -> None:
-    pass
 
 
 def names(root: Path) -> set[str]:
@@ -104,9 +97,9 @@ def test_an_incomplete_checkpoint_is_never_passed_over_in_silence(tmp_path: Path
 def test_a_checkpoint_of_gpt_neox_is_accepted_with_a_line(tmp_path: Path) -> None:
     folder = save(tmp_path, 5)
     (folder / "manifest.json").unlink()
-    lines: list[str] = []
-    assert find_checkpoint(tmp_path, log=lines.append) == folder
-    assert "has no manifest.json" in lines[0]
+    log = LogLines()
+    assert find_checkpoint(tmp_path) == folder
+    assert "has no manifest.json" in log.lines[0]
 
 
 def test_replacing_a_step_leaves_the_new_one(tmp_path: Path) -> None:
@@ -120,7 +113,7 @@ def test_between_the_two_renames_the_old_one_is_found(tmp_path: Path) -> None:
     folder = save(tmp_path, 5)
     folder.rename(tmp_path / ("global_step5" + REPLACED))
     assert find_checkpoint(tmp_path).name == "global_step5" + REPLACED
-    clean_leftovers(tmp_path, quiet)
+    clean_leftovers(tmp_path)
     assert find_checkpoint(tmp_path) == folder
 
 
@@ -128,7 +121,7 @@ def test_left_overs_go_and_nothing_else(tmp_path: Path) -> None:
     save(tmp_path, 5)
     for name in ("global_step6.tmp", "global_step4.replaced.tmp", "notes.tmp", "tensorboard", "global_step7x"):
         (tmp_path / name).mkdir()
-    clean_leftovers(tmp_path, quiet)
+    clean_leftovers(tmp_path)
     assert names(tmp_path) == {LATEST, "global_step5", "notes.tmp", "tensorboard", "global_step7x"}
 
 
@@ -136,7 +129,7 @@ def test_keep_the_last_n(tmp_path: Path) -> None:
     root = Path(f"{tmp_path}/")  # GPT-NeoX deletes nothing when an absolute path ends in a slash
     for step in (1, 2, 10):
         save(root, step)
-        apply_retention(root, step, 2, None, quiet)
+        apply_retention(root, step, 2, None)
     assert complete_steps(tmp_path) == [2, 10]
 
 
@@ -147,7 +140,7 @@ def test_retention_spares_what_is_not_ours_to_delete(tmp_path: Path) -> None:
     save(tmp_path, 50)  # of a run that went further before the user went back to 2
     for step in (2, 3):
         save(tmp_path, step)
-        apply_retention(tmp_path, step, 1, None, quiet)
+        apply_retention(tmp_path, step, 1, None)
     assert steps_in(tmp_path) == [0, 1, 3, 50]
 
 
@@ -155,46 +148,11 @@ def test_retention_spares_what_is_not_ours_to_delete(tmp_path: Path) -> None:
 def test_optimizer_states_go_before_the_weights(tmp_path: Path, keep: int, left: list[int]) -> None:
     for step in (1, 2, 3):
         save(tmp_path, step)
-        apply_retention(tmp_path, step, None, keep, quiet)
+        apply_retention(tmp_path, step, None, keep)
     assert [step for step in (1, 2, 3) if (tmp_path / tag_name(step) / OPTIMIZER).exists()] == left
     for step in (1, 2, 3):
         assert verify_checkpoint(tmp_path / tag_name(step)) == []
         assert read_manifest(tmp_path / tag_name(step)).provenance["optimizer"] is (step in left)
-
-
-def kill_itself() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def killed_at(operation: int, work: Callable[[], None], how: Callable[[], None] = kill_itself) -> bool:
-    """Run `work` in a child that kills itself before its n-th change to the file system; True if it got that far.
-
-    With another `how` that is called there instead, and the work must come to its end.
-    """
-    child = os.fork()
-    if child == 0:
-        done = 0
-        for name in ("fsync", "rename", "replace", "unlink", "rmdir", "mkdir", "open"):
-            original = getattr(os, name)
-
-            def counted(*args: Any, _original: Any = original, **keys: Any) -> Any:
-                nonlocal done
-                done += 1
-                if done == operation:
-                    how()
-                return _original(*args, **keys)
-
-            setattr(os, name, counted)
-        try:
-            work()
-        except BaseException:
-            traceback.print_exc()
-            os._exit(2)
-        os._exit(0 if done < operation else 3)
-    _, status = os.waitpid(child, 0)
-    code = os.waitstatus_to_exitcode(status)
-    assert code in (0, 3, -signal.SIGKILL), "the work itself failed"
-    return code != 0
 
 
 def test_killed_at_every_operation_the_last_complete_one_is_found(tmp_path: Path) -> None:
@@ -202,9 +160,9 @@ def test_killed_at_every_operation_the_last_complete_one_is_found(tmp_path: Path
 
     def work(root: Path) -> None:
         save(root, 3)
-        apply_retention(root, 3, 2, 1, quiet)
+        apply_retention(root, 3, 2, 1)
         save(root, 3, "again")
-        apply_retention(root, 3, 2, 1, quiet)
+        apply_retention(root, 3, 2, 1)
 
     for step in (1, 2):
         save(tmp_path / "before", step)
@@ -216,7 +174,7 @@ def test_killed_at_every_operation_the_last_complete_one_is_found(tmp_path: Path
         assert verify_or_unlisted(found) == [], f"killed before operation {operation}"
         assert found.name.startswith(("global_step2", "global_step3"))
         manifest = read_manifest(found)
-        clean_leftovers(root, quiet)
+        clean_leftovers(root)
         assert read_manifest(find_checkpoint(root)) == manifest
         work(root)  # the next start
         assert complete_steps(root) == [2, 3]

@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from megatron.checkpoint.rank_files import FileContent
-from megatron.checkpoint.snapshot import HostCopies, tensor_bytes
+from megatron.checkpoint.rank_files import FileContent, HostCopies, tensor_bytes
 from megatron.layout import layer_files, rank_shape
 from megatron.neox_arguments import NeoXArgs
 

@@ -13,12 +13,18 @@ import pytest
 import torch
 import yaml
 
+from megatron.checkpoint.load import load_weights
 from megatron.checkpoint.manifest import read_manifest
+from megatron.checkpoint.save import save_checkpoint
+from megatron.checkpoint.state import TrainState
 from megatron.checkpoint.verify import verify_checkpoint
 from megatron.common.errors import CheckpointError
-from tests.checkpoint.test_resume import BATCH, CASE, STOP, TIED, arguments, masters, quiet, train
+from megatron.engine.build import build_inference_engine
+from megatron.parallel.process_groups import form_groups
+from tests.support.checkpoint_runs import BATCH, CASE, STOP, TIED, arguments, masters, train
 from tests.support.checkpoints import rewrite, wasted_bytes, write_weights
-from tests.support.engine_runs import batch_of, build, make_samples, rank_parameters
+from tests.support.engine_runs import batch_of, build, load, make_samples, rank_parameters
+from tests.support.log_lines import LogLines
 from tests.support.models import Case
 from tests.support.ranks import run_ranks
 
@@ -26,13 +32,11 @@ pytestmark = pytest.mark.distributed
 
 
 def _save(rank: int, world_size: int, case: Case, split: tuple, keys: dict) -> Any:
-    from megatron.checkpoint import TrainState, save_checkpoint
-
     args = arguments(case, *split, **keys)
     engine = build(args, case)
     state = TrainState(hf_files={"config.json": b"{}", "original/params.json": b"1"} if rank == 0 else {})
     train(engine, args, state, STOP)
-    save_checkpoint(engine, args, state, data_fingerprints={"toy": "1"}, log=quiet)
+    save_checkpoint(engine, args, state, data_fingerprints={"toy": "1"})
     return rank_parameters(engine).tensors
 
 
@@ -49,24 +53,21 @@ def _load_and_step(rank: int, world_size: int, case: Case, split: tuple, keys: d
     """Load with other random weights in place, look at weights and masters, and step once at lr 0."""
     from deepspeed.utils import safe_get_full_fp32_param
 
-    from megatron.checkpoint import load, load_checkpoint
-
     args = arguments(case, *split, from_scratch=False, **keys)
-    engine = build(args, case, seed=1)
+    engine: Any = build(args, case, seed=1)
     if not refresh:
-        load._refresh_masters = lambda engine: None  # the mutation that these tests must see
-    lines: list[str] = []
-    state = load_checkpoint(engine, args, log=lines.append)
+        engine.weights_changed = lambda: None  # the mutation that these tests must see
+    log = LogLines(rank)
+    state = load(engine, args)
     loaded = rank_parameters(engine).tensors
     full = {
         (index, name): safe_get_full_fp32_param(parameter)
-        for index, layer in engine.module.numbered_layers()
+        for index, layer in engine.numbered_layers()
         for name, parameter in layer.named_parameters()
     }
-    for group in engine.optimizer.param_groups:
-        group["lr"] = 0.0
-    engine.train_batch(batch_of(engine, args, make_samples(case, BATCH)).iterator)
-    return state, loaded, full, rank_parameters(engine).tensors, lines
+    engine.set_learning_rate(0.0)
+    engine.train_step(batch_of(engine, args, make_samples(case, BATCH)))
+    return state, loaded, full, rank_parameters(engine).tensors, log.lines
 
 
 @pytest.mark.parametrize("refresh", [True, False], ids=["", "mutation-stale-masters"])
@@ -95,18 +96,14 @@ def test_after_a_weights_only_load_masters_are_the_weights(saved: Any, split: tu
 
 
 def _load_weights(rank: int, world_size: int, case: Case, split: tuple, keys: dict) -> Any:
-    """Weights into a bare stage, as evaluation and generation need them."""
-    from megatron.checkpoint.load import load_weights
-    from megatron.engine.deepspeed import build_model
-    from tests.support.models import start
-
+    """Weights without an optimizer, as evaluation and generation need them."""
     args = arguments(case, *split, from_scratch=False, **keys)
-    module = build_model(args, start(args))
-    lines: list[str] = []
-    load_weights(module, args, torch.distributed.group.WORLD, lines.append)
-    copies = {f"tied {name}": p for tied in module.tied_modules.values() for name, p in tied.named_parameters()}
-    own = {(index, name): p for index, layer in module.numbered_layers() for name, p in layer.named_parameters()}
-    return {key: p.detach().clone() for key, p in {**own, **copies}.items()}, lines
+    engine = build_inference_engine(args, form_groups(args))
+    log = LogLines(rank)
+    load_weights(engine, args)
+    layers = [*engine.numbered_layers(), *engine.tied_copies()]
+    own = {(index, name): p.detach().clone() for index, layer in layers for name, p in layer.named_parameters()}
+    return own, log.lines
 
 
 def test_fp32_files_round_into_bf16_and_say_so(tmp_path: Path) -> None:
@@ -127,12 +124,12 @@ def test_a_tied_embedding_fills_both_ends_of_the_pipeline(tmp_path: Path) -> Non
     results = run_ranks(_load_weights, 4, TIED, (2, 2, 1), {"load": str(tmp_path)})
     for rank, (tensors, _) in enumerate(results):
         stored = torch.load(tmp_path / f"global_step0/layer_00-model_{rank % 2:02d}-model_states.pt", weights_only=True)
-        assert torch.equal(tensors["tied word_embeddings.weight"], stored["word_embeddings.weight"])
+        assert torch.equal(tensors[0, "word_embeddings.weight"], stored["word_embeddings.weight"])
 
 
 def _deepspeed_saves(rank: int, world_size: int, root: str) -> Any:
-    engine = build(arguments(CASE, 2, 2, 1), CASE)
-    engine.save_checkpoint(root, tag="global_step0")
+    engine: Any = build(arguments(CASE, 2, 2, 1), CASE)
+    engine.pipeline_engine.save_checkpoint(root, tag="global_step0")
     return rank_parameters(engine).tensors
 
 
@@ -149,14 +146,11 @@ def test_what_deepspeed_wrote_is_read_like_a_gpt_neox_checkpoint(tmp_path: Path)
 def _deepspeed_loads(rank: int, world_size: int, root: str, tag: str) -> Any:
     from deepspeed.pipe import PipelineModule
 
-    from megatron.engine.deepspeed_files import SafeCheckpointEngine
-
-    engine = build(arguments(CASE, 2, 2, 1, precision="bfloat16"), CASE, seed=1)
-    engine.checkpoint_engine = SafeCheckpointEngine()
+    engine: Any = build(arguments(CASE, 2, 2, 1, precision="bfloat16"), CASE, seed=1)
     engine.module.load_state_dir = PipelineModule.load_state_dir.__get__(engine.module)  # ours refuses
-    path, client = engine.load_checkpoint(root, tag=tag)
+    path, client = engine.pipeline_engine.load_checkpoint(root, tag=tag)
     assert path is not None
-    return rank_parameters(engine).tensors, masters(engine), client["iteration"], engine.global_steps
+    return rank_parameters(engine).tensors, masters(engine), client["iteration"], engine.counters.steps
 
 
 def test_deepspeed_reads_what_we_write(saved: Any) -> None:
@@ -196,7 +190,7 @@ def test_the_files_of_a_checkpoint(saved: Any) -> None:
     assert provenance["config"]["num_layers"] == 2
     assert {"torch", "deepspeed", "megatron-core"} <= provenance["versions"].keys()
     for name in layers | optimizer:
-        assert wasted_bytes(folder / name) <= 0, name
+        assert wasted_bytes(folder / name) == 0, name
 
 
 SHARD = "layer_03-model_01-model_states.pt"
@@ -292,17 +286,15 @@ REFUSALS: list[tuple[Any, dict, str]] = [
 
 def _refuse(rank: int, world_size: int, split: tuple, scenarios: list[tuple[str, dict]]) -> list[tuple[str, bool]]:
     """(message, whether weights and masters are untouched) for each (folder to load, keys)."""
-    from megatron.checkpoint import load_checkpoint
-
     keys = {"precision": "bfloat16", "from_scratch": False}
     first = arguments(CASE, *split, **keys, load="unused")
     engine = build(first, CASE, seed=1)
     before, masters_before = rank_parameters(engine).tensors, masters(engine)
     outcome = []
-    for load, more in scenarios:
-        args = arguments(CASE, *split, **(keys | {"load": load} | more))
+    for folder, more in scenarios:
+        args = arguments(CASE, *split, **(keys | {"load": folder} | more))
         try:
-            load_checkpoint(engine, args, log=quiet)
+            load(engine, args)
             message = ""
         except CheckpointError as error:
             message = str(error)

@@ -9,51 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from megatron.checkpoint import TrainState, load_checkpoint, save_checkpoint
-from tests.support.engine_runs import build, make_samples, rank_parameters, step
+from megatron.checkpoint.save import save_checkpoint
+from megatron.checkpoint.state import TrainState
+from tests.support.checkpoint_runs import CASE, STEPS, STOP, TIED, arguments, masters, resume, train
+from tests.support.engine_runs import build, rank_parameters
 from tests.support.models import Case
 from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
-
-BATCH, STEPS, STOP = 8, 4, 2
-CASE = Case(heads=4, kv_heads=2, head_dim=8, layers=2, intermediate=40, vocab=64, seq=16)
-TIED = Case(heads=4, kv_heads=2, head_dim=8, layers=2, intermediate=40, vocab=64, seq=16, tied=True)
-
-
-def arguments(case: Case, tp: int, pp: int, dp: int, **keys: Any) -> Any:
-    return case.neox(
-        model_parallel_size=tp,
-        pipe_parallel_size=pp,
-        train_micro_batch_size_per_gpu=1,
-        gradient_accumulation_steps=BATCH // dp,
-        train_iters=STEPS,
-        world_size=tp * pp * dp,
-        **keys,
-    )
-
-
-def quiet(line: str) -> None:
-    pass
-
-
-def train(engine: Any, args: Any, state: TrainState, steps: int) -> list[tuple[float, float]]:
-    samples = make_samples(CASE, BATCH * STEPS)
-    history = []
-    for _ in range(steps):
-        batch = samples[state.consumed_samples : state.consumed_samples + BATCH]
-        history.append(step(engine, args, batch, state.iteration))
-        state.iteration += 1
-        state.consumed_samples += BATCH
-    return history
-
-
-def masters(engine: Any) -> list[torch.Tensor]:
-    """This rank's part of the fp32 masters."""
-    optimizer = engine.optimizer
-    bf16 = type(optimizer).__name__ == "BF16_Optimizer"
-    groups = optimizer.fp32_groups_flat_partition if bf16 else optimizer.single_partition_of_fp32_groups
-    return [group.detach().clone() for group in groups]
 
 
 def _run_through(rank: int, world_size: int, case: Case, split: tuple, precision: str, save: str) -> Any:
@@ -61,24 +24,10 @@ def _run_through(rank: int, world_size: int, case: Case, split: tuple, precision
     engine = build(args, case)
     state = TrainState()
     history = train(engine, args, state, STOP)
-    folder = save_checkpoint(engine, args, state, data_fingerprints={"toy": "1"}, log=quiet)
+    folder = save_checkpoint(engine, args, state, data_fingerprints={"toy": "1"})
     draws = random.random(), float(torch.rand(()))
     history += train(engine, args, state, STEPS - STOP)
     return history, rank_parameters(engine).tensors, masters(engine), draws, str(folder)
-
-
-def _resume(rank: int, world_size: int, case: Case, split: tuple, precision: str, load: str) -> Any:
-    args = arguments(case, *split, precision=precision, load=load, from_scratch=False)
-    engine = build(args, case, seed=1)  # other weights: what is right afterwards comes from the files
-    random.seed(rank + 100)
-    torch.manual_seed(rank + 100)
-    lines: list[str] = []
-    state = load_checkpoint(engine, args, data_fingerprints={"toy": "2"}, log=lines.append)
-    assert state is not None
-    assert (state.iteration, state.consumed_samples, engine.global_steps) == (STOP, STOP * BATCH, STOP)
-    draws = random.random(), float(torch.rand(()))
-    history = train(engine, args, state, STEPS - STOP)
-    return history, rank_parameters(engine).tensors, masters(engine), draws, lines
 
 
 @pytest.mark.parametrize(
@@ -92,7 +41,7 @@ def _resume(rank: int, world_size: int, case: Case, split: tuple, precision: str
 def test_a_resumed_run_is_the_uninterrupted_one(case: Case, precision: str, tmp_path: Path) -> None:
     split = (2, 2, 2)
     through = run_ranks(_run_through, 8, case, split, precision, str(tmp_path))
-    resumed = run_ranks(_resume, 8, case, split, precision, f"{tmp_path}/")
+    resumed = run_ranks(resume, 8, case, split, precision, f"{tmp_path}/")
     for one, other in zip(through, resumed, strict=True):
         assert one[0][STOP:] == other[0], "losses or gradient norms"
         assert one[1].keys() == other[1].keys()

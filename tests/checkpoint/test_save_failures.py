@@ -15,29 +15,25 @@ import torch
 
 from megatron.checkpoint.discovery import LATEST, clean_leftovers, find_checkpoint
 from megatron.checkpoint.manifest import read_manifest
+from megatron.checkpoint.save import prepare_save, save_checkpoint
+from megatron.checkpoint.state import TrainState
 from megatron.checkpoint.verify import verify_checkpoint
 from megatron.common.errors import CheckpointError
-from tests.support.checkpoints import FULL_DISKS, standing_args, standing_engine
+from tests.support.checkpoints import FULL_DISKS, StandingEngine, standing_args
 from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
 
 
-def quiet(line: str) -> None:
-    pass
-
-
 def save_step(engine: Any, args: Any, step: int) -> Path:
-    from megatron.checkpoint import TrainState, save_checkpoint
-
     state = TrainState(step, 8 * step, hf_files={"config.json": b"{}"})
-    return save_checkpoint(engine, args, state, data_fingerprints={}, log=quiet)
+    return save_checkpoint(engine, args, state, data_fingerprints={})
 
 
 def _save_until_killed(rank: int, world_size: int, root: str, delay: float) -> None:
     """Every step is saved twice, so that replacing is among what is interrupted; old ones are thinned out."""
     args = standing_args(root, keep_last_n_checkpoints=2, keep_optimizer_last_n=1)
-    engine = standing_engine(args, rank, world_size)
+    engine = StandingEngine(args, rank, world_size)
     save_step(engine, args, 1)
     if rank == 0:
         Path(root, "first").touch()
@@ -68,7 +64,7 @@ def test_killed_at_ten_random_moments_of_a_save(tmp_path: Path) -> None:
         assert problems == [], f"killed after {delay:.3f} s"
         manifest = read_manifest(folder)
         assert manifest.provenance["iteration"] >= int(returned or 1)
-        clean_leftovers(root, quiet)
+        clean_leftovers(root)
         assert read_manifest(find_checkpoint(root)) == manifest
         assert not [path.name for path in root.iterdir() if path.name.endswith((".tmp", ".replaced"))]
 
@@ -76,7 +72,7 @@ def test_killed_at_ten_random_moments_of_a_save(tmp_path: Path) -> None:
 def _save_on_a_full_disk(rank: int, world_size: int, root: str, full_rank: int, limit: int) -> Any:
     """Exit code 1 with the message, as the entry points do; the same ranks save again when there is room."""
     args = standing_args(root)
-    engine = standing_engine(args, rank, world_size)
+    engine = StandingEngine(args, rank, world_size)
     save_step(engine, args, 1)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     if rank == full_rank:
@@ -110,7 +106,7 @@ def test_a_disk_that_fills_on_one_rank_stops_all_with_one_message(
 
 def _save_on_a_small_disk(rank: int, world_size: int, root: str) -> str:
     args = standing_args(root)
-    engine = standing_engine(args, rank, world_size)
+    engine = StandingEngine(args, rank, world_size)
     try:
         for step in range(1, 100):
             save_step(engine, args, step)
@@ -129,13 +125,11 @@ def test_a_file_system_without_space_keeps_the_last_checkpoint(small_disk: Path)
 
 
 def _prepare(rank: int, world_size: int, folders: list[str]) -> list[str]:
-    from megatron.checkpoint import prepare_save
-
     messages = []
     for folder in folders:
         args = standing_args(folder)
         try:
-            prepare_save(standing_engine(args, rank, world_size), args, log=quiet)
+            prepare_save(StandingEngine(args, rank, world_size), args)
             messages.append("")
         except CheckpointError as error:
             messages.append(str(error))

@@ -9,28 +9,28 @@ import pytest
 from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
-from megatron.engine.deepspeed_hooks import PHASES, run_inside, spread_what_is_not_finite
+from megatron.engine.deepspeed import reduced_gradients
+from megatron.engine.deepspeed_hooks import PHASE_OF, run_instructions_inside
 from megatron.supervision.step_timers import TIMED, WAITING
 
 pytestmark = pytest.mark.unit
 
 
 def test_every_instruction_of_the_pinned_engine_has_a_phase() -> None:
-    assert set(PHASES) == set(PipelineEngine._INSTRUCTION_MAP)
-    assert set(PHASES.values()) | {"step"} == set(TIMED)
+    assert set(PHASE_OF) == set(PipelineEngine._INSTRUCTION_MAP)
+    assert set(PHASE_OF.values()) | {"step"} == set(TIMED)
     assert set(WAITING) < set(TIMED)
 
 
 def test_an_engine_with_other_instructions_is_refused() -> None:
-    table = {kind: None for kind in PHASES if kind is not schedule.SendGrad}
+    table = {kind: None for kind in PHASE_OF if kind is not schedule.SendGrad}
     with pytest.raises(RuntimeError, match="other instructions than this project knows: SendGrad"):
-        run_inside(SimpleNamespace(_INSTRUCTION_MAP=table), lambda phase: contextlib.nullcontext())
+        run_instructions_inside(SimpleNamespace(_INSTRUCTION_MAP=table), lambda phase: contextlib.nullcontext())
 
 
 def test_an_optimizer_with_gradients_elsewhere_is_refused() -> None:
-    engine = SimpleNamespace(_INSTRUCTION_MAP=dict(PHASES), optimizer=SimpleNamespace(param_groups=[]))
     with pytest.raises(RuntimeError, match="SimpleNamespace keeps its gradients where this project does not know"):
-        spread_what_is_not_finite(engine)
+        reduced_gradients(SimpleNamespace(param_groups=[]), 0)
 
 
 def test_the_class_of_the_engine_stays_as_it_is() -> None:
@@ -48,7 +48,7 @@ def test_the_class_of_the_engine_stays_as_it_is() -> None:
 
     before = dict(PipelineEngine._INSTRUCTION_MAP)
     engine = SimpleNamespace(_INSTRUCTION_MAP={**before, schedule.LoadMicroBatch: load})
-    run_inside(engine, around)
+    run_instructions_inside(engine, around)
     engine._INSTRUCTION_MAP[schedule.LoadMicroBatch](engine, buffer_id=3)
     assert seen == ["data", "buffer 3", "end of data"]
     assert before == PipelineEngine._INSTRUCTION_MAP

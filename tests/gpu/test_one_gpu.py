@@ -22,7 +22,8 @@ from torch import Tensor
 
 from megatron import ops
 from megatron.ops.library import PACKAGED_LIBRARY
-from tests.support.models import LLAMA3_ROPE, Case, load_hugging_face
+from megatron.parallel.place import Place
+from tests.support.models import LLAMA3_ROPE, Case, fill_stage
 from tests.support.requirements import need
 from tests.support.token_files import random_documents
 
@@ -65,12 +66,13 @@ def batch() -> tuple[Tensor, Tensor]:
 
 def ours(mode: str, precision: str) -> tuple[str, list[Tensor]]:
     """What was chosen; logits, losses, gradients of the embedding and of the first norm."""
-    from megatron.engine.deepspeed import build_model
+    from megatron.engine.deepspeed_module import LlamaPipelineModule
 
-    said: list[str] = []
     args = CASE.neox(world_size=1, distributed_backend="nccl", kernels=mode, precision=precision)
-    model = build_model(args, torch.device("cuda", 0), said.append)
-    load_hugging_face(model, dict(CASE.hugging_face().state_dict()), args)
+    place = Place.of(args, 0, 0, torch.device("cuda", 0))
+    chosen = ops.configure(mode, place.device)
+    model = LlamaPipelineModule(args, place)
+    fill_stage(model, place, dict(CASE.hugging_face().state_dict()), args)
     ids, labels = (t.cuda() for t in batch())
     logits = model(ids)
     losses = model.loss_fn.token_losses(logits, labels)
@@ -79,7 +81,7 @@ def ours(mode: str, precision: str) -> tuple[str, list[Tensor]]:
     picked = [next(n for n in parameters if part in n) for part in ("word_embeddings", "input_layernorm")]
     gradients = [parameters[name].grad for name in picked]
     assert all(g is not None for g in gradients)
-    return said[0], [logits.detach(), losses.detach(), *(g for g in gradients if g is not None)]
+    return chosen, [logits.detach(), losses.detach(), *(g for g in gradients if g is not None)]
 
 
 def truth(rounded: bool) -> list[Tensor]:

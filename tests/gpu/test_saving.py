@@ -11,8 +11,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron.checkpoint import BackgroundSaver, TrainState, background, save_checkpoint
-from tests.checkpoint.test_async import file_differences
+from megatron.checkpoint import background
+from megatron.checkpoint.background import BackgroundSaver
+from megatron.checkpoint.save import save_checkpoint
+from megatron.checkpoint.state import TrainState
+from megatron.engine.build import build_engine
+from megatron.parallel.place import Place
+from tests.support.checkpoint_runs import file_differences
 from tests.support.engine_runs import make_samples, step
 from tests.support.models import Case
 from tests.support.requirements import need
@@ -41,14 +46,11 @@ def _world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.usefixtures("_world")
 @pytest.mark.parametrize("precision", ["fp32", "bfloat16"])
 def test_a_background_save_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
-    from megatron.engine.deepspeed import build_engine, build_model
-
     args = CASE.neox(
         world_size=1, distributed_backend="nccl", precision=precision, save=str(tmp_path / "sync"), checkpoint_factor=1
     )
-    model = build_model(args, torch.device("cuda", 0))
-    model.initialise_from_scratch()
-    engine = build_engine(args, model, lambda line: None)
+    engine = build_engine(args, Place.of(args, 0, 0, torch.device("cuda", 0)))
+    engine.initialize_weights()
     samples = make_samples(CASE, 4)
     step(engine, args, samples, 0)
     save_checkpoint(engine, args, TrainState(1, 4), data_fingerprints={})

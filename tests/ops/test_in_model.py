@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from megatron.ops.library import load_library
+from megatron.parallel.process_groups import form_groups
 from tests.parity import test_layout_parity, test_model_parity
 from tests.support.engine_runs import relative_difference, whole_model
-from tests.support.models import LLAMA3_ROPE, Case, gathered, load_hugging_face, start
+from tests.support.models import LLAMA3_ROPE, Case, fill_stage, gathered
 from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.kernels
@@ -44,13 +45,14 @@ def _logits_and_gradient(
     rank: int, world_size: int, case: Case, mode: str, precision: str
 ) -> tuple[str, Tensor, Tensor, Tensor]:
     """(what was chosen, logits, losses, gradient of this rank's embedding rows)."""
-    from megatron.engine.deepspeed import build_model
+    from megatron.engine.deepspeed_module import LlamaPipelineModule
+    from megatron.ops import configure
 
-    said: list[str] = []
     args = case.neox(model_parallel_size=world_size, world_size=world_size, kernels=mode, precision=precision)
-    device = start(args)
-    model = build_model(args, device, said.append)
-    load_hugging_face(model, dict(case.hugging_face().state_dict()), args)
+    place = form_groups(args)
+    chosen = configure(mode, place.device)
+    model = LlamaPipelineModule(args, place)
+    fill_stage(model, place, dict(case.hugging_face().state_dict()), args)
     ids, labels = _labels(case)
     logits = model(ids)
     losses = model.loss_fn.token_losses(logits, labels)
@@ -58,7 +60,7 @@ def _logits_and_gradient(
     embedding = next(p for name, p in model.named_parameters() if "word_embeddings" in name)
     assert embedding.grad is not None
     whole = gathered(logits.detach(), model.tensor_parallel.group)[..., : case.vocab]
-    return said[0], whole, losses.detach(), embedding.grad
+    return chosen, whole, losses.detach(), embedding.grad
 
 
 def truth(case: Case, rounded: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,7 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.models import LLAMA3_ROPE, Case, gathered, start
+from megatron.engine.build import build_engine, build_inference_engine
+from megatron.parallel.process_groups import form_groups
+from tests.support.engine_runs import load, whole_logits
+from tests.support.models import LLAMA3_ROPE, Case
 from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -69,23 +72,11 @@ def run_arguments(folder: Path, tp: int, pp: int, **more: Any) -> Any:
 def _logits(rank: int, world_size: int, folder: Path, tp: int, pp: int, ids: torch.Tensor) -> torch.Tensor | None:
     """Logits on the last stage, None on the others."""
     from megatron.checkpoint.load import load_weights
-    from megatron.engine.deepspeed import build_model
 
     args = run_arguments(folder, tp, pp)
-    device = start(args)
-    model = build_model(args, device).eval()
-    load_weights(model, args, torch.distributed.group.WORLD, log=lambda line: None)
-    with torch.no_grad():
-        if pp == 1:
-            out = model(ids)
-        elif rank < tp:
-            torch.distributed.send(model(ids), dst=rank + tp)
-            return None
-        else:
-            hidden = torch.empty(ids.shape[1], ids.shape[0], args.hidden_size)
-            torch.distributed.recv(hidden, src=rank - tp)
-            out = model(hidden)
-    return gathered(out, model.tensor_parallel.group)[..., : args.vocab_size]
+    engine = build_inference_engine(args, form_groups(args))
+    load_weights(engine, args)
+    return whole_logits(engine, args, ids)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -107,15 +98,11 @@ def test_converted_logits_equal_transformers(name: str, tied: bool, tmp_path: Pa
 
 
 def _load_and_save(rank: int, world_size: int, folder: Path, save: Path) -> None:
-    from megatron.checkpoint import load_checkpoint, save_checkpoint
-    from megatron.engine.deepspeed import build_engine, build_model
+    from megatron.checkpoint.save import save_checkpoint
 
     args = run_arguments(folder, 2, 2, save=str(save))
-    device = start(args)
-    engine = build_engine(args, build_model(args, device), log=lambda line: None)
-    state = load_checkpoint(engine, args, log=lambda line: None)
-    assert state is not None
-    save_checkpoint(engine, args, state, data_fingerprints={}, log=lambda line: None)
+    engine = build_engine(args, form_groups(args))
+    save_checkpoint(engine, args, load(engine, args), data_fingerprints={})
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
@@ -139,21 +126,19 @@ def _load_with_deepspeed(rank: int, world_size: int, folder: Path, tp: int, pp: 
     """Weights after DeepSpeed's own `load_checkpoint`, the one that GPT-NeoX calls."""
     from deepspeed.pipe import PipelineModule
 
-    from megatron.engine.deepspeed import build_inference_engine, build_model
-    from megatron.model.pipeline import LlamaPipelineModule
+    from megatron.engine.deepspeed_module import LlamaPipelineModule
 
     LlamaPipelineModule.load_state_dir = PipelineModule.load_state_dir  # this project closes that door for itself
     args = run_arguments(folder, tp, pp)
-    device = start(args)
-    engine = build_inference_engine(args, build_model(args, device))
-    path, _ = engine.load_checkpoint(
+    engine = build_inference_engine(args, form_groups(args))
+    path, _ = engine.pipeline_engine.load_checkpoint(
         str(folder), load_optimizer_states=False, load_lr_scheduler_states=False, load_module_strict=False
     )
     assert path is not None
-    assert engine.loaded_checkpoint_mp_world_size == tp
+    assert engine.pipeline_engine.loaded_checkpoint_mp_world_size == tp
     return [
         (index, name, parameter.detach().numpy().tobytes())
-        for index, layer in engine.module.numbered_layers()
+        for index, layer in engine.numbered_layers()
         for name, parameter in layer.named_parameters()
     ]
 

@@ -26,19 +26,20 @@ def _reduced_gradients(rank: int, world_size: int, split: tuple[int, int]) -> tu
     )
     engine = build(args, CASE)
     seen: list[torch.Tensor] = []
-    reduce = engine._bf16_reduce_grads
+    deepspeed = engine.pipeline_engine
+    reduce = deepspeed._bf16_reduce_grads
 
     def gradients() -> torch.Tensor:
-        return torch.cat([gradient.flatten() for gradient in engine.optimizer.get_grads_for_reduction()[0]])
+        return torch.cat([gradient.flatten() for gradient in deepspeed.optimizer.get_grads_for_reduction()[0]])
 
     def watched() -> None:
         seen.append(gradients())
         reduce()
         seen.append(gradients())
 
-    engine._bf16_reduce_grads = watched
+    deepspeed._bf16_reduce_grads = watched
     samples = make_samples(CASE, 2 * dp)
-    engine.train_batch(batch_of(engine, args, samples).iterator)
+    engine.train_step(batch_of(engine, args, samples))
     return seen[0], seen[1]
 
 

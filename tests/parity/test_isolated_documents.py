@@ -12,7 +12,8 @@ from torch import Tensor
 from megatron.data.indexed import IndexedWriter
 from megatron.data.sample import IGNORED, SampleForm
 from megatron.data.sources import RunningPack
-from tests.support.models import LLAMA3_ROPE, Case, gathered, load_hugging_face, start
+from tests.support.engine_runs import inference, whole_logits
+from tests.support.models import LLAMA3_ROPE, Case
 from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -22,15 +23,10 @@ TOLERANCE = 1e-5
 
 
 def _logits(rank: int, world_size: int, tokens: Tensor, positions: Tensor | None) -> Tensor:
-    from megatron.engine.deepspeed import build_model
-
     args = CASE.neox(model_parallel_size=world_size, world_size=world_size, isolate_documents=positions is not None)
-    device = start(args)
-    model = build_model(args, device).eval()
-    load_hugging_face(model, dict(CASE.hugging_face().state_dict()), args)
-    with torch.no_grad():
-        inputs = tokens if positions is None else (tokens, positions)
-        return gathered(model(inputs), model.tensor_parallel.group)[..., : CASE.vocab]
+    logits = whole_logits(inference(args, dict(CASE.hugging_face().state_dict())), args, tokens, positions)
+    assert logits is not None
+    return logits
 
 
 def ours(tokens: Tensor, positions: Tensor | None, tp: int = 1) -> Tensor:

@@ -67,7 +67,7 @@ def _train(rank: int, world_size: int, case: Case, split: tuple[int, int, int], 
 
             evaluate(engine, args, Samples(samples[:3]))
             evaluate(engine, args, Samples(samples[3:10]))
-    return history, rank_parameters(engine), type(engine.optimizer).__name__
+    return history, rank_parameters(engine), type(engine.pipeline_engine.optimizer).__name__
 
 
 @cache
@@ -103,7 +103,7 @@ def _recomputed(rank: int, world_size: int, recompute: int | None) -> tuple[Any,
     args = arguments(UNTIED, (1, 2, 1), recompute_layers=recompute, gradient_accumulation_steps=2)
     engine = build(args, UNTIED)
     runs: dict[int, int] = {}
-    for index, layer in engine.module.numbered_layers():
+    for index, layer in engine.numbered_layers():
         if isinstance(layer, TransformerLayer):
             layer.register_forward_pre_hook(lambda *_, i=index: runs.update({i: runs.get(i, 0) + 1}))
     return step(engine, args, make_samples(UNTIED, 4)), runs

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.support.models import LLAMA3_ROPE, Case, gathered, llama3_rope, load_hugging_face, start
+from tests.support.engine_runs import inference, whole_logits
+from tests.support.models import LLAMA3_ROPE, Case, llama3_rope
 from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -36,21 +37,19 @@ GRID = [
 
 
 def _largest_difference(rank: int, world_size: int, case: Case, mutation: str | None) -> float:
-    from megatron.engine.deepspeed import build_model
-
     reference = case.hugging_face()
     args = case.neox(model_parallel_size=world_size, world_size=world_size)
     if mutation == "rope scaling dropped":
         args = replace(case, rope=None).neox(model_parallel_size=world_size, world_size=world_size)
-    device = start(args)
-    model = build_model(args, device).eval()
     state = {name: tensor.clone() for name, tensor in reference.state_dict().items()}
-    load_hugging_face(model, _mutated(state, case, mutation), args)
+    engine = inference(args, _mutated(state, case, mutation))
     if mutation == "epsilon outside the root":
-        _epsilon_outside(model)
+        for _, layer in engine.numbered_layers():
+            _epsilon_outside(layer)
     ids = torch.randint(case.vocab, (2, case.seq), generator=torch.Generator().manual_seed(1))
+    ours = whole_logits(engine, args, ids)
+    assert ours is not None
     with torch.no_grad():
-        ours = gathered(model(ids), model.tensor_parallel.group)[..., : case.vocab]
         theirs = reference(ids).logits
     return float((ours - theirs).abs().max())
 

@@ -88,7 +88,7 @@ def _gradients(rank: int, world_size: int, micro: int, accumulation: int, sample
     )
     engine = build(args, CASE)
     step(engine, args, [{k: sample[k] for k in ("tokens", "labels", "positions")} for sample in samples])
-    inner = engine.optimizer.optimizer
+    inner = engine.pipeline_engine.optimizer.optimizer
     beta1 = args.optimizer.params.betas[0]
     return [inner.state[group["params"][0]]["exp_avg"] / (1 - beta1) for group in inner.param_groups]
 

@@ -23,9 +23,9 @@ def _stage_parameters(rank: int, world_size: int, config: str, tp: int, pp: int,
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     from megatron import layout
-    from megatron.engine.deepspeed import build_model
-    from megatron.model.pipeline import topology
+    from megatron.engine.build import build_stage
     from megatron.neox_arguments import NeoXArgs
+    from megatron.parallel.place import Place
 
     args = NeoXArgs.from_ymls(
         [config],
@@ -40,10 +40,9 @@ def _stage_parameters(rank: int, world_size: int, config: str, tp: int, pp: int,
     deepspeed.init_distributed("gloo", verbose=False)  # binds deepspeed.comm to whatever torch's default group is
     dist.destroy_process_group()
     total, disagreements = 0, []
-    topo = topology(args)
     for stage in range(pp):
         for tp_rank in range(tp):
-            me = topo.get_rank(pipe=stage, data=0, model=tp_rank)
+            me = stage * dp * tp + tp_rank
             dist.init_process_group("fake", store=FakeStore(), rank=me, world_size=tp * pp * dp)
             parallel_state.initialize_model_parallel(tp, pp, create_gloo_process_groups=False)
             ours = (
@@ -53,13 +52,13 @@ def _stage_parameters(rank: int, world_size: int, config: str, tp: int, pp: int,
             )
             if ours != (stage, 0, tp_rank):
                 disagreements.append((me, ours))
-            model = build_model(args, torch.device("meta"))
-            for index, layer in model.numbered_layers():
+            stage_module = build_stage(args, Place.of(args, me, 0, torch.device("meta")))
+            for index, layer in stage_module.numbered_layers():
                 rows = {row.neox: row for row in layout.rows_of(index, args.num_layers)}
                 for name, parameter in layer.named_parameters():
                     assert parameter.is_meta
                     assert parameter.shape == layout.rank_shape(rows[name], args.shape, tp), name
-                    if rows[name].shard_dim is not None or tp_rank == 0:
+                    if not rows[name].replicated or tp_rank == 0:
                         total += parameter.numel()
             parallel_state.destroy_model_parallel()
             dist.destroy_process_group()

@@ -140,20 +140,17 @@ SAVED = Case(heads=8, kv_heads=2, head_dim=32, layers=4, intermediate=704, vocab
 
 def _save(rank: int, world_size: int, case: Case, keys: dict[str, Any], folder: str) -> int:
     """Bytes of the checkpoint's folder."""
-    import torch
-
-    from megatron.checkpoint import TrainState, save_checkpoint
-    from megatron.engine.deepspeed import build_engine, build_model
+    from megatron.checkpoint.save import save_checkpoint
+    from megatron.checkpoint.state import TrainState
+    from megatron.engine.build import build_engine
     from megatron.parallel.process_groups import form_groups
     from tests.support.engine_runs import make_samples, step
 
     args = case.neox(world_size=world_size, save=folder, checkpoint_factor=1, **keys)
-    form_groups(args)
-    model = build_model(args, torch.device("cpu"))
-    model.initialise_from_scratch()
-    engine = build_engine(args, model, log=lambda line: None)
+    engine = build_engine(args, form_groups(args))
+    engine.initialize_weights()
     step(engine, args, make_samples(case, args.train_batch_size))
-    saved = save_checkpoint(engine, args, TrainState(iteration=1), data_fingerprints={}, log=lambda line: None)
+    saved = save_checkpoint(engine, args, TrainState(iteration=1), data_fingerprints={})
     return sum(path.stat().st_size for path in saved.rglob("*") if path.is_file())
 
 

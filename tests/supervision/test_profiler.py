@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from megatron.supervision.profiler import Request, RequestError, parse
+from megatron.supervision.profiler import ProfileRequest, RequestError, parse_request
 from tests.support.models import Case
 from tests.support.ranks import run_ranks
+from tests.support.runs import run_case
 from tests.support.token_files import random_documents
 
 pytestmark = pytest.mark.distributed
@@ -26,22 +26,18 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def _run(rank: int, world_size: int, run_keys: dict[str, Any], drop: tuple[int, str] | None = None) -> None:
     """A run of two stages; before iteration `drop[0]` the text `drop[1]` is dropped as a request."""
-    from megatron.parallel.process_groups import Place, form_groups
     from megatron.supervision import profiler
-    from megatron.trainer import run
+    from megatron.trainer.run import Run
 
     profiler.LOOK_SECONDS = 0.0
-    args = CASE.neox(world_size=world_size, kernels="reference", **run_keys)
-    place = Place(rank, world_size, rank, *form_groups(args), torch.device("cpu"))
-    train_step = run.train_step
 
-    def step(engine: Any, args: Any, batches: Any, state: Any, *rest: Any) -> float:
-        if drop and rank == 0 and state.iteration + 1 == drop[0]:
-            (Path(args.log_dir) / "profile.request").write_text(drop[1])
-        return train_step(engine, args, batches, state, *rest)
+    class Dropping(Run):
+        def train_step(self) -> None:
+            if drop and rank == 0 and self.state.iteration + 1 == drop[0]:
+                (Path(self.args.log_dir or "") / "profile.request").write_text(drop[1])
+            super().train_step()
 
-    run.train_step = step
-    run.run_training(args, place)
+    run_case(CASE, world_size, {**run_keys, "kernels": "reference"}, Dropping)
 
 
 def keys(data: str, folder: Path, **changes: Any) -> dict[str, Any]:
@@ -86,14 +82,14 @@ def test_a_trace_that_the_end_of_the_run_cuts_is_written(data: str, tmp_path: Pa
 def test_a_malformed_request_does_not_stop_the_run(data: str, tmp_path: Path) -> None:
     (code, output), _ = run_ranks(_run, 2, keys(data, tmp_path), (3, "ranks: [7]"), expect_failure=True)
     assert code == 0
-    assert "ranks is [7], expected a list of ranks from 0 to 1; the run goes on without a profile" in output
+    assert "ranks is [7], expected a list of ranks from 0 to 1; the run continues without a profile" in output
     assert (tmp_path / "profile.request.refused").read_text() == "ranks: [7]"
     assert not (tmp_path / "profile").exists()
 
 
 def test_requests() -> None:
-    assert parse("", 7, 4) == Request(7, 9, (0,))
-    assert parse("steps: 3\nranks: [0, 3]", 7, 4) == Request(7, 10, (0, 3))
+    assert parse_request("", 7, 4) == ProfileRequest(7, 9, (0,))
+    assert parse_request("steps: 3\nranks: [0, 3]", 7, 4) == ProfileRequest(7, 10, (0, 3))
 
 
 @pytest.mark.parametrize(
@@ -112,5 +108,5 @@ def test_requests() -> None:
 )
 def test_requests_that_cannot_be_followed(text: str, said: str) -> None:
     with pytest.raises(RequestError) as caught:
-        parse(text, 7, 4)
+        parse_request(text, 7, 4)
     assert said in str(caught.value)

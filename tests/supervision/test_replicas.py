@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from megatron.parallel.rank_env import node_name
-from megatron.supervision.replicas import checksum, differences
+from megatron.supervision.replicas import bit_sum, differences
 from tests.support.models import LLAMA3_ROPE, Case
 from tests.support.ranks import run_ranks
+from tests.support.runs import run_case
 from tests.support.token_files import random_documents
 
 pytestmark = pytest.mark.distributed
@@ -31,14 +32,14 @@ def test_every_bit_counts(dtype: torch.dtype) -> None:
     """Also that of the sign, of zeros, and of the last element."""
     tensor = torch.randn(7, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
     tensor[0, 0] = 0
-    before = int(checksum(tensor))
+    before = int(bit_sum(tensor))
     whole = tensor.view({4: torch.int32, 2: torch.int16}[tensor.element_size()])
     for place in (0, 17, 34):
         for bit in range(8 * tensor.element_size()):
             flipped = whole.clone()
             flipped.view(-1)[place] ^= -(2**bit) if bit == 8 * tensor.element_size() - 1 else 2**bit
-            assert int(checksum(flipped.view(dtype))) != before, (place, bit)
-    assert int(checksum(tensor.t().contiguous().t())) == before
+            assert int(bit_sum(flipped.view(dtype))) != before, (place, bit)
+    assert int(bit_sum(tensor.t().contiguous().t())) == before
 
 
 def test_the_odd_one_is_found() -> None:
@@ -50,25 +51,21 @@ def test_the_odd_one_is_found() -> None:
 
 
 def _run(rank: int, world_size: int, run_keys: dict[str, Any], flip: dict[str, Any]) -> tuple[str, list[str]]:
-    """A run in which one bit of one rank's parameter flips behind an optimizer step; (its error, guilty nodes)."""
-    from megatron.parallel.process_groups import Place, form_groups
+    """A run in which one bit of one rank's parameter flips after an optimizer step; (its error, guilty nodes)."""
     from megatron.supervision.replicas import ReplicasDifferError
-    from megatron.trainer import run
+    from megatron.trainer.run import Run
 
-    args = CASE.neox(world_size=world_size, **run_keys)
-    place = Place(rank, world_size, rank, *form_groups(args), torch.device("cpu"))
-    train_step = run.train_step
+    class Flipped(Run):
+        def train_step(self) -> None:
+            super().train_step()
+            if self.state.iteration == flip["iteration"] and rank == flip["rank"]:
+                layers = [*self.engine.numbered_layers(), *self.engine.tied_copies()]
+                named = (pair for _, layer in layers for pair in layer.named_parameters(prefix=type(layer).__name__))
+                parameter = next(p for name, p in named if flip["tensor"] in name)
+                parameter.data.view(-1)[:1].view(torch.int32).bitwise_xor_(1)
 
-    def step(engine: Any, args: Any, batches: Any, state: Any, *rest: Any) -> float:
-        loss = train_step(engine, args, batches, state, *rest)
-        if state.iteration == flip["iteration"] and rank == flip["rank"]:
-            parameter = next(p for name, p in engine.module.named_parameters() if flip["tensor"] in name)
-            parameter.data.view(-1)[:1].view(torch.int32).bitwise_xor_(1)
-        return loss
-
-    run.train_step = step
     try:
-        run.run_training(args, place)
+        run_case(CASE, world_size, run_keys, Flipped)
     except ReplicasDifferError as error:
         return str(error), error.nodes
     return "", []

@@ -17,13 +17,13 @@ pytestmark = pytest.mark.distributed
 def _exchange(rank: int, world_size: int) -> Any:
     import torch
 
-    from megatron.supervision.step_sync import exchange
+    from megatron.supervision.step_sync import synchronize_step
 
     cpu = torch.device("cpu")
-    quiet = exchange(cpu, 0, False, {})
+    quiet = synchronize_step(cpu, 0, False, {})
     times = dict.fromkeys(("step", "data", "forward", "backward", "optimizer"), 0.25 if rank == 2 else 0.125)
     times |= {"pipeline": 0.0 if rank == 1 else 0.5, "reduce": 3600.0}
-    loud = exchange(cpu, signal.SIGUSR1 if rank == 1 else 0, rank == 0, times)
+    loud = synchronize_step(cpu, signal.SIGUSR1 if rank == 1 else 0, rank == 0, times)
     return quiet, loud
 
 
@@ -46,25 +46,24 @@ def _slow_rank(rank: int, world_size: int, slow: int) -> dict[str, tuple[float, 
     """Phases of a step on TP1 x PP2 x DP2 in which one rank computes its forward passes slowly."""
     import torch
 
-    from megatron.engine.deepspeed_hooks import run_inside
     from megatron.supervision.status_store import Whereabouts
-    from megatron.supervision.step_sync import exchange
-    from megatron.supervision.step_timers import Phases
+    from megatron.supervision.step_sync import synchronize_step
+    from megatron.supervision.step_timers import StepTimers
     from tests.support.engine_runs import build, make_samples, step
 
     args = CASE.neox(world_size=world_size, pipe_parallel_size=2)
-    engine = build(args, CASE)
-    phases = Phases(Whereabouts(), torch.device("cpu"))
-    run_inside(engine, phases.during)
+    timers = StepTimers(Whereabouts(), torch.device("cpu"))
+    engine = build(args, CASE, around=timers.during)
     if rank == slow:
-        engine.module.register_forward_pre_hook(lambda *_: time.sleep(0.3))
+        _, layer = next(engine.numbered_layers())
+        layer.register_forward_pre_hook(lambda *_: time.sleep(0.3))
     for iteration in (1, 2):
-        with phases.step(iteration, first=False):
+        with timers.step(iteration, first=False):
             step(engine, args, make_samples(CASE, args.train_batch_size))
-    assert phases.whereabouts.iteration == 2
-    mine = phases.seconds()
+    assert timers.whereabouts.iteration == 2
+    mine = timers.seconds()
     assert sum(time for phase, time in mine.items() if phase != "step") == pytest.approx(mine["step"], rel=0.2)
-    return exchange(torch.device("cpu"), 0, False, mine).slowest
+    return synchronize_step(torch.device("cpu"), 0, False, mine).slowest
 
 
 @pytest.mark.parametrize("slow", [1, 2])

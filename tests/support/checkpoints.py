@@ -13,7 +13,9 @@ from megatron.checkpoint.discovery import LATEST, tag_name
 from megatron.checkpoint.layer_files import expected_files
 from megatron.checkpoint.manifest import Manifest, write_manifest
 from megatron.checkpoint.torch_files import write_tensors
+from megatron.engine.protocol import StateFile
 from megatron.layout import LlamaShape, rank_shape
+from megatron.parallel.place import Place
 
 # A rank, the most bytes of a file that it can write, and the file of the stand-in engine's save that fails there.
 FULL_DISKS = [
@@ -70,29 +72,38 @@ def rewrite(path: Path, change: Any) -> None:
     torch.save(content, path)
 
 
-def standing_engine(args: Any, rank: int, world_size: int) -> Any:
-    """What `save_checkpoint` needs of an engine, with tensor parallelism over all ranks and a toy optimizer state."""
-    layers = []
-    for rank_name, tensors in weights(args.shape, world_size).items():
-        if rank_name.endswith(f"model_{rank:02d}-model_states.pt"):
-            layers.append((int(rank_name[6:8]), _module(tensors)))
-    grid = SimpleNamespace(
-        get_slice_parallel_world_size=lambda: world_size,
-        get_slice_parallel_rank=lambda: rank,
-        get_pipe_parallel_world_size=lambda: 1,
-        get_pipe_parallel_rank=lambda: 0,
-        get_data_parallel_world_size=lambda: 1,
-        get_data_parallel_rank=lambda: 0,
-    )
-    return SimpleNamespace(
-        module=SimpleNamespace(numbered_layers=lambda: layers, mpu=lambda: grid),
-        grid=grid,
-        device=torch.device("cpu"),
-        config={},
-        bfloat16_enabled=lambda: False,
-        optimizer=SimpleNamespace(state_dict=lambda: {"exp_avg": torch.zeros(1000)}),
-        _common_checkpoint_state=lambda *a, **k: {"module": None, "lr_scheduler": None, "global_steps": 0},
-    )
+class StandingEngine:
+    """What a save needs of an engine, with tensor parallelism over all ranks and a toy optimizer state."""
+
+    def __init__(self, args: Any, rank: int, world_size: int) -> None:
+        self.place = Place(
+            rank=rank,
+            local_rank=rank,
+            device=torch.device("cpu"),
+            tp_rank=rank,
+            pp_rank=0,
+            dp_rank=0,
+            tp=world_size,
+            pp=1,
+            dp=1,
+        )
+        self._layers = [
+            (int(name[6:8]), _module(tensors))
+            for name, tensors in weights(args.shape, world_size).items()
+            if name.endswith(f"model_{rank:02d}-model_states.pt")
+        ]
+
+    def numbered_layers(self) -> list[tuple[int, nn.Module]]:
+        return self._layers
+
+    def meta_content(self) -> dict[str, Any]:
+        return {"module": None, "global_steps": 0}
+
+    def optimizer_file(self) -> StateFile:
+        return StateFile({"optimizer_state_dict": {"exp_avg": torch.zeros(1000)}, "ds_config": {}})
+
+    def optimizer_file_name(self) -> str:
+        return f"zero_pp_rank_0_mp_rank_{self.place.model_rank:02d}_optim_states.pt"
 
 
 def _module(tensors: dict[str, Tensor]) -> nn.Module:

@@ -9,8 +9,17 @@ import torch
 from torch import Tensor
 
 from megatron import layout
+from megatron.checkpoint.load import load_checkpoint
+from megatron.checkpoint.start import find_start
+from megatron.checkpoint.state import TrainState
+from megatron.engine.batches import StepBatch, assemble_step
+from megatron.engine.build import build_engine, build_inference_engine
+from megatron.engine.protocol import Around, Engine, no_phases
 from megatron.neox_arguments import NeoXArgs
-from tests.support.models import Case, load_hugging_face, start
+from megatron.parallel.collective_errors import RankGroup
+from megatron.parallel.process_groups import form_groups
+from megatron.trainer.schedule import Schedule
+from tests.support.models import Case, gathered, load_hugging_face
 
 IGNORE = -100
 
@@ -47,41 +56,44 @@ def rank_micro_batches(samples: list[dict[str, Tensor]], micro: int, dp_rank: in
     ]
 
 
-def build(args: NeoXArgs, case: Case, seed: int = 0, device: torch.device | None = None) -> Any:
+def build(args: NeoXArgs, case: Case, seed: int = 0, around: Around = no_phases, device: str = "cpu") -> Engine:
     """The engine on this rank, on the CPU unless told, with the case's random HF weights."""
-    from megatron.engine.deepspeed import build_engine, build_model
-
-    cpu = start(args)
-    model = build_model(args, device or cpu)
-    state = dict(case.hugging_face(seed).state_dict())
-    load_hugging_face(model, state, args)
-    return build_engine(args, model, log=lambda line: None)
+    engine = build_engine(args, form_groups(args, torch.device(device)), around)
+    load_hugging_face(engine, dict(case.hugging_face(seed).state_dict()), args)
+    return engine
 
 
-def step(engine: Any, args: NeoXArgs, samples: list[dict[str, Tensor]], iteration: int = 0) -> tuple[float, float]:
+def load(engine: Engine, args: NeoXArgs, data_fingerprints: dict[str, str] | None = None) -> TrainState:
+    """What a run does with `args.load`: find where to begin, and fill the engine."""
+    start = find_start(RankGroup.world(engine.place.device), args)
+    return load_checkpoint(engine, args, start, data_fingerprints=data_fingerprints)
+
+
+def inference(args: NeoXArgs, state: dict[str, Tensor]) -> Engine:
+    """An engine without optimizer on this rank, on the CPU, with whole HF weights."""
+    engine = build_inference_engine(args, form_groups(args))
+    load_hugging_face(engine, state, args)
+    return engine
+
+
+def whole_logits(engine: Engine, args: NeoXArgs, ids: Tensor, positions: Tensor | None = None) -> Tensor | None:
+    """Logits [b, s, vocab_size] on the last stage, None on the others."""
+    local = engine.logits(ids, positions)
+    return None if local is None else gathered(local, engine.groups.tensor)[..., : args.vocab_size]
+
+
+def step(engine: Engine, args: NeoXArgs, samples: list[dict[str, Tensor]], iteration: int = 0) -> tuple[float, float]:
     """One optimizer step on one global batch: (loss, gradient norm)."""
-    from megatron.trainer.learning_rate import learning_rate
-
-    for group in engine.optimizer.param_groups:
-        group["lr"] = learning_rate(args, iteration)
-    loss = float(engine.train_batch(batch_of(engine, args, samples).iterator))
-    return loss, float(engine.get_global_grad_norm())
+    engine.set_learning_rate(Schedule(args, args.train_iters or 0).learning_rate(iteration))
+    result = engine.train_step(batch_of(engine, args, samples))
+    return result.loss, result.grad_norm
 
 
-def batch_of(engine: Any, args: NeoXArgs, samples: list[dict[str, Tensor]]) -> Any:
-    from megatron.trainer.batches import assemble
-
-    micro, dp = args.train_micro_batch_size_per_gpu, args.data_parallel_size
-    reads = engine.is_first_stage() or engine.is_last_stage()
-    micro_batches = rank_micro_batches(samples, micro, engine.grid.data_parallel_id, dp) if reads else None
-    return assemble(
-        micro_batches,
-        len(samples) // (micro * dp),
-        dp,
-        counts_tokens=engine.is_last_stage() and engine.grid.get_slice_parallel_rank() == 0,
-        device=engine.device,
-        what="test",
-    )
+def batch_of(engine: Engine, args: NeoXArgs, samples: list[dict[str, Tensor]]) -> StepBatch:
+    """A global batch of `samples`, this rank's part."""
+    place, micro = engine.place, args.train_micro_batch_size_per_gpu
+    micro_batches = rank_micro_batches(samples, micro, place.dp_rank, place.dp) if place.reads_data else None
+    return assemble_step(micro_batches, len(samples) // (micro * place.dp), place, "test")
 
 
 @dataclass
@@ -93,13 +105,13 @@ class RankParameters:
     tensors: dict[tuple[int, str], Tensor]
 
 
-def rank_parameters(engine: Any) -> RankParameters:
+def rank_parameters(engine: Engine) -> RankParameters:
     return RankParameters(
-        engine.grid.get_slice_parallel_rank(),
-        engine.grid.data_parallel_id,
+        engine.place.tp_rank,
+        engine.place.dp_rank,
         {
             (index, name): parameter.detach().clone()
-            for index, layer in engine.module.numbered_layers()
+            for index, layer in engine.numbered_layers()
             for name, parameter in layer.named_parameters()
         },
     )

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from megatron import layout
+from megatron.engine.protocol import Engine, PipelineStage
 from megatron.neox_arguments import NeoXArgs
+from megatron.parallel.place import Place
 
 
 def llama3_rope(factor: float, original: int) -> tuple[tuple[str, Any], ...]:
@@ -128,25 +130,21 @@ def rank_part(row: layout.TensorLayout, sources: list[Tensor], args: NeoXArgs, t
 
 
 @torch.no_grad()
-def load_hugging_face(module: Any, state: dict[str, Tensor], args: NeoXArgs) -> None:
+def fill_stage(stage: PipelineStage, place: Place, state: dict[str, Tensor], args: NeoXArgs) -> None:
     """Copy a whole HF state dict into this rank's pipeline stage."""
-    tp, tp_rank = module.tensor_parallel.size, module.tensor_parallel.rank
-    for index, layer in module.numbered_layers():
+    for index, layer in stage.numbered_layers():
         parameters = dict(layer.named_parameters())
         for row in layout.rows_of(index, args.num_layers):
             names = [name.format(layer=index - 2) for name in row.hf]
-            part = rank_part(row, [state[name] for name in names], args, tp, tp_rank)
+            part = rank_part(row, [state[name] for name in names], args, place.tp, place.tp_rank)
             parameters.pop(row.neox).copy_(part)
         assert not parameters, parameters.keys()
-    module._synchronize_tied_weights()
 
 
-def start(args: NeoXArgs) -> torch.device:
-    """Process groups for a rank of the test harness."""
-    from megatron.parallel.process_groups import form_groups
-
-    form_groups(args)
-    return torch.device("cpu")
+def load_hugging_face(engine: Engine, state: dict[str, Tensor], args: NeoXArgs) -> None:
+    """Copy a whole HF state dict into an engine."""
+    fill_stage(engine, engine.place, state, args)
+    engine.weights_changed()
 
 
 def gathered(local: Tensor, group: Any) -> Tensor:

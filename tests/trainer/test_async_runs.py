@@ -10,23 +10,25 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from megatron.checkpoint import background, save
 from megatron.checkpoint.discovery import complete_steps, find_checkpoint, tag_name
 from megatron.checkpoint.verify import verify_checkpoint
+from megatron.engine.protocol import StepResult
 from megatron.supervision.failures import Stopped
 from megatron.supervision.signals import StopRequest
-from tests.checkpoint.test_async import Gate, file_differences
+from megatron.trainer.run import Run
+from tests.support.checkpoint_runs import Gate, file_differences
 from tests.support.models import LLAMA3_ROPE, Case
 from tests.support.ranks import run_ranks
+from tests.support.runs import metrics, run_case
 from tests.support.token_files import random_documents
-from tests.trainer.test_runs import metrics
 
 pytestmark = pytest.mark.distributed
 
@@ -55,29 +57,23 @@ def keys(data: str, folder: Path, **changes: Any) -> dict[str, Any]:
     }
 
 
-def after_each_step(what: Callable[[int], None]) -> None:
-    """Call `what(iteration)` on this rank when a step is done, before its save."""
-    from megatron.trainer import run
+def after_each_step(what: Callable[[int], None], base: type[Run] = Run) -> type[Run]:
+    """A run that calls `what(iteration)` when a step is done, before its save."""
 
-    step = run.train_step
+    class Disturbed(base):  # type: ignore[valid-type, misc]
+        def train_step(self) -> None:
+            super().train_step()
+            what(self.state.iteration)
 
-    def and_then(engine: Any, args: Any, batches: Any, state: Any, *rest: Any) -> Any:
-        result = step(engine, args, batches, state, *rest)
-        what(state.iteration)
-        return result
-
-    run.train_step = and_then
+    return Disturbed
 
 
-def _run(rank: int, world_size: int, run_keys: dict[str, Any], stop: StopRequest | None = None) -> None:
-    from megatron.parallel.process_groups import Place, form_groups
-    from megatron.trainer.run import run_training
-
+def _run(
+    rank: int, world_size: int, run_keys: dict[str, Any], run: type[Run] = Run, stop: StopRequest | None = None
+) -> None:
     random.seed(rank)  # a start from nothing has the same random states every time
     np.random.seed(rank)
-    args = CASE.neox(world_size=world_size, **run_keys)
-    pipe, data, tensor = form_groups(args)
-    run_training(args, Place(rank, world_size, rank, pipe, data, tensor, torch.device("cpu")), stop)
+    run_case(CASE, world_size, run_keys, run, stop)
 
 
 def _run_until_killed(rank: int, world_size: int, run_keys: dict[str, Any], steps: int, delay: float) -> None:
@@ -91,8 +87,7 @@ def _run_until_killed(rank: int, world_size: int, run_keys: dict[str, Any], step
             os.kill(os.getppid(), signal.SIGKILL)
             os._exit(0)
 
-    after_each_step(start_killer)
-    _run(rank, world_size, run_keys)
+    _run(rank, world_size, run_keys, after_each_step(start_killer))
 
 
 def test_ten_kills_lose_nothing_that_was_reported_and_change_nothing(data: str, tmp_path: Path) -> None:
@@ -137,8 +132,7 @@ def _run_on_a_failing_disk(rank: int, world_size: int, run_keys: dict[str, Any])
             full = iteration in (4, 8)
             resource.setrlimit(resource.RLIMIT_FSIZE, (1000 if full else limits[0], limits[1]))
 
-    after_each_step(now_and_then)
-    _run(rank, world_size, run_keys)
+    _run(rank, world_size, run_keys, after_each_step(now_and_then))
 
 
 def test_a_failed_save_is_reported_in_the_middle_and_an_error_at_the_end(data: str, tmp_path: Path) -> None:
@@ -174,14 +168,13 @@ def _run_until_stopped(rank: int, world_size: int, run_keys: dict[str, Any], at:
 
     def signal_rank(iteration: int) -> None:
         if iteration == at and rank == 1:
-            stop._note(signal.SIGUSR1, None)
+            stop.received = signal.SIGUSR1
 
     Saves.now = open_gate  # type: ignore[method-assign]
     if failing and rank == 1:
         background.CheckpointWriter.write = fail  # type: ignore[method-assign]
-    after_each_step(signal_rank)
     try:
-        _run(rank, world_size, run_keys, stop)
+        _run(rank, world_size, run_keys, after_each_step(signal_rank), stop)
     except Stopped as stopped:
         return str(stopped)
     return ""
@@ -211,19 +204,22 @@ def test_a_signal_and_the_end_wait_for_what_is_in_flight(
 
 
 def _run_until_broken(rank: int, world_size: int, run_keys: dict[str, Any]) -> None:
-    """The gradient of step 3 is not a number, while the save of step 2 waits to be written."""
-    from megatron.trainer import run
+    """The gradient norm of step 3 is not a number, while the save of step 2 waits to be written."""
     from megatron.trainer.saves import Saves
 
-    gate, finish, check = Gate(), Saves.finish, run.check_finite
+    gate, finish = Gate(), Saves.finish
 
     def open_gate(saves: Any) -> None:
         gate.open()
         finish(saves)
 
     Saves.finish = open_gate  # type: ignore[method-assign]
-    run.check_finite = lambda loss, norm, step: check(loss, float("nan") if step == 3 else norm, step)
-    _run(rank, world_size, run_keys)
+
+    class Broken(Run):
+        def judge(self, result: StepResult, iteration: int, samples: tuple[int, int]) -> None:
+            super().judge(replace(result, grad_norm=float("nan")) if iteration == 3 else result, iteration, samples)
+
+    _run(rank, world_size, run_keys, Broken)
 
 
 def test_a_run_that_stops_for_its_loss_keeps_what_was_being_written(data: str, tmp_path: Path) -> None:

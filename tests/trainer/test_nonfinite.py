@@ -11,8 +11,8 @@ import torch
 
 from tests.support.models import LLAMA3_ROPE, Case
 from tests.support.ranks import run_ranks
+from tests.support.runs import metrics, run_case, weights
 from tests.support.token_files import random_documents
-from tests.trainer.test_runs import metrics, weights
 
 pytestmark = pytest.mark.distributed
 
@@ -43,40 +43,34 @@ def keys(data: str, folder: Path, **changes: Any) -> dict[str, Any]:
 def _run(rank: int, world_size: int, run_keys: dict[str, Any], poison: dict[str, Any]) -> None:
     """A run in which the `poison`ed rank's gradients or losses are spoiled in some iterations."""
     from megatron.model.loss import GlobalMeanLoss
-    from megatron.parallel.process_groups import Place, form_groups
-    from megatron.trainer import run
+    from megatron.trainer.run import Run
 
-    args = CASE.neox(world_size=world_size, **run_keys)
-    pipe, data, tensor = form_groups(args)
-    place = Place(rank, world_size, rank, pipe, data, tensor, torch.device("cpu"))
-    state: dict[str, Any] = {}
-    build_engine, train_step = run.build_engine, run.train_step
+    class Poisoned(Run):
+        def now(self) -> bool:
+            return self.state.iteration + 1 in poison["iterations"]
 
-    def spoiled(gradient: torch.Tensor) -> torch.Tensor:
-        if state["iteration"] in poison["iterations"]:
-            gradient = gradient.clone()
-            gradient.view(-1)[0] = poison["value"]
-        return gradient
-
-    token_losses = GlobalMeanLoss.token_losses
-
-    def overflowing(self: GlobalMeanLoss, *arguments: torch.Tensor) -> torch.Tensor:
-        return token_losses(self, *arguments) + (poison["value"] if state["iteration"] in poison["iterations"] else 0.0)
-
-    def build(args: Any, model: Any, log: Any) -> Any:
-        if rank == poison.get("rank"):
+        def set_up(self) -> None:
+            super().set_up()
+            if rank != poison.get("rank"):
+                return
             if poison["where"] == "gradient":
-                next(p for n, p in model.named_parameters() if poison["tensor"] in n).register_hook(spoiled)
+                named = (pair for _, layer in self.engine.numbered_layers() for pair in layer.named_parameters())
+                next(p for name, p in named if poison["tensor"] in name).register_hook(self.spoiled)
             else:  # the loss alone: its gradient stays finite
-                GlobalMeanLoss.token_losses = overflowing
-        return build_engine(args, model, log)
+                token_losses = GlobalMeanLoss.token_losses
 
-    def step(engine: Any, args: Any, batches: Any, train_state: Any, *rest: Any) -> float:
-        state["iteration"] = train_state.iteration + 1
-        return train_step(engine, args, batches, train_state, *rest)
+                def overflowing(loss: GlobalMeanLoss, *arguments: torch.Tensor) -> torch.Tensor:
+                    return token_losses(loss, *arguments) + (poison["value"] if self.now() else 0.0)
 
-    run.build_engine, run.train_step = build, step
-    run.run_training(args, place)
+                GlobalMeanLoss.token_losses = overflowing  # type: ignore[method-assign]
+
+        def spoiled(self, gradient: torch.Tensor) -> torch.Tensor:
+            if self.now():
+                gradient = gradient.clone()
+                gradient.view(-1)[0] = poison["value"]
+            return gradient
+
+    run_case(CASE, world_size, run_keys, Poisoned)
 
 
 def everything(folder: Path, step: int) -> dict[str, Any]:
@@ -139,7 +133,7 @@ def test_a_skipped_step_leaves_no_trace(data: str, tmp_path: Path, precision: st
 
 def _quiet(rank: int, world_size: int, run_keys: dict[str, Any], poison: dict[str, Any]) -> str:
     """`_run` that gives back the message of the error which ended it."""
-    from megatron.trainer.skips import SkipLimitError
+    from megatron.engine.nonfinite import SkipLimitError
 
     try:
         _run(rank, world_size, run_keys, poison)
@@ -157,7 +151,7 @@ def test_too_many_skips_stop_on_all_ranks(data: str, tmp_path: Path) -> None:
     assert len(set(said)) == 1
     assert "iteration 5: loss" in said[0]
     assert "its samples are [32, 40)" in said[0]
-    assert "it is the 3. in a row (at most 2 are skipped, max_skipped_steps_in_a_row) and the 4. in all" in said[0]
+    assert "in a row: 3 (at most 2, max_skipped_steps_in_a_row), in total: 4 (at most 3, max_skipped_steps)" in said[0]
     assert "every replica's loss is finite: it arose in the backward pass" in said[0]
     assert not list((tmp_path / "row/checkpoints").glob("global_step*"))
 
@@ -165,20 +159,19 @@ def test_too_many_skips_stop_on_all_ranks(data: str, tmp_path: Path) -> None:
     assert set(run_ranks(_quiet, 8, first, poison | {"iterations": [1, 3, 4]})) == {""}
     second = keys(data, tmp_path / "all", train_iters=9, **bounds)
     said = run_ranks(_quiet, 8, second, poison | {"iterations": [5]})
-    assert "it is the 3. in a row" in said[0]
-    assert "the 4. in all (at most 3, max_skipped_steps)" in said[0]
+    assert "in a row: 3 (at most 2" in said[0]
+    assert "in total: 4 (at most 3, max_skipped_steps)" in said[0]
 
 
 def _mutant(rank: int, world_size: int, run_keys: dict[str, Any], poison: dict[str, Any], mutation: str) -> str:
     """`_run` without one of the two things that make every rank refuse a step; gives back the error's text."""
-    from megatron.engine import deepspeed
-    from megatron.model import loss
-    from megatron.trainer.nonfinite import SuspiciousLossError
+    from megatron.engine import deepspeed, deepspeed_module
+    from megatron.engine.nonfinite import SuspiciousLossError
 
-    if mutation == "no spreading":
-        deepspeed.spread_what_is_not_finite = lambda engine: None
+    if mutation == "no propagation":
+        deepspeed.propagate = lambda replicated, sharded: None  # type: ignore[assignment]
     else:
-        loss._spoiled_unless_finite = lambda value: value
+        deepspeed_module.poisoned = lambda loss: loss  # type: ignore[assignment]
     try:
         _run(rank, world_size, run_keys, poison)
     except SuspiciousLossError as error:
@@ -186,19 +179,19 @@ def _mutant(rank: int, world_size: int, run_keys: dict[str, Any], poison: dict[s
     return ""
 
 
-def test_without_spreading_a_nan_would_be_applied(data: str, tmp_path: Path) -> None:
+def test_without_propagation_a_nan_would_be_applied(data: str, tmp_path: Path) -> None:
     """A NaN in the second tensor-parallel rank's copy of a norm: DeepSpeed's norm does not see it."""
     poison = {"rank": 1, "where": "gradient", "tensor": "norm", "value": math.nan, "iterations": [2]}
-    for name, run, arguments in (("with", _run, ()), ("without", _mutant, ("no spreading",))):
+    for name, run, arguments in (("with", _run, ()), ("without", _mutant, ("no propagation",))):
         changes = {"pipe_parallel_size": 1, "train_iters": 2, "replica_check_interval": 0}
         run_ranks(run, 2, keys(data, tmp_path / name, **changes), poison, *arguments)
         assert metrics(tmp_path / name, "train/skipped_steps")[2] == (1 if name == "with" else 0)
 
 
-def test_without_spoiling_an_infinite_loss_would_be_applied(data: str, tmp_path: Path) -> None:
+def test_without_poison_an_infinite_loss_would_be_applied(data: str, tmp_path: Path) -> None:
     poison = {"rank": 0, "where": "loss", "value": math.inf, "iterations": [2]}
     one = {"pipe_parallel_size": 1, "model_parallel_size": 1}
-    said = run_ranks(_mutant, 1, keys(data, tmp_path, **one), poison, "no spoiling")
+    said = run_ranks(_mutant, 1, keys(data, tmp_path, **one), poison, "no poison")
     assert said[0].startswith("iteration 2: loss inf, gradient norm 1.1"), "the engine has applied it; the run stops"
 
 

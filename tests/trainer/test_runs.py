@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 
 from tests.support.models import LLAMA3_ROPE, Case
 from tests.support.ranks import run_ranks
+from tests.support.runs import metrics, run_case, weights
 
 pytestmark = pytest.mark.distributed
 
@@ -59,41 +59,22 @@ def keys(data: dict[str, str], folder: Path, **changes: Any) -> dict[str, Any]:
 
 
 def _run(rank: int, world_size: int, run_keys: dict[str, Any]) -> None:
-    from megatron.parallel.process_groups import Place, form_groups
-    from megatron.trainer.run import run_training
-
-    args = CASE.neox(world_size=world_size, **run_keys)
-    pipe, data, tensor = form_groups(args)
-    run_training(args, Place(rank, world_size, rank, pipe, data, tensor, torch.device("cpu")))
+    run_case(CASE, world_size, run_keys)
 
 
 def _forward_losses(rank: int, world_size: int, run_keys: dict[str, Any]) -> dict[str, float]:
     """Validation losses of a saved checkpoint, on however many ranks."""
-    import torch.distributed as dist
-
     from megatron.checkpoint.load import load_weights
-    from megatron.data import build_datasets
-    from megatron.engine.deepspeed import build_inference_engine, build_model
+    from megatron.data.build import build_datasets
+    from megatron.engine.build import build_inference_engine
     from megatron.evaluation.perplexity import evaluate_all
     from megatron.parallel.process_groups import form_groups
 
     args = CASE.neox(world_size=world_size, **run_keys)
-    form_groups(args)
-    model = build_model(args, torch.device("cpu"))
-    load_weights(model, args, dist.group.WORLD, log=lambda line: None)
-    results = evaluate_all(build_inference_engine(args, model), args, build_datasets(args).valid)
+    engine = build_inference_engine(args, form_groups(args))
+    load_weights(engine, args)
+    results = evaluate_all(engine, args, build_datasets(args).valid)
     return {name: result.loss for name, result in results.items()}
-
-
-def metrics(folder: Path, key: str) -> dict[int, float]:
-    records = [json.loads(line) for line in (folder / "log/metrics.jsonl").read_text().splitlines()]
-    return {r["iteration"]: r[key] for r in records if key in r}
-
-
-def weights(folder: Path, step: int) -> dict[str, Any]:
-    files = sorted((folder / f"checkpoints/global_step{step}").glob("layer_*.pt"))
-    assert files
-    return {f"{file.name}:{name}": tensor for file in files for name, tensor in torch.load(file).items()}
 
 
 @pytest.fixture(scope="module")
@@ -158,28 +139,3 @@ def test_two_pipelines_start_from_the_same_weights(data: dict[str, str], tmp_pat
         run_ranks(_run, world_size, run_keys)
         losses.append(metrics(tmp_path / name, "train/lm_loss")[1])
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
-
-
-def _greedy(rank: int, world_size: int, prompt: list[int], tokens: int) -> tuple[list[int], bool]:
-    from megatron.engine.deepspeed import build_inference_engine, build_model
-    from megatron.generation.text import continue_text
-    from megatron.parallel.process_groups import form_groups
-    from tests.support.models import load_hugging_face
-
-    args = CASE.neox(world_size=world_size, maximum_tokens=tokens, **SPLIT)
-    form_groups(args)
-    model = build_model(args, torch.device("cpu"))
-    load_hugging_face(model, dict(CASE.hugging_face().state_dict()), args)
-    engine = build_inference_engine(args, model)
-    return continue_text(engine, args, prompt, eod=CASE.vocab, generator=torch.Generator())
-
-
-def test_greedy_generation_equals_transformers() -> None:
-    prompt, count = [5, 17, 80], 9
-    reference = CASE.hugging_face()
-    ids = torch.tensor([prompt])
-    expected = reference.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, eos_token_id=None
-    )[0, len(prompt) :].tolist()
-    results = run_ranks(_greedy, 4, prompt, count)
-    assert results == [(expected, False)] * 4

@@ -11,19 +11,20 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron import layout
-from megatron.engine.deepspeed import build_model
-from megatron.model.pipeline import LlamaPipelineModule, topology
+from megatron.engine.build import build_stage
 from megatron.neox_arguments import NeoXArgs
+from megatron.parallel.place import Place
 from megatron.parallel.process_groups import form_groups
 
 
@@ -49,54 +50,46 @@ def true_stages(args: NeoXArgs) -> list[Stage]:
 
 def _stage(args: NeoXArgs, stage: int) -> Stage:
     tp = args.model_parallel_size
-    with _rank(args, stage, tensor=0):
-        model = build_model(args, torch.device("meta"))
-        shapes = _shapes(model)
+    with _rank(args, stage, tensor=0) as place:
+        model = build_stage(args, place)
+        shapes, copies = _shapes(model.numbered_layers()), _shapes(model.tied_copies())
         found = Stage(
             layers=model.stage_layers(stage),
-            parameters=sum(parameter.numel() for parameter in model.parameters()),
+            parameters=sum(shape.numel() for shape in [*shapes.values(), *copies.values()]),
             parameters_total=_whole(args, shapes, stage),
         )
     if tp > 1 and stage in (0, args.pipe_parallel_size - 1):
-        with _rank(args, stage, tensor=tp - 1):
-            if _shapes(build_model(args, torch.device("meta"))) != shapes:
+        with _rank(args, stage, tensor=tp - 1) as place:
+            if _shapes(build_stage(args, place).numbered_layers()) != shapes:
                 raise StageMismatchError(f"stage {stage}: tensor-parallel ranks 0 and {tp - 1} hold different shapes")
     return found
 
 
-def _shapes(model: LlamaPipelineModule) -> dict[tuple[int, str], torch.Size]:
-    return {
-        (index, name): parameter.shape
-        for index, layer in model.numbered_layers()
-        for name, parameter in layer.named_parameters()
-    }
+def _shapes(layers: Iterable[tuple[int, nn.Module]]) -> dict[tuple[int, str], torch.Size]:
+    return {(index, name): parameter.shape for index, layer in layers for name, parameter in layer.named_parameters()}
 
 
 def _whole(args: NeoXArgs, shapes: dict[tuple[int, str], torch.Size], stage: int) -> int:
     total = 0
     for (index, name), shape in shapes.items():
-        # the last stage's copy of a tied embedding stands where another model has its head
-        copy = args.shape.tied and index == layout.head_index(args.num_layers)
-        rows = layout.EMBEDDING if copy else layout.rows_of(index, args.num_layers)
-        row = next((row for row in rows if row.neox == name), None)
+        row = next((row for row in layout.rows_of(index, args.num_layers) if row.neox == name), None)
         expected = row and layout.rank_shape(row, args.shape, args.model_parallel_size)
         if row is None or shape != expected:
             raise StageMismatchError(f"stage {stage}, layer {index}: {name} is {tuple(shape)}, not {expected}")
-        total += 0 if copy else shape.numel() * (1 if row.shard_dim is None else args.model_parallel_size)
+        total += shape.numel() * (1 if row.replicated else args.model_parallel_size)
     return total
 
 
 @contextmanager
-def _rank(args: NeoXArgs, stage: int, tensor: int) -> Iterator[None]:
+def _rank(args: NeoXArgs, stage: int, tensor: int) -> Iterator[Place]:
     """This process as one rank of the whole world, which answers every collective at once."""
-    rank = topology(args).get_rank(pipe=stage, data=0, model=tensor)
+    rank = stage * args.data_parallel_size * args.model_parallel_size + tensor
     excepthook = sys.excepthook  # torch's would put this rank's number before every line of a traceback
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=args.global_num_gpus)
     local_rank = os.environ.get("LOCAL_RANK")
     os.environ["LOCAL_RANK"] = "0"  # DeepSpeed's pipeline module reads it
     try:
-        form_groups(args)
-        yield
+        yield form_groups(args, torch.device("meta"))
     finally:
         if local_rank is None:
             del os.environ["LOCAL_RANK"]

@@ -120,7 +120,7 @@ def open_folder(path: Path, names: list[str], options: Options) -> Checkpoint:
 
 def _tag_folder(path: Path) -> Path:
     try:
-        return find_checkpoint(path, log=lambda line: None)
+        return find_checkpoint(path)
     except (CheckpointError, UnicodeDecodeError) as error:
         raise ConvertError(f"{path / LATEST}: {error}") from None
 

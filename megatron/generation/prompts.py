@@ -1,60 +1,32 @@
-"""What `eval.py` and `generate.py` do on every rank: load weights, run the pipeline forward, report."""
+"""What `generate.py` does on every rank: load a checkpoint, continue every prompt, write JSON lines."""
 
 from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from megatron.checkpoint.load import load_weights
 from megatron.common.errors import UserError
-from megatron.data import build_datasets
-from megatron.engine.deepspeed import build_inference_engine, build_model
-from megatron.engine.deepspeed_hooks import run_inside
-from megatron.evaluation.perplexity import evaluate_all
+from megatron.common.log import log_on_rank_0
+from megatron.engine.build import build_inference_engine
 from megatron.generation.text import continue_text
 from megatron.neox_arguments import NeoXArgs
-from megatron.parallel.process_groups import Place, initialize
+from megatron.parallel.place import Place
+from megatron.parallel.process_groups import initialize
 from megatron.supervision.status_store import Whereabouts
-from megatron.supervision.step_timers import Phases
+from megatron.supervision.step_timers import StepTimers
 from megatron.supervision.watchdog import Watchdog
 from megatron.tokenizer import build_tokenizer
-
-
-def evaluate_checkpoint(args: NeoXArgs) -> None:
-    """Validation loss and perplexity of every source, over the whole set, printed and written as JSON."""
-    place = initialize(args)
-    with Watchdog(args, place) as watchdog:
-        datasets = build_datasets(args)
-        engine, folder = _loaded_engine(args, place, watchdog.whereabouts)
-        results = evaluate_all(engine, args, datasets.valid)
-    if place.rank != 0:
-        return
-    for name, result in results.items():
-        print(
-            f"{name} | loss {result.loss:.6f} | perplexity {result.perplexity:.3f} | "
-            f"{result.learned_tokens} tokens in {result.samples} samples"
-        )
-    report = {
-        "checkpoint": str(folder),
-        "precision": args.precision,
-        "results": {name: {**asdict(r), "perplexity": r.perplexity} for name, r in results.items()},
-    }
-    path = Path(f"{args.eval_results_prefix}eval_results.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"written to {path}")
 
 
 def generate_text(args: NeoXArgs) -> None:
     """Continue every prompt (or start from the beginning-of-text token); JSON lines with GPT-NeoX's fields."""
     place = initialize(args)
+    log_on_rank_0(place.rank)
     with Watchdog(args, place) as watchdog:
         records = _continuations(args, place, watchdog.whereabouts)
     if place.rank == 0:
@@ -65,7 +37,8 @@ def _continuations(args: NeoXArgs, place: Place, whereabouts: Whereabouts) -> li
     assert args.vocab_file is not None  # checked with the configuration
     tokenizer = build_tokenizer(args.tokenizer_type, args.vocab_file)
     prompts = _prompts(args)
-    engine, _ = _loaded_engine(args, place, whereabouts)
+    engine = build_inference_engine(args, place, StepTimers(whereabouts, place.device).during)
+    load_weights(engine, args)
     generator = torch.Generator().manual_seed(args.seed)
     records = []
     for prompt in prompts:
@@ -83,16 +56,6 @@ def _continuations(args: NeoXArgs, place: Place, whereabouts: Whereabouts) -> li
             }
         )
     return records
-
-
-def _loaded_engine(args: NeoXArgs, place: Place, whereabouts: Whereabouts) -> tuple[PipelineEngine, Path]:
-    model = build_model(args, place.device)
-    world = dist.group.WORLD
-    assert world is not None
-    folder = load_weights(model, args, world)
-    engine = build_inference_engine(args, model)
-    run_inside(engine, Phases(whereabouts, place.device).during)  # progress, for the watchdog
-    return engine, folder
 
 
 def _prompts(args: NeoXArgs) -> list[str]:

@@ -1,17 +1,13 @@
-"""Checks that stop a run which cannot be right before it costs node-hours."""
+"""The guard against a continued run that starts as a random model."""
 
 from __future__ import annotations
 
 import math
 
-from megatron.common.errors import UserError
+from megatron.engine.nonfinite import SuspiciousLossError
 from megatron.neox_arguments import NeoXArgs
 
 MARGIN_NATS = 2.0
-
-
-class SuspiciousLossError(UserError):
-    """A continued run starts at the loss of a random model, or a loss is not a number."""
 
 
 def check_initial_loss(loss: float, args: NeoXArgs) -> None:
@@ -27,14 +23,5 @@ def check_initial_loss(loss: float, args: NeoXArgs) -> None:
         f"ln({args.vocab_size}) = {math.log(args.vocab_size):.2f}, and more than {limit:.2f} is not a trained Llama. "
         "Likely: a checkpoint converted with another packing, a wrong rms_norm_epsilon, rope_scaling or tokenizer. "
         "Compare it with its source: python tools/convert_hf verify HF_DIR NEOX_DIR --forward. "
-        "If the loss is right (another language, unusual text), go on with --allow-high-initial-loss true"
+        "If the loss is right (another language, unusual text), rerun with --allow-high-initial-loss true"
     )
-
-
-def check_finite(loss: float, grad_norm: float, iteration: int) -> None:
-    """Stop at the first loss or gradient that is not a number; the last checkpoint is before it."""
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        raise SuspiciousLossError(
-            f"iteration {iteration}: loss {loss}, gradient norm {grad_norm}. The run stops before it saves broken "
-            "weights; resume from the last checkpoint with a lower learning rate or other data"
-        )

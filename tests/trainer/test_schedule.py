@@ -2,7 +2,8 @@
 
 import pytest
 
-from megatron.trainer.learning_rate import learning_rate
+from megatron.neox_arguments import NeoXArgs
+from megatron.trainer.schedule import Schedule
 from tests.support.models import Case
 
 pytestmark = pytest.mark.unit
@@ -10,7 +11,11 @@ pytestmark = pytest.mark.unit
 PEAK, FLOOR = 1e-3, 1e-4
 
 
-def args(**keys: object) -> object:
+def learning_rate(args: NeoXArgs, iteration: int) -> float:
+    return Schedule(args, 1100).learning_rate(iteration)
+
+
+def args(**keys: object) -> NeoXArgs:
     defaults = {"train_iters": 1100, "warmup": 0.1, "lr_decay_iters": 1000, "min_lr": FLOOR, "world_size": 1}
     return Case().neox(**(defaults | keys))
 

@@ -1,0 +1,63 @@
+"""The micro-batches of one engine call, with the weight of their losses known before the forward.
+
+Only the first stage reads tokens and only the last reads labels, but every rank must learn how many tokens of the
+global batch have a target: the last stage's data-parallel replicas count theirs and all ranks add them up. A batch
+without a target is refused on all ranks at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron.common.errors import UserError
+from megatron.model.loss import IGNORE_INDEX, step_weight
+from megatron.parallel.place import Place
+
+MicroBatch = Mapping[str, Tensor]
+"""tokens and labels [b, s], and positions [b, s] where documents are isolated."""
+
+
+class EmptyBatchError(UserError):
+    """No token of the global batch carries a target."""
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """One call of an engine on this rank.
+
+    `micro_batches` are this data-parallel rank's, None on stages that read no data. Each loss, summed over the learned
+    tokens of its micro-batch, is multiplied by `weight` (fp32 []), so that the mean over all micro-batches of the
+    global batch is the mean over its learned tokens.
+    """
+
+    micro_batches: list[MicroBatch] | None
+    num_micro_batches: int
+    learned_tokens: int
+    weight: Tensor
+
+
+def assemble_step(micro_batches: list[MicroBatch] | None, num_micro_batches: int, place: Place, what: str) -> StepBatch:
+    """Count the global batch's learned tokens and derive the weight of its losses. Collective over all ranks.
+
+    Args:
+        micro_batches: this rank's part, or None on stages that read no data.
+        num_micro_batches: of one data-parallel rank.
+        what: names the batch in the error, e.g. "training step 12".
+    """
+    learned = torch.zeros((), dtype=torch.int64, device=place.device)
+    if place.counts_tokens:
+        assert micro_batches is not None
+        learned += sum(int(batch["labels"].ne(IGNORE_INDEX).sum()) for batch in micro_batches)
+    dist.all_reduce(learned)
+    total = int(learned)
+    if total == 0:
+        raise EmptyBatchError(
+            f"{what}: no token of the global batch has a target (every label is {IGNORE_INDEX}). "
+            "Check the label files and masks of this part of the data"
+        )
+    return StepBatch(micro_batches, num_micro_batches, total, step_weight(total, num_micro_batches * place.dp))

@@ -1,0 +1,32 @@
+"""Which engine a configuration asks for. DeepSpeed is imported when it is built, not before."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from megatron.engine.protocol import Around, Engine, PipelineStage, no_phases
+
+if TYPE_CHECKING:
+    from megatron.neox_arguments import NeoXArgs
+    from megatron.parallel.place import Place
+
+
+def build_engine(args: NeoXArgs, place: Place, around: Around = no_phases) -> Engine:
+    """The engine of a training run; its weights are not initialised. Collective."""
+    from megatron.engine.deepspeed import DeepSpeedEngine
+
+    return DeepSpeedEngine.for_training(args, place, around)
+
+
+def build_inference_engine(args: NeoXArgs, place: Place, around: Around = no_phases) -> Engine:
+    """The same pipeline without an optimizer, for evaluation and generation. Collective."""
+    from megatron.engine.deepspeed import DeepSpeedEngine
+
+    return DeepSpeedEngine.for_inference(args, place, around)
+
+
+def build_stage(args: NeoXArgs, place: Place) -> PipelineStage:
+    """This rank's part of the model alone, on `place.device`; torch's "meta" device takes no memory. Collective."""
+    from megatron.engine.deepspeed_module import LlamaPipelineModule
+
+    return LlamaPipelineModule(args, place)

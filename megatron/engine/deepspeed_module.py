@@ -1,0 +1,148 @@
+"""The numbered layers of the decoder as a DeepSpeed pipeline module, one stage a rank."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from megatron.core import parallel_state
+from torch import Tensor, nn
+
+from megatron import layout
+from megatron.engine.nonfinite import poisoned
+from megatron.engine.optimizer import rows_of_parameters
+from megatron.model.initialize import initialise
+from megatron.model.llama import TransformerLayer
+from megatron.model.loss import GlobalMeanLoss
+from megatron.model.parallel import TensorParallel
+from megatron.model.pipeline import PARAMETER_DTYPES, Layer, llama_layers
+from megatron.neox_arguments import NeoXArgs
+from megatron.parallel.place import Place
+
+
+def connect(args: NeoXArgs, place: Place) -> PipeModelDataParallelTopology:
+    """DeepSpeed's communication within an initialised world, and its topology of the ranks.
+
+    Pipeline outermost, then data, tensor innermost, as in megatron-core's `tp-dp-pp`. RuntimeError if DeepSpeed gives
+    this rank other coordinates than `place`.
+    """
+    # DeepSpeed would compile a shared-memory backend for the CPU here: 46 s, and a traceback without a compiler.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(args.distributed_backend, auto_mpi_discovery=False, verbose=False)
+    topology = PipeModelDataParallelTopology(num_pp=place.pp, num_mp=place.tp, num_dp=place.dp)
+    coordinate = topology.get_coord(place.rank)
+    theirs = (coordinate.pipe, coordinate.data, coordinate.model)
+    ours = (place.pp_rank, place.dp_rank, place.tp_rank)
+    if ours != theirs:
+        raise RuntimeError(f"rank {place.rank} is (pipe, data, tensor) {ours} here and {theirs} for DeepSpeed")
+    return topology
+
+
+class LlamaPipelineModule(PipelineModule):
+    """This rank's pipeline stage, with its tensor-parallel part of every layer.
+
+    Parameters are allocated on `place.device` (torch's "meta" plans without memory) and not initialised. Each is marked
+    as replicated or sharded over tensor-parallel ranks as the layout table says: DeepSpeed's gradient norm counts a
+    replicated one once.
+    """
+
+    def __init__(self, args: NeoXArgs, place: Place) -> None:
+        topology = connect(args, place)
+        self.args, self.place = args, place
+        self.tensor_parallel = TensorParallel(
+            parallel_state.get_tensor_model_parallel_group(), PARAMETER_DTYPES[args.precision]
+        )
+        # The base class prints its partition.
+        with torch.device(place.device), contextlib.redirect_stdout(io.StringIO()):
+            super().__init__(
+                layers=[_spec(layer) for layer in llama_layers(args, self.tensor_parallel)],
+                topology=topology,
+                loss_fn=_PoisonedLoss(self.tensor_parallel.group, args.vocab_size),
+                partition_method=args.pipe_partition_method,
+                activation_checkpoint_interval=1 if args.checkpoint_activations else 0,
+                checkpointable_layers=[TransformerLayer.__name__],
+            )
+        for parameter, row in self.parameter_rows():
+            parameter.tensor_model_parallel = not row.replicated  # type: ignore[attr-defined]
+
+    def to(self, *args: Any, **kwargs: Any) -> LlamaPipelineModule:
+        # The base class moves itself to the accelerator at the end of __init__, which meta tensors refuse.
+        if next(self.parameters()).is_meta:
+            return self
+        return super().to(*args, **kwargs)
+
+    def _is_checkpointable(self, funcs: list[Any]) -> bool:
+        """DeepSpeed's question, layer by layer: is this one recomputed?
+
+        The first `recompute_layers` decoder layers of the stage are. Their backward passes come last, when the layers
+        that are stored have given their memory back.
+        """
+        if not super()._is_checkpointable(funcs):
+            return False
+        decoder = [layer for layer in self.forward_funcs if isinstance(layer, TransformerLayer)]
+        return funcs[0] in decoder[: self.args.recompute_layers]
+
+    def numbered_layers(self) -> Iterator[tuple[int, nn.Module]]:
+        """(layer file number, module) of every layer with parameters that this stage owns.
+
+        The last stage's copy of a tied embedding has no file of its own: it follows the first stage's.
+        """
+        for offset, layer in enumerate(self.forward_funcs):
+            if isinstance(layer, nn.Module):
+                yield self._local_start + offset, layer
+
+    def tied_copies(self) -> Iterator[tuple[int, nn.Module]]:
+        """(number of the file that holds it, module) of a tied embedding that another stage owns."""
+        own = {id(layer) for _, layer in self.numbered_layers()}
+        for tied in self.tied_modules.values():
+            if id(tied) not in own:
+                yield layout.EMBEDDING_INDEX, tied
+
+    def parameter_rows(self) -> list[tuple[nn.Parameter, layout.TensorLayout]]:
+        """Every parameter of this rank with its row of the layout table."""
+        return rows_of_parameters([*self.numbered_layers(), *self.tied_copies()], self.args.num_layers)
+
+    def load_state_dir(self, load_dir: str, checkpoint_engine: Any, strict: bool = True) -> None:
+        """Refused: DeepSpeed's loader gives a rank another rank's shard where one is missing, without a word."""
+        raise NotImplementedError("layer files are read by megatron.checkpoint.load, not by the engine")
+
+    def stage_layers(self, stage: int) -> range:
+        """Layer numbers of a stage."""
+        return range(self.parts[stage], self.parts[stage + 1])
+
+    def initialize_weights(self) -> None:
+        """Draw all weights; the same model for every TP x PP x DP split."""
+        initialise(self.numbered_layers(), self.args, self.tensor_parallel.size, self.tensor_parallel.rank)
+        self.synchronize_tied()
+
+    def synchronize_tied(self) -> None:
+        """Give the last stage's copy of a tied embedding the first stage's values. Collective."""
+        self._synchronize_tied_weights()
+
+
+class _PoisonedLoss(GlobalMeanLoss):
+    """A training loss that is not finite shows in its gradients."""
+
+    def __call__(self, logits: Tensor, targets: tuple[Tensor, Tensor]) -> Tensor:
+        loss = super().__call__(logits, targets)
+        return poisoned(loss) if loss.requires_grad else loss
+
+
+def _spec(layer: Layer) -> Any:
+    if layer.shares is not None:
+        return TiedLayerSpec(
+            layer.shares,
+            layer.build,
+            *layer.arguments,
+            forward_fn=layer.function,
+            tied_weight_attr=["word_embeddings.weight"],
+        )
+    if layer.build is None:
+        return layer.function
+    return LayerSpec(layer.build, *layer.arguments)

@@ -1,0 +1,109 @@
+"""A step whose loss or gradient is not finite: what becomes of it, from the loss to the end of the run.
+
+1. **Poison.** An overflow in the loss alone leaves gradients that look right. `poisoned` turns them into NaN, so that
+   the gradients alone decide, on all ranks alike and without asking before the optimizer.
+2. **Propagate.** An engine decides by the norm of all gradients, which counts a parameter that tensor-parallel ranks
+   replicate on the first of them alone. A NaN in another rank's copy (a faulty GPU: the others' copies are right) would
+   be applied. `propagate` carries it into that rank's sharded gradients, which the norm counts.
+3. **Refuse.** The engine leaves weights, moments and step count as they are; `StepResult.applied` says so.
+4. **Count.** `report_skipped` names the samples and the replica, and ends the run past a bound.
+5. **Stop.** `check_finite` ends the run if a step that was applied reports a loss or norm that is not finite: then one
+   of the above has failed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron.common.errors import UserError
+from megatron.engine.protocol import StepResult
+from megatron.parallel.place import Place
+
+
+class SuspiciousLossError(UserError):
+    """A continued run starts at the loss of a random model, or a loss is not a number."""
+
+
+class SkipLimitError(SuspiciousLossError):
+    """More optimizer steps had a loss or gradient that is not finite than the configuration allows."""
+
+
+def poisoned(loss: Tensor) -> Tensor:
+    """The same loss, with gradients that are NaN if it is not finite."""
+    return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
+
+
+@torch.no_grad()
+def propagate(replicated: Sequence[Tensor], sharded: Sequence[Tensor]) -> None:
+    """Make this rank's sharded gradients NaN if one of its replicated gradients is not finite.
+
+    No rank asks another, and nothing waits for the GPU.
+    """
+    if not replicated or not sharded:
+        return
+    finite = torch.stack([gradient.isfinite().all() for gradient in replicated]).all()
+    factor = torch.where(finite, 1.0, torch.nan)
+    for gradient in sharded:
+        gradient.view(-1)[:1].mul_(factor)
+
+
+@dataclass(frozen=True)
+class SkipLimits:
+    """How many steps may be skipped before a run stops."""
+
+    in_a_row: int
+    total: int
+
+
+def report_skipped(
+    result: StepResult,
+    place: Place,
+    iteration: int,
+    samples: tuple[int, int],
+    in_a_row: int,
+    total: int,
+    limits: SkipLimits,
+) -> str:
+    """The log line for a step that was not applied, on `samples` [first, end). Collective.
+
+    `in_a_row` and `total` count this step. Raises SkipLimitError on all ranks when there are too many.
+    """
+    what = (
+        f"iteration {iteration}: loss {result.loss}, gradient norm not finite ({_origin(result, place)}); its samples "
+        f"are [{samples[0]}, {samples[1]})"
+    )
+    if in_a_row > limits.in_a_row or total > limits.total:
+        raise SkipLimitError(
+            f"{what}. The update is not applied, and the run stops: skipped steps in a row: {in_a_row} (at most "
+            f"{limits.in_a_row}, max_skipped_steps_in_a_row), in total: {total} (at most {limits.total}, "
+            f"max_skipped_steps). If the data are to blame, continue from the last checkpoint with skip_sample_ranges; "
+            f"if it is always the same replica, exclude its node; otherwise lower the learning rate"
+        )
+    return f"{what}. The update is skipped, weights and optimizer are unchanged; {in_a_row} in a row, {total} in total"
+
+
+def _origin(result: StepResult, place: Place) -> str:
+    """Which data-parallel replicas computed a loss that is not finite. Collective."""
+    own = result.replica_loss
+    broken = place.dp_rank if own is not None and not math.isfinite(own) else None
+    by_rank: list[int | None] = [None] * place.world_size
+    dist.all_gather_object(by_rank, broken)
+    replicas = sorted({replica for replica in by_rank if replica is not None})
+    if not replicas:
+        return "every replica's loss is finite: it arose in the backward pass"
+    return f"not finite in replica {', '.join(map(str, replicas))} of {place.dp} data-parallel replicas"
+
+
+def check_finite(result: StepResult, iteration: int) -> None:
+    """Stop at a loss or norm that is not finite although the step was applied; the last checkpoint is before it."""
+    if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
+        raise SuspiciousLossError(
+            f"iteration {iteration}: loss {result.loss}, gradient norm {result.grad_norm}. The run stops before it "
+            "saves broken weights; resume from the last checkpoint with a lower learning rate or other data"
+        )

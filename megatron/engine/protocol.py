@@ -1,0 +1,136 @@
+"""The seam: all that trainer, evaluation, generation, checkpoint and supervision see of an engine.
+
+An engine owns this rank's pipeline stage, moves micro-batches through the pipeline, reduces gradients and applies the
+optimizer. It is built by `megatron.engine.build` with weights that are not initialised: fill them from a checkpoint or
+with `initialize_weights`, and call `weights_changed` after writing to a parameter.
+
+All methods but the properties, `numbered_layers`, `tied_copies` and the files' content are collective: every rank calls
+them in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from megatron.engine.batches import StepBatch
+    from megatron.parallel.place import Place
+    from megatron.parallel.process_groups import ModelGroups
+
+Around = Callable[[str], AbstractContextManager[Any]]
+"""`with around(phase):` surrounds each part of a step: data, forward, backward, pipeline, reduce, optimizer, result."""
+
+PHASES = ("data", "forward", "backward", "pipeline", "reduce", "optimizer", "result")
+
+
+def no_phases(phase: str) -> AbstractContextManager[Any]:
+    return nullcontext()
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step gave; the same on all ranks but for `replica_loss`.
+
+    `loss` is the mean over the learned tokens of the global batch, in nats; `replica_loss` this data-parallel replica's
+    part of it, known on the last stage alone. `applied` is False if the weights were left as they are because the
+    gradient norm is not finite.
+    """
+
+    loss: float
+    grad_norm: float
+    applied: bool
+    replica_loss: float | None = None
+
+
+@dataclass(frozen=True)
+class Counters:
+    """What an engine counts over the life of a run: optimizer steps tried, samples read, steps not applied."""
+
+    steps: int = 0
+    samples: int = 0
+    skipped: int = 0
+
+
+@dataclass(frozen=True)
+class StateFile:
+    """A file to be: plain values and tensors, nested in dicts, lists and tuples, and instances of `classes`."""
+
+    content: dict[str, Any]
+    classes: tuple[type, ...] = ()
+
+
+class PipelineStage(Protocol):
+    """This rank's part of the model."""
+
+    def numbered_layers(self) -> Iterator[tuple[int, nn.Module]]:
+        """(layer file number, module) of every layer with parameters that this stage owns."""
+        ...
+
+    def tied_copies(self) -> Iterator[tuple[int, nn.Module]]:
+        """(number of the file that holds it, module) of a tied embedding that another stage owns."""
+        ...
+
+    def stage_layers(self, stage: int) -> range:
+        """Layer file numbers of a stage, its layers without parameters included."""
+        ...
+
+
+class Engine(PipelineStage, Protocol):
+    """One rank's engine. `place` and `groups` say where it stands; `counters` may be set when a run is continued."""
+
+    place: Place
+    groups: ModelGroups
+    counters: Counters
+
+    def describe(self) -> list[str]:
+        """What the engine reports of itself, for the start of the log."""
+        ...
+
+    def initialize_weights(self) -> None:
+        """Draw all weights, the same model for every layout."""
+        ...
+
+    def weights_changed(self) -> None:
+        """Renew what is derived from the parameters: fp32 masters, other stages' copies of a tied embedding."""
+        ...
+
+    def set_learning_rate(self, rate: float) -> None: ...
+
+    def train_step(self, batch: StepBatch) -> StepResult:
+        """Forward, backward, reduction and optimizer for one global batch."""
+        ...
+
+    def evaluate(self, batch: StepBatch) -> float:
+        """Mean loss of a batch; the training state stays as it is."""
+        ...
+
+    def logits(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor | None:
+        """This rank's logits [b, s, V / tp] of ids [b, s] on the last stage, None on the others."""
+        ...
+
+    # --- what a checkpoint holds besides weights
+
+    def meta_content(self) -> dict[str, Any]:
+        """Plain values of `mp_rank_KK_model_states.pt`, which data-parallel rank 0 writes."""
+        ...
+
+    def optimizer_file(self) -> StateFile:
+        """This rank's optimizer state. Tensors are the engine's own: the next step changes them."""
+        ...
+
+    def optimizer_file_name(self) -> str:
+        """Name of this rank's optimizer file."""
+        ...
+
+    def optimizer_file_names(self) -> set[str]:
+        """Names of all ranks' optimizer files."""
+        ...
+
+    def load_optimizer(self, content: dict[str, Any]) -> None:
+        """Take over a content that `optimizer_file` gave on this rank."""
+        ...

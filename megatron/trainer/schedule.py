@@ -1,0 +1,53 @@
+"""Length and learning rate of a run: pure functions of the iteration, with nothing to save and to restore wrongly."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from megatron.neox_arguments import NeoXArgs
+from megatron.neox_arguments.derived import decay_iters
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How many optimizer steps a run takes, and the learning rate of each.
+
+    `train_iters` is the configuration's, or what its `train_epochs` come to with the data at hand.
+    """
+
+    args: NeoXArgs
+    train_iters: int
+
+    @property
+    def lr_decay_iters(self) -> int:
+        """Iteration at which the learning rate stops falling."""
+        return self.args.lr_decay_iters or decay_iters(self.train_iters, self.args.lr_decay_fraction)
+
+    def learning_rate(self, iteration: int) -> float:
+        """Learning rate of the step that follows `iteration` finished ones.
+
+        Warm-up is linear over `warmup * lr_decay_iters`, then follows the decay style. After the decay's end the rate
+        stays at its last value, where GPT-NeoX's cosine climbs again. `lr_overrides` multiply the rate from an
+        iteration on, as an operator does by hand after a loss spike; several multiply together.
+        """
+        rate = self._scheduled(iteration)
+        for override in self.args.lr_overrides:
+            if iteration >= override.at:
+                rate *= override.scale
+        return rate
+
+    def _scheduled(self, iteration: int) -> float:
+        args = self.args
+        peak, floor = args.lr, args.min_lr
+        warmup_iters = args.warmup * self.lr_decay_iters
+        if iteration <= warmup_iters and warmup_iters > 0:
+            return peak * max(1, iteration) / warmup_iters
+        progress = min(1.0, (iteration - warmup_iters) / max(1.0, self.lr_decay_iters - warmup_iters))
+        if args.lr_decay_style == "constant":
+            return peak
+        if args.lr_decay_style == "linear":
+            return max(floor, peak * (1.0 - progress))
+        if args.lr_decay_style == "cosine":
+            return floor + (peak - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))
+        raise ValueError(f"unknown lr_decay_style {args.lr_decay_style!r}")
