@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron import layout
-from megatron.model.parallel import TensorParallel
+from megatron.layout import LayerFile
+from megatron.model.parallel import TensorParallel, mark_shards
 from megatron.model.rotary import RotaryTable
 from megatron.neox_arguments import NeoXArgs
 from megatron.ops import add_rms_norm, apply_rotary, rms_norm, swiglu
@@ -85,6 +86,7 @@ class TransformerLayer(nn.Module):
         self.attention = Attention(args, tp, rotary)
         self.post_attention_layernorm = RMSNorm(args, tp.dtype)
         self.mlp = MLP(args, tp)
+        mark_shards(self, LayerFile.DECODER, args.shape)
 
     # DeepSpeed's recomputation spreads a tuple over the arguments, its plain forward passes the tuple.
     def forward(self, stream: Stream, positions: Tensor | None = None) -> Stream:
@@ -101,6 +103,7 @@ class Embedding(nn.Module):
     def __init__(self, args: NeoXArgs, tp: TensorParallel) -> None:
         super().__init__()
         self.word_embeddings = tp.embedding(args.padded_vocab_size, args.hidden_size)
+        mark_shards(self, LayerFile.EMBEDDING, args.shape)
 
     def forward(self, inputs: Stream) -> Stream:
         if isinstance(inputs, tuple):
@@ -112,6 +115,7 @@ class FinalNorm(nn.Module):
     def __init__(self, args: NeoXArgs, tp: TensorParallel) -> None:
         super().__init__()
         self.norm = RMSNorm(args, tp.dtype)
+        mark_shards(self, LayerFile.FINAL_NORM, args.shape)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(x)
@@ -123,6 +127,7 @@ class Head(nn.Module):
     def __init__(self, args: NeoXArgs, tp: TensorParallel) -> None:
         super().__init__()
         self.final_linear = tp.column(args.hidden_size, args.padded_vocab_size)
+        mark_shards(self, LayerFile.HEAD, args.shape)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.final_linear(x)

@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from megatron.core import ModelParallelConfig
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
-from megatron.core.tensor_parallel.layers import (
-    linear_with_grad_accumulation_and_async_allreduce,
-    set_tensor_model_parallel_attributes,
-)
+from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+
+from megatron.layout import LayerFile, LlamaShape, file_rows
 
 
 def _no_init(weight: Tensor) -> Tensor:
@@ -73,14 +72,13 @@ class TensorParallel:
 
     def column(self, in_features: int, out_features: int) -> nn.Module:
         """[..., in] -> [..., out / tp]; weight [out / tp, in]."""
-        linear = _ColumnLinear(
+        return _ColumnLinear(
             in_features, out_features, config=self._config, init_method=_no_init, bias=False, tp_group=self.group
         )
-        return _mark_split(linear, dim=0)
 
     def row(self, in_features: int, out_features: int) -> nn.Module:
         """[..., in / tp] -> [..., out], summed over the group; weight [out, in / tp]."""
-        linear = _RowLinear(
+        return _RowLinear(
             in_features,
             out_features,
             config=self._config,
@@ -90,14 +88,10 @@ class TensorParallel:
             skip_bias_add=False,
             tp_group=self.group,
         )
-        return _mark_split(linear, dim=1)
 
     def embedding(self, rows: int, features: int) -> nn.Module:
         """ids -> [..., features]; weight [rows / tp, features]."""
-        embedding = VocabParallelEmbedding(
-            rows, features, init_method=_no_init, config=self._config, tp_group=self.group
-        )
-        return _mark_split(embedding, dim=0)
+        return VocabParallelEmbedding(rows, features, init_method=_no_init, config=self._config, tp_group=self.group)
 
     def tied_logits(self, x: Tensor, embedding: nn.Module) -> Tensor:
         """[..., features] -> [..., rows / tp] with the embedding's matrix, the head of a tied model."""
@@ -112,7 +106,18 @@ class TensorParallel:
         )
 
 
-def _mark_split(module: nn.Module, dim: int) -> nn.Module:
-    """Tell DeepSpeed's gradient norm that ranks hold different parts; unmarked parameters count once per group."""
-    set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=dim, stride=1)
-    return module
+def mark_shards(layer: nn.Module, file: LayerFile, shape: LlamaShape) -> None:
+    """Mark the parameters of which tensor-parallel ranks hold different parts, by the layout table, for the engine's
+    gradient norm: it counts an unmarked parameter once per group. RuntimeError for one that the table does not know."""
+    rows = {row.neox: row for row in file_rows(file, shape)}
+    for name, parameter in layer.named_parameters():
+        if name not in rows:
+            raise RuntimeError(f"the layout table has no tensor {name} in {file.value} layers")
+        if not rows[name].replicated:
+            # the names by which DeepSpeed and megatron-core ask
+            for attribute, value in (
+                ("tensor_model_parallel", True),
+                ("partition_dim", rows[name].shard_dim),
+                ("partition_stride", 1),
+            ):
+                setattr(parameter, attribute, value)

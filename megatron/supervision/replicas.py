@@ -42,9 +42,8 @@ class Replicas:
         self.tensors: list[tuple[str, nn.Parameter]] = []
         replicated = []
         for index, layer in engine.module.numbered_layers():
-            rows = {row.neox: row for row in layout.rows_of(index, args.num_layers)}
             for tensor_name, parameter in layer.named_parameters():
-                if rows[tensor_name].shard_dim is None:
+                if layout.row_of(index, tensor_name, args.shape).replicated:
                     replicated.append(len(self.tensors))
                 self.tensors.append((f"layer {index} {tensor_name}", parameter))
         tied = []

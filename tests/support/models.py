@@ -114,9 +114,9 @@ class Case:
         return model.eval()
 
 
-def rank_part(row: layout.TensorLayout, sources: list[Tensor], args: NeoXArgs, tp: int, tp_rank: int) -> Tensor:
+def rank_part(row: layout.TensorRow, sources: list[Tensor], args: NeoXArgs, tp: int, tp_rank: int) -> Tensor:
     """This rank's tensor of a table row, cut from whole HF tensors."""
-    if row.shard_dim is None:
+    if row.replicated:
         return sources[0]
     parts = []
     for piece in layout.rank_slices(row, args.shape, tp, tp_rank):
@@ -133,7 +133,7 @@ def load_hugging_face(module: Any, state: dict[str, Tensor], args: NeoXArgs) -> 
     tp, tp_rank = module.tensor_parallel.size, module.tensor_parallel.rank
     for index, layer in module.numbered_layers():
         parameters = dict(layer.named_parameters())
-        for row in layout.rows_of(index, args.num_layers):
+        for row in layout.rows_of(index, args.shape):
             names = [name.format(layer=index - 2) for name in row.hf]
             part = rank_part(row, [state[name] for name in names], args, tp, tp_rank)
             parameters.pop(row.neox).copy_(part)

@@ -77,12 +77,12 @@ def _whole(args: NeoXArgs, shapes: dict[tuple[int, str], torch.Size], stage: int
     for (index, name), shape in shapes.items():
         # the last stage's copy of a tied embedding stands where another model has its head
         copy = args.shape.tied and index == layout.head_index(args.num_layers)
-        rows = layout.EMBEDDING if copy else layout.rows_of(index, args.num_layers)
+        rows = layout.EMBEDDING if copy else layout.rows_of(index, args.shape)
         row = next((row for row in rows if row.neox == name), None)
         expected = row and layout.rank_shape(row, args.shape, args.model_parallel_size)
         if row is None or shape != expected:
             raise StageMismatchError(f"stage {stage}, layer {index}: {name} is {tuple(shape)}, not {expected}")
-        total += 0 if copy else shape.numel() * (1 if row.shard_dim is None else args.model_parallel_size)
+        total += 0 if copy else shape.numel() * (1 if row.replicated else args.model_parallel_size)
     return total
 
 
