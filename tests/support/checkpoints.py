@@ -75,7 +75,7 @@ def standing_engine(args: Any, rank: int, world_size: int) -> Any:
     layers = []
     for rank_name, tensors in weights(args.shape, world_size).items():
         if rank_name.endswith(f"model_{rank:02d}-model_states.pt"):
-            layers.append((int(rank_name[6:8]), _module(tensors)))
+            layers.append((int(rank_name[6:8]), module_of(tensors)))
     grid = SimpleNamespace(
         get_slice_parallel_world_size=lambda: world_size,
         get_slice_parallel_rank=lambda: rank,
@@ -95,7 +95,8 @@ def standing_engine(args: Any, rank: int, world_size: int) -> Any:
     )
 
 
-def _module(tensors: dict[str, Tensor]) -> nn.Module:
+def module_of(tensors: dict[str, Tensor]) -> nn.Module:
+    """A module whose parameters have these names, dots included."""
     module = nn.Module()
     for name, tensor in tensors.items():
         parent = module
