@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from megatron.checkpoint.manifest import FileEntry
 from megatron.checkpoint.torch_files import Header, dtype_name, read_headers, read_tensors
 from megatron.common.errors import CheckpointError, one_line
-from megatron.layout import LlamaShape, TensorLayout, layer_file_name, layer_files, rank_shape
+from megatron.layout import LlamaShape, TensorRow, layer_file_name, layer_files, rank_shape
 
 if TYPE_CHECKING:
     from megatron.engine.protocol import Engine
@@ -78,7 +78,7 @@ def _tensors(layer: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in layer.state_dict().items() if not name.endswith("_extra_state")}
 
 
-def expected_files(shape: LlamaShape, tp: int) -> dict[str, tuple[TensorLayout, ...]]:
+def expected_files(shape: LlamaShape, tp: int) -> dict[str, tuple[TensorRow, ...]]:
     """Rows of the layout table by the name of every layer file that a checkpoint of this shape must have."""
     return {layer_file_name(index, tp_rank): rows for index, _, rows in layer_files(shape) for tp_rank in range(tp)}
 
@@ -104,7 +104,7 @@ def set_problems(names: set[str], shape: LlamaShape, tp: int) -> list[str]:
 
 
 def tensor_problems(
-    stored: Mapping[str, _Described], rows: tuple[TensorLayout, ...], shape: LlamaShape, tp: int
+    stored: Mapping[str, _Described], rows: tuple[TensorRow, ...], shape: LlamaShape, tp: int
 ) -> list[str]:
     """What is wrong with the tensors of one layer file, by name."""
     wanted = {row.neox: rank_shape(row, shape, tp) for row in rows}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from megatron import layout
 from megatron.engine.nonfinite import poisoned
-from megatron.engine.optimizer import rows_of_parameters
+from megatron.engine.optimizer import mark_sharded, rows_of_parameters
 from megatron.model.initialize import initialise
 from megatron.model.llama import TransformerLayer
 from megatron.model.loss import GlobalMeanLoss
@@ -68,8 +68,7 @@ class LlamaPipelineModule(PipelineModule):
                 activation_checkpoint_interval=1 if args.checkpoint_activations else 0,
                 checkpointable_layers=[TransformerLayer.__name__],
             )
-        for parameter, row in self.parameter_rows():
-            parameter.tensor_model_parallel = not row.replicated  # type: ignore[attr-defined]
+        mark_sharded(self.parameter_rows())
 
     def to(self, *args: Any, **kwargs: Any) -> LlamaPipelineModule:
         # The base class moves itself to the accelerator at the end of __init__, which meta tensors refuse.
@@ -104,9 +103,9 @@ class LlamaPipelineModule(PipelineModule):
             if id(tied) not in own:
                 yield layout.EMBEDDING_INDEX, tied
 
-    def parameter_rows(self) -> list[tuple[nn.Parameter, layout.TensorLayout]]:
+    def parameter_rows(self) -> list[tuple[nn.Parameter, layout.TensorRow]]:
         """Every parameter of this rank with its row of the layout table."""
-        return rows_of_parameters([*self.numbered_layers(), *self.tied_copies()], self.args.num_layers)
+        return rows_of_parameters([*self.numbered_layers(), *self.tied_copies()], self.args.shape)
 
     def load_state_dir(self, load_dir: str, checkpoint_engine: Any, strict: bool = True) -> None:
         """Refused: DeepSpeed's loader gives a rank another rank's shard where one is missing, without a word."""

@@ -23,24 +23,27 @@ REPLICATED_GROUPS = frozenset(name for (_, replicated), name in GROUP_NAMES.item
 
 
 def rows_of_parameters(
-    layers: Iterable[tuple[int, nn.Module]], num_layers: int
-) -> list[tuple[nn.Parameter, layout.TensorLayout]]:
-    """Every parameter of some numbered layers with its row of the layout table.
+    layers: Iterable[tuple[int, nn.Module]], shape: layout.LlamaShape
+) -> list[tuple[nn.Parameter, layout.TensorRow]]:
+    """Every parameter of some numbered layers with its row of the layout table; LookupError if it has none."""
+    return [
+        (parameter, layout.row_of(index, name, shape))
+        for index, layer in layers
+        for name, parameter in layer.named_parameters()
+    ]
 
-    RuntimeError for a parameter that the table does not know.
+
+def mark_sharded(parameters: Iterable[tuple[nn.Parameter, layout.TensorRow]]) -> None:
+    """Tell DeepSpeed's and megatron-core's gradient norms which parameters tensor-parallel ranks hold parts of.
+
+    They count an unmarked one, a copy on every rank, once per group.
     """
-    found = []
-    for index, layer in layers:
-        rows = {row.neox: row for row in layout.rows_of(index, num_layers)}
-        for name, parameter in layer.named_parameters():
-            if name not in rows:
-                raise RuntimeError(f"layer {index}: {name} is a parameter that the layout table does not know")
-            found.append((parameter, rows[name]))
-    return found
+    for parameter, row in parameters:
+        parameter.tensor_model_parallel = not row.replicated  # type: ignore[attr-defined]
 
 
 def parameter_groups(
-    parameters: Iterable[nn.Parameter], rows: dict[int, layout.TensorLayout], weight_decay: float
+    parameters: Iterable[nn.Parameter], rows: dict[int, layout.TensorRow], weight_decay: float
 ) -> list[dict[str, Any]]:
     """One group for each kind of parameter that this rank holds, parameters in their order; `rows` is by `id`.
 
@@ -51,7 +54,7 @@ def parameter_groups(
     decays = {name: decayed for (decayed, _), name in GROUP_NAMES.items()}
     for parameter in parameters:
         row = rows[id(parameter)]
-        groups[GROUP_NAMES[not row.replicated, row.replicated]].append(parameter)
+        groups[GROUP_NAMES[row.decays, row.replicated]].append(parameter)
     return [
         {"params": members, "weight_decay": weight_decay if decays[name] else 0.0, "name": name}
         for name, members in groups.items()

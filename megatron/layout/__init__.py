@@ -1,27 +1,29 @@
-"""Names, shapes and packings of every tensor on disk: the base layer, standard library only."""
+"""Names, shapes and packings of every tensor on disk: the base layer, standard library only.
 
+`row` says what is known of one tensor, `table` has the rows and the files that hold them, `shape` the sizes of a
+model, `packing` what each tensor-parallel rank stores. Nothing here imports torch or anything of this project: a login
+node can use it.
+"""
+
+from megatron.layout.packing import Slice, rank_shape, rank_slices, source_shapes, split_qkv, split_up_gate
+from megatron.layout.row import TEXT, Initialization, LayerFile, Packing, TensorRow
+from megatron.layout.shape import LlamaShape, padded_vocab_size
 from megatron.layout.table import (
     DECODER_LAYER,
     EMBEDDING,
     EMBEDDING_INDEX,
     FINAL_NORM,
     HEAD,
-    LlamaShape,
-    Packing,
-    Slice,
-    TensorLayout,
+    TABLE,
     decoder_index,
+    file_indices,
+    file_rows,
     final_norm_index,
     head_index,
     layer_file_name,
     layer_files,
-    padded_vocab_size,
-    rank_shape,
-    rank_slices,
+    row_of,
     rows_of,
-    source_shapes,
-    split_qkv,
-    split_up_gate,
 )
 
 __all__ = [
@@ -30,11 +32,17 @@ __all__ = [
     "EMBEDDING_INDEX",
     "FINAL_NORM",
     "HEAD",
+    "TABLE",
+    "TEXT",
+    "Initialization",
+    "LayerFile",
     "LlamaShape",
     "Packing",
     "Slice",
-    "TensorLayout",
+    "TensorRow",
     "decoder_index",
+    "file_indices",
+    "file_rows",
     "final_norm_index",
     "head_index",
     "layer_file_name",
@@ -42,6 +50,7 @@ __all__ = [
     "padded_vocab_size",
     "rank_shape",
     "rank_slices",
+    "row_of",
     "rows_of",
     "source_shapes",
     "split_qkv",

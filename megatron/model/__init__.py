@@ -1,5 +1,5 @@
-"""The Llama decoder: modules, the pipeline they form, and `layout`, the table of every tensor on disk.
+"""The Llama decoder: modules, the numbered layers they form, their loss, and weights to start from.
 
-You are here: neox_arguments -> launcher -> **model** -> trainer -> checkpoint. Nothing is imported on package
-import, so that `megatron.layout` stays free of torch for tools on a login node.
+You are here: neox_arguments -> launcher -> **model** -> trainer -> checkpoint. `megatron.layout` is the table of the
+tensors.
 """

@@ -16,8 +16,6 @@ from torch import Tensor, nn
 from megatron import layout
 from megatron.neox_arguments import NeoXArgs
 
-_RESIDUAL_OUTPUTS = {"attention.dense.weight", "mlp.linear2.weight"}
-
 
 def standard_deviation(method: str, args: NeoXArgs) -> float:
     """Standard deviation of one of GPT-NeoX's initialisation methods."""
@@ -34,33 +32,43 @@ def standard_deviation(method: str, args: NeoXArgs) -> float:
 
 @torch.no_grad()
 def initialise(layers: Iterable[tuple[int, nn.Module]], args: NeoXArgs, tp: int, tp_rank: int) -> None:
-    """Fill the parameters of (layer file number, module) pairs: norms with one, matrices with scaled noise."""
+    """Fill the parameters of (layer file number, module) pairs, each as its row of the layout table says.
+
+    Raises RuntimeError if a module's parameters are not the table's.
+    """
+    methods = {
+        layout.Initialization.NORMAL: args.init_method,
+        layout.Initialization.RESIDUAL_OUTPUT: args.output_layer_init_method,
+    }
     for index, module in layers:
         parameters = dict(module.named_parameters())
-        for row in layout.rows_of(index, args.num_layers):
-            parameter = parameters.pop(row.neox)
-            if row.packing is layout.Packing.REPLICATED:
-                parameter.fill_(1.0)
-                continue
-            method = args.output_layer_init_method if row.neox in _RESIDUAL_OUTPUTS else args.init_method
-            parameter.copy_(_draw(row, index, standard_deviation(method, args), args, tp, tp_rank))
-        if parameters:
+        rows = {row.neox: row for row in layout.rows_of(index, args.shape)}
+        if parameters.keys() != rows.keys():
             raise RuntimeError(
-                f"layer {index} has parameters that the layout table does not know: {sorted(parameters)}"
+                f"layer {index} and the layout table have different parameters: "
+                f"{', '.join(sorted(parameters.keys() ^ rows.keys()))}"
             )
+        for name, row in rows.items():
+            if row.initialization is layout.Initialization.ONES:
+                parameters[name].fill_(1.0)
+            elif row.initialization is layout.Initialization.ZEROS:
+                parameters[name].zero_()
+            else:
+                std = standard_deviation(methods[row.initialization], args)
+                parameters[name].copy_(_draw(row, index, std, args, tp, tp_rank))
 
 
-def _draw(row: layout.TensorLayout, index: int, std: float, args: NeoXArgs, tp: int, tp_rank: int) -> Tensor:
+def _draw(row: layout.TensorRow, index: int, std: float, args: NeoXArgs, tp: int, tp_rank: int) -> Tensor:
     """This rank's part of one tensor, fp32."""
-    assert row.shard_dim is not None
     sources = []
     for name, shape in zip(row.hf, layout.source_shapes(row, args.shape), strict=True):
         generator = torch.Generator().manual_seed(zlib.crc32(f"{args.seed}/{index}/{name}".encode()))
         sources.append(torch.empty(shape).normal_(0.0, std, generator=generator))
+    dim = row.shard_dim or 0
     pieces = []
     for piece in layout.rank_slices(row, args.shape, tp, tp_rank):
-        if piece.source is None:
-            pieces.append(sources[0].new_zeros(len(piece), args.hidden_size))
+        if piece.source is None:  # padding rows of the vocabulary
+            pieces.append(sources[0].new_zeros(len(piece), *sources[0].shape[1:]))
         else:
-            pieces.append(sources[piece.source].narrow(row.shard_dim, piece.start, len(piece)))
-    return torch.cat(pieces, dim=row.shard_dim)
+            pieces.append(sources[piece.source].narrow(dim, piece.start, len(piece)))
+    return torch.cat(pieces, dim=dim)

@@ -1,7 +1,7 @@
 """The training loss: cross-entropy summed over learned tokens, divided by their number in the *global* batch.
 
-Whatever the micro-batch, the accumulation or the data-parallel split, every learned token weighs the same
-(pains 11 and 12: means of means weigh tokens of half-masked micro-batches more, and 0/0 is NaN).
+Whatever the micro-batch, the accumulation or the data-parallel split, every learned token weighs the same: a mean of
+means would weigh the tokens of half-masked micro-batches more, and 0/0 of a fully masked one is NaN.
 """
 
 from __future__ import annotations

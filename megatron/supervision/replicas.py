@@ -43,9 +43,8 @@ class Replicas:
         replicated: list[int] = []
         tied: list[int] = []
         for index, layer in [*engine.numbered_layers(), *engine.tied_copies()]:
-            rows = {row.neox: row for row in layout.rows_of(index, args.num_layers)}
             for tensor_name, parameter in layer.named_parameters():
-                if rows[tensor_name].replicated:
+                if layout.row_of(index, tensor_name, args.shape).replicated:
                     replicated.append(len(self.tensors))
                 if args.shape.tied and index == layout.EMBEDDING_INDEX:
                     tied.append(len(self.tensors))

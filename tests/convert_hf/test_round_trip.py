@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron import layout
-from megatron.layout import LlamaShape, Packing, Slice, TensorLayout
+from megatron.layout import LlamaShape, Packing, Slice, TensorRow
 from tests.support.hf_folders import TEXT_FILES, Model, convert, read_hf, same, tag_files, write_hf
 from tests.support.neox_oracle import LayerFiles, neox_files
 from tools.convert_hf.stream import targets, tensor_map
@@ -130,8 +130,8 @@ def test_small_bands_give_the_same_files(tmp_path: Path, monkeypatch: pytest.Mon
     assert whole == pieces
 
 
-def _mutate_slices(change: Callable[[list[Slice], TensorLayout, LlamaShape, int], list[Slice]]) -> Any:
-    def mutated(row: TensorLayout, shape: LlamaShape, tp: int, rank: int) -> list[Slice]:
+def _mutate_slices(change: Callable[[list[Slice], TensorRow, LlamaShape, int], list[Slice]]) -> Any:
+    def mutated(row: TensorRow, shape: LlamaShape, tp: int, rank: int) -> list[Slice]:
         return change(layout.rank_slices(row, shape, tp, rank), row, shape, rank)
 
     return mutated
@@ -140,7 +140,7 @@ def _mutate_slices(change: Callable[[list[Slice], TensorLayout, LlamaShape, int]
 def _swap_sources(packing: Packing, a: int, b: int) -> Any:
     names = {a: b, b: a}
 
-    def change(slices: list[Slice], row: TensorLayout, shape: LlamaShape, rank: int) -> list[Slice]:
+    def change(slices: list[Slice], row: TensorRow, shape: LlamaShape, rank: int) -> list[Slice]:
         if row.packing is not packing:
             return slices
         return [dataclasses.replace(s, source=names.get(s.source or 0, s.source)) for s in slices]
@@ -148,17 +148,14 @@ def _swap_sources(packing: Packing, a: int, b: int) -> Any:
     return _mutate_slices(change)
 
 
-def _reversed_groups(slices: list[Slice], row: TensorLayout, shape: LlamaShape, rank: int) -> list[Slice]:
+def _reversed_groups(slices: list[Slice], row: TensorRow, shape: LlamaShape, rank: int) -> list[Slice]:
     return slices[::-1] if row.packing is Packing.QKV else slices
 
 
-def _swapped_norms(shape: LlamaShape) -> Iterator[tuple[int, int | None, tuple[TensorLayout, ...]]]:
+def _swapped_norms(shape: LlamaShape) -> Iterator[tuple[int, int | None, tuple[TensorRow, ...]]]:
     for index, layer, rows in layout.layer_files(shape):
         if layer is not None:
-            rows = tuple(
-                dataclasses.replace(r, hf=rows[3 - i].hf) if r.packing is Packing.REPLICATED else r
-                for i, r in enumerate(rows)
-            )
+            rows = tuple(dataclasses.replace(r, hf=rows[3 - i].hf) if r.replicated else r for i, r in enumerate(rows))
         yield index, layer, rows
 
 

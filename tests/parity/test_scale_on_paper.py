@@ -54,11 +54,11 @@ def _stage_parameters(rank: int, world_size: int, config: str, tp: int, pp: int,
                 disagreements.append((me, ours))
             stage_module = build_stage(args, Place.of(args, me, 0, torch.device("meta")))
             for index, layer in stage_module.numbered_layers():
-                rows = {row.neox: row for row in layout.rows_of(index, args.num_layers)}
                 for name, parameter in layer.named_parameters():
                     assert parameter.is_meta
-                    assert parameter.shape == layout.rank_shape(rows[name], args.shape, tp), name
-                    if not rows[name].replicated or tp_rank == 0:
+                    row = layout.row_of(index, name, args.shape)
+                    assert parameter.shape == layout.rank_shape(row, args.shape, tp), name
+                    if not row.replicated or tp_rank == 0:
                         total += parameter.numel()
             parallel_state.destroy_model_parallel()
             dist.destroy_process_group()

@@ -88,7 +88,7 @@ class StandingEngine:
             dp=1,
         )
         self._layers = [
-            (int(name[6:8]), _module(tensors))
+            (int(name[6:8]), module_of(tensors))
             for name, tensors in weights(args.shape, world_size).items()
             if name.endswith(f"model_{rank:02d}-model_states.pt")
         ]
@@ -106,7 +106,8 @@ class StandingEngine:
         return f"zero_pp_rank_0_mp_rank_{self.place.model_rank:02d}_optim_states.pt"
 
 
-def _module(tensors: dict[str, Tensor]) -> nn.Module:
+def module_of(tensors: dict[str, Tensor]) -> nn.Module:
+    """A module whose parameters have these names, dots included."""
     module = nn.Module()
     for name, tensor in tensors.items():
         parent = module

@@ -130,9 +130,9 @@ def whole_model(ranks: list[RankParameters], args: NeoXArgs) -> dict[str, Tensor
             assert torch.equal(known, tensor), f"{key}: data-parallel replicas differ"
     whole: dict[str, Tensor] = {}
     for (index, name), by_rank in parts.items():
-        row = next(row for row in layout.rows_of(index, args.num_layers) if row.neox == name)
+        row = layout.row_of(index, name, args.shape)
         names = [n.format(layer=index - 2) for n in row.hf]
-        if row.shard_dim is None:
+        if row.replicated:
             for tp_rank in range(tp):
                 assert torch.equal(by_rank[0], by_rank[tp_rank]), f"{key_text(index, name)}: replicas differ over TP"
             whole[names[0]] = by_rank[0]

@@ -36,7 +36,7 @@ class FakeEngine:
         self._shared: dict[str, nn.Module] = {}
         self._layers = [self._build(layer) for layer in llama_layers(args, TensorParallel(world, torch.float32))]
         self._loss = GlobalMeanLoss(world, args.vocab_size)
-        rows = {id(p): row for p, row in rows_of_parameters(self.numbered_layers(), args.num_layers)}
+        rows = {id(p): row for p, row in rows_of_parameters(self.numbered_layers(), args.shape)}
         self._optimizer: torch.optim.Optimizer | None = None
         if args.optimizer is not None:
             self._optimizer = build_optimizer(parameter_groups(self._parameters(), rows, args.weight_decay), args)

@@ -116,9 +116,9 @@ class Case:
         return model.eval()
 
 
-def rank_part(row: layout.TensorLayout, sources: list[Tensor], args: NeoXArgs, tp: int, tp_rank: int) -> Tensor:
+def rank_part(row: layout.TensorRow, sources: list[Tensor], args: NeoXArgs, tp: int, tp_rank: int) -> Tensor:
     """This rank's tensor of a table row, cut from whole HF tensors."""
-    if row.shard_dim is None:
+    if row.replicated:
         return sources[0]
     parts = []
     for piece in layout.rank_slices(row, args.shape, tp, tp_rank):
@@ -134,7 +134,7 @@ def fill_stage(stage: PipelineStage, place: Place, state: dict[str, Tensor], arg
     """Copy a whole HF state dict into this rank's pipeline stage."""
     for index, layer in stage.numbered_layers():
         parameters = dict(layer.named_parameters())
-        for row in layout.rows_of(index, args.num_layers):
+        for row in layout.rows_of(index, args.shape):
             names = [name.format(layer=index - 2) for name in row.hf]
             part = rank_part(row, [state[name] for name in names], args, place.tp, place.tp_rank)
             parameters.pop(row.neox).copy_(part)

@@ -21,7 +21,7 @@ from functools import lru_cache
 from math import prod
 
 from megatron import layout as tensors
-from megatron.layout import LlamaShape
+from megatron.layout import LayerFile, LlamaShape
 from megatron.planner.cost.activations import Activations, Ops
 from megatron.planner.cost.compute import FP32
 from megatron.planner.cost.machines import FRONTIER, Machine
@@ -153,8 +153,8 @@ def _communicator_bytes(count: int, machine: Machine) -> int:
 class _Parameters:
     """Elements on one tensor-parallel rank."""
 
-    matrices: int
-    vectors: int
+    decayed: int
+    undecayed: int
     largest: int
     embedding: int  # 0 where the stage has none
     head: int
@@ -164,43 +164,45 @@ class _Parameters:
 
     @property
     def all(self) -> int:
-        return self.matrices + self.vectors
+        return self.decayed + self.undecayed
 
     def padded(self, data: int) -> int:
         """As DeepSpeed flattens the two parameter groups: each to a multiple of twice the data-parallel size."""
-        return sum(-(-group // (2 * data)) * 2 * data for group in (self.matrices, self.vectors))
+        return sum(-(-group // (2 * data)) * 2 * data for group in (self.decayed, self.undecayed))
 
 
 @lru_cache(maxsize=4096)
 def _parameters(shape: LlamaShape, tensor: int, layers: range) -> _Parameters:
-    numbers = {row: prod(tensors.rank_shape(row, shape, tensor)) for row in _ROWS}
-    decoders = _decoders(shape, layers)
-    embedding = numbers[tensors.EMBEDDING[0]] if tensors.EMBEDDING_INDEX in layers else 0
-    head = numbers[tensors.HEAD[0]] if tensors.head_index(shape.num_layers) in layers else 0
-    norm = numbers[tensors.FINAL_NORM[0]] if tensors.final_norm_index(shape.num_layers) in layers else 0
-    one_layer = [numbers[row] for row in tensors.DECODER_LAYER if row.shard_dim is not None]
-    norms = sum(numbers[row] for row in tensors.DECODER_LAYER if row.shard_dim is None)
-    shared = shape.tied and embedding and head  # one matrix where one stage is the first and the last
+    held = {file: _held(file, shape, layers) for file in LayerFile}
+    rows = {file: tensors.file_rows(file, shape) for file in LayerFile}
+    counts = dict(held)
+    if shape.tied:  # the last stage has a copy of the embedding, or the matrix itself if it is the first as well
+        rows[LayerFile.HEAD] = rows[LayerFile.EMBEDDING]
+        counts[LayerFile.HEAD] -= held[LayerFile.EMBEDDING] and held[LayerFile.HEAD]
+    elements = {row: prod(tensors.rank_shape(row, shape, tensor)) for file in LayerFile for row in rows[file]}
+    of_file = {file: sum(elements[row] for row in rows[file]) for file in LayerFile}
+    every = sum(counts[file] * of_file[file] for file in LayerFile)
+    decayed = sum(counts[file] * elements[row] for file in LayerFile for row in rows[file] if row.decays)
     return _Parameters(
-        matrices=decoders * sum(one_layer) + embedding + (0 if shared else head),
-        vectors=decoders * norms + norm,
-        largest=max([embedding, head, *(one_layer if decoders else [])]),
-        embedding=embedding,
-        head=head,
-        layer=sum(one_layer) + norms,
-        mlp_first=numbers[_MLP_FIRST],
-        mlp_second=numbers[_MLP_SECOND],
+        decayed=decayed,
+        undecayed=every - decayed,
+        largest=max((elements[row] for file in LayerFile for row in rows[file] if held[file]), default=0),
+        embedding=held[LayerFile.EMBEDDING] * of_file[LayerFile.EMBEDDING],
+        head=held[LayerFile.HEAD] * of_file[LayerFile.HEAD],
+        layer=of_file[LayerFile.DECODER],
+        mlp_first=elements[_MLP_FIRST],
+        mlp_second=elements[_MLP_SECOND],
     )
 
 
-_ROWS = (*tensors.EMBEDDING, *tensors.DECODER_LAYER, *tensors.FINAL_NORM, *tensors.HEAD)
 _MLP_FIRST = next(row for row in tensors.DECODER_LAYER if row.packing is tensors.Packing.UP_GATE)
 _MLP_SECOND = next(row for row in tensors.DECODER_LAYER if row.neox == "mlp.linear2.weight")
 
 
-def _decoders(shape: LlamaShape, layers: range) -> int:
-    first, last = tensors.decoder_index(0), tensors.decoder_index(shape.num_layers)
-    return max(0, min(layers.stop, last) - max(layers.start, first))
+def _held(file: LayerFile, shape: LlamaShape, layers: range) -> int:
+    """How many layer files of a kind are among `layers`."""
+    indices = tensors.file_indices(file, shape.num_layers)
+    return max(0, min(layers.stop, indices.stop) - max(layers.start, indices.start))
 
 
 @dataclass(frozen=True)
@@ -223,8 +225,8 @@ class _Optimizer:
 
     def reduction(self, parameters: _Parameters, data: int) -> int:
         """Bytes that reducing the gradients takes: tensors reduced together are copied to one."""
-        if self.precision == "bfloat16":  # two flat tensors, of matrices and of vectors
-            together = parameters.matrices <= REDUCTION_BUCKET and parameters.vectors and parameters.matrices
+        if self.precision == "bfloat16":  # two flat tensors, one for each parameter group
+            together = parameters.decayed <= REDUCTION_BUCKET and parameters.undecayed and parameters.decayed
             return FP32 * parameters.padded(data) if together else 0
         shard = parameters.padded(data) // data
         if not self.contiguous:
@@ -260,7 +262,7 @@ def _stage(
     layers: range,
 ) -> StageMemory:
     parameters = _parameters(shape, layout.tensor, layers)
-    decoders = _decoders(shape, layers)
+    decoders = _held(LayerFile.DECODER, shape, layers)
     padded = parameters.padded(layout.data)
     moments = _Step(shape, layout, optimizer, sizes, stage, decoders, parameters).moments()
     fullest = max(moments, key=lambda moment: moment.total)

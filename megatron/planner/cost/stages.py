@@ -72,7 +72,7 @@ def _shapes(layers: Iterable[tuple[int, nn.Module]]) -> dict[tuple[int, str], to
 def _whole(args: NeoXArgs, shapes: dict[tuple[int, str], torch.Size], stage: int) -> int:
     total = 0
     for (index, name), shape in shapes.items():
-        row = next((row for row in layout.rows_of(index, args.num_layers) if row.neox == name), None)
+        row = next((row for row in layout.rows_of(index, args.shape) if row.neox == name), None)
         expected = row and layout.rank_shape(row, args.shape, args.model_parallel_size)
         if row is None or shape != expected:
             raise StageMismatchError(f"stage {stage}, layer {index}: {name} is {tuple(shape)}, not {expected}")

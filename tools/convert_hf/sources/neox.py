@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from megatron.layout import (
     HEAD,
     LlamaShape,
     Packing,
-    TensorLayout,
+    TensorRow,
     decoder_index,
     final_norm_index,
     head_index,
@@ -36,6 +36,7 @@ _META = re.compile(r"mp_rank_(\d{2,5})_model_states\.pt")
 _SEQUENTIAL = re.compile(r"sequential\.(\d{1,4})\.(.+)")
 SIDE = "hf"  # sub-folder of config.json, tokenizer, ... that travel with the weights
 
+_QKV = next(row for row in DECODER_LAYER if row.packing is Packing.QKV)
 # Names of the MLP before 2024: separate gate, up and down.
 _LEGACY = {
     "mlp.w1.weight": ("mlp.gate_proj", 0),
@@ -236,7 +237,7 @@ def _shape(files: _Files, config: LlamaConfig | None, provenance: dict[str, Any]
                 f"{files.folder}: there is no output head (layer {head:02d}), but config.json says "
                 f"tie_word_embeddings false; a layer file is missing, or config.json belongs to another model"
             )
-        return LlamaShape(**{**vars(config.shape(padded)), "tied": stored_tied})
+        return replace(config.shape(padded), tied=stored_tied)
     recorded = provenance.get("shape")
     if isinstance(recorded, dict):
         try:
@@ -259,7 +260,7 @@ def _guess_shape(files: _Files, hidden: int, padded: int) -> LlamaShape:
         )
     layers = norm[0] - final_norm_index(0)
     layer = first.get(decoder_index(0), {})
-    qkv, down = layer.get(DECODER_LAYER[1].neox), layer.get("mlp.linear2.weight") or layer.get("mlp.w2.weight")
+    qkv, down = layer.get(_QKV.neox), layer.get("mlp.linear2.weight") or layer.get("mlp.w2.weight")
     if qkv is None or down is None or len(down.shape) != 2:
         raise ConvertError(f"{files.folder}: layer {decoder_index(0):02d} is not a Llama layer")
     kv = (qkv.shape[0] * files.tp - hidden) // (2 * (hidden // heads))
@@ -317,14 +318,14 @@ def _add(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], stored: Stor
 
 
 def _collect_row(
-    files: _Files, shape: LlamaShape, checkpoint: Checkpoint, index: int, layer: int | None, row: TensorLayout
+    files: _Files, shape: LlamaShape, checkpoint: Checkpoint, index: int, layer: int | None, row: TensorRow
 ) -> None:
     names = [name.format(layer=layer) for name in row.hf]
     shapes = dict(zip(names, source_shapes(row, shape), strict=True))
     for rank in range(files.tp):
         stored = files.ranks[rank][index][row.neox]
         check_shape(stored.shape, rank_shape(row, shape, files.tp), f"{stored.path}: tensor {row.neox}")
-        if row.packing is Packing.REPLICATED:
+        if row.replicated:
             tensor = _add(checkpoint, names[0], shapes[names[0]], stored)
             if rank:
                 tensor.replicas.append(stored)
@@ -363,4 +364,4 @@ def _tie(files: _Files, shape: LlamaShape, checkpoint: Checkpoint) -> None:
         )
     )
     checkpoint.notes.append("the stored output head repeats the tied embedding and is not copied")
-    checkpoint.shape = LlamaShape(**{**vars(shape), "tied": True})
+    checkpoint.shape = replace(shape, tied=True)

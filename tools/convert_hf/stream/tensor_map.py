@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron.layout import LlamaShape, TensorLayout, rank_slices, source_shapes
+from megatron.layout import LlamaShape, TensorRow, rank_slices, source_shapes
 from tools.convert_hf.formats.dtypes import DType
 
 Shape = tuple[int, ...]
@@ -97,7 +97,7 @@ def chunk(stored: Stored, logical: str, dim: int, index: int) -> Region:
 
 
 def layout_regions(
-    row: TensorLayout, layer: int | None, shape: LlamaShape, tp: int, tp_rank: int, stored: Stored
+    row: TensorRow, layer: int | None, shape: LlamaShape, tp: int, tp_rank: int, stored: Stored
 ) -> Iterator[Region]:
     """Regions of one rank's tensor of a NeoX layer file, from the project's table (`megatron.layout`)."""
     names = [name.format(layer=layer) for name in row.hf]
