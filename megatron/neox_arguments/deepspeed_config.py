@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megatron.neox_arguments.arguments import NeoXArgs
+    from megatron.neox_arguments.keys.all_keys import AllKeys
 
 
-def build(args: NeoXArgs, *, with_extra: bool = True) -> dict[str, Any]:
+def deepspeed_dictionary(args: AllKeys, *, with_extra: bool = True) -> dict[str, Any]:
     """Batch sizes, clipping, precision and ZeRO of a resolved configuration.
 
     bf16 comes with `grad_accum_dtype: fp32`, which selects DeepSpeed's BF16_Optimizer; without it gradients would be

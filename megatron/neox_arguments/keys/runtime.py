@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import Literal
 
 from megatron.neox_arguments.keys.fields import Keys, key
+from megatron.neox_arguments.registry import Registry
+
+registry = Registry()
 
 
 class RuntimeKeys(Keys):
