@@ -15,23 +15,23 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron.data.indexed import DataError
 from megatron.data.sample import Sample, SampleDataset
-from megatron.data.sources import Source
+from megatron.data.sources import SampleSource
+
+if TYPE_CHECKING:
+    from megatron.neox_arguments.keys.data import Replay
 
 MAX_EPOCHS_SHOWN = 8
 
 
 def shares(weights: Sequence[float]) -> NDArray[np.float64]:
-    """Weights divided by their sum. Raises DataError unless all are finite and none is negative."""
+    """Weights divided by their sum."""
     array = np.asarray(weights, np.float64)
-    if not np.isfinite(array).all() or (array < 0).any() or array.sum() <= 0:
-        raise DataError(f"data weights {list(weights)}: expected numbers of at least 0 with a positive sum")
     return array / array.sum()
 
 
@@ -60,15 +60,6 @@ def _phases(count: int) -> NDArray[np.float64]:
     return phase
 
 
-class Replay(Protocol):
-    """What the YAML says about a replayed source."""
-
-    @property
-    def share(self) -> float: ...
-    @property
-    def fresh_each_epoch(self) -> bool: ...
-
-
 @dataclass(frozen=True)
 class Mixture:
     """The order of a run: place i is sample `within[i]` of source `source_of[i]`. `epoch` is the number of places in
@@ -90,20 +81,12 @@ def mix(
 ) -> Mixture:
     """The order of `samples` samples of sources that have `epochs` samples each.
 
-    `weights` are those of the corpus, in order. Without weights sources count alike (GPT-NeoX's rule), except beside
-    replay: an epoch of the corpus must then read each of its documents once, so they count by their size.
+    `weights` are those of the corpus, in order, and replay leaves the corpus a share: rules of the keys. Without
+    weights sources count alike (GPT-NeoX's rule), except with replay: an epoch of the corpus must then read each of its
+    documents once, so they count by their size.
     """
     corpus = [i for i, replay in enumerate(replays) if replay is None]
     replayed = sum(replay.share for replay in replays if replay is not None)
-    if not corpus or not replayed < 1:
-        raise DataError(
-            f"replay takes {replayed:.0%} of the run, {len(corpus)} sources without replay take the rest; "
-            f"leave something to learn from"
-        )
-    if weights is not None and len(weights) != len(corpus):
-        raise DataError(
-            f"train_data_weights has {len(weights)} entries for {len(corpus)} train_data_paths without replay"
-        )
     any_replay = len(corpus) < len(replays)
     default = [epochs[i] if any_replay else 1.0 for i in corpus]
     share = np.zeros(len(epochs))
@@ -124,7 +107,7 @@ def mix(
 class Blend(SampleDataset):
     """Sources in the order of a mixture."""
 
-    def __init__(self, sources: Sequence[Source], mixture: Mixture) -> None:
+    def __init__(self, sources: Sequence[SampleSource], mixture: Mixture) -> None:
         self.sources, self.mixture = list(sources), mixture
 
     def __len__(self) -> int:

@@ -53,11 +53,11 @@ class CachedIndex:
 
     def arrays(self) -> Arrays:
         """The arrays by name. Few folders stay open at a time, so that a blend of many sources needs few handles."""
-        return _mapped(self.folder) if self._in_memory is None else self._in_memory
+        return open_arrays(self.folder) if self._in_memory is None else self._in_memory
 
 
 @lru_cache(maxsize=64)
-def _mapped(folder: Path) -> Arrays:
+def open_arrays(folder: Path) -> Arrays:
     arrays = {}
     try:
         for name in json.loads((folder / "arrays.json").read_text()):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from megatron.common.errors import UserError
-from megatron.data import SampleDataset
+from megatron.data.sample import SampleDataset
 from megatron.neox_arguments import NeoXArgs
 from megatron.trainer.batches import assemble, evaluation_micro_batches
 

@@ -14,7 +14,7 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from megatron.checkpoint.load import load_weights
 from megatron.common.errors import UserError
-from megatron.data import build_datasets
+from megatron.data.build import build_datasets
 from megatron.engine.deepspeed import build_inference_engine, build_model
 from megatron.engine.deepspeed_hooks import run_inside
 from megatron.evaluation.perplexity import evaluate_all

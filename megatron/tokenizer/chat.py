@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from megatron.common.labels import IGNORE_INDEX
 from megatron.tokenizer.base import Tokenizer, TokenizerError
 
 Role = Literal["system", "user", "assistant", "tool"]
 TrainOn = Literal["all", "last"]
-IGNORED = -100
 
 
 class ChatError(ValueError):
@@ -190,7 +190,7 @@ def learned_turns(messages: Sequence[Message], train_on: TrainOn) -> set[int]:
     return set(turns if train_on == "all" else turns[-1:])
 
 
-def assemble(segments: Sequence[Segment], encoded: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:
+def ids_and_labels(segments: Sequence[Segment], encoded: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:
     """Ids and labels (the id where it is learned, -100 elsewhere) of segments whose texts, in order, are `encoded`."""
     ids: list[int] = []
     labels: list[int] = []
@@ -198,16 +198,8 @@ def assemble(segments: Sequence[Segment], encoded: Sequence[Sequence[int]]) -> t
     for segment in segments:
         part = segment.ids if segment.text is None else next(texts)
         ids += part
-        labels += part if segment.learned else [IGNORED] * len(part)
+        labels += part if segment.learned else [IGNORE_INDEX] * len(part)
     return ids, labels
-
-
-def encode_chat(
-    chat: Chat, tokenizer: Tokenizer, messages: Sequence[Message], train_on: TrainOn = "all"
-) -> tuple[list[int], list[int]]:
-    """Ids and labels of one conversation."""
-    segments = chat.segments(messages, train_on)
-    return assemble(segments, [tokenizer.encode(s.text) for s in segments if s.text is not None])
 
 
 def load_chat(template: str | None, tokenizer: Tokenizer) -> Chat:

@@ -16,8 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron.common.errors import UserError
-from megatron.data import SampleDataset, stack
-from megatron.model.loss import IGNORE_INDEX, step_weight
+from megatron.common.labels import IGNORE_INDEX
+from megatron.data.sample import SampleDataset, stack
+from megatron.model.loss import step_weight
 
 MicroBatch = Mapping[str, Tensor]
 

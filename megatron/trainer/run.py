@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from megatron.checkpoint import TrainState, load_checkpoint, prepare_save
-from megatron.data import Datasets, MicroBatches, build_datasets
+from megatron.data.build import Datasets, build_datasets
+from megatron.data.sampler import MicroBatches
 from megatron.data.skip_ranges import SampleRanges
 from megatron.engine.deepspeed import build_engine, build_model
 from megatron.engine.deepspeed_hooks import run_inside

@@ -7,7 +7,7 @@ from signal import Signals
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from megatron.checkpoint import BackgroundSaver, TrainState, save_checkpoint
-from megatron.data import Datasets
+from megatron.data.build import Datasets
 from megatron.neox_arguments import NeoXArgs
 from megatron.supervision.failures import Stopped
 from megatron.trainer.metrics import Progress

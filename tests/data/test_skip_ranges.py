@@ -30,9 +30,3 @@ def test_it_is_the_order_without_the_ranges() -> None:
 def test_touching_ranges_are_one() -> None:
     assert SampleRanges([[10, 20], [0, 5], [5, 8], [12, 30]]).ranges == [(0, 8), (10, 30)]
     assert SampleRanges([[0, 8], [10, 30]]).between(4, 12) == [(4, 8), (10, 12)]
-
-
-@pytest.mark.parametrize("pair", [[5, 5], [6, 5], [-1, 3]])
-def test_what_is_no_range(pair: list[int]) -> None:
-    with pytest.raises(ValueError, match="is not a range"):
-        SampleRanges([pair])

@@ -145,6 +145,7 @@ def test_overrides_win_and_reach_into_mappings(tmp_path: Path) -> None:
         ({"rope_scaling": {**ROPE, "rope_type": "yarn"}}, "given 'yarn', but it should be 'llama3'"),
         ({"train_iters": "10"}, "train_iters: given '10', but it should be a valid integer"),
         ({"train_iters": True}, "train_iters: given True"),
+        ({"train_iters": None, "train_epochs": 0.0}, r"train_epochs: given 0\.0"),
         ({"rms_norm_epsilon": None}, "rms_norm_epsilon is missing"),
         ({"rotary_emb_base": None}, "rotary_emb_base is missing"),
         ({"no_weight_tying": None}, "no_weight_tying is missing"),

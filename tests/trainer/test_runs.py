@@ -72,7 +72,7 @@ def _forward_losses(rank: int, world_size: int, run_keys: dict[str, Any]) -> dic
     import torch.distributed as dist
 
     from megatron.checkpoint.load import load_weights
-    from megatron.data import build_datasets
+    from megatron.data.build import build_datasets
     from megatron.engine.deepspeed import build_inference_engine, build_model
     from megatron.evaluation.perplexity import evaluate_all
     from megatron.parallel.process_groups import form_groups
