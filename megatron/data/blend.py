@@ -3,11 +3,11 @@
 The j-th sample of a source with share w is due at time (j + phase) / w, and samples are read in the order in which
 they are due; the phases of the sources are spread evenly over 0 to 1, or a thousand small sources would all be due
 first at the same late moment. So every stretch of the run holds each source in its share to within a few samples, a
-longer run begins like a shorter one, and nothing is drawn at random here: the sources' own streams are.
+longer run begins like a shorter one, and no choice of a source is random: only the order within each source is.
 
 A source with `replay` is general text that accompanies the others, the corpus. It supplies its share of every epoch of
-the corpus; with `fresh_each_epoch` it goes on from epoch to epoch where it was, and repeats nothing before all of it
-has been read. AstroSage-70B's continued pre-training found this crucial.
+the corpus; with `fresh_each_epoch` it continues from epoch to epoch, and repeats nothing before all of it has been
+read. AstroSage-70B's continued pre-training found this crucial.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ def mix(
     """The order of `samples` samples of sources that have `epochs` samples each.
 
     `weights` are those of the corpus, in order, and replay leaves the corpus a share: rules of the keys. Without
-    weights sources count alike (GPT-NeoX's rule), except with replay: an epoch of the corpus must then read each of its
-    documents once, so they count by their size.
+    weights all sources count the same (GPT-NeoX's rule), except with replay: an epoch of the corpus must then read each
+    of its documents once, so they count by their size.
     """
     corpus = [i for i, replay in enumerate(replays) if replay is None]
     replayed = sum(replay.share for replay in replays if replay is not None)
@@ -127,8 +127,8 @@ class Blend(SampleDataset):
         return [self._line(i) for i in range(len(self.sources))]
 
     def _line(self, source: int) -> str:
-        mine = self.mixture.source_of == source
-        count, part = int(mine.sum()), self.sources[source]
+        chosen = self.mixture.source_of == source
+        count, part = int(chosen.sum()), self.sources[source]
         line = (
             f"{part.prefix}: {count} samples, {count / max(len(self), 1):.2%} of the run, "
             f"{count / part.samples_per_epoch:.3g} epochs"
@@ -136,6 +136,6 @@ class Blend(SampleDataset):
         if self.mixture.epoch is None:
             return line
         edges = np.arange(0, len(self) + self.mixture.epoch, self.mixture.epoch).astype(int).clip(max=len(self))
-        parts = [f"{mine[a:b].mean():.2%}" for a, b in itertools.pairwise(edges) if b > a]
+        parts = [f"{chosen[a:b].mean():.2%}" for a, b in itertools.pairwise(edges) if b > a]
         more = f" and {len(parts) - MAX_EPOCHS_SHOWN} more" if len(parts) > MAX_EPOCHS_SHOWN else ""
         return f"{line}; by epoch of the corpus {', '.join(parts[:MAX_EPOCHS_SHOWN])}{more}"

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Datasets:
-    """What a run reads. `valid` and `test` are apart by source and hold every token once. `fingerprints` are the
+    """What a run reads. `valid` and `test` are separate by source and hold every token once. `fingerprints` are the
     provenance of each prefix, `notes` lines for the log. `train_iters` is the run's own or what `train_epochs` come to,
     None in a run that only evaluates."""
 

@@ -62,7 +62,7 @@ class WholeDocuments(SampleSource):
 
     def build_index(self) -> Arrays:
         """`document`, `offset`, `length`: the pieces; `order`: pieces in the order of the bins they are put in,
-        epoch behind epoch; `bins`: where each bin begins in `order`; `epochs`: the first bin of each epoch;
+        epoch by epoch; `bins`: where each bin begins in `order`; `epochs`: the first bin of each epoch;
         `samples`: for the i-th sample read, its bin."""
         start, stop = self.documents
         sizes = np.array(open_indexed(self.prefix).sizes[start:stop], np.int64)
@@ -126,7 +126,7 @@ def _cut(sizes: Integers, capacity: int, chop: bool) -> tuple[Integers, Integers
 
 
 def _fill(order: Integers, length: Integers, capacity: int, packing: Packing) -> tuple[Integers, Integers]:
-    """Put the pieces into bins: (pieces bin behind bin, where each bin ends among them)."""
+    """Put the pieces into bins: (pieces bin by bin, where each bin ends among them)."""
     if packing == "unpacked":
         return order, np.arange(1, len(order) + 1)
     if packing == "pack_until_overflow":

@@ -30,7 +30,7 @@ class SampleRanges:
         return place
 
     def after(self, position: int, samples: int) -> int:
-        """The position behind `samples` samples that are read from `position` on."""
+        """The position after `samples` samples that are read from `position` on."""
         return position if samples == 0 else self.place(position, samples - 1) + 1
 
     def kept(self, position: int, end: int) -> int:

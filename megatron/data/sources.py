@@ -72,7 +72,7 @@ class SampleSource(SampleDataset):
 
 
 class RunningPack(SampleSource):
-    """GPT-NeoX's `packed`: one epoch behind the other is an endless stream, and sample k its tokens k*s to k*s + s.
+    """GPT-NeoX's `packed`: the epochs joined are an endless stream, and sample k its tokens k*s to k*s + s.
 
     Neighbours share a token; documents and epochs are crossed. The samples that begin in an epoch are read in random
     order before any of the next.
@@ -118,8 +118,8 @@ class RunningPack(SampleSource):
             permutation = seeded_permutation(self._seed, epoch, DOCUMENTS, stop - start)
             order[epoch] = permutation + start
             np.cumsum(sizes[permutation], dtype=np.int64, out=ends[epoch])
-            first, behind = self.first_sample(epoch), self.first_sample(epoch + 1)
-            samples[first:behind] = first + seeded_permutation(self._seed, epoch, SAMPLES, behind - first)
+            first, end = self.first_sample(epoch), self.first_sample(epoch + 1)
+            samples[first:end] = first + seeded_permutation(self._seed, epoch, SAMPLES, end - first)
         return {"order": order, "ends": ends, "samples": samples}
 
     def pieces(self, index: int) -> list[Piece]:

@@ -1,7 +1,7 @@
 """The dictionary for `deepspeed.initialize(config=...)`.
 
-Everything that matters is passed, whatever DeepSpeed's default: GPT-NeoX leaves out values equal to its own defaults,
-and so trained for years without gradient clipping (gpt-neox #1432).
+Everything that matters is passed, also where it equals DeepSpeed's default: GPT-NeoX leaves out values equal to its own
+defaults, and so trained for years without gradient clipping (gpt-neox #1432).
 """
 
 from __future__ import annotations

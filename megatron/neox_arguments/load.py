@@ -98,7 +98,7 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def merge_files(paths: Iterable[str | Path]) -> tuple[dict[str, Any], dict[str, str]]:
-    """All keys of all files; a key in two files is an error, since nobody can tell which was meant."""
+    """All keys of all files; a key in two files is an error: which one was meant is unknown."""
     merged: dict[str, Any] = {}
     places: dict[str, str] = {}
     for path in paths:

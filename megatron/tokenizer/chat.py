@@ -1,4 +1,4 @@
-"""Conversations as tokens, and which of them the assistant said.
+"""Conversations as tokens, and which of them are learned.
 
 `Llama3Chat` is the format that Llama 3 was tuned with (Meta's `llama-models`): begin-of-text once, then for every turn
 its role between header tokens, two newlines, the content and an end token. `TemplateChat` follows a Jinja template of
@@ -62,9 +62,9 @@ class Llama3Chat(Chat):
         token = tokenizer.token_id
         self._bos = token("<|begin_of_text|>")
         self._end = {False: token("<|eot_id|>"), True: token("<|eom_id|>")}
-        before, behind = token("<|start_header_id|>"), (token("<|end_header_id|>"), *tokenizer.encode("\n\n"))
+        before, after = token("<|start_header_id|>"), (token("<|end_header_id|>"), *tokenizer.encode("\n\n"))
         names = {"system": "system", "user": "user", "assistant": "assistant", "tool": "ipython"}
-        self._headers = {role: (before, *tokenizer.encode(name), *behind) for role, name in names.items()}
+        self._headers = {role: (before, *tokenizer.encode(name), *after) for role, name in names.items()}
 
     def segments(self, messages: Sequence[Message], train_on: TrainOn) -> list[Segment]:
         segments = [Segment((self._bos,))]
@@ -83,7 +83,7 @@ class TemplateChat(Chat):
 
     The template is rendered with marks in place of the contents, which shows its own words and where contents go. It
     is refused where that would not be the whole truth: contents that are changed or left out (templates that shorten
-    earlier turns), turns that come out differently when the conversation goes on, no end token behind the assistant.
+    earlier turns), turns that come out differently when the conversation goes on, no end token after the assistant.
     """
 
     def __init__(self, source: str, tokenizer: Tokenizer) -> None:

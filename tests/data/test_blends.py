@@ -91,7 +91,7 @@ def test_realised_replay_over_a_million_samples() -> None:
     mixture = mix([90_000.3, 30_000.9, 1e9], None, [None, None, replay], 1_000_000)
     assert mixture.epoch is not None
     edges = np.arange(0, 1_000_000, mixture.epoch).astype(int)
-    for first, behind in itertools.pairwise(edges):
-        part = mixture.source_of[first:behind]
+    for first, end in itertools.pairwise(edges):
+        part = mixture.source_of[first:end]
         assert abs((part == 2).mean() - 0.2) < 0.001
         assert abs((part == 0).mean() - 0.8 * 0.75) < 0.001

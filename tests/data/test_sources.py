@@ -46,8 +46,8 @@ def test_every_epoch_reads_all_documents_and_samples_in_another_order(prefix: st
     assert len({tuple(order) for order in arrays["order"]}) == source.epochs
     assert sorted(arrays["samples"]) == list(range(len(arrays["samples"])))
     for epoch in range(source.epochs):
-        first, behind = source.first_sample(epoch), source.first_sample(epoch + 1)
-        assert sorted(arrays["samples"][first:behind]) == list(range(first, behind))
+        first, end = source.first_sample(epoch), source.first_sample(epoch + 1)
+        assert sorted(arrays["samples"][first:end]) == list(range(first, end))
 
 
 def test_a_longer_run_begins_like_a_shorter_one_and_the_seed_decides(prefix: str) -> None:
@@ -141,7 +141,7 @@ def test_whole_documents(prefix: str, packing: str, samples: int | None) -> None
                 if label != IGNORE_INDEX and t in document_of and document_of[label] == document_of[t]:
                     assert label == t + 1
                     learned.append(label)
-        # every token of every document is learned once an epoch, those behind a cut too
+        # every token of every document is learned once an epoch, also those after a cut
         assert sorted(learned) == expected
 
 

@@ -24,7 +24,7 @@ class CheckpointKeys(Keys):
     extra_save_iters: list[int] = key([], "Further iterations to save at; 0 is before the first step.")
     async_save: bool = key(
         False,
-        "Go on with training while a checkpoint is written from a copy in host memory; a failed write is reported "
+        "Write checkpoints in the background from a copy in host memory; a failed write is reported "
         "and does not end the run.",
         ours=True,
     )
@@ -36,7 +36,7 @@ class CheckpointKeys(Keys):
         ge=0,
     )
     allow_high_initial_loss: bool = key(
-        False, "Go on although the first loss of a loaded model is near that of a random one.", ours=True
+        False, "Continue although the first loss of a loaded model is near that of a random one.", ours=True
     )
 
 

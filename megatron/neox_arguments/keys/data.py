@@ -15,11 +15,11 @@ registry = Registry()
 
 
 class Replay(Keys):
-    """General text that accompanies the other sources in every epoch of theirs."""
+    """General text that takes its share of every epoch of the other sources."""
 
     share: float = required("Share of the training samples, between 0 and 1.", gt=0, lt=1, ours=True)
     fresh_each_epoch: bool = key(
-        True, "Go on from epoch to epoch, repeating nothing before all is read; false replays the same.", ours=True
+        True, "Continue from epoch to epoch, repeating nothing before all is read; false replays the same.", ours=True
     )
 
 
@@ -51,17 +51,17 @@ class DataKeys(Keys):
         min_length=1,
     )
     valid_data_paths: list[str] | None = key(
-        None, "Prefixes of the validation sources; each is reported apart.", min_length=1
+        None, "Prefixes of the validation sources; each is reported separately.", min_length=1
     )
     test_data_paths: list[str] | None = key(None, "Prefixes of the test sources.", min_length=1)
     train_data_weights: list[float] | None = key(
-        None, "Weights of the training sources without replay. When absent: equal, or by size beside replay."
+        None, "Weights of the training sources without replay. When absent: equal, or by size with replay."
     )
     valid_data_weights: list[float] | None = key(None, "Weights of the validation sources.")
     test_data_weights: list[float] | None = key(None, "Weights of the test sources.")
-    train_label_data_paths: list[str] | None = key(None, "Label prefixes beside train_data_paths; -100 is not learned.")
-    valid_label_data_paths: list[str] | None = key(None, "Label prefixes beside valid_data_paths.")
-    test_label_data_paths: list[str] | None = key(None, "Label prefixes beside test_data_paths.")
+    train_label_data_paths: list[str] | None = key(None, "Label files matching train_data_paths; -100 is masked.")
+    valid_label_data_paths: list[str] | None = key(None, "Label files matching valid_data_paths.")
+    test_label_data_paths: list[str] | None = key(None, "Label files matching test_data_paths.")
     data_impl: Literal["mmap", "infer"] = key("mmap", "Dataset format: .bin/.idx. infer means mmap.")
     pack_impl: Literal["packed", "pack_until_overflow", "unpacked", "best_fit"] = key(
         "packed",

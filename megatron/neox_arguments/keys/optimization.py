@@ -73,8 +73,8 @@ class OptimizationKeys(Keys):
     train_iters: int = derived("train_epochs and the size of the data, when these are read", "Optimizer steps.", ge=0)
     train_epochs: float | None = key(
         None,
-        "Length of the run in passes over the training sources without replay, in the place of train_iters; 0.6 is "
-        "most of one.",
+        "Length of the run in passes over the training sources without replay, instead of train_iters; fractions are "
+        "allowed.",
         gt=0,
     )
     train_micro_batch_size_per_gpu: int = derived(

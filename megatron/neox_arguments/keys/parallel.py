@@ -19,7 +19,7 @@ class ParallelKeys(Keys):
     pipe_parallel_size: int = key(1, "Pipeline stages. GPT-NeoX's 0 (sequential model) is taken as 1.", ge=0)
     pipe_partition_method: str = key(
         "type:transformer|mlp",
-        "How layers are dealt to stages: `type:REGEX` balances layers whose class matches, `parameters` their "
+        "How layers are assigned to stages: `type:REGEX` balances layers whose class matches, `parameters` their "
         "parameters, `uniform` their number.",
         pattern=r"^(uniform|parameters|type:.+)$",
     )
@@ -40,7 +40,7 @@ class ParallelKeys(Keys):
     launcher: Literal["auto", "fork", "torchrun", "slurm"] = key(
         "auto",
         "How deepy.py starts ranks. fork: one process imports, then forks (CPU); torchrun: each rank imports for "
-        "itself (needed for GPUs); slurm: one srun over the nodes of the allocation; auto: slurm inside of an "
+        "itself (needed for GPUs); slurm: one srun over the nodes of the allocation; auto: slurm inside an "
         "allocation, else fork on cpu, torchrun on cuda.",
     )
 

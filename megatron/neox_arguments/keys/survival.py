@@ -35,8 +35,8 @@ class SurvivalKeys(Keys):
     )
     skip_sample_ranges: list[list[int]] = key(
         [],
-        "Samples to leave out, as [first, end) in the order of the run, after a loss spike: [[1000, 1512]]. What lies "
-        "behind the run's position changes nothing.",
+        "Samples to leave out, as [first, end) in the order of the run, after a loss spike: [[1000, 1512]]. Ranges "
+        "already consumed have no effect.",
         ours=True,
     )
     slow_step_factor: float = key(
@@ -60,7 +60,7 @@ class SurvivalKeys(Keys):
     )
     profile: bool = key(False, "Write torch profiler traces of some steps to log_dir.")
     profile_step_start: int = key(10, "First iteration in the trace.", ge=1)
-    profile_step_stop: int = key(12, "First iteration that is not in the trace any more.", ge=2)
+    profile_step_stop: int = key(12, "Stop before this iteration (exclusive).", ge=2)
     profile_ranks: list[int] = key([0], "Ranks that write a trace.", ours=True, min_length=1)
 
 
