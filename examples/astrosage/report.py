@@ -12,7 +12,7 @@ from typing import Any
 import zstandard
 
 from examples.demo import plot
-from megatron.data import build_datasets
+from megatron.data.build import build_datasets
 from megatron.data.header import read_header
 from megatron.neox_arguments import NeoXArgs
 

@@ -3,11 +3,11 @@
 The j-th sample of a source with share w is due at time (j + phase) / w, and samples are read in the order in which
 they are due; the phases of the sources are spread evenly over 0 to 1, or a thousand small sources would all be due
 first at the same late moment. So every stretch of the run holds each source in its share to within a few samples, a
-longer run begins like a shorter one, and nothing is drawn at random here: the sources' own streams are.
+longer run begins like a shorter one, and no choice of a source is random: only the order within each source is.
 
 A source with `replay` is general text that accompanies the others, the corpus. It supplies its share of every epoch of
-the corpus; with `fresh_each_epoch` it goes on from epoch to epoch where it was, and repeats nothing before all of it
-has been read. AstroSage-70B's continued pre-training found this crucial.
+the corpus; with `fresh_each_epoch` it continues from epoch to epoch, and repeats nothing before all of it has been
+read. AstroSage-70B's continued pre-training found this crucial.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron.data.indexed import DataError
 from megatron.data.sample import Sample, SampleDataset
-from megatron.data.sources import Source
+from megatron.data.sources import SampleSource
+
+if TYPE_CHECKING:
+    from megatron.neox_arguments.keys.data import Replay
 
 MAX_EPOCHS_SHOWN = 8
 
 
 def shares(weights: Sequence[float]) -> NDArray[np.float64]:
-    """Weights divided by their sum. Raises DataError unless all are finite and none is negative."""
+    """Weights divided by their sum."""
     array = np.asarray(weights, np.float64)
-    if not np.isfinite(array).all() or (array < 0).any() or array.sum() <= 0:
-        raise DataError(f"data weights {list(weights)}: expected numbers of at least 0 with a positive sum")
     return array / array.sum()
 
 
@@ -60,15 +60,6 @@ def _phases(count: int) -> NDArray[np.float64]:
     return phase
 
 
-class Replay(Protocol):
-    """What the YAML says about a replayed source."""
-
-    @property
-    def share(self) -> float: ...
-    @property
-    def fresh_each_epoch(self) -> bool: ...
-
-
 @dataclass(frozen=True)
 class Mixture:
     """The order of a run: place i is sample `within[i]` of source `source_of[i]`. `epoch` is the number of places in
@@ -90,20 +81,12 @@ def mix(
 ) -> Mixture:
     """The order of `samples` samples of sources that have `epochs` samples each.
 
-    `weights` are those of the corpus, in order. Without weights sources count alike (GPT-NeoX's rule), except beside
-    replay: an epoch of the corpus must then read each of its documents once, so they count by their size.
+    `weights` are those of the corpus, in order, and replay leaves the corpus a share: rules of the keys. Without
+    weights all sources count the same (GPT-NeoX's rule), except with replay: an epoch of the corpus must then read each
+    of its documents once, so they count by their size.
     """
     corpus = [i for i, replay in enumerate(replays) if replay is None]
     replayed = sum(replay.share for replay in replays if replay is not None)
-    if not corpus or not replayed < 1:
-        raise DataError(
-            f"replay takes {replayed:.0%} of the run, {len(corpus)} sources without replay take the rest; "
-            f"leave something to learn from"
-        )
-    if weights is not None and len(weights) != len(corpus):
-        raise DataError(
-            f"train_data_weights has {len(weights)} entries for {len(corpus)} train_data_paths without replay"
-        )
     any_replay = len(corpus) < len(replays)
     default = [epochs[i] if any_replay else 1.0 for i in corpus]
     share = np.zeros(len(epochs))
@@ -124,7 +107,7 @@ def mix(
 class Blend(SampleDataset):
     """Sources in the order of a mixture."""
 
-    def __init__(self, sources: Sequence[Source], mixture: Mixture) -> None:
+    def __init__(self, sources: Sequence[SampleSource], mixture: Mixture) -> None:
         self.sources, self.mixture = list(sources), mixture
 
     def __len__(self) -> int:
@@ -144,8 +127,8 @@ class Blend(SampleDataset):
         return [self._line(i) for i in range(len(self.sources))]
 
     def _line(self, source: int) -> str:
-        mine = self.mixture.source_of == source
-        count, part = int(mine.sum()), self.sources[source]
+        chosen = self.mixture.source_of == source
+        count, part = int(chosen.sum()), self.sources[source]
         line = (
             f"{part.prefix}: {count} samples, {count / max(len(self), 1):.2%} of the run, "
             f"{count / part.samples_per_epoch:.3g} epochs"
@@ -153,6 +136,6 @@ class Blend(SampleDataset):
         if self.mixture.epoch is None:
             return line
         edges = np.arange(0, len(self) + self.mixture.epoch, self.mixture.epoch).astype(int).clip(max=len(self))
-        parts = [f"{mine[a:b].mean():.2%}" for a, b in itertools.pairwise(edges) if b > a]
+        parts = [f"{chosen[a:b].mean():.2%}" for a, b in itertools.pairwise(edges) if b > a]
         more = f" and {len(parts) - MAX_EPOCHS_SHOWN} more" if len(parts) > MAX_EPOCHS_SHOWN else ""
         return f"{line}; by epoch of the corpus {', '.join(parts[:MAX_EPOCHS_SHOWN])}{more}"

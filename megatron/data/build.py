@@ -4,83 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 import torch.distributed as dist
 
-from megatron.data.blend import Blend, Replay, mix, shares
-from megatron.data.document_packing import Packing, WholeDocuments
+from megatron.common.errors import UserError
+from megatron.data.blend import Blend, mix, shares
+from megatron.data.document_packing import WholeDocuments
 from megatron.data.header import check_header, fingerprint, read_header
 from megatron.data.indexed import DataError, open_indexed
 from megatron.data.sample import SampleDataset, SampleForm
 from megatron.data.skip_ranges import SampleRanges
-from megatron.data.sources import OncePacked, RunningPack, Source
-from megatron.tokenizer import Tokenizer, TokenizerError, build_tokenizer
+from megatron.data.sources import OncePacked, RunningPack, SampleSource
+from megatron.parallel.collective_errors import RankGroup
+from megatron.tokenizer import Tokenizer, build_tokenizer
 
-
-class SourceEntry(Protocol):
-    """An entry of `train_data_paths` that says more than a path."""
-
-    @property
-    def path(self) -> str: ...
-    @property
-    def replay(self) -> Replay | None: ...
-
-
-class DataArgs(Protocol):
-    """The keys of a run that decide its data; NeoXArgs has them."""
-
-    @property
-    def data_path(self) -> str | None: ...
-    @property
-    def split(self) -> str: ...
-    @property
-    def train_data_paths(self) -> Sequence[str | SourceEntry] | None: ...
-    @property
-    def valid_data_paths(self) -> list[str] | None: ...
-    @property
-    def test_data_paths(self) -> list[str] | None: ...
-    @property
-    def train_label_data_paths(self) -> list[str] | None: ...
-    @property
-    def valid_label_data_paths(self) -> list[str] | None: ...
-    @property
-    def test_label_data_paths(self) -> list[str] | None: ...
-    @property
-    def train_data_weights(self) -> list[float] | None: ...
-    @property
-    def tokenizer_type(self) -> str: ...
-    @property
-    def vocab_file(self) -> str | None: ...
-    @property
-    def vocab_size(self) -> int | None: ...
-    @property
-    def seq_length(self) -> int: ...
-    @property
-    def seed(self) -> int: ...
-    @property
-    def eod_mask_loss(self) -> bool: ...
-    @property
-    def isolate_documents(self) -> bool: ...
-    @property
-    def pack_impl(self) -> Literal["packed"] | Packing: ...
-    @property
-    def allow_chopped(self) -> bool: ...
-    @property
-    def train_iters(self) -> int | None: ...
-    @property
-    def train_epochs(self) -> float | None: ...
-    @property
-    def train_batch_size(self) -> int: ...
-    @property
-    def skip_sample_ranges(self) -> Sequence[Sequence[int]]: ...
+if TYPE_CHECKING:
+    from megatron.neox_arguments import NeoXArgs
+    from megatron.neox_arguments.keys.data import DataSource, Replay
 
 
 @dataclass
 class Datasets:
-    """What a run reads. `valid` and `test` are apart by source and hold every token once. `fingerprints` are the
+    """What a run reads. `valid` and `test` are separate by source and hold every token once. `fingerprints` are the
     provenance of each prefix, `notes` lines for the log. `train_iters` is the run's own or what `train_epochs` come to,
     None in a run that only evaluates."""
 
@@ -95,7 +45,9 @@ class Datasets:
     def train(self) -> SampleDataset:
         """One order of samples over all training sources. Raises DataError in a run that only evaluates."""
         if self.blend is None:
-            raise DataError("no training data: give train_data_paths, or data_path with a split that has training")
+            raise DataError(
+                "no training data: the run takes no step, or split leaves no document of data_path to training"
+            )
         return self.blend
 
 
@@ -110,7 +62,7 @@ class _Part:
 
 
 def build_datasets(
-    args: DataArgs, tokenizer: Tokenizer | None = None, *, iteration: int = 0, consumed_samples: int = 0
+    args: NeoXArgs, tokenizer: Tokenizer | None = None, *, iteration: int = 0, consumed_samples: int = 0
 ) -> Datasets:
     """Open, check and index all data of a run. Without `tokenizer` the one of `vocab_file` is loaded.
 
@@ -118,34 +70,22 @@ def build_datasets(
     stands: `consumed_samples` after `iteration` steps may be more than the configuration explains, where samples were
     left out, or the batch was larger, before. A longer order begins like a shorter one.
 
-    Raises DataError or TokenizerError. Where torch.distributed is initialised every rank must call this, and if one
-    rank fails, all raise its message.
+    Raises DataError, TokenizerError or OSError. Where torch.distributed is initialised every rank must call this, and
+    if any rank fails, all raise one DataError that says which and why.
     """
-    problem: Exception | None = None
+    position = iteration, consumed_samples
+    if not (dist.is_available() and dist.is_initialized()):
+        return _build(args, tokenizer, position)
+    failure: Exception | None = None
     try:
-        datasets = _build(args, tokenizer, (iteration, consumed_samples))
-    except (DataError, TokenizerError, OSError) as error:
-        problem = error
-    _agree(problem)
+        datasets = _build(args, tokenizer, position)
+    except (UserError, OSError) as error:
+        failure = error
+    RankGroup.world(torch.device(args.device), DataError).agree("opening the data", failure)
     return datasets
 
 
-def _agree(problem: Exception | None) -> None:
-    """Raise on every rank what went wrong on any, so that no rank waits for one that has stopped."""
-    if not (dist.is_available() and dist.is_initialized()):
-        if problem is not None:
-            raise problem
-        return
-    told: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(told, None if problem is None else str(problem))
-    if problem is not None:
-        raise problem
-    failed = [(rank, text) for rank, text in enumerate(told) if text is not None]
-    if failed:
-        raise DataError(f"on rank {failed[0][0]} and {len(failed) - 1} others: {failed[0][1]}")
-
-
-def _build(args: DataArgs, tokenizer: Tokenizer | None, position: tuple[int, int]) -> Datasets:
+def _build(args: NeoXArgs, tokenizer: Tokenizer | None, position: tuple[int, int]) -> Datasets:
     if tokenizer is None and args.vocab_file is not None:
         tokenizer = build_tokenizer(args.tokenizer_type, args.vocab_file)
     stages = _parts(args)
@@ -161,8 +101,7 @@ def _build(args: DataArgs, tokenizer: Tokenizer | None, position: tuple[int, int
             check_header(prefix, header, tokenizer, args.vocab_size)
     masked = None
     if args.eod_mask_loss:
-        if tokenizer is None:
-            raise DataError("eod_mask_loss needs the end-of-document id: give tokenizer_type and vocab_file")
+        assert tokenizer is not None  # the rule document_ends_are_known
         masked = tokenizer.eod
     form = SampleForm(args.seq_length, args.isolate_documents, masked, 0 if tokenizer is None else tokenizer.pad)
     opener = _Opener(args, form)
@@ -197,10 +136,10 @@ def _build(args: DataArgs, tokenizer: Tokenizer | None, position: tuple[int, int
 class _Opener:
     """Opens a part in the way that the run packs its samples."""
 
-    args: DataArgs
+    args: NeoXArgs
     form: SampleForm
 
-    def __call__(self, part: _Part, samples: int | None) -> Source:
+    def __call__(self, part: _Part, samples: int | None) -> SampleSource:
         """Endless for `samples` samples, or (None) each document once."""
         args = self.args
         if args.pack_impl != "packed":
@@ -253,12 +192,10 @@ def _names(prefixes: Sequence[str]) -> list[str]:
     return ["/".join(p[-depth:]) for p in parts]
 
 
-def _parts(args: DataArgs) -> tuple[list[_Part], list[_Part], list[_Part]]:
+def _parts(args: NeoXArgs) -> tuple[list[_Part], list[_Part], list[_Part]]:
     """Train, validation and test parts: `data_path` cut by `split`, or the paths given for each."""
     explicit = (args.train_data_paths, args.valid_data_paths, args.test_data_paths)
     if args.data_path is not None:
-        if any(explicit):
-            raise DataError("give either data_path (with split) or train_/valid_/test_data_paths, not both")
         count = len(open_indexed(args.data_path))
         ranges = split_documents(args.split, count)
         train, valid, test = ([_Part(args.data_path, None, r)] if r[1] > r[0] else [] for r in ranges)
@@ -267,17 +204,14 @@ def _parts(args: DataArgs) -> tuple[list[_Part], list[_Part], list[_Part]]:
         raise DataError("no data: give data_path, or train_data_paths with valid_data_paths")
     labels = (args.train_label_data_paths, args.valid_label_data_paths, args.test_label_data_paths)
     stages = []
-    for name, paths, label_paths in zip(("train", "valid", "test"), explicit, labels, strict=True):
-        paths = paths or []
-        if label_paths and len(label_paths) != len(paths):
-            raise DataError(
-                f"{name}_label_data_paths has {len(label_paths)} entries for {len(paths)} {name}_data_paths"
-            )
-        stages.append([_part(entry, label_paths[i] if label_paths else None) for i, entry in enumerate(paths)])
+    for paths, label_paths in zip(explicit, labels, strict=True):
+        entries: Sequence[str | DataSource] = paths or []
+        label_entries: Sequence[str | None] = label_paths or [None] * len(entries)
+        stages.append([_part(*pair) for pair in zip(entries, label_entries, strict=True)])
     return stages[0], stages[1], stages[2]
 
 
-def _part(entry: str | SourceEntry, labels: str | None) -> _Part:
+def _part(entry: str | DataSource, labels: str | None) -> _Part:
     return _Part(entry, labels) if isinstance(entry, str) else _Part(entry.path, labels, replay=entry.replay)
 
 
@@ -289,5 +223,7 @@ def split_documents(split: str, count: int) -> list[tuple[int, int]]:
         raise DataError(f"split {split!r}: expected up to three numbers such as 969,30,1") from None
     if not 1 <= len(numbers) <= 3:
         raise DataError(f"split {split!r}: expected one to three numbers, got {len(numbers)}")
+    if not all(map(isfinite, numbers)) or min(numbers) < 0 or sum(numbers) == 0:
+        raise DataError(f"split {split!r}: expected numbers of at least 0 with a positive sum")
     ends = [round(float(end) * count) for end in np.cumsum(shares(numbers + [0.0] * (3 - len(numbers))))]
     return list(zip([0, *ends[:2]], ends, strict=True))

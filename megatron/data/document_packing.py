@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 from megatron.data.index_cache import Arrays, CachedIndex
 from megatron.data.indexed import DataError, open_indexed
 from megatron.data.sample import SampleForm
-from megatron.data.sources import DOCUMENTS, SAMPLES, Piece, Source, draw
+from megatron.data.sources import DOCUMENTS, SAMPLES, Piece, SampleSource, seeded_permutation
 
 Integers = NDArray[np.integer]
 Packing = Literal["pack_until_overflow", "unpacked", "best_fit"]
 
 
-class WholeDocuments(Source):
+class WholeDocuments(SampleSource):
     """`samples` samples over as many epochs as that takes, or (None) the documents once in the order of the file."""
 
     def __init__(
@@ -62,7 +62,7 @@ class WholeDocuments(Source):
 
     def build_index(self) -> Arrays:
         """`document`, `offset`, `length`: the pieces; `order`: pieces in the order of the bins they are put in,
-        epoch behind epoch; `bins`: where each bin begins in `order`; `epochs`: the first bin of each epoch;
+        epoch by epoch; `bins`: where each bin begins in `order`; `epochs`: the first bin of each epoch;
         `samples`: for the i-th sample read, its bin."""
         start, stop = self.documents
         sizes = np.array(open_indexed(self.prefix).sizes[start:stop], np.int64)
@@ -80,12 +80,14 @@ class WholeDocuments(Source):
         while epochs[-1] < (1 if self._wanted is None else self._wanted):
             epoch = len(orders)
             order = (
-                np.arange(len(document)) if self._wanted is None else draw(self._seed, epoch, DOCUMENTS, len(document))
+                np.arange(len(document))
+                if self._wanted is None
+                else seeded_permutation(self._seed, epoch, DOCUMENTS, len(document))
             )
             order, ends = _fill(order, length, capacity, self._packing)
             orders.append(order)
             bins.append(ends + pieces_before)
-            samples.append(epochs[-1] + draw(self._seed, epoch, SAMPLES, len(ends)))
+            samples.append(epochs[-1] + seeded_permutation(self._seed, epoch, SAMPLES, len(ends)))
             epochs.append(epochs[-1] + len(ends))
             pieces_before += len(order)
         return {
@@ -124,7 +126,7 @@ def _cut(sizes: Integers, capacity: int, chop: bool) -> tuple[Integers, Integers
 
 
 def _fill(order: Integers, length: Integers, capacity: int, packing: Packing) -> tuple[Integers, Integers]:
-    """Put the pieces into bins: (pieces bin behind bin, where each bin ends among them)."""
+    """Put the pieces into bins: (pieces bin by bin, where each bin ends among them)."""
     if packing == "unpacked":
         return order, np.arange(1, len(order) + 1)
     if packing == "pack_until_overflow":

@@ -1,4 +1,4 @@
-"""The header beside an index, `{prefix}.json`: which tokenizer and which document frame made the tokens.
+"""The header next to an index, `{prefix}.json`: which tokenizer and which document frame made the tokens.
 
 The `.idx` format has no room for it. Training compares it with its own tokenizer; data without one (made by
 GPT-NeoX or Megatron) is accepted unchecked.
@@ -47,7 +47,7 @@ class DataHeader(BaseModel):
     version: int = 1
     tokenizer: TokenizerInfo
     bos: int | None  # id put before every document, None if none
-    eod: int | None  # id put behind every document, None if none
+    eod: int | None  # id put after every document, None if none
     ftfy: bool
     documents: int
     tokens: int

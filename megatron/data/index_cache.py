@@ -1,7 +1,7 @@
-"""Indices kept beside the data: built once, by one process, and only read afterwards.
+"""Indices kept next to the data: built once, by one process, and only read afterwards.
 
 An index is a few arrays in a folder whose name is a hash of the data and of every setting that decides them. So a
-stale one is never found, and what is found is complete: it was written beside and renamed.
+stale one is never found, and what is found is complete: it was written under another name and renamed.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ class CachedIndex:
 
     def arrays(self) -> Arrays:
         """The arrays by name. Few folders stay open at a time, so that a blend of many sources needs few handles."""
-        return _mapped(self.folder) if self._in_memory is None else self._in_memory
+        return open_arrays(self.folder) if self._in_memory is None else self._in_memory
 
 
 @lru_cache(maxsize=64)
-def _mapped(folder: Path) -> Arrays:
+def open_arrays(folder: Path) -> Arrays:
     arrays = {}
     try:
         for name in json.loads((folder / "arrays.json").read_text()):
@@ -71,7 +71,7 @@ def _mapped(folder: Path) -> Arrays:
 
 
 def _build_once(folder: Path, build: Callable[[], Arrays]) -> bool:
-    """Of many processes that come here at once, the first builds. False if nothing can be written beside the data."""
+    """Of many processes that call this at once, the first builds. False if the data's folder cannot be written to."""
     try:
         folder.parent.mkdir(exist_ok=True)
         with _locked(folder.with_name(folder.name + ".lock")):

@@ -4,7 +4,7 @@
 sequences n (u64), number of document marks d (u64), sizes (int32[n]), byte offsets (int64[n]), document marks
 (int64[d]). As in GPT-NeoX one sequence is one document here and the marks are 0..n.
 
-Reading and writing are done here and not by megatron-core's classes (which the tests hold them against) for three
+Reading and writing do not use megatron-core's classes (with which the tests compare them) for three
 reasons. The data commands start in a fifth of a second instead of the four that importing megatron-core takes. Its
 builder keeps every document's length as a Python object and cannot go on after a kill; this writer's memory does not
 grow. Its reader says little about a truncated file; this one names what is wrong before the first token is read.
@@ -108,7 +108,7 @@ class IndexedFile:
         return (self.document(i) for i in range(self.documents))
 
     def check_offsets(self) -> None:
-        """Read the whole index and raise DataError unless documents lie one behind the other."""
+        """Read the whole index and raise DataError unless the documents are contiguous."""
         ends = np.cumsum(self.sizes, dtype=np.int64) * self.dtype.itemsize
         if not np.array_equal(ends[:-1], self.offsets[1:]) or self.offsets[0] != 0 or (self.sizes < 0).any():
             raise DataError(f"{idx_path(self.prefix)}: offsets and sizes disagree; preprocess the data again")

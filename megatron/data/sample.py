@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-IGNORED = -100
+from megatron.common.labels import IGNORE_INDEX
 
 
 class Sample(TypedDict, total=False):
@@ -67,19 +67,19 @@ class SampleForm:
         """
         s, n = self.seq_length, len(tokens)
         inputs = np.full(s, self.pad, np.int64)
-        targets = np.full(s, IGNORED, np.int64)
+        targets = np.full(s, IGNORE_INDEX, np.int64)
         length = min(n, s)
         inputs[:length] = tokens[:length]
         targets[: n - 1] = tokens[1:] if labels is None else labels[1:]
-        targets[targets < 0] = IGNORED
+        targets[targets < 0] = IGNORE_INDEX
         if self.masked_input is not None:
-            targets[inputs == self.masked_input] = IGNORED
+            targets[inputs == self.masked_input] = IGNORE_INDEX
         sample = Sample(tokens=torch.from_numpy(inputs), labels=torch.from_numpy(targets), sample_id=sample_id)
         if self.isolate_documents:
             positions = np.arange(s, dtype=np.int64)
             for start in [*(b for b in starts if 0 < b < s), *([n] if n < s else [])]:
                 positions[start:] = np.arange(s - start)
-            targets[[b - 1 for b in starts if 0 < b <= s]] = IGNORED
+            targets[[b - 1 for b in starts if 0 < b <= s]] = IGNORE_INDEX
             sample["positions"] = torch.from_numpy(positions)
         return sample
 

@@ -53,7 +53,7 @@ class MicroBatches:
 
     @property
     def consumed_samples(self) -> int:
-        """Position behind the last complete global batch that was given out: what a checkpoint stores."""
+        """Position after the last complete global batch that was handed out: what a checkpoint stores."""
         return self.skip.after(self.first_sample, self._given // self.accumulation * self.global_batch)
 
     def __len__(self) -> int:

@@ -10,13 +10,11 @@ from collections.abc import Iterable, Sequence
 
 
 class SampleRanges:
-    """Ranges to leave out: sorted, joined where they touch or overlap."""
+    """Ranges to leave out (0 <= first < end, a rule of the keys): sorted, joined where they touch or overlap."""
 
     def __init__(self, ranges: Iterable[Sequence[int]] = ()) -> None:
         self.ranges: list[tuple[int, int]] = []
         for first, end in sorted(tuple(pair) for pair in ranges):
-            if not 0 <= first < end:
-                raise ValueError(f"[{first}, {end}] is not a range of samples: expected 0 <= first < end")
             if self.ranges and first <= self.ranges[-1][1]:
                 self.ranges[-1] = (self.ranges[-1][0], max(end, self.ranges[-1][1]))
             else:
@@ -32,7 +30,7 @@ class SampleRanges:
         return place
 
     def after(self, position: int, samples: int) -> int:
-        """The position behind `samples` samples that are read from `position` on."""
+        """The position after `samples` samples that are read from `position` on."""
         return position if samples == 0 else self.place(position, samples - 1) + 1
 
     def kept(self, position: int, end: int) -> int:

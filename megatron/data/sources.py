@@ -21,12 +21,12 @@ Piece = tuple[int, int, int]  # document, offset in it, length
 DOCUMENTS, SAMPLES = 0, 1  # the two uses of the seed
 
 
-def draw(seed: int, epoch: int, use: int, count: int) -> NDArray[np.integer]:
+def seeded_permutation(seed: int, epoch: int, use: int, count: int) -> NDArray[np.integer]:
     """A permutation. RandomState's streams are frozen by numpy: another numpy version resumes a run unchanged."""
     return np.random.RandomState([seed, epoch, use]).permutation(count)
 
 
-class Source(SampleDataset):
+class SampleSource(SampleDataset):
     """Samples of a range of documents of one file. Subclasses say which pieces of documents make a sample."""
 
     samples_per_epoch: float
@@ -71,8 +71,8 @@ class Source(SampleDataset):
         return self.form.make(tokens, labels, starts, sample_id)
 
 
-class RunningPack(Source):
-    """GPT-NeoX's `packed`: one epoch behind the other is an endless stream, and sample k its tokens k*s to k*s + s.
+class RunningPack(SampleSource):
+    """GPT-NeoX's `packed`: the epochs joined are an endless stream, and sample k its tokens k*s to k*s + s.
 
     Neighbours share a token; documents and epochs are crossed. The samples that begin in an epoch are read in random
     order before any of the next.
@@ -115,11 +115,11 @@ class RunningPack(Source):
         total = self.first_sample(self.epochs)
         samples: NDArray[np.integer] = np.empty(total, np.uint32 if total < 2**32 else np.int64)
         for epoch in range(self.epochs):
-            permutation = draw(self._seed, epoch, DOCUMENTS, stop - start)
+            permutation = seeded_permutation(self._seed, epoch, DOCUMENTS, stop - start)
             order[epoch] = permutation + start
             np.cumsum(sizes[permutation], dtype=np.int64, out=ends[epoch])
-            first, behind = self.first_sample(epoch), self.first_sample(epoch + 1)
-            samples[first:behind] = first + draw(self._seed, epoch, SAMPLES, behind - first)
+            first, end = self.first_sample(epoch), self.first_sample(epoch + 1)
+            samples[first:end] = first + seeded_permutation(self._seed, epoch, SAMPLES, end - first)
         return {"order": order, "ends": ends, "samples": samples}
 
     def pieces(self, index: int) -> list[Piece]:
@@ -144,7 +144,7 @@ class RunningPack(Source):
             epoch, offset = epoch + 1, 0
 
 
-class OncePacked(Source):
+class OncePacked(SampleSource):
     """Validation: the documents once, in the order of the file, cut every s tokens; the last sample is padded.
 
     Every token is there exactly once. The samples are read in a fixed random order, so that the first few of them are
@@ -160,7 +160,7 @@ class OncePacked(Source):
         labels: str | None = None,
     ) -> None:
         super().__init__(prefix, form, documents, labels)
-        self._order = draw(seed, 0, SAMPLES, -(-(self.tokens - 1) // form.seq_length))
+        self._order = seeded_permutation(seed, 0, SAMPLES, -(-(self.tokens - 1) // form.seq_length))
         self.samples_per_epoch = len(self._order)
 
     def __len__(self) -> int:

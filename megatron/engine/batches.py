@@ -15,7 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron.common.errors import UserError
-from megatron.model.loss import IGNORE_INDEX, step_weight
+from megatron.common.labels import IGNORE_INDEX
+from megatron.model.loss import step_weight
 from megatron.parallel.place import Place
 
 MicroBatch = Mapping[str, Tensor]

@@ -13,8 +13,8 @@ import yaml
 from megatron.launcher.slurm import run_as_rank, start_by_srun, uses_srun
 from megatron.launcher.start import start
 from megatron.neox_arguments import ConfigError, NeoXArgs
-from megatron.neox_arguments.derived import Task
 from megatron.neox_arguments.load import parse_overrides, resolve_path
+from megatron.neox_arguments.registry import Task
 from megatron.parallel.rank_env import started_as_rank
 
 if TYPE_CHECKING:

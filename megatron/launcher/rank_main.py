@@ -16,8 +16,8 @@ from typing import NoReturn
 from megatron.common.errors import UserError
 from megatron.common.processes import die_with_parent
 from megatron.neox_arguments import ConfigError, NeoXArgs
-from megatron.neox_arguments.derived import Task
 from megatron.neox_arguments.load import parse_overrides
+from megatron.neox_arguments.registry import Task
 from megatron.parallel.rank_env import find_ranks, node_name
 from megatron.supervision.failures import (
     FAILURE,

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron.common.labels import IGNORE_INDEX
 from megatron.ops import vocab_parallel_cross_entropy
-
-IGNORE_INDEX = -100
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
-"""YAML -> `NeoXArgs`: typed keys, merging, derived values, checks, and what DeepSpeed gets.
+"""YAML -> `NeoXArgs`: typed keys, merging, derived values, rules, and what DeepSpeed gets.
 
-You are here: **neox_arguments** -> launcher -> model -> trainer -> checkpoint. Imports neither torch nor deepspeed, so
-that a configuration can be checked on a login node in a second.
+`keys/` has a file per group of keys: their types and descriptions, how values that are left out are derived, and the
+rules they must keep. Neither torch nor deepspeed is imported, so that a configuration can be checked on a login node in
+a second.
 """
 
 from megatron.common.errors import ConfigError

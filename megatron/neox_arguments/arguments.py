@@ -6,29 +6,21 @@ import difflib
 import hashlib
 import json
 from collections.abc import Iterable
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import PrivateAttr, ValidationError
+from pydantic import BaseModel, PrivateAttr, ValidationError
 
 from megatron.common.errors import ConfigError
-from megatron.layout import LlamaShape
-from megatron.neox_arguments import checks, deepspeed_config, derived
-from megatron.neox_arguments.derived import Task
-from megatron.neox_arguments.keys.checkpoint import CheckpointKeys
-from megatron.neox_arguments.keys.data import DataKeys
-from megatron.neox_arguments.keys.model import ModelKeys
-from megatron.neox_arguments.keys.optimization import OptimizationKeys
-from megatron.neox_arguments.keys.parallel import ParallelKeys
-from megatron.neox_arguments.keys.runtime import RuntimeKeys
-from megatron.neox_arguments.keys.survival import SurvivalKeys
+from megatron.neox_arguments.deepspeed_config import deepspeed_dictionary
+from megatron.neox_arguments.keys.all_keys import REGISTRY, AllKeys
+from megatron.neox_arguments.keys.fields import nested_mapping
 from megatron.neox_arguments.load import apply_overrides, canonical, merge_files
+from megatron.neox_arguments.registry import Task
 from megatron.neox_arguments.unsupported import UNSUPPORTED, WITHOUT_EFFECT
 
 
-# Pydantic lists the fields of the last base first.
-class NeoXArgs(SurvivalKeys, RuntimeKeys, CheckpointKeys, DataKeys, OptimizationKeys, ParallelKeys, ModelKeys):
+class NeoXArgs(AllKeys):
     """Immutable. Build it with `from_ymls` or `from_dict`; change it with `replace`, which checks again.
 
     Every declared key holds its final value: `num_kv_heads`, the batch sizes, `precision` and the others that may be
@@ -36,7 +28,6 @@ class NeoXArgs(SurvivalKeys, RuntimeKeys, CheckpointKeys, DataKeys, Optimization
     `model` only what describes the model and its layout.
     """
 
-    _merged: dict[str, Any] = PrivateAttr(default_factory=dict)
     _notes: tuple[str, ...] = PrivateAttr(default=())
     _task: Task = PrivateAttr(default="train")
 
@@ -77,30 +68,15 @@ class NeoXArgs(SurvivalKeys, RuntimeKeys, CheckpointKeys, DataKeys, Optimization
             raw = cls.model_validate(given)
         except ValidationError as error:
             raise ConfigError(_explain(error, places, cls)) from None
-        resolution = derived.resolve(raw, task, world_size)
-        args = raw.model_copy(update=resolution.values)
+        args, choices = REGISTRY.derive(raw, task, world_size)
         args._merged, args._task = dict(keys), task
-        checks.run(args, task)
-        args._notes = (*notes, *resolution.notes, *checks.warnings(args, task))
+        REGISTRY.check(args, task)
+        args._notes = (*notes, *choices, *REGISTRY.surprises(args, task))
         return args
 
     def replace(self, **keys: Any) -> Self:
         """The same configuration with some keys changed."""
         return self._build({**self._merged, **keys}, {}, self.global_num_gpus, self._task)
-
-    def with_train_iters(self, train_iters: int) -> Self:
-        """The same run with the length that its data give to `train_epochs`; the keys as given stay what they are."""
-        values = {"train_iters": train_iters}
-        if self.lr_decay_iters is None:
-            values["lr_decay_iters"] = derived.decay_iters(train_iters, self.lr_decay_fraction)
-        return self.model_copy(update=values)
-
-    # --- what the user gave, and what we have to say about it
-
-    @property
-    def merged(self) -> dict[str, Any]:
-        """The keys the user gave, merged, with underscores."""
-        return dict(self._merged)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -111,35 +87,10 @@ class NeoXArgs(SurvivalKeys, RuntimeKeys, CheckpointKeys, DataKeys, Optimization
     def task(self) -> Task:
         return self._task
 
-    # --- derived values that are not keys
-
-    @cached_property
-    def shape(self) -> LlamaShape:
-        return derived.shape(self)
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
-
-    @property
-    def padded_vocab_size(self) -> int:
-        return self.shape.padded_vocab_size
-
-    @property
-    def data_parallel_size(self) -> int:
-        return self.global_num_gpus // (self.pipe_parallel_size * self.model_parallel_size)
-
-    @property
-    def lr(self) -> float:
-        """Peak learning rate."""
-        return self.optimizer.params.lr
-
     @property
     def deepspeed_config(self) -> dict[str, Any]:
         """Argument for `deepspeed.initialize(config=...)`; a fresh dictionary each time."""
-        return deepspeed_config.build(self)
-
-    # --- handing it over
+        return deepspeed_dictionary(self)
 
     def to_json(self) -> str:
         """Everything that `from_json` needs, in a form that is the same for equal configurations."""
@@ -213,16 +164,11 @@ def _explain(error: ValidationError, places: dict[str, str], cls: type[NeoXArgs]
 
 def _nested_keys(cls: type[NeoXArgs], path: list[str | int]) -> list[str]:
     """Names of the keys inside the nested mapping at `path`."""
-    from pydantic import BaseModel
-
     model: type[BaseModel] = cls
     for part in path:
-        if isinstance(part, int):
-            continue
-        annotation: Any = model.model_fields[part].annotation
-        candidates = [annotation, *getattr(annotation, "__args__", ())]
-        nested = [item for item in candidates if isinstance(item, type) and issubclass(item, BaseModel)]
-        if not nested:
-            return []
-        model = nested[0]
+        if part in model.model_fields:  # other parts are places in a list and names of alternatives
+            nested = nested_mapping(model.model_fields[str(part)].annotation)
+            if nested is None:
+                return []
+            model = nested
     return sorted(model.model_fields)

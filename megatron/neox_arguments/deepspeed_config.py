@@ -1,7 +1,7 @@
 """The dictionary for `deepspeed.initialize(config=...)`.
 
-Everything that matters is passed, whatever DeepSpeed's default: GPT-NeoX leaves out values equal to its own defaults,
-and so trained for years without gradient clipping (gpt-neox #1432).
+Everything that matters is passed, also where it equals DeepSpeed's default: GPT-NeoX leaves out values equal to its own
+defaults, and so trained for years without gradient clipping (gpt-neox #1432).
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megatron.neox_arguments.arguments import NeoXArgs
+    from megatron.neox_arguments.keys.all_keys import AllKeys
 
 
-def build(args: NeoXArgs, *, with_extra: bool = True) -> dict[str, Any]:
+def deepspeed_dictionary(args: AllKeys, *, with_extra: bool = True) -> dict[str, Any]:
     """Batch sizes, clipping, precision and ZeRO of a resolved configuration.
 
     bf16 comes with `grad_accum_dtype: fp32`, which selects DeepSpeed's BF16_Optimizer; without it gradients would be

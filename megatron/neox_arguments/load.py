@@ -66,7 +66,7 @@ def resolve_path(name: str | Path, folder: str | Path | None = None) -> Path:
     return path if path.suffix in (".yml", ".yaml", ".json") else path.with_name(path.name + ".yml")
 
 
-def read_file(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """Keys of one file and where each stands (`file:line`)."""
     try:
         text = path.read_text(encoding="utf-8")
@@ -98,11 +98,11 @@ def read_file(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def merge_files(paths: Iterable[str | Path]) -> tuple[dict[str, Any], dict[str, str]]:
-    """All keys of all files; a key in two files is an error, since nobody can tell which was meant."""
+    """All keys of all files; a key in two files is an error: which one was meant is unknown."""
     merged: dict[str, Any] = {}
     places: dict[str, str] = {}
     for path in paths:
-        keys, where = read_file(resolve_path(path))
+        keys, where = read_yaml(resolve_path(path))
         for name, value in keys.items():
             if name in merged:
                 raise ConfigError(f"{name} is given twice: {places[name]} and {where[name]}; delete one")

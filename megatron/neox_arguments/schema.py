@@ -7,6 +7,7 @@ python -m megatron.neox_arguments.schema --update docs/configuration.md
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,41 +16,40 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from megatron.neox_arguments.arguments import NeoXArgs
-from megatron.neox_arguments.keys.checkpoint import CheckpointKeys
-from megatron.neox_arguments.keys.data import DataKeys
-from megatron.neox_arguments.keys.model import ModelKeys, RopeScaling
-from megatron.neox_arguments.keys.optimization import (
-    Bf16,
-    DataTypes,
-    LrOverride,
-    OptimizationKeys,
-    Optimizer,
-    OptimizerParams,
-    Zero,
-)
-from megatron.neox_arguments.keys.parallel import ParallelKeys
-from megatron.neox_arguments.keys.runtime import RuntimeKeys
-from megatron.neox_arguments.keys.survival import SurvivalKeys
+from megatron.neox_arguments.keys.all_keys import AllKeys
+from megatron.neox_arguments.keys.fields import nested_mapping
 from megatron.neox_arguments.unsupported import UNSUPPORTED, WITHOUT_EFFECT
 
 BEGIN, END = "<!-- generated keys: begin -->", "<!-- generated keys: end -->"
 
-_GROUPS: list[tuple[str, type[BaseModel]]] = [
-    ("Model", ModelKeys),
-    ("rope_scaling", RopeScaling),
-    ("Ranks", ParallelKeys),
-    ("Optimisation", OptimizationKeys),
-    ("optimizer", Optimizer),
-    ("optimizer.params", OptimizerParams),
-    ("lr_overrides, each entry", LrOverride),
-    ("zero_optimization", Zero),
-    ("bf16", Bf16),
-    ("data_types", DataTypes),
-    ("Data", DataKeys),
-    ("Checkpoints", CheckpointKeys),
-    ("Running, logging, evaluation, generation", RuntimeKeys),
-    ("Survival", SurvivalKeys),
-]
+# Titles of the groups of keys, in the order in which NeoXArgs lists them.
+_TITLES = {
+    "ModelKeys": "Model",
+    "ParallelKeys": "Ranks",
+    "OptimizationKeys": "Optimisation",
+    "DataKeys": "Data",
+    "CheckpointKeys": "Checkpoints",
+    "RuntimeKeys": "Running, logging, evaluation, generation",
+    "SurvivalKeys": "Survival",
+}
+
+
+def groups() -> list[tuple[str, type[BaseModel]]]:
+    """Title and class of every group of keys, each followed by the mappings nested in it."""
+    found: list[tuple[str, type[BaseModel]]] = []
+    for group in reversed(AllKeys.__bases__):
+        found += [(_TITLES[group.__name__], group), *_nested(group, "")]
+    return found
+
+
+def _nested(group: type[BaseModel], prefix: str) -> list[tuple[str, type[BaseModel]]]:
+    found: list[tuple[str, type[BaseModel]]] = []
+    for name, field in group.model_fields.items():
+        inner = nested_mapping(field.annotation)
+        if inner is not None:
+            entry = ", each entry" if "list[" in str(field.annotation) else ""
+            found += [(f"{prefix}{name}{entry}", inner), *_nested(inner, f"{prefix}{name}.")]
+    return found
 
 
 def json_schema() -> dict[str, Any]:
@@ -87,10 +87,10 @@ def _tidy(entry: dict[str, Any]) -> None:
         entry["description"] += f" Default: {rule}."
 
 
-def table() -> str:
+def key_table() -> str:
     """All keys as Markdown: name, type, default, meaning; keys that GPT-NeoX does not have carry a `+`."""
     parts = []
-    for title, group in _GROUPS:
+    for title, group in groups():
         parts.append(f"### {title}\n\n| key | type | default | meaning |\n|---|---|---|---|")
         for name, field in group.model_fields.items():
             extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
@@ -115,9 +115,7 @@ def _type(field: FieldInfo) -> str:
     text = annotation.__name__ if isinstance(annotation, type) and not _arguments(annotation) else str(annotation)
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "mapping"
-    keys = "megatron.neox_arguments.keys"
-    for noise in ("typing.", f"{keys}.model.", f"{keys}.optimization.", " | None"):
-        text = text.replace(noise, "")
+    text = re.sub(r"typing\.|megatron\.neox_arguments\.keys\.\w+\.| \| None", "", text)
     if text.startswith("Literal["):
         return " | ".join(
             str(value).lower() if isinstance(value, bool) else str(value) for value in _arguments(annotation)
@@ -145,7 +143,7 @@ def updated(text: str) -> str:
     """A document with the table between its two markers made current."""
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{table()}\n{END}{after}"
+    return f"{before}{BEGIN}\n{key_table()}\n{END}{after}"
 
 
 def main(arguments: list[str]) -> int:

@@ -157,7 +157,7 @@ WITHOUT_EFFECT: dict[str, str] = {
     **dict.fromkeys(("rpe_num_buckets", "rpe_max_distance", "opt_pos_emb_offset"), "the position embedding is rotary"),
     "gmlp_attn_dim": "there are no gMLP layers",
     "param_sharing_style": "layers do not share parameters",
-    "use_cpu_initialization": "weights are always initialised on the CPU, alike for every layout",
+    "use_cpu_initialization": "weights are always initialised on the CPU, identically for every layout",
     "num_workers": "each rank reads its samples itself, from memory-mapped files",
     "override_lr_scheduler": "the schedule is that of the configuration, also on resume",
     "peak_theoretical_tflops": "the log gives TFLOP/s; divide by the peak of one device (MI250X GCD: 191.5)",

@@ -1,4 +1,4 @@
-"""Tokenizers of three file formats behind one small interface; `build_tokenizer` picks by GPT-NeoX's type names."""
+"""Tokenizers of three file formats with one small interface; `build_tokenizer` picks by GPT-NeoX's type names."""
 
 from megatron.tokenizer.base import Tokenizer, TokenizerError
 from megatron.tokenizer.build import TOKENIZER_TYPES, build_tokenizer

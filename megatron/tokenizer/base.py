@@ -8,7 +8,6 @@ BOS and no EOS unless the caller puts its id there.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import OrderedDict
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -98,11 +97,6 @@ class Tokenizer(ABC):
         """Id that fills unused positions; the end-of-document id where the vocabulary has no padding token."""
         found = self._first(PAD_NAMES)
         return self.eod if found is None else found
-
-    @property
-    def unique_identifiers(self) -> OrderedDict[str, str]:
-        """What megatron-core's datasets hash into their cache names."""
-        return OrderedDict(tokenizer=type(self).__name__, fingerprint=self.fingerprint)
 
     def _first(self, names: Sequence[str]) -> int | None:
         return next((self.special_tokens[name] for name in names if name in self.special_tokens), None)

@@ -1,4 +1,4 @@
-"""Conversations as tokens, and which of them the assistant said.
+"""Conversations as tokens, and which of them are learned.
 
 `Llama3Chat` is the format that Llama 3 was tuned with (Meta's `llama-models`): begin-of-text once, then for every turn
 its role between header tokens, two newlines, the content and an end token. `TemplateChat` follows a Jinja template of
@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from megatron.common.labels import IGNORE_INDEX
 from megatron.tokenizer.base import Tokenizer, TokenizerError
 
 Role = Literal["system", "user", "assistant", "tool"]
 TrainOn = Literal["all", "last"]
-IGNORED = -100
 
 
 class ChatError(ValueError):
@@ -62,9 +62,9 @@ class Llama3Chat(Chat):
         token = tokenizer.token_id
         self._bos = token("<|begin_of_text|>")
         self._end = {False: token("<|eot_id|>"), True: token("<|eom_id|>")}
-        before, behind = token("<|start_header_id|>"), (token("<|end_header_id|>"), *tokenizer.encode("\n\n"))
+        before, after = token("<|start_header_id|>"), (token("<|end_header_id|>"), *tokenizer.encode("\n\n"))
         names = {"system": "system", "user": "user", "assistant": "assistant", "tool": "ipython"}
-        self._headers = {role: (before, *tokenizer.encode(name), *behind) for role, name in names.items()}
+        self._headers = {role: (before, *tokenizer.encode(name), *after) for role, name in names.items()}
 
     def segments(self, messages: Sequence[Message], train_on: TrainOn) -> list[Segment]:
         segments = [Segment((self._bos,))]
@@ -83,7 +83,7 @@ class TemplateChat(Chat):
 
     The template is rendered with marks in place of the contents, which shows its own words and where contents go. It
     is refused where that would not be the whole truth: contents that are changed or left out (templates that shorten
-    earlier turns), turns that come out differently when the conversation goes on, no end token behind the assistant.
+    earlier turns), turns that come out differently when the conversation goes on, no end token after the assistant.
     """
 
     def __init__(self, source: str, tokenizer: Tokenizer) -> None:
@@ -190,7 +190,7 @@ def learned_turns(messages: Sequence[Message], train_on: TrainOn) -> set[int]:
     return set(turns if train_on == "all" else turns[-1:])
 
 
-def assemble(segments: Sequence[Segment], encoded: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:
+def ids_and_labels(segments: Sequence[Segment], encoded: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:
     """Ids and labels (the id where it is learned, -100 elsewhere) of segments whose texts, in order, are `encoded`."""
     ids: list[int] = []
     labels: list[int] = []
@@ -198,16 +198,8 @@ def assemble(segments: Sequence[Segment], encoded: Sequence[Sequence[int]]) -> t
     for segment in segments:
         part = segment.ids if segment.text is None else next(texts)
         ids += part
-        labels += part if segment.learned else [IGNORED] * len(part)
+        labels += part if segment.learned else [IGNORE_INDEX] * len(part)
     return ids, labels
-
-
-def encode_chat(
-    chat: Chat, tokenizer: Tokenizer, messages: Sequence[Message], train_on: TrainOn = "all"
-) -> tuple[list[int], list[int]]:
-    """Ids and labels of one conversation."""
-    segments = chat.segments(messages, train_on)
-    return assemble(segments, [tokenizer.encode(s.text) for s in segments if s.text is not None])
 
 
 def load_chat(template: str | None, tokenizer: Tokenizer) -> Chat:

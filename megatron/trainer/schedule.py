@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from megatron.neox_arguments import NeoXArgs
-from megatron.neox_arguments.derived import decay_iters
+from megatron.neox_arguments.keys.optimization import decay_iters
 
 
 @dataclass(frozen=True)

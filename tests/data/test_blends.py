@@ -1,15 +1,18 @@
 """Several sources as one: shares, replay, and the order of the run."""
 
 import itertools
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from megatron.data import DataError, build_datasets
 from megatron.data.blend import assign_sources, mix, shares
-from tests.support.made_data import Args, S, numbered, write
+from megatron.data.build import build_datasets
+from megatron.neox_arguments import NeoXArgs
+from megatron.neox_arguments.keys.data import Replay
+from tests.support.configurations import data_args
+from tests.support.made_data import S, numbered, write
 
 pytestmark = pytest.mark.unit
 
@@ -33,26 +36,12 @@ def test_realised_shares_are_within_a_tenth_of_a_percent() -> None:
     assert np.abs(np.bincount(source_of, minlength=4) / 1_000_000 - share).max() < 1e-5
 
 
-@pytest.mark.parametrize("weights", [[], [0, 0], [1, -1], [float("nan")], [float("inf"), 1]])
-def test_senseless_weights(weights: list[float]) -> None:
-    with pytest.raises(DataError, match="data weights"):
-        shares(weights)
+def replayed(path: str, share: float, fresh: bool = True) -> dict[str, Any]:
+    """An entry of train_data_paths with replay."""
+    return {"path": path, "replay": {"share": share, "fresh_each_epoch": fresh}}
 
 
-@dataclass
-class Replayed:
-    """An entry of train_data_paths with replay, and its replay keys in one."""
-
-    path: str
-    share: float
-    fresh_each_epoch: bool = True
-
-    @property
-    def replay(self) -> "Replayed":
-        return self
-
-
-def general_tokens(args: Args, epoch: float) -> list[list[int]]:
+def general_tokens(args: NeoXArgs, epoch: float) -> list[list[int]]:
     """Tokens of the replayed source (ids from 100,000), by epoch of the corpus."""
     train = build_datasets(args).train
     found: list[list[int]] = [[] for _ in range(int(len(train) / epoch) + 1)]
@@ -68,8 +57,8 @@ def general_tokens(args: Args, epoch: float) -> list[list[int]]:
 def test_replay(tmp_path: Path, fresh: bool, packing: str) -> None:
     domain = [write(tmp_path / f"d{i}", numbered([S] * n, first=10_000 * i)) for i, n in enumerate((150, 50))]
     general = write(tmp_path / "g", numbered([S] * 175, first=100_000))
-    replayed = Replayed(general, 0.2, fresh)
-    args = Args(train_data_paths=[*domain, replayed], vocab_size=None, train_iters=100, pack_impl=packing)
+    paths = [*domain, replayed(general, 0.2, fresh)]
+    args = data_args(train_data_paths=paths, train_iters=100, pack_impl=packing)
     epoch = 200 / 0.8
     by_epoch = general_tokens(args, epoch)
     assert [len(tokens) // S for tokens in by_epoch] == [50, 50, 50, 10]
@@ -90,7 +79,7 @@ def test_replay(tmp_path: Path, fresh: bool, packing: str) -> None:
 def test_exhausted_replay_begins_again_in_another_order(tmp_path: Path) -> None:
     domain = write(tmp_path / "d", numbered([S] * 100))
     general = write(tmp_path / "g", numbered([S] * 20, first=100_000))
-    args = Args(train_data_paths=[domain, Replayed(general, 0.2)], vocab_size=None, train_iters=25)
+    args = data_args(train_data_paths=[domain, replayed(general, 0.2)], train_iters=25)
     read = [t for tokens in general_tokens(args, 125) for t in tokens]
     assert len(read) == 40 * S
     assert sorted(read[: 20 * S]) == sorted(read[20 * S :]) == list(range(100_000, 100_000 + 20 * S))
@@ -98,21 +87,11 @@ def test_exhausted_replay_begins_again_in_another_order(tmp_path: Path) -> None:
 
 
 def test_realised_replay_over_a_million_samples() -> None:
-    replay = Replayed("", 0.2)
+    replay = Replay(share=0.2)
     mixture = mix([90_000.3, 30_000.9, 1e9], None, [None, None, replay], 1_000_000)
     assert mixture.epoch is not None
     edges = np.arange(0, 1_000_000, mixture.epoch).astype(int)
-    for first, behind in itertools.pairwise(edges):
-        part = mixture.source_of[first:behind]
+    for first, end in itertools.pairwise(edges):
+        part = mixture.source_of[first:end]
         assert abs((part == 2).mean() - 0.2) < 0.001
         assert abs((part == 0).mean() - 0.8 * 0.75) < 0.001
-
-
-def test_senseless_replay() -> None:
-    for replays, weights, message in (
-        ([Replayed("", 0.2)], None, "leave something"),
-        ([None, Replayed("", 0.6), Replayed("", 0.4)], None, "leave something"),
-        ([None, Replayed("", 0.2)], [1.0, 2.0], "2 entries for 1 train_data_paths without replay"),
-    ):
-        with pytest.raises(DataError, match=message):
-            mix([1.0] * len(replays), weights, replays, 10)

@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron.data import DataError, build_datasets
-from megatron.data.build import split_documents
+from megatron.common.labels import IGNORE_INDEX
+from megatron.data.build import build_datasets, split_documents
 from megatron.data.index_cache import CACHE_FOLDER
-from megatron.data.sample import IGNORED
+from megatron.data.indexed import DataError
 from megatron.tokenizer import Tokenizer
 from tests.datasets.test_preprocess import run, write_jsonl
-from tests.support.made_data import Args, S, blend_args, numbered, write
+from tests.support.configurations import data_args
+from tests.support.made_data import S, blend_args, numbered, write
 
 pytestmark = pytest.mark.unit
 
@@ -22,8 +23,8 @@ def test_split() -> None:
     assert split_documents("969/30/1", 1000) == split_documents("969, 30, 1", 1000)
     assert split_documents("1", 7) == [(0, 7), (7, 7), (7, 7)]
     assert split_documents("50,50", 3) == [(0, 2), (2, 3), (3, 3)]
-    for bad in ("", "a,b", "1,1,1,1", "0,0,0"):
-        with pytest.raises(DataError):
+    for bad in ("", "a,b", "1,1,1,1", "0,0,0", "2,-1", "nan", "inf,1"):
+        with pytest.raises(DataError, match=f"split '{bad}': expected"):
             split_documents(bad, 10)
 
 
@@ -40,28 +41,29 @@ def test_build_blend_and_validation_apart(tmp_path: Path) -> None:
 
 def test_build_from_one_path_and_split(tmp_path: Path) -> None:
     path = write(tmp_path / "one", numbered([20] * 50))
-    datasets = build_datasets(Args(data_path=path, vocab_size=None, train_iters=100))
+    datasets = build_datasets(data_args(data_path=path, train_iters=100))
     seen = {t for i in range(800) for t in datasets.train[i]["tokens"].tolist()}
     assert seen == set(range(800))  # the first 40 documents and no other
     assert list(datasets.valid) == list(datasets.test) == ["one"]
     for part, tokens in ((datasets.valid["one"], range(800, 900)), (datasets.test["one"], range(900, 1000))):
         labels = torch.cat([part[i]["labels"] for i in range(len(part))])
-        assert sorted(labels[labels != IGNORED].tolist()) == list(tokens)[1:]
+        assert sorted(labels[labels != IGNORE_INDEX].tolist()) == list(tokens)[1:]
 
 
 def test_validation_names_are_unique(tmp_path: Path) -> None:
     (tmp_path / "x").mkdir()
     (tmp_path / "y").mkdir()
     paths = [write(tmp_path / d / "text_document", numbered([40])) for d in ("x", "y")]
-    args = Args(train_data_paths=paths[:1], valid_data_paths=paths, vocab_size=None)
+    args = data_args(train_data_paths=paths[:1], valid_data_paths=paths)
     assert list(build_datasets(args).valid) == ["x/text_document", "y/text_document"]
-    args.valid_data_paths = [paths[0], paths[0]]
     with pytest.raises(DataError, match="given twice"):
-        build_datasets(args)
+        build_datasets(args.replace(valid_data_paths=[paths[0], paths[0]]))
 
 
 def test_a_run_that_only_evaluates(tmp_path: Path) -> None:
-    datasets = build_datasets(blend_args(tmp_path, train_data_paths=None, train_data_weights=None, train_iters=None))
+    datasets = build_datasets(
+        blend_args(tmp_path, task="eval", train_data_paths=None, train_data_weights=None, train_iters=None)
+    )
     assert list(datasets.valid) == ["v", "b"]
     assert sorted(Path(prefix).name for prefix in datasets.fingerprints) == ["b", "v"]
     assert not (tmp_path / CACHE_FOLDER).exists()
@@ -69,43 +71,42 @@ def test_a_run_that_only_evaluates(tmp_path: Path) -> None:
         _ = datasets.train
 
 
+def test_a_split_without_training_documents(tmp_path: Path) -> None:
+    args = data_args(data_path=write(tmp_path / "one", numbered([20] * 50)), split="0,1,1")
+    with pytest.raises(DataError, match="split leaves no document"):
+        _ = build_datasets(args).train
+
+
 def test_refusals(tmp_path: Path) -> None:
-    for changes, message in (
-        ({"train_data_paths": None, "valid_data_paths": None}, "no data"),
-        ({"data_path": "x"}, "either data_path"),
-        ({"train_data_weights": [1.0]}, "1 entries for 2"),
-        ({"train_label_data_paths": ["x"]}, "train_label_data_paths has 1 entries for 2"),
-        ({"train_data_paths": [str(tmp_path / "absent")], "train_data_weights": None}, "absent.idx: no such file"),
-        ({"eod_mask_loss": True}, "eod_mask_loss needs"),
-    ):
-        with pytest.raises(DataError, match=message):
-            build_datasets(blend_args(tmp_path, **changes))
+    with pytest.raises(DataError, match="no data: give data_path, or train_data_paths"):
+        build_datasets(data_args("eval", train_iters=None))
+    with pytest.raises(DataError, match=r"absent\.idx: no such file"):
+        build_datasets(data_args(train_data_paths=[str(tmp_path / "absent")]))
     with pytest.raises(DataError, match="hold 1 tokens"):
-        build_datasets(Args(train_data_paths=[write(tmp_path / "s", numbered([1]))], vocab_size=None))
+        build_datasets(data_args(train_data_paths=[write(tmp_path / "s", numbered([1]))]))
 
 
 def test_headers_are_checked_against_the_run(vocab_folder: Path, tmp_path: Path) -> None:
     assert run(vocab_folder, tmp_path / "out", write_jsonl(tmp_path / "a.jsonl", ["some text"] * 9)) == 0
     prefix = str(tmp_path / "out_text_document")
-    args = Args(train_data_paths=[prefix], vocab_file=str(vocab_folder), eod_mask_loss=True)
+    args = data_args(train_data_paths=[prefix], vocab_file=str(vocab_folder), eod_mask_loss=True)
     assert build_datasets(args).notes[0].startswith("train:")
-    args.tokenizer_type = "TiktokenTokenizer"
     with pytest.raises(DataError, match="another tokenizer"):
-        build_datasets(args)
-    args.tokenizer_type, args.vocab_size = "HFTokenizer", 300
+        build_datasets(args.replace(tokenizer_type="TiktokenTokenizer"))
     with pytest.raises(DataError, match="the model has only 300"):
-        build_datasets(args)
+        build_datasets(args.replace(vocab_size=300))
 
 
-def test_a_thousand_sources_open_with_few_handles(tmp_path: Path) -> None:
+def test_many_sources_open_with_few_handles(tmp_path: Path) -> None:
+    """150 sources of two files each and the three of their index, of which 64 each may be open at a time."""
     write(tmp_path / "0", numbered([40]))
-    for i in range(1, 1000):
+    for i in range(1, 150):
         for ending in ("bin", "idx"):
             (tmp_path / f"{i}.{ending}").hardlink_to(tmp_path / f"0.{ending}")
-    paths = [str(tmp_path / f"{i}") for i in range(1000)]
+    paths = [str(tmp_path / f"{i}") for i in range(150)]
     before = len(os.listdir("/proc/self/fd"))
-    train = build_datasets(Args(train_data_paths=paths, vocab_size=None, train_iters=2, train_batch_size=1000)).train
-    assert len(train[1999]["tokens"]) == S
+    train = build_datasets(data_args(train_data_paths=paths, train_iters=2, train_batch_size=150)).train
+    assert len(train[299]["tokens"]) == S
     assert len(os.listdir("/proc/self/fd")) - before <= 5 * 64 + 8
 
 

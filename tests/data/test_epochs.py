@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from megatron.data import build_datasets
-from tests.support.configurations import keys
-from tests.support.made_data import Args, write
+from megatron.data.build import build_datasets
+from tests.support.configurations import data_args
+from tests.support.made_data import write
 
 pytestmark = pytest.mark.unit
 
@@ -23,7 +22,7 @@ def source(folder: Path, name: str, documents: int) -> str:
 
 @pytest.mark.parametrize(("epochs", "iterations"), [(1.0, 10), (2.5, 25), (0.6, 6), (0.01, 1)])
 def test_epochs_are_iterations_of_the_data(tmp_path: Path, epochs: float, iterations: int) -> None:
-    args = Args(
+    args = data_args(
         train_data_paths=[source(tmp_path, "d", 80)], train_iters=None, train_epochs=epochs, pack_impl="unpacked"
     )
     datasets = build_datasets(args)
@@ -34,46 +33,19 @@ def test_epochs_are_iterations_of_the_data(tmp_path: Path, epochs: float, iterat
 
 def test_one_epoch_reads_every_document_of_every_source_once(tmp_path: Path) -> None:
     paths = [source(tmp_path, "a", 56), source(tmp_path, "b", 24)]
-    args = Args(train_data_paths=paths, train_data_weights=[0.7, 0.3], train_iters=None, train_epochs=1.0)
-    train = build_datasets(Args(**{**vars(args), "pack_impl": "unpacked"})).train
+    length = {"train_iters": None, "train_epochs": 1.0}
+    args = data_args(train_data_paths=paths, train_data_weights=[0.7, 0.3], pack_impl="unpacked", **length)
+    train = build_datasets(args).train
     read = Counter(int(train[place]["tokens"][0]) for place in range(len(train)))
     assert read == Counter([*range(56), *range(24)])
 
 
 def test_replayed_text_makes_an_epoch_longer_not_shorter(tmp_path: Path) -> None:
     """80 documents of the domain and a fifth of replay are 100 samples, 80 of them of the domain."""
-    replay = SimpleNamespace(
-        path=source(tmp_path, "general", 300), replay=SimpleNamespace(share=0.2, fresh_each_epoch=True)
-    )
+    replay = {"path": source(tmp_path, "general", 300), "replay": {"share": 0.2}}
     paths = [source(tmp_path, "domain", 80), replay]
-    args = Args(train_data_paths=paths, train_iters=None, train_epochs=2.0, train_batch_size=4, pack_impl="unpacked")
-    datasets = build_datasets(args)
+    length = {"train_iters": None, "train_epochs": 2.0, "train_batch_size": 4}
+    datasets = build_datasets(data_args(train_data_paths=paths, pack_impl="unpacked", **length))
     assert datasets.train_iters == 50
     from_domain = sum(int(datasets.train.mixture.source_of[place]) == 0 for place in range(200))
     assert from_domain == 160
-
-
-def test_the_schedule_ends_with_the_run() -> None:
-    from megatron.neox_arguments import NeoXArgs
-
-    args = NeoXArgs.from_dict({**keys(train_epochs=2.5, lr_decay_fraction=0.8), "train_iters": None})
-    assert (args.train_iters, args.lr_decay_iters) == (None, None)
-    resolved = args.with_train_iters(50)
-    assert (resolved.train_iters, resolved.lr_decay_iters) == (50, 40)
-    assert resolved.merged == args.merged, "a checkpoint stores what the user gave"
-    assert args.replace(lr_decay_iters=30, lr_decay_fraction=None).with_train_iters(50).lr_decay_iters == 30
-
-
-@pytest.mark.parametrize(
-    ("given", "said"),
-    [
-        ({"train_iters": 5, "train_epochs": 1.0}, "train_iters and train_epochs are both given"),
-        ({"train_iters": None}, "or train_epochs, passes over the data"),
-        ({"train_iters": None, "train_epochs": 0.0}, "train_epochs: given 0.0"),
-    ],
-)
-def test_a_run_has_one_length(given: dict, said: str) -> None:
-    from megatron.neox_arguments import ConfigError, NeoXArgs
-
-    with pytest.raises(ConfigError, match=said):
-        NeoXArgs.from_dict({**keys(), **given})

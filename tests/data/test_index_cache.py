@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron.data import DataError, fingerprint, index_cache
+from megatron.data import index_cache
+from megatron.data.header import fingerprint
 from megatron.data.index_cache import CACHE_FOLDER
-from megatron.data.indexed import open_indexed
+from megatron.data.indexed import DataError, open_indexed
 from megatron.data.sample import SampleForm
 from megatron.data.sources import RunningPack
 from tests.support.made_data import LENGTHS, S, numbered, write
@@ -47,7 +48,7 @@ def test_a_damaged_index_is_named(tmp_path: Path) -> None:
             path.unlink()
             if damage is not None:
                 path.write_bytes(damage)
-            index_cache._mapped.cache_clear()
+            index_cache.open_arrays.cache_clear()
             with pytest.raises(DataError, match=f"{folder.name}: damaged index"):
                 RunningPack(prefix, SampleForm(S), 5, 50)
         path.write_bytes(content)

@@ -1,6 +1,8 @@
 """The `.bin/.idx` format: interoperable with megatron-core both ways, and particular about damage."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -102,3 +104,13 @@ def test_a_thousand_sources_need_few_handles(tmp_path: Path) -> None:
     before = len(os.listdir("/proc/self/fd"))
     assert sum(open_indexed(str(tmp_path / f"{i}")).num_tokens for i in range(1000)) == 348_000
     assert len(os.listdir("/proc/self/fd")) - before <= 2 * 64 + 8
+
+
+def test_the_file_format_needs_no_torch() -> None:
+    """The data commands start at once."""
+    code = (
+        "import sys, megatron.data.indexed, megatron.data.header\n"
+        "heavy = {'torch', 'megatron.core', 'transformers'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).resolve().parents[2])

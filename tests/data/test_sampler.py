@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron.data import MicroBatches, build_datasets
-from megatron.data.sample import IGNORED
+from megatron.common.labels import IGNORE_INDEX
+from megatron.data.build import build_datasets
+from megatron.data.sampler import MicroBatches
 from tests.support.made_data import blend_args
 
 pytestmark = pytest.mark.unit
@@ -53,7 +54,7 @@ def test_a_last_batch_is_completed_with_samples_that_teach_nothing(tmp_path: Pat
     seen = torch.cat([batch["sample_id"] for batch in batches])
     assert sorted(seen.tolist()) == [-1] * 6 + list(range(10))
     for batch in batches:
-        assert (batch["labels"][batch["sample_id"] == -1] == IGNORED).all()
+        assert (batch["labels"][batch["sample_id"] == -1] == IGNORE_INDEX).all()
     with pytest.raises(ValueError, match="make no sense"):
         MicroBatches(valid, 1, 2, 2, 1)
 

@@ -21,18 +21,12 @@ def test_it_is_the_order_without_the_ranges() -> None:
         assert [ranges.after(position, count) for count in range(1, 50)] == [p + 1 for p in left[:49]]
         assert ranges.after(position, 0) == position
         assert ranges.kept(position, end) == len([p for p in left if p < end])
-        # Read in two parts, as a run that is stopped and goes on.
+        # Read in two parts, as a run that is stopped and resumed.
         cut = rng.randrange(1, 20)
-        behind = ranges.after(position, cut)
-        assert [ranges.place(behind, count) for count in range(20)] == left[cut : cut + 20]
+        after = ranges.after(position, cut)
+        assert [ranges.place(after, count) for count in range(20)] == left[cut : cut + 20]
 
 
 def test_touching_ranges_are_one() -> None:
     assert SampleRanges([[10, 20], [0, 5], [5, 8], [12, 30]]).ranges == [(0, 8), (10, 30)]
     assert SampleRanges([[0, 8], [10, 30]]).between(4, 12) == [(4, 8), (10, 12)]
-
-
-@pytest.mark.parametrize("pair", [[5, 5], [6, 5], [-1, 3]])
-def test_what_is_no_range(pair: list[int]) -> None:
-    with pytest.raises(ValueError, match="is not a range"):
-        SampleRanges([pair])

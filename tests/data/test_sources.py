@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from megatron.data import DataError, build_datasets
+from megatron.common.labels import IGNORE_INDEX
+from megatron.data.build import build_datasets
 from megatron.data.document_packing import WholeDocuments
-from megatron.data.sample import IGNORED, SampleForm
+from megatron.data.indexed import DataError
+from megatron.data.sample import SampleForm
 from megatron.data.sources import OncePacked, RunningPack
 from tests.support.made_data import LENGTHS, S, blend_args, numbered, write
 
@@ -44,8 +46,8 @@ def test_every_epoch_reads_all_documents_and_samples_in_another_order(prefix: st
     assert len({tuple(order) for order in arrays["order"]}) == source.epochs
     assert sorted(arrays["samples"]) == list(range(len(arrays["samples"])))
     for epoch in range(source.epochs):
-        first, behind = source.first_sample(epoch), source.first_sample(epoch + 1)
-        assert sorted(arrays["samples"][first:behind]) == list(range(first, behind))
+        first, end = source.first_sample(epoch), source.first_sample(epoch + 1)
+        assert sorted(arrays["samples"][first:end]) == list(range(first, end))
 
 
 def test_a_longer_run_begins_like_a_shorter_one_and_the_seed_decides(prefix: str) -> None:
@@ -69,9 +71,9 @@ def test_one_pass_reads_every_token_once(prefix: str) -> None:
     source = OncePacked(prefix, SampleForm(S, pad=999), seed=3)
     samples = [source[i] for i in range(len(source))]
     labels = torch.cat([sample["labels"] for sample in samples])
-    learned = labels[labels != IGNORED].tolist()
+    learned = labels[labels != IGNORE_INDEX].tolist()
     assert len(learned) == len(set(learned)) == sum(LENGTHS) - 1
-    padded = [sample for sample in samples if (sample["labels"] == IGNORED).any()]
+    padded = [sample for sample in samples if (sample["labels"] == IGNORE_INDEX).any()]
     assert len(padded) == 1
     in_file_order = sorted(samples, key=lambda sample: int(sample["tokens"][0]))
     assert torch.cat([sample["tokens"] for sample in in_file_order])[: sum(LENGTHS)].tolist() == list(
@@ -83,7 +85,7 @@ def test_one_pass_reads_every_token_once(prefix: str) -> None:
     assert padded[0]["tokens"][tail + 1 :].eq(999).all()
     short = OncePacked(write(Path(prefix).parent / "u", numbered([5])), SampleForm(S), 1)
     assert len(short) == 1
-    assert short[0]["labels"].tolist() == [1, 2, 3, 4] + [IGNORED] * 12
+    assert short[0]["labels"].tolist() == [1, 2, 3, 4] + [IGNORE_INDEX] * 12
 
 
 def test_isolated_documents(prefix: str) -> None:
@@ -101,7 +103,7 @@ def test_isolated_documents(prefix: str) -> None:
             position = 0 if new else position + 1
             expected.append(position)
             same = document_of[following[j]] == document_of[token] and following[j] == token + 1
-            assert labels[j] == (following[j] if same else IGNORED)
+            assert labels[j] == (following[j] if same else IGNORE_INDEX)
             boundaries += not same
         assert positions == expected
     assert boundaries > 20
@@ -136,10 +138,10 @@ def test_whole_documents(prefix: str, packing: str, samples: int | None) -> None
             assert sum(length for _, _, length in pieces) <= S + 1
             assert packing != "unpacked" or len(pieces) == 1
             for t, label in zip(tokens, labels, strict=True):
-                if label != IGNORED and t in document_of and document_of[label] == document_of[t]:
+                if label != IGNORE_INDEX and t in document_of and document_of[label] == document_of[t]:
                     assert label == t + 1
                     learned.append(label)
-        # every token of every document is learned once an epoch, those behind a cut too
+        # every token of every document is learned once an epoch, also those after a cut
         assert sorted(learned) == expected
 
 
@@ -175,7 +177,7 @@ def test_isolated_whole_documents_restart_at_each(tmp_path: Path) -> None:
     sample = source[0]
     assert len(source) == 1
     assert sample["positions"].tolist() == [*range(5), *range(6), *range(4), 0]
-    assert (sample["labels"] != IGNORED).sum() == 4 + 5 + 3
+    assert (sample["labels"] != IGNORE_INDEX).sum() == 4 + 5 + 3
 
 
 def test_the_packing_is_chosen_by_the_run(tmp_path: Path) -> None:
@@ -192,7 +194,7 @@ def test_eod_mask_loss(tmp_path: Path) -> None:
     source = RunningPack(write(tmp_path / "e", documents), SampleForm(S, masked_input=9), 1, 10)
     for i in range(10):
         sample = source[i]
-        assert ((sample["labels"] == IGNORED) == (sample["tokens"] == 9)).all()
+        assert ((sample["labels"] == IGNORE_INDEX) == (sample["tokens"] == 9)).all()
         assert (sample["labels"] == 9).any()  # the end itself is learned
 
 
@@ -203,7 +205,7 @@ def test_label_data(tmp_path: Path, prefix: str) -> None:
     plain = RunningPack(prefix, SampleForm(S), 3, 30)
     for i in range(30):
         expected = plain[i]["labels"].clone()
-        expected[expected % 3 == 0] = IGNORED
+        expected[expected % 3 == 0] = IGNORE_INDEX
         assert source[i]["labels"].tolist() == expected.tolist()
         assert source[i]["tokens"].tolist() == plain[i]["tokens"].tolist()
     wrong = write(tmp_path / "w", [*documents[:-1], documents[-1][:-1]])

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron.data import build_datasets, index_cache
+from megatron.data import index_cache
+from megatron.data.build import build_datasets
 from megatron.neox_arguments import NeoXArgs
 from tests.datasets.test_preprocess import run, write_jsonl
 from tests.support.vocabulary import real_texts

@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 import yaml
 
-from megatron.data import build_datasets
+from megatron.common.labels import IGNORE_INDEX
+from megatron.data.build import build_datasets
 from megatron.data.header import read_header
 from megatron.data.indexed import IndexedFile
-from megatron.data.sample import IGNORED
 from megatron.tokenizer import Tokenizer
-from megatron.tokenizer.chat import Llama3Chat, encode_chat
+from megatron.tokenizer.chat import Llama3Chat
 from tests.datasets.test_preprocess import outputs
-from tests.support.made_data import Args
+from tests.support.configurations import data_args
+from tests.support.vocabulary import encode_chat
 from tools.datasets.encoding.conversations import read_conversation
 from tools.datasets.preprocess_sft import main
 
@@ -60,7 +61,7 @@ def test_tokens_and_labels(vocab_folder: Path, hf_tokenizer: Tokenizer, tmp_path
         ids, targets = encode_chat(Llama3Chat(hf_tokenizer), hf_tokenizer, messages)
         assert text.document(i).tolist() == ids
         assert labels.document(i).tolist() == targets
-        kept = [t for t in targets if t != IGNORED]
+        kept = [t for t in targets if t != IGNORE_INDEX]
         learned += len(kept)
         expected = "".join(f"{m.content}<|eot_id|>" for m in messages if m.role == "assistant")
         assert hf_tokenizer.decode(kept) == expected
@@ -80,7 +81,7 @@ def test_train_on_last_and_workers_make_no_difference(vocab_folder: Path, tmp_pa
         (tmp_path / workers / "sft_train.yml").unlink()  # has the paths in it
     assert outputs(tmp_path / "1") == outputs(tmp_path / "3")
     labels = IndexedFile(tmp_path / "1" / "sft_s_label_document").document(3)
-    assert 2 < (labels != IGNORED).sum() < 8
+    assert 2 < (labels != IGNORE_INDEX).sum() < 8
 
 
 def test_duplicates_are_left_out_across_sources(
@@ -109,14 +110,14 @@ def test_the_written_keys_train_on_the_mix(vocab_folder: Path, hf_tokenizer: Tok
     b = write(tmp_path / "b.jsonl", conversations(60, "dust"))
     assert run(vocab_folder, tmp_path / "sft", f"a:0.75={a}", f"b:0.25={b}") == 0
     keys = yaml.safe_load((tmp_path / "sft_train.yml").read_text())
-    args = Args(**keys, vocab_file=str(vocab_folder), seq_length=200, train_batch_size=8)
+    args = data_args(**keys, vocab_file=str(vocab_folder), seq_length=200)
     datasets = build_datasets(args)
     assert "75.00% of the run" in datasets.notes[0]
     starts, ends = 0, 0
     for i in range(len(datasets.train)):
         sample = datasets.train[i]
         tokens, labels, positions = (sample[key] for key in ("tokens", "labels", "positions"))
-        learned = labels != IGNORED
+        learned = labels != IGNORE_INDEX
         assert learned.any()
         # one BOS per conversation, at its start; never a target
         assert (tokens[positions == 0] != hf_tokenizer.bos).sum() <= 1  # padding is a document of its own

@@ -11,7 +11,8 @@ from transformers import AutoTokenizer
 from examples import demo_data
 from examples.demo_check import samples
 from examples.demo_tokenizer import train_tokenizer
-from megatron.data.sample import IGNORED, SampleForm
+from megatron.common.labels import IGNORE_INDEX
+from megatron.data.sample import SampleForm
 from megatron.data.sources import OncePacked
 from megatron.tokenizer import build_tokenizer
 from megatron.tokenizer.llama3 import SPECIAL_TOKENS
@@ -70,7 +71,7 @@ def test_the_outside_check_reads_what_validation_reads(demo: Path, tmp_path: Pat
     assert len(ours) == len(theirs)
 
     def key(tokens: torch.Tensor, labels: torch.Tensor) -> tuple[int, ...]:
-        learned = labels != IGNORED
+        learned = labels != IGNORE_INDEX
         return (*tokens[learned].tolist(), *labels[learned].tolist())
 
     assert sorted(key(s["tokens"], s["labels"]) for s in (ours[i] for i in range(len(ours)))) == sorted(

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from megatron.neox_arguments import ConfigError, NeoXArgs
-from megatron.neox_arguments.load import merge_files, parse_overrides, parse_value, read_file
+from megatron.neox_arguments.load import merge_files, parse_overrides, parse_value, read_yaml
 from megatron.neox_arguments.unsupported import UNSUPPORTED, WITHOUT_EFFECT
 from tests.support.configurations import ROPE, VALID, keys
 
@@ -72,7 +72,7 @@ def test_a_key_in_two_files_names_both(tmp_path: Path, first: str, second: str) 
 @pytest.mark.parametrize("text", ["x: 1\ny: 2\nx: 3\n", "optimizer: {type: Adam, type: Lion}\n", "x-y: 1\nx_y: 2\n"])
 def test_a_key_twice_in_one_file(tmp_path: Path, text: str) -> None:
     with pytest.raises(ConfigError, match=r"a\.yml.* is given twice|is given twice: .*a\.yml:1 and .*a\.yml:2"):
-        read_file(write(tmp_path, a=text)[0])
+        read_yaml(write(tmp_path, a=text)[0])
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_a_key_twice_in_one_file(tmp_path: Path, text: str) -> None:
 )
 def test_broken_files_are_named(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        read_file(write(tmp_path, a=text)[0])
+        read_yaml(write(tmp_path, a=text)[0])
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
@@ -113,9 +113,16 @@ def test_overrides() -> None:
     }
 
 
-@pytest.mark.parametrize("words", [["--a", "1", "--a", "2"], ["model.yml"], ["--a", "[1"]])
-def test_wrong_overrides_are_refused(words: list[str]) -> None:
-    with pytest.raises(ConfigError):
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--a", "1", "--a", "2"], "--a is given twice on the command line"),
+        (["model.yml"], "model.yml: expected `--key value` here"),
+        (["--a", "[1"], r"--a \[1: not a valid value"),
+    ],
+)
+def test_wrong_overrides_are_refused(words: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         parse_overrides(words)
 
 
@@ -132,10 +139,13 @@ def test_overrides_win_and_reach_into_mappings(tmp_path: Path) -> None:
         ({"hiden_size": 128}, "unknown key hiden_size; did you mean hidden_size?"),
         ({"rope_theta": 1.0, "xyzzy": 1}, "unknown key xyzzy; docs/configuration.md lists all keys"),
         ({"rope_scaling": {**ROPE, "fator": 8.0}}, r"unknown key rope_scaling\.fator; did you mean factor\?"),
+        ({"train_data_paths": [{"path": "a", "reply": {"share": 0.2}}]}, r"reply; did you mean replay\?"),
+        ({"lr_overrides": [{"at": 3, "factor": 1.0}]}, r"unknown key lr_overrides\.0\.factor; .* has at, scale"),
         ({"bf16": {"enabled": True, "type": "bfloat16"}}, r"unknown key bf16\.type; bf16 has check_grad_overflow, en"),
         ({"rope_scaling": {**ROPE, "rope_type": "yarn"}}, "given 'yarn', but it should be 'llama3'"),
         ({"train_iters": "10"}, "train_iters: given '10', but it should be a valid integer"),
         ({"train_iters": True}, "train_iters: given True"),
+        ({"train_iters": None, "train_epochs": 0.0}, r"train_epochs: given 0\.0"),
         ({"rms_norm_epsilon": None}, "rms_norm_epsilon is missing"),
         ({"rotary_emb_base": None}, "rotary_emb_base is missing"),
         ({"no_weight_tying": None}, "no_weight_tying is missing"),

@@ -1,16 +1,26 @@
-"""Every rule between keys: a configuration that breaks this one alone, and what the user reads."""
+"""Every rule and warning of the keys: a configuration that breaks this one alone, and what the user reads."""
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 import re
 from typing import Any
 
 import pytest
 
-from megatron.neox_arguments import ConfigError, NeoXArgs, checks
+from megatron.neox_arguments import ConfigError, NeoXArgs
+from megatron.neox_arguments import keys as key_files
+from megatron.neox_arguments.keys.all_keys import REGISTRY
 from tests.support.configurations import ROPE, VALID, keys
 
 pytestmark = pytest.mark.unit
+
+
+def replayed(path: str, share: float) -> dict[str, Any]:
+    """An entry of train_data_paths with replay."""
+    return {"path": path, "replay": {"share": share}}
+
 
 # rule, what is changed in the valid keys, what the message says
 BROKEN: list[tuple[str, dict[str, Any], str]] = [
@@ -33,26 +43,40 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
     ("zero_stage_is_one", {"zero_optimization": {"stage": 3}}, "write stage: 1"),
     ("recomputation_is_of_layers", {"recompute_layers": 2}, "without checkpoint_activations: true"),
     ("recomputation_is_of_layers", {"recompute_layers": 5, "checkpoint_activations": True}, "has at most 4"),
-    ("training_has_a_length", {"train_iters": None}, "train_iters is missing"),
+    ("training_has_a_length", {"train_iters": None}, "or train_epochs, passes over the data"),
+    ("training_has_a_length", {"train_epochs": 1.0}, "train_iters and train_epochs are both given"),
     ("training_has_an_optimizer", {"optimizer": None}, "optimizer is missing"),
     ("samples_have_a_length", {"seq_length": None}, "seq_length is missing"),
     ("floor_is_below_peak", {"min_lr": 2e-3}, "min_lr 0.002 is above the peak learning rate 0.001"),
-    ("one_word_on_decay_length", {"lr_decay_iters": 5, "lr_decay_fraction": 0.5}, "both given; keep one"),
+    ("decay_length_is_given_once", {"lr_decay_iters": 5, "lr_decay_fraction": 0.5}, "both given; keep one"),
     ("extra_args_do_not_collide", {"deepspeed_extra_args": {"gradient_clipping": 0.1}}, "gradient_clipping would ov"),
     ("extra_args_do_not_collide", {"deepspeed_extra_args": {"bfloat16": {"enabled": True}}}, "bfloat16 would override"),
     ("one_source_of_data", {"data_path": "x"}, "data_path and train_data_paths exclude each other"),
     ("training_has_data", {"train_data_paths": None}, "no training data"),
     ("weights_match_paths", {"train_data_weights": [1.0, 2.0]}, "2 entries for 1 train_data_paths"),
     ("weights_match_paths", {"train_data_weights": [0.0]}, "not all zero"),
+    ("weights_match_paths", {"train_data_weights": []}, "0 entries for 1 train_data_paths"),
+    ("weights_match_paths", {"train_data_paths": ["a", "b"], "train_data_weights": [1, -0.5]}, "are not negative"),
+    ("weights_match_paths", {"train_data_weights": [float("nan")]}, "train_data_weights [nan]"),
+    ("weights_match_paths", {"train_data_paths": ["a", "b"], "train_data_weights": [float("inf"), 1]}, "[inf, 1"),
+    (
+        "weights_match_paths",
+        {"train_data_paths": ["a", replayed("b", 0.2)], "train_data_weights": [1.0, 2.0]},
+        "2 entries for 1 train_data_paths without replay",
+    ),
+    ("replay_leaves_something", {"train_data_paths": [replayed("a", 0.5)]}, "sum to 0.5 and 0 sources have no replay"),
     (
         "replay_leaves_something",
-        {"train_data_paths": [{"path": "a", "replay": {"share": 0.5}}]},
-        "sum to 0.5 and 0 sources have no replay",
+        {"train_data_paths": ["a", replayed("b", 0.6), replayed("c", 0.4)]},
+        "sum to 1 and 1 sources have no replay",
     ),
+    ("labels_match_paths", {"train_data_paths": ["a", "b"], "train_label_data_paths": ["x"]}, "1 entries for 2 train"),
     ("labels_match_paths", {"valid_label_data_paths": ["x"]}, "1 entries for 0 valid_data_paths"),
     ("document_ends_are_known", {"eod_mask_loss": True}, "needs the end-of-document token: give vocab_file"),
     ("chopping_has_an_effect", {"allow_chopped": False}, "no effect with pack_impl: packed"),
     ("skipped_ranges_are_ranges", {"skip_sample_ranges": [[0, 8], [9, 9]]}, "[9, 9] is no range of samples"),
+    ("skipped_ranges_are_ranges", {"skip_sample_ranges": [[6, 5]]}, "[6, 5] is no range of samples"),
+    ("skipped_ranges_are_ranges", {"skip_sample_ranges": [[-1, 3]]}, "[-1, 3] is no range of samples"),
     ("skipped_ranges_are_ranges", {"skip_sample_ranges": [[1, 2, 3]]}, "[1, 2, 3] is no range of samples"),
     (
         "a_step_ends_before_its_collectives",
@@ -70,9 +94,9 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
         {"profile": True, "log_dir": "x", "profile_ranks": [0, 1]},
         "profile_ranks: [1] of 1 ranks do not exist",
     ),
-    ("start_is_named", {"from_scratch": None}, "There is no silent random start"),
-    ("start_is_named", {"load": "runs/a"}, "load and from_scratch exclude each other"),
-    ("saving_has_a_rhythm", {"save": "runs/a"}, "nothing would say when to save"),
+    ("start_is_given", {"from_scratch": None}, "There is no silent random start"),
+    ("start_is_given", {"load": "runs/a"}, "load and from_scratch exclude each other"),
+    ("saving_has_an_interval", {"save": "runs/a"}, "nothing would say when to save"),
     ("iteration_needs_load", {"iteration": 5}, "load, its folder, is not given"),
 ]  # fmt: skip
 
@@ -89,13 +113,46 @@ def test_without_the_rule_the_case_passes(
     rule: str, changes: dict, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The case is caught by its own rule: taking the rule away lets it through."""
-    monkeypatch.setattr(checks, "RULES", [entry for entry in checks.RULES if entry[1].__name__ != rule])
+    monkeypatch.setattr(REGISTRY, "rules", [entry for entry in REGISTRY.rules if entry.name != rule])
     NeoXArgs.from_dict(keys(**changes))
 
 
-def test_every_rule_has_a_case() -> None:
-    tested = {rule for rule, _, _ in BROKEN} | {"weights_are_named"}
-    assert {function.__name__ for _, function in checks.RULES} == tested
+# warning, what is changed in the valid keys, what the note says
+NOTED: list[tuple[str, dict[str, Any], str]] = [
+    ("stages_are_uneven", {"pipe_parallel_size": 3}, "some stages hold 2 layers, some 1"),
+    ("rope_scaling_is_forgotten", {"max_position_embeddings": 131072, "rope_scaling": None}, "rope_scaling is absent"),
+    ("attention_config_chooses_nothing", {"attention_config": [[["flash"], "all"]]}, "attention_config has no effect"),
+    ("overlap_is_off", {"zero_optimization": {"stage": 1, "overlap_comm": True}}, "overlap_comm has no effect"),
+    ("merge_file_is_unused", {"merge_file": "merges.txt"}, "merge_file has no effect"),
+    ("nothing_is_saved", {"async_save": True}, "leaves no checkpoint, async_save has no effect"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("warning", "changes", "note"), NOTED)
+def test_legal_surprises_are_noted(warning: str, changes: dict, note: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert any(note in line for line in NeoXArgs.from_dict(keys(**changes)).notes)
+    monkeypatch.setattr(REGISTRY, "warnings", [entry for entry in REGISTRY.warnings if entry.name != warning])
+    assert not any(note in line for line in NeoXArgs.from_dict(keys(**changes)).notes)
+
+
+def test_every_rule_and_warning_has_a_case() -> None:
+    elsewhere = {"weights_are_given"}  # holds for other tasks than training: test_programs_that_read_weights_need_them
+    assert {entry.name for entry in REGISTRY.rules} == {rule for rule, _, _ in BROKEN} | elsewhere
+    assert {entry.name for entry in REGISTRY.warnings} == {warning for warning, _, _ in NOTED}
+
+
+def test_what_a_key_file_registers_is_run() -> None:
+    """A file of keys whose registry is not joined would have rules that never run."""
+    modules = [
+        importlib.import_module(f"{key_files.__name__}.{found.name}")
+        for found in pkgutil.iter_modules(key_files.__path__)
+    ]
+    parts = [module.registry for module in modules if hasattr(module, "registry")]
+    assert len(parts) == 7
+    for kind in ("derivations", "rules", "warnings"):
+        joined = [entry for part in parts for entry in getattr(part, kind)]
+        assert sorted(entry.name for entry in joined) == sorted(entry.name for entry in getattr(REGISTRY, kind))
+        assert len({entry.name for entry in joined}) == len(joined), "two functions of one name"
 
 
 def test_valid_keys_pass() -> None:
@@ -125,16 +182,16 @@ def test_the_historic_width_of_the_70b_is_refused_with_the_right_number() -> Non
         NeoXArgs.from_dict(keys(hidden_size=8192, num_attention_heads=64, num_kv_heads=8, intermediate_size=86016))
 
 
-@pytest.mark.parametrize(
-    ("changes", "note"),
-    [
-        ({"pipe_parallel_size": 3}, "some stages hold 2 layers, some 1"),
-        ({"max_position_embeddings": 131072, "rope_scaling": None}, "rope_scaling is absent"),
-        ({"attention_config": [[["flash"], "all"]]}, "attention_config has no effect"),
-        ({"zero_optimization": {"stage": 1, "overlap_comm": True}}, "overlap_comm has no effect"),
-        ({"merge_file": "merges.txt"}, "merge_file has no effect"),
-        ({"pipe_parallel_size": 0}, "pipe_parallel_size 0 (GPT-NeoX's sequential model) is taken as 1"),
-    ],
-)
-def test_legal_surprises_are_noted(changes: dict, note: str) -> None:
-    assert any(note in line for line in NeoXArgs.from_dict(keys(**changes)).notes)
+def test_problems_are_reported_in_the_order_of_the_groups() -> None:
+    """The model first: what is wrong with it often explains the rest."""
+    changes = {"save": "x", "skip_sample_ranges": [[1]], "train_data_paths": None, "min_lr": 1.0, "num_nodes": 2}
+    with pytest.raises(ConfigError) as caught:
+        NeoXArgs.from_dict(keys(**changes, rotary_pct=0.5))
+    lines = str(caught.value).splitlines()[1:]
+    expected = ["rotary_pct", "1 ranks", "min_lr", "no training data", "skip_sample_ranges", "save"]
+    assert [line.startswith(f"  - {word}") for line, word in zip(lines, expected, strict=True)] == [True] * 6
+
+
+def test_ranges_to_skip_are_checked_for_evaluation_too() -> None:
+    with pytest.raises(ConfigError, match="is no range of samples"):
+        NeoXArgs.from_dict(keys(load="runs/a", skip_sample_ranges=[[3, 1]]), task="eval")

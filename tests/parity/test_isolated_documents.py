@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron.common.labels import IGNORE_INDEX
 from megatron.data.indexed import IndexedWriter
-from megatron.data.sample import IGNORED, SampleForm
+from megatron.data.sample import SampleForm
 from megatron.data.sources import RunningPack
 from tests.support.engine_runs import inference, whole_logits
 from tests.support.models import LLAMA3_ROPE, Case
@@ -59,7 +60,7 @@ def test_packed_equals_separate_documents(batch: tuple[Tensor, Tensor, Tensor], 
                 alone = reference(tokens[row : row + 1, first:behind]).logits[0]
             assert (packed[row, first:behind] - alone).abs().max() < TOLERANCE
             if behind < CASE.seq:
-                assert labels[row, behind - 1] == IGNORED
+                assert labels[row, behind - 1] == IGNORE_INDEX
             documents += 1
     assert documents > 6
 

@@ -12,13 +12,13 @@ import yaml
 from torch import Tensor
 
 from examples.demo_tokenizer import train_tokenizer
-from megatron.data import build_datasets
-from megatron.model.loss import IGNORE_INDEX
+from megatron.common.labels import IGNORE_INDEX
+from megatron.data.build import build_datasets
 from megatron.tokenizer import build_tokenizer
 from tests.datasets.test_preprocess_sft import conversations, write
 from tests.parity.test_masked_loss import assert_equal_gradients
+from tests.support.configurations import data_args
 from tests.support.engine_runs import relative_difference
-from tests.support.made_data import Args
 from tests.support.models import LLAMA3_ROPE, Case
 from tests.support.ranks import run_ranks
 from tests.support.vocabulary import real_texts
@@ -48,8 +48,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def samples(keys: dict[str, Any]) -> list[Any]:
     """One global batch of packed samples, as a run reads them."""
-    named = {name: value for name, value in keys.items() if hasattr(Args, name)}
-    args = Args(**named, vocab_size=VOCAB, seq_length=CASE.seq, train_iters=1, train_batch_size=SAMPLES)
+    args = data_args(**keys, vocab_size=VOCAB, seq_length=CASE.seq, train_iters=1, train_batch_size=SAMPLES)
     train = build_datasets(args).train
     return [train[place] for place in range(SAMPLES)]
 

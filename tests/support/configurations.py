@@ -1,8 +1,11 @@
-"""Keys of a small valid training run, for tests of the configuration."""
+"""Keys of a small valid training run, for tests of the configuration and of the data."""
 
 from __future__ import annotations
 
 from typing import Any
+
+from megatron.neox_arguments import NeoXArgs
+from megatron.neox_arguments.registry import Task
 
 ROPE = {
     "rope_type": "llama3",
@@ -39,3 +42,22 @@ VALID: dict[str, Any] = {
 def keys(**changes: Any) -> dict[str, Any]:
     """The valid keys with changes; None removes a key."""
     return {name: value for name, value in {**VALID, **changes}.items() if value is not None}
+
+
+def data_args(task: Task = "train", **changes: Any) -> NeoXArgs:
+    """The configuration of a run that reads data: 20 steps of 8 samples of 16 tokens, no vocabulary limit in effect.
+
+    `changes` name the data. An evaluation loads a checkpoint that nothing reads here.
+    """
+    base = {
+        "seq_length": 16,
+        "train_iters": 20,
+        "train_batch_size": 8,
+        "train_micro_batch_size_per_gpu": None,
+        "gradient_accumulation_steps": None,
+        "vocab_size": 1 << 20,
+        "split": "8,1,1",
+        "train_data_paths": None,
+    }
+    start = {} if task == "train" else {"from_scratch": None, "load": "nowhere"}
+    return NeoXArgs.from_dict(keys(**base | start | changes), task=task)

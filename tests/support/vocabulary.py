@@ -2,11 +2,13 @@
 
 import base64
 import pydoc_data.topics
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from megatron.tokenizer import Tokenizer, build_tokenizer
+from megatron.tokenizer.chat import Chat, Message, TrainOn, ids_and_labels
 from tests.support.made_data import LENGTHS, numbered, write
 
 VOCAB_SIZE = 1024
@@ -58,3 +60,11 @@ def hf_tokenizer(vocab_folder: Path) -> Tokenizer:
 @pytest.fixture
 def prefix(tmp_path: Path) -> str:
     return write(tmp_path / "d", numbered(LENGTHS))
+
+
+def encode_chat(
+    chat: Chat, tokenizer: Tokenizer, messages: Sequence[Message], train_on: TrainOn = "all"
+) -> tuple[list[int], list[int]]:
+    """Ids and labels of one conversation."""
+    segments = chat.segments(messages, train_on)
+    return ids_and_labels(segments, [tokenizer.encode(s.text) for s in segments if s.text is not None])

@@ -10,8 +10,10 @@ from llama_models.llama3.chat_format import ChatFormat
 from llama_models.llama3.tokenizer import Tokenizer as MetaTokenizer
 
 from examples.demo_tokenizer import CHAT_TEMPLATE
+from megatron.common.labels import IGNORE_INDEX
 from megatron.tokenizer import Tokenizer, TokenizerError, build_tokenizer
-from megatron.tokenizer.chat import IGNORED, Chat, ChatError, Llama3Chat, Message, TemplateChat, encode_chat, load_chat
+from megatron.tokenizer.chat import Chat, ChatError, Llama3Chat, Message, TemplateChat, load_chat
+from tests.support.vocabulary import encode_chat
 from tools.datasets.encoding.conversations import digest, read_conversation
 
 pytestmark = pytest.mark.unit
@@ -81,7 +83,7 @@ def test_ids_equal_metas_chat_format(name: str, vocab_folder: Path) -> None:
     header = meta._encode_header("assistant")
     assert ids == prompt[: -len(header)]
     assert ids.count(tokenizer.bos) == 1
-    assert all(label in (IGNORED, token) for label, token in zip(labels, ids, strict=True))
+    assert all(label in (IGNORE_INDEX, token) for label, token in zip(labels, ids, strict=True))
 
 
 GOLDEN = {
@@ -101,10 +103,10 @@ GOLDEN = {
 
 def learned_spans(tokenizer: Tokenizer, ids: list[int], labels: list[int]) -> list[str]:
     spans: list[list[int]] = []
-    before = IGNORED
+    before = IGNORE_INDEX
     for token, label in zip(ids, labels, strict=True):
-        if label != IGNORED:
-            if before == IGNORED:
+        if label != IGNORE_INDEX:
+            if before == IGNORE_INDEX:
                 spans.append([])
             spans[-1].append(token)
         before = label

@@ -142,10 +142,10 @@ def test_hf_equals_tiktoken_on_one_vocabulary(converted: Path, vocab_folder: Pat
     library = tokenizers.Tokenizer.from_file(str(converted))
     library.encode_special_tokens = True
     texts = [t for t in adversarial_texts() if t.isprintable() or "surrogate" not in t]
-    texts += [*real_texts(), *periodic_texts(), "word" * 20_000, " " * 30_000, "a b\n" * 150_000]
-    texts += [f"a{chr(c)}b {chr(c)}{chr(c)}1 {chr(c)}\n" for c in range(0x20, 0x2FFFF, 13) if not 0xD800 <= c < 0xE000]
+    texts += [*real_texts(), *periodic_texts(), "word" * 20_000, " " * 30_000, "a b\n" * 20_000]
+    texts += [f"a{chr(c)}b {chr(c)}{chr(c)}1 {chr(c)}\n" for c in range(0x20, 0x2FFFF, 53) if not 0xD800 <= c < 0xE000]
     theirs = [e.ids for e in library.encode_batch(texts, add_special_tokens=False)]
-    assert hf._fast is not None  # type: ignore[attr-defined]
+    assert equivalent_encoding(json.loads(library.to_str())) is not None, "nothing would be compared"
     assert hf.encode_batch(texts) == theirs
     assert [ids.tolist() for ids in hf.encode_arrays(texts)] == theirs
     assert [hf.encode(text) for text in texts[:100]] == theirs[:100]

@@ -55,3 +55,10 @@ def test_overrides_multiply_from_their_iteration_on() -> None:
 
 def test_no_warmup_starts_at_the_peak() -> None:
     assert learning_rate(args(lr_decay_style="cosine", warmup=0.0), 0) == PEAK
+
+
+def test_the_decay_ends_with_a_run_whose_length_the_data_give() -> None:
+    epochs = {"train_iters": None, "train_epochs": 2.5, "lr_decay_iters": None}
+    assert Schedule(args(**epochs, lr_decay_fraction=0.8), 50).lr_decay_iters == 40
+    assert Schedule(args(**epochs), 50).lr_decay_iters == 50
+    assert Schedule(args(**(epochs | {"lr_decay_iters": 30})), 50).lr_decay_iters == 30

@@ -27,7 +27,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
-    from megatron.data import DataError, build_datasets
+    from megatron.data.build import build_datasets
+    from megatron.data.indexed import DataError
     from megatron.neox_arguments import ConfigError, NeoXArgs
     from megatron.tokenizer import TokenizerError
 

@@ -1,10 +1,13 @@
-"""Keys of checkpoints: where from, where to, how often, how many."""
+"""Keys of checkpoints and their rules: where from, where to, how often, how many."""
 
 from __future__ import annotations
 
 from typing import Literal
 
 from megatron.neox_arguments.keys.fields import Keys, key
+from megatron.neox_arguments.registry import Registry
+
+registry = Registry()
 
 
 class CheckpointKeys(Keys):
@@ -21,7 +24,7 @@ class CheckpointKeys(Keys):
     extra_save_iters: list[int] = key([], "Further iterations to save at; 0 is before the first step.")
     async_save: bool = key(
         False,
-        "Go on with training while a checkpoint is written from a copy in host memory; a failed write is reported "
+        "Write checkpoints in the background from a copy in host memory; a failed write is reported "
         "and does not end the run.",
         ours=True,
     )
@@ -33,5 +36,47 @@ class CheckpointKeys(Keys):
         ge=0,
     )
     allow_high_initial_loss: bool = key(
-        False, "Go on although the first loss of a loaded model is near that of a random one.", ours=True
+        False, "Continue although the first loss of a loaded model is near that of a random one.", ours=True
     )
+
+
+# --- rules
+
+
+@registry.rule("train")
+def start_is_given(args: CheckpointKeys) -> str | None:
+    if args.load and args.from_scratch:
+        return "load and from_scratch exclude each other; keep the one you mean"
+    if args.load or args.from_scratch:
+        return None
+    return (
+        "nothing to start from: give load (a checkpoint folder) or from_scratch: true. There is no silent random start"
+    )
+
+
+@registry.rule("eval", "generate")
+def weights_are_given(args: CheckpointKeys) -> str | None:
+    return None if args.load else "nothing to evaluate: give load, the folder of a checkpoint"
+
+
+@registry.rule("train")
+def saving_has_an_interval(args: CheckpointKeys) -> str | None:
+    if not args.save or args.checkpoint_factor or args.extra_save_iters:
+        return None
+    return "save is given without checkpoint_factor or extra_save_iters: nothing would say when to save"
+
+
+@registry.warning("train")
+def nothing_is_saved(args: CheckpointKeys) -> str | None:
+    if args.save:
+        return None
+    return "save is not given: this run leaves no checkpoint" + (
+        ", async_save has no effect" if args.async_save else ""
+    )
+
+
+@registry.rule("train")
+def iteration_needs_load(args: CheckpointKeys) -> str | None:
+    if args.iteration is None or args.load:
+        return None
+    return f"iteration {args.iteration} names a checkpoint, but load, its folder, is not given"

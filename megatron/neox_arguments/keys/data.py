@@ -1,18 +1,25 @@
-"""Keys of the data: tokenizer, indexed datasets, blends, packing, and what the loss sees."""
+"""Keys of the data and their rules: tokenizer, indexed datasets, blends, packing, and what the loss sees."""
 
 from __future__ import annotations
 
-from typing import Literal
+from math import isfinite
+from typing import TYPE_CHECKING, Literal
 
 from megatron.neox_arguments.keys.fields import Keys, derived, key, required
+from megatron.neox_arguments.registry import ALL_TASKS, Derived, Registry
+
+if TYPE_CHECKING:
+    from megatron.neox_arguments.keys.all_keys import AllKeys
+
+registry = Registry()
 
 
 class Replay(Keys):
-    """General text that accompanies the other sources in every epoch of theirs."""
+    """General text that takes its share of every epoch of the other sources."""
 
     share: float = required("Share of the training samples, between 0 and 1.", gt=0, lt=1, ours=True)
     fresh_each_epoch: bool = key(
-        True, "Go on from epoch to epoch, repeating nothing before all is read; false replays the same.", ours=True
+        True, "Continue from epoch to epoch, repeating nothing before all is read; false replays the same.", ours=True
     )
 
 
@@ -44,17 +51,17 @@ class DataKeys(Keys):
         min_length=1,
     )
     valid_data_paths: list[str] | None = key(
-        None, "Prefixes of the validation sources; each is reported apart.", min_length=1
+        None, "Prefixes of the validation sources; each is reported separately.", min_length=1
     )
     test_data_paths: list[str] | None = key(None, "Prefixes of the test sources.", min_length=1)
     train_data_weights: list[float] | None = key(
-        None, "Weights of the training sources without replay. When absent: equal, or by size beside replay."
+        None, "Weights of the training sources without replay. When absent: equal, or by size with replay."
     )
     valid_data_weights: list[float] | None = key(None, "Weights of the validation sources.")
     test_data_weights: list[float] | None = key(None, "Weights of the test sources.")
-    train_label_data_paths: list[str] | None = key(None, "Label prefixes beside train_data_paths; -100 is not learned.")
-    valid_label_data_paths: list[str] | None = key(None, "Label prefixes beside valid_data_paths.")
-    test_label_data_paths: list[str] | None = key(None, "Label prefixes beside test_data_paths.")
+    train_label_data_paths: list[str] | None = key(None, "Label files matching train_data_paths; -100 is masked.")
+    valid_label_data_paths: list[str] | None = key(None, "Label files matching valid_data_paths.")
+    test_label_data_paths: list[str] | None = key(None, "Label files matching test_data_paths.")
     data_impl: Literal["mmap", "infer"] = key("mmap", "Dataset format: .bin/.idx. infer means mmap.")
     pack_impl: Literal["packed", "pack_until_overflow", "unpacked", "best_fit"] = key(
         "packed",
@@ -69,3 +76,88 @@ class DataKeys(Keys):
         False, "Tokens attend only inside their own document; positions restart at each.", ours=True
     )
     seed: int = key(1234, "Seed of initialisation and sample order.", gt=0)
+
+
+# --- derivations
+
+
+@registry.derivation("generate", "model")
+def samples_as_long_as_positions(args: AllKeys, world_size: int | None) -> Derived:
+    return Derived({"seq_length": args.max_position_embeddings} if args.seq_length is None else {})
+
+
+# --- rules
+
+
+@registry.rule(*ALL_TASKS)
+def one_source_of_data(args: DataKeys) -> str | None:
+    lists = [name for name in ("train_data_paths", "valid_data_paths", "test_data_paths") if getattr(args, name)]
+    if args.data_path and lists:
+        return f"data_path and {', '.join(lists)} exclude each other: data_path is divided by split; keep one way"
+    return None
+
+
+@registry.rule("train")
+def training_has_data(args: DataKeys) -> str | None:
+    if args.data_path or args.train_data_paths:
+        return None
+    return "no training data: give train_data_paths (or data_path with split)"
+
+
+@registry.rule(*ALL_TASKS)
+def weights_match_paths(args: DataKeys) -> str | None:
+    for part in ("train", "valid", "test"):
+        paths, weights = getattr(args, f"{part}_data_paths"), getattr(args, f"{part}_data_weights")
+        if weights is None:
+            continue
+        weighted = [path for path in paths or [] if isinstance(path, str) or path.replay is None]
+        if len(weights) != len(weighted):
+            return (
+                f"{part}_data_weights has {len(weights)} entries for {len(weighted)} {part}_data_paths without replay"
+            )
+        if not all(map(isfinite, weights)) or min(weights, default=0) < 0 or sum(weights) <= 0:
+            return f"{part}_data_weights {weights}: weights are not negative and not all zero"
+    return None
+
+
+@registry.rule(*ALL_TASKS)
+def replay_leaves_something(args: DataKeys) -> str | None:
+    replays = [None if isinstance(path, str) else path.replay for path in args.train_data_paths or []]
+    total = sum(replay.share for replay in replays if replay is not None)
+    if total < 1 and (None in replays or not replays):
+        return None
+    return (
+        f"the replay shares of train_data_paths sum to {total:g} and {replays.count(None)} sources have no replay; "
+        f"replay accompanies other sources, so leave some share to at least one"
+    )
+
+
+@registry.rule(*ALL_TASKS)
+def labels_match_paths(args: DataKeys) -> str | None:
+    for part in ("train", "valid", "test"):
+        paths, labels = getattr(args, f"{part}_data_paths"), getattr(args, f"{part}_label_data_paths")
+        if labels is not None and len(labels) != len(paths or []):
+            return f"{part}_label_data_paths has {len(labels)} entries for {len(paths or [])} {part}_data_paths"
+    return None
+
+
+@registry.rule("train", "eval")
+def chopping_has_an_effect(args: DataKeys) -> str | None:
+    if args.allow_chopped or args.pack_impl != "packed":
+        return None
+    return (
+        "allow_chopped: false has no effect with pack_impl: packed, which cuts every document where a sample ends; "
+        "choose pack_until_overflow, unpacked or best_fit to keep documents whole"
+    )
+
+
+@registry.rule("train", "eval")
+def document_ends_are_known(args: DataKeys) -> str | None:
+    if args.vocab_file or not args.eod_mask_loss:
+        return None
+    return "eod_mask_loss needs the end-of-document token: give vocab_file, the tokenizer's file"
+
+
+@registry.warning(*ALL_TASKS)
+def merge_file_is_unused(args: DataKeys) -> str | None:
+    return "merge_file has no effect: no supported tokenizer has one" if args.merge_file else None

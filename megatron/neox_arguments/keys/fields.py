@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -24,10 +24,18 @@ def required(description: str, *, ours: bool = False, **constraints: Any) -> Any
 
 
 def derived(rule: str, description: str, *, ours: bool = False, **constraints: Any) -> Any:
-    """A key that `derived.py` fills by `rule` when the user is silent.
+    """A key that a derivation of its file fills by `rule` when the user is silent.
 
     The declared type is the type after resolution, so that readers of `NeoXArgs` need no None checks.
     """
     return Field(
         default=None, description=description, json_schema_extra={"x-ours": ours, "x-derived": rule}, **constraints
     )
+
+
+def nested_mapping(annotation: Any) -> type[Keys] | None:
+    """The mapping that a key of this type holds, alone, in a list or as an alternative; None if it holds none."""
+    if isinstance(annotation, type) and issubclass(annotation, Keys):
+        return annotation
+    found = (nested_mapping(part) for part in get_args(annotation))
+    return next((part for part in found if part is not None), None)

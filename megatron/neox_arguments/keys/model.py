@@ -1,12 +1,19 @@
-"""Keys that describe the model. Where GPT-NeoX's default is not Llama's, the default is Llama's or there is none."""
+"""Keys of the model and their rules. Where GPT-NeoX's default is not Llama's, it is Llama's or there is none."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import model_validator
 
+from megatron.common.errors import ConfigError
 from megatron.neox_arguments.keys.fields import Keys, derived, key, required
+from megatron.neox_arguments.registry import ALL_TASKS, Derived, Registry
+
+if TYPE_CHECKING:
+    from megatron.neox_arguments.keys.all_keys import AllKeys
+
+registry = Registry()
 
 
 class RopeScaling(Keys):
@@ -93,3 +100,143 @@ class ModelKeys(Keys):
         if isinstance(scaling, dict) and scaling.get("rope_type", scaling.get("type")) == "default":
             value = {name: item for name, item in value.items() if name != "rope_scaling"}
         return value
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+
+# --- derivations
+
+
+@registry.derivation(*ALL_TASKS)
+def kv_heads_default_to_heads(args: ModelKeys, world_size: int | None) -> Derived:
+    return Derived({"num_kv_heads": args.num_attention_heads} if args.num_kv_heads is None else {})
+
+
+@registry.derivation(*ALL_TASKS)
+def true_width(args: ModelKeys, world_size: int | None) -> Derived:
+    """MLP width F. Under the neox convention the key is 3 F, and GPT-NeoX rounds its two matrices up separately."""
+    given = args.intermediate_size
+    if args.intermediate_size_convention == "hf":
+        return Derived({})
+    multiple = args.mlp_multiple_of
+    gated = 2 * given // 3  # rows of the first matrix: gate and up projection together
+    rows = 2 * multiple * -(-gated // (2 * multiple))
+    columns = multiple * -(-(gated // 2) // multiple)
+    if rows != 2 * columns:
+        raise ConfigError(
+            f"intermediate_size {given} with mlp_multiple_of {multiple} gives GPT-NeoX a first MLP matrix of {rows} "
+            f"rows and a second of {columns} columns, which do not fit; give 3 x the true width"
+        )
+    return Derived({"intermediate_size": columns})
+
+
+# --- rules
+
+
+@registry.rule(*ALL_TASKS)
+def heads_divide_hidden(args: ModelKeys) -> str | None:
+    if args.hidden_size % args.num_attention_heads == 0 and args.head_dim % 2 == 0:
+        return None
+    return (
+        f"hidden_size {args.hidden_size} is not num_attention_heads {args.num_attention_heads} x an even head "
+        f"dimension; change one of them"
+    )
+
+
+@registry.rule(*ALL_TASKS)
+def kv_heads_divide_heads(args: ModelKeys) -> str | None:
+    if args.num_attention_heads % args.num_kv_heads == 0:
+        return None
+    return (
+        f"num_kv_heads {args.num_kv_heads} does not divide num_attention_heads {args.num_attention_heads}; each "
+        f"key/value head serves the same number of query heads"
+    )
+
+
+@registry.rule(*ALL_TASKS)
+def width_is_true(args: ModelKeys) -> str | None:
+    width = args.intermediate_size
+    if width <= 6 * args.hidden_size:
+        return None
+    return (
+        f"intermediate_size {width} is wider than 6 x hidden_size {args.hidden_size}: it looks like GPT-NeoX's 3 x the "
+        f"true width. Write intermediate_size: {width // 3}, as in the Hugging Face config, or "
+        f"intermediate_size_convention: neox if {width} is meant as 3 x {width // 3}"
+    )
+
+
+@registry.rule(*ALL_TASKS)
+def mlp_multiple_divides_width(args: ModelKeys) -> str | None:
+    if args.intermediate_size % args.mlp_multiple_of == 0:
+        return None
+    return (
+        f"mlp_multiple_of {args.mlp_multiple_of} does not divide intermediate_size {args.intermediate_size}; the "
+        f"width is never rounded here, leave mlp_multiple_of out"
+    )
+
+
+@registry.rule(*ALL_TASKS)
+def whole_head_rotates(args: ModelKeys) -> str | None:
+    if args.rotary_pct == 1.0:
+        return None
+    return f"rotary_pct {args.rotary_pct}: Llama rotates the whole head; leave it out or write 1.0"
+
+
+@registry.rule(*ALL_TASKS)
+def rope_frequencies_are_ordered(args: ModelKeys) -> str | None:
+    scaling = args.rope_scaling
+    if scaling is None or scaling.low_freq_factor < scaling.high_freq_factor:
+        return None
+    return (
+        f"rope_scaling: low_freq_factor {scaling.low_freq_factor} must be below high_freq_factor "
+        f"{scaling.high_freq_factor} (Llama-3.1: 1.0 and 4.0)"
+    )
+
+
+@registry.rule(*ALL_TASKS)
+def attention_is_dense(args: ModelKeys) -> str | None:
+    names = list(_attention_types(args.attention_config or []))
+    other = sorted({str(name) for name in names if name not in ("flash", "global")})
+    if not other:
+        return None
+    return f"attention_config: {', '.join(other)} not supported; Llama's layers are all dense: flash or global"
+
+
+def _attention_types(config: list) -> list[object]:
+    """Types named in `[[[flash, global], 80]]` or `[flash, global, ...]`."""
+    names: list[object] = []
+    for entry in config:
+        types = entry[0] if isinstance(entry, list) and entry else entry
+        names += types if isinstance(types, list) else [types]
+    return names
+
+
+@registry.rule(*ALL_TASKS)
+def positions_cover_sequence(args: AllKeys) -> str | None:
+    if args.seq_length is None or args.seq_length <= args.max_position_embeddings:
+        return None
+    return (
+        f"seq_length {args.seq_length} is longer than max_position_embeddings {args.max_position_embeddings}; "
+        f"shorten seq_length"
+    )
+
+
+@registry.warning(*ALL_TASKS)
+def rope_scaling_is_forgotten(args: ModelKeys) -> str | None:
+    if args.rope_scaling or args.max_position_embeddings <= 8192 or args.rotary_emb_base != 500000:
+        return None
+    return (
+        "rope_scaling is absent, but the theta and context are those of Llama-3.1, which scales its frequencies; "
+        "without it 35 of 64 frequencies differ at every length"
+    )
+
+
+@registry.warning(*ALL_TASKS)
+def attention_config_chooses_nothing(args: ModelKeys) -> str | None:
+    if args.attention_config is None:
+        return None
+    return (
+        "attention_config has no effect: every layer runs scaled_dot_product_attention, flash where the device has it"
+    )

@@ -1,12 +1,21 @@
-"""Keys of the optimisation: optimizer, schedule, batch, precision, ZeRO and activation checkpointing."""
+"""Keys of the optimisation and their rules: optimizer, schedule, batch, precision, ZeRO, activation checkpointing."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
+from megatron.common.errors import ConfigError
+from megatron.neox_arguments.deepspeed_config import deepspeed_dictionary
+from megatron.neox_arguments.host_cpu import native_bf16_cpu
 from megatron.neox_arguments.keys.fields import Keys, derived, key, required
+from megatron.neox_arguments.registry import ALL_TASKS, Derived, Registry
+
+if TYPE_CHECKING:
+    from megatron.neox_arguments.keys.all_keys import AllKeys
+
+registry = Registry()
 
 
 class OptimizerParams(Keys):
@@ -64,8 +73,8 @@ class OptimizationKeys(Keys):
     train_iters: int = derived("train_epochs and the size of the data, when these are read", "Optimizer steps.", ge=0)
     train_epochs: float | None = key(
         None,
-        "Length of the run in passes over the training sources without replay, in the place of train_iters; 0.6 is "
-        "most of one.",
+        "Length of the run in passes over the training sources without replay, instead of train_iters; fractions are "
+        "allowed.",
         gt=0,
     )
     train_micro_batch_size_per_gpu: int = derived(
@@ -118,3 +127,178 @@ class OptimizationKeys(Keys):
         description="Options handed to DeepSpeed as they are; a key that this schema knows is refused here.",
         json_schema_extra={"x-ours": False},
     )
+
+    @property
+    def lr(self) -> float:
+        """Peak learning rate."""
+        return self.optimizer.params.lr
+
+
+# --- derivations
+
+
+@registry.derivation(*ALL_TASKS)
+def precision(args: AllKeys, world_size: int | None) -> Derived:
+    """Precision of the run and, for `auto`, the line that says why."""
+    implied = "bfloat16" if args.bf16 and args.bf16.enabled else None
+    given = args.precision
+    if given is None:
+        return Derived({"precision": implied or "fp32"})
+    if given != "auto":
+        if implied and implied != given:
+            raise ConfigError(f"precision is {given}, but the mapping of {implied} is enabled; make them agree")
+        return Derived({})
+    if implied:
+        return Derived({"precision": implied})
+    if args.device == "cuda":
+        chosen, why = "bfloat16", "bfloat16, which the GPU computes natively"
+    elif native_bf16_cpu():
+        chosen, why = "bfloat16", "bfloat16, which this CPU computes natively"
+    else:
+        chosen, why = (
+            "fp32",
+            "fp32, because this CPU has no bfloat16 instructions and emulating them was 13 times slower "
+            "(precision: bfloat16 does it anyway)",
+        )
+    return Derived({"precision": chosen}, (f"precision auto: {why}",))
+
+
+@registry.derivation("train", "eval")
+def batch_sizes(args: AllKeys, world_size: int | None) -> Derived:
+    """train_batch_size = micro x accumulation x data_parallel_size, from whichever of the three are given."""
+    data = args.data_parallel_size
+    batch, micro = args.train_batch_size, args.train_micro_batch_size_per_gpu
+    steps = args.gradient_accumulation_steps
+    if batch is None and micro is None:
+        raise ConfigError("the batch size is missing: give train_micro_batch_size_per_gpu or train_batch_size")
+    if micro is None:
+        steps = steps or 1
+        micro = _quotient(batch, steps * data, f"gradient_accumulation_steps {steps} x data_parallel_size {data}")
+    elif steps is None:
+        steps = _quotient(batch, micro * data, f"micro-batch {micro} x data_parallel_size {data}") if batch else 1
+    product = micro * steps * data
+    if batch is not None and batch != product:
+        raise ConfigError(
+            f"train_batch_size {batch} is not micro-batch {micro} x gradient_accumulation_steps {steps} x "
+            f"data_parallel_size {data} = {product}; leave one of the three out or make them agree"
+        )
+    return Derived(
+        {
+            "train_batch_size": product,
+            "train_micro_batch_size_per_gpu": micro,
+            "gradient_accumulation_steps": steps,
+        }
+    )
+
+
+def _quotient(batch: int, divisor: int, what: str) -> int:
+    """`batch / divisor`; raises ConfigError with the nearest multiple if that is not a whole number."""
+    if batch % divisor:
+        nearest = max(divisor, round(batch / divisor) * divisor)
+        raise ConfigError(f"train_batch_size {batch} is not a multiple of {what} = {divisor}; {nearest} is")
+    return batch // divisor
+
+
+@registry.derivation(*ALL_TASKS)
+def decay_length(args: OptimizationKeys, world_size: int | None) -> Derived:
+    if args.lr_decay_iters is not None or not args.train_iters:
+        return Derived({})
+    return Derived({"lr_decay_iters": decay_iters(args.train_iters, args.lr_decay_fraction)})
+
+
+def decay_iters(train_iters: int, fraction: float | None) -> int:
+    """Iteration at which the learning rate stops falling."""
+    return max(1, int(train_iters * (fraction or 1.0)))
+
+
+# --- rules
+
+
+@registry.rule(*ALL_TASKS)
+def zero_stage_is_one(args: OptimizationKeys) -> str | None:
+    stage = args.zero_optimization.stage
+    if stage == 1:
+        return None
+    if stage == 0:
+        return (
+            "zero_optimization stage 0 clips gradients wrongly in DeepSpeed's pipeline engine (it has no global norm); "
+            "write stage: 1, which is right also with one data-parallel rank"
+        )
+    return (
+        f"zero_optimization stage {stage} splits gradients or weights, which DeepSpeed cannot do together with "
+        f"pipeline stages; write stage: 1"
+    )
+
+
+@registry.rule("train")
+def recomputation_is_of_layers(args: AllKeys) -> str | None:
+    if args.recompute_layers is None:
+        return None
+    if not args.checkpoint_activations:
+        return (
+            f"recompute_layers {args.recompute_layers} without checkpoint_activations: true, which is what recomputes; "
+            f"give both, or neither to store everything"
+        )
+    most = -(-args.num_layers // args.pipe_parallel_size)
+    if args.recompute_layers <= most:
+        return None
+    return (
+        f"recompute_layers {args.recompute_layers} counts layers of one stage, and a stage of {args.num_layers} layers "
+        f"over {args.pipe_parallel_size} stages has at most {most}; leave it out to recompute all"
+    )
+
+
+@registry.rule("train")
+def training_has_a_length(args: OptimizationKeys) -> str | None:
+    if args.train_iters is not None and args.train_epochs is not None:
+        return "train_iters and train_epochs are both given; keep one"
+    if args.train_iters is not None or args.train_epochs is not None:
+        return None
+    return "train_iters is missing: the number of optimizer steps (or train_epochs, passes over the data)"
+
+
+@registry.rule("train")
+def training_has_an_optimizer(args: OptimizationKeys) -> str | None:
+    if args.optimizer is not None:
+        return None
+    return "optimizer is missing: write optimizer: {type: AdamW, params: {lr: 3.0e-5, betas: [0.9, 0.95], eps: 1.0e-8}}"
+
+
+# A data key, but missing like the others: reported together with what else a step needs.
+@registry.rule("train", "eval")
+def samples_have_a_length(args: AllKeys) -> str | None:
+    return None if args.seq_length is not None else "seq_length is missing: the number of tokens per sample"
+
+
+@registry.rule("train")
+def floor_is_below_peak(args: OptimizationKeys) -> str | None:
+    if args.optimizer is None or args.min_lr <= args.lr:
+        return None
+    return f"min_lr {args.min_lr} is above the peak learning rate {args.lr}; lower min_lr"
+
+
+@registry.rule("train")
+def decay_length_is_given_once(args: AllKeys) -> str | None:
+    if args.lr_decay_fraction is None or "lr_decay_iters" not in args.merged:
+        return None
+    return "lr_decay_iters and lr_decay_fraction are both given; keep one"
+
+
+@registry.rule(*ALL_TASKS)
+def extra_args_do_not_collide(args: AllKeys) -> str | None:
+    known = set(type(args).model_fields) | set(deepspeed_dictionary(args, with_extra=False))
+    hidden = {"bfloat16", "scheduler", "amp", "zero_allow_untested_optimizer", "sequence_parallel_size"}
+    collisions = sorted(set(args.deepspeed_extra_args) & (known | hidden))
+    if not collisions:
+        return None
+    return (
+        f"deepspeed_extra_args: {', '.join(collisions)} would override what this configuration sets or checks; "
+        f"write it at top level (if there is a key for it) or remove it"
+    )
+
+
+@registry.warning(*ALL_TASKS)
+def overlap_is_off(args: OptimizationKeys) -> str | None:
+    if not args.zero_optimization.overlap_comm:
+        return None
+    return "zero_optimization.overlap_comm has no effect: the pipeline engine turns overlapping off"

@@ -1,10 +1,17 @@
-"""Keys that say how many ranks there are, what each holds, and how they are started."""
+"""Keys that say how many ranks there are, what each holds and how they are started, and their rules."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
+from megatron.common.errors import ConfigError
 from megatron.neox_arguments.keys.fields import Keys, derived, key
+from megatron.neox_arguments.registry import ALL_TASKS, Derived, Registry
+
+if TYPE_CHECKING:
+    from megatron.neox_arguments.keys.all_keys import AllKeys
+
+registry = Registry()
 
 
 class ParallelKeys(Keys):
@@ -12,7 +19,7 @@ class ParallelKeys(Keys):
     pipe_parallel_size: int = key(1, "Pipeline stages. GPT-NeoX's 0 (sequential model) is taken as 1.", ge=0)
     pipe_partition_method: str = key(
         "type:transformer|mlp",
-        "How layers are dealt to stages: `type:REGEX` balances layers whose class matches, `parameters` their "
+        "How layers are assigned to stages: `type:REGEX` balances layers whose class matches, `parameters` their "
         "parameters, `uniform` their number.",
         pattern=r"^(uniform|parameters|type:.+)$",
     )
@@ -33,6 +40,101 @@ class ParallelKeys(Keys):
     launcher: Literal["auto", "fork", "torchrun", "slurm"] = key(
         "auto",
         "How deepy.py starts ranks. fork: one process imports, then forks (CPU); torchrun: each rank imports for "
-        "itself (needed for GPUs); slurm: one srun over the nodes of the allocation; auto: slurm inside of an "
+        "itself (needed for GPUs); slurm: one srun over the nodes of the allocation; auto: slurm inside an "
         "allocation, else fork on cpu, torchrun on cuda.",
     )
+
+    @property
+    def data_parallel_size(self) -> int:
+        return self.global_num_gpus // (self.pipe_parallel_size * self.model_parallel_size)
+
+
+# --- derivations
+
+
+@registry.derivation(*ALL_TASKS)
+def sequential_model_is_one_stage(args: ParallelKeys, world_size: int | None) -> Derived:
+    if args.pipe_parallel_size != 0:
+        return Derived({})
+    note = "pipe_parallel_size 0 (GPT-NeoX's sequential model) is taken as 1: one pipeline stage"
+    return Derived({"pipe_parallel_size": 1}, (note,))
+
+
+@registry.derivation(*ALL_TASKS)
+def device_of_the_backend(args: ParallelKeys, world_size: int | None) -> Derived:
+    return Derived({"device": args.device or ("cpu" if args.distributed_backend == "gloo" else "cuda")})
+
+
+@registry.derivation(*ALL_TASKS)
+def number_of_ranks(args: ParallelKeys, world_size: int | None) -> Derived:
+    """What the launcher started, else what the configuration asks for, else the smallest number that works."""
+    nodes, pipe = max(1, args.num_nodes), args.pipe_parallel_size
+    asked = args.global_num_gpus or (nodes * args.num_gpus if args.num_gpus else None)
+    if args.global_num_gpus and args.num_gpus and args.global_num_gpus != nodes * args.num_gpus:
+        raise ConfigError(
+            f"global_num_gpus {args.global_num_gpus} is not num_nodes {nodes} x num_gpus {args.num_gpus}; "
+            f"give one of them"
+        )
+    if world_size and asked and world_size != asked:
+        raise ConfigError(
+            f"{world_size} ranks were started, but global_num_gpus (or num_nodes x num_gpus) asks for {asked}; "
+            f"start {asked} ranks or change the key"
+        )
+    per_copy = pipe * args.model_parallel_size
+    total = world_size or asked or per_copy
+    if total % per_copy:
+        raise ConfigError(
+            f"{total} ranks cannot be divided into pipe_parallel_size {pipe} x model_parallel_size "
+            f"{args.model_parallel_size} = {per_copy}; use a multiple of {per_copy} ranks"
+        )
+    return Derived({"global_num_gpus": total, "num_nodes": 1 if args.num_nodes == -1 else args.num_nodes})
+
+
+# --- rules
+
+
+@registry.rule(*ALL_TASKS)
+def tensors_divide_by_tensor_parallelism(args: AllKeys) -> str | None:
+    if args.num_attention_heads % args.num_kv_heads or args.hidden_size % args.num_attention_heads:
+        return None  # the rules of the model report it
+    try:
+        args.shape.check_tensor_parallel(args.model_parallel_size)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+@registry.rule(*ALL_TASKS)
+def every_stage_has_a_layer(args: AllKeys) -> str | None:
+    if args.pipe_parallel_size <= args.num_layers:
+        return None
+    return (
+        f"pipe_parallel_size {args.pipe_parallel_size} is more than num_layers {args.num_layers}: a stage would have "
+        f"no layer; use at most {args.num_layers}"
+    )
+
+
+@registry.warning("train", "eval")
+def stages_are_uneven(args: AllKeys) -> str | None:
+    """Legal, as in GPT-NeoX, but the step waits for the longest stage."""
+    layers, stages = args.num_layers, args.pipe_parallel_size
+    if layers % stages == 0:
+        return None
+    return (
+        f"{layers} layers on {stages} pipeline stages: some stages hold {-(-layers // stages)} layers, some "
+        f"{layers // stages}, and the step waits for the longest"
+    )
+
+
+@registry.rule(*ALL_TASKS)
+def device_fits_backend(args: ParallelKeys) -> str | None:
+    if args.distributed_backend == "nccl" and args.device == "cpu":
+        return "distributed_backend nccl needs GPUs, but device is cpu; write distributed_backend: gloo"
+    return None
+
+
+@registry.rule(*ALL_TASKS)
+def nodes_hold_whole_numbers_of_ranks(args: ParallelKeys) -> str | None:
+    if args.global_num_gpus % max(1, args.num_nodes) == 0:
+        return None
+    return f"{args.global_num_gpus} ranks cannot be spread evenly over num_nodes {args.num_nodes}"

@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import Literal
 
 from megatron.neox_arguments.keys.fields import Keys, key
+from megatron.neox_arguments.registry import Registry
+
+registry = Registry()
 
 
 class RuntimeKeys(Keys):
     log_interval: int = key(100, "Iterations between progress lines.", gt=0)
-    log_dir: str | None = key(None, "Folder for metrics.jsonl, one JSON object a progress line.")
+    log_dir: str | None = key(None, "Folder for metrics.jsonl, one JSON object per progress line.")
     tensorboard_dir: str | None = key(None, "Folder for TensorBoard.")
     use_wandb: bool = key(
         False, "Log to Weights & Biases (extra `wandb`); never switched on by a key in the environment."
@@ -27,7 +30,7 @@ class RuntimeKeys(Keys):
         "stops without kernels.",
         ours=True,
     )
-    sample_input_file: str | None = key(None, "Prompts, one a line.")
+    sample_input_file: str | None = key(None, "Prompts, one per line.")
     sample_output_file: str = key("samples.txt", "Where generated text goes, JSON lines.")
     eval_results_prefix: str = key("", "eval.py writes its results to PREFIXeval_results.json.")
     maximum_tokens: int = key(64, "Longest generated text.", gt=0)

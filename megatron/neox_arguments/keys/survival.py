@@ -1,8 +1,16 @@
-"""What keeps a long run alive and honest: watchdogs, skipped steps and samples, checks of replicas, profiles."""
+"""Keys that keep a long run alive and honest, and their rules: watchdogs, skipped steps, replicas, profiles."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from megatron.neox_arguments.keys.fields import Keys, derived, key
+from megatron.neox_arguments.registry import ALL_TASKS, Derived, Registry
+
+if TYPE_CHECKING:
+    from megatron.neox_arguments.keys.all_keys import AllKeys
+
+registry = Registry()
 
 
 class SurvivalKeys(Keys):
@@ -27,8 +35,8 @@ class SurvivalKeys(Keys):
     )
     skip_sample_ranges: list[list[int]] = key(
         [],
-        "Samples to leave out, as [first, end) in the order of the run, after a loss spike: [[1000, 1512]]. What lies "
-        "behind the run's position changes nothing.",
+        "Samples to leave out, as [first, end) in the order of the run, after a loss spike: [[1000, 1512]]. Ranges "
+        "already consumed have no effect.",
         ours=True,
     )
     slow_step_factor: float = key(
@@ -52,5 +60,52 @@ class SurvivalKeys(Keys):
     )
     profile: bool = key(False, "Write torch profiler traces of some steps to log_dir.")
     profile_step_start: int = key(10, "First iteration in the trace.", ge=1)
-    profile_step_stop: int = key(12, "First iteration that is not in the trace any more.", ge=2)
+    profile_step_stop: int = key(12, "Stop before this iteration (exclusive).", ge=2)
     profile_ranks: list[int] = key([0], "Ranks that write a trace.", ours=True, min_length=1)
+
+
+# --- derivations
+
+
+@registry.derivation(*ALL_TASKS)
+def step_timeout(args: AllKeys, world_size: int | None) -> Derived:
+    if args.step_timeout_minutes is not None:
+        return Derived({})
+    return Derived({"step_timeout_minutes": min(10.0, 0.9 * args.distributed_timeout_minutes)})
+
+
+# --- rules
+
+
+@registry.rule("train", "eval")
+def skipped_ranges_are_ranges(args: SurvivalKeys) -> str | None:
+    wrong = [pair for pair in args.skip_sample_ranges if len(pair) != 2 or not 0 <= pair[0] < pair[1]]
+    if not wrong:
+        return None
+    return f"skip_sample_ranges: {wrong[0]} is no range of samples; write [first, end] with 0 <= first < end"
+
+
+@registry.rule("train", "eval", "generate")
+def a_step_ends_before_its_collectives(args: AllKeys) -> str | None:
+    if args.step_timeout_minutes < args.distributed_timeout_minutes:
+        return None
+    return (
+        f"step_timeout_minutes {args.step_timeout_minutes:g} is not below distributed_timeout_minutes "
+        f"{args.distributed_timeout_minutes}: a collective would give up before the watchdog can name the ranks that "
+        f"did not arrive; lower it, or raise distributed_timeout_minutes"
+    )
+
+
+@registry.rule("train")
+def a_profile_has_steps_ranks_and_a_folder(args: AllKeys) -> str | None:
+    if not args.profile:
+        return None
+    if not args.log_dir:
+        return "profile needs log_dir, where the traces are written"
+    if args.profile_step_start >= args.profile_step_stop:
+        return (
+            f"profile_step_start {args.profile_step_start} is not below profile_step_stop {args.profile_step_stop}, "
+            f"the first iteration that is not in the trace"
+        )
+    outside = [rank for rank in args.profile_ranks if not 0 <= rank < args.global_num_gpus]
+    return f"profile_ranks: {outside} of {args.global_num_gpus} ranks do not exist" if outside else None

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron.common.labels import IGNORE_INDEX
 from megatron.data.header import ChatInfo
 from megatron.data.indexed import DataError, token_dtype
 from megatron.tokenizer import Tokenizer, build_tokenizer
-from megatron.tokenizer.chat import IGNORED, Chat, ChatError, Message, Segment, TrainOn, assemble, load_chat
+from megatron.tokenizer.chat import Chat, ChatError, Message, Segment, TrainOn, ids_and_labels, load_chat
 from tools.datasets.encoding.conversations import digest, read_conversation
 from tools.datasets.encoding.encode import Encoded, read_record
 from tools.datasets.encoding.pipeline import HeaderMaker, Job, Output, State, identity_of, run_job
@@ -121,7 +122,8 @@ class ChatEncoder:
         texts = [s.text for segments in conversations for s in segments if s.text is not None]
         encoded = iter(self.tokenizer.encode_batch(texts))
         pairs = [
-            assemble(segments, [next(encoded) for s in segments if s.text is not None]) for segments in conversations
+            ids_and_labels(segments, [next(encoded) for s in segments if s.text is not None])
+            for segments in conversations
         ]
         if not pairs:
             return
@@ -130,7 +132,7 @@ class ChatEncoder:
         text.sizes = labels.sizes = np.array([len(pair[0]) for pair in pairs], np.int32)
         text.tokens, labels.tokens = ids.astype(self.dtype).tobytes(), targets.astype(LABEL_DTYPE).tobytes()
         text.max_token = int(ids.max())
-        text.learned = int((targets != IGNORED).sum())
+        text.learned = int((targets != IGNORE_INDEX).sum())
 
 
 def preprocess(options: argparse.Namespace) -> None:

@@ -11,7 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron.neox_arguments import ConfigError, NeoXArgs, derived
+from megatron.neox_arguments import ConfigError, NeoXArgs
+from megatron.neox_arguments.host_cpu import native_bf16_cpu
+from megatron.neox_arguments.keys import optimization
 from tests.support.configurations import ROPE, VALID, keys
 
 pytestmark = pytest.mark.unit
@@ -30,7 +32,7 @@ pytestmark = pytest.mark.unit
     ],
 )
 def test_the_neox_convention_is_gpt_neox_s(given_width: int, multiple: int, true_width: int) -> None:
-    """Pairs of neox_compat's table, executed in GPT-NeoX; 14336 with mlp_multiple_of 14336 is its users' trick."""
+    """Pairs that were computed by GPT-NeoX itself; 14336 with mlp_multiple_of 14336 is its users' trick."""
     args = NeoXArgs.from_dict(
         keys(
             hidden_size=16384,
@@ -155,27 +157,26 @@ def test_auto_precision_on_a_cpu_follows_its_instructions(
 ) -> None:
     info = tmp_path / "cpuinfo"
     info.write_text(f"processor : 0\nflags\t\t: fpu {flags} sse\n")
-    native = derived.native_bf16_cpu(info)
-    monkeypatch.setattr(derived, "native_bf16_cpu", lambda: native)
+    monkeypatch.setattr(optimization, "native_bf16_cpu", lambda: native_bf16_cpu(info))
     args = NeoXArgs.from_dict(keys(precision="auto"))
     assert args.precision == expected
     assert any(note.startswith(f"precision auto: {expected}") for note in args.notes)
 
 
 def test_a_machine_without_cpuinfo_is_taken_as_slow(tmp_path: Path) -> None:
-    assert not derived.native_bf16_cpu(tmp_path / "none")
+    assert not native_bf16_cpu(tmp_path / "none")
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "message"),
     [
-        {"precision": "fp16"},
-        {"fp16": {"enabled": True}},
-        {"precision": "fp32", "bf16": {"enabled": True}},
+        ({"precision": "fp16"}, "precision: given 'fp16'"),
+        ({"fp16": {"enabled": True}}, "fp16 is not supported"),
+        ({"precision": "fp32", "bf16": {"enabled": True}}, "precision is fp32, but the mapping of bfloat16 is enabled"),
     ],
 )
-def test_contradicting_precisions_stop(changes: dict) -> None:
-    with pytest.raises(ConfigError):
+def test_contradicting_precisions_stop(changes: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         NeoXArgs.from_dict(keys(**changes))
 
 

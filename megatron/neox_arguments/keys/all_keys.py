@@ -1,0 +1,63 @@
+"""All groups of keys as one flat class, and everything that is registered about them in one order."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+from pydantic import PrivateAttr
+
+from megatron.layout import LlamaShape, padded_vocab_size
+from megatron.neox_arguments.keys import checkpoint, data, model, optimization, parallel, runtime, survival
+from megatron.neox_arguments.keys.checkpoint import CheckpointKeys
+from megatron.neox_arguments.keys.data import DataKeys
+from megatron.neox_arguments.keys.model import ModelKeys
+from megatron.neox_arguments.keys.optimization import OptimizationKeys
+from megatron.neox_arguments.keys.parallel import ParallelKeys
+from megatron.neox_arguments.keys.runtime import RuntimeKeys
+from megatron.neox_arguments.keys.survival import SurvivalKeys
+from megatron.neox_arguments.registry import Registry
+
+# The parallel keys need the model's, the batch sizes need the number of ranks: derivations run in this order.
+REGISTRY = Registry.joined(
+    (
+        model.registry,
+        parallel.registry,
+        optimization.registry,
+        data.registry,
+        survival.registry,
+        checkpoint.registry,
+        runtime.registry,
+    )
+)
+
+
+# Pydantic lists the fields of the last base first.
+class AllKeys(SurvivalKeys, RuntimeKeys, CheckpointKeys, DataKeys, OptimizationKeys, ParallelKeys, ModelKeys):
+    """Every key, what the user gave for them, and the values that follow from keys of several groups."""
+
+    _merged: dict[str, Any] = PrivateAttr(default_factory=dict)
+
+    @property
+    def merged(self) -> dict[str, Any]:
+        """The keys the user gave, merged, with underscores."""
+        return dict(self._merged)
+
+    @cached_property
+    def shape(self) -> LlamaShape:
+        return LlamaShape(
+            num_layers=self.num_layers,
+            hidden_size=self.hidden_size,
+            num_attention_heads=self.num_attention_heads,
+            num_kv_heads=self.num_kv_heads,
+            intermediate_size=self.intermediate_size,
+            vocab_size=self.vocab_size,
+            padded_vocab_size=padded_vocab_size(
+                self.vocab_size, self.make_vocab_size_divisible_by, self.model_parallel_size
+            ),
+            tied=not self.no_weight_tying,
+        )
+
+    @property
+    def padded_vocab_size(self) -> int:
+        return self.shape.padded_vocab_size

@@ -1,0 +1,125 @@
+"""Where the rules, warnings and derivations of the keys are registered, and what runs them.
+
+Each file of `keys/` has one `Registry`, in which it enters what holds for its keys; `keys/all_keys.py` joins them in a
+stated order. The order matters twice: derivations run in it, each seeing the values of those before, and problems are
+reported in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, TypeVar
+
+from pydantic import BaseModel
+
+from megatron.common.errors import ConfigError
+
+Task = Literal["train", "eval", "generate", "model"]
+ALL_TASKS: tuple[Task, ...] = ("train", "eval", "generate", "model")
+
+Check = Callable[[Any], "str | None"]  # of the keys; the sentence to report, None if there is nothing to say
+
+
+class Derived(NamedTuple):
+    """What a derivation decides: values of keys, and lines that tell the user what was chosen and why."""
+
+    values: dict[str, Any]
+    notes: tuple[str, ...] = ()
+
+
+Derivation = Callable[[Any, "int | None"], Derived]  # of the keys, and the number of ranks if a launcher knows it
+C = TypeVar("C", bound=Check)
+D = TypeVar("D", bound=Derivation)
+K = TypeVar("K", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A registered function and the tasks for which it runs."""
+
+    tasks: tuple[Task, ...]
+    function: Callable[..., Any]
+
+    @property
+    def name(self) -> str:
+        return self.function.__name__
+
+
+class Registry:
+    """The rules, warnings and derivations of one group of keys, in the order in which its file states them.
+
+    A function that reads keys of its own group only is typed with that group, one that crosses groups with `AllKeys`.
+    """
+
+    def __init__(self) -> None:
+        self.derivations: list[Entry] = []
+        self.rules: list[Entry] = []
+        self.warnings: list[Entry] = []
+
+    def derivation(self, *tasks: Task) -> Callable[[D], D]:
+        """Register a function that fills keys which the user left out, or rewrites them to their one meaning.
+
+        It may raise ConfigError where the keys contradict each other.
+        """
+        return _adder(self.derivations, tasks)
+
+    def rule(self, *tasks: Task) -> Callable[[C], C]:
+        """Register what must hold: the function returns what is wrong in one sentence, or None."""
+        return _adder(self.rules, tasks)
+
+    def warning(self, *tasks: Task) -> Callable[[C], C]:
+        """Register what is legal but may surprise: the function returns a line for the log, or None."""
+        return _adder(self.warnings, tasks)
+
+    @classmethod
+    def joined(cls, parts: Iterable[Registry]) -> Registry:
+        """One registry with the entries of all parts, part after part."""
+        whole = cls()
+        for part in parts:
+            whole.derivations += part.derivations
+            whole.rules += part.rules
+            whole.warnings += part.warnings
+        return whole
+
+    def derive(self, args: K, task: Task, world_size: int | None) -> tuple[K, list[str]]:
+        """The keys with every derived one filled, and lines that say what was chosen.
+
+        Each derivation sees the values of those before it. `world_size` is the number of ranks that a launcher started,
+        None if it is not known. Raises ConfigError where the keys contradict each other.
+        """
+        notes: list[str] = []
+        for entry in self.derivations:
+            if task in entry.tasks:
+                derived: Derived = entry.function(args, world_size)
+                args = args.model_copy(update=derived.values)
+                notes += derived.notes
+        return args, notes
+
+    def problems(self, args: Any, task: Task) -> list[str]:
+        """What is wrong, one sentence per broken rule."""
+        return _texts(self.rules, args, task)
+
+    def surprises(self, args: Any, task: Task) -> list[str]:
+        """The lines of all warnings that apply."""
+        return _texts(self.warnings, args, task)
+
+    def check(self, args: Any, task: Task) -> None:
+        """Raise one ConfigError that names every broken rule."""
+        found = self.problems(args, task)
+        if len(found) == 1:
+            raise ConfigError(found[0])
+        if found:
+            raise ConfigError(f"{len(found)} things are wrong:\n" + "\n".join(f"  - {text}" for text in found))
+
+
+def _adder(entries: list[Entry], tasks: tuple[Task, ...]) -> Callable[[Any], Any]:
+    def add(function: Any) -> Any:
+        entries.append(Entry(tasks, function))
+        return function
+
+    return add
+
+
+def _texts(entries: list[Entry], args: Any, task: Task) -> list[str]:
+    return [text for entry in entries if task in entry.tasks and (text := entry.function(args))]
