@@ -14,7 +14,7 @@ from safetensors.torch import save
 
 from tools.convert_hf.errors import ConvertError
 from tools.convert_hf.formats.pickles import read_pickle
-from tools.convert_hf.formats.safetensors_file import read_header
+from tools.convert_hf.formats.safetensors_file import read_safetensors_header
 from tools.convert_hf.formats.torch_file import open_torch
 from tools.convert_hf.sources.hf import tensor_views
 
@@ -60,7 +60,7 @@ def read_torch(path: Path) -> None:
 
 def read_safetensors(path: Path) -> None:
     size = path.stat().st_size
-    assert all(s.offset + s.nbytes <= size for s in read_header(path).values())
+    assert all(s.offset + s.nbytes <= size for s in read_safetensors_header(path).values())
 
 
 def good_torch() -> bytes:

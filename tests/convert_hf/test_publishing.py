@@ -125,7 +125,7 @@ def test_resume_refuses_another_job(
         raise Interrupted
 
     with monkeypatch.context() as patch:
-        patch.setattr(publish.Output, "_finish", fails)
+        patch.setattr(publish.OutputFolder, "_finish", fails)
         with pytest.raises(Interrupted):
             to_neox(tmp_path, "out")
     to_neox(tmp_path, "out", "--resume", "--dtype", "fp32", expect=2)
@@ -182,7 +182,7 @@ def test_shares_divide_the_work(tmp_path: Path) -> None:
     write_hf(tmp_path / "hf", Model(layers=16))
     source = open_checkpoint(tmp_path / "hf")
     plans = [
-        convert_command.prepare_neox(source, 2, None, convert_command.Request(tmp_path / "out", shard=(i, 4))).plan
+        convert_command.prepare_neox(source, 2, None, convert_command.ConversionRequest(tmp_path / "out", shard=(i, 4))).plan
         for i in range(1, 5)
     ]
     names = [f.name for p in plans for f in p.files]
@@ -205,13 +205,13 @@ def test_a_full_disk_is_noticed_before_anything_is_written(
 
 def test_a_source_that_shrinks_while_it_is_read_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_hf(tmp_path / "hf", MODEL)
-    original = publish.Output.write
+    original = publish.OutputFolder.write
 
     def shrink_first(self: Any, progress: Any) -> bool:
         os.truncate(tmp_path / "hf" / "model.safetensors", 5000)
         return original(self, progress)
 
-    monkeypatch.setattr(publish.Output, "write", shrink_first)
+    monkeypatch.setattr(publish.OutputFolder, "write", shrink_first)
     to_neox(tmp_path, "out", expect=2)
     assert not (tmp_path / "out").exists()
 
