@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.convert_hf.test_inputs import write_meta, write_sequential
+from tests.support.converter_inputs import write_meta, write_neox_sequential
 from tests.support.hf_folders import Model, write_hf
 from tools.convert_hf.cli import main
 from tools.convert_hf.verify.diagnose import HYPOTHESES
@@ -29,7 +29,7 @@ def test_commands_of_the_guide(
     model = Model(heads=16, kv_heads=8, head_dim=8, intermediate=64, vocab=64)
     state = write_hf(tmp_path / "Llama-3.1-70B", model, shards=3)
     write_meta(tmp_path / "Llama-3.1-70B" / "original", model, state, 8, False, rope_theta=500000.0)
-    write_sequential(tmp_path / "gpt-neox-run", model, state, 2)
+    write_neox_sequential(tmp_path / "gpt-neox-run", model, state, 2)
     monkeypatch.chdir(tmp_path)
     prefix = "python tools/convert_hf "
     ran = [c for c in commands() if c.startswith(prefix)]
