@@ -11,8 +11,9 @@ from megatron.data.build import split_documents
 from megatron.data.index_cache import CACHE_FOLDER
 from megatron.data.sample import IGNORED
 from megatron.tokenizer import Tokenizer
-from tests.datasets.test_preprocess import run, write_jsonl
+from tests.support.data_commands import preprocess
 from tests.support.made_data import Args, S, blend_args, numbered, write
+from tests.support.text_files import write_texts
 
 pytestmark = pytest.mark.unit
 
@@ -85,7 +86,7 @@ def test_refusals(tmp_path: Path) -> None:
 
 
 def test_headers_are_checked_against_the_run(vocab_folder: Path, tmp_path: Path) -> None:
-    assert run(vocab_folder, tmp_path / "out", write_jsonl(tmp_path / "a.jsonl", ["some text"] * 9)) == 0
+    assert preprocess(vocab_folder, tmp_path / "out", write_texts(tmp_path / "a.jsonl", ["some text"] * 9)) == 0
     prefix = str(tmp_path / "out_text_document")
     args = Args(train_data_paths=[prefix], vocab_file=str(vocab_folder), eod_mask_loss=True)
     assert build_datasets(args).notes[0].startswith("train:")
