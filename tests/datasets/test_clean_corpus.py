@@ -148,9 +148,9 @@ def test_near_duplicates_are_those_of_the_exact_jaccard_similarity(tmp_path: Pat
     chance = random.Random(3)
     texts = []
     for text in (text for text in real_texts() if len(text.split()) > 150):
-        words = text.split()
+        words = text.split()[:300]
         changed = chance.choice([0.002, 0.005, 0.03, 0.3])
-        texts += [text, " ".join("changed" if chance.random() < changed else word for word in words)]
+        texts += [" ".join(words), " ".join("changed" if chance.random() < changed else word for word in words)]
     _, dropped = cleaned(tmp_path, *texts, no_exact_duplicate=True, **ANY_SHARE)
     gone = {entry["line"] - 1 for entry in dropped}
 
@@ -216,7 +216,7 @@ def test_bad_records(line: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_a_failed_run_keeps_the_previous_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    cleaned(tmp_path, *real_corpus())
+    cleaned(tmp_path, *real_corpus()[-9:])
     before = file_digests(tmp_path), file_digests(tmp_path / "out_report")
     (tmp_path / "bad.jsonl").write_text(json.dumps({"text": PROSE}) + "\n{")
     assert clean(tmp_path / "out.jsonl", tmp_path / "bad.jsonl") == 1
@@ -252,7 +252,7 @@ def test_the_page_shows_text_as_text(tmp_path: Path) -> None:
 def test_compressed_outputs_hold_the_same(tmp_path: Path) -> None:
     import gzip
 
-    source = write_texts(tmp_path / "in.jsonl", real_corpus())
+    source = write_texts(tmp_path / "in.jsonl", real_corpus()[-19:])
     for name in ("a.jsonl", "a.jsonl.gz", "a.jsonl.zst"):
         assert clean(tmp_path / name, source, report=tmp_path / "report") == 0
     plain = (tmp_path / "a.jsonl").read_bytes()

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.unit
 def workplace(vocab_folder: Path, tmp_path: Path) -> Path:
     """The files that the pages speak of."""
     texts = real_texts()
-    for name, part in (("domain", texts[:40]), ("general", texts[40:])):
+    for name, part in (("domain", texts[:20]), ("general", texts[40:60])):
         write_texts(tmp_path / f"{name}.jsonl", part)
     (tmp_path / "papers.jsonl.zst").write_bytes(zstandard.compress((tmp_path / "domain.jsonl").read_bytes()))
     (tmp_path / "general.jsonl.zst").write_bytes(zstandard.compress((tmp_path / "general.jsonl").read_bytes()))
