@@ -94,7 +94,7 @@ def render(options: argparse.Namespace, overrides: Sequence[str], project: Path,
     site = read_site(options.site)
     files = [resolve_path(name) for name in options.configs]
     args = NeoXArgs.from_ymls(files, parse_overrides(list(overrides)))
-    per_node = check_nodes(options.nodes, args, site)
+    per_node = checked_ranks_per_node(options.nodes, args, site)
     software = choose_software(options, site)
     parts = {
         "SHEBANG": f"#!{site.shell}",
@@ -103,14 +103,14 @@ def render(options: argparse.Namespace, overrides: Sequence[str], project: Path,
         "RANKS": str(args.global_num_gpus),
         "RANKS_PER_NODE": str(per_node),
         "NODES": str(options.nodes),
-        "VALUES": "\n".join(values(options, args, [*map(str, files), *overrides], project, directory)),
+        "VALUES": "\n".join(value_lines(options, args, [*map(str, files), *overrides], project, directory)),
         "PROFILE": f"launch/{options.site}/environment.sh",
-        "ENVIRONMENT": "\n".join(environment(options, args, site)),
+        "ENVIRONMENT": "\n".join(environment_lines(options, args, site)),
         "NODE_DISK": site.node_disk,
         "PYTHON": software.command(str(directory)),
         "STAGE_SOFTWARE": software.staging(),
         "SRUN": "\n".join(f"        {flag} \\" for flag in site.srun),
-        "CHECKS": checks(options, args, site),
+        "CHECKS": checks_before_training(options, args, site),
     }
     text = TEMPLATE.read_text()
     names = set(re.findall(r"@([A-Z_]+)@", text))
@@ -125,7 +125,7 @@ def _filled(match: re.Match[str], parts: dict[str, str]) -> str:
     return parts[match[1]] + end if parts[match[1]] else ""
 
 
-def check_nodes(nodes: int, args: NeoXArgs, site: Site) -> int:
+def checked_ranks_per_node(nodes: int, args: NeoXArgs, site: Site) -> int:
     """Ranks on each node. Raises ConfigError if the configuration is made for another number of nodes or ranks."""
     if nodes != args.num_nodes:
         raise ConfigError(
@@ -201,7 +201,7 @@ def sbatch_lines(options: argparse.Namespace, site: Site, directory: Path) -> li
     return lines
 
 
-def values(
+def value_lines(
     options: argparse.Namespace, args: NeoXArgs, configuration: Sequence[str], project: Path, directory: Path
 ) -> list[str]:
     """Assignments at the head of the script; the shell reads back exactly what was given."""
@@ -216,7 +216,7 @@ def values(
     ]
 
 
-def environment(options: argparse.Namespace, args: NeoXArgs, site: Site) -> list[str]:
+def environment_lines(options: argparse.Namespace, args: NeoXArgs, site: Site) -> list[str]:
     """The site's profile as it stands, then what the program needs everywhere, then the user's variables."""
     lines = (folder_of(options.site) / "environment.sh").read_text().rstrip("\n").split("\n")
     lines += ["", "# What deepy.py sets for the ranks that it starts."]
@@ -234,7 +234,7 @@ def environment(options: argparse.Namespace, args: NeoXArgs, site: Site) -> list
     return lines
 
 
-def checks(options: argparse.Namespace, args: NeoXArgs, site: Site) -> str:
+def checks_before_training(options: argparse.Namespace, args: NeoXArgs, site: Site) -> str:
     """What runs before the training: the plan (the configuration alone where the machine is unknown), the preflight."""
     deepy = '(run_here deepy.py "$(here)/code/train.py" "${configuration[@]}"'
     if site.machine:

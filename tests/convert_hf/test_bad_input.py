@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.convert_hf.test_inputs import write_pipeline
+from tests.support.converter_inputs import write_neox_pipeline
 from tests.support.hf_folders import Model, convert, write_hf
 from tests.support.neox_oracle import neox_files
 
@@ -224,7 +224,7 @@ def test_a_pickle_that_carries_code_is_not_run(tmp_path: Path, capsys: pytest.Ca
     assert "names io.open, which is not data" in refused(tmp_path, capsys)
     files: dict[str, dict[str, Any]] = neox_files(state, MODEL.heads, MODEL.kv_heads, 2, 1)
     (tmp_path / "in").rename(tmp_path / "hf")
-    tag = write_pipeline(tmp_path / "in", files, MODEL, 2)
+    tag = write_neox_pipeline(tmp_path / "in", files, MODEL, 2)
     meta = tag / "mp_rank_00_model_states.pt"
     torch.save({"module": None, "args": Attack(tmp_path / "owned")}, meta)
     assert "names io.open" in refused(tmp_path, capsys, "--hf-source", tmp_path / "hf", verb="to-hf")
@@ -256,7 +256,7 @@ def neox(tmp_path: Path, change: Callable[[dict[str, dict[str, Any]]], Any]) -> 
     state = write_hf(tmp_path / "hf", MODEL)
     files: dict[str, dict[str, Any]] = neox_files(state, MODEL.heads, MODEL.kv_heads, 2, 1)
     change(files)
-    return write_pipeline(tmp_path / "in", files, MODEL, 2)
+    return write_neox_pipeline(tmp_path / "in", files, MODEL, 2)
 
 
 def _third(files: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -8,19 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.convert_hf.test_inputs import write_meta, write_sequential
+from tests.support.converter_inputs import write_meta, write_neox_sequential
+from tests.support.documentation import ROOT, documented_commands
 from tests.support.hf_folders import Model, write_hf
 from tools.convert_hf.cli import main
 from tools.convert_hf.verify.diagnose import HYPOTHESES
 
 pytestmark = pytest.mark.unit
 
-GUIDE = (Path(__file__).resolve().parents[2] / "docs" / "converting.md").read_text()
-
-
-def commands() -> list[str]:
-    blocks = re.findall(r"```bash\n(.*?)```", GUIDE, re.DOTALL)
-    return [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if line]
+GUIDE = "docs/converting.md"
+TEXT = (ROOT / GUIDE).read_text()
 
 
 def test_commands_of_the_guide(
@@ -29,10 +26,10 @@ def test_commands_of_the_guide(
     model = Model(heads=16, kv_heads=8, head_dim=8, intermediate=64, vocab=64)
     state = write_hf(tmp_path / "Llama-3.1-70B", model, shards=3)
     write_meta(tmp_path / "Llama-3.1-70B" / "original", model, state, 8, False, rope_theta=500000.0)
-    write_sequential(tmp_path / "gpt-neox-run", model, state, 2)
+    write_neox_sequential(tmp_path / "gpt-neox-run", model, state, 2)
     monkeypatch.chdir(tmp_path)
     prefix = "python tools/convert_hf "
-    ran = [c for c in commands() if c.startswith(prefix)]
+    ran = [c for c in documented_commands(GUIDE) if c.startswith(prefix)]
     assert len(ran) >= 12
     for command in ran:
         if "--input checkpoints" in command:  # what a training run would have left
@@ -45,12 +42,12 @@ def test_commands_of_the_guide(
             assert printed.out.endswith(("EQUAL\n", "every file is as its manifest says\n"))
         if " inspect " in command:
             labels = [line[:16] for line in printed.out.splitlines()]
-            assert labels == [line[:16] for line in GUIDE.split("```")[3].strip().splitlines()]
+            assert labels == [line[:16] for line in TEXT.split("```")[3].strip().splitlines()]
     assert not list(tmp_path.glob("*.partial"))
 
 
 def test_causes_of_the_guide_are_those_of_the_program() -> None:
     """The table quotes messages; a reader must find what was printed."""
-    quoted = [q.replace("\\|", "|") for q in re.findall(r"`([^`\n]+)`", GUIDE) if len(q) > 10]
+    quoted = [q.replace("\\|", "|") for q in re.findall(r"`([^`\n]+)`", TEXT) if len(q) > 10]
     for hypothesis in HYPOTHESES:
         assert any(q in hypothesis.text for q in quoted), hypothesis.text

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.support.converter_inputs import training_arguments, write_meta, write_neox_pipeline, write_neox_sequential
 from tests.support.hf_folders import ROPE, Model, convert, read_hf, same, write_hf
 from tests.support.neox_oracle import neox_files
 
@@ -58,42 +58,6 @@ def test_bin_with_parameters_and_views(tmp_path: Path) -> None:
     }
     torch.save(saved, tmp_path / "bin" / "pytorch_model.bin")
     assert same(to_hf(tmp_path / "bin", tmp_path), state)
-
-
-def _pairs(matrix: Tensor, heads: int) -> Tensor:
-    """Rows of q or k in Meta's order: adjacent pairs rotate together."""
-    d = matrix.shape[0] // heads
-    return matrix.view(heads, 2, d // 2, -1).transpose(1, 2).reshape(matrix.shape)
-
-
-def write_meta(folder: Path, model: Model, state: dict[str, Tensor], shards: int, columns: bool, **params: Any) -> None:
-    """Meta's files of a state; `columns` splits the embedding as Llama-2 does."""
-    folder.mkdir()
-    for r in range(shards):
-        rows = lambda t: t.chunk(shards)[r].clone()  # noqa: E731, B023
-        cols = lambda t: t.chunk(shards, dim=1)[r].clone()  # noqa: E731, B023
-        out = {"tok_embeddings.weight": (cols if columns else rows)(state["model.embed_tokens.weight"])}
-        for i in range(model.layers):
-            get = {n.split(f"layers.{i}.")[1]: t for n, t in state.items() if f"layers.{i}." in n}
-            p = f"layers.{i}."
-            out[p + "attention.wq.weight"] = rows(_pairs(get["self_attn.q_proj.weight"], model.heads))
-            out[p + "attention.wk.weight"] = rows(_pairs(get["self_attn.k_proj.weight"], model.kv_heads))
-            out[p + "attention.wv.weight"] = rows(get["self_attn.v_proj.weight"])
-            out[p + "attention.wo.weight"] = cols(get["self_attn.o_proj.weight"])
-            out[p + "feed_forward.w1.weight"] = rows(get["mlp.gate_proj.weight"])
-            out[p + "feed_forward.w3.weight"] = rows(get["mlp.up_proj.weight"])
-            out[p + "feed_forward.w2.weight"] = cols(get["mlp.down_proj.weight"])
-            out[p + "attention_norm.weight"] = get["input_layernorm.weight"]
-            out[p + "ffn_norm.weight"] = get["post_attention_layernorm.weight"]
-        out["norm.weight"] = state["model.norm.weight"]
-        out["output.weight"] = rows(state.get("lm_head.weight", state["model.embed_tokens.weight"]))
-        out["rope.freqs"] = torch.ones(model.head_dim // 2)
-        torch.save(out, folder / f"consolidated.{r:02d}.pth")
-    values = {"dim": model.hidden, "n_layers": model.layers, "n_heads": model.heads, "norm_eps": 1e-5}
-    if model.kv_heads != model.heads:
-        values["n_kv_heads"] = model.kv_heads
-    (folder / "params.json").write_text(json.dumps(values | {"vocab_size": model.vocab} | params))
-    (folder / "LICENSE").write_text("community licence")
 
 
 @pytest.mark.parametrize("shards", [1, 2])
@@ -156,48 +120,12 @@ def test_meta_permutation_is_what_rotary_needs(tmp_path: Path) -> None:
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-5)
 
 
-def neox_args(model: Model, tp: int) -> dict[str, Any]:
-    return {"num_attention_heads": model.heads, "num_layers": model.layers, "model_parallel_size": tp}
-
-
-def write_sequential(folder: Path, model: Model, state: dict[str, Tensor], tp: int) -> None:
-    """GPT-NeoX with pipe_parallel_size 0: everything in mp_rank files, random states beside the weights."""
-    tag = folder / "global_step7"
-    tag.mkdir(parents=True)
-    files = neox_files(state, model.heads, model.kv_heads, tp, 1)
-    for rank in range(tp):
-        module = {}
-        for name, tensors in files.items():
-            if f"model_{rank:02d}" in name:
-                module |= {f"sequential.{int(name[6:8])}.{n}": t for n, t in tensors.items()}
-        module |= {f"sequential.{i + 2}.attention.rotary_emb.inv_freq": torch.ones(2) for i in range(model.layers)}
-        rng = {
-            "random_rng_state": random.getstate(),
-            "np_rng_state": np.random.get_state(),
-            "torch_rng_state": torch.get_rng_state(),
-        }
-        meta = {"module": module, "mp_world_size": tp, "args": neox_args(model, tp), "iteration": 7} | rng
-        torch.save(meta, tag / f"mp_rank_{rank:02d}_model_states.pt")
-    (folder / "latest").write_text("global_step7")
-
-
 @pytest.mark.parametrize("tp", [1, 2])
 def test_sequential_layout(tp: int, tmp_path: Path) -> None:
     model = Model()
     state = write_hf(tmp_path / "hf", model)
-    write_sequential(tmp_path / "neox", model, state, tp)
+    write_neox_sequential(tmp_path / "neox", model, state, tp)
     assert same(to_hf(tmp_path / "neox", tmp_path, "--hf-source", tmp_path / "hf"), state)
-
-
-def write_pipeline(folder: Path, files: dict[str, dict[str, Any]], model: Model, tp: int) -> Path:
-    """A pipeline checkpoint as GPT-NeoX writes it: no manifest, no config.json."""
-    tag = folder / "global_step7"
-    tag.mkdir(parents=True)
-    for name, tensors in files.items():
-        torch.save(tensors, tag / name)
-    torch.save({"module": None, "mp_world_size": tp, "args": neox_args(model, tp)}, tag / "mp_rank_00_model_states.pt")
-    (folder / "latest").write_text("global_step7")
-    return tag
 
 
 @pytest.mark.parametrize("kv_heads", [2, 8])
@@ -210,7 +138,7 @@ def test_gpt_neox_checkpoint_without_manifest(
     files: dict[str, dict[str, Any]] = neox_files(state, model.heads, kv_heads, 2, 16)
     for tensors in files.values():
         tensors["attention.dense._extra_state"] = None
-    write_pipeline(tmp_path / "neox", files, model, 2)
+    write_neox_pipeline(tmp_path / "neox", files, model, 2)
     assert same(to_hf(tmp_path / "neox", tmp_path, "--hf-source", tmp_path / "hf"), state)
     assert "no manifest" in capsys.readouterr().out
     convert("inspect", tmp_path / "neox")
@@ -223,7 +151,7 @@ def test_reshard_without_config(tmp_path: Path) -> None:
     """Without config.json the true vocabulary is unknown: all stored rows are kept."""
     model = Model()
     files = neox_files(model.state(), model.heads, model.kv_heads, 2, 1)
-    write_pipeline(tmp_path / "neox", files, model, 2)
+    write_neox_pipeline(tmp_path / "neox", files, model, 2)
     convert("reshard", "--input", tmp_path / "neox", "--output", tmp_path / "one", "--tp", 1)
     found = {p.name: torch.load(p, weights_only=True) for p in (tmp_path / "one" / "global_step7").glob("layer_*")}
     expected = neox_files(model.state(), model.heads, model.kv_heads, 1, 1)
@@ -240,7 +168,7 @@ def test_legacy_mlp_names(tmp_path: Path) -> None:
             up, gate = tensors.pop("mlp.linear1.weight").chunk(2)
             down = tensors.pop("mlp.linear2.weight")
             tensors |= {"mlp.w1.weight": gate.clone(), "mlp.w3.weight": up.clone(), "mlp.w2.weight": down}
-    write_pipeline(tmp_path / "neox", files, model, 2)
+    write_neox_pipeline(tmp_path / "neox", files, model, 2)
     assert same(to_hf(tmp_path / "neox", tmp_path, "--hf-source", tmp_path / "hf"), state)
 
 
@@ -293,10 +221,10 @@ def test_tied_model_with_a_neox_head_file(tmp_path: Path) -> None:
     model = Model(tied=True)
     state = write_hf(tmp_path / "hf", model)
     untied = state | {"lm_head.weight": state["model.embed_tokens.weight"].clone()}
-    write_pipeline(tmp_path / "neox", neox_files(untied, model.heads, model.kv_heads, 2, 1), model, 2)
+    write_neox_pipeline(tmp_path / "neox", neox_files(untied, model.heads, model.kv_heads, 2, 1), model, 2)
     assert same(to_hf(tmp_path / "neox", tmp_path, "--hf-source", tmp_path / "hf"), state)
     untied["lm_head.weight"] = untied["lm_head.weight"].flip(0)
-    write_pipeline(tmp_path / "two", neox_files(untied, model.heads, model.kv_heads, 2, 1), model, 2)
+    write_neox_pipeline(tmp_path / "two", neox_files(untied, model.heads, model.kv_heads, 2, 1), model, 2)
     out = ("--output", tmp_path / "no", "--hf-source", tmp_path / "hf")
     convert("to-hf", "--input", tmp_path / "two", *out, expect=2)
 
@@ -323,7 +251,7 @@ def test_position_survives_resharding(tmp_path: Path) -> None:
     """A resharded training checkpoint can be continued with `no_load_optim`: it still says where it stands."""
     model = Model()
     files = neox_files(model.state(), model.heads, model.kv_heads, 2, 1)
-    tag = write_pipeline(tmp_path / "neox", files, model, 2)
+    tag = write_neox_pipeline(tmp_path / "neox", files, model, 2)
     position = {
         "iteration": 7,
         "consumed_samples": 1792,
@@ -332,7 +260,12 @@ def test_position_survives_resharding(tmp_path: Path) -> None:
         "global_samples": 1792,
         "skipped_steps": 1,
     }
-    meta = {"module": None, "mp_world_size": 2, "args": neox_args(model, 2), "np_rng_state": np.random.get_state()}
+    meta = {
+        "module": None,
+        "mp_world_size": 2,
+        "args": training_arguments(model, 2),
+        "np_rng_state": np.random.get_state(),
+    }
     torch.save(meta | position, tag / "mp_rank_00_model_states.pt")
     convert("reshard", "--input", tmp_path / "neox", "--output", tmp_path / "one", "--tp", 1)
     written = torch.load(tmp_path / "one" / "global_step7" / "mp_rank_00_model_states.pt", weights_only=True)

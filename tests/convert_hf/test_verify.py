@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.convert_hf.test_inputs import write_pipeline, write_sequential
+from tests.support.converter_inputs import write_neox_pipeline, write_neox_sequential
 from tests.support.hf_folders import Model, convert, same, write_hf
 from tests.support.neox_oracle import LayerFiles, neox_files
 
@@ -26,7 +26,7 @@ def broken(tmp_path: Path, change: Callable[[LayerFiles, dict[str, Tensor]], Any
     state = write_hf(tmp_path / "hf", model)
     files = neox_files(state, model.heads, model.kv_heads, 2, 1)
     change(files, state)
-    tag = write_pipeline(tmp_path / "neox", files, model, 2)
+    tag = write_neox_pipeline(tmp_path / "neox", files, model, 2)
     (tag / "hf").mkdir()
     (tag / "hf" / "config.json").write_text(json.dumps(model.config()))
 
@@ -199,7 +199,7 @@ def test_equal_checkpoints_of_all_kinds(tied: bool, tmp_path: Path, capsys: pyte
     state = write_hf(tmp_path / "hf", model)
     for tp in (1, 2):
         convert("to-neox", "--input", tmp_path / "hf", "--output", tmp_path / f"tp{tp}", "--tp", tp)
-    write_sequential(tmp_path / "sequential", model, state, 2)
+    write_neox_sequential(tmp_path / "sequential", model, state, 2)
     for other in ("tp1", "tp2", "sequential"):
         capsys.readouterr()
         forward = () if other == "sequential" else ("--forward",)
@@ -251,7 +251,6 @@ def test_streamed_forward_equals_transformers(tmp_path: Path) -> None:
     from transformers import LlamaForCausalLM
 
     from tools.convert_hf.sources.opening import open_checkpoint
-    from tools.convert_hf.sources.settings import run_settings
     from tools.convert_hf.stream.band_io import FilePool
     from tools.convert_hf.verify.forward import StreamedLlama
 
@@ -262,7 +261,7 @@ def test_streamed_forward_equals_transformers(tmp_path: Path) -> None:
     with torch.no_grad():
         theirs = reference(tokens[None]).logits[0]
     checkpoint = open_checkpoint(tmp_path / "neox")
-    settings = run_settings(checkpoint)
+    settings = checkpoint.run_settings()
     assert settings is not None
     pool = FilePool(os.O_RDONLY)
     model = StreamedLlama(checkpoint, settings, pool, 1000, "cpu")

@@ -11,9 +11,10 @@ from megatron.data.build import build_datasets, split_documents
 from megatron.data.index_cache import CACHE_FOLDER
 from megatron.data.indexed import DataError
 from megatron.tokenizer import Tokenizer
-from tests.datasets.test_preprocess import run, write_jsonl
 from tests.support.configurations import data_args
+from tests.support.data_commands import preprocess
 from tests.support.made_data import S, blend_args, numbered, write
+from tests.support.text_files import write_texts
 
 pytestmark = pytest.mark.unit
 
@@ -87,7 +88,7 @@ def test_refusals(tmp_path: Path) -> None:
 
 
 def test_headers_are_checked_against_the_run(vocab_folder: Path, tmp_path: Path) -> None:
-    assert run(vocab_folder, tmp_path / "out", write_jsonl(tmp_path / "a.jsonl", ["some text"] * 9)) == 0
+    assert preprocess(vocab_folder, tmp_path / "out", write_texts(tmp_path / "a.jsonl", ["some text"] * 9)) == 0
     prefix = str(tmp_path / "out_text_document")
     args = data_args(train_data_paths=[prefix], vocab_file=str(vocab_folder), eod_mask_loss=True)
     assert build_datasets(args).notes[0].startswith("train:")

@@ -7,18 +7,16 @@ from typing import Any
 
 import pytest
 
-from tests.datasets.test_clean_corpus import clean
-from tests.datasets.test_preprocess import BAD_FILES, BAD_LINES, _write_bad_file, run, write_jsonl
-from tests.datasets.test_preprocess_sft import conversations
-from tests.datasets.test_preprocess_sft import run as run_sft
-from tests.datasets.test_preprocess_sft import write as write_records
+from tests.support.conversations import conversations
+from tests.support.data_commands import clean, preprocess, preprocess_chats
+from tests.support.text_files import BAD_FILES, BAD_LINES, write_bad_file, write_records, write_texts
 from tools.datasets.inspect_data import main as inspect
 
 pytestmark = pytest.mark.unit
 
 TOOLS: dict[str, Callable[[Path, Path, Path], int]] = {
-    "preprocess_data": lambda vocab, out, source: run(vocab, out / "x", source),
-    "preprocess_sft": lambda vocab, out, source: run_sft(vocab, out / "x", f"a={source}"),
+    "preprocess_data": lambda vocab, out, source: preprocess(vocab, out / "x", source),
+    "preprocess_sft": lambda vocab, out, source: preprocess_chats(vocab, out / "x", f"a={source}"),
     "clean_corpus": lambda _, out, source: clean(out / "x.jsonl", source),
 }
 SFT_FILES = {"no column": "no conversation", "latin-1": "not UTF-8", "no text at all": "no conversation"}
@@ -35,7 +33,7 @@ def test_bad_files(
     tool: str, kind: str, vocab_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "in").mkdir()
-    source = _write_bad_file(kind, tmp_path / "in")
+    source = write_bad_file(kind, tmp_path / "in")
     assert TOOLS[tool](vocab_folder, tmp_path / "out", source) == 1
     message = capsys.readouterr().err
     special = {"preprocess_sft": SFT_FILES, "clean_corpus": CLEAN_FILES}.get(tool, {})
@@ -64,12 +62,12 @@ def test_bad_conversations(
 ) -> None:
     good = conversations(2, "stars")
     source = write_records(tmp_path / "in.jsonl", [good[0], {"messages": SFT_LINES[message]}, good[1]])
-    assert run_sft(vocab_folder, tmp_path / "out" / "x", f"a={source}") == 1
+    assert preprocess_chats(vocab_folder, tmp_path / "out" / "x", f"a={source}") == 1
     error = capsys.readouterr().err
     assert f"{source}, line 2: " in error
     assert message in error
     assert not files(tmp_path / "out")
-    assert run_sft(vocab_folder, tmp_path / "out" / "x", f"a={source}", on_bad_record="skip") == 0
+    assert preprocess_chats(vocab_folder, tmp_path / "out" / "x", f"a={source}", on_bad_record="skip") == 0
     error = capsys.readouterr().err
     assert f"skipped: {source}, line 2: " in error
     assert "2 documents" in error
@@ -80,7 +78,7 @@ def test_bad_lines_of_conversations(
     line: bytes, vocab_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "in.jsonl").write_bytes(json.dumps(conversations(1, "x")[0]).encode() + b"\n\n" + line + b"\n")
-    assert run_sft(vocab_folder, tmp_path / "out" / "x", f"a={tmp_path / 'in.jsonl'}") == 1
+    assert preprocess_chats(vocab_folder, tmp_path / "out" / "x", f"a={tmp_path / 'in.jsonl'}") == 1
     assert "in.jsonl, line 3: " in capsys.readouterr().err
     assert not files(tmp_path / "out")
 
@@ -88,14 +86,14 @@ def test_bad_lines_of_conversations(
 def test_long_conversations_and_nul_bytes(vocab_folder: Path, tmp_path: Path) -> None:
     record = conversations(1, "x\x00y")[0] | {"notes": "z" * 10_000_000}
     source = write_records(tmp_path / "in.jsonl", [record])
-    assert run_sft(vocab_folder, tmp_path / "x", f"a={source}") == 0
+    assert preprocess_chats(vocab_folder, tmp_path / "x", f"a={source}") == 0
 
 
 @pytest.mark.parametrize("damage", ["no bin", "no idx", "cut bin", "cut idx", "no index at all", "empty idx"])
 def test_inspect_names_what_is_damaged(
     damage: str, vocab_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(vocab_folder, tmp_path / "c", write_jsonl(tmp_path / "c.jsonl", ["a", "b"])) == 0
+    assert preprocess(vocab_folder, tmp_path / "c", write_texts(tmp_path / "c.jsonl", ["a", "b"])) == 0
     prefix = tmp_path / "c_text_document"
     ending = damage.split()[-1] if damage != "no index at all" else "idx"
     path = Path(f"{prefix}.{ending}")
@@ -113,7 +111,7 @@ def test_inspect_names_what_is_damaged(
 def test_inspect_refuses_another_tokenizer(
     vocab_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(vocab_folder, tmp_path / "c", write_jsonl(tmp_path / "c.jsonl", ["a", "b"])) == 0
+    assert preprocess(vocab_folder, tmp_path / "c", write_texts(tmp_path / "c.jsonl", ["a", "b"])) == 0
     assert inspect([str(tmp_path / "c_text_document"), "--vocab-file", str(vocab_folder / "spm.model")]) == 1
     other = ["--tokenizer-type", "SPMTokenizer", "--vocab-file", str(vocab_folder / "spm.model")]
     assert inspect([str(tmp_path / "c_text_document"), *other]) == 1

@@ -5,16 +5,16 @@ import random
 import re
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import ftfy
 import pytest
 import zstandard
 
-from tests.datasets.test_preprocess import BAD_LINES, outputs, write_jsonl
+from tests.support.data_commands import ANY_SHARE, clean, cleaned
+from tests.support.text_files import BAD_LINES, file_digests, write_texts
 from tests.support.vocabulary import real_texts
-from tools.datasets.clean_corpus import main
 from tools.datasets.cleaning.rules import Rules
+from tools.datasets.encoding import records
 
 pytestmark = pytest.mark.unit
 
@@ -23,24 +23,9 @@ PROSE = (
     "filter; beyond four of them the profile breaks, and what little light is left follows a shallower slope. We take "
     "this for an old stellar halo. Deeper images of two more galaxies would settle whether that is common."
 )
-OFF = {name: 1 for name in Rules.shares() if name.startswith("max_")}  # every share is allowed
 
 
-def clean(out: Path, *inputs: Path | str, workers: int = 1, **flags: Any) -> int:
-    arguments = ["--input", *map(str, inputs), "--output", str(out), "--workers", str(workers)]
-    for name, value in flags.items():
-        arguments.append("--" + name.replace("_", "-"))
-        if value is not True:
-            arguments.append(str(value))
-    return main(arguments)
-
-
-def cleaned(folder: Path, *texts: str, **flags: Any) -> tuple[list[str], list[dict[str, Any]]]:
-    """(texts of the output, entries of dropped.jsonl) of one run over these texts."""
-    source = write_jsonl(folder / "in.jsonl", list(texts))
-    assert clean(folder / "out.jsonl", source, **flags) == 0
-    kept = [json.loads(line)["text"] for line in (folder / "out.jsonl").read_text().splitlines()]
-    return kept, [json.loads(line) for line in (folder / "out_report/dropped.jsonl").read_text().splitlines()]
+SMALL_BLOCK = 1 << 14  # bytes; the corpus of the tests is many such blocks
 
 
 def real_corpus() -> list[str]:
@@ -61,17 +46,20 @@ def real_corpus() -> list[str]:
     ]
 
 
-def test_any_number_of_workers_writes_the_same(tmp_path: Path) -> None:
-    source = write_jsonl(tmp_path / "in.jsonl", real_corpus() * 3)  # several blocks
+def test_any_number_of_workers_writes_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "BLOCK_BYTES", SMALL_BLOCK)
+    texts = real_texts()[::3]
+    source = write_texts(tmp_path / "in.jsonl", [*texts, *real_corpus()[-9:]] * 3)
+    assert source.stat().st_size > 12 * SMALL_BLOCK
     results = []
     for workers in (1, 3):
         out = tmp_path / f"w{workers}"
         assert clean(out / "c.jsonl.zst", source, workers=workers) == 0
         summary = json.loads((out / "c_report/summary.json").read_text())
         page = (out / "c_report/page.html").read_text().replace(str(out), "")
-        results.append((outputs(out / "c_report")["dropped.jsonl"], (out / "c.jsonl.zst").read_bytes(), page))
+        results.append((file_digests(out / "c_report")["dropped.jsonl"], (out / "c.jsonl.zst").read_bytes(), page))
         assert summary.pop("output") == str(out / "c.jsonl.zst")
-        assert summary["dropped"]["exact_duplicate"] > 2 * len(real_texts())
+        assert summary["dropped"]["exact_duplicate"] > 2 * len(texts)
     assert results[0] == results[1]
 
 
@@ -119,14 +107,14 @@ def test_unicode_is_repaired_and_other_fields_stay(tmp_path: Path) -> None:
 
 def test_only_the_turns_of_a_loop_behind_the_first_are_cut(tmp_path: Path) -> None:
     unit = "of the outer disc of the"
-    kept, dropped = cleaned(tmp_path, f"{PROSE} Also {unit}{' ' + unit * 1} end. " + PROSE, **OFF)
+    kept, dropped = cleaned(tmp_path, f"{PROSE} Also {unit}{' ' + unit * 1} end. " + PROSE, **ANY_SHARE)
     assert not dropped
     assert kept[0].count(unit) == 2, "two turns are no loop"
     for turns in (5, 40):
         text = f"{PROSE} We see{(' ' + unit) * turns} halo. {PROSE.upper()}"
-        kept, dropped = cleaned(tmp_path, text, **OFF)
+        kept, dropped = cleaned(tmp_path, text, **ANY_SHARE)
         assert kept == [f"{PROSE} We see {unit} halo. {PROSE.upper()}"]
-    kept, _ = cleaned(tmp_path, PROSE + " " + "0" * 5000 + " then " + "very " * 9 + "old", **OFF)
+    kept, _ = cleaned(tmp_path, PROSE + " " + "0" * 5000 + " then " + "very " * 9 + "old", **ANY_SHARE)
     assert kept == [PROSE + " 0 then " + "very " * 9 + "old"], "a run of letters is a loop, 45 characters are too short"
 
 
@@ -142,13 +130,15 @@ def test_duplicates_keep_the_first_and_name_it(tmp_path: Path) -> None:
     other = real_texts()[3]
     revised = other.replace(" the ", " this ", 3)
     loud = PROSE.upper().replace(".", "!")
-    kept, dropped = cleaned(tmp_path, PROSE, other, loud, revised, PROSE + other, **OFF)
+    kept, dropped = cleaned(tmp_path, PROSE, other, loud, revised, PROSE + other, **ANY_SHARE)
     assert kept == [PROSE, other.strip(), (PROSE + other).strip()]
     assert [(e["line"], e["rule"], e["like"][-6:]) for e in dropped] == [
         (3, "exact_duplicate", "line 1"),
         (4, "near_duplicate", "line 2"),
     ]
-    kept, dropped = cleaned(tmp_path, PROSE, loud, revised, other, near_duplicate=0, no_exact_duplicate=True, **OFF)
+    kept, dropped = cleaned(
+        tmp_path, PROSE, loud, revised, other, near_duplicate=0, no_exact_duplicate=True, **ANY_SHARE
+    )
     assert len(kept) == 4
     assert not dropped
 
@@ -158,10 +148,10 @@ def test_near_duplicates_are_those_of_the_exact_jaccard_similarity(tmp_path: Pat
     chance = random.Random(3)
     texts = []
     for text in (text for text in real_texts() if len(text.split()) > 150):
-        words = text.split()
+        words = text.split()[:300]
         changed = chance.choice([0.002, 0.005, 0.03, 0.3])
-        texts += [text, " ".join("changed" if chance.random() < changed else word for word in words)]
-    _, dropped = cleaned(tmp_path, *texts, no_exact_duplicate=True, **OFF)
+        texts += [" ".join(words), " ".join("changed" if chance.random() < changed else word for word in words)]
+    _, dropped = cleaned(tmp_path, *texts, no_exact_duplicate=True, **ANY_SHARE)
     gone = {entry["line"] - 1 for entry in dropped}
 
     def shingles(text: str) -> set[tuple[str, ...]]:
@@ -187,7 +177,7 @@ def test_near_duplicates_are_those_of_the_exact_jaccard_similarity(tmp_path: Pat
 def test_rules_from_a_file_and_flags_over_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rules = tmp_path / "rules.yml"
     rules.write_text("min_characters: 1000\nexact_duplicate: false\nnear_duplicate: 0\n")
-    source = write_jsonl(tmp_path / "in.jsonl", [PROSE, PROSE, "x" * 20])
+    source = write_texts(tmp_path / "in.jsonl", [PROSE, PROSE, "x" * 20])
     assert clean(tmp_path / "out.jsonl", source, rules=rules) == 1
     assert "nothing is left: 3 documents" in capsys.readouterr().err
     assert clean(tmp_path / "out.jsonl", source, rules=rules, min_characters=50) == 0
@@ -226,30 +216,31 @@ def test_bad_records(line: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_a_failed_run_keeps_the_previous_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    cleaned(tmp_path, *real_corpus())
-    before = outputs(tmp_path), outputs(tmp_path / "out_report")
+    cleaned(tmp_path, *real_corpus()[-9:])
+    before = file_digests(tmp_path), file_digests(tmp_path / "out_report")
     (tmp_path / "bad.jsonl").write_text(json.dumps({"text": PROSE}) + "\n{")
     assert clean(tmp_path / "out.jsonl", tmp_path / "bad.jsonl") == 1
     assert clean(tmp_path / "out.txt", tmp_path / "in.jsonl") == 1
     assert clean(tmp_path / "in.jsonl", tmp_path / "in.jsonl") == 1
     assert "this is one of the inputs" in capsys.readouterr().err
     (tmp_path / "bad.jsonl").unlink()
-    assert (outputs(tmp_path), outputs(tmp_path / "out_report")) == before
+    assert (file_digests(tmp_path), file_digests(tmp_path / "out_report")) == before
 
 
-def test_long_lines(tmp_path: Path) -> None:
+def test_a_line_longer_than_many_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "BLOCK_BYTES", 4096)
     chance = random.Random(1)
-    words = ["".join(chance.choices("abcdefghij", k=chance.randint(2, 9))) for _ in range(1_500_000)]
+    words = ["".join(chance.choices("abcdefghij", k=chance.randint(2, 9))) for _ in range(12_000)]
     long = " ".join(words)
     kept, _ = cleaned(tmp_path, PROSE, long, PROSE + long[:500])
-    assert len(long) > 9_000_000
+    assert len(long) > 18 * records.BLOCK_BYTES
     assert kept == [PROSE, long, PROSE + long[:500]]
 
 
 def test_the_page_shows_text_as_text(tmp_path: Path) -> None:
     hostile = "<script>alert(1)</script> & " + PROSE
     broken, looping = hostile + " na\u00c3\u00afve <b>", hostile + " \ufb01t. " + "<hr>" * 90
-    cleaned(tmp_path, hostile, broken, "<i>short", looping, no_exact_duplicate=True, near_duplicate=0, **OFF)
+    cleaned(tmp_path, hostile, broken, "<i>short", looping, no_exact_duplicate=True, near_duplicate=0, **ANY_SHARE)
     page = (tmp_path / "out_report/page.html").read_text()
     assert not re.search(r"<(script|b|i|hr)>", page)
     assert "&lt;i&gt;short" in page
@@ -261,7 +252,7 @@ def test_the_page_shows_text_as_text(tmp_path: Path) -> None:
 def test_compressed_outputs_hold_the_same(tmp_path: Path) -> None:
     import gzip
 
-    source = write_jsonl(tmp_path / "in.jsonl", real_corpus())
+    source = write_texts(tmp_path / "in.jsonl", real_corpus()[-19:])
     for name in ("a.jsonl", "a.jsonl.gz", "a.jsonl.zst"):
         assert clean(tmp_path / name, source, report=tmp_path / "report") == 0
     plain = (tmp_path / "a.jsonl").read_bytes()

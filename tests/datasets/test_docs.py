@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,27 +10,20 @@ import pytest
 import yaml
 import zstandard
 
-from tests.datasets.test_preprocess import write_jsonl
-from tests.datasets.test_preprocess_sft import conversations
-from tests.datasets.test_preprocess_sft import write as write_records
+from tests.support.conversations import conversations
+from tests.support.documentation import ROOT, code_blocks
+from tests.support.text_files import write_records, write_texts
 from tests.support.vocabulary import real_texts
 
 pytestmark = pytest.mark.unit
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def blocks(page: str, language: str) -> list[str]:
-    text = (ROOT / "docs" / page).read_text()
-    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture
 def workplace(vocab_folder: Path, tmp_path: Path) -> Path:
     """The files that the pages speak of."""
     texts = real_texts()
-    for name, part in (("domain", texts[:40]), ("general", texts[40:])):
-        write_jsonl(tmp_path / f"{name}.jsonl", part)
+    for name, part in (("domain", texts[:20]), ("general", texts[40:60])):
+        write_texts(tmp_path / f"{name}.jsonl", part)
     (tmp_path / "papers.jsonl.zst").write_bytes(zstandard.compress((tmp_path / "domain.jsonl").read_bytes()))
     (tmp_path / "general.jsonl.zst").write_bytes(zstandard.compress((tmp_path / "general.jsonl").read_bytes()))
     for tag in ("nemotron", "astronomy", "hermes"):
@@ -44,25 +36,25 @@ def workplace(vocab_folder: Path, tmp_path: Path) -> Path:
         run.pop(key, None)
     for key in ("log_dir", "tensorboard_dir"):
         run.pop(key, None)
-    keys = yaml.safe_load(blocks("data.md", "yaml")[0])
+    keys = yaml.safe_load(code_blocks("docs/data.md", "yaml")[0])
     keys["valid_data_paths"] = ["data/domain_text_document"]  # the page has no room for two more commands
     (tmp_path / "run.yml").write_text(yaml.safe_dump({**run, **keys, "from_scratch": True, "vocab_file": "tokenizer"}))
     return tmp_path
 
 
-@pytest.mark.parametrize("page", ["data.md", "sft.md"])
+@pytest.mark.parametrize("page", ["docs/data.md", "docs/sft.md"])
 def test_commands(page: str, workplace: Path) -> None:
-    script = f'python() {{ "{sys.executable}" "$@"; }}\nset -e\n' + "\n".join(blocks(page, "bash"))
+    script = f'python() {{ "{sys.executable}" "$@"; }}\nset -e\n' + "\n".join(code_blocks(page, "bash"))
     result = subprocess.run(
         ["bash", "-c", script], cwd=workplace, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    if page == "data.md":
+    if page == "docs/data.md":
         assert "20.0" in next(line for line in result.stdout.splitlines() if line.startswith("train: data/general"))
         assert (workplace / "lengths.png").exists()
     else:
         assert "[[More" in result.stdout
         keys = yaml.safe_load((workplace / "data/sft_train.yml").read_text())
-        promised = yaml.safe_load(blocks(page, "yaml")[0])
+        promised = yaml.safe_load(code_blocks(page, "yaml")[0])
         assert {key: keys[key] for key in ("pack_impl", "isolate_documents")}.items() <= promised.items()
         assert json.loads((workplace / "data/sft_general_document.json").read_text())["documents"] == 20

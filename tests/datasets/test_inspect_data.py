@@ -5,10 +5,9 @@ from pathlib import Path
 import pytest
 
 from megatron.tokenizer import Tokenizer
-from tests.datasets.test_preprocess import run, write_jsonl
-from tests.datasets.test_preprocess_sft import conversations
-from tests.datasets.test_preprocess_sft import run as run_sft
-from tests.datasets.test_preprocess_sft import write as write_records
+from tests.support.conversations import conversations
+from tests.support.data_commands import preprocess, preprocess_chats
+from tests.support.text_files import write_records, write_texts
 from tests.support.vocabulary import real_texts
 from tools.datasets.inspect_data import main
 
@@ -19,7 +18,7 @@ def test_counts_lengths_and_text(
     vocab_folder: Path, hf_tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     texts = real_texts()[:30]
-    assert run(vocab_folder, tmp_path / "c", write_jsonl(tmp_path / "c.jsonl", texts), prepend_bos=True) == 0
+    assert preprocess(vocab_folder, tmp_path / "c", write_texts(tmp_path / "c.jsonl", texts), prepend_bos=True) == 0
     capsys.readouterr()
     prefix = str(tmp_path / "c_text_document")
     picture = tmp_path / "lengths.png"
@@ -41,7 +40,7 @@ def test_counts_lengths_and_text(
 
 def test_the_mask_is_marked(vocab_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = write_records(tmp_path / "a.jsonl", conversations(5, "stars"))
-    assert run_sft(vocab_folder, tmp_path / "sft", f"a={source}") == 0
+    assert preprocess_chats(vocab_folder, tmp_path / "sft", f"a={source}") == 0
     capsys.readouterr()
     arguments = [str(tmp_path / "sft_a_document"), "--vocab-file", str(vocab_folder), "--document", "1", "--show-mask"]
     assert main(arguments) == 0
@@ -58,7 +57,7 @@ def test_the_mask_is_marked(vocab_folder: Path, tmp_path: Path, capsys: pytest.C
 
 
 def test_mistakes(vocab_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(vocab_folder, tmp_path / "c", write_jsonl(tmp_path / "c.jsonl", ["a", "b"])) == 0
+    assert preprocess(vocab_folder, tmp_path / "c", write_texts(tmp_path / "c.jsonl", ["a", "b"])) == 0
     prefix = str(tmp_path / "c_text_document")
     for arguments, message in (
         ([str(tmp_path / "absent")], "no such file"),

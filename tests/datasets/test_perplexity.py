@@ -10,8 +10,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from megatron.data.indexed import DataError
-from tests.datasets.test_clean_corpus import OFF, cleaned
-from tests.datasets.test_preprocess import write_jsonl
+from tests.support.data_commands import ANY_SHARE, cleaned
+from tests.support.text_files import write_texts
 from tests.support.vocabulary import VOCAB_SIZE, real_texts
 from tools.datasets.cleaning.perplexity import load_perplexity
 from tools.datasets.train_ngram import main as train_ngram
@@ -48,7 +48,7 @@ def test_an_ngram_by_hand(tmp_path: Path) -> None:
 
 def test_a_trained_ngram_knows_language_from_letter_soup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     texts = real_texts()
-    source = write_jsonl(tmp_path / "trusted.jsonl", texts[:60])
+    source = write_texts(tmp_path / "trusted.jsonl", texts[:60])
     assert train_ngram(["--input", str(source), "--output", str(tmp_path / "m.arpa")]) == 0
     perplexity = load_perplexity(tmp_path / "m.arpa")
     assert not list(tmp_path.glob(".partial*"))
@@ -59,7 +59,13 @@ def test_a_trained_ngram_knows_language_from_letter_soup(tmp_path: Path, capsys:
     assert hardest < easiest / 3
     limit = math.sqrt(hardest * easiest)
     kept, dropped = cleaned(
-        tmp_path, *held, *soup, perplexity_model=tmp_path / "m.arpa", max_perplexity=limit, near_duplicate=0, **OFF
+        tmp_path,
+        *held,
+        *soup,
+        perplexity_model=tmp_path / "m.arpa",
+        max_perplexity=limit,
+        near_duplicate=0,
+        **ANY_SHARE,
     )
     assert len(kept) == len(held)
     assert {entry["rule"] for entry in dropped} == {"max_perplexity"}
@@ -67,7 +73,13 @@ def test_a_trained_ngram_knows_language_from_letter_soup(tmp_path: Path, capsys:
     percentiles = json.loads((tmp_path / "out_report/summary.json").read_text())["perplexity_percentiles"]
     assert percentiles["100"] > limit > percentiles["25"]
     _, dropped = cleaned(
-        tmp_path, *held, *soup, perplexity_model=tmp_path / "m.arpa", min_perplexity=limit, near_duplicate=0, **OFF
+        tmp_path,
+        *held,
+        *soup,
+        perplexity_model=tmp_path / "m.arpa",
+        min_perplexity=limit,
+        near_duplicate=0,
+        **ANY_SHARE,
     )
     assert [entry["line"] for entry in dropped] == list(range(1, len(held) + 1))
     assert train_ngram(["--input", str(source), "--output", str(tmp_path / "m.txt")]) == 1

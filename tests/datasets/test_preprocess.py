@@ -1,14 +1,12 @@
 """preprocess_data.py: what it writes, that workers do not matter, that a kill does not either, and what it refuses."""
 
 import gzip
-import hashlib
 import json
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -18,41 +16,25 @@ import zstandard
 from megatron.data.header import check_header, file_crc32, read_header
 from megatron.data.indexed import DataError, IndexedFile
 from megatron.tokenizer import Tokenizer, build_tokenizer
+from tests.support.data_commands import preprocess
+from tests.support.text_files import BAD_LINES, file_digests, write_texts
 from tests.support.vocabulary import real_texts
-from tools.datasets.preprocess_data import main
+from tools.datasets.encoding import records
 
 pytestmark = pytest.mark.unit
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def write_jsonl(path: Path, texts: list[str], key: str = "text") -> Path:
-    path.write_text("".join(json.dumps({key: text}) + "\n" for text in texts))
-    return path
-
-
-def run(vocab: Path, out: Path, *inputs: Path | str, workers: int = 1, **options: Any) -> int:
-    arguments = ["--input", *map(str, inputs), "--output-prefix", str(out), "--workers", str(workers)]
-    arguments += ["--tokenizer-type", "HFTokenizer", "--vocab-file", str(vocab)]
-    for name, value in options.items():
-        arguments.append("--" + name.replace("_", "-"))
-        if value is not True:
-            arguments += value if isinstance(value, list) else [str(value)]
-    return main(arguments)
+SMALL_BLOCK = 1 << 15  # bytes; the corpus of the tests is many such blocks
 
 
 def texts_of(prefix: Path, tokenizer: Tokenizer) -> list[str]:
     return [tokenizer.decode(ids.tolist()) for ids in IndexedFile(prefix)]
 
 
-def outputs(folder: Path) -> dict[str, str]:
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir()) if p.is_file()}
-
-
 def test_round_trip_of_real_text(vocab_folder: Path, hf_tokenizer: Tokenizer, tmp_path: Path) -> None:
     texts = [*real_texts(), "<|end_of_text|> is text", "x"]
-    source = write_jsonl(tmp_path / "in.jsonl", texts)
-    assert run(vocab_folder, tmp_path / "out", source, prepend_bos=True, append_eod=True) == 0
+    source = write_texts(tmp_path / "in.jsonl", texts)
+    assert preprocess(vocab_folder, tmp_path / "out", source, prepend_bos=True, append_eod=True) == 0
     prefix = tmp_path / "out_text_document"
     assert texts_of(prefix, hf_tokenizer) == [f"<|begin_of_text|>{text}<|end_of_text|>" for text in texts]
     for ids in IndexedFile(prefix):
@@ -69,38 +51,44 @@ def test_round_trip_of_real_text(vocab_folder: Path, hf_tokenizer: Tokenizer, tm
 def test_the_flags_of_gpt_neox(
     vocab_folder: Path, hf_tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source = write_jsonl(tmp_path / "in.jsonl", ["a", "b c"])
+    source = write_texts(tmp_path / "in.jsonl", ["a", "b c"])
     flags = {"jsonl_keys": "text", "num_docs": 2, "append_eod": True, "ftfy": True, "dataset_impl": "mmap"}
-    assert run(vocab_folder, tmp_path / "out", source, log_interval=1, merge_file="merges.txt", **flags) == 0
+    assert preprocess(vocab_folder, tmp_path / "out", source, log_interval=1, merge_file="merges.txt", **flags) == 0
     assert "--merge-file merges.txt is not read" in capsys.readouterr().err
     expected = ["a<|end_of_text|>", "b c<|end_of_text|>"]
     assert texts_of(tmp_path / "out_text_document", hf_tokenizer) == expected
 
 
 def test_without_flags_nothing_is_added(vocab_folder: Path, hf_tokenizer: Tokenizer, tmp_path: Path) -> None:
-    assert run(vocab_folder, tmp_path / "out", write_jsonl(tmp_path / "in.jsonl", ["a", "b c"])) == 0
+    assert preprocess(vocab_folder, tmp_path / "out", write_texts(tmp_path / "in.jsonl", ["a", "b c"])) == 0
     assert texts_of(tmp_path / "out_text_document", hf_tokenizer) == ["a", "b c"]
 
 
-def test_any_number_of_workers_gives_the_same_bytes(vocab_folder: Path, tmp_path: Path) -> None:
-    source = write_jsonl(tmp_path / "in.jsonl", real_texts() * 8)  # several blocks
+def test_any_number_of_workers_gives_the_same_bytes(
+    vocab_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(records, "BLOCK_BYTES", SMALL_BLOCK)
+    source = write_texts(tmp_path / "in.jsonl", real_texts())
+    assert source.stat().st_size > 12 * SMALL_BLOCK
     for workers in (1, 2, 4):
         (tmp_path / f"w{workers}").mkdir()
-        assert run(vocab_folder, tmp_path / f"w{workers}" / "out", source, workers=workers, append_eod=True) == 0
-    assert len(outputs(tmp_path / "w1")) == 3
-    assert outputs(tmp_path / "w1") == outputs(tmp_path / "w2") == outputs(tmp_path / "w4")
+        assert preprocess(vocab_folder, tmp_path / f"w{workers}" / "out", source, workers=workers, append_eod=True) == 0
+    assert len(file_digests(tmp_path / "w1")) == 3
+    assert file_digests(tmp_path / "w1") == file_digests(tmp_path / "w2") == file_digests(tmp_path / "w4")
 
 
-def test_a_killed_run_goes_on(vocab_folder: Path, tmp_path: Path) -> None:
-    source = write_jsonl(tmp_path / "in.jsonl", real_texts() * 12)
+def test_a_killed_run_goes_on(vocab_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "BLOCK_BYTES", SMALL_BLOCK)
+    source = write_texts(tmp_path / "in.jsonl", real_texts())
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    assert run(vocab_folder, tmp_path / "a" / "out", source) == 0
+    assert preprocess(vocab_folder, tmp_path / "a" / "out", source) == 0
     code = (
         "import sys, time; import tools.datasets.encoding.pipeline as p; p.JOURNAL_SECONDS = 0\n"
-        "save = p.Journal.save\n"
+        f"import tools.datasets.encoding.records as records; records.BLOCK_BYTES = {SMALL_BLOCK}\n"
+        "save = p.EncodingJournal.save\n"
         "def slow(self, path): save(self, path); time.sleep(30 if self.blocks == 3 else 0)\n"
-        "p.Journal.save = slow\n"
+        "p.EncodingJournal.save = slow\n"
         "from tools.datasets.preprocess_data import main; sys.exit(main(sys.argv[1:]))"
     )
     arguments = ["--input", str(source), "--output-prefix", str(tmp_path / "b" / "out"), "--workers", "2"]
@@ -117,14 +105,14 @@ def test_a_killed_run_goes_on(vocab_folder: Path, tmp_path: Path) -> None:
     partial = tmp_path / "b" / "out_text_document.partial.bin"
     kept = partial.stat().st_size
     assert kept > 0
-    assert run(vocab_folder, tmp_path / "b" / "out", source) == 0
-    assert outputs(tmp_path / "a") == outputs(tmp_path / "b")
+    assert preprocess(vocab_folder, tmp_path / "b" / "out", source) == 0
+    assert file_digests(tmp_path / "a") == file_digests(tmp_path / "b")
 
 
 def test_a_journal_of_another_job_is_not_used(vocab_folder: Path, hf_tokenizer: Tokenizer, tmp_path: Path) -> None:
     journal = {"identity": "another", "blocks": 1, "states": [{"bytes": 10, "documents": 1}]}
     (tmp_path / "out.partial.json").write_text(json.dumps(journal))
-    assert run(vocab_folder, tmp_path / "out", write_jsonl(tmp_path / "in.jsonl", ["a", "b c"])) == 0
+    assert preprocess(vocab_folder, tmp_path / "out", write_texts(tmp_path / "in.jsonl", ["a", "b c"])) == 0
     assert texts_of(tmp_path / "out_text_document", hf_tokenizer) == ["a", "b c"]
 
 
@@ -140,33 +128,23 @@ def test_every_format_and_way_to_name_it(vocab_folder: Path, hf_tokenizer: Token
     (folder / "e.jsonl").write_bytes(line["plain"])
     (folder / "ignored.md").write_text("x")
     expected = ["gz", "zst1", "zst2", "whole\ntext\n", "p1", "p2", "plain"]
-    assert run(vocab_folder, tmp_path / "folder", tmp_path / "in") == 0
+    assert preprocess(vocab_folder, tmp_path / "folder", tmp_path / "in") == 0
     assert texts_of(tmp_path / "folder_text_document", hf_tokenizer) == expected
-    assert run(vocab_folder, tmp_path / "glob", f"{folder}/*.jsonl*,{folder}/c.txt") == 0
+    assert preprocess(vocab_folder, tmp_path / "glob", f"{folder}/*.jsonl*,{folder}/c.txt") == 0
     assert texts_of(tmp_path / "glob_text_document", hf_tokenizer) == ["gz", "zst1", "zst2", "plain", "whole\ntext\n"]
 
 
 def test_each_key_gets_its_own_text(vocab_folder: Path, hf_tokenizer: Tokenizer, tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text('{"a": "one", "b": "two"}\n{"a": "three", "b": ""}\n')
-    assert run(vocab_folder, tmp_path / "out", tmp_path / "in.jsonl", jsonl_keys=["a", "b"]) == 0
+    assert preprocess(vocab_folder, tmp_path / "out", tmp_path / "in.jsonl", jsonl_keys=["a", "b"]) == 0
     assert texts_of(tmp_path / "out_a_document", hf_tokenizer) == ["one", "three"]
     assert texts_of(tmp_path / "out_b_document", hf_tokenizer) == ["two"]
 
 
 def test_ftfy(vocab_folder: Path, hf_tokenizer: Tokenizer, tmp_path: Path) -> None:
     broken = "naïve façade".encode().decode("latin-1")
-    assert run(vocab_folder, tmp_path / "out", write_jsonl(tmp_path / "in.jsonl", [broken]), ftfy=True) == 0
+    assert preprocess(vocab_folder, tmp_path / "out", write_texts(tmp_path / "in.jsonl", [broken]), ftfy=True) == 0
     assert texts_of(tmp_path / "out_text_document", hf_tokenizer) == ["naïve façade"]
-
-
-BAD_LINES = {
-    b'{"text": "a"': "line 3: not JSON",
-    b'{"text": "\xff\xfe"}': "line 3: not UTF-8",
-    b'"text"': "line 3: expected a JSON object, got str",
-    b'{"body": "a"}': "line 3: no field 'text'; the fields are body",
-    b'{"text": ["a"]}': "line 3: field 'text' is not text but list",
-    b"[" * 100_000: "line 3: not JSON",
-}
 
 
 @pytest.mark.parametrize("line", BAD_LINES, ids=list(BAD_LINES.values()))
@@ -174,10 +152,10 @@ def test_bad_records(
     line: bytes, vocab_folder: Path, hf_tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "in.jsonl").write_bytes(b'{"text": "first"}\n\n' + line + b'\n{"text": "last \\u0000\\ud800"}\n')
-    assert run(vocab_folder, tmp_path / "out", tmp_path / "in.jsonl") == 1
+    assert preprocess(vocab_folder, tmp_path / "out", tmp_path / "in.jsonl") == 1
     assert BAD_LINES[line] in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["in.jsonl"]
-    assert run(vocab_folder, tmp_path / "out", tmp_path / "in.jsonl", on_bad_record="skip") == 0
+    assert preprocess(vocab_folder, tmp_path / "out", tmp_path / "in.jsonl", on_bad_record="skip") == 0
     assert BAD_LINES[line] in capsys.readouterr().err
     assert texts_of(tmp_path / "out_text_document", hf_tokenizer) == ["first", "last \x00\ufffd"]
     header = read_header(tmp_path / "out_text_document")
@@ -185,64 +163,25 @@ def test_bad_records(
     assert (header.skipped, header.empty) == (1, 0)
 
 
-def _write_bad_file(kind: str, folder: Path) -> Path:
-    line = b'{"text": "some words and more words"}\n' * 1000
-    if kind == "empty":
-        (folder / "in.jsonl").write_bytes(b"")
-    elif kind == "truncated gzip":
-        (folder / "in.jsonl.gz").write_bytes(gzip.compress(line)[:-20])
-    elif kind == "truncated zstd":
-        (folder / "in.jsonl.zst").write_bytes(zstandard.compress(line)[:-5])
-    elif kind == "damaged zstd":
-        (folder / "in.jsonl.zst").write_bytes(b"not zstd at all")
-    elif kind == "no column":
-        pyarrow.parquet.write_table(pyarrow.table({"id": [1]}), folder / "in.parquet")
-    elif kind == "damaged parquet":
-        (folder / "in.parquet").write_bytes(b"PAR1 nothing")
-    elif kind == "latin-1":
-        (folder / "in.txt").write_bytes("Ångström".encode("latin-1"))
-    elif kind == "unknown ending":
-        (folder / "in.pdf").write_bytes(b"x")
-    elif kind == "no text at all":
-        (folder / "in.jsonl").write_bytes(b'{"text": ""}\n\n')
-    else:
-        return folder / "absent.jsonl"
-    return next(folder.iterdir())
-
-
-BAD_FILES = {
-    "empty": "the file is empty",
-    "truncated gzip": "cannot be read",
-    "truncated zstd": "truncated",
-    "damaged zstd": "damaged zstandard",
-    "no column": "no column text; the columns are id",
-    "damaged parquet": "damaged Parquet",
-    "latin-1": "not UTF-8 text",
-    "unknown ending": "unknown kind of file",
-    "no text at all": "no documents with text",
-    "absent": "no such file",
-}
-
-
 def test_a_failed_run_keeps_the_previous_output(vocab_folder: Path, tmp_path: Path) -> None:
-    assert run(vocab_folder, tmp_path / "out", write_jsonl(tmp_path / "a.jsonl", ["a"])) == 0
-    before = outputs(tmp_path)
+    assert preprocess(vocab_folder, tmp_path / "out", write_texts(tmp_path / "a.jsonl", ["a"])) == 0
+    before = file_digests(tmp_path)
     (tmp_path / "b.jsonl").write_text("{")
-    assert run(vocab_folder, tmp_path / "out", tmp_path / "b.jsonl") == 1
+    assert preprocess(vocab_folder, tmp_path / "out", tmp_path / "b.jsonl") == 1
     (tmp_path / "b.jsonl").unlink()
-    assert outputs(tmp_path) == before
+    assert file_digests(tmp_path) == before
 
 
 def test_long_lines_and_nul_bytes(vocab_folder: Path, hf_tokenizer: Tokenizer, tmp_path: Path) -> None:
     long = "galaxy cluster \x00 " * 20_000
     lines = [{"text": "a"}, {"text": long, "other": "x" * 10_000_000}, {"text": "b"}]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert run(vocab_folder, tmp_path / "out", tmp_path / "in.jsonl") == 0
+    assert preprocess(vocab_folder, tmp_path / "out", tmp_path / "in.jsonl") == 0
     assert texts_of(tmp_path / "out_text_document", hf_tokenizer) == ["a", long, "b"]
 
 
 def test_the_header_guards_the_tokenizer(vocab_folder: Path, hf_tokenizer: Tokenizer, tmp_path: Path) -> None:
-    assert run(vocab_folder, tmp_path / "out", write_jsonl(tmp_path / "a.jsonl", ["abc"])) == 0
+    assert preprocess(vocab_folder, tmp_path / "out", write_texts(tmp_path / "a.jsonl", ["abc"])) == 0
     prefix = str(tmp_path / "out_text_document")
     header = read_header(prefix)
     assert header is not None
@@ -271,6 +210,6 @@ def test_help_is_quick_and_a_tokenizer_without_bos_refuses(
     content["added_tokens"][0]["id"] = 768
     content["post_processor"] = None
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    source = write_jsonl(tmp_path / "in.jsonl", ["a"])
-    assert run(tmp_path / "tokenizer.json", tmp_path / "out", source, prepend_bos=True) == 1
+    source = write_texts(tmp_path / "in.jsonl", ["a"])
+    assert preprocess(tmp_path / "tokenizer.json", tmp_path / "out", source, prepend_bos=True) == 1
     assert "no begin-of-text token" in capsys.readouterr().err

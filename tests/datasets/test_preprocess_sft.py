@@ -1,6 +1,5 @@
 """preprocess_sft.py: tokens and labels side by side, duplicates out, and the run that its YAML describes."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -13,47 +12,21 @@ from megatron.data.header import read_header
 from megatron.data.indexed import IndexedFile
 from megatron.tokenizer import Tokenizer
 from megatron.tokenizer.chat import Llama3Chat
-from tests.datasets.test_preprocess import outputs
 from tests.support.configurations import data_args
+from tests.support.conversations import conversations
+from tests.support.data_commands import preprocess_chats
+from tests.support.text_files import file_digests, write_records
 from tests.support.vocabulary import encode_chat
+from tools.datasets.encoding import records
 from tools.datasets.encoding.conversations import read_conversation
-from tools.datasets.preprocess_sft import main
 
 pytestmark = pytest.mark.unit
 
 
-def conversations(count: int, tag: str) -> list[dict]:
-    return [
-        {
-            "messages": [
-                {"role": "user", "content": f"Question {i} about {tag}?"},
-                {"role": "assistant", "content": f"Answer {i}. " * (1 + i % 7)},
-                {"role": "user", "content": "More?"},
-                {"role": "assistant", "content": f"More {i}."},
-            ]
-        }
-        for i in range(count)
-    ]
-
-
-def write(path: Path, records: list) -> Path:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
-
-
-def run(vocab: Path, out: Path, *sources: str, **options: str) -> int:
-    arguments = ["--output-prefix", str(out), "--tokenizer-type", "HFTokenizer", "--vocab-file", str(vocab)]
-    for source in sources:
-        arguments += ["--source", source]
-    for name, value in {"workers": "1", **options}.items():
-        arguments += ["--" + name.replace("_", "-"), value]
-    return main(arguments)
-
-
 def test_tokens_and_labels(vocab_folder: Path, hf_tokenizer: Tokenizer, tmp_path: Path) -> None:
     records = conversations(30, "stars")
-    source = write(tmp_path / "a.jsonl", records)
-    assert run(vocab_folder, tmp_path / "sft", f"stars={source}") == 0
+    source = write_records(tmp_path / "a.jsonl", records)
+    assert preprocess_chats(vocab_folder, tmp_path / "sft", f"stars={source}") == 0
     text, labels = IndexedFile(tmp_path / "sft_stars_document"), IndexedFile(tmp_path / "sft_stars_label_document")
     learned = 0
     for i, record in enumerate(records):
@@ -72,14 +45,18 @@ def test_tokens_and_labels(vocab_folder: Path, hf_tokenizer: Tokenizer, tmp_path
     assert labels.dtype == np.int32
 
 
-def test_train_on_last_and_workers_make_no_difference(vocab_folder: Path, tmp_path: Path) -> None:
-    source = write(tmp_path / "a.jsonl", conversations(5000, "stars"))
-    for workers in ("1", "3"):
-        (tmp_path / workers).mkdir()
-        out = tmp_path / workers / "sft"
-        assert run(vocab_folder, out, f"s={source}", workers=workers, train_on="last") == 0
-        (tmp_path / workers / "sft_train.yml").unlink()  # has the paths in it
-    assert outputs(tmp_path / "1") == outputs(tmp_path / "3")
+def test_train_on_last_and_workers_make_no_difference(
+    vocab_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(records, "BLOCK_BYTES", 1 << 14)
+    source = write_records(tmp_path / "a.jsonl", conversations(500, "stars"))
+    assert source.stat().st_size > 6 * records.BLOCK_BYTES
+    for workers in (1, 3):
+        folder = tmp_path / str(workers)
+        folder.mkdir()
+        assert preprocess_chats(vocab_folder, folder / "sft", f"s={source}", workers=workers, train_on="last") == 0
+        (folder / "sft_train.yml").unlink()  # has the paths in it
+    assert file_digests(tmp_path / "1") == file_digests(tmp_path / "3")
     labels = IndexedFile(tmp_path / "1" / "sft_s_label_document").document(3)
     assert 2 < (labels != IGNORE_INDEX).sum() < 8
 
@@ -95,9 +72,9 @@ def test_duplicates_are_left_out_across_sources(
         }
         for r in records[10:]
     ]
-    a = write(tmp_path / "a.jsonl", [*records, *records[:5]])
-    b = write(tmp_path / "b.jsonl", [*share_gpt, *conversations(7, "dust")])
-    assert run(vocab_folder, tmp_path / "sft", f"a:0.75={a}", f"b:0.25={b}") == 0
+    a = write_records(tmp_path / "a.jsonl", [*records, *records[:5]])
+    b = write_records(tmp_path / "b.jsonl", [*share_gpt, *conversations(7, "dust")])
+    assert preprocess_chats(vocab_folder, tmp_path / "sft", f"a:0.75={a}", f"b:0.25={b}") == 0
     assert len(IndexedFile(tmp_path / "sft_a_document")) == 20
     assert len(IndexedFile(tmp_path / "sft_b_document")) == 7
     err = capsys.readouterr().err
@@ -106,9 +83,9 @@ def test_duplicates_are_left_out_across_sources(
 
 
 def test_the_written_keys_train_on_the_mix(vocab_folder: Path, hf_tokenizer: Tokenizer, tmp_path: Path) -> None:
-    a = write(tmp_path / "a.jsonl", conversations(60, "stars"))
-    b = write(tmp_path / "b.jsonl", conversations(60, "dust"))
-    assert run(vocab_folder, tmp_path / "sft", f"a:0.75={a}", f"b:0.25={b}") == 0
+    a = write_records(tmp_path / "a.jsonl", conversations(60, "stars"))
+    b = write_records(tmp_path / "b.jsonl", conversations(60, "dust"))
+    assert preprocess_chats(vocab_folder, tmp_path / "sft", f"a:0.75={a}", f"b:0.25={b}") == 0
     keys = yaml.safe_load((tmp_path / "sft_train.yml").read_text())
     args = data_args(**keys, vocab_file=str(vocab_folder), seq_length=200)
     datasets = build_datasets(args)
@@ -129,11 +106,11 @@ def test_the_written_keys_train_on_the_mix(vocab_folder: Path, hf_tokenizer: Tok
 
 def test_bad_records_and_arguments(vocab_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bad = {"messages": [{"role": "assistant", "content": "I begin"}]}
-    source = write(tmp_path / "a.jsonl", [conversations(1, "x")[0], bad])
-    assert run(vocab_folder, tmp_path / "sft", f"a={source}") == 1
+    source = write_records(tmp_path / "a.jsonl", [conversations(1, "x")[0], bad])
+    assert preprocess_chats(vocab_folder, tmp_path / "sft", f"a={source}") == 1
     assert f"{source}, line 2: the first turn is the assistant's" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
-    assert run(vocab_folder, tmp_path / "sft", f"a={source}", on_bad_record="skip") == 0
+    assert preprocess_chats(vocab_folder, tmp_path / "sft", f"a={source}", on_bad_record="skip") == 0
     header = read_header(tmp_path / "sft_a_document")
     assert header is not None
     assert header.skipped == 1
@@ -145,15 +122,15 @@ def test_bad_records_and_arguments(vocab_folder: Path, tmp_path: Path, capsys: p
         ([f"a={source}", f"b={source}"], "is given twice"),
         (["a=absent.jsonl"], "no such file"),
     ):
-        assert run(vocab_folder, tmp_path / "out", *entries) == 1
+        assert preprocess_chats(vocab_folder, tmp_path / "out", *entries) == 1
         assert message in capsys.readouterr().err
-    other = write(tmp_path / "b.jsonl", conversations(1, "y"))
-    assert run(vocab_folder, tmp_path / "out", f"a:0.5={source}", f"b={other}") == 1
+    other = write_records(tmp_path / "b.jsonl", conversations(1, "y"))
+    assert preprocess_chats(vocab_folder, tmp_path / "out", f"a:0.5={source}", f"b={other}") == 1
     assert "a share, or none" in capsys.readouterr().err
-    only_user = write(tmp_path / "u.jsonl", [{"messages": [{"role": "user", "content": "x"}]}])
-    assert run(vocab_folder, tmp_path / "out", f"u={only_user}") == 1
+    only_user = write_records(tmp_path / "u.jsonl", [{"messages": [{"role": "user", "content": "x"}]}])
+    assert preprocess_chats(vocab_folder, tmp_path / "out", f"u={only_user}") == 1
     assert "nothing to learn" in capsys.readouterr().err
     template = tmp_path / "t.jinja"
     template.write_text("{% for m in messages %}{{ m['content'] | upper }}{% endfor %}")
-    assert run(vocab_folder, tmp_path / "out", f"b={other}", chat_template=str(template)) == 1
+    assert preprocess_chats(vocab_folder, tmp_path / "out", f"b={other}", chat_template=str(template)) == 1
     assert "the chat template" in capsys.readouterr().err

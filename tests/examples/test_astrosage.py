@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.examples.test_demo import documented_commands, run
+from tests.support.documentation import documented_commands, run_in_root
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(2400)]
 
@@ -23,7 +23,7 @@ def example(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """(output folder, what was printed)"""
     out = tmp_path_factory.mktemp("astrosage") / "out"
     short = ["--output", str(out), "--share", "0.3", "--conversations", "300"]
-    result = run([sys.executable, *WHOLE.split()[1:], *short], timeout=2000)
+    result = run_in_root([sys.executable, *WHOLE.split()[1:], *short], timeout=2000)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     return out, result.stdout
 
@@ -56,5 +56,5 @@ def test_documented_command(command: str, example: tuple[Path, str]) -> None:
     words = shlex.split(command.replace("astrosage_out", str(out)))
     assert words[0] == "python"
     extra = ["--train_iters", "2", "--train_epochs", "null", "--save", "null"] if "train.py" in words else []
-    result = run([sys.executable, *words[1:], *extra])
+    result = run_in_root([sys.executable, *words[1:], *extra])
     assert result.returncode == 0, f"{command}\n{result.stdout[-2000:]}{result.stderr[-2000:]}"

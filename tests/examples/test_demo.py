@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.support.documentation import documented_commands, run_in_root
+
 pytestmark = pytest.mark.distributed
 
-ROOT = Path(__file__).resolve().parents[2]
 MAKE = {  # target: the command it must come down to; `make test` runs this test, the fixture below the demo's script
     "make demo": "python examples/demo.py",
     "make test": 'python -m pytest -m "not slow"',
@@ -32,13 +31,6 @@ STAND_INS = {  # what the README names and only its reader has
 }
 
 
-def documented_commands(page: str) -> list[str]:
-    """Commands in the ```bash blocks of a page, continued lines joined, comments cut."""
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [line for line in (re.sub(r"\s+#.*", "", line).strip() for line in lines) if line]
-
-
 COMMANDS = [
     pytest.param(command, id=f"{page}-{number}")
     for page in ("README.md", "docs/training.md")
@@ -47,16 +39,12 @@ COMMANDS = [
 ]
 
 
-def run(words: list[str], timeout: int = 280) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)
-
-
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """(output folder, what was printed) of a demo of six steps on a base model that has learned enough to be taken."""
     out = tmp_path_factory.mktemp("demo") / "out"
     options = ["--output", str(out), "--iterations", "6", "--base-steps", "120"]
-    result = run([sys.executable, "examples/demo.py", *options])
+    result = run_in_root([sys.executable, "examples/demo.py", *options])
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     return out, result.stdout
 
@@ -85,7 +73,7 @@ def test_the_demo_shows_what_it_promises(demo: tuple[Path, str]) -> None:
 @pytest.mark.parametrize(("command", "means"), MAKE.items())
 def test_make_targets(command: str, means: str) -> None:
     assert command in documented_commands("README.md")
-    result = run([*command.split(), "--dry-run"])
+    result = run_in_root([*command.split(), "--dry-run"])
     assert result.returncode == 0, result.stderr
     assert means in result.stdout
 
@@ -101,7 +89,7 @@ def test_documented_command(command: str, demo: tuple[Path, str]) -> None:
     words[0] = sys.executable
     if "deepy.py" in words:
         words += overrides(words, out)
-    result = run(words)
+    result = run_in_root(words)
     assert result.returncode == 0, f"{command}\n{result.stdout[-2000:]}{result.stderr[-2000:]}"
     if "generate.py" in words:
         records = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]

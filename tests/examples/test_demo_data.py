@@ -16,7 +16,7 @@ from megatron.data.sample import SampleForm
 from megatron.data.sources import OncePacked
 from megatron.tokenizer import build_tokenizer
 from megatron.tokenizer.llama3 import SPECIAL_TOKENS
-from tests.datasets.test_preprocess import run
+from tests.support.data_commands import preprocess
 
 pytestmark = pytest.mark.unit
 
@@ -64,7 +64,7 @@ def test_training_a_tokenizer_is_repeatable_and_wants_enough_text(demo: Path) ->
 
 def test_the_outside_check_reads_what_validation_reads(demo: Path, tmp_path: Path) -> None:
     source = demo / "text/general_valid.jsonl"
-    assert run(demo / "tokenizer", tmp_path / "v", source, prepend_bos=True, append_eod=True) == 0
+    assert preprocess(demo / "tokenizer", tmp_path / "v", source, prepend_bos=True, append_eod=True) == 0
     prefix = str(tmp_path / "v_text_document")
     ours = OncePacked(prefix, SampleForm(256), seed=1)
     theirs = samples(Path(prefix), 256)

@@ -15,12 +15,13 @@ from examples.demo_tokenizer import train_tokenizer
 from megatron.common.labels import IGNORE_INDEX
 from megatron.data.build import build_datasets
 from megatron.tokenizer import build_tokenizer
-from tests.datasets.test_preprocess_sft import conversations, write
 from tests.parity.test_masked_loss import assert_equal_gradients
 from tests.support.configurations import data_args
+from tests.support.conversations import conversations
 from tests.support.engine_runs import relative_difference
 from tests.support.models import LLAMA3_ROPE, Case
 from tests.support.ranks import run_ranks
+from tests.support.text_files import write_records
 from tests.support.vocabulary import real_texts
 from tools.datasets.preprocess_sft import main as preprocess_sft
 
@@ -38,7 +39,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     records = conversations(90, "stars"), conversations(60, "gardens")
     texts = [message["content"] for part in records for record in part for message in record["messages"]]
     train_tokenizer([*texts, *real_texts()[:10]], VOCAB).save(str(folder / "tokenizer.json"))
-    sources = [write(folder / f"{name}.jsonl", part) for name, part in zip("ab", records, strict=True)]
+    sources = [write_records(folder / f"{name}.jsonl", part) for name, part in zip("ab", records, strict=True)]
     arguments = ["--output-prefix", str(folder / "sft"), "--tokenizer-type", "HFTokenizer", "--workers", "1"]
     arguments += ["--vocab-file", str(folder), "--source", f"a:0.7={sources[0]}", "--source", f"b:0.3={sources[1]}"]
     assert preprocess_sft(arguments) == 0

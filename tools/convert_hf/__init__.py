@@ -1,6 +1,15 @@
 """HF <-> GPT-NeoX conversion at disk speed: `python tools/convert_hf --help`.
 
-Reading order: `regions` (what a plan is made of), `opening` (what kinds of checkpoint exist), `targets` (the files to
-write), `planning`, `copying`, `publishing`. Only casts (`--dtype`) and `verify` need torch; nothing needs transformers,
-DeepSpeed or megatron-core.
+Imports go downwards in this list only:
+
+- `cli`, `commands`: the command line, and one module for each verb
+- `verify`: comparing two checkpoints
+- `sources`: opening a checkpoint of any kind
+- `stream`: copying the tensors of an opened checkpoint to the files of another
+- `formats`: safetensors and torch's zip files
+- `errors`
+
+Reading order: `stream/tensor_map` (what a plan is made of), `sources/opening` (what kinds of checkpoint exist),
+`stream/targets` (the files to write), `stream/plan`, `stream/copy`, `stream/publish`. Only casts (`--dtype`) and
+`verify` need torch; nothing needs transformers, DeepSpeed or megatron-core.
 """

@@ -203,19 +203,20 @@ def _describing(verb: argparse.ArgumentParser) -> None:
 
 
 def _open(path: Path, arguments: argparse.Namespace, quiet: bool = False):  # type: ignore[no-untyped-def]
+    from tools.convert_hf.sources.checkpoint import OpenOptions
     from tools.convert_hf.sources.llama_config import parse_given
-    from tools.convert_hf.sources.opening import Options, open_checkpoint
+    from tools.convert_hf.sources.opening import open_checkpoint
 
-    checkpoint = open_checkpoint(path, Options(arguments.hf_source, parse_given(arguments.set)))
+    checkpoint = open_checkpoint(path, OpenOptions(arguments.hf_source, parse_given(arguments.set)))
     for note in [] if quiet else checkpoint.notes:
         print(f"note: {note}")
     return checkpoint
 
 
 def _request(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
-    from tools.convert_hf.commands.convert import Request
+    from tools.convert_hf.commands.convert import ConversionRequest
 
-    return Request(
+    return ConversionRequest(
         output=arguments.output,
         dtype=ALIASES[arguments.dtype] if arguments.dtype else None,
         max_ram=arguments.max_ram,
@@ -259,7 +260,7 @@ def _run_verify(arguments: argparse.Namespace) -> int:
             equal = not differences
             lines.append("every file is as its manifest says" if equal else "DAMAGED")
         else:
-            verdict = verify(
+            report = verify(
                 *opened,
                 forward=arguments.forward,
                 tokens=arguments.tokens,
@@ -269,7 +270,7 @@ def _run_verify(arguments: argparse.Namespace) -> int:
                 threads=arguments.threads,
                 progress=progress,
             )
-            lines, equal = verdict.lines, verdict.equal
+            lines, equal = report.lines, report.equal
     print("\n".join(lines))
     return 0 if equal else 1
 
@@ -277,10 +278,10 @@ def _run_verify(arguments: argparse.Namespace) -> int:
 def _run_inspect(arguments: argparse.Namespace) -> int:
     import json
 
-    from tools.convert_hf.commands.inspect import describe, table
+    from tools.convert_hf.commands.inspect import checkpoint_facts, facts_table
 
     checkpoint = _open(arguments.checkpoint, arguments, quiet=arguments.json)
-    print(json.dumps(describe(checkpoint), indent=2) if arguments.json else table(checkpoint))
+    print(json.dumps(checkpoint_facts(checkpoint), indent=2) if arguments.json else facts_table(checkpoint))
     return 0
 
 

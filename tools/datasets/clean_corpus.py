@@ -41,12 +41,12 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     from megatron.data.indexed import DataError
-    from tools.datasets.cleaning.clean import CleanJob, run_cleaning
-    from tools.datasets.cleaning.page import table
+    from tools.datasets.cleaning.clean import CleaningJob, run_cleaning
+    from tools.datasets.cleaning.page import report_table
     from tools.datasets.cleaning.perplexity import load_perplexity
     from tools.datasets.cleaning.rules import read_rules
     from tools.datasets.encoding.pipeline import BadRecord
-    from tools.datasets.encoding.sources import SourceError, expand
+    from tools.datasets.encoding.records import SourceError, expand
 
     try:
         rules = read_rules(options.rules, options)
@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
         name = options.output.name.removesuffix(".gz").removesuffix(".zst").removesuffix(".jsonl")
         folder = options.report or options.output.with_name(f"{name}_report")
         report = run_cleaning(
-            CleanJob(
+            CleaningJob(
                 files=expand(options.input),
                 output=options.output,
                 report=folder,
@@ -74,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("clean_corpus.py: stopped; nothing was written", file=sys.stderr)
         return 130
-    print(f"{table(report)}\n{options.output}: {report.kept} documents; {folder}/page.html shows what was done")
+    print(f"{report_table(report)}\n{options.output}: {report.kept} documents; {folder}/page.html shows what was done")
     return 0
 
 

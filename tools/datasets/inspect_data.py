@@ -55,9 +55,9 @@ def main(arguments: list[str] | None = None) -> int:
         header = read_header(file.prefix)
         if header is not None and tokenizer is not None:
             check_header(file.prefix, header, tokenizer, None)
-        print("\n".join(describe(file)))
+        print("\n".join(data_summary(file)))
         if options.histogram:
-            draw(file, options.histogram)
+            draw_lengths(file, options.histogram)
         labels = None
         if options.show_mask:
             labels = IndexedFile(options.labels or label_prefix(options.prefix))
@@ -77,7 +77,7 @@ def label_prefix(prefix: str) -> str:
     return prefix.removesuffix("_document") + "_label_document"
 
 
-def describe(file: IndexedFile) -> list[str]:
+def data_summary(file: IndexedFile) -> list[str]:
     """Counts, quantiles of the lengths, the header, and a histogram over powers of two."""
     import numpy as np
 
@@ -125,7 +125,7 @@ def learned_share(labels: IndexedFile) -> str:
     )
 
 
-def draw(file: IndexedFile, path: Path) -> None:
+def draw_lengths(file: IndexedFile, path: Path) -> None:
     """Histogram of the lengths, logarithmic."""
     import matplotlib
     import numpy as np

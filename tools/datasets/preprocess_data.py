@@ -45,10 +45,10 @@ def main(arguments: list[str] | None = None) -> int:
     from megatron.data.indexed import DataError
     from megatron.tokenizer import TokenizerError
     from tools.datasets.encoding.pipeline import BadRecord
-    from tools.datasets.encoding.sources import SourceError
+    from tools.datasets.encoding.records import SourceError
 
     try:
-        preprocess(options)
+        preprocess_texts(options)
     except (BadRecord, DataError, SourceError, TokenizerError, OSError) as error:
         print(f"preprocess_data.py: {error}", file=sys.stderr)
         return 1
@@ -58,13 +58,13 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def preprocess(options: argparse.Namespace) -> None:
+def preprocess_texts(options: argparse.Namespace) -> None:
     """Raises BadRecord, DataError, SourceError, TokenizerError, OSError."""
     from megatron.data.indexed import token_dtype
     from megatron.tokenizer import TokenizerError, build_tokenizer
     from tools.datasets.encoding.encode import TextEncoder
-    from tools.datasets.encoding.pipeline import HeaderMaker, Job, Output, identity_of, run_job
-    from tools.datasets.encoding.sources import expand, read_blocks
+    from tools.datasets.encoding.pipeline import EncodingJob, HeaderMaker, IndexedOutput, identity_of, run_encoding
+    from tools.datasets.encoding.records import expand, read_blocks
 
     if options.merge_file:
         print(f"--merge-file {options.merge_file} is not read: the merges are in --vocab-file", file=sys.stderr)
@@ -79,12 +79,12 @@ def preprocess(options: argparse.Namespace) -> None:
     dtype = token_dtype(tokenizer.vocab_size)
 
     header = HeaderMaker(tokenizer, dtype, bos, eod, options.ftfy, files)
-    run_job(
-        Job(
+    run_encoding(
+        EncodingJob(
             identity=identity_of(tokenizer, files, [bos, eod, options.ftfy, keys, options.on_bad_record]),
             encoder=TextEncoder(tokenizer, keys, dtype, bos, eod, options.ftfy),
             blocks=(block for file in files for block in read_blocks(file, keys)),
-            outputs=[Output(f"{options.output_prefix}_{key}_document", dtype, header) for key in keys],
+            outputs=[IndexedOutput(f"{options.output_prefix}_{key}_document", dtype, header) for key in keys],
             journal=Path(f"{options.output_prefix}.partial.json"),
             workers=options.workers,
             skip_bad=options.on_bad_record == "skip",

@@ -50,11 +50,11 @@ def main(arguments: list[str] | None = None) -> int:
     from megatron.tokenizer import TokenizerError
     from megatron.tokenizer.chat import ChatError
     from tools.datasets.encoding.pipeline import BadRecord
-    from tools.datasets.encoding.sft import preprocess
-    from tools.datasets.encoding.sources import SourceError
+    from tools.datasets.encoding.records import SourceError
+    from tools.datasets.encoding.sft import preprocess_conversations
 
     try:
-        preprocess(options)
+        preprocess_conversations(options)
     except (BadRecord, ChatError, DataError, SourceError, TokenizerError, OSError) as error:
         print(f"preprocess_sft.py: {error}", file=sys.stderr)
         return 1

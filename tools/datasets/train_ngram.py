@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import io
 import math
-import os
 import sys
 import tempfile
 from collections import Counter
@@ -36,20 +35,21 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     from megatron.data.indexed import DataError
-    from tools.datasets.encoding.sources import SourceError
+    from tools.datasets.encoding.records import SourceError
 
     try:
-        train(options.input, options.output, options.text_key, options.order)
+        write_ngram(options.input, options.output, options.text_key, options.order)
     except (DataError, SourceError, OSError) as error:
         print(f"train_ngram.py: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def train(inputs: list[str], output: Path, key: str, order: int) -> None:
+def write_ngram(inputs: list[str], output: Path, key: str, order: int) -> None:
     """Raises DataError, SourceError, OSError; the output is complete or it is not there."""
+    from megatron.common.atomic_files import replacing
     from megatron.data.indexed import DataError
-    from tools.datasets.encoding.sources import expand
+    from tools.datasets.encoding.records import expand
 
     if not 2 <= order <= 6:
         raise DataError(f"--order {order}: expected 2 to 6")
@@ -67,19 +67,18 @@ def train(inputs: list[str], output: Path, key: str, order: int) -> None:
     unknown = math.log10(max(1, once) / counts.total() / len(counts))
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".partial.") as folder:
-        corpus, closed, model = (Path(folder) / name for name in ("corpus.txt", "closed.arpa", "model.arpa"))
+        corpus, closed = Path(folder) / "corpus.txt", Path(folder) / "closed.arpa"
         with corpus.open("w", encoding="utf-8", errors="replace") as file:
             file.writelines(f"{line}\n" for line in _lines(files, key))
         with contextlib.redirect_stderr(io.StringIO()):  # progress bars
             kneser_ney(["--ngram-order", str(order), "--text", str(corpus), "--lm", str(closed)])
-        with closed.open("rb") as source, model.open("wb") as target:
+        with replacing(output) as model, closed.open("rb") as source, model.open("wb") as target:
             for line in source:
                 if line.startswith(b"ngram 1="):
                     line = b"ngram 1=%d\n" % (int(line[8:]) + 1)
                 target.write(line)
                 if line.startswith(b"\\1-grams:"):
                     target.write(b"%.7f\t<unk>\n" % unknown)
-        os.replace(model, output)
     print(f"{output}: {order}-gram of {counts.total()} words, {len(counts)} different, from {len(files)} files")
 
 
@@ -87,8 +86,7 @@ def _lines(files: list[Path], key: str) -> Iterator[str]:
     """Lines of words of all records. Raises DataError for a record without text."""
     from megatron.data.indexed import DataError
     from tools.datasets.cleaning.perplexity import word_lines
-    from tools.datasets.encoding.encode import read_record, text_of
-    from tools.datasets.encoding.sources import read_blocks
+    from tools.datasets.encoding.records import read_blocks, read_record, text_of
 
     for file in files:
         for block in read_blocks(file, [key]):

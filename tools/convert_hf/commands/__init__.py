@@ -1,1 +1,1 @@
-"""One module a verb."""
+"""One module for each verb, and what the converting verbs print and write beside the weights."""

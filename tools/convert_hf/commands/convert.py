@@ -10,19 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from megatron.layout import HEAD, LlamaShape, padded_vocab_size
+from tools.convert_hf.commands.model_yml import model_keys, model_yml
 from tools.convert_hf.errors import ConvertError
 from tools.convert_hf.formats.dtypes import BY_NAME, WEIGHT_DTYPES, DType
-from tools.convert_hf.formats.model_yml import model_keys, model_yml
 from tools.convert_hf.formats.torch_file import plain_file
+from tools.convert_hf.sources.checkpoint import Checkpoint, check_duplicates
 from tools.convert_hf.sources.hf import SAFETENSORS_INDEX
 from tools.convert_hf.sources.llama_config import read_config_file
 from tools.convert_hf.sources.neox import SIDE
-from tools.convert_hf.sources.opening import Checkpoint, check_duplicates
 from tools.convert_hf.sources.settings import refuse_differences, with_trained_settings
 from tools.convert_hf.sources.side_files import shard_index, side_files, tokenizer_of
-from tools.convert_hf.stream import publish
-from tools.convert_hf.stream.plan import make_plan
-from tools.convert_hf.stream.publish import Output
+from tools.convert_hf.stream.plan import plan_copies
+from tools.convert_hf.stream.publish import OutputFolder
 from tools.convert_hf.stream.targets import TargetFile, hf_files, neox_files, shards_by_size, shards_like
 
 WRITTEN_BY = "tools/convert_hf"
@@ -35,7 +34,7 @@ _SMALLEST_BAND = 256 << 10
 
 
 @dataclass
-class Request:
+class ConversionRequest:
     """The options that all converting verbs share."""
 
     output: Path
@@ -48,7 +47,7 @@ class Request:
     force: bool = False
 
 
-def prepare_neox(source: Checkpoint, tp: int, divisible_by: int | None, request: Request) -> Output:
+def prepare_neox(source: Checkpoint, tp: int, divisible_by: int | None, request: ConversionRequest) -> OutputFolder:
     """Plan pipeline layer files for `tp` ranks from a checkpoint of any kind; nothing is written yet."""
     if divisible_by is None:
         divisible_by = source.divisible_by or (1 if tp > 0 and source.shape.vocab_size % tp == 0 else PADDING)
@@ -64,8 +63,7 @@ def prepare_neox(source: Checkpoint, tp: int, divisible_by: int | None, request:
         except ValueError as error:
             raise ConvertError(f"--tp {tp} does not fit this model: {error}") from None
     check_duplicates(source)
-    iteration = _iteration(source)
-    tag = f"global_step{iteration}"
+    tag = f"global_step{source.iteration}"
     rows = source.tensors["model.embed_tokens.weight"].shape[0]
     dtype_of = _dtype_of(source, request.dtype)
     files = neox_files(shape, tp, dtype_of, tag, rows)
@@ -85,10 +83,10 @@ def prepare_neox(source: Checkpoint, tp: int, divisible_by: int | None, request:
     layout = {"tp": tp}
     for rank in range(tp):
         name = f"mp_rank_{rank:02d}_model_states"
-        extras[f"{tag}/{name}.pt"] = plain_file(name, _meta(shape, tp, divisible_by, iteration, source.position))
+        extras[f"{tag}/{name}.pt"] = plain_file(name, _meta(shape, tp, divisible_by, source.iteration, source.position))
     extras["latest"] = f"{tag}\n".encode()
     provenance = _provenance(source, request) | {
-        "iteration": iteration,
+        "iteration": source.iteration,
         "layout": layout,
         "shape": dataclasses.asdict(shape),
         "config": {key: value for key, value in keys.items() if value is not None},
@@ -96,7 +94,7 @@ def prepare_neox(source: Checkpoint, tp: int, divisible_by: int | None, request:
     return _output(source, files, extras, tag, provenance, request, left)
 
 
-def prepare_hf(source: Checkpoint, shard_size: int | None, request: Request) -> Output:
+def prepare_hf(source: Checkpoint, shard_size: int | None, request: ConversionRequest) -> OutputFolder:
     """Plan a Hugging Face folder from a checkpoint of any kind; nothing is written yet."""
     if source.config is None or source.config_text is None or source.side_folder is None:
         raise ConvertError(
@@ -108,7 +106,7 @@ def prepare_hf(source: Checkpoint, shard_size: int | None, request: Request) -> 
             f"{source.root} stores a tied model (no output head), but config.json says tie_word_embeddings false"
         )
     if not request.trained_settings:
-        refuse_differences(source)
+        refuse_differences(source.run_settings(), source.config_settings())
     check_duplicates(source)
     tensors = {n: t for n, t in source.tensors.items() if not (source.config.tied and n == HEAD[0].hf[0])}
     dtype_of = _dtype_of(source, request.dtype)
@@ -134,7 +132,7 @@ def prepare_hf(source: Checkpoint, shard_size: int | None, request: Request) -> 
     return _output(source, files, extras, ".", _provenance(source, request), request, left)
 
 
-def execute(output: Output, progress: Callable[[int], None]) -> bool:
+def execute(output: OutputFolder, progress: Callable[[int], None]) -> bool:
     """Check that the output can be written, then write it; False if other shares are still to be done."""
     output.check()
     return output.write(progress)
@@ -146,13 +144,13 @@ def _output(
     extras: dict[str, bytes | Path],
     tag: str,
     provenance: dict[str, Any],
-    request: Request,
+    request: ConversionRequest,
     left: list[str],
-) -> Output:
+) -> OutputFolder:
     casting = request.dtype is not None and any(t.dtype.name != request.dtype for t in source.tensors.values())
     band, threads = memory_plan(request.max_ram, request.threads, casting)
-    plan = make_plan(source.tensors, files, band, request.shard)
-    return publish.Output(
+    plan = plan_copies(source.tensors, files, band, request.shard)
+    return OutputFolder(
         final=request.output,
         plan=plan,
         extras=extras,
@@ -194,11 +192,6 @@ def _dtype_of(source: Checkpoint, wanted: str | None) -> Callable[[str], DType]:
     return lambda name: source.tensors[name].dtype
 
 
-def _iteration(source: Checkpoint) -> int:
-    name = source.root.name.removeprefix("global_step")
-    return int(name) if source.kind.startswith("neox") and name.isdecimal() and name.isascii() else 0
-
-
 def _meta(shape: LlamaShape, tp: int, divisible_by: int, iteration: int, position: dict[str, Any]) -> dict[str, Any]:
     """What DeepSpeed expects beside the layer files. `module` must be None for a pipeline to read layer files."""
     arguments = {
@@ -233,7 +226,7 @@ def _meta(shape: LlamaShape, tp: int, divisible_by: int, iteration: int, positio
     } | position
 
 
-def _provenance(source: Checkpoint, request: Request) -> dict[str, Any]:
+def _provenance(source: Checkpoint, request: ConversionRequest) -> dict[str, Any]:
     record: dict[str, Any] = {"written_by": WRITTEN_BY, "source": str(source.root), "source_kind": source.kind}
     if source.given:
         record["given"] = source.given
@@ -244,12 +237,14 @@ def _provenance(source: Checkpoint, request: Request) -> dict[str, Any]:
     return record
 
 
-def _config(source: Checkpoint, request: Request, types: set[str]) -> bytes:
+def _config(source: Checkpoint, request: ConversionRequest, types: set[str]) -> bytes:
     """config.json byte for byte, unless the type of the weights or (if asked) the trained settings differ from it."""
     assert source.config_text is not None
     assert source.config is not None
     before = json.loads(source.config_text)
-    raw = with_trained_settings(source, before) if request.trained_settings else dict(before)
+    raw = dict(before)
+    if request.trained_settings:
+        raw = with_trained_settings(raw, source.run_settings(), source.config_settings())
     if len(types) == 1 and source.config.dtype not in types:
         for key in [key for key in ("dtype", "torch_dtype") if key in raw] or ["torch_dtype"]:
             raw[key] = next(iter(types))

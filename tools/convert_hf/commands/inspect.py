@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from tools.convert_hf.sources.opening import Checkpoint
-from tools.convert_hf.sources.settings import run_settings
+from tools.convert_hf.sources.checkpoint import Checkpoint
 from tools.convert_hf.sources.side_files import side_files
 
 
-def describe(checkpoint: Checkpoint) -> dict[str, Any]:
+def checkpoint_facts(checkpoint: Checkpoint) -> dict[str, Any]:
     """Everything that `inspect --json` prints."""
-    shape, settings = checkpoint.shape, run_settings(checkpoint)
+    shape, settings = checkpoint.shape, checkpoint.run_settings()
     travelling = side_files(checkpoint.side_folder)[0] if checkpoint.side_folder else {}
     here = set(travelling) | ({"config.json"} if checkpoint.config is not None else set())
     return {
@@ -49,9 +48,9 @@ def _missing(checkpoint: Checkpoint, here: set[str]) -> list[str]:
     return missing
 
 
-def table(checkpoint: Checkpoint) -> str:
+def facts_table(checkpoint: Checkpoint) -> str:
     """What `inspect` prints."""
-    facts = describe(checkpoint)
+    facts = checkpoint_facts(checkpoint)
     shape, settings = checkpoint.shape, facts["settings"]
     rows = [
         ("folder", facts["folder"]),

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from tools.convert_hf.stream.publish import Output
+from tools.convert_hf.stream.publish import OutputFolder
 
 
-def plan_text(output: Output) -> str:
+def plan_text(output: OutputFolder) -> str:
     plan = output.plan
     sources: dict[str, int] = {}
     for tensor in plan.sources.values():

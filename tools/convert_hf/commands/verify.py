@@ -7,8 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tools.convert_hf.sources.opening import Checkpoint
-from tools.convert_hf.sources.settings import run_settings
+from tools.convert_hf.sources.checkpoint import Checkpoint
 from tools.convert_hf.verify.compare import Difference, compare
 from tools.convert_hf.verify.diagnose import weight_causes
 
@@ -16,7 +15,9 @@ _SHOWN = 12  # differing tensors that are listed one by one
 
 
 @dataclass
-class Verdict:
+class VerificationReport:
+    """Whether two checkpoints are equal, and the lines that `verify` prints."""
+
     equal: bool
     lines: list[str] = field(default_factory=list)
 
@@ -32,21 +33,23 @@ def verify(
     band: int = 16 << 20,
     threads: int = 4,
     progress: Callable[[int], None] = lambda nbytes: None,
-) -> Verdict:
+) -> VerificationReport:
     """Compare two checkpoints of any kind; the lines are what the command prints."""
     settings, setting_causes, unknown = _settings(one, two)
     differences = compare(one, two, band, threads, progress)
-    verdict = Verdict(not settings and not differences, settings + unknown)
+    report = VerificationReport(not settings and not differences, settings + unknown)
     names = [d.name for d in differences]
-    verdict.lines += _table(differences, sum(1 for n in one.tensors if n in two.tensors))
+    report.lines += _table(differences, sum(1 for n in one.tensors if n in two.tensors))
     causes = setting_causes + weight_causes(one, two, [d.name for d in differences if not d.problem])
     if forward:
-        verdict.lines += _forward(one, two, tokens, tolerance, device, band, verdict)
-    verdict.lines += [f"cause: {cause}" for cause in causes]
+        lines, diverged = _forward(one, two, tokens, tolerance, device, band)
+        report.lines += lines
+        report.equal &= not diverged
+    report.lines += [f"cause: {cause}" for cause in causes]
     if names and not causes:
-        verdict.lines.append("cause: none of the known patterns (the values themselves differ)")
-    verdict.lines.append("EQUAL" if verdict.equal else "DIFFERENT")
-    return verdict
+        report.lines.append("cause: none of the known patterns (the values themselves differ)")
+    report.lines.append("EQUAL" if report.equal else "DIFFERENT")
+    return report
 
 
 def verification_band(max_ram: int, threads: int) -> int:
@@ -58,7 +61,7 @@ def verification_band(max_ram: int, threads: int) -> int:
 
 def _settings(one: Checkpoint, two: Checkpoint) -> tuple[list[str], list[str], list[str]]:
     """(differing settings, causes, remarks)."""
-    a, b = run_settings(one), run_settings(two)
+    a, b = one.run_settings(), two.run_settings()
     if a is None or b is None:
         missing = (one if a is None else two).root
         return [], [], [f"nothing beside {missing} gives its epsilon and rotary settings: they are not compared"]
@@ -90,8 +93,8 @@ def _forward(
     tolerance: float,
     device: str,
     band: int,
-    verdict: Verdict,
-) -> list[str]:
+) -> tuple[list[str], bool]:
+    """(lines, whether a layer diverges beyond the tolerance)."""
     from tools.convert_hf.verify.forward import compare_forward, default_tokens, read_tokens
 
     vocabulary = min(one.shape.vocab_size, two.shape.vocab_size)
@@ -102,8 +105,7 @@ def _forward(
     lines += [f"  {r.name:<12}{r.max_abs:>12.3g}{r.relative:>12.3g}" for r in report.layers]
     lines.append(f"  KL of the logits {report.kl:.3g} nats, same first token at {report.same_top:.1%} of positions")
     if report.first is not None:
-        verdict.equal = False
         lines.append(f"first to diverge (beyond {tolerance:g}): {report.first}")
     else:
         lines.append(f"no layer diverges beyond {tolerance:g}")
-    return lines
+    return lines, report.first is not None

@@ -14,7 +14,7 @@ from typing import Any
 
 from tools.convert_hf.errors import ConvertError
 from tools.convert_hf.formats.dtypes import BY_STORAGE, DType
-from tools.convert_hf.stream.tensor_map import Shape
+from tools.convert_hf.formats.stored import Shape
 
 MAX_STEPS = 5_000_000  # opcodes; a real state dict of a 405B model has fewer than 100,000
 
@@ -288,7 +288,7 @@ class _Reader:
         raise ConvertError(f"{self.where} applies {function}, which is not data; nothing of it was run")
 
 
-def write_tensors(tensors: list[tuple[str, DType, Shape]]) -> bytes:
+def tensors_pickle(tensors: list[tuple[str, DType, Shape]]) -> bytes:
     """Pickle of a flat dict name -> tensor, tensor i being the whole of record `data/{i}`."""
     out = bytearray(b"\x80\x02}(")
     for key, (name, dtype, shape) in enumerate(tensors):
@@ -305,7 +305,7 @@ def write_tensors(tensors: list[tuple[str, DType, Shape]]) -> bytes:
     return bytes(out + b"u.")
 
 
-def write_plain(value: Any) -> bytes:
+def plain_pickle(value: Any) -> bytes:
     """Pickle of containers, numbers, strings and None."""
     return pickle.dumps(value, protocol=2)
 

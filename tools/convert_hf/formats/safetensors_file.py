@@ -15,7 +15,7 @@ from typing import Any
 
 from tools.convert_hf.errors import ConvertError
 from tools.convert_hf.formats.dtypes import BY_SAFETENSORS, DType
-from tools.convert_hf.stream.tensor_map import Shape, Stored
+from tools.convert_hf.formats.stored import Shape, Stored
 
 MAX_HEADER = 100_000_000  # the limit of the safetensors library
 MAX_DIMENSIONS = 8
@@ -45,7 +45,7 @@ def is_size(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def read_header(path: Path) -> dict[str, Stored]:
+def read_safetensors_header(path: Path) -> dict[str, Stored]:
     """Every tensor of a safetensors file by name. ConvertError if any part of the header does not hold together."""
     try:
         with open(path, "rb") as file:

@@ -18,8 +18,8 @@ from typing import Any, BinaryIO
 
 from tools.convert_hf.errors import ConvertError
 from tools.convert_hf.formats.dtypes import DType
-from tools.convert_hf.formats.pickles import TensorView, read_pickle, write_plain, write_tensors
-from tools.convert_hf.stream.tensor_map import Shape, Stored
+from tools.convert_hf.formats.pickles import TensorView, plain_pickle, read_pickle, tensors_pickle
+from tools.convert_hf.formats.stored import Shape, Stored
 
 _ALIGN = 64
 _LIMIT = 0xFFFFFFFF
@@ -57,6 +57,18 @@ class TorchFile:
         if view.offset + math.prod(view.shape) > view.storage.numel:
             raise ConvertError(f"{where} lies outside of its storage")
         return Stored(self.path, name, offset + view.offset * dtype.itemsize, dtype, view.shape)
+
+    def tensors(self) -> dict[str, Stored]:
+        """Every tensor of a file that holds a flat dict of tensors; entries that are None are left out.
+
+        ConvertError if it holds anything else, or a tensor is not contiguous.
+        """
+        if not isinstance(self.value, dict):
+            raise ConvertError(f"{self.path} holds a {type(self.value).__name__}, not a dict of tensors")
+        for name, item in self.value.items():
+            if not isinstance(name, str) or not (item is None or isinstance(item, TensorView)):
+                raise ConvertError(f"{self.path}: the entry {str(name)[:80]!r} is not a tensor")
+        return {name: self.stored(name, item) for name, item in self.value.items() if item is not None}
 
 
 def open_torch(path: Path, inert: bool = False) -> TorchFile:
@@ -143,7 +155,7 @@ class TorchLayout:
         self.stem = stem
         self.names = [name for name, _, _ in tensors]
         self._fixed = {
-            "data.pkl": write_tensors(tensors) if pickle is None else pickle,
+            "data.pkl": tensors_pickle(tensors) if pickle is None else pickle,
             ".format_version": b"1",
             ".storage_alignment": b"64",
             "byteorder": b"little",
@@ -212,7 +224,7 @@ def _zip64_sizes(record: _Record) -> bytes:
 
 def plain_file(stem: str, value: Any) -> bytes:
     """A whole torch file that holds `value` (containers, numbers, strings, None)."""
-    return b"".join(block.ljust(size, b"\0") for block, size in _spaced(TorchLayout(stem, [], write_plain(value))))
+    return b"".join(block.ljust(size, b"\0") for block, size in _spaced(TorchLayout(stem, [], plain_pickle(value))))
 
 
 def _spaced(layout: TorchLayout) -> list[tuple[bytes, int]]:

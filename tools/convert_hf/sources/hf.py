@@ -8,12 +8,12 @@ from typing import Any
 
 from megatron.layout import HEAD, layer_files, source_shapes
 from tools.convert_hf.errors import ConvertError
-from tools.convert_hf.formats.pickles import TensorView
-from tools.convert_hf.formats.safetensors_file import read_header
+from tools.convert_hf.formats.safetensors_file import read_safetensors_header
+from tools.convert_hf.formats.stored import Stored
 from tools.convert_hf.formats.torch_file import open_torch
+from tools.convert_hf.sources.checkpoint import Checkpoint, OpenOptions, check_shape
 from tools.convert_hf.sources.llama_config import parse_config, read_config_file
-from tools.convert_hf.sources.opening import Checkpoint, Options, check_shape
-from tools.convert_hf.stream.tensor_map import Logical, Stored, whole
+from tools.convert_hf.stream.tensor_map import Logical, whole_region
 
 SAFETENSORS_INDEX = "model.safetensors.index.json"
 _LAYOUTS = (
@@ -26,12 +26,20 @@ _LAYOUTS = (
 _DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 
-def recognises(path: Path, names: list[str]) -> bool:
-    """Weights in one of the usual files, or safetensors whose index is missing."""
-    return any(n in names for n, _ in _LAYOUTS) or any(re.fullmatch(r"model-.*\.safetensors", n) for n in names)
+class HuggingFaceFolder:
+    """A folder as `save_pretrained` writes it."""
+
+    expected = "safetensors or pytorch_model*.bin with config.json"
+
+    def recognises(self, path: Path, names: list[str]) -> bool:
+        """Weights in one of the usual files, or safetensors whose index is missing."""
+        return any(n in names for n, _ in _LAYOUTS) or any(re.fullmatch(r"model-.*\.safetensors", n) for n in names)
+
+    def open(self, path: Path, names: list[str], options: OpenOptions) -> Checkpoint:
+        return _open(path, names, options)
 
 
-def open_folder(path: Path, names: list[str], options: Options) -> Checkpoint:
+def _open(path: Path, names: list[str], options: OpenOptions) -> Checkpoint:
     config_path = path / "config.json"
     if "config.json" not in names:
         raise ConvertError(f"{config_path} is missing; it belongs to the model, copy it beside the weights")
@@ -86,7 +94,7 @@ def open_folder(path: Path, names: list[str], options: Options) -> Checkpoint:
 
 def _logical(stored: Stored, name: str, expected: tuple[int, ...]) -> Logical:
     check_shape(stored.shape, expected, f"{stored.path}: tensor {name}")
-    return Logical(name, expected, stored.dtype, [whole(stored, name)])
+    return Logical(name, expected, stored.dtype, [whole_region(stored, name)])
 
 
 def _indexed(path: Path, index_name: str) -> dict[str, Stored]:
@@ -120,16 +128,5 @@ def plain_name(name: object) -> bool:
 
 def _read_file(path: Path) -> dict[str, Stored]:
     if path.suffix == ".safetensors":
-        return read_header(path)
-    file = open_torch(path)
-    return {name: file.stored(name, view) for name, view in tensor_views(file.value, str(path)).items()}
-
-
-def tensor_views(value: Any, where: str) -> dict[str, TensorView]:
-    """The object of a weight file as a flat dict of tensors; entries that are None are left out."""
-    if not isinstance(value, dict):
-        raise ConvertError(f"{where} holds a {type(value).__name__}, not a dict of tensors")
-    for name, item in value.items():
-        if not isinstance(name, str) or not (item is None or isinstance(item, TensorView)):
-            raise ConvertError(f"{where}: the entry {str(name)[:80]!r} is not a tensor")
-    return {name: item for name, item in value.items() if item is not None}
+        return read_safetensors_header(path)
+    return open_torch(path).tensors()

@@ -14,11 +14,11 @@ from typing import Any
 from megatron.layout import HEAD, LlamaShape
 from tools.convert_hf.errors import ConvertError
 from tools.convert_hf.formats.safetensors_file import is_size
+from tools.convert_hf.formats.stored import Stored
 from tools.convert_hf.formats.torch_file import open_torch
-from tools.convert_hf.sources.hf import tensor_views
+from tools.convert_hf.sources.checkpoint import Checkpoint, OpenOptions, check_shape
 from tools.convert_hf.sources.llama_config import LlamaConfig, parse_config, read_config_file
-from tools.convert_hf.sources.opening import Checkpoint, Options, check_shape
-from tools.convert_hf.stream.tensor_map import Logical, Region, Stored, chunk, whole
+from tools.convert_hf.stream.tensor_map import Logical, Region, chunk_region, whole_region
 
 _FILE = re.compile(r"consolidated\.(\d{2})\.pth")
 _EMBEDDING, _HEAD = "tok_embeddings.weight", "output.weight"
@@ -40,11 +40,19 @@ _ROPE_FACTOR = {(4096, 32): 8.0, (8192, 80): 8.0, (16384, 126): 8.0, (2048, 16):
 _TIED = {(2048, 16), (3072, 28)}
 
 
-def recognises(path: Path, names: list[str]) -> bool:
-    return "params.json" in names and any(_FILE.fullmatch(n) for n in names)
+class MetaFolder:
+    """A folder as Meta publishes it."""
+
+    expected = "consolidated.*.pth with params.json"
+
+    def recognises(self, path: Path, names: list[str]) -> bool:
+        return "params.json" in names and any(_FILE.fullmatch(n) for n in names)
+
+    def open(self, path: Path, names: list[str], options: OpenOptions) -> Checkpoint:
+        return _open(path, names, options)
 
 
-def open_folder(path: Path, names: list[str], options: Options) -> Checkpoint:
+def _open(path: Path, names: list[str], options: OpenOptions) -> Checkpoint:
     numbers = [int(m[1]) for n in names if (m := _FILE.fullmatch(n))]
     if numbers != list(range(len(numbers))):
         raise ConvertError(f"{path}: consolidated files are missing, {numbers} are here")
@@ -82,9 +90,7 @@ def open_folder(path: Path, names: list[str], options: Options) -> Checkpoint:
 
 
 def _read(path: Path) -> dict[str, Stored]:
-    file = open_torch(path)
-    views = tensor_views(file.value, str(path))
-    return {name: file.stored(name, view) for name, view in views.items() if name != "rope.freqs"}
+    return {name: stored for name, stored in open_torch(path).tensors().items() if name != "rope.freqs"}
 
 
 def _check_split(shape: LlamaShape, count: int, path: Path) -> None:
@@ -159,12 +165,12 @@ def _logical(
             if number:
                 result.replicas.append(stored)
             else:
-                result.regions.append(whole(stored, name))
+                result.regions.append(whole_region(stored, name))
         elif permuted:
             head_dim = config.hidden_size // config.num_attention_heads
             result.regions += unpaired(stored, name, head_dim, number * local[0])
         else:
-            result.regions.append(chunk(stored, name, dim, number))
+            result.regions.append(chunk_region(stored, name, dim, number))
     assert result is not None
     return result
 

@@ -25,15 +25,17 @@ from megatron.layout import (
 )
 from tools.convert_hf.errors import ConvertError
 from tools.convert_hf.formats.pickles import Inert, TensorView
+from tools.convert_hf.formats.stored import Stored
 from tools.convert_hf.formats.torch_file import open_torch
-from tools.convert_hf.sources.hf import tensor_views
+from tools.convert_hf.sources.checkpoint import Checkpoint, OpenOptions, check_shape
 from tools.convert_hf.sources.llama_config import LlamaConfig, parse_config, read_config_file
-from tools.convert_hf.sources.opening import Checkpoint, Options, check_shape
-from tools.convert_hf.stream.tensor_map import Logical, Stored, chunk, layout_regions, whole
+from tools.convert_hf.sources.settings import Settings, settings_of_files, settings_of_keys
+from tools.convert_hf.stream.tensor_map import Logical, chunk_region, layout_regions, whole_region
 
 _LAYER = re.compile(r"layer_(\d{2,4})-model_(\d{2,4})-model_states\.pt")
 _META = re.compile(r"mp_rank_(\d{2,5})_model_states\.pt")
 _SEQUENTIAL = re.compile(r"sequential\.(\d{1,4})\.(.+)")
+_TRAINING = "training"  # `written_by` of the trainer's manifests
 SIDE = "hf"  # sub-folder of config.json, tokenizer, ... that travel with the weights
 
 _QKV = next(row for row in DECODER_LAYER if row.packing is Packing.QKV)
@@ -63,11 +65,37 @@ class _Files:
         return len(self.ranks)
 
 
-def recognises(path: Path, names: list[str]) -> bool:
-    return LATEST in names or any(_LAYER.fullmatch(n) or _META.fullmatch(n) for n in names)
+class NeoxCheckpoint(Checkpoint):
+    """A GPT-NeoX checkpoint: files of tensor-parallel ranks, with the training configuration that made them."""
+
+    packed_by_rank = True
+
+    @property
+    def iteration(self) -> int:
+        name = self.root.name.removeprefix("global_step")
+        return int(name) if name.isdecimal() and name.isascii() else 0
+
+    def run_settings(self) -> Settings | None:
+        if self.provenance.get("written_by") == _TRAINING:
+            return settings_of_keys(self.provenance.get("config"), f"{self.root}/manifest.json")
+        model_yml = self.root.parent / "model.yml"
+        configs = [model_yml] if model_yml.is_file() else sorted((self.root / "configs").glob("*.yml"))
+        return settings_of_files(configs) or self.config_settings()
 
 
-def open_folder(path: Path, names: list[str], options: Options) -> Checkpoint:
+class NeoxFolder:
+    """A folder with `latest`, or the folder of one step."""
+
+    expected = "GPT-NeoX layer files"
+
+    def recognises(self, path: Path, names: list[str]) -> bool:
+        return LATEST in names or any(_LAYER.fullmatch(n) or _META.fullmatch(n) for n in names)
+
+    def open(self, path: Path, names: list[str], options: OpenOptions) -> Checkpoint:
+        return _open(path, names, options)
+
+
+def _open(path: Path, names: list[str], options: OpenOptions) -> NeoxCheckpoint:
     folder = _tag_folder(path) if LATEST in names else path
     names = sorted(p.name for p in folder.iterdir())
     notes, provenance = [], {}
@@ -100,7 +128,7 @@ def open_folder(path: Path, names: list[str], options: Options) -> Checkpoint:
             break
     else:
         divisible = None
-    checkpoint = Checkpoint(
+    checkpoint = NeoxCheckpoint(
         root=folder,
         kind=files.kind,
         tensors={},
@@ -139,7 +167,7 @@ def _plain(value: Any) -> bool:
     return value is None or type(value) in (bool, int, float, str)
 
 
-def _side_folder(folder: Path, options: Options) -> Path | None:
+def _side_folder(folder: Path, options: OpenOptions) -> Path | None:
     candidates = [options.hf_source] if options.hf_source else [folder / SIDE, folder.parent / SIDE]
     for candidate in candidates:
         if (candidate / "config.json").is_file():
@@ -173,9 +201,8 @@ def _pipeline(folder: Path, layers: list[str], names: list[str]) -> _Files:
     for rank in range(tp):
         ranks.append({})
         for index in indices:
-            file = open_torch(folder / found[index, rank])
-            views = tensor_views(file.value, str(file.path))
-            ranks[-1][index] = {n: file.stored(n, v) for n, v in views.items() if not _EMPTY.fullmatch(n)}
+            tensors = open_torch(folder / found[index, rank]).tensors()
+            ranks[-1][index] = {n: stored for n, stored in tensors.items() if not _EMPTY.fullmatch(n)}
     return _Files(folder, "neox pipeline", ranks, meta)
 
 
@@ -330,7 +357,7 @@ def _collect_row(
             if rank:
                 tensor.replicas.append(stored)
             else:
-                tensor.regions.append(whole(stored, names[0]))
+                tensor.regions.append(whole_region(stored, names[0]))
             continue
         for region in layout_regions(row, layer, shape, files.tp, rank, stored):
             if region.logical is not None:
@@ -347,7 +374,7 @@ def _collect_legacy(files: _Files, shape: LlamaShape, checkpoint: Checkpoint, in
         for rank in range(files.tp):
             stored = files.ranks[rank][index][neox]
             check_shape(stored.shape, local, f"{stored.path}: tensor {neox}")
-            _add(checkpoint, name, full, stored).regions.append(chunk(stored, name, dim, rank))
+            _add(checkpoint, name, full, stored).regions.append(chunk_region(stored, name, dim, rank))
 
 
 def _tie(files: _Files, shape: LlamaShape, checkpoint: Checkpoint) -> None:

@@ -1,104 +1,33 @@
-"""Opening a checkpoint of any kind: what it is and where every logical tensor's bytes are, from headers alone."""
+"""The kinds of checkpoint that can be opened. A new kind is a `CheckpointSource` of its own and a line here."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from megatron.layout import LlamaShape
 from tools.convert_hf.errors import ConvertError
-from tools.convert_hf.sources.llama_config import LlamaConfig
-from tools.convert_hf.stream.band_io import FilePool, bands, read_band
-from tools.convert_hf.stream.tensor_map import Logical, whole
+from tools.convert_hf.sources.checkpoint import Checkpoint, CheckpointSource, OpenOptions
+from tools.convert_hf.sources.hf import HuggingFaceFolder
+from tools.convert_hf.sources.meta import MetaFolder
+from tools.convert_hf.sources.neox import NeoxFolder
+
+SOURCES: tuple[CheckpointSource, ...] = (HuggingFaceFolder(), MetaFolder(), NeoxFolder())
 
 
-@dataclass
-class Options:
-    """What the command line adds to a checkpoint's own description."""
-
-    hf_source: Path | None = None  # folder whose config.json and side files describe a NeoX checkpoint
-    given: dict[str, Any] = field(default_factory=dict)  # config fields stated with --set
-
-
-@dataclass
-class Checkpoint:
-    """An opened checkpoint. `tensors` maps Hugging Face names to logical tensors, unpadded where that is known."""
-
-    root: Path  # the folder that holds the weight files
-    kind: str
-    tensors: dict[str, Logical]
-    shape: LlamaShape
-    config: LlamaConfig | None = None
-    config_text: bytes | None = None  # config.json, byte for byte (or as derived from params.json)
-    side_folder: Path | None = None  # where tokenizer, licence, ... lie
-    tp: int = 1
-    divisible_by: int | None = None
-    position: dict[str, Any] = field(default_factory=dict)  # where training stands, as a training checkpoint records it
-    given: dict[str, Any] = field(default_factory=dict)  # config fields stated with --set, now or at conversion
-    notes: list[str] = field(default_factory=list)
-    duplicates: list[tuple[Logical, Logical, str]] = field(default_factory=list)  # must be bit-equal
-    provenance: dict[str, Any] = field(default_factory=dict)
-
-    def describe(self) -> str:
-        split = f", TP {self.tp}" if self.tp > 1 or self.kind.startswith("neox") else ""
-        total = sum(t.nbytes for t in self.tensors.values())
-        return f"{self.root} ({self.kind}{split}, {len(self.tensors)} tensors, {total:,} bytes)"
-
-
-def open_checkpoint(path: Path, options: Options | None = None) -> Checkpoint:
+def open_checkpoint(path: Path, options: OpenOptions | None = None) -> Checkpoint:
     """Recognise and open a checkpoint folder; ConvertError says what is missing or wrong."""
-    from tools.convert_hf.sources import hf, meta, neox
-
-    options = options or Options()
+    options = options or OpenOptions()
     try:
         if not path.is_dir():
             raise ConvertError(f"{path} is not a folder; give the folder that holds the checkpoint")
         names = sorted(os.listdir(path))
-        for module in (hf, meta, neox):
-            if module.recognises(path, names):
-                return module.open_folder(path, names, options)
+        for source in SOURCES:
+            if source.recognises(path, names):
+                return source.open(path, names, options)
     except OSError as error:
         raise ConvertError(f"{error.filename or path} cannot be read: {error.strerror or error}") from None
+    *others, last = [source.expected for source in SOURCES]
     raise ConvertError(
-        f"{path} holds no checkpoint that is known here: expected safetensors or pytorch_model*.bin with config.json, "
-        f"consolidated.*.pth with params.json, or GPT-NeoX layer files (perhaps one folder deeper or higher)"
+        f"{path} holds no checkpoint that is known here: expected {', '.join(others)}, or {last} "
+        f"(perhaps one folder deeper or higher)"
     )
-
-
-def check_shape(tensor_shape: tuple[int, ...], expected: tuple[int, ...], where: str) -> None:
-    if tensor_shape != expected:
-        raise ConvertError(f"{where} has shape {list(tensor_shape)}, the configuration says {list(expected)}")
-
-
-def check_duplicates(checkpoint: Checkpoint, chunk: int = 1 << 22) -> None:
-    """Compare what is stored several times, byte by byte; nothing is averaged, a difference stops."""
-    pool = FilePool(os.O_RDONLY)
-    try:
-        for tensor in checkpoint.tensors.values():
-            for copy in tensor.replicas:
-                other = Logical(tensor.name, tensor.shape, copy.dtype, [whole(copy, tensor.name)])
-                if not bit_equal(pool, tensor, other, chunk):
-                    raise ConvertError(
-                        f"{copy.name} differs between tensor-parallel ranks: {tensor.regions[0].stored.path} and "
-                        f"{copy.path}. It must be the same on all; a rank diverged in training, nothing is averaged"
-                    )
-        for one, two, message in checkpoint.duplicates:
-            if not bit_equal(pool, one, two, chunk):
-                raise ConvertError(message)
-    finally:
-        pool.close()
-
-
-def bit_equal(pool: FilePool, one: Logical, two: Logical, chunk: int) -> bool:
-    if one.dtype != two.dtype or one.shape != two.shape:
-        return False
-    for start, stop in bands(one, chunk):
-        size = (stop - start) * one.nbytes // one.shape[0]
-        left, right = bytearray(size), bytearray(size)
-        read_band(pool, one, start, stop, memoryview(left))
-        read_band(pool, two, start, stop, memoryview(right))
-        if left != right:
-            return False
-    return True

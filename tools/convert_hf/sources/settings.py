@@ -1,8 +1,8 @@
-"""What a checkpoint will be run with: epsilon and rotary settings, which no tensor shows.
+"""Epsilon and rotary settings, which no tensor shows, and how far those of training and of config.json agree.
 
-For a Hugging Face folder that is config.json. For GPT-NeoX it is the training configuration: what the manifest of a
-training checkpoint records, the model.yml that a conversion wrote, or the `configs/` that GPT-NeoX keeps beside its
-weights; only without any of these is it the config.json that travelled along.
+For a Hugging Face folder they are in config.json. For GPT-NeoX they are the training configuration: what the manifest
+of a training checkpoint records, the model.yml that a conversion wrote, or the `configs/` that GPT-NeoX keeps beside
+its weights; only without any of these, the config.json that travelled along.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from tools.convert_hf.errors import ConvertError
-from tools.convert_hf.sources.opening import Checkpoint
+from tools.convert_hf.sources.llama_config import LlamaConfig
 
-TRAINING = "training"  # `written_by` of the trainer's manifests
 _ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -38,29 +37,29 @@ class Settings:
         return found
 
 
-def config_settings(checkpoint: Checkpoint) -> Settings | None:
-    """What config.json says."""
-    config = checkpoint.config
-    if config is None or checkpoint.side_folder is None:
-        return None
+def settings_of_config(config: LlamaConfig, origin: str) -> Settings:
+    """What a config.json says."""
     scaling = _scaling(config.rope_scaling, "config.json")
-    origin = str(checkpoint.side_folder / "config.json")
     return Settings(origin, config.rms_norm_epsilon, config.rotary_emb_base, scaling)
 
 
-def run_settings(checkpoint: Checkpoint) -> Settings | None:
-    """What the checkpoint would be run with, None if nothing beside it says."""
-    if checkpoint.kind.startswith("neox"):
-        if checkpoint.provenance.get("written_by") == TRAINING:
-            return _from_keys(checkpoint.provenance.get("config"), f"{checkpoint.root}/manifest.json")
-        model_yml = checkpoint.root.parent / "model.yml"
-        configs = sorted((checkpoint.root / "configs").glob("*.yml")) if not model_yml.is_file() else [model_yml]
-        keys: dict[str, Any] = {}
-        for path in configs:
-            keys |= _read_yaml(path)
-        if "num_layers" in keys:
-            return _from_keys(keys, str(configs[0] if len(configs) == 1 else configs[0].parent))
-    return config_settings(checkpoint)
+def settings_of_keys(keys: Any, origin: str) -> Settings:
+    """What GPT-NeoX's keys say."""
+    if not isinstance(keys, Mapping):
+        raise ConvertError(f"{origin} does not record the configuration")
+    epsilon = _number(keys.get("rms_norm_epsilon"), f"{origin}: rms_norm_epsilon")
+    base = _number(keys.get("rotary_emb_base"), f"{origin}: rotary_emb_base")
+    return Settings(origin, epsilon, base, _scaling(keys.get("rope_scaling"), origin))
+
+
+def settings_of_files(paths: list[Path]) -> Settings | None:
+    """What GPT-NeoX's YAML files say together, later files winning; None if they do not describe a model."""
+    keys: dict[str, Any] = {}
+    for path in paths:
+        keys |= _read_yaml(path)
+    if "num_layers" not in keys:
+        return None
+    return settings_of_keys(keys, str(paths[0] if len(paths) == 1 else paths[0].parent))
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -73,14 +72,6 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConvertError(f"{path} must hold a mapping")
     return {str(key).replace("-", "_"): item for key, item in value.items()}
-
-
-def _from_keys(keys: Any, origin: str) -> Settings:
-    if not isinstance(keys, Mapping):
-        raise ConvertError(f"{origin} does not record the configuration")
-    epsilon = _number(keys.get("rms_norm_epsilon"), f"{origin}: rms_norm_epsilon")
-    base = _number(keys.get("rotary_emb_base"), f"{origin}: rotary_emb_base")
-    return Settings(origin, epsilon, base, _scaling(keys.get("rope_scaling"), origin))
 
 
 def _number(value: Any, where: str) -> float | None:
@@ -102,9 +93,8 @@ def _scaling(value: Any, where: str) -> dict[str, float] | None:
     return {key: number for key, number in numbers.items() if number is not None}
 
 
-def refuse_differences(checkpoint: Checkpoint) -> None:
-    """Stop an export whose config.json would describe another model than the one that was trained."""
-    trained, written = run_settings(checkpoint), config_settings(checkpoint)
+def refuse_differences(trained: Settings | None, written: Settings | None) -> None:
+    """Stop an export whose config.json (`written`) would describe another model than the one that was trained."""
     if trained is None or written is None:
         return
     for key, ours, theirs in trained.differences(written):
@@ -115,10 +105,8 @@ def refuse_differences(checkpoint: Checkpoint) -> None:
         )
 
 
-def with_trained_settings(checkpoint: Checkpoint, raw: dict[str, Any]) -> dict[str, Any]:
-    """config.json with epsilon and rotary settings of the training run, in the spelling that it already has."""
-    trained = run_settings(checkpoint)
-    written = config_settings(checkpoint)
+def with_trained_settings(raw: dict[str, Any], trained: Settings | None, written: Settings | None) -> dict[str, Any]:
+    """`raw` (config.json, whose settings are `written`) with the settings of the training run, in its own spelling."""
     if trained is None or written is None:
         return raw
     changed = {key: ours for key, ours, _ in trained.differences(written)}

@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron.common.atomic_files import write_text
 from tools.convert_hf.errors import ConvertError
 from tools.convert_hf.formats.crc import combine, zeros
 from tools.convert_hf.stream.band_io import FilePool, read_band, region_runs, write_runs
-from tools.convert_hf.stream.plan import Destination, Job, Plan
+from tools.convert_hf.stream.plan import CopyJob, CopyPlan, Destination
 from tools.convert_hf.stream.tensor_map import rows_and_columns
 
 SYNC_SECONDS = 5.0  # between two syncs, the work that a crash of the machine may cost
@@ -60,7 +61,7 @@ class Finished:
 class Copier:
     """Copies all bands of a plan into `folder`, whose files exist with their final sizes."""
 
-    def __init__(self, plan: Plan, folder: Path, threads: int) -> None:
+    def __init__(self, plan: CopyPlan, folder: Path, threads: int) -> None:
         self.plan, self.folder, self.threads = plan, folder, threads
         self._reading = FilePool(os.O_RDONLY)
         self._writing = FilePool(os.O_WRONLY)
@@ -69,7 +70,7 @@ class Copier:
         self._done: queue.SimpleQueue[Finished | BaseException] = queue.SimpleQueue()
         self._stop = threading.Event()
 
-    def run(self, journal: Journal, progress: Callable[[int], None]) -> None:
+    def run(self, journal: CopyJournal, progress: Callable[[int], None]) -> None:
         """Copy what the journal does not have yet. Work is synced, then recorded, every few seconds; the rest of it
         is in memory only, because the caller completes and syncs all files next."""
         jobs = [i for i in range(len(self.plan.jobs)) if i not in journal.finished]
@@ -87,7 +88,7 @@ class Copier:
             self._reading.close()
             self._writing.close()
 
-    def _gather(self, count: int, journal: Journal, progress: Callable[[int], None]) -> None:
+    def _gather(self, count: int, journal: CopyJournal, progress: Callable[[int], None]) -> None:
         waiting: list[Finished] = []
         last = time.monotonic()
         for _ in range(count):
@@ -101,7 +102,7 @@ class Copier:
                 waiting, last = [], time.monotonic()
         journal.note(waiting)
 
-    def _record(self, done: list[Finished], journal: Journal) -> None:
+    def _record(self, done: list[Finished], journal: CopyJournal) -> None:
         self._writing.sync({self._paths[piece[0]] for item in done for piece in item.pieces})
         journal.add(done)
 
@@ -120,7 +121,7 @@ class Copier:
         except BaseException as error:
             self._done.put(error)
 
-    def _copy(self, job: Job, band: memoryview) -> Iterator[Piece]:
+    def _copy(self, job: CopyJob, band: memoryview) -> Iterator[Piece]:
         read_band(self._reading, job.tensor, job.start, job.stop, band)
         cols = rows_and_columns(job.tensor.shape)[1]
         cast: dict[str, memoryview] = {}
@@ -151,7 +152,7 @@ class Copier:
         return destination.file, destination.tensor, first, total, crc
 
 
-class Journal:
+class CopyJournal:
     """The finished jobs of a run, one JSON line each after a line that identifies the plan."""
 
     def __init__(self, path: Path, digest: str, resume: bool) -> None:
@@ -176,7 +177,7 @@ class Journal:
             entry = json.loads(line)
             self._keep(entry["job"], entry["pieces"])
         if len(whole) != len(lines):  # the last line was cut off by the kill
-            self.path.write_text("".join(whole))
+            write_text(self.path, "".join(whole))
 
     def _keep(self, job: int, pieces: list[Piece]) -> None:
         if job not in self.finished:
@@ -201,7 +202,7 @@ class Journal:
         self._file.close()
 
 
-def tensor_crcs(plan: Plan, checksums: Checksums) -> list[dict[str, int]]:
+def tensor_crcs(plan: CopyPlan, checksums: Checksums) -> list[dict[str, int]]:
     """CRC-32 of every tensor of every file, checking that its bytes were written exactly once."""
     result: list[dict[str, int]] = []
     for f, file in enumerate(plan.files):

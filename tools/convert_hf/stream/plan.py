@@ -1,4 +1,4 @@
-"""From two sets of regions to a list of jobs: which bands of which logical tensors go where. No file is read here.
+"""From two sets of regions to a list of copy jobs: which bands of which logical tensors go where. No file is read here.
 
 A job reads a band of one logical tensor once and writes it to every place that needs it, so each byte is read once and
 written once whatever the packings of source and target are.
@@ -30,7 +30,9 @@ class Destination:
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class CopyJob:
+    """Rows `start:stop` of a logical tensor, read once and written to all their destinations."""
+
     tensor: Logical
     start: int
     stop: int
@@ -41,13 +43,13 @@ class Job:
 
 
 @dataclass
-class Plan:
+class CopyPlan:
     """A whole conversion. `destinations` is by logical tensor; `band` is the bytes of a band in memory."""
 
     sources: dict[str, Logical]
     files: list[TargetFile]
     destinations: dict[str, list[Destination]]
-    jobs: list[Job]
+    jobs: list[CopyJob]
     band: int
     whole: str = ""  # identifies the job of all shares together
 
@@ -58,12 +60,6 @@ class Plan:
     @property
     def bytes_written(self) -> int:
         return sum(file.size for file in self.files)
-
-    @property
-    def casts(self) -> bool:
-        return any(
-            d.region.stored.dtype != self.sources[name].dtype for name, all_ in self.destinations.items() for d in all_
-        )
 
     def digest(self) -> str:
         """Identifies the job down to its bytes: sources as they are on disk now, targets, band size."""
@@ -85,10 +81,10 @@ def _stamp(path: Path) -> tuple[str, int, int]:
     return str(path), status.st_size, status.st_mtime_ns
 
 
-def make_plan(
+def plan_copies(
     sources: Mapping[str, Logical], files: list[TargetFile], band: int, shard: tuple[int, int] = (1, 1)
-) -> Plan:
-    """Plan of all files, or of share `shard` (i, n) of them: shares have about equal bytes and no file in common."""
+) -> CopyPlan:
+    """A plan of all files, or of share `shard` (i, n) of them: shares have about equal bytes and no file in common."""
     destinations: dict[str, list[Destination]] = defaultdict(list)
     whole = _identify(sources.values(), files)
     files = _share(files, shard)
@@ -103,8 +99,8 @@ def make_plan(
                 destinations[region.logical].append(Destination(f, t, region))
     needed = {name: sources[name] for name in sources if name in destinations}
     order = sorted(needed.values(), key=lambda t: (str(t.regions[0].stored.path), t.regions[0].stored.offset))
-    jobs = [Job(tensor, *rows) for tensor in order for rows in bands(tensor, band)]
-    return Plan(needed, files, dict(destinations), jobs, band, whole)
+    jobs = [CopyJob(tensor, *rows) for tensor in order for rows in bands(tensor, band)]
+    return CopyPlan(needed, files, dict(destinations), jobs, band, whole)
 
 
 def _check_target(name: str, regions: list[Region]) -> None:

@@ -25,16 +25,16 @@ from megatron.checkpoint.manifest import (
     format_checksum,
     write_manifest,
 )
-from megatron.common.atomic_files import sync_folder
+from megatron.common.atomic_files import sync_file, sync_folder, write_text
 from tools.convert_hf.errors import ConvertError
-from tools.convert_hf.stream.copy import Copier, Journal, tensor_crcs
-from tools.convert_hf.stream.plan import Plan
+from tools.convert_hf.stream.copy import Copier, CopyJournal, tensor_crcs
+from tools.convert_hf.stream.plan import CopyPlan
 
 _WORK = ".convert"  # folder of journals and shares inside NAME.partial, removed before the rename
 
 
 @dataclass
-class Output:
+class OutputFolder:
     """Everything that goes into the folder `final`.
 
     `extras` are small files by relative name: bytes, or a file to copy. `manifest_in` is the sub-folder ("." for the
@@ -42,7 +42,7 @@ class Output:
     """
 
     final: Path
-    plan: Plan
+    plan: CopyPlan
     extras: Mapping[str, bytes | Path]
     manifest_in: str
     provenance: dict[str, Any]
@@ -109,13 +109,15 @@ class Output:
                 raise ConvertError(f"another process is writing {self.partial}; wait for it, or stop it") from None
             except OSError:
                 pass  # a file system without locks
-            self._copy(journal_path, progress)
-            self._share_path(number).write_text(json.dumps({"plan": self.plan.whole, "files": self._entries}))
+            entries = self._copy(journal_path, progress)
+            # Other hosts read it while they look for the last share.
+            write_text(self._share_path(number), json.dumps({"plan": self.plan.whole, "files": entries}))
         return self._finish_if_last()
 
-    def _copy(self, journal_path: Path, progress: Callable[[int], None]) -> None:
+    def _copy(self, journal_path: Path, progress: Callable[[int], None]) -> dict[str, Any]:
+        """Write this share's files; returns their entries of the manifest."""
         resume = self.resume and journal_path.exists()
-        journal = Journal(journal_path, self.plan.digest(), resume)
+        journal = CopyJournal(journal_path, self.plan.digest(), resume)
         try:
             for path, file in zip(self.plan_paths(), self.plan.files, strict=True):
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -125,7 +127,7 @@ class Output:
             crcs = tensor_crcs(self.plan, journal.checksums)
         finally:
             journal.close()
-        self._entries: dict[str, Any] = {}
+        entries: dict[str, Any] = {}
         for path, file, by_tensor in zip(self.plan_paths(), self.plan.files, crcs, strict=True):
             with open(path, "r+b") as target:
                 for offset, block in file.blocks(by_tensor):
@@ -133,7 +135,7 @@ class Output:
                     target.write(block)
                 target.flush()
                 os.fsync(target.fileno())
-            self._entries[file.name] = {
+            entries[file.name] = {
                 "bytes": file.size,
                 "tensors": {
                     t.stored.name: [
@@ -144,6 +146,7 @@ class Output:
                     for t in file.tensors
                 },
             }
+        return entries
 
     def _share_path(self, number: int) -> Path:
         return self._work / f"share_{number}.json"
@@ -184,8 +187,7 @@ class Output:
                 shutil.copyfile(content, path)
             else:
                 path.write_bytes(content)
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
+            sync_file(path)
         shutil.rmtree(self._work)
         folder = self.partial / self.manifest_in
         write_manifest(folder, self._manifest(entries, folder))

@@ -11,8 +11,9 @@ from megatron.layout import LlamaShape, layer_file_name, layer_files, rank_shape
 from tools.convert_hf.errors import ConvertError
 from tools.convert_hf.formats.dtypes import DType
 from tools.convert_hf.formats.safetensors_file import file_layout
+from tools.convert_hf.formats.stored import Shape, Stored
 from tools.convert_hf.formats.torch_file import TorchLayout
-from tools.convert_hf.stream.tensor_map import Logical, Region, Shape, Stored, layout_regions, whole
+from tools.convert_hf.stream.tensor_map import Logical, Region, layout_regions, whole_region
 
 
 @dataclass
@@ -75,7 +76,7 @@ def hf_files(
         members = []
         for name, dtype, shape in described:
             stored = Stored(Path(file), name, offsets[name], dtype, shape)
-            members.append(TargetTensor(stored, [whole(stored, name)]))
+            members.append(TargetTensor(stored, [whole_region(stored, name)]))
         result.append(TargetFile(file, size, members, _just(header)))
     return result
 

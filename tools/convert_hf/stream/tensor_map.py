@@ -11,32 +11,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from megatron.layout import LlamaShape, TensorRow, rank_slices, source_shapes
 from tools.convert_hf.formats.dtypes import DType
-
-Shape = tuple[int, ...]
+from tools.convert_hf.formats.stored import Shape, Stored
 
 
 def rows_and_columns(shape: Shape) -> tuple[int, int]:
     """A tensor as a matrix: the first dimension, and all others together (1 for a vector)."""
     return shape[0], math.prod(shape[1:])
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A contiguous row-major tensor in a file: its bytes are `offset : offset + nbytes` of `path`."""
-
-    path: Path
-    name: str
-    offset: int
-    dtype: DType
-    shape: Shape
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -76,12 +59,13 @@ class Logical:
         return sum(r.rows * r.cols for r in self.regions) == math.prod(self.shape)
 
 
-def whole(stored: Stored, logical: str) -> Region:
+def whole_region(stored: Stored, logical: str) -> Region:
+    """`stored` is the whole of `logical`."""
     rows, cols = rows_and_columns(stored.shape)
     return Region(stored, logical, 0, 0, rows, cols)
 
 
-def chunk(stored: Stored, logical: str, dim: int, index: int) -> Region:
+def chunk_region(stored: Stored, logical: str, dim: int, index: int) -> Region:
     """`stored` is chunk `index` of equal chunks of `logical` along `dim`."""
     rows, cols = rows_and_columns(stored.shape)
     return Region(

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from megatron.layout import EMBEDDING, HEAD
 from tools.convert_hf.errors import ConvertError
-from tools.convert_hf.sources.opening import Checkpoint, bit_equal
+from tools.convert_hf.sources.checkpoint import Checkpoint, bit_equal
 from tools.convert_hf.stream.band_io import FilePool, bands, read_band
-from tools.convert_hf.stream.tensor_map import Logical, Region, rows_and_columns, whole
+from tools.convert_hf.stream.tensor_map import Logical, Region, rows_and_columns, whole_region
 
 _ELEMENTS = 1 << 17  # compared at a time in float64, several copies of them
 _VOCABULARY = {EMBEDDING[0].hf[0], HEAD[0].hf[0]}
@@ -63,7 +63,7 @@ def compare(
 def _replicas(pool: FilePool, checkpoint: Checkpoint) -> Iterator[Difference]:
     for tensor in checkpoint.tensors.values():
         for copy in tensor.replicas:
-            other = Logical(tensor.name, tensor.shape, copy.dtype, [whole(copy, tensor.name)])
+            other = Logical(tensor.name, tensor.shape, copy.dtype, [whole_region(copy, tensor.name)])
             if not bit_equal(pool, tensor, other, 1 << 22):
                 yield Difference(tensor.name, f"not the same on all tensor-parallel ranks: {copy.path} differs")
     for first, second, message in checkpoint.duplicates:
@@ -153,9 +153,8 @@ def _difference(one: Logical, two: Logical, left: bytearray, right: bytearray, s
 def own_digests(checkpoint: Checkpoint, progress: Callable[[int], None]) -> list[Difference]:
     """Compare every tensor and small file of a checkpoint with its own manifest."""
     from megatron.checkpoint.manifest import ManifestError, file_checksum, format_checksum, read_manifest
-    from tools.convert_hf.formats.safetensors_file import read_header
+    from tools.convert_hf.formats.safetensors_file import read_safetensors_header
     from tools.convert_hf.formats.torch_file import open_torch
-    from tools.convert_hf.sources.hf import tensor_views
 
     try:
         manifest = read_manifest(checkpoint.root)
@@ -174,10 +173,9 @@ def own_digests(checkpoint: Checkpoint, progress: Callable[[int], None]) -> list
                     problems.append(Difference(name, f"{path} has another checksum than the manifest says"))
                 continue
             if path.suffix == ".safetensors":
-                stored = read_header(path)
+                stored = read_safetensors_header(path)
             else:
-                file = open_torch(path, inert=True)
-                stored = {n: file.stored(n, v) for n, v in tensor_views(file.value, str(path)).items()}
+                stored = open_torch(path, inert=True).tensors()
             for tensor, expected in entry.tensors.items():
                 if tensor not in stored:
                     problems.append(Difference(tensor, f"{path} does not hold it, but the manifest lists it"))

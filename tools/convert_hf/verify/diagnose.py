@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from megatron.layout import LlamaShape, Slice
-from tools.convert_hf.sources.opening import Checkpoint
+from tools.convert_hf.formats.stored import Stored
+from tools.convert_hf.sources.checkpoint import Checkpoint
 from tools.convert_hf.stream.band_io import FilePool, read_band
-from tools.convert_hf.stream.tensor_map import Logical, Region, Stored, rows_and_columns
+from tools.convert_hf.stream.tensor_map import Logical, Region, rows_and_columns
 
 _Q, _K, _V = (f"self_attn.{p}_proj.weight" for p in "qkv")
 _UP, _GATE = "mlp.up_proj.weight", "mlp.gate_proj.weight"
@@ -103,7 +104,7 @@ def _layer_causes(pool: FilePool, one: Checkpoint, two: Checkpoint, layer: int, 
     prefix = f"model.layers.{layer}."
     differing = {n.removeprefix(prefix) for n in names if n.startswith(prefix)}
     for suspect, other in ((two, one), (one, two)):
-        if not suspect.kind.startswith("neox"):
+        if not suspect.packed_by_rank:
             continue
         for hypothesis in HYPOTHESES:
             if hypothesis.over_ranks and suspect.tp == 1:

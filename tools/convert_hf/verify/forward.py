@@ -22,8 +22,8 @@ from megatron.ops.rms_norm import rms_norm
 from megatron.ops.rotary import apply_rotary
 from megatron.ops.swiglu import swiglu
 from tools.convert_hf.errors import ConvertError
-from tools.convert_hf.sources.opening import Checkpoint
-from tools.convert_hf.sources.settings import Settings, run_settings
+from tools.convert_hf.sources.checkpoint import Checkpoint
+from tools.convert_hf.sources.settings import Settings
 from tools.convert_hf.stream.band_io import FilePool, bands, read_band
 from tools.convert_hf.stream.tensor_map import Logical
 
@@ -125,7 +125,7 @@ def compare_forward(
     try:
         models = []
         for checkpoint in (one, two):
-            settings = run_settings(checkpoint)
+            settings = checkpoint.run_settings()
             if settings is None:
                 raise ConvertError(f"{checkpoint.root}: nothing says its epsilon and rotary settings; give --hf-source")
             models.append(StreamedLlama(checkpoint, settings, pool, band, device))

@@ -7,13 +7,10 @@ import difflib
 import html
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from tools.datasets.cleaning.repetition import find_loops, repeated_spans
+from tools.datasets.cleaning.report import Example, Report
 from tools.datasets.cleaning.rules import Rules
-
-if TYPE_CHECKING:
-    from tools.datasets.cleaning.clean import Example, Report
 
 SHOWN = 900  # characters of a text
 CONTEXT = 60  # characters around a change
@@ -49,7 +46,7 @@ def page(report: Report) -> str:
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>",
         f"<title>Cleaning of {_text(report.output)}</title><style>{STYLE}</style>",
         f"<h1>Cleaning of {_text(report.output)}</h1><p>from {_text(inputs)}",
-        figures(report),
+        _figures(report),
     ]
     kinds = [*TITLES, *(name for name, _ in report.dropped.most_common())]
     for kind in kinds:
@@ -60,7 +57,7 @@ def page(report: Report) -> str:
     return "\n".join(parts) + "\n"
 
 
-def figures(report: Report) -> str:
+def _figures(report: Report) -> str:
     """The table at the top."""
     most = max(1, report.documents)
     rows = [("kept", "", report.kept, report.kept_characters, "bar kept")]
@@ -90,7 +87,7 @@ def figures(report: Report) -> str:
     return f"<table>{head}{''.join(lines)}</table>" + "".join(f"<p>{note}" for note in notes)
 
 
-def table(report: Report) -> str:
+def report_table(report: Report) -> str:
     """The figures as text."""
     rows = [("read", report.documents, report.characters), ("kept", report.kept, report.kept_characters)]
     rows += [

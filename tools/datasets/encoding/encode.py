@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron.tokenizer import Tokenizer
-from tools.datasets.encoding.sources import Block
+from tools.datasets.encoding.records import Block, read_record, text_of
 
 
 @dataclass
@@ -81,33 +79,3 @@ class TextEncoder:
         result.max_token = int(joined.max()) if len(joined) else -1
         result.tokens = joined.tobytes()
         result.sizes = np.array([len(ids) + len(before) + len(behind) for ids in documents], np.int32)
-
-
-def read_record(block: Block, position: int) -> dict[str, Any] | None:
-    """One record as an object, None for a blank line. Raises ValueError with the reason it cannot be used."""
-    record: Any
-    if block.lines is None:
-        record = (block.records or [])[position]
-    else:
-        line = block.lines[position]
-        if not line.strip():
-            return None
-        try:
-            record = json.loads(line)
-        except UnicodeDecodeError as error:
-            raise ValueError(f"not UTF-8: {error.reason} at byte {error.start}") from None
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"not JSON: {error}") from None
-    if not isinstance(record, dict):
-        raise ValueError(f"expected a JSON object, got {type(record).__name__}")
-    return record
-
-
-def text_of(record: dict[str, Any], key: str) -> str:
-    """A field that must be there and be text. Raises ValueError."""
-    if key not in record:
-        raise ValueError(f"no field {key!r}; the fields are {', '.join(list(record)[:8]) or 'none'}")
-    value = record[key]
-    if not isinstance(value, str):
-        raise ValueError(f"field {key!r} is not text but {type(value).__name__}")
-    return value

@@ -17,11 +17,12 @@ from typing import Protocol
 
 import numpy as np
 
+from megatron.common.atomic_files import write_text
 from megatron.data.header import ChatInfo, DataHeader, TokenizerInfo, header_path
 from megatron.data.indexed import DataError, IndexedWriter, bin_path, idx_path
 from megatron.tokenizer import Tokenizer
 from tools.datasets.encoding.encode import Encoded
-from tools.datasets.encoding.sources import Block
+from tools.datasets.encoding.records import Block
 from tools.datasets.encoding.workers import in_order
 
 JOURNAL_SECONDS = 10.0
@@ -33,7 +34,7 @@ class BadRecord(ValueError):
 
 
 class Encoder(Protocol):
-    """Runs in the workers: a block -> what it adds to each output, in the order of `Job.outputs`."""
+    """Runs in the workers: a block -> what it adds to each output, in the order of `EncodingJob.outputs`."""
 
     def __call__(self, block: Block) -> list[Encoded]: ...
 
@@ -53,7 +54,7 @@ class State:
 
 
 @dataclass(frozen=True)
-class Output:
+class IndexedOutput:
     """One `.bin/.idx` to write. `header` makes what goes beside it, None if nothing does."""
 
     prefix: str
@@ -67,7 +68,7 @@ class Output:
 
 @dataclass(frozen=True)
 class HeaderMaker:
-    """Makes `Output.header`: what is known of an output before it is written, and the counts at the end."""
+    """Makes `IndexedOutput.header`: what is known of an output before it is written, and the counts at the end."""
 
     tokenizer: Tokenizer
     dtype: np.dtype
@@ -96,14 +97,14 @@ class HeaderMaker:
 
 
 @dataclass(frozen=True)
-class Job:
+class EncodingJob:
     """What is to be done. Two jobs with equal `identity` must give the same output: one goes on where the other was
     killed."""
 
     identity: str
     encoder: Encoder
     blocks: Iterable[Block]
-    outputs: list[Output]
+    outputs: list[IndexedOutput]
     journal: Path
     workers: int
     skip_bad: bool
@@ -112,7 +113,7 @@ class Job:
 
 
 @dataclass
-class Journal:
+class EncodingJournal:
     """What a later run needs to go on: how many blocks are in the outputs, and how long the files then were."""
 
     identity: str
@@ -120,12 +121,10 @@ class Journal:
     states: list[State]
 
     def save(self, path: Path) -> None:
-        aside = path.with_name(path.name + ".tmp")
-        aside.write_text(json.dumps(asdict(self)))
-        os.replace(aside, path)
+        write_text(path, json.dumps(asdict(self)))
 
     @classmethod
-    def load(cls, path: Path, identity: str) -> Journal | None:
+    def load(cls, path: Path, identity: str) -> EncodingJournal | None:
         """The journal of a killed run of the same job, None if there is none."""
         try:
             content = json.loads(path.read_text())
@@ -143,12 +142,14 @@ def identity_of(tokenizer: Tokenizer, files: list[Path], settings: list[object])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def run_job(job: Job) -> list[State]:
+def run_encoding(job: EncodingJob) -> list[State]:
     """Do it. Raises BadRecord, DataError, SourceError, OSError; nothing is left behind then, except after a kill."""
     if job.workers < 1:
         raise DataError(f"--workers {job.workers}: at least one is needed")
     job.journal.parent.mkdir(parents=True, exist_ok=True)
-    journal = Journal.load(job.journal, job.identity) or Journal(job.identity, 0, [State() for _ in job.outputs])
+    journal = EncodingJournal.load(job.journal, job.identity) or EncodingJournal(
+        job.identity, 0, [State() for _ in job.outputs]
+    )
     try:
         writers = [
             IndexedWriter(output.partial, output.dtype, (state.bytes, state.documents))
@@ -170,7 +171,9 @@ def run_job(job: Job) -> list[State]:
     return journal.states
 
 
-def _collect(job: Job, encoded: Iterable[list[Encoded]], journal: Journal, writers: list[IndexedWriter]) -> None:
+def _collect(
+    job: EncodingJob, encoded: Iterable[list[Encoded]], journal: EncodingJournal, writers: list[IndexedWriter]
+) -> None:
     first = journal.states[0]
     start = last_sync = time.monotonic()
     text_before, bytes_before = first.text_bytes, first.bytes
@@ -220,7 +223,7 @@ def _append(writer: IndexedWriter, state: State, result: Encoded) -> None:
     state.skipped += len(result.bad)
 
 
-def _publish(job: Job, states: list[State], writers: list[IndexedWriter]) -> None:
+def _publish(job: EncodingJob, states: list[State], writers: list[IndexedWriter]) -> None:
     for output, state, writer in zip(job.outputs, states, writers, strict=True):
         if not writer.documents:
             raise DataError(
@@ -230,7 +233,7 @@ def _publish(job: Job, states: list[State], writers: list[IndexedWriter]) -> Non
     for output, state, writer in zip(job.outputs, states, writers, strict=True):
         writer.finish()
         if output.header is not None:
-            header_path(output.partial).write_text(output.header(state).model_dump_json(indent=2) + "\n")
+            write_text(header_path(output.partial), output.header(state).model_dump_json(indent=2) + "\n")
     for output in job.outputs:  # a reader sees the old set, none, or the new one; never a mixture
         idx_path(output.prefix).unlink(missing_ok=True)
     for output, state in zip(job.outputs, states, strict=True):

@@ -18,9 +18,9 @@ from megatron.data.indexed import DataError, token_dtype
 from megatron.tokenizer import Tokenizer, build_tokenizer
 from megatron.tokenizer.chat import Chat, ChatError, Message, Segment, TrainOn, ids_and_labels, load_chat
 from tools.datasets.encoding.conversations import digest, read_conversation
-from tools.datasets.encoding.encode import Encoded, read_record
-from tools.datasets.encoding.pipeline import HeaderMaker, Job, Output, State, identity_of, run_job
-from tools.datasets.encoding.sources import Block, SourceError, expand, read_blocks
+from tools.datasets.encoding.encode import Encoded
+from tools.datasets.encoding.pipeline import EncodingJob, HeaderMaker, IndexedOutput, State, identity_of, run_encoding
+from tools.datasets.encoding.records import Block, SourceError, expand, read_blocks, read_record
 
 _SOURCE = re.compile(r"(?P<name>[A-Za-z0-9_.-]+)(:(?P<share>[0-9.eE+-]+))?=(?P<files>.+)")
 LABEL_DTYPE = np.dtype(np.int32)
@@ -135,7 +135,7 @@ class ChatEncoder:
         text.learned = int((targets != IGNORE_INDEX).sum())
 
 
-def preprocess(options: argparse.Namespace) -> None:
+def preprocess_conversations(options: argparse.Namespace) -> None:
     """Run the job that the command line describes."""
     sources = parse_sources(options.source)
     tokenizer = build_tokenizer(options.tokenizer_type, options.vocab_file)
@@ -152,17 +152,17 @@ def preprocess(options: argparse.Namespace) -> None:
         output
         for source, prefix in zip(sources, prefixes, strict=True)
         for output in (
-            Output(
+            IndexedOutput(
                 f"{prefix}_document",
                 dtype,
                 HeaderMaker(tokenizer, dtype, tokenizer.bos, None, False, source.files, chat_info),
             ),
-            Output(f"{prefix}_label_document", LABEL_DTYPE, None),
+            IndexedOutput(f"{prefix}_label_document", LABEL_DTYPE, None),
         )
     ]
     settings = [chat.name, options.train_on, options.thinking_prompt, options.on_bad_record, prefixes]
-    states = run_job(
-        Job(
+    states = run_encoding(
+        EncodingJob(
             identity=identity_of(tokenizer, [file for source in sources for file in source.files], settings),
             encoder=ChatEncoder(
                 tokenizer=tokenizer,

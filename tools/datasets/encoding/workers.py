@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import multiprocessing
 import os
 import signal
@@ -13,9 +12,8 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
+from megatron.common.processes import die_with_parent
 from megatron.data.indexed import DataError
-
-_PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -35,7 +33,7 @@ def in_order(work: Callable[[Item], Result], items: Iterable[Item], workers: int
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process a core; threads inside them would only compete
     _work = work
     context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(os.getpid(),)) as pool:
         pending: deque[Future[Result]] = deque()
         try:
             for item in items:
@@ -51,10 +49,10 @@ def in_order(work: Callable[[Item], Result], items: Iterable[Item], workers: int
                 pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _start_worker() -> None:
+def _start_worker(parent: int) -> None:
     """ctrl-C is the parent's to handle; and when the parent is killed, so is the worker, which would wait for ever."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with_parent(parent, signal.SIGKILL)
 
 
 def _do(item: Any) -> Any:

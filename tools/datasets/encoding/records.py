@@ -1,4 +1,4 @@
-"""Reading documents from files: JSON lines (plain, .gz, .zst), Parquet and plain text, in blocks of about a MiB.
+"""Records of files: JSON lines (plain, .gz, .zst), Parquet and plain text, in blocks of about a MiB.
 
 A block is what one worker handles at a time. The cut into blocks depends on the files alone, never on the number of
 workers, so the output does not either.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from glob import glob
@@ -80,6 +81,36 @@ def read_blocks(path: Path, keys: Sequence[str] | None) -> Iterator[Block]:
             yield from _lines(path)
     except (OSError, EOFError) as error:  # gzip: BadGzipFile is an OSError, a truncated stream an EOFError
         raise SourceError(f"{path}: cannot be read: {error}") from error
+
+
+def read_record(block: Block, position: int) -> dict[str, Any] | None:
+    """One record as an object, None for a blank line. Raises ValueError with the reason it cannot be used."""
+    record: Any
+    if block.lines is None:
+        record = (block.records or [])[position]
+    else:
+        line = block.lines[position]
+        if not line.strip():
+            return None
+        try:
+            record = json.loads(line)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"not UTF-8: {error.reason} at byte {error.start}") from None
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"not JSON: {error}") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"expected a JSON object, got {type(record).__name__}")
+    return record
+
+
+def text_of(record: dict[str, Any], key: str) -> str:
+    """A field that must be there and be text. Raises ValueError."""
+    if key not in record:
+        raise ValueError(f"no field {key!r}; the fields are {', '.join(list(record)[:8]) or 'none'}")
+    value = record[key]
+    if not isinstance(value, str):
+        raise ValueError(f"field {key!r} is not text but {type(value).__name__}")
+    return value
 
 
 def _lines(path: Path) -> Iterator[Block]:
