@@ -13,10 +13,8 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import multiprocessing
 import os
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -28,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.ranks import run_ranks_forked  # noqa: E402
 from megatron.neox_arguments import NeoXArgs  # noqa: E402
 from megatron.planner.cost.memory import StageMemory, plan_memory  # noqa: E402
 from megatron.planner.cost.parallel_layout import ParallelLayout  # noqa: E402
@@ -278,40 +277,9 @@ def _counter(device: str) -> Iterator[Any]:
         yield _Cuda()
 
 
-def _rank(rank: int, case: Case, folder: str, results: Any) -> None:
-    import torch
-    import torch.distributed as dist
-
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(case.world_size))
-    torch.manual_seed(0)  # the same batch everywhere: tensor-parallel ranks must agree on it
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=case.world_size)
-    results.put((rank, measure(rank, case.world_size, case)))
-    dist.destroy_process_group()
-
-
 def run_on_cpu(case: Case) -> list[Measured]:
     """All ranks of a case, forked from this process, which has imported everything."""
-    context = multiprocessing.get_context("fork")
-    results = context.Queue()
-    with tempfile.TemporaryDirectory() as folder:
-        ranks = [
-            context.Process(target=_rank, args=(rank, case, folder, results), daemon=True)
-            for rank in range(case.world_size)
-        ]
-        for process in ranks:
-            process.start()
-        found: dict[int, Measured] = {}
-        while len(found) < len(ranks):
-            if any(process.exitcode not in (None, 0) for process in ranks):
-                raise SystemExit(f"a rank of {case.layout} failed; its message is above")
-            if not results.empty():
-                rank, measured = results.get()
-                found[rank] = measured
-            time.sleep(0.02)
-        for process in ranks:
-            process.join()
-    return [found[rank] for rank in sorted(found)]
+    return run_ranks_forked(measure, case.world_size, case)
 
 
 def run_on_gpu(case: Case) -> list[Measured]:

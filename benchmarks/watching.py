@@ -22,8 +22,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tests.support.engine_runs import make_samples  # noqa: E402
-from tests.support.ranks import run_ranks  # noqa: E402
+from benchmarks.ranks import run_ranks_forked  # noqa: E402
+from benchmarks.small_llama import random_samples, train_step  # noqa: E402
 
 
 def measure(rank: int, world_size: int, rounds: int, steps: int) -> dict[str, list[float]]:
@@ -40,8 +40,6 @@ def measure(rank: int, world_size: int, rounds: int, steps: int) -> dict[str, li
     from megatron.supervision.step_timers import Phases
     from megatron.supervision.watchdog import Watchdog
     from megatron.trainer.metrics import Progress
-    from tests.support.engine_runs import step
-    from tests.support.models import Case
 
     files = [ROOT / "configs/tiny" / name for name in ("model.yml", "run.yml", "local.yml")]
     overrides = {
@@ -62,18 +60,18 @@ def measure(rank: int, world_size: int, rounds: int, steps: int) -> dict[str, li
     model = build_model(args, place.device)
     model.initialise_from_scratch()
     engine = build_engine(args, model, lambda line: None)
-    samples = make_samples(Case(vocab=args.vocab_size, seq=args.seq_length), args.train_batch_size)
+    samples = random_samples(args.vocab_size, args.seq_length, args.train_batch_size)
     watched = dict(engine._INSTRUCTION_MAP)
     seconds: dict[str, list[float]] = {"off": [], "on": [], "off CPU": [], "on CPU": [], "replicas": []}
     flag = torch.zeros((), dtype=torch.int32)
     for _ in range(rounds):
         engine._INSTRUCTION_MAP = PipelineEngine._INSTRUCTION_MAP
-        step(engine, args, samples)
+        train_step(engine, args, samples)
         dist.barrier()
         start, cpu = time.perf_counter(), time.process_time()
         for _ in range(steps):
             dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-            step(engine, args, samples)
+            train_step(engine, args, samples)
         seconds["off"].append((time.perf_counter() - start) / steps)
         seconds["off CPU"].append((time.process_time() - cpu) / steps)
 
@@ -82,13 +80,13 @@ def measure(rank: int, world_size: int, rounds: int, steps: int) -> dict[str, li
             phases = Phases(watchdog.whereabouts, place.device)
             run_inside(engine, phases.during)
             watch = Watch(engine, args, place, phases, Progress(args, rank))
-            step(engine, args, samples)
+            train_step(engine, args, samples)
             dist.barrier()
             start, cpu = time.perf_counter(), time.process_time()
             for iteration in range(steps):
                 watch.between_steps(0, iteration)
                 with watch.profiler.step(iteration + 1), phases.step(iteration + 1, first=False):
-                    step(engine, args, samples)
+                    train_step(engine, args, samples)
                 watch.after_step(iteration + 1, saving=False)
             seconds["on"].append((time.perf_counter() - start) / steps)
             seconds["on CPU"].append((time.process_time() - cpu) / steps)
@@ -104,7 +102,9 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--steps", type=int, default=10)
     options = parser.parse_args()
-    seconds: dict[str, Any] = run_ranks(measure, options.ranks, options.rounds, options.steps, timeout=3600)[0]
+    import megatron.engine.deepspeed  # noqa: F401  # once, before the ranks fork
+
+    seconds: dict[str, Any] = run_ranks_forked(measure, options.ranks, options.rounds, options.steps)[0]
     interval = seconds.pop("interval")[0]
     for name, values in seconds.items():
         low, high = min(values) * 1e3, max(values) * 1e3
