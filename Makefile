@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+REPORTS := build/tests
 
 .PHONY: venv demo test test-slow lint clean
 
@@ -17,8 +18,16 @@ $(VENV)/.complete: requirements.txt requirements-data.txt requirements-dev.txt c
 demo: venv
 	$(BIN)/python examples/demo.py
 
+# Unit tests two at a time, then everything else one by one: tests of several ranks use all cores by themselves. Both
+# always run; exit code 5 of pytest is a tier without a test among PYTEST_ARGS.
 test: venv lint
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	@mkdir -p $(REPORTS); failed=0; \
+	$(BIN)/python -m pytest -m "unit and not slow" -n 2 --dist loadfile --junitxml=$(REPORTS)/unit.xml $(PYTEST_ARGS) \
+	    || [ $$? -eq 5 ] || failed=1; \
+	$(BIN)/python -m pytest -m "not unit and not slow" --junitxml=$(REPORTS)/others.xml $(PYTEST_ARGS) \
+	    || [ $$? -eq 5 ] || failed=1; \
+	$(BIN)/python -m tests.support.budget $(REPORTS)/unit.xml $(REPORTS)/others.xml; \
+	exit $$failed
 
 test-slow: venv
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
@@ -27,6 +36,7 @@ lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache demo_out
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache demo_out

@@ -34,7 +34,7 @@ class BuildKernels(build_ext):
                 print("no GPU toolchain that fits this torch: installing without compiled kernels")
                 return
             root = HERE if self.inplace else Path(self.build_lib).resolve()
-            print(f"built {builder.build(target, root / 'megatron' / 'ops')}")
+            print(f"built {builder.build_library(target, root / 'megatron' / 'ops')}")
         except builder.BuildError as error:
             sys.exit(f"kernels: {error}")
 

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron import ops
 from megatron.ops.bandwidth import Clock
-from megatron.ops.selftest import rotary_tables
+from megatron.ops.kernel_checks import rotary_tables
 
 EPS = 1e-5
 VOCABULARY = 128256

@@ -13,10 +13,8 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import multiprocessing
 import os
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -28,11 +26,14 @@ from typing import TYPE_CHECKING, Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.ranks import run_ranks_forked  # noqa: E402
 from megatron.neox_arguments import NeoXArgs  # noqa: E402
 from megatron.planner.cost.memory import StageMemory, plan_memory  # noqa: E402
 from megatron.planner.cost.parallel_layout import ParallelLayout  # noqa: E402
 
 if TYPE_CHECKING:
+    from megatron.engine.batches import StepBatch
+    from megatron.parallel.place import Place
     from megatron.planner.cost.activations import Ops
 
 MIB = 1 << 20
@@ -155,7 +156,7 @@ GPU_CASES = (
 
 @dataclass(frozen=True)
 class Measured:
-    """One rank; `moments` are the peaks while the engine executes each of its instructions."""
+    """One rank; `moments` are the peaks of each phase of a step."""
 
     stage: int
     peak: int
@@ -168,40 +169,37 @@ def measure(rank: int, world_size: int, case: Case, device: str = "cpu") -> Meas
     import torch
     from megatron.core import parallel_state
 
-    from megatron.engine.deepspeed import build_engine, build_model
+    from megatron.engine.build import build_engine
     from megatron.ops.library import use_kernels
     from megatron.parallel.process_groups import form_groups
 
     args = case.args(device)
     with _counter(device) as counter:
-        if not parallel_state.model_parallel_is_initialized():
-            form_groups(args)
-        model = build_model(args, torch.device(device))
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.02)
-        model._synchronize_tied_weights()
-        engine = build_engine(args, model, log=lambda line: None)
+        if parallel_state.model_parallel_is_initialized():
+            parallel_state.destroy_model_parallel()
         moments: Counter[str] = Counter()
 
-        def watched(execute: Any, name: str) -> Any:
-            def run(self: Any, **arguments: Any) -> None:
-                counter.reset()
-                execute(self, **arguments)
-                moments[name] = max(moments[name], counter.peak())
+        @contextmanager
+        def watched(phase: str) -> Iterator[None]:
+            counter.reset()
+            yield
+            moments[phase] = max(moments[phase], counter.peak())
 
-            return run
-
-        engine._INSTRUCTION_MAP = {kind: watched(f, kind.__name__) for kind, f in engine._INSTRUCTION_MAP.items()}
+        engine = build_engine(args, form_groups(args, torch.device(device)), watched)
+        with torch.no_grad():
+            for _, layer in engine.numbered_layers():
+                for parameter in layer.parameters():
+                    parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.02)
+        engine.weights_changed()
         for number in range(STEPS):
             if number == STEPS - 2:
                 moments.clear()
-            loss = engine.train_batch(iter(_micro_batches(case, engine.device)))
-            if not torch.isfinite(loss):
-                raise RuntimeError(f"{case.layout}: the loss is {float(loss)}, the step was skipped and shows nothing")
+            result = engine.train_step(_batch(case, engine.place))
+            if not result.applied:
+                raise RuntimeError(f"{case.layout}: the loss is {result.loss}, the step was skipped and shows nothing")
     kernels = device != "cpu" and use_kernels("swiglu", torch.empty(0, device=device, dtype=torch.bfloat16))
     ops: Ops = "cpu" if device == "cpu" else "kernels" if kernels else "torch"
-    return Measured(engine.stage_id, max(moments.values()), dict(moments), ops)
+    return Measured(engine.place.pp_rank, max(moments.values()), dict(moments), ops)
 
 
 def predict(case: Case, device: str, ops: Ops) -> list[StageMemory]:
@@ -219,19 +217,31 @@ def predict(case: Case, device: str, ops: Ops) -> list[StageMemory]:
     )
 
 
-def _micro_batches(case: Case, device: Any) -> Iterator[Any]:
+def _batch(case: Case, place: Place) -> StepBatch:
+    """A global batch whose micro-batches come into being one by one."""
+    import torch
+
+    from megatron.engine.batches import StepBatch
+
+    tokens = case.micro_batch * case.seq
+    weight = torch.tensor(1.0 / tokens, device=place.device)
+    micro_batches = _micro_batches(case, place.device) if place.reads_data else None
+    return StepBatch(micro_batches, case.num_micro_batches, tokens * case.num_micro_batches, weight)
+
+
+def _micro_batches(case: Case, device: Any) -> Iterator[dict[str, Any]]:
     import torch
 
     shape = (case.micro_batch, case.seq)
     for _ in range(case.num_micro_batches):
         tokens = torch.randint(case.vocab, shape, device=device)
-        inputs = tokens
+        micro_batch = {"tokens": tokens, "labels": tokens.clone()}
         if case.documents:  # three of unequal length
             positions = torch.arange(case.seq, device=device)
             for start in (case.seq // 5, case.seq // 2):
                 positions[start:] = torch.arange(case.seq - start, device=device)
-            inputs = (tokens, positions.expand(shape).contiguous())
-        yield inputs, (tokens.clone(), torch.tensor(1.0 / tokens.numel(), device=device))
+            micro_batch["positions"] = positions.expand(shape).contiguous()
+        yield micro_batch
 
 
 class _Cuda:
@@ -278,40 +288,9 @@ def _counter(device: str) -> Iterator[Any]:
         yield _Cuda()
 
 
-def _rank(rank: int, case: Case, folder: str, results: Any) -> None:
-    import torch
-    import torch.distributed as dist
-
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(case.world_size))
-    torch.manual_seed(0)  # the same batch everywhere: tensor-parallel ranks must agree on it
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=case.world_size)
-    results.put((rank, measure(rank, case.world_size, case)))
-    dist.destroy_process_group()
-
-
 def run_on_cpu(case: Case) -> list[Measured]:
     """All ranks of a case, forked from this process, which has imported everything."""
-    context = multiprocessing.get_context("fork")
-    results = context.Queue()
-    with tempfile.TemporaryDirectory() as folder:
-        ranks = [
-            context.Process(target=_rank, args=(rank, case, folder, results), daemon=True)
-            for rank in range(case.world_size)
-        ]
-        for process in ranks:
-            process.start()
-        found: dict[int, Measured] = {}
-        while len(found) < len(ranks):
-            if any(process.exitcode not in (None, 0) for process in ranks):
-                raise SystemExit(f"a rank of {case.layout} failed; its message is above")
-            if not results.empty():
-                rank, measured = results.get()
-                found[rank] = measured
-            time.sleep(0.02)
-        for process in ranks:
-            process.join()
-    return [found[rank] for rank in sorted(found)]
+    return run_ranks_forked(measure, case.world_size, case)
 
 
 def run_on_gpu(case: Case) -> list[Measured]:

@@ -33,8 +33,10 @@ import torch  # noqa: E402
 import torch.distributed.checkpoint as dcp  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from megatron.checkpoint import BackgroundSaver, TrainState, save_checkpoint  # noqa: E402
-from tests.support.models import Case  # noqa: E402
+from benchmarks.small_llama import SmallLlama, random_samples, start_engine, train_step  # noqa: E402
+from megatron.checkpoint.background import BackgroundSaver  # noqa: E402
+from megatron.checkpoint.save import save_checkpoint  # noqa: E402
+from megatron.checkpoint.state import TrainState  # noqa: E402
 
 Step = Callable[[], float]  # one training step; its seconds
 ALONE, CHUNK = 8, 1 << 24
@@ -87,8 +89,8 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     ours = Ours(engine, args, state)
     prepared = timed(ours.saver.prepare)
     ways = {"sync": Sync(engine, args, state), "async_save": ours, "torch async": Torch(tensors, folder / "torch")}
-    flat = torch.ones(total, dtype=torch.uint8, device=engine.device)
-    host = torch.zeros(total, dtype=torch.uint8, pin_memory=engine.device.type == "cuda")
+    flat = torch.ones(total, dtype=torch.uint8, device=engine.place.device)
+    host = torch.zeros(total, dtype=torch.uint8, pin_memory=engine.place.device.type == "cuda")
     costs = {name: Cost() for name in ways}
     floors: dict[str, list[float]] = {"copy": [], "disk": []}
     alone: list[float] = []
@@ -105,7 +107,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             alone += steps
             floors["copy"].append(timed(lambda: host.copy_(flat)))
             floors["disk"].append(timed(lambda: write_plainly(folder / "plain", host)))
-    return tell(options, costs, floors, alone, prepared, total / 1e9)
+    return report_costs(options, costs, floors, alone, prepared, total / 1e9)
 
 
 class Way:
@@ -123,12 +125,12 @@ class Sync(Way):
         self.engine, self.args, self.state = engine, args, state
 
     def save(self) -> None:
-        save_checkpoint(self.engine, self.args, self.state, data_fingerprints={}, log=quiet)
+        save_checkpoint(self.engine, self.args, self.state, data_fingerprints={})
 
 
 class Ours(Way):
     def __init__(self, engine: Any, args: Any, state: TrainState) -> None:
-        self.saver, self.state = BackgroundSaver(engine, args, {}, log=quiet), state
+        self.saver, self.state = BackgroundSaver(engine, args, {}), state
 
     def save(self) -> None:
         self.saver.begin(self.state)
@@ -166,7 +168,7 @@ def cost_of(way: Way, step: Step, usual: float) -> tuple[float, float, float]:
     return blocked, slowed, time.perf_counter() - start
 
 
-def tell(
+def report_costs(
     options: argparse.Namespace,
     costs: dict[str, Cost],
     floors: dict[str, list[float]],
@@ -234,7 +236,6 @@ def write_plainly(path: Path, data: Tensor) -> None:
 def own_tensors(engine: Any, args: Any, state: TrainState) -> dict[str, Tensor]:
     """All tensors of a checkpoint, flat, for torch's own save."""
     from megatron.checkpoint.rank_files import rank_contents
-    from megatron.engine.deepspeed_files import Place
 
     found: dict[str, Tensor] = {}
 
@@ -245,7 +246,7 @@ def own_tensors(engine: Any, args: Any, state: TrainState) -> dict[str, Tensor]:
             for key, item in value.items() if isinstance(value, dict) else enumerate(value):
                 visit(item, f"{name}/{key}")
 
-    for name, file in rank_contents(engine, args, state, Place.of(engine)).items():
+    for name, file in rank_contents(engine, args, state).items():
         visit(file.content, name)
     return found
 
@@ -259,23 +260,9 @@ def training(options: argparse.Namespace, folder: Path) -> tuple[Any, Any, Step]
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"  # torch's asynchronous save wants gloo beside
     store = f"file://{folder}/store"
     torch.distributed.init_process_group(backend, init_method=store, rank=0, world_size=1)
-    from megatron.engine.deepspeed import build_engine, build_model
-    from megatron.parallel.process_groups import form_groups
-    from tests.support import engine_runs
-
-    case = Case(
-        heads=options.hidden // 64,
-        kv_heads=max(1, options.hidden // 256),
-        head_dim=64,
-        layers=options.layers,
-        intermediate=options.hidden * 7 // 2,
-        vocab=options.vocab,
-        seq=options.seq,
-    )
-    args = case.neox(
-        world_size=1,
+    model = SmallLlama(options.hidden, options.layers, options.vocab, options.seq)
+    args = model.arguments(
         train_micro_batch_size_per_gpu=options.batch,
-        gradient_accumulation_steps=1,
         distributed_backend="nccl" if cuda else "gloo",
         precision="bfloat16" if cuda else "fp32",
         save=str(folder / "checkpoints"),
@@ -283,24 +270,17 @@ def training(options: argparse.Namespace, folder: Path) -> tuple[Any, Any, Step]
         keep_last_n_checkpoints=1,
         async_save=True,
     )
-    form_groups(args)
-    model = build_model(args, torch.device(options.device, 0) if cuda else torch.device("cpu"))
-    model.initialise_from_scratch()
-    engine = build_engine(args, model, quiet)
-    samples = engine_runs.make_samples(case, options.batch)
+    engine = start_engine(args, torch.device("cuda", 0) if cuda else torch.device("cpu"))
+    samples = random_samples(options.vocab, options.seq, options.batch)
 
     def step() -> float:
         start = time.perf_counter()
-        engine_runs.step(engine, args, samples)
+        train_step(engine, args, samples)
         if cuda:
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
     return engine, args, step
-
-
-def quiet(line: str) -> None:
-    pass
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from tests.support.models import Case, llama3_rope  # noqa: E402
+from benchmarks.small_llama import SmallLlama, start_engine, train_step  # noqa: E402
 
 
 def main() -> int:
@@ -48,17 +48,7 @@ def main() -> int:
     parser.add_argument("--no-startup", action="store_true", help="leave out the start of deepy.py")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    case = Case(
-        heads=options.hidden // 64,
-        kv_heads=max(1, options.hidden // 256),
-        head_dim=64,
-        layers=options.layers,
-        intermediate=options.hidden * 7 // 2,
-        vocab=options.vocab,
-        seq=options.seq,
-        theta=500000.0,
-        rope=llama3_rope(8.0, 8192),
-    )
+    case = SmallLlama(options.hidden, options.layers, options.vocab, options.seq)
     device = torch.device(options.device)
     steps = {
         "transformers": transformers_step(case, options.batch, device),
@@ -132,13 +122,13 @@ def first_step_line() -> str:
     return lines[0]
 
 
-def batch(case: Case, size: int, number: int) -> torch.Tensor:
+def batch(case: SmallLlama, size: int, number: int) -> torch.Tensor:
     return torch.randint(case.vocab, (size, case.seq + 1), generator=torch.Generator().manual_seed(number))
 
 
-def transformers_step(case: Case, size: int, device: torch.device) -> Any:
+def transformers_step(case: SmallLlama, size: int, device: torch.device) -> Any:
     """One step as the Hugging Face Trainer makes it, without its bookkeeping."""
-    model = case.hugging_face().to(device).train()
+    model = case.transformers_model().to(device).train()
     decays = [p for p in model.parameters() if p.dim() > 1]
     plain = [p for p in model.parameters() if p.dim() == 1]
     optimizer = torch.optim.AdamW(
@@ -162,31 +152,26 @@ def transformers_step(case: Case, size: int, device: torch.device) -> Any:
     return step
 
 
-def neox_step(case: Case, size: int, device: torch.device, kernels: str) -> Any:
+def neox_step(case: SmallLlama, size: int, device: torch.device, kernels: str) -> Any:
     """One step of the real engine."""
     os.environ.update(RANK_VARIABLES)
     store = tempfile.mkdtemp() + "/store"
     backend = "gloo" if device.type == "cpu" else "nccl"
     torch.distributed.init_process_group(backend, init_method=f"file://{store}", rank=0, world_size=1)
-    import tests.support.engine_runs as training
-
-    args = case.neox(
-        world_size=1,
+    args = case.arguments(
         train_micro_batch_size_per_gpu=size,
-        gradient_accumulation_steps=1,
         distributed_backend=backend,
         precision="fp32" if device.type == "cpu" else "bfloat16",
         kernels=kernels,
-        optimizer={"type": "Adam", "params": {"lr": 1e-4, "betas": [0.9, 0.95], "eps": 1e-8}},
     )
-    engine = training.build(args, case, device=device)
+    engine = start_engine(args, device, weights=dict(case.transformers_model().state_dict()))
 
     def step(number: int) -> float:
         tokens = batch(case, size, number)
         labels = tokens[:, 1:].clone()
         labels[:, -1] = -100  # what transformers' own shift leaves out
         samples = [{"tokens": ids, "labels": targets} for ids, targets in zip(tokens[:, :-1], labels, strict=True)]
-        return training.step(engine, args, samples)[0]
+        return train_step(engine, args, samples)
 
     return step
 

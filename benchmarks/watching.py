@@ -4,7 +4,7 @@
 
 One run of gloo ranks (TP2 x PP2, the rest data parallel) takes blocks of steps in alternation. Off is the engine as
 DeepSpeed makes it and the one-number all-reduce for signals that a run has anyway; on is the engine with phases, the
-spreading of gradients that are not finite, the pulse, the drift of step times, and the heartbeat. The comparison of
+exchange between steps, the monitor of step times, and the heartbeat. The comparison of
 replicas is timed by itself and counted once in `replica_check_interval` steps. Printed are the medians over blocks with
 their range, wall time and CPU time of rank 0 (which other work on the machine disturbs less), and the ratios (above 1:
 watching costs).
@@ -16,32 +16,39 @@ import argparse
 import statistics
 import sys
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tests.support.engine_runs import make_samples  # noqa: E402
-from tests.support.ranks import run_ranks  # noqa: E402
+from benchmarks.ranks import run_ranks_forked  # noqa: E402
+from benchmarks.small_llama import random_samples, train_step  # noqa: E402
+
+
+class Around:
+    """What surrounds the phases of a step, exchangeable while the engine lives."""
+
+    def __init__(self) -> None:
+        self.inner: Callable[[str], AbstractContextManager[Any]] = nullcontext
+
+    def __call__(self, phase: str) -> AbstractContextManager[Any]:
+        return self.inner(phase)
 
 
 def measure(rank: int, world_size: int, rounds: int, steps: int) -> dict[str, list[float]]:
     """Seconds a step by block, for `off` and `on`, and seconds of a comparison of replicas."""
     import torch
     import torch.distributed as dist
-    from deepspeed.runtime.pipe.engine import PipelineEngine
 
-    from megatron.engine.deepspeed import build_engine, build_model
-    from megatron.engine.deepspeed_hooks import run_inside
+    from megatron.engine.build import build_engine
     from megatron.neox_arguments import NeoXArgs
-    from megatron.parallel.process_groups import Place, form_groups
-    from megatron.supervision.step_monitor import Watch
-    from megatron.supervision.step_timers import Phases
+    from megatron.parallel.process_groups import form_groups
+    from megatron.supervision.step_monitor import StepMonitor
+    from megatron.supervision.step_timers import StepTimers
     from megatron.supervision.watchdog import Watchdog
-    from megatron.trainer.metrics import Progress
-    from tests.support.engine_runs import step
-    from tests.support.models import Case
 
     files = [ROOT / "configs/tiny" / name for name in ("model.yml", "run.yml", "local.yml")]
     overrides = {
@@ -58,42 +65,40 @@ def measure(rank: int, world_size: int, rounds: int, steps: int) -> dict[str, li
         "valid_data_paths": None,
     }
     args = NeoXArgs.from_ymls(files, overrides, world_size)
-    place = Place(rank, world_size, rank, *form_groups(args), torch.device("cpu"))
-    model = build_model(args, place.device)
-    model.initialise_from_scratch()
-    engine = build_engine(args, model, lambda line: None)
-    samples = make_samples(Case(vocab=args.vocab_size, seq=args.seq_length), args.train_batch_size)
-    watched = dict(engine._INSTRUCTION_MAP)
+    place = form_groups(args)
+    around = Around()
+    engine = build_engine(args, place, around)
+    engine.initialize_weights()
+    samples = random_samples(args.vocab_size, args.seq_length, args.train_batch_size)
     seconds: dict[str, list[float]] = {"off": [], "on": [], "off CPU": [], "on CPU": [], "replicas": []}
     flag = torch.zeros((), dtype=torch.int32)
     for _ in range(rounds):
-        engine._INSTRUCTION_MAP = PipelineEngine._INSTRUCTION_MAP
-        step(engine, args, samples)
+        around.inner = nullcontext
+        train_step(engine, args, samples)
         dist.barrier()
         start, cpu = time.perf_counter(), time.process_time()
         for _ in range(steps):
             dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-            step(engine, args, samples)
+            train_step(engine, args, samples)
         seconds["off"].append((time.perf_counter() - start) / steps)
         seconds["off CPU"].append((time.process_time() - cpu) / steps)
 
-        engine._INSTRUCTION_MAP = dict(watched)
         with Watchdog(args, place) as watchdog:
-            phases = Phases(watchdog.whereabouts, place.device)
-            run_inside(engine, phases.during)
-            watch = Watch(engine, args, place, phases, Progress(args, rank))
-            step(engine, args, samples)
+            timers = StepTimers(watchdog.whereabouts, place.device)
+            around.inner = timers.during
+            monitor = StepMonitor(engine, args, timers)
+            train_step(engine, args, samples)
             dist.barrier()
             start, cpu = time.perf_counter(), time.process_time()
             for iteration in range(steps):
-                watch.between_steps(0, iteration)
-                with watch.profiler.step(iteration + 1), phases.step(iteration + 1, first=False):
-                    step(engine, args, samples)
-                watch.after_step(iteration + 1, saving=False)
+                monitor.between_steps(0, iteration)
+                with monitor.profiler.step(iteration + 1), timers.step(iteration + 1, first=False):
+                    train_step(engine, args, samples)
+                monitor.after_step(iteration + 1, saving=False)
             seconds["on"].append((time.perf_counter() - start) / steps)
             seconds["on CPU"].append((time.process_time() - cpu) / steps)
             start = time.perf_counter()
-            watch.check_replicas(0)
+            monitor.check_replicas(0)
             seconds["replicas"].append(time.perf_counter() - start)
     return seconds | {"interval": [float(args.replica_check_interval)]}
 
@@ -104,7 +109,9 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--steps", type=int, default=10)
     options = parser.parse_args()
-    seconds: dict[str, Any] = run_ranks(measure, options.ranks, options.rounds, options.steps, timeout=3600)[0]
+    import megatron.engine.deepspeed  # noqa: F401  # once, before the ranks fork
+
+    seconds: dict[str, Any] = run_ranks_forked(measure, options.ranks, options.rounds, options.steps)[0]
     interval = seconds.pop("interval")[0]
     for name, values in seconds.items():
         low, high = min(values) * 1e3, max(values) * 1e3

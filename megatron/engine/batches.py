@@ -7,7 +7,7 @@ without a target is refused on all ranks at once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -36,7 +36,7 @@ class StepBatch:
     global batch is the mean over its learned tokens.
     """
 
-    micro_batches: list[MicroBatch] | None
+    micro_batches: Iterable[MicroBatch] | None
     num_micro_batches: int
     learned_tokens: int
     weight: Tensor

@@ -152,9 +152,7 @@ class DeepSpeedEngine:
         """What DeepSpeed reads: (inputs, targets) for each micro-batch; None on stages that read no data."""
         if batch.micro_batches is None:
             return None
-        return iter(
-            [(_inputs(micro_batch), (micro_batch["labels"], batch.weight)) for micro_batch in batch.micro_batches]
-        )
+        return ((_inputs(mb), (mb["labels"], batch.weight)) for mb in batch.micro_batches)
 
     def propagate_nonfinite(self) -> None:
         gradients: dict[bool, list[Tensor]] = {True: [], False: []}

@@ -166,11 +166,11 @@ def cached_library(target: Target) -> Path:
     if not library.exists():
         with _locked(folder.with_suffix(".lock")):
             if not library.exists():
-                build(target, folder)
+                build_library(target, folder)
     return library
 
 
-def build(target: Target, folder: Path) -> Path:
+def build_library(target: Target, folder: Path) -> Path:
     """Compile and link the library into `folder`; it appears there complete or not at all."""
     ninja = shutil.which("ninja") or shutil.which("ninja", path=sysconfig.get_path("scripts"))
     compiler = compile_command(target)[0]

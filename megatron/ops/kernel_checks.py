@@ -1,4 +1,4 @@
-"""What a kernel's result may differ from the truth: the checks of the self-test and of the emulator tests.
+"""How far a kernel's result may be from the truth: the checks of the self-test and of the emulator tests.
 
 The truth is the reference in fp64. A kernel may be at most twice as wrong as plain PyTorch is in the same dtype, row
 by row. Where PyTorch happens to be exact, as it may be on a row of one element, the bound is what nobody can avoid: one
@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from megatron.ops.cross_entropy import combine_stats, reference_gradient, reference_stats
-from megatron.ops.rms_norm import reference_backward as norm_backward
-from megatron.ops.rms_norm import reference_forward as norm_forward
+from megatron.ops.library import KERNEL_DTYPES
+from megatron.ops.rms_norm import reference_norm, reference_norm_backward
 from megatron.ops.rotary import reference_rotate, tables_of_tokens
-from megatron.ops.swiglu import reference_backward as swiglu_backward
-from megatron.ops.swiglu import reference_forward as swiglu_forward
+from megatron.ops.swiglu import reference_swiglu, reference_swiglu_backward
 
 FP32_EPS = torch.finfo(torch.float32).eps
 kernels = torch.ops.neox
@@ -71,13 +70,13 @@ def norm_checks(
         total, y, rstd = kernels.add_rms_norm(x, residual, weight, eps, False)
         yield equal("sum", total, x + residual)
     x64, w64, dy64 = total.double(), weight.double(), dy.double()
-    plain_y, plain_rstd = norm_forward(total, weight, eps, False)
-    exact_y, exact_rstd = norm_forward(x64, w64, eps, False)
+    plain_y, plain_rstd = reference_norm(total, weight, eps, False)
+    exact_y, exact_rstd = reference_norm(x64, w64, eps, False)
     yield Check("y", y, plain_y, exact_y, exact_y.abs())
     yield Check("rstd", rstd[:, None], plain_rstd[:, None], exact_rstd[:, None], exact_rstd[:, None])
     dx, dw = kernels.rms_norm_backward(dy, total, weight, rstd, dsum, False)
-    plain = norm_backward(dy, total, weight, plain_rstd, dsum, False)
-    exact = norm_backward(dy64, x64, w64, exact_rstd, None if dsum is None else dsum.double(), False)
+    plain = reference_norm_backward(dy, total, weight, plain_rstd, dsum, False)
+    exact = reference_norm_backward(dy64, x64, w64, exact_rstd, None if dsum is None else dsum.double(), False)
     product = (dy64 * x64 * exact_rstd[:, None]).abs()
     straight = (dy64 * w64).abs() * exact_rstd[:, None]
     mean = (product * w64.abs()).mean(1, keepdim=True)
@@ -101,11 +100,11 @@ def rotary_checks(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Ten
 
 def swiglu_checks(fused: Tensor, dout: Tensor) -> Iterator[Check]:
     """SwiGLU of `fused` [rows, 2 F] and its gradient."""
-    exact = swiglu_forward(fused.double())
-    yield Check("out", kernels.swiglu(fused), swiglu_forward(fused), exact, exact.abs())
-    exact = swiglu_backward(dout.double(), fused.double())
+    exact = reference_swiglu(fused.double())
+    yield Check("out", kernels.swiglu(fused), reference_swiglu(fused), exact, exact.abs())
+    exact = reference_swiglu_backward(dout.double(), fused.double())
     result = kernels.swiglu_backward(dout, fused)
-    yield Check("dfused", result, swiglu_backward(dout, fused), exact, exact.abs())
+    yield Check("dfused", result, reference_swiglu_backward(dout, fused), exact, exact.abs())
 
 
 def cross_entropy_checks(
@@ -134,3 +133,50 @@ def cross_entropy_checks(
     kernels.cross_entropy_gradient_(overwritten, *arguments)
     yield equal("gradient in place", overwritten, gradient)
     yield equal("gradient of padding", gradient[:, width:], torch.zeros_like(gradient[:, width:]))
+
+
+def rotary_tables(positions: int, half: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """fp32 cosines and sines [positions, half] of the usual frequencies, from fp64 angles."""
+    frequency = 500000.0 ** -(torch.arange(half, dtype=torch.float64) / half)
+    angle = torch.outer(torch.arange(positions, dtype=torch.float64), frequency)
+    return angle.cos().float().to(device), angle.sin().float().to(device)
+
+
+def operator_checks(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Check]]:
+    """(operator, check) for every operator: the vector kernels, the scalar ones, and several rows per group."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    for rows, width in ((7, 4096), (70, 1024), (5, 63)):
+        x, dy, residual, dsum = (random(rows, width) for _ in range(4))
+        for check in norm_checks(x, random(width), dy, 1e-5):
+            yield "rms_norm", check
+        for check in norm_checks(x, random(width), dy, 1e-5, residual, dsum):
+            yield "add_rms_norm", check
+    for d, half in ((128, 64), (80, 20)):
+        packed = random(9, 2, (4 + 2 * 2) * d)
+        q, k, _ = packed.unflatten(-1, (8, d)).split((4, 2, 2), -2)
+        positions = torch.randint(0, 50, (2, 9), generator=generator).to(device)
+        for check in rotary_checks(q, k, *rotary_tables(50, half, device), positions):
+            yield "rotary", check
+    for rows, width in ((7, 1792), (5, 33)):
+        for check in swiglu_checks(random(rows, 2 * width), random(rows, width)):
+            yield "swiglu", check
+    for columns, width in ((16032, 16000), (777, 777)):
+        logits, dloss = random(6, columns) * 4, torch.rand(6, generator=generator).to(device)
+        labels = torch.tensor([3, 5 + width // 2, -100, 4, 2 + width, 9]).to(device)
+        for check in cross_entropy_checks(logits, labels, dloss, 3, width):
+            yield "cross_entropy", check
+
+
+def failed_checks(device: torch.device) -> list[str]:
+    """One line for every wrong result of the loaded kernels; empty if all are right."""
+    failed = []
+    for dtype in KERNEL_DTYPES:
+        for op, check in operator_checks(device, dtype):
+            excess = check.excess()
+            if not excess <= 1:
+                failed.append(f"{op} {check.name} in {dtype}: {excess:.3g} times the allowed error")
+    return failed

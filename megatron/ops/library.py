@@ -1,8 +1,6 @@
-"""Chooses between the compiled kernels and the PyTorch references, and says once which and why.
+"""The compiled kernel library of each device type, and whether an operation runs on it or as its PyTorch reference.
 
-`auto`: on a GPU the kernels if the library is there, was built for this GPU and passed its self-test; references
-otherwise, and always on the CPU. `reference`: references. `required`: kernels or an error; on the CPU that means the
-host emulator, which is slow and there for tests.
+`megatron.ops.choose` decides once per process and device type; here the decision is kept and looked up.
 """
 
 from __future__ import annotations
@@ -21,7 +19,6 @@ from megatron.ops.build import LIBRARY_NAME, BuildError, Target, cached_library,
 
 logger = logging.getLogger(__name__)
 
-MODES = ("auto", "reference", "required")
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 PACKAGED_LIBRARY = Path(__file__).parent / LIBRARY_NAME
 
@@ -32,44 +29,48 @@ class KernelsUnavailable(UserError, RuntimeError):
 
 @dataclass
 class _State:
-    mode: str = "auto"
-    verdicts: dict[str, str | None] = field(default_factory=dict)  # device type -> why not, None for "use kernels"
+    required: bool = False
+    reasons: dict[str, str | None] = field(default_factory=dict)  # device type -> why references run, None for kernels
     libraries: dict[str, ctypes.CDLL] = field(default_factory=dict)  # device type -> loaded library
-    said: set[str] = field(default_factory=set)
+    warned: set[str] = field(default_factory=set)
 
 
 _state = _State()
 
 
-def configure(mode: str, device: str | torch.device = "cpu") -> str:
-    """Set the mode for this process; a sentence for the log about what `device` will use.
+def record_choice(kind: str, why_not: str | None, required: bool) -> None:
+    """Keep the choice for one device type: kernels where `why_not` is None, else references for that reason.
 
-    Raises ValueError for an unknown mode and KernelsUnavailable if kernels are required and cannot be had.
+    It replaces every earlier choice. With `required`, `use_kernels` raises instead of answering no.
     """
-    if mode not in MODES:
-        raise ValueError(f"kernels: {mode!r} is not one of {', '.join(MODES)}")
-    _state.mode = mode
-    _state.verdicts.clear()
-    kind = torch.device(device).type
-    why_not = _verdict(kind)
-    if why_not is None:
-        return f"fused ops on {kind}: compiled kernels ({architectures(kind)})"
-    return f"fused ops on {kind}: PyTorch references ({why_not})"
+    _state.required = required
+    _state.reasons = {kind: why_not}
 
 
 def use_kernels(op: str, *tensors: Tensor) -> bool:
-    """Whether `op` runs as a kernel on these tensors; KernelsUnavailable where `required` forbids the answer no."""
-    why_not = _verdict(tensors[0].device.type)
-    if why_not is None:
+    """Whether `op` runs as a kernel on these tensors.
+
+    Raises KernelsUnavailable where kernels are required and there is none for them. On a device type that nothing was
+    chosen for, references run, with a warning unless it is the CPU.
+    """
+    kind = tensors[0].device.type
+    if kind in _state.reasons:
+        if _state.reasons[kind] is not None:
+            return False
         dtype = tensors[0].dtype
         if dtype in KERNEL_DTYPES and all(t.dtype == dtype for t in tensors):
             return True
         why_not = f"no kernel for {', '.join(str(t.dtype) for t in tensors)}"
-        if _state.mode == "required":
-            raise KernelsUnavailable(f"{op}: {why_not}; use one of bf16, fp16, fp32 throughout, or kernels: auto")
-        if why_not not in _state.said:
-            _state.said.add(why_not)
-            logger.warning("%s: PyTorch reference (%s)", op, why_not)
+        advice = "use one of bf16, fp16, fp32 throughout, or kernels: auto"
+    elif kind == "cpu" and not _state.required:
+        return False
+    else:
+        why_not, advice = f"nothing was chosen for {kind}", "call megatron.ops.configure first"
+    if _state.required:
+        raise KernelsUnavailable(f"{op}: {why_not}; {advice}")
+    if why_not not in _state.warned:
+        _state.warned.add(why_not)
+        logger.warning("%s: PyTorch reference (%s)", op, why_not)
     return False
 
 
@@ -78,12 +79,6 @@ def architectures(kind: str) -> str:
     text = _state.libraries[kind].neox_architectures
     text.restype = ctypes.c_char_p
     return str(text().decode())
-
-
-def set_emulated_wave(lanes: int) -> None:
-    """Wave size, 32 or 64, of the emulator's next launches."""
-    if load_library("cpu").neox_emulator_set_wave(lanes):
-        raise ValueError(f"the emulator has waves of 32 and 64 lanes, not {lanes}")
 
 
 def load_library(kind: str) -> ctypes.CDLL:
@@ -110,42 +105,3 @@ def load_library(kind: str) -> ctypes.CDLL:
         except (BuildError, OSError) as error:
             raise KernelsUnavailable(str(error)) from error
     return _state.libraries[kind]
-
-
-def _verdict(kind: str) -> str | None:
-    if kind not in _state.verdicts:
-        _state.verdicts[kind] = _decide(kind)
-    return _state.verdicts[kind]
-
-
-def _decide(kind: str) -> str | None:
-    if _state.mode == "reference":
-        return "asked for"
-    if kind not in ("cuda", "cpu"):
-        return f"there are no kernels for {kind}"
-    if kind == "cpu" and _state.mode == "auto":
-        return "the CPU has no kernels"
-    try:
-        load_library(kind)
-        if kind == "cuda":
-            _check_device()
-    except KernelsUnavailable as error:
-        if _state.mode == "required":
-            raise
-        return str(error)
-    return None
-
-
-def _check_device() -> None:
-    """KernelsUnavailable unless the library was built for the current GPU and its self-test passes there."""
-    from megatron.ops.selftest import failures
-
-    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    name = getattr(properties, "gcnArchName", "").split(":")[0] if torch.version.hip else ""
-    name = name or f"sm_{properties.major}{properties.minor}"
-    built = architectures("cuda")
-    if name not in built.split(","):
-        raise KernelsUnavailable(f"this GPU is {name}, the kernels are for {built}; set NEOX_GPU_ARCHS and rebuild")
-    failed = failures(torch.device("cuda"))
-    if failed:
-        raise KernelsUnavailable(f"the kernels failed their self-test on this GPU: {'; '.join(failed)}")

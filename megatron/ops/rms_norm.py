@@ -55,7 +55,7 @@ def _check(x: Tensor, weight: Tensor) -> None:
         )
 
 
-def reference_forward(x: Tensor, weight: Tensor, eps: float, hf_rounding: bool) -> tuple[Tensor, Tensor]:
+def reference_norm(x: Tensor, weight: Tensor, eps: float, hf_rounding: bool) -> tuple[Tensor, Tensor]:
     """(y [rows, width], rstd [rows]) of a matrix `x`; rstd in the compute dtype."""
     dtype = compute_dtype(x)
     w = weight.to(dtype)
@@ -78,7 +78,7 @@ def reference_forward(x: Tensor, weight: Tensor, eps: float, hf_rounding: bool) 
     return y, rstd[:, 0]
 
 
-def reference_backward(
+def reference_norm_backward(
     dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, dsum: Tensor | None, hf_rounding: bool
 ) -> tuple[Tensor, Tensor]:
     """(dx [rows, width] in x's dtype, dW [width] in the compute dtype) for matrices; `dsum` is added to dx.
@@ -114,7 +114,7 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, hf_rounding: bool) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        y, rstd = reference_forward(rows, weight, eps, hf_rounding)
+        y, rstd = reference_norm(rows, weight, eps, hf_rounding)
         ctx.save_for_backward(rows, weight, rstd)
         ctx.hf_rounding = hf_rounding
         return y.view(x.shape)
@@ -122,7 +122,7 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None, None]:
         rows, weight, rstd = ctx.saved_tensors
-        dx, dw = reference_backward(dy.reshape(rows.shape), rows, weight, rstd, None, ctx.hf_rounding)
+        dx, dw = reference_norm_backward(dy.reshape(rows.shape), rows, weight, rstd, None, ctx.hf_rounding)
         return dx.view(dy.shape), dw.to(weight.dtype), None, None
 
 
@@ -133,7 +133,7 @@ class _AddRmsNorm(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         total = x + residual
         rows = total.reshape(-1, x.shape[-1])
-        y, rstd = reference_forward(rows, weight, eps, hf_rounding)
+        y, rstd = reference_norm(rows, weight, eps, hf_rounding)
         ctx.save_for_backward(total, weight, rstd)
         ctx.hf_rounding = hf_rounding
         ctx.set_materialize_grads(False)
@@ -146,7 +146,7 @@ class _AddRmsNorm(torch.autograd.Function):
             return dsum, dsum, None, None, None
         rows = total.reshape(-1, total.shape[-1])
         extra = None if dsum is None else dsum.reshape(rows.shape)
-        dx, dw = reference_backward(dy.reshape(rows.shape), rows, weight, rstd, extra, ctx.hf_rounding)
+        dx, dw = reference_norm_backward(dy.reshape(rows.shape), rows, weight, rstd, extra, ctx.hf_rounding)
         dx = dx.view(total.shape)
         return dx, dx, dw.to(weight.dtype), None, None
 

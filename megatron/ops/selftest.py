@@ -13,59 +13,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from megatron.ops import kernel_checks
 from megatron.ops.bandwidth import Clock
-from megatron.ops.kernel_checks import Check
-from megatron.ops.library import KERNEL_DTYPES, KernelsUnavailable, architectures, load_library
+from megatron.ops.kernel_checks import failed_checks, rotary_tables
+from megatron.ops.library import KernelsUnavailable, architectures, load_library
 
 kernels = torch.ops.neox
-
-
-def rotary_tables(positions: int, half: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """fp32 cosines and sines [positions, half] of the usual frequencies, from fp64 angles."""
-    frequency = 500000.0 ** -(torch.arange(half, dtype=torch.float64) / half)
-    angle = torch.outer(torch.arange(positions, dtype=torch.float64), frequency)
-    return angle.cos().float().to(device), angle.sin().float().to(device)
-
-
-def checks(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Check]]:
-    """(operator, check) for every operator: the vector kernels, the scalar ones, and several rows per group."""
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(device, dtype)
-
-    for rows, width in ((7, 4096), (70, 1024), (5, 63)):
-        x, dy, residual, dsum = (random(rows, width) for _ in range(4))
-        for check in kernel_checks.norm_checks(x, random(width), dy, 1e-5):
-            yield "rms_norm", check
-        for check in kernel_checks.norm_checks(x, random(width), dy, 1e-5, residual, dsum):
-            yield "add_rms_norm", check
-    for d, half in ((128, 64), (80, 20)):
-        packed = random(9, 2, (4 + 2 * 2) * d)
-        q, k, _ = packed.unflatten(-1, (8, d)).split((4, 2, 2), -2)
-        positions = torch.randint(0, 50, (2, 9), generator=generator).to(device)
-        for check in kernel_checks.rotary_checks(q, k, *rotary_tables(50, half, device), positions):
-            yield "rotary", check
-    for rows, width in ((7, 1792), (5, 33)):
-        for check in kernel_checks.swiglu_checks(random(rows, 2 * width), random(rows, width)):
-            yield "swiglu", check
-    for columns, width in ((16032, 16000), (777, 777)):
-        logits, dloss = random(6, columns) * 4, torch.rand(6, generator=generator).to(device)
-        labels = torch.tensor([3, 5 + width // 2, -100, 4, 2 + width, 9]).to(device)
-        for check in kernel_checks.cross_entropy_checks(logits, labels, dloss, 3, width):
-            yield "cross_entropy", check
-
-
-def failures(device: torch.device) -> list[str]:
-    """One line for every wrong result of the loaded kernels; empty if all are right."""
-    failed = []
-    for dtype in KERNEL_DTYPES:
-        for op, check in checks(device, dtype):
-            excess = check.excess()
-            if not excess <= 1:
-                failed.append(f"{op} {check.name} in {dtype}: {excess:.3g} times the allowed error")
-    return failed
 
 
 def bandwidths(device: torch.device) -> Iterator[tuple[str, float]]:
@@ -117,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"no kernels: {error}", file=sys.stderr)
         return 2
     print(f"kernels for {architectures(kind)} on {torch.cuda.get_device_name() if kind == 'cuda' else 'the CPU'}")
-    failed = failures(device)
+    failed = failed_checks(device)
     for line in failed:
         print(f"WRONG {line}")
     if not failed:

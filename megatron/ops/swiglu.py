@@ -28,7 +28,7 @@ def swiglu(fused: Tensor) -> Tensor:
     return _SwiGlu.apply(fused)
 
 
-def reference_forward(fused: Tensor) -> Tensor:
+def reference_swiglu(fused: Tensor) -> Tensor:
     """[rows, F] of a matrix `fused` [rows, 2 F]."""
     dtype = compute_dtype(fused)
     out = fused.new_empty(fused.shape[0], fused.shape[1] // 2)
@@ -42,7 +42,7 @@ def reference_forward(fused: Tensor) -> Tensor:
     return out
 
 
-def reference_backward(dout: Tensor, fused: Tensor) -> Tensor:
+def reference_swiglu_backward(dout: Tensor, fused: Tensor) -> Tensor:
     """Gradient [rows, 2 F] of `fused`: dup = dout silu(gate), dgate = dout up silu'(gate)."""
     dtype = compute_dtype(fused)
     if torch.compiler.is_compiling():  # Dynamo refuses strided `out=`, and fuses this by itself
@@ -68,13 +68,13 @@ class _SwiGlu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, fused: Tensor) -> Tensor:
         ctx.save_for_backward(fused)
-        return reference_forward(fused.reshape(-1, fused.shape[-1])).view(*fused.shape[:-1], -1)
+        return reference_swiglu(fused.reshape(-1, fused.shape[-1])).view(*fused.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> Tensor:
         (fused,) = ctx.saved_tensors
         rows = fused.reshape(-1, fused.shape[-1])
-        return reference_backward(dout.reshape(rows.shape[0], -1), rows).view(fused.shape)
+        return reference_swiglu_backward(dout.reshape(rows.shape[0], -1), rows).view(fused.shape)
 
 
 # The compiled operators (csrc/rocm_kernels/swiglu.cu): schema, shapes for tracing, gradients.

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.saving import Way, cost_of
+
 pytestmark = pytest.mark.distributed
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,6 +29,28 @@ def test_every_way_is_measured(tmp_path: Path) -> None:
     for cost in facts["seconds"].values():
         assert all(len(cost[name]) == 2 for name in ("blocked", "slowed", "lost", "written"))
         assert all(b <= w for b, w in zip(cost["blocked"], cost["written"], strict=True))
-    assert facts["seconds"]["sync"]["slowed"] == [0.0, 0.0]
     assert "sync / async blocked" in facts["ratios"]
     assert not list(folder.iterdir())
+
+
+class _Written(Way):
+    """A save that is complete after so many steps."""
+
+    def __init__(self, steps: int) -> None:
+        self.left = steps
+
+    def save(self) -> None:
+        pass
+
+    def over(self) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+
+def test_slowed_is_what_the_steps_during_the_write_took_too_long() -> None:
+    steps = iter([2.0, 1.5, 3.0, 99.0])
+    _, slowed, _ = cost_of(_Written(3), lambda: next(steps), usual=1.0)
+    assert slowed == 3.5
+    _, slowed, _ = cost_of(_Written(0), lambda: next(steps), usual=1.0)
+    assert slowed == 0.0, "no step is taken while a save that blocks is written"
+    assert next(steps) == 99.0

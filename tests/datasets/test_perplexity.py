@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from megatron.data.indexed import DataError
 from tests.support.data_commands import ANY_SHARE, cleaned
@@ -89,6 +88,8 @@ def test_a_trained_ngram_knows_language_from_letter_soup(tmp_path: Path, capsys:
 
 
 def test_a_hugging_face_model(vocab_folder: Path, tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=32,

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from megatron.ops import kernel_checks
-from megatron.ops.kernel_checks import Check
-from megatron.ops.library import load_library, set_emulated_wave
-from megatron.ops.selftest import rotary_tables
+from megatron.ops.kernel_checks import Check, rotary_tables
+from tests.support.emulator import set_emulated_wave
 
 pytestmark = pytest.mark.kernels
 
@@ -23,7 +22,6 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 @pytest.fixture(params=[32, 64], ids=["wave32", "wave64"], autouse=True)
 def _wave(request: pytest.FixtureRequest) -> Iterator[None]:
-    load_library("cpu")
     set_emulated_wave(request.param)
     torch.manual_seed(0)
     yield

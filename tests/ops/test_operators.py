@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron import ops
-from megatron.ops import build, kernel_checks, library, selftest
+from megatron.ops import build, choose, kernel_checks, library, selftest
 
 pytestmark = pytest.mark.kernels
 
@@ -34,7 +34,7 @@ def arguments(grad: bool) -> dict[str, tuple[object, ...]]:
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, requires_grad=grad)
 
-    tables = selftest.rotary_tables(9, 4, CPU)
+    tables = kernel_checks.rotary_tables(9, 4, CPU)
     labels = torch.tensor([0, 5, -100])
     norm = (random(3, 64), random(64), 1e-5, False)
     return {
@@ -73,7 +73,7 @@ def through_public_functions() -> list[Tensor]:
     total, y = ops.add_rms_norm(ops.rms_norm(x, weight, 1e-5), residual, weight, 1e-5)
     packed = random(4, 3, 8 * 16)
     q, k, v = packed.unflatten(-1, (8, 16)).split((4, 2, 2), -2)
-    q, k = ops.apply_rotary(q, k, *selftest.rotary_tables(4, 8, CPU))
+    q, k = ops.apply_rotary(q, k, *kernel_checks.rotary_tables(4, 8, CPU))
     fused, logits = random(4, 3, 40), random(4, 3, 50)
     labels = torch.randint(0, 45, (4, 3))
     labels[1] = -100
@@ -99,7 +99,7 @@ def test_required_and_reference_agree() -> None:
 @pytest.mark.parametrize("mode", ["reference", "required"])
 def test_functions_trace_without_a_graph_break(mode: str) -> None:
     ops.configure(mode)
-    cos, sin = selftest.rotary_tables(4, 5, CPU)
+    cos, sin = kernel_checks.rotary_tables(4, 5, CPU)
     labels = torch.tensor([3, -100, 29])
 
     def step(x: Tensor, weight: Tensor, fused: Tensor, q: Tensor) -> Tensor:
@@ -130,17 +130,27 @@ def test_required_refuses_what_has_no_kernel() -> None:
         ops.rms_norm(x.bfloat16(), x[0].float(), 1e-5)
 
 
+def test_a_device_that_nothing_was_chosen_for(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    ops.configure("auto", "cpu")
+    assert not library.use_kernels("swiglu", torch.ones(1, device="meta"))
+    assert "swiglu: PyTorch reference (nothing was chosen for meta)" in caplog.text
+    ops.configure("required", "cpu")
+    with pytest.raises(library.KernelsUnavailable, match=r"nothing was chosen for meta; call megatron\.ops\.configure"):
+        library.use_kernels("swiglu", torch.ones(1, device="meta"))
+    monkeypatch.setattr(library, "_state", library._State())
+    assert not library.use_kernels("swiglu", torch.ones(1)), "the CPU needs no choice"
+
+
 def test_a_failed_build_is_a_reason_not_a_crash(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(library._state, "libraries", {})
     monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
     monkeypatch.setenv("NEOX_CACHE", str(tmp_path))
     with pytest.raises(library.KernelsUnavailable, match="ninja is not on PATH"):
         ops.configure("required")
-    library._state.mode = "auto"
     monkeypatch.setattr(library, "PACKAGED_LIBRARY", tmp_path / "absent")
-    reason = library._decide("cuda")
-    assert reason is not None
-    assert "setup.py build_ext" in reason
+    assert "setup.py build_ext" in ops.configure("auto", "cuda")
 
 
 @pytest.mark.parametrize(
@@ -156,7 +166,7 @@ def test_a_gpu_gets_kernels_only_if_they_fit_and_work(
 ) -> None:
     monkeypatch.setattr(library, "load_library", lambda _: None)
     monkeypatch.setattr(library, "architectures", lambda _: built)
-    monkeypatch.setattr(selftest, "failures", lambda _: wrong)
+    monkeypatch.setattr(choose, "failed_checks", lambda _: wrong)
     monkeypatch.setattr(torch.version, "hip", "6.2")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(gcnArchName=device))
@@ -168,7 +178,7 @@ def test_a_gpu_gets_kernels_only_if_they_fit_and_work(
 
 
 def test_the_self_test_sees_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert selftest.failures(CPU) == []
+    assert kernel_checks.failed_checks(CPU) == []
 
     class Wrong:
         def __getattr__(self, name: str) -> object:
@@ -180,7 +190,7 @@ def test_the_self_test_sees_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> N
             return dx, torch.where(torch.arange(len(dw)) == 17, dw * 1.01, dw)  # the loss would not show it
 
     monkeypatch.setattr(kernel_checks, "kernels", Wrong())
-    failed = selftest.failures(CPU)
+    failed = kernel_checks.failed_checks(CPU)
     assert failed
     assert all(re.match(r"(add_)?rms_norm dweight in torch", line) for line in failed)
     assert selftest.main(["--device", "cpu"]) == 1

@@ -1,7 +1,7 @@
-"""When each stage computes what in one step, from the instructions that DeepSpeed's pipeline engine executes.
+"""When each stage computes what in one step, from the instructions that the pipeline engine executes.
 
-`deepspeed.runtime.pipe.schedule.TrainSchedule` lists a stage's instructions in order; here each gets its time: a
-receive waits for the send it belongs to, everything else follows what is before it.
+The engine lists a stage's instructions in order; here each gets its time: a receive waits for the send it belongs to,
+everything else follows what is before it. Importing this module imports DeepSpeed.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from deepspeed.runtime.pipe import schedule
+from megatron.engine.deepspeed_schedule import stage_instructions
 
 Kind = Literal["forward", "backward"]
 
@@ -27,13 +27,13 @@ class Work:
 
 
 class ScheduleError(RuntimeError):
-    """DeepSpeed's schedule cannot be executed: stages wait for each other."""
+    """The schedule cannot be executed: stages wait for each other."""
 
 
 def timeline(num_micro_batches: int, forward: Sequence[float], backward: Sequence[float]) -> list[Work]:
     """All passes of a step in order of their end; `forward` and `backward` are seconds by stage."""
     stages = len(forward)
-    pending = [list(_instructions(num_micro_batches, stages, stage)) for stage in range(stages)]
+    pending = [stage_instructions(num_micro_batches, stages, stage) for stage in range(stages)]
     clocks = [0.0] * stages
     counts: dict[tuple[int, str], int] = {}
     sent: dict[tuple[int, str, int], float] = {}  # (receiving stage, what, micro-batch) -> time of arrival
@@ -42,7 +42,7 @@ def timeline(num_micro_batches: int, forward: Sequence[float], backward: Sequenc
         progress = False
         for stage, instructions in enumerate(pending):
             while instructions:
-                name = type(instructions[0]).__name__
+                name = instructions[0]
                 number = counts.get((stage, name), 0)
                 if name in _ARRIVES and (stage, _ARRIVES[name], number) not in sent:
                     break
@@ -67,11 +67,6 @@ def timeline(num_micro_batches: int, forward: Sequence[float], backward: Sequenc
 _ARRIVES = {"RecvActivation": "activation", "RecvGrad": "gradient"}
 _SENDS = {"SendActivation": (+1, "activation"), "SendGrad": (-1, "gradient")}
 _PASSES: dict[str, Kind] = {"ForwardPass": "forward", "BackwardPass": "backward"}
-
-
-def _instructions(num_micro_batches: int, stages: int, stage: int) -> list[schedule.PipeInstruction]:
-    steps = schedule.TrainSchedule(micro_batches=num_micro_batches, stages=stages, stage_id=stage)
-    return [instruction for step in steps for instruction in step]
 
 
 def idle_share(work: Sequence[Work], stages: int) -> float:

@@ -1,0 +1,81 @@
+"""The rules of CONTRIBUTING.md that lint-imports does not see: sizes, names, and what tests may import."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+import yaml
+
+from benchmarks.house import GROUPS, Source, class_collisions, function_collisions, library, sources
+
+pytestmark = pytest.mark.unit
+
+ROOT = Path(__file__).resolve().parents[2]
+LONGEST = 500  # lines of a file
+FOLDERS = [folder for folders in GROUPS.values() for folder in folders]
+
+
+@cache
+def files(*folders: str) -> list[Source]:
+    return sources(ROOT, folders)
+
+
+def test_no_file_is_longer_than_500_lines() -> None:
+    assert {str(s.path): s.lines for s in files(*FOLDERS) if s.lines > LONGEST} == {}
+
+
+def test_a_class_name_means_one_thing() -> None:
+    assert class_collisions(library(ROOT)) == {}
+
+
+def test_a_function_that_other_packages_import_has_a_name_of_its_own() -> None:
+    assert function_collisions(library(ROOT)) == {}
+
+
+def test_no_test_imports_a_test() -> None:
+    found = []
+    for source in files("tests"):
+        for one in source.imports:
+            names = {*one.module.split("."), one.name or ""}
+            if one.module.split(".")[0] == "tests" and any(name.startswith("test_") for name in names):
+                found.append(f"{source.path}:{one.line} imports {one.module}")
+    assert found == [], "shared helpers belong in tests/support"
+
+
+def test_collecting_the_tests_imports_no_training_stack() -> None:
+    """DeepSpeed, megatron-core and transformers cost seconds: a test file imports them inside of what uses them."""
+    heavy = {"deepspeed", "megatron.core", "transformers"}
+    found = []
+    for source in files("tests"):
+        top = {node.lineno for node in source.tree.body}
+        for one in source.imports:
+            parts = one.module.split(".")
+            if one.line in top and heavy & {parts[0], ".".join(parts[:2])}:
+                found.append(f"{source.path}:{one.line} imports {one.module}")
+    assert found == []
+
+
+def test_every_path_of_the_hooks_exists() -> None:
+    """Also one in `files:`, whose regular expression here names folders and files."""
+    hooks = [
+        hook
+        for repo in yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+        if repo["repo"] == "local"
+        for hook in repo["hooks"]
+    ]
+    assert {hook["id"] for hook in hooks} >= {"ruff-check", "ruff-format", "mypy", "imports", "schema"}
+    for hook in hooks:
+        words = [word for word in hook["entry"].split() if "/" in word and not word.startswith(".venv/")]
+        words += re.findall(r"\w+/[\w/]+(?:\\?\.\w+)?", hook.get("files", ""))
+        for word in words:
+            assert (ROOT / word.replace("\\", "").split("::")[0]).exists(), f"{hook['id']}: there is no {word}"
+
+
+def test_every_folder_of_tests_has_a_budget() -> None:
+    budget = yaml.safe_load((ROOT / "tests" / "budget.yml").read_text())
+    folders = {path.parent.name for path in (ROOT / "tests").glob("*/test_*.py")}
+    assert set(budget) == folders
+    assert all(minutes > 0 for minutes in budget.values())
