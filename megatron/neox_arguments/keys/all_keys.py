@@ -18,7 +18,8 @@ from megatron.neox_arguments.keys.runtime import RuntimeKeys
 from megatron.neox_arguments.keys.survival import SurvivalKeys
 from megatron.neox_arguments.registry import Registry
 
-# The parallel keys need the model's, the batch sizes need the number of ranks: derivations run in this order.
+# Derivations run in this order: precision and batch sizes need the device and the number of ranks. Problems are
+# reported in it: what is wrong with the model or the ranks often explains the rest.
 REGISTRY = Registry.joined(
     (
         model.registry,
