@@ -83,7 +83,7 @@ def until(cluster: Cluster, folder: Path, job: str, start: int, steps: int) -> N
     cluster.until(trained, f"{steps} steps", 200)
 
 
-@pytest.mark.timeout(600)  # Slurm keeps a requeued job for two minutes if it comes back between two of these starts
+@pytest.mark.timeout(600)
 def test_a_night(cluster: Cluster, data: str, tmp_path: Path, uninterrupted: dict[int, float]) -> None:
     """A rank is killed, the time limit comes near, a node is lost; the fourth start ends as if nothing had happened."""
     script = rendered(tmp_path, ROOT, configs=configure(tmp_path, data))
@@ -109,7 +109,7 @@ def test_a_night(cluster: Cluster, data: str, tmp_path: Path, uninterrupted: dic
     until(cluster, tmp_path, job, 3, 1)
     lost = cluster.run("scontrol", "show", "hostnames", cluster.field(job, "NodeList")).split()[1]
     try:
-        cluster.fail_node(lost)
+        cluster.fail_node(lost, notice=True)
         cluster.start_requeued(job, 3)
         log = finished(cluster, tmp_path, job, "COMPLETED", timeout=400)
     finally:
