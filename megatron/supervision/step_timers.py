@@ -48,17 +48,17 @@ class Phases:
         """A training step. The first one may compile kernels and is not hurried."""
         self._spans.clear()
         self._timed = True
-        self.whereabouts.iteration, self.whereabouts.hurried = iteration, not first
+        self.whereabouts.iteration, self.whereabouts.under_step_timeout = iteration, not first
         with self.during("step"):
             yield
-        self._timed = self.whereabouts.hurried = False
+        self._timed = self.whereabouts.under_step_timeout = False
 
     @contextlib.contextmanager
     def evaluation(self) -> Iterator[None]:
         """An evaluation between steps, hurried as they are."""
-        self.whereabouts.hurried = True
+        self.whereabouts.under_step_timeout = True
         yield
-        self.whereabouts.hurried = False
+        self.whereabouts.under_step_timeout = False
 
     @contextlib.contextmanager
     def unhurried(self, phase: str) -> Iterator[None]:

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 SCRIPT = """
 import os, signal, sys, time
-from megatron.launcher import run
+from megatron.launcher.rank_main import run
 from megatron.parallel.process_groups import initialize
 from megatron.neox_arguments import ConfigError
 

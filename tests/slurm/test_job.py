@@ -17,13 +17,9 @@ import pytest
 
 from launch.render import main
 from tests.support.slurm_cluster import Cluster
-from tests.support.slurm_jobs import configure, finished, light_project, log_of, rendered
+from tests.support.slurm_jobs import ODD, configure, finished, light_project, log_of, rendered
 
 pytestmark = pytest.mark.slurm
-
-# All that shells, Slurm's --export and careless quoting have lost somewhere: see each of them arrive.
-ODD = "two  words 'single' \"double\" a,b=c (x2) [1-3] $HOME $(id) `id` \\ \t ; & | # * ? ~ {a,b} !! % \n next\n"
-
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -189,7 +189,7 @@ SCRIPT = """
 import os, sys, time
 import megatron.data.sampler
 import megatron.trainer.run as loop
-from megatron.launcher import run
+from megatron.launcher.rank_main import run
 
 if __name__ == "__main__":
     mode, rank = os.environ["MODE"], int(os.environ["RANK"])

@@ -230,6 +230,7 @@ class Cluster:
         less than the second in which its last start was ended, to which a node's revoked credential counts.
         """
         due: float | None = None
+        update = ("scontrol", "update", f"JobId={job}", "StartTime=now+2seconds")
 
         def started() -> bool:
             nonlocal due
@@ -237,9 +238,9 @@ class Cluster:
             if restarts != times or state not in ("PENDING", "COMPLETING", "CONFIGURING"):
                 return restarts >= times
             # Slurm forgets a time that is set while nodes still clean up, so it may have to be set again.
-            if state == "PENDING" and (due is None or time.monotonic() > due):
-                if self.succeeds("scontrol", "update", f"JobId={job}", "StartTime=now+2seconds"):
-                    due = time.monotonic() + 4
+            overdue = due is None or time.monotonic() > due
+            if state == "PENDING" and overdue and self.succeeds(*update):
+                due = time.monotonic() + 4
             return False
 
         self.until(started, f"job {job} back in the queue", timeout)
