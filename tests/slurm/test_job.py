@@ -21,6 +21,7 @@ from tests.support.slurm_jobs import ODD, configure, finished, light_project, lo
 
 pytestmark = pytest.mark.slurm
 
+
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return light_project(tmp_path_factory.mktemp("checkout") / "project")

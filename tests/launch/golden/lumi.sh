@@ -69,9 +69,9 @@ if setpriv --pdeathsig=KILL true 2>/dev/null; then tied=(setpriv --pdeathsig=KIL
 # Where this script ends while the ranks run: srun gets five seconds to end them in order.
 end_step() {
     trap '' TERM
-    if [[ -z $step ]] || ! kill -TERM "$step" 2>/dev/null; then return; fi
+    if [[ -z $step ]] || ! kill -TERM "$step" 2>/dev/null; then return 0; fi
     for _ in {1..50}; do
-        if ! kill -0 "$step" 2>/dev/null; then return; fi
+        if ! kill -0 "$step" 2>/dev/null; then return 0; fi
         sleep 0.1
     done
     kill -KILL "$step" 2>/dev/null || true
