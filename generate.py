@@ -2,7 +2,7 @@
 """Text from a checkpoint: python deepy.py generate.py model.yml run.yml --load DIR -i prompts.txt -o out.jsonl"""
 
 from megatron.generation.prompts import generate_text
-from megatron.launcher import run
+from megatron.launcher.rank_main import run
 
 if __name__ == "__main__":
     run(generate_text, task="generate")

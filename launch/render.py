@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from launch.sites import SITES, Site, Software, folder_of, read_site, seconds, time_limit  # noqa: E402
-from megatron.launcher.start import QUIET  # noqa: E402
+from megatron.launcher.local import IGNORED_WARNINGS  # noqa: E402
 from megatron.neox_arguments import ConfigError, NeoXArgs  # noqa: E402
 from megatron.neox_arguments.load import parse_overrides, resolve_path  # noqa: E402
 
@@ -222,7 +222,7 @@ def environment_lines(options: argparse.Namespace, args: NeoXArgs, site: Site) -
     lines += ["", "# What deepy.py sets for the ranks that it starts."]
     lines.append("# megatron-core: tensor-parallel all-reduces start before the next matrix product.")
     lines.append("export CUDA_DEVICE_MAX_CONNECTIONS=1")
-    lines.append(f"export PYTHONWARNINGS={shlex.quote(','.join(QUIET))}")
+    lines.append(f"export PYTHONWARNINGS={shlex.quote(','.join(IGNORED_WARNINGS))}")
     if args.device == "cpu":
         lines += ["# DeepSpeed would take a GPU that it sees.", "export DS_ACCELERATOR=cpu"]
         lines.append("export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}")

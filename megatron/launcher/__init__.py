@@ -1,11 +1,7 @@
-"""From `python deepy.py train.py a.yml b.yml` to a rank that knows its place.
+"""From `python deepy.py train.py a.yml b.yml` to running ranks.
 
-You are here: neox_arguments -> **launcher** -> model -> trainer -> checkpoint. `deepy.py` calls `command_line`, which
-checks the configuration and has `start` run one of two small programs: `fork` (CPU ranks forked from one process that
-has imported everything) or `torchrun`. A rank's script calls `run(program)`; the program calls
-`megatron.parallel.process_groups.initialize(args)`. Nothing here but `fork` and `torchrun` imports torch.
+`command_line` checks the configuration and starts the ranks: on one machine through `local`, which runs `fork` (CPU
+ranks forked from one process that has imported everything) or `torchrun`; in a Slurm allocation through `slurm`, by one
+srun. A rank's script calls `rank_main.run(program)`; the program calls `megatron.parallel.process_groups.initialize`.
+Only `fork` and `torchrun` import torch.
 """
-
-from megatron.launcher.rank_main import run, worker_args
-
-__all__ = ["run", "worker_args"]

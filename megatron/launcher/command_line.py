@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from megatron.launcher.local import start_local
 from megatron.launcher.slurm import run_as_rank, start_by_srun, uses_srun
-from megatron.launcher.start import start
 from megatron.neox_arguments import ConfigError, NeoXArgs
 from megatron.neox_arguments.load import parse_overrides, resolve_path
 from megatron.neox_arguments.registry import Task
@@ -23,26 +23,27 @@ if TYPE_CHECKING:
 USAGE = """\
 usage: python deepy.py SCRIPT CONFIG [CONFIG ...] [-d FOLDER] [--KEY VALUE ...] [--print-config] [--dry-run] [--help]
 
-Checks the configuration, then starts SCRIPT (train.py, eval.py or generate.py) on all ranks: those of this machine, or,
-in a Slurm allocation, by one srun. Started itself as a rank (srun python deepy.py ...), it runs SCRIPT.
+Checks the configuration, then starts SCRIPT (train.py, eval.py or generate.py) on all ranks: those of this machine or,
+in a Slurm allocation, all ranks of the job by one srun. If it was started as a rank itself (srun python deepy.py ...),
+it runs SCRIPT.
 
-  CONFIG            YAML files, merged; `.yml` may be left out; a key in two files is an error
-  -d, --conf_dir    folder that is put in front of every CONFIG
+  CONFIG            YAML files, merged; `.yml` may be omitted; a key must not be in two files
+  -d, --conf_dir    folder that is prepended to every CONFIG
   -i, -o FILE       sample_input_file and sample_output_file
-  --KEY VALUE       sets any key after merging: --train_iters 10 --optimizer.params.lr 1e-5 --from_scratch
-  --print-config    prints the merged and derived configuration and what DeepSpeed gets, starts nothing
-  --dry-run         prints the plan of a training: memory of every stage, time, checkpoint size; starts nothing, needs
-                    no GPU and no data. Exit code 2 if it does not fit. With it:
+  --KEY VALUE       set any key after merging: --train_iters 10 --optimizer.params.lr 1e-5 --from_scratch
+  --print-config    print the merged and derived configuration and what DeepSpeed gets, and start nothing
+  --dry-run         print the plan of a training: memory of every stage, time, checkpoint size. Starts nothing and needs
+                    no GPU and no data. Exit code 2 if the plan does not fit into memory. With it:
       --json            as JSON
       --machine NAME    frontier (default) or lumi
-      --usable-gib X    memory of a GCD that may be used, default the machine's
-      --allow-memory    a plan that does not fit is no error
-      --token-budget N  days and node-hours for so many tokens
-      --search          all layouts of the same ranks and global batch, ranked
+      --usable-gib X    usable memory of a GCD, default the machine's
+      --allow-memory    do not fail if the plan exceeds memory
+      --token-budget N  days and node-hours for N tokens
+      --search          rank all layouts of the same number of ranks and global batch
       --picture FILE    the pipeline's schedule and the memory of the stages as .png or .svg
-  --help            this text
+  --help            print this text
 
-Keys: docs/configuration.md. The exit code is the job's; 2 is a configuration that cannot be right.
+Keys: docs/configuration.md. The exit code is the job's; 2 means that the configuration cannot be right.
 """
 
 _SHORT = {"-i": "--sample_input_file", "-o": "--sample_output_file", "-H": "--hostfile"}
@@ -50,21 +51,23 @@ _TASKS: dict[str, Task] = {"eval.py": "eval", "generate.py": "generate"}
 
 
 @dataclass
-class Request:
+class Invocation:
+    """What deepy.py was asked to do."""
+
     script: Path
     configs: list[Path]
     overrides: dict[str, Any] = field(default_factory=dict)
-    options: list[str] = field(default_factory=list)  # the overrides as they were typed
+    options: list[str] = field(default_factory=list)  # the overrides as typed
     print_config: bool = False
     plan: PlanOptions | None = None  # --dry-run
 
     @property
     def task(self) -> Task:
-        """What the script needs of a configuration; an unknown script is taken for a training."""
+        """Which keys the script needs; an unknown script is treated as a training."""
         return _TASKS.get(self.script.name, "train")
 
 
-def parse(arguments: list[str]) -> Request:
+def parse_command_line(arguments: list[str]) -> Invocation:
     """Split deepy's arguments; raises ConfigError."""
     words = list(arguments)
     folder = _take(words, ("-d", "--conf_dir", "--conf-dir"))
@@ -83,10 +86,10 @@ def parse(arguments: list[str]) -> Request:
         raise ConfigError(f"{script}: no such script; train.py, eval.py and generate.py are in the project's folder")
     options = [_SHORT.get(word, word) for word in options]
     configs = [resolve_path(name, folder) for name in positional[1:]]
-    request = Request(script, configs, parse_overrides(options), options, print_config, plan)
-    if plan is not None and request.task != "train":
+    invocation = Invocation(script, configs, parse_overrides(options), options, print_config, plan)
+    if plan is not None and invocation.task != "train":
         raise ConfigError(f"--dry-run plans a training, not {script.name}; give train.py")
-    return request
+    return invocation
 
 
 def _take(words: list[str], names: tuple[str, ...]) -> str | None:
@@ -109,8 +112,8 @@ def _take_flag(words: list[str], names: tuple[str, ...]) -> bool:
     return bool(found)
 
 
-def describe(args: NeoXArgs) -> str:
-    """The resolved configuration as YAML: every key, then what is derived, then DeepSpeed's dictionary."""
+def configuration_as_yaml(args: NeoXArgs) -> str:
+    """The resolved configuration as YAML: all keys, the derived values, DeepSpeed's configuration."""
     derived = {
         "data_parallel_size": args.data_parallel_size,
         "head_dim": args.head_dim,
@@ -120,9 +123,9 @@ def describe(args: NeoXArgs) -> str:
     if args.seq_length and args.train_batch_size:
         derived["tokens_per_step"] = args.train_batch_size * args.seq_length
     parts = [
-        ("the keys, all of them", args.model_dump()),
-        ("derived", derived),
-        ("what DeepSpeed gets", {"deepspeed_config": args.deepspeed_config}),
+        ("all keys", args.model_dump()),
+        ("derived values", derived),
+        ("DeepSpeed's configuration", {"deepspeed_config": args.deepspeed_config}),
     ]
     text = [f"# {title}\n{yaml.safe_dump(content, sort_keys=False, width=120)}" for title, content in parts]
     return "\n".join(text)
@@ -134,24 +137,25 @@ def main(arguments: list[str]) -> int:
         print(USAGE, end="")
         return 0 if arguments else 2
     try:
-        request = parse(arguments)
-        if started_as_rank() and not request.print_config and request.plan is None:
-            run_as_rank(request.script, [*map(str, request.configs), *request.options])
-        args = NeoXArgs.from_ymls(request.configs, request.overrides, task=request.task)
+        invocation = parse_command_line(arguments)
+        if started_as_rank() and not invocation.print_config and invocation.plan is None:
+            run_as_rank(invocation.script, [*map(str, invocation.configs), *invocation.options])
+        args = NeoXArgs.from_ymls(invocation.configs, invocation.overrides, task=invocation.task)
     except ConfigError as error:
         print(f"deepy.py: {error}", file=sys.stderr)
         return 2
     for note in args.notes:
         print(f"note: {note}", file=sys.stderr)
-    if request.print_config:
-        print(describe(args), end="")
+    if invocation.print_config:
+        print(configuration_as_yaml(args), end="")
         return 0
     try:
-        if request.plan is not None:
+        if invocation.plan is not None:
             from megatron.planner.front.command import dry_run
 
-            return dry_run(args, request.plan)
-        return start_by_srun(request.script, args) if uses_srun(args, os.environ) else start(request.script, args)
+            return dry_run(args, invocation.plan)
+        start = start_by_srun if uses_srun(args, os.environ) else start_local
+        return start(invocation.script, args)
     except ConfigError as error:
         print(f"deepy.py: {error}", file=sys.stderr)
         return 2

@@ -1,9 +1,9 @@
 """`python -m megatron.launcher.fork RANKS FOLDER SCRIPT [ARGUMENT ...]`: local ranks forked from one process.
 
-Importing torch, DeepSpeed and megatron-core costs 7 to 8 s of CPU a process: eight ranks that import for themselves
-on two cores wait a minute for it, ranks forked from one process that has imported once wait a few seconds. No thread
-and no process group exists before the fork, which is why torch's elastic agent (it starts a store's threads first) is
-not used here. Ranks meet through a file in FOLDER.
+Importing torch, DeepSpeed and megatron-core costs 7 to 8 s of CPU time per process. Eight ranks that import separately
+on two cores need a minute; forked from one process that has imported once, they need a few seconds. No thread and no
+process group may exist before the fork, which rules out torch's elastic agent (it starts the threads of a store first).
+Ranks rendezvous through a file in FOLDER.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from pathlib import Path
 from types import FrameType
 
 from megatron.common.processes import die_with_parent, how_it_ended, shell_code
-from megatron.launcher.start import GRACE_SECONDS
+from megatron.launcher.local import GRACE_SECONDS
 from megatron.parallel.rank_env import node_name
 from megatron.supervision.failures import LOST, REQUEUE, USER_ERROR, claim_failure
 
-FAILURE_GRACE_SECONDS = 10.0  # how long the others may run on once one rank has failed
+FAILURE_GRACE_SECONDS = 10.0  # how long the other ranks may run on after the first failure
 PRELOAD = ("torch", "deepspeed", "megatron.core.tensor_parallel")
 
 Rank = multiprocessing.context.ForkProcess
@@ -38,11 +38,10 @@ class _Stop(BaseException):
 
 
 def _rank(rank: int, ranks: int, folder: Path, command: list[str], parent: int) -> None:
-    """Body of a forked rank: the script as `__main__`, as if it had been started alone."""
+    """Body of a forked rank: run the script as `__main__`."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # A warning that comes during start-up waits until the training listens (StopRequest); a program that never does
-    # is not ended by it.
+    # A warning during start-up is held back until StopRequest handles it; it does not kill a program that never does.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     signal.signal(signal.SIGUSR1, signal.SIG_DFL)
     die_with_parent(parent, signal.SIGKILL)
@@ -57,18 +56,18 @@ def _rank(rank: int, ranks: int, folder: Path, command: list[str], parent: int) 
     try:
         runpy.run_path(command[0], run_name="__main__")
     finally:
-        atexit._run_exitfuncs()  # multiprocessing leaves by os._exit, which would skip what libraries registered
+        atexit._run_exitfuncs()  # multiprocessing ends by os._exit, which skips exit handlers of libraries
 
 
 def _preload(script: str) -> None:
     for name in PRELOAD:
         importlib.import_module(name)
-    runpy.run_path(script, run_name="__preload__")  # what the script imports, without what it does
+    runpy.run_path(script, run_name="__preload__")  # runs the script's imports only
 
 
 def main(arguments: list[str]) -> int:
     """Exit code of the first rank that failed; 0 if none did."""
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are here, whatever the host's name resolves to
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are on this machine, whatever its name resolves to
     die_with_parent(os.getppid(), signal.SIGTERM)
     ranks, folder, command = int(arguments[0]), Path(arguments[1]), arguments[2:]
     stop: list[int] = []
@@ -125,31 +124,34 @@ def _terminate(running: dict[int, Rank]) -> None:
 
 
 def _watch(running: dict[int, Rank], failed: list[int], folder: Path, deadline: float | None) -> None:
-    """Wait until no rank runs. After a failure the others get time to end, then SIGTERM, then SIGKILL."""
-    asked = deadline is not None
+    """Wait until no rank runs. After a failure the others get time to end, then SIGTERM, then SIGKILL.
+
+    Codes of failed ranks are appended to `failed`. A `deadline` (monotonic seconds) means that SIGTERM was sent.
+    """
+    kill_next = deadline is not None  # whether SIGKILL follows at the deadline, without another SIGTERM
     while running:
         timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
         ended = wait([process.sentinel for process in running.values()], timeout)
-        if not ended and asked:
+        if not ended and kill_next:
             for process in running.values():
                 process.kill()
             deadline = None
         elif not ended:
             _terminate(running)
-            asked, deadline = True, time.monotonic() + FAILURE_GRACE_SECONDS
+            kill_next, deadline = True, time.monotonic() + FAILURE_GRACE_SECONDS
         for rank, process in list(running.items()):
             if process.sentinel not in ended:
                 continue
             process.join()
             del running[rank]
             code = process.exitcode or 0
-            if code and not failed and not asked:
-                said = f"rank {rank} on {node_name(os.environ)} {how_it_ended(code)}"
-                claim_failure(folder, shell_code(code), said)  # the others need not say that they lost this one
-                if code not in (USER_ERROR, REQUEUE, LOST):  # else the rank has said all there is to say
-                    print(f"{said}; the other ranks are stopped", file=sys.stderr, flush=True)
+            if code and not failed and not kill_next:
+                end = f"rank {rank} on {node_name(os.environ)} {how_it_ended(code)}"
+                claim_failure(folder, shell_code(code), end)  # so that the others do not report it as lost
+                if code not in (USER_ERROR, REQUEUE, LOST):  # these have been reported by the rank
+                    print(f"{end}; the other ranks are stopped", file=sys.stderr, flush=True)
                 deadline = time.monotonic() + FAILURE_GRACE_SECONDS
-                asked = code == LOST  # then nobody is waited for but who cannot end by itself
+                kill_next = code == LOST  # ranks that can end by themselves do so; hung ones ignore SIGTERM
             if code:
                 failed.append(code)
 

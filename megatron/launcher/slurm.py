@@ -1,4 +1,4 @@
-"""deepy.py where others start processes: in a Slurm allocation (one srun), and as a rank that was started already."""
+"""deepy.py under Slurm: in an allocation it starts all ranks by one srun; started by srun, it is a rank itself."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
 
-from megatron.launcher.start import environment, supervise, write_handover
+from megatron.launcher.local import rank_environment, supervise
 from megatron.neox_arguments import ConfigError, NeoXArgs
+from megatron.parallel.handover import write_handover
 from megatron.supervision.failures import recorded_code
 
 
 def in_allocation(env: Mapping[str, str]) -> bool:
-    """Whether this is the batch script of a Slurm job, or a shell in an allocation: a place to call srun from."""
+    """Whether this process runs inside a Slurm job, in its batch script or a shell, and can call srun."""
     return "SLURM_JOB_ID" in env
 
 
 def uses_srun(args: NeoXArgs, env: Mapping[str, str]) -> bool:
-    """Whether deepy.py starts the ranks by srun. Raises ConfigError where it should and cannot."""
+    """Whether deepy.py starts the ranks by srun. Raises ConfigError if it should and there is no allocation."""
     if args.launcher == "slurm" and not in_allocation(env):
         raise ConfigError(
             "launcher: slurm outside of a Slurm allocation; submit a job (docs/launching.md) or open one with salloc"
@@ -37,8 +38,11 @@ def uses_srun(args: NeoXArgs, env: Mapping[str, str]) -> bool:
 
 
 def srun_command(args: NeoXArgs, env: Mapping[str, str]) -> list[str]:
-    """One srun for all ranks, numbered node by node. The environment is passed whole: values in `--export=A=b` are cut
-    at commas. Raises ConfigError if the allocation has another number of nodes than the configuration."""
+    """The srun that starts all ranks, numbered node by node.
+
+    It passes on the whole environment, because `--export=A=b` cuts values at commas. Raises ConfigError if the
+    allocation and the configuration differ in their number of nodes.
+    """
     nodes = int(env.get("SLURM_JOB_NUM_NODES") or env.get("SLURM_NNODES") or "1")
     if nodes != args.num_nodes:
         raise ConfigError(
@@ -60,9 +64,10 @@ def srun_command(args: NeoXArgs, env: Mapping[str, str]) -> list[str]:
 
 
 def start_by_srun(script: Path, args: NeoXArgs) -> int:
-    """Run `script` on all ranks of the allocation; returns the code of the rank that failed first.
+    """Run `script` on all ranks of the allocation; returns the exit code of the rank that failed first.
 
-    The configuration travels as a file that all nodes must see: beside the checkpoints, or in the working directory.
+    The ranks read the configuration from a file that all nodes must see: it is written to the checkpoints' folder, or
+    to the working directory.
     """
     if shutil.which("srun") is None:
         raise ConfigError("this is a Slurm job, but srun is not on PATH; call deepy.py outside of the container")
@@ -72,17 +77,17 @@ def start_by_srun(script: Path, args: NeoXArgs) -> int:
     folder = Path(tempfile.mkdtemp(prefix=f".neox_run_{os.environ['SLURM_JOB_ID']}_", dir=parent)).resolve()
     try:
         handover = write_handover(args, folder)
-        # A warning during start-up would end a rank: it waits until the training listens (StopRequest).
+        # Slurm's warning would kill a rank during start-up: it is held back until StopRequest handles it.
         python = ["env", "--block-signal=USR1", sys.executable, "-u", str(script.resolve())]
-        code = supervise([*command, *python, "--neox-args", str(handover)], environment(args))
-        # srun gives the highest code of all tasks, such as that of a rank which it ended because another had failed.
+        code = supervise([*command, *python, "--neox-args", str(handover)], rank_environment(args))
+        # srun returns the highest code of all tasks, often that of a rank which it killed after another had failed.
         return code and (recorded_code(folder) or code)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def run_as_rank(script: Path, arguments: list[str]) -> NoReturn:
-    """Become the rank: `script` as `__main__`, with `arguments` (files and overrides, each rank reads them itself)."""
+    """Run `script` as `__main__` in this process, with `arguments`: files and overrides, which each rank reads."""
     sys.argv = [str(script), *arguments]
     sys.path.insert(0, str(script.resolve().parent))
     runpy.run_path(str(script), run_name="__main__")

@@ -1,7 +1,7 @@
 """`python -m megatron.launcher.torchrun RANKS FOLDER SCRIPT [ARGUMENT ...]`: `torch.distributed.run` on one machine.
 
-The same as `torchrun --standalone --nproc-per-node RANKS SCRIPT ...`, without its page of tracebacks when a rank ends
-with an error: the rank itself has said what happened.
+The same as `torchrun --standalone --nproc-per-node RANKS SCRIPT ...`, without its page of tracebacks when a rank fails:
+the rank itself has reported the error.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 
 from megatron.common.processes import children, die_with_parent, how_it_ended, shell_code
-from megatron.launcher.start import GRACE_SECONDS
+from megatron.launcher.local import GRACE_SECONDS
 from megatron.parallel.rank_env import node_name
 from megatron.supervision.failures import LOST, REQUEUE, USER_ERROR, recorded_code
 
@@ -38,9 +38,9 @@ def main(arguments: list[str]) -> int:
             return REQUEUE
         rank, failure = error.get_first_failure()
         code = failure.exitcode
-        if code not in (USER_ERROR, LOST):  # else the rank has said all there is to say
-            said = f"rank {rank} on {node_name(os.environ)} {how_it_ended(code)}"
-            print(f"{said}; the other ranks were stopped", file=sys.stderr)
+        if code not in (USER_ERROR, LOST):  # these have been reported by the rank
+            end = f"rank {rank} on {node_name(os.environ)} {how_it_ended(code)}"
+            print(f"{end}; the other ranks were stopped", file=sys.stderr)
         return shell_code(code)
     except SignalException as stop:
         return REQUEUE if recorded_code(Path(folder)) == REQUEUE else 128 + stop.sigval
@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _pass_on(number: int, frame: FrameType | None) -> None:
-    """Slurm's warning to the ranks; torch's agent would end at once."""
+    """Pass Slurm's warning to the ranks; torch's agent would exit at once."""
     for child in children(os.getpid()):
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, number)

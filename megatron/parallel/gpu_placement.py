@@ -87,7 +87,7 @@ def _mask(env: Mapping[str, str], name: str) -> list[str] | None:
     return None if value is None else [item.strip() for item in value.split(",") if item.strip()]
 
 
-def check_nodes(seats: Sequence[Seat]) -> None:
+def check_tensor_groups(seats: Sequence[Seat]) -> None:
     """Raise ConfigError if a tensor-parallel group leaves its node; its traffic is made for links inside of one."""
     groups: dict[tuple[int, int], list[Seat]] = defaultdict(list)
     for seat in seats:
@@ -116,7 +116,7 @@ def check_devices(seats: Sequence[Seat]) -> None:
             )
 
 
-def table(seats: Sequence[Seat], numa: Mapping[int, int | None] | None = None) -> list[str]:
+def seat_table(seats: Sequence[Seat], numa: Mapping[int, int | None] | None = None) -> list[str]:
     """A line per rank: rank, node, local rank, device, NUMA domain, coordinates. `numa` is by rank."""
     rows = [("rank", "node", "local", "device", "numa", "pipe", "data", "tensor")]
     for seat in seats:
@@ -137,7 +137,7 @@ def table(seats: Sequence[Seat], numa: Mapping[int, int | None] | None = None) -
     return ["  ".join(item.rjust(width) for item, width in zip(row, widths, strict=True)) for row in rows]
 
 
-def summary(seats: Sequence[Seat]) -> str:
+def seat_summary(seats: Sequence[Seat]) -> str:
     """One line about all ranks: nodes, ranks on each, and that tensor-parallel groups stay inside."""
     by_node: dict[str, int] = defaultdict(int)
     for seat in seats:

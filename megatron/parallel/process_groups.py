@@ -14,9 +14,17 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron.neox_arguments import ConfigError, NeoXArgs
-from megatron.parallel.gpu_placement import Seat, check_devices, check_nodes, coordinates, device_index, summary, table
+from megatron.parallel.gpu_placement import (
+    Seat,
+    check_devices,
+    check_tensor_groups,
+    coordinates,
+    device_index,
+    seat_summary,
+    seat_table,
+)
 from megatron.parallel.place import Place
-from megatron.parallel.rank_env import Ranks, find_ranks, node_name, set_rendezvous
+from megatron.parallel.rank_env import StartedRank, find_started_rank, node_name, set_rendezvous
 
 ROWS_SHOWN = 64  # ranks; the table of a larger run goes to a file alone
 
@@ -37,7 +45,7 @@ class ModelGroups:
 def initialize(args: NeoXArgs) -> Place:
     """Process group, device and megatron-core's groups, for a rank that was started.
 
-    Reads who it is from the environment (`ranks`), and MASTER_ADDR and MASTER_PORT unless the launcher gave a
+    Reads who it is from the environment (`rank_env`), and MASTER_ADDR and MASTER_PORT unless the launcher gave a
     rendezvous of its own. Raises ConfigError if the ranks do not hold the same configuration, are not as many as it
     says, tear a tensor-parallel group apart or share a GPU, and RuntimeError if megatron-core numbers ranks otherwise.
     """
@@ -96,9 +104,9 @@ def set_timeouts(minutes: int) -> None:
         dist.distributed_c10d._set_pg_timeout(timedelta(minutes=minutes), group)
 
 
-def started_ranks(args: NeoXArgs) -> Ranks:
+def started_ranks(args: NeoXArgs) -> StartedRank:
     """Who this process is. Raises ConfigError if nobody started it, or as one of too many or too few."""
-    started = find_ranks(os.environ)
+    started = find_started_rank(os.environ)
     if started is None:
         raise ConfigError(
             "nobody started this process as a rank (neither RANK, WORLD_SIZE and LOCAL_RANK nor Slurm's variables are "
@@ -111,7 +119,7 @@ def started_ranks(args: NeoXArgs) -> Ranks:
     return started
 
 
-def take_device(args: NeoXArgs, started: Ranks) -> torch.device:
+def take_device(args: NeoXArgs, started: StartedRank) -> torch.device:
     """This rank's device: the only visible GPU, or the one with the local rank's number."""
     if args.device == "cpu":
         return torch.device("cpu")
@@ -120,7 +128,7 @@ def take_device(args: NeoXArgs, started: Ranks) -> torch.device:
     return torch.device("cuda", index)
 
 
-def report_seats(args: NeoXArgs, started: Ranks, device: torch.device) -> None:
+def report_seats(args: NeoXArgs, started: StartedRank, device: torch.device) -> None:
     """Gather where all ranks sit, check it on all of them, and say it on rank 0. Collective."""
     mine = find_seat(args, started, device)
     told: list[tuple[Seat, int | None]] = [mine] * started.world_size
@@ -130,7 +138,7 @@ def report_seats(args: NeoXArgs, started: Ranks, device: torch.device) -> None:
         print_seats(args, told)
 
 
-def find_seat(args: NeoXArgs, started: Ranks, device: torch.device) -> tuple[Seat, int | None]:
+def find_seat(args: NeoXArgs, started: StartedRank, device: torch.device) -> tuple[Seat, int | None]:
     """This rank's seat, and the NUMA domain of its GPU if the kernel tells."""
     sizes = (args.pipe_parallel_size, args.data_parallel_size, args.model_parallel_size)
     identity, numa = (None, None) if device.type == "cpu" else _gpu(device.index)
@@ -140,7 +148,7 @@ def find_seat(args: NeoXArgs, started: Ranks, device: torch.device) -> tuple[Sea
 
 def check_seats(seats: Sequence[Seat]) -> None:
     """Raise ConfigError for a tensor-parallel group that leaves its node, or a GPU that two ranks have taken."""
-    check_nodes(seats)
+    check_tensor_groups(seats)
     check_devices(seats)
 
 
@@ -149,8 +157,8 @@ def print_seats(args: NeoXArgs, told: Sequence[tuple[Seat, int | None]]) -> None
     seats = [seat for seat, _ in told]
     if args.device == "cpu" and len({seat.node for seat in seats}) == 1:
         return
-    print(summary(seats), flush=True)
-    rows = table(seats, {seat.rank: domain for seat, domain in told})
+    print(seat_summary(seats), flush=True)
+    rows = seat_table(seats, {seat.rank: domain for seat, domain in told})
     if len(seats) <= ROWS_SHOWN or not args.log_dir:
         print("\n".join(rows), flush=True)
         return

@@ -1,8 +1,8 @@
-"""Who this process is among the ranks: from Slurm's variables, from torchrun's, or from nothing.
+"""The environment of a rank: its number and the number of ranks, its node, where the ranks rendezvous.
 
-A rank is started by `srun` (SLURM_PROCID, SLURM_NTASKS, SLURM_LOCALID), by torchrun or deepy.py (RANK, WORLD_SIZE,
-LOCAL_RANK), or it is the only one. Two sources that contradict each other stop: DeepSpeed and mpi4py guess, and a wrong
-guess is a run in which every process is rank 0 of 1. Standard library only, no ssh, no hostfile.
+A rank is started by `srun` (SLURM_PROCID, SLURM_NTASKS, SLURM_LOCALID) or by torchrun or deepy.py (RANK, WORLD_SIZE,
+LOCAL_RANK). Contradicting variables are an error: DeepSpeed and mpi4py guess, and after a wrong guess every process is
+rank 0 of 1. Standard library only, no ssh, no hostfile.
 """
 
 from __future__ import annotations
@@ -15,26 +15,34 @@ from dataclasses import dataclass
 
 from megatron.common.errors import ConfigError
 
+# Warnings that every rank would print: megatron-core's about libraries that this project does not need, torch's about a
+# name that DeepSpeed and megatron-core still use.
+IGNORED_WARNINGS = (
+    "ignore:Transformer Engine and Apex are not installed",
+    "ignore:`torch.distributed.all_gather_into_tensor` is deprecated",
+    "ignore:`torch.distributed.reduce_scatter_tensor` is deprecated",
+)
+
 PORTS = range(20000, 32000)  # below Linux's ephemeral ports, which begin at 32768
 
 
 @dataclass(frozen=True)
-class Ranks:
-    """A process's global and node-local number, and how many there are of either."""
+class StartedRank:
+    """How this process was started: its global and node-local rank, and how many ranks there are of either kind."""
 
     rank: int
     world_size: int
     local_rank: int
     local_world_size: int | None  # None where the source does not say
-    source: str  # whose variables said so, for messages
+    source: str  # the variable that rank was read from, for messages
 
 
-def find_ranks(env: Mapping[str, str]) -> Ranks | None:
-    """This process's place, None if nobody started it as a rank. Raises ConfigError for half or contradicting sets."""
+def find_started_rank(env: Mapping[str, str]) -> StartedRank | None:
+    """None if this process was not started as a rank. Raises ConfigError for incomplete or contradicting variables."""
     torch, slurm = _from_torch(env), _from_slurm(env)
     if torch is None or slurm is None:
         return torch or slurm
-    # torchrun as a Slurm task starts ranks of its own: their numbers are torchrun's, Slurm's are those of the agents.
+    # If torchrun is a Slurm task, its ranks have torchrun's numbers, and Slurm's are those of the agents.
     if "TORCHELASTIC_RUN_ID" in env or slurm.world_size == 1:
         return torch
     if (torch.rank, torch.world_size, torch.local_rank) != (slurm.rank, slurm.world_size, slurm.local_rank):
@@ -47,21 +55,21 @@ def find_ranks(env: Mapping[str, str]) -> Ranks | None:
     return torch
 
 
-def _from_torch(env: Mapping[str, str]) -> Ranks | None:
+def _from_torch(env: Mapping[str, str]) -> StartedRank | None:
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     given = [name for name in names if name in env]
-    if not given or given == ["WORLD_SIZE"]:  # WORLD_SIZE alone is a habit of batch scripts, and says nothing of a rank
+    if not given or given == ["WORLD_SIZE"]:  # batch scripts often export WORLD_SIZE alone
         return None
     missing = [name for name in names if name not in env]
     if missing:
         raise ConfigError(f"{', '.join(given)} set without {', '.join(missing)}: set all three or none")
     rank, world_size, local_rank = (_number(env, name) for name in names)
     local_world_size = _number(env, "LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in env else None
-    return _checked(Ranks(rank, world_size, local_rank, local_world_size, "RANK"))
+    return _checked(StartedRank(rank, world_size, local_rank, local_world_size, "RANK"))
 
 
-def _from_slurm(env: Mapping[str, str]) -> Ranks | None:
-    """Only inside a job step: the batch script itself is SLURM_PROCID 0, too, but not a rank."""
+def _from_slurm(env: Mapping[str, str]) -> StartedRank | None:
+    """Only inside a job step: the batch script has SLURM_PROCID 0 as well, but is not a rank."""
     if not _in_step(env):
         return None
     missing = [name for name in ("SLURM_PROCID", "SLURM_LOCALID") if name not in env]
@@ -73,7 +81,7 @@ def _from_slurm(env: Mapping[str, str]) -> Ranks | None:
         )
     per_node = _tasks_on_this_node(env)
     return _checked(
-        Ranks(
+        StartedRank(
             _number(env, "SLURM_PROCID"), _number(env, total), _number(env, "SLURM_LOCALID"), per_node, "SLURM_PROCID"
         )
     )
@@ -101,9 +109,9 @@ def _tasks_per_node(env: Mapping[str, str]) -> list[int]:
 
 
 def planned_nodes(env: Mapping[str, str]) -> list[str]:
-    """The node of each rank of a Slurm step that is numbered node by node; empty where Slurm does not say.
+    """By rank, the node that Slurm planned for it, also for ranks that never start; empty if Slurm does not say.
 
-    So a rank that never started has a node. Raises ConfigError for a node list that cannot be read.
+    Ranks must be numbered node by node. Raises ConfigError for a node list that cannot be read.
     """
     hosts = env.get("SLURM_STEP_NODELIST", "")
     names, counts = expand_hosts(hosts) if hosts else [], _tasks_per_node(env)
@@ -119,12 +127,12 @@ def _number(env: Mapping[str, str], name: str) -> int:
         raise ConfigError(f"{name} is {env[name]!r}, expected a number") from None
 
 
-def _checked(ranks: Ranks) -> Ranks:
-    if 0 <= ranks.rank < ranks.world_size and ranks.local_rank >= 0:
-        return ranks
+def _checked(started: StartedRank) -> StartedRank:
+    if 0 <= started.rank < started.world_size and started.local_rank >= 0:
+        return started
     raise ConfigError(
-        f"{ranks.source} gives rank {ranks.rank} of {ranks.world_size}, local rank {ranks.local_rank}: expected "
-        f"numbers from 0 and a rank below the number of ranks"
+        f"{started.source} gives rank {started.rank} of {started.world_size}, local rank {started.local_rank}: "
+        f"expected numbers from 0 and a rank below the number of ranks"
     )
 
 
@@ -160,10 +168,10 @@ def _expand(part: str) -> list[str]:
 
 
 def set_rendezvous(env: MutableMapping[str, str]) -> None:
-    """MASTER_ADDR and MASTER_PORT for ranks that Slurm started, unless the batch script has set them.
+    """Set MASTER_ADDR and MASTER_PORT for ranks that Slurm started, unless the batch script has set them.
 
-    The first node of the step runs rank 0. The port follows from job and step, so that two jobs on one node meet
-    apart. Raises ConfigError where neither Slurm nor the user says where the ranks meet.
+    The first node of the step runs rank 0. The port is computed from job and step, so that two jobs on one node use
+    different ones. Raises ConfigError if neither Slurm nor the user gives an address.
     """
     if "MASTER_ADDR" not in env:
         hosts = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST")
@@ -178,6 +186,6 @@ def set_rendezvous(env: MutableMapping[str, str]) -> None:
 
 
 def started_as_rank() -> bool:
-    """Whether somebody has started this process as one of several ranks."""
-    ranks = find_ranks(os.environ)
-    return ranks is not None and (ranks.source == "RANK" or ranks.world_size > 1)
+    """Whether a launcher has started this process as one of several ranks."""
+    started = find_started_rank(os.environ)
+    return started is not None and (started.source == "RANK" or started.world_size > 1)

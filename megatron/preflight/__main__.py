@@ -5,11 +5,11 @@ import sys
 import traceback
 import warnings
 
-from megatron.launcher.start import QUIET
+from megatron.parallel.rank_env import IGNORED_WARNINGS
 
-# Else a rank that loses rank 0 prints a page of addresses before its own sentence.
+# Otherwise a rank that loses rank 0 prints a page of addresses before its own message.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-for text in QUIET:
+for text in IGNORED_WARNINGS:
     warnings.filterwarnings("ignore", message=text.partition(":")[2])
 
 from megatron.preflight.command_line import main  # noqa: E402
@@ -22,4 +22,4 @@ if __name__ == "__main__":
         traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # all is said: destructors of process groups would wait for each other
+    os._exit(code)  # without destructors: those of process groups would wait for each other

@@ -1,4 +1,4 @@
-"""The preflight's command line: what is asked for, and who asks."""
+"""The preflight's command line."""
 
 from __future__ import annotations
 
@@ -10,34 +10,37 @@ from pathlib import Path
 from typing import Literal, NoReturn
 
 from megatron.neox_arguments import ConfigError
-from megatron.parallel.rank_env import find_ranks, planned_nodes, set_rendezvous
+from megatron.parallel.rank_env import find_started_rank, planned_nodes, set_rendezvous
 from megatron.preflight.diagnosis import CONFIGURATION, Roster
-from megatron.preflight.phase_store import Board
+from megatron.preflight.phase_store import PhaseStore
 from megatron.preflight.phases import Preflight
 
 USAGE = """\
 usage: python -m megatron.preflight CONFIG [CONFIG ...] [options] [--KEY VALUE ...]
 
-Run on all ranks (srun, torchrun): forms the training's groups, sums over each, measures every node against the median.
+Run it on all ranks (srun, torchrun). It forms the training's groups, sums over each, and compares every node with the
+median.
 
-  CONFIG                   the training's configuration files, merged as deepy.py merges them
-  --timeout SECONDS        for each phase, after which those that did not come are named (default 180)
-  --no-screen              no measurements of devices and links
+  CONFIG                   the training's configuration files, merged as by deepy.py
+  --timeout SECONDS        for each phase, after which ranks that did not arrive are named (default 180)
+  --no-screen              do not measure devices and links
   --slow-nodes fail|warn   whether slow nodes end the preflight with exit code 4 (default: fail on GPUs, warn on CPUs)
-  --exclude-file FILE      where slow nodes are written, as in --exclude=nid001,nid002; empty if there are none
-  --KEY VALUE              sets any key of the configuration, as for deepy.py
+  --exclude-file FILE      write the slow nodes to FILE, as in nid001,nid002; empty if there are none
+  --KEY VALUE              set any key of the configuration, as for deepy.py
 
 Exit code, the same on all ranks: 0 all is well, 2 the configuration or the placement cannot be right, 3 ranks or groups
-that do not come, do not end or sum wrongly, 4 slow nodes, 5 RCCL on TCP sockets.
+do not start, do not finish or sum wrongly, 4 slow nodes, 5 RCCL uses TCP sockets.
 """
 
 
 @dataclass(frozen=True)
-class Options:
-    configuration: list[str]  # files and overrides, as `worker_args` takes them
-    timeout: float
+class PreflightOptions:
+    """What was asked for on the command line."""
+
+    configuration: list[str]  # files and overrides, as `rank_args` takes them
+    timeout: float  # seconds, for each phase
     screen: bool
-    slow_nodes: Literal["fail", "warn"] | None  # None: as the device is
+    slow_nodes: Literal["fail", "warn"] | None  # None: the default of the device
     exclude_file: Path | None
 
 
@@ -46,36 +49,36 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}\n{USAGE}")
 
 
-def parse(arguments: list[str]) -> Options:
-    """Raises ConfigError."""
+def parse_options(arguments: list[str]) -> PreflightOptions:
+    """Split the arguments into options and the configuration. Raises ConfigError."""
     parser = _Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("--timeout", type=float, default=180.0)
     parser.add_argument("--screen", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--slow-nodes", choices=("fail", "warn"), default=None)
     parser.add_argument("--exclude-file", type=Path, default=None)
-    own, configuration = parser.parse_known_args(arguments)
-    if own.timeout <= 0:
-        raise ConfigError(f"--timeout {own.timeout}: expected seconds above 0")
-    return Options(configuration, own.timeout, own.screen, own.slow_nodes, own.exclude_file)
+    known, configuration = parser.parse_known_args(arguments)
+    if known.timeout <= 0:
+        raise ConfigError(f"--timeout {known.timeout}: expected seconds above 0")
+    return PreflightOptions(configuration, known.timeout, known.screen, known.slow_nodes, known.exclude_file)
 
 
 def main(arguments: list[str]) -> int:
-    """0, 4 for slow nodes, 2 for a wrong command line; what fails later ends all ranks from inside."""
+    """0 if all is well, 2 for a wrong command line. Later failures end the process in `PhaseStore`."""
     if not arguments or any(word in ("-h", "--help") for word in arguments):
         print(USAGE, end="")
         return 0 if arguments else CONFIGURATION
     try:
-        options = parse(arguments)
-        started = find_ranks(os.environ)
+        options = parse_options(arguments)
+        started = find_started_rank(os.environ)
         if started is None:
-            raise ConfigError("nobody started this process as a rank; start the preflight by srun or torchrun")
+            raise ConfigError("this process was not started as a rank; start the preflight by srun or torchrun")
         set_rendezvous(os.environ)
         roster = Roster(started.world_size, started.local_world_size, planned_nodes(os.environ))
     except ConfigError as error:
         print(f"preflight: {error}", file=sys.stderr)
         return CONFIGURATION
-    # The board ends the process with a sentence; NCCL's own watchdog would abort it with a page of addresses.
+    # The phase store ends the process with one message; NCCL's own watchdog would abort it with a page of addresses.
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
-    board = Board(started, os.environ, roster, options.timeout)
-    Preflight(started, board, options.configuration).run(options.screen, options.slow_nodes, options.exclude_file)
+    store = PhaseStore(started, os.environ, roster, options.timeout)
+    Preflight(started, store, options.configuration).run(options.screen, options.slow_nodes, options.exclude_file)
     return 0

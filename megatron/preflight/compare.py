@@ -8,16 +8,19 @@ from dataclasses import dataclass, field
 
 from megatron.preflight.pairings import Pair
 
-# Below this share of the median a node is slow. Ours, and wide: GCDs of a healthy machine lie within a few percent of
-# each other, and shared links vary more than devices. A CPU shares its cores with whatever else runs there.
+# A node below this share of the median is slow. The limits are our own, and wide: GCDs of a healthy machine differ by a
+# few percent, shared links vary more than devices, and a CPU shares its cores with other processes.
 DEVICE_SHARE = {"cuda": 0.9, "cpu": 0.5}
 LINK_SHARE = {"cuda": 0.75, "cpu": 0.4}
 
 
 @dataclass(frozen=True)
 class Screen:
-    """One measurement of all nodes. `values` is all that was measured, `nodes` the value that stands for each node,
-    `shares` that value as a share of the median."""
+    """One measurement of all nodes.
+
+    `values` holds all measured values, `nodes` the value that represents each node, `shares` that value as a share of
+    the median.
+    """
 
     name: str
     unit: str
@@ -30,17 +33,18 @@ class Screen:
 
     @property
     def slow(self) -> list[str]:
-        """Slow nodes; a single one has nothing to be compared with and is never slow."""
+        """Slow nodes. A single node cannot be compared with others and is never slow."""
         if len(self.nodes) < 2:
             return []
         return [node for node, share in self.shares.items() if share < self.limit]
 
     def reason(self, node: str) -> str:
+        """Why a node is slow: `GEMM 0.85 of the median (rank 21)`."""
         return f"{self.name} {self.shares[node]:.2f} of the median ({self.worst[node]})"
 
 
-def devices(name: str, unit: str, values: Sequence[float], nodes: Sequence[str], limit: float) -> Screen:
-    """A measurement of every rank's device: a node is as slow as its slowest. `values` and `nodes` are by rank."""
+def compare_devices(name: str, unit: str, values: Sequence[float], nodes: Sequence[str], limit: float) -> Screen:
+    """A measurement of every rank's device; a node is as slow as its slowest. `values` and `nodes` are by rank."""
     median = statistics.median(values)
     slowest: dict[str, int] = {}
     for rank, node in enumerate(nodes):
@@ -57,17 +61,17 @@ def devices(name: str, unit: str, values: Sequence[float], nodes: Sequence[str],
     )
 
 
-def links_inside(
+def compare_links_inside(
     name: str, unit: str, values: Mapping[Pair, float], nodes: Sequence[str], local: Sequence[int], limit: float
 ) -> Screen:
     """Links between the ranks of each node, each against the same pair of local ranks on the other nodes.
 
-    The links of a node are not alike by design (an MI250X node has pairs with four, two, one and no direct link).
+    The links of a node differ by design (an MI250X node has pairs with four, two, one and no direct link).
     """
-    alike: dict[Pair, list[float]] = {}
+    of_local_pair: dict[Pair, list[float]] = {}
     for (one, other), value in values.items():
-        alike.setdefault((local[one], local[other]), []).append(value)
-    medians = {pair: statistics.median(of_pair) for pair, of_pair in alike.items()}
+        of_local_pair.setdefault((local[one], local[other]), []).append(value)
+    medians = {pair: statistics.median(rates) for pair, rates in of_local_pair.items()}
     slowest: dict[str, Pair] = {}
     shares = {pair: value / medians[local[pair[0]], local[pair[1]]] for pair, value in values.items()}
     for pair in values:
@@ -85,35 +89,37 @@ def links_inside(
     )
 
 
-def links_between(name: str, unit: str, values: Mapping[Pair, float], nodes: Sequence[str], limit: float) -> Screen:
+def compare_links_between(
+    name: str, unit: str, values: Mapping[Pair, float], nodes: Sequence[str], limit: float
+) -> Screen:
     """Links between nodes. A node is as fast as its best link: one that is slow with all its partners is slow itself.
 
-    The yardstick is the median of the nodes' best links. A slow link between two nodes that are not slow is reported
-    apart.
+    Links are compared with the median of the nodes' best links. A slow link between two nodes that are not slow is
+    reported separately.
     """
-    together: dict[tuple[str, str], float] = {}
+    node_links: dict[tuple[str, str], float] = {}
     for (one, other), value in values.items():
         ends = (nodes[one], nodes[other])
-        together[ends] = together.get(ends, 0.0) + value  # all local ranks send at once, and share the node's network
+        node_links[ends] = node_links.get(ends, 0.0) + value  # local ranks send at once and share the network
     best: dict[str, tuple[str, str]] = {}
-    for ends, value in together.items():
+    for ends, value in node_links.items():
         for node in ends:
-            if node not in best or value > together[best[node]]:
+            if node not in best or value > node_links[best[node]]:
                 best[node] = ends
-    median = statistics.median(together[ends] for ends in best.values())
-    shares = {node: together[ends] / median for node, ends in best.items()}
+    median = statistics.median(node_links[ends] for ends in best.values())
+    shares = {node: node_links[ends] / median for node, ends in best.items()}
     slow = {node for node, share in shares.items() if share < limit}
     slow_links = [
         f"{one} - {other}: {value:.3g} {unit}, {value / median:.2f} of the median"
-        for (one, other), value in together.items()
+        for (one, other), value in node_links.items()
         if value / median < limit and not {one, other} & slow
     ]
     partner = {node: ends[1] if ends[0] == node else ends[0] for node, ends in best.items()}
     return Screen(
         name,
         unit,
-        list(together.values()),
-        {node: together[ends] for node, ends in best.items()},
+        list(node_links.values()),
+        {node: node_links[ends] for node, ends in best.items()},
         shares,
         limit,
         {node: f"with {partner[node]}, its best partner" for node in best},

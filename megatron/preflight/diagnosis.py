@@ -1,4 +1,4 @@
-"""Who is to blame for a phase that did not end: pure functions over what the board says."""
+"""Why a phase failed, and which ranks or groups are the cause: pure functions of what the phase store holds."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SHOWN = 8  # groups, or ranks, that are named one by one
 
 @dataclass(frozen=True)
 class Group:
-    """Ranks that have to come together: `kind` and `where` name it, as in "TP group" of "(pipe 1, data 0)"."""
+    """Ranks that communicate with each other, named by `kind` and `where`: "TP group", "(pipe 1, data 0)"."""
 
     kind: str
     where: str
@@ -27,7 +27,7 @@ class Group:
 
 
 class Roster:
-    """Where ranks sit: what Slurm has planned (`planned`, by rank), and, once they have said so, their seats."""
+    """Which rank is on which node: Slurm's plan (`planned`, by rank), and the seats that the ranks have reported."""
 
     def __init__(self, world_size: int, local_world_size: int | None = None, planned: Sequence[str] = ()) -> None:
         self.world_size, self._local_world_size, self._planned = world_size, local_world_size, planned
@@ -35,7 +35,7 @@ class Roster:
         self.sizes: tuple[int, int, int] | None = None  # pipe, data, tensor, once the configuration is read
 
     def node(self, rank: int) -> str:
-        """Node of a rank, also of one that never came: by Slurm's plan, or by its neighbours."""
+        """Node of a rank, also of one that never arrived: from Slurm's plan, or from its neighbours."""
         if rank in self.seats:
             return self.seats[rank].node
         size = self._local_world_size
@@ -71,7 +71,7 @@ class Roster:
 
 
 def numbers(ranks: Collection[int]) -> str:
-    """`0-3, 8`; `0, 4, 8, ... 60` for many that are no ranges."""
+    """`0-3, 8`; `0, 4, 8, ... 60` for many that do not form ranges."""
     runs: list[list[int]] = []
     for rank in sorted(ranks):
         if runs and rank == runs[-1][-1] + 1:
@@ -83,59 +83,64 @@ def numbers(ranks: Collection[int]) -> str:
 
 
 @dataclass(frozen=True)
-class Failure:
+class PhaseFailure:
+    """What all processes end with: an exit code and the text that rank 0 prints."""
+
     code: int
     text: str
 
 
-def failure(
+def phase_failure(
     phase: str,
     groups: Sequence[Group],
     roster: Roster,
     arrived: Collection[int],
-    told: Mapping[int, Mapping[str, Any]],
+    outcomes: Mapping[int, Mapping[str, Any]],
     seconds: float,
-) -> Failure | None:
+) -> PhaseFailure | None:
     """Why a phase has failed, None if it has not.
 
-    `arrived` are the ranks that came to the phase, `told` what those said that left it: {"result": ...}, or {"error":
-    text, "code": exit code}. `seconds` is the time they had.
+    `arrived` are the ranks that began the phase. `outcomes` holds those that ended it, by rank: {"result": ...}, or
+    {"error": text, "code": exit code}. `seconds` is the time that they had.
     """
-    errors = {rank: said for rank, said in told.items() if "error" in said}
-    if not errors and len(told) == roster.world_size:
+    errors = {rank: outcome for rank, outcome in outcomes.items() if "error" in outcome}
+    if not errors and len(outcomes) == roster.world_size:
         return None
-    wrong = {rank: said for rank, said in errors.items() if said["code"] == CONFIGURATION}
+    # A configuration error is reported alone: the rest follows from it.
+    wrong = {rank: outcome for rank, outcome in errors.items() if outcome["code"] == CONFIGURATION}
     if wrong:
-        return Failure(CONFIGURATION, "\n".join([f"preflight: FAILED at {phase}", *_errors(wrong, roster)]))
+        return PhaseFailure(CONFIGURATION, "\n".join([f"preflight: FAILED at {phase}", *_errors(wrong, roster)]))
     absent = [rank for rank in range(roster.world_size) if rank not in arrived]
     lines = [f"preflight: FAILED at {phase}"]
-    if len(told) < roster.world_size:
-        lines[0] += f": {roster.world_size - len(told)} of {roster.world_size} ranks not done within {seconds:.0f} s"
+    if len(outcomes) < roster.world_size:
+        unfinished = roster.world_size - len(outcomes)
+        lines[0] += f": {unfinished} of {roster.world_size} ranks not done within {seconds:.0f} s"
+    # Ranks that never began come first; groups that wait for them are not at fault.
     lines += _absent(absent, groups, roster)
-    stalled = [group for group in groups if not set(absent) & set(group.ranks) and _stalls(group, told)]
+    stalled = [group for group in groups if not set(absent) & set(group.ranks) and _stalls(group, outcomes)]
     for group in stalled[:_SHOWN]:
-        silent = [rank for rank in group.ranks if rank not in told]
+        silent = [rank for rank in group.ranks if rank not in outcomes]
         verb = "stalls" if silent else "fails"
         lines.append(f"  {group.name} {verb}: {roster.several(group.ranks)}, all of which arrived")
         if silent and len(silent) < len(group.ranks):
-            lines.append(f"    without a word since: {'; '.join(map(roster.named, silent[:_SHOWN]))}")
+            lines.append(f"    no response since: {'; '.join(map(roster.named, silent[:_SHOWN]))}")
         own_errors = {rank: errors[rank] for rank in group.ranks if rank in errors}
         lines += [f"  {line}" for line in _errors(own_errors, roster)]
     if len(stalled) > _SHOWN:
         lines.append(f"  and {len(stalled) - _SHOWN} more groups")
     if not absent and not stalled:
         lines += _errors(errors, roster)
-        silent = [rank for rank in range(roster.world_size) if rank not in told]
+        silent = [rank for rank in range(roster.world_size) if rank not in outcomes]
         lines += [f"  {roster.named(rank)} arrived and did not finish" for rank in silent[:_SHOWN]]
-    return Failure(STALLED, "\n".join(lines))
+    return PhaseFailure(STALLED, "\n".join(lines))
 
 
-def _stalls(group: Group, told: Mapping[int, Mapping[str, Any]]) -> bool:
-    return any(rank not in told or "error" in told[rank] for rank in group.ranks)
+def _stalls(group: Group, outcomes: Mapping[int, Mapping[str, Any]]) -> bool:
+    return any(rank not in outcomes or "error" in outcomes[rank] for rank in group.ranks)
 
 
 def _absent(absent: Sequence[int], groups: Sequence[Group], roster: Roster) -> list[str]:
-    """A line for each rank that did not come, or for each node none of whose ranks did."""
+    """A line for each rank that did not arrive, or for each node none of whose ranks did."""
     lines = []
     by_node: dict[str, list[int]] = {}
     for rank in absent:
@@ -143,22 +148,22 @@ def _absent(absent: Sequence[int], groups: Sequence[Group], roster: Roster) -> l
     for node, ranks in by_node.items():
         others = any(roster.node(rank) == node for rank in range(roster.world_size) if rank not in absent)
         waiting = [group for group in groups if set(ranks) & set(group.ranks)]
-        for_what = f" at {waiting[0].name}" if len(waiting) == 1 else f" at {len(waiting)} groups" if waiting else ""
+        at_what = f" at {waiting[0].name}" if len(waiting) == 1 else f" at {len(waiting)} groups" if waiting else ""
         if len(ranks) > 1 and not others:
-            lines.append(f"  node {node} is missing: none of its ranks {numbers(ranks)} arrived{for_what}")
+            lines.append(f"  node {node} is missing: none of its ranks {numbers(ranks)} arrived{at_what}")
             continue
         for rank in ranks:
-            own = [group for group in waiting if rank in group.ranks]
-            whom = f" at {own[0].name}, {roster.several(own[0].ranks)}" if len(own) == 1 else for_what
-            lines.append(f"  {roster.named(rank)} did not arrive{whom}")
+            of_rank = [group for group in waiting if rank in group.ranks]
+            where = f" at {of_rank[0].name}, {roster.several(of_rank[0].ranks)}" if len(of_rank) == 1 else at_what
+            lines.append(f"  {roster.named(rank)} did not arrive{where}")
     if len(lines) > 4 * _SHOWN:
         lines = [*lines[: 4 * _SHOWN], f"  and {len(lines) - 4 * _SHOWN} more"]
     return lines
 
 
 def _errors(errors: Mapping[int, Mapping[str, Any]], roster: Roster) -> list[str]:
-    """A line for each thing that was said, with who said it."""
+    """A line for each error text, with the ranks that reported it."""
     by_text: dict[str, list[int]] = {}
-    for rank, said in errors.items():
-        by_text.setdefault(said["error"], []).append(rank)
+    for rank, outcome in errors.items():
+        by_text.setdefault(outcome["error"], []).append(rank)
     return [f"  {roster.several(ranks)}: {text}" for text, ranks in list(by_text.items())[:_SHOWN]]

@@ -1,4 +1,4 @@
-"""Groups that the training will form, and one collective on each with a known sum."""
+"""The groups that the training will form, and one collective with a known sum on each."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from megatron.parallel.gpu_placement import coordinates
 from megatron.preflight.diagnosis import Group, Roster
 from megatron.preflight.measurements import payload_pattern, synchronize
 
-# A payload is as large as the training's own message, up to these many bytes: larger ones show no more and cost memory.
+# A payload is as large as the training's own message, but no larger than this: more bytes would not show more.
 _MOST = {"cuda": 128 << 20, "cpu": 1 << 20}
-_TIMED = 3  # collectives after the first, which connects
+_TIMED = 3  # collectives after the first one, which connects
 
 
-def sizes(args: NeoXArgs) -> tuple[int, int, int]:
-    """(pipe, data, tensor)."""
+def layout_sizes(args: NeoXArgs) -> tuple[int, int, int]:
+    """Sizes of the layout: (pipe, data, tensor)."""
     return args.pipe_parallel_size, args.data_parallel_size, args.model_parallel_size
 
 
-def groups_of(args: NeoXArgs) -> dict[str, list[Group]]:
+def layout_groups(args: NeoXArgs) -> dict[str, list[Group]]:
     """All groups of the layout by kind, named by the coordinates that their ranks share."""
     members: dict[tuple[str, str], list[int]] = {}
     for rank in range(args.global_num_gpus):
-        pipe, data, tensor = coordinates(rank, *sizes(args))
+        pipe, data, tensor = coordinates(rank, *layout_sizes(args))
         for kind, where in (
             ("TP", f"(pipe {pipe}, data {data})"),
             ("PP", f"(data {data}, tensor {tensor})"),
@@ -42,11 +42,12 @@ def groups_of(args: NeoXArgs) -> dict[str, list[Group]]:
 
 
 def world_group(world_size: int) -> Group:
+    """The group of all ranks."""
     return Group("world group", "", tuple(range(world_size)))
 
 
-def process_group(kind: str) -> dist.ProcessGroup | None:
-    """The training's own group of this rank, None for the world."""
+def training_group(kind: str) -> dist.ProcessGroup | None:
+    """The group of a kind that this rank is in, as the training forms it; None for the world."""
     return {
         "TP": parallel_state.get_tensor_model_parallel_group,
         "PP": parallel_state.get_pipeline_model_parallel_group,
@@ -65,24 +66,24 @@ def payload_bytes(args: NeoXArgs, kind: str, device: torch.device) -> int:
 
 
 def check_members(group: dist.ProcessGroup | None, expected: Group) -> None:
-    """Raise RuntimeError if torch's group has other members than the layout says."""
+    """Raise RuntimeError if the members of torch's group are not those of the layout."""
     ranks = tuple(dist.get_process_group_ranks(group if group is not None else dist.group.WORLD))
     if ranks != expected.ranks:
         raise RuntimeError(f"{expected.name} should be ranks {expected.ranks} and is {ranks}")
 
 
-def all_reduce(group: dist.ProcessGroup | None, size: int, device: torch.device) -> dict[str, Any]:
-    """Sum a payload of `size` bytes over a group, and compare with the sum that must come out.
+def checked_all_reduce(group: dist.ProcessGroup | None, size: int, device: torch.device) -> dict[str, Any]:
+    """Sum a payload of `size` bytes over a group, and compare the result with the known sum.
 
-    Member i of n gives (i + 1) times a fixed pattern, so that a missing or a doubled part cannot go unseen; the sum is
+    Member i of n contributes (i + 1) times a fixed pattern, so that a missing or doubled part changes the sum, which is
     n (n + 1) / 2 times the pattern. All are whole numbers, exact in fp32 up to 3,343 members.
     """
-    members, mine = dist.get_world_size(group), dist.get_rank(group)
+    members, own_index = dist.get_world_size(group), dist.get_rank(group)
     pattern = payload_pattern(size, device)
     expected = pattern * (members * (members + 1) // 2)
     wrong, seconds = 0, []
     for _ in range(1 + _TIMED):
-        payload = pattern * (mine + 1)
+        payload = pattern * (own_index + 1)
         synchronize(device)
         started = time.perf_counter()
         dist.all_reduce(payload, group=group)
@@ -92,8 +93,8 @@ def all_reduce(group: dist.ProcessGroup | None, size: int, device: torch.device)
     return {"wrong": wrong, "elements": size // 4, "seconds": min(seconds[1:])}
 
 
-def judge(groups: list[Group], roster: Roster, outcomes: list[dict[str, Any]], size: int) -> tuple[str, list[str]]:
-    """One line about all groups of a kind, and a line for each that summed wrongly."""
+def judge_sums(groups: list[Group], roster: Roster, outcomes: list[dict[str, Any]], size: int) -> tuple[str, list[str]]:
+    """One line about all groups of a kind, and a line for each group with a wrong sum. `outcomes` is by rank."""
     wrong, speeds = [], []
     for group in groups:
         bad = [rank for rank in group.ranks if outcomes[rank]["wrong"]]

@@ -1,4 +1,4 @@
-"""What one rank measures: its device's matrix multiplications and memory, and its links to one partner at a time."""
+"""Measurements of one rank: its device's matrix multiplications and memory, its link to one partner at a time."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from megatron.ops.bandwidth import Clock
 # Long enough for a GPU's clocks and temperature to settle, short enough for a preflight of minutes.
 _SECONDS = {"cuda": 2.0, "cpu": 0.2}
 _GEMM = {"cuda": (8192, torch.bfloat16), "cpu": (512, torch.float32)}
-_BURST = 8  # multiplications between two looks at the clock
+_BURST = 8  # multiplications between two readings of the clock
 _MESSAGE = {"cuda": 64 << 20, "cpu": 1 << 20}  # bytes
 _EXCHANGES = 5
 
 
-def gemm(device: torch.device) -> float:
-    """FLOP/s of square matrix multiplications without a pause: the median burst, on a CPU the best one.
+def gemm_rate(device: torch.device) -> float:
+    """FLOP/s of continuous square matrix multiplications: the median burst, on a CPU the best one.
 
-    A CPU is shared with whatever else runs there; what is best says more about it than what is usual.
+    A CPU is shared with other processes, so its best burst says more about it than the median.
     """
     size, dtype = _GEMM[device.type]
     generator = torch.Generator(device).manual_seed(0)
@@ -39,15 +39,15 @@ def gemm(device: torch.device) -> float:
     return statistics.median(rates) if device.type == "cuda" else max(rates)
 
 
-def copy(device: torch.device) -> float:
+def memory_copy_rate(device: torch.device) -> float:
     """Bytes read and written per second by a plain copy of a tensor that no cache holds."""
     return Clock(device).copy_bandwidth()
 
 
-def exchange(partner: int, device: torch.device) -> float:
-    """Bytes per second in each direction, sent to and received from a partner at the same time; the best of several.
+def link_rate(partner: int, device: torch.device) -> float:
+    """Bytes per second in each direction, while sending to and receiving from a partner; the best of several exchanges.
 
-    Raises RuntimeError if something else arrives than the partner has sent.
+    Raises RuntimeError if the data that arrives is not what the partner sent.
     """
     size = _MESSAGE[device.type]
     pattern = payload_pattern(size, device)
@@ -69,10 +69,11 @@ def exchange(partner: int, device: torch.device) -> float:
 
 
 def payload_pattern(size: int, device: torch.device) -> torch.Tensor:
-    """`size` bytes of the small whole numbers that messages are made of, fp32."""
+    """A message of `size` bytes: fp32 that holds small whole numbers."""
     return (torch.arange(size // 4, device=device) % 3 + 1).float()
 
 
 def synchronize(device: torch.device) -> None:
+    """Wait for the work of a GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

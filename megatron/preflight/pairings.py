@@ -1,4 +1,4 @@
-"""Who exchanges with whom, in rounds in which everybody has one partner. Pure functions."""
+"""Which ranks exchange with which, in rounds in which each has one partner. Pure functions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ Pair = tuple[int, int]
 
 
 def tournament(count: int) -> list[list[Pair]]:
-    """Rounds in which each of `count` meets each other once (the circle method); one rests a round if odd."""
+    """Rounds in which each of `count` meets every other once (the circle method); if odd, one rests in each round."""
     places = list(range(count + count % 2))
     rounds = []
     for _ in range(len(places) - 1):
@@ -22,8 +22,8 @@ def tournament(count: int) -> list[list[Pair]]:
 def ring_and_across(count: int) -> list[list[Pair]]:
     """Rounds in which each of `count` meets its two neighbours in a ring, and one half of the ring away.
 
-    Several partners tell a slow node (slow with all of them) from a slow link (slow with one), in three or four rounds
-    however many there are.
+    Several partners tell a slow node (slow with all of them) from a slow link (slow with one). For any number of nodes,
+    these are at most four rounds.
     """
     rounds = [
         [(first, first + 1) for first in range(0, count - 1, 2)],
@@ -38,8 +38,8 @@ def ring_and_across(count: int) -> list[list[Pair]]:
     return [pairs for pairs in rounds if pairs]
 
 
-def inside(nodes: Sequence[Sequence[int]]) -> list[list[Pair]]:
-    """Rounds of rank pairs in which all pairs of a node meet, on all nodes at once."""
+def rounds_inside(nodes: Sequence[Sequence[int]]) -> list[list[Pair]]:
+    """Rounds of rank pairs in which all pairs of each node meet, on all nodes at once."""
     rounds = [
         [(ranks[one], ranks[other]) for ranks in nodes for one, other in pairs if other < len(ranks)]
         for pairs in tournament(max(map(len, nodes)))
@@ -47,8 +47,8 @@ def inside(nodes: Sequence[Sequence[int]]) -> list[list[Pair]]:
     return [pairs for pairs in rounds if pairs]
 
 
-def between(nodes: Sequence[Sequence[int]]) -> list[list[Pair]]:
-    """Rounds of rank pairs in which nodes meet: local rank with local rank of the same number, all at once."""
+def rounds_between(nodes: Sequence[Sequence[int]]) -> list[list[Pair]]:
+    """Rounds of rank pairs in which nodes meet: each rank exchanges with the same local rank of the other node."""
     return [
         [pair for one, other in pairs for pair in zip(nodes[one], nodes[other], strict=False)]
         for pairs in ring_and_across(len(nodes))

@@ -1,4 +1,4 @@
-"""The preflight's phases in their order. All ranks go through them together; rank 0 judges and speaks."""
+"""The preflight's phases in their order. All ranks go through them together; rank 0 judges and prints."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron.launcher.rank_main import worker_args
 from megatron.neox_arguments import ConfigError
 from megatron.parallel.cpu_binding import Cpus, check_cpus, far_from_gpu, own_cpus
 from megatron.parallel.gpu_placement import Seat
+from megatron.parallel.handover import rank_args
 from megatron.parallel.process_groups import (
     check_seats,
     find_seat,
@@ -23,93 +23,93 @@ from megatron.parallel.process_groups import (
     started_ranks,
     take_device,
 )
-from megatron.parallel.rank_env import Ranks
+from megatron.parallel.rank_env import StartedRank
 from megatron.preflight import groups, report, transport
 from megatron.preflight.compare import Screen
 from megatron.preflight.diagnosis import CONFIGURATION, SLOW, SOCKETS, STALLED
-from megatron.preflight.phase_store import Board
+from megatron.preflight.phase_store import PhaseStore
 from megatron.preflight.run_screens import Screening
 from megatron.preflight.transport import Transport
 
 
 class Preflight:
-    """One rank's way through the phases. `configuration` is files and overrides, as `worker_args` takes them."""
+    """The phases on one rank. `configuration` holds files and overrides, as `rank_args` takes them."""
 
-    def __init__(self, started: Ranks, board: Board, configuration: list[str]) -> None:
-        self.started, self.board, self.configuration = started, board, configuration
-        self.speaks = started.rank == 0
+    def __init__(self, started: StartedRank, store: PhaseStore, configuration: list[str]) -> None:
+        self.started, self.store, self.configuration = started, store, configuration
+        self.prints = started.rank == 0
         self.begun = time.monotonic()
 
     def run(self, screen: bool, slow_nodes: str | None, exclude_file: Path | None) -> None:
-        """All phases; returns if all is well, else the board ends the process."""
+        """All phases. Returns if all is well, otherwise the phase store ends the process."""
         self.take_seats()
         self.form_groups()
-        screening = Screening(self.board, self.started.rank, self.device)
+        screening = Screening(self.store, self.started.rank, self.device)
         between = screening.meet()
         for kind in ("TP", "PP", "DP", "world"):
             self.sum_over(kind)
         self.check_transport()
         if screen:
             screened = screening.run(between)
-            if self.speaks:
+            if self.prints:
                 self.judge(screened, slow_nodes, exclude_file)
-        self.board.finish()
-        if self.speaks:
+        self.store.finish()
+        if self.prints:
             print(f"preflight: all is well, after {time.monotonic() - self.begun:.0f} s", flush=True)
 
     # --- ranks and groups
 
     def take_seats(self) -> None:
         """Every rank reads the configuration and takes its device; rank 0 compares."""
-        told = self.board.phase("the start", [], self._seat)
-        if self.speaks:
-            self.board.tell("nodes", [seat["node"] for seat, *_ in told])
-            self._check_seats(told)
+        reports = self.store.phase("the start", [], self._seat)
+        if self.prints:
+            self.store.publish("nodes", [seat["node"] for seat, *_ in reports])
+            self._check_seats(reports)
 
     def _seat(self) -> Any:
-        self.args = worker_args(self.configuration)
+        self.args = rank_args(self.configuration)
         started_ranks(self.args)
-        self.board.roster.sizes = groups.sizes(self.args)
-        self.groups = groups.groups_of(self.args)
+        self.store.roster.sizes = groups.layout_sizes(self.args)
+        self.groups = groups.layout_groups(self.args)
         self.device = take_device(self.args, self.started)
         seat, numa = find_seat(self.args, self.started, self.device)
         return asdict(seat), numa, asdict(own_cpus()), self.args.digest
 
-    def _check_seats(self, told: list[Any]) -> None:
-        seats = [(Seat(**seat), numa) for seat, numa, *_ in told]
-        cpus = {rank: Cpus(**own) for rank, (_, _, own, _) in enumerate(told)}
-        self.board.roster.seats.update({seat.rank: seat for seat, _ in seats})
-        digests = {digest: self.board.roster.named(rank) for rank, (*_, digest) in enumerate(told)}
+    def _check_seats(self, reports: list[Any]) -> None:
+        seats = [(Seat(**seat), numa) for seat, numa, *_ in reports]
+        cpus = {rank: Cpus(**bound) for rank, (_, _, bound, _) in enumerate(reports)}
+        self.store.roster.seats.update({seat.rank: seat for seat, _ in seats})
+        digests = {digest: self.store.roster.named(rank) for rank, (*_, digest) in enumerate(reports)}
         if len(digests) > 1:
             one, other, *_ = digests.values()
-            self.board.fail(CONFIGURATION, f"preflight: {one} and {other} hold different configurations")
+            self.store.fail(CONFIGURATION, f"preflight: {one} and {other} hold different configurations")
         try:
             check_seats([seat for seat, _ in seats])
             check_cpus([seat for seat, _ in seats], cpus)
         except ConfigError as error:
-            self.board.fail(CONFIGURATION, f"preflight: {error}")
+            self.store.fail(CONFIGURATION, f"preflight: {error}")
         print_seats(self.args, seats)
         far = far_from_gpu([seat for seat, _ in seats], {seat.rank: domain for seat, domain in seats}, cpus)
         if far:
             print(
                 f"note: {len(far)} ranks run on CPUs far from their GPU (another NUMA domain), the first is "
-                f"{self.board.roster.named(far[0].rank)}: bind them (docs/launching.md)"
+                f"{self.store.roster.named(far[0].rank)}: bind them (docs/launching.md)"
             )
 
     def form_groups(self) -> None:
-        """The world and the training's groups, as `distributed.initialize` forms them."""
+        """The world and the training's groups, formed as by `process_groups.initialize`."""
         world = self.groups["world"]
-        self.board.phase("the forming of the world group", world, self._join)
-        self.board.phase("the forming of the TP, PP and DP groups", world, self._form)
+        self.store.phase("the forming of the world group", world, self._join)
+        self.store.phase("the forming of the TP, PP and DP groups", world, self._form)
 
     def _join(self) -> None:
-        self.rccl_log = transport.start_logging(os.environ) if self.args.distributed_backend == "nccl" else None
+        self.rccl_log = transport.start_rccl_log(os.environ) if self.args.distributed_backend == "nccl" else None
         dist.init_process_group(
             self.args.distributed_backend,
-            store=dist.PrefixStore("world", self.board.store),
+            store=dist.PrefixStore("world", self.store.torch_store),
             rank=self.started.rank,
             world_size=self.started.world_size,
-            timeout=timedelta(seconds=2 * self.board.timeout + 60),  # the board speaks first
+            timeout=timedelta(seconds=2 * self.store.timeout + 60),  # so that the phase store is first
             device_id=self.device if self.device.type == "cuda" else None,
         )
 
@@ -117,44 +117,48 @@ class Preflight:
         form_groups(self.args)
 
     def sum_over(self, kind: str) -> None:
-        """One known sum over every group of a kind, all at once."""
+        """One known sum over every group of a kind, in all groups at once."""
         size = groups.payload_bytes(self.args, kind, self.device)
 
         def work() -> dict[str, Any]:
-            group = groups.process_group(kind)
-            groups.check_members(group, next(one for one in self.groups[kind] if self.started.rank in one.ranks))
-            return groups.all_reduce(group, size, self.device)
+            group = groups.training_group(kind)
+            expected = next(of_kind for of_kind in self.groups[kind] if self.started.rank in of_kind.ranks)
+            groups.check_members(group, expected)
+            return groups.checked_all_reduce(group, size, self.device)
 
-        outcomes = self.board.phase(f"the {kind} collectives", self.groups[kind], work)
-        if self.speaks:
-            text, wrong = groups.judge(self.groups[kind], self.board.roster, outcomes, size)
+        outcomes = self.store.phase(f"the {kind} collectives", self.groups[kind], work)
+        if self.prints:
+            text, wrong = groups.judge_sums(self.groups[kind], self.store.roster, outcomes, size)
             if wrong:
-                self.board.fail(STALLED, "\n".join([f"preflight: FAILED at the {kind} collectives", *wrong]))
+                self.store.fail(STALLED, "\n".join([f"preflight: FAILED at the {kind} collectives", *wrong]))
             print(text, flush=True)
 
     def check_transport(self) -> None:
         """Fail if any rank of a run on several nodes reaches the network by TCP."""
-        told = self.board.phase("the transport check", [], self._transport)
-        if not self.speaks:
+        transports = self.store.phase("the transport check", [], self.read_transport)
+        if not self.prints:
             return
-        nodes = {seat.node for seat in self.board.roster.seats.values()}
-        if told[0] is None:
+        nodes = {seat.node for seat in self.store.roster.seats.values()}
+        if transports[0] is None:
             print("transport: gloo over TCP sockets, by choice (distributed_backend)", flush=True)
         elif len(nodes) == 1:
             print("transport: one node, no network is used", flush=True)
         else:
-            found = [Transport(**one) for one in told]
-            failed = transport.failure(found, self.board.roster)
+            found = [Transport(**fields) for fields in transports]
+            failed = transport.transport_failure(found, self.store.roster)
             if failed:
-                self.board.fail(SOCKETS, failed)
-            print(transport.describe(found), flush=True)
+                self.store.fail(SOCKETS, failed)
+            print(transport.transport_summary(found), flush=True)
 
-    def _transport(self) -> dict[str, Any] | None:
-        return None if self.rccl_log is None else asdict(transport.read(transport.take_log(self.rccl_log)))
+    def read_transport(self) -> dict[str, Any] | None:
+        """This rank's `Transport` as a dictionary, None without RCCL."""
+        if self.rccl_log is None:
+            return None
+        return asdict(transport.parse_rccl_log(transport.take_rccl_log(self.rccl_log)))
 
     def judge(self, screened: list[Screen], slow_nodes: str | None, exclude_file: Path | None) -> None:
-        """Rank 0: say what the screens have found, write the list for --exclude, and end if that is asked for."""
-        nodes = list(dict.fromkeys(self.board.roster.nodes()))
+        """On rank 0: print the results of the screens, write the list for --exclude, fail if slow nodes must."""
+        nodes = list(dict.fromkeys(self.store.roster.nodes()))
         print("\n".join(report.overview(screened)), flush=True)
         rows = report.by_node(screened, report.worst_first(screened, nodes))
         print("\n".join(rows[: report.NODES_SHOWN + 1]), flush=True)
@@ -175,7 +179,7 @@ class Preflight:
             text.append(
                 f"preflight: {len(slow)} of {len(nodes)} nodes are slow; leave them out: --exclude={','.join(slow)}"
             )
-            # CPUs are shared, and what they are worth in this minute says little about the next hours.
+            # CPUs are shared: how fast they are in this minute says little about the next hours.
             if slow_nodes == "fail" or (slow_nodes is None and self.device.type == "cuda"):
-                self.board.fail(SLOW, "\n".join(text))
+                self.store.fail(SLOW, "\n".join(text))
             print("\n".join(text), flush=True)

@@ -1,4 +1,4 @@
-"""What the screens have found, as text."""
+"""The results of the screens as text."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def overview(screens: Sequence[Screen]) -> list[str]:
                 f"{slowest}, {screen.worst[slowest]}: {screen.shares[slowest]:.0%}",
             )
         )
-    return align(rows)
+    return align_columns(rows)
 
 
 def by_node(screens: Sequence[Screen], nodes: Sequence[str]) -> list[str]:
@@ -33,7 +33,7 @@ def by_node(screens: Sequence[Screen], nodes: Sequence[str]) -> list[str]:
     rows = [("node", *(screen.name for screen in screens))]
     for node in nodes:
         rows.append((node, *(f"{screen.nodes[node]:.4g}" if node in screen.nodes else "-" for screen in screens)))
-    return align(rows)
+    return align_columns(rows)
 
 
 def worst_first(screens: Sequence[Screen], nodes: Sequence[str]) -> list[str]:
@@ -55,6 +55,7 @@ def slow_nodes(screens: Sequence[Screen], nodes: Sequence[str]) -> dict[str, str
     return found
 
 
-def align(rows: Sequence[Sequence[str]]) -> list[str]:
+def align_columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """A line for each row, all columns left-aligned."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return ["  ".join(item.ljust(width) for item, width in zip(row, widths, strict=True)).rstrip() for row in rows]

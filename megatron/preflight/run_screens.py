@@ -1,4 +1,4 @@
-"""The screens, phase by phase: first every device, then every link, each in turns on all nodes at once."""
+"""The screens, phase by phase: first every device, then every link, in turns, on all nodes at once."""
 
 from __future__ import annotations
 
@@ -11,48 +11,46 @@ from megatron.preflight import compare, measurements, pairings
 from megatron.preflight.compare import DEVICE_SHARE, LINK_SHARE, Screen
 from megatron.preflight.diagnosis import Group
 from megatron.preflight.pairings import Pair
-from megatron.preflight.phase_store import Board
+from megatron.preflight.phase_store import PhaseStore
 
 
 class Screening:
     """One rank's part in the screens. `nodes` is by rank."""
 
-    def __init__(self, board: Board, rank: int, device: torch.device) -> None:
-        self.board, self.rank, self.device = board, rank, device
-        self.nodes: list[str] = board.ask("nodes")
+    def __init__(self, store: PhaseStore, rank: int, device: torch.device) -> None:
+        self.store, self.rank, self.device = store, rank, device
+        self.nodes: list[str] = store.read("nodes")
         by_node: dict[str, list[int]] = {}
         for member, node in enumerate(self.nodes):
             by_node.setdefault(node, []).append(member)
         self.by_node = list(by_node.values())
-        self.place = {member: place for members in self.by_node for place, member in enumerate(members)}
+        self.local = {member: number for members in self.by_node for number, member in enumerate(members)}
 
     def meet(self) -> dict[Pair, float]:
-        """Every node exchanges with two or three others; GB/s of each pair of ranks on rank 0, elsewhere nothing.
+        """Every node exchanges with two or three others; returns GB/s by pair of ranks on rank 0, {} on the others.
 
-        Done before any larger group: where a node cannot be reached, two nodes are named and not a group's 32.
+        Done before any larger group communicates: of an unreachable node two ranks are named, not a group's 32.
         """
-        return self._links("node to node", pairings.between(self.by_node))
+        return self._links("node to node", pairings.rounds_between(self.by_node))
 
     def run(self, between: dict[Pair, float]) -> list[Screen]:
-        """All screens, `between` is what `meet` returned; on the other ranks than 0 an empty list. Collective."""
+        """All screens on rank 0, [] on the others; `between` is what `meet` returned. Collective."""
         gemm = f"GEMM {'bf16' if self.device.type == 'cuda' else 'fp32'}"
-        everybody = [range(len(self.nodes))]
-        found = self._devices(gemm, "TFLOP/s", 1e12, measurements.gemm, everybody)
-        if len(self.place) > len(self.by_node):  # a package shares its power: does a device reach more without others?
-            turns = [[members[place] for members in self.by_node if place < len(members)] for place in self._places()]
-            found += self._devices(f"{gemm} alone", "TFLOP/s", 1e12, measurements.gemm, turns)
-        found += self._devices("memory copy", "GB/s", 1e9, measurements.copy, everybody)
+        all_ranks = [range(len(self.nodes))]
+        found = self._devices(gemm, "TFLOP/s", 1e12, measurements.gemm_rate, all_ranks)
+        if len(self.local) > len(self.by_node):  # devices of a package share its power: measure each alone as well
+            most = max(map(len, self.by_node))
+            turns = [[members[n] for members in self.by_node if n < len(members)] for n in range(most)]
+            found += self._devices(f"{gemm} alone", "TFLOP/s", 1e12, measurements.gemm_rate, turns)
+        found += self._devices("memory copy", "GB/s", 1e9, measurements.memory_copy_rate, all_ranks)
         limit = LINK_SHARE[self.device.type]
-        inside = self._links("rank to rank in a node", pairings.inside(self.by_node))
+        inside = self._links("rank to rank in a node", pairings.rounds_inside(self.by_node))
         if inside:
-            places = [self.place[rank] for rank in range(len(self.nodes))]
-            found.append(compare.links_inside("links inside", "GB/s", inside, self.nodes, places, limit))
+            local = [self.local[rank] for rank in range(len(self.nodes))]
+            found.append(compare.compare_links_inside("links inside", "GB/s", inside, self.nodes, local, limit))
         if between:
-            found.append(compare.links_between("network", "GB/s", between, self.nodes, limit))
+            found.append(compare.compare_links_between("network", "GB/s", between, self.nodes, limit))
         return found
-
-    def _places(self) -> range:
-        return range(max(map(len, self.by_node)))
 
     def _devices(
         self,
@@ -62,30 +60,29 @@ class Screening:
         measure: Callable[[torch.device], float],
         turns: Sequence[Sequence[int]],
     ) -> list[Screen]:
-        """`measure` on every rank; those of one turn at the same time."""
+        """`measure` on every rank; the ranks of one turn measure at the same time."""
         values = [0.0] * len(self.nodes)
         for turn in turns:
-            mine = self.rank in turn
-            told = self.board.phase(name, [], partial(measure, self.device) if mine else _rest)
-            for rank, value in enumerate(told):
+            work = partial(measure, self.device) if self.rank in turn else _rest
+            for rank, value in enumerate(self.store.phase(name, [], work)):
                 if value is not None:
                     values[rank] = value / scale
         if self.rank != 0:
             return []
-        return [compare.devices(name, unit, values, self.nodes, DEVICE_SHARE[self.device.type])]
+        return [compare.compare_devices(name, unit, values, self.nodes, DEVICE_SHARE[self.device.type])]
 
     def _links(self, name: str, rounds: Sequence[Sequence[Pair]]) -> dict[Pair, float]:
-        """GB/s of every pair, by its slower end; on the other ranks than 0 nothing."""
+        """GB/s of every pair, as its slower end measured it, on rank 0; {} on the others."""
         found = {}
         for number, pairs in enumerate(rounds):
             partners = {one: other for pair in pairs for one, other in (pair, pair[::-1])}
-            told = self.board.phase(
+            rates = self.store.phase(
                 f"{name}, round {number + 1} of {len(rounds)}",
                 [Group("link", "", pair) for pair in pairs],
-                partial(measurements.exchange, partners[self.rank], self.device) if self.rank in partners else _rest,
+                partial(measurements.link_rate, partners[self.rank], self.device) if self.rank in partners else _rest,
             )
-            if told:
-                found.update({(one, other): min(told[one], told[other]) / 1e9 for one, other in pairs})
+            if rates:
+                found.update({(one, other): min(rates[one], rates[other]) / 1e9 for one, other in pairs})
         return found
 
 

@@ -1,7 +1,7 @@
-"""Which network RCCL (or NCCL) really uses, from its own log: without its plugin it falls to TCP and says no word else.
+"""Which network RCCL (or NCCL) really uses, from its own log: without its plugin it silently falls back to TCP.
 
-Lines of NCCL 2.4 to 2.28, RCCL and aws-ofi-nccl as they appear in public logs; what a good one holds is stated by HPE
-("Loaded net plugin AWS Libfabric") and LUMI ("NET/OFI Selected Provider is cxi").
+Lines of NCCL 2.4 to 2.28, RCCL and aws-ofi-nccl as they appear in public logs. A good log contains "Loaded net plugin
+AWS Libfabric" (HPE's documentation) and "NET/OFI Selected Provider is cxi" (LUMI's).
 """
 
 from __future__ import annotations
@@ -36,18 +36,23 @@ class Transport:
     network: str | None
     provider: str | None  # libfabric's, where a plugin uses it: "cxi" is Slingshot
     direct: bool | None  # the network reads GPU memory itself; None if no channel over the network is in the log
-    complaint: str  # what was said about a plugin that was not found
+    complaint: str  # the line about a plugin that was not found
+
+    @property
+    def network_and_provider(self) -> str:
+        """`AWS Libfabric, provider cxi`."""
+        return f"{self.network}, provider {self.provider}" if self.provider else str(self.network)
 
 
-def start_logging(env: MutableMapping[str, str]) -> Path:
+def start_rccl_log(env: MutableMapping[str, str]) -> Path:
     """Have RCCL write its log to a file of this process, before its first call; returns the file."""
     path = Path(tempfile.gettempdir()) / f"neox_preflight_rccl_{os.getpid()}.log"
     env.update(NCCL_DEBUG="INFO", NCCL_DEBUG_SUBSYS="INIT,NET,ENV", NCCL_DEBUG_FILE=str(path))
     return path
 
 
-def take_log(path: Path) -> str:
-    """The log so far; the file's name is removed, RCCL writes on into what nobody reads."""
+def take_rccl_log(path: Path) -> str:
+    """The log so far. The file is unlinked; RCCL keeps writing to it."""
     try:
         text = path.read_text(errors="replace")
         path.unlink()
@@ -56,8 +61,8 @@ def take_log(path: Path) -> str:
     return text
 
 
-def read(log: str) -> Transport:
-    """Read a log. What channels use counts more than what was announced: several plugins can announce themselves."""
+def parse_rccl_log(log: str) -> Transport:
+    """Read a log. What the channels use outweighs what was announced: several plugins can announce themselves."""
     channels = _CHANNEL.findall(log)
     networks = [first or second for first, second in _NETWORK.findall(log)]
     network: str | None = networks[-1] if networks else None
@@ -76,8 +81,8 @@ def read(log: str) -> Transport:
     )
 
 
-def problem(found: Transport) -> str | None:
-    """Why a run on several nodes should not start so, None if it may."""
+def transport_problem(found: Transport) -> str | None:
+    """Why a run on several nodes should not start with this transport, None if it may."""
     if found.network is None:
         return "RCCL's log does not say which network is used"
     if found.network == "Socket":
@@ -87,11 +92,11 @@ def problem(found: Transport) -> str | None:
     return None
 
 
-def failure(found: Sequence[Transport], roster: Roster) -> str | None:
-    """Which ranks must not start so, and what to do; None if all may. `found` is by rank."""
+def transport_failure(found: Sequence[Transport], roster: Roster) -> str | None:
+    """Which ranks must not start with their transport, and what to do; None if all may. `found` is by rank."""
     by_problem: dict[str, list[int]] = {}
-    for rank, one in enumerate(found):
-        text = problem(one)
+    for rank, transport in enumerate(found):
+        text = transport_problem(transport)
         if text:
             by_problem.setdefault(text, []).append(rank)
     if not by_problem:
@@ -100,11 +105,11 @@ def failure(found: Sequence[Transport], roster: Roster) -> str | None:
     return "\n".join(["preflight: FAILED at the transport check, RCCL does not use the fast network", *lines, ADVICE])
 
 
-def describe(found: Sequence[Transport]) -> str:
-    """One line about all ranks, none of which has a problem."""
-    kinds = sorted({f"{one.network}{f', provider {one.provider}' if one.provider else ''}" for one in found})
+def transport_summary(found: Sequence[Transport]) -> str:
+    """One line about all ranks if none of them has a problem."""
+    kinds = sorted({each.network_and_provider for each in found})
     text = f"transport: {' and '.join(kinds)} on all {len(found)} ranks"
-    indirect = sum(one.direct is False for one in found)
+    indirect = sum(each.direct is False for each in found)
     if indirect:
         text += f"; {indirect} send through host memory, GPU-direct RDMA is off (NCCL_NET_GDR_LEVEL=PHB turns it on)"
     return text

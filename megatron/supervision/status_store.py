@@ -1,7 +1,7 @@
-"""Signs of life: each rank tells a store of its own, every second or few, where it is.
+"""Heartbeats: every second or few, each rank writes its position to a store that rank 0 serves.
 
-The store is apart from the collectives: it works while all of them hang. Rank 0 serves it, so its own end is noticed by
-everybody at once, its standstill after a while.
+The store does not depend on the collectives: it works while all of them hang. If rank 0 ends, the others notice at
+once; if it freezes, after a while.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -20,22 +20,23 @@ from types import FrameType
 import torch.distributed as dist
 from torch.distributed import TCPStore
 
+from megatron.parallel.collective_errors import RankGroup
 from megatron.parallel.place import Place
 from megatron.parallel.rank_env import node_name
 
 CONNECT_SECONDS = 60
 _ROOT = Path(__file__).resolve().parents[2]
-_WAITING_IN = ("/torch/distributed/", "/deepspeed/comm/")  # a frame here: the rank waits for others
+_WAITING_IN = ("/torch/distributed/", "/deepspeed/comm/")  # a rank with a frame in these files waits for others
 
 
 @dataclass
 class Whereabouts:
-    """Where the main thread is. It writes, the watchdog's threads read; assignments need no lock."""
+    """Where the main thread is. It writes, the watchdog's threads read; plain assignments need no lock."""
 
     clock: Callable[[], float] = time.monotonic
     phase: str = "start-up"
     iteration: int = 0
-    hurried: bool = False  # whether the limit of a training step holds
+    under_step_timeout: bool = False  # whether the time limit of a training step applies
     since: float = field(init=False)
 
     def __post_init__(self) -> None:
@@ -53,7 +54,7 @@ class Whereabouts:
 
 @dataclass(frozen=True)
 class Beat:
-    """What a rank says of itself. `waits`: it is inside a collective, that is, it has arrived there."""
+    """A rank's own position. `waits`: it is inside a collective, so it has arrived there."""
 
     number: int
     phase: str
@@ -62,15 +63,16 @@ class Beat:
     waits: bool
     line: str
 
-    def told(self) -> str:
-        place = f" at {self.line}" if self.line else ""
-        return f"in {self.phase} of iteration {self.iteration}{place} for {self.seconds:.0f} s"
+    def position(self) -> str:
+        """`in data of iteration 12 at megatron/data/sampler.py:80 for 100 s`."""
+        line = f" at {self.line}" if self.line else ""
+        return f"in {self.phase} of iteration {self.iteration}{line} for {self.seconds:.0f} s"
 
 
-def beat_of(number: int, whereabouts: Whereabouts, main: int) -> Beat:
-    """The present beat of this process; `main` is the identifier of its main thread."""
+def current_beat(number: int, whereabouts: Whereabouts, main: int) -> Beat:
+    """The heartbeat of this process now; `main` is the identifier of its main thread."""
     frames = sys._current_frames()
-    # Autograd runs backward functions in threads of its own on a GPU: any thread may be the one that waits.
+    # On a GPU autograd runs backward functions in threads of its own: any thread but this one may be in a collective.
     own = threading.get_ident()
     waits = any(_waits(frame) for thread, frame in frames.items() if thread != own)
     line = _line(frames.get(main))
@@ -98,64 +100,59 @@ def _line(frame: FrameType | None) -> str:
     return ""
 
 
-class Board:
-    """The store: beats by rank, who the ranks are, and one verdict."""
+class StatusStore:
+    """The last heartbeat of every rank, and at most one verdict."""
 
-    def __init__(self, store: TCPStore, rank: int, titles: list[str]) -> None:
-        self.store, self.rank, self.titles = store, rank, titles
+    def __init__(self, store: TCPStore, rank: int, world_size: int) -> None:
+        self.store, self.rank, self.world_size = store, rank, world_size
 
     @classmethod
-    def open(cls, rank: int, titles: list[str]) -> Board:
-        """Collective over the default group. `titles` name all ranks to people (`gather_titles`)."""
-        box: list[tuple[str, int] | None] = [None]
-        store = None
-        if rank == 0:
+    def open(cls, place: Place) -> StatusStore:
+        """Serve the store on rank 0, connect to it on the others. Collective over the default group."""
+        address: tuple[str, int] | None = None
+        if place.rank == 0:
             store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-            here = "127.0.0.1" if "NEOX_RENDEZVOUS" in os.environ else os.environ.get("MASTER_ADDR", "127.0.0.1")
-            box = [(here, store.port)]
-        dist.broadcast_object_list(box, src=0)
-        if store is None:
-            assert box[0] is not None
-            host, port = box[0]
-            store = TCPStore(host, port, wait_for_workers=False, timeout=timedelta(seconds=CONNECT_SECONDS))
-        board = cls(store, rank, titles)
-        board.beat(Beat(0, "start-up", 0, 0.0, False, ""))
-        dist.barrier()  # now every rank has a beat
-        return board
+            host = "127.0.0.1" if "NEOX_RENDEZVOUS" in os.environ else os.environ.get("MASTER_ADDR", "127.0.0.1")
+            address = (host, store.port)
+        address = RankGroup.world(place.device).broadcast(address)
+        assert address is not None
+        if place.rank != 0:
+            store = TCPStore(*address, wait_for_workers=False, timeout=timedelta(seconds=CONNECT_SECONDS))
+        opened = cls(store, place.rank, place.world_size)
+        opened.beat(Beat(0, "start-up", 0, 0.0, False, ""))
+        dist.barrier()  # from here on every rank has a heartbeat in the store
+        return opened
 
     def beat(self, beat: Beat) -> None:
         self.store.set(f"beat/{self.rank}", json.dumps(asdict(beat)))
 
     def beats(self) -> list[Beat]:
-        """The last beat of every rank."""
-        found = self.store.multi_get([f"beat/{rank}" for rank in range(len(self.titles))])
+        """The last heartbeat of every rank, by rank."""
+        found = self.store.multi_get([f"beat/{rank}" for rank in range(self.world_size)])
         return [Beat(**json.loads(text)) for text in found]
 
     def verdict(self) -> str | None:
-        """What some rank has published, None if none has."""
+        """The text that a rank has published first, None if none has."""
         return self.store.get("verdict").decode() if self.store.check(["verdict"]) else None
 
     def publish(self, verdict: str) -> bool:
         """Whether this verdict is the first."""
         return self.store.compare_set("verdict", "", verdict).decode() == verdict
 
-    def name(self, rank: int) -> str:
-        return titled(rank, self.titles)
 
-
-def titled(rank: int, titles: list[str]) -> str:
+def titled(rank: int, titles: Sequence[str]) -> str:
     """`rank 5 on n2 (pipe 1, data 0, tensor 1)`."""
     return f"rank {rank} on {titles[rank]}"
 
 
-def nodes_of(ranks: Iterable[int], titles: list[str]) -> list[str]:
+def nodes_of(ranks: Iterable[int], titles: Sequence[str]) -> list[str]:
     """The nodes of some ranks, sorted, each once."""
     return sorted({titles[rank].partition(" ")[0] for rank in ranks})
 
 
 def gather_titles(place: Place) -> list[str]:
     """By rank, "node (pipe p, data d, tensor t)". Collective over the default group."""
-    mine = f"{node_name(os.environ)} (pipe {place.pp_rank}, data {place.dp_rank}, tensor {place.tp_rank})"
-    titles = [mine] * place.world_size
-    dist.all_gather_object(titles, mine)
+    own_title = f"{node_name(os.environ)} (pipe {place.pp_rank}, data {place.dp_rank}, tensor {place.tp_rank})"
+    titles = [own_title] * place.world_size
+    dist.all_gather_object(titles, own_title)
     return titles

@@ -48,17 +48,17 @@ class StepTimers:
         """A training step. The first one may compile kernels: the limit of a step does not hold for it."""
         self._spans.clear()
         self._timed = True
-        self.whereabouts.iteration, self.whereabouts.hurried = iteration, not first
+        self.whereabouts.iteration, self.whereabouts.under_step_timeout = iteration, not first
         with self.during("step"):
             yield
-        self._timed = self.whereabouts.hurried = False
+        self._timed = self.whereabouts.under_step_timeout = False
 
     @contextlib.contextmanager
     def evaluation(self) -> Iterator[None]:
         """An evaluation between steps, under the limit of a step."""
-        self.whereabouts.hurried = True
+        self.whereabouts.under_step_timeout = True
         yield
-        self.whereabouts.hurried = False
+        self.whereabouts.under_step_timeout = False
 
     @contextlib.contextmanager
     def without_step_limit(self, phase: str) -> Iterator[None]:

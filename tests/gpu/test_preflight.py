@@ -20,15 +20,15 @@ ROOT = Path(__file__).resolve().parents[2]
 
 LOG = """
 import os, torch, torch.distributed as dist
-from megatron.preflight.transport import problem, read, start_logging, take_log
+from megatron.preflight.transport import transport_problem, parse_rccl_log, start_rccl_log, take_rccl_log
 
-path = start_logging(os.environ)
+path = start_rccl_log(os.environ)
 torch.cuda.set_device(0)
 dist.init_process_group("nccl", init_method="file://" + os.environ["STORE"], rank=0, world_size=1)
 dist.all_reduce(torch.ones(1, device="cuda"))
 torch.cuda.synchronize()
-found = read(take_log(path))
-print(found.network, "|", problem(found), flush=True)
+found = parse_rccl_log(take_rccl_log(path))
+print(found.network, "|", transport_problem(found), flush=True)
 os._exit(0)
 """
 

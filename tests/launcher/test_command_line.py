@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 
-from megatron.launcher import command_line, rank_main
-from megatron.launcher.start import environment, forks, write_handover
-from megatron.neox_arguments import ConfigError, NeoXArgs
+from megatron.launcher.command_line import parse_command_line
+from megatron.launcher.local import rank_environment, uses_fork
+from megatron.neox_arguments import NeoXArgs
 from tests.support.configurations import VALID, keys
 
 pytestmark = pytest.mark.unit
@@ -72,51 +71,29 @@ def test_a_mistake_is_one_message_and_exit_code_2(words: tuple[str, ...], messag
 )
 def test_a_folder_is_put_in_front(spelling: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    request = command_line.parse(["eval.py", *spelling, "model", "run.yml", "-o", "out.jsonl", "--load", "x"])
-    assert request.configs == [Path("configs/tiny/model.yml"), Path("configs/tiny/run.yml")]
-    assert request.overrides == {"sample_output_file": "out.jsonl", "load": "x"}
-    assert request.task == "eval"
+    invocation = parse_command_line(["eval.py", *spelling, "model", "run.yml", "-o", "out.jsonl", "--load", "x"])
+    assert invocation.configs == [Path("configs/tiny/model.yml"), Path("configs/tiny/run.yml")]
+    assert invocation.overrides == {"sample_output_file": "out.jsonl", "load": "x"}
+    assert invocation.task == "eval"
 
 
 def test_scripts_have_their_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    tasks = {name: command_line.parse([name, "x"]).task for name in ("train.py", "eval.py", "generate.py")}
+    tasks = {name: parse_command_line([name, "x"]).task for name in ("train.py", "eval.py", "generate.py")}
     assert tasks == {"train.py": "train", "eval.py": "eval", "generate.py": "generate"}
-
-
-def test_the_configuration_arrives_as_it_left(tmp_path: Path) -> None:
-    args = NeoXArgs.from_dict(VALID)
-    path = write_handover(args, tmp_path)
-    assert rank_main.worker_args(["--neox-args", str(path)]) == args
-
-
-@pytest.mark.parametrize("damage", [lambda text: text[: len(text) // 2], lambda text: text.replace("128", "129")])
-def test_a_damaged_configuration_is_not_used(tmp_path: Path, damage: Callable[[str], str]) -> None:
-    path = write_handover(NeoXArgs.from_dict(VALID), tmp_path)
-    path.write_text(damage(path.read_text()))
-    with pytest.raises(ConfigError, match="the file was changed or not read whole"):
-        rank_main.worker_args(["--neox-args", str(path)])
-
-
-def test_ranks_started_by_others_read_the_files_themselves(tmp_path: Path) -> None:
-    (tmp_path / "a.yml").write_text(yaml.safe_dump(VALID))
-    args = rank_main.worker_args([str(tmp_path / "a"), "--train_iters", "3"])
-    assert args.train_iters == 3
-    with pytest.raises(ConfigError, match="configuration files are missing"):
-        rank_main.worker_args([])
 
 
 def test_cpu_ranks_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr("os.cpu_count", lambda: 16)
     args = NeoXArgs.from_dict(keys(num_gpus=8))
-    assert environment(args)["OMP_NUM_THREADS"] == "2"
-    assert environment(args)["DS_ACCELERATOR"] == "cpu"
+    assert rank_environment(args)["OMP_NUM_THREADS"] == "2"
+    assert rank_environment(args)["DS_ACCELERATOR"] == "cpu"
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert environment(args)["OMP_NUM_THREADS"] == "3"
+    assert rank_environment(args)["OMP_NUM_THREADS"] == "3"
 
 
 def test_ranks_are_forked_on_cpus_only_unless_asked() -> None:
-    assert forks(NeoXArgs.from_dict(VALID))
-    assert not forks(NeoXArgs.from_dict(keys(distributed_backend="nccl")))
-    assert not forks(NeoXArgs.from_dict(keys(launcher="torchrun")))
+    assert uses_fork(NeoXArgs.from_dict(VALID))
+    assert not uses_fork(NeoXArgs.from_dict(keys(distributed_backend="nccl")))
+    assert not uses_fork(NeoXArgs.from_dict(keys(launcher="torchrun")))

@@ -24,13 +24,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 SCRIPT = """
 import os, signal, sys, time
-from megatron.launcher import run
+from megatron.launcher.rank_main import run
 from megatron.parallel.process_groups import initialize
 from megatron.neox_arguments import ConfigError
 
 def program(args):
     place = initialize(args)
-    rank, mode = place.rank, args.wandb_group
+    rank, mode = place.rank, os.environ["MODE"]
     import torch.distributed as dist
     if mode == "places":
         with open(f"{args.log_dir}/{rank}", "w") as file:
@@ -56,10 +56,10 @@ if __name__ == "__main__":
 """
 
 
-def prepare(folder: Path, mode: str, **changes: Any) -> list[str]:
-    """A script and its configuration in `folder`; returns the deepy command."""
+def prepare(folder: Path, **changes: Any) -> list[str]:
+    """A script and its configuration in `folder`; returns the deepy command. The script's MODE is a variable."""
     (folder / "train.py").write_text(SCRIPT)
-    settings = keys(wandb_group=mode, log_dir=str(folder), num_gpus=2, **changes)
+    settings = keys(log_dir=str(folder), num_gpus=2, **changes)
     (folder / "run.yml").write_text(yaml.safe_dump(settings))
     return [sys.executable, str(ROOT / "deepy.py"), str(folder / "train.py"), str(folder / "run.yml")]
 
@@ -67,9 +67,9 @@ def prepare(folder: Path, mode: str, **changes: Any) -> list[str]:
 def launch(folder: Path, mode: str, **changes: Any) -> subprocess.CompletedProcess[str]:
     """Run deepy from another working directory than the project's."""
     (folder / "tmp").mkdir()
-    env = os.environ | {"TMPDIR": str(folder / "tmp")}
+    env = os.environ | {"TMPDIR": str(folder / "tmp"), "MODE": mode}
     result = subprocess.run(
-        prepare(folder, mode, **changes), cwd=folder, env=env, capture_output=True, text=True, timeout=200
+        prepare(folder, **changes), cwd=folder, env=env, capture_output=True, text=True, timeout=200
     )
     assert list((folder / "tmp").glob("neox_run_*")) == [], "the run's folder is removed"
     return result
@@ -128,7 +128,8 @@ def _alive(pid: int) -> bool:
 )
 def test_no_rank_outlives_deepy(tmp_path: Path, launcher: str, deadly: signal.Signals, code: int) -> None:
     log = (tmp_path / "output").open("w")
-    process = subprocess.Popen(prepare(tmp_path, "sleep", launcher=launcher), stdout=log, stderr=log, cwd=tmp_path)
+    words, env = prepare(tmp_path, launcher=launcher), os.environ | {"MODE": "sleep"}
+    process = subprocess.Popen(words, stdout=log, stderr=log, cwd=tmp_path, env=env)
     try:
         deadline = time.monotonic() + 150
         files = [tmp_path / str(rank) for rank in range(2)]

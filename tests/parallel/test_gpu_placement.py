@@ -14,11 +14,11 @@ from megatron.parallel.gpu_placement import (
     Seat,
     check_devices,
     check_masks,
-    check_nodes,
+    check_tensor_groups,
     coordinates,
     device_index,
-    summary,
-    table,
+    seat_summary,
+    seat_table,
 )
 
 pytestmark = pytest.mark.unit
@@ -58,9 +58,9 @@ def test_coordinates_are_deepspeed_s() -> None:
 
 def test_all_tensor_parallel_groups_of_2048_ranks_are_inside_a_node() -> None:
     all_seats = seats()
-    check_nodes(all_seats)
+    check_tensor_groups(all_seats)
     check_devices(all_seats)
-    assert summary(all_seats) == (
+    assert seat_summary(all_seats) == (
         "ranks: 2048 on 256 nodes (frontier00000 to frontier00255), 8 on each; every tensor-parallel group is inside "
         "one node"
     )
@@ -73,7 +73,7 @@ LUMI_GCDS = tuple(range(8))  # all visible, and local rank n takes GCD n
 def test_2048_ranks_with_either_binding(gcds: Sequence[int]) -> None:
     """Every GCD of every node once, a TP group on one node, pipeline neighbours 32 nodes apart."""
     all_seats = seats(gcds=gcds)
-    check_nodes(all_seats)
+    check_tensor_groups(all_seats)
     check_devices(all_seats)
     assert len({(seat.node, seat.device) for seat in all_seats}) == 2048
     assert len({(seat.pipe, seat.data, seat.tensor) for seat in all_seats}) == 2048
@@ -92,17 +92,17 @@ def test_two_link_bridges_of_groups_of_four() -> None:
 
 @pytest.mark.parametrize(("tensor", "data"), [(1, 256), (2, 128), (4, 64)])
 def test_smaller_groups_share_a_node(tensor: int, data: int) -> None:
-    check_nodes(seats(data=data, tensor=tensor))
+    check_tensor_groups(seats(data=data, tensor=tensor))
 
 
 def test_cyclic_numbering_tears_groups_apart() -> None:
     with pytest.raises(ConfigError, match=r"256 of 256 tensor-parallel groups leave their node.*--distribution=block"):
-        check_nodes(seats(cyclic=True))
+        check_tensor_groups(seats(cyclic=True))
 
 
 def test_nodes_of_six_ranks_tear_groups_apart() -> None:
     with pytest.raises(ConfigError, match="leave their node"):
-        check_nodes(seats(pipe=3, data=2, per_node=6))
+        check_tensor_groups(seats(pipe=3, data=2, per_node=6))
 
 
 def test_two_ranks_with_one_device_stop() -> None:
@@ -162,7 +162,7 @@ def test_the_map_of_the_node_is_olcf_s() -> None:
 
 def test_the_table_has_a_line_per_rank() -> None:
     few = seats()[:3]
-    rows = [line.split() for line in table(few, {0: 3, 1: None})]
+    rows = [line.split() for line in seat_table(few, {0: 3, 1: None})]
     assert rows[0] == ["rank", "node", "local", "device", "numa", "pipe", "data", "tensor"]
     assert rows[1] == ["0", "frontier00000", "0", "gcd4", "3", "0", "0", "0"]
     assert rows[2] == ["1", "frontier00000", "1", "gcd5", "-", "0", "0", "1"]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from megatron.neox_arguments import ConfigError
-from megatron.parallel.rank_env import Ranks, expand_hosts, find_ranks, node_name, set_rendezvous
+from megatron.parallel.rank_env import StartedRank, expand_hosts, find_started_rank, node_name, set_rendezvous
 
 pytestmark = pytest.mark.unit
 
@@ -21,6 +21,7 @@ SLURM = {
     "SLURM_NODEID": "1",
     "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
 }
+TORCHRUN_BY_SRUN = {"SLURM_NTASKS": "2", "SLURM_PROCID": "1", "TORCHELASTIC_RUN_ID": "x"}
 
 
 @pytest.mark.parametrize(
@@ -28,22 +29,21 @@ SLURM = {
     [
         ({}, None),
         ({"WORLD_SIZE": "8"}, None),
-        (TORCH, Ranks(5, 8, 1, None, "RANK")),
-        (TORCH | {"LOCAL_WORLD_SIZE": "4"}, Ranks(5, 8, 1, 4, "RANK")),
-        (SLURM, Ranks(5, 8, 1, 4, "SLURM_PROCID")),
-        (SLURM | {"SLURM_STEP_NUM_TASKS": "6", "SLURM_PROCID": "3"}, Ranks(3, 6, 1, 4, "SLURM_PROCID")),
-        (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "3,5"}, Ranks(5, 8, 1, 5, "SLURM_PROCID")),
-        (SLURM | TORCH, Ranks(5, 8, 1, None, "RANK")),
+        (TORCH, StartedRank(5, 8, 1, None, "RANK")),
+        (TORCH | {"LOCAL_WORLD_SIZE": "4"}, StartedRank(5, 8, 1, 4, "RANK")),
+        (SLURM, StartedRank(5, 8, 1, 4, "SLURM_PROCID")),
+        (SLURM | {"SLURM_STEP_NUM_TASKS": "6", "SLURM_PROCID": "3"}, StartedRank(3, 6, 1, 4, "SLURM_PROCID")),
+        (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "3,5"}, StartedRank(5, 8, 1, 5, "SLURM_PROCID")),
+        (SLURM | TORCH, StartedRank(5, 8, 1, None, "RANK")),
         # torchrun as a task on each of two nodes: two tasks, eight ranks
-        (SLURM | TORCH | {"SLURM_NTASKS": "2", "SLURM_PROCID": "1", "TORCHELASTIC_RUN_ID": "x"}, Ranks(5, 8, 1, None,
-        "RANK")),
+        (SLURM | TORCH | TORCHRUN_BY_SRUN, StartedRank(5, 8, 1, None, "RANK")),
         # the batch script itself, and an interactive shell, are no ranks
         ({name: value for name, value in SLURM.items() if name != "SLURM_STEP_ID"}, None),
         (SLURM | {"SLURM_STEP_ID": "4294967291"}, None),
     ],
 )  # fmt: skip
-def test_sources(env: dict[str, str], expected: Ranks | None) -> None:
-    assert find_ranks(env) == expected
+def test_sources(env: dict[str, str], expected: StartedRank | None) -> None:
+    assert find_started_rank(env) == expected
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_sources(env: dict[str, str], expected: Ranks | None) -> None:
 )
 def test_what_cannot_be_right_stops(env: dict[str, str], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        find_ranks(env)
+        find_started_rank(env)
 
 
 @pytest.mark.parametrize(

@@ -64,16 +64,16 @@ def test_a_machine_or_a_picture_that_cannot_be() -> None:
 def test_only_a_training_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     with pytest.raises(ConfigError, match=r"not eval\.py; give train\.py"):
-        command_line.parse(["eval.py", *TINY, "--dry-run"])
-    request = command_line.parse(["train.py", *TINY, "--dry-run", "--search", "--train_iters", "3"])
+        command_line.parse_command_line(["eval.py", *TINY, "--dry-run"])
+    request = command_line.parse_command_line(["train.py", *TINY, "--dry-run", "--search", "--train_iters", "3"])
     assert request.plan == PlanOptions(search=True)
     assert request.overrides == {"train_iters": 3}
-    assert command_line.parse(["train.py", *TINY]).plan is None
+    assert command_line.parse_command_line(["train.py", *TINY]).plan is None
 
 
 def test_an_option_of_the_plan_alone_is_an_unknown_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    request = command_line.parse(["train.py", *TINY, "--allow_memory", "true"])
+    request = command_line.parse_command_line(["train.py", *TINY, "--allow_memory", "true"])
     with pytest.raises(ConfigError, match="allow_memory"):
         NeoXArgs.from_ymls(request.configs, request.overrides)
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from megatron.parallel.gpu_placement import Seat, coordinates
-from megatron.preflight.diagnosis import CONFIGURATION, STALLED, Group, Roster, failure, numbers
+from megatron.preflight.diagnosis import CONFIGURATION, STALLED, Group, Roster, numbers, phase_failure
 
 pytestmark = pytest.mark.unit
 
@@ -40,17 +40,17 @@ def roster(seated: bool = True) -> Roster:
 
 def report(groups: list[Group], absent: set[int], silent: set[int], errors: dict[int, str] | None = None) -> str:
     arrived = set(range(WORLD)) - absent
-    told: dict[int, dict[str, Any]] = {rank: {"result": None} for rank in arrived - silent}
-    told.update({rank: {"error": text, "code": STALLED} for rank, text in (errors or {}).items()})
-    found = failure("the collectives", groups, roster(), arrived, told, 60)
+    outcomes: dict[int, dict[str, Any]] = {rank: {"result": None} for rank in arrived - silent}
+    outcomes.update({rank: {"error": text, "code": STALLED} for rank, text in (errors or {}).items()})
+    found = phase_failure("the collectives", groups, roster(), arrived, outcomes, 60)
     assert found is not None
     assert found.code == STALLED
     return found.text
 
 
 def test_a_phase_that_all_have_done_is_no_failure() -> None:
-    told = {rank: {"result": None} for rank in range(WORLD)}
-    assert failure("the collectives", TP, roster(), range(WORLD), told, 60) is None
+    outcomes = {rank: {"result": None} for rank in range(WORLD)}
+    assert phase_failure("the collectives", TP, roster(), range(WORLD), outcomes, 60) is None
 
 
 def test_one_rank_that_is_not_there() -> None:
@@ -81,13 +81,13 @@ def test_every_group_that_stalls_is_named_up_to_a_number() -> None:
 def test_the_rank_that_died_among_those_that_say_so() -> None:
     ranks = TP[33].ranks
     text = report(TP, set(), set(ranks), dict.fromkeys(ranks[1:], "RuntimeError: Connection closed by peer"))
-    assert "without a word since: rank 264 on frontier00033 (pipe 1, data 1, tensor 0)" in text
+    assert "no response since: rank 264 on frontier00033 (pipe 1, data 1, tensor 0)" in text
     assert "ranks 265-271 on frontier00033: RuntimeError: Connection closed by peer" in text
 
 
 def test_an_error_of_the_user_is_said_once_and_ends_with_its_code() -> None:
-    told = {rank: {"error": "run.yml: no such file", "code": CONFIGURATION} for rank in range(WORLD)}
-    found = failure("the start", [], roster(), range(WORLD), told, 60)
+    outcomes = {rank: {"error": "run.yml: no such file", "code": CONFIGURATION} for rank in range(WORLD)}
+    found = phase_failure("the start", [], roster(), range(WORLD), outcomes, 60)
     assert found is not None
     assert found.code == CONFIGURATION
     assert found.text.count("no such file") == 1

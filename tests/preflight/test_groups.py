@@ -10,7 +10,7 @@ import torch
 from megatron.neox_arguments import NeoXArgs
 from megatron.parallel.gpu_placement import Seat, coordinates
 from megatron.preflight.diagnosis import Roster
-from megatron.preflight.groups import groups_of, judge, payload_bytes, sizes
+from megatron.preflight.groups import judge_sums, layout_groups, layout_sizes, payload_bytes
 from tests.support.configurations import keys
 
 pytestmark = pytest.mark.unit
@@ -27,14 +27,14 @@ def configuration(**changes: Any) -> NeoXArgs:
 def test_groups_are_deepspeed_s(kind: str, axis: str, count: int) -> None:
     from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
-    groups = groups_of(configuration())[kind]
+    groups = layout_groups(configuration())[kind]
     topology = PipeModelDataParallelTopology(num_pp=8, num_mp=8, num_dp=32)
     assert sorted(group.ranks for group in groups) == sorted(map(tuple, topology.get_axis_comm_lists(axis)))
     assert len({group.name for group in groups}) == count
 
 
 def test_groups_are_named_by_what_their_ranks_share() -> None:
-    names = {group.name: group.ranks for kind in groups_of(configuration()).values() for group in kind}
+    names = {group.name: group.ranks for kind in layout_groups(configuration()).values() for group in kind}
     assert names["TP group (pipe 7, data 31)"] == tuple(range(2040, 2048))
     assert names["PP group (data 31, tensor 7)"] == tuple(range(255, 2048, 256))
     assert names["DP group (pipe 7, tensor 7)"] == tuple(range(1799, 2048, 8))
@@ -52,19 +52,19 @@ def test_payloads_are_the_training_s_messages_up_to_a_limit() -> None:
 def test_the_slowest_group_and_the_wrong_one_are_named() -> None:
     args = configuration()
     roster = Roster(2048)
-    roster.sizes = sizes(args)
+    roster.sizes = layout_sizes(args)
     roster.seats.update(
-        {rank: Seat(rank, f"n{rank // 8}", rank % 8, *coordinates(rank, *sizes(args))) for rank in range(2048)}
+        {rank: Seat(rank, f"n{rank // 8}", rank % 8, *coordinates(rank, *layout_sizes(args))) for rank in range(2048)}
     )
     outcomes = [{"wrong": 0, "elements": 1024, "seconds": 1e-3} for _ in range(2048)]
     outcomes[77]["seconds"] = 2e-3
-    text, wrong = judge(groups_of(args)["TP"], roster, outcomes, 8 * 10**6)
+    text, wrong = judge_sums(layout_groups(args)["TP"], roster, outcomes, 8 * 10**6)
     # A ring of eight carries 2 x 7/8 of the payload over each link.
     assert "TP groups: 256 of 8 ranks" in text
     assert "median 14, min 7, max 14, slowest (pipe 0, data 9) ranks 72-79 on n9" in text
     assert wrong == []
     outcomes[77]["wrong"] = 5
-    _, wrong = judge(groups_of(args)["TP"], roster, outcomes, 4096)
+    _, wrong = judge_sums(layout_groups(args)["TP"], roster, outcomes, 4096)
     assert wrong == [
         "  TP group (pipe 0, data 9), ranks 72-79 on n9: wrong sums on rank 77, in up to 5 of 1024 elements"
     ]

@@ -71,20 +71,22 @@ def raising(*args: Any, **kwargs: Any) -> None:
 
 def in_phase(name: str, instead: Callable[..., Any]) -> None:
     """Do `instead` of the work of a phase."""
-    from megatron.preflight.phase_store import Board
+    from megatron.preflight.phase_store import PhaseStore
 
-    phase = Board.phase
-    Board.phase = lambda board, phase_name, groups, work: phase(
-        board, phase_name, groups, instead if phase_name == name else work
+    phase = PhaseStore.phase
+    PhaseStore.phase = lambda store, phase_name, groups, work: phase(
+        store, phase_name, groups, instead if phase_name == name else work
     )
 
 
 def before_phase(name: str, instead: Callable[..., Any]) -> None:
     """Do `instead` of coming to a phase."""
-    from megatron.preflight.phase_store import Board
+    from megatron.preflight.phase_store import PhaseStore
 
-    phase = Board.phase
-    Board.phase = lambda board, phase_name, *rest: instead() if phase_name == name else phase(board, phase_name, *rest)
+    phase = PhaseStore.phase
+    PhaseStore.phase = lambda store, phase_name, *rest: (
+        instead() if phase_name == name else phase(store, phase_name, *rest)
+    )
 
 
 def spoil(rank: int) -> None:
@@ -117,8 +119,8 @@ def corrupt() -> None:
 def other_seed() -> None:
     from megatron.preflight import phases
 
-    read = phases.worker_args
-    phases.worker_args = lambda words: read([*words, "--seed", "2"])
+    read = phases.rank_args
+    phases.rank_args = lambda words: read([*words, "--seed", "2"])
 
 
 def speeds(gemm: dict[int, float], copy: dict[int, float], link: Callable[[int, int], float]) -> Callable[[int], None]:
@@ -128,9 +130,9 @@ def speeds(gemm: dict[int, float], copy: dict[int, float], link: Callable[[int, 
         from megatron.preflight import measurements
 
         node = rank // PER_NODE
-        measurements.gemm = lambda device: 140e12 * gemm.get(node, 1)
-        measurements.copy = lambda device: 1300e9 * copy.get(node, 1)
-        measurements.exchange = lambda partner, device: 20e9 * link(node, partner // PER_NODE)
+        measurements.gemm_rate = lambda device: 140e12 * gemm.get(node, 1)
+        measurements.memory_copy_rate = lambda device: 1300e9 * copy.get(node, 1)
+        measurements.link_rate = lambda partner, device: 20e9 * link(node, partner // PER_NODE)
 
     return replace
 
@@ -141,7 +143,7 @@ def rccl_logs(log_of_node: Callable[[int], str]) -> Callable[[int], None]:
     def replace(rank: int) -> None:
         from megatron.preflight import phases, transport
 
-        phases.Preflight._transport = lambda self: vars(transport.read(log_of_node(rank // PER_NODE)))
+        phases.Preflight.read_transport = lambda self: vars(transport.parse_rccl_log(log_of_node(rank // PER_NODE)))
 
     return replace
 
@@ -254,7 +256,7 @@ def test_all_is_well(tmp_path: Path) -> None:
         pytest.param(
             "rank 0 stays away from TP",
             [0],
-            ["rank 0 on n0 (pipe 0, data 0, tensor 0) did not arrive at the TP collectives, or has gone"],
+            ["rank 0 on n0 (pipe 0, data 0, tensor 0) did not arrive at the TP collectives, or is gone"],
             marks=pytest.mark.slow,  # the others' patience is longer than rank 0's
         ),
         (

@@ -8,7 +8,14 @@ import pytest
 
 from megatron.parallel.gpu_placement import Seat
 from megatron.preflight.diagnosis import Roster
-from megatron.preflight.transport import describe, failure, problem, read, start_logging, take_log
+from megatron.preflight.transport import (
+    parse_rccl_log,
+    start_rccl_log,
+    take_rccl_log,
+    transport_failure,
+    transport_problem,
+    transport_summary,
+)
 from tests.support import rccl_logs
 
 pytestmark = pytest.mark.unit
@@ -29,13 +36,13 @@ pytestmark = pytest.mark.unit
     ],
 )
 def test_what_a_log_says(log: str, network: str | None, provider: str | None, direct: bool | None) -> None:
-    found = read(log)
+    found = parse_rccl_log(log)
     assert (found.network, found.provider, found.direct) == (network, provider, direct)
 
 
 @pytest.mark.parametrize("log", [rccl_logs.PLUGIN, rccl_logs.NEWER, rccl_logs.INFINIBAND])
 def test_fast_networks_pass(log: str) -> None:
-    assert problem(read(log)) is None
+    assert transport_problem(parse_rccl_log(log)) is None
 
 
 @pytest.mark.parametrize(
@@ -50,7 +57,7 @@ def test_fast_networks_pass(log: str) -> None:
     ],
 )
 def test_anything_else_does_not(log: str, said: str) -> None:
-    text = problem(read(log))
+    text = transport_problem(parse_rccl_log(log))
     assert text is not None
     assert said in text
 
@@ -62,8 +69,8 @@ def roster(nodes: list[str]) -> Roster:
 
 
 def test_one_node_without_the_plugin_is_named() -> None:
-    found = [read(rccl_logs.SOCKETS if rank in (2, 3) else rccl_logs.PLUGIN) for rank in range(6)]
-    text = failure(found, roster(["n0", "n0", "n1", "n1", "n2", "n2"]))
+    found = [parse_rccl_log(rccl_logs.SOCKETS if rank in (2, 3) else rccl_logs.PLUGIN) for rank in range(6)]
+    text = transport_failure(found, roster(["n0", "n0", "n1", "n1", "n2", "n2"]))
     assert text is not None
     assert "ranks 2-3 on n1: TCP sockets" in text
     assert "n0" not in text
@@ -71,18 +78,18 @@ def test_one_node_without_the_plugin_is_named() -> None:
 
 
 def test_all_with_the_plugin_are_one_line() -> None:
-    found = [read(rccl_logs.PLUGIN)] * 3
-    assert failure(found, roster(["n0", "n1", "n2"])) is None
-    assert describe(found) == "transport: AWS Libfabric, provider cxi on all 3 ranks"
-    assert "1 send through host memory" in describe([*found, read(rccl_logs.NEWER)])
+    found = [parse_rccl_log(rccl_logs.PLUGIN)] * 3
+    assert transport_failure(found, roster(["n0", "n1", "n2"])) is None
+    assert transport_summary(found) == "transport: AWS Libfabric, provider cxi on all 3 ranks"
+    assert "1 send through host memory" in transport_summary([*found, parse_rccl_log(rccl_logs.NEWER)])
 
 
 def test_the_log_is_a_file_of_this_process_and_is_removed() -> None:
     env = {"NCCL_DEBUG": "WARN"}
-    path = start_logging(env)
+    path = start_rccl_log(env)
     assert env["NCCL_DEBUG"] == "INFO"
     assert env["NCCL_DEBUG_FILE"] == str(path)
     path.write_text("a line\n")
-    assert take_log(path) == "a line\n"
+    assert take_rccl_log(path) == "a line\n"
     assert not Path(path).exists()
-    assert take_log(path) == ""
+    assert take_rccl_log(path) == ""

@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 
 from megatron.parallel.rank_env import expand_hosts
-from tests.slurm.test_job import ODD
 from tests.support.slurm_cluster import Cluster
-from tests.support.slurm_jobs import configure, light_project
+from tests.support.slurm_jobs import ODD, configure, light_project
 
 pytestmark = pytest.mark.slurm
 

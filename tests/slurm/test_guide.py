@@ -11,7 +11,7 @@ import yaml
 
 from launch.render import main
 from launch.sites import Site
-from megatron.launcher.command_line import parse
+from megatron.launcher.command_line import parse_command_line
 from megatron.neox_arguments import NeoXArgs
 from tests.support.slurm_cluster import Cluster
 from tests.support.slurm_jobs import ROOT, configure, finished, light_project, log_of
@@ -39,9 +39,9 @@ def test_commands_of_the_guide(cluster: Cluster, tmp_path: Path, monkeypatch: py
             more = ["--no-preflight", "--env=MASTER_ADDR=127.0.0.1"] if words[2] == "generic_slurm" else []
             assert main([*words[2:3], *more, *words[3:]], project=project) == 0, command
         elif words[:2] == ["python", "deepy.py"]:  # the plan itself: tests of the planner
-            request = parse(words[2:])
-            assert request.plan is not None
-            assert NeoXArgs.from_ymls(request.configs, request.overrides).global_num_gpus == 2048
+            invocation = parse_command_line(words[2:])
+            assert invocation.plan is not None
+            assert NeoXArgs.from_ymls(invocation.configs, invocation.overrides).global_num_gpus == 2048
         elif words[0] == "sbatch":
             said = cluster.run(*words, PLAN=next(plan), TMPDIR=str(tmp_path))
             job = said.split()[-1]

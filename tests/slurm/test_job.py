@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
+import signal
 import sys
 import tarfile
 from pathlib import Path
@@ -15,12 +17,9 @@ import pytest
 
 from launch.render import main
 from tests.support.slurm_cluster import Cluster
-from tests.support.slurm_jobs import configure, finished, light_project, log_of, rendered
+from tests.support.slurm_jobs import ODD, configure, finished, light_project, log_of, rendered
 
 pytestmark = pytest.mark.slurm
-
-# All that shells, Slurm's --export and careless quoting have lost somewhere: see each of them arrive.
-ODD = "two  words 'single' \"double\" a,b=c (x2) [1-3] $HOME $(id) `id` \\ \t ; & | # * ? ~ {a,b} !! % \n next\n"
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +179,7 @@ def test_a_warning_before_the_training_is_not_lost(cluster: Cluster, project: Pa
 
 
 def test_without_the_trap_the_job_does_not_go_on(cluster: Cluster, project: Path, tmp_path: Path) -> None:
-    """The mutation: the warning ends the batch shell, and the ranks have what KillWait leaves them."""
+    """The mutation: the warning ends the batch shell, and its srun with it."""
     script = rendered(tmp_path, project)
     text = script.read_text()
     assert text.count("trap warn USR1\n") == 1
@@ -189,6 +188,31 @@ def test_without_the_trap_the_job_does_not_go_on(cluster: Cluster, project: Path
     cluster.until(lambda: all_wait(tmp_path, 0), "the ranks", 60)
     cluster.run("scancel", "--batch", "--signal=USR1", job)
     assert "requeued" not in finished(cluster, tmp_path, job, "FAILED")
+
+
+@pytest.mark.parametrize("deadly", [signal.SIGKILL, signal.SIGHUP])
+def test_srun_never_outlives_the_batch_script(
+    cluster: Cluster, project: Path, tmp_path: Path, deadly: signal.Signals
+) -> None:
+    """After a requeue it would end a step of the next start, which has the same number.
+
+    The controller is halted meanwhile and the ranks ignore signals, so that nothing but the script can end srun.
+    """
+    job = submit(cluster, tmp_path, rendered(tmp_path, project), "deaf")
+    cluster.until(lambda: all_wait(tmp_path, 0), "the ranks", 60)
+    sruns = {pid: parent for pid, parent, name in cluster.process_table(job) if name == "srun"}
+    (step,) = [pid for pid, parent in sruns.items() if parent not in sruns]  # the other one is its helper
+    controller = cluster.daemons["slurmctld"]
+    controller.send_signal(signal.SIGSTOP)
+    try:
+        os.kill(sruns[step], deadly)
+        cluster.until(lambda: step not in cluster.processes(f"SLURM_JOB_ID={job}"), "srun to end", 30)
+    finally:
+        controller.send_signal(signal.SIGCONT)
+    for pid in cluster.processes(f"SLURM_JOB_ID={job}", "SLURM_NTASKS=4"):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)  # deaf ranks would make Slurm wait
+    cluster.wait_for(job, "FAILED")
 
 
 def test_ranks_that_do_not_listen_are_killed_in_time(cluster: Cluster, project: Path, tmp_path: Path) -> None:
@@ -256,7 +280,7 @@ def test_a_node_lost_before_the_training_costs_a_restart(cluster: Cluster, proje
     job = submit(cluster, tmp_path, rendered(tmp_path, project), "none,done", HERE=str(tmp_path))
     cluster.until((tmp_path / "staging").exists, "the job", 60)
     try:
-        cluster.fail_node("n1")
+        cluster.fail_node("n1", notice=True)
         (tmp_path / "stubs" / "sbcast").unlink()
         (tmp_path / "go").touch()
         cluster.start_requeued(job, timeout=90)

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
 from megatron.checkpoint.discovery import complete_steps
 from megatron.supervision.failures import REQUEUE
-from tests.support.models import LLAMA3_ROPE, Case
+from tests.support.deepy_runs import CASE, ROOT, losses, saving_at_the_end, write_run
 from tests.support.slurm_cluster import Cluster
-from tests.support.slurm_jobs import ROOT, finished, log_of, rendered
+from tests.support.slurm_jobs import finished, log_of, rendered
 from tests.support.token_files import random_documents
 
 pytestmark = pytest.mark.slurm
-
-CASE = Case(heads=4, kv_heads=2, head_dim=8, layers=2, intermediate=48, vocab=96, seq=16, rope=LLAMA3_ROPE)
 
 
 @pytest.fixture(scope="module")
@@ -31,33 +27,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     return random_documents(tmp_path_factory.mktemp("tokens") / "train", CASE.vocab)
 
 
-def configure(folder: Path, data: str, **changes: Any) -> list[str]:
+def configure(folder: Path, data: str) -> list[str]:
     """TP2 x PP2, saving at the end alone; the machine is a file of its own."""
-    folder.mkdir(exist_ok=True)
-    run = dict(CASE.neox().merged) | {
-        "train_data_paths": [data],
-        "train_iters": 60,
-        "log_interval": 1,
-        "log_dir": "log",
-        "save": "checkpoints",
-        "extra_save_iters": [60],
-        "lr_decay_style": "cosine",
-        "warmup": 0.1,
-        "model_parallel_size": 2,
-        "pipe_parallel_size": 2,
-        **changes,
-    }
-    run = {key: value for key, value in run.items() if value is not None}
-    (folder / "run.yml").write_text(yaml.safe_dump(run))
+    settings = {"log_dir": "log", "model_parallel_size": 2, "pipe_parallel_size": 2}
+    write_run(folder / "run.yml", data, **settings, **saving_at_the_end(60, "checkpoints"))
     (folder / "two_nodes.yml").write_text(yaml.safe_dump({"num_nodes": 2, "num_gpus": 2}))
     return ["run.yml", "two_nodes.yml"]
-
-
-def losses(folder: Path) -> dict[int, float]:
-    path = folder / "log/metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    records = [json.loads(line) for line in lines if line.endswith("}")]
-    return {r["iteration"]: r["train/lm_loss"] for r in records if "train/lm_loss" in r}
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +58,7 @@ def until(cluster: Cluster, folder: Path, job: str, start: int, steps: int) -> N
     cluster.until(trained, f"{steps} steps", 200)
 
 
-@pytest.mark.timeout(600)  # Slurm keeps a requeued job for two minutes if it comes back between two of these starts
+@pytest.mark.timeout(600)
 def test_a_night(cluster: Cluster, data: str, tmp_path: Path, uninterrupted: dict[int, float]) -> None:
     """A rank is killed, the time limit comes near, a node is lost; the fourth start ends as if nothing had happened."""
     script = rendered(tmp_path, ROOT, configs=configure(tmp_path, data))
@@ -109,7 +84,7 @@ def test_a_night(cluster: Cluster, data: str, tmp_path: Path, uninterrupted: dic
     until(cluster, tmp_path, job, 3, 1)
     lost = cluster.run("scontrol", "show", "hostnames", cluster.field(job, "NodeList")).split()[1]
     try:
-        cluster.fail_node(lost)
+        cluster.fail_node(lost, notice=True)
         cluster.start_requeued(job, 3)
         log = finished(cluster, tmp_path, job, "COMPLETED", timeout=400)
     finally:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -13,18 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from megatron.checkpoint.discovery import complete_steps
 from megatron.common.processes import children
 from megatron.supervision.failures import REQUEUE
-from tests.support.models import LLAMA3_ROPE, Case
+from tests.support.deepy_runs import CASE, ROOT, losses, saving_at_the_end, write_run
 from tests.support.token_files import random_documents
 
 pytestmark = pytest.mark.distributed
 
-ROOT = Path(__file__).resolve().parents[2]
-CASE = Case(heads=4, kv_heads=2, head_dim=8, layers=2, intermediate=48, vocab=96, seq=16, rope=LLAMA3_ROPE)
 STEPS = 120
 
 
@@ -35,28 +31,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def command(data: str, folder: Path, **changes: Any) -> list[str]:
     """deepy.py on two pipeline stages, saving at the end alone unless `changes` say more."""
-    settings = dict(CASE.neox().merged) | {
-        "pipe_parallel_size": 2,
-        "train_data_paths": [data],
-        "train_iters": STEPS,
-        "log_interval": 1,
-        "log_dir": str(folder / "log"),
-        "save": str(folder / "checkpoints"),
-        "extra_save_iters": [STEPS],
-        "lr_decay_style": "cosine",
-        "warmup": 0.1,
-        **changes,
-    }
-    folder.mkdir(exist_ok=True)
-    (folder / "run.yml").write_text(yaml.safe_dump({k: v for k, v in settings.items() if v is not None}))
+    settings = {"pipe_parallel_size": 2, "log_dir": str(folder / "log")}
+    settings |= saving_at_the_end(STEPS, str(folder / "checkpoints"))
+    write_run(folder / "run.yml", data, **settings | changes)
     return [sys.executable, str(ROOT / "deepy.py"), str(ROOT / "train.py"), str(folder / "run.yml")]
-
-
-def losses(folder: Path) -> dict[int, float]:
-    path = folder / "log/metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    records = [json.loads(line) for line in lines if line.endswith("}")]
-    return {r["iteration"]: r["train/lm_loss"] for r in records if "train/lm_loss" in r}
 
 
 @pytest.fixture(scope="module")

@@ -1,17 +1,13 @@
-"""The watchdog's judgement, without processes: limits, who is named, what counts as waiting."""
+"""Hang diagnosis without processes: limits, which ranks are named, what counts as waiting; the files of a loss."""
 
 from __future__ import annotations
 
-import json
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from megatron.parallel.process_groups import Place
 from megatron.supervision.failures import (
     LOST,
     LOST_NODES,
@@ -22,8 +18,18 @@ from megatron.supervision.failures import (
     clear,
     recorded_code,
 )
-from megatron.supervision.status_store import Beat, Board, Whereabouts, beat_of
-from megatron.supervision.watchdog import Verdict, Watchdog
+from megatron.supervision.hang_diagnosis import (
+    Limits,
+    RunVerdict,
+    hang_verdict,
+    is_stuck,
+    lost_verdict,
+    no_heartbeat,
+    rank_0_verdict,
+    silent_ranks,
+    with_arrivals,
+)
+from megatron.supervision.status_store import Beat, Whereabouts, current_beat
 from tests.support.models import Case
 
 pytestmark = pytest.mark.unit
@@ -31,30 +37,30 @@ pytestmark = pytest.mark.unit
 TITLES = [f"n{rank // 2} (pipe {rank // 2}, data 0, tensor {rank % 2})" for rank in range(4)]
 
 
-def watchdog(**keys: Any) -> Watchdog:
-    args = Case().neox(world_size=1, **keys)
-    watch = Watchdog(args, Place(0, 4, 0, 0, 0, 0, torch.device("cpu")))
-    watch.board = Board(None, 0, TITLES)  # type: ignore[arg-type]
-    return watch
-
-
 def beat(waits: bool = True, number: int = 1, seconds: float = 100.0, phase: str = "forward") -> Beat:
     return Beat(number, phase, 12, seconds, waits, "megatron/data/sampler.py:80")
 
 
-def test_limits_of_phases() -> None:
+def limits(world_size: int = 4, **keys: Any) -> Limits:
+    return Limits.of_run(Case().neox(world_size=1, **keys), world_size)
+
+
+@pytest.mark.parametrize(("rank", "head_start"), [(0, 0.0), (1, 5.0)])
+@pytest.mark.parametrize(("under_step_timeout", "minutes"), [(True, 5), (False, 18)])
+def test_limits_of_phases(rank: int, head_start: float, under_step_timeout: bool, minutes: int) -> None:
     """A step has step_timeout_minutes, all else 0.9 x distributed_timeout_minutes; progress starts anew."""
-    watch = watchdog(step_timeout_minutes=5.0, distributed_timeout_minutes=20)
-    where = watch.whereabouts
-    for hurried, minutes in ((True, 5), (False, 18)):
-        where.hurried = hurried
-        where.at("forward")
-        where.since -= 60 * minutes - 1
-        assert not watch._stuck()
-        where.since -= 2
-        assert watch._stuck()
-        where.at("backward")
-        assert not watch._stuck()
+    of_run = limits(step_timeout_minutes=5.0, distributed_timeout_minutes=20)
+    assert of_run.interval == pytest.approx(1.008), "heartbeats are seconds apart"
+    now = 1000.0
+    where = Whereabouts(lambda: now, under_step_timeout=under_step_timeout)
+    where.at("forward")
+    allowed = 60 * minutes + head_start * of_run.interval
+    now += allowed - 0.1
+    assert not is_stuck(where, of_run, rank)
+    now += 0.2
+    assert is_stuck(where, of_run, rank)
+    where.at("backward")
+    assert not is_stuck(where, of_run, rank)
 
 
 def test_the_default_limit_leaves_the_collectives_time() -> None:
@@ -62,68 +68,82 @@ def test_the_default_limit_leaves_the_collectives_time() -> None:
     assert Case().neox(world_size=1, distributed_timeout_minutes=4).step_timeout_minutes == pytest.approx(3.6)
 
 
+def hang(beats: list[Beat]) -> RunVerdict:
+    return hang_verdict(beats, Whereabouts(lambda: 0.0, "forward", 12), TITLES, by=0)
+
+
 def test_those_who_did_not_arrive_are_named() -> None:
-    verdict = watchdog()._hang([beat(), beat(), beat(waits=False, phase="data"), beat()])
+    verdict = hang([beat(), beat(), beat(waits=False, phase="data"), beat()])
     assert verdict.lost == [2]
     assert "1 rank did not arrive: rank 2 on n1 (pipe 1, data 0, tensor 0), in data of iteration 12" in verdict.why
     assert "at megatron/data/sampler.py:80 for 100 s" in verdict.why
 
 
 def test_where_all_wait_the_first_is_named_with_a_warning() -> None:
-    verdict = watchdog()._hang([beat(), beat(seconds=140.0), beat(), beat()])
+    verdict = hang([beat(), beat(seconds=140.0), beat(), beat()])
     assert verdict.lost == [], "no node to exclude"
     assert "all ranks wait, none stands out; longest of all rank 1 on n0" in verdict.why
 
 
 def test_silence_is_counted_from_the_last_new_beat() -> None:
-    watch, seen = watchdog(heartbeat_timeout_seconds=30.0), {}
-    for number in range(40):  # rank 3 stops at beat 5, which is seen at 1010
-        watch._awake_seconds = 1000.0 + 2 * number
+    of_run, arrivals = limits(heartbeat_timeout_seconds=30.0), {}
+    for number in range(40):  # rank 3 stops at beat 5, which arrives at 1010
+        now = 1000.0 + 2 * number
         beats = [beat(number=number)] * 3 + [beat(number=min(number, 5))]
-        verdict = watch._silent(beats, seen)
-        assert (verdict is not None) == (watch._awake_seconds > 1040.0), watch._awake_seconds
-        if verdict is not None:
-            break
-    assert verdict is not None
+        arrivals = with_arrivals(arrivals, beats, now)
+        silent = silent_ranks(arrivals, now, of_run)
+        assert silent == ([3] if now > 1040.0 else []), now
+    verdict = lost_verdict(silent, "no sign of life for 30 s", beats, TITLES, by=0)
     assert verdict.lost == [3]
     assert "1 rank lost: rank 3 on n1 (pipe 1, data 0, tensor 1): no sign of life for 30 s" in verdict.why
 
 
+def test_a_rank_without_a_new_beat_is_gone() -> None:
+    before, after = [beat(number=number) for number in (5, 5, 7, 9)], [beat(number=number) for number in (5, 5, 8, 9)]
+    assert no_heartbeat(after, before, rank=0) == [1, 3], "rank 0 itself only looks"
+
+
 def test_many_lost_ranks_are_not_all_listed() -> None:
-    watch = watchdog()
-    watch.board = Board(None, 0, TITLES * 8)  # type: ignore[arg-type]
-    verdict = watch._gone(list(range(20)), [beat()] * 32, "gone")
+    titles = TITLES * 8
+    verdict = lost_verdict(list(range(20)), "gone", [beat()] * 32, titles, by=0)
     assert verdict.why.startswith("20 ranks lost: ")
+    assert verdict.why.count(": gone, last seen in forward of iteration 12") == 8
     assert verdict.why.endswith(" and 12 more")
-    assert watch._error(verdict).nodes == ["n0", "n1"]
+    assert verdict.as_error(titles, rank=0, stacks=None).nodes == ["n0", "n1"]
+
+
+def test_the_error_says_where_the_stacks_are() -> None:
+    verdict = rank_0_verdict("it has ended", TITLES, by=2)
+    error = verdict.as_error(TITLES, rank=1, stacks=Path("log/stacks"))
+    assert str(error) == "1 rank lost: rank 0 on n0 (pipe 0, data 0, tensor 0): it has ended; stacks in log/stacks"
+    assert error.nodes == ["n0"]
+    assert not error.first, "rank 2 reports it"
 
 
 def test_a_rank_inside_a_collective_waits() -> None:
     """A thread in torch.distributed has arrived; one in this project's code, or anywhere else, has not."""
     import torch.distributed as dist
 
-    release = threading.Event()
-    inside = compile("def inside(event):\n    event.wait()\n", dist.__file__.replace("__init__", "collective"), "exec")
-    code: dict[str, Any] = {}
-    exec(inside, code)
-    for function, waits in ((code["inside"], True), (lambda event: event.wait(), False)):
-        release.clear()
-        thread = threading.Thread(target=function, args=(release,))
+    source = "def wait(entered, release):\n    entered.set()\n    release.wait()\n"
+    for file, waits in ((dist.__file__.replace("__init__", "collective"), True), (__file__, False)):
+        code: dict[str, Any] = {}
+        exec(compile(source, file, "exec"), code)
+        entered, release = threading.Event(), threading.Event()
+        thread = threading.Thread(target=code["wait"], args=(entered, release))
         thread.start()
-        while not thread.is_alive():
-            time.sleep(0.001)
-        told = beat_of(3, Whereabouts(phase="backward", iteration=7), threading.main_thread().ident or 0)
-        assert told.waits is waits
-        assert (told.number, told.phase, told.iteration) == (3, "backward", 7)
+        assert entered.wait(60)
+        sent = current_beat(3, Whereabouts(phase="backward", iteration=7), threading.main_thread().ident or 0)
+        assert sent.waits is waits
+        assert (sent.number, sent.phase, sent.iteration) == (3, "backward", 7)
         release.set()
         thread.join()
 
 
 def test_verdicts_travel_as_text() -> None:
-    verdict = Verdict("1 rank lost: …", [3], 0)
-    assert Verdict(**json.loads(verdict.to_json())) == verdict
-    own = Verdict("KeyError", [], 2, own_error=True)
-    assert Verdict(**json.loads(own.to_json())) == own
+    verdict = RunVerdict("1 rank lost: …", [3], 0)
+    assert RunVerdict.from_json(verdict.to_json()) == verdict
+    own = RunVerdict("KeyError", [], 2, own_error=True)
+    assert RunVerdict.from_json(own.to_json()) == own
 
 
 def test_the_first_of_the_losses_is_written_for_the_batch_script(tmp_path: Path) -> None:

@@ -16,18 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from megatron.common.processes import children
 from megatron.parallel.rank_env import PORTS, node_name
 from megatron.supervision.failures import LOST
-from tests.supervision.test_signals import CASE
+from tests.support.deepy_runs import CASE, ROOT, write_run
 from tests.support.ranks import run_ranks
 from tests.support.token_files import random_documents
 
 pytestmark = pytest.mark.distributed
 
-ROOT = Path(__file__).resolve().parents[2]
 NODE = node_name(os.environ)
 BOUND_SECONDS = 90  # silence (2 s) or lack of progress (3 s), then the launcher's patience with what does not end
 
@@ -51,15 +49,14 @@ class Run:
 
     def __init__(self, folder: Path, data: str, script: Path = ROOT / "train.py", **changes: Any) -> None:
         self.folder = folder
-        settings = dict(CASE.neox().merged) | {
+        settings = {
             "pipe_parallel_size": 2,
-            "train_data_paths": [data],
             "train_iters": 100_000,
             "log_dir": str(folder / "log"),
             "heartbeat_timeout_seconds": 2.0,
             **changes,
         }
-        (folder / "run.yml").write_text(yaml.safe_dump(settings))
+        write_run(folder / "run.yml", data, **settings)
         self.script, self.processes = script, []
         self.stderr = (folder / "stderr").open("w+")
 
@@ -90,7 +87,7 @@ class Run:
     def until_it_steps(self) -> None:
         deadline = time.monotonic() + 200
         while self.metrics().count("train/lm_loss") < 3:
-            assert all(process.poll() is None for process in self.processes), self.said()
+            assert all(process.poll() is None for process in self.processes), self.errors()
             assert time.monotonic() < deadline, "the run did not start"
             time.sleep(0.05)
 
@@ -103,14 +100,14 @@ class Run:
         (supervisor,) = children(self.processes[0].pid)
         return sorted(children(supervisor))
 
-    def said(self) -> str:
+    def errors(self) -> str:
         return (self.folder / "stderr").read_text()
 
     def end(self, process: int = 0) -> int:
         return self.processes[process].wait(timeout=BOUND_SECONDS)
 
     def last_line(self) -> str:
-        return [line for line in self.said().splitlines() if "Warning" not in line and line[:1] not in (" ", "[")][-1]
+        return [line for line in self.errors().splitlines() if "Warning" not in line and line[:1] not in (" ", "[")][-1]
 
 
 @pytest.fixture
@@ -135,13 +132,13 @@ def test_a_stopped_rank_is_named(started: Any, rank: int) -> None:
     run.until_it_steps()
     pids = run.ranks()
     os.kill(pids[rank], signal.SIGSTOP)
-    assert run.end() == LOST, run.said()
+    assert run.end() == LOST, run.errors()
     assert f"1 rank lost: rank {rank} on {NODE} (pipe {rank}, data 0, tensor 0): " in run.last_line()
-    assert run.said().count("stopped: ") == 1
-    assert "Traceback" not in run.said()
+    assert run.errors().count("stopped: ") == 1
+    assert "Traceback" not in run.errors()
     stacks = run.folder / "log/stacks"
     assert [path.name for path in stacks.iterdir()] == [f"rank_{1 - rank}.txt"], "the reachable rank's"
-    assert "run_training" in (stacks / f"rank_{1 - rank}.txt").read_text(), "in a step, or between two"
+    assert "in execute" in (stacks / f"rank_{1 - rank}.txt").read_text(), "in a step, or between two"
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
@@ -158,7 +155,7 @@ def test_a_job_that_is_suspended_as_a_whole_goes_on(started: Any) -> None:
     before = run.metrics().count("train/lm_loss")
     deadline = time.monotonic() + BOUND_SECONDS
     while run.metrics().count("train/lm_loss") == before:
-        assert run.processes[0].poll() is None, run.said()
+        assert run.processes[0].poll() is None, run.errors()
         assert time.monotonic() < deadline, "no step after the resume"
         time.sleep(0.05)
 
@@ -169,9 +166,9 @@ def test_a_killed_rank_is_named_by_the_launcher(started: Any, launcher: str) -> 
     run.by_deepy()
     run.until_it_steps()
     os.kill(run.ranks()[1], signal.SIGKILL)
-    assert run.end() == 128 + signal.SIGKILL, run.said()
+    assert run.end() == 128 + signal.SIGKILL, run.errors()
     assert f"rank 1 on {NODE} was killed by SIGKILL" in run.last_line()
-    assert "Traceback" not in run.said()
+    assert "Traceback" not in run.errors()
 
 
 @pytest.mark.parametrize(("whom", "number"), [(1, signal.SIGKILL), (0, signal.SIGKILL), (1, signal.SIGSTOP)])
@@ -180,36 +177,41 @@ def test_plain_ranks_name_it_themselves(started: Any, whom: int, number: signal.
     run.as_plain_ranks()
     run.until_it_steps()
     os.kill(run.processes[whom].pid, number)
-    assert run.end(1 - whom) == LOST, run.said()
+    assert run.end(1 - whom) == LOST, run.errors()
     assert f"1 rank lost: rank {whom} on {NODE} (pipe {whom}, data 0, tensor 0): " in run.last_line()
-    assert "Traceback" not in run.said()
+    assert "Traceback" not in run.errors()
 
 
 SCRIPT = """
-import os, sys, time
+import os, time
 import megatron.data.sampler
-import megatron.trainer.run as loop
-from megatron.launcher import run
+from megatron.launcher.rank_main import run
+from megatron.trainer import run as trainer
+
+mode = os.environ["MODE"]
+
+
+def hang():
+    time.sleep(1000)
+
+
+class Disturbed(trainer.Run):
+    steps = 0
+
+    def train_step(self):
+        self.steps += 1
+        if self.steps == 5 and mode == "hang" and self.place.rank == 1:
+            self.batches.next = lambda *arguments: hang()
+        if self.steps == 5 and mode == "fail" and self.place.rank == 1:
+            raise KeyError("telescope")
+        if self.steps == 5 and mode == "fail" and self.place.rank == 0:
+            hang()  # as in a collective of NCCL, which does not notice
+        super().train_step()
+
 
 if __name__ == "__main__":
-    mode, rank = os.environ["MODE"], int(os.environ["RANK"])
-    train_step, steps = loop.train_step, []
-
-    def hang():
-        time.sleep(1000)
-
-    def step(engine, args, batches, *rest):
-        steps.append(0)
-        if len(steps) == 5 and mode == "hang" and rank == 1:
-            batches.next = lambda *arguments: hang()
-        if len(steps) == 5 and mode == "fail" and rank == 1:
-            raise KeyError("telescope")
-        if len(steps) == 5 and mode == "fail" and rank == 0:
-            hang()  # as in a collective of NCCL, which does not notice
-        return train_step(engine, args, batches, *rest)
-
-    loop.train_step = step
-    run(loop.train)
+    trainer.Run = Disturbed
+    run(trainer.train)
 """
 
 
@@ -221,7 +223,7 @@ def test_a_rank_that_hangs_alive_is_named_with_its_line(
     run = started(script=tmp_path / "train.py", heartbeat_timeout_seconds=30.0, step_timeout_minutes=0.05)
     run.by_deepy()
     run.until_it_steps()
-    assert run.end() == LOST, run.said()
+    assert run.end() == LOST, run.errors()
     line = run.last_line()
     assert "no progress for " in line
     assert f"1 rank did not arrive: rank 1 on {NODE} (pipe 1, data 0, tensor 0), in " in line
@@ -239,8 +241,8 @@ def test_nobody_waits_for_a_rank_that_failed(started: Any, tmp_path: Path, monke
     run.until_it_steps()
     assert run.end(1) == 1
     assert run.end(0) == 1
-    assert run.said().count("KeyError: 'telescope'") == 1
-    assert "lost" not in run.said()
+    assert run.errors().count("KeyError: 'telescope'") == 1
+    assert "lost" not in run.errors()
 
 
 def _timeouts(rank: int, world_size: int, spread: bool) -> dict[str, timedelta]:

@@ -33,7 +33,8 @@ SlurmctldPort={controller_port}
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge/socket
+# Credentials live as long as a requeued job waits.
+AuthInfo=socket={folder}/munge/socket,cred_expire=30
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool/%n
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -183,6 +184,15 @@ class Cluster:
                     found.append(int(path.name))
         return found
 
+    def process_table(self, job: str) -> list[tuple[int, int, str]]:
+        """Process id, parent's process id and command name of every live process of a job."""
+        table = []
+        for pid in self.processes(f"SLURM_JOB_ID={job}"):
+            with contextlib.suppress(OSError):
+                name, _, rest = Path(f"/proc/{pid}/stat").read_text().partition("(")[2].rpartition(") ")
+                table.append((pid, int(rest.split()[1]), name))
+        return table
+
     def run(self, *command: str, check: bool = True, timeout: float = 60, **variables: str) -> str:
         """Output of a command of Slurm's."""
         result = subprocess.run(
@@ -214,19 +224,24 @@ class Cluster:
         return next(word.partition("=")[2] for word in words if word.startswith(f"{name}="))
 
     def start_requeued(self, job: str, times: int = 1, timeout: float = 60) -> None:
-        """Start a job that has been requeued for the `times`-th time.
+        """Wait until a job that was requeued for the `times`-th time runs again, or has ended.
 
-        Slurm keeps a requeued job for two minutes, which a test has not; but not within the second in which its last
-        start was ended, to which a node's revoked credential counts.
+        Slurm keeps a requeued job for as long as a credential lives (cred_expire), which a test can shorten, but not to
+        less than the second in which its last start was ended, to which a node's revoked credential counts.
         """
+        due: float | None = None
         update = ("scontrol", "update", f"JobId={job}", "StartTime=now+2seconds")
 
         def started() -> bool:
-            # While nodes still clean up (COMPLETING) the time could be set, and would be forgotten.
-            state, restarts = self.state(job), self.field(job, "Restarts")
-            if state == "PENDING" and self.run("sinfo", "--noheader", "--states=completing", "--format=%N").strip():
-                return False
-            return restarts == str(times) and (state == "RUNNING" or (state == "PENDING" and self.succeeds(*update)))
+            nonlocal due
+            state, restarts = self.state(job), int(self.field(job, "Restarts"))
+            if restarts != times or state not in ("PENDING", "COMPLETING", "CONFIGURING"):
+                return restarts >= times
+            # Slurm forgets a time that is set while nodes still clean up, so it may have to be set again.
+            overdue = due is None or time.monotonic() > due
+            if state == "PENDING" and overdue and self.succeeds(*update):
+                due = time.monotonic() + 4
+            return False
 
         self.until(started, f"job {job} back in the queue", timeout)
 
@@ -234,8 +249,11 @@ class Cluster:
         self.until(lambda: self.state(job) in states, f"job {job} to be {' or '.join(states)}", timeout)
         return self.state(job)
 
-    def fail_node(self, name: str) -> None:
-        """The whole node is gone at once: daemon, steps and ranks."""
+    def fail_node(self, name: str, notice: bool = False) -> None:
+        """The whole node is gone at once: daemon, steps and ranks.
+
+        Slurm notices it after half a minute; with `notice` it is reported at once, as a site's health check would.
+        """
         daemon = self.daemons.pop(name)
         daemon.kill()
         daemon.wait()
@@ -243,6 +261,8 @@ class Cluster:
             for pid in self.processes(variable):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
+        if notice:
+            self.run("scontrol", "update", f"NodeName={name}", "State=DOWN", "Reason=Not responding")
 
     def until(self, condition: Callable[[], bool], what: str, timeout: float) -> None:
         deadline = time.monotonic() + timeout

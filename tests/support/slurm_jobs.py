@@ -15,11 +15,14 @@ from tests.support.slurm_cluster import Cluster
 ROOT = Path(__file__).resolve().parents[2]
 CODE = ("deepy.py", "eval.py", "generate.py", "megatron", "csrc")
 
+# All that shells, Slurm's --export and careless quoting have lost somewhere: see each of them arrive.
+ODD = "two  words 'single' \"double\" a,b=c (x2) [1-3] $HOME $(id) `id` \\ \t ; & | # * ? ~ {a,b} !! % \n next\n"
+
 # A program of the project that imports no torch. PLAN says what each start of the job does.
 PROGRAM = r"""
 import json, os, signal, sys, time
 from pathlib import Path
-from megatron.launcher import run
+from megatron.launcher.rank_main import run
 from megatron.supervision.failures import Stopped
 from megatron.neox_arguments import ConfigError
 

@@ -60,6 +60,24 @@ last_save() { if [[ -n $save && -r $save/latest ]]; then cat "$save/latest"; els
 
 step='' warned='' cancelled='' why=''
 
+# No srun may outlive this script: a requeued job numbers its steps from 0 again, so that a leftover srun would end a step
+# of the next start. Linux kills srun at the moment this shell ends, even by SIGKILL; srun's helper process then ends
+# the ranks.
+tied=()
+if setpriv --pdeathsig=KILL true 2>/dev/null; then tied=(setpriv --pdeathsig=KILL); fi
+
+# Where this script ends while the ranks run: srun gets five seconds to end them in order.
+end_step() {
+    trap '' TERM
+    if [[ -z $step ]] || ! kill -TERM "$step" 2>/dev/null; then return 0; fi
+    for _ in {1..50}; do
+        if ! kill -0 "$step" 2>/dev/null; then return 0; fi
+        sleep 0.1
+    done
+    kill -KILL "$step" 2>/dev/null || true
+}
+trap end_step EXIT
+
 # Slurm warns the batch shell alone (--signal=B:). srun passes the warning to all ranks; it is repeated, for srun may
 # still be starting them. Never TERM while they save: srun answers it by killing them. Ranks that are still there when
 # three quarters of the time are over will not save any more; then the job goes on from the save before.
@@ -184,7 +202,8 @@ answer() { :; }
 on_every_node() {
     local minutes=$1 name=$2
     shift 2
-    srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --time="$minutes" \
+    "${tied[@]}" \
+        srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --time="$minutes" \
         --kill-on-bad-exit=1 --export=ALL \
         bash -c "$(declare -f here "$name"); $name \"\$@\"" "$name" "$@"
 }
@@ -253,7 +272,7 @@ rm_staged() { rm -f "$1"; }
 all_ranks() {
     local minutes=$1
     shift
-    exec env --block-signal=USR1 \
+    exec env --block-signal=USR1 "${tied[@]}" \
         srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks=2048 --ntasks-per-node=8 --distribution=block \
         --cpus-per-task=7 \
         --gpus-per-node=8 \
@@ -323,6 +342,7 @@ if [[ -n $warned ]]; then remind & fi
 while kill -0 "$step" 2>/dev/null; do wait "$step" || true; done
 status=0
 wait "$step" || status=$?
+step=''
 wait "$tee" || true
 
 # --- how it ended
