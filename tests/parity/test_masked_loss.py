@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.support.engine_runs import IGNORE, build, make_samples, relative_difference, step
+from tests.support.gradients import SPLITS, assert_equal_gradients, whole_gradients
 from tests.support.models import Case
 from tests.support.ranks import run_ranks
 
@@ -16,36 +17,10 @@ pytestmark = pytest.mark.distributed
 
 CASE = Case(heads=4, kv_heads=2, head_dim=8, layers=2, intermediate=40, vocab=96, seq=16)
 SAMPLES = 32
-NUM_VECTOR_ELEMENTS = CASE.hidden * (2 * CASE.layers + 1)  # the norms
-NUM_MATRIX_ELEMENTS = CASE.neox(world_size=1).shape.num_parameters - NUM_VECTOR_ELEMENTS
-SPLITS = {"1x32": (1, 32, 1), "4x8": (1, 8, 4), "dp2x4x4": (2, 4, 4)}  # name: (DP, micro-batch, accumulation)
-
-
-def _gradients(rank: int, world_size: int, micro: int, accumulation: int, samples: list[Any]) -> list[Tensor]:
-    """This rank's shard of the global batch's gradients, by parameter group: Adam's first moment after one step."""
-    args = CASE.neox(
-        world_size=world_size,
-        train_micro_batch_size_per_gpu=micro,
-        gradient_accumulation_steps=accumulation,
-        gradient_clipping=1e9,
-    )
-    engine = build(args, CASE)
-    step(engine, args, samples)
-    inner = engine.pipeline_engine.optimizer.optimizer
-    beta1 = args.optimizer.params.betas[0]
-    return [inner.state[group["params"][0]]["exp_avg"] / (1 - beta1) for group in inner.param_groups]
-
-
-def whole_gradients(dp: int, micro: int, accumulation: int, samples: list[Any]) -> list[Tensor]:
-    """Flat gradients of every parameter group; ZeRO's padding at the end cut off."""
-    shards = run_ranks(_gradients, dp, micro, accumulation, samples)
-    sizes = (NUM_MATRIX_ELEMENTS, NUM_VECTOR_ELEMENTS)
-    flat = [torch.cat(parts) for parts in zip(*shards, strict=True)]
-    return [gradient[:size] for gradient, size in zip(flat, sizes, strict=True)]
 
 
 def gradients(split: str, samples: list[Any]) -> list[Tensor]:
-    return whole_gradients(*SPLITS[split], samples)
+    return whole_gradients(CASE, *SPLITS[split], samples)
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +33,6 @@ def whole_batch(samples: list[Any]) -> list[Tensor]:
     return gradients("1x32", samples)
 
 
-def assert_equal_gradients(a: list[Tensor], b: list[Tensor]) -> None:
-    for gradient, expected in zip(a, b, strict=True):
-        assert relative_difference(gradient, expected) < 1e-6
-
-
 @pytest.mark.parametrize("split", ["4x8", "dp2x4x4"])
 def test_splits_give_equal_gradients(split: str, samples: list[Any], whole_batch: list[Tensor]) -> None:
     assert_equal_gradients(gradients(split, samples), whole_batch)
@@ -70,7 +40,7 @@ def test_splits_give_equal_gradients(split: str, samples: list[Any], whole_batch
 
 def test_means_of_means_would_be_seen(samples: list[Any], whole_batch: list[Tensor]) -> None:
     """The bound above can fail: the masks are uneven enough that GPT-NeoX's normalisation misses it widely."""
-    quarters = [whole_gradients(1, 8, 1, samples[start : start + 8]) for start in range(0, SAMPLES, 8)]
+    quarters = [whole_gradients(CASE, 1, 8, 1, samples[start : start + 8]) for start in range(0, SAMPLES, 8)]
     averaged = [torch.stack(parts).mean(0) for parts in zip(*quarters, strict=True)]
     assert relative_difference(averaged[0], whole_batch[0]) > 1e-3
 
@@ -78,12 +48,12 @@ def test_means_of_means_would_be_seen(samples: list[Any], whole_batch: list[Tens
 def test_an_all_masked_micro_batch_changes_nothing(samples: list[Any]) -> None:
     blank = [{**sample, "labels": torch.full_like(sample["labels"], IGNORE)} for sample in samples[:8]]
     with_blank = samples[8:] + blank  # as 4x8: the last micro-batch teaches nothing
-    without = whole_gradients(1, 8, 3, samples[8:])
+    without = whole_gradients(CASE, 1, 8, 3, samples[8:])
     assert_equal_gradients(gradients("4x8", with_blank), without)
 
 
 def _empty_step(rank: int, world_size: int) -> str:
-    from megatron.trainer.batches import EmptyBatchError
+    from megatron.engine.batches import EmptyBatchError
 
     args = CASE.neox(
         world_size=world_size,

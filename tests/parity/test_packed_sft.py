@@ -15,12 +15,11 @@ from examples.demo_tokenizer import train_tokenizer
 from megatron.common.labels import IGNORE_INDEX
 from megatron.data.build import build_datasets
 from megatron.tokenizer import build_tokenizer
-from tests.parity.test_masked_loss import assert_equal_gradients
 from tests.support.configurations import data_args
 from tests.support.conversations import conversations
 from tests.support.engine_runs import relative_difference
+from tests.support.gradients import SPLITS, assert_equal_gradients, whole_gradients
 from tests.support.models import LLAMA3_ROPE, Case
-from tests.support.ranks import run_ranks
 from tests.support.text_files import write_records
 from tests.support.vocabulary import real_texts
 from tools.datasets.preprocess_sft import main as preprocess_sft
@@ -29,7 +28,6 @@ pytestmark = pytest.mark.distributed
 
 VOCAB, SAMPLES = 640, 32
 CASE = Case(heads=4, kv_heads=2, head_dim=8, layers=2, intermediate=40, vocab=VOCAB, rope=LLAMA3_ROPE, seq=96)
-SPLITS = {"1x32": (1, 32, 1), "4x8": (1, 8, 4), "dp2x4x4": (2, 4, 4)}  # name: (DP, micro-batch, accumulation)
 
 
 @pytest.fixture(scope="module")
@@ -75,30 +73,10 @@ def test_what_is_learned_is_what_the_assistant_says(keys: dict[str, Any], sample
             assert f"{turn}<|eot_id|>" in said, turn
 
 
-def _gradients(rank: int, world_size: int, micro: int, accumulation: int, samples: list[Any]) -> list[Tensor]:
-    """This rank's shard of the gradients, by parameter group, without a position's `sample_id`."""
-    from tests.support.engine_runs import build, step
-
-    args = CASE.neox(
-        world_size=world_size,
-        train_micro_batch_size_per_gpu=micro,
-        gradient_accumulation_steps=accumulation,
-        gradient_clipping=1e9,
-        isolate_documents=True,
-    )
-    engine = build(args, CASE)
-    step(engine, args, [{k: sample[k] for k in ("tokens", "labels", "positions")} for sample in samples])
-    inner = engine.pipeline_engine.optimizer.optimizer
-    beta1 = args.optimizer.params.betas[0]
-    return [inner.state[group["params"][0]]["exp_avg"] / (1 - beta1) for group in inner.param_groups]
-
-
 def gradients(split: str, samples: list[Any]) -> list[Tensor]:
-    dp, micro, accumulation = SPLITS[split]
-    shards = run_ranks(_gradients, dp, micro, accumulation, samples)
-    sizes = CASE.neox(world_size=1).shape.num_parameters, CASE.hidden * (2 * CASE.layers + 1)
-    flat = [torch.cat(parts) for parts in zip(*shards, strict=True)]
-    return [flat[0][: sizes[0] - sizes[1]], flat[1][: sizes[1]]]  # ZeRO's padding cut off
+    """Of all samples, without a position's `sample_id`."""
+    read = [{key: sample[key] for key in ("tokens", "labels", "positions")} for sample in samples]
+    return whole_gradients(CASE, *SPLITS[split], read, isolate_documents=True)
 
 
 @pytest.fixture(scope="module")
