@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from megatron.neox_arguments import NeoXArgs
 from megatron.parallel.gpu_placement import coordinates
@@ -48,6 +47,8 @@ def world_group(world_size: int) -> Group:
 
 def training_group(kind: str) -> dist.ProcessGroup | None:
     """The group of a kind that this rank is in, as the training forms it; None for the world."""
+    from megatron.core import parallel_state  # what the layout alone says needs no megatron-core
+
     return {
         "TP": parallel_state.get_tensor_model_parallel_group,
         "PP": parallel_state.get_pipeline_model_parallel_group,

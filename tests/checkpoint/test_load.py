@@ -20,7 +20,6 @@ from megatron.checkpoint.state import TrainState
 from megatron.checkpoint.verify import verify_checkpoint
 from megatron.common.errors import CheckpointError
 from megatron.engine.build import build_inference_engine
-from megatron.parallel.process_groups import form_groups
 from tests.support.checkpoint_runs import BATCH, CASE, STOP, TIED, arguments, masters, train
 from tests.support.checkpoints import rewrite, wasted_bytes, write_weights
 from tests.support.engine_runs import batch_of, build, load, make_samples, rank_parameters
@@ -97,6 +96,8 @@ def test_after_a_weights_only_load_masters_are_the_weights(saved: Any, split: tu
 
 def _load_weights(rank: int, world_size: int, case: Case, split: tuple, keys: dict) -> Any:
     """Weights without an optimizer, as evaluation and generation need them."""
+    from megatron.parallel.process_groups import form_groups
+
     args = arguments(case, *split, from_scratch=False, **keys)
     engine = build_inference_engine(args, form_groups(args))
     log = LogLines(rank)

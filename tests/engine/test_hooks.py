@@ -6,35 +6,46 @@ import contextlib
 from types import SimpleNamespace
 
 import pytest
-from deepspeed.runtime.pipe import schedule
-from deepspeed.runtime.pipe.engine import PipelineEngine
 
-from megatron.engine.deepspeed import reduced_gradients
-from megatron.engine.deepspeed_hooks import PHASE_OF, run_instructions_inside
 from megatron.supervision.step_timers import TIMED, WAITING
 
 pytestmark = pytest.mark.unit
 
 
 def test_every_instruction_of_the_pinned_engine_has_a_phase() -> None:
+    from deepspeed.runtime.pipe.engine import PipelineEngine
+
+    from megatron.engine.deepspeed_hooks import PHASE_OF
+
     assert set(PHASE_OF) == set(PipelineEngine._INSTRUCTION_MAP)
     assert set(PHASE_OF.values()) | {"step"} == set(TIMED)
     assert set(WAITING) < set(TIMED)
 
 
 def test_an_engine_with_other_instructions_is_refused() -> None:
+    from deepspeed.runtime.pipe import schedule
+
+    from megatron.engine.deepspeed_hooks import PHASE_OF, run_instructions_inside
+
     table = {kind: None for kind in PHASE_OF if kind is not schedule.SendGrad}
     with pytest.raises(RuntimeError, match="other instructions than this project knows: SendGrad"):
         run_instructions_inside(SimpleNamespace(_INSTRUCTION_MAP=table), lambda phase: contextlib.nullcontext())
 
 
 def test_an_optimizer_with_gradients_elsewhere_is_refused() -> None:
+    from megatron.engine.deepspeed import reduced_gradients
+
     with pytest.raises(RuntimeError, match="SimpleNamespace keeps its gradients where this project does not know"):
         reduced_gradients(SimpleNamespace(param_groups=[]), 0)
 
 
 def test_the_class_of_the_engine_stays_as_it_is() -> None:
     """Only this engine's instructions run inside; they get their arguments, and end when they raise."""
+    from deepspeed.runtime.pipe import schedule
+    from deepspeed.runtime.pipe.engine import PipelineEngine
+
+    from megatron.engine.deepspeed_hooks import run_instructions_inside
+
     seen: list[str] = []
 
     @contextlib.contextmanager

@@ -8,7 +8,6 @@ import torch
 import yaml
 
 from examples import demo_data
-from examples.demo_check import samples
 from examples.demo_tokenizer import train_tokenizer
 from megatron.common.labels import IGNORE_INDEX
 from megatron.data.sample import SampleForm
@@ -64,6 +63,8 @@ def test_training_a_tokenizer_is_repeatable_and_wants_enough_text(demo: Path) ->
 
 
 def test_the_outside_check_reads_what_validation_reads(demo: Path, tmp_path: Path) -> None:
+    from examples.demo_check import samples  # transformers and megatron-core
+
     source = demo / "text/general_valid.jsonl"
     assert preprocess(demo / "tokenizer", tmp_path / "v", source, prepend_bos=True, append_eod=True) == 0
     prefix = str(tmp_path / "v_text_document")

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from megatron.neox_arguments import NeoXArgs
 from megatron.ops.library import load_library
-from megatron.parallel.process_groups import form_groups
 from tests.support.engine_runs import (
     build,
     inference,
@@ -57,6 +56,7 @@ def _logits_and_gradient(
     """(what was chosen, logits, losses, gradient of this rank's embedding rows)."""
     from megatron.engine.deepspeed_module import LlamaPipelineModule
     from megatron.ops import configure
+    from megatron.parallel.process_groups import form_groups
 
     args = case.neox(model_parallel_size=world_size, world_size=world_size, kernels=mode, precision=precision)
     place = form_groups(args)

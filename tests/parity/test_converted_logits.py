@@ -15,7 +15,6 @@ import pytest
 import torch
 
 from megatron.engine.build import build_engine, build_inference_engine
-from megatron.parallel.process_groups import form_groups
 from tests.support.engine_runs import load, whole_logits
 from tests.support.models import LLAMA3_ROPE, Case
 from tests.support.ranks import run_ranks
@@ -72,6 +71,7 @@ def run_arguments(folder: Path, tp: int, pp: int, **more: Any) -> Any:
 def _logits(rank: int, world_size: int, folder: Path, tp: int, pp: int, ids: torch.Tensor) -> torch.Tensor | None:
     """Logits on the last stage, None on the others."""
     from megatron.checkpoint.load import load_weights
+    from megatron.parallel.process_groups import form_groups
 
     args = run_arguments(folder, tp, pp)
     engine = build_inference_engine(args, form_groups(args))
@@ -99,6 +99,7 @@ def test_converted_logits_equal_transformers(name: str, tied: bool, tmp_path: Pa
 
 def _load_and_save(rank: int, world_size: int, folder: Path, save: Path) -> None:
     from megatron.checkpoint.save import save_checkpoint
+    from megatron.parallel.process_groups import form_groups
 
     args = run_arguments(folder, 2, 2, save=str(save))
     engine = build_engine(args, form_groups(args))
@@ -129,6 +130,8 @@ def _load_with_deepspeed(rank: int, world_size: int, folder: Path, tp: int, pp: 
     from megatron.engine.deepspeed_module import LlamaPipelineModule
 
     LlamaPipelineModule.load_state_dir = PipelineModule.load_state_dir  # this project closes that door for itself
+    from megatron.parallel.process_groups import form_groups
+
     args = run_arguments(folder, tp, pp)
     engine = build_inference_engine(args, form_groups(args))
     path, _ = engine.pipeline_engine.load_checkpoint(

@@ -15,7 +15,6 @@ from torch import Tensor
 from megatron.checkpoint import background, save
 from megatron.checkpoint.state import TrainState
 from megatron.checkpoint.torch_files import read_file
-from megatron.engine.deepspeed_files import OPTIMIZER_CLASSES
 from megatron.engine.protocol import Engine
 from tests.support.engine_runs import build, load, make_samples, rank_parameters, step
 from tests.support.log_lines import LogLines
@@ -92,6 +91,8 @@ class Gate:
 
 def file_differences(one: Path, other: Path) -> list[str]:
     """Places where the files of two checkpoints are not the same, tensors to the bit."""
+    from megatron.engine.deepspeed_files import OPTIMIZER_CLASSES
+
     names = sorted(path.name for path in one.glob("*.pt"))
     assert names == sorted(path.name for path in other.glob("*.pt"))
     contents = ([read_file(folder / name, classes=OPTIMIZER_CLASSES) for folder in (one, other)] for name in names)

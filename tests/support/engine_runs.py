@@ -17,7 +17,6 @@ from megatron.engine.build import build_engine, build_inference_engine
 from megatron.engine.protocol import Around, Engine, no_phases
 from megatron.neox_arguments import NeoXArgs
 from megatron.parallel.collective_errors import RankGroup
-from megatron.parallel.process_groups import form_groups
 from megatron.trainer.schedule import Schedule
 from tests.support.models import Case, gathered, load_hugging_face
 
@@ -58,6 +57,8 @@ def rank_micro_batches(samples: list[dict[str, Tensor]], micro: int, dp_rank: in
 
 def build(args: NeoXArgs, case: Case, seed: int = 0, around: Around = no_phases, device: str = "cpu") -> Engine:
     """The engine on this rank, on the CPU unless told, with the case's random HF weights."""
+    from megatron.parallel.process_groups import form_groups
+
     engine = build_engine(args, form_groups(args, torch.device(device)), around)
     load_hugging_face(engine, dict(case.hugging_face(seed).state_dict()), args)
     return engine
@@ -71,6 +72,8 @@ def load(engine: Engine, args: NeoXArgs, data_fingerprints: dict[str, str] | Non
 
 def inference(args: NeoXArgs, state: dict[str, Tensor]) -> Engine:
     """An engine without optimizer on this rank, on the CPU, with whole HF weights."""
+    from megatron.parallel.process_groups import form_groups
+
     engine = build_inference_engine(args, form_groups(args))
     load_hugging_face(engine, state, args)
     return engine

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megatron.parallel.process_groups import form_groups
 from megatron.supervision.signals import StopRequest
-from megatron.trainer.run import Run
 from tests.support.models import Case
+
+if TYPE_CHECKING:
+    from megatron.trainer.run import Run
 
 
 def run_case(
-    case: Case, world_size: int, keys: dict[str, Any], run: type[Run] = Run, stop: StopRequest | None = None
+    case: Case, world_size: int, keys: dict[str, Any], run: type[Run] | None = None, stop: StopRequest | None = None
 ) -> Run:
     """Train `case` with some keys on all ranks of the harness; `run` may be a subclass that disturbs the run."""
+    from megatron.parallel.process_groups import form_groups
+    from megatron.trainer.run import Run
+
     args = case.neox(world_size=world_size, **keys)
-    training = run(args, form_groups(args), stop)
+    training = (run or Run)(args, form_groups(args), stop)
     training.execute()
     return training
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -23,12 +23,14 @@ from megatron.checkpoint.verify import verify_checkpoint
 from megatron.engine.protocol import StepResult
 from megatron.supervision.failures import Stopped
 from megatron.supervision.signals import StopRequest
-from megatron.trainer.run import Run
 from tests.support.checkpoint_runs import Gate, file_differences
 from tests.support.models import LLAMA3_ROPE, Case
 from tests.support.ranks import run_ranks
 from tests.support.runs import metrics, run_case
 from tests.support.token_files import random_documents
+
+if TYPE_CHECKING:
+    from megatron.trainer.run import Run
 
 pytestmark = pytest.mark.distributed
 
@@ -57,10 +59,11 @@ def keys(data: str, folder: Path, **changes: Any) -> dict[str, Any]:
     }
 
 
-def after_each_step(what: Callable[[int], None], base: type[Run] = Run) -> type[Run]:
+def after_each_step(what: Callable[[int], None]) -> type[Run]:
     """A run that calls `what(iteration)` when a step is done, before its save."""
+    from megatron.trainer.run import Run
 
-    class Disturbed(base):  # type: ignore[valid-type, misc]
+    class Disturbed(Run):
         def train_step(self) -> None:
             super().train_step()
             what(self.state.iteration)
@@ -69,7 +72,7 @@ def after_each_step(what: Callable[[int], None], base: type[Run] = Run) -> type[
 
 
 def _run(
-    rank: int, world_size: int, run_keys: dict[str, Any], run: type[Run] = Run, stop: StopRequest | None = None
+    rank: int, world_size: int, run_keys: dict[str, Any], run: type[Run] | None = None, stop: StopRequest | None = None
 ) -> None:
     random.seed(rank)  # a start from nothing has the same random states every time
     np.random.seed(rank)
@@ -205,6 +208,7 @@ def test_a_signal_and_the_end_wait_for_what_is_in_flight(
 
 def _run_until_broken(rank: int, world_size: int, run_keys: dict[str, Any]) -> None:
     """The gradient norm of step 3 is not a number, while the save of step 2 waits to be written."""
+    from megatron.trainer.run import Run
     from megatron.trainer.saves import Saves
 
     gate, finish = Gate(), Saves.finish
