@@ -279,7 +279,7 @@ def floor_is_below_peak(args: OptimizationKeys) -> str | None:
 
 @registry.rule("train")
 def decay_length_is_given_once(args: AllKeys) -> str | None:
-    if args.lr_decay_fraction is None or "lr_decay_iters" not in args.merged:
+    if args.lr_decay_fraction is None or args.merged.get("lr_decay_iters") is None:
         return None
     return "lr_decay_iters and lr_decay_fraction are both given; keep one"
 
