@@ -32,8 +32,13 @@ def test_a_failure_leaves_the_file_as_it_was(existed: bool, tmp_path: Path) -> N
     if existed:
         path.write_text("old")
     before = list(tmp_path.iterdir())
-    with pytest.raises(KeyboardInterrupt), replacing(path) as temporary:
-        temporary.write_text("half")
-        raise KeyboardInterrupt
+
+    def interrupted() -> None:
+        with replacing(path) as temporary:
+            temporary.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert list(tmp_path.iterdir()) == before
     assert not existed or path.read_text() == "old"
