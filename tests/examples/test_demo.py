@@ -98,8 +98,9 @@ def test_documented_command(command: str, demo: tuple[Path, str]) -> None:
 
 
 def overrides(words: list[str], out: Path) -> list[str]:
-    """Paths of configs/tiny/run.yml moved into the test's folder, and as few steps as show that it runs."""
+    """Paths of configs/tiny/run.yml moved into the test's folder, and as few steps and ranks as show that it runs."""
     moved = [
+        *("--num_gpus", "4"),  # one data-parallel copy; the demo has run with two
         *("--vocab_file", f"{out}/tokenizer/tokenizer.json"),
         *("--valid_data_paths", f"[{out}/data/domain_valid_text_document]"),
         *("--train_data_paths", f"[{out}/data/domain_train_text_document]", "--train_data_weights", "[1.0]"),
