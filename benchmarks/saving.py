@@ -146,9 +146,9 @@ class Torch(Way):
         self.tensors, self.folder, self.future = tensors, folder, None
 
     def save(self) -> None:
-        import torch.distributed.checkpoint as dcp  # a second of imports
+        from torch.distributed.checkpoint import async_save
 
-        self.future = dcp.async_save(self.tensors, checkpoint_id=str(self.folder))
+        self.future = async_save(self.tensors, checkpoint_id=str(self.folder))
 
     def over(self) -> bool:
         if self.future.done():
