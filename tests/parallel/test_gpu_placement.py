@@ -11,7 +11,6 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from megatron.neox_arguments import ConfigError
 from megatron.parallel.gpu_placement import (
     CLOSEST_GCDS,
-    NUMA_OF_GCD,
     Seat,
     check_devices,
     check_masks,
@@ -21,6 +20,7 @@ from megatron.parallel.gpu_placement import (
     seat_summary,
     seat_table,
 )
+from tests.support.mi250x_node import NUMA_OF_GCD
 
 pytestmark = pytest.mark.unit
 
