@@ -1,4 +1,4 @@
-"""The preflight on eight real ranks of four virtual nodes: what does not come, does not end or is slow is named."""
+"""The preflight on eight real ranks of four virtual nodes: what does not start, does not finish or is slow is named."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ pytestmark = pytest.mark.distributed
 ROOT = Path(__file__).resolve().parents[2]
 PER_NODE = 2
 RANKS = 8
-TIMEOUT = 6  # seconds; a phase of eight healthy ranks takes a fraction of one
+# Seconds for a phase: for a fault that shows when the time is up, and for all others. Eight healthy ranks take a
+# fraction of one, and some more to start.
+TIMEOUT, PATIENCE = 6, 60
 
 
 def free_ports(count: int) -> list[int]:
@@ -93,6 +95,19 @@ def before_phase(name: str, instead: Callable[..., Any]) -> None:
     )
 
 
+def shorten(name: str) -> None:
+    """Give a phase TIMEOUT."""
+    from megatron.preflight.phase_store import PhaseStore
+
+    phase = PhaseStore.phase
+
+    def with_timeout(store: PhaseStore, phase_name: str, *rest: Any) -> list[Any]:
+        store.timeout = TIMEOUT if phase_name == name else PATIENCE
+        return phase(store, phase_name, *rest)
+
+    PhaseStore.phase = with_timeout
+
+
 def spoil(rank: int) -> None:
     """A sum over the ranks' network that comes out wrong in one place."""
     from megatron.preflight import groups
@@ -136,7 +151,7 @@ def speeds(gemm: dict[int, float], copy: dict[int, float], link: Callable[[int, 
         node = rank // PER_NODE
         measurements.gemm_rate = lambda device: 140e12 * gemm.get(node, 1)
         measurements.memory_copy_rate = lambda device: 1300e9 * copy.get(node, 1)
-        measurements.link_rate = lambda partner, device: 20e9 * link(node, partner // PER_NODE)
+        measurements.measured_link_rate = lambda partner, device: 20e9 * link(node, partner // PER_NODE)
 
     return replace
 
@@ -168,19 +183,32 @@ def of_ranks(ranks: set[int], action: Callable[..., None], *args: Any) -> Callab
     return lambda rank: action(*args) if rank in ranks else None
 
 
+def stall(
+    rank: int, where: Callable[[str, Callable[..., Any]], None], phase: str, instead: Callable[..., Any]
+) -> Callable[[int], None]:
+    """One rank does `instead` of a phase, which has TIMEOUT on all ranks."""
+
+    def arrange(of_rank: int) -> None:
+        shorten(phase)
+        if of_rank == rank:
+            where(phase, instead)
+
+    return arrange
+
+
 FAULTS: dict[str, Callable[[int], Any]] = {
     "none": lambda rank: None,
     "rank 5 is absent": lambda rank: rank == 5,
     "node n2 is absent": lambda rank: rank in (4, 5),
     "rank 0 is absent": lambda rank: rank == 0,
-    "rank 5 stays away from its link": of_ranks({5}, before_phase, "node to node, round 1 of 3", never),
-    "rank 5 stays away from TP": of_ranks({5}, before_phase, "the TP collectives", never),
-    "rank 0 stays away from TP": of_ranks({0}, before_phase, "the TP collectives", never),
-    "rank 5 stays away from forming": of_ranks({5}, before_phase, "the forming of the TP, PP and DP groups", never),
-    "rank 5 hangs in PP": of_ranks({5}, in_phase, "the PP collectives", never),
-    "rank 5 is killed in DP": of_ranks({5}, in_phase, "the DP collectives", killed),
-    "rank 5 fails in DP": of_ranks({5}, in_phase, "the DP collectives", raising),
-    "rank 0 is killed in DP": of_ranks({0}, in_phase, "the DP collectives", killed),
+    "rank 5 stays away from its link": stall(5, before_phase, "node to node, round 1 of 3", never),
+    "rank 5 stays away from TP": stall(5, before_phase, "the TP collectives", never),
+    "rank 0 stays away from TP": stall(0, before_phase, "the TP collectives", never),
+    "rank 5 stays away from forming": stall(5, before_phase, "the forming of the TP, PP and DP groups", never),
+    "rank 5 hangs in PP": stall(5, in_phase, "the PP collectives", never),
+    "rank 5 is killed in DP": stall(5, in_phase, "the DP collectives", killed),
+    "rank 5 fails in DP": stall(5, in_phase, "the DP collectives", raising),
+    "rank 0 is killed in DP": stall(0, in_phase, "the DP collectives", killed),
     "rank 3 sums wrongly": spoil,
     "rank 3 sends something else": of_ranks({3}, corrupt),
     "rank 6 has another seed": of_ranks({6}, other_seed),
@@ -205,22 +233,26 @@ def _preflight(rank: int, world_size: int, ports: list[int], arguments: list[str
         assert main(arguments) == 0
 
 
-def preflights(folder: Path, faults: list[str], *arguments: str, **changes: Any) -> dict[str, list[tuple[int, str]]]:
+def preflights(
+    folder: Path, faults: list[str], *arguments: str, timeout: int = PATIENCE, **changes: Any
+) -> dict[str, list[tuple[int, str]]]:
     """By fault, (exit code, output) of eight ranks, TP2 PP2 DP2, after it has been arranged; all at the same time."""
     config = folder / "run.yml"
     layout = {"model_parallel_size": 2, "pipe_parallel_size": 2, "num_nodes": 4, "num_gpus": 2}
     config.write_text(yaml.safe_dump(keys(**layout | changes)))
-    words = [str(config), "--timeout", str(TIMEOUT), *arguments]
+    words = [str(config), "--timeout", str(timeout), *arguments]
     started = time.monotonic()
     world_size, ports = RANKS * len(faults), free_ports(len(faults))
     results = run_ranks(_preflight, world_size, ports, words, faults, timeout=100, grace=60, expect_failure=True)
-    assert time.monotonic() - started < 60, "the end is bounded"
+    assert time.monotonic() - started < PATIENCE, "the end is bounded"
     assert "Traceback" not in "".join(output for _, output in results), results
     return {fault: results[RANKS * run : RANKS * (run + 1)] for run, fault in enumerate(faults)}
 
 
-def preflight(folder: Path, fault: str, *arguments: str, **changes: Any) -> list[tuple[int, str]]:
-    return preflights(folder, [fault], *arguments, **changes)[fault]
+def preflight(
+    folder: Path, fault: str, *arguments: str, timeout: int = PATIENCE, **changes: Any
+) -> list[tuple[int, str]]:
+    return preflights(folder, [fault], *arguments, timeout=timeout, **changes)[fault]
 
 
 def failed_with(code: int, results: list[tuple[int, str]], *gone: int) -> str:
@@ -248,10 +280,12 @@ def test_all_is_well(tmp_path: Path) -> None:
     assert (tmp_path / "exclude").read_text() == ""
 
 
-STALLS: list[Any] = [
+ABSENT = [
     ("rank 5 is absent", [5], ["at the start", "rank 5 on n2 (pipe 1, data 0, tensor 1) did not arrive"]),
     ("node n2 is absent", [4, 5], ["node n2 is missing: none of its ranks 4-5 arrived"]),
     ("rank 0 is absent", [0], ["rank 0 on n0 did not arrive within 6 s", "127.0.0.1"]),
+]
+STALLS: list[Any] = [
     (
         "rank 5 stays away from its link",
         [],
@@ -316,6 +350,15 @@ def stalled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[tu
     return results
 
 
+@pytest.mark.parametrize(("fault", "gone", "expected"), ABSENT)
+def test_ranks_that_do_not_start_are_named(tmp_path: Path, fault: str, gone: list[int], expected: list[str]) -> None:
+    report = failed_with(3, preflight(tmp_path, fault, "--no-screen", timeout=TIMEOUT), *gone)
+    for text in expected:
+        assert text in report, report
+    if 0 not in gone:
+        assert report.count("did not arrive") + report.count("none of its ranks") == 1, report
+
+
 @pytest.mark.parametrize(("fault", "gone", "expected"), STALLS)
 def test_what_stalls_is_named(
     stalled: Callable[[str], list[tuple[int, str]]], fault: str, gone: list[int], expected: list[str]
@@ -329,7 +372,7 @@ def test_what_stalls_is_named(
 
 @pytest.mark.slow  # the other ranks wait longer than rank 0
 def test_rank_0_that_stays_away_is_named(tmp_path: Path) -> None:
-    report = failed_with(3, preflight(tmp_path, "rank 0 stays away from TP", "--no-screen"), 0)
+    report = failed_with(3, preflight(tmp_path, "rank 0 stays away from TP", "--no-screen", timeout=TIMEOUT), 0)
     assert "rank 0 on n0 (pipe 0, data 0, tensor 0) did not arrive at the TP collectives, or is gone" in report, report
 
 
