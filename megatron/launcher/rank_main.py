@@ -29,12 +29,12 @@ from megatron.supervision.failures import (
     claim_failure,
     claim_loss,
     code_after,
-    code_of_the_culprit,
+    code_of_first_failure,
     is_about_a_lost_peer,
     run_folder,
 )
 
-AFTER_THE_CULPRIT_SECONDS = 0.5  # ranks that fail in its wake end later, so that the launcher names the first
+AFTER_FIRST_FAILURE_SECONDS = 0.5  # ranks that fail in its wake end later, so that the launcher names the first
 
 
 def run(program: Callable[[NeoXArgs], object], task: Task = "train") -> NoReturn:
@@ -83,10 +83,10 @@ def _unexpected(error: Exception, folder: Path | None) -> int:
     """Report an unexpected error, unless it only follows from another rank's failure; returns the exit code."""
     rank, happened = _rank(), "failed"
     if is_about_a_lost_peer(error):
-        culprit = code_of_the_culprit(folder)
-        if culprit is not None:
-            time.sleep(AFTER_THE_CULPRIT_SECONDS)
-            return culprit
+        first = code_of_first_failure(folder)
+        if first is not None:
+            time.sleep(AFTER_FIRST_FAILURE_SECONDS)
+            return first
         happened = "lost another rank, which reported nothing"
     what = f"rank {rank} on {node_name(os.environ)} {happened}: {type(error).__name__}: {error}"
     if claim_failure(folder, FAILURE, what):

@@ -21,17 +21,17 @@ class Cpus:
 
 
 def own_cpus(nodes: Path = Path("/sys/devices/system/node")) -> Cpus:
-    """Those that this process is bound to; no domains where the kernel does not tell."""
-    mine = os.sched_getaffinity(0)
+    """The CPUs that this process is bound to; without domains if the kernel does not list them."""
+    bound = os.sched_getaffinity(0)
     domains = []
     for path in nodes.glob("node[0-9]*"):
         try:
             cpus = expand_cpus((path / "cpulist").read_text())
         except (OSError, ValueError):
             continue
-        if mine & cpus:
+        if bound & cpus:
             domains.append(int(path.name.removeprefix("node")))
-    return Cpus(tuple(sorted(mine)), tuple(sorted(domains)))
+    return Cpus(tuple(sorted(bound)), tuple(sorted(domains)))
 
 
 def expand_cpus(text: str) -> set[int]:
@@ -44,7 +44,7 @@ def expand_cpus(text: str) -> set[int]:
 
 
 def check_cpus(seats: Sequence[Seat], cpus: Mapping[int, Cpus]) -> None:
-    """Raise ConfigError if the ranks with GPUs of a node have fewer CPUs than they are. `cpus` is by rank.
+    """Raise ConfigError if a node's ranks with GPUs together have fewer CPUs than ranks. `cpus` is by rank.
 
     srun without --cpus-per-task, or torchrun as a task of it, binds all of them to one core: the job then runs tens of
     times slower, without an error.
@@ -54,20 +54,20 @@ def check_cpus(seats: Sequence[Seat], cpus: Mapping[int, Cpus]) -> None:
         if seat.device is not None:
             by_node[seat.node].append(seat)
     for node, members in by_node.items():
-        together = {cpu for seat in members for cpu in cpus[seat.rank].cpus}
-        if len(together) < len(members):
-            listed = ", ".join(map(str, sorted(together)))
+        shared = {cpu for seat in members for cpu in cpus[seat.rank].cpus}
+        if len(shared) < len(members):
+            listed = ", ".join(map(str, sorted(shared)))
             raise ConfigError(
-                f"the {len(members)} ranks on {node} are bound to {len(together)} CPUs ({listed}) together; give each "
+                f"the {len(members)} ranks on {node} are bound to {len(shared)} CPUs ({listed}) together; give each "
                 f"its own (srun --cpus-per-task=7 on Frontier and LUMI), and do not start torchrun by srun"
             )
 
 
 def far_from_gpu(seats: Sequence[Seat], numa: Mapping[int, int | None], cpus: Mapping[int, Cpus]) -> list[Seat]:
-    """Ranks none of whose CPUs are in their GPU's NUMA domain; those of which the kernel does not tell are not."""
+    """Ranks none of whose CPUs are in their GPU's NUMA domain; without those whose domains the kernel does not list."""
     far = []
     for seat in seats:
-        domain, own = numa.get(seat.rank), cpus[seat.rank].domains
-        if domain is not None and own and domain not in own:
+        domain, of_cpus = numa.get(seat.rank), cpus[seat.rank].domains
+        if domain is not None and of_cpus and domain not in of_cpus:
             far.append(seat)
     return far

@@ -1,6 +1,6 @@
-"""Which device a rank takes, and where all ranks of a run sit: node, GCD, NUMA domain, coordinates.
+"""Which GPU a rank takes, and the placement of all ranks of a run: node, GCD, NUMA domain, coordinates.
 
-Pure functions over plain values, so that the 2,048 ranks of a 70B can be checked without one of them. Numbers of the
+Pure functions over plain values, so that 2,048 ranks of a 70B can be checked without starting any. Numbers of the
 MI250X node: OLCF's Frontier user guide; LUMI's blade is the same.
 """
 
@@ -12,17 +12,16 @@ from dataclasses import dataclass
 
 from megatron.common.errors import ConfigError
 
-# GCD that Slurm's `--gpu-bind=closest` gives to each local rank of eight: the one behind that rank's cores.
+# GCD that Slurm's `--gpu-bind=closest` gives to each local rank of eight: the one attached to that rank's cores.
 CLOSEST_GCDS = (4, 5, 2, 3, 6, 7, 0, 1)
-NUMA_OF_GCD = {0: 3, 1: 3, 2: 1, 3: 1, 4: 0, 5: 0, 6: 2, 7: 2}
 
-# HIP numbers what ROCR has left over; CUDA_VISIBLE_DEVICES is HIP's second name.
+# HIP renumbers the GPUs that ROCR leaves visible; CUDA_VISIBLE_DEVICES is HIP's second name.
 _OUTER, _INNER = "ROCR_VISIBLE_DEVICES", ("HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES")
 
 
 @dataclass(frozen=True)
 class Seat:
-    """One rank's place in the machine and in the model. `device` is what the driver calls it, None on a CPU."""
+    """One rank's place in the machine and in the model. `device` is the driver's name of the GPU, None on a CPU."""
 
     rank: int
     node: str
@@ -43,9 +42,9 @@ def coordinates(rank: int, pipe_size: int, data_size: int, tensor_size: int) -> 
 def device_index(local_rank: int, local_world_size: int | None, visible: int, env: Mapping[str, str]) -> int:
     """Number, among the visible GPUs, of the one that a local rank takes.
 
-    One visible GPU is this task's own (`--gpus-per-task=1`, or a wrapper that sets ROCR_VISIBLE_DEVICES): 0. With all
-    of a node visible (LUMI) it is the local rank. Raises ConfigError for everything between, and for two masks on top
-    of each other.
+    If one GPU is visible, it is the task's own (`--gpus-per-task=1`, or a wrapper that sets ROCR_VISIBLE_DEVICES): 0.
+    If all GPUs of a node are visible (LUMI), it is the local rank. Raises ConfigError for anything in between, and if
+    a GPU is masked twice.
     """
     check_masks(env)
     if visible == 0:
@@ -63,7 +62,7 @@ def device_index(local_rank: int, local_world_size: int | None, visible: int, en
 
 
 def check_masks(env: Mapping[str, str]) -> None:
-    """Raise ConfigError if HIP is told to take a GPU by a number that ROCR's mask has renumbered away."""
+    """Raise ConfigError if HIP's mask names a GPU by a number that no longer exists after ROCR's mask."""
     outer = _mask(env, _OUTER)
     for name in _INNER:
         inner = _mask(env, name)
@@ -88,7 +87,7 @@ def _mask(env: Mapping[str, str], name: str) -> list[str] | None:
 
 
 def check_tensor_groups(seats: Sequence[Seat]) -> None:
-    """Raise ConfigError if a tensor-parallel group leaves its node; its traffic is made for links inside of one."""
+    """Raise ConfigError if a tensor-parallel group spans nodes; its traffic is made for the links inside one."""
     groups: dict[tuple[int, int], list[Seat]] = defaultdict(list)
     for seat in seats:
         groups[seat.pipe, seat.data].append(seat)

@@ -44,7 +44,7 @@ def memory_copy_rate(device: torch.device) -> float:
     return Clock(device).copy_bandwidth()
 
 
-def link_rate(partner: int, device: torch.device) -> float:
+def measured_link_rate(partner: int, device: torch.device) -> float:
     """Bytes per second in each direction, while sending to and receiving from a partner; the best of several exchanges.
 
     Raises RuntimeError if the data that arrives is not what the partner sent.

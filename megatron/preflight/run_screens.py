@@ -76,10 +76,12 @@ class Screening:
         found = {}
         for number, pairs in enumerate(rounds):
             partners = {one: other for pair in pairs for one, other in (pair, pair[::-1])}
+            partner = partners.get(self.rank)
+            work = _rest if partner is None else partial(measurements.measured_link_rate, partner, self.device)
             rates = self.store.phase(
                 f"{name}, round {number + 1} of {len(rounds)}",
                 [Group("link", "", pair) for pair in pairs],
-                partial(measurements.link_rate, partners[self.rank], self.device) if self.rank in partners else _rest,
+                work,
             )
             if rates:
                 found.update({(one, other): min(rates[one], rates[other]) / 1e9 for one, other in pairs})

@@ -1,7 +1,7 @@
-"""Who failed first, and why: files in the run's folder, so that one rank speaks and its victims are silent.
+"""Which rank failed first, and why: files in the run's folder, so that only the first failure is reported.
 
-A rank that fails writes them before it ends, and its peers notice only afterwards that it is gone. `why` is for whoever
-comes after the ranks: the batch script prints it last.
+A rank that fails writes them before it ends; its peers notice only afterwards that it is gone. The batch script prints
+`why` last.
 """
 
 from __future__ import annotations
@@ -11,16 +11,17 @@ import os
 import time
 from pathlib import Path
 
-# Exit codes. REQUEUE is sysexits.h's EX_TEMPFAIL: all is saved, the same command goes on. LOST: ranks died or hung, the
-# same command goes on from the last checkpoint, better without their nodes (LOST_NODES names them, one a line).
+# Exit codes. REQUEUE is sysexits.h's EX_TEMPFAIL: the checkpoint is saved, and the same command resumes from it. LOST:
+# ranks died or hung; the same command resumes from the last checkpoint, better without their nodes (LOST_NODES names
+# them, one per line).
 FAILURE, USER_ERROR, REQUEUE, LOST = 1, 2, 75, 76
-LOST_PEER_SECONDS = 2.0  # how long a rank that lost a peer waits for the peer's own words
+LOST_PEER_SECONDS = 2.0  # how long a rank that lost a peer waits for the peer's own report
 
 _FAILED, WHY, LOST_NODES = "failed", "why", "lost-nodes"
 
 
 class Stopped(Exception):
-    """The run ends before its end, in order and on all ranks; its text says why, `code` is the exit code."""
+    """The run ends early, in order and on all ranks. The text says why, `code` is the exit code."""
 
     def __init__(self, why: str, code: int = REQUEUE) -> None:
         super().__init__(why)
@@ -28,9 +29,9 @@ class Stopped(Exception):
 
 
 class LostRanks(Exception):
-    """Ranks died, or did not arrive where the others wait; the text names them and their nodes.
+    """Ranks died, or did not arrive where the others wait. The text names them and their nodes.
 
-    `first` is True on the one rank that says so.
+    `first` is True on the one rank that reports it.
     """
 
     def __init__(self, why: str, nodes: list[str], first: bool = True) -> None:
@@ -39,7 +40,7 @@ class LostRanks(Exception):
 
 
 def claim_loss(folder: Path | None, lost: LostRanks) -> bool:
-    """`claim_failure` for lost ranks, with their nodes for whoever requeues the job."""
+    """`claim_failure` for lost ranks; also writes their nodes, for the batch script that requeues the job."""
     first = claim_failure(folder, LOST, str(lost))
     if first and folder is not None:
         claim(folder, LOST_NODES, "".join(f"{node}\n" for node in lost.nodes))
@@ -47,23 +48,23 @@ def claim_loss(folder: Path | None, lost: LostRanks) -> bool:
 
 
 def run_folder(arguments: list[str]) -> Path | None:
-    """The folder that the ranks of a run share: NEOX_RUN_FOLDER, or that of the file which deepy.py handed over."""
+    """The folder that the ranks of a run share: NEOX_RUN_FOLDER, or that of the configuration file from deepy.py."""
     if "NEOX_RUN_FOLDER" in os.environ:
         return Path(os.environ["NEOX_RUN_FOLDER"])
     return Path(arguments[1]).parent if arguments[:1] == ["--neox-args"] else None
 
 
 def claim(folder: Path | None, name: str, text: str = "") -> bool:
-    """Whether this process is the first of the run to say `name`. Without a folder of the run every process is."""
+    """Whether this process is the first of the run to write the file `name`; without a run folder always True."""
     if folder is None:
         return True
     draft = folder / f"{name}.{os.getpid()}"
     try:
         draft.write_text(text)
-        os.link(draft, folder / name)  # fails if it exists, and nobody sees it half-written
+        os.link(draft, folder / name)  # fails if it exists, and no process reads it half-written
     except FileExistsError:
         return False
-    except OSError:  # the folder is gone: better said twice than not at all
+    except OSError:  # the folder is gone: better to report twice than not at all
         return True
     finally:
         with contextlib.suppress(OSError):
@@ -72,7 +73,7 @@ def claim(folder: Path | None, name: str, text: str = "") -> bool:
 
 
 def claim_failure(folder: Path | None, code: int, why: str = "") -> bool:
-    """Whether no rank has failed before this one; `code` becomes the exit code of those that fail in its wake."""
+    """Whether this rank is the first to fail; `code` becomes the exit code of ranks that fail because of it."""
     first = claim(folder, _FAILED, str(code))
     if first and why and folder is not None:
         claim(folder, WHY, why + "\n")
@@ -80,7 +81,7 @@ def claim_failure(folder: Path | None, code: int, why: str = "") -> bool:
 
 
 def clear(folder: Path) -> None:
-    """Forget an earlier start in the same folder: a requeued job has the folder of the job before."""
+    """Remove the files of an earlier start: a requeued job has the same folder."""
     for pattern in (_FAILED, WHY, LOST_NODES, "said-*"):
         for path in folder.glob(pattern):
             with contextlib.suppress(FileNotFoundError):
@@ -96,13 +97,13 @@ def recorded_code(folder: Path) -> int | None:
 
 
 def code_after(folder: Path | None) -> int:
-    """Exit code of a rank that names lost ranks after somebody has spoken: a rank that failed by itself is lost too."""
+    """Exit code of a rank that finds ranks lost after a failure was reported: that of the failed rank, else LOST."""
     recorded = None if folder is None else recorded_code(folder)
     return LOST if recorded is None else recorded
 
 
-def code_of_the_culprit(folder: Path | None) -> int | None:
-    """Exit code of the rank that failed first; waits a little for one that is about to say so."""
+def code_of_first_failure(folder: Path | None) -> int | None:
+    """Exit code of the rank that failed first, None if none has; waits LOST_PEER_SECONDS for one about to write it."""
     deadline = time.monotonic() + LOST_PEER_SECONDS
     while folder is not None and folder.exists() and time.monotonic() < deadline:
         code = recorded_code(folder)
@@ -116,5 +117,5 @@ _LOST_PEER = ("closed by peer", "reset by peer", "Connection refused", "Broken p
 
 
 def is_about_a_lost_peer(error: Exception) -> bool:
-    """Whether an exception is what gloo, NCCL or the store raise when another rank has gone."""
+    """Whether an exception is what gloo, NCCL or the store raise when another rank is gone."""
     return isinstance(error, RuntimeError | OSError) and any(sign in str(error) for sign in _LOST_PEER)

@@ -30,7 +30,7 @@ from megatron.supervision.failures import (
     Stopped,
     claim_loss,
     code_after,
-    code_of_the_culprit,
+    code_of_first_failure,
     is_about_a_lost_peer,
     run_folder,
 )
@@ -174,7 +174,7 @@ class Watchdog:
         if verdict.own_error:
             if self._store_released.wait(VICTIM_SECONDS):
                 return
-            os._exit(code_of_the_culprit(self.folder) or FAILURE)
+            os._exit(code_of_first_failure(self.folder) or FAILURE)
         self._write_stacks()
         error = verdict.as_error(self.titles, self.rank, self.stacks)
         first = claim_loss(self.folder, error)

@@ -9,7 +9,8 @@ import pytest
 
 from megatron.neox_arguments import ConfigError
 from megatron.parallel.cpu_binding import Cpus, check_cpus, expand_cpus, far_from_gpu, own_cpus
-from megatron.parallel.gpu_placement import CLOSEST_GCDS, NUMA_OF_GCD, Seat
+from megatron.parallel.gpu_placement import CLOSEST_GCDS, Seat
+from tests.support.mi250x_node import NUMA_OF_GCD
 
 pytestmark = pytest.mark.unit
 

@@ -10,7 +10,6 @@ import pytest
 from megatron.neox_arguments import ConfigError
 from megatron.parallel.gpu_placement import (
     CLOSEST_GCDS,
-    NUMA_OF_GCD,
     Seat,
     check_devices,
     check_masks,
@@ -20,6 +19,7 @@ from megatron.parallel.gpu_placement import (
     seat_summary,
     seat_table,
 )
+from tests.support.mi250x_node import NUMA_OF_GCD
 
 pytestmark = pytest.mark.unit
 

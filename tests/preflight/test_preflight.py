@@ -1,7 +1,8 @@
-"""The preflight on eight real ranks of four virtual nodes: what does not come, does not end or is slow is named."""
+"""The preflight on eight real ranks of four virtual nodes: what does not start, does not finish or is slow is named."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -27,13 +28,18 @@ pytestmark = pytest.mark.distributed
 
 ROOT = Path(__file__).resolve().parents[2]
 PER_NODE = 2
-TIMEOUT = 6  # seconds; a phase of eight healthy ranks takes a fraction of one
+RANKS = 8
+# Seconds for a phase: for a fault that shows when the time is up, and for all others. Eight healthy ranks take a
+# fraction of one, and some more to start.
+TIMEOUT, PATIENCE = 6, 60
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
 
 
 def virtual_node(rank: int, world_size: int, port: int) -> None:
@@ -89,6 +95,19 @@ def before_phase(name: str, instead: Callable[..., Any]) -> None:
     )
 
 
+def shorten(name: str) -> None:
+    """Give a phase TIMEOUT."""
+    from megatron.preflight.phase_store import PhaseStore
+
+    phase = PhaseStore.phase
+
+    def with_timeout(store: PhaseStore, phase_name: str, *rest: Any) -> list[Any]:
+        store.timeout = TIMEOUT if phase_name == name else PATIENCE
+        return phase(store, phase_name, *rest)
+
+    PhaseStore.phase = with_timeout
+
+
 def spoil(rank: int) -> None:
     """A sum over the ranks' network that comes out wrong in one place."""
     from megatron.preflight import groups
@@ -132,7 +151,7 @@ def speeds(gemm: dict[int, float], copy: dict[int, float], link: Callable[[int, 
         node = rank // PER_NODE
         measurements.gemm_rate = lambda device: 140e12 * gemm.get(node, 1)
         measurements.memory_copy_rate = lambda device: 1300e9 * copy.get(node, 1)
-        measurements.link_rate = lambda partner, device: 20e9 * link(node, partner // PER_NODE)
+        measurements.measured_link_rate = lambda partner, device: 20e9 * link(node, partner // PER_NODE)
 
     return replace
 
@@ -164,19 +183,32 @@ def of_ranks(ranks: set[int], action: Callable[..., None], *args: Any) -> Callab
     return lambda rank: action(*args) if rank in ranks else None
 
 
+def stall(
+    rank: int, where: Callable[[str, Callable[..., Any]], None], phase: str, instead: Callable[..., Any]
+) -> Callable[[int], None]:
+    """One rank does `instead` of a phase, which has TIMEOUT on all ranks."""
+
+    def arrange(of_rank: int) -> None:
+        shorten(phase)
+        if of_rank == rank:
+            where(phase, instead)
+
+    return arrange
+
+
 FAULTS: dict[str, Callable[[int], Any]] = {
     "none": lambda rank: None,
     "rank 5 is absent": lambda rank: rank == 5,
     "node n2 is absent": lambda rank: rank in (4, 5),
     "rank 0 is absent": lambda rank: rank == 0,
-    "rank 5 stays away from its link": of_ranks({5}, before_phase, "node to node, round 1 of 3", never),
-    "rank 5 stays away from TP": of_ranks({5}, before_phase, "the TP collectives", never),
-    "rank 0 stays away from TP": of_ranks({0}, before_phase, "the TP collectives", never),
-    "rank 5 stays away from forming": of_ranks({5}, before_phase, "the forming of the TP, PP and DP groups", never),
-    "rank 5 hangs in PP": of_ranks({5}, in_phase, "the PP collectives", never),
-    "rank 5 is killed in DP": of_ranks({5}, in_phase, "the DP collectives", killed),
-    "rank 5 fails in DP": of_ranks({5}, in_phase, "the DP collectives", raising),
-    "rank 0 is killed in DP": of_ranks({0}, in_phase, "the DP collectives", killed),
+    "rank 5 stays away from its link": stall(5, before_phase, "node to node, round 1 of 3", never),
+    "rank 5 stays away from TP": stall(5, before_phase, "the TP collectives", never),
+    "rank 0 stays away from TP": stall(0, before_phase, "the TP collectives", never),
+    "rank 5 stays away from forming": stall(5, before_phase, "the forming of the TP, PP and DP groups", never),
+    "rank 5 hangs in PP": stall(5, in_phase, "the PP collectives", never),
+    "rank 5 is killed in DP": stall(5, in_phase, "the DP collectives", killed),
+    "rank 5 fails in DP": stall(5, in_phase, "the DP collectives", raising),
+    "rank 0 is killed in DP": stall(0, in_phase, "the DP collectives", killed),
     "rank 3 sums wrongly": spoil,
     "rank 3 sends something else": of_ranks({3}, corrupt),
     "rank 6 has another seed": of_ranks({6}, other_seed),
@@ -190,26 +222,37 @@ FAULTS: dict[str, Callable[[int], Any]] = {
 }
 
 
-def _preflight(rank: int, world_size: int, port: int, arguments: list[str], fault: str) -> None:
+def _preflight(rank: int, world_size: int, ports: list[int], arguments: list[str], faults: list[str]) -> None:
+    """One rank of several preflights that run at the same time, eight ranks each."""
     from megatron.preflight.command_line import main
 
     dist.destroy_process_group()
-    virtual_node(rank, world_size, port)
-    if FAULTS[fault](rank) is not True:
+    run, rank = divmod(rank, RANKS)
+    virtual_node(rank, RANKS, ports[run])
+    if FAULTS[faults[run]](rank) is not True:
         assert main(arguments) == 0
 
 
-def preflight(folder: Path, fault: str, *arguments: str, **changes: Any) -> list[tuple[int, str]]:
-    """(exit code, output) of eight ranks, TP2 PP2 DP2, after a fault has been arranged."""
+def preflights(
+    folder: Path, faults: list[str], *arguments: str, timeout: int = PATIENCE, **changes: Any
+) -> dict[str, list[tuple[int, str]]]:
+    """By fault, (exit code, output) of eight ranks, TP2 PP2 DP2, after it has been arranged; all at the same time."""
     config = folder / "run.yml"
     layout = {"model_parallel_size": 2, "pipe_parallel_size": 2, "num_nodes": 4, "num_gpus": 2}
     config.write_text(yaml.safe_dump(keys(**layout | changes)))
-    words = [str(config), "--timeout", str(TIMEOUT), *arguments]
+    words = [str(config), "--timeout", str(timeout), *arguments]
     started = time.monotonic()
-    results = run_ranks(_preflight, 8, free_port(), words, fault, timeout=100, expect_failure=True)
-    assert time.monotonic() - started < 60, "the end is bounded"
+    world_size, ports = RANKS * len(faults), free_ports(len(faults))
+    results = run_ranks(_preflight, world_size, ports, words, faults, timeout=100, grace=60, expect_failure=True)
+    assert time.monotonic() - started < PATIENCE, "the end is bounded"
     assert "Traceback" not in "".join(output for _, output in results), results
-    return results
+    return {fault: results[RANKS * run : RANKS * (run + 1)] for run, fault in enumerate(faults)}
+
+
+def preflight(
+    folder: Path, fault: str, *arguments: str, timeout: int = PATIENCE, **changes: Any
+) -> list[tuple[int, str]]:
+    return preflights(folder, [fault], *arguments, timeout=timeout, **changes)[fault]
 
 
 def failed_with(code: int, results: list[tuple[int, str]], *gone: int) -> str:
@@ -237,70 +280,100 @@ def test_all_is_well(tmp_path: Path) -> None:
     assert (tmp_path / "exclude").read_text() == ""
 
 
-@pytest.mark.parametrize(
-    ("fault", "gone", "said"),
-    [
-        ("rank 5 is absent", [5], ["at the start", "rank 5 on n2 (pipe 1, data 0, tensor 1) did not arrive"]),
-        ("node n2 is absent", [4, 5], ["node n2 is missing: none of its ranks 4-5 arrived"]),
-        ("rank 0 is absent", [0], ["rank 0 on n0 did not arrive within 6 s", "127.0.0.1"]),
-        (
-            "rank 5 stays away from its link",
-            [],
-            ["rank 5 on n2 (pipe 1, data 0, tensor 1) did not arrive at link, ranks 5, 7 on 2 nodes (n2, n3)"],
-        ),
-        (
-            "rank 5 stays away from TP",
-            [],
-            ["rank 5 on n2 (pipe 1, data 0, tensor 1) did not arrive at TP group (pipe 1, data 0), ranks 4-5 on n2"],
-        ),
-        pytest.param(
-            "rank 0 stays away from TP",
-            [0],
-            ["rank 0 on n0 (pipe 0, data 0, tensor 0) did not arrive at the TP collectives, or is gone"],
-            marks=pytest.mark.slow,  # the others' patience is longer than rank 0's
-        ),
-        (
-            "rank 5 stays away from forming",
-            [],
-            ["the forming of the TP, PP and DP groups", "rank 5 on n2 (pipe 1, data 0, tensor 1) did not arrive"],
-        ),
-        (
-            "rank 5 hangs in PP",
-            [],
-            ["PP group (data 0, tensor 1) stalls: ranks 1, 5 on 2 nodes (n0, n2), all of which arrived"],
-        ),
-        (
-            "rank 5 is killed in DP",
-            [5],
-            ["DP group (pipe 1, tensor 1) stalls: ranks 5, 7 on 2 nodes (n2, n3)", "rank 5 on n2"],
-        ),
-        ("rank 5 fails in DP", [], ["DP group (pipe 1, tensor 1) stalls", "rank 5 on n2: RuntimeError: HIP error"]),
-        (
-            "rank 0 is killed in DP",
-            [0],
-            ["rank 0 on n0 (pipe 0, data 0, tensor 0) did not arrive at the "],
-        ),
-        (
-            "rank 3 sends something else",
-            [],
-            [
-                "link fails: ranks 1, 3 on 2 nodes (n0, n1)",
-                "rank 1 on n0: RuntimeError: 1 of 262144 elements that rank 3",
-            ],
-        ),
-        (
-            "rank 3 sums wrongly",
-            [],
-            ["TP group (pipe 0, data 1), ranks 2-3 on n1: wrong sums on rank 3, in up to 1 of 65536 elements"],
-        ),
-    ],
-)
-def test_what_stalls_is_named(tmp_path: Path, fault: str, gone: list[int], said: list[str]) -> None:
-    report = failed_with(3, preflight(tmp_path, fault, "--no-screen"), *gone)
-    for text in said:
+ABSENT = [
+    ("rank 5 is absent", [5], ["at the start", "rank 5 on n2 (pipe 1, data 0, tensor 1) did not arrive"]),
+    ("node n2 is absent", [4, 5], ["node n2 is missing: none of its ranks 4-5 arrived"]),
+    ("rank 0 is absent", [0], ["rank 0 on n0 did not arrive within 6 s", "127.0.0.1"]),
+]
+STALLS: list[Any] = [
+    (
+        "rank 5 stays away from its link",
+        [],
+        ["rank 5 on n2 (pipe 1, data 0, tensor 1) did not arrive at link, ranks 5, 7 on 2 nodes (n2, n3)"],
+    ),
+    (
+        "rank 5 stays away from TP",
+        [],
+        ["rank 5 on n2 (pipe 1, data 0, tensor 1) did not arrive at TP group (pipe 1, data 0), ranks 4-5 on n2"],
+    ),
+    (
+        "rank 5 stays away from forming",
+        [],
+        ["the forming of the TP, PP and DP groups", "rank 5 on n2 (pipe 1, data 0, tensor 1) did not arrive"],
+    ),
+    (
+        "rank 5 hangs in PP",
+        [],
+        ["PP group (data 0, tensor 1) stalls: ranks 1, 5 on 2 nodes (n0, n2), all of which arrived"],
+    ),
+    (
+        "rank 5 is killed in DP",
+        [5],
+        ["DP group (pipe 1, tensor 1) stalls: ranks 5, 7 on 2 nodes (n2, n3)", "rank 5 on n2"],
+    ),
+    ("rank 5 fails in DP", [], ["DP group (pipe 1, tensor 1) stalls", "rank 5 on n2: RuntimeError: HIP error"]),
+    (
+        "rank 0 is killed in DP",
+        [0],
+        ["rank 0 on n0 (pipe 0, data 0, tensor 0) did not arrive at the "],
+    ),
+    (
+        "rank 3 sends something else",
+        [],
+        [
+            "link fails: ranks 1, 3 on 2 nodes (n0, n1)",
+            "rank 1 on n0: RuntimeError: 1 of 262144 elements that rank 3",
+        ],
+    ),
+    (
+        "rank 3 sums wrongly",
+        [],
+        ["TP group (pipe 0, data 1), ranks 2-3 on n1: wrong sums on rank 3, in up to 1 of 65536 elements"],
+    ),
+]
+AT_ONCE = 3  # preflights; most of their time is waiting for the end of a phase
+
+
+@pytest.fixture(scope="module")
+def stalled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[tuple[int, str]]]:
+    """Results of a fault, which is arranged together with its neighbours in STALLS."""
+    known: dict[str, list[tuple[int, str]]] = {}
+    names = [stall[0] for stall in STALLS]
+
+    def results(fault: str) -> list[tuple[int, str]]:
+        if fault not in known:
+            first = names.index(fault) // AT_ONCE * AT_ONCE
+            folder = tmp_path_factory.mktemp("stalls")
+            known.update(preflights(folder, names[first : first + AT_ONCE], "--no-screen"))
+        return known[fault]
+
+    return results
+
+
+@pytest.mark.parametrize(("fault", "gone", "expected"), ABSENT)
+def test_ranks_that_do_not_start_are_named(tmp_path: Path, fault: str, gone: list[int], expected: list[str]) -> None:
+    report = failed_with(3, preflight(tmp_path, fault, "--no-screen", timeout=TIMEOUT), *gone)
+    for text in expected:
         assert text in report, report
-    if "rank 0 on" not in said[0]:  # one speaker, and nobody else is blamed
+    if 0 not in gone:
+        assert report.count("did not arrive") + report.count("none of its ranks") == 1, report
+
+
+@pytest.mark.parametrize(("fault", "gone", "expected"), STALLS)
+def test_what_stalls_is_named(
+    stalled: Callable[[str], list[tuple[int, str]]], fault: str, gone: list[int], expected: list[str]
+) -> None:
+    report = failed_with(3, stalled(fault), *gone)
+    for text in expected:
+        assert text in report, report
+    if "rank 0 on" not in expected[0]:  # one rank reports, and no other is blamed
         assert report.count("did not arrive") + report.count(" stalls: ") + report.count("wrong sums") <= 1, report
+
+
+@pytest.mark.slow  # the other ranks wait longer than rank 0
+def test_rank_0_that_stays_away_is_named(tmp_path: Path) -> None:
+    report = failed_with(3, preflight(tmp_path, "rank 0 stays away from TP", "--no-screen", timeout=TIMEOUT), 0)
+    assert "rank 0 on n0 (pipe 0, data 0, tensor 0) did not arrive at the TP collectives, or is gone" in report, report
 
 
 @pytest.mark.parametrize(
@@ -396,7 +469,7 @@ def test_the_page_s_commands(tmp_path: Path) -> None:
         "PATH": f"{tmp_path}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
+        "MASTER_PORT": str(free_ports(1)[0]),
         "GLOO_SOCKET_IFNAME": "lo",
         "OMP_NUM_THREADS": "1",
     }

@@ -57,37 +57,17 @@ class Run:
             **changes,
         }
         write_run(folder / "run.yml", data, **settings)
-        self.script, self.processes = script, []
+        self.script = script
         self.stderr = (folder / "stderr").open("w+")
 
-    def by_deepy(self) -> None:
-        self._start([str(ROOT / "deepy.py"), str(self.script), str(self.folder / "run.yml")], {})
-
-    def as_plain_ranks(self) -> None:
-        """As somebody starts them who is no launcher of ours: nobody ends the others but they themselves."""
-        port = _free_port()
-        for rank in range(2):
-            env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-            env |= {
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": port,
-                "GLOO_SOCKET_IFNAME": "lo",
-                "DS_ACCELERATOR": "cpu",
-            }
-            self._start([str(self.script), str(self.folder / "run.yml")], {k: str(v) for k, v in env.items()})
-
-    def _start(self, words: list[str], env: dict[str, str]) -> None:
-        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | env
-        self.processes.append(
-            subprocess.Popen(
-                [sys.executable, *words], cwd=self.folder, env=env, stdout=subprocess.DEVNULL, stderr=self.stderr
-            )
-        )
-
-    def until_it_steps(self) -> None:
+    def start(self) -> None:
+        """By deepy.py, until some steps are done."""
+        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        words = [sys.executable, str(ROOT / "deepy.py"), str(self.script), str(self.folder / "run.yml")]
+        self.process = subprocess.Popen(words, cwd=self.folder, env=env, stdout=subprocess.DEVNULL, stderr=self.stderr)
         deadline = time.monotonic() + 200
         while self.metrics().count("train/lm_loss") < 3:
-            assert all(process.poll() is None for process in self.processes), self.errors()
+            assert self.process.poll() is None, self.errors()
             assert time.monotonic() < deadline, "the run did not start"
             time.sleep(0.05)
 
@@ -97,14 +77,14 @@ class Run:
 
     def ranks(self) -> list[int]:
         """Process ids by rank, under deepy: its child supervises, and started them in order."""
-        (supervisor,) = children(self.processes[0].pid)
+        (supervisor,) = children(self.process.pid)
         return sorted(children(supervisor))
 
     def errors(self) -> str:
         return (self.folder / "stderr").read_text()
 
-    def end(self, process: int = 0) -> int:
-        return self.processes[process].wait(timeout=BOUND_SECONDS)
+    def end(self) -> int:
+        return self.process.wait(timeout=BOUND_SECONDS)
 
     def last_line(self) -> str:
         return [line for line in self.errors().splitlines() if "Warning" not in line and line[:1] not in (" ", "[")][-1]
@@ -116,20 +96,18 @@ def started(data: str, tmp_path: Path) -> Iterator[Any]:
 
     def start(**changes: Any) -> Run:
         runs.append(Run(tmp_path, data, **changes))
+        runs[-1].start()
         return runs[-1]
 
     yield start
-    for process in runs[0].processes:
-        process.kill()  # also one that is stopped; deepy's ranks end with it
-        process.wait()
+    runs[0].process.kill()  # its ranks end with it
+    runs[0].process.wait()
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_stopped_rank_is_named(started: Any, rank: int) -> None:
     """SIGSTOP is what a frozen node looks like: connections stay open, nothing moves."""
     run = started()
-    run.by_deepy()
-    run.until_it_steps()
     pids = run.ranks()
     os.kill(pids[rank], signal.SIGSTOP)
     assert run.end() == LOST, run.errors()
@@ -145,8 +123,6 @@ def test_a_stopped_rank_is_named(started: Any, rank: int) -> None:
 def test_a_job_that_is_suspended_as_a_whole_goes_on(started: Any) -> None:
     """`scontrol suspend` and `resume`: nobody was awake to miss anybody."""
     run = started()
-    run.by_deepy()
-    run.until_it_steps()
     pids = run.ranks()
     for number, seconds in ((signal.SIGSTOP, 3 * 2.0), (signal.SIGCONT, 2 * 2.0)):
         for pid in pids:
@@ -155,7 +131,7 @@ def test_a_job_that_is_suspended_as_a_whole_goes_on(started: Any) -> None:
     before = run.metrics().count("train/lm_loss")
     deadline = time.monotonic() + BOUND_SECONDS
     while run.metrics().count("train/lm_loss") == before:
-        assert run.processes[0].poll() is None, run.errors()
+        assert run.process.poll() is None, run.errors()
         assert time.monotonic() < deadline, "no step after the resume"
         time.sleep(0.05)
 
@@ -163,66 +139,95 @@ def test_a_job_that_is_suspended_as_a_whole_goes_on(started: Any) -> None:
 @pytest.mark.parametrize("launcher", ["fork", "torchrun"])
 def test_a_killed_rank_is_named_by_the_launcher(started: Any, launcher: str) -> None:
     run = started(launcher=launcher)
-    run.by_deepy()
-    run.until_it_steps()
     os.kill(run.ranks()[1], signal.SIGKILL)
     assert run.end() == 128 + signal.SIGKILL, run.errors()
     assert f"rank 1 on {NODE} was killed by SIGKILL" in run.last_line()
     assert "Traceback" not in run.errors()
 
 
+def _plain_rank(rank: int, world_size: int, port: int, config: str, whom: int, fault: int | None) -> None:
+    """A rank that no launcher of ours watches over; in its fifth step, rank `whom` gets a signal or fails."""
+    import torch.distributed as dist
+
+    import megatron.trainer.run as loop
+    from megatron.launcher import rank_main
+
+    dist.destroy_process_group()
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_WORLD_SIZE=str(world_size))
+    os.environ.update(GLOO_SOCKET_IFNAME="lo", DS_ACCELERATOR="cpu")
+    sys.argv = ["train.py", config]
+    train_step, steps = loop.train_step, []
+
+    def step(*arguments: Any) -> Any:
+        steps.append(0)
+        if len(steps) == 5 and rank == whom and fault is None:
+            raise KeyError("telescope")
+        if len(steps) == 5 and fault is None:
+            time.sleep(1000)  # as in a collective of NCCL, which does not notice
+        if len(steps) == 5 and rank == whom:
+            os.kill(os.getpid(), fault)
+        return train_step(*arguments)
+
+    loop.train_step = step
+    rank_main.run(loop.train)
+
+
+def plain_ranks(folder: Path, data: str, whom: int, fault: int | None, silence: float) -> list[tuple[int, str]]:
+    """(exit code, output) of two pipeline stages, which end without the help of a launcher."""
+    changes = {"pipe_parallel_size": 2, "train_iters": 100_000, "log_dir": str(folder / "log")}
+    write_run(folder / "run.yml", data, heartbeat_timeout_seconds=silence, **changes)
+    arguments = (_free_port(), str(folder / "run.yml"), whom, fault)
+    grace = 1 if fault == signal.SIGSTOP else BOUND_SECONDS  # a stopped rank ends when it is killed
+    return run_ranks(_plain_rank, 2, *arguments, timeout=BOUND_SECONDS, grace=grace, expect_failure=True)
+
+
 @pytest.mark.parametrize(("whom", "number"), [(1, signal.SIGKILL), (0, signal.SIGKILL), (1, signal.SIGSTOP)])
-def test_plain_ranks_name_it_themselves(started: Any, whom: int, number: signal.Signals) -> None:
-    run = started()
-    run.as_plain_ranks()
-    run.until_it_steps()
-    os.kill(run.processes[whom].pid, number)
-    assert run.end(1 - whom) == LOST, run.errors()
-    assert f"1 rank lost: rank {whom} on {NODE} (pipe {whom}, data 0, tensor 0): " in run.last_line()
-    assert "Traceback" not in run.errors()
+def test_plain_ranks_name_it_themselves(data: str, tmp_path: Path, whom: int, number: signal.Signals) -> None:
+    code, output = plain_ranks(tmp_path, data, whom, number, silence=2.0)[1 - whom]
+    assert code == LOST, output
+    (line,) = [line for line in output.splitlines() if line.startswith("stopped: ")]
+    assert f"1 rank lost: rank {whom} on {NODE} (pipe {whom}, data 0, tensor 0): " in line
+    assert "Traceback" not in output
+
+
+def test_no_rank_waits_for_one_that_failed(data: str, tmp_path: Path) -> None:
+    """The survivor is blocked in something that does not notice: it ends all the same, and blames no rank."""
+    results = plain_ranks(tmp_path, data, whom=1, fault=None, silence=30.0)
+    output = "".join(text for _, text in results)
+    assert [code for code, _ in results] == [1, 1], output
+    assert output.count("KeyError: 'telescope'") == 1
+    assert "lost" not in output
 
 
 SCRIPT = """
-import os, time
-import megatron.data.sampler
+import time
 from megatron.launcher.rank_main import run
 from megatron.trainer import run as trainer
 
-mode = os.environ["MODE"]
 
-
-def hang():
+def hang(*arguments):
     time.sleep(1000)
 
 
-class Disturbed(trainer.Run):
+class Hanging(trainer.Run):
     steps = 0
 
     def train_step(self):
         self.steps += 1
-        if self.steps == 5 and mode == "hang" and self.place.rank == 1:
-            self.batches.next = lambda *arguments: hang()
-        if self.steps == 5 and mode == "fail" and self.place.rank == 1:
-            raise KeyError("telescope")
-        if self.steps == 5 and mode == "fail" and self.place.rank == 0:
-            hang()  # as in a collective of NCCL, which does not notice
+        if self.steps == 5 and self.place.rank == 1:
+            self.batches.next = hang
         super().train_step()
 
 
 if __name__ == "__main__":
-    trainer.Run = Disturbed
+    trainer.Run = Hanging
     run(trainer.train)
 """
 
 
-def test_a_rank_that_hangs_alive_is_named_with_its_line(
-    started: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_rank_that_hangs_alive_is_named_with_its_line(started: Any, tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(SCRIPT)
-    monkeypatch.setenv("MODE", "hang")
     run = started(script=tmp_path / "train.py", heartbeat_timeout_seconds=30.0, step_timeout_minutes=0.05)
-    run.by_deepy()
-    run.until_it_steps()
     assert run.end() == LOST, run.errors()
     line = run.last_line()
     assert "no progress for " in line
@@ -230,19 +235,6 @@ def test_a_rank_that_hangs_alive_is_named_with_its_line(
     assert " of iteration 5 at megatron/trainer/run.py:" in line
     assert "hang" in (tmp_path / "log/stacks/rank_1.txt").read_text()
     assert "all_reduce" in (tmp_path / "log/stacks/rank_0.txt").read_text()
-
-
-def test_nobody_waits_for_a_rank_that_failed(started: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plain ranks, the survivor blocked in something that does not notice: it ends all the same, and blames nobody."""
-    (tmp_path / "train.py").write_text(SCRIPT)
-    monkeypatch.setenv("MODE", "fail")
-    run = started(script=tmp_path / "train.py", heartbeat_timeout_seconds=30.0)
-    run.as_plain_ranks()
-    run.until_it_steps()
-    assert run.end(1) == 1
-    assert run.end(0) == 1
-    assert run.errors().count("KeyError: 'telescope'") == 1
-    assert "lost" not in run.errors()
 
 
 def _timeouts(rank: int, world_size: int, spread: bool) -> dict[str, timedelta]:

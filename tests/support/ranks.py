@@ -40,9 +40,16 @@ class RankFailure(AssertionError):
 
 
 def run_ranks(
-    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120, expect_failure: bool = False
+    function: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout: float = 120,
+    grace: float = GRACE_SECONDS,
+    expect_failure: bool = False,
 ) -> list[Any]:
     """Results of `function(rank, world_size, *args)` by rank.
+
+    `grace` is how many seconds the others may run on once one rank has failed.
 
     With `expect_failure` the result is one (exit code, output) pair per rank instead and nothing is raised.
     """
@@ -59,7 +66,7 @@ def run_ranks(
     assert _server.stdin is not None
     assert _server.stdout is not None
     file = sys.modules[function.__module__].__file__
-    _send(_server.stdin, pickle.dumps((file, function.__qualname__, world_size, args, timeout)))
+    _send(_server.stdin, pickle.dumps((file, function.__qualname__, world_size, args, timeout, grace)))
     outcome = pickle.loads(_receive(_server.stdout))
     if expect_failure:
         return [(code, output) for code, output, _ in outcome]
@@ -97,7 +104,7 @@ def _load_function(file: str, qualname: str) -> Callable[..., Any]:
 
 
 def _child(rank: int, world_size: int, request: tuple, folder: Path) -> None:
-    file, qualname, _, args, timeout = request
+    file, qualname, _, args, timeout, _ = request
     os.setsid()
     log = os.open(folder / f"log{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     null = os.open(os.devnull, os.O_RDONLY)
@@ -135,7 +142,7 @@ def _child(rank: int, world_size: int, request: tuple, folder: Path) -> None:
 
 
 def _serve_one(request: tuple) -> list[tuple[int, str, bytes]]:
-    world_size, timeout = request[2], request[4]
+    _, _, world_size, _, timeout, grace = request
     folder = Path(tempfile.mkdtemp(prefix="ranks_"))
     sys.stdout.flush()
     pids: dict[int, int] = {}
@@ -151,7 +158,7 @@ def _serve_one(request: tuple) -> list[tuple[int, str, bytes]]:
         if pid in pids:
             codes[pids[pid]] = os.waitstatus_to_exitcode(status)
             if codes[pids[pid]] != 0:
-                deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+                deadline = min(deadline, time.monotonic() + grace)
         elif time.monotonic() > deadline:
             break
         elif pid == 0:
