@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from megatron import layout
 from megatron.engine.nonfinite import poisoned
 from megatron.engine.optimizer import mark_sharded, rows_of_parameters
-from megatron.model.initialize import initialise
+from megatron.model.initialize import initialize_layers
 from megatron.model.llama import TransformerLayer
 from megatron.model.loss import GlobalMeanLoss
 from megatron.model.parallel import TensorParallel
@@ -117,7 +117,7 @@ class LlamaPipelineModule(PipelineModule):
 
     def initialize_weights(self) -> None:
         """Draw all weights; the same model for every TP x PP x DP split."""
-        initialise(self.numbered_layers(), self.args, self.tensor_parallel.size, self.tensor_parallel.rank)
+        initialize_layers(self.numbered_layers(), self.args, self.tensor_parallel.size, self.tensor_parallel.rank)
         self.synchronize_tied()
 
     def synchronize_tied(self) -> None:

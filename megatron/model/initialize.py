@@ -31,7 +31,7 @@ def standard_deviation(method: str, args: NeoXArgs) -> float:
 
 
 @torch.no_grad()
-def initialise(layers: Iterable[tuple[int, nn.Module]], args: NeoXArgs, tp: int, tp_rank: int) -> None:
+def initialize_layers(layers: Iterable[tuple[int, nn.Module]], args: NeoXArgs, tp: int, tp_rank: int) -> None:
     """Fill the parameters of (layer file number, module) pairs, each as its row of the layout table says.
 
     Raises RuntimeError if a module's parameters are not the table's.

@@ -1,4 +1,1 @@
-"""The training loop and what it drives: optimizer, schedule, batches, evaluation, logs.
-
-You are here: launcher -> model -> **trainer** -> checkpoint.
-"""
+"""A training run: `run` is the page to read first; schedule, batches, saves and metrics are what it drives."""

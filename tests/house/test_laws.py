@@ -79,3 +79,14 @@ def test_every_folder_of_tests_has_a_budget() -> None:
     folders = {path.parent.name for path in (ROOT / "tests").glob("*/test_*.py")}
     assert set(budget) == folders
     assert all(minutes > 0 for minutes in budget.values())
+
+
+def test_every_link_of_the_guides_leads_somewhere() -> None:
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+    missing = [
+        f"{page.name}: {link}"
+        for page in pages
+        for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text())
+        if not (page.parent / link).exists()
+    ]
+    assert missing == []

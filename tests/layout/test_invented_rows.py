@@ -13,7 +13,7 @@ from megatron import layout
 from megatron.checkpoint.layer_files import verify_before_load
 from megatron.checkpoint.manifest import read_manifest
 from megatron.layout import LlamaShape
-from megatron.model.initialize import initialise
+from megatron.model.initialize import initialize_layers
 from megatron.neox_arguments import NeoXArgs
 from megatron.planner.cost.checkpoint_size import checkpoint_size
 from megatron.planner.cost.memory import plan_memory
@@ -46,7 +46,7 @@ def _started(kind: type[LlamaShape], tp: int) -> tuple[dict[str, Tensor], NeoXAr
         for index, _, rows in layout.layer_files(args.shape):
             empty = {row.neox: torch.full(layout.rank_shape(row, args.shape, tp), torch.nan) for row in rows}
             layers.append((index, module_of(empty)))
-        initialise(layers, args, tp, tp_rank)
+        initialize_layers(layers, args, tp, tp_rank)
         tensors = {(index, name): p.detach() for index, layer in layers for name, p in layer.named_parameters()}
         ranks.append(RankParameters(tp_rank, 0, tensors))
     return whole_model(ranks, args), args
@@ -85,7 +85,7 @@ def test_a_module_without_a_tensor_of_the_table_is_refused() -> None:
     module = module_of({row.neox: torch.empty(layout.rank_shape(row, args.shape, 1)) for row in rows})
     vars(args)["shape"] = AdaptedShape(**vars(args.shape))
     with pytest.raises(RuntimeError, match=r"layer 2 and the layout table have different parameters: .*linear1\.bias"):
-        initialise([(2, module)], args, 1, 0)
+        initialize_layers([(2, module)], args, 1, 0)
 
 
 def test_layer_files_and_manifest_are_checked_against_the_rows(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from megatron.engine.batches import MicroBatch, StepBatch
 from megatron.engine.nonfinite import poisoned
 from megatron.engine.optimizer import build_optimizer, parameter_groups, rows_of_parameters
 from megatron.engine.protocol import Around, Counters, StateFile, StepResult, no_phases
-from megatron.model.initialize import initialise
+from megatron.model.initialize import initialize_layers
 from megatron.model.loss import GlobalMeanLoss
 from megatron.model.parallel import TensorParallel
 from megatron.model.pipeline import llama_layers
@@ -85,7 +85,7 @@ class FakeEngine:
         return range(len(self._layers))
 
     def initialize_weights(self) -> None:
-        initialise(self.numbered_layers(), self.args, tp=1, tp_rank=0)
+        initialize_layers(self.numbered_layers(), self.args, tp=1, tp_rank=0)
 
     def weights_changed(self) -> None:
         pass
