@@ -63,8 +63,8 @@ class BackgroundSaver:
     ) -> None:
         self.engine, self.args, self.data_fingerprints = engine, args, data_fingerprints
         self.completed = completed
-        self._ranks = RankGroup.world(engine.place.device)
-        self._copies = HostCopies()
+        self.ranks = RankGroup.world(engine.place.device)
+        self.copies = HostCopies()
         self._flight: _Flight | None = None
 
     @property
@@ -77,11 +77,11 @@ class BackgroundSaver:
         Collective; CheckpointError on all ranks if one has no room.
         """
         own = 0
-        with self._ranks.together("async_save: making room for copies in host memory"):
+        with self.ranks.together("async_save: making room for copies in host memory"):
             writer = self._writer(TrainState())
             contents = rank_contents(self.engine, self.args, writer.state)
-            own = tensor_bytes(self._copies.snapshot(contents))
-        largest, total = self._ranks.largest(own), self._ranks.total(own)
+            own = tensor_bytes(self.copies.snapshot(contents))
+        largest, total = self.ranks.largest(own), self.ranks.total(own)
         logger.info(
             f"async_save: {total / 1e9:.3g} GB are copied to host memory at each save, at most {largest / 1e9:.3g} GB "
             "on a rank"
@@ -102,11 +102,11 @@ class BackgroundSaver:
         flight = _Flight(self._writer(state))
         writer = flight.writer
         try:
-            with self._ranks.together(writer.what):
+            with self.ranks.together(writer.what):
                 writer.open()
-            with self._ranks.together(writer.what):
+            with self.ranks.together(writer.what):
                 contents = rank_contents(self.engine, self.args, writer.state)
-                snapshot = self._copies.snapshot(contents)
+                snapshot = self.copies.snapshot(contents)
         except CheckpointError as error:
             self._give_up(flight, error)
         else:
@@ -118,10 +118,10 @@ class BackgroundSaver:
     def poll(self) -> None:
         """Take note of what has been written since. Collective; it waits for nothing but the other ranks' calls."""
         flight = self._flight
-        if flight is None or self._ranks.total(flight.running):
+        if flight is None or self.ranks.total(flight.running):
             return
         try:
-            self._ranks.agree(flight.writer.what, flight.error)
+            self.ranks.agree(flight.writer.what, flight.error)
         except CheckpointError as error:
             self._give_up(flight, error)
             return
@@ -137,7 +137,7 @@ class BackgroundSaver:
             time.sleep(PAUSE_SECONDS)
             questions += 1
             if questions % QUESTIONS_A_REPORT == 0:
-                still = self._ranks.where(self._flight.running)
+                still = self.ranks.where(self._flight.running)
                 logger.info(f"waiting for {self._flight.writer.final.name}: {still} still writing")
             self.poll()
 

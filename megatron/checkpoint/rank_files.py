@@ -101,7 +101,7 @@ class HostCopies:
     """The buffers of one rank. A snapshot is valid until the next one is taken."""
 
     def __init__(self) -> None:
-        self._buffers: dict[_Path, Tensor] = {}
+        self.buffers: dict[_Path, Tensor] = {}
 
     def snapshot(self, contents: Contents) -> Contents:
         """`contents` as it is now: tensors in host memory, everything else copied. Returns when all is copied."""
@@ -120,10 +120,10 @@ class HostCopies:
         return copy.deepcopy(value)
 
     def _copy_tensor(self, tensor: Tensor, path: _Path) -> Tensor:
-        buffer = self._buffers.get(path)
+        buffer = self.buffers.get(path)
         if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
             buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-            self._buffers[path] = buffer
+            self.buffers[path] = buffer
         buffer.copy_(tensor.detach(), non_blocking=True)
         return buffer.detach().requires_grad_(tensor.requires_grad)  # which is written into a file, too
 

@@ -28,14 +28,14 @@ class KernelsUnavailable(UserError, RuntimeError):
 
 
 @dataclass
-class _State:
+class LibraryState:
     required: bool = False
     reasons: dict[str, str | None] = field(default_factory=dict)  # device type -> why references run, None for kernels
     libraries: dict[str, ctypes.CDLL] = field(default_factory=dict)  # device type -> loaded library
     warned: set[str] = field(default_factory=set)
 
 
-_state = _State()
+state = LibraryState()
 
 
 def record_choice(kind: str, why_not: str | None, required: bool) -> None:
@@ -43,8 +43,8 @@ def record_choice(kind: str, why_not: str | None, required: bool) -> None:
 
     It replaces every earlier choice. With `required`, `use_kernels` raises instead of answering no.
     """
-    _state.required = required
-    _state.reasons = {kind: why_not}
+    state.required = required
+    state.reasons = {kind: why_not}
 
 
 def use_kernels(op: str, *tensors: Tensor) -> bool:
@@ -54,29 +54,29 @@ def use_kernels(op: str, *tensors: Tensor) -> bool:
     chosen for, references run, with a warning unless it is the CPU.
     """
     kind = tensors[0].device.type
-    if kind in _state.reasons:
-        if _state.reasons[kind] is not None:
+    if kind in state.reasons:
+        if state.reasons[kind] is not None:
             return False
         dtype = tensors[0].dtype
         if dtype in KERNEL_DTYPES and all(t.dtype == dtype for t in tensors):
             return True
         why_not = f"no kernel for {', '.join(str(t.dtype) for t in tensors)}"
         advice = "use one of bf16, fp16, fp32 throughout, or kernels: auto"
-    elif kind == "cpu" and not _state.required:
+    elif kind == "cpu" and not state.required:
         return False
     else:
         why_not, advice = f"nothing was chosen for {kind}", "call megatron.ops.configure first"
-    if _state.required:
+    if state.required:
         raise KernelsUnavailable(f"{op}: {why_not}; {advice}")
-    if why_not not in _state.warned:
-        _state.warned.add(why_not)
+    if why_not not in state.warned:
+        state.warned.add(why_not)
         logger.warning("%s: PyTorch reference (%s)", op, why_not)
     return False
 
 
 def architectures(kind: str) -> str:
     """What the library loaded for a device type was built for."""
-    text = _state.libraries[kind].neox_architectures
+    text = state.libraries[kind].neox_architectures
     text.restype = ctypes.c_char_p
     return str(text().decode())
 
@@ -87,7 +87,7 @@ def load_library(kind: str) -> ctypes.CDLL:
     The emulator is built when it is first asked for. GPU libraries are built ahead of time by setup.py; with
     NEOX_JIT_KERNELS=1 a missing one is built at first use.
     """
-    if kind not in _state.libraries:
+    if kind not in state.libraries:
         try:
             if kind == "cpu":
                 path = cached_library(Target("emulator"))
@@ -101,7 +101,7 @@ def load_library(kind: str) -> ctypes.CDLL:
                     )
                 path = cached_library(target)
             torch.ops.load_library(str(path))
-            _state.libraries[kind] = ctypes.CDLL(str(path))
+            state.libraries[kind] = ctypes.CDLL(str(path))
         except (BuildError, OSError) as error:
             raise KernelsUnavailable(str(error)) from error
-    return _state.libraries[kind]
+    return state.libraries[kind]

@@ -184,7 +184,7 @@ def _wait_for_a_slow_rank(rank: int, world_size: int, root: str) -> Any:
     background.QUESTIONS_A_REPORT = 3
     reported = threading.Event()
     write = background.CheckpointWriter.write
-    where = standing.saver._ranks.where
+    where = standing.saver.ranks.where
 
     def reporting(true: bool) -> str:
         reported.set()
@@ -194,7 +194,7 @@ def _wait_for_a_slow_rank(rank: int, world_size: int, root: str) -> Any:
         assert rank != 1 or reported.wait(60)
         write(writer, contents)
 
-    standing.saver._ranks.where = reporting  # type: ignore[method-assign]
+    standing.saver.ranks.where = reporting  # type: ignore[method-assign]
     background.CheckpointWriter.write = slow  # type: ignore[method-assign]
     standing.begin(1)
     if rank == 0:

@@ -71,6 +71,6 @@ def test_a_background_save_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     saver.wait()
     assert saver.completed == 1
     assert file_differences(*(tmp_path / way / "global_step1" for way in ("sync", "async"))) == []
-    large = [buffer for buffer in saver._copies._buffers.values() if buffer.numel() > 100_000]
+    large = [buffer for buffer in saver.copies.buffers.values() if buffer.numel() > 100_000]
     assert large
     assert all(buffer.is_pinned() for buffer in large)

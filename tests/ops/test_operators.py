@@ -139,12 +139,12 @@ def test_a_device_that_nothing_was_chosen_for(
     ops.configure("required", "cpu")
     with pytest.raises(library.KernelsUnavailable, match=r"nothing was chosen for meta; call megatron\.ops\.configure"):
         library.use_kernels("swiglu", torch.ones(1, device="meta"))
-    monkeypatch.setattr(library, "_state", library._State())
+    monkeypatch.setattr(library, "state", library.LibraryState())
     assert not library.use_kernels("swiglu", torch.ones(1)), "the CPU needs no choice"
 
 
 def test_a_failed_build_is_a_reason_not_a_crash(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(library._state, "libraries", {})
+    monkeypatch.setattr(library.state, "libraries", {})
     monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
     monkeypatch.setenv("NEOX_CACHE", str(tmp_path))
     with pytest.raises(library.KernelsUnavailable, match="ninja is not on PATH"):
@@ -227,7 +227,7 @@ def _build_once(folder: str, log: str) -> str:
         (where / build.LIBRARY_NAME).write_text("complete")
         return where / build.LIBRARY_NAME
 
-    with mock.patch.dict(os.environ, NEOX_CACHE=folder), mock.patch.object(build, "build", slow_build):
+    with mock.patch.dict(os.environ, NEOX_CACHE=folder), mock.patch.object(build, "build_library", slow_build):
         return build.cached_library(build.Target("emulator")).read_text()
 
 
