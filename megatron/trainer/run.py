@@ -93,6 +93,7 @@ class Run:
         assert datasets.train_iters is not None  # checked with the configuration
         self.schedule = Schedule(args, datasets.train_iters)
         self.validation = datasets.valid
+        self.metrics = Metrics(args, self.place.rank, self.schedule.train_iters)
         self.startup.done("data")
 
         self.engine = build_engine(args, self.place, self.timers.during)
@@ -108,7 +109,6 @@ class Run:
         self.startup.done("weights")
         logger.info(f"starting at iteration {self.state.iteration}, {self.state.consumed_samples} samples consumed")
 
-        self.metrics = Metrics(args, self.place.rank, self.schedule.train_iters)
         saved = self.state.iteration if start.own_save else None
         self.saves = Saves(self.engine, args, self.schedule.train_iters, datasets.fingerprints, saved)
         self.first = self.state.iteration
