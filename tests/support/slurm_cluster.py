@@ -237,9 +237,11 @@ class Cluster:
             state, restarts = self.state(job), int(self.field(job, "Restarts"))
             if restarts != times or state not in ("PENDING", "COMPLETING", "CONFIGURING"):
                 return restarts >= times
-            # Slurm forgets a time that is set while nodes still clean up, so it may have to be set again.
+            # While nodes clean up, the last start's script may still run, and Slurm would forget the time. It may do so
+            # even a moment later: then the time is set again.
+            cleaning = self.run("sinfo", "--noheader", "--states=completing", "--format=%N").strip()
             overdue = due is None or time.monotonic() > due
-            if state == "PENDING" and overdue and self.succeeds(*update):
+            if state == "PENDING" and not cleaning and overdue and self.succeeds(*update):
                 due = time.monotonic() + 4
             return False
 
