@@ -334,8 +334,10 @@ def test_an_error_at_any_operation_costs_one_save_at_most(tmp_path: Path, before
         killed_at(operation, lambda root=root: work(root), broken)
         said = json.loads((root / "said").read_text())
         assert len(said["warnings"]) <= 1
-        assert all("Input/output error" in warning and GOES_ON in warning for warning in said["warnings"])
-        reported += len(said["warnings"])
+        for warning in said["warnings"]:
+            assert "Input/output error" in warning
+            assert GOES_ON in warning or warning.startswith("an old checkpoint could not be removed")
+            reported += GOES_ON in warning
         assert complete_steps(root) == [3, 4], f"operation {operation}"
         assert verify_checkpoint(find_checkpoint(root, 3)) == verify_checkpoint(find_checkpoint(root)) == []
         assert {path.name for path in root.iterdir()} == {"global_step3", "global_step4", LATEST, "said"}
