@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -97,3 +98,25 @@ def test_ranks_are_forked_on_cpus_only_unless_asked() -> None:
     assert uses_fork(NeoXArgs.from_dict(VALID))
     assert not uses_fork(NeoXArgs.from_dict(keys(distributed_backend="nccl")))
     assert not uses_fork(NeoXArgs.from_dict(keys(launcher="torchrun")))
+
+
+def test_what_deepy_starts_ends_with_it_even_if_it_is_killed(tmp_path: Path) -> None:
+    """Also what does not see to that itself, such as srun."""
+    started = tmp_path / "started"
+    child = ["bash", "-c", f"echo $$ >{started}.part && mv {started}.part {started} && exec sleep 600"]
+    program = f"import os\nfrom megatron.launcher.local import supervise\nsupervise({child!r}, dict(os.environ))"
+    deepy = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)
+    try:
+        deadline = time.monotonic() + 60
+        while not started.exists():
+            assert deepy.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        pid = int(started.read_text())
+        deepy.kill()
+        deepy.wait()
+        while Path(f"/proc/{pid}").exists() and "sleep" in Path(f"/proc/{pid}/comm").read_text():
+            assert time.monotonic() < deadline + 30, "the child still runs"
+            time.sleep(0.02)
+    finally:
+        deepy.kill()
