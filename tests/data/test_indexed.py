@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
 from megatron.data.indexed import DataError, IndexedFile, IndexedWriter, open_indexed, token_dtype
 
@@ -24,6 +23,8 @@ def write(prefix: Path, dtype: type = np.uint16) -> None:
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32])
 def test_megatron_core_reads_ours_and_writes_the_same_bytes(tmp_path: Path, dtype: type) -> None:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+
     write(tmp_path / "ours", dtype)
     theirs = IndexedDataset(str(tmp_path / "ours"))
     assert [a.tolist() for a in theirs[0:5]] == [d.tolist() for d in DOCUMENTS]

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from megatron.data.indexed import DataError
 from tests.datasets.test_clean_corpus import OFF, cleaned
@@ -77,6 +76,8 @@ def test_a_trained_ngram_knows_language_from_letter_soup(tmp_path: Path, capsys:
 
 
 def test_a_hugging_face_model(vocab_folder: Path, tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=32,

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from transformers import AutoTokenizer
 
 from examples import demo_data
 from examples.demo_check import samples
@@ -40,6 +39,8 @@ def test_text_is_whole_split_by_document_and_large_enough(demo: Path) -> None:
 
 
 def test_the_tokenizer_is_a_small_llama_3(demo: Path) -> None:
+    from transformers import AutoTokenizer
+
     tokenizer = build_tokenizer("HFTokenizer", demo / "tokenizer")
     vocab_size = yaml.safe_load((demo_data.ROOT / "configs/tiny/model.yml").read_text())["vocab_size"]
     assert tokenizer.vocab_size == vocab_size

@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from megatron.ops import add_rms_norm, apply_rotary, cpu_blocks, rms_norm, swiglu, vocab_parallel_cross_entropy
 
@@ -69,6 +68,8 @@ def test_cross_entropy_gradients(width: int) -> None:
 
 @pytest.mark.parametrize("width", [63, 64, 4096])
 def test_norm_rounds_as_hugging_face(width: int) -> None:
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
     x = torch.randn(300, width).bfloat16()
     norm = LlamaRMSNorm(width, eps=1e-5).bfloat16()
     with torch.no_grad():
@@ -91,6 +92,8 @@ def test_fused_add_equals_the_two_operations(dtype: torch.dtype) -> None:
 
 
 def test_rotary_is_that_of_transformers() -> None:
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
     packed = torch.randn(6, 2, (4 + 2 * 2) * 16)
     q, k, _ = packed.unflatten(-1, (8, 16)).split((4, 2, 2), -2)
     cos, sin = tables(10, 8)

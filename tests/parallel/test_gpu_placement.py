@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Sequence
 
 import pytest
-from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
 from megatron.neox_arguments import ConfigError
 from megatron.parallel.gpu_placement import (
@@ -47,6 +46,8 @@ def seats(
 
 
 def test_coordinates_are_deepspeed_s() -> None:
+    from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+
     topology = PipeModelDataParallelTopology(num_pp=PP, num_mp=TP, num_dp=DP)
     for rank in range(2048):
         theirs = topology.get_coord(rank)

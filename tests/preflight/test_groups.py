@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
 from megatron.neox_arguments import NeoXArgs
 from megatron.parallel.gpu_placement import Seat, coordinates
@@ -26,6 +25,8 @@ def configuration(**changes: Any) -> NeoXArgs:
 
 @pytest.mark.parametrize(("kind", "axis", "count"), [("TP", "model", 256), ("PP", "pipe", 256), ("DP", "data", 64)])
 def test_groups_are_deepspeed_s(kind: str, axis: str, count: int) -> None:
+    from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+
     groups = groups_of(configuration())[kind]
     topology = PipeModelDataParallelTopology(num_pp=8, num_mp=8, num_dp=32)
     assert sorted(group.ranks for group in groups) == sorted(map(tuple, topology.get_axis_comm_lists(axis)))

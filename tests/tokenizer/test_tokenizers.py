@@ -7,9 +7,7 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-import transformers
 from llama_models.llama3.tokenizer import Tokenizer as MetaTokenizer
-from transformers.convert_slow_tokenizer import TikTokenConverter, bytes_to_unicode
 
 from megatron.tokenizer import Tokenizer, TokenizerError, build_tokenizer
 from megatron.tokenizer.hf import byte_letters, equivalent_encoding
@@ -117,6 +115,9 @@ def test_long_lines_equal_meta(vocab_folder: Path) -> None:
 @pytest.fixture(scope="module")
 def converted(vocab_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tokenizer.json made of the tokenizer.model as `transformers` does it: the form of Llama 3's own file."""
+    import transformers
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
     file = TikTokenConverter(vocab_file=str(vocab_folder / "tokenizer.model"), pattern=SPLIT_PATTERN).converted()
     file.add_special_tokens([transformers.AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS])
     file.model.ignore_merges = True
@@ -175,6 +176,8 @@ def test_the_fast_way_is_taken_only_where_it_is_the_same(converted: Path, vocab_
 
 
 def test_the_letters_of_bytes() -> None:
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
     assert byte_letters() == bytes_to_unicode()
 
 
