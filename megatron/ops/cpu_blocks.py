@@ -10,8 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# 512 KiB of fp32: fits a core's L2, and is still large enough for torch to split one pass over threads.
-BLOCK_ELEMENTS = 1 << 17
+from megatron.common.cpu_cache import BLOCK_ELEMENTS
 
 
 def rows_per_block(x: Tensor) -> int:

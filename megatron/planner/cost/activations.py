@@ -18,6 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron.common.cpu_cache import BLOCK_ELEMENTS
 from megatron.layout import LlamaShape
 from megatron.planner.cost.compute import FP32
 from megatron.planner.cost.parallel_layout import ParallelLayout, Recompute
@@ -27,8 +28,6 @@ INT64 = 8
 Ops = Literal["kernels", "torch", "cpu"]
 """How the fused operations run: as compiled kernels, which need no temporaries; as PyTorch references on a GPU, with
 fp32 temporaries as large as their input; or the references on a CPU, in blocks of rows (`megatron.ops.cpu_blocks`)."""
-
-_CPU_BLOCK = 1 << 17  # megatron.ops.cpu_blocks.BLOCK_ELEMENTS, without its torch
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ class Activations:
             """Elements that a reference treats at once."""
             if ops == "kernels":
                 return 0
-            return tokens * width if ops == "torch" else min(tokens, max(1, _CPU_BLOCK // width)) * width
+            return tokens * width if ops == "torch" else min(tokens, max(1, BLOCK_ELEMENTS // width)) * width
 
         upcast = element < FP32  # fp32 inputs are worked on in place
         return cls(

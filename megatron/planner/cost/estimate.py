@@ -21,7 +21,7 @@ from megatron.model.flops import megatron_flops_per_token, neox_flops_per_token
 from megatron.planner.cost import compute, traffic
 from megatron.planner.cost.compute import Seconds
 from megatron.planner.cost.machines import Machine
-from megatron.planner.cost.parallel_layout import ParallelLayout, stage_layers
+from megatron.planner.cost.parallel_layout import ParallelLayout, decoders_by_stage
 
 # Bytes of a saved parameter: bf16 weight, fp32 master and both moments.
 CHECKPOINT_BYTES_PER_PARAMETER = 2 + 3 * 4
@@ -196,7 +196,9 @@ def estimate(
 
     Legality and memory are not looked at: `megatron.planner.search` and `megatron.planner.cost.memory` do.
     """
-    stages = tuple(_stages(shape, layout, seq_length, machine, layers or stage_layers(shape.num_layers, layout.pipe)))
+    stages = tuple(
+        _stages(shape, layout, seq_length, machine, layers or decoders_by_stage(shape.num_layers, layout.pipe))
+    )
     times = [stage.total for stage in stages]
     longest = max(times)
     # the first micro-batch passes every stage, forwards and backwards; each further one waits for the longest stage

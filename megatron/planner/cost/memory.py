@@ -25,8 +25,7 @@ from megatron.layout import LlamaShape
 from megatron.planner.cost.activations import Activations, Ops
 from megatron.planner.cost.compute import FP32
 from megatron.planner.cost.machines import FRONTIER, Machine
-from megatron.planner.cost.parallel_layout import ParallelLayout, Recompute
-from megatron.planner.cost.parallel_layout import stage_layers as dealt
+from megatron.planner.cost.parallel_layout import ParallelLayout, Recompute, decoders_by_stage
 from megatron.planner.cost.traffic import REDUCTION_BUCKET
 
 ELEMENT = {"fp32": 4, "bfloat16": 2}
@@ -128,7 +127,7 @@ def default_stages(num_layers: int, pipe: int) -> list[range]:
     Decoder layers are dealt evenly, the first stages take one more where they do not divide; the embedding goes with
     the first and the norm and head with the last.
     """
-    edges = itertools.accumulate(dealt(num_layers, pipe), initial=0)
+    edges = itertools.accumulate(decoders_by_stage(num_layers, pipe), initial=0)
     starts = [tensors.decoder_index(edge) for edge in edges]
     starts[0], starts[-1] = tensors.EMBEDDING_INDEX, tensors.head_index(num_layers) + 1
     return [range(start, stop) for start, stop in itertools.pairwise(starts)]

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 Recompute = Literal["none", "selective", "full"]
 
 
-def stage_layers(num_layers: int, pipe: int) -> list[int]:
+def decoders_by_stage(num_layers: int, pipe: int) -> list[int]:
     """Decoder layers of each stage, as DeepSpeed deals them by `type:transformer|mlp`: the longer stages first."""
     return [num_layers // pipe + (stage < num_layers % pipe) for stage in range(pipe)]
 

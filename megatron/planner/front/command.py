@@ -43,9 +43,9 @@ def dry_run(args: NeoXArgs, options: PlanOptions) -> int:
             ranks, batch = plan.layout.world_size, plan.layout.global_batch
             print(f"\nall layouts of {ranks:,} ranks and {batch:,} sequences a step:\n" + "\n".join(found.lines()))
     if options.picture is not None:
-        from megatron.planner.front.picture import draw
+        from megatron.planner.front.picture import draw_plan
 
-        draw(plan, options.picture)
+        draw_plan(plan, options.picture)
         print(f"picture: {options.picture}", file=sys.stderr)
     if plan.fits:
         return FITS

@@ -37,7 +37,7 @@ def check_picture(path: Path) -> None:
         raise ConfigError(f"--picture: there is no folder {path.absolute().parent}")
 
 
-def draw(plan: Plan, path: Path) -> None:
+def draw_plan(plan: Plan, path: Path) -> None:
     """Write the picture; imports DeepSpeed for its schedule."""
     import matplotlib
     from matplotlib.figure import Figure
