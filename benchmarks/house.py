@@ -5,7 +5,8 @@
 Works on any checkout of this repository, older ones too, without importing any of it. The library is megatron/, tools/,
 launch/ and the programs at the root. An edge goes from one package to another; it is an upward one if ORDER names the
 imported package before the importing one. Two classes of the library collide if they have one public name; two
-functions at the top level of modules do if, besides, one of them is imported from another package.
+functions at the top level of modules do if, besides, one of them is imported from another package; all that repeat are
+counted too.
 """
 
 from __future__ import annotations
@@ -157,15 +158,19 @@ def importing(files: list[Source], name: str) -> list[str]:
     return [str(s.path) for s in files if any(one.module.split(".")[0] == name for one in s.imports)]
 
 
+def repeated_functions(files: list[Source]) -> dict[str, list[str]]:
+    """Public names of functions that several modules define."""
+    return _repeated((source, node.name) for source in files for node in source.tree.body if isinstance(node, Function))
+
+
 def class_collisions(files: list[Source]) -> dict[str, list[str]]:
     """Public names of classes that several modules define."""
     return _repeated((source, node.name) for source in files for node in source.tree.body if _is_class(node))
 
 
 def function_collisions(files: list[Source]) -> dict[str, list[str]]:
-    """Public names of functions that several modules define, one of them for other packages."""
-    defined = [(source, node.name) for source in files for node in source.tree.body if isinstance(node, Function)]
-    repeated = _repeated(defined)
+    """Those of them that one of the modules defines for other packages."""
+    repeated = repeated_functions(files)
     imported = {name for source, name in _used_elsewhere(files) if str(source.path) in repeated.get(name, [])}
     return {name: paths for name, paths in repeated.items() if name in imported}
 
@@ -252,6 +257,7 @@ def figures(root: Path, collection: bool) -> tuple[dict[str, Any], dict[str, dic
         "files importing DeepSpeed": {path: [] for path in importing(ours, "deepspeed")},
         "class-name collisions": class_collisions(ours),
         "function-name collisions": function_collisions(ours),
+        "function names used twice": repeated_functions(ours),
     }
     found["boundaries"] = {name: len(entries) for name, entries in details.items()}
     if collection:

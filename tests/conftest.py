@@ -11,6 +11,8 @@ import pytest
 
 # Two OpenMP threads that spin while a third process wants a core were eight times slower than two that sleep.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 pytest_plugins = ["tests.support.vocabulary"]
 
