@@ -16,15 +16,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron.neox_arguments import NeoXArgs
 from megatron.ops.library import load_library
-from tests.parity import test_layout_parity, test_model_parity
-from tests.support.engine_runs import relative_difference, whole_model
+from tests.support.engine_runs import build, make_samples, rank_parameters, relative_difference, step, whole_model
 from tests.support.models import LLAMA3_ROPE, Case, gathered, load_hugging_face, start
 from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.kernels
 
 CASE = Case(heads=8, kv_heads=2, head_dim=64, rope=LLAMA3_ROPE, theta=500000.0, seq=64)
+PIPELINED = Case(heads=8, kv_heads=4, head_dim=8, layers=4, intermediate=88, vocab=160, rope=LLAMA3_ROPE, seq=24)
 FLOOR = 2**-22  # of the largest value: what fp32 leaves of a sum of hundreds of terms
 
 
@@ -96,25 +97,56 @@ def _on_kernels(rank: int, world_size: int, function: Callable[..., Any], *args:
     return function(rank, world_size, *args)
 
 
+def _difference_from_transformers(rank: int, world_size: int, case: Case) -> float:
+    """Largest of the logits."""
+    from megatron.engine.deepspeed import build_model
+
+    reference = case.hugging_face()
+    args = case.neox(model_parallel_size=world_size, world_size=world_size)
+    device = start(args)
+    model = build_model(args, device).eval()
+    load_hugging_face(model, dict(reference.state_dict()), args)
+    ids, _ = _labels(case)
+    with torch.no_grad():
+        ours = gathered(model(ids), model.tensor_parallel.group)[..., : case.vocab]
+        return float((ours - reference(ids).logits).abs().max())
+
+
 @pytest.mark.parametrize("tp", [1, 4])
 def test_logits_equal_transformers_on_kernels(tp: int) -> None:
-    case = test_model_parity.CASES["mha-8-8-wide-heads"]
-    differences = run_ranks(_on_kernels, tp, test_model_parity._largest_difference, case, None)
-    assert max(differences) < test_model_parity.TOLERANCE
+    case = Case(heads=8, kv_heads=8, head_dim=128, rope=LLAMA3_ROPE, theta=500000.0, seq=128)
+    assert max(run_ranks(_on_kernels, tp, _difference_from_transformers, case)) < 1e-5
+
+
+def _two_by_two() -> NeoXArgs:
+    return PIPELINED.neox(
+        model_parallel_size=2,
+        pipe_parallel_size=2,
+        gradient_accumulation_steps=4,
+        gradient_clipping=0.5,  # below the norms seen, so that clipping takes part
+        checkpoint_activations=True,
+        world_size=4,
+    )
+
+
+def _three_steps(rank: int, world_size: int) -> Any:
+    """([(loss, gradient norm) by step], this rank's parameters)."""
+    args = _two_by_two()
+    engine = build(args, PIPELINED)
+    samples = make_samples(PIPELINED, 24)
+    history = [step(engine, args, samples[8 * n : 8 * n + 8], n) for n in range(3)]
+    return history, rank_parameters(engine)
 
 
 def test_a_pipeline_trains_on_kernels_as_on_references() -> None:
     """Three optimizer steps over two stages of two ranks, activations recomputed."""
-    case, split = test_layout_parity.UNTIED, (2, 2, 1)
-    arguments = (case, split, {}, False)
-    kernels = run_ranks(_on_kernels, 4, test_layout_parity._train, *arguments)
-    references = run_ranks(test_layout_parity._train, 4, *arguments)
+    kernels = run_ranks(_on_kernels, 4, _three_steps)
+    references = run_ranks(_three_steps, 4)
     for (loss, norm), (expected_loss, expected_norm) in zip(kernels[0][0], references[0][0], strict=True):
         assert loss == pytest.approx(expected_loss, rel=1e-6)
         assert norm == pytest.approx(expected_norm, rel=1e-6)
     whole, expected = (
-        whole_model([parameters for _, parameters, _ in results], test_layout_parity.arguments(case, split))
-        for results in (kernels, references)
+        whole_model([parameters for _, parameters in results], _two_by_two()) for results in (kernels, references)
     )
     assert whole.keys() == expected.keys()
     for name, tensor in whole.items():
