@@ -30,7 +30,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
-import torch.distributed.checkpoint as dcp  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from benchmarks.small_llama import SmallLlama, random_samples, start_engine, train_step  # noqa: E402
@@ -145,7 +144,9 @@ class Torch(Way):
         self.tensors, self.folder, self.future = tensors, folder, None
 
     def save(self) -> None:
-        self.future = dcp.async_save(self.tensors, checkpoint_id=str(self.folder))
+        from torch.distributed.checkpoint import async_save
+
+        self.future = async_save(self.tensors, checkpoint_id=str(self.folder))
 
     def over(self) -> bool:
         if self.future.done():
