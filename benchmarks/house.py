@@ -221,7 +221,7 @@ def _definers(source: Source | None, name: str, by_module: dict[str, Source]) ->
 
 
 def collection_seconds(root: Path, rounds: int = 3) -> float:
-    """Median time of `pytest --collect-only` with compiled files at hand: a first run, which writes them, does not count."""
+    """Median time of `pytest --collect-only` once a first run, which does not count, has written compiled files."""
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     seconds = []
