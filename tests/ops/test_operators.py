@@ -227,7 +227,7 @@ def _build_once(folder: str, log: str) -> str:
         (where / build.LIBRARY_NAME).write_text("complete")
         return where / build.LIBRARY_NAME
 
-    with mock.patch.dict(os.environ, NEOX_CACHE=folder), mock.patch.object(build, "build", slow_build):
+    with mock.patch.dict(os.environ, NEOX_CACHE=folder), mock.patch.object(build, "build_library", slow_build):
         return build.cached_library(build.Target("emulator")).read_text()
 
 
