@@ -45,7 +45,7 @@ def test_no_test_imports_a_test() -> None:
     assert found == [], "shared helpers belong in tests/support"
 
 
-def test_collecting_the_tests_imports_no_training_stack() -> None:
+def test_no_test_file_imports_the_training_stack_at_its_top() -> None:
     """DeepSpeed, megatron-core and transformers cost seconds: a test file imports them inside of what uses them."""
     heavy = {"deepspeed", "megatron.core", "transformers"}
     found = []
