@@ -46,13 +46,12 @@ class DeepSpeedEngine:
 
     def __init__(self, args: NeoXArgs, place: Place, module: LlamaPipelineModule, engine: PipelineEngine) -> None:
         self.args, self.place, self.module, self.pipeline_engine = args, place, module, engine
-        tied = dict(enumerate(group for _, group in module.get_tied_weights_and_groups()))
         grid = engine.grid
         self.groups = ModelGroups(
             tensor=module.tensor_parallel.group,
             data=grid.get_data_parallel_group(),
             pipe=grid.get_pipe_parallel_group(),
-            tied=tied.get(0),
+            tied=next((group for _, group in module.get_tied_weights_and_groups()), None),
         )
         self._around: Around = contextlib.nullcontext
 

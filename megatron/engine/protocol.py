@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 Around = Callable[[str], AbstractContextManager[Any]]
 """`with around(phase):` surrounds each part of a step: data, forward, backward, pipeline, reduce, optimizer, result."""
 
-PHASES = ("data", "forward", "backward", "pipeline", "reduce", "optimizer", "result")
-
 
 def no_phases(phase: str) -> AbstractContextManager[Any]:
     return nullcontext()

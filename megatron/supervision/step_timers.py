@@ -1,6 +1,6 @@
 """What a rank is doing, and how long each phase of a step takes it.
 
-Phases are those that the engine reports (`engine.protocol.PHASES`) and of what the run does around them. On a GPU they
+Phases are those that the engine reports (`engine.protocol.Around`) and of what the run does around them. On a GPU they
 are measured by events on the stream, read after the step's loss has been: nothing waits for them.
 """
 
