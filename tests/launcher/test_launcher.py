@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def program(args):
     import torch.distributed as dist
     if mode == "places":
         with open(f"{args.log_dir}/{rank}", "w") as file:
-            file.write(f"{place.pipe} {place.data} {place.tensor} {place.local_rank} {place.device}")
+            file.write(f"{place.pp_rank} {place.dp_rank} {place.tp_rank} {place.local_rank} {place.device}")
     elif mode == "user-all":
         raise ConfigError("the sky is too cloudy")
     elif mode == "user-one" and rank == 1:
@@ -163,7 +164,7 @@ def _initialize(rank: int, world_size: int, folder: str, keys_of_rank: list[dict
     except ValueError as error:
         return str(error)
     dist.barrier()  # a rank that ends while others still connect their groups looks like a crash to them
-    return place.pipe, place.data, place.tensor
+    return place.pp_rank, place.dp_rank, place.tp_rank
 
 
 def test_coordinates_are_pipe_data_tensor(tmp_path: Path) -> None:
@@ -177,24 +178,38 @@ def test_ranks_with_different_configurations_stop(tmp_path: Path) -> None:
     assert all("the ranks hold different configurations" in message for message in messages)
 
 
-def test_deepspeed_s_names_for_the_axes_are_checked(tmp_path: Path) -> None:
-    messages = run_ranks(_disagreeing, 4, str(tmp_path))
-    assert any("for DeepSpeed and" in message for message in messages)
+@pytest.mark.parametrize("library", ["megatron-core", "DeepSpeed"])
+def test_every_library_s_numbering_of_the_ranks_is_checked(library: str) -> None:
+    messages = run_ranks(_disagreeing, 4, library)
+    assert any(f"for {library}" in message for message in messages), messages
 
 
-def _disagreeing(rank: int, world_size: int, folder: str) -> str:
-    """megatron-core's groups made in another order than DeepSpeed counts."""
+def _disagreeing(rank: int, world_size: int, library: str) -> str:
+    """Groups whose ranks are numbered in another order than this project counts; the error."""
+    from functools import partial
+
+    import torch.distributed as dist
     from megatron.core import parallel_state
 
-    from megatron.parallel.process_groups import check_coordinates
+    from megatron.engine.deepspeed_module import connect
+    from megatron.parallel.place import Place
+    from megatron.parallel.process_groups import form_groups
 
-    parallel_state.initialize_model_parallel(2, 2, order="tp-cp-ep-pp-dp", create_gloo_process_groups=False)
-    torch.distributed.barrier()
     args = NeoXArgs.from_dict(keys(model_parallel_size=1, pipe_parallel_size=2), world_size)
     try:
-        check_coordinates(args, rank)
+        if library == "megatron-core":
+            original = parallel_state.initialize_model_parallel
+            parallel_state.initialize_model_parallel = lambda **sizes: partial(original, **sizes)(
+                order="tp-cp-ep-pp-dp"
+            )
+            form_groups(args)
+        else:
+            right = Place.of(args, rank, rank, torch.device("cpu"))
+            connect(args, replace(right, pp_rank=right.dp_rank, dp_rank=right.pp_rank))
     except RuntimeError as error:
+        dist.barrier()
         return str(error)
+    dist.barrier()
     return ""
 
 

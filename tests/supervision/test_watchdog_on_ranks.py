@@ -104,7 +104,7 @@ def started(data: str, tmp_path: Path) -> Iterator[Any]:
     runs[0].process.wait()
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_stopped_rank_is_named(started: Any, rank: int) -> None:
     """SIGSTOP is what a frozen node looks like: connections stay open, nothing moves."""
     run = started()
@@ -149,27 +149,29 @@ def _plain_rank(rank: int, world_size: int, port: int, config: str, whom: int, f
     """A rank that no launcher of ours watches over; in its fifth step, rank `whom` gets a signal or fails."""
     import torch.distributed as dist
 
-    import megatron.trainer.run as loop
     from megatron.launcher import rank_main
+    from megatron.trainer import run as trainer
 
     dist.destroy_process_group()
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_WORLD_SIZE=str(world_size))
     os.environ.update(GLOO_SOCKET_IFNAME="lo", DS_ACCELERATOR="cpu")
     sys.argv = ["train.py", config]
-    train_step, steps = loop.train_step, []
 
-    def step(*arguments: Any) -> Any:
-        steps.append(0)
-        if len(steps) == 5 and rank == whom and fault is None:
-            raise KeyError("telescope")
-        if len(steps) == 5 and fault is None:
-            time.sleep(1000)  # as in a collective of NCCL, which does not notice
-        if len(steps) == 5 and rank == whom:
-            os.kill(os.getpid(), fault)
-        return train_step(*arguments)
+    class Disturbed(trainer.Run):
+        steps = 0
 
-    loop.train_step = step
-    rank_main.run(loop.train)
+        def train_step(self) -> None:
+            self.steps += 1
+            if self.steps == 5 and rank == whom and fault is None:
+                raise KeyError("telescope")
+            if self.steps == 5 and fault is None:
+                time.sleep(1000)  # as in a collective of NCCL, which does not notice
+            if self.steps == 5 and rank == whom and fault is not None:
+                os.kill(os.getpid(), fault)
+            super().train_step()
+
+    trainer.Run = Disturbed  # type: ignore[misc]
+    rank_main.run(trainer.train)
 
 
 def plain_ranks(folder: Path, data: str, whom: int, fault: int | None, silence: float) -> list[tuple[int, str]]:

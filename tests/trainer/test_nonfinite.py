@@ -114,21 +114,27 @@ POISONS = [
 ]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bfloat16"])
+@pytest.fixture(scope="module", params=["fp32", "bfloat16"])
+def without(data: str, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> tuple[str, Path]:
+    """(precision, folder) of a run of 4 steps whose data lack the samples of the third of 5."""
+    folder = tmp_path_factory.mktemp("without")
+    ranges = [[2 * BATCH, 3 * BATCH]]
+    run_ranks(_run, 8, keys(data, folder, precision=request.param, train_iters=4, skip_sample_ranges=ranges), {})
+    return request.param, folder
+
+
 @pytest.mark.parametrize("poison", POISONS)
-def test_a_skipped_step_leaves_no_trace(data: str, tmp_path: Path, precision: str, poison: dict[str, Any]) -> None:
+def test_a_skipped_step_leaves_no_trace(
+    data: str, tmp_path: Path, without: tuple[str, Path], poison: dict[str, Any]
+) -> None:
     """Skipping step 3 of 5 is the run of 4 steps whose data lack that step's samples."""
-    run_ranks(_run, 8, keys(data, tmp_path / "skipped", precision=precision), {**poison, "iterations": [3]})
-    without = keys(
-        data, tmp_path / "without", precision=precision, train_iters=4, skip_sample_ranges=[[2 * BATCH, 3 * BATCH]]
-    )
-    run_ranks(_run, 8, without, {})
-    assert_same(everything(tmp_path / "skipped", 5), everything(tmp_path / "without", 4))
-    losses = metrics(tmp_path / "skipped", "train/lm_loss")
-    expected = metrics(tmp_path / "without", "train/lm_loss")
+    precision, expected_folder = without
+    run_ranks(_run, 8, keys(data, tmp_path, precision=precision), {**poison, "iterations": [3]})
+    assert_same(everything(tmp_path, 5), everything(expected_folder, 4))
+    losses, expected = (metrics(folder, "train/lm_loss") for folder in (tmp_path, expected_folder))
     assert [losses[i] for i in (1, 2, 4, 5)] == [expected[i] for i in (1, 2, 3, 4)]
-    for folder, iterations in (("skipped", 5), ("without", 4)):
-        assert metrics(tmp_path / folder, "train/consumed_samples")[iterations] == 5 * BATCH
+    for folder, iterations in ((tmp_path, 5), (expected_folder, 4)):
+        assert metrics(folder, "train/consumed_samples")[iterations] == 5 * BATCH
 
 
 def _quiet(rank: int, world_size: int, run_keys: dict[str, Any], poison: dict[str, Any]) -> str:
