@@ -12,7 +12,7 @@ from examples.astrosage.run import Run
 from megatron.data.header import read_header
 from megatron.data.indexed import IndexedFile
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

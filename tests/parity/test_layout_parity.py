@@ -35,6 +35,7 @@ LAYOUTS = [
     (1, 4, 1),
     (2, 2, 2),
 ]
+FAST = [(2, 1, 1), (1, 2, 2), (2, 2, 2)]
 UNTIED = Case(heads=8, kv_heads=4, head_dim=8, layers=4, intermediate=88, vocab=160, rope=LLAMA3_ROPE, seq=24)
 TIED = Case(heads=8, kv_heads=4, head_dim=8, layers=4, intermediate=88, vocab=160, tied=True, seq=24)
 
@@ -91,7 +92,11 @@ def assert_same_training(a: Any, b: Any, loss: float, parameters: float) -> None
 
 
 @pytest.mark.parametrize("case", [pytest.param(UNTIED, id="untied"), pytest.param(TIED, id="tied")])
-@pytest.mark.parametrize("split", LAYOUTS[1:], ids=lambda s: "tp{}pp{}dp{}".format(*s))
+@pytest.mark.parametrize(
+    "split",
+    [split if split in FAST else pytest.param(split, marks=pytest.mark.slow) for split in LAYOUTS[1:]],
+    ids=lambda s: "tp{}pp{}dp{}".format(*s),
+)
 def test_every_layout_trains_the_same_model(case: Case, split: tuple[int, int, int]) -> None:
     assert_same_training(trained(case, split), trained(case, (1, 1, 1)), loss=1e-6, parameters=1e-5)
 

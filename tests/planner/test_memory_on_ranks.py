@@ -59,7 +59,15 @@ def errors(case: Case) -> list[float]:
     return [stages[stage].allocated / peak - 1 for stage, peak in measured(case)]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.layout}, {case.model}")
+# The 70B's own kind of layout, documents, a tied embedding, and fp32 in buckets; the others cross one axis each.
+FAST = [CASES[5], CASES[8], CASES[10], TIED, IN_FLIGHT]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [case if case in FAST else pytest.param(case, marks=pytest.mark.slow) for case in CASES],
+    ids=lambda case: f"{case.layout}, {case.model}",
+)
 def test_every_rank_is_predicted_within_5_percent(case: Case) -> None:
     assert max(map(abs, errors(case))) < TOLERANCE
 

@@ -228,8 +228,17 @@ def test_ranks_that_do_not_listen_are_killed_in_time(cluster: Cluster, project: 
 @pytest.mark.parametrize(
     ("plan", "state", "starts", "said"),
     [
-        pytest.param("stuck,stuck,done", "COMPLETED", 3, "launch: done; last save: none", id="goes on"),
-        pytest.param("stuck,stuck,stuck", "FAILED", 3, "not requeued: 3 starts in a row without", id="bound"),
+        pytest.param(
+            "stuck,stuck,done", "COMPLETED", 3, "launch: done; last save: none", id="goes on", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "stuck,stuck,stuck",
+            "FAILED",
+            3,
+            "not requeued: 3 starts in a row without",
+            id="bound",
+            marks=pytest.mark.slow,
+        ),
         pytest.param("bug,killed,bug", "FAILED", 3, "rank 3 on n1 failed: KeyError: 'telescope'", id="bug"),
         pytest.param("user", "FAILED", 1, "launch: stopped: error: the sky is too cloudy", id="user"),
     ],
@@ -319,7 +328,7 @@ def test_a_container_has_the_ranks_environment(cluster: Cluster, project: Path, 
         assert binds == ["exec", "--bind", here, "--bind", str(tmp_path), "--bind", "/some where:/data", "my image.sif"]
 
 
-@pytest.mark.parametrize("site", ["frontier", "lumi"])
+@pytest.mark.parametrize("site", ["frontier", pytest.param("lumi", marks=pytest.mark.slow)])
 def test_the_scripts_of_the_sites_run(
     cluster_of_gpus: Cluster, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, site: str
 ) -> None:

@@ -98,6 +98,7 @@ def test_a_night(cluster: Cluster, data: str, tmp_path: Path, uninterrupted: dic
     assert not cluster.processes(f"SLURM_JOB_ID={job}")
 
 
+@pytest.mark.slow
 def test_scancel_leaves_a_complete_checkpoint_and_no_process(cluster: Cluster, data: str, tmp_path: Path) -> None:
     """With the preflight in front, as users run it."""
     script = rendered(tmp_path, ROOT, configs=configure(tmp_path, data), preflight=True)
@@ -119,6 +120,7 @@ exec {python} {root}/deepy.py {root}/train.py run.yml two_nodes.yml
 """
 
 
+@pytest.mark.slow
 def test_deepy_in_an_allocation_starts_the_ranks_by_itself(
     cluster: Cluster, data: str, tmp_path: Path, uninterrupted: dict[int, float]
 ) -> None:

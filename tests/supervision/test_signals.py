@@ -101,6 +101,7 @@ def test_every_signal_saves_and_the_same_command_goes_on(
     assert losses(tmp_path) == uninterrupted
 
 
+@pytest.mark.slow
 def test_a_chain_of_short_jobs_saves_in_the_background(
     data: str, tmp_path: Path, uninterrupted: dict[int, float]
 ) -> None:
@@ -123,6 +124,7 @@ def test_without_a_save_folder_the_signal_just_ends_the_run(data: str, tmp_path:
     assert "nothing is saved, the run has no save folder" in errors
 
 
+@pytest.mark.slow
 def test_after_a_killed_rank_the_same_command_goes_on_from_the_last_checkpoint(
     data: str, tmp_path: Path, uninterrupted: dict[int, float]
 ) -> None:

@@ -114,7 +114,7 @@ POISONS = [
 ]
 
 
-@pytest.fixture(scope="module", params=["fp32", "bfloat16"])
+@pytest.fixture(scope="module", params=[pytest.param("fp32", marks=pytest.mark.slow), "bfloat16"])
 def without(data: str, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> tuple[str, Path]:
     """(precision, folder) of a run of 4 steps whose data lack the samples of the third of 5."""
     folder = tmp_path_factory.mktemp("without")
