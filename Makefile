@@ -18,15 +18,13 @@ $(VENV)/.complete: requirements.txt requirements-data.txt requirements-dev.txt c
 demo: venv
 	$(BIN)/python examples/demo.py
 
-# Unit tests two at a time, then everything else one by one: tests of several ranks use all cores by themselves. Both
-# always run; exit code 5 of pytest is a tier without a test among PYTEST_ARGS.
+# Two workers: a test of several ranks waits about as long as it computes. Both commands always run; exit code 5 of pytest
+# is a selection by PYTEST_ARGS without a test.
 test: venv lint
 	@mkdir -p $(REPORTS); failed=0; \
-	$(BIN)/python -m pytest -m "unit and not slow" -n 2 --dist loadfile --junitxml=$(REPORTS)/unit.xml $(PYTEST_ARGS) \
-	    || [ $$? -eq 5 ] || failed=1; \
-	$(BIN)/python -m pytest -m "not unit and not slow" --junitxml=$(REPORTS)/others.xml $(PYTEST_ARGS) \
-	    || [ $$? -eq 5 ] || failed=1; \
-	$(BIN)/python -m tests.support.budget $(REPORTS)/unit.xml $(REPORTS)/others.xml; \
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder --junitxml=$(REPORTS)/fast.xml \
+	    $(PYTEST_ARGS) || [ $$? -eq 5 ] || failed=1; \
+	$(BIN)/python -m tests.support.budget $(REPORTS)/fast.xml; \
 	exit $$failed
 
 test-slow: venv

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from xdist.scheduler import LoadFileScheduling
 
 # Two OpenMP threads that spin while a third process wants a core were eight times slower than two that sleep.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -20,6 +21,23 @@ settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
 
 pytest_plugins = ["tests.support.vocabulary"]
+
+
+class Files(LoadFileScheduling):
+    """A file's tests stay on one worker, and so do all of Slurm's: they share one cluster."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "tests/slurm" if nodeid.startswith("tests/slurm/") else super()._split_scope(nodeid)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> LoadFileScheduling | None:
+    return Files(config, log) if config.getvalue("dist") == "loadfile" else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slurm's tests first: they take longest and wait most. Unit tests last: small files keep both workers busy."""
+    items.sort(key=lambda item: (item.path.parent.name != "slurm", item.get_closest_marker("unit") is not None))
 
 
 @pytest.fixture

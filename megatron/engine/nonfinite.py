@@ -18,11 +18,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron.common.errors import UserError
 from megatron.engine.protocol import StepResult
+from megatron.parallel.collective_errors import gather_by_rank
 from megatron.parallel.place import Place
 
 
@@ -92,9 +92,7 @@ def _origin(result: StepResult, place: Place) -> str:
     """Which data-parallel replicas computed a loss that is not finite. Collective."""
     own = result.replica_loss
     broken = place.dp_rank if own is not None and not math.isfinite(own) else None
-    by_rank: list[int | None] = [None] * place.world_size
-    dist.all_gather_object(by_rank, broken)
-    replicas = sorted({replica for replica in by_rank if replica is not None})
+    replicas = sorted({replica for replica in gather_by_rank(broken) if replica is not None})
     if not replicas:
         return "every replica's loss is finite: it arose in the backward pass"
     return f"not finite in replica {', '.join(map(str, replicas))} of {place.dp} data-parallel replicas"

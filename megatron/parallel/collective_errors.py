@@ -15,6 +15,13 @@ T = TypeVar("T")
 _SHOWN = 5  # reasons in a message; a full disk fails on every rank of a node at once
 
 
+def gather_by_rank(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """The value of every rank of a group, or of the run, by rank. Collective."""
+    values = [value] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
 class RankGroup:
     """Ranks that act together: a process group, the device its backend communicates from, the error they raise."""
 
@@ -51,8 +58,7 @@ class RankGroup:
         """Raise one `error` on all ranks if any of them comes with a failure. Collective."""
         if not self.total(failure is not None):
             return
-        reasons: list[str | None] = [None] * self.size
-        dist.all_gather_object(reasons, None if failure is None else one_line(failure), group=self.group)
+        reasons = gather_by_rank(None if failure is None else one_line(failure), self.group)
         ranks_by_reason: dict[str, list[int]] = {}
         for rank, reason in enumerate(reasons):
             if reason is not None:
@@ -76,9 +82,7 @@ class RankGroup:
 
     def where(self, true: bool) -> str:
         """Names of the ranks for which it is true. Collective."""
-        answers: list[bool | None] = [None] * self.size
-        dist.all_gather_object(answers, true, group=self.group)
-        return _name([rank for rank, answer in enumerate(answers) if answer])
+        return _name([rank for rank, answer in enumerate(gather_by_rank(true, self.group)) if answer])
 
     def broadcast(self, value: T) -> T:
         """The value of rank 0."""

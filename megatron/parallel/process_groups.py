@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron.neox_arguments import ConfigError, NeoXArgs
+from megatron.parallel.collective_errors import gather_by_rank
 from megatron.parallel.gpu_placement import (
     Seat,
     check_devices,
@@ -130,12 +131,10 @@ def take_device(args: NeoXArgs, started: StartedRank) -> torch.device:
 
 def report_seats(args: NeoXArgs, started: StartedRank, device: torch.device) -> None:
     """Gather where all ranks sit, check it on all of them, and say it on rank 0. Collective."""
-    mine = find_seat(args, started, device)
-    told: list[tuple[Seat, int | None]] = [mine] * started.world_size
-    dist.all_gather_object(told, mine)
-    check_seats([seat for seat, _ in told])
+    seats = gather_by_rank(find_seat(args, started, device))
+    check_seats([seat for seat, _ in seats])
     if started.rank == 0:
-        print_seats(args, told)
+        print_seats(args, seats)
 
 
 def find_seat(args: NeoXArgs, started: StartedRank, device: torch.device) -> tuple[Seat, int | None]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from megatron import layout
 from megatron.engine.protocol import Engine
 from megatron.neox_arguments import NeoXArgs
+from megatron.parallel.collective_errors import gather_by_rank
 from megatron.supervision.failures import LostRanks
 from megatron.supervision.status_store import nodes_of, titled
 
@@ -82,9 +83,7 @@ class Replicas:
             (tuple(dist.get_process_group_ranks(group)), {self.tensors[i][0]: int(sums[i]) for i in which})
             for group, which in self.groups
         ]
-        told = [mine] * dist.get_world_size()
-        dist.all_gather_object(told, mine)
-        found = sorted(set(differences(told)))
+        found = sorted(set(differences(gather_by_rank(mine))))
         lines = [self._line(*difference) for difference in found[:TENSORS_SHOWN]]
         more = f"; and {len(found) - TENSORS_SHOWN} more tensors" if len(found) > TENSORS_SHOWN else ""
         guilty = {rank for _, odd, others in found if len(odd) < len(others) for rank in odd}

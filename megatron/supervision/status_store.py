@@ -20,7 +20,7 @@ from types import FrameType
 import torch.distributed as dist
 from torch.distributed import TCPStore
 
-from megatron.parallel.collective_errors import RankGroup
+from megatron.parallel.collective_errors import RankGroup, gather_by_rank
 from megatron.parallel.place import Place
 from megatron.parallel.rank_env import node_name
 
@@ -152,7 +152,6 @@ def nodes_of(ranks: Iterable[int], titles: Sequence[str]) -> list[str]:
 
 def gather_titles(place: Place) -> list[str]:
     """By rank, "node (pipe p, data d, tensor t)". Collective over the default group."""
-    own_title = f"{node_name(os.environ)} (pipe {place.pp_rank}, data {place.dp_rank}, tensor {place.tp_rank})"
-    titles = [own_title] * place.world_size
-    dist.all_gather_object(titles, own_title)
-    return titles
+    return gather_by_rank(
+        f"{node_name(os.environ)} (pipe {place.pp_rank}, data {place.dp_rank}, tensor {place.tp_rank})"
+    )
