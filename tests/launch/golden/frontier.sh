@@ -282,6 +282,16 @@ stage() {
 
 rm_staged() { rm -f "$1"; }
 
+# A requeued job numbers its steps from 0 again, and slurmctld repeats a signal that a node did not confirm, a minute
+# later or more: one for the last start's ranks would end this start's. Steps that do nothing move the ranks' step to a
+# number that no recent start used for its ranks.
+skip_step_numbers() {
+    local left=$((${SLURM_RESTART_COUNT:-0} % 16))
+    for (( ; left > 0; left--)); do
+        "${tied[@]}" srun --nodes=1 --ntasks=1 --time=1 --export=ALL true || true
+    done
+}
+
 # all_ranks MINUTES PROGRAM [ARGUMENT...]: one srun, ranks numbered node by node. 0 minutes: as long as the job. What
 # differs between ranks (SLURM_PROCID, ...) is read in the rank; here it would be the batch shell's. A warning that
 # comes while srun starts waits for it.
@@ -348,6 +358,7 @@ esac
 
 if [[ -n $cancelled ]]; then stop 143; fi
 forget # what the checks said
+skip_step_numbers
 NEOX_STARTED=$(date +%s)
 export NEOX_STARTED
 exec 9> >(trap '' TERM && exec tee "$run/srun.err" >&2) # scancel must not take the ranks' last words
