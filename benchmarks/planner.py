@@ -95,6 +95,9 @@ def replay(run: PublishedRun, **constants: float) -> Replay:
     more = forward.total * run.more_forward_layers + backward.total * run.more_backward_layers
     if run.half_recompute:
         more += (forward.gemm / 2 + forward.memory_bound) * run.shape.num_layers
+    if run.keeps_gathered:
+        half = traffic.half_bytes(run.shape, run.layout, run.seq_length) / traffic.tensor_rate(run.layout, machine)
+        more -= 2 * half * run.shape.num_layers * run.layout.num_micro_batches
     seconds += more * planned.waiting
     tokens = planned.tokens_per_step / seconds / run.layout.world_size
     return Replay(run, tokens * _flops_per_token(run))

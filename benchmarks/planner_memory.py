@@ -63,6 +63,7 @@ class Case:
     tied: bool = False
     documents: bool = False
     bucket: int | None = None  # elements; with contiguous_gradients
+    sequence_parallel: bool = False
 
     @property
     def world_size(self) -> int:
@@ -80,7 +81,7 @@ class Case:
         if self.recompute_layers is not None:
             recompute = f"{self.recompute_layers} recomputed"
         return (
-            f"TP{self.tensor} PP{self.pipe} DP{self.data}, {self.micro_batch} x {self.num_micro_batches}, {recompute}, "
+            f"TP{self.tensor}{' SP' if self.sequence_parallel else ''} PP{self.pipe} DP{self.data}, {self.micro_batch} x {self.num_micro_batches}, {recompute}, "
             f"{'bf16' if self.precision == 'bfloat16' else self.precision}"
         )
 
@@ -102,6 +103,7 @@ class Case:
                 "no_weight_tying": not self.tied,
                 "isolate_documents": self.documents,
                 "model_parallel_size": self.tensor,
+                "sequence_parallel": self.sequence_parallel,
                 "pipe_parallel_size": self.pipe,
                 "train_micro_batch_size_per_gpu": self.micro_batch,
                 "gradient_accumulation_steps": self.num_micro_batches,
@@ -142,6 +144,12 @@ CPU_CASES = (
     Case(pipe=2, num_micro_batches=3, micro_batch=2, seq=2048, layers=8),
     Case(pipe=2, num_micro_batches=3, micro_batch=2, seq=1024, layers=8, recompute_layers=1),
     Case(tensor=2, micro_batch=2, seq=1024, precision="fp32", recompute=False),
+    Case(tensor=2, micro_batch=2, seq=1024, precision="fp32", recompute=False, sequence_parallel=True),
+    Case(tensor=2, recompute=False, sequence_parallel=True),
+    Case(tensor=4, kv_heads=4, seq=1024, sequence_parallel=True),
+    Case(tensor=2, pipe=2, micro_batch=2, seq=512, sequence_parallel=True),
+    Case(tensor=2, pipe=2, seq=1024, recompute=False, precision="fp32", sequence_parallel=True),
+    Case(tensor=2, pipe=2, data=2, seq=512, tied=True, documents=True, recompute=False, sequence_parallel=True),
 )
 _LLAMA = {"kv_heads": 8, "num_micro_batches": 2}
 GPU_CASES = (

@@ -33,6 +33,7 @@ class PublishedRun:
     calibrates: bool = True
     sharded: bool = False  # FSDP: weights gathered for every layer, behind the computation
     half_recompute: bool = False  # torchtitan's selective mode: every second matrix product again
+    keeps_gathered: bool = False  # sequence parallelism that stores gathered inputs instead of gathering them twice
     # a recurrent model's layers beyond those it stores: passed forwards, and backwards
     more_forward_layers: int = 0
     more_backward_layers: int = 0
@@ -158,6 +159,7 @@ RUNS = (
         "eminorhan/frontier-torchtitan, llama3_8b.toml",
         2024,
         sharded=True,
+        keeps_gathered=True,
         caution='derived from "0.6 minutes a step"; an earlier version of the source says one minute',
     ),
     PublishedRun(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from megatron.common.errors import UserError
@@ -21,6 +22,20 @@ from megatron.parallel.place import Place
 
 MicroBatch = Mapping[str, Tensor]
 """tokens and labels [b, s], and positions [b, s] where documents are isolated."""
+
+
+_PADDING = {"tokens": 0, "labels": IGNORE_INDEX, "positions": 0}
+
+
+def padded(micro_batch: MicroBatch, length: int) -> MicroBatch:
+    """`micro_batch` with sequences of `length` tokens, filled up on the right.
+
+    What is added has no target, and no token before it attends to it. A position of 0 begins a document.
+    """
+    missing = length - micro_batch["tokens"].shape[1]
+    if missing == 0:
+        return micro_batch
+    return {name: F.pad(tensor, (0, missing), value=_PADDING[name]) for name, tensor in micro_batch.items()}
 
 
 class EmptyBatchError(UserError):

@@ -10,6 +10,7 @@ import contextlib
 import io
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import deepspeed
@@ -18,13 +19,15 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor, nn
 
 from megatron.engine import deepspeed_files
-from megatron.engine.batches import MicroBatch, StepBatch
+from megatron.engine.batches import MicroBatch, StepBatch, padded
 from megatron.engine.deepspeed_hooks import run_instructions_inside, run_optimizer_after
 from megatron.engine.deepspeed_module import LlamaPipelineModule
 from megatron.engine.nonfinite import propagate
 from megatron.engine.optimizer import REPLICATED_GROUPS, build_optimizer, parameter_groups
 from megatron.engine.protocol import Around, Counters, StateFile, StepResult
+from megatron.model.sequence_parallel import sum_over_slices
 from megatron.neox_arguments import NeoXArgs
+from megatron.neox_arguments.deepspeed_config import pipeline_messages
 from megatron.ops import configure
 from megatron.parallel.place import Place
 from megatron.parallel.process_groups import ModelGroups, set_timeouts
@@ -54,6 +57,7 @@ class DeepSpeedEngine:
             tied=next((group for _, group in module.get_tied_weights_and_groups()), None),
         )
         self._around: Around = contextlib.nullcontext
+        self.check_messages()
 
     @classmethod
     def for_training(cls, args: NeoXArgs, place: Place, around: Around) -> DeepSpeedEngine:
@@ -63,7 +67,7 @@ class DeepSpeedEngine:
         optimizer = build_optimizer(groups, args)
         engine = cls(args, place, module, _initialize(module, args, args.deepspeed_config, optimizer))
         engine.check()
-        run_optimizer_after(engine.pipeline_engine, engine.propagate_nonfinite)
+        run_optimizer_after(engine.pipeline_engine, engine.complete_gradients)
         engine.run_inside(around)
         return engine
 
@@ -74,6 +78,7 @@ class DeepSpeedEngine:
             "train_micro_batch_size_per_gpu": args.train_micro_batch_size_per_gpu,
             "gradient_accumulation_steps": 1,
             "bf16": {"enabled": args.precision == "bfloat16"},
+            **pipeline_messages(args),
         }
         engine = cls(args, place, module, _initialize(module, args, config))
         engine.run_inside(around)
@@ -85,7 +90,7 @@ class DeepSpeedEngine:
 
     def describe(self) -> list[str]:
         engine = self.pipeline_engine
-        return [
+        lines = [
             f"engine: {type(engine.optimizer).__name__} over {type(engine.optimizer.optimizer).__name__}, ZeRO stage "
             f"{engine.zero_optimization_stage()}, weights {self.args.precision}, gradients accumulated in fp32 and "
             f"reduced in {_name(engine.communication_data_type)}, clipping at {engine.gradient_clipping():g}",
@@ -97,6 +102,12 @@ class DeepSpeedEngine:
                 for stage, layers in ((s, self.stage_layers(s)) for s in range(self.place.pp))
             ),
         ]
+        if self.module.tensor_parallel.sequence_parallel:
+            lines.append(
+                f"sequence parallel: between layers each of {self.place.tp} tensor-parallel ranks holds "
+                f"{self.args.seq_length // self.place.tp} of {self.args.seq_length} tokens"
+            )
+        return lines
 
     # --- the stage
 
@@ -132,10 +143,14 @@ class DeepSpeedEngine:
         return StepResult(loss, grad_norm, self.pipeline_engine.was_step_applied(), replica_loss)
 
     def evaluate(self, batch: StepBatch) -> float:
+        if batch.micro_batches is not None:
+            micro_batches = (self._fitting(micro_batch) for micro_batch in batch.micro_batches)
+            batch = replace(batch, micro_batches=micro_batches)
         return float(self.pipeline_engine.eval_batch(self._iterator(batch), num_micro_batches=batch.num_micro_batches))
 
     def logits(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor | None:
-        inputs = tokens if positions is None else (tokens, positions)
+        given = {"tokens": tokens} if positions is None else {"tokens": tokens, "positions": positions}
+        inputs = _inputs(self._fitting(given))
         _, logits = self.pipeline_engine.eval_batch(
             iter([(inputs, tokens)]) if self.place.reads_data else None,
             return_logits=True,
@@ -144,7 +159,11 @@ class DeepSpeedEngine:
             bcast_loss=False,
             num_micro_batches=1,
         )
-        return logits if self.place.last_stage else None
+        return logits[:, : tokens.shape[1]] if self.place.last_stage else None
+
+    def _fitting(self, micro_batch: MicroBatch) -> MicroBatch:
+        """With sequences that the tensor-parallel ranks can divide."""
+        return padded(micro_batch, self.module.tensor_parallel.padded_length(micro_batch["tokens"].shape[1]))
 
     @staticmethod
     def _iterator(batch: StepBatch) -> Iterator[Any] | None:
@@ -153,10 +172,13 @@ class DeepSpeedEngine:
             return None
         return ((_inputs(mb), (mb["labels"], batch.weight)) for mb in batch.micro_batches)
 
-    def propagate_nonfinite(self) -> None:
+    def complete_gradients(self) -> None:
+        """What the reduced gradients lack before their norm is taken."""
         gradients: dict[bool, list[Tensor]] = {True: [], False: []}
         for number, group in enumerate(self.pipeline_engine.optimizer.param_groups):
             gradients[group["name"] in REPLICATED_GROUPS] += reduced_gradients(self.pipeline_engine.optimizer, number)
+        if self.module.tensor_parallel.sequence_parallel:
+            sum_over_slices(gradients[True], self.groups.tensor)
         propagate(replicated=gradients[True], sharded=gradients[False])
 
     # --- checkpoints
@@ -197,6 +219,22 @@ class DeepSpeedEngine:
             )
 
     # --- read back
+
+    def check_messages(self) -> None:
+        """EngineMismatchError if the engine would take a slice of the sequence for the whole and divide it again.
+
+        By default DeepSpeed divides every message between stages over the tensor-parallel ranks, and puts the parts of
+        one tensor together behind it. Under sequence parallelism these are parts of different tensors: the run would
+        train something else and say nothing.
+        """
+        engine = self.pipeline_engine
+        divided = engine.is_pipe_partitioned or engine.is_grad_partitioned
+        if self.module.tensor_parallel.sequence_parallel and divided:
+            raise EngineMismatchError(
+                "the DeepSpeed engine divides messages between stages over tensor-parallel ranks (pipe_partitioned "
+                f"{engine.is_pipe_partitioned}, grad_partitioned {engine.is_grad_partitioned}), which sequence_parallel "
+                "has done already; both must be false"
+            )
 
     def check(self) -> None:
         """EngineMismatchError unless the engine has what the configuration asks for."""

@@ -56,7 +56,9 @@ class LlamaPipelineModule(PipelineModule):
         topology = connect(args, place)
         self.args, self.place = args, place
         self.tensor_parallel = TensorParallel(
-            parallel_state.get_tensor_model_parallel_group(), PARAMETER_DTYPES[args.precision]
+            parallel_state.get_tensor_model_parallel_group(),
+            PARAMETER_DTYPES[args.precision],
+            args.sequence_parallel,
         )
         # The base class prints its partition.
         with torch.device(place.device), contextlib.redirect_stdout(io.StringIO()):

@@ -1,7 +1,9 @@
 """The Llama decoder, top to bottom (Touvron et al. 2023; Llama-3.1: grouped-query attention, scaled rotary).
 
 Shapes: s sequence, b micro-batch, h hidden, V padded vocabulary; a tensor-parallel rank holds n query heads, m key
-and value heads of d dimensions, and f of the MLP's inner features. Between layers the hidden states are [s, b, h].
+and value heads of d dimensions, and f of the MLP's inner features. Between layers the hidden states are [s, b, h]; with
+sequence parallelism s is this rank's slice there, in what norms and residual additions see, and the whole sequence inside
+of attention and MLP.
 
 Where documents are isolated, stages pass (hidden, positions): int64 [b, s] that restart at 0 with each document.
 Attention then stops at the restarts. Masks are never built: causal is a flag of the attention kernel, and a
@@ -122,7 +124,7 @@ class Head(nn.Module):
 
     def __init__(self, args: NeoXArgs, tp: TensorParallel) -> None:
         super().__init__()
-        self.final_linear = tp.column(args.hidden_size, args.padded_vocab_size)
+        self.final_linear = tp.column(args.hidden_size, args.padded_vocab_size, sequence_dim=1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.final_linear(x)

@@ -2,7 +2,8 @@
 
 Attention and MLP each cut their first matrix by rows (column parallel: no communication forward) and their second
 by columns (row parallel: one all-reduce forward), after Shoeybi et al. 2019. The matrices themselves are
-megatron-core's; the embedding and the head are cut over the vocabulary.
+megatron-core's; the embedding and the head are cut over the vocabulary. With sequence parallelism the matrices are those
+of `megatron.model.sequence_parallel`, of the same shapes and names.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+
+from megatron.model.sequence_parallel import GatherLinear, GatherProduct, ScatterEmbedding, ScatterLinear
 
 
 def _no_init(weight: Tensor) -> Tensor:
@@ -46,10 +49,14 @@ class _RowLinear(_PlainState, RowParallelLinear):
 @dataclass(frozen=True)
 class TensorParallel:
     """Builds the parallel matrices of one tensor-parallel group. Weights are left uninitialised: every one of them
-    is either read from a checkpoint or drawn by `megatron.model.initialize`."""
+    is either read from a checkpoint or drawn by `megatron.model.initialize`.
+
+    With `sequence_parallel` hidden states between layers are this rank's slice of the sequence, s / tp tokens.
+    """
 
     group: ProcessGroup
     dtype: torch.dtype
+    sequence_parallel: bool = False
 
     @property
     def size(self) -> int:
@@ -58,6 +65,11 @@ class TensorParallel:
     @property
     def rank(self) -> int:
         return self.group.rank()
+
+    def padded_length(self, seq_length: int) -> int:
+        """The shortest sequence from `seq_length` on that these matrices can take."""
+        multiple = self.size if self.sequence_parallel else 1
+        return -(-seq_length // multiple) * multiple
 
     @property
     def _config(self) -> ModelParallelConfig:
@@ -68,15 +80,19 @@ class TensorParallel:
             perform_initialization=False,
         )
 
-    def column(self, in_features: int, out_features: int) -> nn.Module:
-        """[..., in] -> [..., out / tp]; weight [out / tp, in]."""
+    def column(self, in_features: int, out_features: int, sequence_dim: int = 0) -> nn.Module:
+        """[..., in] -> [..., out / tp]; weight [out / tp, in]. `sequence_dim` (0 or 1) is the sequence's dimension."""
+        if self.sequence_parallel:
+            return GatherLinear(in_features, out_features, self.group, self.dtype, sequence_dim)
         linear = _ColumnLinear(
             in_features, out_features, config=self._config, init_method=_no_init, bias=False, tp_group=self.group
         )
         return linear
 
     def row(self, in_features: int, out_features: int) -> nn.Module:
-        """[..., in / tp] -> [..., out], summed over the group; weight [out, in / tp]."""
+        """[s, b, in / tp] -> [s, b, out], summed over the group; weight [out, in / tp]."""
+        if self.sequence_parallel:
+            return ScatterLinear(in_features, out_features, self.group, self.dtype)
         linear = _RowLinear(
             in_features,
             out_features,
@@ -90,14 +106,18 @@ class TensorParallel:
         return linear
 
     def embedding(self, rows: int, features: int) -> nn.Module:
-        """ids -> [..., features]; weight [rows / tp, features]."""
+        """ids [b, s] -> [b, s, features]; weight [rows / tp, features]."""
+        if self.sequence_parallel:
+            return ScatterEmbedding(rows, features, self.group, self.dtype)
         embedding = VocabParallelEmbedding(
             rows, features, init_method=_no_init, config=self._config, tp_group=self.group
         )
         return embedding
 
     def tied_logits(self, x: Tensor, embedding: nn.Module) -> Tensor:
-        """[..., features] -> [..., rows / tp] with the embedding's matrix, the head of a tied model."""
+        """[b, s, features] -> [b, s, rows / tp] with the embedding's matrix, the head of a tied model."""
+        if self.sequence_parallel:
+            return GatherProduct.apply(x, embedding.weight, self.group, 1)
         return linear_with_grad_accumulation_and_async_allreduce(
             x,
             embedding.weight,

@@ -33,7 +33,8 @@ class Layer:
 
 def llama_layers(args: NeoXArgs, tp: TensorParallel) -> list[Layer]:
     """The whole model in order; position in the list is the layer's number in the checkpoint."""
-    rotary = RotaryTable(args.head_dim, args.rotary_emb_base, args.rope_scaling, args.seq_length)
+    positions = tp.padded_length(args.seq_length)
+    rotary = RotaryTable(args.head_dim, args.rotary_emb_base, args.rope_scaling, positions)
     tied = None if args.no_weight_tying else "embedding"
     return [
         Layer(Embedding, (args, tp), shares=tied),

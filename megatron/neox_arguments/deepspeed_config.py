@@ -31,6 +31,15 @@ def deepspeed_dictionary(args: AllKeys, *, with_extra: bool = True) -> dict[str,
         config["bf16"] = (args.bf16.model_dump() if args.bf16 else {}) | {"enabled": True}
         config["data_types"] = {"grad_accum_dtype": "fp32"}
         config["communication_data_type"] = "fp32"
+    config |= pipeline_messages(args)
     if with_extra:
         config |= args.deepspeed_extra_args
     return config
+
+
+def pipeline_messages(args: AllKeys) -> dict[str, Any]:
+    """How stages pass tensors, where that is not DeepSpeed's default of dividing them over tensor-parallel ranks.
+
+    Under sequence parallelism each rank's tensor is a slice already and goes as it is.
+    """
+    return {"pipeline": {"pipe_partitioned": False, "grad_partitioned": False}} if args.sequence_parallel else {}

@@ -36,9 +36,6 @@ _PAIRS = [
 _INTERNAL = "This is a derived value and cannot be given."
 
 UNSUPPORTED: dict[str, Refusal] = {
-    "sequence_parallel": Refusal(
-        "Sequence parallelism is not supported yet: megatron-core's mappings allocate on CUDA.", (None, False)
-    ),
     "context_parallel_size": Refusal("Context parallelism is not supported; shorten seq_length.", (None, 1)),
     "sliding_window_width": Refusal("Llama attends to the whole context; sliding windows are not supported."),
     "hidden_dropout": Refusal(_NO_DROPOUT, (None, 0, 0.0)),

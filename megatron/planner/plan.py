@@ -173,36 +173,64 @@ def refusal(plan: Plan) -> str:
     )
 
 
-def _fewest(plan: Plan) -> int | None:
-    """The least `recompute_layers` with which the run fits, None where that is all of them or not enough."""
+def _fits(plan: Plan, layout: ParallelLayout) -> bool:
+    """Whether another layout of the same stages does."""
+    stages = memory_of(plan.args, layout, plan.machine, [stage.layers for stage in plan.stages])
+    return max(stage.peak for stage in stages) <= plan.usable_bytes
+
+
+def _fewest(plan: Plan, layout: ParallelLayout) -> int | None:
+    """The least `recompute_layers` with which a layout fits, None where that is all of them or not enough."""
     longest = max(stage.decoder_layers for stage in plan.stages)
-
-    def fits(layout: ParallelLayout) -> bool:
-        stages = memory_of(plan.args, layout, plan.machine, [stage.layers for stage in plan.stages])
-        return max(stage.peak for stage in stages) <= plan.usable_bytes
-
-    return fewest_recomputed(plan.layout, longest, fits)
+    return fewest_recomputed(layout, longest, lambda other: _fits(plan, other))
 
 
-def less_recomputation(plan: Plan) -> str | None:
-    """What recomputing no more layers than memory asks for would gain; None where nothing."""
-    layout, time = plan.layout, plan.time
-    fewest = _fewest(plan) if plan.fits and layout.recompute == "full" else None
-    longest = max(stage.decoder_layers for stage in plan.stages)
-    if fewest is None or fewest >= layout.recomputed(longest):
+def faster(plan: Plan) -> list[str]:
+    """What would cost less time in the memory there is: to recompute no more than it asks for, and to cut the sequence so
+    that it asks for less. Each with its gain; none for a plan that does not fit or recomputes nothing."""
+    if not plan.fits or plan.layout.recompute != "full":
+        return []
+    lines = []
+    for prefix, layout in (("", plan.layout), ("sequence_parallel: true with ", _sliced(plan))):
+        least = None if layout is None else _least_recomputed(plan, layout)
+        if least is not None and (gain := _gain(plan, least[1])) > 0:
+            lines.append(f"{prefix}{least[0]} would fit too: {gain:+.0%} tokens/s, predicted")
+    return lines
+
+
+def _least_recomputed(plan: Plan, layout: ParallelLayout) -> tuple[str, ParallelLayout] | None:
+    """The keys and the layout of the least recomputation that fits; None where that is all layers', or not enough."""
+    stored = replace(layout, recompute="none", recompute_layers=None)
+    if _fits(plan, stored):
+        return "checkpoint_activations: false", stored
+    fewest = _fewest(plan, layout)
+    return None if fewest is None else (f"recompute_layers: {fewest}", replace(layout, recompute_layers=fewest))
+
+
+def _gain(plan: Plan, layout: ParallelLayout) -> float:
+    """Tokens per second of another layout of the same stages, over the plan's, less 1."""
+    time, layers = plan.time, [stage.decoder_layers for stage in plan.stages]
+    other = estimate(time.shape, layout, time.seq_length, plan.machine, layers=layers)
+    return other.tokens_per_second / time.tokens_per_second - 1
+
+
+def _sliced(plan: Plan) -> ParallelLayout | None:
+    """The layout with sequence parallelism, None where it has it or cannot."""
+    layout = plan.layout
+    if layout.sequence_parallel or layout.tensor == 1 or plan.args.seq_length % layout.tensor:
         return None
-    layers = [stage.decoder_layers for stage in plan.stages]
-    other = estimate(time.shape, replace(layout, recompute_layers=fewest), time.seq_length, plan.machine, layers=layers)
-    gain = other.tokens_per_second / time.tokens_per_second - 1
-    return f"recompute_layers: {fewest} would fit too: {gain:+.0%} tokens/s, predicted"
+    return replace(layout, sequence_parallel=True)
 
 
 def remedies(plan: Plan) -> list[tuple[str, int]]:
     """Changes that save memory and keep ranks and global batch, each with the fullest stage's bytes."""
     args, layout = plan.args, plan.layout
     candidates: list[tuple[str, ParallelLayout]] = []
+    sliced = _sliced(plan)
+    if sliced is not None:
+        candidates.append(("sequence_parallel: true", sliced))
     recomputed = replace(layout, recompute="full", recompute_layers=None)
-    fewest = _fewest(plan)
+    fewest = _fewest(plan, layout)
     if fewest is not None:
         partly = replace(recomputed, recompute_layers=fewest)
         candidates.append((f"checkpoint_activations: true with recompute_layers: {fewest}", partly))
@@ -217,6 +245,8 @@ def remedies(plan: Plan) -> list[tuple[str, int]]:
         ("model_parallel_size", replace(layout, tensor=2 * layout.tensor)),
     ):
         if layout.data % 2 or larger.pipe > args.num_layers or larger.tensor > plan.machine.gpus_per_node:
+            continue
+        if larger.sequence_parallel and args.seq_length % larger.tensor:
             continue
         larger = replace(larger, data=layout.data // 2, num_micro_batches=2 * layout.num_micro_batches)
         size = larger.pipe if key == "pipe_parallel_size" else larger.tensor

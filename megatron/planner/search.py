@@ -3,13 +3,14 @@
     result = search(shape, world_size, global_batch, seq_length, machine)
     result.ranked        candidates that the trainer runs today and that fit, fastest first
     result.lost          candidates that do not fit, each with its reason
-    result.later         what sequence parallelism, interleaving or selective recomputation would give
+    result.later         what interleaving or selective recomputation would give
     result.lines()       all of it as text; result.as_json() for scripts
 
 Time is `planner.cost.estimate`'s, memory `planner.cost.memory`'s. Legal is what `NeoXArgs` accepts: tensor
 parallelism divides heads, key/value heads, MLP width and vocabulary and stays inside a node, every stage has a layer,
-and micro-batch x accumulation x data parallel is the global batch. Of recomputation it tries none, all, and, where
-memory lies between, the fewest layers that fit.
+micro-batch x accumulation x data parallel is the global batch, and sequence parallelism wants several tensor-parallel
+ranks that divide the sequence. Of recomputation it tries none, all, and, where memory lies between, the fewest layers
+that fit.
 """
 
 from __future__ import annotations
@@ -61,12 +62,20 @@ class SearchResult:
     def best(self) -> Candidate | None:
         return self.ranked[0] if self.ranked else None
 
-    def find(self, tensor: int, pipe: int, micro_batch: int, recompute: Recompute = "full") -> Candidate | None:
+    def find(
+        self,
+        tensor: int,
+        pipe: int,
+        micro_batch: int,
+        recompute: Recompute = "full",
+        sequence_parallel: bool = False,
+    ) -> Candidate | None:
         """The candidate of today's with these sizes, fitting or not."""
-        sizes = (tensor, pipe, micro_batch, recompute, None)
         for candidate in self.ranked + self.lost:
             layout = candidate.layout
-            if (layout.tensor, layout.pipe, layout.micro_batch, layout.recompute, layout.recompute_layers) == sizes:
+            sizes = (layout.tensor, layout.pipe, layout.micro_batch)
+            modes = (layout.recompute, layout.recompute_layers, layout.sequence_parallel)
+            if sizes == (tensor, pipe, micro_batch) and modes == (recompute, None, sequence_parallel):
                 return candidate
         return None
 
@@ -156,8 +165,13 @@ class _Planner:
                     continue
                 for micro_batch in _divisors(global_batch // data):
                     steps = global_batch // data // micro_batch
-                    for recompute in RECOMPUTE:
-                        yield ParallelLayout(tensor, pipe, data, micro_batch, steps, recompute)
+                    layout = ParallelLayout(tensor, pipe, data, micro_batch, steps)
+                    for recompute, sliced in itertools.product(RECOMPUTE, self.slicing(tensor)):
+                        yield replace(layout, recompute=recompute, sequence_parallel=sliced)
+
+    def slicing(self, tensor: int) -> tuple[bool, ...]:
+        """Without sequence parallelism, and with it where `tensor` ranks can divide the sequence."""
+        return (False, True) if tensor > 1 and self.seq_length % tensor == 0 else (False,)
 
     def between(self, today: list[Candidate], limit: int) -> Iterator[ParallelLayout]:
         """Of the layouts that fit if they recompute all layers but not if none, those that recompute as few as fit."""
@@ -246,15 +260,11 @@ def _variants(layout: ParallelLayout, num_layers: int) -> Iterator[tuple[frozens
     if layout.pipe > 1 and layout.num_micro_batches % layout.pipe == 0:
         chunks += [v for v in range(2, num_layers // layout.pipe + 1) if num_layers % (layout.pipe * v) == 0]
     modes: list[Recompute] = [layout.recompute, "selective"] if layout.recompute == "none" else [layout.recompute]
-    for virtual, recompute, sequence in itertools.product(chunks, modes, (False, layout.tensor > 1)):
-        lacking = {
-            "interleaving": virtual > 1,
-            "selective recomputation": recompute == "selective",
-            "sequence parallelism": sequence,
-        }
+    for virtual, recompute in itertools.product(chunks, modes):
+        lacking = {"interleaving": virtual > 1, "selective recomputation": recompute == "selective"}
         names = frozenset(name for name, wanted in lacking.items() if wanted)
         if names:
-            yield names, replace(layout, virtual_stages=virtual, recompute=recompute, sequence_parallel=sequence)
+            yield names, replace(layout, virtual_stages=virtual, recompute=recompute)
 
 
 def _too_large(candidate: Candidate, limit: int) -> str:
@@ -284,7 +294,8 @@ def _behind(candidate: Candidate, best: Candidate | None) -> str:
         case "bubble":
             return f"bubble {share}: {layout.num_micro_batches} micro-batches through {layout.pipe} stages"
         case "tensor_parallel":
-            return f"all-reduces of {layout.tensor} tensor-parallel ranks {share}, {_links(layout, candidate.estimate)}"
+            what = "gathers and scatters" if layout.sequence_parallel else "all-reduces"
+            return f"{what} of {layout.tensor} tensor-parallel ranks {share}, {_links(layout, candidate.estimate)}"
         case "gradient_reduction":
             return f"reduction of gradients over {layout.data} data-parallel ranks {share}"
         case "parameter_gather":

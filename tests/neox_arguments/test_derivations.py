@@ -191,6 +191,17 @@ def test_deepspeed_always_gets_clipping_and_fp32_accumulation() -> None:
     assert "bf16" not in NeoXArgs.from_dict(VALID).deepspeed_config
 
 
+def test_sequence_parallelism_of_one_tensor_rank_is_none_and_said() -> None:
+    alone = NeoXArgs.from_dict(keys(sequence_parallel=True))
+    assert not alone.sequence_parallel
+    assert "pipeline" not in alone.deepspeed_config
+    assert any("sequence_parallel has no effect with model_parallel_size 1" in note for note in alone.notes)
+    two = NeoXArgs.from_dict(keys(sequence_parallel=True, model_parallel_size=2))
+    assert two.sequence_parallel
+    assert two.deepspeed_config["pipeline"] == {"pipe_partitioned": False, "grad_partitioned": False}
+    assert not any("sequence_parallel" in note for note in two.notes)
+
+
 def test_extra_options_reach_deepspeed() -> None:
     config = NeoXArgs.from_dict(
         keys(deepspeed_extra_args={"timers": {"throughput": {"enabled": False}}})

@@ -35,6 +35,16 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
     ("tensors_divide_by_tensor_parallelism", {"model_parallel_size": 8}, "8 does not divide num_kv_heads 4"),
     ("tensors_divide_by_tensor_parallelism", {"model_parallel_size": 3}, "3 does not divide num_attention_heads 8"),
     ("tensors_divide_by_tensor_parallelism", {"model_parallel_size": 4, "intermediate_size": 350}, "intermediate_size"),
+    (
+        "sequence_divides_by_tensor_parallelism",
+        {"model_parallel_size": 4, "sequence_parallel": True, "seq_length": 253},
+        "write seq_length: 256",
+    ),
+    (
+        "sequence_divides_by_tensor_parallelism",
+        {"model_parallel_size": 4, "sequence_parallel": True, "seq_length": 1022, "max_position_embeddings": 1022},
+        "write seq_length: 1020",
+    ),
     ("every_stage_has_a_layer", {"pipe_parallel_size": 5}, "a stage would have no layer; use at most 4"),
     ("device_fits_backend", {"distributed_backend": "nccl", "device": "cpu"}, "write distributed_backend: gloo"),
     ("nodes_hold_whole_numbers_of_ranks", {"num_nodes": 2}, "1 ranks cannot be spread evenly over num_nodes 2"),
@@ -51,6 +61,15 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
     ("decay_length_is_given_once", {"lr_decay_iters": 5, "lr_decay_fraction": 0.5}, "both given; keep one"),
     ("extra_args_do_not_collide", {"deepspeed_extra_args": {"gradient_clipping": 0.1}}, "gradient_clipping would ov"),
     ("extra_args_do_not_collide", {"deepspeed_extra_args": {"bfloat16": {"enabled": True}}}, "bfloat16 would override"),
+    (
+        "extra_args_do_not_collide",
+        {
+            "model_parallel_size": 2,
+            "sequence_parallel": True,
+            "deepspeed_extra_args": {"pipeline": {"pipe_partitioned": True}},
+        },
+        "pipeline would override",
+    ),
     ("one_source_of_data", {"data_path": "x"}, "data_path and train_data_paths exclude each other"),
     ("training_has_data", {"train_data_paths": None}, "no training data"),
     ("weights_match_paths", {"train_data_weights": [1.0, 2.0]}, "2 entries for 1 train_data_paths"),
@@ -195,3 +214,10 @@ def test_problems_are_reported_in_the_order_of_the_groups() -> None:
 def test_ranges_to_skip_are_checked_for_evaluation_too() -> None:
     with pytest.raises(ConfigError, match="is no range of samples"):
         NeoXArgs.from_dict(keys(load="runs/a", skip_sample_ranges=[[3, 1]]), task="eval")
+
+
+@pytest.mark.parametrize("task", ["eval", "generate"])
+def test_other_programs_fill_odd_sequences_up(task: Any) -> None:
+    changes = {"model_parallel_size": 4, "sequence_parallel": True, "seq_length": 253, "load": "runs/a"}
+    extra = {"vocab_file": "tokenizer.json", "from_scratch": None}
+    assert NeoXArgs.from_dict(keys(**changes, **extra), task=task).seq_length == 253

@@ -73,7 +73,8 @@ def test_what_does_not_fit_is_refused_with_what_would() -> None:
     message = done.stderr.splitlines()[-1]
     assert message.startswith("deepy.py: this run does not fit: stage 0 needs ")
     assert "57.0 GiB can be used on frontier" in message
-    assert "What would fit: checkpoint_activations: true with recompute_layers: 4 (" in message
+    assert "What would fit: sequence_parallel: true (" in message
+    assert "or checkpoint_activations: true with recompute_layers: 4 (" in message
     assert "or checkpoint_activations: true (" in message
     allowed = dry_run(*words, "--json", "--allow-memory")
     assert allowed.returncode == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -133,8 +134,33 @@ def test_what_is_said_to_fit_does() -> None:
     refused = plan(checkpoint_activations=False)
     said = dict(remedies(refused))
     assert said["checkpoint_activations: true"] == plan().fullest.peak
+    assert said["sequence_parallel: true"] == plan(sequence_parallel=True, checkpoint_activations=False).fullest.peak
     deeper = plan(checkpoint_activations=True, pipe_parallel_size=16)
     assert said["checkpoint_activations: true with pipe_parallel_size: 16"] == deeper.fullest.peak
+
+
+def test_faster_layouts_in_the_same_memory_are_named_with_their_gain() -> None:
+    lines = report.text(plan()).splitlines()
+    gains = [
+        (found[1], float(found[2])) for line in lines if (found := re.match(r"(.*) would fit too: (.*)% tok", line))
+    ]
+    assert [what for what, _ in gains] == [
+        "recompute_layers: 4",
+        "sequence_parallel: true with checkpoint_activations: false",
+    ]
+    for (_, gain), keys in zip(
+        gains, ({"recompute_layers": 4}, {"sequence_parallel": True, "checkpoint_activations": False}), strict=True
+    ):
+        other = plan(**keys)
+        assert other.fits
+        assert gain == pytest.approx(100 * (other.time.tokens_per_second / plan().time.tokens_per_second - 1), abs=0.51)
+    assert "would fit too" not in report.text(plan(sequence_parallel=True, checkpoint_activations=False))
+
+
+def test_a_plan_with_sequence_parallelism_says_so() -> None:
+    text = report.text(plan(sequence_parallel=True, checkpoint_activations=False))
+    assert "bfloat16, nothing recomputed, sequence parallel\n" in text
+    assert "tensor-parallel collectives beside products" in text
 
 
 def test_where_nothing_fits_the_search_is_pointed_to() -> None:

@@ -109,6 +109,41 @@ def test_tensor_parallel_traffic_of_a_stage() -> None:
     assert [first, last] == pytest.approx([216.1e-3] * 2, rel=1e-3)
 
 
+def test_sequence_parallelism_has_ten_half_collectives_a_layer() -> None:
+    """Eight without it: 117.4 MB each, a ring's share of 134.2 MB of hidden state; with recomputation four more."""
+    for recompute, without, with_it in (("none", 8, 10), ("full", 12, 14)):
+        layout = replace(ASTROSAGE, recompute=recompute)
+        for sliced, halves in ((False, without), (True, with_it)):
+            found = traffic.tensor_bytes_per_layer(LLAMA_70B, replace(layout, sequence_parallel=sliced), 8192)
+            assert found == pytest.approx(halves * 7 / 8 * 134_217_728)
+    alone = replace(ASTROSAGE, tensor=1, sequence_parallel=True)
+    assert traffic.tensor_bytes_per_layer(LLAMA_70B, alone, 8192) == 0
+    # 10 layers x 10 x 1.7713 ms at 0.85 x 78 GB/s; the embedding's two, and three of the head
+    stored = planned(replace(ASTROSAGE, recompute="none", sequence_parallel=True)).stages
+    first, middle, last = (stored[stage].tensor_parallel for stage in (0, 1, 7))
+    assert [first, middle, last] == pytest.approx([102 * 1.7713e-3, 100 * 1.7713e-3, 103 * 1.7713e-3], rel=1e-3)
+
+
+def test_what_products_could_hide() -> None:
+    """By hand, a layer: a half-collective is 1.7713 ms, beside the qkv's two products of 1.43 and 1.44 ms and the MLP's,
+    which are longer; without sequence parallelism all-reduces of twice that, beside the weights' gradients alone."""
+    layout = replace(ASTROSAGE, recompute="none")
+    tokens, matrices = 8192, compute.layer_matrices(LLAMA_70B, 8)
+    (h, qkv), (_, up_gate) = matrices[0], matrices[2]
+    half = 1.7713e-3
+    of_input, of_weight = (
+        compute.gemm_seconds(tokens, qkv, h, FRONTIER),
+        compute.gemm_seconds(h, tokens, qkv, FRONTIER),
+    )
+    assert max(of_input, of_weight) < half
+    assert 2 * half < compute.gemm_seconds(h, tokens, up_gate, FRONTIER)
+    sliced = planned(replace(layout, sequence_parallel=True))
+    assert sliced.stages[1].hideable == pytest.approx(10 * (of_input + of_weight + 2 * half), rel=1e-3)
+    assert planned(layout).stages[1].hideable == pytest.approx(10 * (of_weight + 2 * half), rel=1e-3)
+    assert 0 < sliced.hideable_seconds < sliced.parts["tensor_parallel"] * sliced.waiting
+    assert planned(ParallelLayout(1, 8, 32, 1, 16)).hideable_seconds == 0
+
+
 def test_messages_between_stages() -> None:
     """DeepSpeed splits 134 MB over the tensor-parallel ranks and gathers them: input, own output, gradient.
 
@@ -133,6 +168,11 @@ def test_deepspeed_splits_messages_by_default() -> None:
     assert defaults["grad_partitioned"]
     args = NeoXArgs.from_dict(keys(), world_size=1)
     assert "pipeline" not in args.deepspeed_config
+    sliced = NeoXArgs.from_dict(keys(model_parallel_size=2, sequence_parallel=True), world_size=2)
+    assert get_pipeline_config(sliced.deepspeed_config) == defaults | {
+        "pipe_partitioned": False,
+        "grad_partitioned": False,
+    }
 
 
 def test_gradients_are_reduced_in_fp32() -> None:
@@ -355,9 +395,13 @@ def test_recomputation_and_replicated_norms_cost_time(layout: ParallelLayout) ->
         planned(replace(layout, recompute=mode)).step_seconds for mode in ("none", "selective", "full")
     )
     assert none < selective < full
-    without = planned(replace(layout, sequence_parallel=False)).step_seconds
-    with_it = planned(replace(layout, sequence_parallel=True)).step_seconds
-    assert with_it < without if layout.tensor > 1 else with_it == without
+    without, with_it = (planned(replace(layout, sequence_parallel=sliced)) for sliced in (False, True))
+    if layout.tensor == 1:
+        assert with_it.step_seconds == without.step_seconds
+    else:
+        assert with_it.parts["tensor_parallel"] > without.parts["tensor_parallel"]
+        assert with_it.parts["memory_bound"] < without.parts["memory_bound"]
+        assert with_it.parts["pipeline_messages"] <= without.parts["pipeline_messages"]
 
 
 @settings(max_examples=40, deadline=None)

@@ -16,6 +16,11 @@ registry = Registry()
 
 class ParallelKeys(Keys):
     model_parallel_size: int = key(1, "Tensor-parallel ranks; a group never leaves a node.", gt=0)
+    sequence_parallel: bool = key(
+        False,
+        "Between layers each tensor-parallel rank holds its slice of the sequence instead of all of it: less memory for "
+        "activations, two more half-collectives a layer. Needs a seq_length that model_parallel_size divides.",
+    )
     pipe_parallel_size: int = key(1, "Pipeline stages. GPT-NeoX's 0 (sequential model) is taken as 1.", ge=0)
     pipe_partition_method: str = key(
         "type:transformer|mlp",
@@ -61,6 +66,14 @@ def sequential_model_is_one_stage(args: ParallelKeys, world_size: int | None) ->
 
 
 @registry.derivation(*ALL_TASKS)
+def one_tensor_rank_holds_the_whole_sequence(args: ParallelKeys, world_size: int | None) -> Derived:
+    if not args.sequence_parallel or args.model_parallel_size > 1:
+        return Derived({})
+    note = "sequence_parallel has no effect with model_parallel_size 1: one rank holds the whole sequence"
+    return Derived({"sequence_parallel": False}, (note,))
+
+
+@registry.derivation(*ALL_TASKS)
 def device_of_the_backend(args: ParallelKeys, world_size: int | None) -> Derived:
     return Derived({"device": args.device or ("cpu" if args.distributed_backend == "gloo" else "cuda")})
 
@@ -102,6 +115,21 @@ def tensors_divide_by_tensor_parallelism(args: AllKeys) -> str | None:
     except ValueError as error:
         return str(error)
     return None
+
+
+# Evaluation and generation fill their sequences up.
+@registry.rule("train")
+def sequence_divides_by_tensor_parallelism(args: AllKeys) -> str | None:
+    ranks = args.model_parallel_size
+    if not args.sequence_parallel or args.seq_length is None or args.seq_length % ranks == 0:
+        return None
+    below = args.seq_length // ranks * ranks
+    above = below + ranks
+    legal = above if above <= args.max_position_embeddings or not below else below
+    return (
+        f"seq_length {args.seq_length} cannot be cut into {ranks} equal slices, as sequence_parallel with "
+        f"model_parallel_size {ranks} asks for; write seq_length: {legal}"
+    )
 
 
 @registry.rule(*ALL_TASKS)

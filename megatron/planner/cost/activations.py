@@ -10,7 +10,8 @@ ranks; h, f, V as in the model; kv = key/value heads x head_dim. Elements per to
     h / t            attention's output
     3f / t           up and gate, and their product
 
-and 2h more with the layer's input, which is all that full recomputation keeps.
+and 2h more with the layer's input, which is all that full recomputation keeps. Sequence parallelism divides by t what
+stands without it: a column-parallel matrix keeps its slice of the input and gathers it again.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ class Activations:
     swiglu_temporaries: int
     norm_temporaries: int
     loss_temporaries: int
+    sliced: bool  # sequence parallelism
     several: bool  # sequences in a micro-batch: [s, b, h] <-> [b, s, h] then needs copies
     documents: bool
     on_host: bool  # a CPU's memory
@@ -84,6 +86,7 @@ class Activations:
             swiglu_temporaries=block(f // t) * FP32 * (6 if upcast else 1),
             norm_temporaries=block(h) * FP32 * (3 if upcast else 0),
             loss_temporaries=block(vocabulary) * FP32 * (2 if upcast else 0),
+            sliced=layout.sequence_parallel,
             several=layout.micro_batch > 1,
             documents=documents,
             on_host=ops == "cpu",
@@ -115,11 +118,14 @@ class Activations:
         gradient of the layer's output and its copies.
         """
         again = {"none": 0, "selective": self._inner_attention, "full": self.inside_layer + self.hidden}[recompute]
-        whole = 2 * (self.gathered - self.hidden)  # sequence parallelism: gathered input and gradient of a matrix
+        # Sequence parallelism: the gathered gradient of a row-parallel matrix's output; a column-parallel matrix's
+        # gathered input, the gradient of it and this rank's slice of that.
+        of_row = self.gathered if self.sliced else 0
+        of_column = 2 * self.gathered + self.hidden if self.sliced else self.hidden
         moments = (
-            self.product + second_matrix,  # gradient of the product, and of the MLP's second matrix
+            of_row + self.product + second_matrix,  # gradient of the product, and of the MLP's second matrix
             self.up_gate + self.swiglu_temporaries,  # the product is free, its gradient and that of up and gate alive
-            self.hidden + whole + first_matrix - self.product,
+            of_column + first_matrix - self.product,
             self.hidden + self.norm_temporaries - self.product - self.up_gate,
         )
         return again + incoming + max(moments)

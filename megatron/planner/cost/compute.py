@@ -108,7 +108,8 @@ def head_seconds(shape: LlamaShape, layout: ParallelLayout, seq_length: int, mac
     columns = shape.padded_vocab_size // layout.tensor
     gemm = sum(linear_seconds(tokens, shape.hidden_size, columns, machine))
     logits = 3 * columns  # read for the loss; read, and their gradient written, in the backward
-    moved = BF16 * tokens * (logits + 5 * shape.hidden_size)
+    outside = layout.tensor if layout.sequence_parallel else 1
+    moved = BF16 * tokens * (logits + 5 * shape.hidden_size / outside)
     return Seconds(gemm=gemm, memory_bound=moved / machine.hbm_rate / machine.sustained)
 
 

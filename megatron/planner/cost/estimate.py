@@ -5,8 +5,9 @@
     budget(estimate, tokens) -> Budget             days and node-hours
 
 Pure arithmetic on the model's sizes (`compute`), on who sends what to whom (`traffic`) and on one machine's constants
-(`machines`); no torch. What it takes for granted: bf16, the 1F1B schedule, communication overlapped with nothing, which
-is what DeepSpeed's pipeline engine does. What it does not know: `docs/planning.md`.
+(`machines`); no torch. What it takes for granted: bf16, the 1F1B schedule, communication overlapped with nothing: so it
+is in DeepSpeed's pipeline engine, but for collectives of tensor parallelism beside a product (`hideable_seconds`). What
+it does not know: `docs/planning.md`.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class StageTime:
     parameters: float  # of one rank
     compute: Seconds
     tensor_parallel: float
+    hideable: float  # of `tensor_parallel`: launched beside products at least as long
     messages: float
     accumulation: float  # adding the micro-batch's gradients to the fp32 ones
 
@@ -60,6 +62,12 @@ class Estimate:
     @property
     def slowest(self) -> StageTime:
         return max(self.stages, key=lambda stage: stage.total)
+
+    @property
+    def hideable_seconds(self) -> float:
+        """What a step would gain if every collective that is launched beside a product ran behind it, at no cost to
+        it. Not taken off: a collective takes compute units from the product, and how many is not known."""
+        return self.slowest.hideable * self.layout.num_micro_batches * self.waiting
 
     @property
     def waiting(self) -> float:
@@ -223,8 +231,8 @@ def _stages(
     stored = replace(layout, recompute="none") if layout.recompute == "full" else layout
     again, once = (_layer(shape, kind, seq_length, machine) for kind in (layout, stored))
     rate = traffic.tensor_rate(layout, machine) if layout.tensor > 1 else math.inf
-    # the embedding's output, and the gradient of the head's input
-    end_reduced = traffic.ring_bytes(layout.tensor, traffic.BF16 * layout.micro_batch * seq_length * shape.hidden_size)
+    hideable = _hideable_seconds(shape, layout, seq_length, machine, rate)
+    half = traffic.half_bytes(shape, layout, seq_length)
     message = traffic.message_bytes(shape, layout, seq_length)
     matrix = shape.padded_vocab_size * shape.hidden_size / layout.tensor
     layer_parameters = sum(i * o for i, o in compute.layer_matrices(shape, layout.tensor)) + 2 * shape.hidden_size
@@ -244,13 +252,14 @@ def _stages(
         boundaries = [stage - 1] * (not first) + [stage] * (not last)
         # activations one way, gradients the other
         messages = sum(2 * message / traffic.boundary_rate(b, layout, machine) for b in boundaries)
-        messages += traffic.message_gathers(layout, first, last) * (end_reduced / 2) / rate
+        messages += traffic.message_gathers(layout, first, last) * half / rate
         stages.append(
             StageTime(
                 layers=layers,
                 parameters=parameters,
                 compute=work,
-                tensor_parallel=(reduced + end_reduced * (first + last)) / rate,
+                tensor_parallel=(reduced + traffic.end_collectives(layout, first, last) * half) / rate,
+                hideable=hideable * layers,
                 messages=messages * layout.virtual_stages,
                 accumulation=_accumulation_seconds(parameters, machine),
             )
@@ -264,6 +273,23 @@ def _layer(shape: LlamaShape, layout: ParallelLayout, seq_length: int, machine: 
         sum(compute.layer_seconds(shape, layout, seq_length, machine), Seconds()),
         traffic.tensor_bytes_per_layer(shape, layout, seq_length),
     )
+
+
+def _hideable_seconds(
+    shape: LlamaShape, layout: ParallelLayout, seq_length: int, machine: Machine, rate: float
+) -> float:
+    """Of one layer's and micro-batch's tensor-parallel time, what the products beside it last at least.
+
+    Beside the weight's gradient of both column-parallel matrices; with sequence parallelism beside the input's too.
+    """
+    tokens = layout.micro_batch * seq_length
+    products = []
+    for features_in, features_out in compute.layer_matrices(shape, layout.tensor)[::2]:
+        products.append(compute.gemm_seconds(features_in, tokens, features_out, machine))
+        if layout.sequence_parallel:
+            products.append(compute.gemm_seconds(tokens, features_out, features_in, machine))
+    beside = traffic.layer_collectives(layout).beside / len(products)
+    return sum(min(beside * traffic.half_bytes(shape, layout, seq_length) / rate, product) for product in products)
 
 
 def _accumulation_seconds(parameters: float, machine: Machine) -> float:

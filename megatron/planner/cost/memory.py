@@ -6,7 +6,8 @@ DeepSpeed really hold, read from their source and checked against measured runs 
 - bf16 (`BF16_Optimizer`): bf16 weights and bf16 gradients, *unsharded* fp32 gradients, and 12 bytes a parameter of
   fp32 master weights and moments, sharded over data-parallel ranks. fp32 (ZeRO-1): fp32 weights and gradients.
 - 1F1B keeps min(m, p - stage) micro-batches in flight (`TrainSchedule`), of each of them what the recomputation mode
-  leaves stored. Between stages DeepSpeed passes each tensor-parallel rank's share of the hidden states.
+  leaves stored. Between stages DeepSpeed passes each tensor-parallel rank's share of the hidden states; with sequence
+  parallelism this is what the rank computes with.
 - The last stage's buffers keep the logits of two micro-batches, long after their backward pass.
 - The reduction copies all fp32 gradients that fit one bucket of 500 million elements.
 """
@@ -292,7 +293,7 @@ def _stage(
 
 
 def _message(layout: ParallelLayout, sizes: Activations) -> int:
-    """What a rank sends to the next stage: DeepSpeed splits the hidden states over the tensor-parallel ranks."""
+    """What a rank sends to the next stage: its part of the hidden states, or its slice of the sequence."""
     return sizes.gathered // layout.tensor + (sizes.tokens if sizes.documents else 0)
 
 
@@ -359,7 +360,8 @@ class _Step:
 
     def _backward(self, done: int) -> list[_Moment]:
         """A backward pass when `done` micro-batches have been through theirs, from the loss to the first layer."""
-        sizes, parameters, alone = self.sizes, self.parameters, self.layout.tensor == 1
+        sizes, parameters = self.sizes, self.parameters
+        alone = self.layout.tensor == 1 or sizes.sliced  # messages are what the ranks compute with
         hidden, again = sizes.hidden, self.layout.recomputed(self.decoders)
         layer_modes = [self._mode(number < again) for number in range(self.decoders)]
         layers = [sizes.stored_by_layer(mode) for mode in layer_modes]
@@ -390,7 +392,8 @@ class _Step:
         moments = []
         if self.last:
             after = 2 * hidden + sizes.inverse_rms  # the norm's input and output
-            gradient = max(sizes.loss_temporaries, hidden + parameters.head * self.element)
+            whole = 2 * sizes.gathered if sizes.sliced else 0  # the head's gathered input, and the gradient of it
+            gradient = max(sizes.loss_temporaries, whole + hidden + parameters.head * self.element)
             moments.append(_Moment("loss", done * everything, stored + before + after, gradient, logits + sizes.logits))
         # The last layer of each kind has most stored besides, the first has most gradients already.
         for number in sorted({self.decoders - 1, again - 1, 0} - {-1}) if self.decoders else []:
@@ -405,7 +408,9 @@ class _Step:
             moments.append(_Moment("backward", everything if done else grown, stored + before - freed, work, logits))
         finished = before + output + ids + restored + (0 if self.last else incoming)
         if self.first:
-            work = hidden * (2 if sizes.several else 1) + self.element * parameters.embedding
+            # gathered, put in order, and without the rows of other ranks
+            whole = sizes.gathered * (3 if sizes.several else 2) if sizes.sliced else 0
+            work = whole + hidden * (2 if sizes.several else 1) + self.element * parameters.embedding
             grown = everything - (0 if done else self.element * parameters.embedding)
             moments.append(_Moment("embedding", grown, others + finished, work, logits))
         if self.optimizer.precision == "bfloat16":

@@ -21,8 +21,8 @@ class ParallelLayout:
     """One way to run a model on `world_size` ranks.
 
     `recompute` is what the backward pass computes again: nothing, attention's inner part (selective), or decoder layers
-    (full), `recompute_layers` of each stage or all of them. `sequence_parallel`, `virtual_stages` > 1 and selective
-    recomputation cannot be run by the trainer today (`runs_today`); the planner knows them to say what they would gain.
+    (full), `recompute_layers` of each stage or all of them. `virtual_stages` > 1 and selective recomputation cannot be
+    run by the trainer today (`runs_today`); the planner knows them to say what they would gain.
     """
 
     tensor: int
@@ -46,6 +46,7 @@ class ParallelLayout:
             num_micro_batches=args.gradient_accumulation_steps,
             recompute="full" if args.checkpoint_activations else "none",
             recompute_layers=args.recompute_layers,
+            sequence_parallel=args.sequence_parallel,
         )
 
     @property
@@ -66,4 +67,4 @@ class ParallelLayout:
     @property
     def runs_today(self) -> bool:
         """Whether the trainer can run it."""
-        return not self.sequence_parallel and self.virtual_stages == 1 and self.recompute != "selective"
+        return self.virtual_stages == 1 and self.recompute != "selective"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from megatron.layout import LlamaShape
 from megatron.planner.cost.compute import BF16, FP32
@@ -33,13 +34,53 @@ def group_rate(machine: Machine, local_ranks: Sequence[int]) -> float:
     return machine.collective * min(2.0 * ring_rate(gcds), cut_rate(gcds))
 
 
+@dataclass(frozen=True)
+class HalfCollectives:
+    """Gathers and reduce-scatters of a hidden state over tensor-parallel ranks; an all-reduce is one of each.
+
+    `beside` of the backward ones are launched beside a product that needs no result of theirs.
+    """
+
+    forward: int
+    backward: int
+    beside: int
+
+    @property
+    def all(self) -> int:
+        return self.forward + self.backward
+
+
+def layer_collectives(layout: ParallelLayout) -> HalfCollectives:
+    """Of a decoder layer and micro-batch, without recomputation.
+
+    Plain: an all-reduce after attention and after the MLP; in the backward pass one of each block's input gradient,
+    beside the product that gives the weight's. Sequence parallelism: a gather before and a scatter after each block; in
+    the backward pass the same the other way round, and a second gather of each block's input, which is not stored.
+    """
+    if layout.tensor == 1:
+        return HalfCollectives(0, 0, 0)
+    return HalfCollectives(4, 6, 4) if layout.sequence_parallel else HalfCollectives(4, 4, 4)
+
+
+def end_collectives(layout: ParallelLayout, first: bool, last: bool) -> int:
+    """Half-collectives of the embedding on the first stage and of the head on the last, both passes."""
+    if layout.tensor == 1:
+        return 0
+    # The embedding's output is all-reduced, or scattered and its gradient gathered; the gradient of the head's input is
+    # all-reduced, or the input is gathered, gathered again, and its gradient scattered.
+    return 2 * first + (3 if layout.sequence_parallel else 2) * last
+
+
+def half_bytes(shape: LlamaShape, layout: ParallelLayout, seq_length: int) -> float:
+    """What a rank sends in a gather or a reduce-scatter of a micro-batch's hidden state."""
+    return ring_bytes(layout.tensor, BF16 * layout.micro_batch * seq_length * shape.hidden_size) / 2
+
+
 def tensor_bytes_per_layer(shape: LlamaShape, layout: ParallelLayout, seq_length: int) -> float:
-    """Ring traffic of a rank in one decoder layer and micro-batch: an all-reduce of s b h after attention and after
-    the MLP, two more in the backward, and the forward's again if the layer is recomputed. Sequence parallelism splits
-    each into a gather and a reduce-scatter, of the same bytes."""
-    reductions = 6 if layout.recompute == "full" else 4
-    size = BF16 * layout.micro_batch * seq_length * shape.hidden_size
-    return reductions * ring_bytes(layout.tensor, size)
+    """Ring traffic of a rank in one decoder layer and micro-batch: that of `layer_collectives`, and the forward's again
+    if the layer is recomputed."""
+    halves = layer_collectives(layout)
+    return (halves.all + halves.forward * (layout.recompute == "full")) * half_bytes(shape, layout, seq_length)
 
 
 def tensor_rate(layout: ParallelLayout, machine: Machine) -> float:
@@ -51,15 +92,15 @@ def tensor_rate(layout: ParallelLayout, machine: Machine) -> float:
 
 
 def message_bytes(shape: LlamaShape, layout: ParallelLayout, seq_length: int) -> float:
-    """What a rank sends to the next stage for one micro-batch, and back as gradient: DeepSpeed splits the hidden state
-    over the tensor-parallel ranks (`pipe_partitioned`, `grad_partitioned`)."""
+    """What a rank sends to the next stage for one micro-batch, and back as gradient: its part of the hidden state, which
+    DeepSpeed splits over the tensor-parallel ranks (`pipe_partitioned`, `grad_partitioned`), or its slice of it."""
     return BF16 * layout.micro_batch * seq_length * shape.hidden_size / layout.tensor
 
 
 def message_gathers(layout: ParallelLayout, first: bool, last: bool) -> int:
     """Gathers of a whole hidden state over tensor-parallel ranks that the split costs a stage in each micro-batch: of
-    the received input; of the stage's own output again, and of its gradient. Under sequence parallelism the parts are
-    what the layers want."""
+    the received input; of the stage's own output again, and of its gradient. Under sequence parallelism slices are what the
+    layers want."""
     if layout.tensor == 1 or layout.sequence_parallel:
         return 0
     return (not first) + 2 * (not last)

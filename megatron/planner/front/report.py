@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron.planner.cost.machines import GIB
-from megatron.planner.plan import Plan, less_recomputation
+from megatron.planner.plan import Plan, faster
 
 WIDTH = 132  # columns; a log file has no terminal to ask
 
@@ -30,11 +30,12 @@ def _what(plan: Plan) -> str:
     recompute = {"full": "every decoder layer recomputed", "none": "nothing recomputed"}[layout.recompute]
     if layout.recompute_layers is not None:
         recompute = f"{layout.recompute_layers} decoder layers of each stage recomputed"
+    sliced = ", sequence parallel" if layout.sequence_parallel else ""
     nodes = f" ({plan.nodes:,} nodes of {plan.machine.gpus_per_node})" if plan.nodes > 1 else ""
     return (
         f"{plan.parameters_total:,} parameters on {layout.world_size:,} ranks{nodes}: TP {layout.tensor} x PP "
         f"{layout.pipe} x DP {layout.data}, {args.precision}, "
-        f"{recompute}\n"
+        f"{recompute}{sliced}\n"
         f"batch of {layout.global_batch:,} sequences = micro-batch {layout.micro_batch} x accumulation "
         f"{layout.num_micro_batches} x data parallel {layout.data}; {plan.time.tokens_per_step:,} tokens a step"
     )
@@ -82,8 +83,7 @@ def _verdict(plan: Plan) -> str:
         f"{verdict}: at most {stage.peak / GIB:.1f} GiB (stage {stage.stage}, {stage.moment}) of the "
         f"{plan.usable_bytes / GIB:.1f} GiB that can be used on {plan.machine.name}"
     )
-    hint = less_recomputation(plan)
-    return line if hint is None else f"{line}\n{hint}"
+    return "\n".join([line, *faster(plan)])
 
 
 def _time(plan: Plan) -> str:
@@ -99,6 +99,12 @@ def _time(plan: Plan) -> str:
         *(["on CPUs"] if plan.args.device == "cpu" else []),
         *(["in fp32"] if plan.args.precision == "fp32" else []),
     ]
+    hideable = (
+        f"; tensor-parallel collectives beside products, {time.hideable_seconds / time.step_seconds:.1%} of the step "
+        "if they hide behind them, are not taken off"
+        if plan.layout.tensor > 1
+        else ""
+    )
     assumed = f" in bfloat16 (this run is {' and '.join(differs)})" if differs else ""
     return (
         f"time predicted for {plan.machine.name}{assumed}: {time.step_seconds:.3g} s a step, "
@@ -106,7 +112,7 @@ def _time(plan: Plan) -> str:
         f"  {flops['neox']:.1f} TFLOP/s a GCD by GPT-NeoX's formula (HFU {flops['neox'] / peak:.0%}), "
         f"{flops['megatron']:.1f} by Megatron's (MFU {flops['megatron'] / peak:.0%} of {peak:.1f})\n"
         f"  {shares}\n"
-        f"  bubble (p - 1) / m = {time.bubble:.0%} of the busy time"
+        f"  bubble (p - 1) / m = {time.bubble:.0%} of the busy time{hideable}"
     )
 
 
