@@ -80,8 +80,9 @@ class Case:
         recompute = "recomputed" if self.recompute else "stored"
         if self.recompute_layers is not None:
             recompute = f"{self.recompute_layers} recomputed"
+        tensor = f"TP{self.tensor} SP" if self.sequence_parallel else f"TP{self.tensor}"
         return (
-            f"TP{self.tensor}{' SP' if self.sequence_parallel else ''} PP{self.pipe} DP{self.data}, {self.micro_batch} x {self.num_micro_batches}, {recompute}, "
+            f"{tensor} PP{self.pipe} DP{self.data}, {self.micro_batch} x {self.num_micro_batches}, {recompute}, "
             f"{'bf16' if self.precision == 'bfloat16' else self.precision}"
         )
 

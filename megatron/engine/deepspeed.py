@@ -151,6 +151,7 @@ class DeepSpeedEngine:
     def logits(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor | None:
         given = {"tokens": tokens} if positions is None else {"tokens": tokens, "positions": positions}
         inputs = _inputs(self._fitting(given))
+        self.pipeline_engine.total_loss = None  # it would add these logits to the losses of an evaluation before
         _, logits = self.pipeline_engine.eval_batch(
             iter([(inputs, tokens)]) if self.place.reads_data else None,
             return_logits=True,
@@ -159,6 +160,7 @@ class DeepSpeedEngine:
             bcast_loss=False,
             num_micro_batches=1,
         )
+        self.pipeline_engine.total_loss = None
         return logits[:, : tokens.shape[1]] if self.place.last_stage else None
 
     def _fitting(self, micro_batch: MicroBatch) -> MicroBatch:
@@ -232,8 +234,8 @@ class DeepSpeedEngine:
         if self.module.tensor_parallel.sequence_parallel and divided:
             raise EngineMismatchError(
                 "the DeepSpeed engine divides messages between stages over tensor-parallel ranks (pipe_partitioned "
-                f"{engine.is_pipe_partitioned}, grad_partitioned {engine.is_grad_partitioned}), which sequence_parallel "
-                "has done already; both must be false"
+                f"{engine.is_pipe_partitioned}, grad_partitioned {engine.is_grad_partitioned}), but with "
+                "sequence_parallel they are slices already; both must be false"
             )
 
     def check(self) -> None:

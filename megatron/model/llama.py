@@ -2,8 +2,7 @@
 
 Shapes: s sequence, b micro-batch, h hidden, V padded vocabulary; a tensor-parallel rank holds n query heads, m key
 and value heads of d dimensions, and f of the MLP's inner features. Between layers the hidden states are [s, b, h]; with
-sequence parallelism s is this rank's slice there, in what norms and residual additions see, and the whole sequence inside
-of attention and MLP.
+sequence parallelism this rank's slice of s, which is what norms and residual additions see: [s/t, b, h].
 
 Where documents are isolated, stages pass (hidden, positions): int64 [b, s] that restart at 0 with each document.
 Attention then stops at the restarts. Masks are never built: causal is a flag of the attention kernel, and a

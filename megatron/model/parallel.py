@@ -2,8 +2,8 @@
 
 Attention and MLP each cut their first matrix by rows (column parallel: no communication forward) and their second
 by columns (row parallel: one all-reduce forward), after Shoeybi et al. 2019. The matrices themselves are
-megatron-core's; the embedding and the head are cut over the vocabulary. With sequence parallelism the matrices are those
-of `megatron.model.sequence_parallel`, of the same shapes and names.
+megatron-core's; the embedding and the head are cut over the vocabulary. With sequence parallelism they are those of
+`megatron.model.sequence_parallel`, with the same parameters.
 """
 
 from __future__ import annotations

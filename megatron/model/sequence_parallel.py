@@ -1,9 +1,9 @@
-"""Sequence parallelism: between layers each tensor-parallel rank holds its slice of the sequence (Korthikanti et al. 2022).
+"""Sequence parallelism: between layers each tensor-parallel rank holds its slice of the sequence.
 
-Norms and residual additions then work on s / t tokens, and their activations take a t-th of the memory. Before a
-column-parallel product the slices are gathered, after a row-parallel product the partial sums are added up and
-scattered; an all-reduce is just these two, so the bytes are the same. The gathered input of a product is not stored:
-the backward pass gathers it again, beside the product that does without.
+Korthikanti et al. 2022. Norms and residual additions then work on s / t tokens, and their activations take a t-th of
+the memory. Before a column-parallel product the slices are gathered, after a row-parallel product the partial sums are
+reduce-scattered; together they move the bytes of the all-reduce that they replace. The gathered input is not stored:
+the backward pass gathers it again, beside the product that does not need it.
 
 A parameter that every rank holds whole, a norm's, has seen the rank's slice only: its gradients must be summed over the
 ranks once a step (`sum_over_slices`). Whatever passes tensors between stages must pass slices as they are.
@@ -33,7 +33,7 @@ class _Gathering:
         """The whole sequence."""
         self._work.wait()
         stacked = self._stacked
-        del self._stacked, self._source
+        del self._stacked, self._source, self._work  # the last holds the tensors too
         if self._dim == 0:
             return stacked
         return stacked.unflatten(0, (self._ranks, -1)).transpose(0, 1).flatten(1, 2)
@@ -54,7 +54,7 @@ class _Scattering:
     def wait(self) -> Tensor:
         """This rank's slice of the sum."""
         self._work.wait()
-        del self._source
+        del self._source, self._work
         return self._slice
 
 

@@ -186,8 +186,10 @@ def _fewest(plan: Plan, layout: ParallelLayout) -> int | None:
 
 
 def faster(plan: Plan) -> list[str]:
-    """What would cost less time in the memory there is: to recompute no more than it asks for, and to cut the sequence so
-    that it asks for less. Each with its gain; none for a plan that does not fit or recomputes nothing."""
+    """What would take less time and fit: recomputing no more than memory demands, also with sequence parallelism.
+
+    One line each, with its gain; none for a plan that does not fit or recomputes nothing.
+    """
     if not plan.fits or plan.layout.recompute != "full":
         return []
     lines = []

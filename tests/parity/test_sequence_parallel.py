@@ -122,7 +122,8 @@ def test_divided_messages_would_train_something_else() -> None:
 def test_norm_gradients_that_are_not_summed_are_seen() -> None:
     results = run_ranks(_disturbed, 2, (2, 1, 1), "norms not summed")
     expected = trained(VARIANTS, ONE)[0].history
-    assert abs(results[0][0][0][1] / expected[0][1] - 1) > 1e-3, "the gradient norm of the first step"
+    # Norms have a small part of the gradient; parity is held to 1e-6.
+    assert abs(results[0][0][0][1] / expected[0][1] - 1) > 1e-5, "the gradient norm of the first step"
     first, second = (parameters.tensors for _, parameters in results)
     assert not torch.equal(first[2, "input_layernorm.scale"], second[2, "input_layernorm.scale"])
 
@@ -138,8 +139,9 @@ def _evaluated(rank: int, world_size: int, sequence_parallel: bool, split: Split
     from megatron.generation.text import continue_text
 
     tp, pp, _ = split
-    keys = ODD.neox(isolate_documents=True, model_parallel_size=tp, pipe_parallel_size=pp, maximum_tokens=6).merged
-    keys |= {"sequence_parallel": sequence_parallel, "from_scratch": None, "load": "unused"}
+    keys = ODD.neox(isolate_documents=True, model_parallel_size=tp, pipe_parallel_size=pp).merged
+    keys |= {"sequence_parallel": sequence_parallel, "maximum_tokens": 6, "temperature": 0.0}
+    keys |= {"from_scratch": None, "load": "unused"}
     args = NeoXArgs.from_dict(keys, world_size=world_size, task="eval")
     engine = inference(args, dict(ODD.hugging_face().state_dict()))
     samples = make_samples(ODD, 5)

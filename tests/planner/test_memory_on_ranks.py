@@ -86,7 +86,7 @@ def test_sequence_parallelism_saves_what_is_predicted() -> None:
     plain = replace(SLICED, sequence_parallel=False)
     predicted = predict(plain, "cpu", "cpu")[0].allocated - predict(SLICED, "cpu", "cpu")[0].allocated
     saved = measured(plain)[0][1] - measured(SLICED)[0][1]
-    assert saved > 0.1 * measured(plain)[0][1]
+    assert saved > 0.05 * measured(plain)[0][1]
     assert predicted == pytest.approx(saved, rel=TOLERANCE)
 
 

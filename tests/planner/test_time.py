@@ -125,8 +125,8 @@ def test_sequence_parallelism_has_ten_half_collectives_a_layer() -> None:
 
 
 def test_what_products_could_hide() -> None:
-    """By hand, a layer: a half-collective is 1.7713 ms, beside the qkv's two products of 1.43 and 1.44 ms and the MLP's,
-    which are longer; without sequence parallelism all-reduces of twice that, beside the weights' gradients alone."""
+    """A layer's half-collectives of 1.7713 ms, one beside each of the qkv's two products, which are shorter, and of the
+    MLP's; without sequence parallelism all-reduces of twice that, beside the products for the weights alone."""
     layout = replace(ASTROSAGE, recompute="none")
     tokens, matrices = 8192, compute.layer_matrices(LLAMA_70B, 8)
     (h, qkv), (_, up_gate) = matrices[0], matrices[2]

@@ -18,8 +18,8 @@ class ParallelKeys(Keys):
     model_parallel_size: int = key(1, "Tensor-parallel ranks; a group never leaves a node.", gt=0)
     sequence_parallel: bool = key(
         False,
-        "Between layers each tensor-parallel rank holds its slice of the sequence instead of all of it: less memory for "
-        "activations, two more half-collectives a layer. Needs a seq_length that model_parallel_size divides.",
+        "Between layers each tensor-parallel rank holds a slice of the sequence instead of all of it: less memory for "
+        "activations, two more half-collectives a layer. model_parallel_size must divide seq_length.",
     )
     pipe_parallel_size: int = key(1, "Pipeline stages. GPT-NeoX's 0 (sequential model) is taken as 1.", ge=0)
     pipe_partition_method: str = key(

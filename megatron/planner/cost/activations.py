@@ -111,6 +111,14 @@ class Activations:
     def _inner_attention(self) -> int:
         return self.rotated + self.log_sum_exp
 
+    @property
+    def column_backward(self) -> int:
+        """What a column-parallel matrix needs for the gradient of its input: that, and with sequence parallelism the
+        gathered input and the gradient of it. gloo scatters a copy."""
+        if not self.sliced:
+            return self.gathered
+        return self.hidden + self.gathered * (3 if self.on_host else 2)
+
     def layer_backward(self, recompute: Recompute, first_matrix: int, second_matrix: int, incoming: int) -> int:
         """Most bytes beyond what is stored while one layer is differentiated.
 
@@ -118,14 +126,12 @@ class Activations:
         gradient of the layer's output and its copies.
         """
         again = {"none": 0, "selective": self._inner_attention, "full": self.inside_layer + self.hidden}[recompute]
-        # Sequence parallelism: the gathered gradient of a row-parallel matrix's output; a column-parallel matrix's
-        # gathered input, the gradient of it and this rank's slice of that.
+        # Sequence parallelism: the gathered gradient of a row-parallel matrix's output.
         of_row = self.gathered if self.sliced else 0
-        of_column = 2 * self.gathered + self.hidden if self.sliced else self.hidden
         moments = (
             of_row + self.product + second_matrix,  # gradient of the product, and of the MLP's second matrix
             self.up_gate + self.swiglu_temporaries,  # the product is free, its gradient and that of up and gate alive
-            of_column + first_matrix - self.product,
+            self.column_backward + first_matrix - self.product,
             self.hidden + self.norm_temporaries - self.product - self.up_gate,
         )
         return again + incoming + max(moments)

@@ -392,8 +392,7 @@ class _Step:
         moments = []
         if self.last:
             after = 2 * hidden + sizes.inverse_rms  # the norm's input and output
-            whole = 2 * sizes.gathered if sizes.sliced else 0  # the head's gathered input, and the gradient of it
-            gradient = max(sizes.loss_temporaries, whole + hidden + parameters.head * self.element)
+            gradient = max(sizes.loss_temporaries, sizes.column_backward + parameters.head * self.element)
             moments.append(_Moment("loss", done * everything, stored + before + after, gradient, logits + sizes.logits))
         # The last layer of each kind has most stored besides, the first has most gradients already.
         for number in sorted({self.decoders - 1, again - 1, 0} - {-1}) if self.decoders else []:

@@ -92,15 +92,15 @@ def tensor_rate(layout: ParallelLayout, machine: Machine) -> float:
 
 
 def message_bytes(shape: LlamaShape, layout: ParallelLayout, seq_length: int) -> float:
-    """What a rank sends to the next stage for one micro-batch, and back as gradient: its part of the hidden state, which
-    DeepSpeed splits over the tensor-parallel ranks (`pipe_partitioned`, `grad_partitioned`), or its slice of it."""
+    """What a rank sends to the next stage for one micro-batch, and back as gradient: DeepSpeed splits the hidden state
+    over the tensor-parallel ranks (`pipe_partitioned`, `grad_partitioned`); sequence parallelism has done so."""
     return BF16 * layout.micro_batch * seq_length * shape.hidden_size / layout.tensor
 
 
 def message_gathers(layout: ParallelLayout, first: bool, last: bool) -> int:
     """Gathers of a whole hidden state over tensor-parallel ranks that the split costs a stage in each micro-batch: of
-    the received input; of the stage's own output again, and of its gradient. Under sequence parallelism slices are what the
-    layers want."""
+    the received input; of the stage's own output again, and of its gradient. With sequence parallelism the layers take
+    slices."""
     if layout.tensor == 1 or layout.sequence_parallel:
         return 0
     return (not first) + 2 * (not last)
