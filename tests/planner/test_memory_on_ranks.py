@@ -27,7 +27,7 @@ def small(**sizes: Any) -> Case:
 IN_FLIGHT = small(pipe=2, documents=True, recompute=False)
 TIED = small(pipe=2, data=2, tied=True)
 SLICED = small(tensor=2, micro_batch=2, seq=512, recompute=False, precision="fp32", sequence_parallel=True)
-SLICED_STAGES = small(tensor=2, pipe=2, micro_batch=2, sequence_parallel=True)
+SLICED_STAGES = small(tensor=2, pipe=2, micro_batch=2, precision="fp32", sequence_parallel=True)
 CASES = [
     small(recompute=False),
     small(precision="fp32", recompute=False),
@@ -44,7 +44,7 @@ CASES = [
     IN_FLIGHT,
     SLICED,
     SLICED_STAGES,
-    small(tensor=2, recompute=False, sequence_parallel=True),
+    small(tensor=2, pipe=2, micro_batch=2, sequence_parallel=True),
     small(tensor=4, kv_heads=4, seq=512, micro_batch=2, sequence_parallel=True),
     small(tensor=2, pipe=2, seq=512, recompute=False, documents=True, precision="fp32", sequence_parallel=True),
     small(tensor=2, pipe=2, data=2, layers=6, seq=512, tied=True, recompute_layers=1, sequence_parallel=True),
