@@ -160,6 +160,7 @@ RUNS = (
         2024,
         sharded=True,
         keeps_gathered=True,
+        assumed="inputs stored as gathered, ten half-collectives a layer less two",
         caution='derived from "0.6 minutes a step"; an earlier version of the source says one minute',
     ),
     PublishedRun(

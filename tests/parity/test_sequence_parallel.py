@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 import torch
 
+from megatron.checkpoint.verify import verify_checkpoint
 from megatron.neox_arguments import NeoXArgs
 from tests.support.engine_runs import Samples, inference, load, make_samples, rank_parameters, step, whole_logits
 from tests.support.models import Case
 from tests.support.ranks import run_ranks
+from tests.support.runs import metrics, run_case, weights
+from tests.support.token_files import random_documents
 from tests.support.variant_runs import (
     GLOBAL_BATCH,
     TIED,
@@ -33,6 +36,7 @@ SLOW_VARIANTS = (
     Variant(recompute=True),
     Variant(documents=True, recompute=True),
 )
+SMALL = Case(heads=4, kv_heads=2, head_dim=8, layers=2, intermediate=48, vocab=96, seq=16)
 LAYOUTS: list[Split] = [(2, 1, 1), (2, 1, 2), (2, 2, 1), (2, 2, 2), (4, 1, 1), (4, 1, 2), (4, 2, 1)]
 FAST = [(2, 1, 2), (2, 2, 2), (4, 1, 1)]
 ONE: Split = (1, 1, 1)
@@ -68,18 +72,51 @@ def test_every_layout_trains_the_same_model_in_every_variant(split: Split) -> No
 
 def test_bf16_is_as_near_to_one_process_as_without() -> None:
     """bf16 sums in another order differ by its rounding. The reference is how far the same layout is from one process
-    without sequence parallelism; the bounds are those that it has to keep (`test_layout_parity`)."""
-    variants = (Variant(precision="bfloat16"),)
-    (one,), (plain,), (sliced,) = (
-        trained(variants, ONE),
-        trained(variants, (2, 2, 1)),
-        trained(variants, (2, 2, 1), True),
-    )
+    without sequence parallelism; the bounds are those that every layout has to keep (`test_layout_parity`)."""
+    variants = (Variant(SMALL, precision="bfloat16"),)
+    (one,), (plain,) = trained(variants, ONE), trained(variants, (2, 2, 1))
+    (sliced,) = trained(variants, (2, 2, 1), True)
     reference, found = differences(plain, one), differences(sliced, one)
     print("without:", reference, "with:", found)
     for theirs, ours, bound in zip(reference, found, (2.5e-4, 1.1e-2, 2.7e-2), strict=True):
-        assert ours < bound
         assert theirs < bound
+        assert ours < bound
+        assert ours < 3 * theirs
+
+
+def _run(rank: int, world_size: int, keys: dict[str, Any]) -> None:
+    run_case(SMALL, world_size, keys)
+
+
+def test_a_whole_run_reports_what_it_does_without(tmp_path: Path) -> None:
+    """Training, validation and saves through the trainer; copies of parameters are compared in every step."""
+    data = random_documents(tmp_path / "train", SMALL.vocab)
+    for name in ("plain", "sliced"):
+        keys = {
+            "train_data_paths": [data],
+            "valid_data_paths": [data],
+            "model_parallel_size": 2,
+            "pipe_parallel_size": 2,
+            "sequence_parallel": name == "sliced",
+            "train_iters": 4,
+            "eval_interval": 2,
+            "eval_iters": 1,
+            "replica_check_interval": 1,
+            "isolate_documents": True,
+            "log_interval": 1,
+            "log_dir": str(tmp_path / name / "log"),
+            "save": str(tmp_path / name / "checkpoints"),
+            "checkpoint_factor": 4,
+        }
+        run_ranks(_run, 4, keys)
+    for key in ("train/lm_loss", "train/grad_norm", f"validation/{Path(data).name}/lm_loss"):
+        found, expected = (metrics(tmp_path / name, key) for name in ("sliced", "plain"))
+        assert len(found) > 2
+        assert found == pytest.approx(expected, rel=1e-6), key
+    assert verify_checkpoint(tmp_path / "sliced/checkpoints/global_step4") == []
+    theirs = weights(tmp_path / "plain", 4)
+    for name, tensor in weights(tmp_path / "sliced", 4).items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=1e-4, atol=1e-6)
 
 
 # --- what must not pass
@@ -126,6 +163,25 @@ def test_norm_gradients_that_are_not_summed_are_seen() -> None:
     assert abs(results[0][0][0][1] / expected[0][1] - 1) > 1e-5, "the gradient norm of the first step"
     first, second = (parameters.tensors for _, parameters in results)
     assert not torch.equal(first[2, "input_layernorm.scale"], second[2, "input_layernorm.scale"])
+
+
+def _poisoned(rank: int, world_size: int) -> Any:
+    """A step in which one rank's slice gives a norm a gradient that is not finite: the result, and what changed."""
+    from tests.support.engine_runs import batch_of, build
+
+    args = PLAIN.arguments((2, 1, 1), True)
+    engine = build(args, PLAIN.case)
+    before = rank_parameters(engine).tensors
+    if rank == 1:
+        layer = dict(engine.numbered_layers())[3]
+        layer.input_layernorm.scale.register_hook(lambda gradient: gradient * torch.nan)
+    result = engine.train_step(batch_of(engine, args, PLAIN.samples()[:GLOBAL_BATCH]))
+    after = rank_parameters(engine).tensors
+    return result.applied, [key for key, tensor in before.items() if not torch.equal(tensor, after[key])]
+
+
+def test_a_norm_gradient_that_is_not_finite_on_one_rank_is_applied_on_none() -> None:
+    assert run_ranks(_poisoned, 2) == [(False, []), (False, [])]
 
 
 # --- evaluation and generation fill sequences up

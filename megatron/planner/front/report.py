@@ -99,12 +99,8 @@ def _time(plan: Plan) -> str:
         *(["on CPUs"] if plan.args.device == "cpu" else []),
         *(["in fp32"] if plan.args.precision == "fp32" else []),
     ]
-    hideable = (
-        f"; tensor-parallel collectives beside products, {time.hideable_seconds / time.step_seconds:.1%} of the step "
-        "if they hide behind them, are not taken off"
-        if plan.layout.tensor > 1
-        else ""
-    )
+    share = time.hideable_seconds / time.step_seconds
+    hideable = f"\n  collectives beside products could hide {share:.1%} of the step; not taken off" if share else ""
     assumed = f" in bfloat16 (this run is {' and '.join(differs)})" if differs else ""
     return (
         f"time predicted for {plan.machine.name}{assumed}: {time.step_seconds:.3g} s a step, "
