@@ -1,8 +1,8 @@
 """The Llama decoder, top to bottom (Touvron et al. 2023; Llama-3.1: grouped-query attention, scaled rotary).
 
 Shapes: s sequence, b micro-batch, h hidden, V padded vocabulary; a tensor-parallel rank holds n query heads, m key
-and value heads of d dimensions, and f of the MLP's inner features. Between layers the hidden states are [s, b, h]; with
-sequence parallelism this rank's slice of s, which is what norms and residual additions see: [s/t, b, h].
+and value heads of d dimensions, and f of the MLP's inner features. Between layers the hidden states are [s, b, h]. With
+sequence parallelism over t ranks they are this rank's slice, [s/t, b, h], and so is what norms and additions see.
 
 Where documents are isolated, stages pass (hidden, positions): int64 [b, s] that restart at 0 with each document.
 Attention then stops at the restarts. Masks are never built: causal is a flag of the attention kernel, and a

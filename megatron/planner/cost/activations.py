@@ -86,7 +86,7 @@ class Activations:
             swiglu_temporaries=block(f // t) * FP32 * (6 if upcast else 1),
             norm_temporaries=block(h) * FP32 * (3 if upcast else 0),
             loss_temporaries=block(vocabulary) * FP32 * (2 if upcast else 0),
-            sliced=layout.sequence_parallel,
+            sliced=layout.sequence_parallel and t > 1,
             several=layout.micro_batch > 1,
             documents=documents,
             on_host=ops == "cpu",
@@ -114,7 +114,7 @@ class Activations:
     @property
     def column_backward(self) -> int:
         """What a column-parallel matrix needs for the gradient of its input: that, and with sequence parallelism the
-        gathered input and the gradient of it. gloo scatters a copy."""
+        gathered input and its gradient. gloo works on a copy of what it scatters."""
         if not self.sliced:
             return self.gathered
         return self.hidden + self.gathered * (3 if self.on_host else 2)

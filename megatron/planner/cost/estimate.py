@@ -36,7 +36,7 @@ class StageTime:
     parameters: float  # of one rank
     compute: Seconds
     tensor_parallel: float
-    hideable: float  # of `tensor_parallel`: launched beside products at least as long
+    hideable: float  # part of `tensor_parallel` that products beside it are long enough to hide
     messages: float
     accumulation: float  # adding the micro-batch's gradients to the fp32 ones
 
@@ -65,8 +65,8 @@ class Estimate:
 
     @property
     def hideable_seconds(self) -> float:
-        """What a step would gain if every collective that is launched beside a product ran behind it, at no cost to
-        it. Not taken off: a collective takes compute units from the product, and how many is not known."""
+        """What a step would gain if every collective that is launched beside a product ran behind it and did not slow
+        it down. Not taken off: a collective takes compute units from the product, and how many is not known."""
         return self.slowest.hideable * self.layout.num_micro_batches * self.waiting
 
     @property
@@ -278,9 +278,9 @@ def _layer(shape: LlamaShape, layout: ParallelLayout, seq_length: int, machine: 
 def _hideable_seconds(
     shape: LlamaShape, layout: ParallelLayout, seq_length: int, machine: Machine, rate: float
 ) -> float:
-    """Of one layer's and micro-batch's tensor-parallel time, what the products beside it last at least.
+    """The part of a layer's tensor-parallel time, for one micro-batch, that products beside it are long enough to hide.
 
-    Beside the weight's gradient of both column-parallel matrices; with sequence parallelism beside the input's too.
+    Those products give the gradients of both column-parallel matrices; with sequence parallelism of their inputs too.
     """
     tokens = layout.micro_batch * seq_length
     products = []
