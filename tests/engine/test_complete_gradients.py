@@ -1,4 +1,4 @@
-"""Which gradients are summed over tensor-parallel ranks before a step: those of rows that the layout calls replicated."""
+"""Which gradients are summed over tensor-parallel ranks before a step: those that the layout calls replicated."""
 
 from __future__ import annotations
 
