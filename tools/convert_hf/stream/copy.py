@@ -15,7 +15,7 @@ from pathlib import Path
 
 from megatron.common.atomic_files import write_text
 from tools.convert_hf.errors import ConvertError
-from tools.convert_hf.formats.crc import combine, zeros
+from megatron.common.crc import combine, zeros
 from tools.convert_hf.stream.band_io import FilePool, read_band, region_runs, write_runs
 from tools.convert_hf.stream.plan import CopyJob, CopyPlan, Destination
 from tools.convert_hf.stream.tensor_map import rows_and_columns
