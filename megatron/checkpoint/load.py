@@ -37,8 +37,9 @@ def load_checkpoint(
     """Fill the engine from `start.checkpoint` and return the run's position.
 
     TP, PP and DP may differ from those it was saved with; random states are restored if they do not. Everything is
-    restored only in the precision it was saved in. Weights alone, or weights and position, leave the precision free; the
-    optimizer's fp32 masters are then made from the weights. Collective over all ranks; CheckpointError is the same on all of them.
+    restored only in the precision it was saved in. Weights alone, or weights and position, leave the precision free;
+    the optimizer's fp32 masters are then made from the weights.
+    Collective over all ranks; CheckpointError is the same on all of them.
     """
     checkpoint = start.checkpoint
     assert checkpoint is not None
@@ -49,6 +50,8 @@ def load_checkpoint(
         if start.restores_optimizer:
             optimizer = _fit_optimizer(checkpoint, engine, args.precision, there)
     _verify(ranks, checkpoint, there)
+    if optimizer is not None:
+        _verify_index(ranks, optimizer)
     _load_layers(ranks, checkpoint, engine, here, there)
     same_layout = checkpoint.provenance.get("layout") == engine.place.sizes
     if optimizer is not None:
@@ -100,7 +103,7 @@ def load_weights(engine: Engine, args: NeoXArgs) -> Path:
 
 
 def saved_split(checkpoint: SavedCheckpoint, args: NeoXArgs) -> TensorSplit:
-    """How a checkpoint's tensors are cut, from its manifest: its TP, and the padding of the vocabulary that goes with it.
+    """How a checkpoint's tensors are cut: the TP of its manifest, and the padding of the vocabulary that goes with it.
 
     The configuration's where the manifest does not say, or there is none.
     """
@@ -135,9 +138,7 @@ def _load_layers(
             logger.info(f"weights: {stored} in the files, {used} here ({'exact' if exact else 'rounded to nearest'})")
 
 
-def _fit_optimizer(
-    checkpoint: SavedCheckpoint, engine: Engine, precision: str, split: TensorSplit
-) -> SavedOptimizer:
+def _fit_optimizer(checkpoint: SavedCheckpoint, engine: Engine, precision: str, split: TensorSplit) -> SavedOptimizer:
     """The checkpoint's optimizer states; CheckpointError if they are absent or cannot be those of this run."""
     folder, provenance = checkpoint.folder, checkpoint.provenance
     if checkpoint.manifest is None:
@@ -161,11 +162,15 @@ def _fit_optimizer(
             "version 1, which is read at its own layout; write them anew with `python tools/convert_hf reshard "
             f"--optimizer --tp {now['tp']} --pp {now['pp']} --dp {now['dp']}`, or {_WAYS_OUT}"
         )
-    # One rank looks: all have the same manifest.
-    if optimizer.by_ranges and engine.place.rank == 0 and (problems := optimizer.index.problems()):
-        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-        raise CheckpointError(f"{folder} is not complete: {'; '.join(problems[:3])}{more}; {_WAYS_OUT}")
     return optimizer
+
+
+def _verify_index(ranks: RankGroup, optimizer: SavedOptimizer) -> None:
+    """The optimizer files hold each element of the model's state once. One rank looks: all have the same manifest."""
+    with ranks.together(f"loading {optimizer.folder}"):
+        if optimizer.by_ranges and ranks.rank == 0 and (problems := optimizer.index.problems()):
+            more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+            raise CheckpointError(f"{optimizer.folder} is not complete: {'; '.join(problems[:3])}{more}; {_WAYS_OUT}")
 
 
 def layout_text(sizes: Any) -> str:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron.checkpoint.manifest import FileEntry, Manifest, format_checksum
-from megatron.checkpoint.state_ranges import BLOCK, ITEM, STATE_KINDS, StateRange, StoredArray, StoredBytes
+from megatron.checkpoint.state_ranges import ITEM, STATE_KINDS, StateRange, StoredArray, StoredBytes, block_bytes
 from megatron.common.crc import combine
 from megatron.common.errors import CheckpointError
 from megatron.layout import TensorRange, TensorSplit, layer_files
@@ -115,8 +115,8 @@ def write_optimizer_file(
 
 
 def _blocks(data: memoryview) -> Iterator[memoryview]:
-    for first in range(0, len(data), BLOCK * ITEM):
-        yield data[first : first + BLOCK * ITEM]
+    for first in range(0, len(data), block_bytes()):
+        yield data[first : first + block_bytes()]
 
 
 def _write(descriptor: int, data: bytes | memoryview) -> int:
@@ -175,8 +175,9 @@ class OptimizerIndex:
                 numel = self.split.numel(row)
                 expected |= {(layer, row.neox, tp_rank): numel for tp_rank in range(self.split.tp)}
         problems = [
-            f"{self._by_tensor[key][0].file} holds layer {key[0]} {key[1]} of tensor rank {key[2]}, which the model has not"
-            for key in self._by_tensor.keys() - expected.keys()
+            f"{placed[0].file} holds layer {key[0]} {key[1]} of tensor rank {key[2]}, which the model does not have"
+            for key, placed in self._by_tensor.items()
+            if key not in expected
         ]
         for (layer, tensor, tp_rank), numel in expected.items():
             placed, position = self._by_tensor.get((layer, tensor, tp_rank), []), 0

@@ -1,4 +1,4 @@
-"""An engine's optimizer from a checkpoint: of any layout from the ranges of version 2, of its own layout from version 1.
+"""An engine's optimizer from a checkpoint: of version 2 at any layout, of version 1 at the layout that wrote it.
 
 Nothing is gathered in memory: each range is read in blocks, straight into the engine's tensors.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from megatron.checkpoint.manifest import FileEntry, Manifest, file_checksum
 from megatron.checkpoint.optimizer_files import OptimizerIndex, optimizer_file_name
 from megatron.checkpoint.optimizer_reader import StateReader
 from megatron.checkpoint.state import rng_from_bytes
-from megatron.checkpoint.state_ranges import BLOCK
+from megatron.checkpoint.state_ranges import ITEM, block_bytes
 from megatron.checkpoint.torch_files import read_file
 from megatron.common.errors import CheckpointError
 from megatron.layout import TensorRange, TensorSplit
@@ -43,7 +44,7 @@ class SavedOptimizer:
         return any(entry.ranges for entry in self.files.values())
 
     def load(self, engine: Engine, here: TensorSplit) -> None:
-        """Fill the engine's optimizer, whose weights are loaded. Not collective; CheckpointError names what is wrong."""
+        """Fill the engine's optimizer; its weights are loaded. Not collective; CheckpointError names what is wrong."""
         if not self.by_ranges:
             engine.load_shards(_Version1(*self._version1_file(engine)).read)
             return
@@ -84,12 +85,13 @@ class _Ranges:
 
     def __init__(self, reader: StateReader, index: OptimizerIndex) -> None:
         self.reader, self.index = reader, index
-        self.buffer = np.empty(BLOCK, dtype=np.float32)
+        self.buffer = np.empty(block_bytes() // ITEM, dtype=np.float32)
 
     def read(self, where: TensorRange, tensors: Mapping[str, Tensor]) -> int:
+        step = len(self.buffer)
         for kind, tensor in tensors.items():
-            for start in range(where.start, where.stop, BLOCK):
-                part = TensorRange(where.layer, where.tensor, where.tp_rank, start, min(start + BLOCK, where.stop))
+            for start in range(where.start, where.stop, step):
+                part = replace(where, start=start, stop=min(start + step, where.stop))
                 block = self.buffer[: len(part)]
                 self.reader.read(part, kind, block)
                 tensor[start - where.start :][: len(part)].copy_(torch.from_numpy(block))

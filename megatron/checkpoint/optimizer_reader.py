@@ -19,7 +19,7 @@ from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
 from megatron.checkpoint.optimizer_files import OptimizerIndex, PlacedRange
-from megatron.checkpoint.state_ranges import BLOCK, ITEM
+from megatron.checkpoint.state_ranges import ITEM, block_bytes
 from megatron.common.errors import CheckpointError
 from megatron.layout import TensorRange, TensorSplit, Transfer, row_of, transfers
 
@@ -69,7 +69,7 @@ class StateReader:
 
     def _block(self, placed: PlacedRange, kind: str, number: int) -> Elements:
         """A verified block, from memory if it is there; threads that want the same one wait for one read."""
-        offset = placed.state.arrays[kind].offset + number * BLOCK * ITEM
+        offset = placed.state.arrays[kind].offset + number * block_bytes()
         key = (placed.file, offset)
         with self._lock:
             found = self._blocks.get(key)
@@ -93,7 +93,7 @@ class StateReader:
         path = self.folder / placed.file
         file = self._open(placed.file)
         try:
-            view, done = memoryview(data).cast("B"), 0
+            view, done = data.data.cast("B"), 0
             while done < len(view):
                 count = os.preadv(file.descriptor, [view[done:]], offset + done)
                 if not count:

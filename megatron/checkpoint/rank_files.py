@@ -62,7 +62,9 @@ def rank_contents(engine: Engine, args: NeoXArgs, state: TrainState) -> Contents
     if engine.place.dp_rank == 0:
         meta = engine.meta_content() | _client_state(args, state)
         contents[meta_file_name(engine.place.model_rank)] = FileContent(meta)
-    shards = {shard.where: {"step": shard.step, **shard.tensors} for shard in engine.optimizer_shards() if not shard.copy}
+    shards = {
+        shard.where: {"step": shard.step, **shard.tensors} for shard in engine.optimizer_shards() if not shard.copy
+    }
     optimizer: dict[str, Any] = {"shards": shards}
     if not args.no_save_rng:
         optimizer["rng"] = capture_rng()
@@ -91,7 +93,7 @@ def _raw(path: Path, shards: dict[TensorRange, dict[str, Tensor]], where: Tensor
     tensor = shards[where][kind]
     if tensor.dtype != torch.float32:
         raise CheckpointError(f"{path}: {kind} of {where} is {tensor.dtype}; optimizer state is kept in fp32")
-    return memoryview(tensor.detach().to("cpu").contiguous().view(torch.uint8).numpy())
+    return tensor.detach().to("cpu").contiguous().view(torch.uint8).numpy().data
 
 
 def _client_state(args: NeoXArgs, state: TrainState) -> dict[str, Any]:

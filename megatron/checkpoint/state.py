@@ -53,11 +53,8 @@ def rng_to_bytes(state: dict[str, Any]) -> bytes:
     """The state of `capture_rng` as JSON."""
     version, words, gauss = state["python"]
     name, keys, *rest = state["numpy"]
-    body = {
-        "python": [version, list(words), gauss],
-        "numpy": [name, keys.tolist(), *rest],
-        **{key: state[key].numpy().tobytes().hex() for key in ("torch", "cuda") if key in state},
-    }
+    body: dict[str, Any] = {"python": [version, list(words), gauss], "numpy": [name, keys.tolist(), *rest]}
+    body |= {key: state[key].numpy().tobytes().hex() for key in ("torch", "cuda") if key in state}
     return json.dumps(body).encode()
 
 
@@ -67,7 +64,7 @@ def rng_from_bytes(data: bytes) -> dict[str, Any]:
         body = json.loads(data)
         version, words, gauss = body["python"]
         name, keys, *rest = body["numpy"]
-        state = {
+        state: dict[str, Any] = {
             "python": (version, tuple(words), gauss),
             "numpy": (name, torch.tensor(keys, dtype=torch.int64), *rest),
         }

@@ -65,16 +65,15 @@ class StateRange:
         """ValueError says what is wrong with an entry of a file of `file_bytes` bytes."""
         if not isinstance(value, Mapping):
             raise ValueError(f"a range must be a mapping, got {type(value).__name__}")
-        numbers = {key: value.get(key) for key in ("layer", "tp_rank", "start", "stop", "step")}
-        for key, number in numbers.items():
-            if not _is_size(number):
-                raise ValueError(f"a range's {key} must be an integer of at least 0, got {number!r}")
-        name = value.get("tensor")
-        if not isinstance(name, str) or not numbers["start"] < numbers["stop"]:
-            raise ValueError(f"a range needs a tensor and start < stop, got {name!r}, {value['start']}, {value['stop']}")
-        where = TensorRange(numbers["layer"], name, numbers["tp_rank"], numbers["start"], numbers["stop"])
+        for key in ("layer", "tp_rank", "start", "stop", "step"):
+            if not _is_size(value.get(key)):
+                raise ValueError(f"a range's {key} must be an integer of at least 0, got {value.get(key)!r}")
+        name, start, stop = value.get("tensor"), value["start"], value["stop"]
+        if not isinstance(name, str) or not start < stop:
+            raise ValueError(f"a range needs a tensor and start < stop, got {name!r}, {start}, {stop}")
+        where = TensorRange(value["layer"], name, value["tp_rank"], start, stop)
         arrays = {kind: _array(value.get(kind), where, kind, file_bytes) for kind in STATE_KINDS}
-        return cls(where, numbers["step"], arrays)
+        return cls(where, value["step"], arrays)
 
 
 @dataclass(frozen=True)
@@ -96,6 +95,10 @@ class StoredBytes:
         if value["offset"] + value["bytes"] > file_bytes:
             raise ValueError("random_state ends beyond the end of the file")
         return cls(value["offset"], value["bytes"], crc)
+
+
+def block_bytes() -> int:
+    return BLOCK * ITEM
 
 
 def blocks_of(elements: int) -> int:

@@ -19,7 +19,9 @@ from megatron.layout import TensorRange
 NumberedLayers = Iterable[tuple[int, nn.Module]]
 
 
-def optimizer_shards(optimizer: Any, layers: NumberedLayers, copies: NumberedLayers, tp_rank: int) -> list[OptimizerShard]:
+def optimizer_shards(
+    optimizer: Any, layers: NumberedLayers, copies: NumberedLayers, tp_rank: int
+) -> list[OptimizerShard]:
     """This rank's ranges, in the order of its layers; those of `copies` are marked. Not collective."""
     states = [_adam_state(optimizer, group["params"][0]) for group in optimizer.param_groups]
     steps = [int(state["step"]) for state in states]
@@ -43,9 +45,7 @@ def optimizer_shards(optimizer: Any, layers: NumberedLayers, copies: NumberedLay
 
 
 @torch.no_grad()
-def load_shards(
-    optimizer: Any, layers: NumberedLayers, copies: NumberedLayers, tp_rank: int, read: ReadShard
-) -> None:
+def load_shards(optimizer: Any, layers: NumberedLayers, copies: NumberedLayers, tp_rank: int, read: ReadShard) -> None:
     """Fill all ranges with `read`. The weights must be loaded: CheckpointError unless they are the masters, rounded."""
     numbered = [*layers], [*copies]
     parameters = {
@@ -82,6 +82,6 @@ def _compare_weights(parameter: nn.Parameter, shard: OptimizerShard) -> None:
     weights = parameter.detach().view(-1)[shard.where.start : shard.where.stop]
     if not torch.equal(weights, shard.tensors["master"].to(weights.dtype)):
         raise CheckpointError(
-            f"{shard.where}: the fp32 masters in the optimizer files are not the weights in the layer files; the files "
-            "are of different checkpoints, or one of them was changed. Start from the weights with `no_load_optim: true`"
+            f"{shard.where}: the fp32 masters in the optimizer files are not the weights in the layer files; these are "
+            "of different checkpoints, or one of them was changed. Start from the weights with `no_load_optim: true`"
         )

@@ -28,7 +28,9 @@ def ranks_of(layout: Layout) -> int:
     return tp * pp * dp
 
 
-def check(case: Case, precision: str, saved: Layout, running: Layout, folder: Path, tolerance: float = TOLERANCE) -> None:
+def check(
+    case: Case, precision: str, saved: Layout, running: Layout, folder: Path, tolerance: float = TOLERANCE
+) -> None:
     went_on = run_ranks(save_and_go_on, ranks_of(saved), case, saved, precision, str(folder / "first"))
     resumed = run_ranks(
         resume_elsewhere, ranks_of(running), case, running, precision, str(folder / "first"), str(folder / "again")

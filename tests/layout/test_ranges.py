@@ -85,7 +85,14 @@ def test_every_range_is_found_at_every_other_size(shape: LlamaShape) -> None:
                     bounds = [(0, len(whole))] + [sorted(draw.sample(range(len(whole) + 1), 2)) for _ in range(8)]
                     for start, stop in bounds:
                         found = moved(row, here, rank, start, stop, there)
-                        assert np.array_equal(found, whole[start:stop]), (row.neox, here.tp, there.tp, rank, start, stop)
+                        assert np.array_equal(found, whole[start:stop]), (
+                            row.neox,
+                            here.tp,
+                            there.tp,
+                            rank,
+                            start,
+                            stop,
+                        )
 
 
 def test_a_range_at_its_own_size_is_one_run_with_its_padding() -> None:

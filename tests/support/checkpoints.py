@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from megatron.checkpoint.discovery import LATEST, tag_name
 from megatron.checkpoint.layer_files import expected_files
 from megatron.checkpoint.manifest import Manifest, write_manifest
-from megatron.checkpoint.torch_files import write_tensors
 from megatron.checkpoint.state_ranges import STATE_KINDS
+from megatron.checkpoint.torch_files import write_tensors
 from megatron.engine.optimizer_shards import OptimizerShard
 from megatron.layout import LlamaShape, TensorRange, rank_shape
 from megatron.parallel.place import Place

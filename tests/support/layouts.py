@@ -32,9 +32,13 @@ def save_and_go_on(rank: int, world_size: int, case: Case, layout: Layout, preci
     return train(engine, args, state, STEPS - STOP, case)
 
 
-def resume_elsewhere(rank: int, world_size: int, case: Case, layout: Layout, precision: str, folder: str, again: str) -> Any:
+def resume_elsewhere(
+    rank: int, world_size: int, case: Case, layout: Layout, precision: str, folder: str, again: str
+) -> Any:
     """Load at another layout in place of other weights, save at once, go on: losses and norms, and the log."""
-    args = arguments(case, *layout, precision=precision, load=folder, from_scratch=False, save=again, checkpoint_factor=STOP)
+    args = arguments(
+        case, *layout, precision=precision, load=folder, from_scratch=False, save=again, checkpoint_factor=STOP
+    )
     engine = build(args, case, seed=1)
     log = LogLines(rank)
     state = load(engine, args)
@@ -54,7 +58,7 @@ def whole_state(folder: Path) -> dict[tuple[str, str], Tensor]:
     stored: dict[tuple[str, int, str, int], Tensor] = {}
     seen: dict[tuple[str, int, str, int], Tensor] = {}
     rows = {(index, row.neox): (layer, row) for index, layer, found in layer_files(shape) for row in found}
-    for (index, name), (_, row) in rows.items():
+    for index, name in rows:
         for tp_rank in range(tp):
             file = folder / f"layer_{index:02d}-model_{tp_rank:02d}-model_states.pt"
             stored["weight", index, name, tp_rank] = torch.load(file, weights_only=True)[name].reshape(-1)
