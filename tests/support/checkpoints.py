@@ -134,6 +134,7 @@ def standing_args(save: Path | str, **keys: Any) -> Any:
         "shape": SHAPE,
         "merged": {"num_layers": SHAPE.num_layers},
         "precision": "fp32",
+        "train_batch_size": 8,
         "no_save_rng": False,
         "keep_last_n_checkpoints": None,
         "keep_optimizer_last_n": None,

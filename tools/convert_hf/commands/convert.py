@@ -133,7 +133,8 @@ def _states(source: Checkpoint, split: TensorSplit, request: ConversionRequest, 
         )
     found = open_optimizer(source)
     saved = source.provenance["layout"]
-    pp, dp = states.pp or saved["pp"], states.dp or saved["dp"]
+    pp = saved["pp"] if states.pp is None else states.pp
+    dp = saved["dp"] if states.dp is None else states.dp
     for option, size, most in (("--pp", pp, split.shape.num_layers), ("--dp", dp, None)):
         if size < 1 or (most is not None and size > most):
             raise ConvertError(f"{option} is {size}; expected 1 to {most or 'any number of replicas'}")
