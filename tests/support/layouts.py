@@ -9,7 +9,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from megatron.checkpoint import state_ranges
 from megatron.checkpoint.manifest import read_manifest
+from megatron.checkpoint.optimizer_reader import StateReader
 from megatron.checkpoint.save import save_checkpoint
 from megatron.checkpoint.state import TrainState
 from megatron.layout import LlamaShape, TensorRow, layer_files, rank_shape, rank_slices, source_shapes
@@ -22,8 +24,11 @@ Layout = tuple[int, int, int]  # TP, PP, DP
 KINDS = ("master", "exp_avg", "exp_avg_sq")
 
 
-def save_and_go_on(rank: int, world_size: int, case: Case, layout: Layout, precision: str, folder: str) -> Any:
-    """Losses and norms after the save, of the run that goes on as it is."""
+def save_and_go_on(
+    rank: int, world_size: int, case: Case, layout: Layout, precision: str, folder: str, block: int
+) -> Any:
+    """Losses and norms after the save, of the run that goes on as it is; `block` is the elements of a checksum."""
+    state_ranges.BLOCK = block
     args = arguments(case, *layout, precision=precision, save=folder, checkpoint_factor=STOP)
     engine = build(args, case)
     state = TrainState()
@@ -33,18 +38,29 @@ def save_and_go_on(rank: int, world_size: int, case: Case, layout: Layout, preci
 
 
 def resume_elsewhere(
-    rank: int, world_size: int, case: Case, layout: Layout, precision: str, folder: str, again: str
+    rank: int, world_size: int, case: Case, layout: Layout, precision: str, folder: str, again: str, block: int
 ) -> Any:
-    """Load at another layout in place of other weights, save at once, go on: losses and norms, and the log."""
-    args = arguments(
-        case, *layout, precision=precision, load=folder, from_scratch=False, save=again, checkpoint_factor=STOP
-    )
+    """Load at another layout in place of other weights, save at once, go on.
+
+    Losses and norms, the log, and the optimizer files that this rank has opened.
+    """
+    state_ranges.BLOCK = block
+    keys = {"precision": precision, "load": folder, "save": again, "checkpoint_factor": STOP}
+    args = arguments(case, *layout, from_scratch=False, **keys)
     engine = build(args, case, seed=1)
     log = LogLines(rank)
+    opened: set[str] = set()
+    read_block = StateReader._read_block
+
+    def noted(self: StateReader, placed: Any, *arguments: Any) -> Any:
+        opened.add(placed.file)
+        return read_block(self, placed, *arguments)
+
+    StateReader._read_block = noted  # type: ignore[method-assign]
     state = load(engine, args)
     assert engine.counters.steps == STOP
     save_checkpoint(engine, args, state, data_fingerprints={})
-    return train(engine, args, state, STEPS - STOP, case), log.lines
+    return train(engine, args, state, STEPS - STOP, case), log.lines, opened
 
 
 def whole_state(folder: Path) -> dict[tuple[str, str], Tensor]:
