@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from tests.support.token_files import random_documents
 
 pytestmark = pytest.mark.slurm
 
+GUIDE = (ROOT / "docs/launching.md").read_text().partition("## When nodes are missing")[2].partition("\n## ")[0]
 STEPS = 60
 BATCH = 12  # over four replicas, and over three
 
@@ -50,7 +52,8 @@ def test_a_job_of_four_nodes_loses_one_and_goes_on_with_three(
         assert saved < STEPS
         assert read_manifest(tmp_path / f"checkpoints/global_step{saved}").provenance["layout"]["dp"] == 4
 
-        job = cluster.submit(script, "--nodes=3", TMPDIR=str(tmp_path))
+        (command,) = re.findall(r"^sbatch .*--nodes=\d+ job\.sh$", GUIDE, re.MULTILINE)
+        job = cluster.submit(script, *command.split()[1:-1], TMPDIR=str(tmp_path))
         log = finished(cluster, tmp_path, job, "COMPLETED", timeout=300)
     finally:
         cluster.start_node(lost)

@@ -7,9 +7,8 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from megatron.checkpoint.optimizer_reader import CACHED_BLOCKS
 from megatron.checkpoint.state_ranges import block_bytes
 from megatron.layout import HEAD, LlamaShape, TensorSplit, padded_vocab_size
 from tools.convert_hf.commands.model_yml import model_keys, model_yml
@@ -23,10 +22,12 @@ from tools.convert_hf.sources.neox import SIDE
 from tools.convert_hf.sources.optimizer import open_optimizer
 from tools.convert_hf.sources.settings import refuse_differences, with_trained_settings
 from tools.convert_hf.sources.side_files import shard_index, side_files, tokenizer_of
-from tools.convert_hf.stream.optimizer import StateCopy
 from tools.convert_hf.stream.plan import plan_copies
 from tools.convert_hf.stream.publish import OutputFolder
 from tools.convert_hf.stream.targets import TargetFile, hf_files, neox_files, shards_by_size, shards_like
+
+if TYPE_CHECKING:
+    from tools.convert_hf.stream.optimizer import StateCopy
 
 WRITTEN_BY = "tools/convert_hf"
 PADDING = 128  # GPT-NeoX's default for make_vocab_size_divisible_by, used where the vocabulary has to be padded
@@ -126,6 +127,9 @@ def prepare_neox(
 
 def _states(source: Checkpoint, split: TensorSplit, request: ConversionRequest, states: StateRequest) -> StateCopy:
     """Plan the optimizer files of the new layout."""
+    from megatron.checkpoint.optimizer_reader import CACHED_BLOCKS
+    from tools.convert_hf.stream.optimizer import StateCopy
+
     if request.dtype is not None:
         raise ConvertError(
             "--optimizer and --dtype cannot go together: optimizer states belong to weights of the type they were "

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron.checkpoint.manifest import (
     MANIFEST_NAME,
@@ -29,8 +29,10 @@ from megatron.checkpoint.state_ranges import StateRange
 from megatron.common.atomic_files import sync_file, sync_folder, write_text
 from tools.convert_hf.errors import ConvertError
 from tools.convert_hf.stream.copy import Copier, CopyJournal, preallocate, tensor_crcs
-from tools.convert_hf.stream.optimizer import StateCopy
 from tools.convert_hf.stream.plan import CopyPlan
+
+if TYPE_CHECKING:  # it needs numpy, which conversions do without
+    from tools.convert_hf.stream.optimizer import StateCopy
 
 _WORK = ".convert"  # folder of journals and shares inside NAME.partial, removed before the rename
 
