@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron.checkpoint.manifest import (
     MANIFEST_NAME,
@@ -25,10 +25,14 @@ from megatron.checkpoint.manifest import (
     format_checksum,
     write_manifest,
 )
+from megatron.checkpoint.state_ranges import StateRange
 from megatron.common.atomic_files import sync_file, sync_folder, write_text
 from tools.convert_hf.errors import ConvertError
-from tools.convert_hf.stream.copy import Copier, CopyJournal, tensor_crcs
+from tools.convert_hf.stream.copy import Copier, CopyJournal, preallocate, tensor_crcs
 from tools.convert_hf.stream.plan import CopyPlan
+
+if TYPE_CHECKING:  # it needs numpy, which conversions do without
+    from tools.convert_hf.stream.optimizer import StateCopy
 
 _WORK = ".convert"  # folder of journals and shares inside NAME.partial, removed before the rename
 
@@ -51,6 +55,7 @@ class OutputFolder:
     threads: int = 4
     force: bool = False
     resume: bool = False
+    optimizer: StateCopy | None = None  # goes into `manifest_in`
     partial: Path = field(init=False)
 
     def __post_init__(self) -> None:
@@ -81,16 +86,35 @@ class OutputFolder:
         parent = self.final.parent
         while not parent.is_dir():
             parent = parent.parent
-        here = {path for path in self.plan_paths() if path.exists()} if self.resume else set()
+        here = {path for path in self.all_paths() if path.exists()} if self.resume else set()
         allocated = sum(path.stat().st_blocks * 512 for path in here)
-        free, needed = shutil.disk_usage(parent).free, self.plan.bytes_written
+        free, needed = shutil.disk_usage(parent).free, self.bytes_written
         if needed > free + allocated:
             raise ConvertError(
                 f"{parent} has {free + allocated:,} bytes free, the output needs {needed:,}; nothing was written"
             )
 
+    @property
+    def bytes_written(self) -> int:
+        return self.plan.bytes_written + (self.optimizer.bytes_written if self.optimizer else 0)
+
+    @property
+    def bytes_to_copy(self) -> int:
+        """What `write` reports as progress."""
+        return sum(job.nbytes for job in (*self.plan.jobs, *(self.optimizer.jobs if self.optimizer else ())))
+
+    @property
+    def whole(self) -> str:
+        """Identifies the job of all shares together."""
+        return self.plan.whole + (self.optimizer.whole if self.optimizer else "")
+
     def plan_paths(self) -> list[Path]:
         return [self.partial / file.name for file in self.plan.files]
+
+    def all_paths(self) -> list[Path]:
+        """The files of this share that take space."""
+        folder, names = self.partial / self.manifest_in, self.optimizer.names if self.optimizer else []
+        return self.plan_paths() + [folder / name for name in names]
 
     def write(self, progress: Callable[[int], None]) -> bool:
         """Do the whole job. False if other shares (`--shard`) are still to be done; True when the folder is there."""
@@ -110,8 +134,12 @@ class OutputFolder:
             except OSError:
                 pass  # a file system without locks
             entries = self._copy(journal_path, progress)
+            if self.optimizer is not None:
+                folder, journal = self.partial / self.manifest_in, self._work / f"optimizer_{number}_of_{count}.jsonl"
+                states = self.optimizer.write(folder, journal, self.resume, progress)
+                entries |= {self._prefix + name: entry for name, entry in states.items()}
             # Other hosts read it while they look for the last share.
-            write_text(self._share_path(number), json.dumps({"plan": self.plan.whole, "files": entries}))
+            write_text(self._share_path(number), json.dumps({"plan": self.whole, "files": entries}))
         return self._finish_if_last()
 
     def _copy(self, journal_path: Path, progress: Callable[[int], None]) -> dict[str, Any]:
@@ -121,7 +149,7 @@ class OutputFolder:
         try:
             for path, file in zip(self.plan_paths(), self.plan.files, strict=True):
                 path.parent.mkdir(parents=True, exist_ok=True)
-                _preallocate(path, file.size, keep=resume)
+                preallocate(path, file.size, keep=resume)
             progress(sum(self.plan.jobs[i].nbytes for i in journal.finished))
             Copier(self.plan, self.partial, self.threads).run(journal, progress)
             crcs = tensor_crcs(self.plan, journal.checksums)
@@ -156,7 +184,7 @@ class OutputFolder:
         entries: dict[str, Any] = {}
         for path in shares:
             share = json.loads(path.read_text()) if path.exists() else {}
-            if share.get("plan") != self.plan.whole:  # not done yet, or left from another job
+            if share.get("plan") != self.whole:  # not done yet, or left from another job
                 return False
             entries |= share["files"]
         if self.shard[1] > 1:
@@ -201,10 +229,20 @@ class OutputFolder:
         if replaced.exists():
             shutil.rmtree(replaced)
 
+    @property
+    def _prefix(self) -> str:
+        return "" if self.manifest_in == "." else self.manifest_in + "/"
+
     def _manifest(self, entries: dict[str, Any], folder: Path) -> Manifest:
-        prefix = "" if self.manifest_in == "." else self.manifest_in + "/"
-        files = {}
+        prefix, files = self._prefix, {}
         for name, entry in entries.items():
+            if "ranges" in entry:
+                files[name.removeprefix(prefix)] = FileEntry(
+                    entry["bytes"],
+                    checksum=entry["checksum"],
+                    ranges=tuple(StateRange.from_json(value, entry["bytes"]) for value in entry["ranges"]),
+                )
+                continue
             tensors = {t: TensorEntry(tuple(s), d, c) for t, (s, d, c) in entry["tensors"].items()}
             files[name.removeprefix(prefix)] = FileEntry(entry["bytes"], tensors)
         for name in self.extras:
@@ -212,17 +250,3 @@ class OutputFolder:
                 path = self.partial / name
                 files[name.removeprefix(prefix)] = FileEntry(path.stat().st_size, {}, file_checksum(path))
         return Manifest(files, self.provenance)
-
-
-def _preallocate(path: Path, size: int, keep: bool) -> None:
-    """A file of `size` bytes, all zero unless `keep` finds one of that size."""
-    try:
-        descriptor = os.open(path, os.O_CREAT | os.O_WRONLY, 0o666)
-        try:
-            if not keep or os.fstat(descriptor).st_size != size:
-                os.ftruncate(descriptor, 0)
-                os.ftruncate(descriptor, size)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        raise ConvertError(f"{path} cannot be written: {error.strerror}") from None
