@@ -253,7 +253,7 @@ def _run_verify(arguments: argparse.Namespace) -> int:
         raise ConvertError("verify compares two checkpoints, or one with its manifest")
     opened = [_open(path, arguments) for path in arguments.checkpoints]
     total = sum(t.nbytes for t in opened[0].tensors.values())
-    with _progress(total, arguments.quiet) as progress:
+    with progress_bar(total, arguments.quiet) as progress:
         if len(opened) == 1:
             differences = own_digests(opened[0], progress)
             lines = [d.text() for d in differences]
@@ -295,7 +295,7 @@ def _execute(output, arguments: argparse.Namespace) -> int:  # type: ignore[no-u
         return 0
     start = time.monotonic()
     total = sum(job.nbytes for job in output.plan.jobs)
-    with _progress(total, arguments.quiet) as progress:
+    with progress_bar(total, arguments.quiet) as progress:
         done = execute(output, progress)
     seconds = time.monotonic() - start
     size_ = output.plan.bytes_written
@@ -313,7 +313,7 @@ def _execute(output, arguments: argparse.Namespace) -> int:  # type: ignore[no-u
 
 
 @contextmanager
-def _progress(total: int, quiet: bool) -> Iterator[Callable[[int], None]]:
+def progress_bar(total: int, quiet: bool) -> Iterator[Callable[[int], None]]:
     if quiet:
         yield lambda nbytes: None
         return

@@ -27,7 +27,7 @@ from megatron.checkpoint.manifest import (
 )
 from megatron.common.atomic_files import sync_file, sync_folder, write_text
 from tools.convert_hf.errors import ConvertError
-from tools.convert_hf.stream.copy import Copier, CopyJournal, tensor_crcs
+from tools.convert_hf.stream.copy import BandSource, Copier, CopyJournal, StoredBands, tensor_crcs
 from tools.convert_hf.stream.plan import CopyPlan
 
 _WORK = ".convert"  # folder of journals and shares inside NAME.partial, removed before the rename
@@ -38,12 +38,13 @@ class OutputFolder:
     """Everything that goes into the folder `final`.
 
     `extras` are small files by relative name: bytes, or a file to copy. `manifest_in` is the sub-folder ("." for the
-    top) that the manifest describes; it lists files of that sub-folder only.
+    top) that the manifest describes; it lists files of that sub-folder only. `source` makes the bands and may add
+    files that depend on all of them.
     """
 
     final: Path
     plan: CopyPlan
-    extras: Mapping[str, bytes | Path]
+    extras: dict[str, bytes | Path]
     manifest_in: str
     provenance: dict[str, Any]
     left_behind: list[str] = field(default_factory=list)  # files of the source that do not travel
@@ -51,6 +52,7 @@ class OutputFolder:
     threads: int = 4
     force: bool = False
     resume: bool = False
+    source: BandSource = field(default_factory=StoredBands)
     partial: Path = field(init=False)
 
     def __post_init__(self) -> None:
@@ -75,7 +77,7 @@ class OutputFolder:
                 )
         if self.partial.exists() and not self.resume and not self.force and self.shard[1] == 1:
             raise ConvertError(
-                f"{self.partial} is left from a conversion that did not finish: continue it with --resume, "
+                f"{self.partial} is left from a run that did not finish: continue it with --resume, "
                 f"or start again with --force"
             )
         parent = self.final.parent
@@ -99,7 +101,7 @@ class OutputFolder:
         self._work.mkdir(parents=True, exist_ok=True)
         number, count = self.shard
         journal_path = self._work / f"journal_{number}_of_{count}.jsonl"
-        others = [p.name for p in self._work.glob("journal_*") if not p.name.endswith(f"_of_{count}.jsonl")]
+        others = [p.name for p in self._work.glob("journal_*.jsonl") if not p.name.endswith(f"_of_{count}.jsonl")]
         if others:
             raise ConvertError(f"{self.partial} was begun with another --shard count ({others[0]})")
         with open(self._work / f"lock_{number}", "w") as lock:
@@ -111,22 +113,24 @@ class OutputFolder:
                 pass  # a file system without locks
             entries = self._copy(journal_path, progress)
             # Other hosts read it while they look for the last share.
-            write_text(self._share_path(number), json.dumps({"plan": self.plan.whole, "files": entries}))
+            share = {"plan": self.plan.whole, "files": entries, "summary": self.source.summary()}
+            write_text(self._share_path(number), json.dumps(share))
         return self._finish_if_last()
 
     def _copy(self, journal_path: Path, progress: Callable[[int], None]) -> dict[str, Any]:
         """Write this share's files; returns their entries of the manifest."""
         resume = self.resume and journal_path.exists()
-        journal = CopyJournal(journal_path, self.plan.digest(), resume)
+        journal = CopyJournal(journal_path, self.plan.digest(), resume, self.source.account)
         try:
             for path, file in zip(self.plan_paths(), self.plan.files, strict=True):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 _preallocate(path, file.size, keep=resume)
             progress(sum(self.plan.jobs[i].nbytes for i in journal.finished))
-            Copier(self.plan, self.partial, self.threads).run(journal, progress)
+            Copier(self.plan, self.partial, self.threads, self.source).run(journal, progress)
             crcs = tensor_crcs(self.plan, journal.checksums)
         finally:
             journal.close()
+            self.source.close()
         entries: dict[str, Any] = {}
         for path, file, by_tensor in zip(self.plan_paths(), self.plan.files, crcs, strict=True):
             with open(path, "r+b") as target:
@@ -154,11 +158,13 @@ class OutputFolder:
     def _finish_if_last(self) -> bool:
         shares = [self._share_path(i) for i in range(1, self.shard[1] + 1)]
         entries: dict[str, Any] = {}
+        summaries = []
         for path in shares:
             share = json.loads(path.read_text()) if path.exists() else {}
             if share.get("plan") != self.plan.whole:  # not done yet, or left from another job
                 return False
             entries |= share["files"]
+            summaries.append(share["summary"])
         if self.shard[1] > 1:
             # Several hosts may see the last share appear: one completes the folder, the others wait for the rename.
             try:
@@ -166,6 +172,7 @@ class OutputFolder:
             except (FileExistsError, FileNotFoundError):
                 if not self.resume:
                     return self._wait_for_rename()
+        self.extras |= self.source.files(summaries)
         self._finish(entries)
         return True
 
