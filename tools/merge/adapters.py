@@ -133,11 +133,12 @@ def _factors(
     if set(pair) != {"A", "B"}:
         raise MergeError(f"{where} has only one of its two factors")
     if name not in tensors:
-        raise MergeError(f"{where} is not a tensor of the model it is added to: an adapter of another base")
+        raise MergeError(f"{where} is not a tensor of the model it is added to; this is an adapter of another base")
     a, b, shape = pair["A"], pair["B"], tensors[name].shape
     if len(a.shape) != 2 or len(b.shape) != 2 or (b.shape[0], a.shape[1]) != shape or a.shape[0] != b.shape[1]:
         raise MergeError(
-            f"{where}: factors {list(b.shape)} and {list(a.shape)} do not make {list(shape)}: an adapter of another base"
+            f"{where}: factors {list(b.shape)} and {list(a.shape)} do not make {list(shape)}; this is an adapter of "
+            f"another base"
         )
     for factor in (a, b):
         if factor.dtype.name not in WEIGHT_DTYPES:

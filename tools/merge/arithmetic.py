@@ -71,11 +71,14 @@ class Workspace:
         self.total, self.positive, self.negative = floats(), floats(), floats()
         self.positive_weight, self.negative_weight = floats(), floats()
         self.flags = torch.empty(elements, dtype=torch.bool)
+        # For the report.
+        self.directions = [torch.empty(elements, dtype=torch.bool) for _ in range(2)]
+        self.wide, self.wide_merged = (torch.empty(elements, dtype=torch.float64) for _ in range(2))
 
     @staticmethod
     def nbytes(parents: int, terms: int, elements: int) -> int:
-        """Memory of a workspace, with what a tile needs besides: draws, masks, float64 copies for the report."""
-        return elements * (4 * (parents + terms + 10) + 1 + 40)
+        """Memory of a workspace, with what a tile needs besides: draws and masks."""
+        return elements * (4 * (parents + terms + 10) + 16 + 3 + 16)
 
 
 def merge_tile(plan: TensorPlan, work: Workspace, start: int, count: int) -> Tensor:

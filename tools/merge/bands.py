@@ -119,8 +119,8 @@ class MergedBands:
             if len(bad):
                 at = int(bad[0])
                 raise MergeError(
-                    f"{parent.label}: {name} holds {float(values[at])} at row {start + at // cols}, column {at % cols}; "
-                    f"it is damaged, and so would be the merged model"
+                    f"{parent.label}: {name} holds {float(values[at])} at row {start + at // cols}, "
+                    f"column {at % cols}; it is damaged, and so would be the merged model"
                 )
         raise MergeError(f"{name}: the merge overflows fp32; look at the weights and densities")
 

@@ -48,8 +48,9 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python tools/merge",
-        description="Merge Llama models of one shape, tile by tile, with the same bits wherever it runs. Reads mergekit's "
-        "YAML for linear, task_arithmetic, ties, dare_linear, dare_ties and slerp, and averages checkpoints of a run.",
+        description="Merge Llama models of one shape, tile by tile, with the same bits wherever it runs. Reads "
+        "mergekit's YAML for linear, task_arithmetic, ties, dare_linear, dare_ties and slerp, and averages checkpoints "
+        "of a run.",
     )
     parser.add_argument("recipe", type=Path, metavar="merge.yml", help="what is merged, and how")
     what = parser.add_mutually_exclusive_group(required=True)
@@ -75,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(arguments: argparse.Namespace) -> int:
     from tools.merge.job import MergeJob, MergeRequest
-    from tools.merge.recipe import read_recipe
+    from tools.merge.recipe_file import read_recipe
 
     if arguments.picture is not None:
         from tools.merge.picture import check_report_picture

@@ -1,4 +1,4 @@
-"""Whether parents can be merged at all, from their headers and small files; nothing is merged that only seems to fit."""
+"""Whether parents can be merged at all, judged by their headers and small files."""
 
 from __future__ import annotations
 

@@ -20,9 +20,8 @@ from tools.convert_hf.stream.publish import OutputFolder
 from tools.convert_hf.stream.tensor_map import Logical, rows_and_columns
 from tools.merge.arithmetic import TensorPlan, Term
 from tools.merge.bands import TILE, MergedBands
-from tools.merge.card import CARD, RECIPE, REPORT, check_name, facts_of, licence_files, model_card
+from tools.merge.card import CARD, RECIPE, REPORT, check_name, facts_of, licence_files, model_card, report_json
 from tools.merge.card import portable_recipe as recipe_text
-from tools.merge.card import report_json
 from tools.merge.compatibility import check_parents, check_replicas
 from tools.merge.errors import MergeError
 from tools.merge.masks import RESOLUTION, SCHEME, mask_key, threshold

@@ -77,7 +77,7 @@ def open_parents(recipe: Recipe) -> dict[str, Parent]:
     for entry in recipe.parents:
         if not entry.path.is_dir():
             raise MergeError(
-                f"{entry.label}: {entry.path} is not a folder; a model is a folder on this machine, so download it first"
+                f"{entry.label}: {entry.path} is not a folder. A model is a folder on this machine; download it first"
             )
         key = (os.path.abspath(entry.path), str(entry.hf_source))
         if key not in opened:

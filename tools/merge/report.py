@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -136,9 +137,9 @@ class MergeReport:
                 lines.append(f"{label} does not differ from what its delta is taken from: it has no effect")
             elif dare and sums.extent > WORKING_RANGE:
                 lines.append(
-                    f"{label}: its delta reaches {sums.extent:.3g}, {sums.beyond / whole.elements:.2%} of it lies beyond "
-                    f"{WORKING_RANGE}, the range in which DARE's authors found that dropping does no harm; "
-                    f"compare with a merge at density 1"
+                    f"{label}: its delta reaches {sums.extent:.3g}, and {sums.beyond / whole.elements:.2%} of it lies "
+                    f"beyond {WORKING_RANGE}, up to where DARE's authors saw dropping do no harm; compare with a merge "
+                    f"at density 1"
                 )
         return lines
 
@@ -155,25 +156,29 @@ def _digits(value: float) -> float:
 
 def tile_sums(plan: TensorPlan, work: Workspace, count: int) -> list[Any]:
     """A row for `MergeReport.add` of the tile that `merge_tile` left in `work`."""
-    merged = work.merged_delta[:count].double()
-    positive = torch.zeros(count, dtype=torch.bool)
-    negative = torch.zeros(count, dtype=torch.bool)
+    merged = work.wide_merged[:count].copy_(work.merged_delta[:count])
+    positive, negative = (flags[:count].zero_() for flags in work.directions)
     parents = []
     for term, buffer in zip(plan.terms, work.deltas, strict=False):
         delta = buffer[:count]
-        up, down = delta > 0, delta < 0
-        against = term.weight < 0
-        positive |= down if against else up
-        negative |= up if against else down
-        parents.append(_parent_row(delta, merged, count - int(up.sum()) - int(down.sum())))
-    conflicts = int(positive.logical_and_(negative).sum())
+        up, down = torch.gt(delta, 0, out=work.flags[:count]), delta < 0
+        unchanged = count - _count(up) - _count(down)
+        if term.weight:
+            positive |= up if term.weight > 0 else down
+            negative |= down if term.weight > 0 else up
+        parents.append(_parent_row(delta, merged, work.wide[:count], unchanged))
+    conflicts = _count(positive.logical_and_(negative))
     return [count, conflicts, float(torch.dot(merged, merged)), parents]
 
 
-def _parent_row(delta: Tensor, merged: Tensor, zeros: int) -> list[float]:
+def _count(flags: Tensor) -> int:
+    return int(np.count_nonzero(flags.numpy()))  # many times as fast as torch's
+
+
+def _parent_row(delta: Tensor, merged: Tensor, wide: Tensor, zeros: int) -> list[float]:
     smallest, largest = (float(x) for x in torch.aminmax(delta))
-    beyond = int((delta.abs() > WORKING_RANGE).sum()) if max(-smallest, largest) > WORKING_RANGE else 0
-    wide = delta.double()
+    beyond = _count(delta.abs() > WORKING_RANGE) if max(-smallest, largest) > WORKING_RANGE else 0
+    wide.copy_(delta)
     return [float(torch.dot(wide, wide)), float(torch.dot(wide, merged)), smallest, largest, beyond, zeros]
 
 
