@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import json
-import random
 import re
 import shutil
 from collections.abc import Callable
@@ -13,48 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file, save_file
 
-from megatron.common.errors import UserError
 from tests.support.hf_folders import Model, write_hf
-from tests.support.merges import run_merge, write_recipe
+from tests.support.merges import PARENTS_MODEL, good_recipe, run_merge, write_recipe
 from tools.merge.cli import main
-from tools.merge.job import MergeJob, MergeRequest
-from tools.merge.recipe_file import parse_recipe, read_recipe
+from tools.merge.recipe_file import parse_recipe
 
 pytestmark = pytest.mark.unit
-
-MODEL = Model()
-
-
-@pytest.fixture
-def folders(tmp_path: Path) -> Path:
-    """base, a, b and an adapter."""
-    for seed, name in enumerate(("base", "a", "b")):
-        write_hf(tmp_path / name, MODEL, MODEL.state(seed), shards=1 + seed % 2)
-    adapter = tmp_path / "lora"
-    adapter.mkdir()
-    (adapter / "adapter_config.json").write_text(
-        json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_path": "base"})
-    )
-    prefix = "base_model.model.model.layers.0.self_attn.q_proj"
-    factors = {f"{prefix}.lora_A.weight": torch.ones(2, 32), f"{prefix}.lora_B.weight": torch.ones(32, 2)}
-    save_file(factors, adapter / "adapter_model.safetensors")
-    return tmp_path
-
-
-def good(root: Path) -> dict[str, Any]:
-    return {
-        "merge_method": "dare_ties",
-        "base_model": str(root / "base"),
-        "models": [
-            {"model": str(root / "a"), "parameters": {"weight": 0.7, "density": 0.5}},
-            {"model": str(root / "b"), "parameters": {"weight": 0.3, "density": [0.2, 0.9]}},
-        ],
-        "parameters": {"normalize": False},
-        "random_seed": 1,
-    }
 
 
 def refused(root: Path, body: Any, message: str, capsys: pytest.CaptureFixture[str], *words: Any) -> None:
@@ -114,7 +78,7 @@ RECIPES: list[tuple[Change, str]] = [
     (put(*A, "parameters", "weight", [{"filter": "mpl", "value": 1}, {"value": 2}]), "no tensor's name contains 'mpl'"),
     (
         put(*A, "parameters", "weight", [{"filter": "mlp", "value": 1}]),
-        "a, tensor model.embed_tokens.weight: no weight",
+        "a, tensor .*: no weight",
     ),
     (put(*A, "parameters", "density", 0), r"density 0 must be above 0 and at most 1"),
     (put(*A, "parameters", "density", 1.5), "density 1.5 must be above 0 and at most 1"),
@@ -133,7 +97,7 @@ RECIPES: list[tuple[Change, str]] = [
 
 @pytest.mark.parametrize(("change", "message"), RECIPES, ids=[m[:32] for _, m in RECIPES])
 def test_recipes(change: Change, message: str, folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    body = good(folders)
+    body = good_recipe(folders)
     change(body)
     if body["parameters"] == []:
         body["parameters"] = [1]
@@ -141,7 +105,7 @@ def test_recipes(change: Change, message: str, folders: Path, capsys: pytest.Cap
 
 
 def test_the_recipe_that_is_changed_is_good(folders: Path) -> None:
-    run_merge(write_recipe(folders / "merge.yml", good(folders)), "--output", folders / "out")
+    run_merge(write_recipe(folders / "merge.yml", good_recipe(folders)), "--output", folders / "out")
 
 
 @pytest.mark.parametrize(
@@ -171,7 +135,7 @@ def test_no_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_roles(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    body = good(folders)
+    body = good_recipe(folders)
     twice = body["models"] + [body["models"][0]]
     refused(folders, body | {"models": twice}, "a stands twice among the models", capsys)
     itself = [{"model": str(folders / "base"), "parameters": {"weight": 1}}, *body["models"]]
@@ -225,9 +189,9 @@ def change_config(folder: Path, **fields: Any) -> None:
 
 
 def test_parents_that_do_not_fit(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    body = good(folders)
+    body = good_recipe(folders)
 
-    def other(message: str, model: Model = MODEL, **config: Any) -> None:
+    def other(message: str, model: Model = PARENTS_MODEL, **config: Any) -> None:
         shutil.rmtree(folders / "b")
         write_hf(folders / "b", model)
         change_config(folders / "b", **config)
@@ -255,7 +219,7 @@ def tokenizer(**changes: Any) -> dict[str, Any]:
 
 def test_tokenizers(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Another spelling or post-processor is the same tokenizer; another id is not."""
-    body = good(folders)
+    body = good_recipe(folders)
     files = {name: folders / name / "tokenizer.json" for name in ("base", "a", "b")}
     for path in files.values():
         path.write_text(json.dumps(tokenizer()))
@@ -289,14 +253,14 @@ def test_a_parent_with_a_number_that_is_none(
         if "model.layers.1.mlp.up_proj.weight" in state:
             state["model.layers.1.mlp.up_proj.weight"][5, 7] = value
             save_file(state, path, metadata={"format": "pt"})
-    run_merge(write_recipe(folders / "merge.yml", good(folders)), "--output", folders / "out", expect=2)
+    run_merge(write_recipe(folders / "merge.yml", good_recipe(folders)), "--output", folders / "out", expect=2)
     printed = capsys.readouterr().err
     assert f"{label}: model.layers.1.mlp.up_proj.weight holds {value} at row 5, column 7" in printed
     assert not (folders / "out").exists()
 
 
 def test_values_that_fp16_cannot_hold(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    body = good(folders) | {"out_dtype": "float16"}
+    body = good_recipe(folders) | {"out_dtype": "float16"}
     body["models"] = [{"model": str(folders / "a"), "parameters": {"weight": 1e7}}]
     run_merge(write_recipe(folders / "merge.yml", body), "--output", folders / "out", expect=2)
     assert "too large for float16" in capsys.readouterr().err
@@ -304,7 +268,7 @@ def test_values_that_fp16_cannot_hold(folders: Path, capsys: pytest.CaptureFixtu
 
 def test_missing_shards(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folders / "a" / "model-00002-of-00002.safetensors").unlink()
-    refused(folders, good(folders), "model-00002-of-00002.safetensors is missing", capsys)
+    refused(folders, good_recipe(folders), "model-00002-of-00002.safetensors is missing", capsys)
 
 
 ADAPTERS: list[tuple[dict[str, Any], str]] = [
@@ -322,7 +286,7 @@ ADAPTERS: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("config", "message"), ADAPTERS)
 def test_adapters(config: dict[str, Any], message: str, folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    body = good(folders)
+    body = good_recipe(folders)
     body["models"].append({"model": f"{folders / 'base'}+{folders / 'lora'}", "parameters": {"weight": 1}})
     path = folders / "lora" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | config))
@@ -330,7 +294,7 @@ def test_adapters(config: dict[str, Any], message: str, folders: Path, capsys: p
 
 
 def test_adapters_of_another_base(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    body = good(folders)
+    body = good_recipe(folders)
     entry: dict[str, Any] = {
         "model": str(folders / "base"),
         "adapter": str(folders / "lora"),
@@ -359,87 +323,17 @@ def test_adapters_of_another_base(folders: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_limits_of_the_command(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    little = "--max-ram 200 MiB is too little for 3 models; give at least"
+    refused(folders, good_recipe(folders), little, capsys, "--max-ram", "200MiB")
+    refused(folders, good_recipe(folders), "--tp 3 does not fit this model", capsys, "--tp", 3)
     refused(
-        folders,
-        good(folders),
-        "--max-ram 200 MiB is too little for 3 models; give at least",
-        capsys,
-        "--max-ram",
-        "200MiB",
+        folders, good_recipe(folders), "--picture: .* must end in one of .png", capsys, "--picture", folders / "x.gif"
     )
-    refused(folders, good(folders), "--tp 3 does not fit this model", capsys, "--tp", 3)
-    refused(folders, good(folders), "--picture: .* must end in one of .png", capsys, "--picture", folders / "x.gif")
-    recipe = write_recipe(folders / "merge.yml", good(folders))
+    recipe = write_recipe(folders / "merge.yml", good_recipe(folders))
     run_merge(recipe, "--output", folders / "out")
     run_merge(recipe, "--output", folders / "out", expect=2)
     assert "replace it with --force" in capsys.readouterr().err
     run_merge(recipe, "--output", folders / "out", "--force")
-
-
-VALUES = (None, 0, -1, 2.5, "", "mlp", True, [], [1], {}, {"value": 1}, float("inf"), 10**40, "\0", [[1]], {"a": None})
-
-
-def mutated(body: Any, chance: random.Random) -> Any:
-    """A recipe with one to three of its values replaced, dropped or renamed."""
-    body = copy.deepcopy(body)
-    for _ in range(chance.randint(1, 3)):
-        here: Any = body
-        while True:
-            keys = list(here) if isinstance(here, dict) else list(range(len(here)))
-            if not keys:
-                break
-            key = chance.choice(keys)
-            if isinstance(here[key], dict | list) and here[key] and chance.random() < 0.7:
-                here = here[key]
-                continue
-            kind = chance.randrange(3)
-            if kind == 0:
-                here[key] = chance.choice(VALUES)
-            elif kind == 1:
-                del here[key]
-            elif isinstance(here, dict):
-                here[chance.choice((str(key)[1:], f"{key}s", "base", "label"))] = here.pop(key)
-            break
-    return body
-
-
-def test_fuzzed_recipes(folders: Path) -> None:
-    """Every mutation is understood or refused by one line; nothing else is raised."""
-    chance = random.Random(11)
-    bodies = [good(folders)]
-    bodies.append(bodies[0] | {"merge_method": "ties"})
-    bodies.append({"merge_method": "linear", "models": copy.deepcopy(bodies[0]["models"]), "dtype": "float32"})
-    for entry in bodies[2]["models"]:
-        del entry["parameters"]["density"]
-    refusals = set()
-    understood = 0
-    for number in range(600):
-        body = mutated(bodies[number % 3], chance)
-        path = folders / "fuzz.yml"
-        path.write_text(yaml.safe_dump(body))
-        try:
-            MergeJob(read_recipe(path), MergeRequest(folders / "out"))
-            understood += 1
-        except UserError as error:
-            assert "\n" not in str(error)
-            refusals.add(re.sub(r"[^a-z ]", "", str(error).split(": ")[-1])[:40])
-    assert len(refusals) > 25
-    assert understood > 20
-
-
-def test_fuzzed_text(folders: Path) -> None:
-    chance = random.Random(12)
-    text = yaml.safe_dump(good(folders)).encode()
-    for _ in range(400):
-        out = bytearray(text)
-        for _ in range(chance.randint(1, 4)):
-            out[chance.randrange(len(out))] = chance.randrange(256)
-        path = folders / "fuzz.yml"
-        path.write_bytes(bytes(out))
-        try:
-            read_recipe(path)
-        except UserError as error:
-            assert str(error)
 
 
 def test_mergekits_forms_are_read(folders: Path) -> None:
