@@ -1,4 +1,4 @@
-"""Recipes that are damaged in a thousand ways: each is understood or refused by one line, and nothing else is raised."""
+"""Recipes that are damaged in a thousand ways: each is understood, or refused by one line."""
 
 from __future__ import annotations
 
