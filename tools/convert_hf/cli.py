@@ -272,7 +272,7 @@ def _run_verify(arguments: argparse.Namespace) -> int:
         raise ConvertError("verify compares two checkpoints, or one with its manifest")
     opened = [_open(path, arguments) for path in arguments.checkpoints]
     total = sum(t.nbytes for t in opened[0].tensors.values())
-    with _progress(total, arguments.quiet) as progress:
+    with progress_bar(total, arguments.quiet) as progress:
         if len(opened) == 1:
             differences = own_digests(opened[0], progress)
             lines = [d.text() for d in differences]
@@ -313,7 +313,7 @@ def _execute(output, arguments: argparse.Namespace) -> int:  # type: ignore[no-u
         print(plan_text(output))
         return 0
     start = time.monotonic()
-    with _progress(output.bytes_to_copy, arguments.quiet) as progress:
+    with progress_bar(output.bytes_to_copy, arguments.quiet) as progress:
         done = execute(output, progress)
     seconds = time.monotonic() - start
     size_ = output.bytes_written
@@ -332,7 +332,7 @@ def _execute(output, arguments: argparse.Namespace) -> int:  # type: ignore[no-u
 
 
 @contextmanager
-def _progress(total: int, quiet: bool) -> Iterator[Callable[[int], None]]:
+def progress_bar(total: int, quiet: bool) -> Iterator[Callable[[int], None]]:
     if quiet:
         yield lambda nbytes: None
         return

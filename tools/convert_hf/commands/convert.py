@@ -52,6 +52,7 @@ class ConversionRequest:
     trained_settings: bool = False  # to-hf: write the training run's epsilon and rotary settings into config.json
     resume: bool = False
     force: bool = False
+    band: int | None = None  # bytes of a band; None: what max_ram allows
 
 
 @dataclass
@@ -217,7 +218,9 @@ def _output(
     left: list[str],
 ) -> OutputFolder:
     casting = request.dtype is not None and any(t.dtype.name != request.dtype for t in source.tensors.values())
-    band, threads = memory_plan(request.max_ram, request.threads, casting)
+    band, threads = request.band, request.threads
+    if band is None:
+        band, threads = memory_plan(request.max_ram, request.threads, casting)
     plan = plan_copies(source.tensors, files, band, request.shard)
     return OutputFolder(
         final=request.output,

@@ -10,10 +10,10 @@ import threading
 import time
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from megatron.common.atomic_files import write_text
 from megatron.common.crc import combine, zeros
@@ -53,11 +53,52 @@ class Checksums:
         return found[1] if found is not None and found[0] == nbytes else None
 
 
+class BandSource(Protocol):
+    """Where the bands of a plan come from: files as they are, or a computation over several checkpoints."""
+
+    def read(self, job: CopyJob, band: memoryview) -> Any:
+        """Fill `band`, called by several threads at once. What it returns (None, or JSON) is recorded with the job."""
+
+    def account(self, remark: Any) -> None:
+        """Take what `read` returned, once for every job, also for those that an earlier run had finished."""
+
+    def summary(self) -> Any:
+        """What this share has to say once all its jobs are done, as JSON."""
+
+    def files(self, summaries: list[Any]) -> Mapping[str, bytes | Path]:
+        """Small files, by name in the output folder, that need the summaries of all shares."""
+
+    def close(self) -> None: ...
+
+
+class StoredBands:
+    """Bands read from the files of one checkpoint."""
+
+    def __init__(self) -> None:
+        self._pool = FilePool(os.O_RDONLY)
+
+    def read(self, job: CopyJob, band: memoryview) -> None:
+        read_band(self._pool, job.tensor, job.start, job.stop, band)
+
+    def account(self, remark: Any) -> None:
+        pass
+
+    def summary(self) -> None:
+        pass
+
+    def files(self, summaries: list[Any]) -> Mapping[str, bytes | Path]:
+        return {}
+
+    def close(self) -> None:
+        self._pool.close()
+
+
 @dataclass
 class Finished:
     job: int
     nbytes: int
     pieces: list[Piece]
+    remark: Any = None  # what the source said about the band
 
 
 class Sized(Protocol):
@@ -81,8 +122,8 @@ class JobRunner(ABC):
         self._stop = threading.Event()
 
     @abstractmethod
-    def do(self, number: int, buffer: memoryview) -> list[Piece]:
-        """Do job `number` with its bytes of buffer; returns what it has written."""
+    def do(self, number: int, buffer: memoryview) -> tuple[list[Piece], Any]:
+        """Do job `number` with its bytes of buffer; returns what it has written, and a remark for the journal."""
 
     def close(self) -> None:
         self.writing.close()
@@ -132,7 +173,8 @@ class JobRunner(ABC):
                 except queue.Empty:
                     return
                 nbytes = self.jobs[number].nbytes
-                self._done.put(Finished(number, nbytes, self.do(number, buffer[:nbytes])))
+                pieces, remark = self.do(number, buffer[:nbytes])
+                self._done.put(Finished(number, nbytes, pieces, remark))
         except BaseException as error:
             self._done.put(error)
 
@@ -140,20 +182,16 @@ class JobRunner(ABC):
 class Copier(JobRunner):
     """Copies all bands of a plan into `folder`, whose files exist with their final sizes."""
 
-    def __init__(self, plan: CopyPlan, folder: Path, threads: int) -> None:
+    def __init__(self, plan: CopyPlan, folder: Path, threads: int, source: BandSource) -> None:
         super().__init__(plan.jobs, [folder / file.name for file in plan.files], threads)
-        self.plan = plan
-        self._reading = FilePool(os.O_RDONLY)
+        self.plan, self.source = plan, source
 
-    def close(self) -> None:
-        super().close()
-        self._reading.close()
-
-    def do(self, number: int, buffer: memoryview) -> list[Piece]:
-        return list(self._copy(self.plan.jobs[number], buffer))
+    def do(self, number: int, buffer: memoryview) -> tuple[list[Piece], Any]:
+        job = self.plan.jobs[number]
+        remark = self.source.read(job, buffer)
+        return list(self._copy(job, buffer)), remark
 
     def _copy(self, job: CopyJob, band: memoryview) -> Iterator[Piece]:
-        read_band(self._reading, job.tensor, job.start, job.stop, band)
         cols = rows_and_columns(job.tensor.shape)[1]
         cast: dict[str, memoryview] = {}
         for destination in self.plan.destinations[job.tensor.name]:
@@ -184,16 +222,22 @@ class Copier(JobRunner):
 
 
 class CopyJournal:
-    """The finished jobs of a run, one JSON line each after a line that identifies the plan."""
+    """The finished jobs of a run, one JSON line each after a line that identifies the plan.
 
-    def __init__(self, path: Path, digest: str, resume: bool) -> None:
+    `account` is told the remark of every job that has one.
+    """
+
+    def __init__(
+        self, path: Path, digest: str, resume: bool, account: Callable[[Any], None] = lambda remark: None
+    ) -> None:
         self.path = path
+        self._account = account
         self.finished: set[int] = set()
         self.checksums = Checksums()
         if resume and path.exists():
             self._read(digest)
         else:
-            path.write_text(json.dumps({"plan": digest}) + "\n")
+            write_text(path, json.dumps({"plan": digest}) + "\n")  # whole or absent, whenever the kill comes
         self._file = open(path, "a")  # noqa: SIM115 closed by close()
 
     def _read(self, digest: str) -> None:
@@ -206,26 +250,29 @@ class CopyJournal:
             )
         for line in whole[1:]:
             entry = json.loads(line)
-            self._keep(entry["job"], entry["pieces"])
+            self._keep(entry["job"], entry["pieces"], entry.get("remark"))
         if len(whole) != len(lines):  # the last line was cut off by the kill
             write_text(self.path, "".join(whole))
 
-    def _keep(self, job: int, pieces: list[Piece]) -> None:
+    def _keep(self, job: int, pieces: list[Piece], remark: Any) -> None:
         if job not in self.finished:
             self.finished.add(job)
             for piece in pieces:
                 self.checksums.add(piece)
+            if remark is not None:
+                self._account(remark)
 
     def note(self, done: list[Finished]) -> None:
         """Take jobs as done without recording them."""
         for item in done:
-            self._keep(item.job, item.pieces)
+            self._keep(item.job, item.pieces, item.remark)
 
     def add(self, done: list[Finished]) -> None:
         """Record jobs whose data are synced."""
         self.note(done)
         for item in done:
-            self._file.write(json.dumps({"job": item.job, "pieces": item.pieces}) + "\n")
+            entry = {"job": item.job, "pieces": item.pieces}
+            self._file.write(json.dumps(entry if item.remark is None else entry | {"remark": item.remark}) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())
 

@@ -165,7 +165,7 @@ class _BlockWriter(JobRunner):
         super().__init__(jobs, paths, threads)
         self.blocks, self.reader = jobs, reader
 
-    def do(self, number: int, buffer: memoryview) -> list[Piece]:
+    def do(self, number: int, buffer: memoryview) -> tuple[list[Piece], None]:
         job = self.blocks[number]
         self.reader.read(job.where, job.kind, np.frombuffer(buffer, dtype=np.float32))
         path, done = self.paths[job.file], 0
@@ -175,7 +175,7 @@ class _BlockWriter(JobRunner):
                     done += os.pwrite(descriptor, buffer[done:], job.offset + done)
             except OSError as error:
                 raise ConvertError(f"{path} cannot be written: {error.strerror}") from None
-        return [(job.file, _block_key(job.array, job.block), 0, len(buffer), zlib.crc32(buffer))]
+        return [(job.file, _block_key(job.array, job.block), 0, len(buffer), zlib.crc32(buffer))], None
 
 
 def rank_ranges(split: TensorSplit, pp: int, dp: int) -> dict[int, list[TensorRange]]:

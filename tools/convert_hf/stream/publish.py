@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,7 @@ from megatron.checkpoint.manifest import (
 from megatron.checkpoint.state_ranges import StateRange
 from megatron.common.atomic_files import sync_file, sync_folder, write_text
 from tools.convert_hf.errors import ConvertError
-from tools.convert_hf.stream.copy import Copier, CopyJournal, preallocate, tensor_crcs
+from tools.convert_hf.stream.copy import BandSource, Copier, CopyJournal, StoredBands, preallocate, tensor_crcs
 from tools.convert_hf.stream.plan import CopyPlan
 
 if TYPE_CHECKING:  # it needs numpy, which conversions do without
@@ -42,12 +42,13 @@ class OutputFolder:
     """Everything that goes into the folder `final`.
 
     `extras` are small files by relative name: bytes, or a file to copy. `manifest_in` is the sub-folder ("." for the
-    top) that the manifest describes; it lists files of that sub-folder only.
+    top) that the manifest describes; it lists files of that sub-folder only. `source` makes the bands and may add
+    files that depend on all of them.
     """
 
     final: Path
     plan: CopyPlan
-    extras: Mapping[str, bytes | Path]
+    extras: dict[str, bytes | Path]
     manifest_in: str
     provenance: dict[str, Any]
     left_behind: list[str] = field(default_factory=list)  # files of the source that do not travel
@@ -55,6 +56,7 @@ class OutputFolder:
     threads: int = 4
     force: bool = False
     resume: bool = False
+    source: BandSource = field(default_factory=StoredBands)
     optimizer: StateCopy | None = None  # goes into `manifest_in`
     partial: Path = field(init=False)
 
@@ -80,7 +82,7 @@ class OutputFolder:
                 )
         if self.partial.exists() and not self.resume and not self.force and self.shard[1] == 1:
             raise ConvertError(
-                f"{self.partial} is left from a conversion that did not finish: continue it with --resume, "
+                f"{self.partial} is left from a run that did not finish: continue it with --resume, "
                 f"or start again with --force"
             )
         parent = self.final.parent
@@ -123,7 +125,7 @@ class OutputFolder:
         self._work.mkdir(parents=True, exist_ok=True)
         number, count = self.shard
         journal_path = self._work / f"journal_{number}_of_{count}.jsonl"
-        others = [p.name for p in self._work.glob("journal_*") if not p.name.endswith(f"_of_{count}.jsonl")]
+        others = [p.name for p in self._work.glob("journal_*.jsonl") if not p.name.endswith(f"_of_{count}.jsonl")]
         if others:
             raise ConvertError(f"{self.partial} was begun with another --shard count ({others[0]})")
         with open(self._work / f"lock_{number}", "w") as lock:
@@ -139,22 +141,24 @@ class OutputFolder:
                 states = self.optimizer.write(folder, journal, self.resume, progress)
                 entries |= {self._prefix + name: entry for name, entry in states.items()}
             # Other hosts read it while they look for the last share.
-            write_text(self._share_path(number), json.dumps({"plan": self.whole, "files": entries}))
+            share = {"plan": self.whole, "files": entries, "summary": self.source.summary()}
+            write_text(self._share_path(number), json.dumps(share))
         return self._finish_if_last()
 
     def _copy(self, journal_path: Path, progress: Callable[[int], None]) -> dict[str, Any]:
         """Write this share's files; returns their entries of the manifest."""
         resume = self.resume and journal_path.exists()
-        journal = CopyJournal(journal_path, self.plan.digest(), resume)
+        journal = CopyJournal(journal_path, self.plan.digest(), resume, self.source.account)
         try:
             for path, file in zip(self.plan_paths(), self.plan.files, strict=True):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 preallocate(path, file.size, keep=resume)
             progress(sum(self.plan.jobs[i].nbytes for i in journal.finished))
-            Copier(self.plan, self.partial, self.threads).run(journal, progress)
+            Copier(self.plan, self.partial, self.threads, self.source).run(journal, progress)
             crcs = tensor_crcs(self.plan, journal.checksums)
         finally:
             journal.close()
+            self.source.close()
         entries: dict[str, Any] = {}
         for path, file, by_tensor in zip(self.plan_paths(), self.plan.files, crcs, strict=True):
             with open(path, "r+b") as target:
@@ -182,11 +186,13 @@ class OutputFolder:
     def _finish_if_last(self) -> bool:
         shares = [self._share_path(i) for i in range(1, self.shard[1] + 1)]
         entries: dict[str, Any] = {}
+        summaries = []
         for path in shares:
             share = json.loads(path.read_text()) if path.exists() else {}
             if share.get("plan") != self.whole:  # not done yet, or left from another job
                 return False
             entries |= share["files"]
+            summaries.append(share["summary"])
         if self.shard[1] > 1:
             # Several hosts may see the last share appear: one completes the folder, the others wait for the rename.
             try:
@@ -194,6 +200,7 @@ class OutputFolder:
             except (FileExistsError, FileNotFoundError):
                 if not self.resume:
                     return self._wait_for_rename()
+        self.extras |= self.source.files(summaries)
         self._finish(entries)
         return True
 
