@@ -78,9 +78,9 @@ def load_checkpoint(
         f"loaded {start.restored} from {checkpoint.folder}: iteration {state.iteration}, "
         f"{state.consumed_samples} samples"
     )
-    if start.restored != "weights" and not same_layout and "layout" in checkpoint.provenance:
-        saved, now = layout_text(checkpoint.provenance["layout"]), layout_text(engine.place.sizes)
-        logger.info(f"saved at {saved}, running at {now}")
+    saved = checkpoint.provenance.get("layout", {})
+    if start.restored != "weights" and not same_layout and saved.keys() == engine.place.sizes.keys():
+        logger.info(f"saved at {layout_text(saved)}, running at {layout_text(engine.place.sizes)}")
     if start.restored != "weights" and data_fingerprints is not None:
         _report_data(checkpoint.provenance.get("data", {}), data_fingerprints)
     return state

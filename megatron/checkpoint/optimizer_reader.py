@@ -11,7 +11,9 @@ import os
 import threading
 import zlib
 from collections import OrderedDict
+from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +42,7 @@ class StateReader:
         self.bytes_read = 0
         self._limit = blocks
         self._lock = threading.Lock()
-        self._blocks: OrderedDict[tuple[str, int], Future[Elements]] = OrderedDict()  # by file and offset
+        self._blocks: OrderedDict[tuple[str, int], _Block] = OrderedDict()  # by file and offset, the latest last
         self._files: OrderedDict[str, _OpenFile] = OrderedDict()
 
     def __enter__(self) -> StateReader:
@@ -57,43 +59,62 @@ class StateReader:
 
         CheckpointError names file, range and block of what is damaged.
         """
-        out.fill(0)
         row = row_of(where.layer, where.tensor, self.here.shape)
-        for transfer in transfers(row, self.here, where.tp_rank, where.start, where.stop, self.index.split):
+        parts = list(transfers(row, self.here, where.tp_rank, where.start, where.stop, self.index.split))
+        if sum(part.length * part.count for part in parts) < len(out):
+            out.fill(0)
+        for transfer in parts:
             last = transfer.source + (transfer.count - 1) * transfer.source_pitch + transfer.length
             for placed in self.index.overlapping(where.layer, where.tensor, transfer.tp_rank, transfer.source, last):
                 for number in placed.state.blocks():
                     first, end = placed.state.block(number)
                     if runs := _runs_inside(transfer, first, end):
-                        _copy(transfer, runs, self._block(placed, kind, number), first, out)
+                        with self._block(placed, kind, number) as block:
+                            _copy(transfer, runs, block, first, out)
 
-    def _block(self, placed: PlacedRange, kind: str, number: int) -> Elements:
+    @contextmanager
+    def _block(self, placed: PlacedRange, kind: str, number: int) -> Iterator[Elements]:
         """A verified block, from memory if it is there; threads that want the same one wait for one read."""
         offset = placed.state.arrays[kind].offset + number * block_bytes()
-        key = (placed.file, offset)
-        with self._lock:
-            found = self._blocks.get(key)
-            if found is None:
-                mine = self._blocks[key] = Future()
-                while len(self._blocks) > self._limit:
-                    self._blocks.popitem(last=False)
-            else:
-                self._blocks.move_to_end(key)
-        if found is not None:
-            return found.result()
-        try:
-            mine.set_result(self._read_block(placed, kind, number, offset))
-        except BaseException as error:
-            mine.set_exception(error)
-        return mine.result()
-
-    def _read_block(self, placed: PlacedRange, kind: str, number: int, offset: int) -> Elements:
         first, end = placed.state.block(number)
-        data = np.empty(end - first, dtype="<f4")
+        with self._lock:
+            block = self._blocks.get((placed.file, offset))
+            wanted = block is None
+            if block is None:
+                block = self._blocks[placed.file, offset] = _Block(self._buffer())
+            self._blocks.move_to_end((placed.file, offset))
+            block.users += 1
+        try:
+            if wanted:
+                try:
+                    self._read_block(placed, kind, number, offset, block.buffer[: end - first])
+                except BaseException as error:
+                    block.ready.set_exception(error)
+                else:
+                    block.ready.set_result(None)
+            block.ready.result()
+            yield block.buffer[: end - first]
+        finally:
+            with self._lock:
+                block.users -= 1
+
+    def _buffer(self) -> Elements:
+        """Memory for a block: that of the one whose use is longest ago, if there are enough. The lock is held."""
+        if len(self._blocks) >= self._limit:
+            for key, block in self._blocks.items():
+                if not block.users:
+                    del self._blocks[key]
+                    return block.buffer
+        return np.empty(block_bytes() // ITEM, dtype="<f4")
+
+    def _read_block(self, placed: PlacedRange, kind: str, number: int, offset: int, data: Elements) -> None:
+        first, end = placed.state.block(number)
         path = self.folder / placed.file
         file = self._open(placed.file)
         try:
             view, done = data.data.cast("B"), 0
+            # The kernel reads ahead too little at a time for one who wants a block whole.
+            os.posix_fadvise(file.descriptor, offset, len(view), os.POSIX_FADV_WILLNEED)
             while done < len(view):
                 count = os.preadv(file.descriptor, [view[done:]], offset + done)
                 if not count:
@@ -112,7 +133,6 @@ class StateReader:
             )
         with self._lock:
             self.bytes_read += len(view)
-        return data
 
     def _open(self, name: str) -> _OpenFile:
         with self._lock:
@@ -132,6 +152,14 @@ class StateReader:
     def _release(self, file: _OpenFile) -> None:
         with self._lock:
             file.users -= 1
+
+
+class _Block:
+    """`ready` has a result when the buffer holds the block, or the error that reading it met."""
+
+    def __init__(self, buffer: Elements) -> None:
+        self.buffer, self.users = buffer, 0
+        self.ready: Future[None] = Future()
 
 
 class _OpenFile:

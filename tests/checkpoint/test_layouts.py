@@ -128,6 +128,7 @@ def test_a_rank_opens_the_files_that_overlap_its_ranges(tmp_path: Path) -> None:
 def _weights(rank: int, world_size: int, case: Case, layout: Layout, folder: str) -> Any:
     from megatron.parallel.process_groups import form_groups
 
+    state_ranges.BLOCK = BLOCK
     args = arguments(case, *layout, precision="bfloat16", load=folder, from_scratch=False)
     engine = build_inference_engine(args, form_groups(args))
     load_weights(engine, args)
