@@ -33,12 +33,14 @@ def load_resharded_layers(
     for index, layer in [*engine.numbered_layers(), *engine.tied_copies()]:
         shards = _Shards(folder, index, files)
         for name, parameter in layer_tensors(layer).items():
-            row = row_of(index, name, here.shape)
-            flat = torch.zeros(parameter.numel(), dtype=shards.tensor(name, 0).dtype)
-            for transfer in transfers(row, here, engine.place.tp_rank, 0, flat.numel(), there):
-                _copy(transfer, shards.tensor(name, transfer.tp_rank), flat)
-            parameter.detach().copy_(flat.view(parameter.shape))
-            conversions.add((dtype_name(flat.dtype), dtype_name(parameter.dtype)))
+            row, flat = row_of(index, name, here.shape), parameter.detach().view(-1)
+            parts = list(transfers(row, here, engine.place.tp_rank, 0, flat.numel(), there))
+            if sum(part.length * part.count for part in parts) < flat.numel():
+                flat.zero_()
+            for part in parts:
+                stored = shards.tensor(name, part.tp_rank)
+                _copy(part, stored, flat)
+                conversions.add((dtype_name(stored.dtype), dtype_name(parameter.dtype)))
     return conversions
 
 
@@ -71,6 +73,6 @@ def _copy(transfer: Transfer, source: Tensor, target: Tensor) -> None:
     shape = (transfer.count, transfer.length)
     flat = source.reshape(-1)
     first = flat.storage_offset() + transfer.source
-    torch.as_strided(target, shape, (transfer.target_pitch, 1), transfer.target).copy_(
+    torch.as_strided(target, shape, (transfer.target_pitch, 1), target.storage_offset() + transfer.target).copy_(
         torch.as_strided(flat, shape, (transfer.source_pitch, 1), first)
     )

@@ -217,7 +217,7 @@ def test_shares_of_several_hosts(tmp_path: Path) -> None:
         (("--optimizer", "--tp", 2, "--pp", 9), "--pp is 9; expected 1 to 4"),
         (("--optimizer", "--tp", 2, "--dp", 0), "--dp is 0; expected 1 to any number of replicas"),
         (("--optimizer", "--tp", 3), "--tp 3 does not fit this model"),
-        (("--optimizer", "--tp", 2, "--max-ram", "60MiB"), "is too little for --optimizer with 4 threads; give"),
+        (("--optimizer", "--tp", 2, "--max-ram", "60MiB"), "60 MiB is too little for --optimizer with"),
     ],
 )
 def test_what_cannot_be_is_refused(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,11 +144,12 @@ def _states(source: Checkpoint, split: TensorSplit, request: ConversionRequest, 
     for option, size, most in (("--pp", pp, split.shape.num_layers), ("--dp", dp, None)):
         if size < 1 or (most is not None and size > most):
             raise ConvertError(f"{option} is {size}; expected 1 to {most or 'any number of replicas'}")
-    least = _MEMORY_BASE + _MEMORY_NUMPY + 2 * (request.threads + 2) * block_bytes()
-    cached = (request.max_ram - least) // block_bytes() + request.threads
-    if cached < request.threads:
+    threads = min(request.threads, os.cpu_count() or 1)  # each block is summed twice: more of them wait for a core
+    least = _MEMORY_BASE + _MEMORY_NUMPY + 2 * (threads + 2) * block_bytes()
+    cached = (request.max_ram - least) // block_bytes() + threads
+    if cached < threads:
         raise ConvertError(
-            f"--max-ram {request.max_ram >> 20} MiB is too little for --optimizer with {request.threads} threads; give "
+            f"--max-ram {request.max_ram >> 20} MiB is too little for --optimizer with {threads} threads; give "
             f"at least {-(-least >> 20)} MiB, or fewer --threads"
         )
     return StateCopy(
@@ -157,7 +159,7 @@ def _states(source: Checkpoint, split: TensorSplit, request: ConversionRequest, 
         split,
         pp,
         dp,
-        threads=request.threads,
+        threads=threads,
         cached_blocks=min(cached, CACHED_BLOCKS),
         shard=request.shard,
         verify_first=found.verify_whole_files,
