@@ -214,7 +214,8 @@ all_ranks() {
     local minutes=$1
     shift
     exec env --block-signal=USR1 "${tied[@]}" \
-        srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks=@RANKS@ --ntasks-per-node=@RANKS_PER_NODE@ --distribution=block \
+        srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$((SLURM_JOB_NUM_NODES * @RANKS_PER_NODE@))" \
+        --ntasks-per-node=@RANKS_PER_NODE@ --distribution=block \
 @SRUN@
         --time="$minutes" --kill-on-bad-exit=1 --export=ALL \
         bash -c "$(declare -f here run_here); run_here \"\$@\"" rank "$@"
@@ -228,6 +229,11 @@ mkdir -p "$run"
 forget() { rm -f "$run"/failed "$run"/why "$run"/said-* "$run"/lost-nodes "$run"/exclude; }
 forget # of the start before: a requeued job has its number again
 export NEOX_RUN_FOLDER="$run"
+
+# `sbatch --nodes=N job.sh` on the day on which nodes are missing: as many ranks on each node, another data-parallel size,
+# the same global batch, from the last save.
+configuration+=(--num_nodes "$SLURM_JOB_NUM_NODES")
+if ((SLURM_JOB_NUM_NODES != @NODES@)); then say "rendered for @NODES@ node(s), running on $SLURM_JOB_NUM_NODES"; fi
 
 before=$(last_save) fruitless=0
 say "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)) on $SLURM_JOB_NODELIST; last save: $before"

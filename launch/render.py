@@ -94,6 +94,7 @@ def render(options: argparse.Namespace, overrides: Sequence[str], project: Path,
     site = read_site(options.site)
     files = [resolve_path(name) for name in options.configs]
     args = NeoXArgs.from_ymls(files, parse_overrides(list(overrides)))
+    configuration = [*map(str, files), *_without_nodes(overrides)]
     per_node = checked_ranks_per_node(options.nodes, args, site)
     software = choose_software(options, site)
     parts = {
@@ -103,7 +104,7 @@ def render(options: argparse.Namespace, overrides: Sequence[str], project: Path,
         "RANKS": str(args.global_num_gpus),
         "RANKS_PER_NODE": str(per_node),
         "NODES": str(options.nodes),
-        "VALUES": "\n".join(value_lines(options, args, [*map(str, files), *overrides], project, directory)),
+        "VALUES": "\n".join(value_lines(options, args, configuration, project, directory)),
         "PROFILE": f"launch/{options.site}/environment.sh",
         "ENVIRONMENT": "\n".join(environment_lines(options, args, site)),
         "NODE_DISK": site.node_disk,
@@ -117,6 +118,18 @@ def render(options: argparse.Namespace, overrides: Sequence[str], project: Path,
     assert names == set(parts), names ^ set(parts)
     text = re.sub(r"@([A-Z_]+)@\n?", lambda match: _filled(match, parts), text)
     return text
+
+
+def _without_nodes(overrides: Sequence[str]) -> list[str]:
+    """The overrides but for num_nodes, which the script takes from the job: one may submit it with other `--nodes`."""
+    kept, words = [], iter(overrides)
+    for word in words:
+        name, equals, _ = word.partition("=")
+        if name.replace("-", "_") != "__num_nodes":
+            kept.append(word)
+        elif not equals:
+            next(words)
+    return kept
 
 
 def _filled(match: re.Match[str], parts: dict[str, str]) -> str:

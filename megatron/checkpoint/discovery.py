@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 LATEST = "latest"
 PARTIAL = ".tmp"
 REPLACED = ".replaced"
-OPTIMIZER_FILE = re.compile(r"\w+_optim_states\.pt")  # whatever engine wrote it
+OPTIMIZER_FILE = re.compile(r"\w+_optim_states\.(safetensors|pt)")  # .pt: version 1 of the manifest, DeepSpeed's
 _TAG = re.compile(r"global_step(\d+)")
 
 

@@ -42,7 +42,7 @@ def own_layers(engine: Engine) -> dict[str, dict[str, Tensor]]:
     """
     place = engine.place
     return {
-        layer_file_name(index, place.tp_rank): _tensors(layer)
+        layer_file_name(index, place.tp_rank): layer_tensors(layer)
         for turn, (index, layer) in enumerate(engine.numbered_layers())
         if turn % place.dp == place.dp_rank
     }
@@ -58,7 +58,7 @@ def load_layers(engine: Engine, folder: Path) -> set[tuple[str, str]]:
     conversions = set()
     for index, layer in [*engine.numbered_layers(), *engine.tied_copies()]:
         path = folder / layer_file_name(index, engine.place.tp_rank)
-        stored, wanted = read_tensors(path), _tensors(layer)
+        stored, wanted = read_tensors(path), layer_tensors(layer)
         problems = list(_key_problems(stored.keys(), wanted.keys()))
         problems += [
             _shape_problem(name, tuple(stored[name].shape), tuple(parameter.shape))
@@ -73,7 +73,7 @@ def load_layers(engine: Engine, folder: Path) -> set[tuple[str, str]]:
     return conversions
 
 
-def _tensors(layer: nn.Module) -> dict[str, Tensor]:
+def layer_tensors(layer: nn.Module) -> dict[str, Tensor]:
     """The layer's state without megatron-core's `_extra_state` entries, which GPT-NeoX refuses."""
     return {name: value for name, value in layer.state_dict().items() if not name.endswith("_extra_state")}
 

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron.checkpoint.discovery import OPTIMIZER_FILE
 from megatron.checkpoint.layer_files import load_layers, verify_before_load
+from megatron.checkpoint.optimizer_load import SavedOptimizer
+from megatron.checkpoint.resharded_layers import load_resharded_layers
 from megatron.checkpoint.save import HF, read_small_files
 from megatron.checkpoint.start import SavedCheckpoint, Start, locate
 from megatron.checkpoint.state import TrainState, restore_rng
-from megatron.checkpoint.torch_files import read_file
 from megatron.common.errors import CheckpointError
+from megatron.layout import TensorSplit
 from megatron.parallel.collective_errors import RankGroup
 
 if TYPE_CHECKING:
@@ -34,32 +36,38 @@ def load_checkpoint(
 ) -> TrainState:
     """Fill the engine from `start.checkpoint` and return the run's position.
 
-    Everything is restored only with the TP x PP x DP and the precision it was saved with. Weights alone, or weights and
-    position, leave PP, DP and precision free; the optimizer's fp32 masters are then made from the weights.
+    TP, PP and DP may differ from those it was saved with; random states are restored if they do not. Everything is
+    restored only in the precision it was saved in. Weights alone, or weights and position, leave the precision free;
+    the optimizer's fp32 masters are then made from the weights.
     Collective over all ranks; CheckpointError is the same on all of them.
     """
     checkpoint = start.checkpoint
     assert checkpoint is not None
     ranks = RankGroup.world(engine.place.device)
+    here, there = TensorSplit(args.shape, args.model_parallel_size), saved_split(checkpoint, args)
+    optimizer: SavedOptimizer | None = None
     with ranks.together(f"loading {checkpoint.folder}"):
         if start.restores_optimizer:
-            _refuse_unfit_optimizer(checkpoint, engine, args.precision)
-    _verify(ranks, checkpoint, args)
-    own: dict[str, Any] = {}
-    with ranks.together(f"reading optimizer states of {checkpoint.folder}"):
-        if start.restores_optimizer:
-            own = read_file(checkpoint.folder / engine.optimizer_file_name(), classes=engine.optimizer_file().classes)
-    _load_layers(ranks, checkpoint, engine)
-    if start.restores_optimizer:
-        engine.load_optimizer(own)
+            optimizer = _fit_optimizer(checkpoint, engine, args.precision, there)
+    _verify(ranks, checkpoint, there)
+    if optimizer is not None:
+        _verify_index(ranks, optimizer)
+    _load_layers(ranks, checkpoint, engine, here, there)
+    same_layout = checkpoint.provenance.get("layout") == engine.place.sizes
+    if optimizer is not None:
+        random_states = None
+        with ranks.together(f"loading optimizer states of {checkpoint.folder}"):
+            optimizer.load(engine, here)
+            if same_layout and not args.no_load_rng:
+                random_states = optimizer.random_states(engine)
+        if random_states is not None:
+            restore_rng(random_states)
     else:
         # The fp32 copies were made when the engine was built; without this a step would undo the load.
         engine.weights_changed()
     position = start.position
     if start.restored != "weights":
         engine.counters = position.counters
-    if "rng" in own and not args.no_load_rng:
-        restore_rng(own["rng"])
     state = TrainState(
         position.iteration,
         position.consumed_samples,
@@ -70,6 +78,9 @@ def load_checkpoint(
         f"loaded {start.restored} from {checkpoint.folder}: iteration {state.iteration}, "
         f"{state.consumed_samples} samples"
     )
+    saved = checkpoint.provenance.get("layout", {})
+    if start.restored != "weights" and not same_layout and saved.keys() == engine.place.sizes.keys():
+        logger.info(f"saved at {layout_text(saved)}, running at {layout_text(engine.place.sizes)}")
     if start.restored != "weights" and data_fingerprints is not None:
         _report_data(checkpoint.provenance.get("data", {}), data_fingerprints)
     return state
@@ -84,64 +95,89 @@ def load_weights(engine: Engine, args: NeoXArgs) -> Path:
     if args.load is None:
         raise CheckpointError("`load` is not set; give the folder that holds `latest` and `global_stepN`")
     checkpoint = locate(ranks, Path(args.load), args.iteration)
-    _verify(ranks, checkpoint, args)
-    _load_layers(ranks, checkpoint, engine)
+    here, there = TensorSplit(args.shape, args.model_parallel_size), saved_split(checkpoint, args)
+    _verify(ranks, checkpoint, there)
+    _load_layers(ranks, checkpoint, engine, here, there)
     engine.weights_changed()
     return checkpoint.folder
 
 
-def _verify(ranks: RankGroup, checkpoint: SavedCheckpoint, args: NeoXArgs) -> None:
+def saved_split(checkpoint: SavedCheckpoint, args: NeoXArgs) -> TensorSplit:
+    """How a checkpoint's tensors are cut: the TP of its manifest, and the padding of the vocabulary that goes with it.
+
+    The configuration's where the manifest does not say, or there is none.
+    """
+    tp = checkpoint.provenance.get("layout", {}).get("tp", args.model_parallel_size)
+    padded = checkpoint.provenance.get("shape", {}).get("padded_vocab_size", args.shape.padded_vocab_size)
+    return TensorSplit(replace(args.shape, padded_vocab_size=padded), tp)
+
+
+def _verify(ranks: RankGroup, checkpoint: SavedCheckpoint, split: TensorSplit) -> None:
     with ranks.together(f"loading {checkpoint.folder}"):
         files = None if checkpoint.manifest is None else checkpoint.manifest.files
         part = (ranks.rank, ranks.size)
-        problems = verify_before_load(checkpoint.folder, args.shape, args.model_parallel_size, part, files)
+        problems = verify_before_load(checkpoint.folder, split.shape, split.tp, part, files)
         if problems:
             more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
             raise CheckpointError("; ".join(problems[:3]) + more)
 
 
-def _load_layers(ranks: RankGroup, checkpoint: SavedCheckpoint, engine: Engine) -> None:
+def _load_layers(
+    ranks: RankGroup, checkpoint: SavedCheckpoint, engine: Engine, here: TensorSplit, there: TensorSplit
+) -> None:
     conversions: set[tuple[str, str]] = set()
     with ranks.together(f"loading weights of {checkpoint.folder}"):
-        conversions = load_layers(engine, checkpoint.folder)
+        if here == there:
+            conversions = load_layers(engine, checkpoint.folder)
+        else:
+            files = {} if checkpoint.manifest is None else checkpoint.manifest.files
+            conversions = load_resharded_layers(engine, checkpoint.folder, here, there, files)
     for stored, used in sorted(conversions):
         if stored != used:
             exact = used == "float32"
             logger.info(f"weights: {stored} in the files, {used} here ({'exact' if exact else 'rounded to nearest'})")
 
 
-def _refuse_unfit_optimizer(checkpoint: SavedCheckpoint, engine: Engine, precision: str) -> None:
-    """CheckpointError if the optimizer states are absent or for another split or precision; nothing is read."""
+def _fit_optimizer(checkpoint: SavedCheckpoint, engine: Engine, precision: str, split: TensorSplit) -> SavedOptimizer:
+    """The checkpoint's optimizer states; CheckpointError if they are absent or cannot be those of this run."""
     folder, provenance = checkpoint.folder, checkpoint.provenance
     if checkpoint.manifest is None:
         raise CheckpointError(
             f"{folder} has no manifest: optimizer states of GPT-NeoX are not read; "
             f"start from its weights with `finetune: true`"
         )
-    present = {name for name in checkpoint.manifest.files if OPTIMIZER_FILE.fullmatch(name)}
-    if not present:
+    optimizer = SavedOptimizer(folder, checkpoint.manifest, split)
+    if not optimizer.files:
         reason = "they were removed (keep_optimizer_last_n)" if "optimizer" in provenance else "it is converted"
         raise CheckpointError(f"{folder} has no optimizer states: {reason}; {_WAYS_OUT}")
-    saved, now = provenance.get("layout"), engine.place.sizes
-    if saved != now:
-        raise CheckpointError(
-            f"{folder} was saved at {_layout(saved)}, this run is {_layout(now)}: optimizer states belong to one "
-            f"split; run at the saved one, or {_WAYS_OUT}"
-        )
     if provenance.get("precision") != precision:
         raise CheckpointError(
             f"{folder} was saved in precision {provenance.get('precision')}, this run is {precision}: optimizer states "
             f"differ between them; {_WAYS_OUT}"
         )
-    missing = sorted(engine.optimizer_file_names() - present)
-    if missing:
-        raise CheckpointError(f"{folder} lacks {', '.join(missing[:3])}; {_WAYS_OUT}")
+    saved, now = provenance.get("layout"), engine.place.sizes
+    if not optimizer.by_ranges and saved != now:
+        raise CheckpointError(
+            f"{folder} was saved at {layout_text(saved)}, this run is {layout_text(now)}: its optimizer files are of "
+            "version 1, which is read at its own layout; write them anew with `python tools/convert_hf reshard "
+            f"--optimizer --tp {now['tp']} --pp {now['pp']} --dp {now['dp']}`, or {_WAYS_OUT}"
+        )
+    return optimizer
 
 
-def _layout(sizes: Any) -> str:
+def _verify_index(ranks: RankGroup, optimizer: SavedOptimizer) -> None:
+    """The optimizer files hold each element of the model's state once. One rank looks: all have the same manifest."""
+    with ranks.together(f"loading {optimizer.folder}"):
+        if optimizer.by_ranges and ranks.rank == 0 and (problems := optimizer.index.problems()):
+            more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+            raise CheckpointError(f"{optimizer.folder} is not complete: {'; '.join(problems[:3])}{more}; {_WAYS_OUT}")
+
+
+def layout_text(sizes: Any) -> str:
+    """TP, PP and DP as one reads them in the log."""
     if not isinstance(sizes, Mapping):
-        return "an unknown split"
-    return ", ".join(f"{name.upper()} {sizes.get(name)}" for name in ("tp", "pp", "dp"))
+        return "an unknown layout"
+    return " ".join(f"{name.upper()}{sizes.get(name, '?')}" for name in ("tp", "pp", "dp"))
 
 
 def _report_data(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:

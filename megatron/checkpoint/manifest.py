@@ -3,16 +3,22 @@
 The manifest is written last into a checkpoint folder, so its presence says that the files it lists were written and
 synced. The converter writes the same format. Standard library only: a login node can use it.
 
-    {"format": "neox-llama-checkpoint", "version": 1,
+    {"format": "neox-llama-checkpoint", "version": 2,
      "files": {"layer_00-model_00-model_states.pt":
                  {"bytes": 1234,
                   "tensors": {"word_embeddings.weight":
                     {"shape": [512, 64], "dtype": "bfloat16", "checksum": "crc32:0123abcd"}}},
+               "rank_00000_optim_states.safetensors":
+                 {"bytes": 5678, "tensors": {}, "checksum": "crc32:01234567",
+                  "random_state": {"offset": 5000, "bytes": 678, "crc32": "89abcdef"},
+                  "ranges": [{"layer": 0, "tensor": "word_embeddings.weight", "tp_rank": 0, "start": 0, "stop": 64,
+                              "step": 10, "master": {"offset": 640, "crc32": "0123abcd"}, "exp_avg": {...}, ...}]},
                "hf/config.json": {"bytes": 700, "tensors": {}, "checksum": "crc32:89abcdef"}},
      "provenance": {...}}
 
 File names are relative to the folder, with `/`. A tensor's checksum is `zlib.crc32` of its contiguous little-endian
-bytes; layer files have one for each tensor. Any other file has a `checksum` of the whole file instead.
+bytes; layer files have one for each tensor. Any other file has a `checksum` of the whole file instead. `ranges` are the
+index of the optimizer's state (`state_ranges`); version 1 does not have them, its optimizer files are DeepSpeed's.
 """
 
 from __future__ import annotations
@@ -25,11 +31,13 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from megatron.checkpoint.state_ranges import StateRange, StoredBytes
 from megatron.common.atomic_files import write_text
 from megatron.common.errors import CheckpointError
 
 FORMAT = "neox-llama-checkpoint"
-VERSION = 1
+VERSION = 2
+READABLE = (1, VERSION)
 MANIFEST_NAME = "manifest.json"
 _CHECKSUM = re.compile(r"crc32:[0-9a-f]{8}")
 _CHUNK = 1 << 24  # bytes read at a time when a whole file is summed
@@ -67,11 +75,16 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class FileEntry:
-    """One file: its size in bytes and either its tensors or a checksum of the whole file."""
+    """One file: its size in bytes and either its tensors or a checksum of the whole file.
+
+    An optimizer file has its `ranges`, too, and its rank's random states.
+    """
 
     bytes: int
     tensors: dict[str, TensorEntry] = field(default_factory=dict)
     checksum: str | None = None
+    ranges: tuple[StateRange, ...] = ()
+    random_state: StoredBytes | None = None
 
 
 @dataclass(frozen=True)
@@ -91,6 +104,10 @@ class Manifest:
             files[name] = {"bytes": entry.bytes, "tensors": tensors}
             if entry.checksum is not None:
                 files[name]["checksum"] = entry.checksum
+            if entry.ranges:
+                files[name]["ranges"] = [part.to_json() for part in entry.ranges]
+            if entry.random_state is not None:
+                files[name]["random_state"] = entry.random_state.to_json()
         body = {"format": FORMAT, "version": VERSION, "files": files, "provenance": self.provenance}
         return json.dumps(body, indent=1) + "\n"
 
@@ -102,10 +119,10 @@ class Manifest:
         except json.JSONDecodeError as error:
             raise ManifestError(f"{source} is not JSON: {error}") from error
         body = _mapping(body, source)
-        if body.get("format") != FORMAT or body.get("version") != VERSION:
+        if body.get("format") != FORMAT or body.get("version") not in READABLE:
             raise ManifestError(
                 f"{source} says format {body.get('format')!r}, version {body.get('version')!r}; "
-                f"this program reads {FORMAT!r}, version {VERSION}"
+                f"this program reads {FORMAT!r}, version {' and '.join(map(str, READABLE))}"
             )
         files = {}
         for name, entry in _mapping(body.get("files"), f"{source}: files").items():
@@ -118,11 +135,14 @@ class Manifest:
                 tensor: _tensor_entry(value, f"{where}: {tensor}")
                 for tensor, value in _mapping(entry.get("tensors"), f"{where}: tensors").items()
             }
-            whole = entry.get("checksum")
+            whole, size = entry.get("checksum"), _size(entry.get("bytes"), where)
+            ranges, random_state = _state(entry, size, where)
             files[name] = FileEntry(
-                bytes=_size(entry.get("bytes"), where),
+                bytes=size,
                 tensors=tensors,
                 checksum=None if whole is None else _checksum(whole, where),
+                ranges=ranges,
+                random_state=random_state,
             )
         return cls(files, dict(_mapping(body.get("provenance", {}), f"{source}: provenance")))
 
@@ -181,3 +201,17 @@ def _tensor_entry(value: Any, where: str) -> TensorEntry:
     if not isinstance(shape, list) or not isinstance(dtype, str):
         raise ManifestError(f"{where} needs a shape and a dtype, got {dict(value)!r}")
     return TensorEntry(tuple(_size(n, where) for n in shape), dtype, _checksum(value.get("checksum"), where))
+
+
+def _state(entry: Mapping[str, Any], size: int, where: str) -> tuple[tuple[StateRange, ...], StoredBytes | None]:
+    """The index of an optimizer file of `size` bytes; empty for any other."""
+    ranges, random_state = entry.get("ranges", []), entry.get("random_state")
+    if not isinstance(ranges, list):
+        raise ManifestError(f"{where}: ranges must be a list, got {type(ranges).__name__}")
+    try:
+        return (
+            tuple(StateRange.from_json(value, size) for value in ranges),
+            None if random_state is None else StoredBytes.from_json(random_state, size),
+        )
+    except ValueError as error:
+        raise ManifestError(f"{where}: {error}") from error

@@ -17,6 +17,8 @@ import copy
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,25 +28,29 @@ from torch import Tensor
 from megatron.checkpoint.discovery import meta_file_name
 from megatron.checkpoint.layer_files import own_layers
 from megatron.checkpoint.manifest import FileEntry
-from megatron.checkpoint.state import TrainState, capture_rng
+from megatron.checkpoint.optimizer_files import optimizer_file_name, write_optimizer_file
+from megatron.checkpoint.state import TrainState, capture_rng, rng_to_bytes
 from megatron.checkpoint.torch_files import write_file, write_tensors
+from megatron.common.errors import CheckpointError
+from megatron.layout import TensorRange
 
 if TYPE_CHECKING:
     from megatron.engine.protocol import Engine
     from megatron.neox_arguments import NeoXArgs
 
 
+class FileKind(Enum):
+    WEIGHTS = "weights"  # a flat dict of tensors, which the manifest lists one by one
+    OPTIMIZER = "optimizer"  # {"shards": {TensorRange: {"step", "master", "exp_avg", "exp_avg_sq"}}, "rng": ...}
+    PLAIN = "plain"  # tensors and plain values, nested
+
+
 @dataclass(frozen=True)
 class FileContent:
-    """One file to be: tensors (live, or copies of them) and plain values, nested in dicts, lists and tuples.
-
-    `weights` marks a flat dict of tensors, which the manifest lists one by one; other files may hold instances of
-    `classes`.
-    """
+    """One file to be: tensors (live, or copies of them) and plain values, nested in dicts, lists and tuples."""
 
     content: dict[str, Any]
-    weights: bool = False
-    classes: tuple[type, ...] = ()
+    kind: FileKind = FileKind.PLAIN
 
 
 Contents = dict[str, FileContent]  # by file name
@@ -52,24 +58,42 @@ Contents = dict[str, FileContent]  # by file name
 
 def rank_contents(engine: Engine, args: NeoXArgs, state: TrainState) -> Contents:
     """This rank's files as they are now. Tensors are the engine's own: the next step changes them."""
-    contents = {name: FileContent(tensors, weights=True) for name, tensors in own_layers(engine).items()}
+    contents = {name: FileContent(tensors, FileKind.WEIGHTS) for name, tensors in own_layers(engine).items()}
     if engine.place.dp_rank == 0:
         meta = engine.meta_content() | _client_state(args, state)
         contents[meta_file_name(engine.place.model_rank)] = FileContent(meta)
-    optimizer = engine.optimizer_file()
-    random_state = {} if args.no_save_rng else {"rng": capture_rng()}
-    contents[engine.optimizer_file_name()] = FileContent(optimizer.content | random_state, classes=optimizer.classes)
+    shards = {
+        shard.where: {"step": shard.step, **shard.tensors} for shard in engine.optimizer_shards() if not shard.copy
+    }
+    optimizer: dict[str, Any] = {"shards": shards}
+    if not args.no_save_rng:
+        optimizer["rng"] = capture_rng()
+    contents[optimizer_file_name(engine.place.rank)] = FileContent(optimizer, FileKind.OPTIMIZER)
     return contents
 
 
 def write_contents(folder: Path, contents: Contents) -> dict[str, FileEntry]:
     """Write the files, synced and read back; returns their manifest entries."""
-    return {
-        name: write_tensors(folder / name, file.content)
-        if file.weights
-        else write_file(folder / name, file.content, file.classes)
-        for name, file in contents.items()
+    writers = {
+        FileKind.WEIGHTS: write_tensors,
+        FileKind.OPTIMIZER: _write_optimizer,
+        FileKind.PLAIN: write_file,
     }
+    return {name: writers[file.kind](folder / name, file.content) for name, file in contents.items()}
+
+
+def _write_optimizer(path: Path, content: dict[str, Any]) -> FileEntry:
+    shards = content["shards"]
+    steps = {where: shard["step"] for where, shard in shards.items()}
+    random_state = rng_to_bytes(content["rng"]) if "rng" in content else b""
+    return write_optimizer_file(path, steps, partial(_raw, path, shards), random_state)
+
+
+def _raw(path: Path, shards: dict[TensorRange, dict[str, Tensor]], where: TensorRange, kind: str) -> memoryview:
+    tensor = shards[where][kind]
+    if tensor.dtype != torch.float32:
+        raise CheckpointError(f"{path}: {kind} of {where} is {tensor.dtype}; optimizer state is kept in fp32")
+    return tensor.detach().to("cpu").contiguous().view(torch.uint8).numpy().data
 
 
 def _client_state(args: NeoXArgs, state: TrainState) -> dict[str, Any]:

@@ -25,11 +25,13 @@ import yaml
 from megatron.checkpoint.discovery import PARTIAL, clean_leftovers, publish, tag_name
 from megatron.checkpoint.layer_files import expected_files, tensor_problems
 from megatron.checkpoint.manifest import FileEntry, Manifest, checksum, size_problems, write_manifest
+from megatron.checkpoint.optimizer_files import OptimizerIndex
 from megatron.checkpoint.provenance import provenance
 from megatron.checkpoint.rank_files import Contents, rank_contents, write_contents
 from megatron.checkpoint.retention import apply_retention
 from megatron.checkpoint.state import TrainState
 from megatron.common.errors import CheckpointError, one_line
+from megatron.layout import TensorSplit
 from megatron.parallel.collective_errors import RankGroup
 
 if TYPE_CHECKING:
@@ -126,6 +128,7 @@ class CheckpointWriter:
         files |= write_small_files(self.partial / CONFIGS, {"merged.yml": merged})
         manifest = Manifest(files, self._provenance())
         problems = self._weights_problems(files) + size_problems(self.partial, manifest)
+        problems += OptimizerIndex.of(manifest, TensorSplit(self.args.shape, self.place.tp)).problems()
         if problems:
             raise CheckpointError("; ".join(problems[:5]))
         write_manifest(self.partial, manifest)
@@ -169,6 +172,7 @@ class CheckpointWriter:
         return provenance(
             iteration=self.state.iteration,
             consumed_samples=self.state.consumed_samples,
+            train_batch_size=self.args.train_batch_size,
             merged=self.args.merged,
             shape=self.args.shape,
             precision=self.args.precision,

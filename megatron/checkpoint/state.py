@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,3 +47,30 @@ def restore_rng(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+
+
+def rng_to_bytes(state: dict[str, Any]) -> bytes:
+    """The state of `capture_rng` as JSON."""
+    version, words, gauss = state["python"]
+    name, keys, *rest = state["numpy"]
+    body: dict[str, Any] = {"python": [version, list(words), gauss], "numpy": [name, keys.tolist(), *rest]}
+    body |= {key: state[key].numpy().tobytes().hex() for key in ("torch", "cuda") if key in state}
+    return json.dumps(body).encode()
+
+
+def rng_from_bytes(data: bytes) -> dict[str, Any]:
+    """What `restore_rng` takes, from `rng_to_bytes`; ValueError if it is something else."""
+    try:
+        body = json.loads(data)
+        version, words, gauss = body["python"]
+        name, keys, *rest = body["numpy"]
+        state: dict[str, Any] = {
+            "python": (version, tuple(words), gauss),
+            "numpy": (name, torch.tensor(keys, dtype=torch.int64), *rest),
+        }
+        for key in ("torch", "cuda"):
+            if key in body:
+                state[key] = torch.frombuffer(bytearray.fromhex(body[key]), dtype=torch.uint8)
+        return state
+    except (KeyError, TypeError, UnicodeDecodeError) as error:
+        raise ValueError(f"these are no random states: {error}") from error

@@ -108,11 +108,11 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def read_file(path: Path, lazy: bool = False, classes: Sequence[type] = ()) -> Any:
+def read_file(path: Path, lazy: bool = False, classes: Sequence[type | tuple[type, str]] = ()) -> Any:
     """Load a torch file on the CPU; nothing in it is executed.
 
     With `lazy` tensors are mapped from the file and read when used. CheckpointError if the file is damaged or asks for
-    anything but tensors, plain values and instances of `classes`.
+    anything but tensors, plain values and instances of `classes`; a pair is a class and the name that it stands in for.
     """
     try:
         # GPT-NeoX's older files are plain pickles, which cannot be mapped.
@@ -134,7 +134,7 @@ def read_file(path: Path, lazy: bool = False, classes: Sequence[type] = ()) -> A
 
 
 @contextlib.contextmanager
-def _only_these_globals(classes: Sequence[type]) -> Iterator[None]:
+def _only_these_globals(classes: Sequence[type | tuple[type, str]]) -> Iterator[None]:
     """Allow `classes` and nothing that a library has registered: megatron-core adds sixteen of its own on import."""
     with _REGISTRY:
         registered = torch.serialization.get_safe_globals()

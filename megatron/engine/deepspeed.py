@@ -22,9 +22,11 @@ from megatron.engine import deepspeed_files
 from megatron.engine.batches import MicroBatch, StepBatch, padded
 from megatron.engine.deepspeed_hooks import run_instructions_inside, run_optimizer_after
 from megatron.engine.deepspeed_module import LlamaPipelineModule
+from megatron.engine.deepspeed_optimizer import load_shards, optimizer_shards
 from megatron.engine.nonfinite import propagate
 from megatron.engine.optimizer import REPLICATED_GROUPS, build_optimizer, parameter_groups
-from megatron.engine.protocol import Around, Counters, StateFile, StepResult
+from megatron.engine.optimizer_shards import OptimizerShard, ReadShard
+from megatron.engine.protocol import Around, Counters, StepResult
 from megatron.model.sequence_parallel import sum_over_slices
 from megatron.neox_arguments import NeoXArgs
 from megatron.neox_arguments.deepspeed_config import pipeline_messages
@@ -199,26 +201,13 @@ class DeepSpeedEngine:
     def meta_content(self) -> dict[str, Any]:
         return deepspeed_files.meta_content(self.pipeline_engine)
 
-    def optimizer_file(self) -> StateFile:
-        return deepspeed_files.optimizer_file(self.pipeline_engine)
+    def optimizer_shards(self) -> list[OptimizerShard]:
+        optimizer, place = self.pipeline_engine.optimizer, self.place
+        return optimizer_shards(optimizer, self.numbered_layers(), self.tied_copies(), place.tp_rank)
 
-    def optimizer_file_name(self) -> str:
-        return self._file_name(self.place.dp_rank, self.place.model_rank)
-
-    def optimizer_file_names(self) -> set[str]:
-        ranks = range(self.place.pp * self.place.tp)
-        return {self._file_name(dp_rank, k) for dp_rank in range(self.place.dp) for k in ranks}
-
-    def _file_name(self, dp_rank: int, model_rank: int) -> str:
-        return deepspeed_files.optimizer_file_name(dp_rank, model_rank, bf16=self.pipeline_engine.bfloat16_enabled())
-
-    def load_optimizer(self, content: dict[str, Any]) -> None:
-        states: list[Any] = [None] * self.place.dp
-        states[self.place.dp_rank] = content["optimizer_state_dict"]
-        with contextlib.redirect_stdout(io.StringIO()):  # BF16_Optimizer prints a line of its own on every rank
-            self.pipeline_engine.optimizer.load_state_dict(
-                state_dict_list=states, load_optimizer_states=True, load_from_fp32_weights=True
-            )
+    def load_shards(self, read: ReadShard) -> None:
+        optimizer, place = self.pipeline_engine.optimizer, self.place
+        load_shards(optimizer, self.numbered_layers(), self.tied_copies(), place.tp_rank, read)
 
     # --- read back
 

@@ -1,7 +1,7 @@
-"""DeepSpeed's own files of a checkpoint: the meta file of a stage's tensor rank, the optimizer file of a rank.
+"""DeepSpeed's own files of a checkpoint: the meta file of a stage's tensor rank, and how its engine may touch files.
 
-Contents are what DeepSpeed's engine writes, so that its tools read them. DeepSpeed's save and load are not used: they
-wait in barriers for ranks that failed, and load with `weights_only=False`.
+The meta file's content is what DeepSpeed's engine writes, so that its tools read it. DeepSpeed's save and load are not
+used: they wait in barriers for ranks that failed, and load with `weights_only=False`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from typing import Any
 
-import deepspeed
 import torch
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
@@ -17,9 +16,8 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
-from megatron.engine.protocol import StateFile
-
-# All that a file may hold besides tensors and plain values; none of them does anything when it is made.
+# All that an optimizer file of DeepSpeed's may hold besides tensors and plain values; none of them does anything when
+# it is made.
 OPTIMIZER_CLASSES: tuple[type, ...] = (
     fragment_address,  # where a parameter lies in the flat fp32 partition
     LossScaler,  # the loss scale, in fp32 too
@@ -27,24 +25,9 @@ OPTIMIZER_CLASSES: tuple[type, ...] = (
 )
 
 
-def optimizer_file_name(dp_rank: int, model_rank: int, bf16: bool) -> str:
-    """DeepSpeed's name of a rank's optimizer file; `model_rank` is pp_rank * tp + tp_rank."""
-    return f"{'bf16_' if bf16 else ''}zero_pp_rank_{dp_rank}_mp_rank_{model_rank:02d}_optim_states.pt"
-
-
 def meta_content(engine: PipelineEngine) -> dict[str, Any]:
     """What DeepSpeed puts into `mp_rank_KK_model_states.pt` of a pipeline with ZeRO; `module` is None."""
     return engine._common_checkpoint_state(None, zero_optimizer_state=True, save_frozen_param=False)
-
-
-def optimizer_file(engine: PipelineEngine) -> StateFile:
-    """What DeepSpeed puts into a rank's optimizer file."""
-    content = {
-        "optimizer_state_dict": engine.optimizer.state_dict(),
-        "ds_config": engine.config,
-        "ds_version": deepspeed.__version__,
-    }
-    return StateFile(content, OPTIMIZER_CLASSES)
 
 
 class SafeCheckpointEngine(CheckpointEngine):

@@ -4,8 +4,8 @@ An engine owns this rank's pipeline stage, moves micro-batches through the pipel
 optimizer. It is built by `megatron.engine.build` with weights that are not initialised: fill them from a checkpoint or
 with `initialize_weights`, and call `weights_changed` after writing to a parameter.
 
-All methods but the properties, `numbered_layers`, `tied_copies` and the files' content are collective: every rank calls
-them in the same order.
+All methods but the properties, `numbered_layers`, `tied_copies` and what a checkpoint holds are collective: every rank
+calls them in the same order.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from megatron.engine.batches import StepBatch
+    from megatron.engine.optimizer_shards import OptimizerShard, ReadShard
     from megatron.parallel.place import Place
     from megatron.parallel.process_groups import ModelGroups
 
@@ -52,14 +53,6 @@ class Counters:
     steps: int = 0
     samples: int = 0
     skipped: int = 0
-
-
-@dataclass(frozen=True)
-class StateFile:
-    """A file to be: plain values and tensors, nested in dicts, lists and tuples, and instances of `classes`."""
-
-    content: dict[str, Any]
-    classes: tuple[type, ...] = ()
 
 
 class PipelineStage(Protocol):
@@ -117,18 +110,13 @@ class Engine(PipelineStage, Protocol):
         """Plain values of `mp_rank_KK_model_states.pt`, which data-parallel rank 0 writes."""
         ...
 
-    def optimizer_file(self) -> StateFile:
-        """This rank's optimizer state. Tensors are the engine's own: the next step changes them."""
+    def optimizer_shards(self) -> list[OptimizerShard]:
+        """This rank's optimizer state by ranges, each a view of the engine's own. Not collective."""
         ...
 
-    def optimizer_file_name(self) -> str:
-        """Name of this rank's optimizer file."""
-        ...
+    def load_shards(self, read: ReadShard) -> None:
+        """Fill the optimizer's state: call `read` for each of this rank's ranges. Not collective.
 
-    def optimizer_file_names(self) -> set[str]:
-        """Names of all ranks' optimizer files."""
-        ...
-
-    def load_optimizer(self, content: dict[str, Any]) -> None:
-        """Take over a content that `optimizer_file` gave on this rank."""
+        The weights have been loaded before. CheckpointError if what was read does not belong to them.
+        """
         ...

@@ -1,11 +1,12 @@
 """Names, shapes and packings of every tensor on disk: the base layer, standard library only.
 
 `row` says what is known of one tensor, `table` has the rows and the files that hold them, `shape` the sizes of a
-model, `packing` what each tensor-parallel rank stores. Nothing here imports torch or anything of this project: a login
-node can use it.
+model, `packing` what each tensor-parallel rank stores, `ranges` where its elements lie at another tensor-parallel
+size. Nothing here imports torch or anything of this project: a login node can use it.
 """
 
 from megatron.layout.packing import Slice, rank_shape, rank_slices, source_shapes, split_qkv, split_up_gate
+from megatron.layout.ranges import TensorRange, TensorSplit, Transfer, transfers
 from megatron.layout.row import TEXT, Initialization, LayerFile, Packing, TensorRow
 from megatron.layout.shape import LlamaShape, padded_vocab_size
 from megatron.layout.table import (
@@ -39,7 +40,10 @@ __all__ = [
     "LlamaShape",
     "Packing",
     "Slice",
+    "TensorRange",
     "TensorRow",
+    "TensorSplit",
+    "Transfer",
     "decoder_index",
     "file_indices",
     "file_rows",
@@ -55,4 +59,5 @@ __all__ = [
     "source_shapes",
     "split_qkv",
     "split_up_gate",
+    "transfers",
 ]

@@ -29,6 +29,7 @@ from megatron.supervision.step_monitor import StepMonitor
 from megatron.supervision.step_timers import StepTimers
 from megatron.supervision.watchdog import Watchdog
 from megatron.trainer.batches import TrainingBatches
+from megatron.trainer.global_batch import keep_global_batch
 from megatron.trainer.initial_loss import check_initial_loss
 from megatron.trainer.metrics import Metrics, StartUpClock
 from megatron.trainer.saves import Saves
@@ -80,9 +81,9 @@ class Run:
 
     def set_up(self) -> None:
         """Find the position, open the data there, build the engine, fill it, and validate a run that begins."""
-        args = self.args
         self.startup.done("start, imports and groups")
-        start = find_start(RankGroup.world(self.place.device), args)
+        start = find_start(RankGroup.world(self.place.device), self.args)
+        self.args = args = keep_global_batch(self.args, start)
         self.startup.done("position")
 
         datasets = build_datasets(

@@ -208,7 +208,8 @@ def hashes(folder: Path, *names: str) -> dict[str, str]:
 
 def weight_hashes(folder: Path) -> dict[str, str]:
     """Of layer files and safetensors below `folder`, by path."""
-    paths = sorted([*folder.rglob("layer_*.pt"), *folder.rglob("*.safetensors")])
+    found = (*folder.rglob("layer_*.pt"), *folder.rglob("*.safetensors"))
+    paths = sorted(path for path in found if "optim_states" not in path.name)
     return hashes(folder, *(str(path.relative_to(folder)) for path in paths))
 
 

@@ -17,6 +17,8 @@ from megatron.checkpoint.manifest import (
     size_problems,
     write_manifest,
 )
+from megatron.checkpoint.state_ranges import STATE_KINDS, StoredArray
+from megatron.layout import TensorRange
 
 pytestmark = pytest.mark.unit
 
@@ -40,7 +42,7 @@ def test_round_trip(tmp_path: Path) -> None:
 def test_the_format_on_disk(tmp_path: Path) -> None:
     write_manifest(tmp_path, example())
     body = json.loads((tmp_path / "manifest.json").read_text())
-    assert (body["format"], body["version"]) == ("neox-llama-checkpoint", 1)
+    assert (body["format"], body["version"]) == ("neox-llama-checkpoint", 2)
     assert body["files"][LAYER] == {
         "bytes": 5,
         "tensors": {
@@ -71,7 +73,7 @@ def test_sizes(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"format": "other"}, "says format 'other'"),
-        ({"version": 2}, "version 2"),
+        ({"version": 3}, "version 3; this program reads 'neox-llama-checkpoint', version 1 and 2"),
         ({"files": []}, "files must be a mapping"),
         ({"files": {"../x": {"bytes": 1, "tensors": {}}}}, "outside of the checkpoint folder"),
         ({"files": {"x": {"bytes": -1, "tensors": {}}}}, "integer of at least 0"),
@@ -83,6 +85,44 @@ def test_sizes(tmp_path: Path) -> None:
 def test_refusals(tmp_path: Path, change: dict, message: str) -> None:
     (tmp_path / "manifest.json").write_text(json.dumps(json.loads(example().to_json()) | change))
     with pytest.raises(ManifestError, match=message):
+        read_manifest(tmp_path)
+
+
+RANGE = {"layer": 2, "tensor": "w", "tp_rank": 0, "start": 8, "stop": 16, "step": 3}
+ARRAYS = {kind: {"offset": 32 * place, "crc32": "0123abcd"} for place, kind in enumerate(STATE_KINDS)}
+
+
+def test_the_index_of_optimizer_state_is_read_as_it_was_written(tmp_path: Path) -> None:
+    entry = {"bytes": 96, "tensors": {}, "ranges": [RANGE | ARRAYS]}
+    (tmp_path / "manifest.json").write_text(json.dumps(json.loads(example().to_json()) | {"files": {"x": entry}}))
+    manifest = read_manifest(tmp_path)
+    (found,) = manifest.files["x"].ranges
+    assert (found.where, found.step) == (TensorRange(2, "w", 0, 8, 16), 3)
+    assert found.arrays["exp_avg_sq"] == StoredArray(64, (0x0123ABCD,))
+    assert json.loads(manifest.to_json())["files"]["x"] == entry
+
+
+def test_version_1_is_read(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text(json.dumps(json.loads(example().to_json()) | {"version": 1}))
+    assert read_manifest(tmp_path) == example()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"start": 16}, "a range needs a tensor and start < stop"),
+        ({"step": -1}, "a range's step must be an integer of at least 0, got -1"),
+        ({"tensor": None}, "a range needs a tensor"),
+        ({"master": {"offset": 0}}, "master of layer 2 w of tensor rank 0, .*: crc32 must be 1 words"),
+        ({"master": {"offset": 0, "crc32": "0123abcd 0123abcd"}}, "crc32 must be 1 words"),
+        ({"exp_avg": {"offset": 72, "crc32": "0123abcd"}}, "exp_avg of .* ends beyond the end of the file"),
+        ({"exp_avg_sq": None}, "exp_avg_sq of .* needs an offset"),
+    ],
+)
+def test_an_index_that_cannot_be_right_is_refused(tmp_path: Path, change: dict, message: str) -> None:
+    files = {"x": {"bytes": 96, "tensors": {}, "ranges": [RANGE | ARRAYS | change]}}
+    (tmp_path / "manifest.json").write_text(json.dumps(json.loads(example().to_json()) | {"files": files}))
+    with pytest.raises(ManifestError, match=f"manifest.json: x: .*{message}"):
         read_manifest(tmp_path)
 
 

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from megatron.layout import LlamaShape
 from tests.support.converter_inputs import write_meta, write_neox_sequential
 from tests.support.documentation import ROOT, documented_commands
 from tests.support.hf_folders import Model, write_hf
+from tests.support.training_checkpoints import write_training_checkpoint
 from tools.convert_hf.cli import main
 from tools.convert_hf.verify.diagnose import HYPOTHESES
 
@@ -27,6 +29,7 @@ def test_commands_of_the_guide(
     state = write_hf(tmp_path / "Llama-3.1-70B", model, shards=3)
     write_meta(tmp_path / "Llama-3.1-70B" / "original", model, state, 8, False, rope_theta=500000.0)
     write_neox_sequential(tmp_path / "gpt-neox-run", model, state, 2)
+    shape = LlamaShape(model.layers, model.hidden, model.heads, model.kv_heads, model.intermediate, 64, 64, tied=False)
     monkeypatch.chdir(tmp_path)
     prefix = "python tools/convert_hf "
     ran = [c for c in documented_commands(GUIDE) if c.startswith(prefix)]
@@ -34,6 +37,8 @@ def test_commands_of_the_guide(
     for command in ran:
         if "--input checkpoints" in command:  # what a training run would have left
             shutil.copytree("llama31-70b", "checkpoints")
+        if "--optimizer" in command:
+            write_training_checkpoint(tmp_path / "runs/astro", shape, 8, 1, 2)
         capsys.readouterr()
         code = main(command.removeprefix(prefix).split())
         printed = capsys.readouterr()

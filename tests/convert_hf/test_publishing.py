@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from megatron.checkpoint.manifest import read_manifest, size_problems
+from megatron.common.crc import combine, zeros
 from tests.support.hf_folders import Model, convert, read_hf, same, tag_files, write_hf
 from tools.convert_hf.commands import convert as convert_command
 from tools.convert_hf.commands.convert import ConversionRequest, prepare_neox
-from tools.convert_hf.formats.crc import combine, zeros
 from tools.convert_hf.stream import copy, publish
 
 pytestmark = pytest.mark.unit

@@ -96,6 +96,20 @@ def test_it_is_saved_and_resumed_to_the_same_bits(data: str, tmp_path: Path) -> 
     assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(halves, 6).items())
 
 
+def test_what_deepspeed_saved_goes_on_with_another_engine(data: str, tmp_path: Path) -> None:
+    """And back: masters, moments and steps lie in files that belong to neither."""
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    run_ranks(_run, 1, CASE, keys(data, whole, replica_check_interval=None), False)
+    split = {"model_parallel_size": 2, "replica_check_interval": None}
+    run_ranks(_run, 2, CASE, keys(data, halves, train_iters=2, lr_decay_iters=6, checkpoint_factor=2, **split), False)
+    run_ranks(_run, 1, CASE, keys(data, halves, train_iters=4, lr_decay_iters=6, checkpoint_factor=2), True)
+    run_ranks(_run, 2, CASE, keys(data, halves, checkpoint_factor=2, **split), False)
+    for key in ("train/lm_loss", "train/grad_norm"):
+        found, expected = metrics(halves, key), metrics(whole, key)
+        assert sorted(found) == [1, 2, 3, 4, 5, 6]
+        assert found == pytest.approx(expected, rel=1e-6), key
+
+
 def _loss_and_text(rank: int, world_size: int, run_keys: dict[str, Any]) -> tuple[float, list[int]]:
     from megatron.checkpoint.load import load_weights
     from megatron.data.build import build_datasets

@@ -67,7 +67,7 @@ def test_frontier_and_lumi_bind_in_their_own_way() -> None:
         "--gpus-per-task=1",
         "--gpu-bind=closest",
         "--cpus-per-task=7",
-        "--ntasks=2048",
+        '--ntasks="$((SLURM_JOB_NUM_NODES * 8))"',
         "--ntasks-per-node=8",
     ):
         assert flag in frontier

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron.checkpoint import background, save
@@ -37,9 +38,9 @@ def arguments(case: Case, tp: int, pp: int, dp: int, **keys: Any) -> Any:
     )
 
 
-def train(engine: Engine, args: Any, state: TrainState, steps: int) -> list[tuple[float, float]]:
+def train(engine: Engine, args: Any, state: TrainState, steps: int, case: Case = CASE) -> list[tuple[float, float]]:
     """(loss, gradient norm) of some steps; `state` moves on."""
-    samples = make_samples(CASE, BATCH * STEPS)
+    samples = make_samples(case, BATCH * STEPS)
     history = []
     for _ in range(steps):
         batch = samples[state.consumed_samples : state.consumed_samples + BATCH]
@@ -91,12 +92,14 @@ class Gate:
 
 def file_differences(one: Path, other: Path) -> list[str]:
     """Places where the files of two checkpoints are not the same, tensors to the bit."""
-    from megatron.engine.deepspeed_files import OPTIMIZER_CLASSES
-
-    names = sorted(path.name for path in one.glob("*.pt"))
-    assert names == sorted(path.name for path in other.glob("*.pt"))
-    contents = ([read_file(folder / name, classes=OPTIMIZER_CLASSES) for folder in (one, other)] for name in names)
+    names = sorted(path.name for path in [*one.glob("*.pt"), *one.glob("*.safetensors")])
+    assert names == sorted(path.name for path in [*other.glob("*.pt"), *other.glob("*.safetensors")])
+    contents = ([_content(folder / name) for folder in (one, other)] for name in names)
     return [place for name, pair in zip(names, contents, strict=True) for place in _differences(*pair, name)]
+
+
+def _content(path: Path) -> Any:
+    return load_file(path) if path.suffix == ".safetensors" else read_file(path)
 
 
 def _differences(one: Any, other: Any, where: str = "") -> list[str]:

@@ -12,16 +12,17 @@ from torch import Tensor, nn
 from megatron.checkpoint.discovery import LATEST, tag_name
 from megatron.checkpoint.layer_files import expected_files
 from megatron.checkpoint.manifest import Manifest, write_manifest
+from megatron.checkpoint.state_ranges import STATE_KINDS
 from megatron.checkpoint.torch_files import write_tensors
-from megatron.engine.protocol import StateFile
-from megatron.layout import LlamaShape, rank_shape
+from megatron.engine.optimizer_shards import OptimizerShard
+from megatron.layout import LlamaShape, TensorRange, rank_shape
 from megatron.parallel.place import Place
 
 # A rank, the most bytes of a file that it can write, and the file of the stand-in engine's save that fails there.
 FULL_DISKS = [
     (0, 1000, "layer_00-model_00-model_states.pt"),
     (1, 3000, "layer_02-model_01-model_states.pt"),  # behind some files that fit
-    (2, 6000, "zero_pp_rank_0_mp_rank_02_optim_states.pt"),
+    (2, 12000, "rank_00002_optim_states.safetensors"),
 ]
 
 SHAPE = LlamaShape(
@@ -99,11 +100,17 @@ class StandingEngine:
     def meta_content(self) -> dict[str, Any]:
         return {"module": None, "global_steps": 0}
 
-    def optimizer_file(self) -> StateFile:
-        return StateFile({"optimizer_state_dict": {"exp_avg": torch.zeros(1000)}, "ds_config": {}})
-
-    def optimizer_file_name(self) -> str:
-        return f"zero_pp_rank_0_mp_rank_{self.place.model_rank:02d}_optim_states.pt"
+    def optimizer_shards(self) -> list[OptimizerShard]:
+        """All of this rank's parameters; the toy's masters and moments are zero."""
+        return [
+            OptimizerShard(
+                TensorRange(index, name, self.place.tp_rank, 0, parameter.numel()),
+                dict.fromkeys(STATE_KINDS, torch.zeros(parameter.numel())),
+                step=1,
+            )
+            for index, layer in self._layers
+            for name, parameter in layer.named_parameters()
+        ]
 
 
 def module_of(tensors: dict[str, Tensor]) -> nn.Module:
@@ -127,6 +134,7 @@ def standing_args(save: Path | str, **keys: Any) -> Any:
         "shape": SHAPE,
         "merged": {"num_layers": SHAPE.num_layers},
         "precision": "fp32",
+        "train_batch_size": 8,
         "no_save_rng": False,
         "keep_last_n_checkpoints": None,
         "keep_optimizer_last_n": None,
@@ -145,7 +153,6 @@ def standing_args(save: Path | str, **keys: Any) -> Any:
 def wasted_bytes(path: Path) -> int:
     """Bytes of a torch file's storages that belong to no tensor: an uncloned view carries its whole buffer along."""
     from megatron.checkpoint.torch_files import read_file
-    from megatron.engine.deepspeed_files import OPTIMIZER_CLASSES
 
     storages: dict[int, int] = {}
     used = 0
@@ -162,6 +169,6 @@ def wasted_bytes(path: Path) -> int:
             for item in value:
                 visit(item)
 
-    visit(read_file(path, classes=OPTIMIZER_CLASSES))
+    visit(read_file(path))
     assert used, f"{path} holds no tensor"
     return sum(storages.values()) - used

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from megatron.engine.batches import MicroBatch, StepBatch
 from megatron.engine.nonfinite import poisoned
 from megatron.engine.optimizer import build_optimizer, parameter_groups, rows_of_parameters
-from megatron.engine.protocol import Around, Counters, StateFile, StepResult, no_phases
+from megatron.engine.optimizer_shards import OptimizerShard, ReadShard
+from megatron.engine.protocol import Around, Counters, StepResult, no_phases
+from megatron.layout import TensorRange
 from megatron.model.initialize import initialize_layers
 from megatron.model.loss import GlobalMeanLoss
 from megatron.model.parallel import TensorParallel
@@ -131,19 +133,30 @@ class FakeEngine:
             "skipped_steps": counters.skipped,
         }
 
-    def optimizer_file(self) -> StateFile:
+    def optimizer_shards(self) -> list[OptimizerShard]:
+        return [
+            OptimizerShard(
+                TensorRange(layer, name, 0, 0, parameter.numel()),
+                {kind: tensor.detach().view(-1) for kind, tensor in self._state(parameter).items() if kind != "step"},
+                step=int(self._state(parameter)["step"]),
+            )
+            for layer, module in self.numbered_layers()
+            for name, parameter in module.named_parameters()
+        ]
+
+    def load_shards(self, read: ReadShard) -> None:
+        parameters = [p for _, module in self.numbered_layers() for p in module.parameters()]
+        for parameter, shard in zip(parameters, self.optimizer_shards(), strict=True):
+            self._state(parameter)["step"].fill_(read(shard.where, shard.tensors))
+
+    def _state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """In fp32 the master is the parameter itself."""
         assert self._optimizer is not None
-        return StateFile({"adam": self._optimizer.state_dict()})
-
-    def optimizer_file_name(self) -> str:
-        return "fake_rank_0_optim_states.pt"
-
-    def optimizer_file_names(self) -> set[str]:
-        return {self.optimizer_file_name()}
-
-    def load_optimizer(self, content: dict[str, Any]) -> None:
-        assert self._optimizer is not None
-        self._optimizer.load_state_dict(content["adam"])
+        state = self._optimizer.state[parameter]
+        if not state:
+            state |= {"step": torch.zeros(()), "exp_avg": torch.zeros_like(parameter, requires_grad=False)}
+            state["exp_avg_sq"] = torch.zeros_like(parameter, requires_grad=False)
+        return {"master": parameter, **state}
 
 
 def _inputs(micro_batch: MicroBatch) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 
@@ -13,15 +13,20 @@ def kill_itself() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def killed_at(operation: int, work: Callable[[], None], how: Callable[[], None] = kill_itself) -> bool:
-    """Run `work` in a child that kills itself before its n-th change to the file system; True if it got that far.
+CHANGES = ("fsync", "rename", "replace", "unlink", "rmdir", "mkdir", "open")
+
+
+def killed_at(
+    operation: int, work: Callable[[], None], how: Callable[[], None] = kill_itself, calls: Sequence[str] = CHANGES
+) -> bool:
+    """Run `work` in a child that kills itself before its n-th call of `os` among `calls`; True if it got that far.
 
     With another `how` that is called there instead, and the work must come to its end.
     """
     child = os.fork()
     if child == 0:
         done = 0
-        for name in ("fsync", "rename", "replace", "unlink", "rmdir", "mkdir", "open"):
+        for name in calls:
             original = getattr(os, name)
 
             def counted(*args: Any, _original: Any = original, **keys: Any) -> Any:

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from megatron.checkpoint.manifest import read_manifest
 from tests.support.models import LLAMA3_ROPE, Case
 from tests.support.ranks import run_ranks
 from tests.support.runs import metrics, run_case, weights
@@ -74,24 +76,14 @@ def _run(rank: int, world_size: int, run_keys: dict[str, Any], poison: dict[str,
 
 
 def everything(folder: Path, step: int) -> dict[str, Any]:
-    """Weights, and every tensor and number of the optimizer of every rank."""
-    from megatron.engine.deepspeed_files import OPTIMIZER_CLASSES
-
-    found = dict(weights(folder, step))
-
-    def walk(name: str, value: Any) -> None:
-        if isinstance(value, dict):
-            for key, item in value.items():
-                walk(f"{name}.{key}", item)
-        elif isinstance(value, list | tuple):
-            for index, item in enumerate(value):
-                walk(f"{name}.{index}", item)
-        elif isinstance(value, torch.Tensor | int | float):
-            found[name] = value
-
-    with torch.serialization.safe_globals(list(OPTIMIZER_CLASSES)):
-        for file in sorted((folder / f"checkpoints/global_step{step}").glob("*optim_states.pt")):
-            walk(file.name, torch.load(file)["optimizer_state_dict"])
+    """Weights, and masters, moments and steps of every range of every rank."""
+    found: dict[str, Any] = dict(weights(folder, step))
+    checkpoint = folder / f"checkpoints/global_step{step}"
+    for name, entry in read_manifest(checkpoint).files.items():
+        if entry.ranges:
+            tensors = load_file(checkpoint / name)
+            found |= {f"{name}.{key}": tensor for key, tensor in tensors.items() if key != "random_state"}
+            found |= {f"{name}.{part.where}.step": part.step for part in entry.ranges}
     assert any("step" in name for name in found), sorted(found)[:50]
     assert any("exp_avg_sq" in name for name in found)
     return found

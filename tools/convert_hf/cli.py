@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from megatron.common.errors import UserError
 from tools.convert_hf.errors import ConvertError
 from tools.convert_hf.formats.dtypes import ALIASES
 
@@ -25,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         return int(arguments.run(arguments))
-    except ConvertError as error:
+    except UserError as error:
         print(f"convert_hf: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader of our output, such as `head`, has enough
@@ -93,12 +94,16 @@ def _add_reshard(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     verb = _converting(
         verbs,
         "reshard",
-        "GPT-NeoX weights of one tensor-parallel size to another",
-        "Rewrites the weights of a checkpoint for another tensor-parallel size. Optimizer states are not carried.",
+        "a GPT-NeoX checkpoint of one layout to another",
+        "Rewrites the weights of a checkpoint for another tensor-parallel size, and with --optimizer the optimizer's "
+        "states for another TP x PP x DP: what a run goes on from as from its own checkpoint.",
     )
     verb.add_argument("--tp", type=int, required=True, help="the new tensor-parallel size")
     _divisible(verb)
-    verb.set_defaults(run=_run_neox)
+    verb.add_argument("--optimizer", action="store_true", help="carry the optimizer's states of a training checkpoint")
+    verb.add_argument("--pp", type=int, metavar="P", help="with --optimizer: pipeline stages (default: as they are)")
+    verb.add_argument("--dp", type=int, metavar="D", help="with --optimizer: data-parallel size (default: as it is)")
+    verb.set_defaults(run=_run_reshard)
 
 
 def _add_to_hf(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -237,6 +242,20 @@ def _run_neox(arguments: argparse.Namespace) -> int:
     return _execute(output, arguments)
 
 
+def _run_reshard(arguments: argparse.Namespace) -> int:
+    from tools.convert_hf.commands.convert import StateRequest, prepare_neox
+
+    if not arguments.optimizer and (arguments.pp is not None or arguments.dp is not None):
+        raise ConvertError(
+            "--pp and --dp say how optimizer states are cut: give --optimizer with them, or leave them out"
+        )
+    source = _open(arguments.input, arguments)
+    print(f"source: {source.describe()}")
+    states = StateRequest(arguments.pp, arguments.dp) if arguments.optimizer else None
+    output = prepare_neox(source, arguments.tp, arguments.vocab_divisible_by, _request(arguments), states)
+    return _execute(output, arguments)
+
+
 def _run_hf(arguments: argparse.Namespace) -> int:
     from tools.convert_hf.commands.convert import prepare_hf
 
@@ -253,7 +272,7 @@ def _run_verify(arguments: argparse.Namespace) -> int:
         raise ConvertError("verify compares two checkpoints, or one with its manifest")
     opened = [_open(path, arguments) for path in arguments.checkpoints]
     total = sum(t.nbytes for t in opened[0].tensors.values())
-    with _progress(total, arguments.quiet) as progress:
+    with progress_bar(total, arguments.quiet) as progress:
         if len(opened) == 1:
             differences = own_digests(opened[0], progress)
             lines = [d.text() for d in differences]
@@ -294,17 +313,17 @@ def _execute(output, arguments: argparse.Namespace) -> int:  # type: ignore[no-u
         print(plan_text(output))
         return 0
     start = time.monotonic()
-    total = sum(job.nbytes for job in output.plan.jobs)
-    with _progress(total, arguments.quiet) as progress:
+    with progress_bar(output.bytes_to_copy, arguments.quiet) as progress:
         done = execute(output, progress)
     seconds = time.monotonic() - start
-    size_ = output.plan.bytes_written
+    size_ = output.bytes_written
     rate = f"{size_:,} bytes in {seconds:.1f} s ({size_ / max(seconds, 1e-3) / 1e9:.2f} GB/s)"
     if done:
         print("with it: " + ", ".join(sorted(output.extras)))
         if output.left_behind:
             print("left behind: " + ", ".join(output.left_behind))
-        print(f"wrote {output.final}: {len(output.plan.files)} weight files, {rate}")
+        states = f"{len(output.optimizer.names)} optimizer files, " if output.optimizer else ""
+        print(f"wrote {output.final}: {len(output.plan.files)} weight files, {states}{rate}")
     else:
         print(
             f"share {output.shard[0]}/{output.shard[1]} is written, {rate}; {output.final} appears with the last share"
@@ -313,7 +332,7 @@ def _execute(output, arguments: argparse.Namespace) -> int:  # type: ignore[no-u
 
 
 @contextmanager
-def _progress(total: int, quiet: bool) -> Iterator[Callable[[int], None]]:
+def progress_bar(total: int, quiet: bool) -> Iterator[Callable[[int], None]]:
     if quiet:
         yield lambda nbytes: None
         return

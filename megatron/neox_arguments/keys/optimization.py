@@ -175,7 +175,9 @@ def batch_sizes(args: AllKeys, world_size: int | None) -> Derived:
         steps = steps or 1
         micro = _quotient(batch, steps * data, f"gradient_accumulation_steps {steps} x data_parallel_size {data}")
     elif steps is None:
-        steps = _quotient(batch, micro * data, f"micro-batch {micro} x data_parallel_size {data}") if batch else 1
+        if batch is not None and batch % (micro * data):
+            raise ConfigError(_unfit_replicas(batch, micro, data))
+        steps = batch // (micro * data) if batch else 1
     product = micro * steps * data
     if batch is not None and batch != product:
         raise ConfigError(
@@ -188,6 +190,19 @@ def batch_sizes(args: AllKeys, world_size: int | None) -> Derived:
             "train_micro_batch_size_per_gpu": micro,
             "gradient_accumulation_steps": steps,
         }
+    )
+
+
+def _unfit_replicas(batch: int, micro: int, data: int) -> str:
+    """Why a batch cannot be split over `data` replicas, and over how many it could."""
+    fewer = [n for n in range(1, data) if batch % (micro * n) == 0]
+    more = [n for n in range(data + 1, 4 * data) if batch % (micro * n) == 0]
+    sizes = " or ".join(map(str, fewer[-1:] + more[:1])) or "no other"
+    nearest = max(1, round(batch / (micro * data))) * micro * data
+    return (
+        f"train_batch_size {batch} is not a multiple of micro-batch {micro} x data_parallel_size {data} = "
+        f"{micro * data}; {nearest} is. To keep the batch, change "
+        f"the number of ranks, pipe_parallel_size or model_parallel_size so that data_parallel_size is {sizes}"
     )
 
 

@@ -299,7 +299,8 @@ all_ranks() {
     local minutes=$1
     shift
     exec env --block-signal=USR1 "${tied[@]}" \
-        srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks=2048 --ntasks-per-node=8 --distribution=block \
+        srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$((SLURM_JOB_NUM_NODES * 8))" \
+        --ntasks-per-node=8 --distribution=block \
         --cpus-per-task=7 \
         --gpus-per-task=1 \
         --gpu-bind=closest \
@@ -315,6 +316,11 @@ mkdir -p "$run"
 forget() { rm -f "$run"/failed "$run"/why "$run"/said-* "$run"/lost-nodes "$run"/exclude; }
 forget # of the start before: a requeued job has its number again
 export NEOX_RUN_FOLDER="$run"
+
+# `sbatch --nodes=N job.sh` on the day on which nodes are missing: as many ranks on each node, another data-parallel size,
+# the same global batch, from the last save.
+configuration+=(--num_nodes "$SLURM_JOB_NUM_NODES")
+if ((SLURM_JOB_NUM_NODES != 256)); then say "rendered for 256 node(s), running on $SLURM_JOB_NUM_NODES"; fi
 
 before=$(last_save) fruitless=0
 say "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)) on $SLURM_JOB_NODELIST; last save: $before"

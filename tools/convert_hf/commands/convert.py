@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from megatron.layout import HEAD, LlamaShape, padded_vocab_size
+from megatron.checkpoint.state_ranges import block_bytes
+from megatron.layout import HEAD, LlamaShape, TensorSplit, padded_vocab_size
 from tools.convert_hf.commands.model_yml import model_keys, model_yml
 from tools.convert_hf.errors import ConvertError
 from tools.convert_hf.formats.dtypes import BY_NAME, WEIGHT_DTYPES, DType
@@ -18,11 +20,15 @@ from tools.convert_hf.sources.checkpoint import Checkpoint, check_duplicates
 from tools.convert_hf.sources.hf import SAFETENSORS_INDEX
 from tools.convert_hf.sources.llama_config import read_config_file
 from tools.convert_hf.sources.neox import SIDE
+from tools.convert_hf.sources.optimizer import open_optimizer
 from tools.convert_hf.sources.settings import refuse_differences, with_trained_settings
 from tools.convert_hf.sources.side_files import shard_index, side_files, tokenizer_of
 from tools.convert_hf.stream.plan import plan_copies
 from tools.convert_hf.stream.publish import OutputFolder
 from tools.convert_hf.stream.targets import TargetFile, hf_files, neox_files, shards_by_size, shards_like
+
+if TYPE_CHECKING:
+    from tools.convert_hf.stream.optimizer import StateCopy
 
 WRITTEN_BY = "tools/convert_hf"
 PADDING = 128  # GPT-NeoX's default for make_vocab_size_divisible_by, used where the vocabulary has to be padded
@@ -31,6 +37,8 @@ _MEMORY_BASE = 48 << 20  # interpreter and tables
 _MEMORY_TORCH = 256 << 20  # more, once torch is imported for a cast
 _LARGEST_BAND = 4 << 20  # larger ones leave the cache between reading, checksum and writing
 _SMALLEST_BAND = 256 << 10
+_MEMORY_NUMPY = 32 << 20  # more, once numpy is imported for optimizer states
+_OF_THE_RUN = ("consumed_samples", "precision", "optimizer", "data", "config", "train_batch_size")
 
 
 @dataclass
@@ -45,10 +53,28 @@ class ConversionRequest:
     trained_settings: bool = False  # to-hf: write the training run's epsilon and rotary settings into config.json
     resume: bool = False
     force: bool = False
+    band: int | None = None  # bytes of a band; None: what max_ram allows
 
 
-def prepare_neox(source: Checkpoint, tp: int, divisible_by: int | None, request: ConversionRequest) -> OutputFolder:
-    """Plan pipeline layer files for `tp` ranks from a checkpoint of any kind; nothing is written yet."""
+@dataclass
+class StateRequest:
+    """That the optimizer's state goes with the weights, for `pp` stages and `dp` replicas (None: as they are)."""
+
+    pp: int | None = None
+    dp: int | None = None
+
+
+def prepare_neox(
+    source: Checkpoint,
+    tp: int,
+    divisible_by: int | None,
+    request: ConversionRequest,
+    states: StateRequest | None = None,
+) -> OutputFolder:
+    """Plan pipeline layer files for `tp` ranks from a checkpoint of any kind; nothing is written yet.
+
+    With `states` the optimizer files of a training checkpoint are planned, too.
+    """
     if divisible_by is None:
         divisible_by = source.divisible_by or (1 if tp > 0 and source.shape.vocab_size % tp == 0 else PADDING)
     if source.config is not None:
@@ -80,18 +106,64 @@ def prepare_neox(source: Checkpoint, tp: int, divisible_by: int | None, request:
         place = (tokenizer[0], final / tag / SIDE / tokenizer[1]) if tokenizer else None
         if keys:
             extras["model.yml"] = model_yml(keys, place).encode()
-    layout = {"tp": tp}
-    for rank in range(tp):
-        name = f"mp_rank_{rank:02d}_model_states"
-        extras[f"{tag}/{name}.pt"] = plain_file(name, _meta(shape, tp, divisible_by, source.iteration, source.position))
-    extras["latest"] = f"{tag}\n".encode()
+    layout, optimizer = {"tp": tp}, None
     provenance = _provenance(source, request) | {
         "iteration": source.iteration,
-        "layout": layout,
         "shape": dataclasses.asdict(shape),
         "config": {key: value for key, value in keys.items() if value is not None},
     }
-    return _output(source, files, extras, tag, provenance, request, left)
+    if states is not None:
+        optimizer = _states(source, TensorSplit(shape, tp), request, states)
+        layout |= {"pp": optimizer.pp, "dp": optimizer.dp}
+        # What a run that goes on from it compares itself with.
+        provenance |= {key: source.provenance[key] for key in _OF_THE_RUN if key in source.provenance}
+    for rank in range(tp * layout.get("pp", 1)):
+        name = f"mp_rank_{rank:02d}_model_states"
+        meta = _meta(shape, layout, divisible_by, source.iteration, source.position)
+        extras[f"{tag}/{name}.pt"] = plain_file(name, meta)
+    extras["latest"] = f"{tag}\n".encode()
+    output = _output(source, files, extras, tag, provenance | {"layout": layout}, request, left)
+    output.optimizer = optimizer
+    return output
+
+
+def _states(source: Checkpoint, split: TensorSplit, request: ConversionRequest, states: StateRequest) -> StateCopy:
+    """Plan the optimizer files of the new layout."""
+    from megatron.checkpoint.optimizer_reader import CACHED_BLOCKS
+    from tools.convert_hf.stream.optimizer import StateCopy
+
+    if request.dtype is not None:
+        raise ConvertError(
+            "--optimizer and --dtype cannot go together: optimizer states belong to weights of the type they were "
+            "trained in; leave one of them out"
+        )
+    found = open_optimizer(source)
+    saved = source.provenance["layout"]
+    pp = saved["pp"] if states.pp is None else states.pp
+    dp = saved["dp"] if states.dp is None else states.dp
+    for option, size, most in (("--pp", pp, split.shape.num_layers), ("--dp", dp, None)):
+        if size < 1 or (most is not None and size > most):
+            raise ConvertError(f"{option} is {size}; expected 1 to {most or 'any number of replicas'}")
+    threads = min(request.threads, os.cpu_count() or 1)  # each block is summed twice: more of them wait for a core
+    least = _MEMORY_BASE + _MEMORY_NUMPY + 2 * (threads + 2) * block_bytes()
+    cached = (request.max_ram - least) // block_bytes() + threads
+    if cached < threads:
+        raise ConvertError(
+            f"--max-ram {request.max_ram >> 20} MiB is too little for --optimizer with {threads} threads; give "
+            f"at least {-(-least >> 20)} MiB, or fewer --threads"
+        )
+    return StateCopy(
+        found.folder,
+        found.files,
+        found.index,
+        split,
+        pp,
+        dp,
+        threads=threads,
+        cached_blocks=min(cached, CACHED_BLOCKS),
+        shard=request.shard,
+        verify_first=found.verify_whole_files,
+    )
 
 
 def prepare_hf(source: Checkpoint, shard_size: int | None, request: ConversionRequest) -> OutputFolder:
@@ -148,7 +220,9 @@ def _output(
     left: list[str],
 ) -> OutputFolder:
     casting = request.dtype is not None and any(t.dtype.name != request.dtype for t in source.tensors.values())
-    band, threads = memory_plan(request.max_ram, request.threads, casting)
+    band, threads = request.band, request.threads
+    if band is None:
+        band, threads = memory_plan(request.max_ram, request.threads, casting)
     plan = plan_copies(source.tensors, files, band, request.shard)
     return OutputFolder(
         final=request.output,
@@ -192,8 +266,11 @@ def _dtype_of(source: Checkpoint, wanted: str | None) -> Callable[[str], DType]:
     return lambda name: source.tensors[name].dtype
 
 
-def _meta(shape: LlamaShape, tp: int, divisible_by: int, iteration: int, position: dict[str, Any]) -> dict[str, Any]:
+def _meta(
+    shape: LlamaShape, layout: Mapping[str, int], divisible_by: int, iteration: int, position: dict[str, Any]
+) -> dict[str, Any]:
     """What DeepSpeed expects beside the layer files. `module` must be None for a pipeline to read layer files."""
+    tp = layout["tp"]
     arguments = {
         "num_layers": shape.num_layers,
         "hidden_size": shape.hidden_size,
@@ -216,8 +293,8 @@ def _meta(shape: LlamaShape, tp: int, divisible_by: int, iteration: int, positio
         "skipped_steps": 0,
         "global_steps": iteration,
         "global_samples": 0,
-        "dp_world_size": 1,
-        "mp_world_size": tp,
+        "dp_world_size": layout.get("dp", 1),
+        "mp_world_size": tp * layout.get("pp", 1),
         "ds_config": {},
         "ds_version": "0.19.8",
         "iteration": iteration,

@@ -21,6 +21,12 @@ def plan_text(output: OutputFolder) -> str:
             shape = "x".join(map(str, target.stored.shape))
             origin = ", ".join(dict.fromkeys(r.logical or "zero padding" for r in target.regions))
             lines.append(f"  {'':>18}    {target.stored.name} {shape} {target.stored.dtype.name} <- {origin}")
+    if states := output.optimizer:
+        lines.append(
+            f"write {states.bytes_written:,} bytes of optimizer state for TP {states.split.tp}, PP {states.pp}, DP "
+            f"{states.dp} to {len(states.names)} files, from {len(states.source_files)}"
+        )
+        lines += [f"  {plan.size:>18,}  {name}" for name, plan in zip(states.names, states.plans, strict=True)]
     lines.append("and " + ", ".join(sorted([*output.extras, "manifest.json"])))
     lines.append(
         f"{len(plan.jobs)} bands of at most {plan.band:,} bytes, {output.threads} threads; nothing was written"

@@ -46,7 +46,15 @@ _LEGACY = {
     "mlp.w2.weight": ("mlp.down_proj", 1),
 }
 _MODERN_MLP = ("mlp.linear1.weight", "mlp.linear2.weight")
-_POSITION = ("iteration", "consumed_samples", "lr_scheduler", "global_steps", "global_samples", "skipped_steps")
+_POSITION = (
+    "iteration",
+    "consumed_samples",
+    "lr_scheduler",
+    "global_steps",
+    "global_samples",
+    "skipped_steps",
+    "skipped_in_a_row",
+)
 # Entries that other writers put beside weights and that carry none.
 _EMPTY = re.compile(r"(.*\.)?(_extra_state|rotary_emb\.inv_freq)")
 

@@ -9,13 +9,15 @@ import queue
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 from megatron.common.atomic_files import write_text
+from megatron.common.crc import combine, zeros
 from tools.convert_hf.errors import ConvertError
-from tools.convert_hf.formats.crc import combine, zeros
 from tools.convert_hf.stream.band_io import FilePool, read_band, region_runs, write_runs
 from tools.convert_hf.stream.plan import CopyJob, CopyPlan, Destination
 from tools.convert_hf.stream.tensor_map import rows_and_columns
@@ -51,29 +53,85 @@ class Checksums:
         return found[1] if found is not None and found[0] == nbytes else None
 
 
+class BandSource(Protocol):
+    """Where the bands of a plan come from: files as they are, or a computation over several checkpoints."""
+
+    def read(self, job: CopyJob, band: memoryview) -> Any:
+        """Fill `band`, called by several threads at once. What it returns (None, or JSON) is recorded with the job."""
+
+    def account(self, remark: Any) -> None:
+        """Take what `read` returned, once for every job, also for those that an earlier run had finished."""
+
+    def summary(self) -> Any:
+        """What this share has to say once all its jobs are done, as JSON."""
+
+    def files(self, summaries: list[Any]) -> Mapping[str, bytes | Path]:
+        """Small files, by name in the output folder, that need the summaries of all shares."""
+
+    def close(self) -> None: ...
+
+
+class StoredBands:
+    """Bands read from the files of one checkpoint."""
+
+    def __init__(self) -> None:
+        self._pool = FilePool(os.O_RDONLY)
+
+    def read(self, job: CopyJob, band: memoryview) -> None:
+        read_band(self._pool, job.tensor, job.start, job.stop, band)
+
+    def account(self, remark: Any) -> None:
+        pass
+
+    def summary(self) -> None:
+        pass
+
+    def files(self, summaries: list[Any]) -> Mapping[str, bytes | Path]:
+        return {}
+
+    def close(self) -> None:
+        self._pool.close()
+
+
 @dataclass
 class Finished:
     job: int
     nbytes: int
     pieces: list[Piece]
+    remark: Any = None  # what the source said about the band
 
 
-class Copier:
-    """Copies all bands of a plan into `folder`, whose files exist with their final sizes."""
+class Sized(Protocol):
+    """A job: so many bytes to hold in memory at once."""
 
-    def __init__(self, plan: CopyPlan, folder: Path, threads: int) -> None:
-        self.plan, self.folder, self.threads = plan, folder, threads
-        self._reading = FilePool(os.O_RDONLY)
-        self._writing = FilePool(os.O_WRONLY)
-        self._paths = [folder / file.name for file in plan.files]
+    @property
+    def nbytes(self) -> int: ...
+
+
+class JobRunner(ABC):
+    """Runs jobs on threads with a buffer each, and records what is finished and synced.
+
+    `paths` are the files that jobs write; they exist with their final sizes.
+    """
+
+    def __init__(self, jobs: Sequence[Sized], paths: Sequence[Path], threads: int) -> None:
+        self.jobs, self.paths, self.threads = jobs, paths, threads
+        self.writing = FilePool(os.O_WRONLY)
         self._todo: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[Finished | BaseException] = queue.SimpleQueue()
         self._stop = threading.Event()
 
+    @abstractmethod
+    def do(self, number: int, buffer: memoryview) -> tuple[list[Piece], Any]:
+        """Do job `number` with its bytes of buffer; returns what it has written, and a remark for the journal."""
+
+    def close(self) -> None:
+        self.writing.close()
+
     def run(self, journal: CopyJournal, progress: Callable[[int], None]) -> None:
         """Copy what the journal does not have yet. Work is synced, then recorded, every few seconds; the rest of it
         is in memory only, because the caller completes and syncs all files next."""
-        jobs = [i for i in range(len(self.plan.jobs)) if i not in journal.finished]
+        jobs = [i for i in range(len(self.jobs)) if i not in journal.finished]
         for i in jobs:
             self._todo.put(i)
         workers = [threading.Thread(target=self._work, daemon=True) for _ in range(min(self.threads, len(jobs)))]
@@ -85,8 +143,7 @@ class Copier:
             self._stop.set()
             for worker in workers:
                 worker.join()
-            self._reading.close()
-            self._writing.close()
+            self.close()
 
     def _gather(self, count: int, journal: CopyJournal, progress: Callable[[int], None]) -> None:
         waiting: list[Finished] = []
@@ -103,26 +160,38 @@ class Copier:
         journal.note(waiting)
 
     def _record(self, done: list[Finished], journal: CopyJournal) -> None:
-        self._writing.sync({self._paths[piece[0]] for item in done for piece in item.pieces})
+        self.writing.sync({self.paths[piece[0]] for item in done for piece in item.pieces})
         journal.add(done)
 
     def _work(self) -> None:
         try:
-            largest = max((job.nbytes for job in self.plan.jobs), default=0)
+            largest = max((job.nbytes for job in self.jobs), default=0)
             buffer = memoryview(mmap.mmap(-1, max(largest, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
             while not self._stop.is_set():
                 try:
                     number = self._todo.get_nowait()
                 except queue.Empty:
                     return
-                job = self.plan.jobs[number]
-                pieces = list(self._copy(job, buffer[: job.nbytes]))
-                self._done.put(Finished(number, job.nbytes, pieces))
+                nbytes = self.jobs[number].nbytes
+                pieces, remark = self.do(number, buffer[:nbytes])
+                self._done.put(Finished(number, nbytes, pieces, remark))
         except BaseException as error:
             self._done.put(error)
 
+
+class Copier(JobRunner):
+    """Copies all bands of a plan into `folder`, whose files exist with their final sizes."""
+
+    def __init__(self, plan: CopyPlan, folder: Path, threads: int, source: BandSource) -> None:
+        super().__init__(plan.jobs, [folder / file.name for file in plan.files], threads)
+        self.plan, self.source = plan, source
+
+    def do(self, number: int, buffer: memoryview) -> tuple[list[Piece], Any]:
+        job = self.plan.jobs[number]
+        remark = self.source.read(job, buffer)
+        return list(self._copy(job, buffer)), remark
+
     def _copy(self, job: CopyJob, band: memoryview) -> Iterator[Piece]:
-        read_band(self._reading, job.tensor, job.start, job.stop, band)
         cols = rows_and_columns(job.tensor.shape)[1]
         cast: dict[str, memoryview] = {}
         for destination in self.plan.destinations[job.tensor.name]:
@@ -142,9 +211,9 @@ class Copier:
         crc = 0
         for _, nbytes, place in runs:
             crc = zlib.crc32(data[place : place + nbytes], crc)
-        path = self._paths[destination.file]
+        path = self.paths[destination.file]
         first, total = runs[0][0] - destination.region.stored.offset, sum(run[1] for run in runs)
-        with self._writing.use(path) as descriptor:
+        with self.writing.use(path) as descriptor:
             try:
                 write_runs(descriptor, runs, data)
             except OSError as error:
@@ -153,16 +222,22 @@ class Copier:
 
 
 class CopyJournal:
-    """The finished jobs of a run, one JSON line each after a line that identifies the plan."""
+    """The finished jobs of a run, one JSON line each after a line that identifies the plan.
 
-    def __init__(self, path: Path, digest: str, resume: bool) -> None:
+    `account` is told the remark of every job that has one.
+    """
+
+    def __init__(
+        self, path: Path, digest: str, resume: bool, account: Callable[[Any], None] = lambda remark: None
+    ) -> None:
         self.path = path
+        self._account = account
         self.finished: set[int] = set()
         self.checksums = Checksums()
         if resume and path.exists():
             self._read(digest)
         else:
-            path.write_text(json.dumps({"plan": digest}) + "\n")
+            write_text(path, json.dumps({"plan": digest}) + "\n")  # whole or absent, whenever the kill comes
         self._file = open(path, "a")  # noqa: SIM115 closed by close()
 
     def _read(self, digest: str) -> None:
@@ -175,26 +250,29 @@ class CopyJournal:
             )
         for line in whole[1:]:
             entry = json.loads(line)
-            self._keep(entry["job"], entry["pieces"])
+            self._keep(entry["job"], entry["pieces"], entry.get("remark"))
         if len(whole) != len(lines):  # the last line was cut off by the kill
             write_text(self.path, "".join(whole))
 
-    def _keep(self, job: int, pieces: list[Piece]) -> None:
+    def _keep(self, job: int, pieces: list[Piece], remark: Any) -> None:
         if job not in self.finished:
             self.finished.add(job)
             for piece in pieces:
                 self.checksums.add(piece)
+            if remark is not None:
+                self._account(remark)
 
     def note(self, done: list[Finished]) -> None:
         """Take jobs as done without recording them."""
         for item in done:
-            self._keep(item.job, item.pieces)
+            self._keep(item.job, item.pieces, item.remark)
 
     def add(self, done: list[Finished]) -> None:
         """Record jobs whose data are synced."""
         self.note(done)
         for item in done:
-            self._file.write(json.dumps({"job": item.job, "pieces": item.pieces}) + "\n")
+            entry = {"job": item.job, "pieces": item.pieces}
+            self._file.write(json.dumps(entry if item.remark is None else entry | {"remark": item.remark}) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())
 
@@ -218,3 +296,17 @@ def tensor_crcs(plan: CopyPlan, checksums: Checksums) -> list[dict[str, int]]:
                 raise AssertionError(f"{file.name}: {target.stored.name} was not written exactly once")
             result[-1][target.stored.name] = crc
     return result
+
+
+def preallocate(path: Path, size: int, keep: bool) -> None:
+    """A file of `size` bytes, all zero unless `keep` finds one of that size."""
+    try:
+        descriptor = os.open(path, os.O_CREAT | os.O_WRONLY, 0o666)
+        try:
+            if not keep or os.fstat(descriptor).st_size != size:
+                os.ftruncate(descriptor, 0)
+                os.ftruncate(descriptor, size)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise ConvertError(f"{path} cannot be written: {error.strerror}") from None

@@ -11,10 +11,10 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron.checkpoint.manifest import (
     MANIFEST_NAME,
@@ -25,10 +25,14 @@ from megatron.checkpoint.manifest import (
     format_checksum,
     write_manifest,
 )
+from megatron.checkpoint.state_ranges import StateRange
 from megatron.common.atomic_files import sync_file, sync_folder, write_text
 from tools.convert_hf.errors import ConvertError
-from tools.convert_hf.stream.copy import Copier, CopyJournal, tensor_crcs
+from tools.convert_hf.stream.copy import BandSource, Copier, CopyJournal, StoredBands, preallocate, tensor_crcs
 from tools.convert_hf.stream.plan import CopyPlan
+
+if TYPE_CHECKING:  # it needs numpy, which conversions do without
+    from tools.convert_hf.stream.optimizer import StateCopy
 
 _WORK = ".convert"  # folder of journals and shares inside NAME.partial, removed before the rename
 
@@ -38,12 +42,13 @@ class OutputFolder:
     """Everything that goes into the folder `final`.
 
     `extras` are small files by relative name: bytes, or a file to copy. `manifest_in` is the sub-folder ("." for the
-    top) that the manifest describes; it lists files of that sub-folder only.
+    top) that the manifest describes; it lists files of that sub-folder only. `source` makes the bands and may add
+    files that depend on all of them.
     """
 
     final: Path
     plan: CopyPlan
-    extras: Mapping[str, bytes | Path]
+    extras: dict[str, bytes | Path]
     manifest_in: str
     provenance: dict[str, Any]
     left_behind: list[str] = field(default_factory=list)  # files of the source that do not travel
@@ -51,6 +56,8 @@ class OutputFolder:
     threads: int = 4
     force: bool = False
     resume: bool = False
+    source: BandSource = field(default_factory=StoredBands)
+    optimizer: StateCopy | None = None  # goes into `manifest_in`
     partial: Path = field(init=False)
 
     def __post_init__(self) -> None:
@@ -75,22 +82,41 @@ class OutputFolder:
                 )
         if self.partial.exists() and not self.resume and not self.force and self.shard[1] == 1:
             raise ConvertError(
-                f"{self.partial} is left from a conversion that did not finish: continue it with --resume, "
+                f"{self.partial} is left from a run that did not finish: continue it with --resume, "
                 f"or start again with --force"
             )
         parent = self.final.parent
         while not parent.is_dir():
             parent = parent.parent
-        here = {path for path in self.plan_paths() if path.exists()} if self.resume else set()
+        here = {path for path in self.all_paths() if path.exists()} if self.resume else set()
         allocated = sum(path.stat().st_blocks * 512 for path in here)
-        free, needed = shutil.disk_usage(parent).free, self.plan.bytes_written
+        free, needed = shutil.disk_usage(parent).free, self.bytes_written
         if needed > free + allocated:
             raise ConvertError(
                 f"{parent} has {free + allocated:,} bytes free, the output needs {needed:,}; nothing was written"
             )
 
+    @property
+    def bytes_written(self) -> int:
+        return self.plan.bytes_written + (self.optimizer.bytes_written if self.optimizer else 0)
+
+    @property
+    def bytes_to_copy(self) -> int:
+        """What `write` reports as progress."""
+        return sum(job.nbytes for job in (*self.plan.jobs, *(self.optimizer.jobs if self.optimizer else ())))
+
+    @property
+    def whole(self) -> str:
+        """Identifies the job of all shares together."""
+        return self.plan.whole + (self.optimizer.whole if self.optimizer else "")
+
     def plan_paths(self) -> list[Path]:
         return [self.partial / file.name for file in self.plan.files]
+
+    def all_paths(self) -> list[Path]:
+        """The files of this share that take space."""
+        folder, names = self.partial / self.manifest_in, self.optimizer.names if self.optimizer else []
+        return self.plan_paths() + [folder / name for name in names]
 
     def write(self, progress: Callable[[int], None]) -> bool:
         """Do the whole job. False if other shares (`--shard`) are still to be done; True when the folder is there."""
@@ -99,7 +125,7 @@ class OutputFolder:
         self._work.mkdir(parents=True, exist_ok=True)
         number, count = self.shard
         journal_path = self._work / f"journal_{number}_of_{count}.jsonl"
-        others = [p.name for p in self._work.glob("journal_*") if not p.name.endswith(f"_of_{count}.jsonl")]
+        others = [p.name for p in self._work.glob("journal_*.jsonl") if not p.name.endswith(f"_of_{count}.jsonl")]
         if others:
             raise ConvertError(f"{self.partial} was begun with another --shard count ({others[0]})")
         with open(self._work / f"lock_{number}", "w") as lock:
@@ -110,23 +136,29 @@ class OutputFolder:
             except OSError:
                 pass  # a file system without locks
             entries = self._copy(journal_path, progress)
+            if self.optimizer is not None:
+                folder, journal = self.partial / self.manifest_in, self._work / f"optimizer_{number}_of_{count}.jsonl"
+                states = self.optimizer.write(folder, journal, self.resume, progress)
+                entries |= {self._prefix + name: entry for name, entry in states.items()}
             # Other hosts read it while they look for the last share.
-            write_text(self._share_path(number), json.dumps({"plan": self.plan.whole, "files": entries}))
+            share = {"plan": self.whole, "files": entries, "summary": self.source.summary()}
+            write_text(self._share_path(number), json.dumps(share))
         return self._finish_if_last()
 
     def _copy(self, journal_path: Path, progress: Callable[[int], None]) -> dict[str, Any]:
         """Write this share's files; returns their entries of the manifest."""
         resume = self.resume and journal_path.exists()
-        journal = CopyJournal(journal_path, self.plan.digest(), resume)
+        journal = CopyJournal(journal_path, self.plan.digest(), resume, self.source.account)
         try:
             for path, file in zip(self.plan_paths(), self.plan.files, strict=True):
                 path.parent.mkdir(parents=True, exist_ok=True)
-                _preallocate(path, file.size, keep=resume)
+                preallocate(path, file.size, keep=resume)
             progress(sum(self.plan.jobs[i].nbytes for i in journal.finished))
-            Copier(self.plan, self.partial, self.threads).run(journal, progress)
+            Copier(self.plan, self.partial, self.threads, self.source).run(journal, progress)
             crcs = tensor_crcs(self.plan, journal.checksums)
         finally:
             journal.close()
+            self.source.close()
         entries: dict[str, Any] = {}
         for path, file, by_tensor in zip(self.plan_paths(), self.plan.files, crcs, strict=True):
             with open(path, "r+b") as target:
@@ -154,11 +186,13 @@ class OutputFolder:
     def _finish_if_last(self) -> bool:
         shares = [self._share_path(i) for i in range(1, self.shard[1] + 1)]
         entries: dict[str, Any] = {}
+        summaries = []
         for path in shares:
             share = json.loads(path.read_text()) if path.exists() else {}
-            if share.get("plan") != self.plan.whole:  # not done yet, or left from another job
+            if share.get("plan") != self.whole:  # not done yet, or left from another job
                 return False
             entries |= share["files"]
+            summaries.append(share["summary"])
         if self.shard[1] > 1:
             # Several hosts may see the last share appear: one completes the folder, the others wait for the rename.
             try:
@@ -166,6 +200,7 @@ class OutputFolder:
             except (FileExistsError, FileNotFoundError):
                 if not self.resume:
                     return self._wait_for_rename()
+        self.extras |= self.source.files(summaries)
         self._finish(entries)
         return True
 
@@ -201,10 +236,20 @@ class OutputFolder:
         if replaced.exists():
             shutil.rmtree(replaced)
 
+    @property
+    def _prefix(self) -> str:
+        return "" if self.manifest_in == "." else self.manifest_in + "/"
+
     def _manifest(self, entries: dict[str, Any], folder: Path) -> Manifest:
-        prefix = "" if self.manifest_in == "." else self.manifest_in + "/"
-        files = {}
+        prefix, files = self._prefix, {}
         for name, entry in entries.items():
+            if "ranges" in entry:
+                files[name.removeprefix(prefix)] = FileEntry(
+                    entry["bytes"],
+                    checksum=entry["checksum"],
+                    ranges=tuple(StateRange.from_json(value, entry["bytes"]) for value in entry["ranges"]),
+                )
+                continue
             tensors = {t: TensorEntry(tuple(s), d, c) for t, (s, d, c) in entry["tensors"].items()}
             files[name.removeprefix(prefix)] = FileEntry(entry["bytes"], tensors)
         for name in self.extras:
@@ -212,17 +257,3 @@ class OutputFolder:
                 path = self.partial / name
                 files[name.removeprefix(prefix)] = FileEntry(path.stat().st_size, {}, file_checksum(path))
         return Manifest(files, self.provenance)
-
-
-def _preallocate(path: Path, size: int, keep: bool) -> None:
-    """A file of `size` bytes, all zero unless `keep` finds one of that size."""
-    try:
-        descriptor = os.open(path, os.O_CREAT | os.O_WRONLY, 0o666)
-        try:
-            if not keep or os.fstat(descriptor).st_size != size:
-                os.ftruncate(descriptor, 0)
-                os.ftruncate(descriptor, size)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        raise ConvertError(f"{path} cannot be written: {error.strerror}") from None

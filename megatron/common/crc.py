@@ -1,4 +1,4 @@
-"""CRC-32 of a whole from the CRC-32s of its pieces, so that worker threads may finish pieces in any order.
+"""CRC-32 of a whole from the CRC-32s of its pieces, in whatever order these are finished. Standard library only.
 
 The arithmetic is that of polynomials over GF(2) modulo the CRC polynomial (bit-reflected, as in zlib): appending n
 bytes multiplies a CRC by x^(8 n).

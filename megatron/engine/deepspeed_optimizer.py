@@ -1,0 +1,87 @@
+"""The state of DeepSpeed's two ZeRO-1 optimizers as ranges of parameters, read and filled in place.
+
+Both keep one flat fp32 partition for each parameter group, over which a torch AdamW runs; DeepSpeed notes on every
+parameter which part of it lies where in the rank's partition (`_hp_mapping`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatron.common.errors import CheckpointError
+from megatron.engine.optimizer_shards import OptimizerShard, ReadShard
+from megatron.layout import TensorRange
+
+NumberedLayers = Iterable[tuple[int, nn.Module]]
+
+
+def optimizer_shards(
+    optimizer: Any, layers: NumberedLayers, copies: NumberedLayers, tp_rank: int
+) -> list[OptimizerShard]:
+    """This rank's ranges, in the order of its layers; those of `copies` are marked. Not collective."""
+    states = [_adam_state(optimizer, group["params"][0]) for group in optimizer.param_groups]
+    steps = [int(state["step"]) for state in states]
+    shards = []
+    for is_copy, numbered in ((False, layers), (True, copies)):
+        for layer, module in numbered:
+            for name, parameter in module.named_parameters():
+                mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+                if mapping is None:  # the part of other data-parallel ranks
+                    continue
+                group = mapping.param_group_index
+                start, first = int(mapping.lp_fragment_address.start), int(mapping.hp_fragment_address.start)
+                count = int(mapping.lp_fragment_address.numel)
+                where = TensorRange(int(layer), name, tp_rank, start, start + count)  # DeepSpeed numbers by numpy
+                flat = {"master": optimizer.param_groups[group]["params"][0], **states[group]}
+                tensors = {
+                    kind: flat[kind].detach().narrow(0, first, count) for kind in ("master", "exp_avg", "exp_avg_sq")
+                }
+                shards.append(OptimizerShard(where, tensors, steps[group], is_copy))
+    return shards
+
+
+@torch.no_grad()
+def load_shards(optimizer: Any, layers: NumberedLayers, copies: NumberedLayers, tp_rank: int, read: ReadShard) -> None:
+    """Fill all ranges with `read`. The weights must be loaded: CheckpointError unless they are the masters, rounded."""
+    numbered = [*layers], [*copies]
+    parameters = {
+        (layer, name): parameter
+        for part in numbered
+        for layer, module in part
+        for name, parameter in module.named_parameters()
+    }
+    steps: dict[int, int] = {}
+    for shard in optimizer_shards(optimizer, *numbered, tp_rank):
+        where = shard.where
+        parameter = parameters[where.layer, where.tensor]
+        group = parameter._hp_mapping.param_group_index  # type: ignore[attr-defined]
+        step = read(where, shard.tensors)
+        if steps.setdefault(group, step) != step:
+            raise CheckpointError(f"{where} is of step {step}, other tensors of its group of step {steps[group]}")
+        _compare_weights(parameter, shard)
+    for group, step in steps.items():
+        _adam_state(optimizer, optimizer.param_groups[group]["params"][0])["step"].fill_(step)
+
+
+def _adam_state(optimizer: Any, flat: Tensor) -> dict[str, Tensor]:
+    """AdamW's state of a flat partition; before the first step made as that step would make it."""
+    state = optimizer.state[flat]
+    if not state:
+        state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
+        state["exp_avg"] = torch.zeros_like(flat, requires_grad=False)
+        state["exp_avg_sq"] = torch.zeros_like(flat, requires_grad=False)
+    return state
+
+
+def _compare_weights(parameter: nn.Parameter, shard: OptimizerShard) -> None:
+    """Every step rounds the masters into the weights, so files in which they differ do not belong together."""
+    weights = parameter.detach().view(-1)[shard.where.start : shard.where.stop]
+    if not torch.equal(weights, shard.tensors["master"].to(weights.dtype)):
+        raise CheckpointError(
+            f"{shard.where}: the fp32 masters in the optimizer files are not the weights in the layer files; these are "
+            "of different checkpoints, or one of them was changed. Start from the weights with `no_load_optim: true`"
+        )

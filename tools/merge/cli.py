@@ -1,0 +1,171 @@
+"""The command line: `python tools/merge merge.yml --output DIR`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from megatron.common.errors import UserError
+from tools.convert_hf.cli import progress_bar, share, size
+
+if TYPE_CHECKING:
+    from tools.merge.job import MergeJob
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code: 0 done, 1 `--verify` found a difference, 2 bad input, 130 interrupted."""
+    arguments = _parser().parse_args(argv)
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        return _run(arguments)
+    except UserError as error:
+        print(f"merge: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader of our output, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        print(f"merge: {error.filename or 'system'}: {error.strerror or error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("merge: interrupted; the same command with --resume continues", file=sys.stderr)
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python tools/merge",
+        description="Merge Llama models of one shape, tile by tile, with the same bits wherever it runs. Reads "
+        "mergekit's YAML for linear, task_arithmetic, ties, dare_linear, dare_ties and slerp, and averages checkpoints "
+        "of a run.",
+    )
+    parser.add_argument("recipe", type=Path, metavar="merge.yml", help="what is merged, and how")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--output", type=Path, metavar="DIR", help="the folder to write; appears when complete")
+    what.add_argument("--verify", type=Path, metavar="DIR", help="repeat the merge and compare it with this folder")
+    parser.add_argument(
+        "--tp", type=int, metavar="N", help="write NeoX layer files for N ranks (default: Hugging Face)"
+    )
+    parser.add_argument("--vocab-divisible-by", type=int, metavar="M", help="with --tp, as in convert_hf")
+    parser.add_argument("--shard-size", type=size, metavar="SIZE", help="largest safetensors file, such as 5GB")
+    parser.add_argument("--max-ram", type=size, default=1 << 30, metavar="SIZE", help="memory limit (default 1GiB)")
+    parser.add_argument("--threads", type=int, default=4, metavar="N", help="merging threads (default 4)")
+    parser.add_argument(
+        "--shard", type=share, default=(1, 1), metavar="i/n", help="do share i of n; run one share on each of n hosts"
+    )
+    parser.add_argument("--resume", action="store_true", help="continue a merge that was interrupted")
+    parser.add_argument("--force", action="store_true", help="replace a finished or interrupted output of this command")
+    parser.add_argument("--plan", action="store_true", help="check everything, print the job and stop")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the report (.png, .svg, .pdf; matplotlib)")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    return parser
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from tools.merge.job import MergeJob, MergeRequest
+    from tools.merge.recipe_file import read_recipe
+
+    if arguments.picture is not None:
+        from tools.merge.picture import check_report_picture
+
+        check_report_picture(arguments.picture)
+    if arguments.verify is not None and arguments.tp is not None:
+        raise UserError("--verify finds the format of its folder by itself; leave --tp out")
+    recipe = read_recipe(arguments.recipe)
+    request = MergeRequest(
+        output=arguments.output or arguments.verify,
+        tp=arguments.tp,
+        divisible_by=arguments.vocab_divisible_by,
+        shard_size=arguments.shard_size,
+        max_ram=arguments.max_ram,
+        threads=arguments.threads,
+        shard=arguments.shard,
+        resume=arguments.resume,
+        force=arguments.force,
+        command=_portable_command(arguments),
+    )
+    job = MergeJob(recipe, request)
+    _introduce(job)
+    if arguments.plan:
+        return 0
+    return _verify(job, arguments) if arguments.verify is not None else _merge(job, arguments)
+
+
+def _portable_command(arguments: argparse.Namespace) -> str:
+    """The command for the card: what changes the files, without folders of this machine."""
+    output = arguments.output or arguments.verify
+    words = ["python", "tools/merge", arguments.recipe.name, "--output", Path(os.path.abspath(output)).name]
+    for name in ("tp", "vocab_divisible_by", "shard_size"):
+        value = getattr(arguments, name)
+        if value is not None:
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    return shlex.join(words)
+
+
+def _introduce(job: MergeJob) -> None:
+    recipe = job.recipe
+    for note in job.notes:
+        print(f"note: {note}")
+    for parent in job.parents.values():
+        print(f"{parent.label}: {parent.checkpoint.describe()}" + (" with an adapter" if parent.adapter else ""))
+    ends = [recipe.tensor_settings(n, job.first.checkpoint.shape.num_layers) for n in ("model.norm.weight",)]
+    if recipe.method != "slerp":
+        weights = ends[0].weights
+        shown = ", ".join(f"{m.parent.label} {w:g}" for m, w in zip(recipe.models, weights, strict=True))
+        print(f"{recipe.method}, seed {recipe.seed}; weights of the final norm: {shown}, sum {sum(weights):g}")
+    print(f"tokenizer and configuration: {job.side.label}")
+    print(
+        f"reads {job.bytes_read:,} bytes, writes {sum(f.size for f in job.output.plan.files):,} bytes in "
+        f"{len(job.output.plan.files)} weight files; {job.threads} threads, bands of {job.band >> 10} KiB"
+    )
+
+
+def _merge(job: MergeJob, arguments: argparse.Namespace) -> int:
+    from tools.merge.recipe import DARE
+    from tools.merge.report import text_table
+
+    start = time.monotonic()
+    with progress_bar(job.work(), arguments.quiet) as progress:
+        done = job.run(progress)
+    seconds = time.monotonic() - start
+    written = job.output.plan.bytes_written
+    rate = f"{written:,} bytes in {seconds:.1f} s ({written / max(seconds, 1e-3) / 1e9:.2f} GB/s)"
+    if not done:
+        share_, count = job.request.shard
+        print(f"share {share_}/{count} is written, {rate}; {job.output.final} appears with the last share")
+        return 0
+    if job.report is not None:  # None where another host completed the folder
+        print(text_table(job.report))
+        for warning in job.report.warnings(job.recipe.method in DARE):
+            print(f"warning: {warning}")
+        if arguments.picture is not None:
+            from tools.merge.picture import draw_report
+
+            draw_report(job.report, arguments.picture)
+    print(f"wrote {job.output.final}: {len(job.output.plan.files)} weight files, {rate}")
+    return 0
+
+
+def _verify(job: MergeJob, arguments: argparse.Namespace) -> int:
+    from tools.merge.verify import verify_merge
+
+    names = sorted(job.merged.tensors)
+    total = job.work(names)
+    with progress_bar(total, arguments.quiet) as progress:
+        lines = verify_merge(job, arguments.verify, progress)
+    print("\n".join(lines or [f"all {len(names)} tensors are what the recipe gives"]))
+    print("DIFFERENT" if lines else "EQUAL")
+    return 1 if lines else 0

@@ -1,0 +1,7 @@
+"""The one error that a user sees: what was given, what was expected, what to do."""
+
+from megatron.common.errors import UserError
+
+
+class MergeError(UserError, ValueError):
+    """A recipe or parents that cannot be merged; the command prints the message and exits with code 2."""

@@ -1,0 +1,188 @@
+"""What a method must know of a whole tensor before its first band can be merged.
+
+TIES needs the magnitude above which the wanted share of a delta lies, `rescale: l1` the sums of magnitudes before and
+after the mask, slerp the angle between two tensors. The tensor is read in pieces of a fixed size, one thread to a
+tensor, and sums of pieces are added exactly, so the result depends on nothing but the parents.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tools.convert_hf.stream.band_io import FilePool
+from tools.convert_hf.stream.tensor_map import rows_and_columns
+from tools.merge.arithmetic import TensorPlan, Term, Trim, slerp_coefficients
+from tools.merge.masks import RESOLUTION, keep_mask
+from tools.merge.parents import Parent
+
+_ELEMENTS = 1 << 16  # of a piece; part of the definition of the sums below
+_LOW = 1 << 16
+_SMALLEST_SUM = 1e-7  # below it, l1 does not rescale (mergekit's constant)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is asked of one tensor: the shares that TIES keeps (1: all), whether l1 factors, and slerp's t."""
+
+    plan: TensorPlan
+    densities: tuple[float, ...] = ()
+    l1: bool = False
+    t: float | None = None
+
+    @property
+    def passes(self) -> int:
+        """How often the parents are read."""
+        trims = any(density < 1 for density in self.densities)
+        return (
+            3 if trims else int(self.t is not None or (self.l1 and any(t.limit < RESOLUTION for t in self.plan.terms)))
+        )
+
+
+def measure(
+    wanted: dict[str, Wanted], parents: Sequence[Parent], threads: int, progress: Callable[[int], None]
+) -> dict[str, TensorPlan]:
+    """Completed plans by tensor name; what needs no measuring is returned as it is."""
+    pool = FilePool(os.O_RDONLY)
+
+    def one(name: str) -> tuple[str, TensorPlan]:
+        reader = _Pieces(name, wanted[name], parents, pool, progress)
+        return name, reader.complete()
+
+    try:
+        with ThreadPoolExecutor(max(1, threads)) as executor:
+            return dict(executor.map(one, wanted))
+    finally:
+        pool.close()
+
+
+class _Pieces:
+    """One tensor of all parents, piece by piece."""
+
+    def __init__(
+        self,
+        name: str,
+        wanted: Wanted,
+        parents: Sequence[Parent],
+        pool: FilePool,
+        progress: Callable[[int], None],
+    ) -> None:
+        self.name, self.wanted, self.plan = name, wanted, wanted.plan
+        self.parents, self.pool, self.progress = parents, pool, progress
+        self.shape = parents[0].checkpoint.tensors[name].shape
+
+    def complete(self) -> TensorPlan:
+        if self.wanted.t is not None:
+            return replace(self.plan, slerp=self._slerp(self.wanted.t))
+        if any(density < 1 for density in self.wanted.densities):
+            trims = self._trims()
+            terms = [replace(t, trim=trim) for t, trim in zip(self.plan.terms, trims, strict=True)]
+            return replace(self.plan, terms=tuple(terms))
+        if self.wanted.passes:
+            factors = self._l1()
+            terms = [replace(t, factor=factor) for t, factor in zip(self.plan.terms, factors, strict=True)]
+            return replace(self.plan, terms=tuple(terms))
+        return self.plan
+
+    def _pieces(self) -> Iterator[tuple[int, list[Tensor]]]:
+        """(index of the first element, fp32 values of every parent)."""
+        rows, cols = rows_and_columns(self.shape)
+        step = max(1, _ELEMENTS // cols)
+        largest = max(p.band_bytes(self.name, step) for p in self.parents)
+        raw = memoryview(bytearray(largest))
+        buffers = [torch.empty(step * cols) for _ in self.parents]
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            values = []
+            for parent, buffer in zip(self.parents, buffers, strict=True):
+                stored = parent.read(self.pool, self.name, start, stop, raw)
+                values.append(parent.widen(self.pool, self.name, start, stop, stored, buffer[: stored.numel()]))
+            yield start * cols, values
+            self.progress(values[0].numel())
+
+    def _magnitudes(self, term: Term, values: list[Tensor]) -> Tensor:
+        return (values[term.parent] - values[term.base]).abs_()
+
+    def _slerp(self, t: float) -> tuple[float, float]:
+        sums: tuple[list[float], list[float], list[float]] = ([], [], [])
+        for _, values in self._pieces():
+            a, b = values[self.plan.base].double(), values[self.plan.terms[0].parent].double()
+            for total, value in zip(sums, (a * a, b * b, a * b), strict=True):
+                total.append(float(value.sum()))
+        return slerp_coefficients(t, *(math.fsum(total) for total in sums))
+
+    def _l1(self) -> list[float]:
+        terms = self.plan.terms
+        before: list[list[float]] = [[] for _ in terms]
+        after: list[list[float]] = [[] for _ in terms]
+        for start, values in self._pieces():
+            for i, term in enumerate(terms):
+                if term.limit == RESOLUTION:
+                    continue
+                assert term.key is not None
+                size = self._magnitudes(term, values).double()
+                before[i].append(float(size.sum()))
+                mask = keep_mask(term.key, start, size.numel(), term.limit)
+                after[i].append(float(size.mul_(torch.from_numpy(mask)).sum()))
+        result = []
+        for all_, kept in zip(map(math.fsum, before), map(math.fsum, after), strict=True):
+            result.append(all_ / kept if min(all_, kept) >= _SMALLEST_SUM else 1.0)
+        return result
+
+    def _trims(self) -> list[Trim | None]:
+        """The exact k-th largest magnitude of every delta: a histogram of the upper 16 bits of its fp32 pattern, then
+        one of the lower 16 bits inside of the bin that holds it; equal magnitudes are kept in the order of elements."""
+        terms, count = self.plan.terms, math.prod(self.shape)
+        wanted = {i: max(1, int(d * count)) for i, d in enumerate(self.wanted.densities) if d < 1}
+        upper = {i: np.zeros(_LOW, np.int64) for i in wanted}
+        for _, values in self._pieces():
+            for i in wanted:
+                upper[i] += np.bincount(_bits(self._magnitudes(terms[i], values)) >> 16, minlength=_LOW)
+        bins = {i: _bin_of(upper[i], k) for i, k in wanted.items()}  # (bin, how many are above it)
+        lower = {i: np.zeros(_LOW, np.int64) for i in wanted}
+        for _, values in self._pieces():
+            for i in wanted:
+                bits = _bits(self._magnitudes(terms[i], values))
+                lower[i] += np.bincount(bits[bits >> 16 == bins[i][0]] & (_LOW - 1), minlength=_LOW)
+        magnitudes, left = {}, {}
+        for i, k in wanted.items():
+            low, above = _bin_of(lower[i], k - bins[i][1])
+            pattern = np.array([bins[i][0] << 16 | low], np.uint32)
+            magnitudes[i] = float(pattern.view(np.float32)[0])
+            equal = k - bins[i][1] - above  # how many of the elements of exactly this magnitude are kept
+            left[i] = equal if equal < lower[i][low] else 0
+        last = self._last_kept(magnitudes, left)
+        return [Trim(magnitudes[i], last.get(i)) if i in wanted else None for i in range(len(terms))]
+
+    def _last_kept(self, magnitudes: dict[int, float], left: dict[int, int]) -> dict[int, int]:
+        """The element at which as many of the equal magnitudes have been seen as are kept."""
+        found: dict[int, int] = {}
+        seen = dict.fromkeys(left, 0)
+        for start, values in self._pieces():
+            for i, k in left.items():
+                if not k or i in found:
+                    continue
+                at = np.flatnonzero(self._magnitudes(self.plan.terms[i], values).numpy() == magnitudes[i])
+                if seen[i] + len(at) >= k:
+                    found[i] = start + int(at[k - seen[i] - 1])
+                seen[i] += len(at)
+        return found
+
+
+def _bits(magnitudes: Tensor) -> np.ndarray:
+    """Bit patterns, whose order is that of the magnitudes."""
+    return magnitudes.numpy().view(np.uint32)
+
+
+def _bin_of(histogram: np.ndarray, k: int) -> tuple[int, int]:
+    """(bin of the k-th largest, number of elements in the bins above it)."""
+    from_above = np.cumsum(histogram[::-1])
+    at = int(np.searchsorted(from_above, k))
+    return len(histogram) - 1 - at, int(from_above[at] - histogram[::-1][at])

@@ -1,0 +1,110 @@
+"""The models that are merged, opened: any checkpoint that the converter reads, perhaps with an adapter."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron.checkpoint.manifest import MANIFEST_NAME
+from tools.convert_hf.formats.dtypes import WEIGHT_DTYPES
+from tools.convert_hf.sources.checkpoint import Checkpoint, OpenOptions
+from tools.convert_hf.sources.opening import open_checkpoint
+from tools.convert_hf.stream.band_io import FilePool, read_band
+from tools.merge.adapters import Adapter, open_adapter
+from tools.merge.errors import MergeError
+from tools.merge.recipe import ParentEntry, Recipe
+
+
+@dataclass
+class Parent:
+    """An opened model; its tensors are read band by band."""
+
+    entry: ParentEntry
+    checkpoint: Checkpoint
+    adapter: Adapter | None = None
+
+    @property
+    def label(self) -> str:
+        return self.entry.label
+
+    def band_bytes(self, name: str, rows: int) -> int:
+        tensor = self.checkpoint.tensors[name]
+        return rows * (tensor.nbytes // tensor.shape[0])
+
+    def read(self, pool: FilePool, name: str, start: int, stop: int, raw: memoryview) -> Tensor:
+        """Rows `start:stop` of a tensor as they are stored, flat, in the memory of `raw`."""
+        tensor = self.checkpoint.tensors[name]
+        band = raw[: self.band_bytes(name, stop - start)]
+        read_band(pool, tensor, start, stop, band)
+        return torch.frombuffer(band, dtype=getattr(torch, tensor.dtype.name))
+
+    def widen(self, pool: FilePool, name: str, start: int, stop: int, stored: Tensor, out: Tensor) -> Tensor:
+        """Rows `start:stop`, given as stored, in fp32 with the adapter's part, written to `out`."""
+        out.copy_(stored)
+        if self.adapter is not None:
+            self.adapter.add(pool, name, start, stop, out)
+        return out
+
+    def weight_files(self) -> list[Path]:
+        files = {r.stored.path for t in self.checkpoint.tensors.values() for r in t.regions}
+        return sorted(files) + (self.adapter.files if self.adapter else [])
+
+    def manifest_hash(self) -> str | None:
+        """SHA-256 of the manifest, which holds a checksum of every tensor; None for a model without one."""
+        path = self.checkpoint.root / MANIFEST_NAME
+        return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+
+    def adapter_hash(self) -> str | None:
+        """SHA-256 of the adapter's two files; None without one."""
+        if self.adapter is None:
+            return None
+        digest = hashlib.sha256()
+        for path in self.adapter.files:
+            with open(path, "rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()
+
+
+def open_parents(recipe: Recipe) -> dict[str, Parent]:
+    """Every model of a recipe by label, from headers alone."""
+    parents: dict[str, Parent] = {}
+    opened: dict[tuple[str, str], Checkpoint] = {}
+    for entry in recipe.parents:
+        if not entry.path.is_dir():
+            raise MergeError(
+                f"{entry.label}: {entry.path} is not a folder. A model is a folder on this machine; download it first"
+            )
+        key = (os.path.abspath(entry.path), str(entry.hf_source))
+        if key not in opened:
+            opened[key] = open_checkpoint(entry.path, OpenOptions(hf_source=entry.hf_source))
+        checkpoint = opened[key]
+        for tensor in checkpoint.tensors.values():
+            if tensor.dtype.name not in WEIGHT_DTYPES:
+                raise MergeError(
+                    f"{entry.label}: {tensor.name} is {tensor.dtype.name}; weights may be {', '.join(WEIGHT_DTYPES)}"
+                )
+        adapter = open_adapter(entry.adapter, checkpoint.tensors) if entry.adapter else None
+        if adapter is not None:
+            _check_adapter_base(entry, adapter)
+        elif entry.adapter_base is not None:
+            raise MergeError(f"{entry.label}: adapter_base without an adapter")
+        parents[entry.label] = Parent(entry, checkpoint, adapter)
+    return parents
+
+
+def _check_adapter_base(entry: ParentEntry, adapter: Adapter) -> None:
+    """An adapter names its base; shapes cannot tell a base from another model of its size."""
+    if adapter.base_name is None:
+        return
+    named = adapter.base_name.rstrip("/").rsplit("/", 1)[-1]
+    given = {Path(os.path.abspath(entry.path)).name, entry.label.rsplit("/", 1)[-1], entry.label.split("+")[0]}
+    if named not in given and entry.adapter_base != adapter.base_name:
+        raise MergeError(
+            f"{entry.label}: the adapter {adapter.root} says that it was trained on {adapter.base_name!r}, it would be "
+            f"added to {entry.path}. If that is the same model, write `adapter_base: {adapter.base_name}` beside it"
+        )
