@@ -87,7 +87,7 @@ def build_datasets(
 
 def _build(args: NeoXArgs, tokenizer: Tokenizer | None, position: tuple[int, int]) -> Datasets:
     if tokenizer is None and args.vocab_file is not None:
-        tokenizer = build_tokenizer(args.tokenizer_type, args.vocab_file)
+        tokenizer = build_tokenizer(args.tokenizer_type, args.vocab_file, args.merge_file)
     stages = _parts(args)
     used = [part for parts in stages for part in parts]
     prefixes = sorted({part.prefix for part in used} | {part.labels for part in used if part.labels is not None})

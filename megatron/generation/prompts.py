@@ -35,7 +35,7 @@ def generate_text(args: NeoXArgs) -> None:
 
 def _continuations(args: NeoXArgs, place: Place, whereabouts: Whereabouts) -> list[dict[str, Any]]:
     assert args.vocab_file is not None  # checked with the configuration
-    tokenizer = build_tokenizer(args.tokenizer_type, args.vocab_file)
+    tokenizer = build_tokenizer(args.tokenizer_type, args.vocab_file, args.merge_file)
     prompts = _prompts(args)
     engine = build_inference_engine(args, place, StepTimers(whereabouts, place.device).during)
     load_weights(engine, args)

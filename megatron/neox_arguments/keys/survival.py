@@ -67,7 +67,7 @@ class SurvivalKeys(Keys):
 # --- derivations
 
 
-@registry.derivation(*ALL_TASKS)
+@registry.derivation(*ALL_TASKS, fills=("step_timeout_minutes",))
 def step_timeout(args: AllKeys, world_size: int | None) -> Derived:
     if args.step_timeout_minutes is not None:
         return Derived({})
