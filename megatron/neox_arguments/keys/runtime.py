@@ -69,6 +69,13 @@ def prompts_have_a_file(args: RuntimeKeys) -> str | None:
     return "text_gen_type input-file needs sample_input_file (-i): a text file with one prompt a line"
 
 
+@registry.warning("generate")
+def prompts_are_not_read(args: RuntimeKeys) -> str | None:
+    if args.text_gen_type == "input-file" or args.sample_input_file is None:
+        return None
+    return f"sample_input_file {args.sample_input_file} is not read: text_gen_type is {args.text_gen_type}"
+
+
 @registry.warning("train")
 def wandb_is_not_switched_on(args: AllKeys) -> str | None:
     names = [name for name in ("wandb_group", "wandb_team", "wandb_run_name") if getattr(args, name) is not None]
