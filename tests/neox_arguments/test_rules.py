@@ -81,7 +81,7 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
         {"step_timeout_minutes": 30.0},
         "step_timeout_minutes 30 is not below distributed_timeout_minutes 30: a collective would give up before",
     ),
-    ("a_profile_has_steps_ranks_and_a_folder", {"profile": True}, "profile needs log_dir"),
+    ("a_profile_has_steps_ranks_and_a_folder", {"profile": True}, "profile needs log_dir or tensorboard_dir"),
     (
         "a_profile_has_steps_ranks_and_a_folder",
         {"profile": True, "log_dir": "x", "profile_step_start": 12},
