@@ -1,7 +1,8 @@
 """Runs inside an environment of GPT-NeoX: what it makes of configuration files. Called by `neox_compat.py`.
 
 Reads JSON from standard input, `[{"files": [...], "overrides": {...}}, ...]`, with GPT-NeoX's checkout in PYTHONPATH;
-writes one JSON object a request: `{"error": ...}` or `{"values": {...}}`. The width of the MLP is what its module builds.
+writes one JSON object a request: `{"error": ...}` or `{"values": {...}}`. The width of the MLP is what its module
+builds.
 """
 
 from __future__ import annotations

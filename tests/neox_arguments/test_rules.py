@@ -72,6 +72,16 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
     ("labels_match_paths", {"valid_label_data_paths": ["x"]}, "1 entries for 0 valid_data_paths"),
     ("document_ends_are_known", {"eod_mask_loss": True}, "needs the end-of-document token: give vocab_file"),
     ("chopping_has_an_effect", {"allow_chopped": False}, "no effect with pack_impl: packed"),
+    (
+        "order_of_gpt_neox_is_of_packed_sources",
+        {"data_order": "gpt-neox", "pack_impl": "best_fit", "train_iters": None, "train_epochs": 1.0},
+        "not for pack_impl: best_fit, train_epochs",
+    ),
+    (
+        "weights_are_given_once",
+        {"weight_by_num_documents": True, "train_data_paths": ["a", replayed("b", 0.2)]},
+        "weight_by_num_documents and replay exclude each other",
+    ),
     ("skipped_ranges_are_ranges", {"skip_sample_ranges": [[0, 8], [9, 9]]}, "[9, 9] is no range of samples"),
     ("skipped_ranges_are_ranges", {"skip_sample_ranges": [[6, 5]]}, "[6, 5] is no range of samples"),
     ("skipped_ranges_are_ranges", {"skip_sample_ranges": [[-1, 3]]}, "[-1, 3] is no range of samples"),

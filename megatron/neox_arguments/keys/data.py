@@ -64,7 +64,8 @@ class DataKeys(Keys):
         None, "Weights of the training sources without replay. When absent: equal, or by size with replay."
     )
     weight_by_num_documents: bool = key(
-        False, "Weight the sources by their number of documents, by GPT-NeoX's formula; given weights are ignored."
+        False,
+        "Weight training sources by their number of documents, by GPT-NeoX's formula; train_data_weights is ignored.",
     )
     weighted_sampler_alpha: float = key(
         1.0, "Exponent on a source's share of the documents in that formula; below 1 small sources count more.", ge=0
@@ -203,6 +204,35 @@ def vocabulary_has_a_source(args: AllKeys) -> str | None:
         "the vocabulary is unknown: give vocab_file with tokenizer_type, whose tokenizer says its size, or vocab_size "
         "as in the Hugging Face config"
     )
+
+
+@registry.rule("train")
+def order_of_gpt_neox_is_of_packed_sources(args: AllKeys) -> str | None:
+    """What it is not defined for: the order depends on the length of the run, and knows no replay."""
+    if args.data_order == "own":
+        return None
+    replayed = any(not isinstance(path, str) and path.replay for path in args.train_data_paths or [])
+    wrong = [
+        word
+        for word, found in (
+            (f"pack_impl: {args.pack_impl}", args.pack_impl != "packed"),
+            ("train_epochs", args.train_epochs is not None),
+            ("replay", replayed),
+        )
+        if found
+    ]
+    if not wrong:
+        return None
+    return f"data_order: gpt-neox is for packed documents, train_iters and no replay, not for {', '.join(wrong)}"
+
+
+@registry.rule("train", "eval")
+def weights_are_given_once(args: DataKeys) -> str | None:
+    if not args.weight_by_num_documents:
+        return None
+    if any(not isinstance(path, str) and path.replay for path in args.train_data_paths or []):
+        return "weight_by_num_documents and replay exclude each other: with replay sources count by their size"
+    return None
 
 
 @registry.rule("train", "eval")
