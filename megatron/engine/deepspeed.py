@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import math
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 from typing import Any
 
 import deepspeed
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 from megatron.engine import deepspeed_files
 from megatron.engine.batches import MicroBatch, StepBatch
 from megatron.engine.deepspeed_hooks import run_instructions_inside, run_optimizer_after
+from megatron.engine.deepspeed_loss_scale import LossScale
 from megatron.engine.deepspeed_module import LlamaPipelineModule
 from megatron.engine.nonfinite import propagate
 from megatron.engine.optimizer import REPLICATED_GROUPS, build_optimizer, parameter_groups
@@ -34,6 +37,7 @@ logger = logging.getLogger(__name__)
 EXPECTED_OPTIMIZER = {
     "fp32": "DeepSpeedZeroOptimizer",
     "bfloat16": "BF16_Optimizer",  # the one that keeps fp32 masters and accumulates in fp32
+    "fp16": "DeepSpeedZeroOptimizer",  # so does this one with grad_accum_dtype
 }
 
 
@@ -54,6 +58,7 @@ class DeepSpeedEngine:
             tied=next((group for _, group in module.get_tied_weights_and_groups()), None),
         )
         self._around: Around = contextlib.nullcontext
+        self._loss_scale: LossScale | None = None
 
     @classmethod
     def for_training(cls, args: NeoXArgs, place: Place, around: Around) -> DeepSpeedEngine:
@@ -63,6 +68,8 @@ class DeepSpeedEngine:
         optimizer = build_optimizer(groups, args)
         engine = cls(args, place, module, _initialize(module, args, args.deepspeed_config, optimizer))
         engine.check()
+        if args.precision == "fp16":
+            engine._loss_scale = LossScale(engine.pipeline_engine.optimizer)
         run_optimizer_after(engine.pipeline_engine, engine.propagate_nonfinite)
         engine.run_inside(around)
         return engine
@@ -74,6 +81,7 @@ class DeepSpeedEngine:
             "train_micro_batch_size_per_gpu": args.train_micro_batch_size_per_gpu,
             "gradient_accumulation_steps": 1,
             "bf16": {"enabled": args.precision == "bfloat16"},
+            "fp16": {"enabled": args.precision == "fp16"},
         }
         engine = cls(args, place, module, _initialize(module, args, config))
         engine.run_inside(around)
@@ -125,11 +133,13 @@ class DeepSpeedEngine:
             group["lr"] = rate
 
     def train_step(self, batch: StepBatch) -> StepResult:
+        scale = None if self._loss_scale is None else self._loss_scale.scale
         mean_loss = self.pipeline_engine.train_batch(self._iterator(batch))
         with self._around("result"):  # where a GPU's host waits for the step
             loss, grad_norm = float(mean_loss), float(self.pipeline_engine.get_global_grad_norm())
         replica_loss = float(self.pipeline_engine.total_loss) if self.place.last_stage else None
-        return StepResult(loss, grad_norm, self.pipeline_engine.was_step_applied(), replica_loss)
+        overflow = self._loss_scale is not None and self._loss_scale.after_step(math.isfinite(loss))
+        return StepResult(loss, grad_norm, self.pipeline_engine.was_step_applied(), replica_loss, overflow, scale)
 
     def evaluate(self, batch: StepBatch) -> float:
         return float(self.pipeline_engine.eval_batch(self._iterator(batch), num_micro_batches=batch.num_micro_batches))
@@ -164,16 +174,26 @@ class DeepSpeedEngine:
     @property
     def counters(self) -> Counters:
         engine = self.pipeline_engine
-        return Counters(engine.global_steps, engine.global_samples, engine.skipped_steps)
+        counters = Counters(engine.global_steps, engine.global_samples, engine.skipped_steps)
+        if self._loss_scale is None:
+            return counters
+        return replace(counters, overflows=self._loss_scale.overflows, loss_scale=self._loss_scale.state)
 
     @counters.setter
     def counters(self, counters: Counters) -> None:
         engine = self.pipeline_engine
         engine.global_steps, engine.global_samples = counters.steps, counters.samples
         engine.skipped_steps = counters.skipped
+        if self._loss_scale is not None:
+            self._loss_scale.overflows = counters.overflows
+            if counters.loss_scale is not None:
+                self._loss_scale.state = counters.loss_scale
 
     def meta_content(self) -> dict[str, Any]:
-        return deepspeed_files.meta_content(self.pipeline_engine)
+        content = deepspeed_files.meta_content(self.pipeline_engine)
+        if self._loss_scale is None:
+            return content
+        return content | {"overflow_steps": self._loss_scale.overflows, "loss_scale": asdict(self._loss_scale.state)}
 
     def optimizer_file(self) -> StateFile:
         return deepspeed_files.optimizer_file(self.pipeline_engine)
@@ -250,4 +270,4 @@ def _inputs(micro_batch: MicroBatch) -> Tensor | tuple[Tensor, Tensor]:
 
 
 def _name(dtype: torch.dtype) -> str:
-    return {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(dtype, str(dtype))
+    return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, str(dtype))

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.checkpoint.state import TrainState
-from megatron.engine.protocol import StepResult
+from megatron.engine.protocol import Counters, StepResult
 from megatron.model.flops import megatron_flops_per_token
 from megatron.neox_arguments import NeoXArgs
 from megatron.supervision.status_store import Whereabouts
@@ -92,7 +92,7 @@ class Metrics:
         result: StepResult,
         learning_rate: float,
         learned_tokens: int,
-        skipped_steps: int,
+        counters: Counters,
     ) -> None:
         """Record one optimizer step, after which the run is at `state`; print a line every `log_interval`."""
         if not self.active:
@@ -105,8 +105,10 @@ class Metrics:
             "train/grad_norm": result.grad_norm,
             "train/learned_tokens": learned_tokens,
             "train/consumed_samples": state.consumed_samples,
-            "train/skipped_steps": skipped_steps,
+            "train/skipped_steps": counters.not_finite,
         }
+        if result.loss_scale is not None:
+            values |= {"train/loss_scale": result.loss_scale, "train/overflow_steps": counters.overflows}
         if iteration % self.args.log_interval == 0 or iteration == self.train_iters:
             seconds = (time.perf_counter() - self._interval_start) / self._interval_iterations
             tokens_per_second = self.args.train_batch_size * self.args.seq_length / seconds

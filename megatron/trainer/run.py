@@ -137,17 +137,24 @@ class Run:
         Where the loss or the gradient is not finite the update is skipped, up to a bound; the data move on regardless.
         """
         state, iteration = self.state, self.state.iteration + 1
-        rate = self.schedule.learning_rate(state.iteration)
+        # As in GPT-NeoX, a step that overflowed does not move the schedule.
+        rate = self.schedule.learning_rate(state.iteration - self.engine.counters.overflows)
         self.engine.set_learning_rate(rate)
         batch = self.batches.next(iteration, self.timers)
         result = self.engine.train_step(batch)
         samples = self.batches.advance()
         self.judge(result, iteration, samples)
         state.iteration, state.consumed_samples = iteration, samples[1]
-        self.metrics.step(state, result, rate, batch.learned_tokens, self.engine.counters.skipped)
+        self.metrics.step(state, result, rate, batch.learned_tokens, self.engine.counters)
 
     def judge(self, result: StepResult, iteration: int, samples: tuple[int, int]) -> None:
         """Count a skipped step; stop a run that cannot be right. Raises SuspiciousLossError on all ranks."""
+        if result.overflow:
+            logger.info(
+                f"iteration {iteration}: fp16 gradients overflow at loss scale {result.loss_scale:g}; the update is "
+                f"skipped, {self.engine.counters.overflows} so far"
+            )
+            return
         if not result.applied:
             self.state.skipped_in_a_row += 1
             logger.warning(
@@ -157,7 +164,7 @@ class Run:
                     iteration,
                     samples,
                     in_a_row=self.state.skipped_in_a_row,
-                    total=self.engine.counters.skipped,
+                    total=self.engine.counters.not_finite,
                     limits=self.skip_limits,
                 )
             )

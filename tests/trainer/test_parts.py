@@ -11,7 +11,7 @@ import pytest
 from megatron.checkpoint.state import TrainState
 from megatron.common.log import log_on_rank_0
 from megatron.engine.nonfinite import SuspiciousLossError
-from megatron.engine.protocol import StepResult
+from megatron.engine.protocol import Counters, StepResult
 from megatron.trainer.initial_loss import check_initial_loss
 from megatron.trainer.metrics import Metrics
 from megatron.trainer.saves import is_save_point
@@ -45,7 +45,7 @@ def test_metrics_go_to_jsonl_and_tensorboard(tmp_path: Path, capsys: pytest.Capt
     result = StepResult(loss=1.5, grad_norm=0.5, applied=True)
     for iteration in (1, 2, 3):
         state = TrainState(iteration, 8 * iteration)
-        metrics.step(state, result, learning_rate=1e-3, learned_tokens=7, skipped_steps=0)
+        metrics.step(state, result, learning_rate=1e-3, learned_tokens=7, counters=Counters())
     metrics.close()
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("|")[0].split()[1] for line in lines] == ["2/3", "3/3"]
