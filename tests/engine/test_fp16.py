@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ import torch
 from tests.support.fp16 import allow_fp16, plain_loop
 from tests.support.models import LLAMA3_ROPE, Case
 from tests.support.ranks import run_ranks
+from tests.support.runs import metrics, run_case, weights
+from tests.support.token_files import random_documents
 
 pytestmark = pytest.mark.distributed
 

@@ -218,7 +218,7 @@ class _Optimizer:
         return ELEMENT[self.precision]
 
     def gradients_always(self, padded: int) -> int:
-        """Bytes of gradients that are there in every moment: the fp32 ones of 16 bits, the contiguous bucket of fp32."""
+        """Bytes of gradients that are there in every moment: fp32 ones of 16 bits, the contiguous bucket of fp32."""
         if self.precision != "fp32":
             return FP32 * padded
         return FP32 * self.bucket * self.contiguous
