@@ -15,7 +15,7 @@ from megatron.checkpoint.discovery import LATEST, find_checkpoint, meta_file_nam
 from megatron.checkpoint.manifest import MANIFEST_NAME, Manifest, read_manifest
 from megatron.checkpoint.torch_files import read_file
 from megatron.common.errors import CheckpointError
-from megatron.engine.protocol import Counters
+from megatron.engine.protocol import Counters, LossScaleState
 
 if TYPE_CHECKING:
     from megatron.neox_arguments import NeoXArgs
@@ -125,7 +125,13 @@ def read_position(ranks: RankGroup, checkpoint: SavedCheckpoint) -> Position:
                 meta["iteration"],
                 meta["consumed_samples"],
                 meta.get("skipped_in_a_row", 0),  # GPT-NeoX does not count it
-                Counters(meta["global_steps"], meta["global_samples"], meta["skipped_steps"]),
+                Counters(
+                    meta["global_steps"],
+                    meta["global_samples"],
+                    meta["skipped_steps"],
+                    meta.get("overflow_steps", 0),  # of fp16 alone, as its scale
+                    LossScaleState(**meta["loss_scale"]) if "loss_scale" in meta else None,
+                ),
             )
     found = ranks.broadcast(position)
     assert found is not None

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from megatron.common.errors import UserError
 from megatron.data.blend import Blend, mix, shares
 from megatron.data.document_packing import WholeDocuments
+from megatron.data.gpt_neox_order import GptNeoxPack, gpt_neox_mixture, samples_of_sources, weights_by_documents
 from megatron.data.header import check_header, fingerprint, read_header
 from megatron.data.indexed import DataError, open_indexed
 from megatron.data.sample import SampleDataset, SampleForm
@@ -87,7 +88,7 @@ def build_datasets(
 
 def _build(args: NeoXArgs, tokenizer: Tokenizer | None, position: tuple[int, int]) -> Datasets:
     if tokenizer is None and args.vocab_file is not None:
-        tokenizer = build_tokenizer(args.tokenizer_type, args.vocab_file)
+        tokenizer = build_tokenizer(args.tokenizer_type, args.vocab_file, args.merge_file)
     stages = _parts(args)
     used = [part for parts in stages for part in parts]
     prefixes = sorted({part.prefix for part in used} | {part.labels for part in used if part.labels is not None})
@@ -120,7 +121,14 @@ def _build(args: NeoXArgs, tokenizer: Tokenizer | None, position: tuple[int, int
         left = max(0, (train_iters or 0) - iteration) * args.train_batch_size
         wanted = max(wanted, SampleRanges(args.skip_sample_ranges).after(consumed, left))
     if train_parts and wanted:
-        blend = _blend(train_parts, args.train_data_weights, opener, wanted)
+        weights = args.train_data_weights
+        if args.weight_by_num_documents:
+            counts = [len(open_indexed(part.prefix)) for part in train_parts]
+            weights = weights_by_documents(counts, args.weighted_sampler_alpha)
+        if args.data_order == "gpt-neox":
+            blend = _gpt_neox_blend(args, train_parts, weights, form, wanted)
+        else:
+            blend = _blend(train_parts, weights, opener, wanted)
         notes += [f"train: {line}" for line in blend.describe()]
     return Datasets(
         blend,
@@ -175,6 +183,24 @@ def _blend(parts: list[_Part], weights: list[float] | None, opener: _Opener, wan
     return Blend(sources, mixture)
 
 
+def _gpt_neox_blend(
+    args: NeoXArgs, parts: list[_Part], weights: list[float] | None, form: SampleForm, wanted: int
+) -> Blend:
+    """The order is that of the run's whole length, wherever it stands."""
+    length = args.train_iters * args.train_batch_size
+    if args.data_path is not None:
+        counts, weights = [length], None
+    else:
+        weights = weights or [1.0] * len(parts)
+        counts = samples_of_sources(weights, length)
+    sources = [
+        GptNeoxPack(part.prefix, form, args.seed, count, part.documents, part.labels)
+        for part, count in zip(parts, counts, strict=True)
+    ]
+    global_micro = args.train_micro_batch_size_per_gpu * args.data_parallel_size
+    return Blend(sources, gpt_neox_mixture([len(source) for source in sources], weights, wanted, global_micro))
+
+
 def _passes(parts: Sequence[_Part], opener: _Opener) -> dict[str, SampleDataset]:
     """One dataset per source, under names that tell the sources apart."""
     names = _names([part.prefix for part in parts])
@@ -225,5 +251,8 @@ def split_documents(split: str, count: int) -> list[tuple[int, int]]:
         raise DataError(f"split {split!r}: expected one to three numbers, got {len(numbers)}")
     if not all(map(isfinite, numbers)) or min(numbers) < 0 or sum(numbers) == 0:
         raise DataError(f"split {split!r}: expected numbers of at least 0 with a positive sum")
-    ends = [round(float(end) * count) for end in np.cumsum(shares(numbers + [0.0] * (3 - len(numbers))))]
+    # GPT-NeoX rounds the parts, not the borders, and moves all borders by what the parts then miss or exceed.
+    parts = [round(float(share) * count) for share in shares(numbers + [0.0] * (3 - len(numbers)))]
+    excess = sum(parts) - count
+    ends = [max(0, int(end) - excess) for end in np.cumsum(parts)]
     return list(zip([0, *ends[:2]], ends, strict=True))

@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import math
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import deepspeed
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from megatron.engine import deepspeed_files
 from megatron.engine.batches import MicroBatch, StepBatch, padded
 from megatron.engine.deepspeed_hooks import run_instructions_inside, run_optimizer_after
+from megatron.engine.deepspeed_loss_scale import LossScale
 from megatron.engine.deepspeed_module import LlamaPipelineModule
 from megatron.engine.deepspeed_optimizer import load_shards, optimizer_shards
 from megatron.engine.nonfinite import propagate
@@ -39,6 +41,7 @@ logger = logging.getLogger(__name__)
 EXPECTED_OPTIMIZER = {
     "fp32": "DeepSpeedZeroOptimizer",
     "bfloat16": "BF16_Optimizer",  # the one that keeps fp32 masters and accumulates in fp32
+    "fp16": "DeepSpeedZeroOptimizer",  # so does this one with grad_accum_dtype
 }
 
 
@@ -60,6 +63,7 @@ class DeepSpeedEngine:
         )
         self._around: Around = contextlib.nullcontext
         self.check_messages()
+        self._loss_scale: LossScale | None = None
 
     @classmethod
     def for_training(cls, args: NeoXArgs, place: Place, around: Around) -> DeepSpeedEngine:
@@ -69,6 +73,8 @@ class DeepSpeedEngine:
         optimizer = build_optimizer(groups, args)
         engine = cls(args, place, module, _initialize(module, args, args.deepspeed_config, optimizer))
         engine.check()
+        if args.precision == "fp16":
+            engine._loss_scale = LossScale(engine.pipeline_engine.optimizer)
         run_optimizer_after(engine.pipeline_engine, engine.complete_gradients)
         engine.run_inside(around)
         return engine
@@ -81,6 +87,7 @@ class DeepSpeedEngine:
             "gradient_accumulation_steps": 1,
             "bf16": {"enabled": args.precision == "bfloat16"},
             **pipeline_messages(args),
+            "fp16": {"enabled": args.precision == "fp16"},
         }
         engine = cls(args, place, module, _initialize(module, args, config))
         engine.run_inside(around)
@@ -138,11 +145,13 @@ class DeepSpeedEngine:
             group["lr"] = rate
 
     def train_step(self, batch: StepBatch) -> StepResult:
+        scale = None if self._loss_scale is None else self._loss_scale.scale
         mean_loss = self.pipeline_engine.train_batch(self._iterator(batch))
         with self._around("result"):  # where a GPU's host waits for the step
             loss, grad_norm = float(mean_loss), float(self.pipeline_engine.get_global_grad_norm())
         replica_loss = float(self.pipeline_engine.total_loss) if self.place.last_stage else None
-        return StepResult(loss, grad_norm, self.pipeline_engine.was_step_applied(), replica_loss)
+        overflow = self._loss_scale is not None and self._loss_scale.after_step(math.isfinite(loss))
+        return StepResult(loss, grad_norm, self.pipeline_engine.was_step_applied(), replica_loss, overflow, scale)
 
     def evaluate(self, batch: StepBatch) -> float:
         if batch.micro_batches is not None:
@@ -190,16 +199,26 @@ class DeepSpeedEngine:
     @property
     def counters(self) -> Counters:
         engine = self.pipeline_engine
-        return Counters(engine.global_steps, engine.global_samples, engine.skipped_steps)
+        counters = Counters(engine.global_steps, engine.global_samples, engine.skipped_steps)
+        if self._loss_scale is None:
+            return counters
+        return replace(counters, overflows=self._loss_scale.overflows, loss_scale=self._loss_scale.state)
 
     @counters.setter
     def counters(self, counters: Counters) -> None:
         engine = self.pipeline_engine
         engine.global_steps, engine.global_samples = counters.steps, counters.samples
         engine.skipped_steps = counters.skipped
+        if self._loss_scale is not None:
+            self._loss_scale.overflows = counters.overflows
+            if counters.loss_scale is not None:
+                self._loss_scale.state = counters.loss_scale
 
     def meta_content(self) -> dict[str, Any]:
-        return deepspeed_files.meta_content(self.pipeline_engine)
+        content = deepspeed_files.meta_content(self.pipeline_engine)
+        if self._loss_scale is None:
+            return content
+        return content | {"overflow_steps": self._loss_scale.overflows, "loss_scale": asdict(self._loss_scale.state)}
 
     def optimizer_shards(self) -> list[OptimizerShard]:
         optimizer, place = self.pipeline_engine.optimizer, self.place
@@ -279,4 +298,4 @@ def _inputs(micro_batch: MicroBatch) -> Tensor | tuple[Tensor, Tensor]:
 
 
 def _name(dtype: torch.dtype) -> str:
-    return {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(dtype, str(dtype))
+    return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, str(dtype))

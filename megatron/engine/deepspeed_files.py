@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
-from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
@@ -21,6 +21,7 @@ from deepspeed.utils.tensor_fragment import fragment_address
 OPTIMIZER_CLASSES: tuple[type, ...] = (
     fragment_address,  # where a parameter lies in the flat fp32 partition
     LossScaler,  # the loss scale, in fp32 too
+    DynamicLossScaler,  # and one that moves
     ZeroStageEnum,  # an int with a name
 )
 

@@ -37,22 +37,45 @@ class StepResult:
 
     `loss` is the mean over the learned tokens of the global batch, in nats; `replica_loss` this data-parallel replica's
     part of it, known on the last stage alone. `applied` is False if the weights were left as they are because the
-    gradient norm is not finite.
+    gradient norm is not finite; `overflow` says that this was the loss scale's doing, which falls. `loss_scale` is the
+    scale of the step, None without one.
     """
 
     loss: float
     grad_norm: float
     applied: bool
     replica_loss: float | None = None
+    overflow: bool = False
+    loss_scale: float | None = None
+
+
+@dataclass(frozen=True)
+class LossScaleState:
+    """fp16's loss scale, and what moves it: steps so far, the last that overflowed, overflows until it falls."""
+
+    scale: float
+    steps: int = 0
+    last_overflow: int = -1
+    hysteresis: int = 1
 
 
 @dataclass(frozen=True)
 class Counters:
-    """What an engine counts over the life of a run: optimizer steps tried, samples read, steps not applied."""
+    """What an engine counts over the life of a run: optimizer steps tried, samples read, steps not applied.
+
+    `overflows` are those of the steps not applied in which fp16's gradients overflowed, `loss_scale` its scale.
+    """
 
     steps: int = 0
     samples: int = 0
     skipped: int = 0
+    overflows: int = 0
+    loss_scale: LossScaleState | None = None
+
+    @property
+    def not_finite(self) -> int:
+        """Steps not applied for a loss or gradient that no loss scale explains."""
+        return self.skipped - self.overflows
 
 
 class PipelineStage(Protocol):

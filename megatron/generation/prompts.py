@@ -13,8 +13,10 @@ from megatron.checkpoint.load import load_weights
 from megatron.common.errors import UserError
 from megatron.common.log import log_on_rank_0
 from megatron.engine.build import build_inference_engine
+from megatron.generation.interactive import show, typed_prompts
 from megatron.generation.text import continue_text
 from megatron.neox_arguments import NeoXArgs
+from megatron.parallel.collective_errors import RankGroup
 from megatron.parallel.place import Place
 from megatron.parallel.process_groups import initialize
 from megatron.supervision.status_store import Whereabouts
@@ -24,19 +26,23 @@ from megatron.tokenizer import build_tokenizer
 
 
 def generate_text(args: NeoXArgs) -> None:
-    """Continue every prompt (or start from the beginning-of-text token); JSON lines with GPT-NeoX's fields."""
+    """Continue every prompt (or start from the beginning-of-text token); JSON lines with GPT-NeoX's fields.
+
+    With `text_gen_type: interactive` what is typed is continued on the screen.
+    """
     place = initialize(args)
     log_on_rank_0(place.rank)
     with Watchdog(args, place) as watchdog:
         records = _continuations(args, place, watchdog.whereabouts)
-    if place.rank == 0:
+    if place.rank == 0 and args.text_gen_type != "interactive":
         _write_samples(Path(args.sample_output_file), records)
 
 
 def _continuations(args: NeoXArgs, place: Place, whereabouts: Whereabouts) -> list[dict[str, Any]]:
     assert args.vocab_file is not None  # checked with the configuration
-    tokenizer = build_tokenizer(args.tokenizer_type, args.vocab_file)
-    prompts = _prompts(args)
+    tokenizer = build_tokenizer(args.tokenizer_type, args.vocab_file, args.merge_file)
+    interactive = args.text_gen_type == "interactive"
+    prompts = typed_prompts(RankGroup.world(place.device)) if interactive else _prompts(args)
     engine = build_inference_engine(args, place, StepTimers(whereabouts, place.device).during)
     load_weights(engine, args)
     generator = torch.Generator().manual_seed(args.seed)
@@ -44,7 +50,14 @@ def _continuations(args: NeoXArgs, place: Place, whereabouts: Whereabouts) -> li
     for prompt in prompts:
         start = time.perf_counter()
         beginning = [] if tokenizer.bos is None else [tokenizer.bos]
-        new, finished = continue_text(engine, args, beginning + tokenizer.encode(prompt), tokenizer.eod, generator)
+        ids = beginning + tokenizer.encode(prompt)
+        if interactive and len(ids) >= args.seq_length:
+            show(place, f"a prompt of {len(ids)} tokens; expected at most {args.seq_length - 1} (seq_length - 1)")
+            continue
+        new, finished = continue_text(engine, args, ids, tokenizer.eod, generator)
+        if interactive:
+            show(place, tokenizer.decode(new))
+            continue
         records.append(
             {
                 "context": prompt,
@@ -59,8 +72,9 @@ def _continuations(args: NeoXArgs, place: Place, whereabouts: Whereabouts) -> li
 
 
 def _prompts(args: NeoXArgs) -> list[str]:
-    if not args.sample_input_file:
+    if args.text_gen_type == "unconditional":
         return [""] * args.num_samples
+    assert args.sample_input_file is not None  # checked with the configuration
     path = Path(args.sample_input_file)
     try:
         lines = path.read_text().splitlines()

@@ -30,6 +30,7 @@ it runs SCRIPT.
   CONFIG            YAML files, merged; `.yml` may be omitted; a key must not be in two files
   -d, --conf_dir    folder that is prepended to every CONFIG
   -i, -o FILE       sample_input_file and sample_output_file
+  -H FILE           hostfile, as GPT-NeoX takes it; in a Slurm allocation all its nodes are started anyway
   --KEY VALUE       set any key after merging: --train_iters 10 --optimizer.params.lr 1e-5 --from_scratch
   --print-config    print the merged and derived configuration and what DeepSpeed gets, and start nothing
   --dry-run         print the plan of a training: memory of every stage, time, checkpoint size. Starts nothing and needs
@@ -47,6 +48,11 @@ Keys: docs/configuration.md. The exit code is the job's; 2 means that the config
 """
 
 _SHORT = {"-i": "--sample_input_file", "-o": "--sample_output_file", "-H": "--hostfile"}
+# GPT-NeoX's own options, which may stand before the files: each takes one value, `--eval_tasks` all up to the next.
+_BEFORE_FILES = (
+    *("-H", "--hostfile", "-i", "--sample_input_file", "-o", "--sample_output_file", "--wandb_group"),
+    *("--wandb_run_name", "--wandb_team", "--iteration", "--eval_results_prefix", "--autotuning"),
+)
 _TASKS: dict[str, Task] = {"eval.py": "eval", "generate.py": "generate"}
 
 
@@ -77,19 +83,54 @@ def parse_command_line(arguments: list[str]) -> Invocation:
         from megatron.planner.front.options import take_options
 
         plan = take_options(words)
+    words = _options_last(words)
     first = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
-    positional, options = words[:first], words[first:]
+    positional, options = words[:first], _as_overrides(words[first:])
     if len(positional) < 2:
         raise ConfigError(f"a script and at least one configuration file are needed\n{USAGE}")
     script = Path(positional[0])
     if not script.is_file():
         raise ConfigError(f"{script}: no such script; train.py, eval.py and generate.py are in the project's folder")
-    options = [_SHORT.get(word, word) for word in options]
     configs = [resolve_path(name, folder) for name in positional[1:]]
     invocation = Invocation(script, configs, parse_overrides(options), options, print_config, plan)
     if plan is not None and invocation.task != "train":
         raise ConfigError(f"--dry-run plans a training, not {script.name}; give train.py")
     return invocation
+
+
+def _options_last(words: list[str]) -> list[str]:
+    """The same words with GPT-NeoX's options behind the script and the files: argparse takes them anywhere."""
+    front: list[str] = []
+    moved: list[str] = []
+    rest = list(words)
+    while rest and (not rest[0].startswith("-") or rest[0].partition("=")[0] in _BEFORE_FILES):
+        word = rest.pop(0)
+        if not word.startswith("-"):
+            front.append(word)
+            continue
+        moved.append(word)
+        if "=" not in word and rest:
+            moved.append(rest.pop(0))
+    return [*front, *moved, *rest]
+
+
+def _as_overrides(words: list[str]) -> list[str]:
+    """Options in the one form that overrides have: short names written out, several values as one YAML list."""
+    result: list[str] = []
+    rest = list(words)
+    while rest:
+        name, equals, value = rest.pop(0).partition("=")
+        name = _SHORT.get(name, name)
+        if name == "--autotuning":
+            name = "--autotuning_run"
+        if name.replace("-", "_") == "__eval_tasks":
+            tasks = [value] if equals else []
+            while rest and not rest[0].startswith("-"):
+                tasks.append(rest.pop(0))
+            result += [name, tasks[0] if len(tasks) == 1 and tasks[0].startswith("[") else f"[{', '.join(tasks)}]"]
+        else:
+            result.append(f"{name}={value}" if equals else name)
+    return result
 
 
 def _take(words: list[str], names: tuple[str, ...]) -> str | None:
@@ -117,8 +158,9 @@ def configuration_as_yaml(args: NeoXArgs) -> str:
     derived = {
         "data_parallel_size": args.data_parallel_size,
         "head_dim": args.head_dim,
-        "padded_vocab_size": args.padded_vocab_size,
-        "num_parameters": args.shape.num_parameters,
+        # Unknown while the tokenizer is elsewhere.
+        "padded_vocab_size": None if args.vocab_size is None else args.padded_vocab_size,
+        "num_parameters": None if args.vocab_size is None else args.shape.num_parameters,
     }
     if args.seq_length and args.train_batch_size:
         derived["tokens_per_step"] = args.train_batch_size * args.seq_length

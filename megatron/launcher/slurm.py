@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
 
-from megatron.launcher.local import rank_environment, supervise
+from megatron.launcher.local import rank_environment, reads_input, supervise
 from megatron.neox_arguments import ConfigError, NeoXArgs
 from megatron.parallel.handover import write_handover
 from megatron.supervision.failures import recorded_code
@@ -34,7 +34,22 @@ def uses_srun(args: NeoXArgs, env: Mapping[str, str]) -> bool:
             f"num_nodes is {args.num_nodes}, but this is not a Slurm allocation, and here deepy.py starts the ranks of "
             f"one machine. Submit a job (docs/launching.md), or start the script itself by torchrun on each node"
         )
+    hosts = [] if chosen else hosts_of(args.merged.get("hostfile"))
+    if len(hosts) > 1:
+        raise ConfigError(
+            f"hostfile {args.merged['hostfile']} names {len(hosts)} machines, but this is not a Slurm allocation, and "
+            f"here deepy.py starts the ranks of one machine. Submit a job (docs/launching.md), where it starts all "
+            f"nodes by srun itself, or start the script by torchrun on each node"
+        )
     return chosen
+
+
+def hosts_of(hostfile: str | None) -> list[str]:
+    """Names in a hostfile of GPT-NeoX (`name slots=8` a line); none if there is no such file."""
+    if not hostfile or not Path(hostfile).is_file():
+        return []
+    lines = (line.split("#")[0].split() for line in Path(hostfile).read_text().splitlines())
+    return [words[0] for words in lines if words]
 
 
 def srun_command(args: NeoXArgs, env: Mapping[str, str]) -> list[str]:
@@ -71,6 +86,7 @@ def start_by_srun(script: Path, args: NeoXArgs) -> int:
     """
     if shutil.which("srun") is None:
         raise ConfigError("this is a Slurm job, but srun is not on PATH; call deepy.py outside of the container")
+    _ = args.shape  # whether the vocabulary is known
     command = srun_command(args, os.environ)
     parent = Path(args.save or args.log_dir or ".")
     parent.mkdir(parents=True, exist_ok=True)
@@ -79,7 +95,7 @@ def start_by_srun(script: Path, args: NeoXArgs) -> int:
         handover = write_handover(args, folder)
         # Slurm's warning would kill a rank during start-up: it is held back until StopRequest handles it.
         python = ["env", "--block-signal=USR1", sys.executable, "-u", str(script.resolve())]
-        code = supervise([*command, *python, "--neox-args", str(handover)], rank_environment(args))
+        code = supervise([*command, *python, "--neox-args", str(handover)], rank_environment(args), reads_input(args))
         # srun returns the highest code of all tasks, often that of a rank which it killed after another had failed.
         return code and (recorded_code(folder) or code)
     finally:

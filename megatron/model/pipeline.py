@@ -18,7 +18,7 @@ from megatron.model.parallel import TensorParallel
 from megatron.model.rotary import RotaryTable
 from megatron.neox_arguments import NeoXArgs
 
-PARAMETER_DTYPES = {"fp32": torch.float32, "bfloat16": torch.bfloat16}
+PARAMETER_DTYPES = {"fp32": torch.float32, "bfloat16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)

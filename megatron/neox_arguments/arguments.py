@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self, get_args, get_origin
 
 from pydantic import BaseModel, PrivateAttr, ValidationError
 
@@ -16,8 +16,9 @@ from megatron.neox_arguments.deepspeed_config import deepspeed_dictionary
 from megatron.neox_arguments.keys.all_keys import REGISTRY, AllKeys
 from megatron.neox_arguments.keys.fields import nested_mapping
 from megatron.neox_arguments.load import apply_overrides, canonical, merge_files
-from megatron.neox_arguments.registry import Task
-from megatron.neox_arguments.unsupported import UNSUPPORTED, WITHOUT_EFFECT
+from megatron.neox_arguments.partly_wrong import unsettle, valid_part
+from megatron.neox_arguments.registry import Task, as_one_message
+from megatron.neox_arguments.review import review
 
 
 class NeoXArgs(AllKeys):
@@ -61,17 +62,27 @@ class NeoXArgs(AllKeys):
 
     @classmethod
     def _build(cls, keys: dict[str, Any], places: dict[str, str], world_size: int | None, task: Task) -> Self:
-        notes = _refuse_foreign_keys(keys, places, set(cls.model_fields))
+        """Everything that is wrong is said in one ConfigError: first if the model is no Llama, then key by key."""
+        keys = _with_known_words(keys, cls)
+        foreign = review(keys, places, set(cls.model_fields))
         # As in GPT-NeoX, a null says the same as leaving the key out.
-        given = {name: value for name, value in keys.items() if name in cls.model_fields and value is not None}
+        given = {name: value for name, value in foreign.keys.items() if name in cls.model_fields and value is not None}
+        problems = list(foreign.problems)
         try:
-            raw = cls.model_validate(given)
+            raw: AllKeys = cls.model_validate(given)
         except ValidationError as error:
-            raise ConfigError(_explain(error, places, cls)) from None
-        args, choices = REGISTRY.derive(raw, task, world_size)
-        args._merged, args._task = dict(keys), task
-        REGISTRY.check(args, task)
-        args._notes = (*notes, *choices, *REGISTRY.surprises(args, task))
+            problems += _explain(error, places, cls, foreign.answered)
+            raw = valid_part(given, {str(item["loc"][0]) for item in error.errors()})
+        if foreign.other_model:  # what its numbers would mean for a Llama is of no interest
+            raw = unsettle(raw, ("intermediate_size", "expansion_factor", "mlp_multiple_of", "num_kv_heads"))
+        raw._merged = dict(keys)
+        args, choices, contradictions = REGISTRY.derive(raw, task, world_size, unsettle)
+        args._merged = dict(keys)
+        problems += [*contradictions, *REGISTRY.problems(args, task)]
+        if problems or not isinstance(args, cls):
+            raise ConfigError(as_one_message(problems))
+        args._task = task
+        args._notes = (*foreign.notes, *choices, *REGISTRY.surprises(args, task))
         return args
 
     def replace(self, **keys: Any) -> Self:
@@ -112,37 +123,31 @@ class NeoXArgs(AllKeys):
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
 
-def _refuse_foreign_keys(keys: dict[str, Any], places: dict[str, str], known: set[str]) -> list[str]:
-    """Raise for keys that are unknown or not supported; return a warning for each that has no effect."""
-    wrong, notes = [], []
+def _with_known_words(keys: dict[str, Any], cls: type[NeoXArgs]) -> dict[str, Any]:
+    """Words of a choice are compared without their case, as in GPT-NeoX (`launcher: SLURM`)."""
+    result = dict(keys)
     for name, value in keys.items():
-        place = f"{places[name]}: " if name in places else ""
-        if name in known:
+        field = cls.model_fields.get(name)
+        if field is None or not isinstance(value, str) or get_origin(field.annotation) is not Literal:
             continue
-        if name in WITHOUT_EFFECT:
-            if value not in (None, False):
-                notes.append(f"{place}{name} has no effect: {WITHOUT_EFFECT[name]}")
-        elif name in UNSUPPORTED:
-            refusal = UNSUPPORTED[name]
-            if not any(
-                value is neutral or (type(value) is type(neutral) and value == neutral) for neutral in refusal.neutral
-            ):
-                wrong.append(f"{place}{name}: {value!r} is not supported. {refusal.reason}")
-        else:
-            near = difflib.get_close_matches(name, [*known, *UNSUPPORTED, *WITHOUT_EFFECT], n=1, cutoff=0.6)
-            hint = f"; did you mean {near[0]}?" if near else "; docs/configuration.md lists all keys"
-            wrong.append(f"{place}unknown key {name}{hint}")
-    if wrong:
-        raise ConfigError("\n".join(wrong))
-    return notes
+        words = {str(word).lower(): word for word in get_args(field.annotation) if isinstance(word, str)}
+        result[name] = words.get(value.lower(), value)
+    return result
 
 
-def _explain(error: ValidationError, places: dict[str, str], cls: type[NeoXArgs]) -> str:
-    """Pydantic's findings as one line each: place, key, what was given, what was expected."""
+def _explain(
+    error: ValidationError, places: dict[str, str], cls: type[NeoXArgs], answered: frozenset[str]
+) -> list[str]:
+    """Pydantic's findings as one line each: place, key, what was given, what was expected.
+
+    Keys of which something better has been said already (`answered`) are left out.
+    """
     lines = []
     for item in error.errors():
         path = [part for part in item["loc"] if isinstance(part, str | int)]
         top = str(path[0]) if path else ""
+        if top in answered:
+            continue
         name = ".".join(map(str, path))
         place = f"{places[top]}: " if top in places else ""
         description = (cls.model_fields[top].description or "") if len(path) == 1 and top in cls.model_fields else ""
@@ -153,13 +158,12 @@ def _explain(error: ValidationError, places: dict[str, str], cls: type[NeoXArgs]
             near = difflib.get_close_matches(str(path[-1]), siblings, n=1, cutoff=0.6)
             hint = f"did you mean {near[0]}?" if near else f"{'.'.join(map(str, path[:-1]))} has {', '.join(siblings)}"
             lines.append(f"{place}unknown key {name}; {hint}")
+        elif item["type"] == "value_error":
+            lines.append(f"{place}{name}: {item['msg'].removeprefix('Value error, ')}")
         else:
-            if item["type"] == "value_error":
-                lines.append(f"{place}{name}: {item['msg'].removeprefix('Value error, ')}")
-                continue
             expected = item["msg"].replace("Input should", "it should", 1)
             lines.append(f"{place}{name}: given {item['input']!r}, but {expected}. {description}".rstrip())
-    return "\n".join(lines)
+    return lines
 
 
 def _nested_keys(cls: type[NeoXArgs], path: list[str | int]) -> list[str]:

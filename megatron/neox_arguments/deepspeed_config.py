@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from megatron.neox_arguments.keys.precision import Fp16
+
 if TYPE_CHECKING:
     from megatron.neox_arguments.keys.all_keys import AllKeys
 
@@ -17,14 +19,14 @@ def deepspeed_dictionary(args: AllKeys, *, with_extra: bool = True) -> dict[str,
 
     bf16 comes with `grad_accum_dtype: fp32`, which selects DeepSpeed's BF16_Optimizer; without it gradients would be
     accumulated in bf16. `communication_data_type` says the same of their reduction over data-parallel ranks, which
-    DeepSpeed would round to bf16 whatever they were accumulated in.
+    DeepSpeed would round to bf16 whatever they were accumulated in. fp16 is treated alike.
     """
     config: dict[str, Any] = {
         "train_batch_size": args.train_batch_size,
         "train_micro_batch_size_per_gpu": args.train_micro_batch_size_per_gpu,
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
         "gradient_clipping": args.gradient_clipping,
-        "zero_optimization": args.zero_optimization.model_dump(exclude={"cpu_offload", "overlap_comm"}),
+        "zero_optimization": args.zero_optimization.model_dump(exclude={"cpu_offload"}),
         "wall_clock_breakdown": args.wall_clock_breakdown,
     }
     if args.precision == "bfloat16":
@@ -32,6 +34,10 @@ def deepspeed_dictionary(args: AllKeys, *, with_extra: bool = True) -> dict[str,
         config["data_types"] = {"grad_accum_dtype": "fp32"}
         config["communication_data_type"] = "fp32"
     config |= pipeline_messages(args)
+    if args.precision == "fp16":
+        config["fp16"] = (args.fp16 or Fp16()).model_dump() | {"enabled": True}
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+        config["communication_data_type"] = "fp32"
     if with_extra:
         config |= args.deepspeed_extra_args
     return config

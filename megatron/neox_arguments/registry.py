@@ -7,6 +7,7 @@ reported in it.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -40,10 +41,22 @@ class Entry:
 
     tasks: tuple[Task, ...]
     function: Callable[..., Any]
+    fills: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
         return self.function.__name__
+
+
+class UnsettledError(Exception):
+    """Raised by keys without a valid value when they are read: what depends on them is not judged."""
+
+
+def as_one_message(problems: list[str]) -> str:
+    """All that is wrong: a sentence, or a list of them."""
+    if len(problems) == 1:
+        return problems[0]
+    return f"{len(problems)} things are wrong:\n" + "\n".join(f"  - {text}" for text in problems)
 
 
 class Registry:
@@ -57,12 +70,12 @@ class Registry:
         self.rules: list[Entry] = []
         self.warnings: list[Entry] = []
 
-    def derivation(self, *tasks: Task) -> Callable[[D], D]:
+    def derivation(self, *tasks: Task, fills: tuple[str, ...]) -> Callable[[D], D]:
         """Register a function that fills keys which the user left out, or rewrites them to their one meaning.
 
-        It may raise ConfigError where the keys contradict each other.
+        It gives values for keys of `fills` only, and raises ConfigError where the keys contradict each other.
         """
-        return _adder(self.derivations, tasks)
+        return _adder(self.derivations, tasks, fills)
 
     def rule(self, *tasks: Task) -> Callable[[C], C]:
         """Register what must hold: the function returns what is wrong in one sentence, or None."""
@@ -82,19 +95,32 @@ class Registry:
             whole.warnings += part.warnings
         return whole
 
-    def derive(self, args: K, task: Task, world_size: int | None) -> tuple[K, list[str]]:
-        """The keys with every derived one filled, and lines that say what was chosen.
+    def derive(
+        self, args: K, task: Task, world_size: int | None, unsettle: Callable[[K, Iterable[str]], K]
+    ) -> tuple[K, list[str], list[str]]:
+        """The keys with every derived one filled, lines that say what was chosen, and what contradicts itself.
 
         Each derivation sees the values of those before it. `world_size` is the number of ranks that a launcher started,
-        None if it is not known. Raises ConfigError where the keys contradict each other.
+        None if it is not known. `unsettle` marks the keys that a derivation could not fill; what reads one is left out.
         """
         notes: list[str] = []
+        wrong: list[str] = []
         for entry in self.derivations:
-            if task in entry.tasks:
+            if task not in entry.tasks:
+                continue
+            try:
                 derived: Derived = entry.function(args, world_size)
+            except ConfigError as error:
+                wrong.append(str(error))
+                args = unsettle(args, entry.fills)
+            except UnsettledError:
+                args = unsettle(args, entry.fills)
+            else:
+                if not set(derived.values) <= set(entry.fills):
+                    raise TypeError(f"{entry.name} gives {', '.join(derived.values)}, it is to fill {entry.fills}")
                 args = args.model_copy(update=derived.values)
                 notes += derived.notes
-        return args, notes
+        return args, notes, wrong
 
     def problems(self, args: Any, task: Task) -> list[str]:
         """What is wrong, one sentence per broken rule."""
@@ -104,22 +130,21 @@ class Registry:
         """The lines of all warnings that apply."""
         return _texts(self.warnings, args, task)
 
-    def check(self, args: Any, task: Task) -> None:
-        """Raise one ConfigError that names every broken rule."""
-        found = self.problems(args, task)
-        if len(found) == 1:
-            raise ConfigError(found[0])
-        if found:
-            raise ConfigError(f"{len(found)} things are wrong:\n" + "\n".join(f"  - {text}" for text in found))
 
-
-def _adder(entries: list[Entry], tasks: tuple[Task, ...]) -> Callable[[Any], Any]:
+def _adder(entries: list[Entry], tasks: tuple[Task, ...], fills: tuple[str, ...] = ()) -> Callable[[Any], Any]:
     def add(function: Any) -> Any:
-        entries.append(Entry(tasks, function))
+        entries.append(Entry(tasks, function, fills))
         return function
 
     return add
 
 
 def _texts(entries: list[Entry], args: Any, task: Task) -> list[str]:
-    return [text for entry in entries if task in entry.tasks and (text := entry.function(args))]
+    texts = []
+    for entry in entries:
+        if task not in entry.tasks:
+            continue
+        with contextlib.suppress(UnsettledError):
+            if text := entry.function(args):
+                texts.append(text)
+    return texts

@@ -1,7 +1,7 @@
 """GPT-NeoX's keys that this project does not have: each with a sentence, and the values that change nothing.
 
 A neutral value is accepted in silence, so that a GPT-NeoX Llama file can be used as it is; any other value stops.
-Keys of `WITHOUT_EFFECT` are accepted with a warning, because the run is right without them.
+Keys of `WITHOUT_EFFECT` are accepted, because the run is right without them; one note names those that are given.
 """
 
 from __future__ import annotations
@@ -12,6 +12,14 @@ from typing import Any, NamedTuple
 class Refusal(NamedTuple):
     reason: str
     neutral: tuple[Any, ...] = (None,)
+
+    def accepts(self, value: Any) -> bool:
+        """Whether `value` changes nothing: one of the neutral ones, something empty, or a mapping that is off."""
+        if isinstance(value, dict):
+            return not value.get("enabled", bool(value))
+        if value in ("", []):
+            return True
+        return any(value is item or (type(value) is type(item) and value == item) for item in self.neutral)
 
 
 def _family(reason: str, *names: str, neutral: tuple[Any, ...] = (None, False)) -> dict[str, Refusal]:
@@ -24,9 +32,11 @@ _MUP = "muP is not supported; set init_method_std and lr directly."
 _MAMBA = "Mamba and RWKV layers are not supported: this project trains Llama models."
 _TE = "TransformerEngine layers are not supported; `kernels` chooses fused operations."
 _PREFERENCE = "Preference training (DPO, KTO, reward models, reinforce) is not supported; train_impl normal is."
-_START = "deepy.py starts the ranks of one machine; ranks on several machines are started with torchrun or srun."
+_NODES = (
+    "deepy.py takes all nodes of the Slurm allocation: choose them with Slurm's --nodelist and --exclude, and "
+    "their ranks with num_gpus."
+)
 _DEEPSPEED = "This DeepSpeed feature is not used here; GPT-NeoX's Llama runs do without it."
-_WRITER = "Only TensorBoard, metrics.jsonl and Weights & Biases (top-level wandb_* keys) are written."
 _PAIRS = [
     f"{side}_{part}_{kind}data_paths"
     for side in ("pos", "neg")
@@ -41,27 +51,14 @@ UNSUPPORTED: dict[str, Refusal] = {
     "hidden_dropout": Refusal(_NO_DROPOUT, (None, 0, 0.0)),
     "attention_dropout": Refusal(_NO_DROPOUT, (None, 0, 0.0)),
     "use_qk_layernorm": Refusal("Llama does not normalise queries and keys.", (None, False)),
-    "expansion_factor": Refusal("Give intermediate_size, the true MLP width, instead."),
     "output_layer_parallelism": Refusal("The head is split by vocabulary rows: column.", (None, "column")),
     "attention_softmax_in_fp32": Refusal("The softmax is always in fp32; nothing to choose.", (None, True, False)),
     "apply_query_key_layer_scaling": Refusal("Llama does not scale attention by the layer number.", (None, False)),
-    "fp16": Refusal(
-        "fp16 is not supported: Llama-3.1 is a bfloat16 model, and loss scaling cannot be tested here. "
-        "Write precision: bfloat16.",
-        (None, {"enabled": False}),
-    ),
-    "fp16_lm_cross_entropy": Refusal("The loss is always computed in fp32.", (None, False)),
     "fp32_allreduce": Refusal(
         "Gradients are always reduced in fp32 with bf16; nothing to choose.", (None, True, False)
     ),
-    "weight_by_num_documents": Refusal("Give train_data_weights.", (None, False)),
-    "weighted_sampler_alpha": Refusal("Give train_data_weights.", (None, 1, 1.0)),
     "dataset_impl": Refusal(_PREFERENCE, (None, "gpt2")),
     "train_impl": Refusal(_PREFERENCE, (None, "normal")),
-    "no_save_optim": Refusal("GPT-NeoX never reads it; keep_optimizer_last_n: 0 keeps weights only.", (None, False)),
-    "checkpoint_validation_with_forward_pass": Refusal(
-        "Checkpoints are verified by checksums and by accounting for every tensor.", (None, False)
-    ),
     "s3_path": Refusal("Checkpoints are written to a file system only."),
     "soft_prompt_tuning": Refusal("Prompt tuning is not supported."),
     "num_unique_layers": Refusal("Layers do not share parameters in Llama."),
@@ -70,26 +67,12 @@ UNSUPPORTED: dict[str, Refusal] = {
     "scheduler": Refusal("Give lr_decay_style, warmup and min_lr at top level."),
     "amp": Refusal("apex amp is not supported; give precision."),
     "z_loss": Refusal("The z-loss is not supported.", (None, 0, 0.0)),
-    "exit_interval": Refusal("A run ends at train_iters."),
-    "text_gen_type": Refusal(
-        "generate.py continues the lines of sample_input_file, or writes freely without one.",
-        (None, "unconditional", "input-file"),
-    ),
     "use_checkpoint_lr_scheduler": Refusal("The schedule is that of the configuration, also on resume.", (None, False)),
-    "wandb_host": Refusal("Set WANDB_BASE_URL in the environment.", (None, "https://api.wandb.ai")),
-    "master_addr": Refusal(_START),
-    "master_port": Refusal(_START, (None, 29500)),
     "eval_tasks": Refusal("Benchmark suites are not run by eval.py; export to Hugging Face and use lm-eval."),
     "prompt_end": Refusal("A prompt is one line here.", (None, "\n")),
     "return_logits": Refusal("generate.py writes text only.", (None, False)),
     "precompute_model_name": Refusal("generate.py writes text only."),
     "char_level_ppl": Refusal("eval.py reports perplexity per token.", (None, False)),
-    "lazy_mpu_init": Refusal("Process groups are made at start.", (None, False)),
-    "memory_profiling": Refusal("Memory profiles are not recorded.", (None, False)),
-    "log_grad_pct_zeros": Refusal("Not logged.", (None, False)),
-    "log_optimizer_states": Refusal("Not logged.", (None, False)),
-    "log_param_norm": Refusal("Not logged.", (None, False)),
-    "log_gradient_noise_scale": Refusal("Not logged.", (None, False)),
     "communication_data_type": Refusal("Gradients are reduced in fp32 with bf16.", (None, "fp32", False)),
     "prescale_gradients": Refusal("The loss is divided by the global token count; nothing to scale.", (None, False)),
     "gradient_predivide_factor": Refusal("The loss is divided by the global token count.", (None, 1, 1.0)),
@@ -97,8 +80,6 @@ UNSUPPORTED: dict[str, Refusal] = {
     "lr": Refusal("Give it as optimizer: {params: {lr: ...}}."),
     "batch_size": Refusal("Give train_micro_batch_size_per_gpu."),
     "clip_grad": Refusal("GPT-NeoX overwrites it by gradient_clipping; give that.", (None, 1, 1.0)),
-    "loss_scale": Refusal("Loss scaling belongs to fp16, which is not supported; write precision: bfloat16."),
-    "force_multi": Refusal(_START, (None, False)),
     "use_shared_fs": Refusal("Data and checkpoints are on a file system that all ranks see.", (None, True)),
     **_family(_MOE, "moe_num_experts", "moe_expert_interval", "moe_top_k", neutral=(None, 1)),
     **_family(_MOE, "moe_router_type", "moe_lbl_in_fp32", "moe_jitter_eps"),
@@ -117,20 +98,13 @@ UNSUPPORTED: dict[str, Refusal] = {
     **_family(_PREFERENCE, "kto_undesirable_weight", "kto_beta", "fp32_reinforce", "kl_impl", "kl_div_beta"),
     **_family(_PREFERENCE, "reinforce_leave_one_out", "serve_model_weights", "weight_server_port"),
     **_family(_PREFERENCE, "online_dataserver_ips", "online_dataserver_ports"),
-    **_family(_START, "hostfile", "include", "exclude", "no_ssh_check", "comment", "account"),
-    **_family(_START, "deepspeed_slurm", "deepspeed_mpi", "autotuning_run"),
+    **_family(_NODES, "include", "exclude"),
+    "autotuning_run": Refusal("DeepSpeed's autotuning is not used; --dry-run --search ranks the layouts instead."),
     **_family(_DEEPSPEED, "curriculum_learning", "data_efficiency", "sparse_attention", "sparse_gradients"),
-    **_family(_DEEPSPEED, "autotuning", "elasticity", "compression_training", "comms_logger", "flops_profiler"),
-    **_family(_DEEPSPEED, "dump_state", "checkpoint", "activation_checkpointing", "deepscale", "deepscale_config"),
+    **_family(_DEEPSPEED, "autotuning", "elasticity", "compression_training", "deepscale", "deepscale_config"),
     "deepspeed": Refusal("The pipeline engine is DeepSpeed's.", (None, True)),
     "deepspeed_activation_checkpointing": Refusal("Recomputation goes through DeepSpeed.", (None, True)),
     "curriculum_seqlen": Refusal(_DEEPSPEED, (None, 0)),
-    **_family(_DEEPSPEED, "partition_activations", "contiguous_checkpointing", "checkpoint_in_cpu"),
-    **_family(_DEEPSPEED, "synchronize_each_layer", "profile_backward"),
-    **_family(_WRITER, "tensorboard", "wandb", "csv_monitor", "use_comet", "comet_workspace", "comet_project"),
-    **_family(
-        _WRITER, "comet_experiment_name", "comet_tags", "comet_others", "comet_experiment", "wandb_init_all_ranks"
-    ),
     **_family(_INTERNAL, "padded_vocab_size", "world_size", "rank", "local_rank", "is_pipe_parallel", "user_script"),
     **_family(_INTERNAL, "dynamic_loss_scale", "zero_reduce_scatter", "zero_contiguous_gradients", "git_hash"),
     **_family(_INTERNAL, "zero_reduce_bucket_size", "zero_allgather_bucket_size", "config_files"),
@@ -140,6 +114,11 @@ UNSUPPORTED: dict[str, Refusal] = {
 _FUSED = "`kernels` chooses fused operations"
 _OTHER_NORM = "the norm is RMSNorm, whose epsilon is rms_norm_epsilon"
 _NEVER_READ = "GPT-NeoX does not use it either"
+_RECOMPUTE = "recomputed layers stay where they are; no number depends on it"
+_START = "in a Slurm allocation deepy.py starts all nodes by srun itself, elsewhere the ranks of this machine"
+_WRITERS = "TensorBoard, metrics.jsonl and Weights & Biases (wandb_* keys) are written"
+_NOT_LOGGED = "it is not logged"
+_IN_FP16 = "fp16 takes it from its own mapping"
 
 WITHOUT_EFFECT: dict[str, str] = {
     **dict.fromkeys(("rmsnorm_fusion", "layernorm_fusion", "rope_fusion", "use_flashattn_swiglu"), _FUSED),
@@ -148,11 +127,21 @@ WITHOUT_EFFECT: dict[str, str] = {
     "fused_kernels_build_path": _FUSED,
     **dict.fromkeys(("layernorm_epsilon", "scalenorm_epsilon"), _OTHER_NORM),
     "use_bias_in_norms": "RMSNorm has no bias, and GPT-NeoX does not use it either",
-    **dict.fromkeys(("hysteresis", "loss_scale_window", "min_scale"), "loss scaling belongs to fp16"),
+    **dict.fromkeys(("partition_activations", "contiguous_checkpointing", "checkpoint_in_cpu"), _RECOMPUTE),
+    **dict.fromkeys(("synchronize_each_layer", "profile_backward", "activation_checkpointing"), _RECOMPUTE),
+    **dict.fromkeys(("hostfile", "deepspeed_slurm", "deepspeed_mpi", "no_ssh_check", "force_multi"), _START),
+    **dict.fromkeys(("master_addr", "master_port", "lazy_mpu_init"), _START),
+    **dict.fromkeys(("comment", "account"), "the job has them from sbatch or salloc"),
+    **dict.fromkeys(("hysteresis", "loss_scale_window", "min_scale", "loss_scale"), _IN_FP16),
+    "fp16_lm_cross_entropy": "the loss is always computed in fp32",
     **dict.fromkeys(("short_seq_prob", "adlr_autoresume", "adlr_autoresume_interval", "onnx_safe"), _NEVER_READ),
+    "no_save_optim": "GPT-NeoX never reads it; keep_optimizer_last_n: 0 keeps weights only",
+    "checkpoint_validation_with_forward_pass": "checkpoints are verified by checksums and an account of every tensor",
+    "checkpoint": "checkpoints are written by this project, not by DeepSpeed",
     "gpt_j_tied": "the residual is sequential",
     **dict.fromkeys(("rpe_num_buckets", "rpe_max_distance", "opt_pos_emb_offset"), "the position embedding is rotary"),
     "gmlp_attn_dim": "there are no gMLP layers",
+    "attention_config": "every layer runs scaled_dot_product_attention, flash where the device has it",
     "param_sharing_style": "layers do not share parameters",
     "use_cpu_initialization": "weights are always initialised on the CPU, identically for every layout",
     "num_workers": "each rank reads its samples itself, from memory-mapped files",
@@ -163,6 +152,39 @@ WITHOUT_EFFECT: dict[str, str] = {
     "mmap_warmup": "datasets are memory-mapped without pre-reading",
     "s3_chunk_size": "checkpoints are written to a file system only",
     "recompute": "generate.py chooses by itself",
-    **dict.fromkeys(("gradient_noise_scale_n_batches", "gradient_noise_scale_cpu_offload"), "it is not logged"),
-    "memory_profiling_path": "memory profiles are not recorded",
+    **dict.fromkeys(("gradient_noise_scale_n_batches", "gradient_noise_scale_cpu_offload"), _NOT_LOGGED),
+    **dict.fromkeys(("log_grad_pct_zeros", "log_optimizer_states", "log_gradient_noise_scale"), _NOT_LOGGED),
+    **dict.fromkeys(("memory_profiling", "memory_profiling_path"), "memory profiles are not recorded"),
+    **dict.fromkeys(("comms_logger", "flops_profiler", "dump_state"), "DeepSpeed's own reports are not printed"),
+    **dict.fromkeys(("tensorboard", "wandb", "csv_monitor", "use_comet", "comet_workspace", "comet_project"), _WRITERS),
+    **dict.fromkeys(("comet_experiment_name", "comet_tags", "comet_others", "comet_experiment"), _WRITERS),
+    "wandb_init_all_ranks": "rank 0 alone writes",
 }
+
+_NOT_FOR_BF16 = "bf16 needs no loss scaling"
+_OTHER_ZERO = "it concerns how DeepSpeed moves memory at other stages, no number"
+
+# Keys inside of mappings that are accepted like those above: by the mapping's name, dotted.
+NESTED_WITHOUT_EFFECT: dict[str, dict[str, str]] = {
+    "fp16": dict.fromkeys(("fp16", "type"), "`enabled` says it"),
+    "bf16": {
+        **dict.fromkeys(("bf16", "type"), "`enabled` says it"),
+        **dict.fromkeys(("loss_scale", "loss_scale_window", "initial_scale_power"), _NOT_FOR_BF16),
+        **dict.fromkeys(("hysteresis", "min_loss_scale"), _NOT_FOR_BF16),
+    },
+    "optimizer.params": {"max_grad_norm": "gradient_clipping bounds the norm"},
+    "zero_optimization": {
+        "overlap_comm": "the pipeline engine turns overlapping off",
+        "load_from_fp32_weights": "fp32 masters are always restored",
+        **dict.fromkeys(("round_robin_gradients", "ignore_unused_parameters", "elastic_checkpoint"), _OTHER_ZERO),
+        **dict.fromkeys(("legacy_stage1", "sub_group_size", "use_multi_rank_bucket_allreduce"), _OTHER_ZERO),
+        **dict.fromkeys(("stage3_max_live_parameters", "stage3_max_reuse_distance"), _OTHER_ZERO),
+        **dict.fromkeys(("stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"), _OTHER_ZERO),
+        "stage3_gather_16bit_weights_on_model_save": _OTHER_ZERO,
+    },
+}
+
+
+def is_off(value: Any) -> bool:
+    """Whether a key without effect says nothing: not given, false, zero, empty, or a mapping that is not enabled."""
+    return not value.get("enabled", bool(value)) if isinstance(value, dict) else not value

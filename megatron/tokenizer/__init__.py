@@ -1,6 +1,6 @@
-"""Tokenizers of three file formats with one small interface; `build_tokenizer` picks by GPT-NeoX's type names."""
+"""Tokenizers of four file formats with one small interface; `build_tokenizer` picks by GPT-NeoX's type names."""
 
 from megatron.tokenizer.base import Tokenizer, TokenizerError
-from megatron.tokenizer.build import TOKENIZER_TYPES, build_tokenizer
+from megatron.tokenizer.build import TOKENIZER_TYPES, build_tokenizer, vocabulary_size
 
-__all__ = ["TOKENIZER_TYPES", "Tokenizer", "TokenizerError", "build_tokenizer"]
+__all__ = ["TOKENIZER_TYPES", "Tokenizer", "TokenizerError", "build_tokenizer", "vocabulary_size"]

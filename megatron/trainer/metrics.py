@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron.checkpoint.state import TrainState
-from megatron.engine.protocol import StepResult
+from megatron.engine.protocol import Counters, StepResult
 from megatron.model.flops import megatron_flops_per_token
 from megatron.neox_arguments import NeoXArgs
 from megatron.supervision.status_store import Whereabouts
+from megatron.trainer.gpt_neox_log import interval_fields, interval_scalars
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,8 @@ class Metrics:
         self._wandb: Any = None
         self._interval_start = time.perf_counter()
         self._interval_iterations = 0
+        self._interval_losses: list[float] = []
+        self._counted = Counters()
         if self.active:
             self._open_sinks()
 
@@ -50,15 +53,27 @@ class Metrics:
 
             self._tensorboard = SummaryWriter(self.args.tensorboard_dir)
         if self.args.use_wandb:
-            import wandb
+            self._wandb = self._open_wandb()
 
-            self._wandb = wandb.init(
+    def _open_wandb(self) -> Any:
+        """The run in Weights & Biases; as in GPT-NeoX a run goes on without it where package or API key is missing."""
+        try:
+            import wandb
+        except ImportError:
+            logger.warning("use_wandb: the package wandb is not installed (pip install wandb); nothing is logged there")
+            return None
+        os.environ.setdefault("WANDB_BASE_URL", self.args.wandb_host)
+        try:
+            return wandb.init(
                 project=self.args.wandb_project,
                 group=self.args.wandb_group,
                 name=self.args.wandb_run_name,
                 entity=self.args.wandb_team,
                 config=self.args.merged,
             )
+        except wandb.errors.Error as error:
+            logger.warning(f"use_wandb: {error}; nothing is logged there")
+            return None
 
     def record(self, iteration: int, values: dict[str, float]) -> None:
         """Values under NeoX's names (`train/lm_loss`, `runtime/tokens_per_sec`, ...) to all sinks but the console."""
@@ -75,8 +90,9 @@ class Metrics:
         if slowest:
             self.record(iteration, {f"timers/{phase}": seconds for phase, (seconds, _) in slowest.items()})
 
-    def start_clock(self) -> None:
-        """The first step begins now."""
+    def start_clock(self, counters: Counters | None = None) -> None:
+        """The first step begins now; `counters` are the engine's."""
+        self._counted = counters or Counters()
         self._interval_start = time.perf_counter()
 
     @contextlib.contextmanager
@@ -92,21 +108,25 @@ class Metrics:
         result: StepResult,
         learning_rate: float,
         learned_tokens: int,
-        skipped_steps: int,
+        counters: Counters,
     ) -> None:
         """Record one optimizer step, after which the run is at `state`; print a line every `log_interval`."""
         if not self.active:
             return
         iteration = state.iteration
         self._interval_iterations += 1
+        if result.applied:
+            self._interval_losses.append(result.loss)
         values = {
             "train/lm_loss": result.loss,
             "train/learning_rate": learning_rate,
             "train/grad_norm": result.grad_norm,
             "train/learned_tokens": learned_tokens,
             "train/consumed_samples": state.consumed_samples,
-            "train/skipped_steps": skipped_steps,
+            "train/skipped_steps": counters.not_finite,
         }
+        if result.loss_scale is not None:
+            values |= {"train/loss_scale": result.loss_scale, "train/overflow_steps": counters.overflows}
         if iteration % self.args.log_interval == 0 or iteration == self.train_iters:
             seconds = (time.perf_counter() - self._interval_start) / self._interval_iterations
             tokens_per_second = self.args.train_batch_size * self.args.seq_length / seconds
@@ -116,13 +136,24 @@ class Metrics:
                 "runtime/iteration_time": seconds,
                 "runtime/tokens_per_sec": tokens_per_second,
                 "runtime/tflops_per_rank_megatron": tflops,
+                **interval_scalars(self.args, seconds),
             }
+            fields = interval_fields(
+                self.args,
+                seconds,
+                learning_rate,
+                self._interval_losses,
+                result.loss_scale,
+                skipped=counters.skipped - self._counted.skipped,
+                not_finite=counters.not_finite - self._counted.not_finite,
+            )
             logger.info(
                 f"iteration {iteration:>6}/{self.train_iters} | loss {result.loss:.4f} | lr {learning_rate:.3e} | "
                 f"grad norm {result.grad_norm:.3f} | {seconds * 1e3:.0f} ms | {tokens_per_second:,.0f} tokens/s "
-                f"({tokens_per_second / ranks:,.0f} per rank) | {tflops:.4g} TFLOP/s per rank (Megatron formula)"
+                f"({tokens_per_second / ranks:,.0f} per rank) | {tflops:.4g} TFLOP/s per rank (Megatron formula) | "
+                f"{fields} |"
             )
-            self._interval_iterations = 0
+            self._interval_iterations, self._interval_losses, self._counted = 0, [], counters
             self._interval_start = time.perf_counter()
         # JSON has no NaN, and a curve no place for one.
         self.record(iteration, {name: value for name, value in values.items() if math.isfinite(value)})

@@ -17,7 +17,7 @@ from megatron.data.build import build_datasets
 from megatron.engine.build import build_engine
 from megatron.engine.nonfinite import SkipLimits, SuspiciousLossError, check_finite, report_skipped
 from megatron.engine.protocol import StepResult
-from megatron.evaluation.perplexity import evaluate_all
+from megatron.evaluation.perplexity import Evaluation, evaluate_all
 from megatron.neox_arguments import NeoXArgs
 from megatron.parallel.collective_errors import RankGroup
 from megatron.parallel.place import Place
@@ -30,8 +30,10 @@ from megatron.supervision.step_timers import StepTimers
 from megatron.supervision.watchdog import Watchdog
 from megatron.trainer.batches import TrainingBatches
 from megatron.trainer.global_batch import keep_global_batch
+from megatron.trainer.gpt_neox_log import validation_line
 from megatron.trainer.initial_loss import check_initial_loss
 from megatron.trainer.metrics import Metrics, StartUpClock
+from megatron.trainer.parameter_norms import parameter_norms
 from megatron.trainer.saves import Saves
 from megatron.trainer.schedule import Schedule
 
@@ -71,6 +73,8 @@ class Run:
             while self.state.iteration < self.schedule.train_iters:
                 self.step()
                 self.between_steps()
+                if self.is_interrupted():
+                    break
         except (SuspiciousLossError, ReplicasDifferError):  # on all ranks; what is being written is from before
             with self.timers.without_step_limit("save"):
                 self.saves.finish()
@@ -121,7 +125,7 @@ class Run:
         self.batches = TrainingBatches(args, self.place, datasets.train, self.state.consumed_samples)
         self.batches.announce_skipped_ranges()
         self.monitor = StepMonitor(self.engine, args, self.timers)
-        self.metrics.start_clock()
+        self.metrics.start_clock(self.engine.counters)
 
     # --- step
 
@@ -138,17 +142,26 @@ class Run:
         Where the loss or the gradient is not finite the update is skipped, up to a bound; the data move on regardless.
         """
         state, iteration = self.state, self.state.iteration + 1
-        rate = self.schedule.learning_rate(state.iteration)
+        # As in GPT-NeoX, a step that overflowed does not move the schedule.
+        rate = self.schedule.learning_rate(state.iteration - self.engine.counters.overflows)
         self.engine.set_learning_rate(rate)
         batch = self.batches.next(iteration, self.timers)
         result = self.engine.train_step(batch)
         samples = self.batches.advance()
         self.judge(result, iteration, samples)
         state.iteration, state.consumed_samples = iteration, samples[1]
-        self.metrics.step(state, result, rate, batch.learned_tokens, self.engine.counters.skipped)
+        self.metrics.step(state, result, rate, batch.learned_tokens, self.engine.counters)
+        if self.args.log_param_norm and iteration % self.args.log_interval == 0:
+            self.metrics.record(iteration, parameter_norms(self.engine, self.args.shape))
 
     def judge(self, result: StepResult, iteration: int, samples: tuple[int, int]) -> None:
         """Count a skipped step; stop a run that cannot be right. Raises SuspiciousLossError on all ranks."""
+        if result.overflow:
+            logger.info(
+                f"iteration {iteration}: fp16 gradients overflow at loss scale {result.loss_scale:g}; the update is "
+                f"skipped, {self.engine.counters.overflows} so far"
+            )
+            return
         if not result.applied:
             self.state.skipped_in_a_row += 1
             logger.warning(
@@ -158,7 +171,7 @@ class Run:
                     iteration,
                     samples,
                     in_a_row=self.state.skipped_in_a_row,
-                    total=self.engine.counters.skipped,
+                    total=self.engine.counters.not_finite,
                     limits=self.skip_limits,
                 )
             )
@@ -184,6 +197,17 @@ class Run:
                 self.saves.if_due(state)
         self.agree()
 
+    def is_interrupted(self) -> bool:
+        """Whether `exit_interval` ends the run here, everything saved. Collective."""
+        every, iteration = self.args.exit_interval, self.state.iteration
+        if not every or iteration % every or iteration >= self.schedule.train_iters:
+            return False
+        if self.args.save:
+            with self.timers.without_step_limit("save"):
+                self.saves.now(self.state)
+        logger.info(f"exit_interval {every}: the run ends at iteration {iteration} of {self.schedule.train_iters}")
+        return True
+
     def agree(self) -> None:
         """Exchange step times, requests for profiles and signals; stop on all ranks if any received a signal.
 
@@ -199,7 +223,8 @@ class Run:
     def validate(self) -> None:
         """Validation loss of every source: what a continued run learns of its domain and forgets of the rest."""
         iteration, samples = self.state.iteration, self.args.eval_iters * self.args.train_batch_size
-        for name, result in evaluate_all(self.engine, self.args, self.validation, samples).items():
+        results = evaluate_all(self.engine, self.args, self.validation, samples)
+        for name, result in results.items():
             logger.info(
                 f"validation at iteration {iteration} | {name} | loss {result.loss:.4f} | "
                 f"perplexity {result.perplexity:.2f} | {result.learned_tokens} tokens"
@@ -207,6 +232,14 @@ class Run:
             self.metrics.record(
                 iteration,
                 {f"validation/{name}/lm_loss": result.loss, f"validation/{name}/lm_loss_ppl": result.perplexity},
+            )
+        if results:  # of all sources by their weights, as GPT-NeoX blends them
+            weights = self.args.valid_data_weights or [1.0] * len(results)
+            losses = [result.loss for result in results.values()]
+            blended = Evaluation(sum(w * x for w, x in zip(weights, losses, strict=True)) / sum(weights), 0, 0)
+            logger.info(validation_line(iteration, blended.loss, blended.perplexity))
+            self.metrics.record(
+                iteration, {"validation/lm_loss": blended.loss, "validation/lm_loss_ppl": blended.perplexity}
             )
 
     # --- end

@@ -80,8 +80,20 @@ class Saves:
 
 
 def is_save_point(args: NeoXArgs, iteration: int, train_iters: int) -> bool:
-    """Every `checkpoint_factor` iterations, at the `extra_save_iters` (0: before the first step), and at the end."""
+    """Every `checkpoint_factor` iterations (or at its powers), at `extra_save_iters` (0: before any), at the end."""
     if not args.save:
         return False
-    every = args.checkpoint_factor and iteration and iteration % args.checkpoint_factor == 0
+    factor = args.checkpoint_factor
+    if args.checkpoint_scale == "log":
+        every = factor is not None and _is_power(iteration, factor)
+    else:
+        every = factor is not None and iteration > 0 and iteration % factor == 0
     return bool(every or iteration in (args.extra_save_iters or ()) or iteration == train_iters)
+
+
+def _is_power(iteration: int, factor: float) -> bool:
+    """Whether `iteration` is a power of `factor`, rounded down: 1, 2, 4 of 2; 1, 2, 3, 5 of 1.5."""
+    power = 1.0
+    while int(power) < iteration:
+        power *= factor
+    return int(power) == iteration

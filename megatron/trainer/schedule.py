@@ -44,6 +44,8 @@ class Schedule:
         if iteration <= warmup_iters and warmup_iters > 0:
             return peak * max(1, iteration) / warmup_iters
         progress = min(1.0, (iteration - warmup_iters) / max(1.0, self.lr_decay_iters - warmup_iters))
+        if args.lr_decay_style == "exponential":
+            return max(floor, peak * math.exp(-0.693 * progress))  # GPT-NeoX's constant: half at the end
         if args.lr_decay_style == "constant":
             return peak
         if args.lr_decay_style == "linear":

@@ -23,7 +23,7 @@ def test_split() -> None:
     assert split_documents("969,30,1", 1000) == [(0, 969), (969, 999), (999, 1000)]
     assert split_documents("969/30/1", 1000) == split_documents("969, 30, 1", 1000)
     assert split_documents("1", 7) == [(0, 7), (7, 7), (7, 7)]
-    assert split_documents("50,50", 3) == [(0, 2), (2, 3), (3, 3)]
+    assert split_documents("50,50", 3) == [(0, 1), (1, 3), (3, 3)]
     for bad in ("", "a,b", "1,1,1,1", "0,0,0", "2,-1", "nan", "inf,1"):
         with pytest.raises(DataError, match=f"split '{bad}': expected"):
             split_documents(bad, 10)

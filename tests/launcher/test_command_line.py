@@ -12,6 +12,7 @@ import yaml
 
 from megatron.launcher.command_line import parse_command_line
 from megatron.launcher.local import rank_environment, uses_fork
+from megatron.launcher.slurm import hosts_of
 from megatron.neox_arguments import NeoXArgs
 from tests.support.configurations import VALID, keys
 
@@ -51,7 +52,9 @@ def test_print_config_shows_the_merged_and_derived_keys() -> None:
         (("train.py", "configs/nothing"), "configs/nothing.yml: cannot be read"),
         (("nothing.py", *TINY), "nothing.py: no such script"),
         (("train.py",), "at least one configuration file"),
-        (("train.py", *TINY, "-H", "hosts"), "hostfile: 'hosts' is not supported"),
+        (("train.py", *TINY, "--autotuning", "run"), "--dry-run --search ranks the layouts instead"),
+        (("train.py", *TINY, "--include", "a:1"), "choose them with Slurm's --nodelist and --exclude"),
+        (("eval.py", *TINY, "--eval_tasks", "lambada_openai", "piqa"), "eval_tasks: ['lambada_openai', 'piqa'] is not"),
         (
             ("train.py", *TINY, "--num_nodes", "2"),
             "not a Slurm allocation, and here deepy.py starts the ranks of one machine",
@@ -76,6 +79,53 @@ def test_a_folder_is_put_in_front(spelling: list[str], monkeypatch: pytest.Monke
     assert invocation.configs == [Path("configs/tiny/model.yml"), Path("configs/tiny/run.yml")]
     assert invocation.overrides == {"sample_output_file": "out.jsonl", "load": "x"}
     assert invocation.task == "eval"
+
+
+@pytest.mark.parametrize(
+    ("words", "overrides"),
+    [
+        (["-H", "hosts", "model"], {"hostfile": "hosts"}),
+        (["--hostfile=hosts", "model", "run"], {"hostfile": "hosts"}),
+        (["model", "--wandb_group", "a", "run", "--wandb_team=b"], {"wandb_group": "a", "wandb_team": "b"}),
+        (["model", "--iteration", "100", "--eval_results_prefix", "x"], {"iteration": 100, "eval_results_prefix": "x"}),
+        (["model", "--eval_tasks", "lambada", "piqa", "--load", "x"], {"eval_tasks": ["lambada", "piqa"], "load": "x"}),
+        (["model", "--eval_tasks", "piqa"], {"eval_tasks": ["piqa"]}),
+        (["model", "--eval-tasks=[piqa, sciq]"], {"eval_tasks": ["piqa", "sciq"]}),
+        (["-i", "in.txt", "-o", "out.txt", "model"], {"sample_input_file": "in.txt", "sample_output_file": "out.txt"}),
+        (["model", "--autotuning", "run"], {"autotuning_run": "run"}),
+    ],
+)
+def test_the_forms_of_gpt_neox_are_understood(
+    words: list[str], overrides: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Options in front of, between and behind the files; several values of one option."""
+    monkeypatch.chdir(ROOT)
+    invocation = parse_command_line(["train.py", *words])
+    assert invocation.overrides == overrides
+    assert [path.stem for path in invocation.configs] in (["model"], ["model", "run"])
+    assert (len(invocation.configs) == 2) == ("run" in words and "--autotuning" not in words)
+
+
+def test_a_hostfile_of_several_machines_needs_slurm(tmp_path: Path) -> None:
+    hosts = tmp_path / "hosts"
+    hosts.write_text("# ours\nnode-1 slots=4\nnode-2 slots=4\n")
+    result = deepy("train.py", "-H", str(hosts), *TINY)
+    assert result.returncode == 2
+    assert f"hostfile {hosts} names 2 machines, but this is not a Slurm allocation" in result.stderr
+    assert hosts_of(str(hosts)) == ["node-1", "node-2"]
+    assert hosts_of("nowhere") == hosts_of(None) == []
+
+
+def test_a_vocabulary_elsewhere_prints_but_does_not_start() -> None:
+    """deepy.py on a login node: the tokenizer is where the job runs."""
+    words = ("train.py", *TINY, "--vocab_size", "null", "--vocab_file", "nowhere/tokenizer.json")
+    printed = deepy(*words, "--print-config")
+    assert printed.returncode == 0, printed.stderr
+    shown = yaml.safe_load(printed.stdout)
+    assert (shown["vocab_size"], shown["num_parameters"]) == (None, None)
+    started = deepy(*words)
+    assert started.returncode == 2
+    assert started.stderr.splitlines()[-1].startswith("deepy.py: vocab_size is that of the tokenizer, but vocab_file")
 
 
 def test_scripts_have_their_tasks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from megatron.neox_arguments import ConfigError, NeoXArgs
 from megatron.neox_arguments.host_cpu import native_bf16_cpu
-from megatron.neox_arguments.keys import optimization
+from megatron.neox_arguments.keys import precision
 from tests.support.configurations import ROPE, VALID, keys
 
 pytestmark = pytest.mark.unit
@@ -45,7 +45,7 @@ def test_the_neox_convention_is_gpt_neox_s(given_width: int, multiple: int, true
 
 
 def test_widths_that_gpt_neox_makes_inconsistent_stop() -> None:
-    with pytest.raises(ConfigError, match="first MLP matrix of 9558 rows and a second of 4778 columns"):
+    with pytest.raises(ConfigError, match="first MLP matrix of 9558 rows and a second of 4778 columns, which do not"):
         NeoXArgs.from_dict(keys(hidden_size=4096, intermediate_size=14336, intermediate_size_convention="neox"))
 
 
@@ -141,6 +141,9 @@ def test_decay_length() -> None:
         ({}, "fp32"),
         ({"bf16": {"enabled": True}}, "bfloat16"),
         ({"fp16": {"enabled": False}}, "fp32"),
+        ({"fp16": {"enabled": True}}, "fp16"),
+        ({"precision": "fp16"}, "fp16"),
+        ({"precision": "FP16"}, "fp16"),
         ({"bf16": {"enabled": False}}, "fp32"),
         ({"precision": "bfloat16"}, "bfloat16"),
         ({"precision": "auto", "distributed_backend": "nccl"}, "bfloat16"),
@@ -157,7 +160,7 @@ def test_auto_precision_on_a_cpu_follows_its_instructions(
 ) -> None:
     info = tmp_path / "cpuinfo"
     info.write_text(f"processor : 0\nflags\t\t: fpu {flags} sse\n")
-    monkeypatch.setattr(optimization, "native_bf16_cpu", lambda: native_bf16_cpu(info))
+    monkeypatch.setattr(precision, "native_bf16_cpu", lambda: native_bf16_cpu(info))
     args = NeoXArgs.from_dict(keys(precision="auto"))
     assert args.precision == expected
     assert any(note.startswith(f"precision auto: {expected}") for note in args.notes)
@@ -170,8 +173,9 @@ def test_a_machine_without_cpuinfo_is_taken_as_slow(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"precision": "fp16"}, "precision: given 'fp16'"),
-        ({"fp16": {"enabled": True}}, "fp16 is not supported"),
+        ({"precision": "half"}, "precision: given 'half'"),
+        ({"precision": "bfloat16", "fp16": {"enabled": True}}, "precision is bfloat16, but the mapping of fp16 is en"),
+        ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, "bf16 and fp16 are both enabled"),
         ({"precision": "fp32", "bf16": {"enabled": True}}, "precision is fp32, but the mapping of bfloat16 is enabled"),
     ],
 )
@@ -200,6 +204,14 @@ def test_sequence_parallelism_of_one_tensor_rank_is_none_and_said() -> None:
     assert two.sequence_parallel
     assert two.deepspeed_config["pipeline"] == {"pipe_partitioned": False, "grad_partitioned": False}
     assert not any("sequence_parallel" in note for note in two.notes)
+
+
+def test_deepspeed_gets_the_loss_scaling_that_was_asked_for() -> None:
+    scaling = {"loss_scale": 0, "initial_scale_power": 12, "loss_scale_window": 5, "hysteresis": 1, "min_loss_scale": 1}
+    config = NeoXArgs.from_dict(keys(fp16={"fp16": True, "enabled": True} | scaling)).deepspeed_config
+    assert config["fp16"] == {"enabled": True, "consecutive_hysteresis": False} | scaling
+    assert config["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert "bf16" not in config
 
 
 def test_extra_options_reach_deepspeed() -> None:

@@ -27,10 +27,9 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
     ("heads_divide_hidden", {"num_attention_heads": 12}, "hidden_size 128 is not num_attention_heads 12 x an even"),
     ("kv_heads_divide_heads", {"num_kv_heads": 3}, "num_kv_heads 3 does not divide num_attention_heads 8"),
     ("width_is_true", {"intermediate_size": 1056}, "Write intermediate_size: 352"),
+    ("vocabulary_has_a_source", {"vocab_size": None}, "the vocabulary is unknown: give vocab_file with tokenizer_type"),
     ("mlp_multiple_divides_width", {"mlp_multiple_of": 256}, "mlp_multiple_of 256 does not divide"),
-    ("whole_head_rotates", {"rotary_pct": 0.25}, "Llama rotates the whole head"),
     ("rope_frequencies_are_ordered", {"rope_scaling": {**ROPE, "low_freq_factor": 4.0}}, "must be below high_freq"),
-    ("attention_is_dense", {"attention_config": [[["flash", "local"], 4]]}, "local not supported"),
     ("positions_cover_sequence", {"seq_length": 2048}, "seq_length 2048 is longer than max_position_embeddings 1024"),
     ("tensors_divide_by_tensor_parallelism", {"model_parallel_size": 8}, "8 does not divide num_kv_heads 4"),
     ("tensors_divide_by_tensor_parallelism", {"model_parallel_size": 3}, "3 does not divide num_attention_heads 8"),
@@ -48,7 +47,6 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
     ("every_stage_has_a_layer", {"pipe_parallel_size": 5}, "a stage would have no layer; use at most 4"),
     ("device_fits_backend", {"distributed_backend": "nccl", "device": "cpu"}, "write distributed_backend: gloo"),
     ("nodes_hold_whole_numbers_of_ranks", {"num_nodes": 2}, "1 ranks cannot be spread evenly over num_nodes 2"),
-    ("zero_stage_is_one", {"zero_optimization": {"stage": 0}}, "stage 0 clips gradients wrongly"),
     ("zero_stage_is_one", {"zero_optimization": {"stage": 2}}, "stage 2 splits gradients or weights"),
     ("zero_stage_is_one", {"zero_optimization": {"stage": 3}}, "write stage: 1"),
     ("recomputation_is_of_layers", {"recompute_layers": 2}, "without checkpoint_activations: true"),
@@ -93,6 +91,16 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
     ("labels_match_paths", {"valid_label_data_paths": ["x"]}, "1 entries for 0 valid_data_paths"),
     ("document_ends_are_known", {"eod_mask_loss": True}, "needs the end-of-document token: give vocab_file"),
     ("chopping_has_an_effect", {"allow_chopped": False}, "no effect with pack_impl: packed"),
+    (
+        "order_of_gpt_neox_is_of_packed_sources",
+        {"data_order": "gpt-neox", "pack_impl": "best_fit", "train_iters": None, "train_epochs": 1.0},
+        "not for pack_impl: best_fit, train_epochs",
+    ),
+    (
+        "weights_are_given_once",
+        {"weight_by_num_documents": True, "train_data_paths": ["a", replayed("b", 0.2)]},
+        "weight_by_num_documents and replay exclude each other",
+    ),
     ("skipped_ranges_are_ranges", {"skip_sample_ranges": [[0, 8], [9, 9]]}, "[9, 9] is no range of samples"),
     ("skipped_ranges_are_ranges", {"skip_sample_ranges": [[6, 5]]}, "[6, 5] is no range of samples"),
     ("skipped_ranges_are_ranges", {"skip_sample_ranges": [[-1, 3]]}, "[-1, 3] is no range of samples"),
@@ -102,7 +110,7 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
         {"step_timeout_minutes": 30.0},
         "step_timeout_minutes 30 is not below distributed_timeout_minutes 30: a collective would give up before",
     ),
-    ("a_profile_has_steps_ranks_and_a_folder", {"profile": True}, "profile needs log_dir"),
+    ("a_profile_has_steps_ranks_and_a_folder", {"profile": True}, "profile needs log_dir or tensorboard_dir"),
     (
         "a_profile_has_steps_ranks_and_a_folder",
         {"profile": True, "log_dir": "x", "profile_step_start": 12},
@@ -116,6 +124,8 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
     ("start_is_given", {"from_scratch": None}, "There is no silent random start"),
     ("start_is_given", {"load": "runs/a"}, "load and from_scratch exclude each other"),
     ("saving_has_an_interval", {"save": "runs/a"}, "nothing would say when to save"),
+    ("factor_fits_the_scale", {"checkpoint_factor": 2.5}, "checkpoint_factor 2.5 is no whole number of iterations"),
+    ("factor_fits_the_scale", {"checkpoint_factor": 1, "checkpoint_scale": "log"}, "must be above 1: saves are at its"),
     ("iteration_needs_load", {"iteration": 5}, "load, its folder, is not given"),
 ]  # fmt: skip
 
@@ -136,13 +146,27 @@ def test_without_the_rule_the_case_passes(
     NeoXArgs.from_dict(keys(**changes))
 
 
+# The sizes of Code Llama 7B, whose file in GPT-NeoX leaves the width out.
+PUBLISHED_7B = {
+    "num_layers": 32,
+    "hidden_size": 4096,
+    "num_attention_heads": 32,
+    "num_kv_heads": 32,
+    "intermediate_size": None,
+    "intermediate_size_convention": None,
+    "mlp_multiple_of": 256,
+}
+
 # warning, what is changed in the valid keys, what the note says
 NOTED: list[tuple[str, dict[str, Any], str]] = [
     ("stages_are_uneven", {"pipe_parallel_size": 3}, "some stages hold 2 layers, some 1"),
     ("rope_scaling_is_forgotten", {"max_position_embeddings": 131072, "rope_scaling": None}, "rope_scaling is absent"),
-    ("attention_config_chooses_nothing", {"attention_config": [[["flash"], "all"]]}, "attention_config has no effect"),
-    ("overlap_is_off", {"zero_optimization": {"stage": 1, "overlap_comm": True}}, "overlap_comm has no effect"),
-    ("merge_file_is_unused", {"merge_file": "merges.txt"}, "merge_file has no effect"),
+    ("width_is_not_the_published_one", PUBLISHED_7B, "is not that of Llama-7B (1, 2 and Code Llama)"),
+    ("mlp_biases_are_left_out", {"use_bias_in_mlp": None}, "GPT-NeoX's default true would add biases that no Llama"),
+    ("accumulation_is_in_fp32", {"data_types": {"grad_accum_dtype": "bf16"}}, "grad_accum_dtype bf16 is taken as fp32"),
+    ("layers_are_recomputed_one_by_one", {"checkpoint_num_layers": 4, "checkpoint_activations": True}, "taken as 1"),
+    ("wandb_is_not_switched_on", {"wandb_group": "a"}, "GPT-NeoX logs to Weights & Biases if it finds an API key"),
+    ("merge_file_is_unused", {"merge_file": "merges.txt", "tokenizer_type": "HFTokenizer"}, "merge_file has no effect"),
     ("nothing_is_saved", {"async_save": True}, "leaves no checkpoint, async_save has no effect"),
 ]  # fmt: skip
 
@@ -155,9 +179,11 @@ def test_legal_surprises_are_noted(warning: str, changes: dict, note: str, monke
 
 
 def test_every_rule_and_warning_has_a_case() -> None:
-    elsewhere = {"weights_are_given"}  # holds for other tasks than training: test_programs_that_read_weights_need_them
+    # These hold for other tasks than training: test_programs_that_read_weights_need_them, test_prompts_need_a_file.
+    elsewhere = {"weights_are_given", "prompts_have_a_file"}
     assert {entry.name for entry in REGISTRY.rules} == {rule for rule, _, _ in BROKEN} | elsewhere
-    assert {entry.name for entry in REGISTRY.warnings} == {warning for warning, _, _ in NOTED}
+    noted = {warning for warning, _, _ in NOTED} | {"prompts_are_not_read"}  # test_prompts_need_a_file, too
+    assert {entry.name for entry in REGISTRY.warnings} == noted
 
 
 def test_what_a_key_file_registers_is_run() -> None:
@@ -167,7 +193,7 @@ def test_what_a_key_file_registers_is_run() -> None:
         for found in pkgutil.iter_modules(key_files.__path__)
     ]
     parts = [module.registry for module in modules if hasattr(module, "registry")]
-    assert len(parts) == 7
+    assert len(parts) == 8
     for kind in ("derivations", "rules", "warnings"):
         joined = [entry for part in parts for entry in getattr(part, kind)]
         assert sorted(entry.name for entry in joined) == sorted(entry.name for entry in getattr(REGISTRY, kind))
@@ -180,9 +206,25 @@ def test_valid_keys_pass() -> None:
 
 
 def test_all_broken_rules_are_said_at_once() -> None:
-    with pytest.raises(ConfigError, match="3 things are wrong") as caught:
-        NeoXArgs.from_dict(keys(min_lr=1.0, seq_length=4096, zero_optimization={"stage": 2}))
-    assert all(word in str(caught.value) for word in ("min_lr", "seq_length", "stage 2"))
+    """Unknown keys, wrong values, contradictions and broken rules, in one round."""
+    changes = {"min_lr": 1.0, "seq_length": 4096, "zero_optimization": {"stage": 2}, "hiden_size": 3, "seed": "a"}
+    with pytest.raises(ConfigError, match="6 things are wrong") as caught:
+        NeoXArgs.from_dict(keys(**changes, train_batch_size=3))
+    words = ("min_lr", "seq_length", "stage 2", "unknown key hiden_size", "seed: given 'a'", "train_batch_size 3")
+    assert all(word in str(caught.value) for word in words)
+
+
+def test_what_depends_on_a_wrong_key_is_not_judged() -> None:
+    """The first mistake alone is reported, not what would follow from a guess at its value."""
+    with pytest.raises(ConfigError) as caught:
+        NeoXArgs.from_dict(keys(hidden_size="128", num_kv_heads=None))
+    assert (
+        str(caught.value) == "hidden_size: given '128', but it should be a valid integer. Width of the residual stream."
+    )
+    with pytest.raises(
+        ConfigError, match=r"^3 ranks cannot be divided into pipe_parallel_size 1 x model_parallel_size 2"
+    ):
+        NeoXArgs.from_dict(keys(model_parallel_size=2, global_num_gpus=3, num_nodes=7))
 
 
 @pytest.mark.parametrize("task", ["eval", "generate"])
@@ -191,12 +233,22 @@ def test_programs_that_read_weights_need_them(task: Any) -> None:
         NeoXArgs.from_dict(VALID, task=task)
 
 
+def test_prompts_need_a_file() -> None:
+    with pytest.raises(ConfigError, match="text_gen_type input-file needs sample_input_file"):
+        NeoXArgs.from_dict(keys(from_scratch=None, load="runs/a", text_gen_type="input-file"), task="generate")
+    changes = {"from_scratch": None, "load": "runs/a", "text_gen_type": "unconditional", "sample_input_file": "p.txt"}
+    note = "sample_input_file p.txt is not read: text_gen_type is unconditional"
+    assert note in NeoXArgs.from_dict(keys(**changes), task="generate").notes
+    assert NeoXArgs.from_dict(keys(**changes | {"text_gen_type": None}), task="generate").text_gen_type == "input-file"
+
+
 def test_evaluation_needs_no_optimizer() -> None:
     changes = {"optimizer": None, "train_iters": None, "from_scratch": None, "train_data_paths": None, "load": "runs/a"}
     assert NeoXArgs.from_dict(keys(**changes), task="eval").load == "runs/a"
 
 
 def test_the_historic_width_of_the_70b_is_refused_with_the_right_number() -> None:
+    """Where the convention says that the number is the width itself."""
     with pytest.raises(ConfigError, match="Write intermediate_size: 28672"):
         NeoXArgs.from_dict(keys(hidden_size=8192, num_attention_heads=64, num_kv_heads=8, intermediate_size=86016))
 
@@ -205,9 +257,9 @@ def test_problems_are_reported_in_the_order_of_the_groups() -> None:
     """The model first: what is wrong with it often explains the rest."""
     changes = {"save": "x", "skip_sample_ranges": [[1]], "train_data_paths": None, "min_lr": 1.0, "num_nodes": 2}
     with pytest.raises(ConfigError) as caught:
-        NeoXArgs.from_dict(keys(**changes, rotary_pct=0.5))
+        NeoXArgs.from_dict(keys(**changes, rope_scaling={**ROPE, "low_freq_factor": 4.0}))
     lines = str(caught.value).splitlines()[1:]
-    expected = ["rotary_pct", "1 ranks", "min_lr", "no training data", "skip_sample_ranges", "save"]
+    expected = ["rope_scaling", "1 ranks", "min_lr", "no training data", "skip_sample_ranges", "save"]
     assert [line.startswith(f"  - {word}") for line, word in zip(lines, expected, strict=True)] == [True] * 6
 
 

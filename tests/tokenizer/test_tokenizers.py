@@ -196,8 +196,8 @@ def test_fingerprint_follows_what_decides_ids(vocab_folder: Path, tmp_path: Path
 
 
 def test_refusals(vocab_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(TokenizerError, match=r"GPT2BPETokenizer.*use one of HFTokenizer"):
-        build_tokenizer("GPT2BPETokenizer", vocab_folder)
+    with pytest.raises(TokenizerError, match=r"CharLevelTokenizer.*use one of HFTokenizer"):
+        build_tokenizer("CharLevelTokenizer", vocab_folder)
     with pytest.raises(TokenizerError, match="no such file"):
         build_tokenizer("HFTokenizer", tmp_path / "absent.json")
     with pytest.raises(TokenizerError, match="not a Hugging Face"):

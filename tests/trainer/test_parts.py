@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from megatron.checkpoint.state import TrainState
 from megatron.common.log import log_on_rank_0
 from megatron.engine.nonfinite import SuspiciousLossError
-from megatron.engine.protocol import StepResult
+from megatron.engine.protocol import Counters, StepResult
 from megatron.trainer.initial_loss import check_initial_loss
 from megatron.trainer.metrics import Metrics
 from megatron.trainer.saves import is_save_point
@@ -36,6 +37,16 @@ def test_save_points(tmp_path: Path) -> None:
     assert not is_save_point(Case().neox(world_size=1), 4, 10)
 
 
+@pytest.mark.parametrize(
+    ("factor", "points"),
+    [(2, [1, 2, 4, 8, 16, 32]), (1.5, [1, 2, 3, 5, 7, 11, 17, 25, 38, 57]), (10, [1, 10])],
+)
+def test_save_points_at_powers(tmp_path: Path, factor: float, points: list[int]) -> None:
+    """GPT-NeoX's `is_save_iter` gave these."""
+    args = Case().neox(world_size=1, save=str(tmp_path), checkpoint_factor=factor, checkpoint_scale="log")
+    assert [n for n in range(60) if is_save_point(args, n, 1000)] == points
+
+
 def test_metrics_go_to_jsonl_and_tensorboard(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args = Case().neox(
         world_size=1, log_interval=2, log_dir=str(tmp_path / "log"), tensorboard_dir=str(tmp_path / "tb"), train_iters=3
@@ -45,7 +56,7 @@ def test_metrics_go_to_jsonl_and_tensorboard(tmp_path: Path, capsys: pytest.Capt
     result = StepResult(loss=1.5, grad_norm=0.5, applied=True)
     for iteration in (1, 2, 3):
         state = TrainState(iteration, 8 * iteration)
-        metrics.step(state, result, learning_rate=1e-3, learned_tokens=7, skipped_steps=0)
+        metrics.step(state, result, learning_rate=1e-3, learned_tokens=7, counters=Counters())
     metrics.close()
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("|")[0].split()[1] for line in lines] == ["2/3", "3/3"]
@@ -54,7 +65,10 @@ def test_metrics_go_to_jsonl_and_tensorboard(tmp_path: Path, capsys: pytest.Capt
     records = [json.loads(line) for line in (tmp_path / "log/metrics.jsonl").read_text().splitlines()]
     assert [r["iteration"] for r in records] == [1, 2, 3]
     assert "runtime/tokens_per_sec" in records[1]
+    names = ("runtime/samples_per_sec", "runtime/steps_per_sec", "runtime/flops_per_sec_per_gpu")
+    assert [name in records[0] or name not in records[1] for name in names] == [False] * 3
+    assert re.search(r"\| lm_loss: 1\.500000E\+00 \| number of skipped iterations:   0 \| number of nan", lines[0])
     assert list((tmp_path / "tb").iterdir())
     silent = Metrics(args, rank=1, train_iters=3)
-    silent.step(TrainState(1), result, 1.0, 1, 0)
+    silent.step(TrainState(1), result, 1.0, 1, Counters())
     assert capsys.readouterr().out == ""

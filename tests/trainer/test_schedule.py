@@ -30,6 +30,8 @@ def args(**keys: object) -> NeoXArgs:
         ("cosine", 1000, FLOOR),
         ("linear", 550, PEAK / 2),
         ("linear", 1000, FLOOR),
+        ("exponential", 550, 0.0007071588192872713),  # GPT-NeoX's AnnealingLR gave these two
+        ("exponential", 1000, 0.0005000735956957677),
         ("constant", 100, PEAK),
         ("constant", 1000, PEAK),
     ],

@@ -7,13 +7,15 @@ from typing import Any
 
 from pydantic import PrivateAttr
 
+from megatron.common.errors import ConfigError
 from megatron.layout import LlamaShape, padded_vocab_size
-from megatron.neox_arguments.keys import checkpoint, data, model, optimization, parallel, runtime, survival
+from megatron.neox_arguments.keys import checkpoint, data, model, optimization, parallel, precision, runtime, survival
 from megatron.neox_arguments.keys.checkpoint import CheckpointKeys
-from megatron.neox_arguments.keys.data import DataKeys
+from megatron.neox_arguments.keys.data import DataKeys, unknown_vocabulary
 from megatron.neox_arguments.keys.model import ModelKeys
 from megatron.neox_arguments.keys.optimization import OptimizationKeys
 from megatron.neox_arguments.keys.parallel import ParallelKeys
+from megatron.neox_arguments.keys.precision import PrecisionKeys
 from megatron.neox_arguments.keys.runtime import RuntimeKeys
 from megatron.neox_arguments.keys.survival import SurvivalKeys
 from megatron.neox_arguments.registry import Registry
@@ -24,6 +26,7 @@ REGISTRY = Registry.joined(
     (
         model.registry,
         parallel.registry,
+        precision.registry,
         optimization.registry,
         data.registry,
         survival.registry,
@@ -34,7 +37,9 @@ REGISTRY = Registry.joined(
 
 
 # Pydantic lists the fields of the last base first.
-class AllKeys(SurvivalKeys, RuntimeKeys, CheckpointKeys, DataKeys, OptimizationKeys, ParallelKeys, ModelKeys):
+class AllKeys(
+    SurvivalKeys, RuntimeKeys, CheckpointKeys, DataKeys, OptimizationKeys, PrecisionKeys, ParallelKeys, ModelKeys
+):
     """Every key, what the user gave for them, and the values that follow from keys of several groups."""
 
     _merged: dict[str, Any] = PrivateAttr(default_factory=dict)
@@ -46,6 +51,9 @@ class AllKeys(SurvivalKeys, RuntimeKeys, CheckpointKeys, DataKeys, OptimizationK
 
     @cached_property
     def shape(self) -> LlamaShape:
+        """Sizes of the model. Raises ConfigError if the tokenizer that says vocab_size is not on this machine."""
+        if self.vocab_size is None:
+            raise ConfigError(unknown_vocabulary(self))
         return LlamaShape(
             num_layers=self.num_layers,
             hidden_size=self.hidden_size,

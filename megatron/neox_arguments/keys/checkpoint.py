@@ -19,8 +19,17 @@ class CheckpointKeys(Keys):
     no_load_optim: bool = key(False, "Do not load optimizer states.")
     no_load_rng: bool = key(False, "Do not load random number generator states.")
     no_save_rng: bool = key(False, "Do not save random number generator states.")
-    checkpoint_factor: int | None = key(None, "Save every this many iterations.", gt=0)
-    checkpoint_scale: Literal["linear"] = key("linear", "Spacing of checkpoints.")
+    checkpoint_factor: int | float | None = key(
+        None,
+        "Save every this many iterations; with checkpoint_scale: log at its powers, which may be fractional.",
+        gt=0,
+    )
+    checkpoint_scale: Literal["linear", "log"] = key(
+        "linear", "Spacing of checkpoints: equal, or growing by the factor."
+    )
+    exit_interval: int | None = key(
+        None, "End the run at the next iteration that this divides, with everything saved.", gt=0
+    )
     extra_save_iters: list[int] = key([], "Further iterations to save at; 0 is before the first step.")
     async_save: bool = key(
         False,
@@ -64,6 +73,16 @@ def saving_has_an_interval(args: CheckpointKeys) -> str | None:
     if not args.save or args.checkpoint_factor or args.extra_save_iters:
         return None
     return "save is given without checkpoint_factor or extra_save_iters: nothing would say when to save"
+
+
+@registry.rule("train")
+def factor_fits_the_scale(args: CheckpointKeys) -> str | None:
+    factor = args.checkpoint_factor
+    if factor is None or (factor > 1 if args.checkpoint_scale == "log" else factor == int(factor)):
+        return None
+    if args.checkpoint_scale == "log":
+        return f"checkpoint_factor {factor} with checkpoint_scale: log must be above 1: saves are at its powers"
+    return f"checkpoint_factor {factor} is no whole number of iterations; fractions are for checkpoint_scale: log"
 
 
 @registry.warning("train")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from math import isfinite
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from megatron.common.errors import ConfigError
 from megatron.neox_arguments.keys.fields import Keys, derived, key, required
 from megatron.neox_arguments.registry import ALL_TASKS, Derived, Registry
 
@@ -36,13 +38,17 @@ class DataKeys(Keys):
         "Tokens per sample.",
         gt=0,
     )
-    tokenizer_type: Literal["HFTokenizer", "TiktokenTokenizer", "SPMTokenizer"] = key(
-        "HFTokenizer",
+    tokenizer_type: Literal[
+        "HFTokenizer", "TiktokenTokenizer", "SPMTokenizer", "GPT2BPETokenizer", "HFGPT2Tokenizer"
+    ] = derived(
+        "GPT2BPETokenizer with merge_file, else HFTokenizer",
         "HFTokenizer reads tokenizer.json, TiktokenTokenizer Meta's tokenizer.model of Llama-3, SPMTokenizer a "
-        "SentencePiece model.",
+        "SentencePiece model, GPT2BPETokenizer and HFGPT2Tokenizer GPT-2's vocab.json with its merges.txt.",
     )
     vocab_file: str | None = key(None, "Path of the tokenizer file.")
-    merge_file: str | None = key(None, "Accepted from GPT-NeoX configurations; no supported tokenizer has one.")
+    merge_file: str | None = key(
+        None, "Path of merges.txt; GPT2BPETokenizer and HFGPT2Tokenizer look beside vocab_file without it."
+    )
     data_path: str | None = key(None, "Prefix of one .bin/.idx pair, divided by `split`.")
     split: str = key("969, 30, 1", "Shares of train, valid and test documents in data_path.")
     train_data_paths: list[str | DataSource] | None = key(
@@ -56,6 +62,19 @@ class DataKeys(Keys):
     test_data_paths: list[str] | None = key(None, "Prefixes of the test sources.", min_length=1)
     train_data_weights: list[float] | None = key(
         None, "Weights of the training sources without replay. When absent: equal, or by size with replay."
+    )
+    weight_by_num_documents: bool = key(
+        False,
+        "Weight training sources by their number of documents, by GPT-NeoX's formula; train_data_weights is ignored.",
+    )
+    weighted_sampler_alpha: float = key(
+        1.0, "Exponent on a source's share of the documents in that formula; below 1 small sources count more.", ge=0
+    )
+    data_order: Literal["own", "gpt-neox"] = key(
+        "own",
+        "Order of documents and samples. gpt-neox: the order of GPT-NeoX for the same seed, files and length of run, "
+        "to continue a run that it started.",
+        ours=True,
     )
     valid_data_weights: list[float] | None = key(None, "Weights of the validation sources.")
     test_data_weights: list[float] | None = key(None, "Weights of the test sources.")
@@ -81,7 +100,43 @@ class DataKeys(Keys):
 # --- derivations
 
 
-@registry.derivation("generate", "model")
+@registry.derivation(*ALL_TASKS, fills=("tokenizer_type",))
+def tokenizer_of_the_files(args: DataKeys, world_size: int | None) -> Derived:
+    """GPT-NeoX's default is GPT2BPETokenizer, which cannot do without merge_file."""
+    if args.tokenizer_type is not None:
+        return Derived({})
+    if args.merge_file is None:
+        return Derived({"tokenizer_type": "HFTokenizer"})
+    note = "tokenizer_type is not given: GPT2BPETokenizer, GPT-NeoX's default, because there is a merge_file"
+    return Derived({"tokenizer_type": "GPT2BPETokenizer"}, (note,))
+
+
+@registry.derivation(*ALL_TASKS, fills=("vocab_size",))
+def vocabulary_of_the_tokenizer(args: AllKeys, world_size: int | None) -> Derived:
+    """`vocab_size` from the tokenizer, if its file is on this machine."""
+    if args.vocab_size is not None or args.vocab_file is None:
+        return Derived({})
+    path = Path(args.vocab_file)
+    if not path.exists():
+        return Derived({}, (unknown_vocabulary(args),))
+    from megatron.tokenizer import TokenizerError, vocabulary_size  # numpy, which most checks can do without
+
+    try:
+        size = vocabulary_size(args.tokenizer_type, path, args.merge_file)
+    except TokenizerError as error:
+        raise ConfigError(str(error)) from None
+    return Derived({"vocab_size": size}, (f"vocab_size {size}: that of the tokenizer in {path}",))
+
+
+def unknown_vocabulary(args: AllKeys) -> str:
+    """The sentence for a configuration whose vocabulary cannot be counted here."""
+    return (
+        f"vocab_size is that of the tokenizer, but vocab_file {args.vocab_file} is not on this machine; give the path "
+        f"of the file or the number"
+    )
+
+
+@registry.derivation("generate", "model", fills=("seq_length",))
 def samples_as_long_as_positions(args: AllKeys, world_size: int | None) -> Derived:
     return Derived({"seq_length": args.max_position_embeddings} if args.seq_length is None else {})
 
@@ -141,6 +196,45 @@ def labels_match_paths(args: DataKeys) -> str | None:
     return None
 
 
+@registry.rule(*ALL_TASKS)
+def vocabulary_has_a_source(args: AllKeys) -> str | None:
+    if args.vocab_size is not None or args.vocab_file is not None:
+        return None
+    return (
+        "the vocabulary is unknown: give vocab_file with tokenizer_type, whose tokenizer says its size, or vocab_size "
+        "as in the Hugging Face config"
+    )
+
+
+@registry.rule("train")
+def order_of_gpt_neox_is_of_packed_sources(args: AllKeys) -> str | None:
+    """What it is not defined for: the order depends on the length of the run, and knows no replay."""
+    if args.data_order == "own":
+        return None
+    replayed = any(not isinstance(path, str) and path.replay for path in args.train_data_paths or [])
+    wrong = [
+        word
+        for word, found in (
+            (f"pack_impl: {args.pack_impl}", args.pack_impl != "packed"),
+            ("train_epochs", args.train_epochs is not None),
+            ("replay", replayed),
+        )
+        if found
+    ]
+    if not wrong:
+        return None
+    return f"data_order: gpt-neox is for packed documents, train_iters and no replay, not for {', '.join(wrong)}"
+
+
+@registry.rule("train", "eval")
+def weights_are_given_once(args: DataKeys) -> str | None:
+    if not args.weight_by_num_documents:
+        return None
+    if any(not isinstance(path, str) and path.replay for path in args.train_data_paths or []):
+        return "weight_by_num_documents and replay exclude each other: with replay sources count by their size"
+    return None
+
+
 @registry.rule("train", "eval")
 def chopping_has_an_effect(args: DataKeys) -> str | None:
     if args.allow_chopped or args.pack_impl != "packed":
@@ -160,4 +254,6 @@ def document_ends_are_known(args: DataKeys) -> str | None:
 
 @registry.warning(*ALL_TASKS)
 def merge_file_is_unused(args: DataKeys) -> str | None:
-    return "merge_file has no effect: no supported tokenizer has one" if args.merge_file else None
+    if args.merge_file is None or args.tokenizer_type in ("GPT2BPETokenizer", "HFGPT2Tokenizer"):
+        return None
+    return f"merge_file has no effect: the merges of {args.tokenizer_type} are in vocab_file"

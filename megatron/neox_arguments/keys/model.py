@@ -1,4 +1,8 @@
-"""Keys of the model and their rules. Where GPT-NeoX's default is not Llama's, it is Llama's or there is none."""
+"""Keys of the model and their rules.
+
+What makes a model a Llama (norm, activation, positions, biases) must be written, because GPT-NeoX's defaults build
+another model. For sizes and constants that differ between Llamas, GPT-NeoX's default holds and a note names it.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from pydantic import model_validator
 
 from megatron.common.errors import ConfigError
 from megatron.neox_arguments.keys.fields import Keys, derived, key, required
+from megatron.neox_arguments.mlp_width import PUBLISHED, gpt_neox_matrices
 from megatron.neox_arguments.registry import ALL_TASKS, Derived, Registry
 
 if TYPE_CHECKING:
@@ -41,47 +46,57 @@ class ModelKeys(Keys):
     num_kv_heads: int = derived(
         "num_attention_heads", "Key/value heads; fewer than query heads is grouped-query attention.", gt=0
     )
-    intermediate_size: int = required(
-        "True MLP width F, as in the Hugging Face config (8B: 14336, 70B: 28672). GPT-NeoX's 3 x F is refused "
-        "unless intermediate_size_convention is neox.",
+    intermediate_size: int = derived(
+        "expansion_factor x hidden_size, else 4 x hidden_size, as in GPT-NeoX",
+        "MLP width, read as intermediate_size_convention says; its final value is the true width, as in the Hugging "
+        "Face config (8B: 14336, 70B: 28672).",
         gt=0,
     )
-    intermediate_size_convention: Literal["hf", "neox"] = key(
-        "hf", "What intermediate_size means: hf = the width itself, neox = three times the width.", ours=True
+    expansion_factor: float | None = key(None, "intermediate_size as a multiple of hidden_size.", gt=0)
+    intermediate_size_convention: Literal["hf", "neox"] = derived(
+        "neox with mlp_multiple_of, without intermediate_size, or if that is more than 4 x hidden_size, else hf; the "
+        "reading is printed",
+        "What intermediate_size means: hf = the width itself, neox = GPT-NeoX's rule, about three times the width.",
+        ours=True,
     )
-    mlp_multiple_of: int = key(1, "Rounds the MLP width up under the neox convention; must divide it under hf.", gt=0)
-    vocab_size: int = required(
-        "True number of tokens, as in the Hugging Face config (Llama-3: 128256).", ours=True, gt=0
+    mlp_multiple_of: int = key(
+        1, "Rounds the MLP width up by GPT-NeoX's rule; under the hf convention it must divide the width.", gt=0
+    )
+    vocab_size: int = derived(
+        "the size of the tokenizer in vocab_file",
+        "True number of tokens, as in the Hugging Face config (Llama-3: 128256).",
+        ours=True,
+        gt=0,
     )
     make_vocab_size_divisible_by: int = key(
         128, "Vocabulary matrices are padded to a multiple of this x model_parallel_size. Llama-3 presets: 1.", gt=0
     )
-    no_weight_tying: bool = required(
-        "true: the output head has its own matrix (Llama-3.1); false: it is the embedding (Llama-3.2 1B and 3B)."
+    no_weight_tying: bool = derived(
+        "false, as in GPT-NeoX",
+        "true: the output head has its own matrix (Llama-3.1); false: it is the embedding (Llama-3.2 1B and 3B).",
     )
     max_position_embeddings: int = required("Longest sequence the model is meant for (Llama-3.1: 131072).", gt=0)
-    rms_norm_epsilon: float = required("Added to the variance inside RMSNorm. Llama-3: 1e-5.", gt=0)
+    rms_norm_epsilon: float = derived(
+        "1e-8, as in GPT-NeoX", "Added to the variance inside RMSNorm. Llama-2 and 3: 1e-5, Llama-1: 1e-6.", gt=0
+    )
     hf_rounding: bool = key(
         False,
         "Round the normalised activations before the weight multiply, as transformers does, instead of once at the "
         "end. For bit-for-bit comparisons in 16 bits.",
         ours=True,
     )
-    rotary_emb_base: float = required("Rotary theta. Llama-3: 500000; Llama-2: 10000.", gt=0)
+    rotary_emb_base: float = derived("10000, as in GPT-NeoX", "Rotary theta. Llama-3: 500000; Llama-2: 10000.", gt=0)
     rope_scaling: RopeScaling | None = key(
         None, "Frequency scaling of Llama-3.1 and later; absent means none.", ours=True
     )
     rotary_pct: float = key(1.0, "Share of head_dim that rotates. Llama: all of it.")
     rotary_save_freqs_buffer: Literal[False] = key(False, "The table is computed, never stored.")
-    norm: Literal["rmsnorm"] = key("rmsnorm", "Normalisation. Llama: rmsnorm.")
-    pos_emb: Literal["rotary"] = key("rotary", "Position embedding. Llama: rotary.")
-    activation: Literal["swiglu"] = key("swiglu", "MLP activation. Llama: swiglu.")
-    use_bias_in_attn_linear: Literal[False] = key(False, "Llama has no biases.")
-    use_bias_in_mlp: Literal[False] = key(False, "Llama has no biases.")
+    norm: Literal["rmsnorm"] = required("Normalisation. Llama: rmsnorm (GPT-NeoX's default: layernorm).")
+    pos_emb: Literal["rotary"] = required("Position embedding. Llama: rotary (GPT-NeoX's default: learned).")
+    activation: Literal["swiglu"] = required("MLP activation. Llama: swiglu (GPT-NeoX's default: gelu).")
+    use_bias_in_attn_linear: Literal[False] = required("Llama has no biases (GPT-NeoX's default: true).")
+    use_bias_in_mlp: Literal[False] = key(False, "Llama has no biases (GPT-NeoX's default: true).")
     gpt_j_residual: Literal[False] = key(False, "Parallel residual; Llama's is sequential.")
-    attention_config: list[Any] | None = key(
-        None, "GPT-NeoX's list of attention types. flash and global both run scaled_dot_product_attention."
-    )
     init_method: Literal["normal", "scaled_normal", "small_init", "wang_init"] = key(
         "normal",
         "Initialisation of a from-scratch run. normal: init_method_std; scaled_normal: that / sqrt(2 num_layers); "
@@ -109,27 +124,63 @@ class ModelKeys(Keys):
 # --- derivations
 
 
-@registry.derivation(*ALL_TASKS)
+@registry.derivation(*ALL_TASKS, fills=("num_kv_heads",))
 def kv_heads_default_to_heads(args: ModelKeys, world_size: int | None) -> Derived:
     return Derived({"num_kv_heads": args.num_attention_heads} if args.num_kv_heads is None else {})
 
 
-@registry.derivation(*ALL_TASKS)
+# Constants that differ between Llamas: GPT-NeoX's default, and who has another.
+_DEFAULTS: dict[str, tuple[Any, str]] = {
+    "no_weight_tying": (False, "the head is the embedding; all Llamas but the 3.2 1B and 3B have true"),
+    "rms_norm_epsilon": (1e-8, "Llama-2 and 3 have 1e-5, Llama-1 1e-6"),
+    "rotary_emb_base": (10000.0, "Llama-3 has 500000"),
+}
+
+
+@registry.derivation(*ALL_TASKS, fills=("no_weight_tying", "rms_norm_epsilon", "rotary_emb_base"))
+def constants_of_gpt_neox(args: ModelKeys, world_size: int | None) -> Derived:
+    absent = {name: _DEFAULTS[name] for name in _DEFAULTS if getattr(args, name) is None}
+    notes = (
+        f"{name} is not given: GPT-NeoX's default {'false' if value is False else f'{value:g}'} holds ({who})"
+        for name, (value, who) in absent.items()
+    )
+    return Derived({name: value for name, (value, _) in absent.items()}, tuple(notes))
+
+
+@registry.derivation(*ALL_TASKS, fills=("intermediate_size", "intermediate_size_convention"))
 def true_width(args: ModelKeys, world_size: int | None) -> Derived:
-    """MLP width F. Under the neox convention the key is 3 F, and GPT-NeoX rounds its two matrices up separately."""
-    given = args.intermediate_size
-    if args.intermediate_size_convention == "hf":
-        return Derived({})
-    multiple = args.mlp_multiple_of
-    gated = 2 * given // 3  # rows of the first matrix: gate and up projection together
-    rows = 2 * multiple * -(-gated // (2 * multiple))
-    columns = multiple * -(-(gated // 2) // multiple)
-    if rows != 2 * columns:
-        raise ConfigError(
-            f"intermediate_size {given} with mlp_multiple_of {multiple} gives GPT-NeoX a first MLP matrix of {rows} "
-            f"rows and a second of {columns} columns, which do not fit; give 3 x the true width"
+    """The true MLP width, and the line that says how it was read unless intermediate_size_convention says it."""
+    given, multiple, hidden = args.intermediate_size, args.mlp_multiple_of, args.hidden_size
+    if given is not None and args.expansion_factor is not None:
+        raise ConfigError("intermediate_size and expansion_factor are both given; keep one")
+    asked = args.intermediate_size_convention
+    if given is None:
+        given, source = int((args.expansion_factor or 4) * hidden), f"{args.expansion_factor or 4:g} x hidden_size ="
+    else:
+        source = "intermediate_size"
+    matrices = gpt_neox_matrices(given, multiple)
+    convention = asked or ("neox" if multiple > 1 or source != "intermediate_size" or given > 4 * hidden else "hf")
+    if convention == "hf":
+        other = f"GPT-NeoX would build {matrices.columns}" if matrices.fit else "GPT-NeoX's rule gives no MLP that fits"
+        note = (
+            f"MLP width {given}: intermediate_size is read as the true width ({other}); "
+            f"intermediate_size_convention: hf or neox says which is meant"
         )
-    return Derived({"intermediate_size": columns})
+    elif not matrices.fit:
+        raise ConfigError(
+            f"{source} {given} with mlp_multiple_of {multiple} gives GPT-NeoX a first MLP matrix of {matrices.rows} "
+            f"rows and a second of {matrices.columns} columns, which do not fit; give 3 x the true width, or "
+            f"intermediate_size_convention: hf if {given} is the width itself"
+        )
+    else:
+        note = (
+            f"MLP width {matrices.columns}: GPT-NeoX's reading of {source} {given}"
+            + (f" with mlp_multiple_of {multiple}" if multiple > 1 else "")
+            + ("" if source == "intermediate_size" else "; intermediate_size is not given")
+        )
+    width = given if convention == "hf" else matrices.columns
+    values = {"intermediate_size": width, "intermediate_size_convention": convention}
+    return Derived(values, () if asked else (note,))
 
 
 # --- rules
@@ -158,30 +209,23 @@ def kv_heads_divide_heads(args: ModelKeys) -> str | None:
 @registry.rule(*ALL_TASKS)
 def width_is_true(args: ModelKeys) -> str | None:
     width = args.intermediate_size
-    if width <= 6 * args.hidden_size:
+    if args.intermediate_size_convention == "neox" or width <= 6 * args.hidden_size:
         return None
     return (
         f"intermediate_size {width} is wider than 6 x hidden_size {args.hidden_size}: it looks like GPT-NeoX's 3 x the "
-        f"true width. Write intermediate_size: {width // 3}, as in the Hugging Face config, or "
-        f"intermediate_size_convention: neox if {width} is meant as 3 x {width // 3}"
+        f"true width. Write intermediate_size: {width // 3}, as in the Hugging Face config, or leave "
+        f"intermediate_size_convention out if {width} is meant as 3 x {width // 3}"
     )
 
 
 @registry.rule(*ALL_TASKS)
 def mlp_multiple_divides_width(args: ModelKeys) -> str | None:
-    if args.intermediate_size % args.mlp_multiple_of == 0:
+    if args.intermediate_size_convention == "neox" or args.intermediate_size % args.mlp_multiple_of == 0:
         return None
     return (
         f"mlp_multiple_of {args.mlp_multiple_of} does not divide intermediate_size {args.intermediate_size}; the "
-        f"width is never rounded here, leave mlp_multiple_of out"
+        f"hf convention never rounds; leave mlp_multiple_of out"
     )
-
-
-@registry.rule(*ALL_TASKS)
-def whole_head_rotates(args: ModelKeys) -> str | None:
-    if args.rotary_pct == 1.0:
-        return None
-    return f"rotary_pct {args.rotary_pct}: Llama rotates the whole head; leave it out or write 1.0"
 
 
 @registry.rule(*ALL_TASKS)
@@ -193,24 +237,6 @@ def rope_frequencies_are_ordered(args: ModelKeys) -> str | None:
         f"rope_scaling: low_freq_factor {scaling.low_freq_factor} must be below high_freq_factor "
         f"{scaling.high_freq_factor} (Llama-3.1: 1.0 and 4.0)"
     )
-
-
-@registry.rule(*ALL_TASKS)
-def attention_is_dense(args: ModelKeys) -> str | None:
-    names = list(_attention_types(args.attention_config or []))
-    other = sorted({str(name) for name in names if name not in ("flash", "global")})
-    if not other:
-        return None
-    return f"attention_config: {', '.join(other)} not supported; Llama's layers are all dense: flash or global"
-
-
-def _attention_types(config: list) -> list[object]:
-    """Types named in `[[[flash, global], 80]]` or `[flash, global, ...]`."""
-    names: list[object] = []
-    for entry in config:
-        types = entry[0] if isinstance(entry, list) and entry else entry
-        names += types if isinstance(types, list) else [types]
-    return names
 
 
 @registry.rule(*ALL_TASKS)
@@ -234,9 +260,25 @@ def rope_scaling_is_forgotten(args: ModelKeys) -> str | None:
 
 
 @registry.warning(*ALL_TASKS)
-def attention_config_chooses_nothing(args: ModelKeys) -> str | None:
-    if args.attention_config is None:
+def width_is_not_the_published_one(args: ModelKeys) -> str | None:
+    """GPT-NeoX's own Code Llama files leave the width out."""
+    sizes = (args.num_layers, args.hidden_size, args.num_attention_heads, args.num_kv_heads)
+    width, name = PUBLISHED.get(sizes, (args.intermediate_size, ""))
+    if width == args.intermediate_size:
+        return None
+    three_fold = args.intermediate_size_convention == "neox"
+    return (
+        f"the MLP width {args.intermediate_size} is not that of {name}, whose other sizes these are: {width}. For its "
+        f"weights write intermediate_size: {3 * width if three_fold else width}"
+        + (f" (GPT-NeoX's 3 x {width})" if three_fold else "")
+    )
+
+
+@registry.warning(*ALL_TASKS)
+def mlp_biases_are_left_out(args: AllKeys) -> str | None:
+    if args.merged.get("use_bias_in_mlp") is not None:
         return None
     return (
-        "attention_config has no effect: every layer runs scaled_dot_product_attention, flash where the device has it"
+        "use_bias_in_mlp is not given: GPT-NeoX's default true would add biases that no Llama checkpoint has; false is "
+        "taken"
     )

@@ -1,4 +1,4 @@
-"""Keys of the optimisation and their rules: optimizer, schedule, batch, precision, ZeRO, activation checkpointing."""
+"""Keys of the optimisation and their rules: optimizer, schedule, batch, ZeRO, activation checkpointing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pydantic import Field, model_validator
 
 from megatron.common.errors import ConfigError
 from megatron.neox_arguments.deepspeed_config import deepspeed_dictionary
-from megatron.neox_arguments.host_cpu import native_bf16_cpu
 from megatron.neox_arguments.keys.fields import Keys, derived, key, required
 from megatron.neox_arguments.registry import ALL_TASKS, Derived, Registry
 
@@ -50,23 +49,13 @@ class LrOverride(Keys):
 class Zero(Keys):
     """The part of DeepSpeed's `zero_optimization` that a pipeline can use."""
 
-    stage: int = key(1, "ZeRO stage; only 1 is right in the pipeline engine.")
+    stage: int = key(1, "ZeRO stage; 1 always, which 0 is taken as.")
     allgather_partitions: bool = key(True, "Gather updated weights by all-gather instead of broadcasts.")
     reduce_scatter: bool = key(True, "Reduce gradients by reduce-scatter.")
     allgather_bucket_size: int = key(500_000_000, "Elements in one all-gather.", gt=0)
     reduce_bucket_size: int = key(500_000_000, "Elements in one reduction.", gt=0)
     contiguous_gradients: bool = key(False, "Copy gradients to one buffer as they arrive.")
-    overlap_comm: bool = key(False, "No effect: the pipeline engine turns overlapping off.")
     cpu_offload: Literal[False] = key(False, "Not supported.")
-
-
-class Bf16(Keys):
-    enabled: bool = key(False, "Train in bf16 with fp32 master weights and fp32 gradient accumulation.")
-    check_grad_overflow: bool = key(True, "Skip a step whose gradients hold an infinity or NaN.")
-
-
-class DataTypes(Keys):
-    grad_accum_dtype: Literal["fp32"] = key("fp32", "Gradients are always accumulated in fp32.")
 
 
 class OptimizationKeys(Keys):
@@ -93,7 +82,10 @@ class OptimizationKeys(Keys):
     optimizer: Optimizer = derived("nothing: training needs it", "Optimizer type and its params: lr, betas, eps.")
     weight_decay: float = key(0.1, "Decay of matrices (embedding and head included); norms have none.", ge=0)
     gradient_clipping: float = key(1.0, "Global L2 norm above which gradients are scaled down; 0 is off.", ge=0)
-    lr_decay_style: Literal["constant", "linear", "cosine"] = key("linear", "Shape of the schedule after warm-up.")
+    lr_decay_style: Literal["constant", "linear", "cosine", "exponential"] = key(
+        "linear",
+        "Shape of the schedule after warm-up. exponential halves the rate over lr_decay_iters, as in GPT-NeoX.",
+    )
     lr_decay_iters: int = derived(
         "train_iters x lr_decay_fraction, else train_iters", "Iteration at which the decay reaches min_lr.", gt=0
     )
@@ -103,13 +95,6 @@ class OptimizationKeys(Keys):
     lr_overrides: list[LrOverride] = key(
         [], "Manual factors on the schedule, each from an iteration on: [{at: 1200, scale: 0.5}].", ours=True
     )
-    precision: Literal["auto", "fp32", "bfloat16"] = derived(
-        "bfloat16 if that mapping is enabled, else fp32",
-        "fp32 and bfloat16 are honoured everywhere. auto picks bfloat16 where the device computes in it and fp32 "
-        "on a CPU that would emulate it.",
-    )
-    bf16: Bf16 | None = key(None, "DeepSpeed's bf16 mapping.")
-    data_types: DataTypes | None = key(None, "Accepted from GPT-NeoX configurations; fp32 accumulation is always on.")
     zero_optimization: Zero = key(Zero(), "ZeRO options; stage 1 always.")
     checkpoint_activations: bool = key(
         False, "Recompute each decoder layer in the backward pass instead of storing it."
@@ -121,7 +106,7 @@ class OptimizationKeys(Keys):
         ours=True,
         gt=0,
     )
-    checkpoint_num_layers: Literal[1] = key(1, "Layers recomputed together; 1 is the only right interval here.")
+    checkpoint_num_layers: int = key(1, "Layers recomputed together; always taken as 1, no number depends on it.", gt=0)
     deepspeed_extra_args: dict[str, Any] = Field(
         default={},
         description="Options handed to DeepSpeed as they are; a key that this schema knows is refused here.",
@@ -137,33 +122,9 @@ class OptimizationKeys(Keys):
 # --- derivations
 
 
-@registry.derivation(*ALL_TASKS)
-def precision(args: AllKeys, world_size: int | None) -> Derived:
-    """Precision of the run and, for `auto`, the line that says why."""
-    implied = "bfloat16" if args.bf16 and args.bf16.enabled else None
-    given = args.precision
-    if given is None:
-        return Derived({"precision": implied or "fp32"})
-    if given != "auto":
-        if implied and implied != given:
-            raise ConfigError(f"precision is {given}, but the mapping of {implied} is enabled; make them agree")
-        return Derived({})
-    if implied:
-        return Derived({"precision": implied})
-    if args.device == "cuda":
-        chosen, why = "bfloat16", "bfloat16, which the GPU computes natively"
-    elif native_bf16_cpu():
-        chosen, why = "bfloat16", "bfloat16, which this CPU computes natively"
-    else:
-        chosen, why = (
-            "fp32",
-            "fp32, because this CPU has no bfloat16 instructions and emulating them was 13 times slower "
-            "(precision: bfloat16 does it anyway)",
-        )
-    return Derived({"precision": chosen}, (f"precision auto: {why}",))
-
-
-@registry.derivation("train", "eval")
+@registry.derivation(
+    "train", "eval", fills=("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+)
 def batch_sizes(args: AllKeys, world_size: int | None) -> Derived:
     """train_batch_size = micro x accumulation x data_parallel_size, from whichever of the three are given."""
     data = args.data_parallel_size
@@ -214,7 +175,19 @@ def _quotient(batch: int, divisor: int, what: str) -> int:
     return batch // divisor
 
 
-@registry.derivation(*ALL_TASKS)
+@registry.derivation(*ALL_TASKS, fills=("zero_optimization",))
+def stage_0_is_stage_1(args: OptimizationKeys, world_size: int | None) -> Derived:
+    """Stage 0 clips gradients wrongly in DeepSpeed's pipeline engine, which has no global norm there."""
+    if args.zero_optimization.stage != 0:
+        return Derived({})
+    note = (
+        "zero_optimization stage 0 is taken as 1: the same updates, with optimizer states divided over data-parallel "
+        "ranks"
+    )
+    return Derived({"zero_optimization": args.zero_optimization.model_copy(update={"stage": 1})}, (note,))
+
+
+@registry.derivation(*ALL_TASKS, fills=("lr_decay_iters",))
 def decay_length(args: OptimizationKeys, world_size: int | None) -> Derived:
     if args.lr_decay_iters is not None or not args.train_iters:
         return Derived({})
@@ -232,13 +205,8 @@ def decay_iters(train_iters: int, fraction: float | None) -> int:
 @registry.rule(*ALL_TASKS)
 def zero_stage_is_one(args: OptimizationKeys) -> str | None:
     stage = args.zero_optimization.stage
-    if stage == 1:
+    if stage in (0, 1):
         return None
-    if stage == 0:
-        return (
-            "zero_optimization stage 0 clips gradients wrongly in DeepSpeed's pipeline engine (it has no global norm); "
-            "write stage: 1, which is right also with one data-parallel rank"
-        )
     return (
         f"zero_optimization stage {stage} splits gradients or weights, which DeepSpeed cannot do together with "
         f"pipeline stages; write stage: 1"
@@ -312,8 +280,11 @@ def extra_args_do_not_collide(args: AllKeys) -> str | None:
     )
 
 
-@registry.warning(*ALL_TASKS)
-def overlap_is_off(args: OptimizationKeys) -> str | None:
-    if not args.zero_optimization.overlap_comm:
+@registry.warning("train")
+def layers_are_recomputed_one_by_one(args: OptimizationKeys) -> str | None:
+    if args.checkpoint_num_layers == 1 or not args.checkpoint_activations:
         return None
-    return "zero_optimization.overlap_comm has no effect: the pipeline engine turns overlapping off"
+    return (
+        f"checkpoint_num_layers {args.checkpoint_num_layers} is taken as 1: layers are recomputed one by one, which "
+        f"changes memory and time, no number"
+    )

@@ -42,11 +42,13 @@ class ParallelKeys(Keys):
     device: Literal["cuda", "cpu"] = derived(
         "cuda with nccl, cpu with gloo", "Where tensors live; ROCm's devices are called cuda.", ours=True
     )
-    launcher: Literal["auto", "fork", "torchrun", "slurm"] = key(
-        "auto",
-        "How deepy.py starts ranks. fork: one process imports, then forks (CPU); torchrun: each rank imports for "
-        "itself (needed for GPUs); slurm: one srun over the nodes of the allocation; auto: slurm inside an "
-        "allocation, else fork on cpu, torchrun on cuda.",
+    launcher: Literal["auto", "fork", "torchrun", "slurm", "pdsh", "openmpi", "mvapich", "mpich", "impi", "jsrun"] = (
+        key(
+            "auto",
+            "How deepy.py starts ranks. fork: one process imports, then forks (CPU); torchrun: each rank imports for "
+            "itself (needed for GPUs); slurm: one srun over the nodes of the allocation; auto: slurm inside an "
+            "allocation, else fork on cpu, torchrun on cuda. GPT-NeoX's other launchers are taken as auto.",
+        )
     )
 
     @property
@@ -57,7 +59,7 @@ class ParallelKeys(Keys):
 # --- derivations
 
 
-@registry.derivation(*ALL_TASKS)
+@registry.derivation(*ALL_TASKS, fills=("pipe_parallel_size",))
 def sequential_model_is_one_stage(args: ParallelKeys, world_size: int | None) -> Derived:
     if args.pipe_parallel_size != 0:
         return Derived({})
@@ -65,7 +67,7 @@ def sequential_model_is_one_stage(args: ParallelKeys, world_size: int | None) ->
     return Derived({"pipe_parallel_size": 1}, (note,))
 
 
-@registry.derivation(*ALL_TASKS)
+@registry.derivation(*ALL_TASKS, fills=("sequence_parallel",))
 def one_tensor_rank_holds_the_whole_sequence(args: ParallelKeys, world_size: int | None) -> Derived:
     if not args.sequence_parallel or args.model_parallel_size > 1:
         return Derived({})
@@ -73,12 +75,23 @@ def one_tensor_rank_holds_the_whole_sequence(args: ParallelKeys, world_size: int
     return Derived({"sequence_parallel": False}, (note,))
 
 
-@registry.derivation(*ALL_TASKS)
+@registry.derivation(*ALL_TASKS, fills=("launcher",))
+def launchers_of_gpt_neox(args: ParallelKeys, world_size: int | None) -> Derived:
+    if args.launcher in ("auto", "fork", "torchrun", "slurm"):
+        return Derived({})
+    note = (
+        f"launcher {args.launcher} is taken as auto: in a Slurm allocation deepy.py starts all nodes by srun itself, "
+        f"elsewhere the ranks of this machine"
+    )
+    return Derived({"launcher": "auto"}, (note,))
+
+
+@registry.derivation(*ALL_TASKS, fills=("device",))
 def device_of_the_backend(args: ParallelKeys, world_size: int | None) -> Derived:
     return Derived({"device": args.device or ("cpu" if args.distributed_backend == "gloo" else "cuda")})
 
 
-@registry.derivation(*ALL_TASKS)
+@registry.derivation(*ALL_TASKS, fills=("global_num_gpus", "num_nodes"))
 def number_of_ranks(args: ParallelKeys, world_size: int | None) -> Derived:
     """What the launcher started, else what the configuration asks for, else the smallest number that works."""
     nodes, pipe = max(1, args.num_nodes), args.pipe_parallel_size
@@ -110,6 +123,8 @@ def number_of_ranks(args: ParallelKeys, world_size: int | None) -> Derived:
 def tensors_divide_by_tensor_parallelism(args: AllKeys) -> str | None:
     if args.num_attention_heads % args.num_kv_heads or args.hidden_size % args.num_attention_heads:
         return None  # the rules of the model report it
+    if args.vocab_size is None:
+        return None  # to be counted where the tokenizer is
     try:
         args.shape.check_tensor_parallel(args.model_parallel_size)
     except ValueError as error:

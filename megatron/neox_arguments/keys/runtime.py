@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from megatron.neox_arguments.keys.fields import Keys, key
-from megatron.neox_arguments.registry import Registry
+from megatron.neox_arguments.keys.fields import Keys, derived, key
+from megatron.neox_arguments.registry import ALL_TASKS, Derived, Registry
+
+if TYPE_CHECKING:
+    from megatron.neox_arguments.keys.all_keys import AllKeys
 
 registry = Registry()
 
@@ -21,6 +24,7 @@ class RuntimeKeys(Keys):
     wandb_group: str | None = key(None, "Group of the run.")
     wandb_run_name: str | None = key(None, "Name of the run.")
     wandb_team: str | None = key(None, "Team (entity) of the run.")
+    wandb_host: str = key("https://api.wandb.ai", "Server of Weights & Biases.")
     wall_clock_breakdown: bool = key(False, "DeepSpeed's timers of forward, backward and step.")
     eval_interval: int = key(1000, "Iterations between evaluations.", gt=0)
     eval_iters: int = key(100, "Global batches in one evaluation of a source; 0 evaluates nothing.", ge=0)
@@ -30,6 +34,11 @@ class RuntimeKeys(Keys):
         "stops without kernels.",
         ours=True,
     )
+    log_param_norm: bool = key(False, "Record the norm of every parameter, as parameter_norms/NAME.")
+    text_gen_type: Literal["unconditional", "input-file", "interactive"] = derived(
+        "input-file with sample_input_file, else unconditional",
+        "What generate.py continues: nothing, the lines of a file, or what is typed (on one rank).",
+    )
     sample_input_file: str | None = key(None, "Prompts, one per line.")
     sample_output_file: str = key("samples.txt", "Where generated text goes, JSON lines.")
     eval_results_prefix: str = key("", "eval.py writes its results to PREFIXeval_results.json.")
@@ -38,3 +47,41 @@ class RuntimeKeys(Keys):
     temperature: float = key(0.0, "0 takes the most likely token.", ge=0)
     top_p: float = key(0.0, "Nucleus sampling; 0 is off.", ge=0, le=1)
     top_k: int = key(0, "Sample among the k most likely tokens; 0 is off.", ge=0)
+
+
+# --- derivations
+
+
+@registry.derivation(*ALL_TASKS, fills=("text_gen_type",))
+def text_of_the_prompts(args: RuntimeKeys, world_size: int | None) -> Derived:
+    if args.text_gen_type is not None:
+        return Derived({})
+    return Derived({"text_gen_type": "input-file" if args.sample_input_file else "unconditional"})
+
+
+# --- rules
+
+
+@registry.rule("generate")
+def prompts_have_a_file(args: RuntimeKeys) -> str | None:
+    if args.text_gen_type != "input-file" or args.sample_input_file:
+        return None
+    return "text_gen_type input-file needs sample_input_file (-i): a text file with one prompt a line"
+
+
+@registry.warning("generate")
+def prompts_are_not_read(args: RuntimeKeys) -> str | None:
+    if args.text_gen_type == "input-file" or args.sample_input_file is None:
+        return None
+    return f"sample_input_file {args.sample_input_file} is not read: text_gen_type is {args.text_gen_type}"
+
+
+@registry.warning("train")
+def wandb_is_not_switched_on(args: AllKeys) -> str | None:
+    names = [name for name in ("wandb_group", "wandb_team", "wandb_run_name") if getattr(args, name) is not None]
+    if not names or args.merged.get("use_wandb") is not None:
+        return None
+    return (
+        f"{', '.join(names)} without use_wandb: GPT-NeoX logs to Weights & Biases if it finds an API key; here only "
+        f"use_wandb: true does"
+    )

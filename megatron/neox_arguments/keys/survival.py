@@ -58,7 +58,7 @@ class SurvivalKeys(Keys):
         ours=True,
         ge=0,
     )
-    profile: bool = key(False, "Write torch profiler traces of some steps to log_dir.")
+    profile: bool = key(False, "Write torch profiler traces of some steps to log_dir, else to tensorboard_dir.")
     profile_step_start: int = key(10, "First iteration in the trace.", ge=1)
     profile_step_stop: int = key(12, "Stop before this iteration (exclusive).", ge=2)
     profile_ranks: list[int] = key([0], "Ranks that write a trace.", ours=True, min_length=1)
@@ -67,7 +67,7 @@ class SurvivalKeys(Keys):
 # --- derivations
 
 
-@registry.derivation(*ALL_TASKS)
+@registry.derivation(*ALL_TASKS, fills=("step_timeout_minutes",))
 def step_timeout(args: AllKeys, world_size: int | None) -> Derived:
     if args.step_timeout_minutes is not None:
         return Derived({})
@@ -100,8 +100,8 @@ def a_step_ends_before_its_collectives(args: AllKeys) -> str | None:
 def a_profile_has_steps_ranks_and_a_folder(args: AllKeys) -> str | None:
     if not args.profile:
         return None
-    if not args.log_dir:
-        return "profile needs log_dir, where the traces are written"
+    if not (args.log_dir or args.tensorboard_dir):
+        return "profile needs log_dir or tensorboard_dir, where the traces are written"
     if args.profile_step_start >= args.profile_step_stop:
         return (
             f"profile_step_start {args.profile_step_start} is not below profile_step_stop {args.profile_step_stop}, "

@@ -29,7 +29,7 @@ from megatron.planner.cost.machines import FRONTIER, Machine
 from megatron.planner.cost.parallel_layout import ParallelLayout, Recompute, decoders_by_stage
 from megatron.planner.cost.traffic import REDUCTION_BUCKET
 
-ELEMENT = {"fp32": 4, "bfloat16": 2}
+ELEMENT = {"fp32": 4, "bfloat16": 2, "fp16": 2}
 
 KINDS = (
     "weights",
@@ -93,9 +93,10 @@ def plan_memory(
 ) -> list[StageMemory]:
     """One entry per pipeline stage.
 
-    `precision` is `bfloat16` or `fp32`; `stage_layers` the layer-file numbers of every stage, default DeepSpeed's
-    partition by decoder layers; `ops` says how the fused operations run; `machine` what a communicator takes (on
-    a CPU none takes any). `reduce_bucket_size` and `contiguous_gradients` are ZeRO's keys, without effect in bf16.
+    `precision` is `bfloat16`, `fp16` (alike) or `fp32`; `stage_layers` the layer-file numbers of every stage, default
+    DeepSpeed's partition by decoder layers; `ops` says how the fused operations run; `machine` what a communicator
+    takes (on a CPU none takes any). `reduce_bucket_size` and `contiguous_gradients` are ZeRO's keys, without effect in
+    bf16.
     Attention is a flash kernel. Raises ValueError where the shape does not fit the tensor-parallel size.
     """
     shape.check_tensor_parallel(layout.tensor)
@@ -218,14 +219,14 @@ class _Optimizer:
         return ELEMENT[self.precision]
 
     def gradients_always(self, padded: int) -> int:
-        """Bytes of gradients that are there in every moment: the fp32 ones of bf16, the contiguous bucket of fp32."""
-        if self.precision == "bfloat16":
+        """Bytes of gradients that are there in every moment: fp32 ones of 16 bits, the contiguous bucket of fp32."""
+        if self.precision != "fp32":
             return FP32 * padded
         return FP32 * self.bucket * self.contiguous
 
     def reduction(self, parameters: _Parameters, data: int) -> int:
         """Bytes that reducing the gradients takes: tensors reduced together are copied to one."""
-        if self.precision == "bfloat16":  # two flat tensors, one for each parameter group
+        if self.precision != "fp32":  # two flat tensors, one for each parameter group
             together = parameters.decayed <= REDUCTION_BUCKET and parameters.undecayed and parameters.decayed
             return FP32 * parameters.padded(data) if together else 0
         shard = parameters.padded(data) // data
@@ -412,7 +413,7 @@ class _Step:
             work = whole + hidden * (2 if sizes.several else 1) + self.element * parameters.embedding
             grown = everything - (0 if done else self.element * parameters.embedding)
             moments.append(_Moment("embedding", grown, others + finished, work, logits))
-        if self.optimizer.precision == "bfloat16":
+        if self.optimizer.precision != "fp32":
             inputs = 0 if self.first else 2 * hidden  # the input and its gradient
             work = FP32 * parameters.largest
             moments.append(_Moment("accumulation", everything, others + finished + inputs, work, logits))

@@ -16,6 +16,7 @@ def model_keys(config: LlamaConfig, divisible_by: int) -> dict[str, Any]:
         "num_attention_heads": config.num_attention_heads,
         "num_kv_heads": config.num_kv_heads,
         "intermediate_size": config.intermediate_size,
+        "intermediate_size_convention": "hf",
         "vocab_size": config.vocab_size,
         "make_vocab_size_divisible_by": divisible_by,
         "max_position_embeddings": config.max_position_embeddings,

@@ -1,0 +1,63 @@
+"""Loss scaling of fp16 on DeepSpeed's ZeRO optimizer: when the scale moves, what a skipped step was, what is saved.
+
+DeepSpeed raises the scale before it divides the gradients by it: in a step in which the scale doubles the gradients
+count half. Here the scale moves when the step is done. At its lowest scale DeepSpeed ends the run with an exception;
+here an overflow at that scale counts as a step that is not finite, whose bound is the configuration's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+
+from megatron.engine.protocol import LossScaleState
+
+
+class LossScale:
+    """The scale of one engine's optimizer."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self._optimizer = optimizer
+        self._overflow: bool | None = None
+        optimizer._update_scale = self._note  # its step calls it before the gradients are divided
+        self.overflows = 0
+
+    def _note(self, overflow: bool) -> None:
+        self._overflow = bool(overflow)
+
+    @property
+    def _scaler(self) -> Any:
+        return self._optimizer.loss_scaler  # another object after the optimizer's state was loaded
+
+    @property
+    def scale(self) -> float:
+        return float(self._scaler.cur_scale)
+
+    def after_step(self, loss_is_finite: bool) -> bool:
+        """Move the scale; whether the step just done was skipped for an overflow that a lower scale may avoid."""
+        overflow, self._overflow = self._overflow, None
+        if overflow is None:
+            raise RuntimeError("DeepSpeed's optimizer made a step without moving its loss scale")
+        scaler = self._scaler
+        can_fall = isinstance(scaler, DynamicLossScaler) and scaler.cur_scale > scaler.min_scale
+        if isinstance(scaler, DynamicLossScaler):
+            scaler.raise_error_at_min_scale = False
+        scaler.update_scale(overflow)
+        counted = overflow and can_fall and loss_is_finite
+        self.overflows += counted
+        return counted
+
+    @property
+    def state(self) -> LossScaleState:
+        scaler = self._scaler
+        if not isinstance(scaler, DynamicLossScaler):
+            return LossScaleState(self.scale)
+        return LossScaleState(self.scale, scaler.cur_iter, scaler.last_overflow_iter, scaler.cur_hysteresis)
+
+    @state.setter
+    def state(self, state: LossScaleState) -> None:
+        scaler = self._scaler
+        if isinstance(scaler, DynamicLossScaler):  # a static scale is the configuration's
+            scaler.cur_scale, scaler.cur_iter = state.scale, state.steps
+            scaler.last_overflow_iter, scaler.cur_hysteresis = state.last_overflow, state.hysteresis

@@ -1,0 +1,138 @@
+"""fp16 with dynamic loss scaling: a plain loop with torch's scaler, skipped steps apart from broken ones, resume."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.fp16 import allow_fp16, plain_loop
+from tests.support.models import LLAMA3_ROPE, Case
+from tests.support.ranks import run_ranks
+from tests.support.runs import metrics, run_case, weights
+from tests.support.token_files import random_documents
+
+pytestmark = pytest.mark.distributed
+
+CASE = Case(heads=4, kv_heads=2, head_dim=8, layers=2, intermediate=48, vocab=96, seq=16, rope=LLAMA3_ROPE)
+STEPS, WINDOW, POWER, LR = 12, 4, 22, 1e-2
+SCALING = {"enabled": True, "initial_scale_power": POWER, "loss_scale_window": WINDOW, "hysteresis": 1}
+FP16: dict[str, Any] = {"precision": "fp16", "fp16": SCALING, "gradient_accumulation_steps": 1}
+
+
+def _steps(rank: int, world_size: int, split: dict[str, Any], eager_scale: bool) -> Any:
+    """(loss, scale, applied, overflow) of every step on the same batches, and this rank's fp32 masters' norm."""
+    from megatron.engine.deepspeed_loss_scale import LossScale
+    from tests.support.engine_runs import batch_of, build, make_samples, rank_parameters
+
+    allow_fp16()
+    if eager_scale:  # the mutation: DeepSpeed's own order, which moves the scale before the gradients are divided
+        note = LossScale._note
+
+        def eager(self: Any, overflow: bool) -> None:
+            note(self, overflow)
+            scaler = self._scaler
+            if not overflow and scaler.cur_iter - scaler.last_overflow_iter - 1 == WINDOW:
+                scaler.cur_scale *= 2
+
+        LossScale._note = eager
+    micro = 4 * split.get("model_parallel_size", 1) * split.get("pipe_parallel_size", 1) // world_size
+    args = CASE.neox(world_size=world_size, train_micro_batch_size_per_gpu=micro, **split, **FP16)
+    engine = build(args, CASE)
+    samples = make_samples(CASE, 4)
+    records = []
+    for _ in range(STEPS):
+        engine.set_learning_rate(LR)
+        result = engine.train_step(batch_of(engine, args, samples))
+        records.append((result.loss, result.loss_scale, result.applied, result.overflow))
+    return records, engine.counters, rank_parameters(engine), args
+
+
+def run(ranks: int, eager_scale: bool = False, **split: Any) -> tuple[list[Any], Any, dict[str, torch.Tensor]]:
+    """What all ranks agree on, the counters, and the weights after the last step."""
+    from tests.support.engine_runs import whole_model
+
+    results = run_ranks(_steps, ranks, split, eager_scale)
+    assert all(result[0] == results[0][0] for result in results)
+    return results[0][0], results[0][1], whole_model([result[2] for result in results], results[0][3])
+
+
+def _plain() -> tuple[list[tuple[float, float, bool]], dict[str, torch.Tensor]]:
+    from tests.support.engine_runs import make_samples, stack
+
+    return plain_loop(CASE, [stack(make_samples(CASE, 4))] * STEPS, 2.0**POWER, WINDOW + 1, LR, clip=1.0)
+
+
+@pytest.fixture(scope="module")
+def plain() -> tuple[list[tuple[float, float, bool]], dict[str, torch.Tensor]]:
+    return _plain()
+
+
+def distance(ours: dict[str, torch.Tensor], masters: dict[str, torch.Tensor]) -> float:
+    """Of all weights from the plain loop's, relative to how far it moved them."""
+    start = {name: p.detach() for name, p in CASE.hugging_face().named_parameters()}
+    far = sum(float((ours[name].double() - masters[name].double()).square().sum()) for name in masters)
+    moved = sum(float((start[name].double() - masters[name].double()).square().sum()) for name in masters)
+    return (far / moved) ** 0.5
+
+
+LAYOUTS: list[tuple[int, dict[str, Any]]] = [
+    (1, {}),
+    (2, {}),
+    (4, {"model_parallel_size": 2, "pipe_parallel_size": 2}),
+]
+
+
+@pytest.mark.parametrize(("ranks", "split"), LAYOUTS, ids=["one", "dp2", "tp2-pp2"])
+def test_a_plain_loop_with_torch_s_scaler(plain: Any, ranks: int, split: dict[str, Any]) -> None:
+    """The same scale at every step, the same steps left out, losses to 2e-3, weights to 3 % of how far they moved."""
+    expected, masters = plain
+    records, counters, weights_after = run(ranks, **split)
+    assert [(scale, applied) for _, scale, applied, _ in records] == [
+        (scale, applied) for _, scale, applied in expected
+    ]
+    assert [loss for loss, *_ in records] == pytest.approx([loss for loss, *_ in expected], abs=2e-3)
+    skipped = [not applied for *_, applied, _ in records]
+    assert [overflow for *_, overflow in records] == skipped
+    assert 1 <= sum(skipped) < STEPS - WINDOW, "the case is to hold an overflow and a growth of the scale"
+    assert max(b / a for (_, a, *_), (_, b, *_) in itertools.pairwise(records)) == 2.0
+    assert (counters.overflows, counters.not_finite) == (sum(skipped), 0)
+    assert distance(weights_after, masters) < 0.03
+
+
+def test_a_scale_that_moves_too_early_is_noticed(plain: Any) -> None:
+    """DeepSpeed's own order: in the step in which the scale doubles, gradients count half."""
+    expected, masters = plain
+    records, _, weights_after = run(1, eager_scale=True)
+    same = [loss for loss, *_ in records] == pytest.approx([loss for loss, *_ in expected], abs=2e-3)
+    assert not same or distance(weights_after, masters) > 0.03
+
+
+def _train(rank: int, world_size: int, run_keys: dict[str, Any]) -> None:
+    allow_fp16()
+    run_case(CASE, world_size, run_keys)
+
+
+def test_a_run_that_continues_is_bit_equal_with_its_scale(tmp_path: Path) -> None:
+    """The run is cut where the hysteresis of 2 is half used up and the window half full."""
+    data = random_documents(tmp_path / "train", CASE.vocab)
+    scaling = {**SCALING, "hysteresis": 2, "consecutive_hysteresis": False}
+    common = {**FP16, "fp16": scaling, "train_data_paths": [data], "log_interval": 1, "lr_decay_iters": 14}
+
+    def keys(folder: Path, iterations: int, **changes: Any) -> dict[str, Any]:
+        places = {"log_dir": str(folder / "log"), "save": str(folder / "checkpoints"), "extra_save_iters": [3, 14]}
+        return {**common, **places, "train_iters": iterations, **changes}
+
+    run_ranks(_train, 2, keys(tmp_path / "whole", 14))
+    run_ranks(_train, 2, keys(tmp_path / "parts", 3))
+    run_ranks(_train, 2, keys(tmp_path / "parts", 14, extra_save_iters=[14]))
+    for name in ("train/lm_loss", "train/loss_scale", "train/overflow_steps", "train/learning_rate"):
+        assert metrics(tmp_path / "parts", name) == metrics(tmp_path / "whole", name), name
+    whole, parts = weights(tmp_path / "whole", 14), weights(tmp_path / "parts", 14)
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    scales = metrics(tmp_path / "whole", "train/loss_scale")
+    assert scales[4] == scales[3] / 2 or scales[3] == scales[2] / 2, "the case is to be cut amid overflows"
+    assert max(metrics(tmp_path / "whole", "train/skipped_steps").values()) == 0
