@@ -79,7 +79,7 @@ class WholeDocuments(SampleSource):
                 f"longer than a sample of {self.form.seq_length} tokens and cut (allow_chopped: true)",
             ),
             ("silent", "silent_tokens", "left out: no target in them, nothing to learn"),
-            ("short", "short", "left out: of less than two tokens"),
+            ("short", "short_tokens", "left out: of less than two tokens"),
         ):
             if counts[number]:
                 what = "documents and pieces" if number == "silent" and counts["cut"] else "documents"
@@ -145,7 +145,7 @@ class WholeDocuments(SampleSource):
 
 _COUNTS = (
     *("documents", "tokens", "too_long", "too_long_tokens", "cut", "cut_tokens"),
-    *("silent", "silent_tokens", "short"),
+    *("silent", "silent_tokens", "short", "short_tokens"),
 )
 
 
@@ -175,6 +175,7 @@ def _cut(sizes: Integers, capacity: int, chop: bool) -> tuple[Integers, Integers
         "documents": len(sizes),
         "tokens": int(sizes.sum()),
         "short": int((sizes < 2).sum()),
+        "short_tokens": int(sizes[sizes < 2].sum()),
         ("cut" if chop else "too_long"): int(long.sum()),
         ("cut_tokens" if chop else "too_long_tokens"): int(sizes[long].sum()),
     }

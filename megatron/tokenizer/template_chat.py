@@ -178,6 +178,19 @@ class TemplateChat(Chat):
         answer = so_far[len(prompt) :]
         places = self._special_places(answer)
         message = conversation.messages[turn]
+        if message.calls or message.reasoning is not None:
+            same = prompt == self._render(conversation, turn)
+            begins = not (same and places and not answer[: places[0][0]].strip())
+        else:
+            begins = not message.content or any(
+                _squeezed(_unguarded(answer)).startswith(form) for form in _forms(message.content)
+            )
+        if not begins and not _missing(message, answer):
+            raise ChatError(
+                f"the prompt for turn {turn + 1} does not end where the answer begins: the chat template does not "
+                f"follow add_generation_prompt, or writes words of its own before the answer",
+                "no generation prompt",
+            )
         whole = [end for start, end in places if not _missing(message, answer[:start])]
         if not whole:
             missing = _missing(message, answer)

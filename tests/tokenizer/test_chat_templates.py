@@ -92,7 +92,10 @@ def test_refusals_of_what_is_no_conversation(vocab_folder: Path) -> None:
 
 def write_folder(folder: Path, way: str) -> None:
     """A model folder with its templates where `transformers` looks for them."""
-    config: dict[str, Any] = {**SPECIAL, "pad_token": {"__type": "AddedToken", "content": SPECIAL["pad_token"], "special": True}}
+    config: dict[str, Any] = {
+        **SPECIAL,
+        "pad_token": {"__type": "AddedToken", "content": SPECIAL["pad_token"], "special": True},
+    }
     if way == "config":
         config["chat_template"] = SINGLE["tools"]
     elif way == "config with names":
