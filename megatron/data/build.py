@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -38,7 +38,7 @@ class Datasets:
     blend: Blend | None
     valid: dict[str, SampleDataset]
     test: dict[str, SampleDataset]
-    fingerprints: dict[str, dict[str, str | int]]
+    fingerprints: dict[str, dict[str, Any]]
     train_iters: int | None
     notes: list[str] = field(default_factory=list)
 

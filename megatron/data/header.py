@@ -11,7 +11,7 @@ import json
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -112,11 +112,11 @@ def check_header(prefix: str, header: DataHeader, tokenizer: Tokenizer | None, v
         )
 
 
-def fingerprint(prefix: str | Path) -> dict[str, str | int]:
+def fingerprint(prefix: str | Path) -> dict[str, Any]:
     """Provenance of a data prefix for checkpoints and cache keys, in time independent of its size.
 
     `hash` covers the header, the sizes of both files, and the first and last MiB of the index (the last offsets
-    depend on the length of every document).
+    depend on the length of every document). `chat` is how conversations were written, which an export goes by.
     """
     idx, binary = idx_path(prefix), bin_path(prefix)
     for path in (idx, binary):
@@ -131,7 +131,16 @@ def fingerprint(prefix: str | Path) -> dict[str, str | int]:
     header = header_path(prefix)
     if header.is_file():
         digest.update(header.read_bytes())
-    return {"path": str(prefix), "idx_bytes": sizes[0], "bin_bytes": sizes[1], "hash": digest.hexdigest()}
+    found: dict[str, Any] = {
+        "path": str(prefix),
+        "idx_bytes": sizes[0],
+        "bin_bytes": sizes[1],
+        "hash": digest.hexdigest(),
+    }
+    known = read_header(prefix)
+    if known is not None and known.chat is not None and known.chat.end_of_turn:
+        found["chat"] = {"template": known.chat.template_text, "end_of_turn": known.chat.end_of_turn}
+    return found
 
 
 def file_crc32(path: Path, progress: Callable[[int], None] | None = None) -> str:

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from megatron.tokenizer.base import Tokenizer
+from megatron.tokenizer.base import END_OF_TURN_NAMES, Tokenizer
 from megatron.tokenizer.chat import Chat, Llama3Chat, Segment
 from megatron.tokenizer.chat_template import GENERATED, ChatTemplate, load_chat_template
 from megatron.tokenizer.conversation import ChatError, Conversation, Message, TrainOn, learned_turns
@@ -41,7 +41,7 @@ class TemplateChat(Chat):
         self.template = None if template.named else template.sources["default"]
         self.end_of_turn = []
         eos = template.special_tokens.get("eos_token")
-        for name in (eos, "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<end_of_turn>"):
+        for name in (eos, *END_OF_TURN_NAMES):
             written = name == eos or any(str(name) in source for source in template.sources.values())
             if name in self._ids and written and self._ids[name] not in self.end_of_turn:
                 self.end_of_turn.append(self._ids[name])

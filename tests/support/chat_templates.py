@@ -47,7 +47,8 @@ TOOLS = """{%- if tools %}
         {{- '</call>' }}
     {%- endfor %}
     {{- '<|eot_id|>' }}
-{%- endfor %}"""
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '[assistant:-]' }}{% endif %}"""
 
 # Thoughts are kept behind the last question only: namespaces, slices of lists in reverse, methods of texts.
 REASONING = """{%- set found = namespace(last=-1, searching=true) %}
@@ -67,14 +68,15 @@ REASONING = """{%- set found = namespace(last=-1, searching=true) %}
         {%- set thought = content.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') %}
         {%- set content = content.split('</think>')[-1].lstrip('\\n') %}
     {%- endif %}
-    {{- '<|im_start|>' + message.role + '\\n' }}
+    {{- '<|start_header_id|>' + message.role + '\\n' }}
     {%- if message.role == 'assistant' and thought and loop.index0 > found.last %}
         {{- '<think>\\n' + thought.strip('\\n') + '\\n</think>\\n\\n' }}
     {%- endif %}
-    {{- content + '<|im_end|>\\n' }}
+    {{- content + '<|eot_id|>\\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n' + ('<think>\\n\\n</think>\\n\\n' if enable_thinking is defined and not enable_thinking else '') }}
+    {%- set thinks = enable_thinking is not defined or enable_thinking %}
+    {{- '<|start_header_id|>assistant\\n' + ('' if thinks else '<think>\\n\\n</think>\\n\\n') }}
 {%- endif %}"""
 
 # Roles have to alternate; loop controls; a system prompt goes into the first question.
@@ -89,7 +91,8 @@ STRICT = """{%- set turns = messages %}
         {{- raise_exception('Roles must alternate, and ' + message['role'] + ' is at ' ~ loop.index0) }}
     {%- endif %}
     {%- if message['role'] == 'user' %}
-        {{- '[INST] ' + (system + '\\n\\n' if loop.first and system is defined else '') + message['content'].strip() + ' [/INST]' }}
+        {%- set before = system + '\\n\\n' if loop.first and system is defined else '' %}
+        {{- '[INST] ' + before + message['content'].strip() + ' [/INST]' }}
     {%- else %}
         {{- ' ' + message['content'] | trim + eos_token }}
     {%- endif %}
@@ -116,7 +119,8 @@ MACROS = """{%- macro frame(role, end='<|eot_id|>') %}
 # The date, documents, variables that a caller gives.
 DOCUMENTS = """{{- 'Year ' + strftime_now('%Y') + (' of ' + calendar if calendar is defined else '') + '\\n' }}
 {%- for document in documents or [] %}
-    {{- 'Document ' ~ loop.index ~ ': ' + document.title | default('untitled', true) + '\\n' + document['text'] + '\\n' }}
+    {{- 'Document ' ~ loop.index ~ ': ' + document.title | default('untitled', true) + '\\n' }}
+    {{- document['text'] + '\\n' }}
 {%- endfor %}
 {%- for message in messages %}
     {{- message.role + ': ' + message.content + '<|eot_id|>' }}

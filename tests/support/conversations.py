@@ -47,7 +47,7 @@ def conversations(count: int, topic: str) -> list[dict[str, Any]]:
 
 
 def random_records(count: int, seed: int = 0) -> list[dict[str, Any]]:
-    """`count` records with `messages` and perhaps `tools`, `documents` and `chat_template_kwargs`: tools, calls, results,
+    """`count` records with `messages` and perhaps `tools`, `documents`, `chat_template_kwargs`: tools, calls, results,
     reasoning under each of its names, non-ASCII letters, empty and null fields, contents in parts."""
     chance = random.Random(seed)
     return [_record(chance) for _ in range(count)]

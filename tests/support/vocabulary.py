@@ -69,3 +69,9 @@ def encode_chat(
     """Ids and labels of one conversation."""
     segments = chat.segments(Conversation(messages), train_on)
     return ids_and_labels(segments, [tokenizer.encode(s.text) for s in segments if s.text is not None])
+
+
+def encode_conversation(chat: Chat, tokenizer: Tokenizer, conversation: Conversation) -> tuple[list[int], list[int]]:
+    """Ids and labels of one conversation, with what its record says beside the turns."""
+    segments = chat.segments(conversation, "all")
+    return ids_and_labels(segments, [tokenizer.encode(s.text) for s in segments if s.text is not None])

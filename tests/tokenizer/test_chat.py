@@ -14,8 +14,9 @@ from megatron.common.labels import IGNORE_INDEX
 from megatron.tokenizer import Tokenizer, TokenizerError, build_tokenizer
 from megatron.tokenizer.chat import Chat, Llama3Chat
 from megatron.tokenizer.chat_template import ChatTemplate
-from megatron.tokenizer.conversation import ChatError, ChatToolCall, Conversation, Message, NothingToLearn
+from megatron.tokenizer.conversation import ChatError, Conversation, Message
 from megatron.tokenizer.template_chat import TemplateChat, load_chat
+from tests.support.conversations import random_records
 from tests.support.vocabulary import encode_chat
 from tools.datasets.encoding.conversations import digest, read_conversation
 
@@ -265,3 +266,39 @@ def test_digest() -> None:
     assert digest(first) == digest([Message("user", " U u"), Message("assistant", "A")])
     assert digest(first) != digest([Message("user", "U u"), Message("assistant", "B")])
     assert digest(first) != digest([Message("user", "A"), Message("assistant", "U u")])
+
+
+def expressible(seed: int) -> list[dict[str, Any]]:
+    """Random records that Meta's format can express: one call a turn, ASCII arguments, Llama's own tools among them."""
+    calls = [
+        {"name": "simbad", "arguments": {"object": "M31", "radius": 2.5, "bands": ["u", "g"], "deep": None}},
+        {"name": "brave_search", "arguments": {"query": "Was ist z?"}},
+        {"name": "code_interpreter", "arguments": {"code": "print(1)\nprint('é')"}},
+    ]
+    records = []
+    for number, record in enumerate(random_records(200, seed)):
+        for turn in record["messages"]:
+            for key in ("reasoning_content", "reasoning", "thinking"):
+                turn.pop(key, None)
+            if turn.get("tool_calls"):
+                turn["tool_calls"] = [{"function": calls[number % len(calls)]}]
+        records.append({"messages": record["messages"]})
+    return records
+
+
+def test_random_conversations_equal_metas_chat_format(vocab_folder: Path) -> None:
+    tokenizer = build_tokenizer("TiktokenTokenizer", vocab_folder)
+    meta = ChatFormat(MetaTokenizer(vocab_folder / "tokenizer.model"))
+    header = len(meta._encode_header("assistant"))
+    compared = with_calls = 0
+    for record in expressible(seed=11):
+        try:
+            messages = messages_in(record)
+        except ChatError:
+            continue  # a turn that says nothing
+        ids, _ = encode_chat(Llama3Chat(tokenizer), tokenizer, messages)
+        assert ids == meta.encode_dialog_prompt(raw(messages)).tokens[:-header]
+        compared += 1
+        with_calls += any(message.calls for message in messages)
+    assert compared > 100
+    assert with_calls > 30
