@@ -186,6 +186,11 @@ def show(file: IndexedFile, labels: IndexedFile | None, tokenizer: Tokenizer, op
             raise DataError(f"--document {number}: {file.prefix} has documents 0 to {len(file) - 1}")
         ids = file.document(number)
         print(f"\n--- document {number}, {len(ids)} tokens")
+        if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= tokenizer.vocab_size):
+            raise DataError(
+                f"{file.prefix}: document {number} has ids from {ids.min()} to {ids.max()}, the tokenizer "
+                f"{tokenizer.path} only 0 to {tokenizer.vocab_size - 1}; it is not the one of this data"
+            )
         mask = labels.document(number) >= 0 if labels is not None else np.zeros(len(ids), bool)
         text = marked(ids, mask, tokenizer, ("\x1b[32m", "\x1b[0m") if colour else ("[[", "]]"), options.max_chars)
         print(text)
@@ -201,6 +206,8 @@ def marked(
     """The text of `ids` with `marks` around what `mask` says, cut after about `max_chars` characters (0: never)."""
     import numpy as np
 
+    if len(ids) == 0:
+        return ""
     edges = [0, *(np.flatnonzero(np.diff(mask)) + 1).tolist(), len(ids)]
     parts, length = [], 0
     for start, stop in itertools.pairwise(edges):

@@ -106,12 +106,13 @@ def _shape(fields: RecordFields) -> Shaped:
     if "input" in fields and "output" in fields:
         return Shaped("nemotron", [*_turns_or_text("input", fields.take("input"), "user"), *_answer(fields)])
     if "prompt" in fields:
-        prompt = _turns_or_text("prompt", fields.take("prompt"), "user")
+        prompt = [*_history(fields), *_turns_or_text("prompt", fields.take("prompt"), "user")]
         if isinstance(fields.left.get("label"), bool):
             raise ChatError("'label' judges the completion: this is data for preference training", "key label")
         return Shaped("prompt", [*prompt, *_answer(fields)])
     if any(key in fields for key in _QUESTIONS):
-        return Shaped("question", [_turn("user", fields.take(*_QUESTIONS)), *_answer(fields)])
+        question = _turn("user", fields.take(*_QUESTIONS))
+        return Shaped("question", [*_history(fields), question, *_answer(fields)])
     texts = fields.left.get("data")
     if isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts):
         fields.take("data")
@@ -133,17 +134,29 @@ def _list_of_turns(fields: RecordFields) -> Shaped:
 
 
 def _alpaca(fields: RecordFields) -> Shaped:
-    turns: list[Any] = []
-    history = _parsed("history", fields.take("history"))
-    for pair in history or []:
-        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
-            raise ChatError("'history' is not a list of pairs of texts", "history")
-        turns += [_turn("user", pair[0]), _turn("assistant", pair[1])]
     asked = [fields.take("instruction"), fields.take("input", "context")]
     if not all(isinstance(text, str) for text in asked if text is not None):
         raise ChatError("'instruction' or 'input' is not text", "content is not text")
     question = "\n".join(text for text in asked if text and text.strip())
-    return Shaped("alpaca", [*turns, _turn("user", question), *_answer(fields)])
+    return Shaped("alpaca", [*_history(fields), _turn("user", question), *_answer(fields)])
+
+
+def _history(fields: RecordFields) -> list[Any]:
+    """Turns before the question: pairs of texts, or turns."""
+    history = _parsed("history", fields.take("history"))
+    if history in (None, ""):
+        return []
+    if not isinstance(history, list):
+        raise ChatError("'history' is not a list of pairs of texts", "history")
+    turns: list[Any] = []
+    for pair in history:
+        if isinstance(pair, dict):
+            turns.append(pair)
+        elif isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair):
+            turns += [_turn("user", pair[0]), _turn("assistant", pair[1])]
+        else:
+            raise ChatError("'history' is not a list of pairs of texts", "history")
+    return turns
 
 
 def _answer(fields: RecordFields) -> list[Any]:
