@@ -42,7 +42,8 @@ class TemplateChat(Chat):
         self.end_of_turn = []
         eos = template.special_tokens.get("eos_token")
         for name in (eos, *END_OF_TURN_NAMES):
-            written = name == eos or any(str(name) in source for source in template.sources.values())
+            signs = [str(name), "eos_token"] if name == eos else [str(name)]
+            written = any(sign in source for source in template.sources.values() for sign in signs)
             if name in self._ids and written and self._ids[name] not in self.end_of_turn:
                 self.end_of_turn.append(self._ids[name])
 
