@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import transformers
 
 from megatron.data.header import fingerprint
 from megatron.data.indexed import IndexedFile
@@ -75,6 +74,8 @@ def test_export_follows_the_data(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    import transformers
+
     records = conversations(4, "stars")
     source = write_records(tmp_path / "a.jsonl", records)
     options: dict[str, Any] = {}

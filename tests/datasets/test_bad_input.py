@@ -128,3 +128,28 @@ def test_an_output_folder_that_is_a_file(
     assert TOOLS[tool](vocab_folder, tmp_path / "out", source) == 2
     assert str(tmp_path / "out") in capsys.readouterr().err
     assert (tmp_path / "out").read_text() == "a file"
+
+
+BAD_TEMPLATES: dict[str, tuple[str, bytes]] = {
+    "not JSON": ("t.json", b'{"chat_template": '),
+    "not UTF-8 text": ("t.jinja", "{{ 'é' }}".encode("latin-1")),
+    "not valid Jinja": ("t.jinja", b"{% for %}"),
+    "no chat_template": ("tokenizer_config.json", b"{}"),
+    "the chat template refuses the conversation": ("t.jinja", b"{{ messages.no.such }}"),
+    "the chat template refuses": ("t.jinja", b"{{ 1 // 0 }}"),
+    "no such file": ("absent.jinja", b""),
+}
+
+
+@pytest.mark.parametrize("message", BAD_TEMPLATES)
+def test_bad_templates(message: str, vocab_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name, content = BAD_TEMPLATES[message]
+    if content:
+        (tmp_path / name).write_bytes(content)
+    source = write_records(tmp_path / "in.jsonl", conversations(2, "stars"))
+    template = str(tmp_path / name)
+    assert preprocess_chats(vocab_folder, tmp_path / "out/x", f"a={source}", chat_template=template) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.splitlines()[-1].startswith("preprocess_sft.py: ")
+    assert not files(tmp_path / "out")

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+SPECIAL = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>", "pad_token": "<|finetune_right_pad_id|>"}
+
 TURN = "{{- '<|start_header_id|>' + message.role + '<|end_header_id|>\n\n' }}"
 PROMPT = "{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif %}"
 
@@ -169,3 +175,12 @@ SINGLE: dict[str, str] = {
     "sandbox": SANDBOX,
 }
 NAMED = {"default": GENERATION, "tool_use": TOOLS, "rag": DOCUMENTS}
+
+
+def transformers_tokenizer(vocab_folder: Path, template: str | Mapping[str, str]) -> Any:
+    """A tokenizer of `transformers` with a template."""
+    import transformers
+
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(vocab_folder / "tokenizer.json"), **SPECIAL)
+    tokenizer.chat_template = template
+    return tokenizer

@@ -1,35 +1,26 @@
 """Chat templates: rendered byte for byte as `transformers` renders them, its refusals included."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import pytest
-import transformers
 
 from megatron.tokenizer import Tokenizer
 from megatron.tokenizer.chat_template import TEMPLATE_FOLDER, ChatTemplate, load_chat_template, shipped_templates
 from megatron.tokenizer.conversation import ChatError
-from tests.support.chat_templates import NAMED, SINGLE
+from tests.support.chat_templates import NAMED, SINGLE, SPECIAL, transformers_tokenizer
 from tests.support.conversations import random_records
 
 pytestmark = pytest.mark.unit
 
 COUNT = 300
-SPECIAL = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>", "pad_token": "<|finetune_right_pad_id|>"}
 TEMPLATES: dict[str, str | dict[str, str]] = {
     **{name: (TEMPLATE_FOLDER / f"{name}.jinja").read_text() for name in shipped_templates()},
     **SINGLE,
     "named": NAMED,
 }
-
-
-def transformers_tokenizer(vocab_folder: Path, template: str | Mapping[str, str]) -> Any:
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(vocab_folder / "tokenizer.json"), **SPECIAL)
-    tokenizer.chat_template = template
-    return tokenizer
 
 
 def test_all_templates_are_compared() -> None:
@@ -116,7 +107,7 @@ def write_folder(folder: Path, way: str) -> None:
 def test_the_template_of_a_model_folder(way: str, vocab_folder: Path, hf_tokenizer: Tokenizer, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_bytes((vocab_folder / "tokenizer.json").read_bytes())
     write_folder(tmp_path, way)
-    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    theirs = type(transformers_tokenizer(vocab_folder, "")).from_pretrained(tmp_path)
     ours = load_chat_template(str(tmp_path), hf_tokenizer)
     assert ours.special_tokens == theirs.special_tokens_map
     compared = 0

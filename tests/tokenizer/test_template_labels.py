@@ -15,12 +15,11 @@ from megatron.tokenizer.chat import Llama3Chat
 from megatron.tokenizer.chat_template import TEMPLATE_FOLDER, ChatTemplate
 from megatron.tokenizer.conversation import ChatError, Conversation, learned_turns
 from megatron.tokenizer.template_chat import TemplateChat
-from tests.support.chat_templates import GENERATION, NAMED, SINGLE
+from tests.support.chat_templates import GENERATION, NAMED, SINGLE, SPECIAL, transformers_tokenizer
 from tests.support.conversations import random_records
 from tests.support.data_commands import preprocess_chats
 from tests.support.text_files import write_records
 from tests.support.vocabulary import encode_conversation
-from tests.tokenizer.test_chat_templates import SPECIAL, transformers_tokenizer
 from tools.datasets.encoding.conversations import digest, read_conversation
 
 pytestmark = pytest.mark.unit
