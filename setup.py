@@ -74,6 +74,7 @@ setup(
             for rest in ("", ".*")
         ]
     ),
+    package_data={"megatron.tokenizer": ["chat_templates/*.jinja"]},
     install_requires=requirements("requirements.txt"),
     cmdclass={"build_ext": BuildKernels},
     ext_modules=[Extension("megatron.ops.libneox_kernels", [])] if kernel_builder().default_target() else [],

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,11 +16,12 @@ from megatron.common.errors import UserError
 from megatron.data.blend import Blend, mix, shares
 from megatron.data.document_packing import WholeDocuments
 from megatron.data.gpt_neox_order import GptNeoxPack, gpt_neox_mixture, samples_of_sources, weights_by_documents
-from megatron.data.header import check_header, fingerprint, read_header
+from megatron.data.header import DataHeader, check_header, fingerprint, read_header
 from megatron.data.indexed import DataError, open_indexed
 from megatron.data.sample import SampleDataset, SampleForm
 from megatron.data.skip_ranges import SampleRanges
 from megatron.data.sources import OncePacked, RunningPack, SampleSource
+from megatron.data.token_ids import known_ids, refuse_outside, refuse_special_outside
 from megatron.parallel.collective_errors import RankGroup
 from megatron.tokenizer import Tokenizer, build_tokenizer
 
@@ -38,7 +39,7 @@ class Datasets:
     blend: Blend | None
     valid: dict[str, SampleDataset]
     test: dict[str, SampleDataset]
-    fingerprints: dict[str, dict[str, str | int]]
+    fingerprints: dict[str, dict[str, Any]]
     train_iters: int | None
     notes: list[str] = field(default_factory=list)
 
@@ -78,28 +79,39 @@ def build_datasets(
     if not (dist.is_available() and dist.is_initialized()):
         return _build(args, tokenizer, position)
     failure: Exception | None = None
+    group = RankGroup.world(torch.device(args.device), DataError)
     try:
-        datasets = _build(args, tokenizer, position)
+        datasets = _build(args, tokenizer, position, reads_ids=group.rank == 0)
     except (UserError, OSError) as error:
         failure = error
-    RankGroup.world(torch.device(args.device), DataError).agree("opening the data", failure)
+    group.agree("opening the data", failure)
     return datasets
 
 
-def _build(args: NeoXArgs, tokenizer: Tokenizer | None, position: tuple[int, int]) -> Datasets:
+def _build(args: NeoXArgs, tokenizer: Tokenizer | None, position: tuple[int, int], reads_ids: bool = True) -> Datasets:
+    """`reads_ids`: look for ids outside the vocabulary where a file has to be read for it; one rank does for all."""
     if tokenizer is None and args.vocab_file is not None:
         tokenizer = build_tokenizer(args.tokenizer_type, args.vocab_file, args.merge_file)
+    if tokenizer is not None:
+        refuse_special_outside(tokenizer, args.vocab_size)
     stages = _parts(args)
     used = [part for parts in stages for part in parts]
     prefixes = sorted({part.prefix for part in used} | {part.labels for part in used if part.labels is not None})
     notes = []
-    for prefix in sorted({part.prefix for part in used}):
-        header = read_header(prefix)
+    headers = {prefix: read_header(prefix) for prefix in sorted({part.prefix for part in used})}
+    for prefix, header in headers.items():
         open_indexed(prefix)
         if header is None:
             notes.append(f"{prefix}: no header beside the index, its tokenizer cannot be checked")
+            if reads_ids:
+                refuse_outside(prefix, *known_ids(prefix), args.vocab_size)
         else:
             check_header(prefix, header, tokenizer, args.vocab_size)
+    for part in used:
+        _check_conversations(part, headers[part.prefix], args)
+    for labels in sorted({part.labels for part in used if part.labels is not None}):
+        if reads_ids:
+            refuse_outside(labels, *known_ids(labels), args.vocab_size, labels=True)
     masked = None
     if args.eod_mask_loss:
         assert tokenizer is not None  # the rule document_ends_are_known
@@ -130,10 +142,17 @@ def _build(args: NeoXArgs, tokenizer: Tokenizer | None, position: tuple[int, int
         else:
             blend = _blend(train_parts, weights, opener, wanted)
         notes += [f"train: {line}" for line in blend.describe()]
+    valid, test = _passes(valid_parts, opener), _passes(test_parts, opener)
+    for stage, sources in (
+        ("train", blend.sources if blend else []),
+        ("valid", valid.values()),
+        ("test", test.values()),
+    ):
+        notes += [f"{stage}: {line}" for source in sources for line in source.describe_left_out()]
     return Datasets(
         blend,
-        _passes(valid_parts, opener),
-        _passes(test_parts, opener),
+        dict(valid),
+        dict(test),
         {prefix: fingerprint(prefix) for prefix in prefixes},
         train_iters,
         notes,
@@ -157,7 +176,7 @@ class _Opener:
                 args.seed,
                 samples,
                 args.pack_impl,
-                args.allow_chopped,
+                bool(args.allow_chopped),
                 part.documents,
                 part.labels,
             )
@@ -201,7 +220,25 @@ def _gpt_neox_blend(
     return Blend(sources, gpt_neox_mixture([len(source) for source in sources], weights, wanted, global_micro))
 
 
-def _passes(parts: Sequence[_Part], opener: _Opener) -> dict[str, SampleDataset]:
+def _check_conversations(part: _Part, header: DataHeader | None, args: NeoXArgs) -> None:
+    """Conversations are learned by their labels, and whole. Raises DataError."""
+    if header is None or header.chat is None:
+        return
+    if part.labels is None:
+        labels = part.prefix.removesuffix("_document") + "_label_document"
+        raise DataError(
+            f"{part.prefix} holds conversations, of which only the assistant's words are to be learned: give its label "
+            f"file, {labels}, in train_label_data_paths (valid_label_data_paths, test_label_data_paths), with "
+            f"train_data_paths and so on in place of data_path"
+        )
+    if args.pack_impl == "packed" and not args.allow_chopped:
+        raise DataError(
+            f"{part.prefix} holds conversations, and pack_impl: packed cuts them wherever a sample ends: answers would "
+            f"stand without their question. Set pack_impl: best_fit, which keeps them whole, or allow_chopped: true"
+        )
+
+
+def _passes(parts: Sequence[_Part], opener: _Opener) -> dict[str, SampleSource]:
     """One dataset per source, under names that tell the sources apart."""
     names = _names([part.prefix for part in parts])
     return {name: opener(part, None) for name, part in zip(names, parts, strict=True)}

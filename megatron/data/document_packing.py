@@ -5,17 +5,19 @@ documents in random order until the next one would not fit; `best_fit` puts each
 leaves the least room (best-fit decreasing), which wastes almost nothing. What is left of a sample is padding that
 teaches nothing; no token of another document stands at its end, as in GPT-NeoX.
 
-A document of more than s + 1 tokens is cut into pieces that share a token, so that all of it is learned
-(`allow_chopped`, the default), or left out.
+A document of more than s + 1 tokens is left out, or, with `allow_chopped`, cut into pieces that share a token, so that
+all of it is learned. Where there are labels, a document or piece without a target is left out. Both are counted.
 """
 
 from __future__ import annotations
 
+import hashlib
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron.data.header import fingerprint
 from megatron.data.index_cache import Arrays, CachedIndex
 from megatron.data.indexed import DataError, open_indexed
 from megatron.data.sample import SampleForm
@@ -35,13 +37,19 @@ class WholeDocuments(SampleSource):
         seed: int,
         samples: int | None,
         packing: Packing,
-        chop: bool = True,
+        chop: bool = False,
         documents: tuple[int, int] | None = None,
         labels: str | None = None,
     ) -> None:
         super().__init__(prefix, form, documents, labels)
         self._seed, self._wanted, self._packing, self._chop = seed, samples, packing, chop
-        identity = {"pack": packing, "documents": self.documents, "seq_length": form.seq_length, "seed": seed}
+        identity = {
+            "pack": packing,
+            "documents": self.documents,
+            "seq_length": form.seq_length,
+            "seed": seed,
+            "labels": None if labels is None else _labels_identity(labels),
+        }
         self._index = CachedIndex(
             prefix,
             f"{form.seq_length}s_{packing}",
@@ -55,10 +63,31 @@ class WholeDocuments(SampleSource):
     def __len__(self) -> int:
         return self._length
 
-    @property
-    def dropped(self) -> int:
-        """Documents that are left out because they do not fit."""
-        return int(self._index.arrays()["dropped"][0])
+    def describe_left_out(self) -> list[str]:
+        """Documents that do not fit, and what has no target, with their shares."""
+        counts = dict(zip(_COUNTS, self._index.arrays()["counts"].tolist(), strict=True))
+        lines = []
+        for number, tokens, why in (
+            (
+                "too_long",
+                "too_long_tokens",
+                f"longer than a sample of {self.form.seq_length} tokens and left out; allow_chopped: true cuts them",
+            ),
+            (
+                "cut",
+                "cut_tokens",
+                f"longer than a sample of {self.form.seq_length} tokens and cut (allow_chopped: true)",
+            ),
+            ("silent", "silent_tokens", "left out: no target in them, nothing to learn"),
+            ("short", "short_tokens", "left out: of less than two tokens"),
+        ):
+            if counts[number]:
+                what = "documents and pieces" if number == "silent" and counts["cut"] else "documents"
+                lines.append(
+                    f"{self.prefix}: {counts[number]:,} {what} of {counts['documents']:,} "
+                    f"({counts[tokens] / max(counts['tokens'], 1):.2%} of the tokens) {why}"
+                )
+        return lines
 
     def build_index(self) -> Arrays:
         """`document`, `offset`, `length`: the pieces; `order`: pieces in the order of the bins they are put in,
@@ -67,11 +96,17 @@ class WholeDocuments(SampleSource):
         start, stop = self.documents
         sizes = np.array(open_indexed(self.prefix).sizes[start:stop], np.int64)
         capacity = self.form.seq_length + 1
-        document, offset, length, dropped = _cut(sizes, capacity, self._chop)
+        document, offset, length, counts = _cut(sizes, capacity, self._chop)
         if len(document) == 0:
             raise DataError(
                 f"{self.prefix}: no document has 2 to {capacity} tokens; allow_chopped: true cuts longer ones"
             )
+        if self.labels is not None:
+            teaches = _have_targets(self.labels, document + start, offset, length)
+            counts["silent"], counts["silent_tokens"] = int((~teaches).sum()), int(length[~teaches].sum())
+            document, offset, length = document[teaches], offset[teaches], length[teaches]
+            if len(document) == 0:
+                raise DataError(f"{self.prefix}: labels {self.labels} have no target: nothing can be learned")
         orders: list[Integers] = []
         samples: list[Integers] = []
         bins: list[Integers] = [np.zeros(1, np.int64)]
@@ -98,7 +133,7 @@ class WholeDocuments(SampleSource):
             "bins": np.concatenate(bins),
             "epochs": np.array(epochs),
             "samples": np.concatenate(samples),
-            "dropped": np.array([dropped]),
+            "counts": np.array([counts[name] for name in _COUNTS]),
         }
 
     def pieces(self, index: int) -> list[Piece]:
@@ -108,21 +143,48 @@ class WholeDocuments(SampleSource):
         return [(int(arrays["document"][p]), int(arrays["offset"][p]), int(arrays["length"][p])) for p in pieces]
 
 
-def _cut(sizes: Integers, capacity: int, chop: bool) -> tuple[Integers, Integers, Integers, int]:
-    """Pieces (document, offset, length) of at most `capacity` tokens, and how many documents are left out.
+_COUNTS = (
+    *("documents", "tokens", "too_long", "too_long_tokens", "cut", "cut_tokens"),
+    *("silent", "silent_tokens", "short", "short_tokens"),
+)
 
-    A document of one token has nothing to predict and is left out silently.
+
+def _labels_identity(prefix: str) -> str:
+    """Changes with the lengths of the documents, and with the first and last labels."""
+    file = open_indexed(prefix)
+    edges = (file.stretch(0, 1 << 18), file.stretch(max(0, file.num_tokens - (1 << 18)), file.num_tokens))
+    return hashlib.sha256(repr(fingerprint(prefix)["hash"]).encode() + b"".join(e.tobytes() for e in edges)).hexdigest()
+
+
+def _have_targets(labels: str, document: Integers, offset: Integers, length: Integers) -> NDArray[np.bool_]:
+    """Which pieces have a label, behind their first token, that is learned."""
+    file = open_indexed(labels)
+    places = zip(document.tolist(), offset.tolist(), length.tolist(), strict=True)
+    return np.array([int(file.document(d, o + 1, n - 1).max()) >= 0 for d, o, n in places], bool)
+
+
+def _cut(sizes: Integers, capacity: int, chop: bool) -> tuple[Integers, Integers, Integers, dict[str, int]]:
+    """Pieces (document, offset, length) of at most `capacity` tokens, and counts of `_COUNTS`.
+
+    A document of one token has nothing to predict and is left out.
     """
     step = capacity - 1
     count = np.where(sizes < 2, 0, -(-(sizes - 1) // step))
-    dropped = 0
+    long = count > 1
+    counts = dict.fromkeys(_COUNTS, 0) | {
+        "documents": len(sizes),
+        "tokens": int(sizes.sum()),
+        "short": int((sizes < 2).sum()),
+        "short_tokens": int(sizes[sizes < 2].sum()),
+        ("cut" if chop else "too_long"): int(long.sum()),
+        ("cut_tokens" if chop else "too_long_tokens"): int(sizes[long].sum()),
+    }
     if not chop:
-        dropped = int((count > 1).sum())
-        count[count > 1] = 0
+        count[long] = 0
     document = np.repeat(np.arange(len(sizes)), count)
     first = np.repeat(np.cumsum(count) - count, count)
     offset = (np.arange(len(document)) - first) * step
-    return document, offset, np.minimum(capacity, sizes[document] - offset), dropped
+    return document, offset, np.minimum(capacity, sizes[document] - offset), counts
 
 
 def _fill(order: Integers, length: Integers, capacity: int, packing: Packing) -> tuple[Integers, Integers]:

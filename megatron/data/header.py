@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -31,6 +32,17 @@ class TokenizerInfo(BaseModel):
         return cls(type=type(tokenizer).__name__, fingerprint=tokenizer.fingerprint, vocab_size=tokenizer.vocab_size)
 
 
+class ConversationCounts(BaseModel):
+    """What became of the records of a source. Counts of records; in `longer_than` of conversations written."""
+
+    model_config = ConfigDict(extra="forbid")
+    records: int
+    shapes: dict[str, int]  # how they were understood
+    dropped: dict[str, int]  # by the rule that left them out
+    unknown_keys: dict[str, int]  # keys that were not understood, and how many records have them
+    longer_than: dict[str, int]  # tokens of a sample -> conversations that do not fit
+
+
 class ChatInfo(BaseModel):
     """How conversations became tokens and labels."""
 
@@ -38,6 +50,9 @@ class ChatInfo(BaseModel):
     template: str  # "llama3", or the hash of a Jinja template
     train_on: str  # "all" or "last" assistant turns
     learned_tokens: int
+    counts: ConversationCounts | None = None
+    template_text: str | None = None  # a Jinja template that writes such conversations
+    end_of_turn: dict[str, int] = {}  # tokens that may end what the assistant says, by name
 
 
 class DataHeader(BaseModel):
@@ -57,6 +72,8 @@ class DataHeader(BaseModel):
     skipped: int  # unreadable inputs, left out
     crc32: str  # of the .bin, hexadecimal
     sources: list[str]
+    bad_files: list[str] = []  # files that could not be read and were left out, with the reason
+    unknown_keys: dict[str, int] = {}  # fields of the records that were not used, and how many records have them
     chat: ChatInfo | None = None
 
 
@@ -70,7 +87,7 @@ def read_header(prefix: str | Path) -> DataHeader | None:
     if not path.is_file():
         return None
     try:
-        return DataHeader.model_validate_json(path.read_text())
+        return DataHeader.model_validate_json(path.read_text(encoding="utf-8"))
     except (ValidationError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not a data header of this project: {error}") from error
 
@@ -88,18 +105,18 @@ def check_header(prefix: str, header: DataHeader, tokenizer: Tokenizer | None, v
     if vocab_size is not None and header.max_token >= vocab_size:
         raise DataError(f"{name}: the data holds token id {header.max_token}, the model has only {vocab_size} ids")
     size = bin_path(prefix).stat().st_size
-    if size % header.tokens or size // header.tokens not in (1, 2, 4, 8):
+    if header.tokens < 1 or size % header.tokens or size // header.tokens not in (1, 2, 4, 8):
         raise DataError(
             f"{name}: promises {header.tokens} tokens, {bin_path(prefix).name} has {size} bytes; "
             f"the header belongs to other data, preprocess again"
         )
 
 
-def fingerprint(prefix: str | Path) -> dict[str, str | int]:
+def fingerprint(prefix: str | Path) -> dict[str, Any]:
     """Provenance of a data prefix for checkpoints and cache keys, in time independent of its size.
 
     `hash` covers the header, the sizes of both files, and the first and last MiB of the index (the last offsets
-    depend on the length of every document).
+    depend on the length of every document). `chat` is how conversations were written, which an export goes by.
     """
     idx, binary = idx_path(prefix), bin_path(prefix)
     for path in (idx, binary):
@@ -114,13 +131,24 @@ def fingerprint(prefix: str | Path) -> dict[str, str | int]:
     header = header_path(prefix)
     if header.is_file():
         digest.update(header.read_bytes())
-    return {"path": str(prefix), "idx_bytes": sizes[0], "bin_bytes": sizes[1], "hash": digest.hexdigest()}
+    found: dict[str, Any] = {
+        "path": str(prefix),
+        "idx_bytes": sizes[0],
+        "bin_bytes": sizes[1],
+        "hash": digest.hexdigest(),
+    }
+    known = read_header(prefix)
+    if known is not None and known.chat is not None and known.chat.end_of_turn:
+        found["chat"] = {"template": known.chat.template_text, "end_of_turn": known.chat.end_of_turn}
+    return found
 
 
-def file_crc32(path: Path) -> str:
-    """CRC-32 of a file as the header writes it."""
+def file_crc32(path: Path, progress: Callable[[int], None] | None = None) -> str:
+    """CRC-32 of a file as the header writes it. `progress` is told the size of each part that was read."""
     value = 0
     with path.open("rb") as file:
         while block := file.read(1 << 24):
             value = zlib.crc32(block, value)
+            if progress is not None:
+                progress(len(block))
     return f"{value:08x}"

@@ -104,6 +104,10 @@ class IndexedFile:
         count = int(self.sizes[index]) - start if length is None else length
         return self._tokens[begin : begin + count]
 
+    def stretch(self, start: int, stop: int) -> NDArray[np.integer]:
+        """Tokens `start : stop` of the file, across documents."""
+        return self._tokens[start:stop]
+
     def __iter__(self) -> Iterator[NDArray[np.integer]]:
         return (self.document(i) for i in range(self.documents))
 

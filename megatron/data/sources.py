@@ -57,6 +57,10 @@ class SampleSource(SampleDataset):
     def padding(self) -> Sample:
         return self.form.padding()
 
+    def describe_left_out(self) -> list[str]:
+        """Lines for the log: what of the documents is in no sample."""
+        return []
+
     def __getitem__(self, index: int) -> Sample:
         return self.read(index, index)
 

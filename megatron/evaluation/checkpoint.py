@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from megatron.parallel.process_groups import initialize
 from megatron.supervision.step_timers import StepTimers
 from megatron.supervision.watchdog import Watchdog
 
+logger = logging.getLogger(__name__)
+
 
 def evaluate_checkpoint(args: NeoXArgs) -> None:
     """Validation loss and perplexity of every source, over the whole set, printed and written as JSON."""
@@ -23,6 +26,8 @@ def evaluate_checkpoint(args: NeoXArgs) -> None:
     log_on_rank_0(place.rank)
     with Watchdog(args, place) as watchdog:
         datasets = build_datasets(args)
+        for note in datasets.notes:
+            logger.info(note)
         # The phases are progress, for the watchdog.
         engine = build_inference_engine(args, place, StepTimers(watchdog.whereabouts, place.device).during)
         folder = load_weights(engine, args)

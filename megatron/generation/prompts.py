@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -13,10 +15,8 @@ from megatron.checkpoint.load import load_weights
 from megatron.common.errors import UserError
 from megatron.common.log import log_on_rank_0
 from megatron.engine.build import build_inference_engine
-from megatron.generation.interactive import show, typed_prompts
-from megatron.generation.text import continue_text
+from megatron.generation.text import check_prompt, continue_text
 from megatron.neox_arguments import NeoXArgs
-from megatron.parallel.collective_errors import RankGroup
 from megatron.parallel.place import Place
 from megatron.parallel.process_groups import initialize
 from megatron.supervision.status_store import Whereabouts
@@ -26,71 +26,72 @@ from megatron.tokenizer import build_tokenizer
 
 
 def generate_text(args: NeoXArgs) -> None:
-    """Continue every prompt (or start from the beginning-of-text token); JSON lines with GPT-NeoX's fields.
-
-    With `text_gen_type: interactive` what is typed is continued on the screen.
-    """
+    """Continue every prompt (or start from the beginning-of-text token); JSON lines with GPT-NeoX's fields."""
     place = initialize(args)
     log_on_rank_0(place.rank)
-    with Watchdog(args, place) as watchdog:
-        records = _continuations(args, place, watchdog.whereabouts)
-    if place.rank == 0 and args.text_gen_type != "interactive":
-        _write_samples(Path(args.sample_output_file), records)
+    path = Path(args.sample_output_file)
+    with Watchdog(args, place) as watchdog, contextlib.ExitStack() as stack:
+        samples = _continuations(args, place, watchdog.whereabouts)
+        out = None
+        for record in samples:
+            if place.rank == 0:
+                out = out or stack.enter_context(_open_samples(path))
+                out.write(json.dumps(record, ensure_ascii=False).encode(errors="replace") + b"\n")
+                out.flush()
+                print(f"{record['context']!r} -> {record['text']!r}", flush=True)
+    if place.rank == 0:
+        print(f"written to {path}")
 
 
-def _continuations(args: NeoXArgs, place: Place, whereabouts: Whereabouts) -> list[dict[str, Any]]:
+def _open_samples(path: Path) -> IO[bytes]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.open("wb")
+
+
+def _continuations(args: NeoXArgs, place: Place, whereabouts: Whereabouts) -> Iterator[dict[str, Any]]:
+    """One record after the other. All prompts are checked before the model is loaded."""
     assert args.vocab_file is not None  # checked with the configuration
-    tokenizer = build_tokenizer(args.tokenizer_type, args.vocab_file, args.merge_file)
-    interactive = args.text_gen_type == "interactive"
-    prompts = typed_prompts(RankGroup.world(place.device)) if interactive else _prompts(args)
+    tokenizer = build_tokenizer(args.tokenizer_type, args.vocab_file)
+    beginning = [] if tokenizer.bos is None else [tokenizer.bos]
+    prompts = [(number, text, beginning + tokenizer.encode(text)) for number, text in _prompts(args)]
+    for number, _, ids in prompts:
+        try:
+            check_prompt(args, ids)
+        except UserError as error:
+            where = f"{args.sample_input_file}, line {number}: " if args.sample_input_file else ""
+            raise UserError(f"{where}{error}") from None
     engine = build_inference_engine(args, place, StepTimers(whereabouts, place.device).during)
     load_weights(engine, args)
     generator = torch.Generator().manual_seed(args.seed)
-    records = []
-    for prompt in prompts:
+    for _, text, ids in prompts:
         start = time.perf_counter()
-        beginning = [] if tokenizer.bos is None else [tokenizer.bos]
-        ids = beginning + tokenizer.encode(prompt)
-        if interactive and len(ids) >= args.seq_length:
-            show(place, f"a prompt of {len(ids)} tokens; expected at most {args.seq_length - 1} (seq_length - 1)")
-            continue
-        new, finished = continue_text(engine, args, ids, tokenizer.eod, generator)
-        if interactive:
-            show(place, tokenizer.decode(new))
-            continue
-        records.append(
-            {
-                "context": prompt,
-                "text": tokenizer.decode(new),
-                "length": len(new),
-                "finished": finished,
-                "message": None,
-                "duration_seconds": time.perf_counter() - start,
-            }
-        )
-    return records
+        new, finished = continue_text(engine, args, ids, tokenizer.ends, generator)
+        yield {
+            "context": text,
+            "text": tokenizer.decode(new),
+            "length": len(new),
+            "finished": finished,
+            "message": None,
+            "duration_seconds": time.perf_counter() - start,
+        }
 
 
-def _prompts(args: NeoXArgs) -> list[str]:
-    if args.text_gen_type == "unconditional":
-        return [""] * args.num_samples
-    assert args.sample_input_file is not None  # checked with the configuration
+def _prompts(args: NeoXArgs) -> list[tuple[int, str]]:
+    """(line, prompt), lines counted from 1."""
+    if not args.sample_input_file:
+        return [(0, "")] * args.num_samples
     path = Path(args.sample_input_file)
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"sample_input_file {path}: not UTF-8 text ({error.reason} at byte {error.start}); convert it first"
+        ) from None
     except OSError as error:
         raise UserError(
             f"sample_input_file {path}: {error.strerror}; give a text file with one prompt a line"
         ) from None
-    prompts = [line for line in lines if line.strip()]
+    prompts = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
     if not prompts:
         raise UserError(f"sample_input_file {path} has no prompt; write one a line")
     return prompts
-
-
-def _write_samples(path: Path, records: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
-    for record in records:
-        print(f"{record['context']!r} -> {record['text']!r}")
-    print(f"written to {path}")

@@ -6,6 +6,8 @@ that the pipeline's buffers keep their shape.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -16,21 +18,31 @@ from megatron.neox_arguments import NeoXArgs
 
 
 def continue_text(
-    engine: Engine, args: NeoXArgs, prompt: list[int], eod: int, generator: torch.Generator
+    engine: Engine, args: NeoXArgs, prompt: list[int], ends: Collection[int], generator: torch.Generator
 ) -> tuple[list[int], bool]:
-    """New token ids after `prompt`, at most `maximum_tokens`, and whether the document ended. Collective.
+    """New token ids after `prompt`, at most `maximum_tokens`, and whether one of `ends` came. Collective.
 
-    Raises UserError for a prompt that is empty or fills `seq_length`.
+    Raises UserError for a prompt that cannot be continued.
     """
-    if not 0 < len(prompt) < args.seq_length:
-        raise UserError(f"a prompt of {len(prompt)} tokens; expected 1 to {args.seq_length - 1} (seq_length - 1)")
+    check_prompt(args, prompt)
     ids = list(prompt)
     while len(ids) < args.seq_length and len(ids) - len(prompt) < args.maximum_tokens:
         token = _next_token(engine, args, ids, generator)
-        if token == eod:
+        if token in ends:
             return ids[len(prompt) :], True
         ids.append(token)
     return ids[len(prompt) :], False
+
+
+def check_prompt(args: NeoXArgs, prompt: list[int]) -> None:
+    """Raise UserError for a prompt that is empty, fills `seq_length`, or holds ids that the model does not have."""
+    if not 0 < len(prompt) < args.seq_length:
+        raise UserError(f"a prompt of {len(prompt)} tokens; expected 1 to {args.seq_length - 1} (seq_length - 1)")
+    if max(prompt) >= args.vocab_size:
+        raise UserError(
+            f"a prompt with token id {max(prompt)}; the model has only the ids 0 to {args.vocab_size - 1}. Give the "
+            f"model's own tokenizer as vocab_file"
+        )
 
 
 def choose(logits: Tensor, args: NeoXArgs, generator: torch.Generator) -> int:

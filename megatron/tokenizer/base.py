@@ -19,6 +19,7 @@ from megatron.common.errors import UserError
 
 BOS_NAMES = ("<|begin_of_text|>", "<s>")
 EOD_NAMES = ("<|end_of_text|>", "<|endoftext|>", "</s>")
+END_OF_TURN_NAMES = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<end_of_turn>")
 PAD_NAMES = ("<|finetune_right_pad_id|>", "<|padding|>", "<pad>")
 
 
@@ -91,6 +92,12 @@ class Tokenizer(ABC):
                 f"Add one of these names to the tokenizer file"
             )
         return found
+
+    @cached_property
+    def ends(self) -> frozenset[int]:
+        """Ids at which generated text ends: end-of-document, and what ends a turn of a conversation."""
+        names = (name for name in END_OF_TURN_NAMES if name in self.special_tokens)
+        return frozenset({self.eod, *(self.special_tokens[name] for name in names)})
 
     @cached_property
     def pad(self) -> int:

@@ -67,7 +67,8 @@ def test_a_run_that_only_evaluates(tmp_path: Path) -> None:
     )
     assert list(datasets.valid) == ["v", "b"]
     assert sorted(Path(prefix).name for prefix in datasets.fingerprints) == ["b", "v"]
-    assert not (tmp_path / CACHE_FOLDER).exists()
+    kept = [path.name for path in (tmp_path / CACHE_FOLDER).iterdir() if path.is_dir()]
+    assert all("_ids_" in name for name in kept), "no order of training samples is built"
     with pytest.raises(DataError, match="no training data"):
         _ = datasets.train
 
@@ -94,8 +95,10 @@ def test_headers_are_checked_against_the_run(vocab_folder: Path, tmp_path: Path)
     assert build_datasets(args).notes[0].startswith("train:")
     with pytest.raises(DataError, match="another tokenizer"):
         build_datasets(args.replace(tokenizer_type="TiktokenTokenizer"))
-    with pytest.raises(DataError, match="the model has only 300"):
+    with pytest.raises(DataError, match=r"pad token has id \d+; the model has only the ids 0 to 299"):
         build_datasets(args.replace(vocab_size=300))
+    with pytest.raises(DataError, match="the model has only 300 ids"):
+        build_datasets(args.replace(vocab_size=300, vocab_file=None, eod_mask_loss=False))
 
 
 def test_many_sources_open_with_few_handles(tmp_path: Path) -> None:

@@ -117,14 +117,14 @@ def test_isolated_padding_is_a_document_of_its_own(tmp_path: Path) -> None:
     assert (source[0]["labels"] >= 0).sum() == 3
 
 
-def whole(prefix: str, packing: str, samples: int | None = None, **options: bool) -> WholeDocuments:
+def whole(prefix: str, packing: str, samples: int | None = None, **options: object) -> WholeDocuments:
     return WholeDocuments(prefix, SampleForm(S, pad=999), 3, samples, packing, **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("packing", ["unpacked", "pack_until_overflow", "best_fit"])
 @pytest.mark.parametrize("samples", [None, 100])
 def test_whole_documents(prefix: str, packing: str, samples: int | None) -> None:
-    source = whole(prefix, packing, samples)
+    source = whole(prefix, packing, samples, chop=True)
     document_of = {t: d for d, tokens in enumerate(numbered(LENGTHS)) for t in tokens.tolist()}
     expected = sorted(t for d in numbered(LENGTHS) if len(d) > 1 for t in d.tolist()[1:])
     epochs = [int(first) for first in source.build_index()["epochs"]]
@@ -157,18 +157,51 @@ def test_best_fit_leaves_little_room(tmp_path: Path) -> None:
 
 def test_whole_documents_in_another_order_every_epoch_but_not_in_a_longer_run(prefix: str) -> None:
     for packing in ("unpacked", "pack_until_overflow", "best_fit"):
-        short, long = whole(prefix, packing, 20), whole(prefix, packing, 90)
+        short, long = whole(prefix, packing, 20, chop=True), whole(prefix, packing, 90, chop=True)
         assert [short.pieces(i) for i in range(20)] == [long.pieces(i) for i in range(20)]
         epoch = int(long.samples_per_epoch)
         assert [long.pieces(i) for i in range(epoch)] != [long.pieces(i) for i in range(epoch, 2 * epoch)]
 
 
-def test_documents_that_do_not_fit_are_left_out_on_demand(prefix: str, tmp_path: Path) -> None:
-    source = whole(prefix, "unpacked", chop=False)
+def test_documents_that_do_not_fit_are_left_out_and_counted(prefix: str, tmp_path: Path) -> None:
+    source = whole(prefix, "unpacked")
     assert sorted(d for i in range(len(source)) for d, _, _ in source.pieces(i)) == [0, 2, 6]
-    assert source.dropped == 5
+    too_long = [length for length in LENGTHS if length > S + 1]
+    share = sum(too_long) / sum(LENGTHS)
+    assert source.describe_left_out() == [
+        f"{prefix}: 5 documents of 10 ({share:.2%} of the tokens) longer than a sample of 16 tokens and left out; "
+        f"allow_chopped: true cuts them",
+        f"{prefix}: 2 documents of 10 (0.38% of the tokens) left out: of less than two tokens",
+    ]
+    assert "and cut" in whole(prefix, "unpacked", chop=True).describe_left_out()[0]
     with pytest.raises(DataError, match="no document has 2 to 17 tokens"):
-        whole(write(tmp_path / "long", numbered([18, 40])), "best_fit", chop=False)
+        whole(write(tmp_path / "long", numbered([18, 40])), "best_fit")
+
+
+@pytest.mark.parametrize("packing", ["unpacked", "pack_until_overflow", "best_fit"])
+def test_what_has_no_target_is_left_out_and_counted(packing: str, tmp_path: Path) -> None:
+    documents = numbered([10, 12, 40, 6])
+    labels = [np.full(len(document), IGNORE_INDEX) for document in documents]
+    labels[0][5:] = documents[0][5:]
+    labels[2][:4] = documents[2][:4]  # targets in the first of its three pieces
+    labels[3][0] = documents[3][0]  # the first token of a document is never a target
+    prefix, targets = write(tmp_path / "t", documents), write(tmp_path / "l", labels)
+    for chop, kept, lines in (
+        (
+            False,
+            [0],
+            ["1 documents of 4 (58.82% of the tokens) longer", "2 documents of 4 (26.47% of the tokens) left out"],
+        ),
+        (True, [0, 2], ["1 documents of 4 (58.82% of the tokens) longer", "4 documents and pieces of 4"]),
+    ):
+        source = whole(prefix, packing, chop=chop, labels=targets)
+        assert sorted(d for i in range(len(source)) for d, _, _ in source.pieces(i)) == kept
+        assert all((source[i]["labels"] != IGNORE_INDEX).any() for i in range(len(source)))
+        for line, found in zip(lines, source.describe_left_out(), strict=True):
+            assert line in found
+    silent = write(tmp_path / "s", [np.full(len(document), IGNORE_INDEX) for document in documents])
+    with pytest.raises(DataError, match="have no target"):
+        whole(prefix, packing, chop=True, labels=silent)
 
 
 def test_isolated_whole_documents_restart_at_each(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a user can get wrong, for each command: one clear message, exit code 1, nothing half-written."""
+"""What a user can get wrong, for each command: one clear message, exit code 2, nothing half-written."""
 
 import json
 from collections.abc import Callable
@@ -34,7 +34,7 @@ def test_bad_files(
 ) -> None:
     (tmp_path / "in").mkdir()
     source = write_bad_file(kind, tmp_path / "in")
-    assert TOOLS[tool](vocab_folder, tmp_path / "out", source) == 1
+    assert TOOLS[tool](vocab_folder, tmp_path / "out", source) == 2
     message = capsys.readouterr().err
     special = {"preprocess_sft": SFT_FILES, "clean_corpus": CLEAN_FILES}.get(tool, {})
     assert special.get(kind, BAD_FILES[kind]) in message
@@ -47,7 +47,8 @@ def test_bad_files(
 SFT_LINES: dict[str, Any] = {
     "turn 1: the role 'narrator' does not exist": [{"role": "narrator", "content": "Once"}],
     "the first turn is the assistant's": [{"role": "assistant", "content": "I begin"}],
-    "nothing to learn": [{"role": "user", "content": "Anybody?"}],
+    "turn 1: the user says nothing": [{"role": "user", "content": ""}, {"role": "assistant", "content": "x"}],
+    "turn 1: the role ['user'] does not exist": [{"role": ["user"], "content": "x"}],
     "the conversation is empty": [],
     "turn 2: the assistant says nothing": [{"role": "user", "content": "x"}, {"role": "assistant", "content": " "}],
     "turn 2: the content is not text but int": [{"role": "user", "content": "x"}, {"role": "assistant", "content": 3}],
@@ -62,7 +63,7 @@ def test_bad_conversations(
 ) -> None:
     good = conversations(2, "stars")
     source = write_records(tmp_path / "in.jsonl", [good[0], {"messages": SFT_LINES[message]}, good[1]])
-    assert preprocess_chats(vocab_folder, tmp_path / "out" / "x", f"a={source}") == 1
+    assert preprocess_chats(vocab_folder, tmp_path / "out" / "x", f"a={source}") == 2
     error = capsys.readouterr().err
     assert f"{source}, line 2: " in error
     assert message in error
@@ -78,7 +79,7 @@ def test_bad_lines_of_conversations(
     line: bytes, vocab_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "in.jsonl").write_bytes(json.dumps(conversations(1, "x")[0]).encode() + b"\n\n" + line + b"\n")
-    assert preprocess_chats(vocab_folder, tmp_path / "out" / "x", f"a={tmp_path / 'in.jsonl'}") == 1
+    assert preprocess_chats(vocab_folder, tmp_path / "out" / "x", f"a={tmp_path / 'in.jsonl'}") == 2
     assert "in.jsonl, line 3: " in capsys.readouterr().err
     assert not files(tmp_path / "out")
 
@@ -102,7 +103,7 @@ def test_inspect_names_what_is_damaged(
     else:
         path.write_bytes(path.read_bytes()[:-1] if damage.startswith("cut") else b"")
     capsys.readouterr()
-    assert inspect([str(prefix)]) == 1
+    assert inspect([str(prefix)]) == 2
     error = capsys.readouterr().err
     assert error.startswith("inspect_data.py: ")
     assert str(path) in error
@@ -112,9 +113,9 @@ def test_inspect_refuses_another_tokenizer(
     vocab_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert preprocess(vocab_folder, tmp_path / "c", write_texts(tmp_path / "c.jsonl", ["a", "b"])) == 0
-    assert inspect([str(tmp_path / "c_text_document"), "--vocab-file", str(vocab_folder / "spm.model")]) == 1
+    assert inspect([str(tmp_path / "c_text_document"), "--vocab-file", str(vocab_folder / "spm.model")]) == 2
     other = ["--tokenizer-type", "SPMTokenizer", "--vocab-file", str(vocab_folder / "spm.model")]
-    assert inspect([str(tmp_path / "c_text_document"), *other]) == 1
+    assert inspect([str(tmp_path / "c_text_document"), *other]) == 2
     assert "tokenized with another tokenizer" in capsys.readouterr().err
 
 
@@ -124,6 +125,31 @@ def test_an_output_folder_that_is_a_file(
 ) -> None:
     source = write_records(tmp_path / "in.jsonl", [{"text": "words", **conversations(1, "x")[0]}])
     (tmp_path / "out").write_text("a file")
-    assert TOOLS[tool](vocab_folder, tmp_path / "out", source) == 1
+    assert TOOLS[tool](vocab_folder, tmp_path / "out", source) == 2
     assert str(tmp_path / "out") in capsys.readouterr().err
     assert (tmp_path / "out").read_text() == "a file"
+
+
+BAD_TEMPLATES: dict[str, tuple[str, bytes]] = {
+    "not JSON": ("t.json", b'{"chat_template": '),
+    "not UTF-8 text": ("t.jinja", "{{ 'é' }}".encode("latin-1")),
+    "not valid Jinja": ("t.jinja", b"{% for %}"),
+    "no chat_template": ("tokenizer_config.json", b"{}"),
+    "the chat template refuses the conversation": ("t.jinja", b"{{ messages.no.such }}"),
+    "the chat template refuses": ("t.jinja", b"{{ 1 // 0 }}"),
+    "no such file": ("absent.jinja", b""),
+}
+
+
+@pytest.mark.parametrize("message", BAD_TEMPLATES)
+def test_bad_templates(message: str, vocab_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name, content = BAD_TEMPLATES[message]
+    if content:
+        (tmp_path / name).write_bytes(content)
+    source = write_records(tmp_path / "in.jsonl", conversations(2, "stars"))
+    template = str(tmp_path / name)
+    assert preprocess_chats(vocab_folder, tmp_path / "out/x", f"a={source}", chat_template=template) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.splitlines()[-1].startswith("preprocess_sft.py: ")
+    assert not files(tmp_path / "out")

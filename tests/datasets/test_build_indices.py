@@ -59,7 +59,7 @@ def test_training_only_reads_afterwards(yml: Path, capsys: pytest.CaptureFixture
     model = str(ROOT / "configs/tiny/model.yml")
     assert main([model, str(yml), "--world-size", "2", "--check-content"]) == 0
     out = capsys.readouterr().out
-    assert "a_text_document: offsets and checksum are right" in out
+    assert "a_text_document: offsets, ids and checksum are right" in out
     assert "25.00% of the run" in out
     assert "2 sources are ready" in out
 
@@ -77,9 +77,9 @@ def test_damage_and_mistakes_are_named(yml: Path, capsys: pytest.CaptureFixture[
     content[100] ^= 1
     path.write_bytes(content)
     assert main([model, str(yml), "--world-size", "2"]) == 0
-    assert main([model, str(yml), "--world-size", "2", "--check-content"]) == 1
+    assert main([model, str(yml), "--world-size", "2", "--check-content"]) == 2
     assert "a_text_document.bin: checksum" in capsys.readouterr().err
     path.write_bytes(content[:-2])
-    assert main([model, str(yml), "--world-size", "2"]) == 1
+    assert main([model, str(yml), "--world-size", "2"]) == 2
     assert "a_text_document.bin" in capsys.readouterr().err
-    assert main([model, "--world-size", "2"]) == 1
+    assert main([model, "--world-size", "2"]) == 2

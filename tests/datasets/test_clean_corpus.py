@@ -178,7 +178,7 @@ def test_rules_from_a_file_and_flags_over_it(tmp_path: Path, capsys: pytest.Capt
     rules = tmp_path / "rules.yml"
     rules.write_text("min_characters: 1000\nexact_duplicate: false\nnear_duplicate: 0\n")
     source = write_texts(tmp_path / "in.jsonl", [PROSE, PROSE, "x" * 20])
-    assert clean(tmp_path / "out.jsonl", source, rules=rules) == 1
+    assert clean(tmp_path / "out.jsonl", source, rules=rules) == 2
     assert "nothing is left: 3 documents" in capsys.readouterr().err
     assert clean(tmp_path / "out.jsonl", source, rules=rules, min_characters=50) == 0
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 2
@@ -195,7 +195,7 @@ def test_rules_from_a_file_and_flags_over_it(tmp_path: Path, capsys: pytest.Capt
         "max_perplexity: 10": "needs --perplexity-model",
     }.items():
         rules.write_text(text)
-        assert clean(tmp_path / "out.jsonl", source, rules=rules) == 1
+        assert clean(tmp_path / "out.jsonl", source, rules=rules) == 2
         assert message in capsys.readouterr().err
 
 
@@ -205,7 +205,7 @@ def test_bad_records(line: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[
     (tmp_path / "in.jsonl").write_bytes(
         first + b"\n\n" + line + b"\n" + first.upper().replace(b"TEXT", b"text") + b"\n"
     )
-    assert clean(tmp_path / "out.jsonl", tmp_path / "in.jsonl") == 1
+    assert clean(tmp_path / "out.jsonl", tmp_path / "in.jsonl") == 2
     assert BAD_LINES[line] in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["in.jsonl"]
     assert clean(tmp_path / "out.jsonl", tmp_path / "in.jsonl", on_bad_record="skip", no_exact_duplicate=True) == 0
@@ -219,9 +219,9 @@ def test_a_failed_run_keeps_the_previous_output(tmp_path: Path, capsys: pytest.C
     cleaned(tmp_path, *real_corpus()[-9:])
     before = file_digests(tmp_path), file_digests(tmp_path / "out_report")
     (tmp_path / "bad.jsonl").write_text(json.dumps({"text": PROSE}) + "\n{")
-    assert clean(tmp_path / "out.jsonl", tmp_path / "bad.jsonl") == 1
-    assert clean(tmp_path / "out.txt", tmp_path / "in.jsonl") == 1
-    assert clean(tmp_path / "in.jsonl", tmp_path / "in.jsonl") == 1
+    assert clean(tmp_path / "out.jsonl", tmp_path / "bad.jsonl") == 2
+    assert clean(tmp_path / "out.txt", tmp_path / "in.jsonl") == 2
+    assert clean(tmp_path / "in.jsonl", tmp_path / "in.jsonl") == 2
     assert "this is one of the inputs" in capsys.readouterr().err
     (tmp_path / "bad.jsonl").unlink()
     assert (file_digests(tmp_path), file_digests(tmp_path / "out_report")) == before

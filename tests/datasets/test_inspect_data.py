@@ -65,5 +65,5 @@ def test_mistakes(vocab_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixt
         ([prefix, "--vocab-file", str(vocab_folder), "--document", "2"], "has documents 0 to 1"),
         ([prefix, "--vocab-file", str(vocab_folder), "--show-mask"], "c_text_label_document.idx: no such file"),
     ):
-        assert main(arguments) == 1
+        assert main(arguments) == 2
         assert message in capsys.readouterr().err

@@ -81,9 +81,9 @@ def test_a_trained_ngram_knows_language_from_letter_soup(tmp_path: Path, capsys:
         **ANY_SHARE,
     )
     assert [entry["line"] for entry in dropped] == list(range(1, len(held) + 1))
-    assert train_ngram(["--input", str(source), "--output", str(tmp_path / "m.txt")]) == 1
-    assert train_ngram(["--input", str(source), "--output", str(tmp_path / "m.arpa"), "--order", "9"]) == 1
-    assert train_ngram(["--input", str(tmp_path / "no.jsonl"), "--output", str(tmp_path / "m.arpa")]) == 1
+    assert train_ngram(["--input", str(source), "--output", str(tmp_path / "m.txt")]) == 2
+    assert train_ngram(["--input", str(source), "--output", str(tmp_path / "m.arpa"), "--order", "9"]) == 2
+    assert train_ngram(["--input", str(tmp_path / "no.jsonl"), "--output", str(tmp_path / "m.arpa")]) == 2
     assert "no such file" in capsys.readouterr().err
 
 

@@ -152,7 +152,7 @@ def test_bad_records(
     line: bytes, vocab_folder: Path, hf_tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "in.jsonl").write_bytes(b'{"text": "first"}\n\n' + line + b'\n{"text": "last \\u0000\\ud800"}\n')
-    assert preprocess(vocab_folder, tmp_path / "out", tmp_path / "in.jsonl") == 1
+    assert preprocess(vocab_folder, tmp_path / "out", tmp_path / "in.jsonl") == 2
     assert BAD_LINES[line] in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["in.jsonl"]
     assert preprocess(vocab_folder, tmp_path / "out", tmp_path / "in.jsonl", on_bad_record="skip") == 0
@@ -167,7 +167,7 @@ def test_a_failed_run_keeps_the_previous_output(vocab_folder: Path, tmp_path: Pa
     assert preprocess(vocab_folder, tmp_path / "out", write_texts(tmp_path / "a.jsonl", ["a"])) == 0
     before = file_digests(tmp_path)
     (tmp_path / "b.jsonl").write_text("{")
-    assert preprocess(vocab_folder, tmp_path / "out", tmp_path / "b.jsonl") == 1
+    assert preprocess(vocab_folder, tmp_path / "out", tmp_path / "b.jsonl") == 2
     (tmp_path / "b.jsonl").unlink()
     assert file_digests(tmp_path) == before
 
@@ -211,5 +211,5 @@ def test_help_is_quick_and_a_tokenizer_without_bos_refuses(
     content["post_processor"] = None
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     source = write_texts(tmp_path / "in.jsonl", ["a"])
-    assert preprocess(tmp_path / "tokenizer.json", tmp_path / "out", source, prepend_bos=True) == 1
+    assert preprocess(tmp_path / "tokenizer.json", tmp_path / "out", source, prepend_bos=True) == 2
     assert "no begin-of-text token" in capsys.readouterr().err

@@ -14,7 +14,7 @@ from megatron.tokenizer import Tokenizer
 from megatron.tokenizer.chat import Llama3Chat
 from tests.support.configurations import data_args
 from tests.support.conversations import conversations
-from tests.support.data_commands import preprocess_chats
+from tests.support.data_commands import preprocess_chats, table_rows
 from tests.support.text_files import file_digests, write_records
 from tests.support.vocabulary import encode_chat
 from tools.datasets.encoding import records
@@ -30,7 +30,7 @@ def test_tokens_and_labels(vocab_folder: Path, hf_tokenizer: Tokenizer, tmp_path
     text, labels = IndexedFile(tmp_path / "sft_stars_document"), IndexedFile(tmp_path / "sft_stars_label_document")
     learned = 0
     for i, record in enumerate(records):
-        messages = read_conversation(record, False)
+        messages = read_conversation(record, False).conversation.messages
         ids, targets = encode_chat(Llama3Chat(hf_tokenizer), hf_tokenizer, messages)
         assert text.document(i).tolist() == ids
         assert labels.document(i).tolist() == targets
@@ -77,9 +77,9 @@ def test_duplicates_are_left_out_across_sources(
     assert preprocess_chats(vocab_folder, tmp_path / "sft", f"a:0.75={a}", f"b:0.25={b}") == 0
     assert len(IndexedFile(tmp_path / "sft_a_document")) == 20
     assert len(IndexedFile(tmp_path / "sft_b_document")) == 7
-    err = capsys.readouterr().err
-    assert "sft_a: 5 duplicates left out" in err
-    assert "sft_b: 10 duplicates left out" in err
+    rows = table_rows(capsys.readouterr().out)
+    assert rows["a", "dropped: duplicate"] == "5"
+    assert rows["b", "dropped: duplicate"] == "10"
 
 
 def test_the_written_keys_train_on_the_mix(vocab_folder: Path, hf_tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_the_written_keys_train_on_the_mix(vocab_folder: Path, hf_tokenizer: Tok
 def test_bad_records_and_arguments(vocab_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bad = {"messages": [{"role": "assistant", "content": "I begin"}]}
     source = write_records(tmp_path / "a.jsonl", [conversations(1, "x")[0], bad])
-    assert preprocess_chats(vocab_folder, tmp_path / "sft", f"a={source}") == 1
+    assert preprocess_chats(vocab_folder, tmp_path / "sft", f"a={source}") == 2
     assert f"{source}, line 2: the first turn is the assistant's" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
     assert preprocess_chats(vocab_folder, tmp_path / "sft", f"a={source}", on_bad_record="skip") == 0
@@ -122,15 +122,15 @@ def test_bad_records_and_arguments(vocab_folder: Path, tmp_path: Path, capsys: p
         ([f"a={source}", f"b={source}"], "is given twice"),
         (["a=absent.jsonl"], "no such file"),
     ):
-        assert preprocess_chats(vocab_folder, tmp_path / "out", *entries) == 1
+        assert preprocess_chats(vocab_folder, tmp_path / "out", *entries) == 2
         assert message in capsys.readouterr().err
     other = write_records(tmp_path / "b.jsonl", conversations(1, "y"))
-    assert preprocess_chats(vocab_folder, tmp_path / "out", f"a:0.5={source}", f"b={other}") == 1
+    assert preprocess_chats(vocab_folder, tmp_path / "out", f"a:0.5={source}", f"b={other}") == 2
     assert "a share, or none" in capsys.readouterr().err
     only_user = write_records(tmp_path / "u.jsonl", [{"messages": [{"role": "user", "content": "x"}]}])
-    assert preprocess_chats(vocab_folder, tmp_path / "out", f"u={only_user}") == 1
+    assert preprocess_chats(vocab_folder, tmp_path / "out", f"u={only_user}") == 2
     assert "nothing to learn" in capsys.readouterr().err
     template = tmp_path / "t.jinja"
     template.write_text("{% for m in messages %}{{ m['content'] | upper }}{% endfor %}")
-    assert preprocess_chats(vocab_folder, tmp_path / "out", f"b={other}", chat_template=str(template)) == 1
+    assert preprocess_chats(vocab_folder, tmp_path / "out", f"b={other}", chat_template=str(template)) == 2
     assert "the chat template" in capsys.readouterr().err

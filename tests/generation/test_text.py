@@ -35,7 +35,7 @@ def _greedy(rank: int, world_size: int, prompt: list[int], tokens: int) -> tuple
 
     args = CASE.neox(world_size=world_size, maximum_tokens=tokens, **SPLIT)
     engine = inference(args, dict(CASE.hugging_face().state_dict()))
-    return continue_text(engine, args, prompt, eod=CASE.vocab, generator=torch.Generator())
+    return continue_text(engine, args, prompt, ends={CASE.vocab}, generator=torch.Generator())
 
 
 @pytest.mark.distributed

@@ -50,3 +50,18 @@ def _flags(options: dict[str, Any]) -> list[str]:
         if value is not True:
             words += value if isinstance(value, list) else [str(value)]
     return words
+
+
+def table_rows(output: str) -> dict[tuple[str, str], str]:
+    """The table at the end of preprocess_sft.py and of inspect_data.py: (source, what) -> how many."""
+    lines = output.splitlines()
+    first = next(number for number, line in enumerate(lines) if line.strip() == "source")
+    rows, source = {}, ""
+    for line in lines[first + 1 :]:
+        if not line.strip():
+            break
+        if not line.startswith(" "):
+            source, line = line.split(maxsplit=1)
+        what, _, number = line.strip().rpartition("  ")
+        rows[source, what.strip()] = number
+    return rows

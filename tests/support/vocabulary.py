@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from megatron.tokenizer import Tokenizer, build_tokenizer
-from megatron.tokenizer.chat import Chat, Message, TrainOn, ids_and_labels
+from megatron.tokenizer.chat import Chat, ids_and_labels
+from megatron.tokenizer.conversation import Conversation, Message, TrainOn
 from tests.support.made_data import LENGTHS, numbered, write
 
 VOCAB_SIZE = 1024
@@ -66,5 +67,11 @@ def encode_chat(
     chat: Chat, tokenizer: Tokenizer, messages: Sequence[Message], train_on: TrainOn = "all"
 ) -> tuple[list[int], list[int]]:
     """Ids and labels of one conversation."""
-    segments = chat.segments(messages, train_on)
+    segments = chat.segments(Conversation(messages), train_on)
+    return ids_and_labels(segments, [tokenizer.encode(s.text) for s in segments if s.text is not None])
+
+
+def encode_conversation(chat: Chat, tokenizer: Tokenizer, conversation: Conversation) -> tuple[list[int], list[int]]:
+    """Ids and labels of one conversation, with what its record says beside the turns."""
+    segments = chat.segments(conversation, "all")
     return ids_and_labels(segments, [tokenizer.encode(s.text) for s in segments if s.text is not None])

@@ -5,14 +5,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from llama_models.datatypes import RawMessage, StopReason, ToolCall
+from llama_models.datatypes import RawMessage, RawTextItem, StopReason, ToolCall
 from llama_models.llama3.chat_format import ChatFormat
 from llama_models.llama3.tokenizer import Tokenizer as MetaTokenizer
 
 from examples.demo_tokenizer import CHAT_TEMPLATE
 from megatron.common.labels import IGNORE_INDEX
 from megatron.tokenizer import Tokenizer, TokenizerError, build_tokenizer
-from megatron.tokenizer.chat import Chat, ChatError, Llama3Chat, Message, TemplateChat, load_chat
+from megatron.tokenizer.chat import Chat, Llama3Chat
+from megatron.tokenizer.chat_template import ChatTemplate
+from megatron.tokenizer.conversation import ChatError, Conversation, Message
+from megatron.tokenizer.template_chat import TemplateChat, load_chat
+from tests.support.conversations import random_records
 from tests.support.vocabulary import encode_chat
 from tools.datasets.encoding.conversations import digest, read_conversation
 
@@ -55,21 +59,26 @@ DIALOGUES: dict[str, dict[str, Any]] = {
 
 
 def messages_of(name: str) -> list[Message]:
-    return read_conversation(DIALOGUES[name], thinking_prompt=False)
+    return messages_in(DIALOGUES[name])
+
+
+def messages_in(record: dict[str, Any], thinking_prompt: bool = False) -> list[Message]:
+    return list(read_conversation(record, thinking_prompt).conversation.messages)
+
+
+def template_chat(source: str, tokenizer: Tokenizer) -> TemplateChat:
+    special = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}
+    return TemplateChat(ChatTemplate(source, special), tokenizer)
 
 
 def raw(messages: list[Message]) -> list[RawMessage]:
-    """The same for Meta's package, tool calls as it has them."""
+    """The same for Meta's package."""
     result = []
     for message in messages:
-        if message.role == "assistant" and message.waits_for_tool:
-            call = json.loads(message.content)
-            tool_call = ToolCall(call_id="1", tool_name=call["name"], arguments=call["parameters"])
-            result.append(
-                RawMessage(role="assistant", content="", tool_calls=[tool_call], stop_reason=StopReason.end_of_message)
-            )
-        else:
-            result.append(RawMessage(role=message.role, content=message.content))
+        calls = [ToolCall(call_id="1", tool_name=call.name, arguments=call.arguments) for call in message.calls]
+        reason = {"stop_reason": StopReason.end_of_message} if message.waits_for_tool else {}
+        content = [RawTextItem(text=part) for part in message.parts]
+        result.append(RawMessage(role=message.role, content=content, tool_calls=calls, **reason))
     return result
 
 
@@ -114,7 +123,7 @@ def learned_spans(tokenizer: Tokenizer, ids: list[int], labels: list[int]) -> li
 
 
 def chats(tokenizer: Tokenizer) -> list[Chat]:
-    return [Llama3Chat(tokenizer), TemplateChat(CHAT_TEMPLATE, tokenizer)]
+    return [Llama3Chat(tokenizer), template_chat(CHAT_TEMPLATE, tokenizer)]
 
 
 @pytest.mark.parametrize("name", GOLDEN)
@@ -163,13 +172,13 @@ def test_templates_that_may_not_be_trusted(reason: str, hf_tokenizer: Tokenizer)
         Message("assistant", "<think>hm</think>so"),
     ]
     with pytest.raises(ChatError, match=reason):
-        TemplateChat(REFUSED[reason], hf_tokenizer).segments(messages, "all")
+        template_chat(REFUSED[reason], hf_tokenizer).segments(Conversation(messages), "all")
 
 
 def test_a_template_that_trims_and_one_without_bos(hf_tokenizer: Tokenizer) -> None:
     trimming = "{% for m in messages %}" + HEADERS + "{{ m['content'] | trim }}<|eot_id|>{% endfor %}" + PROMPT
     messages = messages_of("system and several turns")
-    ids, labels = encode_chat(TemplateChat(trimming, hf_tokenizer), hf_tokenizer, messages)
+    ids, labels = encode_chat(template_chat(trimming, hf_tokenizer), hf_tokenizer, messages)
     assert learned_spans(hf_tokenizer, ids, labels)[1] == "The mass of the Sun.<|eot_id|>"
     assert ids[0] == hf_tokenizer.bos
     assert ids.count(hf_tokenizer.bos) == 1
@@ -182,10 +191,10 @@ def test_loading(vocab_folder: Path, hf_tokenizer: Tokenizer, tmp_path: Path) ->
     names = {load_chat(str(tmp_path / f), hf_tokenizer).name for f in ("tokenizer_config.json", "t.jinja")}
     assert len(names) == 1
     (tmp_path / "tokenizer_config.json").write_text("{}")
-    with pytest.raises(TokenizerError, match="no chat_template"):
+    with pytest.raises(ChatError, match="no chat_template"):
         load_chat(str(tmp_path / "tokenizer_config.json"), hf_tokenizer)
     with pytest.raises(ChatError, match="not valid Jinja"):
-        TemplateChat("{% for %}", hf_tokenizer)
+        template_chat("{% for %}", hf_tokenizer)
     with pytest.raises(TokenizerError, match="no special token"):
         Llama3Chat(build_tokenizer("SPMTokenizer", vocab_folder / "spm.model"))
 
@@ -198,9 +207,9 @@ def test_shapes_of_conversations() -> None:
     parts["conversation"].append({"role": "assistant", "content": "A"})
     nemotron = {"input": [{"role": "user", "content": "U"}], "output": "A", "system_prompt": "S", "reasoning": "off"}
     for record in (share_gpt, openai, parts, nemotron, nemotron | {"input": "U"}):
-        assert read_conversation(record, thinking_prompt=True) == expected
+        assert messages_in(record, thinking_prompt=True) == expected
     reasoning = {"input": "U", "output": "<think>x</think>A", "reasoning": "on"}
-    assert read_conversation(reasoning, thinking_prompt=False)[0] == Message("system", "detailed thinking on")
+    assert messages_in(reasoning)[0] == Message("system", "detailed thinking on")
 
 
 def test_thinking_prompts_and_empty_traces() -> None:
@@ -209,10 +218,10 @@ def test_thinking_prompts_and_empty_traces() -> None:
         return {"messages": [*system, {"role": "user", "content": "U"}, {"role": "assistant", "content": answer}]}
 
     with_trace, without = conversation("<think>hm</think>A"), conversation("<think>\n\n</think>\n\nA")
-    assert read_conversation(with_trace, True)[0].content == "detailed thinking on"
-    assert read_conversation(without, True)[0].content == "detailed thinking off"
-    assert read_conversation(without, True)[-1].content == "A"
-    assert len(read_conversation(without, False)) == 2
+    assert messages_in(with_trace, True)[0].content == "detailed thinking on"
+    assert messages_in(without, True)[0].content == "detailed thinking off"
+    assert messages_in(without, True)[-1].content == "A"
+    assert len(messages_in(without)) == 2
     with pytest.raises(ChatError, match="has a <think> trace"):
         read_conversation(conversation("<think>hm</think>A", system="detailed thinking off"), False)
 
@@ -249,7 +258,7 @@ def test_bad_conversations(reason: str) -> None:
 def test_nothing_to_learn(hf_tokenizer: Tokenizer) -> None:
     for chat in chats(hf_tokenizer):
         with pytest.raises(ChatError, match="nothing to learn"):
-            chat.segments([Message("user", "x")], "all")
+            chat.segments(Conversation([Message("user", "x")]), "all")
 
 
 def test_digest() -> None:
@@ -257,3 +266,39 @@ def test_digest() -> None:
     assert digest(first) == digest([Message("user", " U u"), Message("assistant", "A")])
     assert digest(first) != digest([Message("user", "U u"), Message("assistant", "B")])
     assert digest(first) != digest([Message("user", "A"), Message("assistant", "U u")])
+
+
+def expressible(seed: int) -> list[dict[str, Any]]:
+    """Random records that Meta's format can express: one call a turn, ASCII arguments, Llama's own tools among them."""
+    calls = [
+        {"name": "simbad", "arguments": {"object": "M31", "radius": 2.5, "bands": ["u", "g"], "deep": None}},
+        {"name": "brave_search", "arguments": {"query": "Was ist z?"}},
+        {"name": "code_interpreter", "arguments": {"code": "print(1)\nprint('é')"}},
+    ]
+    records = []
+    for number, record in enumerate(random_records(200, seed)):
+        for turn in record["messages"]:
+            for key in ("reasoning_content", "reasoning", "thinking"):
+                turn.pop(key, None)
+            if turn.get("tool_calls"):
+                turn["tool_calls"] = [{"function": calls[number % len(calls)]}]
+        records.append({"messages": record["messages"]})
+    return records
+
+
+def test_random_conversations_equal_metas_chat_format(vocab_folder: Path) -> None:
+    tokenizer = build_tokenizer("TiktokenTokenizer", vocab_folder)
+    meta = ChatFormat(MetaTokenizer(vocab_folder / "tokenizer.model"))
+    header = len(meta._encode_header("assistant"))
+    compared = with_calls = 0
+    for record in expressible(seed=11):
+        try:
+            messages = messages_in(record)
+        except ChatError:
+            continue  # a turn that says nothing
+        ids, _ = encode_chat(Llama3Chat(tokenizer), tokenizer, messages)
+        assert ids == meta.encode_dialog_prompt(raw(messages)).tokens[:-header]
+        compared += 1
+        with_calls += any(message.calls for message in messages)
+    assert compared > 100
+    assert with_calls > 30

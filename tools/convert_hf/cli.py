@@ -111,7 +111,8 @@ def _add_to_hf(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         verbs,
         "to-hf",
         "GPT-NeoX weights to a Hugging Face folder",
-        "Writes safetensors with config.json, tokenizer, chat template and licence as they came from the source.",
+        "Writes safetensors with config.json, tokenizer, chat template and licence as they came from the source; a "
+        "model trained on conversations gets the chat template and end tokens of these.",
     )
     verb.add_argument(
         "--shard-size",
@@ -123,6 +124,11 @@ def _add_to_hf(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         "--trained-settings",
         action="store_true",
         help="write epsilon and rotary settings of the training run into config.json where they differ",
+    )
+    verb.add_argument(
+        "--base-chat",
+        action="store_true",
+        help="keep the end tokens and chat template of the source, also of a model that was trained on conversations",
     )
     verb.set_defaults(run=_run_hf)
 
@@ -229,6 +235,7 @@ def _request(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
         shard=arguments.shard,
         resume=arguments.resume,
         force=arguments.force,
+        base_chat=getattr(arguments, "base_chat", False),
         trained_settings=getattr(arguments, "trained_settings", False),
     )
 
@@ -261,7 +268,11 @@ def _run_hf(arguments: argparse.Namespace) -> int:
 
     source = _open(arguments.input, arguments)
     print(f"source: {source.describe()}")
-    return _execute(prepare_hf(source, arguments.shard_size, _request(arguments)), arguments)
+    said = len(source.notes)
+    output = prepare_hf(source, arguments.shard_size, _request(arguments))
+    for note in source.notes[said:]:
+        print(f"note: {note}")
+    return _execute(output, arguments)
 
 
 def _run_verify(arguments: argparse.Namespace) -> int:

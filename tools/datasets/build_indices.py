@@ -3,8 +3,8 @@
     python tools/datasets/build_indices.py configs/llama31_8b/model.yml my_run.yml --world-size 64
 
 takes the YAML files of the run, opens every source, compares the tokenizer with the one that made the data, and
-writes the index of every source beside it. `--check-content` also reads all tokens and compares their checksums.
-The number of ranks matters because it fixes how many samples a step takes.
+writes the index of every source beside it. `--check-content` also reads all tokens, compares their checksums and looks
+for ids outside the vocabulary. The number of ranks matters because it fixes how many samples a step takes.
 """
 
 from __future__ import annotations
@@ -21,50 +21,63 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("yml", nargs="+", help="the YAML files of the run, as for deepy.py")
     p.add_argument("--world-size", type=int, help="ranks of the run, where the files do not say")
-    p.add_argument("--check-content", action="store_true", help="read everything and compare checksums")
+    p.add_argument("--check-content", action="store_true", help="read everything: checksums, and ids out of range")
     return p
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
+    from tools.datasets.command import run_command
+
+    return run_command("build_indices.py", lambda: build(options), "stopped; what is complete stays")
+
+
+def build(options: argparse.Namespace) -> None:
+    """Raises UserError, OSError."""
     from megatron.data.build import build_datasets
-    from megatron.data.indexed import DataError
-    from megatron.neox_arguments import ConfigError, NeoXArgs
-    from megatron.tokenizer import TokenizerError
+    from megatron.neox_arguments import NeoXArgs
 
     start = time.monotonic()
-    try:
-        args = NeoXArgs.from_ymls(options.yml, world_size=options.world_size)
-        datasets = build_datasets(args)
-        if options.check_content:
-            for prefix in datasets.fingerprints:
-                print(check_content(prefix))
-    except (ConfigError, DataError, TokenizerError, OSError) as error:
-        print(f"build_indices.py: {error}", file=sys.stderr)
-        return 1
+    args = NeoXArgs.from_ymls(options.yml, world_size=options.world_size)
+    datasets = build_datasets(args)
+    if options.check_content:
+        paths = (args.train_label_data_paths, args.valid_label_data_paths, args.test_label_data_paths)
+        labels = {path for group in paths for path in group or ()}
+        for prefix in datasets.fingerprints:
+            print(check_content(prefix, args.vocab_size, prefix in labels))
     for note in datasets.notes:
         print(note)
     for name, dataset in [*datasets.valid.items(), *datasets.test.items()]:
         print(f"evaluation: {name}: {len(dataset)} samples")
     print(f"{len(datasets.fingerprints)} sources are ready, {time.monotonic() - start:.1f} s")
-    return 0
 
 
-def check_content(prefix: str) -> str:
+def check_content(prefix: str, vocab_size: int, labels: bool = False) -> str:
     """Read a whole source; a line that says what was compared. Raises DataError where something disagrees."""
     from megatron.data.header import file_crc32, read_header
     from megatron.data.indexed import DataError, IndexedFile, bin_path
+    from megatron.data.token_ids import refuse_outside, scan_ids
+    from tools.datasets.encoding.progress import Progress
 
-    IndexedFile(prefix).check_offsets()
+    file = IndexedFile(prefix)
+    file.check_offsets()
+    progress = Progress(2 * bin_path(prefix).stat().st_size)
+
+    def read(count: int) -> None:
+        progress.read += count
+        if progress.due(progress.read):
+            print(f"{prefix}: {progress.left()}", file=sys.stderr, flush=True)
+
+    refuse_outside(prefix, *scan_ids(file, read), vocab_size, labels=labels)
     header = read_header(prefix)
     if header is None:
-        return f"{prefix}: offsets are right; no header, so no checksum"
-    found = file_crc32(bin_path(prefix))
+        return f"{prefix}: offsets are right, ids are in the vocabulary; no header, so no checksum"
+    found = file_crc32(bin_path(prefix), read)
     if found != header.crc32:
         raise DataError(
             f"{bin_path(prefix)}: checksum {found}, its header says {header.crc32}; the file is damaged, copy it again"
         )
-    return f"{prefix}: offsets and checksum are right"
+    return f"{prefix}: offsets, ids and checksum are right"
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
     python tools/datasets/clean_corpus.py --input papers.jsonl.zst --output data/papers_clean.jsonl.zst
 
-Input is JSON lines (plain, .gz, .zst), Parquet or plain text; commas, globs and folders are understood. The output
-is JSON lines (plain, .gz or .zst) with the same fields. Beside it, in `papers_clean_report/`: `page.html` to look at,
+Input is JSON lines and JSON lists (plain, .gz, .zst), Parquet or plain text; commas, globs and folders are understood.
+The output is JSON lines (plain, .gz or .zst) with the same fields; records from a folder get the name of their file as
+`file`. Beside it, in `papers_clean_report/`: `page.html` to look at,
 `summary.json`, and `dropped.jsonl` with every document that is not in the output, the rule that dropped it, what was
 measured and what the rule allows. The result is the same for any number of workers; a run that fails or is killed
 leaves the old output and no new one.
@@ -30,9 +31,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--perplexity-model", type=Path, help="a KenLM n-gram, or a Hugging Face model folder")
     p.add_argument("--rules", type=Path, help="YAML file with lines `rule: threshold`; flags win over it")
     p.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: all cores)")
-    p.add_argument("--log-interval", type=int, default=10_000, help="documents between progress lines")
+    p.add_argument("--log-interval", type=int, help="documents between progress lines (one comes every ten seconds)")
     p.add_argument(
-        "--on-bad-record", choices=["fatal", "skip"], default="fatal", help="stop at an unreadable record, or count it"
+        "--on-bad-record",
+        choices=["fatal", "skip"],
+        default="fatal",
+        help="stop at what cannot be read, or count it",
     )
     add_flags(p)
     return p
@@ -40,42 +44,42 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
+    from tools.datasets.command import run_command
+
+    return run_command("clean_corpus.py", lambda: clean(options), "stopped; nothing was written")
+
+
+def clean(options: argparse.Namespace) -> None:
+    """Raises UserError, OSError."""
     from megatron.data.indexed import DataError
     from tools.datasets.cleaning.clean import CleaningJob, run_cleaning
     from tools.datasets.cleaning.page import report_table
     from tools.datasets.cleaning.perplexity import load_perplexity
     from tools.datasets.cleaning.rules import read_rules
-    from tools.datasets.encoding.pipeline import BadRecord
-    from tools.datasets.encoding.records import SourceError, expand
+    from tools.datasets.encoding.records import find_inputs
 
-    try:
-        rules = read_rules(options.rules, options)
-        limited = rules.max_perplexity != float("inf") or rules.min_perplexity > 0
-        if limited and options.perplexity_model is None:
-            raise DataError("a limit on perplexity needs --perplexity-model")
-        name = options.output.name.removesuffix(".gz").removesuffix(".zst").removesuffix(".jsonl")
-        folder = options.report or options.output.with_name(f"{name}_report")
-        report = run_cleaning(
-            CleaningJob(
-                files=expand(options.input),
-                output=options.output,
-                report=folder,
-                key=options.text_key,
-                rules=rules,
-                perplexity=load_perplexity(options.perplexity_model) if options.perplexity_model else None,
-                workers=options.workers,
-                skip_bad=options.on_bad_record == "skip",
-                log_interval=options.log_interval,
-            )
+    rules = read_rules(options.rules, options)
+    limited = rules.max_perplexity != float("inf") or rules.min_perplexity > 0
+    if limited and options.perplexity_model is None:
+        raise DataError("a limit on perplexity needs --perplexity-model")
+    name = options.output.name.removesuffix(".gz").removesuffix(".zst").removesuffix(".jsonl")
+    folder = options.report or options.output.with_name(f"{name}_report")
+    inputs = find_inputs(options.input, options.on_bad_record == "skip")
+    report = run_cleaning(
+        CleaningJob(
+            inputs=inputs,
+            output=options.output,
+            report=folder,
+            key=options.text_key,
+            rules=rules,
+            perplexity=load_perplexity(options.perplexity_model) if options.perplexity_model else None,
+            workers=options.workers,
+            log_interval=options.log_interval,
         )
-    except (BadRecord, DataError, SourceError, OSError) as error:
-        print(f"clean_corpus.py: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("clean_corpus.py: stopped; nothing was written", file=sys.stderr)
-        return 130
+    )
     print(f"{report_table(report)}\n{options.output}: {report.kept} documents; {folder}/page.html shows what was done")
-    return 0
+    for line in inputs.describe_bad():
+        print(line, file=sys.stderr)
 
 
 if __name__ == "__main__":

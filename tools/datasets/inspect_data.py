@@ -38,6 +38,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--max-chars", type=int, default=2000, help="of each document shown; 0 shows all")
     p.add_argument("--show-mask", action="store_true", help="mark what is learned, from the label file beside")
     p.add_argument("--labels", help="prefix of the label file (default: PREFIX with _label before _document)")
+    p.add_argument("--seq-length", type=int, help="of the run: count the documents that do not fit into a sample")
     p.add_argument("--histogram", type=Path, help="draw the lengths of the documents as PNG")
     p.add_argument("--color", choices=["auto", "always", "never"], default="auto")
     return p
@@ -45,31 +46,33 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
+    from tools.datasets.command import run_command
+
+    return run_command("inspect_data.py", lambda: inspect(options))
+
+
+def inspect(options: argparse.Namespace) -> None:
+    """Raises UserError, OSError."""
     from megatron.data.header import check_header, read_header
-    from megatron.data.indexed import DataError, IndexedFile
+    from megatron.data.indexed import IndexedFile
     from megatron.tokenizer import TokenizerError, build_tokenizer
 
-    try:
-        file = IndexedFile(options.prefix)
-        tokenizer = build_tokenizer(options.tokenizer_type, options.vocab_file) if options.vocab_file else None
-        header = read_header(file.prefix)
-        if header is not None and tokenizer is not None:
-            check_header(file.prefix, header, tokenizer, None)
-        print("\n".join(data_summary(file)))
-        if options.histogram:
-            draw_lengths(file, options.histogram)
-        labels = None
-        if options.show_mask:
-            labels = IndexedFile(options.labels or label_prefix(options.prefix))
-            print(f"learned: {learned_share(labels)}")
-        if tokenizer is not None:
-            show(file, labels, tokenizer, options)
-        elif options.show_mask or options.document:
-            raise TokenizerError("decoding documents needs a tokenizer: give --vocab-file (and --tokenizer-type)")
-    except (DataError, TokenizerError, OSError) as error:
-        print(f"inspect_data.py: {error}", file=sys.stderr)
-        return 1
-    return 0
+    file = IndexedFile(options.prefix)
+    tokenizer = build_tokenizer(options.tokenizer_type, options.vocab_file) if options.vocab_file else None
+    header = read_header(file.prefix)
+    if header is not None and tokenizer is not None:
+        check_header(file.prefix, header, tokenizer, None)
+    print("\n".join(data_summary(file, options.seq_length)))
+    if options.histogram:
+        draw_lengths(file, options.histogram)
+    labels = None
+    if options.show_mask:
+        labels = IndexedFile(options.labels or label_prefix(options.prefix))
+        print(f"learned: {learned_share(labels)}")
+    if tokenizer is not None:
+        show(file, labels, tokenizer, options)
+    elif options.show_mask or options.document:
+        raise TokenizerError("decoding documents needs a tokenizer: give --vocab-file (and --tokenizer-type)")
 
 
 def label_prefix(prefix: str) -> str:
@@ -77,11 +80,12 @@ def label_prefix(prefix: str) -> str:
     return prefix.removesuffix("_document") + "_label_document"
 
 
-def data_summary(file: IndexedFile) -> list[str]:
-    """Counts, quantiles of the lengths, the header, and a histogram over powers of two."""
+def data_summary(file: IndexedFile, seq_length: int | None = None) -> list[str]:
+    """Counts, quantiles of the lengths, the header, what does not fit into a sample, and a histogram."""
     import numpy as np
 
     from megatron.data.header import read_header
+    from tools.datasets.encoding.counts import summary_of, summary_table
 
     sizes = file.sizes
     quantiles = np.quantile(sizes, [0, 0.05, 0.5, 0.95, 1]).astype(int).tolist()
@@ -100,13 +104,29 @@ def data_summary(file: IndexedFile) -> list[str]:
             f"tokenizer {made_by.type}, {made_by.vocab_size} ids, {made_by.fingerprint[:19]}; "
             f"BOS {header.bos}, EOD {header.eod}; {header.empty} empty and {header.skipped} unreadable left out"
         )
-        if header.input_bytes:
+        if header.input_bytes and header.tokens:
             lines.append(f"{header.input_bytes / header.tokens:.2f} bytes of text per token")
+        for reason in header.bad_files:
+            lines.append(f"a file that could not be read and was left out: {reason}")
+        if header.unknown_keys:
+            fields = ", ".join(f"{key} ({count:,})" for key, count in header.unknown_keys.items())
+            lines.append(f"fields that were not used, and how many records have them: {fields}")
         if header.chat is not None:
             lines.append(
                 f"chat template {header.chat.template}, trained on {header.chat.train_on} assistant turns: "
-                f"{header.chat.learned_tokens} tokens learned ({header.chat.learned_tokens / header.tokens:.1%})"
+                f"{header.chat.learned_tokens} tokens learned "
+                f"({header.chat.learned_tokens / max(header.tokens, 1):.1%})"
             )
+            summary = summary_of(Path(file.prefix).name, header)
+            if summary is not None:
+                lines += ["", *summary_table([summary]).splitlines(), ""]
+    if seq_length is not None:
+        longer = sizes > seq_length + 1
+        share = int(sizes[longer].sum(dtype=np.int64)) / max(file.num_tokens, 1)
+        lines.append(
+            f"longer than a sample of {seq_length:,} tokens: {int(longer.sum()):,} of {len(file):,} documents "
+            f"({longer.mean():.1%}), which have {share:.1%} of the tokens"
+        )
     powers = np.bincount(np.ceil(np.log2(np.maximum(sizes, 1))).astype(int))
     for power, count in enumerate(powers.tolist()):
         if count:
@@ -127,8 +147,14 @@ def learned_share(labels: IndexedFile) -> str:
 
 def draw_lengths(file: IndexedFile, path: Path) -> None:
     """Histogram of the lengths, logarithmic."""
-    import matplotlib
     import numpy as np
+
+    from megatron.data.indexed import DataError
+
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise DataError("--histogram needs the package matplotlib (pip install .[data])") from error
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -160,6 +186,11 @@ def show(file: IndexedFile, labels: IndexedFile | None, tokenizer: Tokenizer, op
             raise DataError(f"--document {number}: {file.prefix} has documents 0 to {len(file) - 1}")
         ids = file.document(number)
         print(f"\n--- document {number}, {len(ids)} tokens")
+        if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= tokenizer.vocab_size):
+            raise DataError(
+                f"{file.prefix}: document {number} has ids from {ids.min()} to {ids.max()}, the tokenizer "
+                f"{tokenizer.path} only 0 to {tokenizer.vocab_size - 1}; it is not the one of this data"
+            )
         mask = labels.document(number) >= 0 if labels is not None else np.zeros(len(ids), bool)
         text = marked(ids, mask, tokenizer, ("\x1b[32m", "\x1b[0m") if colour else ("[[", "]]"), options.max_chars)
         print(text)
@@ -175,6 +206,8 @@ def marked(
     """The text of `ids` with `marks` around what `mask` says, cut after about `max_chars` characters (0: never)."""
     import numpy as np
 
+    if len(ids) == 0:
+        return ""
     edges = [0, *(np.flatnonzero(np.diff(mask)) + 1).tolist(), len(ids)]
     parts, length = [], 0
     for start, stop in itertools.pairwise(edges):

@@ -4,9 +4,9 @@
         --tokenizer-type HFTokenizer --vocab-file Meta-Llama-3.1-8B/tokenizer.json --prepend-bos --append-eod
 
 writes `data/corpus_text_document.bin`, `.idx` and `.json` (the header that training checks). Input is JSON lines
-(plain, .gz, .zst), Parquet or plain text; commas, globs and folders are understood. The output is the same, byte for
-byte, for any number of workers. A run that was killed goes on where it was when started again with the same
-arguments; a run that fails leaves nothing behind.
+and JSON lists (plain, .gz, .zst), Parquet or plain text; commas, globs and folders are understood. The output is the
+same, byte for byte, for any number of workers. A run that was killed goes on where it was when started again with
+the same arguments; a run that fails leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -33,43 +33,40 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--dataset-impl", default="mmap", choices=["mmap"], help="the only format (GPT-NeoX's flag)")
     p.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: all cores)")
     p.add_argument("--num-docs", type=int, help="number of input documents, for a percentage in the progress lines")
-    p.add_argument("--log-interval", type=int, default=10_000, help="documents between progress lines")
+    p.add_argument("--log-interval", type=int, help="documents between progress lines (one comes every ten seconds)")
     p.add_argument(
-        "--on-bad-record", choices=["fatal", "skip"], default="fatal", help="stop at an unreadable record, or count it"
+        "--on-bad-record",
+        choices=["fatal", "skip"],
+        default="fatal",
+        help="stop at what cannot be read, or count it",
     )
     return p
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
-    from megatron.data.indexed import DataError
-    from megatron.tokenizer import TokenizerError
-    from tools.datasets.encoding.pipeline import BadRecord
-    from tools.datasets.encoding.records import SourceError
+    from tools.datasets.command import run_command
 
-    try:
-        preprocess_texts(options)
-    except (BadRecord, DataError, SourceError, TokenizerError, OSError) as error:
-        print(f"preprocess_data.py: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("preprocess_data.py: stopped; the same command goes on from here", file=sys.stderr)
-        return 130
-    return 0
+    return run_command(
+        "preprocess_data.py", lambda: preprocess_texts(options), "stopped; the same command goes on from here"
+    )
 
 
 def preprocess_texts(options: argparse.Namespace) -> None:
-    """Raises BadRecord, DataError, SourceError, TokenizerError, OSError."""
+    """Raises UserError, OSError."""
     from megatron.data.indexed import token_dtype
     from megatron.tokenizer import TokenizerError, build_tokenizer
     from tools.datasets.encoding.encode import TextEncoder
     from tools.datasets.encoding.pipeline import EncodingJob, HeaderMaker, IndexedOutput, identity_of, run_encoding
-    from tools.datasets.encoding.records import expand, read_blocks
+    from tools.datasets.encoding.progress import Progress
+    from tools.datasets.encoding.records import find_inputs
 
     if options.merge_file:
         print(f"--merge-file {options.merge_file} is not read: the merges are in --vocab-file", file=sys.stderr)
     keys: list[str] = [key for item in options.jsonl_keys for key in item.split(",")]
-    files = expand(options.input)
+    skip_bad = options.on_bad_record == "skip"
+    inputs = find_inputs(options.input, skip_bad)
+    inputs.check(keys)
     tokenizer = build_tokenizer(options.tokenizer_type, options.vocab_file)
     if options.prepend_bos and tokenizer.bos is None:
         raise TokenizerError(f"{tokenizer.path}: no begin-of-text token, --prepend-bos cannot be done")
@@ -78,20 +75,28 @@ def preprocess_texts(options: argparse.Namespace) -> None:
     eod = tokenizer.eod if options.append_eod else None
     dtype = token_dtype(tokenizer.vocab_size)
 
-    header = HeaderMaker(tokenizer, dtype, bos, eod, options.ftfy, files)
-    run_encoding(
+    progress = Progress(inputs.bytes, options.log_interval)
+    header = HeaderMaker(tokenizer, dtype, bos, eod, options.ftfy, inputs)
+    states = run_encoding(
         EncodingJob(
-            identity=identity_of(tokenizer, files, [bos, eod, options.ftfy, keys, options.on_bad_record]),
+            identity=identity_of(tokenizer, inputs.files, [bos, eod, options.ftfy, keys, options.on_bad_record]),
             encoder=TextEncoder(tokenizer, keys, dtype, bos, eod, options.ftfy),
-            blocks=(block for file in files for block in read_blocks(file, keys)),
+            blocks=inputs.blocks(keys, None, progress),
+            progress=progress,
             outputs=[IndexedOutput(f"{options.output_prefix}_{key}_document", dtype, header) for key in keys],
             journal=Path(f"{options.output_prefix}.partial.json"),
             workers=options.workers,
-            skip_bad=options.on_bad_record == "skip",
-            log_interval=options.log_interval,
+            skip_bad=skip_bad,
             num_docs=options.num_docs,
         )
     )
+    if states[0].unknown:
+        fields = sorted(states[0].unknown.items(), key=lambda pair: -pair[1])
+        shown = ", ".join(f"{key} ({count:,})" for key, count in fields[:10])
+        more = f" and {len(fields) - 10} more" if len(fields) > 10 else ""
+        print(f"fields that were not used, and how many records have them: {shown}{more}", file=sys.stderr)
+    for line in inputs.describe_bad():
+        print(line, file=sys.stderr)
 
 
 if __name__ == "__main__":

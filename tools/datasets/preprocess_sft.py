@@ -6,7 +6,8 @@
 
 writes `data/sft_reasoning_document.{bin,idx,json}` and `data/sft_reasoning_label_document.{bin,idx}` and so on, and
 `data/sft_train.yml`, the keys for training on them in these shares. Only what the assistant says is learned, and the
-token that ends its turn. A conversation that was seen before, in any source, is left out and counted.
+token that ends its turn. A conversation that was seen before, in any source, is left out and counted. A table at the
+end says what became of the records of each source; the header of the data keeps it.
 """
 
 from __future__ import annotations
@@ -26,42 +27,40 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         required=True,
         metavar="NAME[:SHARE]=FILES",
-        help="a source, its share of the mix, and its files (JSON lines, .gz, .zst, Parquet; globs, folders, commas)",
+        help="a source, its share of the mix, and its files (JSON lines or lists, .gz, .zst, Parquet; globs, folders)",
     )
     p.add_argument("--output-prefix", required=True)
     p.add_argument("--tokenizer-type", required=True, help="HFTokenizer or TiktokenTokenizer")
     p.add_argument("--vocab-file", required=True, help="tokenizer.json or tokenizer.model, or the folder it is in")
     p.add_argument("--train-on", choices=["all", "last"], default="all", help="which assistant turns are learned")
-    p.add_argument("--chat-template", help="a Jinja template or tokenizer_config.json instead of Llama 3's own format")
+    p.add_argument(
+        "--chat-template",
+        help="a Jinja template instead of Meta's format for Llama 3: a model folder, a tokenizer_config.json, a Jinja "
+        "file, or llama3.1, llama3.2, llama3.3",
+    )
+    p.add_argument("--template-arguments", metavar="JSON", help="variables of the template, such as a date_string")
+    p.add_argument("--seq-length", type=int, help="of the run: conversations that do not fit into a sample are counted")
     p.add_argument(
         "--thinking-prompt",
         action="store_true",
         help="give conversations without a system turn 'detailed thinking on' or 'off', as they have <think> or not",
     )
     p.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: all cores)")
-    p.add_argument("--log-interval", type=int, default=10_000, help="conversations between progress lines")
+    p.add_argument(
+        "--log-interval", type=int, help="conversations between progress lines (one comes every ten seconds)"
+    )
     p.add_argument("--on-bad-record", choices=["fatal", "skip"], default="fatal", help="stop, or leave out and count")
     return p
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
-    from megatron.data.indexed import DataError
-    from megatron.tokenizer import TokenizerError
-    from megatron.tokenizer.chat import ChatError
-    from tools.datasets.encoding.pipeline import BadRecord
-    from tools.datasets.encoding.records import SourceError
+    from tools.datasets.command import run_command
     from tools.datasets.encoding.sft import preprocess_conversations
 
-    try:
-        preprocess_conversations(options)
-    except (BadRecord, ChatError, DataError, SourceError, TokenizerError, OSError) as error:
-        print(f"preprocess_sft.py: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("preprocess_sft.py: stopped; the same command goes on from here", file=sys.stderr)
-        return 130
-    return 0
+    return run_command(
+        "preprocess_sft.py", lambda: preprocess_conversations(options), "stopped; the same command goes on from here"
+    )
 
 
 if __name__ == "__main__":

@@ -19,8 +19,12 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+if TYPE_CHECKING:
+    from tools.datasets.encoding.records import InputFiles
 
 
 def parser() -> argparse.ArgumentParser:
@@ -34,22 +38,20 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
-    from megatron.data.indexed import DataError
-    from tools.datasets.encoding.records import SourceError
+    from tools.datasets.command import run_command
 
-    try:
-        write_ngram(options.input, options.output, options.text_key, options.order)
-    except (DataError, SourceError, OSError) as error:
-        print(f"train_ngram.py: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_command(
+        "train_ngram.py",
+        lambda: write_ngram(options.input, options.output, options.text_key, options.order),
+        "stopped; nothing was written",
+    )
 
 
 def write_ngram(inputs: list[str], output: Path, key: str, order: int) -> None:
     """Raises DataError, SourceError, OSError; the output is complete or it is not there."""
     from megatron.common.atomic_files import replacing
     from megatron.data.indexed import DataError
-    from tools.datasets.encoding.records import expand
+    from tools.datasets.encoding.records import find_inputs
 
     if not 2 <= order <= 6:
         raise DataError(f"--order {order}: expected 2 to 6")
@@ -59,7 +61,8 @@ def write_ngram(inputs: list[str], output: Path, key: str, order: int) -> None:
         from kaldingram.train import main as kneser_ney
     except ImportError as error:
         raise DataError("training an n-gram needs the package kaldingram (pip install .[data])") from error
-    files = expand(inputs)
+    files = find_inputs(inputs)
+    files.check([key])
     counts = Counter(word for line in _lines(files, key) for word in line.split(" "))
     once = sum(1 for count in counts.values() if count == 1)
     if once == len(counts):
@@ -79,24 +82,28 @@ def write_ngram(inputs: list[str], output: Path, key: str, order: int) -> None:
                 target.write(line)
                 if line.startswith(b"\\1-grams:"):
                     target.write(b"%.7f\t<unk>\n" % unknown)
-    print(f"{output}: {order}-gram of {counts.total()} words, {len(counts)} different, from {len(files)} files")
+    print(f"{output}: {order}-gram of {counts.total()} words, {len(counts)} different, from {len(files.files)} files")
 
 
-def _lines(files: list[Path], key: str) -> Iterator[str]:
+def _lines(files: InputFiles, key: str) -> Iterator[str]:
     """Lines of words of all records. Raises DataError for a record without text."""
     from megatron.data.indexed import DataError
     from tools.datasets.cleaning.perplexity import word_lines
-    from tools.datasets.encoding.records import read_blocks, read_record, text_of
+    from tools.datasets.encoding.progress import Progress
+    from tools.datasets.encoding.records import RecordError, read_record, text_of
 
-    for file in files:
-        for block in read_blocks(file, [key]):
-            for position in range(len(block)):
-                try:
-                    record = read_record(block, position)
-                    text = "" if record is None else text_of(record, key)
-                except ValueError as error:
-                    raise DataError(f"{block.where(position)}: {error}") from None
-                yield from word_lines(text)
+    progress, records = Progress(files.bytes), 0
+    for block in files.blocks([key], [key], progress):
+        for position in range(len(block)):
+            try:
+                record = read_record(block, position)
+                text = "" if record is None else text_of(record, key)
+            except RecordError as error:
+                raise DataError(f"{block.where(position)}: {error}") from None
+            records += 1
+            yield from word_lines(text)
+        if progress.due(records):
+            print(f"{records:,} documents, {progress.left()}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -87,8 +87,10 @@ class DataKeys(Keys):
         "How documents fill samples. packed: one after the other, cut at seq_length; pack_until_overflow: whole "
         "documents in random order; unpacked: one each; best_fit: whole documents where they leave the least room.",
     )
-    allow_chopped: bool = key(
-        True, "Where documents are kept whole: cut those longer than a sample into several; false leaves them out."
+    allow_chopped: bool | None = key(
+        None,
+        "Where documents are kept whole: true cuts those longer than a sample into several; by default they are left "
+        "out and counted. With pack_impl: packed, true says that conversations may be cut where a sample ends.",
     )
     eod_mask_loss: bool = key(False, "Do not learn what follows an end-of-document token.")
     isolate_documents: bool = key(
@@ -237,7 +239,7 @@ def weights_are_given_once(args: DataKeys) -> str | None:
 
 @registry.rule("train", "eval")
 def chopping_has_an_effect(args: DataKeys) -> str | None:
-    if args.allow_chopped or args.pack_impl != "packed":
+    if args.allow_chopped is not False or args.pack_impl != "packed":
         return None
     return (
         "allow_chopped: false has no effect with pack_impl: packed, which cuts every document where a sample ends; "

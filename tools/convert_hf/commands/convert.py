@@ -16,6 +16,7 @@ from tools.convert_hf.commands.model_yml import model_keys, model_yml
 from tools.convert_hf.errors import ConvertError
 from tools.convert_hf.formats.dtypes import BY_NAME, WEIGHT_DTYPES, DType
 from tools.convert_hf.formats.torch_file import plain_file
+from tools.convert_hf.sources.chat_files import put_chat, trained_chat
 from tools.convert_hf.sources.checkpoint import Checkpoint, check_duplicates
 from tools.convert_hf.sources.hf import SAFETENSORS_INDEX
 from tools.convert_hf.sources.llama_config import read_config_file
@@ -50,6 +51,7 @@ class ConversionRequest:
     max_ram: int = 512 << 20
     threads: int = 4
     shard: tuple[int, int] = (1, 1)
+    base_chat: bool = False  # to-hf: keep end tokens and chat template of the base model
     trained_settings: bool = False  # to-hf: write the training run's epsilon and rotary settings into config.json
     resume: bool = False
     force: bool = False
@@ -195,7 +197,14 @@ def prepare_hf(source: Checkpoint, shard_size: int | None, request: ConversionRe
         shards = shards_by_size(sizes, shard_size or DEFAULT_SHARD_SIZE)
     files = hf_files(tensors, dtype_of, shards)
     extras: dict[str, bytes | Path] = dict(travelling)
-    extras["config.json"] = _config(source, request, {dtype_of(n).name for n in tensors})
+    config = _config(source, request, {dtype_of(n).name for n in tensors})
+    chat = None if request.base_chat else trained_chat(source.provenance)
+    if chat is not None:
+        raw = json.loads(config)
+        changed, notes = put_chat(extras, raw, chat, source.shape.vocab_size)
+        source.notes += notes
+        config = config if changed == raw else (json.dumps(changed, indent=2, ensure_ascii=False) + "\n").encode()
+    extras["config.json"] = config
     if len(files) > 1:
         total = sum(t.stored.nbytes for f in files for t in f.tensors)
         where = {t.stored.name: f.name for f in files for t in f.tensors}

@@ -6,7 +6,6 @@ import contextlib
 import gzip
 import json
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,8 @@ from tools.datasets.cleaning.perplexity import Perplexity
 from tools.datasets.cleaning.report import Drop, Example, Report
 from tools.datasets.cleaning.rules import Rules
 from tools.datasets.encoding.pipeline import MAX_SHOWN, BadRecord
-from tools.datasets.encoding.records import SourceError, read_blocks, read_record, text_of
+from tools.datasets.encoding.progress import Progress
+from tools.datasets.encoding.records import InputFiles, SourceError, read_blocks, read_record, text_of
 from tools.datasets.encoding.workers import in_order
 
 OUTPUT_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
@@ -29,27 +29,28 @@ OUTPUT_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 
 @dataclass(frozen=True)
 class CleaningJob:
-    files: list[Path]
+    inputs: InputFiles
     output: Path
     report: Path  # folder
     key: str
     rules: Rules
     perplexity: Perplexity | None
     workers: int
-    skip_bad: bool
-    log_interval: int
+    log_interval: int | None
 
 
 def run_cleaning(job: CleaningJob) -> Report:
     """Write the output and the report, both or neither. Raises BadRecord, DataError, SourceError, OSError."""
     if not job.output.name.endswith(OUTPUT_SUFFIXES):
         raise DataError(f"--output {job.output}: expected a name that ends in {', '.join(OUTPUT_SUFFIXES)}")
-    if job.output.resolve() in [file.resolve() for file in job.files]:
+    if job.output.resolve() in [file.resolve() for file in job.inputs.files]:
         raise DataError(f"--output {job.output}: this is one of the inputs")
+    job.inputs.check([job.key])
     job.output.parent.mkdir(parents=True, exist_ok=True)
     job.report.mkdir(parents=True, exist_ok=True)
-    report = Report(job.rules, [str(file) for file in job.files], str(job.output))
-    blocks = (block for file in job.files for block in read_blocks(file, [job.key]))
+    report = Report(job.rules, [str(file) for file in job.inputs.files], str(job.output))
+    progress = Progress(job.inputs.bytes, job.log_interval)
+    blocks = job.inputs.blocks([job.key], None, progress)
     try:
         with replacing(job.output) as output, replacing(job.report / "dropped.jsonl") as dropped:
             cleaner = Cleaner(job.rules, job.key, job.perplexity)
@@ -58,7 +59,7 @@ def run_cleaning(job: CleaningJob) -> Report:
                 dropped.open("w", encoding="utf-8") as log,
                 contextlib.closing(in_order(cleaner, blocks, job.workers)) as results,
             ):
-                for line in _collect(job, report, results, log):
+                for line in _collect(job, report, results, log, progress):
                     out.write(line + b"\n")
             if not report.kept:
                 raise DataError(f"nothing is left: {report.documents} documents, {dict(report.dropped)} dropped")
@@ -71,14 +72,15 @@ def run_cleaning(job: CleaningJob) -> Report:
     return report
 
 
-def _collect(job: CleaningJob, report: Report, results: Iterator[Cleaned], log: IO[str]) -> Iterator[bytes]:
+def _collect(
+    job: CleaningJob, report: Report, results: Iterator[Cleaned], log: IO[str], progress: Progress
+) -> Iterator[bytes]:
     """Lines for the output. Here, in the order of the corpus, duplicates are found and everything is counted."""
     index = Index(job.rules.exact_duplicate, job.rules.near_duplicate)
     places: list[tuple[str, str, int]] = []  # of the documents in the index
-    start, next_report = time.monotonic(), job.log_interval
     for cleaned in results:
         for message in cleaned.bad:
-            if not job.skip_bad:
+            if not job.inputs.skip_bad:
                 raise BadRecord(f"{message} (--on-bad-record skip leaves such records out and counts them)")
             if report.unreadable < MAX_SHOWN:
                 print(f"skipped: {message}", file=sys.stderr)
@@ -119,10 +121,14 @@ def _collect(job: CleaningJob, report: Report, results: Iterator[Cleaned], log: 
                     "start": document.start,
                 }
                 log.write(json.dumps(entry, ensure_ascii=False) + "\n")
-        if report.documents >= next_report:
-            next_report = report.documents + job.log_interval
-            rate = report.characters / max(time.monotonic() - start, 1e-9) / 1e6
-            print(f"{report.documents} documents, {report.kept} kept, {rate:.2f} million characters/s", file=sys.stderr)
+        if progress.due(report.documents):
+            rate = report.characters / progress.seconds / 1e6
+            print(
+                f"{report.documents:,} documents, {report.kept:,} kept, {progress.left()}, "
+                f"{rate:.2f} million characters/s",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def _find_earlier(job: CleaningJob, report: Report) -> None:
@@ -133,7 +139,7 @@ def _find_earlier(job: CleaningJob, report: Report) -> None:
             source, _, number = example.drop.like
             wanted.setdefault(source, {}).setdefault(number, []).append(example)
     for source, numbers in wanted.items():
-        for block in read_blocks(Path(source), [job.key]):
+        for block in read_blocks(Path(source), [job.key], [job.key]):
             for number in sorted(numbers):
                 if 0 <= number - block.first < len(block):
                     record = read_record(block, number - block.first)

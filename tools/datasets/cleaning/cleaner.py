@@ -14,7 +14,7 @@ from tools.datasets.cleaning.perplexity import Perplexity
 from tools.datasets.cleaning.repetition import cut, find_loops, repeated_shares
 from tools.datasets.cleaning.report import EXAMPLES, Document, Drop
 from tools.datasets.cleaning.rules import Rules
-from tools.datasets.encoding.records import Block, read_record, text_of
+from tools.datasets.encoding.records import Block, RecordError, read_record, text_of
 
 _STRANGE = re.compile("[\ufffd\ue000-\uf8ff]")  # the replacement character, and the private use of PDF fonts
 
@@ -41,11 +41,11 @@ class Cleaner:
             try:
                 record = read_record(block, position)
                 text = None if record is None else text_of(record, self.key)
-            except ValueError as error:
+            except RecordError as error:
                 result.bad.append(f"{block.where(position)}: {error}")
                 continue
             if record is not None and text is not None:
-                result.documents.append(self._clean(block.first + position, text, record))
+                result.documents.append(self._clean(block.first + position, text, _with_file(record, block.file)))
         keep_examples(block.source, result.documents)
         return result
 
@@ -99,6 +99,11 @@ class Cleaner:
             if share > limit:
                 return Drop(f"max_{name}", share, limit)
         return None
+
+
+def _with_file(record: dict[str, Any], file: str | None) -> dict[str, Any]:
+    """Records of a folder keep the name of their file, unless they have a field of that name."""
+    return record if file is None or "file" in record else {**record, "file": file}
 
 
 def luck(source: str, number: int) -> bytes:

@@ -1,128 +1,90 @@
-"""Conversations in the shapes that data sets have them, as one list of messages.
-
-Known shapes: `messages` with role and content (OpenAI; also GPT-NeoX's `conversation`), `conversations` with from and
-value (ShareGPT, OpenHermes 2.5), and Llama-Nemotron's `input`, `output`, `system_prompt`, `reasoning`.
-"""
+"""Records to conversations that are checked, and what of the records was not understood."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from megatron.tokenizer.chat import ChatError, Message, Role
+from megatron.tokenizer.conversation import ChatError, Conversation, Message
+from tools.datasets.encoding.shapes import THINKING, shape_record
+from tools.datasets.encoding.turns import read_turn
 
-ROLES: dict[str, Role] = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "model": "assistant",
-    "tool": "tool",
-    "ipython": "tool",
-    "function": "tool",
-    "observation": "tool",
-}
-THINKING = {True: "detailed thinking on", False: "detailed thinking off"}  # Llama-Nemotron's system prompts
 _EMPTY_TRACE = re.compile(r"\A\s*<think>\s*</think>\s*")
 _TRACE = re.compile(r"<think>.*\S.*", re.DOTALL)
 
 
-def read_conversation(record: dict[str, Any], thinking_prompt: bool) -> list[Message]:
-    """The messages of a record, checked. Raises ChatError with what is wrong.
+@dataclass(frozen=True)
+class ReadConversation:
+    """A conversation, the shape that it had, and the keys of its record and its turns that are not known."""
 
-    Empty `<think></think>` pairs are taken out of assistant turns. With `thinking_prompt`, a conversation without a
+    conversation: Conversation
+    shape: str
+    unknown: tuple[str, ...]
+
+
+def read_conversation(record: Mapping[str, Any], thinking_prompt: bool = False) -> ReadConversation:
+    """The conversation of a record, checked. Raises ChatError with what is wrong.
+
+    With `thinking_prompt`, empty `<think></think>` pairs are taken out of assistant turns, and a conversation without a
     system turn gets "detailed thinking on" or "detailed thinking off", as its answers have a trace or not.
     """
-    messages = _messages(record)
-    if not messages:
-        raise ChatError("the conversation is empty")
-    messages = [replace(m, content=_EMPTY_TRACE.sub("", m.content)) if m.role == "assistant" else m for m in messages]
-    if any(message.role == "system" for message in messages[1:]):
-        raise ChatError("a system turn that is not the first")
-    first = messages[1:2] if messages[0].role == "system" else messages[:1]
-    if first and first[0].role != "user":
-        raise ChatError(f"the first turn is the {first[0].role}'s; a user turn is expected")
-    for turn, message in enumerate(messages):
-        if message.role == "assistant" and not message.content.strip():
-            raise ChatError(f"turn {turn + 1}: the assistant says nothing")
-    traces = any(m.role == "assistant" and _TRACE.search(m.content) for m in messages)
+    shaped = shape_record(record)
+    messages: list[Message] = []
+    unknown = dict.fromkeys(shaped.unknown)
+    for number, turn in enumerate(shaped.turns, start=1):
+        message, keys = read_turn(number, turn)
+        messages.append(message)
+        unknown |= dict.fromkeys(f"{key} (of a turn)" for key in keys)
+    if thinking_prompt:
+        messages = [_without_empty_trace(message) for message in messages]
+    _check(messages)
+    traces = any(m.role == "assistant" and (m.reasoning or _TRACE.search(m.content)) for m in messages)
     if messages[0].role == "system":
         if traces and messages[0].content.strip() == THINKING[False]:
-            raise ChatError(f"the system prompt is {THINKING[False]!r}, but an answer has a <think> trace")
+            raise ChatError(
+                f"the system prompt is {THINKING[False]!r}, but an answer has a <think> trace", "thinking is off"
+            )
     elif thinking_prompt:
-        messages.insert(0, Message("system", THINKING[traces]))
-    return [
-        replace(message, waits_for_tool=message.role == "assistant" and following.role == "tool")
-        for message, following in zip(messages, [*messages[1:], Message("user", "")], strict=True)
+        messages.insert(0, Message("system", THINKING[bool(traces)]))
+    following = [message.role for message in messages[1:]] + [None]
+    messages = [
+        replace(m, waits_for_tool=m.role == "assistant" and (bool(m.calls) or after == "tool"))
+        for m, after in zip(messages, following, strict=True)
     ]
+    conversation = Conversation(messages, shaped.tools, shaped.documents, shaped.template_arguments)
+    return ReadConversation(conversation, shaped.shape, tuple(unknown))
 
 
-def _messages(record: dict[str, Any]) -> list[Message]:
-    for field in ("messages", "conversations", "conversation"):
-        if field in record:
-            turns = record[field]
-            if not isinstance(turns, list):
-                raise ChatError(f"field {field!r} is not a list but {type(turns).__name__}")
-            return [_turn(number, turn) for number, turn in enumerate(turns, start=1)]
-    if "input" in record and "output" in record:
-        return _nemotron(record)
-    raise ChatError(
-        f"no conversation: expected messages, conversations, conversation, or input and output; the fields are "
-        f"{', '.join(list(record)[:8]) or 'none'}"
-    )
+def _check(messages: Sequence[Message]) -> None:
+    if not messages:
+        raise ChatError("the conversation is empty", "empty conversation")
+    if any(message.role == "system" for message in messages[1:]):
+        raise ChatError("a system turn that is not the first", "system turn in the middle")
+    first = messages[1:2] if messages[0].role == "system" else messages[:1]
+    if first and first[0].role != "user":
+        raise ChatError(f"the first turn is the {first[0].role}'s; a user turn is expected", "no user turn first")
+    for turn, message in enumerate(messages, start=1):
+        if message.role in ("user", "assistant") and not message.content.strip() and not message.calls:
+            raise ChatError(f"turn {turn}: the {message.role} says nothing", f"the {message.role} says nothing")
 
 
-def _nemotron(record: dict[str, Any]) -> list[Message]:
-    turns = record["input"]
-    if isinstance(turns, str):
-        turns = [{"role": "user", "content": turns}]
-    if not isinstance(turns, list) or not isinstance(record["output"], str):
-        raise ChatError("input is neither text nor a list of turns, or output is not text")
-    messages = [_turn(number, turn) for number, turn in enumerate(turns, start=1)]
-    system = record.get("system_prompt") or None
-    if system is None and record.get("reasoning") in ("on", "off"):
-        system = THINKING[record["reasoning"] == "on"]
-    if system is not None and not (messages and messages[0].role == "system"):
-        messages.insert(0, Message("system", system))
-    return [*messages, Message("assistant", record["output"])]
-
-
-def _turn(number: int, turn: Any) -> Message:
-    if not isinstance(turn, dict):
-        raise ChatError(f"turn {number}: expected an object with role and content, got {type(turn).__name__}")
-    name = turn.get("role", turn.get("from"))
-    if name not in ROLES:
-        raise ChatError(f"turn {number}: the role {name!r} does not exist; expected one of {', '.join(ROLES)}")
-    role = ROLES[name]
-    content = turn.get("content", turn.get("value"))
-    if isinstance(content, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in content):
-        content = "".join(str(part["text"]) for part in content)
-    calls = turn.get("tool_calls") or []
-    if content is None and calls:
-        content = ""
-    if not isinstance(content, str):
-        raise ChatError(f"turn {number}: the content is not text but {type(content).__name__}")
-    return Message(role, content + "".join(_tool_call(number, call) for call in calls))
-
-
-def _tool_call(number: int, call: Any) -> str:
-    """A call in Llama 3.1's JSON form."""
-    try:
-        function = call["function"]
-        arguments = function["arguments"]
-        if isinstance(arguments, str):
-            arguments = json.loads(arguments)
-        return json.dumps({"type": "function", "name": function["name"], "parameters": arguments})
-    except (KeyError, TypeError, ValueError) as error:
-        raise ChatError(f"turn {number}: a tool call without function name and JSON arguments ({error})") from None
+def _without_empty_trace(message: Message) -> Message:
+    content = _EMPTY_TRACE.sub("", message.content)
+    if message.role != "assistant" or content == message.content:
+        return message
+    fields = None if message.fields is None else {**message.fields, "content": content}
+    return replace(message, content=content, fields=fields)
 
 
 def digest(messages: Sequence[Message]) -> bytes:
     """Equal for conversations whose user and assistant say the same, up to white space; system prompts do not count."""
-    said = [(m.role, " ".join(m.content.split())) for m in messages if m.role != "system"]
+    said = [
+        (m.role, *(" ".join(text.split()) for text in (m.content, m.reasoning or "")), [repr(call) for call in m.calls])
+        for m in messages
+        if m.role != "system"
+    ]
     return hashlib.blake2b(json.dumps(said).encode("utf-8", "surrogatepass"), digest_size=16).digest()

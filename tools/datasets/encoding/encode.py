@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron.tokenizer import Tokenizer
-from tools.datasets.encoding.records import Block, read_record, text_of
+from tools.datasets.encoding.records import Block, RecordError, read_record, text_of
+
+
+class BadEntry(NamedTuple):
+    """A record that cannot be used: the rule that it breaks, for counting, and a message with file and line."""
+
+    rule: str
+    message: str
 
 
 @dataclass
@@ -22,7 +31,10 @@ class Encoded:
     text_bytes: int = 0
     learned: int = 0  # supervised tokens, where the document has labels
     empty: int = 0
-    bad: list[str] = field(default_factory=list)  # one message per unreadable record
+    bad: list[BadEntry] = field(default_factory=list)
+    dropped: Counter[str] = field(default_factory=Counter)  # records that are no mistake and no sample, by rule
+    unknown: Counter[str] = field(default_factory=Counter)  # fields that were not used
+    longer: Counter[str] = field(default_factory=Counter)  # documents that are longer than a sample of so many tokens
 
 
 @dataclass(frozen=True)
@@ -42,32 +54,31 @@ class TextEncoder:
         texts: list[list[str]] = [[] for _ in self.keys]
         for position in range(len(block)):
             try:
-                values = self._fields(block, position)
-            except ValueError as error:
+                record = read_record(block, position)
+                values = [] if record is None else [text_of(record, key) for key in self.keys]
+            except RecordError as error:
                 for result in results:
-                    result.bad.append(f"{block.where(position)}: {error}")
+                    result.bad.append(BadEntry(error.rule, f"{block.where(position)}: {error}"))
                 continue
-            for value, result, kept in zip(values, results, texts, strict=True):
-                if value:
-                    kept.append(value)
-                elif value is not None:
+            if record is not None:
+                results[0].unknown.update(key for key in record if key not in self.keys)
+            for value, result, kept in zip(values, results, texts, strict=False):
+                kept.append(self._repaired(value))
+                if not kept[-1].strip():
+                    kept.pop()
                     result.empty += 1
         for kept, result in zip(texts, results, strict=True):
             self._encode(kept, result)
         return results
 
-    def _fields(self, block: Block, position: int) -> list[str | None]:
-        """Text of each key; None for a blank line. Raises ValueError with the reason a record cannot be used."""
-        record = read_record(block, position)
-        if record is None:
-            return [None] * len(self.keys)
-        return [text_of(record, key) for key in self.keys]
+    def _repaired(self, text: str) -> str:
+        if not self.ftfy:
+            return text
+        import ftfy
+
+        return ftfy.fix_text(text)
 
     def _encode(self, texts: list[str], result: Encoded) -> None:
-        if self.ftfy:
-            import ftfy
-
-            texts = [ftfy.fix_text(text) for text in texts]
         result.text_bytes = sum(len(text.encode(errors="replace")) for text in texts)
         before = np.array([] if self.bos is None else [self.bos], self.dtype)
         behind = np.array([] if self.eod is None else [self.eod], self.dtype)

@@ -9,8 +9,9 @@ import os
 import sys
 import time
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Protocol
@@ -18,18 +19,20 @@ from typing import Protocol
 import numpy as np
 
 from megatron.common.atomic_files import write_text
+from megatron.common.errors import UserError
 from megatron.data.header import ChatInfo, DataHeader, TokenizerInfo, header_path
 from megatron.data.indexed import DataError, IndexedWriter, bin_path, idx_path
 from megatron.tokenizer import Tokenizer
 from tools.datasets.encoding.encode import Encoded
-from tools.datasets.encoding.records import Block
+from tools.datasets.encoding.progress import Progress
+from tools.datasets.encoding.records import Block, InputFiles
 from tools.datasets.encoding.workers import in_order
 
 JOURNAL_SECONDS = 10.0
 MAX_SHOWN = 20  # skipped records printed in full; all are counted
 
 
-class BadRecord(ValueError):
+class BadRecord(UserError, ValueError):
     """An unreadable record under the policy `fatal`."""
 
 
@@ -51,6 +54,14 @@ class State:
     learned: int = 0
     empty: int = 0
     skipped: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)  # records by the rule that left them out
+    unknown: dict[str, int] = field(default_factory=dict)  # fields that were not used
+    longer: dict[str, int] = field(default_factory=dict)  # documents longer than a sample of so many tokens
+
+    @property
+    def left_out(self) -> str:
+        rules = "".join(f", {rule} {count}" for rule, count in self.dropped.items())
+        return f"{self.empty} empty and {self.skipped} unreadable left out{rules}"
 
 
 @dataclass(frozen=True)
@@ -75,7 +86,7 @@ class HeaderMaker:
     bos: int | None
     eod: int | None
     ftfy: bool
-    files: list[Path]
+    inputs: InputFiles
     chat: Callable[[State], ChatInfo] | None = None
 
     def __call__(self, state: State) -> DataHeader:
@@ -91,7 +102,9 @@ class HeaderMaker:
             empty=state.empty,
             skipped=state.skipped,
             crc32=f"{state.crc32:08x}",
-            sources=[str(file) for file in self.files],
+            sources=[str(file) for file in self.inputs.files],
+            bad_files=list(self.inputs.bad.values()),
+            unknown_keys=dict(state.unknown),
             chat=None if self.chat is None else self.chat(state),
         )
 
@@ -104,11 +117,11 @@ class EncodingJob:
     identity: str
     encoder: Encoder
     blocks: Iterable[Block]
+    progress: Progress  # counts what the blocks have read
     outputs: list[IndexedOutput]
     journal: Path
     workers: int
     skip_bad: bool
-    log_interval: int  # documents
     num_docs: int | None
 
 
@@ -174,10 +187,8 @@ def run_encoding(job: EncodingJob) -> list[State]:
 def _collect(
     job: EncodingJob, encoded: Iterable[list[Encoded]], journal: EncodingJournal, writers: list[IndexedWriter]
 ) -> None:
-    first = journal.states[0]
     start = last_sync = time.monotonic()
-    text_before, bytes_before = first.text_bytes, first.bytes
-    next_report = first.documents + job.log_interval
+    before = _done(journal.states)
     shown = 0
     for results in encoded:
         for writer, state, result in zip(writers, journal.states, results, strict=True):
@@ -190,25 +201,28 @@ def _collect(
                 writer.sync()
             journal.save(job.journal)
             last_sync = now
-        if first.documents >= next_report:
-            next_report = first.documents + job.log_interval
+        documents = sum(state.documents for state in journal.states if state.text_bytes)
+        if job.progress.due(documents):
             seconds = max(now - start, 1e-9)
-            tokens = (first.bytes - bytes_before) / job.outputs[0].dtype.itemsize / seconds
-            share = f" ({first.documents / job.num_docs:.1%})" if job.num_docs else ""
+            rate = (_done(journal.states) - before) / seconds / 1e6
+            share = f" ({documents / job.num_docs:.1%})" if job.num_docs else ""
             print(
-                f"{first.documents} documents{share}, {(first.text_bytes - text_before) / seconds / 1e6:.2f} MB/s, "
-                f"{tokens:,.0f} tokens/s",
-                file=sys.stderr,
+                f"{documents:,} documents{share}, {job.progress.left()}, {rate:.2f} MB/s", file=sys.stderr, flush=True
             )
+
+
+def _done(states: list[State]) -> int:
+    """Bytes of text that were encoded."""
+    return sum(state.text_bytes for state in states)
 
 
 def _report_bad(result: Encoded, skip: bool, shown: int) -> int:
     if not result.bad:
         return 0
     if not skip:
-        raise BadRecord(f"{result.bad[0]} (--on-bad-record skip leaves such records out and counts them)")
-    for message in result.bad[: max(0, MAX_SHOWN - shown)]:
-        print(f"skipped: {message}", file=sys.stderr)
+        raise BadRecord(f"{result.bad[0].message} (--on-bad-record skip leaves such records out and counts them)")
+    for entry in result.bad[: max(0, MAX_SHOWN - shown)]:
+        print(f"skipped: {entry.message}", file=sys.stderr)
     return len(result.bad)
 
 
@@ -221,28 +235,43 @@ def _append(writer: IndexedWriter, state: State, result: Encoded) -> None:
     state.learned += result.learned
     state.empty += result.empty
     state.skipped += len(result.bad)
+    _add(state.dropped, result.dropped)
+    _add(state.dropped, Counter(entry.rule for entry in result.bad))
+    _add(state.unknown, result.unknown)
+    _add(state.longer, result.longer)
+
+
+def _add(counts: dict[str, int], more: Counter[str]) -> None:
+    for key, count in more.items():
+        counts[key] = counts.get(key, 0) + count
 
 
 def _publish(job: EncodingJob, states: list[State], writers: list[IndexedWriter]) -> None:
-    for output, state, writer in zip(job.outputs, states, writers, strict=True):
-        if not writer.documents:
-            raise DataError(
-                f"nothing to write to {output.prefix}: no documents with text in the input, {state.empty} empty and "
-                f"{state.skipped} unreadable records"
-            )
-    for output, state, writer in zip(job.outputs, states, writers, strict=True):
+    """Every output that has documents, or DataError if none has."""
+    parts = list(zip(job.outputs, states, writers, strict=True))
+    if not any(writer.documents for _, _, writer in parts):
+        raise DataError(
+            f"nothing to write to {job.outputs[0].prefix}: no documents with text in the input, {states[0].left_out}"
+        )
+    for output, state, writer in parts:
         writer.finish()
         if output.header is not None:
             write_text(header_path(output.partial), output.header(state).model_dump_json(indent=2) + "\n")
-    for output in job.outputs:  # a reader sees the old set, none, or the new one; never a mixture
-        idx_path(output.prefix).unlink(missing_ok=True)
-    for output, state in zip(job.outputs, states, strict=True):
+    for output, _, writer in parts:  # a reader sees the old set, none, or the new one; never a mixture
+        if writer.documents:
+            idx_path(output.prefix).unlink(missing_ok=True)
+    for output, state, writer in parts:
+        if not writer.documents:
+            for path in (bin_path(output.partial), idx_path(output.partial), header_path(output.partial)):
+                path.unlink(missing_ok=True)
+            print(f"{output.prefix}: no documents, nothing is written; {state.left_out}", file=sys.stderr)
+            continue
         os.replace(bin_path(output.partial), bin_path(output.prefix))
         if output.header is not None:
             os.replace(header_path(output.partial), header_path(output.prefix))
         os.replace(idx_path(output.partial), idx_path(output.prefix))
         print(
             f"{output.prefix}: {state.documents} documents, {state.bytes // output.dtype.itemsize} tokens, "
-            f"{state.empty} empty and {state.skipped} unreadable left out",
+            f"{state.left_out}",
             file=sys.stderr,
         )

@@ -1,4 +1,4 @@
-"""Records of files: JSON lines (plain, .gz, .zst), Parquet and plain text, in blocks of about a MiB.
+"""Records of files: JSON lines, JSON lists, plain text (each plain, .gz or .zst) and Parquet, in blocks of about a MiB.
 
 A block is what one worker handles at a time. The cut into blocks depends on the files alone, never on the number of
 workers, so the output does not either.
@@ -9,19 +9,35 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import sys
+import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from glob import glob
 from pathlib import Path
 from typing import IO, Any
 
+from megatron.common.errors import UserError
+from tools.datasets.encoding.progress import Progress
+
 BLOCK_BYTES = 1 << 20
-SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".jsonl.zst", ".txt", ".parquet")
+_LINES, _LISTS, _TEXT = (".jsonl", ".ndjson"), (".json",), (".txt",)
+_PACKED = ("", ".gz", ".zst")
+SUFFIXES = (*(kind + packed for kind in (*_LINES, *_LISTS, *_TEXT) for packed in _PACKED), ".parquet")
+MAX_NAMED = 20  # files named in full
 _PARQUET_ROWS = 512
 
 
-class SourceError(ValueError):
+class SourceError(UserError, ValueError):
     """An input that cannot be read; the message names the file."""
+
+
+class RecordError(UserError, ValueError):
+    """A record that cannot be used; `rule` is the reason in a few words, which is what is counted."""
+
+    def __init__(self, message: str, rule: str) -> None:
+        super().__init__(message)
+        self.rule = rule
 
 
 @dataclass(frozen=True)
@@ -33,6 +49,8 @@ class Block:
     unit: str  # what a record is in messages
     lines: list[bytes] | None = None
     records: list[Any] | None = None
+    bytes: int = 0  # of the file, which hold these records
+    file: str | None = None  # the file's name below the folder that was given
 
     def __len__(self) -> int:
         return len(self.lines if self.lines is not None else self.records or ())
@@ -42,49 +60,144 @@ class Block:
         return f"{self.source}, {self.unit} {self.first + position}"
 
 
-def expand(inputs: Sequence[str]) -> list[Path]:
-    """Files behind commas, globs and folders, sorted within each. Raises SourceError for one that matches nothing."""
-    files: list[Path] = []
+@dataclass
+class InputFiles:
+    """The files of a job. With `skip_bad` one that cannot be read is put into `bad` with the reason, else it stops."""
+
+    files: list[Path]
+    skip_bad: bool = False
+    names: dict[Path, str] = field(default_factory=dict)  # below the folder that was given
+    bad: dict[Path, str] = field(default_factory=dict)
+
+    @property
+    def bytes(self) -> int:
+        return sum(file.stat().st_size for file in self.files)
+
+    def check(self, keys: Sequence[str] | None) -> None:
+        """Open every file and read its beginning (text files whole), so that all that is wrong is said before work
+        begins. Raises SourceError, naming all files that cannot be read."""
+        problems = {}
+        for file in self.files:
+            reason = _problem(file, keys)
+            if reason is not None:
+                problems[file] = reason
+        if not problems:
+            return
+        if self.skip_bad and len(problems) < len(self.files):
+            self.bad |= problems
+            return
+        named = list(problems.values())[:MAX_NAMED]
+        if len(problems) > 1:
+            more = f"\n  and {len(problems) - MAX_NAMED} more" if len(problems) > MAX_NAMED else ""
+            named = [f"{len(problems)} of {len(self.files)} files cannot be read:\n  " + "\n  ".join(named) + more]
+        hint = "" if self.skip_bad else " (--on-bad-record skip leaves such files out and lists them)"
+        raise SourceError(named[0] + hint)
+
+    def blocks(
+        self, keys: Sequence[str] | None, columns: Sequence[str] | None, progress: Progress | None = None
+    ) -> Iterator[Block]:
+        """All records that can be read; `keys` have to be there, `columns` of Parquet are read (None: all)."""
+        for file in self.files:
+            if file in self.bad:
+                continue
+            try:
+                for block in read_blocks(file, keys, columns, self.names.get(file)):
+                    if progress is not None:
+                        progress.read += block.bytes
+                    yield block
+            except SourceError as error:
+                if not self.skip_bad:
+                    raise
+                self.bad[file] = str(error)
+
+    def describe_bad(self) -> list[str]:
+        """Lines that list the files that were left out."""
+        if not self.bad:
+            return []
+        return [f"{len(self.bad)} of {len(self.files)} files could not be read and were left out:"] + [
+            f"  {reason}" for reason in self.bad.values()
+        ]
+
+
+def find_inputs(inputs: Sequence[str], skip_bad: bool = False) -> InputFiles:
+    """Files behind commas, globs and folders, sorted within each; what of a folder is not read is named.
+
+    Raises SourceError for an entry that matches nothing.
+    """
+    found = InputFiles([], skip_bad)
     for entry in (part for item in inputs for part in item.split(",") if part):
-        path = Path(entry)
+        path = Path(entry).expanduser()
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.is_file() and p.name.endswith(SUFFIXES))
+            inside = sorted(p for p in path.rglob("*") if p.is_file())
+            files = [p for p in inside if p.name.endswith(SUFFIXES)]
+            found.names |= {p: str(p.relative_to(path)) for p in files}
+            _name_unread(path, [p for p in inside if p not in found.names])
         elif path.is_file():
-            found = [path]
+            files = [path]
         else:
-            found = sorted(Path(p) for p in glob(entry, recursive=True) if Path(p).is_file())
-        if not found:
+            files = sorted(Path(p) for p in glob(str(path), recursive=True) if Path(p).is_file())
+        if not files:
             raise SourceError(f"--input {entry}: no such file; a folder or glob must hold one of {', '.join(SUFFIXES)}")
-        files += found
-    for file in files:
-        if not file.name.endswith(SUFFIXES):
-            raise SourceError(f"{file}: unknown kind of file; expected one of {', '.join(SUFFIXES)}")
-        if file.stat().st_size == 0:
-            raise SourceError(f"{file}: the file is empty")
-    if len(set(files)) != len(files):
-        twice = next(f for f in files if files.count(f) > 1)
+        found.files += files
+    if not found.files:
+        raise SourceError(f"--input {' '.join(inputs)}: names no file")
+    if len(set(found.files)) != len(found.files):
+        twice = next(f for f in found.files if found.files.count(f) > 1)
         raise SourceError(f"{twice}: given twice; its documents would count double")
-    return files
+    return found
 
 
-def read_blocks(path: Path, keys: Sequence[str] | None) -> Iterator[Block]:
-    """All records of a file in order; of Parquet only the columns `keys`, or all of them (None).
+def _name_unread(folder: Path, files: list[Path]) -> None:
+    if files:
+        names = [str(file.relative_to(folder)) for file in files[:MAX_NAMED]]
+        more = f" and {len(files) - MAX_NAMED} more" if len(files) > MAX_NAMED else ""
+        print(
+            f"{folder}: {len(files)} files are not read, for their ending is none of {', '.join(SUFFIXES)}: "
+            f"{', '.join(names)}{more}",
+            file=sys.stderr,
+        )
+
+
+def _problem(file: Path, keys: Sequence[str] | None) -> str | None:
+    """Why a file cannot be read, as far as its beginning tells."""
+    if not file.name.endswith(SUFFIXES):
+        return f"{file}: unknown kind of file; expected one of {', '.join(SUFFIXES)}"
+    try:
+        if file.stat().st_size == 0 or next(read_blocks(file, keys, keys), None) is None:
+            return f"{file}: the file is empty"
+    except SourceError as error:
+        return str(error)
+    except OSError as error:
+        return f"{file}: {error.strerror}"
+    return None
+
+
+def _kind(path: Path) -> str:
+    """The ending without compression."""
+    return Path(path.name.removesuffix(".gz").removesuffix(".zst")).suffix
+
+
+def read_blocks(
+    path: Path, keys: Sequence[str] | None, columns: Sequence[str] | None = None, name: str | None = None
+) -> Iterator[Block]:
+    """All records of a file in order. `keys` have to be columns of Parquet, of which `columns` are read (None: all).
 
     Raises SourceError for damaged compression and foreign Parquet.
     """
     try:
         if path.name.endswith(".parquet"):
-            yield from _parquet(path, keys)
-        elif path.name.endswith(".txt"):
-            yield _whole_text(path, keys or ())
+            yield from _parquet(path, keys, columns, name)
+        elif _kind(path) in _TEXT:
+            yield _whole_text(path, keys or (), name)
         else:
-            yield from _lines(path)
-    except (OSError, EOFError) as error:  # gzip: BadGzipFile is an OSError, a truncated stream an EOFError
+            yield from _json(path, name)
+    except (OSError, EOFError, zlib.error) as error:
+        # gzip: BadGzipFile is an OSError, a truncated stream an EOFError, damage inside a zlib.error
         raise SourceError(f"{path}: cannot be read: {error}") from error
 
 
 def read_record(block: Block, position: int) -> dict[str, Any] | None:
-    """One record as an object, None for a blank line. Raises ValueError with the reason it cannot be used."""
+    """One record as an object, None for a blank line. Raises RecordError with the reason it cannot be used."""
     record: Any
     if block.lines is None:
         record = (block.records or [])[position]
@@ -95,31 +208,62 @@ def read_record(block: Block, position: int) -> dict[str, Any] | None:
         try:
             record = json.loads(line)
         except UnicodeDecodeError as error:
-            raise ValueError(f"not UTF-8: {error.reason} at byte {error.start}") from None
+            raise RecordError(f"not UTF-8: {error.reason} at byte {error.start}", "not UTF-8") from None
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"not JSON: {error}") from None
+            raise RecordError(f"not JSON: {error}", "not JSON") from None
     if not isinstance(record, dict):
-        raise ValueError(f"expected a JSON object, got {type(record).__name__}")
+        raise RecordError(f"expected a JSON object, got {type(record).__name__}", "not an object")
     return record
 
 
 def text_of(record: dict[str, Any], key: str) -> str:
-    """A field that must be there and be text. Raises ValueError."""
+    """A field that must be there and be text. Raises RecordError."""
     if key not in record:
-        raise ValueError(f"no field {key!r}; the fields are {', '.join(list(record)[:8]) or 'none'}")
+        fields = ", ".join(list(record)[:8]) or "none"
+        raise RecordError(f"no field {key!r}; the fields are {fields}", f"no field {key}")
     value = record[key]
     if not isinstance(value, str):
-        raise ValueError(f"field {key!r} is not text but {type(value).__name__}")
+        raise RecordError(f"field {key!r} is not text but {type(value).__name__}", f"field {key} is not text")
     return value
 
 
-def _lines(path: Path) -> Iterator[Block]:
+def _json(path: Path, name: str | None) -> Iterator[Block]:
+    """JSON lines; or one JSON list of records, as many sets of conversations come."""
     with path.open("rb") as raw:
         stream = _decompress(path, raw)
-        number = 1
+        number, read = 1, 0
         while lines := stream.readlines(BLOCK_BYTES):
-            yield Block(str(path), number, "line", lines=lines)
-            number += len(lines)
+            if number == 1 and _kind(path) in _LISTS and _begins_a_list(lines):
+                records = _list(path, b"".join(lines) + stream.read())
+                yield from _in_blocks(path, records, name)
+                return
+            place = raw.tell()
+            yield Block(str(path), number, "line", lines=lines, bytes=place - read, file=name)
+            read, number = place, number + len(lines)
+
+
+def _begins_a_list(lines: list[bytes]) -> bool:
+    first = next((line.strip() for line in lines if line.strip()), b"")
+    return first.removeprefix(b"\xef\xbb\xbf").startswith(b"[")
+
+
+def _list(path: Path, content: bytes) -> list[Any]:
+    try:
+        records = json.loads(content.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise SourceError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from None
+    except (ValueError, RecursionError) as error:
+        raise SourceError(f"{path}: begins like a JSON list and is not JSON: {error}") from None
+    return records if isinstance(records, list) else [records]
+
+
+def _in_blocks(path: Path, records: list[Any], name: str | None) -> Iterator[Block]:
+    size = path.stat().st_size
+    for start in range(0, len(records), _PARQUET_ROWS):
+        part = records[start : start + _PARQUET_ROWS]
+        yield Block(
+            str(path), start + 1, "record", records=part, bytes=size * len(part) // max(len(records), 1), file=name
+        )
 
 
 def _decompress(path: Path, raw: IO[bytes]) -> IO[bytes]:
@@ -170,16 +314,21 @@ def _decompress(path: Path, raw: IO[bytes]) -> IO[bytes]:
     return raw
 
 
-def _whole_text(path: Path, keys: Sequence[str]) -> Block:
-    """A text file is one document; every key gets it."""
+def _whole_text(path: Path, keys: Sequence[str], name: str | None) -> Block:
+    """A text file is one document; every key gets it, and `file` says where it is from."""
+    with path.open("rb") as raw:
+        content = _decompress(path, raw).read()
     try:
-        text = path.read_bytes().decode()
+        text = content.decode()
     except UnicodeDecodeError as error:
         raise SourceError(f"{path}: not UTF-8 text ({error}); convert it first") from error
-    return Block(str(path), 1, "record", records=[dict.fromkeys(keys, text)])
+    record = {"file": name or path.name, **dict.fromkeys(keys, text)}
+    return Block(str(path), 1, "record", records=[record], bytes=path.stat().st_size, file=name)
 
 
-def _parquet(path: Path, keys: Sequence[str] | None) -> Iterator[Block]:
+def _parquet(
+    path: Path, keys: Sequence[str] | None, columns: Sequence[str] | None, name: str | None
+) -> Iterator[Block]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -192,10 +341,11 @@ def _parquet(path: Path, keys: Sequence[str] | None) -> Iterator[Block]:
             raise SourceError(
                 f"{path}: no column {', '.join(missing)}; the columns are {', '.join(file.schema_arrow.names)}"
             )
-        number = 1
-        for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=None if keys is None else list(keys)):
+        number, size = 1, path.stat().st_size
+        for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=None if columns is None else list(columns)):
             rows = batch.to_pylist()
-            yield Block(str(path), number, "row", records=rows)
+            part = size * len(rows) // max(file.metadata.num_rows, 1)
+            yield Block(str(path), number, "row", records=rows, bytes=part, file=name)
             number += len(rows)
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise SourceError(f"{path}: damaged Parquet file: {error}") from error

@@ -6,34 +6,44 @@ import argparse
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from megatron.common.atomic_files import write_text
 from megatron.common.labels import IGNORE_INDEX
-from megatron.data.header import ChatInfo
-from megatron.data.indexed import DataError, token_dtype
+from megatron.data.header import ChatInfo, ConversationCounts
+from megatron.data.indexed import token_dtype
 from megatron.tokenizer import Tokenizer, build_tokenizer
-from megatron.tokenizer.chat import Chat, ChatError, Message, Segment, TrainOn, ids_and_labels, load_chat
+from megatron.tokenizer.chat import Chat, Segment, ids_and_labels
+from megatron.tokenizer.conversation import ChatError, Conversation, NothingToLearn, TrainOn
+from megatron.tokenizer.template_chat import load_chat
 from tools.datasets.encoding.conversations import digest, read_conversation
-from tools.datasets.encoding.encode import Encoded
+from tools.datasets.encoding.counts import SourceSummary, summary_table
+from tools.datasets.encoding.encode import BadEntry, Encoded
 from tools.datasets.encoding.pipeline import EncodingJob, HeaderMaker, IndexedOutput, State, identity_of, run_encoding
-from tools.datasets.encoding.records import Block, SourceError, expand, read_blocks, read_record
+from tools.datasets.encoding.progress import Progress
+from tools.datasets.encoding.records import Block, InputFiles, RecordError, SourceError, find_inputs, read_record
 
 _SOURCE = re.compile(r"(?P<name>[A-Za-z0-9_.-]+)(:(?P<share>[0-9.eE+-]+))?=(?P<files>.+)")
 LABEL_DTYPE = np.dtype(np.int32)
+DUPLICATE = "duplicate"
+SAMPLE_LENGTHS = tuple(1 << power for power in range(10, 18))  # for which too long conversations are counted
 
 
 @dataclass(frozen=True)
 class SftSource:
     name: str
     share: float | None
-    files: list[Path]
+    inputs: InputFiles
 
 
-def parse_sources(entries: Sequence[str]) -> list[SftSource]:
+def parse_sources(entries: Sequence[str], skip_bad: bool = False) -> list[SftSource]:
     """`NAME[:SHARE]=FILES` entries. Raises SourceError."""
     sources = []
     for entry in entries:
@@ -44,50 +54,80 @@ def parse_sources(entries: Sequence[str]) -> list[SftSource]:
             share = None if match["share"] is None else float(match["share"])
         except ValueError:
             raise SourceError(f"--source {entry}: the share {match['share']} is not a number") from None
-        sources.append(SftSource(match["name"], share, expand([match["files"]])))
+        if share is not None and not (isfinite(share) and share > 0):
+            raise SourceError(f"--source {entry}: the share {match['share']} is not a positive number")
+        sources.append(SftSource(match["name"], share, find_inputs([match["files"]], skip_bad)))
     names = [source.name for source in sources]
-    files = [file for source in sources for file in source.files]
+    files = [file for source in sources for file in source.inputs.files]
     for kind, items in (("name", names), ("file", [str(file) for file in files])):
         twice = {item for item in items if items.count(item) > 1}
         if twice:
             raise SourceError(f"--source: the {kind} {twice.pop()} is given twice")
     if len({source.share is None for source in sources}) > 1:
         raise SourceError("--source: give every source a share, or none")
+    for source in sources:
+        source.inputs.check(None)
     return sources
 
 
 @dataclass
-class Deduplicated:
-    """Blocks without the conversations that were there before. Runs in the parent, so the order decides, always."""
+class RecordCounts:
+    """What the reader found in a source."""
+
+    records: int = 0
+    shapes: Counter[str] = field(default_factory=Counter)
+    duplicates: int = 0
+    unknown: Counter[str] = field(default_factory=Counter)
+
+    def of(self, state: State) -> ConversationCounts:
+        """With what the encoder left out."""
+        duplicates = {DUPLICATE: self.duplicates} if self.duplicates else {}
+        return ConversationCounts(
+            records=self.records,
+            shapes=dict(self.shapes),
+            dropped={**duplicates, **state.dropped},
+            unknown_keys=dict(self.unknown.most_common()),
+            longer_than=dict(sorted(state.longer.items(), key=lambda pair: int(pair[0]))),
+        )
+
+
+@dataclass
+class ConversationBlocks:
+    """Blocks of conversations, without those that were there before. Runs in the parent, so that the order decides."""
 
     sources: list[SftSource]
     thinking_prompt: bool
-    duplicates: dict[str, int] = field(default_factory=dict)
+    progress: Progress
+    counts: dict[str, RecordCounts] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[Block]:
         seen: set[bytes] = set()
         for source in self.sources:
-            self.duplicates[source.name] = 0
-            for file in source.files:
-                for block in read_blocks(file, None):
-                    records = [self._read(block, position, seen, source) for position in range(len(block))]
-                    yield Block(block.source, block.first, block.unit, records=records)
+            counts = self.counts[source.name] = RecordCounts()
+            for block in source.inputs.blocks(None, None, self.progress):
+                records = [self._read(block, position, seen, counts) for position in range(len(block))]
+                yield Block(block.source, block.first, block.unit, records=records, bytes=block.bytes)
 
-    def _read(self, block: Block, position: int, seen: set[bytes], source: SftSource) -> list[Message] | str | None:
-        """The messages of a record, what is wrong with it, or None if it is blank or was there before."""
+    def _read(
+        self, block: Block, position: int, seen: set[bytes], counts: RecordCounts
+    ) -> Conversation | BadEntry | None:
+        """A conversation, what is wrong with the record, or None if it is blank or was there before."""
         try:
-            record = read_record(block, position)
+            record: dict[str, Any] | None = read_record(block, position)
             if record is None:
                 return None
-            messages = read_conversation(record, self.thinking_prompt)
-        except ValueError as error:
-            return str(error)
-        key = digest(messages)
+            counts.records += 1
+            read = read_conversation(record, self.thinking_prompt)
+        except (ChatError, RecordError) as error:
+            return BadEntry(error.rule, f"{block.where(position)}: {error}")
+        counts.shapes[read.shape] += 1
+        counts.unknown.update(read.unknown)
+        key = digest(read.conversation.messages)
         if key in seen:
-            self.duplicates[source.name] += 1
+            counts.duplicates += 1
             return None
         seen.add(key)
-        return messages
+        return read.conversation
 
 
 @dataclass(frozen=True)
@@ -100,21 +140,25 @@ class ChatEncoder:
     dtype: np.dtype
     place: dict[str, int]  # file -> number of its source
     outputs: int
+    lengths: Sequence[int]  # of samples; longer conversations are counted
 
     def __call__(self, block: Block) -> list[Encoded]:
         results = [Encoded() for _ in range(self.outputs)]
         text, labels = results[2 * self.place[block.source] :][:2]
         conversations: list[list[Segment]] = []
-        for position, messages in enumerate(block.records or []):
-            if messages is None:
-                continue
-            try:
-                if isinstance(messages, str):
-                    raise ChatError(messages)
-                conversations.append(self.chat.segments(messages, self.train_on))
-                text.text_bytes += sum(len(m.content.encode(errors="replace")) for m in messages)
-            except ChatError as error:
-                text.bad.append(f"{block.where(position)}: {error}")
+        for position, conversation in enumerate(block.records or []):
+            if isinstance(conversation, BadEntry):
+                text.bad.append(conversation)
+            elif conversation is not None:
+                try:
+                    conversations.append(self.chat.segments(conversation, self.train_on))
+                except NothingToLearn as error:
+                    text.dropped[error.rule] += 1
+                except ChatError as error:
+                    text.bad.append(BadEntry(error.rule, f"{block.where(position)}: {error}"))
+                else:
+                    said = (m.content + (m.reasoning or "") for m in conversation.messages)
+                    text.text_bytes += sum(len(words.encode(errors="replace")) for words in said)
         self._encode(conversations, text, labels)
         return results
 
@@ -133,75 +177,126 @@ class ChatEncoder:
         text.tokens, labels.tokens = ids.astype(self.dtype).tobytes(), targets.astype(LABEL_DTYPE).tobytes()
         text.max_token = int(ids.max())
         text.learned = int((targets != IGNORE_INDEX).sum())
+        for length in self.lengths:
+            text.longer[str(length)] += int((text.sizes > length + 1).sum())
 
 
 def preprocess_conversations(options: argparse.Namespace) -> None:
     """Run the job that the command line describes."""
-    sources = parse_sources(options.source)
+    skip_bad = options.on_bad_record == "skip"
+    sources = parse_sources(options.source, skip_bad)
     tokenizer = build_tokenizer(options.tokenizer_type, options.vocab_file)
     tokenizer.encode_arrays([""])  # what it prepares at its first use, the workers inherit
-    chat = load_chat(options.chat_template, tokenizer)
+    arguments = _template_arguments(options.template_arguments)
+    chat = load_chat(options.chat_template, tokenizer, arguments)
     dtype = token_dtype(tokenizer.vocab_size)
     prefixes = [f"{options.output_prefix}_{source.name}" for source in sources]
-    blocks = Deduplicated(sources, options.thinking_prompt)
+    progress = Progress(sum(source.inputs.bytes for source in sources), options.log_interval)
+    blocks = ConversationBlocks(sources, options.thinking_prompt, progress)
+    lengths = SAMPLE_LENGTHS if options.seq_length is None else (options.seq_length,)
+    names = {index: name for name, index in tokenizer.special_tokens.items()}
 
-    def chat_info(state: State) -> ChatInfo:
-        return ChatInfo(template=chat.name, train_on=options.train_on, learned_tokens=state.learned)
+    def header(source: SftSource) -> HeaderMaker:
+        def chat_info(state: State) -> ChatInfo:
+            return ChatInfo(
+                template=chat.name,
+                train_on=options.train_on,
+                learned_tokens=state.learned,
+                counts=blocks.counts[source.name].of(state),
+                template_text=chat.template,
+                end_of_turn={names[index]: index for index in chat.end_of_turn},
+            )
+
+        return HeaderMaker(tokenizer, dtype, tokenizer.bos, None, False, source.inputs, chat_info)
 
     outputs = [
         output
         for source, prefix in zip(sources, prefixes, strict=True)
         for output in (
-            IndexedOutput(
-                f"{prefix}_document",
-                dtype,
-                HeaderMaker(tokenizer, dtype, tokenizer.bos, None, False, source.files, chat_info),
-            ),
+            IndexedOutput(f"{prefix}_document", dtype, header(source)),
             IndexedOutput(f"{prefix}_label_document", LABEL_DTYPE, None),
         )
     ]
-    settings = [chat.name, options.train_on, options.thinking_prompt, options.on_bad_record, prefixes]
+    settings = [
+        chat.name,
+        options.train_on,
+        options.thinking_prompt,
+        options.on_bad_record,
+        prefixes,
+        arguments,
+        lengths,
+    ]
     states = run_encoding(
         EncodingJob(
-            identity=identity_of(tokenizer, [file for source in sources for file in source.files], settings),
+            identity=identity_of(tokenizer, [file for source in sources for file in source.inputs.files], settings),
             encoder=ChatEncoder(
                 tokenizer=tokenizer,
                 chat=chat,
                 train_on=options.train_on,
                 dtype=dtype,
-                place={str(file): i for i, source in enumerate(sources) for file in source.files},
+                place={str(file): i for i, source in enumerate(sources) for file in source.inputs.files},
                 outputs=len(outputs),
+                lengths=lengths,
             ),
             blocks=blocks,
+            progress=progress,
             outputs=outputs,
             journal=Path(f"{options.output_prefix}.partial.json"),
             workers=options.workers,
-            skip_bad=options.on_bad_record == "skip",
-            log_interval=options.log_interval,
+            skip_bad=skip_bad,
             num_docs=None,
         )
     )
-    for source, prefix, state in zip(sources, prefixes, states[::2], strict=True):
-        tokens = state.bytes // dtype.itemsize
-        print(
-            f"{prefix}: {blocks.duplicates[source.name]} duplicates left out, {state.learned} of {tokens} tokens are "
-            f"learned ({state.learned / tokens:.1%})",
-            file=sys.stderr,
+    written = [(s, p, state) for s, p, state in zip(sources, prefixes, states[::2], strict=True)]
+    print(
+        summary_table(
+            [
+                SourceSummary(
+                    name=source.name,
+                    counts=blocks.counts[source.name].of(state),
+                    documents=state.documents,
+                    tokens=state.bytes // dtype.itemsize,
+                    learned=state.learned,
+                )
+                for source, _, state in written
+            ]
         )
-    write_keys(Path(f"{options.output_prefix}_train.yml"), sources, prefixes)
+    )
+    for source in sources:
+        for line in source.inputs.describe_bad():
+            print(f"{source.name}: {line}" if not line.startswith(" ") else line, file=sys.stderr)
+    kept = [(source, prefix) for source, prefix, state in written if state.documents]
+    for source, _, state in written:
+        if not state.documents:
+            grow = "; the shares of the others grow" if source.share is not None else ""
+            keys = f"{options.output_prefix}_train.yml"
+            print(f"warning: source {source.name} has no conversation left, it is not in {keys}{grow}", file=sys.stderr)
+    write_keys(Path(f"{options.output_prefix}_train.yml"), kept)
 
 
-def write_keys(path: Path, sources: list[SftSource], prefixes: list[str]) -> None:
+def _template_arguments(given: str | None) -> dict[str, Any]:
+    if given is None:
+        return {}
+    try:
+        arguments = json.loads(given)
+    except ValueError as error:
+        raise ChatError(f"--template-arguments {given}: not JSON: {error}") from None
+    if not isinstance(arguments, dict):
+        raise ChatError(
+            f'--template-arguments {given}: expected a JSON object, such as {{"date_string": "1 Jan 2026"}}'
+        )
+    return arguments
+
+
+def write_keys(path: Path, written: list[tuple[SftSource, str]]) -> None:
     """The YAML keys that train on the outputs: whole conversations, each by itself, in the shares of the mix."""
     lines = [
         "# Written by preprocess_sft.py: the data keys of a run on its outputs.",
-        f"train_data_paths: {json.dumps([f'{prefix}_document' for prefix in prefixes])}",
-        f"train_label_data_paths: {json.dumps([f'{prefix}_label_document' for prefix in prefixes])}",
+        f"train_data_paths: {json.dumps([f'{prefix}_document' for _, prefix in written])}",
+        f"train_label_data_paths: {json.dumps([f'{prefix}_label_document' for _, prefix in written])}",
     ]
-    shares = [source.share for source in sources if source.share is not None]
+    shares = [source.share for source, _ in written if source.share is not None]
     if shares:
-        if min(shares) <= 0:
-            raise DataError("--source: shares must be positive")
         lines.append(f"train_data_weights: {json.dumps(shares)}")
     lines += ["pack_impl: best_fit", "isolate_documents: true"]
-    path.write_text("\n".join(lines) + "\n")
+    write_text(path, "\n".join(lines) + "\n")

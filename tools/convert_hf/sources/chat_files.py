@@ -1,0 +1,124 @@
+"""The chat format of a fine-tuned model, from the data it was trained on to the files of a Hugging Face folder.
+
+The manifest of a training checkpoint records, for every source of conversations, the template that wrote them and the
+tokens that end a turn. A base model's own files end a document, and have no template or another one: text from a
+fine-tuned model would not stop.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tools.convert_hf.errors import ConvertError
+
+_GENERATION, _TOKENIZER, _MAP, _TEMPLATE = (
+    "generation_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+
+
+@dataclass(frozen=True)
+class TrainedChat:
+    """`template` is Jinja text, None where the data had several by name; `end_of_turn` are tokens by name."""
+
+    template: str | None
+    end_of_turn: Mapping[str, int]
+
+
+def trained_chat(provenance: Mapping[str, Any]) -> TrainedChat | None:
+    """What a checkpoint was fine-tuned on; None without conversations. Raises ConvertError if sources disagree."""
+    data = provenance.get("data")
+    found: dict[str, TrainedChat] = {}
+    if isinstance(data, Mapping):
+        trained = _trained_on(provenance.get("config"))
+        for prefix, entry in data.items():
+            chat = entry.get("chat") if isinstance(entry, Mapping) else None
+            if isinstance(chat, Mapping) and (trained is None or Path(prefix).name in trained):
+                found[prefix] = TrainedChat(chat.get("template"), dict(chat.get("end_of_turn") or {}))
+    if not found:
+        earlier = provenance.get("source_provenance")
+        return trained_chat(earlier) if isinstance(earlier, Mapping) else None
+    first = next(iter(found.values()))
+    if any(chat != first for chat in found.values()):
+        raise ConvertError(
+            f"the checkpoint was trained on conversations of different chat templates: {', '.join(found)}; "
+            f"preprocess them with one, or export with --base-chat, which keeps the files of the base model"
+        )
+    return first
+
+
+def _trained_on(config: Any) -> set[str] | None:
+    """Last parts of the training sources' paths, None if the configuration does not say."""
+    paths = config.get("train_data_paths") if isinstance(config, Mapping) else None
+    if not isinstance(paths, list):
+        return None
+    return {Path(str(path.get("path") if isinstance(path, Mapping) else path)).name for path in paths}
+
+
+def put_chat(
+    files: dict[str, bytes | Path], config: dict[str, Any], chat: TrainedChat, vocab_size: int
+) -> tuple[dict[str, Any], list[str]]:
+    """Change `files` and return (config.json with its end tokens, notes that say what was changed)."""
+    outside = {name: index for name, index in chat.end_of_turn.items() if not 0 <= index < vocab_size}
+    if outside:
+        raise ConvertError(
+            f"the end tokens {outside} of the conversations are outside of the vocabulary of {vocab_size}"
+        )
+    notes = []
+    generation = _read(files, _GENERATION)
+    ends = _ids(generation.get("eos_token_id", config.get("eos_token_id")))
+    new = [index for index in chat.end_of_turn.values() if index not in ends]
+    if new or _GENERATION not in files:
+        ends = [*ends, *new]
+        files[_GENERATION] = _json({**generation, "eos_token_id": ends})
+        config = {**config, "eos_token_id": ends}
+        notes.append(f"generation ends at {', '.join(chat.end_of_turn)} as well (eos_token_id {ends})")
+    if chat.end_of_turn:
+        end = next(iter(chat.end_of_turn))
+        for name in (_TOKENIZER, _MAP):
+            if name in files:
+                content = _read(files, name)
+                old = content.get("eos_token")
+                if (old.get("content") if isinstance(old, dict) else old) != end:
+                    content["eos_token"] = {**old, "content": end} if isinstance(old, dict) else end
+                    files[name] = _json(content)
+                    notes.append(f"{name}: eos_token is {end}")
+    if chat.template is None:
+        notes.append("the conversations followed several chat templates by name; the files of the base model are kept")
+        return config, notes
+    if _TOKENIZER in files:
+        content = _read(files, _TOKENIZER)
+        if content.pop("chat_template", None) is not None:
+            files[_TOKENIZER] = _json(content)
+    for name in [name for name in files if name.startswith("additional_chat_templates/")]:
+        del files[name]
+    files[_TEMPLATE] = chat.template.encode()
+    notes.append(f"{_TEMPLATE} is the template of the conversations that the model was trained on")
+    return config, notes
+
+
+def _ids(value: Any) -> list[int]:
+    return list(value) if isinstance(value, list) else [] if value is None else [value]
+
+
+def _read(files: Mapping[str, bytes | Path], name: str) -> dict[str, Any]:
+    if name not in files:
+        return {}
+    given = files[name]
+    try:
+        content = json.loads(given if isinstance(given, bytes) else given.read_bytes())
+    except ValueError as error:
+        raise ConvertError(f"{name} of the source is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ConvertError(f"{name} of the source is not a JSON object")
+    return content
+
+
+def _json(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,62 @@
+"""One table of what became of the records of each source: the end of `preprocess_sft.py`, and `inspect_data.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron.data.header import ConversationCounts, DataHeader
+
+MAX_KEYS = 20  # unknown keys shown by name
+
+
+@dataclass(frozen=True)
+class SourceSummary:
+    name: str
+    counts: ConversationCounts
+    documents: int
+    tokens: int
+    learned: int
+
+    def rows(self) -> list[tuple[str, str]]:
+        """(what, how many) in the order in which a record meets it."""
+        counts = self.counts
+        rows = [("records read", f"{counts.records:,}")]
+        rows += [(f"understood as {shape}", f"{count:,}") for shape, count in counts.shapes.items()]
+        rows += [(f"dropped: {rule}", f"{count:,}") for rule, count in counts.dropped.items()]
+        unknown = list(counts.unknown_keys.items())
+        rows += [(f"unknown key: {key}", f"{count:,}") for key, count in unknown[:MAX_KEYS]]
+        if len(unknown) > MAX_KEYS:
+            rows.append((f"unknown keys: {len(unknown) - MAX_KEYS} more", ""))
+        rows.append(("conversations written", f"{self.documents:,}"))
+        rows.append(("tokens", f"{self.tokens:,}"))
+        rows.append(("learned tokens", f"{self.learned:,} ({self.learned / max(self.tokens, 1):.1%})"))
+        if self.documents:
+            longer = [(length, count) for length, count in counts.longer_than.items() if count]
+            if not longer and counts.longer_than:
+                rows.append((f"longer than a sample of {min(map(int, counts.longer_than)):,} tokens", "0"))
+            rows += [
+                (f"longer than a sample of {int(length):,} tokens", f"{count:,} ({count / self.documents:.1%})")
+                for length, count in longer
+            ]
+        return rows
+
+
+def summary_of(name: str, header: DataHeader) -> SourceSummary | None:
+    """What a header says, None if it is not of conversations or from before there were counts."""
+    if header.chat is None or header.chat.counts is None:
+        return None
+    return SourceSummary(name, header.chat.counts, header.documents, header.tokens, header.chat.learned_tokens)
+
+
+def summary_table(sources: Sequence[SourceSummary]) -> str:
+    """All sources, one fact a line."""
+    rows = [(source.name, what, number) for source in sources for what, number in source.rows()]
+    widths = [max(len(row[column]) for row in [("source", "", ""), *rows]) for column in range(3)]
+    lines = [f"{'source':<{widths[0]}}  {'':<{widths[1]}}  {'':>{widths[2]}}".rstrip()]
+    before = None
+    for name, what, number in rows:
+        shown = "" if name == before else name
+        lines.append(f"{shown:<{widths[0]}}  {what:<{widths[1]}}  {number:>{widths[2]}}".rstrip())
+        before = name
+    return "\n".join(lines)
