@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.support.hf_folders import Model, write_hf
+from tests.support.hf_folders import Model, convert, write_hf
 from tests.support.merges import PARENTS_MODEL, good_recipe, run_merge, write_recipe
 from tools.merge.cli import main
 from tools.merge.recipe_file import parse_recipe
@@ -205,6 +205,39 @@ def test_parents_that_do_not_fit(folders: Path, capsys: pytest.CaptureFixture[st
     other("rms_norm_epsilon is 1e-05 in base and 1e-06 in b", rms_norm_eps=1e-6)
     other("rotary_emb_base is 500000.0 in base and 10000.0 in b", rope_theta=10000.0)
     other("rope_scaling is .* in base and null in b", rope_scaling=None)
+
+
+def test_settings_of_training(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A NeoX parent that was trained with another epsilon than its config.json says, or that says none."""
+    convert("to-neox", "--input", folders / "b", "--output", folders / "neox", "--tp", 2)
+    body = good_recipe(folders)
+    body["models"][1]["model"] = str(folders / "neox")
+    model_yml = folders / "neox" / "model.yml"
+    text = model_yml.read_text()
+    model_yml.write_text(text.replace("rms_norm_epsilon: 1.0e-05", "rms_norm_epsilon: 1.0e-06"))
+    refused(folders, body, "neox: rms_norm_epsilon is 1e-06 in .*model.yml, but 1e-05 in .*config.json", capsys)
+    model_yml.unlink()
+    shutil.rmtree(folders / "neox" / "global_step0" / "hf")
+    (folders / "neox" / "global_step0" / "manifest.json").unlink()
+    refused(folders, body, "neox: nothing beside .* gives its epsilon .*give `hf_source: DIR`", capsys)
+    body["models"][1]["hf_source"] = str(folders / "b")
+    run_merge(write_recipe(folders / "merge.yml", body), "--output", folders / "out")
+
+
+def test_a_base_by_path_or_label(folders: Path) -> None:
+    """A model's own base may be one that is described elsewhere."""
+    described = {"model": str(folders / "b"), "label": "org/b", "license": "llama3.1"}
+    for short in (str(folders / "b"), "org/b"):
+        body = good_recipe(folders)
+        body["models"] = [
+            {"model": str(folders / "a"), "base": short, "parameters": {"weight": 0.5}},
+            described | {"parameters": {"weight": 0.5}},
+        ]
+        recipe = parse_recipe(body, "recipe")
+        assert recipe.models[0].base == recipe.models[1].parent
+        assert [parent.label for parent in recipe.parents] == ["base", "a", "org/b"]
+    body["models"][1] = {"model": str(folders / "lora"), "base": described, "parameters": {"weight": 0.5}}
+    assert parse_recipe(body, "recipe").models[0].base == parse_recipe(body, "recipe").models[1].base
 
 
 def tokenizer(**changes: Any) -> dict[str, Any]:

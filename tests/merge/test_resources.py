@@ -68,7 +68,7 @@ def test_runs_from_anywhere_with_few_imports(folders: Path) -> None:
 
 
 def test_memory_is_bounded(tmp_path: Path) -> None:
-    """Four models of 117 MB, one tensor of 33 MB: a merge needs less than any of them, beside what torch needs."""
+    """Models of 117 MB, one tensor 33 MB: beside what torch needs, the merge needs less than one of them."""
     model = Model(layers=3, heads=16, kv_heads=4, head_dim=64, intermediate=2048, vocab=16000)
     state = model.state()
     for name in ("base", "a", "b"):

@@ -13,9 +13,9 @@ import yaml
 from tests.support.hf_folders import Model, convert, read_hf, same, tag_files, write_hf
 from tests.support.kills import killed_at
 from tests.support.merge_sets import noise
-from tests.support.merges import merge_to, prepared, run_merge, write_recipe
+from tests.support.merges import merge_to, merged_state, prepared, run_merge, write_recipe
 from tools.convert_hf.stream import copy
-from tools.merge import bands, job, measure
+from tools.merge import arithmetic, bands, job, measure
 
 pytestmark = pytest.mark.unit
 
@@ -99,6 +99,16 @@ def test_the_pieces_of_measuring_are_part_of_the_result(tmp_path: Path, monkeypa
         recipe = write_recipe(tmp_path / "merge.yml", recipe_of("ties", folders))
         results.append(read_hf(merge_to(recipe, tmp_path / f"out{number}")))
     assert same(*results)
+
+
+def test_a_mask_that_depends_on_the_tile_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The comparisons above can fail: an index that counts from the tile's start, and not the tensor's."""
+    write_models(tmp_path)
+    body = recipe_of("dare_ties", [str(tmp_path / name) for name in ("base", "a", "b", "c")]) | {"parameters": {}}
+    assert same(merged_state(body, tile=16), merged_state(body, tile=1 << 16))
+    keep = arithmetic.keep_mask
+    monkeypatch.setattr(arithmetic, "keep_mask", lambda key, start, count, limit: keep(key, 0, count, limit))
+    assert not same(merged_state(body, tile=16), merged_state(body, tile=1 << 16))
 
 
 @pytest.mark.parametrize("tp", [1, 2, 8])

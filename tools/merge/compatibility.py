@@ -21,6 +21,8 @@ def check_parents(parents: Mapping[str, Parent]) -> list[str]:
     """MergeError if two parents differ in what a sum of weights takes for granted; returns remarks."""
     first, *others = parents.values()
     remarks: list[str] = []
+    for parent in parents.values():
+        _check_own_settings(parent)
     for other in others:
         _check_shapes(first, other)
         _check_tensors(first, other)
@@ -62,13 +64,24 @@ def _check_tensors(one: Parent, two: Parent) -> None:
             raise MergeError(f"{name} is {list(tensor.shape)} in {one.label} and {list(b[name].shape)} in {two.label}")
 
 
+def _check_own_settings(parent: Parent) -> None:
+    """What a NeoX checkpoint was trained with is known, and is what its config.json says."""
+    trained, written = parent.checkpoint.run_settings(), parent.checkpoint.config_settings()
+    if trained is None:
+        raise MergeError(
+            f"{parent.label}: nothing beside {parent.checkpoint.root} gives its epsilon and rotary settings; "
+            f"give `hf_source: DIR`, the folder it came from, beside it"
+        )
+    if written is None:
+        return
+    for key, ours, theirs in trained.differences(written):
+        raise MergeError(
+            f"{parent.label}: {key} is {json.dumps(ours)} in {trained.origin}, but {json.dumps(theirs)} in "
+            f"{written.origin}; correct the wrong one of the two"
+        )
+
+
 def _check_settings(one: Parent, two: Parent) -> None:
-    for parent in (one, two):
-        if parent.checkpoint.run_settings() is None:
-            raise MergeError(
-                f"{parent.label}: nothing beside {parent.checkpoint.root} gives its epsilon and rotary settings; "
-                f"give `hf_source: DIR`, the folder it came from, beside it"
-            )
     a, b = one.checkpoint.run_settings(), two.checkpoint.run_settings()
     assert a is not None
     assert b is not None

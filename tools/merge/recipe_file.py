@@ -153,15 +153,21 @@ def _model(raw: Any, where: str, method: str) -> ModelEntry:
 
 def _known_bases(models: list[ModelEntry], base: ParentEntry | None) -> list[ModelEntry]:
     """A `base` that is only a path or a label stands for the model that is described under it elsewhere."""
-    described = [m.parent for m in models] + ([base] if base is not None else [])
+    bases = [m.base for m in models if m.base is not None and not _is_bare(m.base)]
+    described = [m.parent for m in models] + bases + ([base] if base is not None else [])
     result = []
     for model in models:
         own = model.base
-        if own is not None and own == ParentEntry(own.path, own.label):
+        if own is not None and _is_bare(own):
             same = (p for p in described if p.place == own.place or p.label == str(own.path))
             own = next(same, own)
         result.append(replace(model, base=own))
     return result
+
+
+def _is_bare(parent: ParentEntry) -> bool:
+    """Whether nothing but a path was given."""
+    return parent == ParentEntry(parent.path, Path(os.path.abspath(parent.path)).name)
 
 
 def _roles(models: list[ModelEntry], base: ParentEntry | None, method: str, where: str) -> list[ModelEntry]:
