@@ -24,6 +24,7 @@ from megatron.engine.deepspeed_module import LlamaPipelineModule
 from megatron.engine.nonfinite import propagate
 from megatron.engine.optimizer import REPLICATED_GROUPS, build_optimizer, parameter_groups
 from megatron.engine.protocol import Around, Counters, StateFile, StepResult
+from megatron.model.cache import CachedTokens, run_cached
 from megatron.neox_arguments import NeoXArgs
 from megatron.ops import configure
 from megatron.parallel.place import Place
@@ -145,6 +146,12 @@ class DeepSpeedEngine:
             num_micro_batches=1,
         )
         return logits if self.place.last_stage else None
+
+    @torch.inference_mode()
+    def forward_cached(self, inputs: Tensor, tokens: CachedTokens) -> Tensor:
+        first = self.stage_layers(self.place.pp_rank).start
+        with self._around("forward"):
+            return run_cached(self.module.forward_funcs, first, self.args.num_layers, inputs, tokens)
 
     @staticmethod
     def _iterator(batch: StepBatch) -> Iterator[Any] | None:
