@@ -48,8 +48,8 @@ class SmallLlama:
     def intermediate(self) -> int:
         return self.hidden * 7 // 2
 
-    def arguments(self, **keys: Any) -> NeoXArgs:
-        """A run of one process; `keys` are GPT-NeoX's."""
+    def arguments(self, world_size: int = 1, **keys: Any) -> NeoXArgs:
+        """A run of `world_size` ranks; `keys` are GPT-NeoX's."""
         own = {
             "num_layers": self.layers,
             "hidden_size": self.hidden,
@@ -74,7 +74,7 @@ class SmallLlama:
             "from_scratch": True,
             "train_data_paths": ["unused"],
         }
-        return NeoXArgs.from_dict(own | keys, world_size=1)
+        return NeoXArgs.from_dict(own | keys, world_size=world_size)
 
     def transformers_model(self) -> Any:
         """The same model as transformers builds it, fp32, with its random weights."""

@@ -1,12 +1,13 @@
 """Groups of sequences that are decoded together, and what a group does next.
 
-Every rank of a pipeline plans by itself. All have the same sequences and learn the same tokens, so they come to the same
-plans, and no plan is ever sent. Sequences in flight have the slots 0, 1, ... of their group's cache: whoever ends makes
-room for the last one, and new ones join behind.
+Every rank of a pipeline plans by itself. All have the same sequences and learn the same tokens, so they come to the
+same plans, and no plan is ever sent. Sequences in flight have the slots 0, 1, ... of their group's cache: when one
+ends, the last one takes its slot, and new ones join behind.
 """
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from dataclasses import dataclass
 
@@ -50,6 +51,8 @@ class Group:
         wanted = min(len(queue), max(1, self.slots // 4))  # the others wait while prompts are read: not for each alone
         if not self._reading and queue and room >= wanted:
             joining = [queue.popleft() for _ in range(min(room, len(queue)))]
+            for sequence in joining:
+                sequence.started = time.perf_counter()
             self._reading = sorted(joining, key=lambda s: -len(s.prompt))
             self.running += self._reading
             self._read = 0

@@ -37,6 +37,7 @@ class Continuation:
     forced: deque[int] = field(default_factory=deque)
     closed: bool = False  # the trace has ended
     end: End | None = None
+    started: float = 0.0  # when its prompt began to be read, by time.perf_counter
 
     @property
     def length(self) -> int:
@@ -137,7 +138,7 @@ class TextStream:
         self._kept += whole[len(known) :]
         thoughts = ""
         if self._trace:
-            thoughts = self._give(self._kept.find(THINK_END) if THINK_END in self._kept else self._safe([THINK_END], last))
+            thoughts = self._give(min(first_of([THINK_END], self._kept), self._safe([THINK_END], last)))
             if not self._kept.startswith(THINK_END):
                 return thoughts, ""
             self._kept, self._trace = self._kept.removeprefix(THINK_END), False

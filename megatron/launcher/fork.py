@@ -24,7 +24,7 @@ from types import FrameType
 
 from megatron.common.processes import die_with_parent, how_it_ended, shell_code
 from megatron.launcher.local import GRACE_SECONDS
-from megatron.parallel.rank_env import node_name
+from megatron.parallel.rank_env import TYPED, node_name
 from megatron.supervision.failures import LOST, REQUEUE, USER_ERROR, claim_failure
 
 FAILURE_GRACE_SECONDS = 10.0  # how long the other ranks may run on after the first failure
@@ -67,6 +67,7 @@ def _preload(script: str) -> None:
 
 def main(arguments: list[str]) -> int:
     """Exit code of the first rank that failed; 0 if none did."""
+    os.environ[TYPED] = str(os.dup(0))  # multiprocessing closes a child's stdin
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are on this machine, whatever its name resolves to
     die_with_parent(os.getppid(), signal.SIGTERM)
     ranks, folder, command = int(arguments[0]), Path(arguments[1]), arguments[2:]

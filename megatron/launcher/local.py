@@ -33,7 +33,8 @@ def start_local(script: Path, args: NeoXArgs) -> int:
     folder = Path(tempfile.mkdtemp(prefix="neox_run_"))
     try:
         handover = write_handover(args, folder)
-        return supervise([*_command(args, folder), str(script), "--neox-args", str(handover)], rank_environment(args))
+        command = [*_command(args, folder), str(script), "--neox-args", str(handover)]
+        return supervise(command, rank_environment(args), reads_input(args))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -41,6 +42,11 @@ def start_local(script: Path, args: NeoXArgs) -> int:
 def local_ranks(args: NeoXArgs) -> int:
     """Number of ranks on each node."""
     return args.global_num_gpus // args.num_nodes
+
+
+def reads_input(args: NeoXArgs) -> bool:
+    """Whether rank 0 reads what is typed."""
+    return args.text_gen_type == "interactive"
 
 
 def uses_fork(args: NeoXArgs) -> bool:
@@ -68,14 +74,17 @@ def rank_environment(args: NeoXArgs) -> dict[str, str]:
     return result
 
 
-def supervise(command: list[str], env: dict[str, str]) -> int:
-    """Run `command` in a session of its own, pass signals on, end all its processes; returns its exit code."""
+def supervise(command: list[str], env: dict[str, str], with_input: bool = False) -> int:
+    """Run `command` in a session of its own, pass signals on, end all its processes; returns its exit code.
+
+    It reads what is typed only `with_input`.
+    """
     # A session of its own: the terminal's ctrl-C reaches deepy.py alone, which then ends the ranks in order. Even if
     # deepy.py is killed, `command` ends: an srun that outlives a requeued job would end a step of its next start.
     process = subprocess.Popen(
         command,
         env=env,
-        stdin=subprocess.DEVNULL,
+        stdin=None if with_input else subprocess.DEVNULL,
         start_new_session=True,
         preexec_fn=functools.partial(die_with_parent, os.getpid(), signal.SIGTERM),
     )

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
 
-from megatron.launcher.local import rank_environment, supervise
+from megatron.launcher.local import rank_environment, reads_input, supervise
 from megatron.neox_arguments import ConfigError, NeoXArgs
 from megatron.parallel.handover import write_handover
 from megatron.supervision.failures import recorded_code
@@ -79,7 +79,7 @@ def start_by_srun(script: Path, args: NeoXArgs) -> int:
         handover = write_handover(args, folder)
         # Slurm's warning would kill a rank during start-up: it is held back until StopRequest handles it.
         python = ["env", "--block-signal=USR1", sys.executable, "-u", str(script.resolve())]
-        code = supervise([*command, *python, "--neox-args", str(handover)], rank_environment(args))
+        code = supervise([*command, *python, "--neox-args", str(handover)], rank_environment(args), reads_input(args))
         # srun returns the highest code of all tasks, often that of a rank which it killed after another had failed.
         return code and (recorded_code(folder) or code)
     finally:

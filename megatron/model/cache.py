@@ -1,7 +1,7 @@
 """Keys and values of tokens that the model has read, so that each new token runs alone.
 
-A cache belongs to a group of sequences, one a slot; column p of a slot is position p of its sequence. `CachedTokens` are
-the tokens of one forward: they go through the layers beside the hidden states, where isolated documents have their
+A cache belongs to a group of sequences, one a slot; column p of a slot is position p of its sequence. `CachedTokens`
+are the tokens of one forward: they go through the layers beside the hidden states, where isolated documents have their
 positions. Rows may be of different lengths: what is written behind the end of a row is overwritten before a token that
 would see it is read.
 """

@@ -74,10 +74,6 @@ UNSUPPORTED: dict[str, Refusal] = {
     "amp": Refusal("apex amp is not supported; give precision."),
     "z_loss": Refusal("The z-loss is not supported.", (None, 0, 0.0)),
     "exit_interval": Refusal("A run ends at train_iters."),
-    "text_gen_type": Refusal(
-        "generate.py continues the lines of sample_input_file, or writes freely without one.",
-        (None, "unconditional", "input-file"),
-    ),
     "use_checkpoint_lr_scheduler": Refusal("The schedule is that of the configuration, also on resume.", (None, False)),
     "wandb_host": Refusal("Set WANDB_BASE_URL in the environment.", (None, "https://api.wandb.ai")),
     "master_addr": Refusal(_START),

@@ -17,6 +17,8 @@ from megatron.common.errors import ConfigError
 
 # Warnings that every rank would print: megatron-core's about libraries that this project does not need, torch's about a
 # name that DeepSpeed and megatron-core still use.
+TYPED = "NEOX_TYPED"  # file descriptor of what is typed, where it is not 0
+
 IGNORED_WARNINGS = (
     "ignore:Transformer Engine and Apex are not installed",
     "ignore:`torch.distributed.all_gather_into_tensor` is deprecated",

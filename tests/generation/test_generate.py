@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from megatron.generation.generate import Batching
 from tests.support.generation_runs import by_transformers, continued, layout, prompts, sequences
 from tests.support.models import LLAMA3_ROPE, Case
 from tests.support.ranks import run_ranks
@@ -42,7 +41,9 @@ SLOW = [
     ("tp", "pp", "case"),
     [pytest.param(*point, id=f"tp{point[0]}-pp{point[1]}-{'tied' if point[2].tied else 'rope'}") for point in FAST]
     + [
-        pytest.param(*point, id=f"tp{point[0]}-pp{point[1]}-{'tied' if point[2].tied else 'rope'}", marks=pytest.mark.slow)
+        pytest.param(
+            *point, id=f"tp{point[0]}-pp{point[1]}-{'tied' if point[2].tied else 'rope'}", marks=pytest.mark.slow
+        )
         for point in SLOW
     ],
 )

@@ -8,9 +8,10 @@ from typing import Any
 from pydantic import PrivateAttr
 
 from megatron.layout import LlamaShape, padded_vocab_size
-from megatron.neox_arguments.keys import checkpoint, data, model, optimization, parallel, runtime, survival
+from megatron.neox_arguments.keys import checkpoint, data, generation, model, optimization, parallel, runtime, survival
 from megatron.neox_arguments.keys.checkpoint import CheckpointKeys
 from megatron.neox_arguments.keys.data import DataKeys
+from megatron.neox_arguments.keys.generation import GenerationKeys
 from megatron.neox_arguments.keys.model import ModelKeys
 from megatron.neox_arguments.keys.optimization import OptimizationKeys
 from megatron.neox_arguments.keys.parallel import ParallelKeys
@@ -28,13 +29,23 @@ REGISTRY = Registry.joined(
         data.registry,
         survival.registry,
         checkpoint.registry,
+        generation.registry,
         runtime.registry,
     )
 )
 
 
 # Pydantic lists the fields of the last base first.
-class AllKeys(SurvivalKeys, RuntimeKeys, CheckpointKeys, DataKeys, OptimizationKeys, ParallelKeys, ModelKeys):
+class AllKeys(
+    SurvivalKeys,
+    GenerationKeys,
+    RuntimeKeys,
+    CheckpointKeys,
+    DataKeys,
+    OptimizationKeys,
+    ParallelKeys,
+    ModelKeys,
+):
     """Every key, what the user gave for them, and the values that follow from keys of several groups."""
 
     _merged: dict[str, Any] = PrivateAttr(default_factory=dict)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from megatron.neox_arguments.keys.fields import Keys, key
-from megatron.neox_arguments.registry import Registry
+from megatron.neox_arguments.keys.fields import Keys, derived, key
+from megatron.neox_arguments.registry import ALL_TASKS, Derived, Registry
 
 registry = Registry()
 
@@ -30,11 +30,42 @@ class RuntimeKeys(Keys):
         "stops without kernels.",
         ours=True,
     )
-    sample_input_file: str | None = key(None, "Prompts, one per line.")
+    text_gen_type: Literal["unconditional", "input-file", "interactive"] = derived(
+        "input-file with sample_input_file, else interactive with chat, else unconditional",
+        "What generate.py continues: nothing, the lines of a file, or what is typed (on one rank).",
+    )
+    sample_input_file: str | None = key(None, "Prompts, one per line; `.jsonl` holds JSON (docs/generation.md).")
     sample_output_file: str = key("samples.txt", "Where generated text goes, JSON lines.")
     eval_results_prefix: str = key("", "eval.py writes its results to PREFIXeval_results.json.")
     maximum_tokens: int = key(64, "Longest generated text.", gt=0)
-    num_samples: int = key(1, "Unconditional samples.", gt=0)
+    num_samples: int = key(1, "Samples of each prompt.", gt=0)
     temperature: float = key(0.0, "0 takes the most likely token.", ge=0)
     top_p: float = key(0.0, "Nucleus sampling; 0 is off.", ge=0, le=1)
     top_k: int = key(0, "Sample among the k most likely tokens; 0 is off.", ge=0)
+
+
+# --- derivations
+
+
+@registry.derivation(*ALL_TASKS)
+def text_of_the_prompts(args: RuntimeKeys, world_size: int | None) -> Derived:
+    if args.text_gen_type is not None:
+        return Derived({})
+    return Derived({"text_gen_type": "input-file" if args.sample_input_file else "unconditional"})
+
+
+# --- rules
+
+
+@registry.rule("generate")
+def prompts_have_a_file(args: RuntimeKeys) -> str | None:
+    if args.text_gen_type != "input-file" or args.sample_input_file:
+        return None
+    return "text_gen_type input-file needs sample_input_file (-i): a text file with one prompt a line"
+
+
+@registry.warning("generate")
+def prompts_are_not_read(args: RuntimeKeys) -> str | None:
+    if args.text_gen_type == "input-file" or args.sample_input_file is None:
+        return None
+    return f"sample_input_file {args.sample_input_file} is not read: text_gen_type is {args.text_gen_type}"
