@@ -1,10 +1,11 @@
-"""Generation against its peers: python benchmarks/generation.py [recomputing] [transformers] [pipeline]
+"""Generation against its peers: python benchmarks/generation.py [recomputing] [transformers] [pipeline] [layouts]
 
 A small Llama with random weights on CPU ranks of one thread, fp32, greedy. `recomputing` is what a generator without a
-cache costs: every token runs the whole sequence through the engine (256 new tokens). `transformers` is its `generate` on
-the same weights, 8 ragged prompts left-padded, in the same process, in alternation. `pipeline` runs two stages and tells
-which share of the time both of them compute. Ratios of CPU time are printed beside those of wall time: other work on the
-machine disturbs the latter.
+cache costs: every token runs the whole sequence through the engine (256 new tokens). `transformers` is its `generate`
+on the same weights, 8 ragged prompts left-padded, in the same process, in alternation. `pipeline` runs two stages and
+tells which share of the time both of them compute. `layouts` samples the same 1,000 tokens at four layouts in fp32 and
+bf16, and tells how many agree. Ratios of CPU time stand beside those of wall time, which other work on the machine
+disturbs.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.ranks import run_ranks_forked  # noqa: E402
 from benchmarks.small_llama import SmallLlama  # noqa: E402
 
-PEERS = ("recomputing", "transformers", "pipeline")
+PEERS = ("recomputing", "transformers", "pipeline", "layouts")
 NEW, PROMPT, BATCH = 256, 64, 8
 
 
@@ -51,6 +52,8 @@ def main() -> int:
         print(run_ranks_forked(_against_transformers, 1, case, options.rounds)[0])
     if "pipeline" in chosen:
         _print_pipeline(case)
+    if "layouts" in chosen:
+        _print_layouts()
     return 0
 
 
@@ -92,11 +95,9 @@ def _generator(case: SmallLlama, around: Any = None, **keys: Any) -> tuple[Any, 
     from megatron.engine.protocol import no_phases
     from megatron.generation.generate import Batching, Generator
 
-    args = case.arguments(
-        train_micro_batch_size_per_gpu=1, distributed_backend="gloo", precision="fp32", kernels="auto", **keys
-    )
-    single = args.pipe_parallel_size == 1
-    weights = dict(case.transformers_model().state_dict()) if single else None
+    own = {"train_micro_batch_size_per_gpu": 1, "distributed_backend": "gloo", "precision": "fp32"}
+    args = case.arguments(**own | keys)
+    weights = dict(case.transformers_model().state_dict()) if args.global_num_gpus == 1 and not keys else None
     engine = start_engine(args, torch.device("cpu"), weights)
     generator = Generator(engine, args, Batching(slots=BATCH), around or no_phases)
     return engine, args, generator
@@ -152,8 +153,8 @@ def _against_transformers(rank: int, world_size: int, case: SmallLlama, rounds: 
         del found[0]
     same = sum(a == b for a, b in zip(own, theirs[:, ids.shape[1] :].tolist(), strict=True))
     return (
-        f"{BATCH} prompts of {len(prompts[-1])} to {PROMPT} tokens, {NEW} new ones each, {same} of {BATCH} texts equal: "
-        + sides.ratio("transformers.generate", "this")
+        f"{BATCH} prompts of {len(prompts[-1])} to {PROMPT} tokens, {NEW} new ones each, {same} of {BATCH} texts "
+        "equal: " + sides.ratio("transformers.generate", "this")
     )
 
 
@@ -199,6 +200,36 @@ def _stage(
     start = time.monotonic()
     _continued(generator, generator_prompts, NEW // 2)
     return start, time.monotonic(), spans
+
+
+def _print_layouts() -> None:
+    """Ids of the same ten samples of 100 tokens, layout by layout, against those on one rank."""
+    case = SmallLlama(256, 4, 1024, 256)
+    for precision in ("fp32", "bfloat16"):
+        single = run_ranks_forked(_samples, 1, case, precision, 1, 1)[0]
+        for tp, pp in ((2, 1), (1, 2), (2, 2)):
+            texts = run_ranks_forked(_samples, tp * pp, case, precision, tp, pp)[0]
+            before = sum(_equal_until(a, b) for a, b in zip(single, texts, strict=True))
+            print(f"{precision}, TP{tp} x PP{pp} against one rank: {before} of 1000 sampled tokens before texts part")
+
+
+def _equal_until(a: list[int], b: list[int]) -> int:
+    return next((place for place, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(a))
+
+
+def _samples(rank: int, world_size: int, case: SmallLlama, precision: str, tp: int, pp: int) -> list[list[int]]:
+    from megatron.generation.generate import generate
+    from megatron.generation.sampling import Sampling, uniforms
+    from megatron.generation.sequences import Continuation, Endings
+
+    split = {"world_size": world_size, "model_parallel_size": tp, "pipe_parallel_size": pp, "precision": precision}
+    _, _, generator = _generator(case, **split)
+    given = [
+        Continuation(number, 0, prompt, 100, uniforms(0, number, 0, 100))
+        for number, prompt in enumerate(_prompts(case, 10))
+    ]
+    sampling = Sampling(temperature=1.0, top_p=0.95)
+    return [found.new for found in generate(generator, given, sampling, Endings(frozenset()))]
 
 
 if __name__ == "__main__":

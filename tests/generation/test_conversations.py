@@ -47,7 +47,9 @@ def test_a_prompt_begins_the_training_conversation(
     assert whole[: len(ids)] == ids
     begun = hf_tokenizer.encode(THINK_BEGIN) if thinking else []
     assert ids[len(ids) - len(begun) :] == begun
-    assert labels[len(ids) - len(begun) - 1] < 0 <= labels[len(ids) - len(begun)], "generation begins where learning does"
+    assert labels[len(ids) - len(begun) - 1] < 0 <= labels[len(ids) - len(begun)], (
+        "generation begins where learning does"
+    )
     assert made.end_of_turn == [hf_tokenizer.token_id("<|eot_id|>")]
     assert ids.count(hf_tokenizer.token_id("<|begin_of_text|>")) == 1
 
