@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron.common.errors import UserError
 from megatron.engine.protocol import Around, Engine, no_phases
-from megatron.generation.groups import Group, Pass
+from megatron.generation.groups import Pass, SequenceGroup
 from megatron.generation.sampling import NOT_FINITE, Sampling, choose
 from megatron.generation.sequences import Continuation, Endings
 from megatron.generation.stages import StageLinks
@@ -44,7 +44,7 @@ class Generator:
 
     def __init__(self, engine: Engine, args: NeoXArgs, batching: Batching, around: Around = no_phases) -> None:
         self.engine, self.args, self.place, self.batching = engine, args, engine.place, batching
-        self.links = StageLinks(engine, around)
+        self.links = StageLinks(engine, args.distributed_timeout_minutes, around)
         self.first_layer = engine.stage_layers(self.place.pp_rank).start
 
     def close(self) -> None:
@@ -72,7 +72,7 @@ class Generator:
         check_prompts(sequences, self.args.seq_length)
         queue, unfinished = deque(sequences), len(sequences)
         groups = [
-            Group(self.batching.slots, self.args.seq_length, self.batching.chunk, self.place.device)
+            SequenceGroup(self.batching.slots, self.args.seq_length, self.batching.chunk, self.place.device)
             for _ in range(min(self.place.pp, max(1, len(sequences))))
         ]
         under_way: list[tuple[Pass, Tensor | None] | None] = [None] * len(groups)
@@ -118,7 +118,7 @@ class Generator:
         return choose(local, sampling, self.args.vocab_size, self.engine.groups.tensor, numbers, seen)
 
     def _learn(
-        self, group: Group, work: Pass, chosen: Tensor | None, endings: Endings, on_tokens: OnTokens | None
+        self, group: SequenceGroup, work: Pass, chosen: Tensor | None, endings: Endings, on_tokens: OnTokens | None
     ) -> list[Continuation]:
         """Take over the tokens that were chosen after a forward; returns the sequences that have ended."""
         if not work.chosen:

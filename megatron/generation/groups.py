@@ -27,7 +27,7 @@ class Pass:
     chosen: list[Continuation]
 
 
-class Group:
+class SequenceGroup:
     """At most `slots` sequences, each of at most `context` tokens."""
 
     def __init__(self, slots: int, context: int, chunk: int, device: torch.device) -> None:

@@ -38,7 +38,7 @@ def generate_text(args: NeoXArgs) -> None:
     place = initialize(args)
     log_on_rank_0(place.rank)
     with Watchdog(args, place) as watchdog:
-        run = Run.start(args, place, watchdog.whereabouts)
+        run = PromptRun.start(args, place, watchdog.whereabouts)
         try:
             if args.text_gen_type == "interactive":
                 Dialogue(run.generator, run.reader, run.sampling, run.endings, watchdog.whereabouts).hold()
@@ -49,7 +49,7 @@ def generate_text(args: NeoXArgs) -> None:
 
 
 @dataclass(frozen=True)
-class Run:
+class PromptRun:
     """What continues prompts in a run of generate.py."""
 
     args: NeoXArgs
@@ -60,7 +60,7 @@ class Run:
     endings: Endings
 
     @classmethod
-    def start(cls, args: NeoXArgs, place: Place, whereabouts: Whereabouts) -> Run:
+    def start(cls, args: NeoXArgs, place: Place, whereabouts: Whereabouts) -> PromptRun:
         """Build everything and load the weights. Collective."""
         assert args.vocab_file is not None  # checked with the configuration
         tokenizer = build_tokenizer(args.tokenizer_type, args.vocab_file)
@@ -112,7 +112,7 @@ def sequences_of(requests: list[Request], args: NeoXArgs) -> list[Continuation]:
     ]
 
 
-def continue_all(run: Run) -> None:
+def continue_all(run: PromptRun) -> None:
     """Continue the prompts of the file, or write freely. Collective over all ranks."""
     args, place = run.args, run.place
     ranks = RankGroup.world(place.device, UserError)
@@ -158,7 +158,7 @@ def continue_all(run: Run) -> None:
         )
 
 
-def _requests(run: Run) -> list[Request]:
+def _requests(run: PromptRun) -> list[Request]:
     if run.args.text_gen_type == "unconditional":
         return run.reader.unconditional()
     assert run.args.sample_input_file is not None  # checked with the configuration

@@ -8,6 +8,7 @@ it, which waits for them.
 from __future__ import annotations
 
 from collections import deque
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ _IN_FLIGHT = 64  # messages; one that is older has been received, or the run doe
 class StageLinks:
     """A rank's links to the other stages of its pipeline. Collective over all ranks to make."""
 
-    def __init__(self, engine: Engine, around: Around = no_phases) -> None:
+    def __init__(self, engine: Engine, timeout_minutes: float, around: Around = no_phases) -> None:
         place, pipe = engine.place, engine.groups.pipe
         self.place, self._hidden, self._around = place, pipe, around
         self._ranks = dist.get_process_group_ranks(pipe)
@@ -31,7 +32,8 @@ class StageLinks:
             per_stage = place.dp * place.tp
             pipes = [list(range(first, place.world_size, per_stage)) for first in range(per_stage)]
             assert self._ranks in pipes
-            self._tokens, _ = dist.new_subgroups_by_enumeration(pipes)
+            limit = timedelta(minutes=timeout_minutes)
+            self._tokens, _ = dist.new_subgroups_by_enumeration(pipes, timeout=limit)
         self._leaving: deque[tuple[Any, Tensor]] = deque()
 
     def send_hidden(self, hidden: Tensor) -> None:

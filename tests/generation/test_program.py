@@ -27,7 +27,7 @@ COUNT = 1000
 def _continue(rank: int, world_size: int, keys: dict[str, Any]) -> str:
     """The error that a run of generate.py ends with, on this rank."""
     from megatron.generation.generate import Batching, Generator
-    from megatron.generation.prompts import Run, continue_all, endings_of, sampling_of
+    from megatron.generation.prompts import PromptRun, continue_all, endings_of, sampling_of
     from megatron.generation.requests import PromptReader
     from megatron.tokenizer import build_tokenizer
     from tests.support.engine_runs import inference
@@ -38,7 +38,7 @@ def _continue(rank: int, world_size: int, keys: dict[str, Any]) -> str:
     tokenizer = build_tokenizer("HFTokenizer", args.vocab_file)
     generator = Generator(engine, args, Batching(slots=48))
     reader = PromptReader(args, tokenizer, None)
-    run = Run(args, tokenizer, reader, generator, sampling_of(args), endings_of(args, tokenizer, None))
+    run = PromptRun(args, tokenizer, reader, generator, sampling_of(args), endings_of(args, tokenizer, None))
     try:
         continue_all(run)
     except UserError as error:
