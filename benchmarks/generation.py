@@ -219,13 +219,13 @@ def _equal_until(a: list[int], b: list[int]) -> int:
 
 def _samples(rank: int, world_size: int, case: SmallLlama, precision: str, tp: int, pp: int) -> list[list[int]]:
     from megatron.generation.generate import generate
-    from megatron.generation.sampling import Sampling, uniforms
+    from megatron.generation.sampling import RandomNumbers, Sampling
     from megatron.generation.sequences import Continuation, Endings
 
     split = {"world_size": world_size, "model_parallel_size": tp, "pipe_parallel_size": pp, "precision": precision}
     _, _, generator = _generator(case, **split)
     given = [
-        Continuation(number, 0, prompt, 100, uniforms(0, number, 0, 100))
+        Continuation(number, 0, prompt, 100, RandomNumbers(0, number, 0))
         for number, prompt in enumerate(_prompts(case, 10))
     ]
     sampling = Sampling(temperature=1.0, top_p=0.95)

@@ -45,6 +45,7 @@ class Generator:
     def __init__(self, engine: Engine, args: NeoXArgs, batching: Batching, around: Around = no_phases) -> None:
         self.engine, self.args, self.place, self.batching = engine, args, engine.place, batching
         self.links = StageLinks(engine, args.distributed_timeout_minutes, around)
+        self.cache_bytes = 0  # of the last run, on this rank
         self.first_layer = engine.stage_layers(self.place.pp_rank).start
 
     def close(self) -> None:
@@ -86,6 +87,7 @@ class Generator:
                 share = -(-unfinished // len(groups))
                 work = group.plan(queue, share)
                 under_way[index] = None if work is None else (work, self._forward(work, sampling))
+        self.cache_bytes = sum(group.cache.bytes for group in groups)
 
     def _forward(self, work: Pass, sampling: Sampling) -> Tensor | None:
         """This stage's part of a forward; on the last one the chosen tokens [n]."""
@@ -108,7 +110,7 @@ class Generator:
     def _choose(self, local: Tensor, sequences: list[Continuation], sampling: Sampling) -> Tensor:
         numbers = np.zeros(len(sequences))
         if not sampling.greedy:
-            numbers = np.array([sequence.uniforms[len(sequence.new)] for sequence in sequences])
+            numbers = np.array([s.random.at(len(s.new)) for s in sequences if s.random is not None])
         seen = None
         if sampling.penalises:
             seen = torch.zeros(len(sequences), self.args.vocab_size, dtype=torch.bool)

@@ -16,7 +16,7 @@ from typing import TextIO
 from megatron.common.errors import UserError
 from megatron.generation.generate import Generator, why_not
 from megatron.generation.requests import PromptReader
-from megatron.generation.sampling import Sampling, uniforms
+from megatron.generation.sampling import RandomNumbers, Sampling
 from megatron.generation.sequences import THINK_END, Continuation, Endings, TextStream
 from megatron.parallel.collective_errors import RankGroup
 from megatron.parallel.rank_env import TYPED
@@ -50,9 +50,9 @@ class Dialogue:
         """Answer line after line, until the input ends or a line says so."""
         number = 0
         while (prompt := self._next_prompt()) is not None:
-            limit = self.args.maximum_tokens
-            numbers = uniforms(self.args.seed, number, 0, limit if self.args.temperature else 0)
-            sequence = Continuation(number, 0, prompt, limit, numbers, trace=bool(self.args.thinking))
+            random = RandomNumbers(self.args.seed, number, 0) if self.args.temperature else None
+            trace = bool(self.args.thinking)
+            sequence = Continuation(number, 0, prompt, self.args.maximum_tokens, random, trace=trace)
             self._answer(sequence)
             number += 1
 

@@ -15,7 +15,7 @@ from megatron.generation.generate import Batching, Generator
 from megatron.generation.interactive import Dialogue
 from megatron.generation.requests import PromptReader, Request
 from megatron.generation.samples import SampleFile, record_of, record_of_error
-from megatron.generation.sampling import Sampling, uniforms
+from megatron.generation.sampling import RandomNumbers, Sampling
 from megatron.generation.sequences import Continuation, Endings, stop_ids
 from megatron.neox_arguments import NeoXArgs
 from megatron.parallel.collective_errors import RankGroup
@@ -103,7 +103,7 @@ def sequences_of(requests: list[Request], args: NeoXArgs) -> list[Continuation]:
             sample,
             request.ids,
             args.maximum_tokens,
-            uniforms(args.seed, request.number, sample, args.maximum_tokens if args.temperature else 0),
+            RandomNumbers(args.seed, request.number, sample) if args.temperature else None,
             trace=bool(args.thinking),
         )
         for request in requests
@@ -147,7 +147,8 @@ def continue_all(run: PromptRun) -> None:
     if place.rank == 0:
         print(
             f"{len(requests) - len(bad)} prompts, {len(sequences)} texts: {new} new tokens in {seconds:.2f} s, "
-            f"{new / max(seconds, 1e-9):.1f} tokens/s, and {read} tokens of prompts read"
+            f"{new / max(seconds, 1e-9):.1f} tokens/s, and {read} tokens of prompts read; key/value cache "
+            f"{run.generator.cache_bytes / 2**20:.1f} MiB on rank 0"
         )
         print(f"written to {output.path}", flush=True)
     if bad:

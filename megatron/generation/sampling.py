@@ -39,15 +39,28 @@ class Sampling:
         return self.repetition_penalty != 1
 
 
-def uniforms(seed: int, prompt: int, sample: int, count: int) -> NDArray[np.float64]:
-    """The random numbers in [0, 1) of the first `count` new tokens of a prompt's sample.
+class RandomNumbers:
+    """A random number in [0, 1) for each new token of a prompt's sample.
 
-    Philox 4x64 (Salmon et al. 2011), keyed by a hash of seed, prompt and sample; number i is the top 53 bits of its
-    i-th output.
+    Philox 4x64 (Salmon et al. 2011), keyed by a hash of seed, prompt and sample; the number at a position is the top 53
+    bits of the output with that number. The last block is kept, whatever the length of the text.
     """
-    digest = hashlib.sha256(f"{seed} {prompt} {sample}".encode()).digest()
-    bits: NDArray[np.uint64] = np.random.Philox(key=int.from_bytes(digest[:16], "little")).random_raw(count)
-    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+    BLOCK = 256  # numbers; a multiple of the four that a step of the counter gives
+
+    def __init__(self, seed: int, prompt: int, sample: int) -> None:
+        digest = hashlib.sha256(f"{seed} {prompt} {sample}".encode()).digest()
+        self._key = int.from_bytes(digest[:16], "little")
+        self._block, self._numbers = -1, np.zeros(0)
+
+    def at(self, position: int) -> float:
+        """The number of new token `position`, from 0."""
+        block, place = divmod(position, self.BLOCK)
+        if block != self._block:
+            philox = np.random.Philox(key=self._key, counter=block * self.BLOCK // 4)
+            bits: NDArray[np.uint64] = philox.random_raw(self.BLOCK)
+            self._block, self._numbers = block, (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+        return float(self._numbers[place])
 
 
 def penalised(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
@@ -95,7 +108,7 @@ def choose(
 ) -> Tensor:
     """Next tokens [n], the same on all tensor-parallel ranks, from this rank's logits [n, V / tp]. Collective.
 
-    `numbers` [n] are those of `uniforms`; `seen` [n, vocab_size] marks what the penalty applies to. Where logits are
+    `numbers` [n] are those of `RandomNumbers`; `seen` [n, vocab_size] marks what the penalty applies to. Where logits are
     not finite the answer is NOT_FINITE.
     """
     if sampling.greedy and seen is None:

@@ -7,9 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
+from megatron.generation.sampling import RandomNumbers
 from megatron.tokenizer import Tokenizer
 
 End = Literal["stop", "length", "context"]
@@ -23,15 +21,16 @@ _END_OF_TURN = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>")
 class Continuation:
     """A prompt's ids and the new ids behind them.
 
-    `number` tells the prompts of a run apart, `sample` those of a prompt; `limit` is how many new tokens there may be
-    and `uniforms` holds a random number for each. `forced` are tokens that come next whatever the model says.
+    `number` tells the prompts of a run apart, `sample` those of a prompt; `limit` is how many new tokens there may be,
+    and `random` has a number for each where tokens are sampled. `forced` are tokens that come next whatever the model
+    says.
     """
 
     number: int
     sample: int
     prompt: list[int]
     limit: int
-    uniforms: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    random: RandomNumbers | None = None
     trace: bool = False  # the prompt opens a trace of thoughts
     new: list[int] = field(default_factory=list)
     forced: deque[int] = field(default_factory=deque)

@@ -7,17 +7,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from megatron.generation.sampling import (
     NOT_FINITE,
+    RandomNumbers,
     Sampling,
     choose,
     distribution,
     draw,
     penalised,
-    uniforms,
 )
 from tests.support.ranks import run_ranks
+
+
+def numbers_of(seed: int, prompt: int, sample: int, count: int) -> NDArray[np.float64]:
+    random = RandomNumbers(seed, prompt, sample)
+    return np.array([random.at(position) for position in range(count)])
+
 
 LIMITS = [
     {"temperature": 0.7},
@@ -65,7 +72,7 @@ def test_the_penalty_is_that_of_transformers() -> None:
 @pytest.mark.unit
 def test_tokens_are_drawn_in_their_shares() -> None:
     probabilities = torch.tensor([[0.0, 0.5, 0.0, 0.3, 0.2, 0.0]], dtype=torch.float64)
-    numbers = torch.from_numpy(uniforms(1, 0, 0, 20_000))
+    numbers = torch.from_numpy(numbers_of(1, 0, 0, 20_000))
     tokens = draw(probabilities.expand(len(numbers), -1), numbers)
     shares = torch.bincount(tokens, minlength=6) / len(numbers)
     torch.testing.assert_close(shares.double(), probabilities[0], rtol=0, atol=0.015)  # 4 standard errors
@@ -75,11 +82,13 @@ def test_tokens_are_drawn_in_their_shares() -> None:
 
 @pytest.mark.unit
 def test_random_numbers_depend_on_seed_prompt_sample_and_position_alone() -> None:
-    first = uniforms(7, 3, 1, 64)
-    assert uniforms(7, 3, 1, 10).tolist() == first[:10].tolist()
-    others = [uniforms(8, 3, 1, 64), uniforms(7, 4, 1, 64), uniforms(7, 3, 2, 64), uniforms(73, 1, 1, 64)]
+    first = numbers_of(7, 3, 1, 600)
+    others = [numbers_of(*key, 600) for key in ((8, 3, 1), (7, 4, 1), (7, 3, 2), (73, 1, 1))]
     assert all(not np.intersect1d(first, other).size for other in others)
     assert ((first >= 0) & (first < 1)).all()
+    assert len(set(first)) == 600, "blocks do not repeat"
+    backwards = RandomNumbers(7, 3, 1)
+    assert [backwards.at(position) for position in reversed(range(600))] == first[::-1].tolist()
     # Random123's vector for Philox 4x64-10 with key and counter 0: numpy counts before it draws.
     zero = np.random.Philox(key=0, counter=2**256 - 1).random_raw(1)
     assert int(zero[0]) == 0x16554D9ECA36314C
@@ -89,7 +98,7 @@ def _chosen(rank: int, world_size: int, logits: torch.Tensor, limits: dict[str, 
     group = torch.distributed.group.WORLD
     assert group is not None
     local = logits.chunk(world_size, -1)[rank]
-    return choose(local, Sampling(**limits), vocab, group, uniforms(0, 0, 0, len(logits))).tolist()
+    return choose(local, Sampling(**limits), vocab, group, numbers_of(0, 0, 0, len(logits))).tolist()
 
 
 @pytest.mark.distributed

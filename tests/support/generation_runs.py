@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from megatron.generation.generate import Batching, Generator, generate
-from megatron.generation.sampling import Sampling, uniforms
+from megatron.generation.sampling import RandomNumbers, Sampling
 from megatron.generation.sequences import Continuation, Endings
 from megatron.neox_arguments import NeoXArgs
 from tests.support.models import Case
@@ -30,7 +30,7 @@ def sequences(prompts: Sequence[list[int]], limit: int, seed: int | None = None)
     return [
         Continuation(number, 0, prompt, limit)
         if seed is None
-        else Continuation(number, 0, prompt, limit, uniforms(seed, number, 0, limit))
+        else Continuation(number, 0, prompt, limit, RandomNumbers(seed, number, 0))
         for number, prompt in enumerate(prompts)
     ]
 
