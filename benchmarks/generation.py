@@ -98,7 +98,7 @@ def _generator(case: SmallLlama, around: Any = None, **keys: Any) -> tuple[Any, 
     own = {"train_micro_batch_size_per_gpu": 1, "distributed_backend": "gloo", "precision": "fp32"}
     args = case.arguments(**own | keys)
     weights = dict(case.transformers_model().state_dict()) if args.global_num_gpus == 1 and not keys else None
-    engine = start_engine(args, torch.device("cpu"), weights)
+    engine = start_engine(args, torch.device("cpu"), weights, training=False)
     generator = Generator(engine, args, Batching(slots=BATCH), around or no_phases)
     return engine, args, generator
 

@@ -103,15 +103,17 @@ def random_samples(vocab: int, seq: int, count: int, seed: int = 7) -> list[dict
     return [{"tokens": row[:-1], "labels": row[1:].clone()} for row in tokens]
 
 
-def start_engine(args: NeoXArgs, device: torch.device, weights: dict[str, Tensor] | None = None) -> Engine:
+def start_engine(
+    args: NeoXArgs, device: torch.device, weights: dict[str, Tensor] | None = None, *, training: bool = True
+) -> Engine:
     """This rank's engine with random weights, or on one rank with those of a transformers model.
 
     Needs the default process group; forms the others.
     """
-    from megatron.engine.build import build_engine
+    from megatron.engine.build import build_engine, build_inference_engine
     from megatron.parallel.process_groups import form_groups
 
-    engine = build_engine(args, form_groups(args, device))
+    engine = (build_engine if training else build_inference_engine)(args, form_groups(args, device))
     if weights is None:
         engine.initialize_weights()
     else:

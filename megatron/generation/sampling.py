@@ -108,8 +108,8 @@ def choose(
 ) -> Tensor:
     """Next tokens [n], the same on all tensor-parallel ranks, from this rank's logits [n, V / tp]. Collective.
 
-    `numbers` [n] are those of `RandomNumbers`; `seen` [n, vocab_size] marks what the penalty applies to. Where logits are
-    not finite the answer is NOT_FINITE.
+    `numbers` [n] are those of `RandomNumbers`; `seen` [n, vocab_size] marks what the penalty applies to. Where logits
+    are not finite the answer is NOT_FINITE.
     """
     if sampling.greedy and seen is None:
         return _most_likely(local, vocab_size, group)
