@@ -26,8 +26,7 @@ ODD = Case(heads=4, kv_heads=4, head_dim=8, layers=4, intermediate=40, vocab=61,
 GROUPED = replace(ODD, heads=8, head_dim=4)
 TIED = replace(GROUPED, tied=True)
 SAME = 1e-6
-# In bfloat16 another tensor-parallel size rounds other partial sums: measured 2e-4 to 2e-3 on norms and losses here.
-OTHER_SUMS = 5e-3
+OTHER_SUMS = 2e-3  # where bfloat16 rounds other partial sums; 2e-4 to 6e-4 were seen
 BLOCK = 100  # elements of a checksum, so that ranges have many and no row ends with one
 
 
@@ -94,7 +93,7 @@ def test_another_layout(case: Case, precision: str, saved: Layout, running: Layo
         pytest.param(TIED, "fp32", (2, 2, 2), [(2, 2, 2), (4, 2, 1), (1, 1, 4), (2, 4, 1)], id="tied from 2-2-2"),
         pytest.param(TIED, "fp32", (1, 4, 1), [(1, 1, 2), (4, 1, 1), (2, 2, 2)], id="tied from 1-4-1"),
         pytest.param(ODD, "bfloat16", (2, 2, 1), [(2, 2, 1), (2, 1, 2), (2, 4, 1)], id="bf16 from 2-2-1"),
-        pytest.param(TIED, "bfloat16", (1, 1, 4), [(1, 2, 1), (1, 4, 1), (1, 2, 2)], id="bf16, tied from 1-1-4"),
+        pytest.param(TIED, "bfloat16", (1, 2, 2), [(1, 2, 1), (1, 4, 1), (1, 4, 2)], id="bf16, tied from 1-2-2"),
     ],
 )
 def test_many_layouts(case: Case, precision: str, saved: Layout, running: list[Layout], tmp_path: Path) -> None:
@@ -105,10 +104,11 @@ def test_many_layouts(case: Case, precision: str, saved: Layout, running: list[L
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [ODD, TIED], ids=["untied", "tied"])
-def test_another_tensor_parallel_size_in_bf16(case: Case, tmp_path: Path) -> None:
-    """The state is the same to the bit; the sums of the next steps are rounded elsewhere."""
+def test_layouts_that_round_elsewhere_in_bf16(case: Case, tmp_path: Path) -> None:
+    """The state is the same to the bit; in the next steps other partial sums are rounded: those of a tensor-parallel
+    product, and those of a tied matrix, whose two gradients one stage adds up in bfloat16 and two stages in fp32."""
     run = Saved(case, "bfloat16", (1, 2, 2), tmp_path)
-    for layout in ((2, 2, 1), (4, 1, 1)):
+    for layout in ((2, 2, 1), (4, 1, 1), (1, 1, 2)):
         run.resume(layout, OTHER_SUMS)
 
 
