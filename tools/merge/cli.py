@@ -100,6 +100,8 @@ def _run(arguments: argparse.Namespace) -> int:
     job = MergeJob(recipe, request)
     _introduce(job)
     if arguments.plan:
+        if arguments.output is not None:
+            job.check_output()
         return 0
     return _verify(job, arguments) if arguments.verify is not None else _merge(job, arguments)
 

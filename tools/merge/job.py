@@ -199,6 +199,11 @@ class MergeJob:
                 f"{side.label} has no config.json (GPT-NeoX does not keep one); give `hf_source: DIR` beside it, or "
                 f"name another model with `side_files`"
             )
+        types = {t.dtype.name for t in self.merged.tensors.values()}
+        if request.tp is not None and len(types) > 1:
+            raise MergeError(
+                f"{self.first.label} holds {' and '.join(sorted(types))}; give out_dtype to write for NeoX"
+            )
         conversion = ConversionRequest(
             output=request.output,
             threads=self.threads,
@@ -254,9 +259,23 @@ class MergeJob:
         labels = [model.parent.label for model in self.recipe.models]
         return MergedBands(self._order, plans, labels, self._last_files, self.request.tile)
 
+    def check_output(self) -> None:
+        """Refuse, before anything is read or written, an output that cannot be, or that would replace a parent."""
+        output = self.request.output.resolve()
+        for parent in self._order:
+            adapter = [parent.adapter.root] if parent.adapter else []
+            for folder in (parent.entry.path, parent.checkpoint.root, *adapter):
+                place = folder.resolve()
+                if output == place or output in place.parents or place in output.parents:
+                    raise MergeError(
+                        f"--output {self.request.output} is, holds or lies in {folder}, which is {parent.label}; "
+                        f"choose another folder"
+                    )
+        self.output.check()
+
     def run(self, progress: Callable[[int], None]) -> bool:
         """Write the output; False if other shares are still to be done. Sets `report` if it was completed here."""
-        self.output.check()
+        self.check_output()
         self.output.source = self.bands(sorted(self.output.plan.sources), progress)
         return self.output.write(progress)
 
