@@ -82,16 +82,13 @@ class MergeJob:
         if not chatting:
             base = self.recipe.base or self.recipe.models[0].parent
             return self.parents[base.label]
-        num_layers = self.first.checkpoint.shape.num_layers
-        name = "model.norm.weight"
-        weights = dict(
-            zip(
-                (m.parent.label for m in self.recipe.models),
-                self.recipe.tensor_settings(name, num_layers).weights,
-                strict=True,
-            )
-        )
+        labels = [m.parent.label for m in self.recipe.models]
+        weights = dict(zip(labels, self.final_norm_weights(), strict=True))
         return self.parents[max(chatting, key=lambda m: weights[m.parent.label]).parent.label]
+
+    def final_norm_weights(self) -> tuple[float, ...]:
+        """The models' weights for one tensor, which stand for all where the recipe has neither filters nor lists."""
+        return self.recipe.tensor_settings("model.norm.weight", self.first.checkpoint.shape.num_layers).weights
 
     def _plans(self) -> dict[str, Wanted]:
         """The plan of every tensor, as far as it is known before anything is read."""
@@ -240,10 +237,10 @@ class MergeJob:
 
     @property
     def bytes_read(self) -> int:
-        """What all parents hold, times how often it is read."""
+        """What all parents hold of this share's tensors, times how often it is read."""
         total = 0
-        for name, wanted in self.wanted.items():
-            total += (1 + wanted.passes) * sum(p.checkpoint.tensors[name].nbytes for p in self._order)
+        for name in self.output.plan.sources:
+            total += (1 + self.wanted[name].passes) * sum(p.checkpoint.tensors[name].nbytes for p in self._order)
         return total
 
     def work(self, names: list[str] | None = None) -> int:

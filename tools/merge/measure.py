@@ -164,6 +164,9 @@ class _Pieces:
     def _last_kept(self, magnitudes: dict[int, float], left: dict[int, int]) -> dict[int, int]:
         """The element at which as many of the equal magnitudes have been seen as are kept."""
         found: dict[int, int] = {}
+        if not any(left.values()):
+            self.progress(math.prod(self.shape))
+            return found
         seen = dict.fromkeys(left, 0)
         for start, values in self._pieces():
             for i, k in left.items():
