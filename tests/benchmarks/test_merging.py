@@ -1,4 +1,4 @@
-"""benchmarks/merging.py runs, checks its result, prints floor, bound and the arithmetic for 70B; no time is tested."""
+"""benchmarks/merging.py runs, checks its result, and prints floor, bound and the arithmetic for 70B."""
 
 from __future__ import annotations
 

@@ -224,6 +224,31 @@ def test_settings_of_training(folders: Path, capsys: pytest.CaptureFixture[str])
     run_merge(write_recipe(folders / "merge.yml", body), "--output", folders / "out")
 
 
+def test_fields_that_config_json_lacks(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The converter's --set is a key here, and its message says so."""
+    path = folders / "b" / "config.json"
+    fields = json.loads(path.read_text())
+    scaling = fields.pop("rope_scaling")
+    path.write_text(json.dumps(fields))
+    body = good_recipe(folders)
+    refused(folders, body, "b: .*rope_scaling is missing .*say `set: {rope_scaling: null .*}` beside the model", capsys)
+    body["models"][1]["set"] = {"rope_scaling": scaling}
+    run_merge(write_recipe(folders / "merge.yml", body), "--output", folders / "out")
+    body["models"][1]["set"] = {"rope_scaling": {1, 2}}
+    refused(folders, body, "set must hold what config.json may hold", capsys)
+
+
+def test_types_that_neox_keeps_in_one_tensor(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path in (folders / "base").glob("*.safetensors"):
+        state = load_file(path)
+        state = {n: t.float() if "q_proj" in n else t for n, t in state.items()}
+        save_file(state, path, metadata={"format": "pt"})
+    body = good_recipe(folders)
+    refused(folders, body, "base holds bfloat16 and float32; give out_dtype to write for NeoX", capsys, "--tp", 2)
+    recipe = write_recipe(folders / "merge.yml", body | {"out_dtype": "bfloat16"})
+    run_merge(recipe, "--output", folders / "out", "--tp", 2)
+
+
 def test_a_base_by_path_or_label(folders: Path) -> None:
     """A model's own base may be one that is described elsewhere."""
     described = {"model": str(folders / "b"), "label": "org/b", "license": "llama3.1"}
@@ -363,6 +388,11 @@ def test_limits_of_the_command(folders: Path, capsys: pytest.CaptureFixture[str]
         folders, good_recipe(folders), "--picture: .* must end in one of .png", capsys, "--picture", folders / "x.gif"
     )
     recipe = write_recipe(folders / "merge.yml", good_recipe(folders))
+    for output in (folders / "a", folders / "a" / "merged", folders):
+        for force in ([], ["--force"], ["--plan"]):
+            run_merge(recipe, "--output", output, *force, expect=2)
+            assert re.search(r"--output \S+ is, holds or lies in \S+, which is", capsys.readouterr().err)
+    assert (folders / "a" / "config.json").is_file()
     run_merge(recipe, "--output", folders / "out")
     run_merge(recipe, "--output", folders / "out", expect=2)
     assert "replace it with --force" in capsys.readouterr().err

@@ -86,6 +86,23 @@ def on_the_threshold(name: str, tensor: str, density: float) -> Tensor:
     return result
 
 
+def test_another_processor_gives_the_same_bits(tmp_path: Path) -> None:
+    """Without vector instructions, and so without fused multiply-adds, which torch's own kernels use where they can."""
+    write_set(tmp_path, "mha")
+    (tmp_path / "recipes.json").write_text(json.dumps(recipes(tmp_path, "mha")))
+    command = [sys.executable, "-m", "tests.support.merges", str(tmp_path / "recipes.json"), str(SEED)]
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": "default"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout)
+    for recipe, digests in json.loads((GOLDEN / DIGESTS).read_text())["mha"].items():
+        assert results[recipe] == digests, recipe
+    here = {
+        recipe: {n: tensor_digest(t) for n, t in state.items()} for recipe, state in merged(tmp_path / "here", "mha")
+    }
+    assert here == results
+
+
 def test_a_wrong_mask_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison can fail: masks of another seed, and sums in another order, give other bits."""
     digests = json.loads((GOLDEN / DIGESTS).read_text())["six-models"]

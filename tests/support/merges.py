@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from tests.support.hf_folders import Model, write_hf
 from tests.support.merge_sets import SETS, recipes, write_set
+from tests.support.mergekit_golden import tensor_digest
 from tools.convert_hf.stream.plan import CopyJob
 from tools.merge.cli import main
 from tools.merge.job import MergeJob, MergeRequest
@@ -86,3 +88,16 @@ def good_recipe(root: Path) -> dict[str, Any]:
         "parameters": {"normalize": False},
         "random_seed": 1,
     }
+
+
+def main_digests(recipes_file: Path, seed: int) -> dict[str, dict[str, str]]:
+    """Digests of every recipe in a JSON file, for a process of its own."""
+    bodies = json.loads(recipes_file.read_text())
+    return {
+        name: {n: tensor_digest(t) for n, t in merged_state(body | {"random_seed": seed}).items()}
+        for name, body in bodies.items()
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(main_digests(Path(sys.argv[1]), int(sys.argv[2]))))

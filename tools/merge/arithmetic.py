@@ -71,7 +71,7 @@ class Workspace:
         self.total, self.positive, self.negative = floats(), floats(), floats()
         self.positive_weight, self.negative_weight = floats(), floats()
         self.flags = torch.empty(elements, dtype=torch.bool)
-        # For the report.
+        # For the report, and for sums of products.
         self.directions = [torch.empty(elements, dtype=torch.bool) for _ in range(2)]
         self.wide, self.wide_merged = (torch.empty(elements, dtype=torch.float64) for _ in range(2))
 
@@ -176,9 +176,12 @@ def _weight_sum(plan: TensorPlan) -> Tensor:
 
 
 def _linear(plan: TensorPlan, work: Workspace, count: int) -> None:
-    total = work.total[:count].zero_()
+    # A fused multiply-add, in float64 so that it is one on any processor: the product of two fp32 numbers is exact.
+    # torch's own (`addcmul_`, mergekit's) has other bits where the processor has no such instruction.
+    total, wide, sums = work.total[:count].zero_(), work.wide[:count], work.wide_merged[:count]
     for term in plan.terms:
-        total.addcmul_(work.parents[term.parent][:count], torch.tensor([term.weight], dtype=torch.float32))
+        wide.copy_(work.parents[term.parent][:count]).mul_(float(np.float32(term.weight)))
+        total.copy_(wide.add_(sums.copy_(total)))
     merged = work.merged[:count].copy_(total)
     if plan.normalize:
         weights = torch.tensor([[term.weight for term in plan.terms]], dtype=torch.float32)

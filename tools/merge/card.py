@@ -56,6 +56,8 @@ def _entry(parent: ParentEntry) -> dict[str, Any]:
         entry["adapter_base"] = parent.adapter_base
     if parent.license is not None:
         entry["license"] = parent.license
+    if parent.given != "{}":
+        entry["set"] = json.loads(parent.given)
     return entry
 
 
@@ -143,12 +145,19 @@ def model_card(
     lines += _markdown(table(report))
     lines += [
         "",
-        "Delta: norm of the difference to the base. Cosine: between a model's delta and the merged one. Conflicting "
-        "signs: share of elements where two weighted deltas point in opposite directions.",
+        f"Delta: norm of the difference to {_reference(recipe)}. Cosine: between a model's delta and the merged one. "
+        "Conflicting signs: share of elements where two weighted deltas point in opposite directions.",
         "",
     ]
     lines += [f"- {line}" for line in report.warnings(recipe.method in DARE)]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _reference(recipe: Recipe) -> str:
+    """What the report's deltas are taken from."""
+    if recipe.base is None:
+        return f"`{recipe.models[0].parent.label}`"
+    return "the base" if all(model.base is None for model in recipe.models) else "the base, or to the model's own base"
 
 
 def _front_matter(parents: Mapping[str, Parent], licences: Mapping[str, str | None]) -> list[str]:

@@ -100,6 +100,8 @@ def _run(arguments: argparse.Namespace) -> int:
     job = MergeJob(recipe, request)
     _introduce(job)
     if arguments.plan:
+        if arguments.output is not None:
+            job.check_output()
         return 0
     return _verify(job, arguments) if arguments.verify is not None else _merge(job, arguments)
 
@@ -116,16 +118,18 @@ def _portable_command(arguments: argparse.Namespace) -> str:
 
 
 def _introduce(job: MergeJob) -> None:
+    from tools.merge.recipe import DARE
+
     recipe = job.recipe
     for note in job.notes:
         print(f"note: {note}")
     for parent in job.parents.values():
         print(f"{parent.label}: {parent.checkpoint.describe()}" + (" with an adapter" if parent.adapter else ""))
-    ends = [recipe.tensor_settings(n, job.first.checkpoint.shape.num_layers) for n in ("model.norm.weight",)]
     if recipe.method != "slerp":
-        weights = ends[0].weights
+        weights = job.final_norm_weights()
         shown = ", ".join(f"{m.parent.label} {w:g}" for m, w in zip(recipe.models, weights, strict=True))
-        print(f"{recipe.method}, seed {recipe.seed}; weights of the final norm: {shown}, sum {sum(weights):g}")
+        method = f"{recipe.method}, seed {recipe.seed}" if recipe.method in DARE else recipe.method
+        print(f"{method}; weights of the final norm: {shown}, sum {sum(weights):g}")
     print(f"tokenizer and configuration: {job.side.label}")
     print(
         f"reads {job.bytes_read:,} bytes, writes {sum(f.size for f in job.output.plan.files):,} bytes in "

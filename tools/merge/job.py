@@ -82,16 +82,13 @@ class MergeJob:
         if not chatting:
             base = self.recipe.base or self.recipe.models[0].parent
             return self.parents[base.label]
-        num_layers = self.first.checkpoint.shape.num_layers
-        name = "model.norm.weight"
-        weights = dict(
-            zip(
-                (m.parent.label for m in self.recipe.models),
-                self.recipe.tensor_settings(name, num_layers).weights,
-                strict=True,
-            )
-        )
+        labels = [m.parent.label for m in self.recipe.models]
+        weights = dict(zip(labels, self.final_norm_weights(), strict=True))
         return self.parents[max(chatting, key=lambda m: weights[m.parent.label]).parent.label]
+
+    def final_norm_weights(self) -> tuple[float, ...]:
+        """The models' weights for one tensor, which stand for all where the recipe has neither filters nor lists."""
+        return self.recipe.tensor_settings("model.norm.weight", self.first.checkpoint.shape.num_layers).weights
 
     def _plans(self) -> dict[str, Wanted]:
         """The plan of every tensor, as far as it is known before anything is read."""
@@ -199,6 +196,11 @@ class MergeJob:
                 f"{side.label} has no config.json (GPT-NeoX does not keep one); give `hf_source: DIR` beside it, or "
                 f"name another model with `side_files`"
             )
+        types = {t.dtype.name for t in self.merged.tensors.values()}
+        if request.tp is not None and len(types) > 1:
+            raise MergeError(
+                f"{self.first.label} holds {' and '.join(sorted(types))}; give out_dtype to write for NeoX"
+            )
         conversion = ConversionRequest(
             output=request.output,
             threads=self.threads,
@@ -235,10 +237,10 @@ class MergeJob:
 
     @property
     def bytes_read(self) -> int:
-        """What all parents hold, times how often it is read."""
+        """What all parents hold of this share's tensors, times how often it is read."""
         total = 0
-        for name, wanted in self.wanted.items():
-            total += (1 + wanted.passes) * sum(p.checkpoint.tensors[name].nbytes for p in self._order)
+        for name in self.output.plan.sources:
+            total += (1 + self.wanted[name].passes) * sum(p.checkpoint.tensors[name].nbytes for p in self._order)
         return total
 
     def work(self, names: list[str] | None = None) -> int:
@@ -254,9 +256,23 @@ class MergeJob:
         labels = [model.parent.label for model in self.recipe.models]
         return MergedBands(self._order, plans, labels, self._last_files, self.request.tile)
 
+    def check_output(self) -> None:
+        """Refuse, before anything is read or written, an output that cannot be, or that would replace a parent."""
+        output = self.request.output.resolve()
+        for parent in self._order:
+            adapter = [parent.adapter.root] if parent.adapter else []
+            for folder in (parent.entry.path, parent.checkpoint.root, *adapter):
+                place = folder.resolve()
+                if output == place or output in place.parents or place in output.parents:
+                    raise MergeError(
+                        f"--output {self.request.output} is, holds or lies in {folder}, which is {parent.label}; "
+                        f"choose another folder"
+                    )
+        self.output.check()
+
     def run(self, progress: Callable[[int], None]) -> bool:
         """Write the output; False if other shares are still to be done. Sets `report` if it was completed here."""
-        self.output.check()
+        self.check_output()
         self.output.source = self.bands(sorted(self.output.plan.sources), progress)
         return self.output.write(progress)
 

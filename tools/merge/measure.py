@@ -115,7 +115,7 @@ class _Pieces:
         for _, values in self._pieces():
             a, b = values[self.plan.base].double(), values[self.plan.terms[0].parent].double()
             for total, value in zip(sums, (a * a, b * b, a * b), strict=True):
-                total.append(float(value.sum()))
+                total.append(_sum(value))
         return slerp_coefficients(t, *(math.fsum(total) for total in sums))
 
     def _l1(self) -> list[float]:
@@ -128,9 +128,9 @@ class _Pieces:
                     continue
                 assert term.key is not None
                 size = self._magnitudes(term, values).double()
-                before[i].append(float(size.sum()))
+                before[i].append(_sum(size))
                 mask = keep_mask(term.key, start, size.numel(), term.limit)
-                after[i].append(float(size.mul_(torch.from_numpy(mask)).sum()))
+                after[i].append(_sum(size.mul_(torch.from_numpy(mask))))
         result = []
         for all_, kept in zip(map(math.fsum, before), map(math.fsum, after), strict=True):
             result.append(all_ / kept if min(all_, kept) >= _SMALLEST_SUM else 1.0)
@@ -164,6 +164,9 @@ class _Pieces:
     def _last_kept(self, magnitudes: dict[int, float], left: dict[int, int]) -> dict[int, int]:
         """The element at which as many of the equal magnitudes have been seen as are kept."""
         found: dict[int, int] = {}
+        if not any(left.values()):
+            self.progress(math.prod(self.shape))
+            return found
         seen = dict.fromkeys(left, 0)
         for start, values in self._pieces():
             for i, k in left.items():
@@ -174,6 +177,11 @@ class _Pieces:
                     found[i] = start + int(at[k - seen[i] - 1])
                 seen[i] += len(at)
         return found
+
+
+def _sum(values: Tensor) -> float:
+    """NumPy's order of additions is the same on all processors; torch's follows the width of their vectors."""
+    return float(np.add.reduce(values.numpy(), axis=None))
 
 
 def _bits(magnitudes: Tensor) -> np.ndarray:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron.checkpoint.manifest import MANIFEST_NAME
+from tools.convert_hf.errors import ConvertError
 from tools.convert_hf.formats.dtypes import WEIGHT_DTYPES
 from tools.convert_hf.sources.checkpoint import Checkpoint, OpenOptions
 from tools.convert_hf.sources.opening import open_checkpoint
@@ -79,9 +82,9 @@ def open_parents(recipe: Recipe) -> dict[str, Parent]:
             raise MergeError(
                 f"{entry.label}: {entry.path} is not a folder. A model is a folder on this machine; download it first"
             )
-        key = (os.path.abspath(entry.path), str(entry.hf_source))
+        key = (os.path.abspath(entry.path), f"{entry.hf_source} {entry.given}")
         if key not in opened:
-            opened[key] = open_checkpoint(entry.path, OpenOptions(hf_source=entry.hf_source))
+            opened[key] = _open(entry)
         checkpoint = opened[key]
         for tensor in checkpoint.tensors.values():
             if tensor.dtype.name not in WEIGHT_DTYPES:
@@ -95,6 +98,16 @@ def open_parents(recipe: Recipe) -> dict[str, Parent]:
             raise MergeError(f"{entry.label}: adapter_base without an adapter")
         parents[entry.label] = Parent(entry, checkpoint, adapter)
     return parents
+
+
+def _open(entry: ParentEntry) -> Checkpoint:
+    try:
+        return open_checkpoint(entry.path, OpenOptions(entry.hf_source, json.loads(entry.given)))
+    except ConvertError as error:
+        # The converter's options are keys of the recipe here.
+        text = re.sub(r"--set (\w+)=(.+)$", r"`set: {\1: \2}` beside the model", str(error))
+        text = re.sub(r"--hf-source (\w+)", r"`hf_source: \1` beside the model", text)
+        raise MergeError(f"{entry.label}: {text}") from None
 
 
 def _check_adapter_base(entry: ParentEntry, adapter: Adapter) -> None:

@@ -24,6 +24,7 @@ class ParentEntry:
     adapter_base: str | None = None
     hf_source: Path | None = None
     license: str | None = None
+    given: str = "{}"  # fields that config.json lacks, as JSON
 
     @property
     def place(self) -> tuple[str, str]:

@@ -1,12 +1,13 @@
 """Recipes from mergekit's YAML, with a few keys of our own.
 
-Keys beyond mergekit's: `random_seed`, `side_files` and `name` at the top; `label`, `license`, `hf_source`, `adapter`,
-`adapter_base` and `base` beside a model; `rescale: probability`; `merge_method: average` (see `averages`). What is not
-known is an error, because a key without effect changes a model without a word.
+Keys beyond mergekit's: `random_seed`, `side_files` and `name` at the top; `label`, `license`, `hf_source`, `set`,
+`adapter`, `adapter_base` and `base` beside a model; `rescale: probability`; `merge_method: average` (see `averages`).
+What is not known is an error, because a key without effect changes a model without a word.
 """
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -42,7 +43,7 @@ _REFUSED = {
     "tokenizer": "parents must have one tokenizer; `side_files: LABEL` says whose files are used",
     "chat_template": "the template comes with the tokenizer's files: `side_files: LABEL` says whose",
 }
-_PARENT = {"model", "label", "license", "hf_source", "adapter", "adapter_base"}
+_PARENT = {"model", "label", "license", "hf_source", "adapter", "adapter_base", "set"}
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -128,7 +129,15 @@ def _parent(value: Any, where: str) -> ParentEntry:
         adapter_base=word(raw, "adapter_base", where),
         hf_source=Path(source) if source else None,
         license=word(raw, "license", where),
+        given=_json(mapping(raw.get("set") or {}, f"{where}: set"), f"{where}: set"),
     )
+
+
+def _json(value: Any, where: str) -> str:
+    try:
+        return json.dumps(value, sort_keys=True, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise MergeError(f"{where} must hold what config.json may hold: {error}") from None
 
 
 def _model(raw: Any, where: str, method: str) -> ModelEntry:
