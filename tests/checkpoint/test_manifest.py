@@ -83,7 +83,9 @@ def test_sizes(tmp_path: Path) -> None:
     ],
 )
 def test_refusals(tmp_path: Path, change: dict, message: str) -> None:
-    (tmp_path / "manifest.json").write_text(json.dumps(json.loads(example().to_json()) | change))
+    body = json.loads(example().to_json())
+    del body["digest"]  # which would be the first to differ
+    (tmp_path / "manifest.json").write_text(json.dumps(body | change))
     with pytest.raises(ManifestError, match=message):
         read_manifest(tmp_path)
 
@@ -132,3 +134,23 @@ def test_absent_or_broken(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(ManifestError, match="is not JSON"):
         read_manifest(tmp_path)
+
+
+def test_every_flipped_byte_of_a_manifest_is_found_or_means_nothing(tmp_path: Path) -> None:
+    """Whatever byte is damaged: the manifest is refused, or reads as what was written."""
+    text = example().to_json().encode()
+    for place in range(len(text)):
+        for mask in (0x01, 0x20, 0xFF):
+            damaged = text[:place] + bytes([text[place] ^ mask]) + text[place + 1 :]
+            (tmp_path / "manifest.json").write_bytes(damaged)
+            try:
+                assert read_manifest(tmp_path) == example(), f"byte {place} of {text[place - 20 : place + 20]!r}"
+            except ManifestError:
+                continue
+
+
+def test_a_manifest_without_a_digest_is_that_of_an_earlier_version(tmp_path: Path) -> None:
+    body = json.loads(example().to_json())
+    del body["digest"]
+    (tmp_path / "manifest.json").write_text(json.dumps(body))
+    assert read_manifest(tmp_path) == example()
