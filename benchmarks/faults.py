@@ -17,10 +17,12 @@ import resource
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,10 +39,11 @@ from benchmarks.fault_runs import (  # noqa: E402
     start,
     write_tokens,
 )
-from megatron.checkpoint.manifest import FileEntry, file_checksum, read_manifest, write_manifest  # noqa: E402
+from megatron.checkpoint.manifest import file_checksum, read_manifest, write_manifest  # noqa: E402
+from megatron.checkpoint.state_ranges import BLOCK, ITEM  # noqa: E402
 
 MARKER = "faults"
-LAYER, OPTIMIZER = "layer_03-model_01-model_states.pt", "zero_pp_rank_0_mp_rank_01_optim_states.pt"
+LAYER, OPTIMIZER = "layer_03-model_01-model_states.pt", "rank_00001_optim_states.safetensors"
 OTHER_RATE = "{type: Adam, params: {lr: 2.0e-3, betas: [0.9, 0.95], eps: 1.0e-8}}"
 
 
@@ -198,30 +201,21 @@ for _kind, _name in (("a layer file", LAYER), ("an optimizer file", OPTIMIZER), 
     fault(f"a block of {_kind} zeroed", rf"{re.escape(_name)}", 2)(damaged(_name, 512))
 
 
-@fault("NaN in an optimizer file whose checksum is right", rf"{OPTIMIZER}: .* not finite", 2)
+@fault("NaN in an optimizer file whose checksum is right", r"exp_avg of .* not finite", 2)
 def _(place: Workplace) -> Observed:
-    import torch
-
-    from megatron.engine.deepspeed_files import OPTIMIZER_CLASSES
-
     path = place.checkpoints / "global_step12" / OPTIMIZER
-    with torch.serialization.safe_globals(list(OPTIMIZER_CLASSES)):
-        content = torch.load(path, weights_only=True)
-    _first_tensor(content).view(-1)[0] = float("nan")
-    torch.save(content, path)
     manifest = read_manifest(path.parent)
-    entry = FileEntry(path.stat().st_size, {}, file_checksum(path))
+    entry = manifest.files[path.name]
+    first = entry.ranges[0]
+    array, length = first.arrays["exp_avg"], ITEM * min(len(first.where), BLOCK)
+    content = bytearray(path.read_bytes())
+    content[array.offset : array.offset + ITEM] = struct.pack("<f", float("nan"))
+    path.write_bytes(content)
+    sums = (zlib.crc32(content[array.offset : array.offset + length]), *array.checksums[1:])
+    arrays = {**first.arrays, "exp_avg": replace(array, checksums=sums)}
+    entry = replace(entry, checksum=file_checksum(path), ranges=(replace(first, arrays=arrays), *entry.ranges[1:]))
     write_manifest(path.parent, replace(manifest, files={**manifest.files, path.name: entry}))
     return start(place, "--train_iters", "14")
-
-
-def _first_tensor(value: object):  # type: ignore[no-untyped-def]
-    import torch
-
-    if isinstance(value, torch.Tensor):
-        return value if value.is_floating_point() and value.numel() > 8 else None
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-    return next((found for item in items if (found := _first_tensor(item)) is not None), None)
 
 
 def removed(*names: str) -> Callable[[Workplace], Observed]:

@@ -137,24 +137,6 @@ def read_file(path: Path, lazy: bool = False, classes: Sequence[type | tuple[typ
         raise CheckpointError(f"{path} is damaged or truncated: {_first_line(error)}") from error
 
 
-def refuse_nonfinite(path: Path, content: Any) -> None:
-    """CheckpointError if a floating-point tensor in `content`, read from `path`, holds an infinity or NaN."""
-    for place, value in _places(content):
-        if isinstance(value, Tensor) and value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise CheckpointError(
-                f"{path}: {place} holds values that are not finite; every step from here on would be skipped. Go back "
-                f"to an earlier checkpoint with --iteration N"
-            )
-
-
-def _places(value: Any, place: str = "the file") -> Iterator[tuple[str, Any]]:
-    """Everything inside nested dicts, lists and tuples, with the keys that lead there."""
-    yield place, value
-    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
-    for key, item in inner:
-        yield from _places(item, str(key) if place == "the file" else f"{place}.{key}")
-
-
 @contextlib.contextmanager
 def _only_these_globals(classes: Sequence[type | tuple[type, str]]) -> Iterator[None]:
     """Allow `classes` and nothing that a library has registered: megatron-core adds sixteen of its own on import."""

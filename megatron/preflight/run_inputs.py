@@ -72,7 +72,10 @@ def _checkpoint(args: NeoXArgs) -> Iterator[str]:
     model, _ = recorded_facts(provenance, config.read_bytes() if config.is_file() else None)
     check_model(folder, model, args)
     names = {path.name for path in folder.iterdir()} if manifest is None else set(manifest.files)
-    problems = set_problems(names, args.shape, args.model_parallel_size)
+    # Weights are cut anew for another TP; the files are those of the TP that wrote them.
+    layout = provenance.get("layout")
+    tp = layout.get("tp") if isinstance(layout, dict) else None
+    problems = set_problems(names, args.shape, tp if isinstance(tp, int) else args.model_parallel_size)
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         yield f"{folder}: {'; '.join(problems[:3])}{more}"
@@ -85,7 +88,7 @@ def _tokenizer_and_data(args: NeoXArgs) -> Iterator[str]:
     if args.vocab_file is not None:
         if Path(args.vocab_file).is_file():
             tokenizer = build_tokenizer(args.tokenizer_type, args.vocab_file)
-            if tokenizer.vocab_size > args.vocab_size:
+            if args.vocab_size is not None and tokenizer.vocab_size > args.vocab_size:
                 yield (
                     f"vocab_file {args.vocab_file} has {tokenizer.vocab_size} ids, the model only vocab_size "
                     f"{args.vocab_size}: give the tokenizer of the model"

@@ -10,7 +10,7 @@ import pytest
 
 from megatron.checkpoint.choice import StartChoice, choose_start, own_options
 from megatron.checkpoint.discovery import find_checkpoint
-from megatron.checkpoint.load import _ways_out
+from megatron.checkpoint.load import ways_out
 from megatron.checkpoint.owner import OWNER, FolderOwner, FolderTakenError
 from megatron.checkpoint.start import Start
 from megatron.checkpoint.verified import damage
@@ -69,13 +69,13 @@ def test_own_options_take_a_run_s_own_steps(folder: Path, first: dict[str, Any])
 @pytest.mark.parametrize("first", FIRST_STARTS)
 def test_ways_out_of_an_unfit_optimizer(folder: Path, first: dict[str, Any]) -> None:
     """Both that the message about another split or precision offers; neither gives the same error again."""
-    said = _ways_out(configured(folder, first), Start(own_save=True))
+    said = ways_out(configured(folder, first), Start(own_save=True))
     keep, anew = re.findall(r"with (--[^,]*)", said)
     found = begins(folder, first, keep)
     assert (found.root, found.restored) == (folder / "own", "weights and position")
     found = begins(folder, first, anew.replace("NEW", str(folder / "new")))
     assert (found.root, found.restored, found.own_save) == (folder / "own", "weights", False)
-    elsewhere = _ways_out(configured(folder, FIRST_STARTS[1]), Start())
+    elsewhere = ways_out(configured(folder, FIRST_STARTS[1]), Start())
     for advice, restored in zip(
         re.findall(r"with (--\S+ true)", elsewhere), ("weights", "weights and position"), strict=True
     ):

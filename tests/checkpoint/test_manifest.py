@@ -3,6 +3,7 @@
 import json
 import zlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,6 +32,13 @@ def example() -> Manifest:
         {LAYER: FileEntry(5, {"word_embeddings.weight": tensor}), "hf/config.json": FileEntry(2, {}, checksum(b"{}"))},
         {"iteration": 7},
     )
+
+
+def undigested(manifest: Manifest) -> dict[str, Any]:
+    """The content without its own checksum, which would be the first to differ."""
+    body: dict[str, Any] = json.loads(manifest.to_json())
+    del body["digest"]
+    return body
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -83,9 +91,7 @@ def test_sizes(tmp_path: Path) -> None:
     ],
 )
 def test_refusals(tmp_path: Path, change: dict, message: str) -> None:
-    body = json.loads(example().to_json())
-    del body["digest"]  # which would be the first to differ
-    (tmp_path / "manifest.json").write_text(json.dumps(body | change))
+    (tmp_path / "manifest.json").write_text(json.dumps(undigested(example()) | change))
     with pytest.raises(ManifestError, match=message):
         read_manifest(tmp_path)
 
@@ -96,7 +102,7 @@ ARRAYS = {kind: {"offset": 32 * place, "crc32": "0123abcd"} for place, kind in e
 
 def test_the_index_of_optimizer_state_is_read_as_it_was_written(tmp_path: Path) -> None:
     entry = {"bytes": 96, "tensors": {}, "ranges": [RANGE | ARRAYS]}
-    (tmp_path / "manifest.json").write_text(json.dumps(json.loads(example().to_json()) | {"files": {"x": entry}}))
+    (tmp_path / "manifest.json").write_text(json.dumps(undigested(example()) | {"files": {"x": entry}}))
     manifest = read_manifest(tmp_path)
     (found,) = manifest.files["x"].ranges
     assert (found.where, found.step) == (TensorRange(2, "w", 0, 8, 16), 3)
@@ -105,7 +111,7 @@ def test_the_index_of_optimizer_state_is_read_as_it_was_written(tmp_path: Path) 
 
 
 def test_version_1_is_read(tmp_path: Path) -> None:
-    (tmp_path / "manifest.json").write_text(json.dumps(json.loads(example().to_json()) | {"version": 1}))
+    (tmp_path / "manifest.json").write_text(json.dumps(undigested(example()) | {"version": 1}))
     assert read_manifest(tmp_path) == example()
 
 
@@ -123,7 +129,7 @@ def test_version_1_is_read(tmp_path: Path) -> None:
 )
 def test_an_index_that_cannot_be_right_is_refused(tmp_path: Path, change: dict, message: str) -> None:
     files = {"x": {"bytes": 96, "tensors": {}, "ranges": [RANGE | ARRAYS | change]}}
-    (tmp_path / "manifest.json").write_text(json.dumps(json.loads(example().to_json()) | {"files": files}))
+    (tmp_path / "manifest.json").write_text(json.dumps(undigested(example()) | {"files": files}))
     with pytest.raises(ManifestError, match=f"manifest.json: x: .*{message}"):
         read_manifest(tmp_path)
 
@@ -150,7 +156,5 @@ def test_every_flipped_byte_of_a_manifest_is_found_or_means_nothing(tmp_path: Pa
 
 
 def test_a_manifest_without_a_digest_is_that_of_an_earlier_version(tmp_path: Path) -> None:
-    body = json.loads(example().to_json())
-    del body["digest"]
-    (tmp_path / "manifest.json").write_text(json.dumps(body))
+    (tmp_path / "manifest.json").write_text(json.dumps(undigested(example())))
     assert read_manifest(tmp_path) == example()

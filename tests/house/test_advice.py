@@ -22,7 +22,11 @@ ADVICE_TESTS = {
     "expected `key: value` lines": "neox_arguments/test_loading.py",
     "expected `--key value` here": "neox_arguments/test_loading.py",
     "`kernels` chooses fused operations": "neox_arguments/test_loading.py",
-    "started with torchrun or srun": "slurm/test_training.py",
+    "--dry-run --search ranks the layouts": "planner/test_dry_run.py",
+    "`enabled` says it": "neox_arguments/test_loading.py",
+    "--nodelist and --exclude": "slurm/test_allocation.py",
+    "the job has them from sbatch or salloc": "slurm/test_allocation.py",
+    "starts all nodes by srun itself": "slurm/test_training.py",
     "to go back to one of its own: {} --iteration N": OWN,
     "of its own checkpoints in {}, as `iteration` says": "checkpoint/test_choice.py::test_what_a_run_begins_from",
     "--load {}": OWN,
@@ -39,9 +43,7 @@ ADVICE_TESTS = {
     "python tools/convert_hf to-neox": "launcher/test_boundary.py::test_a_foreign_folder_is_recognised",
     "python tools/convert_hf reshard": "launcher/test_boundary.py::test_a_foreign_folder_is_recognised",
     "the folder above them with `latest`": "launcher/test_boundary.py::test_a_foreign_folder_is_recognised",
-    "`python tools/convert_hf reshard --tp {}`": (
-        "checkpoint/test_load.py::test_another_split_with_optimizer_is_refused_by_name"
-    ),
+    "`python tools/convert_hf reshard --tp {}`": ("checkpoint/test_layouts.py"),
     "--no_load_optim true": "checkpoint/test_advice.py::test_ways_out_of_an_unfit_optimizer",
     " --finetune true": "checkpoint/test_advice.py::test_ways_out_of_an_unfit_optimizer",
     "`load` is not set": "checkpoint/test_load.py",

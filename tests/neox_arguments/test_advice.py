@@ -21,18 +21,13 @@ FOLLOWED: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
     ("kv_heads_divide_heads", {"num_kv_heads": 3}, "num_kv_heads 3 does not divide", {"num_kv_heads": 2}),
     ("width_is_true", {"intermediate_size": 1056}, "Write intermediate_size: 352", {"intermediate_size": 352}),
     (
-        "width_is_true", {"intermediate_size": 1056}, "intermediate_size_convention: neox",
-        {"intermediate_size_convention": "neox"},
+        "width_is_true", {"intermediate_size": 1056}, "leave intermediate_size_convention out",
+        {"intermediate_size_convention": None},
     ),
     ("mlp_multiple_divides_width", {"mlp_multiple_of": 256}, "leave mlp_multiple_of out", {"mlp_multiple_of": None}),
-    ("whole_head_rotates", {"rotary_pct": 0.25}, "leave it out or write 1.0", {"rotary_pct": 1.0}),
     (
         "rope_frequencies_are_ordered", {"rope_scaling": {**ROPE, "low_freq_factor": 4.0}}, "Llama-3.1: 1.0 and 4.0",
         {"rope_scaling": {**ROPE, "low_freq_factor": 1.0, "high_freq_factor": 4.0}},
-    ),
-    (
-        "attention_is_dense", {"attention_config": [[["flash", "local"], 4]]}, "flash or global",
-        {"attention_config": [[["flash", "global"], 4]]},
     ),
     ("positions_cover_sequence", {"seq_length": 2048}, "shorten seq_length", {"seq_length": 1024}),
     ("tensors_divide_by_tensor_parallelism", {"model_parallel_size": 8}, "num_kv_heads 4", {"model_parallel_size": 4}),
@@ -42,7 +37,6 @@ FOLLOWED: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
         {"distributed_backend": "gloo"},
     ),
     ("nodes_hold_whole_numbers_of_ranks", {"num_nodes": 2}, "num_nodes 2", {"num_nodes": 1}),
-    ("zero_stage_is_one", {"zero_optimization": {"stage": 0}}, "write stage: 1", {"zero_optimization": {"stage": 1}}),
     ("zero_stage_is_one", {"zero_optimization": {"stage": 3}}, "write stage: 1", {"zero_optimization": {"stage": 1}}),
     ("recomputation_is_of_layers", {"recompute_layers": 2}, "give both", {"checkpoint_activations": True}),
     ("recomputation_is_of_layers", {"recompute_layers": 2}, "or neither", {"recompute_layers": None}),
@@ -103,6 +97,26 @@ FOLLOWED: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
     ("start_is_given", {"load": "runs/a"}, "keep the one you mean", {"from_scratch": None}),
     ("saving_has_an_interval", {"save": "runs/a"}, "without checkpoint_factor", {"checkpoint_factor": 5}),
     ("saving_has_an_interval", {"save": "runs/a"}, "extra_save_iters", {"extra_save_iters": [5]}),
+    (
+        "sequence_divides_by_tensor_parallelism",
+        {"model_parallel_size": 4, "sequence_parallel": True, "seq_length": 253}, "write seq_length: 256",
+        {"seq_length": 256},
+    ),
+    (
+        "order_of_gpt_neox_is_of_packed_sources", {"data_order": "gpt-neox", "pack_impl": "best_fit"},
+        "not for pack_impl: best_fit", {"pack_impl": "packed"},
+    ),
+    (
+        "weights_are_given_once",
+        {
+            "weight_by_num_documents": True,
+            "train_data_paths": ["a", {"path": "b", "replay": {"share": 0.2}}],
+        },
+        "weight_by_num_documents and replay exclude each other", {"weight_by_num_documents": None},
+    ),
+    ("factor_fits_the_scale", {"checkpoint_factor": 2.5}, "checkpoint_scale: log", {"checkpoint_scale": "log"}),
+    ("factor_fits_the_scale", {"checkpoint_factor": 2.5}, "is no whole number", {"checkpoint_factor": 2}),
+    ("vocabulary_has_a_source", {"vocab_size": None}, "give vocab_file", {"vocab_size": 64}),
     ("iteration_needs_load", {"iteration": 5}, "leave it out", {"iteration": None}),
     ("wandb_is_installed", {"use_wandb": True}, "leave use_wandb out", {"use_wandb": None}),
 ]  # fmt: skip
@@ -116,12 +130,17 @@ def test_a_rule_s_advice_works(rule: str, broken: dict[str, Any], advice: str, d
 
 
 def test_no_rule_is_left_out() -> None:
-    """`weights_are_given` is of other tasks than training."""
-    assert {entry.name for entry in REGISTRY.rules} == {rule for rule, *_ in FOLLOWED} | {"weights_are_given"}
+    """Two rules are of other tasks than training."""
+    others = {"weights_are_given", "prompts_have_a_file"}
+    assert {entry.name for entry in REGISTRY.rules} == {rule for rule, *_ in FOLLOWED} | others
     for task in ("eval", "generate"):
         with pytest.raises(ConfigError, match="give load, the folder of a checkpoint"):
             NeoXArgs.from_dict(keys(from_scratch=None), task=task)  # type: ignore[arg-type]
         NeoXArgs.from_dict(keys(from_scratch=None, load="runs/a"), task=task)  # type: ignore[arg-type]
+    prompts = {"from_scratch": None, "load": "runs/a", "text_gen_type": "input-file"}
+    with pytest.raises(ConfigError, match="needs sample_input_file"):
+        NeoXArgs.from_dict(keys(**prompts), task="generate")
+    NeoXArgs.from_dict(keys(**prompts, sample_input_file="prompts.txt"), task="generate")
 
 
 def followed(message: str, **base: Any) -> NeoXArgs:
