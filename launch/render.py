@@ -10,6 +10,7 @@ its reason). The configuration is checked here, before anything waits in a queue
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shlex
 import sys
@@ -20,9 +21,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from launch.sites import SITES, Site, Software, folder_of, read_site, seconds, time_limit  # noqa: E402
+from megatron.common.boundary import guarded  # noqa: E402
 from megatron.launcher.local import IGNORED_WARNINGS  # noqa: E402
 from megatron.neox_arguments import ConfigError, NeoXArgs  # noqa: E402
 from megatron.neox_arguments.load import parse_overrides, resolve_path  # noqa: E402
+from megatron.preflight.run_inputs import refuse_wrong_inputs  # noqa: E402
 
 STARTUP_SECONDS = 120
 TEMPLATE = Path(__file__).resolve().parent / "job.sh"
@@ -66,6 +69,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help="a variable for all ranks")
     p.add_argument("--signal-seconds", type=int, default=600, help="warning before the time limit (default: 600)")
     p.add_argument("--restarts", type=int, default=2, help="restarts in a row without a new save (default: 2)")
+    p.add_argument(
+        "--paths-on-nodes",
+        action="store_true",
+        help="load, data and the like are seen by compute nodes alone: do not look for them here, and leave ~ and "
+        "$VARIABLES in paths to the job",
+    )
     p.add_argument("--no-preflight", action="store_true", help="leave out the check of the machine")
     p.add_argument("-o", "--output", metavar="FILE", help="default: the standard output")
     return p
@@ -76,24 +85,35 @@ def main(arguments: Sequence[str] | None = None, project: Path = ROOT, directory
     words = list(sys.argv[1:] if arguments is None else arguments)
     split = words.index("--") if "--" in words else len(words)
     options = parser().parse_args(words[:split])
-    try:
-        script = render(options, words[split + 1 :], project, directory or Path.cwd())
-    except ConfigError as error:
-        print(f"render.py: {error}", file=sys.stderr)
-        return 2
+    return guarded("render.py", lambda: _main(options, words[split + 1 :], project, directory or Path.cwd()))
+
+
+def _main(options: argparse.Namespace, overrides: Sequence[str], project: Path, directory: Path) -> int:
+    script = render(options, overrides, project, directory)
     if options.output is None:
         print(script, end="")
         return 0
-    Path(options.output).write_text(script)
+    output = Path(options.output)
+    if not output.parent.is_dir():
+        raise ConfigError(f"-o {output}: there is no folder {output.parent}; make it, or give another name")
+    write_private(output, script)
     print(f"wrote {options.output}; submit it by: sbatch {shlex.quote(options.output)}", file=sys.stderr)
     return 0
+
+
+def write_private(path: Path, text: str) -> None:
+    """Write a file that its owner alone can read: what `--env` was given may be a secret."""
+    path.unlink(missing_ok=True)  # an older one keeps its mode
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(text)
 
 
 def render(options: argparse.Namespace, overrides: Sequence[str], project: Path, directory: Path) -> str:
     """The script. Raises ConfigError for what the configuration or the site does not allow."""
     site = read_site(options.site)
     files = [resolve_path(name) for name in options.configs]
-    args = NeoXArgs.from_ymls(files, parse_overrides(list(overrides)))
+    on_nodes = options.paths_on_nodes
+    args = NeoXArgs.from_ymls(files, parse_overrides(list(overrides)), paths_on_nodes=on_nodes)
     configuration = [*map(str, files), *_without_nodes(overrides)]
     per_node = checked_ranks_per_node(options.nodes, args, site)
     software = choose_software(options, site)
@@ -116,8 +136,9 @@ def render(options: argparse.Namespace, overrides: Sequence[str], project: Path,
     text = TEMPLATE.read_text()
     names = set(re.findall(r"@([A-Z_]+)@", text))
     assert names == set(parts), names ^ set(parts)
-    text = re.sub(r"@([A-Z_]+)@\n?", lambda match: _filled(match, parts), text)
-    return text
+    if not on_nodes:
+        refuse_wrong_inputs(args, directory)
+    return re.sub(r"@([A-Z_]+)@\n?", lambda match: _filled(match, parts), text)
 
 
 def _without_nodes(overrides: Sequence[str]) -> list[str]:
@@ -219,14 +240,23 @@ def value_lines(
 ) -> list[str]:
     """Assignments at the head of the script; the shell reads back exactly what was given."""
     words = "\n".join(f"    {shlex.quote(word)}" for word in configuration)
+    save = shell_path(args.save or "", options.paths_on_nodes)
     return [
         f"directory={shlex.quote(str(directory))}",
         f"project={shlex.quote(str(project))}",
         f"configuration=(\n{words}\n)",
-        f"save={shlex.quote(args.save or '')} # from the configuration; relative to the directory",
+        f"save={save} # from the configuration; relative to the directory",
         f"signal_seconds={options.signal_seconds}",
         f"max_fruitless={options.restarts} # restarts in a row without a new save",
     ]
+
+
+def shell_path(path: str, on_nodes: bool) -> str:
+    """A path as a word of the shell; where the job is to expand it, its `~` and `$VARIABLES` stay alive."""
+    if not on_nodes or not re.search(r"[$~]", path):
+        return shlex.quote(path)
+    text = re.sub(r'([\\"`])', r"\\\1", path).replace("$$", r"\$")
+    return '"' + re.sub(r"^~(?=/|$)", "$HOME", text) + '"'
 
 
 def environment_lines(options: argparse.Namespace, args: NeoXArgs, site: Site) -> list[str]:

@@ -6,6 +6,10 @@ never checkpoints in use:
 - `global_stepN.tmp`: being written, or being deleted. Worth nothing; the next save removes it.
 - `global_stepN.replaced`: the previous checkpoint of the same step, moved aside while a new one takes its name. Between
   the two renames it is the only one, so a reader accepts it in the place of the missing `global_stepN`.
+- `global_stepN.set_aside`: of a step after the one that the run went back to (`set_aside`). The user's to delete.
+
+`latest.tmp` is the next `latest`, written before the checkpoint that it names gets its name: killed between the two,
+the new checkpoint counts, also where there was no `latest` before.
 """
 
 from __future__ import annotations
@@ -16,8 +20,9 @@ import re
 import shutil
 from pathlib import Path
 
+from megatron.checkpoint.foreign import refuse_foreign
 from megatron.checkpoint.manifest import MANIFEST_NAME, ManifestError, read_manifest, size_problems
-from megatron.common.atomic_files import sync_folder, write_text
+from megatron.common.atomic_files import sync_file, sync_folder
 from megatron.common.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -31,6 +36,12 @@ _TAG = re.compile(r"global_step(\d+)")
 
 def tag_name(iteration: int) -> str:
     return f"global_step{iteration}"
+
+
+def step_of(folder: Path) -> int | None:
+    """The step that a checkpoint folder's name gives, None if it gives none."""
+    match = _TAG.match(folder.name)
+    return int(match[1]) if match else None
 
 
 def meta_file_name(model_rank: int) -> str:
@@ -59,8 +70,13 @@ def complete_steps(root: Path) -> list[int]:
     return [step for step in steps_in(root) if not completeness_problems(root / tag_name(step))]
 
 
-def find_checkpoint(root: Path | str, iteration: int | None = None) -> Path:
+def find_checkpoint(
+    root: Path | str, iteration: int | None = None, options: str | None = None, *, sequential: bool = False
+) -> Path:
     """The checkpoint folder to read: the one `latest` names, or that of `iteration`.
+
+    `options` are what a command needs to read from `root` (default: `--load ROOT`), for messages that name a step.
+    GPT-NeoX's `sequential` layout is refused unless the caller reads it.
 
     Saving moves `latest` last, so it names a complete checkpoint whatever was killed when. If it does not, something
     was lost since, and the choice is the user's: CheckpointError names what is missing and which steps are complete.
@@ -68,16 +84,20 @@ def find_checkpoint(root: Path | str, iteration: int | None = None) -> Path:
     against the model's shape before anything is loaded.
     """
     root = Path(root)
+    options = options or f"--load {root}"
     if not root.is_dir():
         raise CheckpointError(f"load: {root} is not a folder; give the folder that holds `latest` and `global_stepN`")
-    tag = tag_name(iteration) if iteration is not None else _read_latest(root)
+    if not (root / LATEST).exists() and not steps_in(root):
+        refuse_foreign(root)
+    tag = tag_name(iteration) if iteration is not None else _read_latest(root, options)
     folder = root / tag
     if not folder.exists() and (root / (tag + REPLACED)).is_dir():
         folder = root / (tag + REPLACED)
     if not folder.is_dir():
         asked = "`iteration` asks for it" if iteration is not None else f"{root / LATEST} names it"
-        raise CheckpointError(f"{folder} does not exist, but {asked}; {_choices(root)}")
+        raise CheckpointError(f"{folder} does not exist, but {asked}; {_choices(root, options)}")
     if not (folder / MANIFEST_NAME).exists():
+        refuse_foreign(folder, sequential)
         logger.info(
             f"{folder} has no {MANIFEST_NAME} (GPT-NeoX wrote it?): keys, shapes and shard counts are checked instead"
         )
@@ -85,36 +105,58 @@ def find_checkpoint(root: Path | str, iteration: int | None = None) -> Path:
     problems = completeness_problems(folder)
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-        raise CheckpointError(f"{folder} is not complete: {'; '.join(problems[:3])}{more}; {_choices(root)}")
+        raise CheckpointError(f"{folder} is not complete: {'; '.join(problems[:3])}{more}; {_choices(root, options)}")
     return folder
 
 
-def _read_latest(root: Path) -> str:
+def _pending(root: Path) -> str | None:
+    """The step that `latest` was about to name when a save was killed, if its checkpoint is complete."""
     try:
-        tag = (root / LATEST).read_text(encoding="utf-8").strip()
+        tag = (root / (LATEST + PARTIAL)).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    complete = _TAG.fullmatch(tag) and (root / tag).is_dir() and not completeness_problems(root / tag)
+    return tag if complete else None
+
+
+def _read_latest(root: Path, options: str) -> str:
+    pending = _pending(root)
+    if pending is not None:
+        return pending
+    try:
+        tag = (root / LATEST).read_text(encoding="utf-8", errors="replace").strip()
     except OSError as error:
-        raise CheckpointError(f"{root / LATEST} cannot be read ({error.strerror}); {_choices(root)}") from error
+        raise CheckpointError(
+            f"{root / LATEST} cannot be read ({error.strerror}); {_choices(root, options)}"
+        ) from error
     if not tag or Path(tag).name != tag:
-        raise CheckpointError(f"{root / LATEST} holds {tag!r}, which is not the name of a checkpoint; {_choices(root)}")
+        raise CheckpointError(
+            f"{root / LATEST} holds {tag!r}, which is not the name of a checkpoint; {_choices(root, options)}"
+        )
     return tag
 
 
-def _choices(root: Path) -> str:
+def _choices(root: Path, options: str) -> str:
     steps = complete_steps(root)
     if not steps:
         return f"{root} holds no complete checkpoint"
-    return f"complete in {root}: steps {', '.join(map(str, steps))} (choose one with `iteration: {steps[-1]}`)"
+    return f"complete in {root}: steps {', '.join(map(str, steps))} (choose one with {options} --iteration {steps[-1]})"
 
 
 def publish(partial: Path, final: Path) -> None:
     """Give a finished folder its name, then point `latest` at it; an older folder of that name is removed after."""
     replaced = final.with_name(final.name + REPLACED)
+    latest = final.parent / LATEST
+    pending = latest.with_name(LATEST + PARTIAL)
     sync_folder(partial)
     if final.exists():
         os.rename(final, replaced)
+    pending.write_text(final.name + "\n")
+    sync_file(pending)
     os.rename(partial, final)
     sync_folder(final.parent)
-    write_text(final.parent / LATEST, final.name + "\n")
+    os.replace(pending, latest)
+    sync_folder(final.parent)
     if replaced.exists():
         remove(replaced)
 
@@ -148,4 +190,6 @@ def clean_leftovers(root: Path) -> None:
         if path.is_dir() and tag != path.name and _TAG.fullmatch(tag.removesuffix(REPLACED)):
             logger.info(f"{path} is removed: a save or a deletion that did not finish left it")
             shutil.rmtree(path)
-    (root / (LATEST + PARTIAL)).unlink(missing_ok=True)  # killed while `latest` was about to move
+    if _pending(root) is not None:  # killed while `latest` was about to move
+        os.replace(root / (LATEST + PARTIAL), root / LATEST)
+    (root / (LATEST + PARTIAL)).unlink(missing_ok=True)

@@ -6,7 +6,6 @@ for files: `megatron.layout` says which there must be, and each rank opens the o
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -14,16 +13,17 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from megatron.checkpoint.layer_set import expected_files, set_problems
 from megatron.checkpoint.manifest import FileEntry
 from megatron.checkpoint.torch_files import Header, dtype_name, read_headers, read_tensors
+from megatron.checkpoint.verified import verified_tensors
 from megatron.common.errors import CheckpointError, one_line
-from megatron.layout import LlamaShape, TensorRow, layer_file_name, layer_files, rank_shape
+from megatron.layout import LlamaShape, TensorRow, layer_file_name, rank_shape
 
 if TYPE_CHECKING:
     from megatron.engine.protocol import Engine
 
 WEIGHT_DTYPES = ("float32", "bfloat16", "float16")
-_LAYER_FILE = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
 
 
 class _Described(Protocol):
@@ -49,11 +49,12 @@ def own_layers(engine: Engine) -> dict[str, dict[str, Tensor]]:
 
 
 @torch.no_grad()
-def load_layers(engine: Engine, folder: Path) -> set[tuple[str, str]]:
+def load_layers(engine: Engine, folder: Path, entries: Mapping[str, FileEntry] | None = None) -> set[tuple[str, str]]:
     """Fill this rank's stage from the layer files in `folder`; every tensor must be there, with its shape.
 
     Returns the conversions done, as (dtype in the file, dtype of the parameter). Copies are in place and collective
-    communication is not used. CheckpointError names the file and the tensor.
+    communication is not used. With the `entries` of a manifest, what is read is compared with its checksums.
+    CheckpointError names the file and the tensor.
     """
     conversions = set()
     for index, layer in [*engine.numbered_layers(), *engine.tied_copies()]:
@@ -67,8 +68,10 @@ def load_layers(engine: Engine, folder: Path) -> set[tuple[str, str]]:
         ]
         if problems:
             raise CheckpointError(f"{path}: {'; '.join(problems)}")
+        with verified_tensors(path, None if entries is None else entries.get(path.name), stored):
+            for name, parameter in wanted.items():
+                parameter.detach().copy_(stored[name])
         for name, parameter in wanted.items():
-            parameter.detach().copy_(stored[name])
             conversions.add((dtype_name(stored[name].dtype), dtype_name(parameter.dtype)))
     return conversions
 
@@ -76,31 +79,6 @@ def load_layers(engine: Engine, folder: Path) -> set[tuple[str, str]]:
 def layer_tensors(layer: nn.Module) -> dict[str, Tensor]:
     """The layer's state without megatron-core's `_extra_state` entries, which GPT-NeoX refuses."""
     return {name: value for name, value in layer.state_dict().items() if not name.endswith("_extra_state")}
-
-
-def expected_files(shape: LlamaShape, tp: int) -> dict[str, tuple[TensorRow, ...]]:
-    """Rows of the layout table by the name of every layer file that a checkpoint of this shape must have."""
-    return {layer_file_name(index, tp_rank): rows for index, _, rows in layer_files(shape) for tp_rank in range(tp)}
-
-
-def set_problems(names: set[str], shape: LlamaShape, tp: int) -> list[str]:
-    """What is wrong with the set of layer files in a checkpoint: another TP, lost or foreign files."""
-    matches = {name: match for name in names if (match := _LAYER_FILE.fullmatch(name))}
-    if not matches:
-        return ["there is no layer file (layer_XX-model_YY-model_states.pt)"]
-    stored_tp = 1 + max(int(match[2]) for match in matches.values())
-    if stored_tp != tp:
-        return [
-            f"its layer files are for model_parallel_size {stored_tp}, the configuration says {tp}: set it to "
-            f"{stored_tp}, or write the weights anew with `python tools/convert_hf reshard --tp {tp}`"
-        ]
-    expected = expected_files(shape, tp)
-    problems = [f"{name} is missing" for name in expected if name not in matches]
-    return problems + [
-        f"{name} belongs to no layer of a model with num_layers {shape.num_layers}"
-        + (" and tied embeddings" if shape.tied else "")
-        for name in sorted(matches.keys() - expected.keys())
-    ]
 
 
 def tensor_problems(

@@ -12,12 +12,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron.checkpoint.choice import own_options
+from megatron.checkpoint.discovery import step_of
+from megatron.checkpoint.facts import data_changes
 from megatron.checkpoint.layer_files import load_layers, verify_before_load
+from megatron.checkpoint.manifest import checksum
 from megatron.checkpoint.optimizer_load import SavedOptimizer
 from megatron.checkpoint.resharded_layers import load_resharded_layers
 from megatron.checkpoint.save import HF, read_small_files
 from megatron.checkpoint.start import SavedCheckpoint, Start, locate
 from megatron.checkpoint.state import TrainState, restore_rng
+from megatron.checkpoint.verified import damage
 from megatron.common.errors import CheckpointError
 from megatron.layout import TensorSplit
 from megatron.parallel.collective_errors import RankGroup
@@ -27,8 +32,6 @@ if TYPE_CHECKING:
     from megatron.neox_arguments import NeoXArgs
 
 logger = logging.getLogger(__name__)
-
-_WAYS_OUT = "start from its weights with `finetune: true`, or keep its position with `no_load_optim: true`"
 
 
 def load_checkpoint(
@@ -48,10 +51,10 @@ def load_checkpoint(
     optimizer: SavedOptimizer | None = None
     with ranks.together(f"loading {checkpoint.folder}"):
         if start.restores_optimizer:
-            optimizer = _fit_optimizer(checkpoint, engine, args.precision, there)
+            optimizer = _fit_optimizer(checkpoint, engine, args.precision, there, ways_out(args, start))
     _verify(ranks, checkpoint, there)
     if optimizer is not None:
-        _verify_index(ranks, optimizer)
+        _verify_index(ranks, optimizer, ways_out(args, start))
     _load_layers(ranks, checkpoint, engine, here, there)
     same_layout = checkpoint.provenance.get("layout") == engine.place.sizes
     if optimizer is not None:
@@ -68,11 +71,17 @@ def load_checkpoint(
     position = start.position
     if start.restored != "weights":
         engine.counters = position.counters
+    hf_files: dict[str, bytes] = {}
+    with ranks.together(f"reading {checkpoint.folder / HF}"):
+        if ranks.rank == 0:
+            hf_files = read_small_files(checkpoint.folder / HF)
+            _verify_small_files(checkpoint, hf_files)
     state = TrainState(
         position.iteration,
         position.consumed_samples,
         position.skipped_in_a_row,
-        read_small_files(checkpoint.folder / HF) if ranks.rank == 0 else {},
+        hf_files,
+        step_of(checkpoint.folder) if start.own_save else None,
     )
     logger.info(
         f"loaded {start.restored} from {checkpoint.folder}: iteration {state.iteration}, "
@@ -82,7 +91,8 @@ def load_checkpoint(
     if start.restored != "weights" and not same_layout and saved.keys() == engine.place.sizes.keys():
         logger.info(f"saved at {layout_text(saved)}, running at {layout_text(engine.place.sizes)}")
     if start.restored != "weights" and data_fingerprints is not None:
-        _report_data(checkpoint.provenance.get("data", {}), data_fingerprints)
+        for line in data_changes(checkpoint.provenance.get("data", {}), data_fingerprints):
+            logger.warning(line)
     return state
 
 
@@ -94,7 +104,7 @@ def load_weights(engine: Engine, args: NeoXArgs) -> Path:
     ranks = RankGroup.world(engine.place.device)
     if args.load is None:
         raise CheckpointError("`load` is not set; give the folder that holds `latest` and `global_stepN`")
-    checkpoint = locate(ranks, Path(args.load), args.iteration)
+    checkpoint = locate(ranks, Path(args.load), args.iteration, args)
     here, there = TensorSplit(args.shape, args.model_parallel_size), saved_split(checkpoint, args)
     _verify(ranks, checkpoint, there)
     _load_layers(ranks, checkpoint, engine, here, there)
@@ -122,55 +132,78 @@ def _verify(ranks: RankGroup, checkpoint: SavedCheckpoint, split: TensorSplit) -
             raise CheckpointError("; ".join(problems[:3]) + more)
 
 
+def _verify_small_files(checkpoint: SavedCheckpoint, contents: Mapping[str, bytes]) -> None:
+    for name, content in contents.items():
+        entry = checkpoint.entry(f"{HF}/{name}")
+        if entry is not None and entry.checksum is not None and checksum(content) != entry.checksum:
+            raise CheckpointError(damage(checkpoint.folder / HF / name, checksum(content), entry.checksum))
+
+
 def _load_layers(
     ranks: RankGroup, checkpoint: SavedCheckpoint, engine: Engine, here: TensorSplit, there: TensorSplit
 ) -> None:
     conversions: set[tuple[str, str]] = set()
     with ranks.together(f"loading weights of {checkpoint.folder}"):
+        files = None if checkpoint.manifest is None else checkpoint.manifest.files
         if here == there:
-            conversions = load_layers(engine, checkpoint.folder)
+            conversions = load_layers(engine, checkpoint.folder, files)
         else:
-            files = {} if checkpoint.manifest is None else checkpoint.manifest.files
-            conversions = load_resharded_layers(engine, checkpoint.folder, here, there, files)
+            conversions = load_resharded_layers(engine, checkpoint.folder, here, there, files or {})
     for stored, used in sorted(conversions):
         if stored != used:
             exact = used == "float32"
             logger.info(f"weights: {stored} in the files, {used} here ({'exact' if exact else 'rounded to nearest'})")
 
 
-def _fit_optimizer(checkpoint: SavedCheckpoint, engine: Engine, precision: str, split: TensorSplit) -> SavedOptimizer:
-    """The checkpoint's optimizer states; CheckpointError if they are absent or cannot be those of this run."""
+def ways_out(args: NeoXArgs, start: Start) -> str:
+    """What a user can do without the optimizer states; a run's own checkpoints need `load` by name for it."""
+    if not start.own_save:
+        return "start from its weights with --finetune true, or keep its position with --no_load_optim true"
+    own = own_options(args)
+    return (
+        f"keep its position with {own} --no_load_optim true, or start from its weights in another folder with {own} "
+        f"--finetune true --save NEW"
+    ).replace(" --finetune false --finetune true", " --finetune true")
+
+
+def _fit_optimizer(
+    checkpoint: SavedCheckpoint, engine: Engine, precision: str, split: TensorSplit, instead: str
+) -> SavedOptimizer:
+    """The checkpoint's optimizer states; CheckpointError if they are absent or cannot be those of this run.
+
+    `instead` is what a user can do without them.
+    """
     folder, provenance = checkpoint.folder, checkpoint.provenance
     if checkpoint.manifest is None:
         raise CheckpointError(
             f"{folder} has no manifest: optimizer states of GPT-NeoX are not read; "
-            f"start from its weights with `finetune: true`"
+            f"start from its weights with --finetune true"
         )
     optimizer = SavedOptimizer(folder, checkpoint.manifest, split)
     if not optimizer.files:
         reason = "they were removed (keep_optimizer_last_n)" if "optimizer" in provenance else "it is converted"
-        raise CheckpointError(f"{folder} has no optimizer states: {reason}; {_WAYS_OUT}")
+        raise CheckpointError(f"{folder} has no optimizer states: {reason}; {instead}")
     if provenance.get("precision") != precision:
         raise CheckpointError(
             f"{folder} was saved in precision {provenance.get('precision')}, this run is {precision}: optimizer states "
-            f"differ between them; {_WAYS_OUT}"
+            f"differ between them; {instead}"
         )
     saved, now = provenance.get("layout"), engine.place.sizes
     if not optimizer.by_ranges and saved != now:
         raise CheckpointError(
             f"{folder} was saved at {layout_text(saved)}, this run is {layout_text(now)}: its optimizer files are of "
             "version 1, which is read at its own layout; write them anew with `python tools/convert_hf reshard "
-            f"--optimizer --tp {now['tp']} --pp {now['pp']} --dp {now['dp']}`, or {_WAYS_OUT}"
+            f"--optimizer --tp {now['tp']} --pp {now['pp']} --dp {now['dp']}`, or {instead}"
         )
     return optimizer
 
 
-def _verify_index(ranks: RankGroup, optimizer: SavedOptimizer) -> None:
+def _verify_index(ranks: RankGroup, optimizer: SavedOptimizer, instead: str) -> None:
     """The optimizer files hold each element of the model's state once. One rank looks: all have the same manifest."""
     with ranks.together(f"loading {optimizer.folder}"):
         if optimizer.by_ranges and ranks.rank == 0 and (problems := optimizer.index.problems()):
             more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-            raise CheckpointError(f"{optimizer.folder} is not complete: {'; '.join(problems[:3])}{more}; {_WAYS_OUT}")
+            raise CheckpointError(f"{optimizer.folder} is not complete: {'; '.join(problems[:3])}{more}; {instead}")
 
 
 def layout_text(sizes: Any) -> str:
@@ -178,9 +211,3 @@ def layout_text(sizes: Any) -> str:
     if not isinstance(sizes, Mapping):
         return "an unknown layout"
     return " ".join(f"{name.upper()}{sizes.get(name, '?')}" for name in ("tp", "pp", "dp"))
-
-
-def _report_data(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    changed = sorted(name for name in saved.keys() | now.keys() if saved.get(name) != now.get(name))
-    if changed:
-        logger.warning(f"data differs from what this run was trained on so far: {', '.join(changed)}")

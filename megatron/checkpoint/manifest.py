@@ -14,11 +14,13 @@ synced. The converter writes the same format. Standard library only: a login nod
                   "ranges": [{"layer": 0, "tensor": "word_embeddings.weight", "tp_rank": 0, "start": 0, "stop": 64,
                               "step": 10, "master": {"offset": 640, "crc32": "0123abcd"}, "exp_avg": {...}, ...}]},
                "hf/config.json": {"bytes": 700, "tensors": {}, "checksum": "crc32:89abcdef"}},
-     "provenance": {...}}
+     "provenance": {...},
+     "digest": "crc32:..."}
 
 File names are relative to the folder, with `/`. A tensor's checksum is `zlib.crc32` of its contiguous little-endian
 bytes; layer files have one for each tensor. Any other file has a `checksum` of the whole file instead. `ranges` are the
 index of the optimizer's state (`state_ranges`); version 1 does not have them, its optimizer files are DeepSpeed's.
+`digest` is the checksum of the manifest's other content, written as above.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ VERSION = 2
 READABLE = (1, VERSION)
 MANIFEST_NAME = "manifest.json"
 _CHECKSUM = re.compile(r"crc32:[0-9a-f]{8}")
+_DIGEST = "digest"
 _CHUNK = 1 << 24  # bytes read at a time when a whole file is summed
 
 
@@ -109,20 +112,29 @@ class Manifest:
             if entry.random_state is not None:
                 files[name]["random_state"] = entry.random_state.to_json()
         body = {"format": FORMAT, "version": VERSION, "files": files, "provenance": self.provenance}
-        return json.dumps(body, indent=1) + "\n"
+        return json.dumps(body | {_DIGEST: _digest(body)}, indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str, source: str = MANIFEST_NAME) -> Manifest:
         """Parse and check a manifest; ManifestError names `source` and the first thing that is wrong."""
         try:
             body = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ManifestError(f"{source} is not JSON: {error}") from error
-        body = _mapping(body, source)
+        body = dict(_mapping(body, source))
+        digest = body.pop(_DIGEST, None)  # manifests of earlier versions have none
         if body.get("format") != FORMAT or body.get("version") not in READABLE:
             raise ManifestError(
                 f"{source} says format {body.get('format')!r}, version {body.get('version')!r}; "
                 f"this program reads {FORMAT!r}, version {' and '.join(map(str, READABLE))}"
+            )
+        foreign = sorted(body.keys() - {"format", "version", "files", "provenance"})
+        if foreign:
+            raise ManifestError(f"{source} has the key {foreign[0]!r}, which no manifest has: it is damaged or foreign")
+        if digest is not None and digest != _digest(body):
+            raise ManifestError(
+                f"{source} is damaged: its content has {_digest(body)}, it says {digest!r}. Take the checkpoint from "
+                f"another copy, or go back to an earlier one with --iteration N"
             )
         files = {}
         for name, entry in _mapping(body.get("files"), f"{source}: files").items():
@@ -145,6 +157,11 @@ class Manifest:
                 random_state=random_state,
             )
         return cls(files, dict(_mapping(body.get("provenance", {}), f"{source}: provenance")))
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    """Checksum of a manifest's own content, of which a flipped byte must not go unnoticed."""
+    return checksum(json.dumps(body, indent=1).encode())
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

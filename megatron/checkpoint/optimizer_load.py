@@ -94,8 +94,17 @@ class _Ranges:
                 part = replace(where, start=start, stop=min(start + step, where.stop))
                 block = self.buffer[: len(part)]
                 self.reader.read(part, kind, block)
+                if not np.isfinite(block).all():
+                    raise CheckpointError(not_finite(f"{self.reader.folder}: {kind} of {part}"))
                 tensor[start - where.start :][: len(part)].copy_(torch.from_numpy(block))
         return self.index.step(where.layer, where.tensor)
+
+
+def not_finite(place: str) -> str:
+    return (
+        f"{place} holds values that are not finite; every step from here on would be skipped. Go back to an earlier "
+        f"checkpoint with --iteration N"
+    )
 
 
 # --- version 1
@@ -153,6 +162,8 @@ class _Version1:
         state = {"master": self.masters[group], **self.states.get(group, {})}
         for kind, tensor in tensors.items():
             if kind in state:
+                if not torch.isfinite(state[kind]).all():
+                    raise CheckpointError(not_finite(f"{self.path}: {kind} of {where}"))
                 tensor.copy_(state[kind].detach()[fragment.start : fragment.start + fragment.numel])
             else:  # saved before the first step
                 tensor.zero_()

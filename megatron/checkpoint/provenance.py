@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import platform
 import subprocess
 from collections.abc import Mapping
@@ -28,11 +29,12 @@ def provenance(
     precision: str,
     layout: Mapping[str, int],
     data: Mapping[str, Any],
+    facts: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The manifest's `provenance` of a training checkpoint; plain JSON values.
 
     `merged` are the YAML keys as the user gave them, `layout` the sizes tp, pp and dp, `data` one fingerprint for each
-    data source as the caller computes it.
+    data source as the caller computes it, `facts` what a later configuration is compared with (`facts.facts_of`).
     """
     return {
         "written_by": TRAINING,
@@ -46,7 +48,9 @@ def provenance(
         "optimizer": True,
         "commit": commit(),
         "versions": versions(),
+        "job": os.environ.get("SLURM_JOB_ID"),
         "data": dict(data),
+        "facts": dict(facts),
         "config": dict(merged),
     }
 

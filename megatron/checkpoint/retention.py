@@ -1,7 +1,7 @@
 """Old checkpoints make room: whole ones beyond `keep_last_n_checkpoints`, optimizer states beyond their own number.
 
-Only checkpoints that this program's training wrote are touched, never a converted one or GPT-NeoX's, and never one of
-a later step than the present: after going back to an earlier checkpoint those are the user's to delete.
+Only checkpoints that this program's training wrote are touched, never a converted one or GPT-NeoX's, never one of a
+later step than the present, and never the one that the run was started from.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from megatron.checkpoint.discovery import OPTIMIZER_FILE, remove, steps_in, tag_name
+from megatron.checkpoint.discovery import OPTIMIZER_FILE, completeness_problems, remove, steps_in, tag_name
 from megatron.checkpoint.manifest import ManifestError, read_manifest, write_manifest
 from megatron.checkpoint.provenance import TRAINING
 from megatron.common.atomic_files import sync_folder
@@ -19,17 +19,34 @@ from megatron.common.atomic_files import sync_folder
 logger = logging.getLogger(__name__)
 
 
-def apply_retention(root: Path, iteration: int, keep_last_n: int | None, keep_optimizer_last_n: int | None) -> None:
-    """Delete what is older than wanted; call it when the checkpoint of `iteration` is complete. None keeps all."""
+def apply_retention(
+    root: Path,
+    iteration: int,
+    keep_last_n: int | None,
+    keep_optimizer_last_n: int | None,
+    started_from: int | None = None,
+) -> None:
+    """Delete what is older than wanted; call it when the checkpoint of `iteration` is complete. None keeps all.
+
+    Only complete checkpoints count, and only they are deleted: a damaged one must not push out a good one. The one of
+    `started_from`, which the run has resumed, stays whole as long as the run goes on.
+    """
+    if keep_last_n is None and keep_optimizer_last_n is None:
+        return
     ours = [step for step in steps_in(root) if step <= iteration and _written_by_training(root / tag_name(step))]
-    newest_first = ours[::-1]
+    damaged = [step for step in ours if completeness_problems(root / tag_name(step))]
+    for step in damaged:
+        logger.warning(f"{root / tag_name(step)} is not complete and is not counted; it is left as it is")
+    newest_first = [step for step in ours if step not in damaged][::-1]
     kept = newest_first if keep_last_n is None else newest_first[: max(keep_last_n, 1)]
     for step in newest_first[len(kept) :]:
+        if step == started_from:
+            continue
         remove(root / tag_name(step))
         logger.info(f"removed {root / tag_name(step)} (keep_last_n_checkpoints: {keep_last_n})")
     if keep_optimizer_last_n is not None:
         for step in kept[keep_optimizer_last_n:]:
-            if remove_optimizer(root / tag_name(step)):
+            if step != started_from and remove_optimizer(root / tag_name(step)):
                 logger.info(f"removed optimizer states of {root / tag_name(step)} (keep_optimizer_last_n)")
 
 

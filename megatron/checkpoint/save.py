@@ -15,7 +15,7 @@ import contextlib
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,12 +23,16 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from megatron.checkpoint.discovery import PARTIAL, clean_leftovers, publish, tag_name
-from megatron.checkpoint.layer_files import expected_files, tensor_problems
+from megatron.checkpoint.facts import facts_of
+from megatron.checkpoint.layer_files import tensor_problems
+from megatron.checkpoint.layer_set import expected_files
 from megatron.checkpoint.manifest import FileEntry, Manifest, checksum, size_problems, write_manifest
 from megatron.checkpoint.optimizer_files import OptimizerIndex
+from megatron.checkpoint.owner import check_ownership, owning
 from megatron.checkpoint.provenance import provenance
 from megatron.checkpoint.rank_files import Contents, rank_contents, write_contents
 from megatron.checkpoint.retention import apply_retention
+from megatron.checkpoint.set_aside import set_aside_later
 from megatron.checkpoint.state import TrainState
 from megatron.common.errors import CheckpointError, one_line
 from megatron.layout import TensorSplit
@@ -43,10 +47,28 @@ logger = logging.getLogger(__name__)
 CONFIGS, HF, PARTS = "configs", "hf", "parts"
 
 
-def prepare_save(engine: Engine, args: NeoXArgs) -> None:
+@contextlib.contextmanager
+def owned_save_folder(ranks: RankGroup, save: str | None) -> Iterator[None]:
+    """Around a run that saves: no other run writes into its folder. Collective.
+
+    CheckpointError on all ranks if another run has the folder; what a killed run left is taken over with a line.
+    """
+    with contextlib.ExitStack() as stack:
+        if save is not None:
+            line = None
+            with ranks.together("taking the save folder"):
+                if ranks.rank == 0:
+                    line = stack.enter_context(owning(Path(save)))
+            if line is not None:
+                logger.info(line)
+        yield
+
+
+def prepare_save(engine: Engine, args: NeoXArgs, started_from: int | None = None) -> None:
     """Before the first step of training: the save folder exists, can be written, and holds no left-overs.
 
-    Collective. Only for the run that owns the folder: another run's save in progress would be removed.
+    `started_from` is the step in it that the run resumes; later ones are set aside. Collective. Only for the run that
+    owns the folder: another run's save in progress would be removed.
     """
     assert args.save is not None
     ranks = RankGroup.world(engine.place.device)
@@ -55,6 +77,8 @@ def prepare_save(engine: Engine, args: NeoXArgs) -> None:
         if ranks.rank == 0:
             root.mkdir(parents=True, exist_ok=True)
             clean_leftovers(root)
+            if started_from is not None:
+                set_aside_later(root, started_from)
     with ranks.together("preparing the save folder"):
         if not os.access(root, os.W_OK | os.X_OK):
             raise CheckpointError(f"save: {root} cannot be written from this rank")
@@ -104,6 +128,7 @@ class CheckpointWriter:
     def open(self) -> None:
         """Rank 0 makes the folder that all write into."""
         if self.rank == 0:
+            check_ownership(self.root)
             self.root.mkdir(parents=True, exist_ok=True)
             clean_leftovers(self.root)
             self.partial.mkdir()
@@ -132,6 +157,7 @@ class CheckpointWriter:
         if problems:
             raise CheckpointError("; ".join(problems[:5]))
         write_manifest(self.partial, manifest)
+        check_ownership(self.root)
         publish(self.partial, self.final)
 
     def thin_out(self) -> None:
@@ -140,7 +166,7 @@ class CheckpointWriter:
             return
         try:
             keep = (self.args.keep_last_n_checkpoints, self.args.keep_optimizer_last_n)
-            apply_retention(self.root, self.state.iteration, *keep)
+            apply_retention(self.root, self.state.iteration, *keep, self.state.started_from)
         except (OSError, CheckpointError) as error:
             logger.warning(f"an old checkpoint could not be removed: {one_line(error)}")
 
@@ -178,6 +204,7 @@ class CheckpointWriter:
             precision=self.args.precision,
             layout=self.place.sizes,
             data=self.data_fingerprints,
+            facts=facts_of(self.args),
         )
 
 

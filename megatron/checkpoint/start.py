@@ -1,7 +1,6 @@
 """Where a run begins: from scratch, from a checkpoint, or from its own last save. Found before anything is built.
 
-A batch system requeues the same script, and `load: converted weights, finetune: true` would begin at iteration 0 every
-time. So a run whose `save` folder holds its checkpoints continues from the last of them, and says so.
+`choice` says which; here rank 0 looks, compares what the checkpoint knows with the configuration, and all ranks follow.
 """
 
 from __future__ import annotations
@@ -9,11 +8,14 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from megatron.checkpoint.discovery import LATEST, find_checkpoint, meta_file_name
-from megatron.checkpoint.manifest import MANIFEST_NAME, Manifest, read_manifest
+from megatron.checkpoint.choice import Restored, StartChoice, choose_start, own_options
+from megatron.checkpoint.discovery import find_checkpoint, meta_file_name
+from megatron.checkpoint.facts import check_model, describe_run_changes, recorded_facts
+from megatron.checkpoint.manifest import MANIFEST_NAME, FileEntry, Manifest, read_manifest
 from megatron.checkpoint.torch_files import read_file
+from megatron.checkpoint.verified import verified
 from megatron.common.errors import CheckpointError
 from megatron.engine.protocol import Counters, LossScaleState
 
@@ -22,8 +24,6 @@ if TYPE_CHECKING:
     from megatron.parallel.collective_errors import RankGroup
 
 logger = logging.getLogger(__name__)
-
-Restored = Literal["everything", "weights and position", "weights"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,10 @@ class SavedCheckpoint:
     @property
     def provenance(self) -> dict[str, Any]:
         return {} if self.manifest is None else self.manifest.provenance
+
+    def entry(self, name: str) -> FileEntry | None:
+        """What the manifest says of a file; None without a manifest."""
+        return None if self.manifest is None else self.manifest.files.get(name)
 
 
 @dataclass(frozen=True)
@@ -68,43 +72,52 @@ class Start:
 def find_start(ranks: RankGroup, args: NeoXArgs) -> Start:
     """The checkpoint that a run begins from, and its position. Collective: rank 0 looks, all follow.
 
-    A `load` that names the save folder itself is taken as it stands, with its `finetune` and `no_load_optim`.
-    CheckpointError, the same on all ranks, if the checkpoint is missing, incomplete or does not say its position.
+    CheckpointError, the same on all ranks, if the checkpoint is missing, incomplete, of another model, or does not say
+    its position.
     """
-    own = _is_same_folder(args.load, args.save)
-    if args.save and not own and ranks.broadcast(ranks.rank == 0 and (Path(args.save) / LATEST).is_file()):
-        first = "from_scratch" if args.from_scratch else f"load: {args.load}"
-        logger.info(
-            f"{args.save} holds checkpoints of this run: it continues from the last one ({first} was for its first "
-            "start)"
-        )
-        return _start(ranks, Path(args.save), None, "everything", own_save=True)
-    if args.load is None:
+    choice: StartChoice | None = None
+    with ranks.together("finding where to start"):
+        if ranks.rank == 0:
+            choice = choose_start(args)
+    choice = ranks.broadcast(choice)
+    if choice is None:
         return Start()
-    restored: Restored = "weights" if args.finetune else "weights and position" if args.no_load_optim else "everything"
-    return _start(ranks, Path(args.load), args.iteration, restored, own)
+    for note in choice.notes:
+        logger.info(note)
+    options = own_options(args) if choice.own_save else None
+    checkpoint = locate(ranks, choice.root, choice.iteration, args, options)
+    if choice.restored == "weights":
+        return Start(checkpoint, choice.restored, Position(), choice.own_save)
+    with ranks.together(f"comparing {checkpoint.folder} with the configuration"):
+        changes = None
+        if ranks.rank == 0:
+            changes = describe_run_changes(_facts(checkpoint)[1], args)
+        if changes is not None:
+            logger.warning(changes)
+    return Start(checkpoint, choice.restored, read_position(ranks, checkpoint), choice.own_save)
 
 
-def _is_same_folder(load: str | None, save: str | None) -> bool:
-    return load is not None and save is not None and Path(load).resolve() == Path(save).resolve()
+def locate(
+    ranks: RankGroup, root: Path, iteration: int | None, args: NeoXArgs, options: str | None = None
+) -> SavedCheckpoint:
+    """The checkpoint that all ranks read; rank 0 looks, so that all see the same one.
 
-
-def _start(ranks: RankGroup, root: Path, iteration: int | None, restored: Restored, own_save: bool) -> Start:
-    checkpoint = locate(ranks, root, iteration)
-    position = Position() if restored == "weights" else read_position(ranks, checkpoint)
-    return Start(checkpoint, restored, position, own_save)
-
-
-def locate(ranks: RankGroup, root: Path, iteration: int | None) -> SavedCheckpoint:
-    """The checkpoint that all ranks read; rank 0 looks, so that all see the same one."""
+    CheckpointError on all ranks if there is none, or if it holds another model than `args` describe.
+    """
     found = None
     with ranks.together(f"loading from {root}"):
         if ranks.rank == 0:
-            folder = find_checkpoint(root, iteration)
+            folder = find_checkpoint(root, iteration, options)
             found = SavedCheckpoint(folder, read_manifest(folder) if (folder / MANIFEST_NAME).exists() else None)
+            check_model(folder, _facts(found)[0], args)
     checkpoint = ranks.broadcast(found)
     assert checkpoint is not None
     return checkpoint
+
+
+def _facts(checkpoint: SavedCheckpoint) -> tuple[dict[str, Any], dict[str, Any]]:
+    config = checkpoint.folder / "hf" / "config.json"
+    return recorded_facts(checkpoint.provenance, config.read_bytes() if config.is_file() else None)
 
 
 def read_position(ranks: RankGroup, checkpoint: SavedCheckpoint) -> Position:
@@ -113,7 +126,8 @@ def read_position(ranks: RankGroup, checkpoint: SavedCheckpoint) -> Position:
     path = checkpoint.folder / meta_file_name(0)
     with ranks.together(f"reading the position in {checkpoint.folder}"):
         if ranks.rank == 0:
-            meta = read_file(path)
+            with verified(path, checkpoint.entry(path.name)):
+                meta = read_file(path)
             wanted = ("iteration", "consumed_samples", "global_steps", "global_samples", "skipped_steps")
             missing = [key for key in wanted if key not in meta]
             if missing:

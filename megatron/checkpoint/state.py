@@ -19,12 +19,14 @@ class TrainState:
     included; the data are read from there on. `skipped_in_a_row` counts the last optimizer steps that were skipped
     because something was not finite; the engine's counters hold the total. `hf_files`, on rank 0 only, are the files of
     the `hf/` folder (config.json, tokenizer) that came with the loaded checkpoint; every later checkpoint carries them.
+    `started_from` is the step in its own save folder that the run has resumed, which retention keeps.
     """
 
     iteration: int = 0
     consumed_samples: int = 0
     skipped_in_a_row: int = 0
     hf_files: dict[str, bytes] = field(default_factory=dict, repr=False)
+    started_from: int | None = None
 
 
 def capture_rng() -> dict[str, Any]:

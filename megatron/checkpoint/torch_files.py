@@ -99,9 +99,13 @@ def _alone(tensor: Tensor) -> Tensor:
     return tensor.to("cpu", copy=True).contiguous()
 
 
-def tensor_entry(tensor: Tensor) -> TensorEntry:
+def tensor_checksum(tensor: Tensor) -> str:
     raw = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-    return TensorEntry(tuple(tensor.shape), dtype_name(tensor.dtype), checksum(raw.data))
+    return checksum(raw.data)
+
+
+def tensor_entry(tensor: Tensor) -> TensorEntry:
+    return TensorEntry(tuple(tensor.shape), dtype_name(tensor.dtype), tensor_checksum(tensor))
 
 
 def dtype_name(dtype: torch.dtype) -> str:

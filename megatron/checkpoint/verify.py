@@ -12,6 +12,7 @@ from pathlib import Path
 from megatron.checkpoint.discovery import find_checkpoint
 from megatron.checkpoint.manifest import MANIFEST_NAME, FileEntry, file_checksum, read_manifest
 from megatron.checkpoint.torch_files import read_tensors, tensor_entry
+from megatron.common.boundary import guarded
 from megatron.common.errors import CheckpointError, one_line
 
 
@@ -70,15 +71,14 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="files read at a time")
     options = parser.parse_args(arguments)
-    folder = options.folder
-    try:
-        if not (folder / MANIFEST_NAME).exists():
-            folder = find_checkpoint(folder, options.iteration)
-        problems = verify_checkpoint(folder, options.workers)
-        manifest = read_manifest(folder)
-    except CheckpointError as error:
-        print(error, file=sys.stderr)
-        return 2
+    return guarded("verify", partial(_verify, options.folder, options.iteration, max(1, options.workers)))
+
+
+def _verify(folder: Path, iteration: int | None, workers: int) -> int:
+    if not (folder / MANIFEST_NAME).exists():
+        folder = find_checkpoint(folder, iteration)
+    problems = verify_checkpoint(folder, workers)
+    manifest = read_manifest(folder)
     for problem in problems:
         print(problem, file=sys.stderr)
     total = sum(entry.bytes for entry in manifest.files.values())

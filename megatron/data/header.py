@@ -19,6 +19,7 @@ from megatron.data.indexed import HEADER, DataError, bin_path, idx_path
 from megatron.tokenizer import Tokenizer
 
 _EDGE = 1 << 20
+_BLOCKS, _BLOCK = 16, 1 << 14  # of the tokens, spread over the file
 
 
 class TokenizerInfo(BaseModel):
@@ -116,7 +117,8 @@ def fingerprint(prefix: str | Path) -> dict[str, Any]:
     """Provenance of a data prefix for checkpoints and cache keys, in time independent of its size.
 
     `hash` covers the header, the sizes of both files, and the first and last MiB of the index (the last offsets
-    depend on the length of every document). `chat` is how conversations were written, which an export goes by.
+    depend on the length of every document); `content` some blocks of the tokens; `written` is when they were. `chat` is
+    how conversations were written, which an export goes by.
     """
     idx, binary = idx_path(prefix), bin_path(prefix)
     for path in (idx, binary):
@@ -136,11 +138,23 @@ def fingerprint(prefix: str | Path) -> dict[str, Any]:
         "idx_bytes": sizes[0],
         "bin_bytes": sizes[1],
         "hash": digest.hexdigest(),
+        "content": _sample_of(binary, sizes[1]),
+        "written": binary.stat().st_mtime_ns,
     }
     known = read_header(prefix)
     if known is not None and known.chat is not None and known.chat.end_of_turn:
         found["chat"] = {"template": known.chat.template_text, "end_of_turn": known.chat.end_of_turn}
     return found
+
+
+def _sample_of(path: Path, size: int) -> str:
+    """CRC-32 of blocks that are spread evenly over a file, its end included."""
+    value = 0
+    with path.open("rb") as file:
+        for number in range(_BLOCKS):
+            file.seek(max(0, size - _BLOCK) * number // (_BLOCKS - 1))
+            value = zlib.crc32(file.read(_BLOCK), value)
+    return f"crc32:{value:08x}"
 
 
 def file_crc32(path: Path, progress: Callable[[int], None] | None = None) -> str:

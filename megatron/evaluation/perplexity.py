@@ -45,7 +45,9 @@ def evaluate(engine: Engine, args: NeoXArgs, dataset: SampleDataset, max_samples
 def evaluate_all(
     engine: Engine, args: NeoXArgs, datasets: Mapping[str, SampleDataset], max_samples: int | None = None
 ) -> dict[str, Evaluation]:
-    """`evaluate` for every source, by name."""
+    """`evaluate` for every source, by name; none of them where `max_samples` is 0."""
+    if max_samples == 0:
+        return {}
     return {name: evaluate(engine, args, dataset, max_samples) for name, dataset in datasets.items()}
 
 

@@ -5,17 +5,20 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from megatron.common.boundary import guarded
 from megatron.launcher.local import start_local
 from megatron.launcher.slurm import run_as_rank, start_by_srun, uses_srun
 from megatron.neox_arguments import ConfigError, NeoXArgs
 from megatron.neox_arguments.load import parse_overrides, resolve_path
 from megatron.neox_arguments.registry import Task
 from megatron.parallel.rank_env import started_as_rank
+from megatron.preflight.run_inputs import refuse_wrong_inputs
 
 if TYPE_CHECKING:
     from megatron.planner.front.options import PlanOptions
@@ -33,8 +36,11 @@ it runs SCRIPT.
   -H FILE           hostfile, as GPT-NeoX takes it; in a Slurm allocation all its nodes are started anyway
   --KEY VALUE       set any key after merging: --train_iters 10 --optimizer.params.lr 1e-5 --from_scratch
   --print-config    print the merged and derived configuration and what DeepSpeed gets, and start nothing
-  --dry-run         print the plan of a training: memory of every stage, time, checkpoint size. Starts nothing and needs
-                    no GPU and no data. Exit code 2 if the plan does not fit into memory. With it:
+  --paths-on-nodes  what the run reads and writes is seen by the compute nodes alone: do not look for it here, and keep
+                    ~ and $VARIABLES for them
+  --dry-run         print the plan of a training: memory of every stage, time, checkpoint size; then look whether all
+                    that it reads is there and fits. Starts nothing and needs no GPU. Exit code 2 if something cannot be
+                    right. With it:
       --json            as JSON
       --machine NAME    frontier (default) or lumi
       --usable-gib X    usable memory of a GCD, default the machine's
@@ -66,6 +72,7 @@ class Invocation:
     options: list[str] = field(default_factory=list)  # the overrides as typed
     print_config: bool = False
     plan: PlanOptions | None = None  # --dry-run
+    paths_on_nodes: bool = False
 
     @property
     def task(self) -> Task:
@@ -78,6 +85,7 @@ def parse_command_line(arguments: list[str]) -> Invocation:
     words = list(arguments)
     folder = _take(words, ("-d", "--conf_dir", "--conf-dir"))
     print_config = _take_flag(words, ("--print-config", "--print_config"))
+    paths_on_nodes = _take_flag(words, ("--paths-on-nodes", "--paths_on_nodes"))
     plan = None
     if _take_flag(words, ("--dry-run", "--dry_run")):
         from megatron.planner.front.options import take_options
@@ -92,7 +100,8 @@ def parse_command_line(arguments: list[str]) -> Invocation:
     if not script.is_file():
         raise ConfigError(f"{script}: no such script; train.py, eval.py and generate.py are in the project's folder")
     configs = [resolve_path(name, folder) for name in positional[1:]]
-    invocation = Invocation(script, configs, parse_overrides(options), options, print_config, plan)
+    overrides = parse_overrides(options)
+    invocation = Invocation(script, configs, overrides, options, print_config, plan, paths_on_nodes)
     if plan is not None and invocation.task != "train":
         raise ConfigError(f"--dry-run plans a training, not {script.name}; give train.py")
     return invocation
@@ -175,29 +184,47 @@ def configuration_as_yaml(args: NeoXArgs) -> str:
 
 def main(arguments: list[str]) -> int:
     """Exit code of `python deepy.py ARGUMENTS`."""
+    return guarded("deepy.py", partial(_main, arguments))
+
+
+def _main(arguments: list[str]) -> int:
     if not arguments or any(word in ("-h", "--help") for word in arguments):
         print(USAGE, end="")
         return 0 if arguments else 2
-    try:
-        invocation = parse_command_line(arguments)
-        if started_as_rank() and not invocation.print_config and invocation.plan is None:
-            run_as_rank(invocation.script, [*map(str, invocation.configs), *invocation.options])
-        args = NeoXArgs.from_ymls(invocation.configs, invocation.overrides, task=invocation.task)
-    except ConfigError as error:
-        print(f"deepy.py: {error}", file=sys.stderr)
-        return 2
+    invocation = parse_command_line(arguments)
+    if started_as_rank() and not invocation.print_config and invocation.plan is None:
+        run_as_rank(invocation.script, [*map(str, invocation.configs), *invocation.options])
+    shows = invocation.print_config or invocation.plan is not None
+    args = NeoXArgs.from_ymls(
+        invocation.configs,
+        invocation.overrides,
+        task=invocation.task,
+        paths_on_nodes=invocation.paths_on_nodes and shows,  # ranks that are started here have this environment
+    )
     for note in args.notes:
         print(f"note: {note}", file=sys.stderr)
     if invocation.print_config:
         print(configuration_as_yaml(args), end="")
         return 0
-    try:
-        if invocation.plan is not None:
-            from megatron.planner.front.command import dry_run
+    if invocation.plan is not None:
+        from megatron.planner.front.command import dry_run
 
-            return dry_run(args, invocation.plan)
-        start = start_by_srun if uses_srun(args, os.environ) else start_local
-        return start(invocation.script, args)
+        plan_code = dry_run(args, invocation.plan)
+        return max(plan_code, report_inputs(args, invocation.paths_on_nodes))
+    by_srun = uses_srun(args, os.environ)
+    if not invocation.paths_on_nodes:
+        refuse_wrong_inputs(args)
+    return (start_by_srun if by_srun else start_local)(invocation.script, args)
+
+
+def report_inputs(args: NeoXArgs, paths_on_nodes: bool) -> int:
+    """The end of a dry run: what the run will read is there, or what is wrong with it; the exit code."""
+    if paths_on_nodes:
+        print("inputs: not looked at (--paths-on-nodes)", file=sys.stderr)
+        return 0
+    try:
+        refuse_wrong_inputs(args)
     except ConfigError as error:
         print(f"deepy.py: {error}", file=sys.stderr)
         return 2
+    return 0

@@ -25,7 +25,7 @@ from types import FrameType
 from megatron.common.processes import die_with_parent, how_it_ended, shell_code
 from megatron.launcher.local import GRACE_SECONDS
 from megatron.parallel.rank_env import TYPED, node_name
-from megatron.supervision.failures import LOST, REQUEUE, USER_ERROR, claim_failure
+from megatron.supervision.failures import LOST, REQUEUE, claim_failure
 
 FAILURE_GRACE_SECONDS = 10.0  # how long the other ranks may run on after the first failure
 PRELOAD = ("torch", "deepspeed", "megatron.core.tensor_parallel")
@@ -34,13 +34,13 @@ Rank = multiprocessing.context.ForkProcess
 
 
 class _Stop(BaseException):
-    """SIGTERM arrived. Not an InterruptedError, which `wait` would swallow."""
+    """SIGTERM or Ctrl-C arrived. Not an InterruptedError, which `wait` would swallow."""
 
 
 def _rank(rank: int, ranks: int, folder: Path, command: list[str], parent: int) -> None:
     """Body of a forked rank: run the script as `__main__`."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # A warning during start-up is held back until StopRequest handles it; it does not kill a program that never does.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     signal.signal(signal.SIGUSR1, signal.SIG_DFL)
@@ -77,7 +77,7 @@ def main(arguments: list[str]) -> int:
         stop.append(number)
         raise _Stop
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
     running: dict[int, Rank] = {}
 
@@ -85,14 +85,14 @@ def main(arguments: list[str]) -> int:
 
     def on_warning(number: int, frame: FrameType | None) -> None:
         warned.append(number)
-        for process in list(running.values()):
-            _warn(process)
+        _send(dict(running), signal.SIGUSR1)
 
     signal.signal(signal.SIGUSR1, on_warning)
     failed: list[int] = []
     try:
         sys.path.insert(0, str(Path(command[0]).resolve().parent))
         _preload(command[0])
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})  # deepy.py and the script hold back earlier ones
         assert threading.active_count() == 1, f"threads before the fork: {threading.enumerate()}"
         context = multiprocessing.get_context("fork")
         for rank in range(ranks):
@@ -100,11 +100,12 @@ def main(arguments: list[str]) -> int:
             process.start()
             running[rank] = process
             if warned:
-                _warn(process)
+                _send({rank: process}, signal.SIGUSR1)
         _watch(running, failed, folder, deadline=None)
     except _Stop:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        _terminate(running)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        _send(running, stop[0])
         _watch(running, failed, folder, deadline=time.monotonic() + GRACE_SECONDS)
     if REQUEUE in failed:
         return REQUEUE
@@ -113,15 +114,11 @@ def main(arguments: list[str]) -> int:
     return shell_code(failed[0]) if failed else 0
 
 
-def _warn(process: Rank) -> None:
-    if process.pid is not None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(process.pid, signal.SIGUSR1)
-
-
-def _terminate(running: dict[int, Rank]) -> None:
+def _send(running: dict[int, Rank], number: int) -> None:
     for process in running.values():
-        process.terminate()
+        if process.pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, number)
 
 
 def _watch(running: dict[int, Rank], failed: list[int], folder: Path, deadline: float | None) -> None:
@@ -138,7 +135,7 @@ def _watch(running: dict[int, Rank], failed: list[int], folder: Path, deadline: 
                 process.kill()
             deadline = None
         elif not ended:
-            _terminate(running)
+            _send(running, signal.SIGTERM)
             kill_next, deadline = True, time.monotonic() + FAILURE_GRACE_SECONDS
         for rank, process in list(running.items()):
             if process.sentinel not in ended:
@@ -148,9 +145,8 @@ def _watch(running: dict[int, Rank], failed: list[int], folder: Path, deadline: 
             code = process.exitcode or 0
             if code and not failed and not kill_next:
                 end = f"rank {rank} on {node_name(os.environ)} {how_it_ended(code)}"
-                claim_failure(folder, shell_code(code), end)  # so that the others do not report it as lost
-                if code not in (USER_ERROR, REQUEUE, LOST):  # these have been reported by the rank
-                    print(f"{end}; the other ranks are stopped", file=sys.stderr, flush=True)
+                # So that the others do not report it as lost; deepy.py says it at the end.
+                claim_failure(folder, shell_code(code), f"{end}; the other ranks were stopped")
                 deadline = time.monotonic() + FAILURE_GRACE_SECONDS
                 kill_next = code == LOST  # ranks that can end by themselves do so; hung ones ignore SIGTERM
             if code:

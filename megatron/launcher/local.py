@@ -17,7 +17,8 @@ from megatron.common.processes import die_with_parent, kill_group, shell_code
 from megatron.neox_arguments import NeoXArgs
 from megatron.parallel.handover import write_handover
 from megatron.parallel.rank_env import IGNORED_WARNINGS
-from megatron.supervision.failures import REQUEUE
+from megatron.supervision.failures import REQUEUE, USER_ERROR, recorded_reason
+from megatron.supervision.signals import signal_name
 
 GRACE_SECONDS = 30.0  # from ctrl-C or SIGTERM until ranks that have not ended are killed
 
@@ -35,9 +36,22 @@ def start_local(script: Path, args: NeoXArgs) -> int:
     try:
         handover = write_handover(args, folder)
         command = [*_command(args, folder), str(script), "--neox-args", str(handover)]
-        return supervise(command, rank_environment(args), reads_input(args))
+        code = supervise(command, rank_environment(args), with_input=reads_input(args))
+        say_end(folder, code)
+        return code
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def say_end(folder: Path, code: int) -> None:
+    """The last line of a run that did not end well: why, whatever libraries have printed since it was known."""
+    if code == 0:
+        return
+    why = recorded_reason(folder)
+    if why is None and code > 128:
+        why = f"by {signal_name(code - 128)}, before the run could save; it goes on from its last complete checkpoint"
+    why = why or f"the ranks ended with exit code {code}; what they said is above"
+    print(f"deepy.py: {'' if code == USER_ERROR else 'stopped: '}{why}", file=sys.stderr, flush=True)
 
 
 def local_ranks(args: NeoXArgs) -> int:
@@ -67,6 +81,7 @@ def rank_environment(args: NeoXArgs) -> dict[str, str]:
     result = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     result["PYTHONWARNINGS"] = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), *IGNORED_WARNINGS]))
     result["NEOX_STARTED"] = str(time.time())  # for the breakdown of the start-up time
+    result.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # c10d's pages about peers that are gone
     result.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # megatron-core: TP all-reduces start before the next GEMM
     if args.device == "cpu":
         threads = max(1, (os.cpu_count() or 1) // local_ranks(args))
@@ -75,10 +90,17 @@ def rank_environment(args: NeoXArgs) -> dict[str, str]:
     return result
 
 
-def supervise(command: list[str], env: dict[str, str], with_input: bool = False) -> int:
+def supervise(
+    command: list[str],
+    env: dict[str, str],
+    *,
+    with_input: bool = False,
+    interrupt: signal.Signals = signal.SIGINT,
+) -> int:
     """Run `command` in a session of its own, pass signals on, end all its processes; returns its exit code.
 
-    It reads what is typed only `with_input`.
+    It reads what is typed only `with_input`. Ctrl-C is passed on as `interrupt`. SIGUSR1 may be blocked by the caller;
+    `command` starts as the caller is.
     """
     # A session of its own: the terminal's ctrl-C reaches deepy.py alone, which then ends the ranks in order. Even if
     # deepy.py is killed, `command` ends: an srun that outlives a requeued job would end a step of its next start.
@@ -95,16 +117,18 @@ def supervise(command: list[str], env: dict[str, str], with_input: bool = False)
         if received:  # the second request: do not wait any longer
             kill_group(process.pid)
         received.append(number)
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(interrupt if number == signal.SIGINT else signal.SIGTERM)
         signal.setitimer(signal.ITIMER_REAL, GRACE_SECONDS + 5)
 
     handled = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     previous = {number: signal.signal(number, forward) for number in handled}
     previous[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, lambda number, frame: process.send_signal(number))
     previous[signal.SIGALRM] = signal.signal(signal.SIGALRM, lambda number, frame: kill_group(process.pid))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
     try:
         code = process.wait()
     finally:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in previous.items():
             signal.signal(number, handler)

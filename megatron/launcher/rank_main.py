@@ -31,6 +31,7 @@ from megatron.supervision.failures import (
     code_after,
     code_of_first_failure,
     is_about_a_lost_peer,
+    reported_by_launcher,
     run_folder,
 )
 
@@ -42,32 +43,38 @@ def run(program: Callable[[NeoXArgs], object], task: Task = "train") -> NoReturn
 
     Exit codes: 0; 2 for a UserError, whose text is printed once per run, without a traceback; `Stopped.code` for an
     orderly early end; 76 (LOST) if other ranks died or hang; 1 for any other exception. The first rank to fail prints
-    its traceback; ranks that fail because it is gone print nothing.
+    its traceback; ranks that fail because it is gone print nothing. Under deepy.py the first reason is left in the
+    run's folder, and deepy.py prints it last.
     """
     code, folder = FAILURE, run_folder(sys.argv[1:])
-    if sys.argv[1:2] == ["--neox-args"]:
+    launched = reported_by_launcher(sys.argv[1:])
+    if launched:
         die_with_parent(os.getppid(), signal.SIGKILL)
     try:
         program(rank_args(task=task))
         code = 0
     except UserError as error:
         code = USER_ERROR
-        claim_failure(folder, code, f"error: {error}")
-        if claim(folder, "said-" + hashlib.sha256(str(error).encode()).hexdigest()):
+        first = claim_failure(folder, code, f"error: {error}")
+        said = claim(folder, "said-" + hashlib.sha256(str(error).encode()).hexdigest())
+        if said and not (first and launched):
             print(f"error: {error}", file=sys.stderr)
     except Stopped as stop:
         code = stop.code
-        if claim_failure(folder, code, str(stop)) and (folder is not None or _rank() == 0):
+        first = claim_failure(folder, code, str(stop))
+        if first and not launched and (folder is not None or _rank() == 0):
             print(f"stopped: {stop}", file=sys.stderr)
         _close_process_group()  # safe: all ranks stop together, none has failed
     except LostRanks as lost:
         if claim_loss(folder, lost):
             code = LOST
-            print(f"stopped: {lost}", file=sys.stderr)
+            if not launched:
+                print(f"stopped: {lost}", file=sys.stderr)
         else:
             code = code_after(folder)
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
+        claim_failure(folder, code, "by Ctrl-C, before the run could save")
     except Exception as error:
         code = _unexpected(error, folder)
     sys.stdout.flush()

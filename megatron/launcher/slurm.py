@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import runpy
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
 
-from megatron.launcher.local import rank_environment, reads_input, supervise
+from megatron.launcher.local import rank_environment, reads_input, say_end, supervise
 from megatron.neox_arguments import ConfigError, NeoXArgs
 from megatron.parallel.handover import write_handover
+from megatron.parallel.rank_env import in_step
 from megatron.supervision.failures import recorded_code
 
 
@@ -73,6 +75,8 @@ def srun_command(args: NeoXArgs, env: Mapping[str, str]) -> list[str]:
         "--kill-on-bad-exit=1",
         "--export=ALL",
     ]
+    if in_step(env):  # a shell that srun has started: without this, its resources would be waited for, by their holder
+        command.append("--overlap")
     if env.get("SLURM_CPUS_PER_TASK"):  # since 22.05 srun no longer takes it from the job
         command.append(f"--cpus-per-task={env['SLURM_CPUS_PER_TASK']}")
     return command
@@ -88,6 +92,7 @@ def start_by_srun(script: Path, args: NeoXArgs) -> int:
         raise ConfigError("this is a Slurm job, but srun is not on PATH; call deepy.py outside of the container")
     _ = args.shape  # whether the vocabulary is known
     command = srun_command(args, os.environ)
+    inside = in_step(os.environ)
     parent = Path(args.save or args.log_dir or ".")
     parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".neox_run_{os.environ['SLURM_JOB_ID']}_", dir=parent)).resolve()
@@ -95,9 +100,15 @@ def start_by_srun(script: Path, args: NeoXArgs) -> int:
         handover = write_handover(args, folder)
         # Slurm's warning would kill a rank during start-up: it is held back until StopRequest handles it.
         python = ["env", "--block-signal=USR1", sys.executable, "-u", str(script.resolve())]
-        code = supervise([*command, *python, "--neox-args", str(handover)], rank_environment(args), reads_input(args))
+        words, env = [*command, *python, "--neox-args", str(handover)], rank_environment(args)
+        for name in [name for name in env if inside and name.startswith("SLURM_CPU_BIND")]:
+            del env[name]  # the cores of the step that this shell is, which is one task
+        # srun's answer to Ctrl-C is a question; on SIGTERM it ends the ranks.
+        code = supervise(words, env, with_input=reads_input(args), interrupt=signal.SIGTERM)
         # srun returns the highest code of all tasks, often that of a rank which it killed after another had failed.
-        return code and (recorded_code(folder) or code)
+        code = code and (recorded_code(folder) or code)
+        say_end(folder, code)
+        return code
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

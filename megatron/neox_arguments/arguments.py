@@ -17,6 +17,7 @@ from megatron.neox_arguments.keys.all_keys import REGISTRY, AllKeys
 from megatron.neox_arguments.keys.fields import nested_mapping
 from megatron.neox_arguments.load import apply_overrides, canonical, merge_files
 from megatron.neox_arguments.partly_wrong import unsettle, valid_part
+from megatron.neox_arguments.paths import expand_paths
 from megatron.neox_arguments.registry import Task, as_one_message
 from megatron.neox_arguments.review import review
 
@@ -40,14 +41,16 @@ class NeoXArgs(AllKeys):
         world_size: int | None = None,
         *,
         task: Task = "train",
+        paths_on_nodes: bool = False,
     ) -> Self:
         """Merge YAML files, apply overrides (`{"train_iters": 10, "optimizer.params.lr": 1e-5}`), derive and check.
 
-        `world_size` is the number of ranks when the caller knows it. Raises ConfigError.
+        `world_size` is the number of ranks when the caller knows it. With `paths_on_nodes`, `~` and `$VARIABLES` in
+        paths stay as they are, for the compute nodes to expand. Raises ConfigError, which names all that is wrong.
         """
         keys, places = merge_files(paths)
         apply_overrides(keys, places, overrides or {})
-        return cls._build(keys, places, world_size, task)
+        return cls._build(keys, places, world_size, task, paths_on_nodes)
 
     @classmethod
     def from_dict(cls, keys: dict[str, Any], world_size: int | None = None, *, task: Task = "train") -> Self:
@@ -61,18 +64,30 @@ class NeoXArgs(AllKeys):
         return cls._build(named, {}, world_size, task)
 
     @classmethod
-    def _build(cls, keys: dict[str, Any], places: dict[str, str], world_size: int | None, task: Task) -> Self:
+    def _build(
+        cls,
+        keys: dict[str, Any],
+        places: dict[str, str],
+        world_size: int | None,
+        task: Task,
+        paths_on_nodes: bool = False,
+    ) -> Self:
         """Everything that is wrong is said in one ConfigError: first if the model is no Llama, then key by key."""
         keys = _with_known_words(keys, cls)
         foreign = review(keys, places, set(cls.model_fields))
         # As in GPT-NeoX, a null says the same as leaving the key out.
         given = {name: value for name, value in foreign.keys.items() if name in cls.model_fields and value is not None}
         problems = list(foreign.problems)
+        if not paths_on_nodes:
+            given, unset = expand_paths(given)
+            problems += unset
         try:
             raw: AllKeys = cls.model_validate(given)
         except ValidationError as error:
             problems += _explain(error, places, cls, foreign.answered)
             raw = valid_part(given, {str(item["loc"][0]) for item in error.errors()})
+        except RecursionError:
+            raise ConfigError("a value of the configuration contains itself; write it out") from None
         if foreign.other_model:  # what its numbers would mean for a Llama is of no interest
             raw = unsettle(raw, ("intermediate_size", "expansion_factor", "mlp_multiple_of", "num_kv_heads"))
         raw._merged = dict(keys)

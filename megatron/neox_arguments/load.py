@@ -50,6 +50,15 @@ _Loader.add_implicit_resolver(
 )
 
 
+# Of PyYAML's own errors, and of what its constructors let through: numbers of thousands of digits, tags that do not fit
+# their value, keys that are lists, nesting without end.
+_NOT_YAML = (yaml.YAMLError, ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError)
+
+
+def _said(error: BaseException) -> str:
+    return str(error) if isinstance(error, yaml.YAMLError) else f"{type(error).__name__}: {error}"
+
+
 def canonical(name: str) -> str:
     """`vocab-file` and `vocab_file` are the same key."""
     return name.replace("-", "_")
@@ -63,6 +72,8 @@ def parse_value(text: str) -> Any:
 def resolve_path(name: str | Path, folder: str | Path | None = None) -> Path:
     """`configs/tiny/model` means `configs/tiny/model.yml`; `folder` is put in front (deepy's -d)."""
     path = Path(folder, name) if folder else Path(name)
+    if path.is_dir() or not path.name:
+        raise ConfigError(f"{path} is a folder; give the YAML files in it, or -d {path} and their names")
     return path if path.suffix in (".yml", ".yaml", ".json") else path.with_name(path.name + ".yml")
 
 
@@ -70,9 +81,15 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """Keys of one file and where each stands (`file:line`)."""
     try:
         text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give the path of a YAML file") from None
-    loader = _Loader(text)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        raise ConfigError(f"{path}: cannot be read ({why}); give the path of a YAML file") from None
+    try:
+        loader = _Loader(text)
+    except yaml.YAMLError as error:  # characters that YAML does not allow
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
     loader.name = str(path)
     try:
         node = loader.get_single_node()
@@ -81,8 +98,10 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         if not isinstance(node, yaml.MappingNode):
             raise ConfigError(f"{path}: expected `key: value` lines, found something else")
         raw = loader.construct_document(node)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    except ConfigError:
+        raise
+    except _NOT_YAML as error:
+        raise ConfigError(f"{path}: not valid YAML: {_said(error)}") from None
     finally:
         loader.dispose()
     where = {str(key_node.value): f"{path}:{key_node.start_mark.line + 1}" for key_node, _ in node.value}
@@ -126,8 +145,10 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
             raise ConfigError(f"--{name} is given twice on the command line; delete one")
         try:
             overrides[name] = parse_value(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--{name} {text}: not a valid value: {error}") from None
+        except ConfigError:
+            raise
+        except _NOT_YAML as error:
+            raise ConfigError(f"--{name} {text}: not a valid value: {_said(error)}") from None
     return overrides
 
 

@@ -24,6 +24,7 @@ from megatron.parallel.gpu_placement import (
     seat_summary,
     seat_table,
 )
+from megatron.parallel.loopback import on_one_node, rendezvous_on_loopback, talk_over_loopback
 from megatron.parallel.place import Place
 from megatron.parallel.rank_env import StartedRank, find_started_rank, node_name, set_rendezvous
 
@@ -55,14 +56,19 @@ def initialize(args: NeoXArgs) -> Place:
     # DeepSpeed's pipeline reads LOCAL_RANK by itself, which Slurm does not set.
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(local_rank))
     device = take_device(args, started)
+    timeout = timedelta(minutes=args.distributed_timeout_minutes)
+    where: dict[str, Any] = {"init_method": os.environ.get("NEOX_RENDEZVOUS", "env://")}
     if "NEOX_RENDEZVOUS" not in os.environ:
         set_rendezvous(os.environ)
+        if on_one_node(started, os.environ):
+            talk_over_loopback()
+            where = {"store": rendezvous_on_loopback(started, os.environ, timeout)}
     dist.init_process_group(
         args.distributed_backend,
-        init_method=os.environ.get("NEOX_RENDEZVOUS", "env://"),
+        **where,
         rank=rank,
         world_size=world_size,
-        timeout=timedelta(minutes=args.distributed_timeout_minutes),
+        timeout=timeout,
         device_id=device if device.type == "cuda" else None,
     )
     check_same_configuration(args, device)

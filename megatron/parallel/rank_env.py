@@ -72,7 +72,7 @@ def _from_torch(env: Mapping[str, str]) -> StartedRank | None:
 
 def _from_slurm(env: Mapping[str, str]) -> StartedRank | None:
     """Only inside a job step: the batch script has SLURM_PROCID 0 as well, but is not a rank."""
-    if not _in_step(env):
+    if not in_step(env):
         return None
     missing = [name for name in ("SLURM_PROCID", "SLURM_LOCALID") if name not in env]
     total = next((name for name in ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS") if name in env), None)
@@ -89,7 +89,8 @@ def _from_slurm(env: Mapping[str, str]) -> StartedRank | None:
     )
 
 
-def _in_step(env: Mapping[str, str]) -> bool:
+def in_step(env: Mapping[str, str]) -> bool:
+    """Whether this process runs inside a step that srun has started, also in a shell that is one."""
     step = env.get("SLURM_STEP_ID", env.get("SLURM_STEPID", ""))
     return step.isdigit() and int(step) < 0xFFFFFFF0  # higher numbers are the batch script, an interactive shell, ...
 
@@ -117,7 +118,7 @@ def planned_nodes(env: Mapping[str, str]) -> list[str]:
     """
     hosts = env.get("SLURM_STEP_NODELIST", "")
     names, counts = expand_hosts(hosts) if hosts else [], _tasks_per_node(env)
-    if not _in_step(env) or len(names) != len(counts):
+    if not in_step(env) or len(names) != len(counts):
         return []
     return [name for name, count in zip(names, counts, strict=True) for _ in range(count)]
 

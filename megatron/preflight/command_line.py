@@ -23,6 +23,7 @@ median.
 
   CONFIG                   the training's configuration files, merged as by deepy.py
   --timeout SECONDS        for each phase, after which ranks that did not arrive are named (default 180)
+  --no-inputs              do not look whether checkpoint, data, tokenizer and room are there
   --no-screen              do not measure devices and links
   --slow-nodes fail|warn   whether slow nodes end the preflight with exit code 4 (default: fail on GPUs, warn on CPUs)
   --exclude-file FILE      write the slow nodes to FILE, as in nid001,nid002; empty if there are none
@@ -40,6 +41,7 @@ class PreflightOptions:
     configuration: list[str]  # files and overrides, as `rank_args` takes them
     timeout: float  # seconds, for each phase
     screen: bool
+    inputs: bool
     slow_nodes: Literal["fail", "warn"] | None  # None: the default of the device
     exclude_file: Path | None
 
@@ -54,12 +56,15 @@ def parse_options(arguments: list[str]) -> PreflightOptions:
     parser = _Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("--timeout", type=float, default=180.0)
     parser.add_argument("--screen", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--inputs", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--slow-nodes", choices=("fail", "warn"), default=None)
     parser.add_argument("--exclude-file", type=Path, default=None)
     known, configuration = parser.parse_known_args(arguments)
     if known.timeout <= 0:
         raise ConfigError(f"--timeout {known.timeout}: expected seconds above 0")
-    return PreflightOptions(configuration, known.timeout, known.screen, known.slow_nodes, known.exclude_file)
+    return PreflightOptions(
+        configuration, known.timeout, known.screen, known.inputs, known.slow_nodes, known.exclude_file
+    )
 
 
 def main(arguments: list[str]) -> int:
@@ -80,5 +85,7 @@ def main(arguments: list[str]) -> int:
     # The phase store ends the process with one message; NCCL's own watchdog would abort it with a page of addresses.
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     store = PhaseStore(started, os.environ, roster, options.timeout)
-    Preflight(started, store, options.configuration).run(options.screen, options.slow_nodes, options.exclude_file)
+    Preflight(started, store, options.configuration, options.inputs).run(
+        options.screen, options.slow_nodes, options.exclude_file
+    )
     return 0

@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 import torch.distributed as dist
 
 from megatron.common.errors import UserError
+from megatron.parallel.loopback import LOOPBACK, on_one_node, serve_on_loopback, talk_over_loopback
 from megatron.parallel.rank_env import StartedRank
 from megatron.preflight.diagnosis import CONFIGURATION, STALLED, Group, PhaseFailure, Roster, phase_failure
 
@@ -46,10 +47,16 @@ class PhaseStore:
         self._results: list[Any] = []
         _allow_open_files()
         host, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
+        local = on_one_node(started, env)
+        if local:
+            talk_over_loopback()
+            host = LOOPBACK
         serves = self._rank == 0 and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         try:
             # A connection serves one call at a time, and the second thread's calls block.
-            stores = [_connect(host, port, self._world, serve, timeout) for serve in (serves, False)]
+            served = [serve_on_loopback(port, timedelta(seconds=timeout))] if serves and local else []
+            roles = (False,) if served else (serves, False)
+            stores = served + [_connect(host, port, self._world, serve, timeout) for serve in roles]
         except (RuntimeError, OSError) as error:
             self._leave(
                 STALLED,
@@ -121,6 +128,10 @@ class PhaseStore:
             try:
                 self._second_store.wait([f"{number}/verdict"], timedelta(seconds=self.timeout + MARGIN_SECONDS))
                 code = int(self._second_store.get(f"{number}/verdict"))
+            except ValueError:
+                zero = self.roster.named(0)
+                text = f"preflight: FAILED: {zero} did not write this verdict; somebody else writes to its store"
+                self._leave(STALLED, f"{text} (reported by rank {self._rank})")
             except RuntimeError as error:
                 if self._finished:
                     return
@@ -137,7 +148,15 @@ class PhaseStore:
             number += 1
 
     def _watch(self, number: int, name: str, groups: Sequence[Group]) -> None:
-        """Rank 0's thread of one phase: wait for all ranks, then publish the verdict."""
+        """Rank 0's thread of one phase. If it fails, nobody would notice a hang: the preflight ends with the reason."""
+        try:
+            self._judge(number, name, groups)
+        except Exception as error:
+            text = f"preflight: FAILED at {name}: its watch failed ({type(error).__name__}: {_first_line(error)})"
+            self._end(number, PhaseFailure(STALLED, text))
+
+    def _judge(self, number: int, name: str, groups: Sequence[Group]) -> None:
+        """Wait for all ranks, then publish the verdict."""
         world = range(self._world)
         done = [f"{number}/done/{rank}" for rank in world]
         started = time.monotonic()

@@ -12,6 +12,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron.neox_arguments import ConfigError
+from megatron.neox_arguments.registry import as_one_message
 from megatron.parallel.cpu_binding import Cpus, check_cpus, far_from_gpu, own_cpus
 from megatron.parallel.gpu_placement import Seat
 from megatron.parallel.handover import rank_args
@@ -28,6 +29,7 @@ from megatron.preflight import groups, report, transport
 from megatron.preflight.compare import Screen
 from megatron.preflight.diagnosis import CONFIGURATION, SLOW, SOCKETS, STALLED
 from megatron.preflight.phase_store import PhaseStore
+from megatron.preflight.run_inputs import input_problems
 from megatron.preflight.run_screens import Screening
 from megatron.preflight.transport import Transport
 
@@ -35,8 +37,8 @@ from megatron.preflight.transport import Transport
 class Preflight:
     """The phases on one rank. `configuration` holds files and overrides, as `rank_args` takes them."""
 
-    def __init__(self, started: StartedRank, store: PhaseStore, configuration: list[str]) -> None:
-        self.started, self.store, self.configuration = started, store, configuration
+    def __init__(self, started: StartedRank, store: PhaseStore, configuration: list[str], inputs: bool = True) -> None:
+        self.started, self.store, self.configuration, self.inputs = started, store, configuration, inputs
         self.prints = started.rank == 0
         self.begun = time.monotonic()
 
@@ -83,6 +85,9 @@ class Preflight:
         if len(digests) > 1:
             one, other, *_ = digests.values()
             self.store.fail(CONFIGURATION, f"preflight: {one} and {other} hold different configurations")
+        problems = input_problems(self.args) if self.inputs else []
+        if problems:
+            self.store.fail(CONFIGURATION, f"preflight: {as_one_message(problems)}")
         try:
             check_seats([seat for seat, _ in seats])
             check_cpus([seat for seat, _ in seats], cpus)

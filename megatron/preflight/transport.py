@@ -6,7 +6,6 @@ AWS Libfabric" (HPE's documentation) and "NET/OFI Selected Provider is cxi" (LUM
 
 from __future__ import annotations
 
-import os
 import re
 import tempfile
 from collections.abc import MutableMapping, Sequence
@@ -46,17 +45,18 @@ class Transport:
 
 def start_rccl_log(env: MutableMapping[str, str]) -> Path:
     """Have RCCL write its log to a file of this process, before its first call; returns the file."""
-    path = Path(tempfile.gettempdir()) / f"neox_preflight_rccl_{os.getpid()}.log"
+    path = Path(tempfile.mkdtemp(prefix="neox_preflight_")) / "rccl.log"  # a folder that is this user's alone
     env.update(NCCL_DEBUG="INFO", NCCL_DEBUG_SUBSYS="INIT,NET,ENV", NCCL_DEBUG_FILE=str(path))
     return path
 
 
 def take_rccl_log(path: Path) -> str:
-    """The log so far. The file is unlinked; RCCL keeps writing to it."""
+    """The log so far. The file and its folder are removed; RCCL keeps writing to it."""
     try:
         text = path.read_text(errors="replace")
         path.unlink()
-    except FileNotFoundError:
+        path.parent.rmdir()
+    except OSError:
         return ""
     return text
 

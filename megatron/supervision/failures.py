@@ -96,6 +96,18 @@ def recorded_code(folder: Path) -> int | None:
         return None
 
 
+def recorded_reason(folder: Path) -> str | None:
+    """The words of the rank that failed or stopped first; None if it left none."""
+    with contextlib.suppress(OSError):
+        return (folder / WHY).read_text(errors="replace").strip() or None
+    return None
+
+
+def reported_by_launcher(arguments: list[str]) -> bool:
+    """Whether deepy.py has started this rank, and says the first failure itself, as the last line of the run."""
+    return arguments[:1] == ["--neox-args"]
+
+
 def code_after(folder: Path | None) -> int:
     """Exit code of a rank that finds ranks lost after a failure was reported: that of the failed rank, else LOST."""
     recorded = None if folder is None else recorded_code(folder)

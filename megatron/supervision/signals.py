@@ -1,9 +1,9 @@
 """A signal to any rank becomes a decision of all ranks, taken between two steps.
 
-Slurm warns a job before its time limit (SIGUSR1, `--signal`) and before it is cancelled or preempted (SIGTERM). A rank
-that stopped at once would leave the others in a collective, so a signal is only recorded, and the ranks agree on it
-after the step (`step_sync`). Then all of them save the same step and end with the code on which a batch script
-requeues.
+Slurm warns a job before its time limit (SIGUSR1, `--signal`) and before it is cancelled or preempted (SIGTERM); a user
+presses Ctrl-C (SIGINT). A rank that stopped at once would leave the others in a collective, so a signal is only
+recorded, and the ranks agree on it after the step (`step_sync`). Then all of them save the same step and end with the
+code on which a batch script requeues.
 """
 
 from __future__ import annotations
@@ -11,7 +11,12 @@ from __future__ import annotations
 import signal
 from types import FrameType
 
-STOPPING = (signal.SIGUSR1, signal.SIGTERM)
+STOPPING = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+
+
+def signal_name(number: int) -> str:
+    """`SIGTERM`, `SIGUSR1`, ... and `Ctrl-C`, as a user knows it."""
+    return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
 
 
 class StopRequest:
@@ -21,7 +26,7 @@ class StopRequest:
         self.received = 0
 
     def install(self) -> None:
-        """From here on record SIGUSR1 and SIGTERM instead of ending."""
+        """From here on record SIGUSR1, SIGTERM and SIGINT instead of ending."""
         for number in STOPPING:
             signal.signal(number, self._note)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)  # the launchers hold back earlier ones

@@ -6,25 +6,29 @@ once; if it freezes, after a while.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
+import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 
 import torch.distributed as dist
-from torch.distributed import TCPStore
 
-from megatron.parallel.collective_errors import RankGroup, gather_by_rank
+from megatron.common.log import EVERY_RANK
+from megatron.parallel.collective_errors import gather_by_rank
 from megatron.parallel.place import Place
 from megatron.parallel.rank_env import node_name
+from megatron.supervision.authenticated_store import AuthenticatedStore
 
-CONNECT_SECONDS = 60
+logger = logging.getLogger(__name__)
+
 _ROOT = Path(__file__).resolve().parents[2]
 _WAITING_IN = ("/torch/distributed/", "/deepspeed/comm/")  # a rank with a frame in these files waits for others
 
@@ -103,41 +107,66 @@ def _line(frame: FrameType | None) -> str:
 class StatusStore:
     """The last heartbeat of every rank, and at most one verdict."""
 
-    def __init__(self, store: TCPStore, rank: int, world_size: int) -> None:
+    def __init__(self, store: AuthenticatedStore, rank: int, world_size: int) -> None:
         self.store, self.rank, self.world_size = store, rank, world_size
+        self._known: dict[int, Beat] = {}
 
     @classmethod
     def open(cls, place: Place) -> StatusStore:
         """Serve the store on rank 0, connect to it on the others. Collective over the default group."""
-        address: tuple[str, int] | None = None
-        if place.rank == 0:
-            store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-            host = "127.0.0.1" if "NEOX_RENDEZVOUS" in os.environ else os.environ.get("MASTER_ADDR", "127.0.0.1")
-            address = (host, store.port)
-        address = RankGroup.world(place.device).broadcast(address)
-        assert address is not None
-        if place.rank != 0:
-            store = TCPStore(*address, wait_for_workers=False, timeout=timedelta(seconds=CONNECT_SECONDS))
-        opened = cls(store, place.rank, place.world_size)
+        host = None if on_one_machine(place) else os.environ.get("MASTER_ADDR")
+        opened = cls(AuthenticatedStore.open(place, host, _report), place.rank, place.world_size)
         opened.beat(Beat(0, "start-up", 0, 0.0, False, ""))
         dist.barrier()  # from here on every rank has a heartbeat in the store
         return opened
+
+    @property
+    def ignored(self) -> int:
+        """How many messages that were not this run's this rank has read."""
+        return self.store.ignored
 
     def beat(self, beat: Beat) -> None:
         self.store.set(f"beat/{self.rank}", json.dumps(asdict(beat)))
 
     def beats(self) -> list[Beat]:
-        """The last heartbeat of every rank, by rank."""
-        found = self.store.multi_get([f"beat/{rank}" for rank in range(self.world_size)])
-        return [Beat(**json.loads(text)) for text in found]
+        """The last heartbeat of every rank, by rank; of a rank whose last one is not authentic, the one before."""
+        found = self.store.get([f"beat/{rank}" for rank in range(self.world_size)])
+        for rank, text in enumerate(found):
+            beat = Beat(0, "start-up", 0, 0.0, False, "") if text is None else Beat(**json.loads(text))
+            known = self._known.get(rank)
+            if known is None or beat.number > known.number:  # an old one that somebody has kept is no sign of life
+                self._known[rank] = beat
+        return [self._known[rank] for rank in range(self.world_size)]
 
     def verdict(self) -> str | None:
         """The text that a rank has published first, None if none has."""
-        return self.store.get("verdict").decode() if self.store.check(["verdict"]) else None
+        return self.store.get(["verdict"])[0] if self.store.has("verdict") else None
 
     def publish(self, verdict: str) -> bool:
         """Whether this verdict is the first."""
-        return self.store.compare_set("verdict", "", verdict).decode() == verdict
+        return self.store.set_first("verdict", verdict)
+
+
+def _report(line: str) -> None:
+    logger.warning(line, extra=EVERY_RANK)
+
+
+def on_one_machine(place: Place) -> bool:
+    """Whether all ranks share this machine. Collective over the default group."""
+    own = (socket.gethostname(), _boot())
+    everywhere = [own] * place.world_size
+    dist.all_gather_object(everywhere, own)
+    return len(set(everywhere)) == 1
+
+
+def _boot() -> str:
+    """Two machines may have one name; a network namespace of its own is a machine of its own here."""
+    parts = []
+    with contextlib.suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+    with contextlib.suppress(OSError):
+        parts.append(os.readlink("/proc/self/ns/net"))
+    return " ".join(parts)
 
 
 def titled(rank: int, titles: Sequence[str]) -> str:

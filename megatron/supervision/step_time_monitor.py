@@ -13,6 +13,7 @@ from statistics import median
 from megatron.supervision.step_timers import WAITING
 
 WINDOW = 20  # steps whose median is compared with that of others
+QUIET = 50  # steps after a report of a slow one in which others are only counted
 MEMORY = 50  # steps behind the running median
 Times = Mapping[str, tuple[float, int]]  # phase -> (seconds, rank); "step" is the whole
 
@@ -26,12 +27,26 @@ class StepTimes:
         self._window: list[Times] = []
         self._best: dict[str, float] | None = None
         self._best_steps = ""
+        self._quiet_until, self._held = 0, 0
         self._told = 1.0  # the growth that was reported last
 
     def add(self, iteration: int, times: Times) -> list[str]:
         """`times` of the step that ended with `iteration`."""
-        lines = self._slow(iteration, times) + self._creeping(iteration, times)
+        lines = self._at_most_one(iteration, self._slow(iteration, times)) + self._creeping(iteration, times)
         self._recent.append(times)
+        return lines
+
+    def _at_most_one(self, iteration: int, lines: list[str]) -> list[str]:
+        """The first slow step is reported at once; those of the next QUIET steps are counted, and reported after."""
+        if iteration < self._quiet_until:
+            self._held += len(lines)
+            return []
+        if self._held:
+            first = self._quiet_until - QUIET + 1
+            lines = [f"{self._held} more slow steps in iterations {first} to {iteration - 1}", *lines]
+            self._held = 0
+        if lines:
+            self._quiet_until = iteration + QUIET
         return lines
 
     def _slow(self, iteration: int, times: Times) -> list[str]:

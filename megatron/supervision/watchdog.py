@@ -12,26 +12,30 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import logging
 import os
 import sys
 import threading
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import NoReturn, Self
 
 import torch.distributed as dist
 
+from megatron.common.log import EVERY_RANK
 from megatron.neox_arguments import NeoXArgs
 from megatron.parallel.place import Place
 from megatron.supervision.failures import (
     FAILURE,
     LOST,
     Stopped,
+    claim_failure,
     claim_loss,
     code_after,
     code_of_first_failure,
     is_about_a_lost_peer,
+    reported_by_launcher,
     run_folder,
 )
 from megatron.supervision.hang_diagnosis import (
@@ -48,6 +52,8 @@ from megatron.supervision.hang_diagnosis import (
     with_arrivals,
 )
 from megatron.supervision.status_store import Beat, StatusStore, Whereabouts, current_beat, gather_titles, titled
+
+logger = logging.getLogger(__name__)
 
 VICTIM_SECONDS = 10.0  # how long a rank may run on that waits for one which has failed by itself
 TICK_SECONDS = 0.2  # of the thread that ends the process
@@ -68,6 +74,7 @@ class Watchdog:
         self._verdict: RunVerdict | None = None
         self._answered = self._awake()  # when the store last answered
         self._disconnected = False
+        self._broken: str | None = None  # why the exchanging thread has ended before its time
         self._stacks_written = False
         self._beats_sent = 0
 
@@ -105,11 +112,22 @@ class Watchdog:
         self._run_ended.set()
         self._store_released.set()
         self._exchanging.join()
+        if self.store.ignored:
+            logger.warning(
+                f"watchdog: {self.store.ignored} messages that were not of this run were ignored", extra=EVERY_RANK
+            )
         dist.barrier()
 
     # --- the thread that talks to the store
 
     def _exchange(self) -> None:
+        """A failure of this thread must not leave the run unprotected: it ends the run, with its reason."""
+        try:
+            self._exchange_until_released()
+        except Exception as error:
+            self._broken = f"{type(error).__name__}: {error}"
+
+    def _exchange_until_released(self) -> None:
         arrivals: Arrivals = {}
         while not self._store_released.wait(self.limits.interval):
             try:
@@ -152,10 +170,25 @@ class Watchdog:
     # --- the thread that ends the process
 
     def _guard(self) -> None:
+        try:
+            self._guard_until_the_end()
+        except Exception as error:
+            self._end_unprotected(f"{type(error).__name__}: {error}")
+
+    def _end_unprotected(self, why: str) -> NoReturn:
+        """A thread of the watchdog has failed. Nothing would notice a hang any more: end this process, and say why."""
+        text = f"the watchdog of {titled(self.rank, self.titles)} failed, and the run would go on unprotected: {why}"
+        if claim_failure(self.folder, FAILURE, text) and not reported_by_launcher(sys.argv[1:]):
+            print(f"stopped: {text}", file=sys.stderr, flush=True)
+        os._exit(FAILURE)
+
+    def _guard_until_the_end(self) -> None:
         tick = time.monotonic()
         while not self._run_ended.wait(TICK_SECONDS):
             before, tick = tick, time.monotonic()
             self._awake_seconds += min(tick - before, 5 * TICK_SECONDS)  # a longer tick was a suspension
+            if self._broken is not None and not self._store_released.is_set():
+                self._end_unprotected(self._broken)
             unanswered = self._awake() - self._answered
             if unanswered > self.limits.silence + 3 * self.limits.interval:
                 what = f"its store has not answered for {unanswered:.0f} s"
@@ -178,7 +211,7 @@ class Watchdog:
         self._write_stacks()
         error = verdict.as_error(self.titles, self.rank, self.stacks)
         first = claim_loss(self.folder, error)
-        if first:
+        if first and not reported_by_launcher(sys.argv[1:]):
             print(f"stopped: {error}", file=sys.stderr, flush=True)
         self._linger()
         os._exit(LOST if first else code_after(self.folder))

@@ -151,7 +151,7 @@ class Metrics:
                 f"iteration {iteration:>6}/{self.train_iters} | loss {result.loss:.4f} | lr {learning_rate:.3e} | "
                 f"grad norm {result.grad_norm:.3f} | {seconds * 1e3:.0f} ms | {tokens_per_second:,.0f} tokens/s "
                 f"({tokens_per_second / ranks:,.0f} per rank) | {tflops:.4g} TFLOP/s per rank (Megatron formula) | "
-                f"{fields} |"
+                f"{fields} | ETA {_clock(seconds * (self.train_iters - iteration))} |"
             )
             self._interval_iterations, self._interval_losses, self._counted = 0, [], counters
             self._interval_start = time.perf_counter()
@@ -164,6 +164,12 @@ class Metrics:
                 sink.close()
         if self._wandb:
             self._wandb.finish()
+
+
+def _clock(seconds: float) -> str:
+    """`1:02:03`, with days in front where there are any."""
+    days, rest = divmod(round(seconds), 86400)
+    return (f"{days} d " if days else "") + f"{rest // 3600}:{rest // 60 % 60:02d}:{rest % 60:02d}"
 
 
 class StartUpClock:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 
 from megatron.checkpoint.load import load_checkpoint
+from megatron.checkpoint.save import owned_save_folder
 from megatron.checkpoint.start import find_start
 from megatron.checkpoint.state import TrainState
 from megatron.common.log import log_on_rank_0
@@ -35,7 +36,7 @@ from megatron.trainer.initial_loss import check_initial_loss
 from megatron.trainer.metrics import Metrics, StartUpClock
 from megatron.trainer.parameter_norms import parameter_norms
 from megatron.trainer.saves import Saves
-from megatron.trainer.schedule import Schedule
+from megatron.trainer.schedule import Schedule, check_length
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,8 @@ def train(args: NeoXArgs) -> None:
     stop = StopRequest()
     stop.install()
     place = initialize(args)
-    with Watchdog(args, place) as watchdog:
+    log_on_rank_0(place.rank)
+    with Watchdog(args, place) as watchdog, owned_save_folder(RankGroup.world(place.device), args.save):
         Run(args, place, stop, watchdog.whereabouts).execute()
 
 
@@ -97,6 +99,7 @@ class Run:
             logger.info(note)
         assert datasets.train_iters is not None  # checked with the configuration
         self.schedule = Schedule(args, datasets.train_iters)
+        check_length(start.position.iteration, self.schedule.train_iters, args)
         self.validation = datasets.valid
         self.metrics = Metrics(args, self.place.rank, self.schedule.train_iters)
         self.startup.done("data")
@@ -115,7 +118,8 @@ class Run:
         logger.info(f"starting at iteration {self.state.iteration}, {self.state.consumed_samples} samples consumed")
 
         saved = self.state.iteration if start.own_save else None
-        self.saves = Saves(self.engine, args, self.schedule.train_iters, datasets.fingerprints, saved)
+        resumed = saved if start.restored != "weights" else None
+        self.saves = Saves(self.engine, args, self.schedule.train_iters, datasets.fingerprints, saved, resumed)
         self.first = self.state.iteration
         if self.first == 0:
             self.validate()

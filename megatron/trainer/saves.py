@@ -12,6 +12,7 @@ from megatron.checkpoint.state import TrainState
 from megatron.engine.protocol import Engine
 from megatron.neox_arguments import NeoXArgs
 from megatron.supervision.failures import Stopped
+from megatron.supervision.signals import signal_name
 
 
 class Saves:
@@ -24,13 +25,17 @@ class Saves:
         train_iters: int,
         data_fingerprints: Mapping[str, Any],
         saved: int | None,
+        resumed: int | None = None,
     ) -> None:
-        """`saved` is the iteration that `args.save` holds. Collective if the run saves."""
+        """`saved` is the iteration that `args.save` holds, `resumed` the one in it that the run goes on from.
+
+        Collective if the run saves.
+        """
         self.engine, self.args, self.train_iters = engine, args, train_iters
         self.data_fingerprints, self.saved = data_fingerprints, saved
         self.background: BackgroundSaver | None = None
         if args.save:
-            prepare_save(engine, args)
+            prepare_save(engine, args, resumed)
         if args.save and args.async_save:
             self.background = BackgroundSaver(engine, args, data_fingerprints, saved)
             self.background.prepare()
@@ -72,7 +77,7 @@ class Saves:
 
         Without a save folder there is nothing to continue from, and the exit code is the signal's.
         """
-        where = f"{received.name} at iteration {state.iteration} of {self.train_iters}"
+        where = f"{signal_name(received)} at iteration {state.iteration} of {self.train_iters}"
         if not self.args.save:
             raise Stopped(f"{where}; nothing is saved, the run has no save folder", code=128 + received)
         self.now(state)

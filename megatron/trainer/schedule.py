@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 
+from megatron.common.errors import ConfigError
 from megatron.neox_arguments import NeoXArgs
 from megatron.neox_arguments.keys.optimization import decay_iters
+
+logger = logging.getLogger(__name__)
+
+
+def check_length(iteration: int, train_iters: int, args: NeoXArgs) -> None:
+    """ConfigError if the run is shorter than what it continues; a line if it is done already. Every rank calls it."""
+    if iteration > train_iters:
+        raise ConfigError(
+            f"the checkpoint stands at iteration {iteration}, train_iters is {train_iters}: there is nothing to train. "
+            f"Raise it with --train_iters N, or begin anew from the weights in another folder with --finetune true "
+            f"--save NEW"
+        )
+    if iteration == train_iters and iteration:
+        logger.info(f"the checkpoint stands at iteration {iteration}, which is train_iters: the run is done")
 
 
 @dataclass(frozen=True)
@@ -42,7 +58,7 @@ class Schedule:
         peak, floor = args.lr, args.min_lr
         warmup_iters = args.warmup * self.lr_decay_iters
         if iteration <= warmup_iters and warmup_iters > 0:
-            return peak * max(1, iteration) / warmup_iters
+            return peak * min(1.0, max(1, iteration) / warmup_iters)  # a share of less than one step is no warm-up
         progress = min(1.0, (iteration - warmup_iters) / max(1.0, self.lr_decay_iters - warmup_iters))
         if args.lr_decay_style == "exponential":
             return max(floor, peak * math.exp(-0.693 * progress))  # GPT-NeoX's constant: half at the end

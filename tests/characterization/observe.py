@@ -83,7 +83,7 @@ def printed_configuration(files: list[Path]) -> dict[str, Any] | int:
 def plan_of_the_70b() -> dict[str, Any]:
     """The 70B's `--dry-run --json` on 2,048 GCDs of Frontier."""
     files = [ROOT / "configs" / file for file in RUNS["70b_cpt_frontier"]]
-    return json.loads(succeed(ROOT / "deepy.py", "train.py", *files, "--dry-run", "--json"))
+    return json.loads(succeed(ROOT / "deepy.py", "train.py", *files, "--dry-run", "--json", "--paths-on-nodes"))
 
 
 # --- data

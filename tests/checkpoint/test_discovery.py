@@ -21,6 +21,7 @@ from megatron.checkpoint.discovery import (
 )
 from megatron.checkpoint.manifest import FileEntry, Manifest, checksum, read_manifest, write_manifest
 from megatron.checkpoint.retention import apply_retention
+from megatron.checkpoint.set_aside import set_aside_later
 from megatron.checkpoint.verify import verify_checkpoint
 from megatron.common.errors import CheckpointError
 from tests.support.kills import killed_at
@@ -29,7 +30,7 @@ from tests.support.log_lines import LogLines
 pytestmark = pytest.mark.unit
 
 OPTIMIZER = "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"
-WEIGHTS = "weights.bin"
+WEIGHTS = "layer_00-model_00-model_states.pt"
 
 
 def save(root: Path, step: int, mark: str = "", by: str = "training") -> Path:
@@ -65,13 +66,13 @@ def test_latest_or_the_step_asked_for(tmp_path: Path) -> None:
 def test_a_wrong_path_is_an_error_that_says_what_there_is(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="nowhere is not a folder"):
         find_checkpoint(tmp_path / "nowhere")
-    with pytest.raises(CheckpointError, match=r"latest cannot be read .*holds no complete checkpoint"):
+    with pytest.raises(CheckpointError, match=r"is no checkpoint: it is empty; expected layer files"):
         find_checkpoint(tmp_path)
     save(tmp_path, 5)
     with pytest.raises(CheckpointError, match=r"global_step7 does not exist, but `iteration` .*steps 5"):
         find_checkpoint(tmp_path, 7)
     (tmp_path / LATEST).write_text("global_step9")
-    with pytest.raises(CheckpointError, match=r"global_step9 does not exist, but .*latest names it.*`iteration: 5`"):
+    with pytest.raises(CheckpointError, match=r"global_step9 does not exist, but .*latest names it.*--iteration 5\)"):
         find_checkpoint(tmp_path)
     (tmp_path / LATEST).unlink()
     with pytest.raises(CheckpointError, match=r"latest cannot be read.*complete in .*: steps 5"):
@@ -89,7 +90,7 @@ def test_an_incomplete_checkpoint_is_never_passed_over_in_silence(tmp_path: Path
         (folder / WEIGHTS).unlink()
     else:
         os.truncate(folder / WEIGHTS, 3)
-    with pytest.raises(CheckpointError, match=rf"global_step10 is not complete: .*{WEIGHTS} .*`iteration: 5`"):
+    with pytest.raises(CheckpointError, match=rf"global_step10 is not complete: .*{WEIGHTS} .*--iteration 5\)"):
         find_checkpoint(tmp_path)
     assert complete_steps(tmp_path) == [5]
 
@@ -182,6 +183,76 @@ def test_killed_at_every_operation_the_last_complete_one_is_found(tmp_path: Path
         assert verify_checkpoint(root / "global_step2") == verify_checkpoint(root / "global_step3") == []
         if not killed:
             assert operation > 40, "the operations were not counted"
+            return
+    pytest.fail("the work never came to its end")
+
+
+def test_the_first_save_killed_at_every_operation_is_whole_or_absent(tmp_path: Path) -> None:
+    """Where there was no `latest` before, a checkpoint that has its name is found all the same."""
+    for operation in range(1, 1000):
+        root = tmp_path / str(operation)
+        root.mkdir()
+        killed = killed_at(operation, lambda root=root: save(root, 3))
+        if steps_in(root):
+            assert find_checkpoint(root).name == "global_step3", f"killed before operation {operation}"
+        clean_leftovers(root)
+        if steps_in(root):
+            assert names(root) == {LATEST, "global_step3"}
+        if not killed:
+            return
+    pytest.fail("the work never came to its end")
+
+
+def test_a_damaged_checkpoint_does_not_push_out_a_good_one(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    (tmp_path / "global_step3" / WEIGHTS).unlink()
+    save(tmp_path, 4)
+    log = LogLines()
+    apply_retention(tmp_path, 4, 2, None)
+    assert steps_in(tmp_path) == [2, 3, 4]
+    assert complete_steps(tmp_path) == [2, 4]
+    assert "global_step3 is not complete and is not counted" in log.warnings[0]
+
+
+@pytest.mark.parametrize(("started_from", "left", "optimizers"), [(None, [3, 4], [4]), (1, [1, 3, 4], [1, 4])])
+def test_the_checkpoint_that_the_run_was_started_from_stays(
+    tmp_path: Path, started_from: int | None, left: list[int], optimizers: list[int]
+) -> None:
+    for step in (1, 2, 3, 4):
+        save(tmp_path, step)
+    apply_retention(tmp_path, 4, 2, 1, started_from)
+    assert steps_in(tmp_path) == left
+    assert [step for step in left if (tmp_path / tag_name(step) / OPTIMIZER).exists()] == optimizers
+
+
+def test_later_checkpoints_are_renamed_and_never_overwritten(tmp_path: Path) -> None:
+    for mark in ("first", "second"):
+        for step in (1, 2, 3):
+            save(tmp_path, step, mark)
+        set_aside_later(tmp_path, 1)
+        assert find_checkpoint(tmp_path).name == "global_step1"
+    aside = {name for name in names(tmp_path) if "set_aside" in name}
+    assert aside == {f"global_step{step}.set_aside{end}" for step in (2, 3) for end in ("", ".2")}
+    assert read_manifest(tmp_path / "global_step3.set_aside").provenance["mark"] == "first"
+    save(tmp_path, 2)
+    apply_retention(tmp_path, 2, 1, 0)
+    assert aside <= names(tmp_path), "the user's to delete"
+
+
+def test_killed_at_every_operation_of_going_back_the_next_start_is_the_same(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save(tmp_path / "before", step)
+    for operation in range(1, 100):
+        root = tmp_path / str(operation)
+        shutil.copytree(tmp_path / "before", root)
+        killed = killed_at(operation, lambda root=root: set_aside_later(root, 1))
+        kept = {read_manifest(path).provenance["mark"] for path in root.iterdir() if path.is_dir()}
+        assert kept == {""}, "every folder is whole under some name"
+        assert len([path for path in root.iterdir() if path.is_dir()]) == 3
+        found = find_checkpoint(root).name
+        assert found == "global_step1" if not killed else found in ("global_step1", "global_step3")
+        if not killed:
             return
     pytest.fail("the work never came to its end")
 

@@ -3,6 +3,7 @@
 import json
 import zlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,6 +32,13 @@ def example() -> Manifest:
         {LAYER: FileEntry(5, {"word_embeddings.weight": tensor}), "hf/config.json": FileEntry(2, {}, checksum(b"{}"))},
         {"iteration": 7},
     )
+
+
+def undigested(manifest: Manifest) -> dict[str, Any]:
+    """The content without its own checksum, which would be the first to differ."""
+    body: dict[str, Any] = json.loads(manifest.to_json())
+    del body["digest"]
+    return body
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -83,7 +91,7 @@ def test_sizes(tmp_path: Path) -> None:
     ],
 )
 def test_refusals(tmp_path: Path, change: dict, message: str) -> None:
-    (tmp_path / "manifest.json").write_text(json.dumps(json.loads(example().to_json()) | change))
+    (tmp_path / "manifest.json").write_text(json.dumps(undigested(example()) | change))
     with pytest.raises(ManifestError, match=message):
         read_manifest(tmp_path)
 
@@ -94,7 +102,7 @@ ARRAYS = {kind: {"offset": 32 * place, "crc32": "0123abcd"} for place, kind in e
 
 def test_the_index_of_optimizer_state_is_read_as_it_was_written(tmp_path: Path) -> None:
     entry = {"bytes": 96, "tensors": {}, "ranges": [RANGE | ARRAYS]}
-    (tmp_path / "manifest.json").write_text(json.dumps(json.loads(example().to_json()) | {"files": {"x": entry}}))
+    (tmp_path / "manifest.json").write_text(json.dumps(undigested(example()) | {"files": {"x": entry}}))
     manifest = read_manifest(tmp_path)
     (found,) = manifest.files["x"].ranges
     assert (found.where, found.step) == (TensorRange(2, "w", 0, 8, 16), 3)
@@ -103,7 +111,7 @@ def test_the_index_of_optimizer_state_is_read_as_it_was_written(tmp_path: Path) 
 
 
 def test_version_1_is_read(tmp_path: Path) -> None:
-    (tmp_path / "manifest.json").write_text(json.dumps(json.loads(example().to_json()) | {"version": 1}))
+    (tmp_path / "manifest.json").write_text(json.dumps(undigested(example()) | {"version": 1}))
     assert read_manifest(tmp_path) == example()
 
 
@@ -121,7 +129,7 @@ def test_version_1_is_read(tmp_path: Path) -> None:
 )
 def test_an_index_that_cannot_be_right_is_refused(tmp_path: Path, change: dict, message: str) -> None:
     files = {"x": {"bytes": 96, "tensors": {}, "ranges": [RANGE | ARRAYS | change]}}
-    (tmp_path / "manifest.json").write_text(json.dumps(json.loads(example().to_json()) | {"files": files}))
+    (tmp_path / "manifest.json").write_text(json.dumps(undigested(example()) | {"files": files}))
     with pytest.raises(ManifestError, match=f"manifest.json: x: .*{message}"):
         read_manifest(tmp_path)
 
@@ -132,3 +140,21 @@ def test_absent_or_broken(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(ManifestError, match="is not JSON"):
         read_manifest(tmp_path)
+
+
+def test_every_flipped_byte_of_a_manifest_is_found_or_means_nothing(tmp_path: Path) -> None:
+    """Whatever byte is damaged: the manifest is refused, or reads as what was written."""
+    text = example().to_json().encode()
+    for place in range(len(text)):
+        for mask in (0x01, 0x20, 0xFF):
+            damaged = text[:place] + bytes([text[place] ^ mask]) + text[place + 1 :]
+            (tmp_path / "manifest.json").write_bytes(damaged)
+            try:
+                assert read_manifest(tmp_path) == example(), f"byte {place} of {text[place - 20 : place + 20]!r}"
+            except ManifestError:
+                continue
+
+
+def test_a_manifest_without_a_digest_is_that_of_an_earlier_version(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text(json.dumps(undigested(example())))
+    assert read_manifest(tmp_path) == example()

@@ -206,6 +206,6 @@ def test_version_1_at_another_layout_says_what_to_run() -> None:
     engine: Any = SimpleNamespace(place=place)
     shape = LlamaShape(**checkpoint.provenance["shape"])
     with pytest.raises(CheckpointError) as error:
-        load._fit_optimizer(checkpoint, engine, "fp32", TensorSplit(shape, 2))
+        load._fit_optimizer(checkpoint, engine, "fp32", TensorSplit(shape, 2), "or not")
     assert "was saved at TP2 PP2 DP2, this run is TP4 PP1 DP2" in str(error.value)
     assert "`python tools/convert_hf reshard --optimizer --tp 4 --pp 1 --dp 2`" in str(error.value)

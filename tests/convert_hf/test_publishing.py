@@ -71,7 +71,7 @@ def test_force_does_not_replace_a_folder_of_something_else(tmp_path: Path, capsy
     to_neox(tmp_path, "empty")
 
 
-class Interrupted(Exception):
+class Interrupted(BaseException):
     pass
 
 

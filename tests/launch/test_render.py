@@ -33,7 +33,7 @@ def render(site: str, *more: str) -> str:
     printed = io.StringIO()
     project = Path(PROJECT[site])
     with contextlib.redirect_stdout(printed), contextlib.chdir(ROOT):
-        assert main([*ARGUMENTS[site], *more], project=project, directory=project) == 0
+        assert main([*ARGUMENTS[site], "--paths-on-nodes", *more], project=project, directory=project) == 0
     return printed.getvalue()
 
 
@@ -151,14 +151,15 @@ def test_time_limits_of_frontier(
 def test_the_longest_time_is_the_default(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, nodes: int, most: str
 ) -> None:
-    assert main(["frontier", "--account=A", f"--nodes={nodes}", *run_files(tmp_path, nodes, 8)]) == 0
+    files = run_files(tmp_path, nodes, 8)
+    assert main(["frontier", "--account=A", "--paths-on-nodes", f"--nodes={nodes}", *files]) == 0
     assert f"#SBATCH --time={most}\n" in capsys.readouterr().out
 
 
 def test_a_day_in_the_extended_partition(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     files = run_files(tmp_path, 64, 8)
     arguments = ["frontier", "--account=A", "--nodes=64", "--partition=extended", "--time=1-0", *files]
-    assert main(arguments) == 0
+    assert main([*arguments, "--paths-on-nodes"]) == 0
     assert "#SBATCH --partition=extended\n" in capsys.readouterr().out
     assert "--time 25:00:00" in refused(capsys, *arguments[:-3], "--time=25:00:00", *files)
 
@@ -219,6 +220,7 @@ def test_the_run_files_of_the_70b_are_in_the_scripts() -> None:
 def test_a_container_is_entered_with_its_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = run_files(tmp_path, 2, 2)
     words = ["generic_slurm", "--nodes=2", "--time=60", "--container=my image.sif", "--bind=/data:/data", *files]
+    words.append("--paths-on-nodes")
     assert main([*words, "--python=python3.11"], directory=Path("/work dir")) == 0
     script = capsys.readouterr().out
     assert "--bind \"$here\" --bind '/work dir' --bind /data:/data" in script
@@ -236,6 +238,55 @@ def test_profiles_are_read_strictly(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(sites, "SITES", ["mine"])
     with pytest.raises(ConfigError, match="sruns"):
         read_site("mine")
+
+
+def test_what_is_not_there_is_named_before_it_queues(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Load, data, tokenizer and room, all in one message; with --paths-on-nodes the nodes look."""
+    files = run_files(
+        tmp_path, 1, 2, load=str(tmp_path / "gone"), from_scratch=None, vocab_file=str(tmp_path / "tokenizer.json"),
+        train_data_paths=[str(tmp_path / "data")], save="/proc/checkpoints", checkpoint_factor=1,
+    )  # fmt: skip
+    said = refused(capsys, "generic_slurm", "--nodes=1", "--time=60", *files)
+    for text in ("gone is not a folder", "tokenizer.json is not there", "data.idx: no such file", "save: /proc"):
+        assert text in said
+    assert main(["generic_slurm", "--nodes=1", "--time=60", "--paths-on-nodes", *files]) == 0
+
+
+def test_a_script_with_secrets_is_its_owners_alone(tmp_path: Path) -> None:
+    output = tmp_path / "job.sh"
+    output.write_text("an older one")
+    output.chmod(0o644)
+    words = ["generic_slurm", "--nodes=1", "--time=60", "--env", "KEY=secret", "--paths-on-nodes", "-o", str(output)]
+    assert main([*words, *run_files(tmp_path, 1, 2)]) == 0
+    assert "export KEY=secret" in output.read_text()
+    assert output.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_missing_folder_for_the_script_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    words = ["generic_slurm", "--nodes=1", "--time=60", "--paths-on-nodes", *run_files(tmp_path, 1, 2)]
+    assert f"there is no folder {tmp_path / 'x'}" in refused(capsys, *words, "-o", str(tmp_path / "x" / "job.sh"))
+
+
+@pytest.mark.parametrize(
+    ("save", "value"),
+    [
+        ("$SCRATCH/my runs", "/scratch/my runs"),
+        ("${SCRATCH}/$$x", "/scratch/$x"),
+        ("~/run", "/home/me/run"),
+        ('a"b`c\\d$SCRATCH', 'a"b`c\\d/scratch'),
+        ("plain", "plain"),
+    ],
+)
+def test_variables_in_paths_reach_the_job(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, save: str, value: str
+) -> None:
+    """The shell of the job reads back what the ranks expand."""
+    files = run_files(tmp_path, 1, 2, save=save, checkpoint_factor=1)
+    assert main(["generic_slurm", "--nodes=1", "--time=60", "--paths-on-nodes", *files]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("save="))
+    env = {"SCRATCH": "/scratch", "HOME": "/home/me"}
+    shell = subprocess.run(["bash", "-c", f'{line}\nprintf %s "$save"'], capture_output=True, text=True, env=env)
+    assert shell.stdout == value
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import yaml
 
 from megatron.launcher.command_line import parse_command_line
 from megatron.launcher.local import rank_environment, uses_fork
-from megatron.launcher.slurm import hosts_of
+from megatron.launcher.slurm import hosts_of, srun_command
 from megatron.neox_arguments import NeoXArgs
 from tests.support.configurations import VALID, keys
 
@@ -24,6 +24,16 @@ TINY = ["configs/tiny/model", "configs/tiny/run", "configs/tiny/local.yml"]
 
 def deepy(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "deepy.py", *words], cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+def test_a_shell_of_srun_s_own_step_overlaps() -> None:
+    """`srun --pty bash`, then deepy.py: a plain srun would wait for the step that it is in."""
+    args = NeoXArgs.from_dict(keys(num_gpus=2))
+    batch = {"SLURM_JOB_ID": "1", "SLURM_JOB_NUM_NODES": "1"}
+    inside = batch | {"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0"}
+    assert "--overlap" in srun_command(args, inside)
+    assert "--overlap" not in srun_command(args, batch)
+    assert "--overlap" not in srun_command(args, batch | {"SLURM_STEP_ID": str(0xFFFFFFFB)}), "the batch script"
 
 
 def test_help() -> None:

@@ -62,7 +62,13 @@ def prepare(folder: Path, **changes: Any) -> list[str]:
     (folder / "train.py").write_text(SCRIPT)
     settings = keys(log_dir=str(folder), num_gpus=2, **changes)
     (folder / "run.yml").write_text(yaml.safe_dump(settings))
-    return [sys.executable, str(ROOT / "deepy.py"), str(folder / "train.py"), str(folder / "run.yml")]
+    return [
+        sys.executable,
+        str(ROOT / "deepy.py"),
+        str(folder / "train.py"),
+        str(folder / "run.yml"),
+        "--paths-on-nodes",
+    ]
 
 
 def launch(folder: Path, mode: str, **changes: Any) -> subprocess.CompletedProcess[str]:

@@ -126,7 +126,8 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
     ("saving_has_an_interval", {"save": "runs/a"}, "nothing would say when to save"),
     ("factor_fits_the_scale", {"checkpoint_factor": 2.5}, "checkpoint_factor 2.5 is no whole number of iterations"),
     ("factor_fits_the_scale", {"checkpoint_factor": 1, "checkpoint_scale": "log"}, "must be above 1: saves are at its"),
-    ("iteration_needs_load", {"iteration": 5}, "load, its folder, is not given"),
+    ("wandb_is_installed", {"use_wandb": True}, "wandb is not installed: pip install wandb"),
+    ("iteration_needs_load", {"iteration": 5}, "neither load nor save, in which to look for it, is given"),
 ]  # fmt: skip
 
 

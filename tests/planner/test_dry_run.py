@@ -27,7 +27,7 @@ ASTROSAGE = [f"configs/llama31_70b/{name}.yml" for name in ("model", "cpt", "fro
 
 
 def dry_run(*words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "deepy.py", "train.py", *words, "--dry-run"]
+    command = [sys.executable, "deepy.py", "train.py", *words, "--dry-run", "--paths-on-nodes"]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 

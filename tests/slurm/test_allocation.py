@@ -21,6 +21,7 @@ def allocated(cluster: Cluster, folder: Path, *options: str, plan: str = "done")
     """deepy.py with the light program on 2 x 2 ranks, in an allocation with these options of salloc."""
     project = light_project(folder / "project")
     deepy = [sys.executable, str(project / "deepy.py"), str(project / "train.py"), *configure(folder)]
+    deepy.append("--paths-on-nodes")
     return subprocess.run(
         ["salloc", *options, *deepy],
         cwd=folder,
@@ -69,6 +70,7 @@ def test_an_allocation_of_another_size_is_refused(cluster: Cluster, tmp_path: Pa
 def test_no_allocation_at_all(tmp_path: Path) -> None:
     project = light_project(tmp_path / "project")
     deepy = [sys.executable, str(project / "deepy.py"), str(project / "train.py"), *configure(tmp_path)]
+    deepy.append("--paths-on-nodes")
     env = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
     for more, said in (
         ([], "num_nodes is 2, but this is not a Slurm allocation"),

@@ -63,6 +63,18 @@ def test_a_slow_step_names_rank_and_node_once() -> None:
     assert "longest on rank 9 on n2" in lines[0]
 
 
+def test_many_slow_steps_are_one_line_and_a_count() -> None:
+    """On a busy machine every fifth step is slow: 24 in 120 steps, of which three are reported, and all are counted."""
+    watch, lines = watcher(drift=0), []
+    slow = set(range(20, 140, 5))
+    for i in range(1, 181):
+        lines += watch.add(i, times(backward=4.0 if i in slow else 1.8))
+    reported = [line for line in lines if "x the running median" in line]
+    counts = [int(line.split()[0]) for line in lines if "more slow steps in iterations" in line]
+    assert 1 <= len(reported) <= 4
+    assert len(reported) + sum(counts) == len(slow)
+
+
 def test_a_creep_is_said_again_only_when_it_has_grown_again() -> None:
     watch, lines = watcher(slow=0), []
     for i in range(400):

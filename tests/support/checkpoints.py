@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron.checkpoint.discovery import LATEST, tag_name
-from megatron.checkpoint.layer_files import expected_files
+from megatron.checkpoint.layer_set import expected_files
 from megatron.checkpoint.manifest import Manifest, write_manifest
 from megatron.checkpoint.state_ranges import STATE_KINDS
 from megatron.checkpoint.torch_files import write_tensors
@@ -145,7 +146,9 @@ def standing_args(save: Path | str, **keys: Any) -> Any:
         "make_vocab_size_divisible_by": 1,
         "padded_vocab_size": SHAPE.padded_vocab_size,
         "tokenizer_type": "HFTokenizer",
+        "vocab_file": None,
         "model_parallel_size": 2,
+        "model_dump_json": lambda include: json.dumps(dict.fromkeys(include)),
     }
     return SimpleNamespace(**(base | keys))
 

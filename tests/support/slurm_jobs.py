@@ -104,7 +104,7 @@ def rendered(
         configs = configure(folder) if configs is None else configs
         # Ranks meet on this machine's loopback, where the nodes' names lead nowhere.
         meet = ["--env=MASTER_ADDR=127.0.0.1", "--env=GLOO_SOCKET_IFNAME=lo"]
-        words = ["generic_slurm", *configs, "--nodes=2", "--time=30", *meet, "-o", "job.sh"]
+        words = ["generic_slurm", *configs, "--nodes=2", "--time=30", *meet, "--paths-on-nodes", "-o", "job.sh"]
         words += [] if preflight else ["--no-preflight"]
         assert main([*words, *options], project=project) == 0
     finally:

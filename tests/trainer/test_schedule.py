@@ -2,8 +2,8 @@
 
 import pytest
 
-from megatron.neox_arguments import NeoXArgs
-from megatron.trainer.schedule import Schedule
+from megatron.neox_arguments import ConfigError, NeoXArgs
+from megatron.trainer.schedule import Schedule, check_length
 from tests.support.models import Case
 
 pytestmark = pytest.mark.unit
@@ -64,3 +64,24 @@ def test_the_decay_ends_with_a_run_whose_length_the_data_give() -> None:
     assert Schedule(args(**epochs, lr_decay_fraction=0.8), 50).lr_decay_iters == 40
     assert Schedule(args(**epochs), 50).lr_decay_iters == 50
     assert Schedule(args(**(epochs | {"lr_decay_iters": 30})), 50).lr_decay_iters == 30
+
+
+@pytest.mark.parametrize("warmup", [0.001, 0.01, 0.02, 0.1, 0.5])
+@pytest.mark.parametrize("iterations", [1, 2, 30])
+def test_no_rate_is_above_the_peak(warmup: float, iterations: int) -> None:
+    """A warm-up of a share of one step: 3.3e-3 for a peak of 1e-3 with 0.01 of 30 iterations."""
+    args = Case().neox(world_size=1, warmup=warmup, train_iters=iterations, lr_decay_style="cosine")
+    schedule = Schedule(args, iterations)
+    rates = [schedule.learning_rate(iteration) for iteration in range(iterations)]
+    assert max(rates) <= args.lr
+    assert min(rates) > 0
+
+
+def test_a_run_shorter_than_its_checkpoint() -> None:
+    args = Case().neox(world_size=1, train_iters=10)
+    check_length(10, 10, args)
+    with pytest.raises(ConfigError, match="stands at iteration 20, train_iters is 10") as caught:
+        check_length(20, 10, args)
+    assert "--train_iters N" in str(caught.value)
+    check_length(20, 30, args)  # as the message says
+    check_length(0, 10, args)  # or anew, with finetune

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from megatron.common.errors import UserError
+from megatron.common.boundary import guarded
 from tools.convert_hf.errors import ConvertError
 from tools.convert_hf.formats.dtypes import ALIASES
 
@@ -21,23 +19,12 @@ _SIZES = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4, "KI": 1 <<
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 done, 1 `verify` found a difference, 2 bad input, 130 interrupted."""
+    """Exit code: 0 done, 1 `verify` found a difference, 2 bad input, 130 interrupted, 1 a defect."""
     arguments = _parser().parse_args(argv)
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        return int(arguments.run(arguments))
-    except UserError as error:
-        print(f"convert_hf: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # the reader of our output, such as `head`, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except OSError as error:
-        print(f"convert_hf: {error.filename or 'system'}: {error.strerror or error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("convert_hf: interrupted; the same command with --resume continues", file=sys.stderr)
-        return 130
+        again = "interrupted; the same command with --resume continues"
+        return guarded("convert_hf", lambda: int(arguments.run(arguments)), again)
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -145,7 +132,7 @@ def _add_verify(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     verb.add_argument("--forward", action="store_true", help="run both models and report the first layer that diverges")
     verb.add_argument("--tokens", type=Path, metavar="FILE", help="token ids for --forward (default: 128 fixed ones)")
     verb.add_argument("--tolerance", type=float, default=1e-4, help="relative, for --forward (default 1e-4)")
-    verb.add_argument("--device", default="cpu", help="for --forward, such as cpu or cuda")
+    verb.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="for --forward")
     _describing(verb)
     verb.add_argument("--max-ram", type=size, default=512 << 20, metavar="SIZE", help="memory limit (default 512MiB)")
     verb.add_argument("--threads", type=int, default=4, metavar="N", help="reading threads (default 4)")

@@ -44,6 +44,12 @@ class CheckpointKeys(Keys):
         ours=True,
         ge=0,
     )
+    allow_model_changes: list[Literal["rms_norm_epsilon", "rotary_emb_base", "rope_scaling"]] = key(
+        [],
+        "Facts of the model that may differ from what the loaded checkpoint knows, such as [rotary_emb_base] for a "
+        "longer context; any other difference stops.",
+        ours=True,
+    )
     allow_high_initial_loss: bool = key(
         False, "Continue although the first loss of a loaded model is near that of a random one.", ours=True
     )
@@ -96,6 +102,9 @@ def nothing_is_saved(args: CheckpointKeys) -> str | None:
 
 @registry.rule("train")
 def iteration_needs_load(args: CheckpointKeys) -> str | None:
-    if args.iteration is None or args.load:
+    if args.iteration is None or args.load or args.save:
         return None
-    return f"iteration {args.iteration} names a checkpoint, but load, its folder, is not given"
+    return (
+        f"iteration {args.iteration} names a checkpoint, but neither load nor save, in which to look for it, is given; "
+        f"leave it out, or add --load FOLDER --from_scratch false"
+    )

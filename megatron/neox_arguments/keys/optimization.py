@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -19,7 +19,9 @@ registry = Registry()
 
 class OptimizerParams(Keys):
     lr: float = required("Peak learning rate.", ge=0)
-    betas: list[float] = key([0.9, 0.999], "Decay of the two moments. Llama: [0.9, 0.95].", min_length=2, max_length=2)
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = key(
+        [0.9, 0.999], "Decay of the two moments. Llama: [0.9, 0.95].", min_length=2, max_length=2
+    )
     eps: float = key(1e-8, "Added to the root of the second moment.", gt=0)
 
     @model_validator(mode="before")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Literal
 
 from megatron.neox_arguments.keys.fields import Keys, derived, key
@@ -67,6 +68,13 @@ def prompts_have_a_file(args: RuntimeKeys) -> str | None:
     if args.text_gen_type != "input-file" or args.sample_input_file:
         return None
     return "text_gen_type input-file needs sample_input_file (-i): a text file with one prompt a line"
+
+
+@registry.rule("train")
+def wandb_is_installed(args: RuntimeKeys) -> str | None:
+    if not args.use_wandb or find_spec("wandb"):
+        return None
+    return "use_wandb is true, but wandb is not installed: pip install wandb, or leave use_wandb out"
 
 
 @registry.warning("generate")

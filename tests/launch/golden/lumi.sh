@@ -172,8 +172,16 @@ run_here() {
         software/neox-llama.sif bash -c 'eval "${WITH_CONDA:-}"; exec "$0" -u "$@"' python "$@"
 }
 
+# The folder is this user's alone: names in /tmp can be guessed, and what lies there already may be somebody else's.
 make_folders() {
+    local top="/tmp/$USER/neox-$SLURM_JOB_ID"
+    umask 077
     rm -rf "$(here)"
+    mkdir -p "$top"
+    if [[ ! -O $top || -L $top ]] || ! chmod 700 "$top"; then
+        echo "launch: $SLURMD_NODENAME: $top belongs to somebody else" >&2
+        exit 1
+    fi
     mkdir -p "$(here)"/{cache/{neox,miopen,torch_extensions},code,software}
 }
 
@@ -192,7 +200,10 @@ unpack() {
     if [[ -x $bin/conda-unpack ]]; then PATH="$bin:$PATH" "$bin/conda-unpack" || exit 1; fi
 }
 
-remove_folders() { rm -rf "$(here)"; }
+remove_folders() {
+    rm -rf "$(here)"
+    rmdir "/tmp/$USER/neox-$SLURM_JOB_ID" 2>/dev/null || true # other nodes' folders are in it where the disk is shared
+}
 
 answer() { :; }
 
@@ -258,7 +269,7 @@ avoid() {
 stage() {
     local sum target
     sum=$(sha256sum <"$2") || stop 2 "$2 cannot be read"
-    target="/tmp/$USER/neox-$SLURM_JOB_ID-$1.tar"
+    target="/tmp/$USER/neox-$SLURM_JOB_ID/$1.tar"
     sbcast --preserve --force "$2" "$target" || broken "sbcast of $2 to $target failed, see above"
     on_every_node 15 unpack "$1" "$target" "${sum%% *}" || broken "$2 did not arrive whole on every node, see above"
     on_every_node 5 rm_staged "$target" || true

@@ -114,6 +114,8 @@ def prepare_neox(
         "shape": dataclasses.asdict(shape),
         "config": {key: value for key, value in keys.items() if value is not None},
     }
+    # What a run that goes on from here compares itself with.
+    provenance |= {key: source.provenance[key] for key in ("data", "facts") if key in source.provenance}
     if states is not None:
         optimizer = _states(source, TensorSplit(shape, tp), request, states)
         layout |= {"pp": optimizer.pp, "dp": optimizer.dp}

@@ -22,6 +22,7 @@ _LAYOUTS = (
     ("pytorch_model.bin.index.json", "hf bin"),
     ("pytorch_model.bin", "hf bin"),
 )
+_WEIGHTS = re.compile(r"(model|pytorch_model).*\.(safetensors|bin)")
 # Rotary frequencies that older files carry; they follow from config.json.
 _DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
@@ -45,12 +46,23 @@ def _open(path: Path, names: list[str], options: OpenOptions) -> Checkpoint:
         raise ConvertError(f"{config_path} is missing; it belongs to the model, copy it beside the weights")
     raw = read_config_file(config_path)
     config = parse_config(raw, str(config_path), options.given)
-    found = next(((n, kind) for n, kind in _LAYOUTS if n in names), None)
+    sets = [(n, kind) for n, kind in _LAYOUTS if n in names]
+    if len(sets) > 1:
+        both = " and ".join(n for n, _ in sets)
+        raise ConvertError(
+            f"{path} holds weights more than once: {both}. Which of them is meant cannot be known (transformers may "
+            f"take another than you think): move all but one set to another folder"
+        )
+    found = sets[0] if sets else None
     if found is None:
         raise ConvertError(f"{path / SAFETENSORS_INDEX} is missing: several weight files need their index")
     stored = _indexed(path, found[0]) if found[0].endswith(".json") else _read_file(path / found[0])
     shape = config.shape(config.vocab_size)
     notes, tensors = [], {}
+    used = {s.path.name for s in stored.values()}
+    unused = [n for n in names if _WEIGHTS.fullmatch(n) and n not in used]
+    if unused:
+        notes.append(f"{len(unused)} weight files that {found[0]} does not use: {', '.join(unused[:3])}")
     dropped = [name for name in stored if _DERIVED.fullmatch(name)]
     if dropped:
         notes.append(f"{len(dropped)} rotary_emb.inv_freq tensors are derived from config.json and not copied")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.checkpoint.discovery import LATEST, find_checkpoint
+from megatron.checkpoint.foreign import refuse_foreign
 from megatron.checkpoint.manifest import MANIFEST_NAME, ManifestError, read_manifest, size_problems
 from megatron.common.errors import CheckpointError
 from megatron.layout import (
@@ -119,6 +120,8 @@ def _open(path: Path, names: list[str], options: OpenOptions) -> NeoxCheckpoint:
     else:
         notes.append("no manifest (a GPT-NeoX checkpoint?): read after full key, shape and shard-count checks")
     layers = [n for n in names if _LAYER.fullmatch(n)]
+    if not layers and not any(_META.fullmatch(n) for n in names):
+        refuse_foreign(folder)
     files = _pipeline(folder, layers, names) if layers else _sequential(folder, names)
     side = _side_folder(folder, options)
     config = config_text = None
@@ -157,7 +160,7 @@ def _open(path: Path, names: list[str], options: OpenOptions) -> NeoxCheckpoint:
 
 def _tag_folder(path: Path) -> Path:
     try:
-        return find_checkpoint(path)
+        return find_checkpoint(path, sequential=True)
     except (CheckpointError, UnicodeDecodeError) as error:
         raise ConvertError(f"{path / LATEST}: {error}") from None
 

@@ -1,0 +1,262 @@
+"""Small real runs on CPU ranks into which `faults.py` injects faults, and what is observed of them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from megatron.common.processes import children
+from megatron.data.indexed import IndexedWriter
+
+ROOT = Path(__file__).resolve().parent.parent
+VOCAB, SEQ = 576, 16
+BOUND_SECONDS = 120.0
+MODEL: dict[str, Any] = {
+    "num_layers": 2,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_kv_heads": 2,
+    "intermediate_size": 48,
+    "vocab_size": VOCAB,
+    "make_vocab_size_divisible_by": 1,
+    "no_weight_tying": True,
+    "max_position_embeddings": 64,
+    "rms_norm_epsilon": 1e-5,
+    "rotary_emb_base": 10000,
+}
+RUN: dict[str, Any] = {
+    "seq_length": SEQ,
+    "train_micro_batch_size_per_gpu": 1,
+    "gradient_accumulation_steps": 2,
+    "optimizer": {"type": "Adam", "params": {"lr": 1e-3, "betas": [0.9, 0.95], "eps": 1e-8}},
+    "lr_decay_style": "constant",
+    "precision": "fp32",
+    "distributed_backend": "gloo",
+    "from_scratch": True,
+    "model_parallel_size": 2,
+    "pipe_parallel_size": 2,
+    "log_interval": 1,
+    "checkpoint_factor": 4,
+    "train_iters": 12,
+    "heartbeat_timeout_seconds": 3.0,
+    "kernels": "reference",
+}
+
+
+@dataclass
+class Observed:
+    """How a run ended. `lost` are the iterations that its restart has to do again."""
+
+    code: int
+    last_line: str
+    output: str
+    seconds: float
+    lost: str = "none"
+
+
+@dataclass
+class Workplace:
+    """A folder with data, tokenizers, a configuration and the checkpoints of a finished run."""
+
+    folder: Path
+    keys: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def make(cls, folder: Path) -> Workplace:
+        from examples.demo_tokenizer import train_tokenizer
+
+        folder.mkdir(parents=True)
+        for name, seed in (("data", 0), ("other", 1)):
+            write_tokens(folder / name, seed)
+        words = ["the galaxy turns slowly " * 60, "a star is born in dust and gas " * 60]
+        for name, texts in (("tokenizer", words), ("tokenizer2", ["quite other words for merging pairs " * 90])):
+            train_tokenizer(texts, VOCAB - 48).save(str(folder / f"{name}.json"))
+        keys = {
+            "train_data_paths": [str(folder / "data")],
+            "vocab_file": str(folder / "tokenizer.json"),
+            "save": str(folder / "checkpoints"),
+            "log_dir": str(folder / "log"),
+        }
+        return cls(folder, MODEL | RUN | keys)
+
+    def copy(self, name: str) -> Workplace:
+        """The same in another folder, paths included."""
+        target = self.folder.with_name(name)
+        shutil.copytree(self.folder, target, ignore=shutil.ignore_patterns("log"))
+        text = json.dumps(self.keys).replace(str(self.folder), str(target))
+        return Workplace(target, json.loads(text))
+
+    def command(self, *words: str) -> list[str]:
+        path = self.folder / "run.yml"
+        path.write_text(yaml.safe_dump(self.keys))
+        return [sys.executable, str(ROOT / "deepy.py"), str(ROOT / "train.py"), str(path), *words]
+
+    @property
+    def checkpoints(self) -> Path:
+        return Path(self.keys["save"])
+
+    def steps(self) -> list[int]:
+        return sorted(int(path.name[11:]) for path in self.checkpoints.glob("global_step*") if path.name[11:].isdigit())
+
+    def done(self) -> int:
+        """The last iteration in the metrics."""
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            lines = (self.folder / "log/metrics.jsonl").read_text().splitlines()
+            return int(json.loads(lines[-1])["iteration"])
+        return 0
+
+    def saved(self) -> int:
+        with contextlib.suppress(OSError):
+            return int((self.checkpoints / "latest").read_text().strip()[11:])
+        return 0
+
+
+def write_tokens(prefix: Path, seed: int) -> None:
+    writer = IndexedWriter(prefix, np.dtype(np.uint16))
+    random = np.random.RandomState(seed)
+    for length in np.random.RandomState(7).randint(5, 60, size=60):  # the same lengths for every seed
+        writer.add(random.randint(VOCAB - 48, size=length))
+    writer.finish()
+
+
+class LiveRun:
+    """A run that would go on for long, started by deepy.py."""
+
+    def __init__(self, place: Workplace, *words: str, wait: int = 6) -> None:
+        self.place = place
+        self.path = place.folder / "output"
+        with self.path.open("w") as output:
+            self.process = subprocess.Popen(
+                place.command("--train_iters", "100000", *words),
+                stdout=output,
+                stderr=output,
+                cwd=place.folder,
+                env=environment(),
+                start_new_session=True,
+            )
+        deadline = time.monotonic() + BOUND_SECONDS
+        first = place.saved()
+        while wait and place.done() < first + wait:
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                raise SystemExit(f"the run did not start:\n{self.path.read_text()}")
+            time.sleep(0.05)
+        self.begun = time.monotonic()
+
+    def ranks(self) -> list[int]:
+        (supervisor,) = children(self.process.pid)
+        return sorted(children(supervisor))
+
+    def everything(self) -> list[int]:
+        return [self.process.pid, *children(self.process.pid), *self.ranks()]
+
+    def end(self) -> Observed:
+        """Wait for it. The fault was injected when `begun` was set."""
+        try:
+            code = self.process.wait(timeout=BOUND_SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            return Observed(-1, "did not end", self.path.read_text(), BOUND_SECONDS, "unknown")
+        seconds = time.monotonic() - self.begun
+        output = self.path.read_text()
+        lost = max(0, self.place.done() - self.place.saved())
+        return Observed(code, last_line(output), output, seconds, f"{lost} iterations" if lost else "none")
+
+    def inject(self, fault: Callable[[], object]) -> Observed:
+        self.begun = time.monotonic()
+        fault()
+        return self.end()
+
+
+def start(place: Workplace, *words: str, before: Callable[[], None] | None = None) -> Observed:
+    """A run from beginning to end."""
+    begun = time.monotonic()
+    done = subprocess.run(
+        place.command(*words),
+        capture_output=True,
+        text=True,
+        cwd=place.folder,
+        env=environment(),
+        timeout=BOUND_SECONDS,
+        preexec_fn=before,
+    )
+    output = done.stdout + done.stderr
+    return Observed(done.returncode, last_line(done.stderr or output), output, time.monotonic() - begun)
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def last_line(text: str) -> str:
+    lines = [line for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else ""
+
+
+def listening_ports(pids: list[int]) -> list[tuple[bool, int]]:
+    """(whether it is loopback, port) of every TCP socket on which one of these processes listens."""
+    inodes = set()
+    for pid in pids:
+        for link in Path(f"/proc/{pid}/fd").glob("*"):
+            with contextlib.suppress(OSError):
+                match = re.fullmatch(r"socket:\[(\d+)\]", os.readlink(link))
+                if match:
+                    inodes.add(match[1])
+    found = []
+    for table, loopback in (("tcp", "0100007F"), ("tcp6", "0" * 24 + "01000000")):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            address, _, port = fields[1].partition(":")
+            if fields[3] == "0A" and fields[9] in inodes:
+                found.append((address == loopback, int(port, 16)))
+    return sorted(set(found))
+
+
+def send_everything_foreign(ports: list[int]) -> int:
+    """Garbage, JSON, HTTP and well-formed messages of torch's store to every port; how many messages were sent."""
+    messages = [
+        b"\x00" * 4096,
+        b'{"why": "a foreign verdict", "lost": [0], "by": 1, "own_error": false}\n',
+        b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"not JSON\n",
+        os.urandom(4096),
+    ]
+    sent = 0
+    for port in ports:
+        for message in messages:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 2) as connection:
+                connection.sendall(message)
+                sent += 1
+                time.sleep(0.05)
+        with contextlib.suppress(subprocess.TimeoutExpired):  # gloo's ports take no such client
+            client = [sys.executable, "-c", _FOREIGN_CLIENT, str(port), messages[1].decode()]
+            done = subprocess.run(client, capture_output=True, text=True, timeout=15)
+            sent += int(done.stdout or 0)
+    return sent
+
+
+_FOREIGN_CLIENT = """
+import sys
+from datetime import timedelta
+from torch.distributed import TCPStore
+store = TCPStore("127.0.0.1", int(sys.argv[1]), wait_for_workers=False, timeout=timedelta(seconds=3))
+for key in ("verdict", "beat/0", "beat/1"):
+    store.set(key, sys.argv[2])
+    store.set(key, "not JSON")
+print(6)
+"""

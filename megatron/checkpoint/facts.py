@@ -1,0 +1,222 @@
+"""What a checkpoint knows of its model and its run, and where a configuration says otherwise. Without torch.
+
+Facts of the model are what no tensor shows (epsilon, rotary base and scaling) and the sizes: another value is another
+model, and the run stops before it costs anything. Facts of the run (batch, rate, data, tokenizer, ...) may change on
+purpose; they are listed once, in one block, so that none changes unnoticed.
+
+Both are recorded by training in the manifest (`provenance.facts`). A converted checkpoint has those of its
+`hf/config.json`, a training checkpoint of an older version the keys that its run was given.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron.common.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from megatron.neox_arguments import NeoXArgs
+
+_SIZES = (
+    "num_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "num_kv_heads",
+    "intermediate_size",
+    "vocab_size",
+    "no_weight_tying",
+)
+MODEL_KEYS = (*_SIZES, "rms_norm_epsilon", "rotary_emb_base", "rope_scaling")
+RUN_KEYS = (
+    "seq_length",
+    "train_batch_size",
+    "optimizer",
+    "weight_decay",
+    "gradient_clipping",
+    "lr_decay_style",
+    "lr_decay_iters",
+    "warmup",
+    "min_lr",
+    "lr_overrides",
+    "train_iters",
+    "train_epochs",
+    "precision",
+    "seed",
+    "train_data_paths",
+    "train_data_weights",
+    "train_label_data_paths",
+    "data_path",
+    "split",
+    "pack_impl",
+    "allow_chopped",
+    "eod_mask_loss",
+    "isolate_documents",
+    "skip_sample_ranges",
+    "tokenizer_type",
+    "max_position_embeddings",
+)
+TOKENIZER = "tokenizer"  # CRC-32 of the file `vocab_file`
+_CONFIG_JSON = {
+    "num_layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "num_attention_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "intermediate_size": "intermediate_size",
+    "vocab_size": "vocab_size",
+    "rms_norm_epsilon": "rms_norm_eps",
+}
+_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+def facts_of(args: NeoXArgs) -> dict[str, dict[str, Any]]:
+    """The facts of a configuration as plain JSON values: {"model": {...}, "run": {...}}."""
+    dumped = json.loads(args.model_dump_json(include={*MODEL_KEYS, *RUN_KEYS}))
+    model = {name: dumped[name] for name in MODEL_KEYS}
+    model["rope_scaling"] = _scaling(model["rope_scaling"])
+    run = _flat({name: dumped[name] for name in RUN_KEYS})
+    run[TOKENIZER] = _file_mark(args.vocab_file)
+    return {"model": model, "run": run}
+
+
+def _flat(keys: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted names: `optimizer.params.lr`."""
+    found: dict[str, Any] = {}
+    for name, value in keys.items():
+        found |= _flat(value, f"{above}{name}.") if isinstance(value, Mapping) else {above + name: value}
+    return found
+
+
+def _file_mark(path: str | None) -> str | None:
+    """What tells two tokenizer files apart; None if there is none that can be read."""
+    if path is None:
+        return None
+    try:
+        return f"crc32:{zlib.crc32(Path(path).read_bytes()):08x}"
+    except OSError:
+        return None
+
+
+def recorded_facts(provenance: Mapping[str, Any], config_json: bytes | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(facts of the model, facts of the run) that a checkpoint knows; what it does not know is left out.
+
+    What training recorded counts more than the `config.json` that travels along, which it never changes.
+    """
+    facts = provenance.get("facts")
+    if isinstance(facts, Mapping) and isinstance(facts.get("model"), Mapping) and isinstance(facts.get("run"), Mapping):
+        return dict(facts["model"]), dict(facts["run"])
+    given = provenance.get("config")
+    given = given if isinstance(given, Mapping) else {}
+    model = _model_of_config_json(config_json)
+    model |= {name: given[name] for name in MODEL_KEYS if name in given and name != "intermediate_size"}
+    if "rope_scaling" in given:
+        model["rope_scaling"] = _scaling(given["rope_scaling"])
+    return model, _flat({name: given[name] for name in RUN_KEYS if name in given})
+
+
+def _model_of_config_json(content: bytes | None) -> dict[str, Any]:
+    """The facts that a Hugging Face config states in either spelling of its rotary settings."""
+    try:
+        raw = json.loads(content or b"{}")
+    except ValueError:
+        return {}  # a damaged one is found by its checksum
+    if not isinstance(raw, dict):
+        return {}
+    model = {ours: raw[theirs] for ours, theirs in _CONFIG_JSON.items() if raw.get(theirs) is not None}
+    if isinstance(raw.get("tie_word_embeddings"), bool):
+        model["no_weight_tying"] = not raw["tie_word_embeddings"]
+    rope = raw.get("rope_parameters")
+    rope = rope if isinstance(rope, dict) else raw
+    if rope.get("rope_theta") is not None:
+        model["rotary_emb_base"] = rope["rope_theta"]
+        model["rope_scaling"] = _scaling(rope if rope is not raw else raw.get("rope_scaling"))
+    return model
+
+
+def _scaling(value: Any) -> dict[str, float] | None:
+    """The numbers of a rotary scaling, whatever its spelling; None where there is none."""
+    if not isinstance(value, Mapping) or value.get("rope_type", value.get("type")) in (None, "default"):
+        return None
+    return {name: value[name] for name in _SCALING if value.get(name) is not None}
+
+
+def differences(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(key, recorded value, present value) of all that both know and that differs; 500000 and 500000.0 are equal."""
+    return [(name, recorded[name], now[name]) for name in now if name in recorded and recorded[name] != now[name]]
+
+
+def check_model(folder: Path, recorded: Mapping[str, Any], args: NeoXArgs) -> None:
+    """Raise CheckpointError, with all differences, unless the configuration describes the checkpoint's model."""
+    allowed = set(args.allow_model_changes)
+    changed = [entry for entry in differences(recorded, facts_of(args)["model"]) if entry[0] not in allowed]
+    if not changed:
+        return
+    lines = [
+        f"  {name}: {_shown(old)} in the checkpoint, {_shown(new)} in the configuration" for name, old, new in changed
+    ]
+    names = ", ".join(name for name, _, _ in changed)
+    raise CheckpointError(
+        f"{folder} holds another model than the configuration describes:\n" + "\n".join(lines) + "\n"
+        f"correct the configuration; if the change is meant (a longer context, for instance), "
+        f"--allow_model_changes [{names}] trains the weights with the new value"
+    )
+
+
+def describe_run_changes(recorded: Mapping[str, Any], args: NeoXArgs) -> str | None:
+    """One block that lists what a continued run does otherwise than the one that saved; None if nothing."""
+    changed = differences(recorded, facts_of(args)["run"])
+    if not changed:
+        return None
+    width = max(len(name) for name, _, _ in changed)
+    lines = [f"  {name.ljust(width)}  {_shown(old)} -> {_shown(new)}" for name, old, new in changed]
+    return "changed since the checkpoint was saved:\n" + "\n".join(lines)
+
+
+def data_changes(saved: Any, now: Mapping[str, Any]) -> list[str]:
+    """Lines about data that is not what the saved run read; `saved` and `now` are fingerprints by source.
+
+    A checkpoint that does not know (a converted one) says nothing.
+    """
+    if not isinstance(saved, Mapping) or not saved:
+        return []
+    lines = []
+    gone = [saved[name] for name in saved if name not in now]
+    new = [now[name] for name in now if name not in saved]
+    changed = sorted(
+        [name for name in saved.keys() & now.keys() if not _same_content(saved[name], now[name])]
+        + [name for name in now if name not in saved and not any(_moved(old, now[name]) for old in gone)]
+        + [name for name in saved if name not in now and not any(_moved(saved[name], other) for other in new)]
+    )
+    if changed:
+        lines.append(f"data differs from what this run was trained on so far: {', '.join(changed)}")
+    both = sorted(saved.keys() & now.keys())
+    written = [name for name in both if name not in changed and _written(saved[name]) != _written(now[name])]
+    if written:
+        lines.append(
+            f"data was written again since the checkpoint was saved, samples of it are the same: {', '.join(written)}"
+        )
+    return lines
+
+
+def _same_content(saved: Any, now: Any) -> bool:
+    if not isinstance(saved, Mapping) or not isinstance(now, Mapping):
+        return bool(saved == now)
+    known = (saved.keys() & now.keys()) - {"path", "written"}
+    return all(saved[key] == now[key] for key in known)
+
+
+def _moved(saved: Any, now: Any) -> bool:
+    """Whether the same data lie under another name now."""
+    return isinstance(saved, Mapping) and isinstance(now, Mapping) and _same_content(saved, now)
+
+
+def _written(fingerprint: Any) -> Any:
+    return fingerprint.get("written") if isinstance(fingerprint, Mapping) else None
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 120 else text[:117] + "..."

@@ -1,0 +1,76 @@
+"""`~` and `$VARIABLES` in paths: a YAML file has no shell that would expand them."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+PATH_KEYS = (
+    "load",
+    "save",
+    "vocab_file",
+    "merge_file",
+    "data_path",
+    "train_data_paths",
+    "valid_data_paths",
+    "test_data_paths",
+    "train_label_data_paths",
+    "valid_label_data_paths",
+    "test_label_data_paths",
+    "log_dir",
+    "tensorboard_dir",
+    "sample_input_file",
+    "sample_output_file",
+    "eval_results_prefix",
+)
+_VARIABLE = re.compile(r"\$(?:\$|(\w+)|\{(\w+)\})")
+
+
+class UnsetVariable(Exception):
+    """A path names an environment variable that is not set. The text is its name."""
+
+
+def expand_path(text: str, env: Mapping[str, str] = os.environ) -> str:
+    """`~/x` and `~name/x` as home folders, `$NAME` and `${NAME}` from the environment, `$$` as `$`.
+
+    Raises UnsetVariable.
+    """
+
+    def value(match: re.Match[str]) -> str:
+        name = match[1] or match[2]
+        if name is None:
+            return "$"
+        if name not in env:
+            raise UnsetVariable(name)
+        return env[name]
+
+    return os.path.expanduser(_VARIABLE.sub(value, text))
+
+
+def expand_paths(keys: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """`keys` with all their paths expanded, and a sentence for each that cannot be."""
+    expanded, problems = dict(keys), []
+    for name in PATH_KEYS:
+        if name not in keys:
+            continue
+        try:
+            expanded[name] = _expanded(keys[name])
+        except UnsetVariable as unset:
+            problems.append(
+                f"{name}: {keys[name]!r} names the variable {unset}, which is not set here: export {unset}, or write "
+                f"$$ for a dollar sign"
+            )
+    return expanded, problems
+
+
+def _expanded(value: Any) -> Any:
+    """A path, a list of them, or an entry of such a list with a `path` of its own; anything else as it is."""
+    if isinstance(value, str):
+        return expand_path(value)
+    if isinstance(value, list):
+        return [_expanded(item) for item in value]
+    if isinstance(value, dict) and isinstance(value.get("path"), str):
+        return {**value, "path": expand_path(value["path"])}
+    return value

@@ -1,0 +1,188 @@
+"""Is what a run will read there, does it fit, and is there room for what it will write? Without torch, in a second.
+
+`deepy.py`, its `--dry-run`, `launch/render.py` and the preflight ask this before anything waits in a queue or starts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from megatron.checkpoint.choice import choose_start, own_options
+from megatron.checkpoint.discovery import find_checkpoint
+from megatron.checkpoint.facts import check_model, recorded_facts
+from megatron.checkpoint.layer_set import set_problems
+from megatron.checkpoint.manifest import MANIFEST_NAME, read_manifest
+from megatron.checkpoint.owner import FolderOwner
+from megatron.common.errors import ConfigError, UserError, one_line
+from megatron.neox_arguments import NeoXArgs
+from megatron.neox_arguments.registry import as_one_message
+
+_MASTERS_AND_MOMENTS = 12  # bytes of a parameter
+_ABSENT = ("no such file", "is not there", "is not a folder", "cannot be written")
+_WEIGHT = {"fp32": 4, "bfloat16": 2}  # bytes
+
+
+def refuse_wrong_inputs(args: NeoXArgs, directory: Path | None = None) -> None:
+    """ConfigError that names everything `input_problems` finds. The run's paths are relative to `directory`."""
+    with contextlib.chdir(directory or Path.cwd()):
+        problems = input_problems(args)
+    if not problems:
+        return
+    text = as_one_message(problems)
+    if any(sign in text for sign in _ABSENT):
+        text += "\n(if only the compute nodes see these paths, --paths-on-nodes leaves this check to them)"
+    raise ConfigError(text)
+
+
+def input_problems(args: NeoXArgs) -> list[str]:
+    """What is missing, unreadable or does not fit, one sentence each; empty if all is well."""
+    checks: list[Callable[[NeoXArgs], Iterator[str]]] = [_checkpoint, _tokenizer_and_data]
+    if args.task == "train":
+        checks += [_save_folder, _log_folders]
+    if args.task == "generate":
+        checks.append(_prompts)
+    problems: list[str] = []
+    for check in checks:
+        try:
+            problems += check(args)
+        except (UserError, OSError) as error:
+            problems.append(one_line(error))
+    return problems
+
+
+def _checkpoint(args: NeoXArgs) -> Iterator[str]:
+    if args.task == "train":
+        choice = choose_start(args)
+        if choice is None:
+            return
+        root, iteration = choice.root, choice.iteration
+        options = own_options(args) if choice.own_save else None
+    else:
+        assert args.load is not None  # the rule weights_are_given
+        root, iteration, options = Path(args.load), args.iteration, None
+    folder = find_checkpoint(root, iteration, options)
+    manifest = read_manifest(folder) if (folder / MANIFEST_NAME).exists() else None
+    config = folder / "hf" / "config.json"
+    provenance = {} if manifest is None else manifest.provenance
+    model, _ = recorded_facts(provenance, config.read_bytes() if config.is_file() else None)
+    check_model(folder, model, args)
+    names = {path.name for path in folder.iterdir()} if manifest is None else set(manifest.files)
+    # Weights are cut anew for another TP; the files are those of the TP that wrote them.
+    layout = provenance.get("layout")
+    tp = layout.get("tp") if isinstance(layout, dict) else None
+    problems = set_problems(names, args.shape, tp if isinstance(tp, int) else args.model_parallel_size)
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        yield f"{folder}: {'; '.join(problems[:3])}{more}"
+
+
+def _tokenizer_and_data(args: NeoXArgs) -> Iterator[str]:
+    from megatron.tokenizer import build_tokenizer
+
+    tokenizer = None
+    if args.vocab_file is not None:
+        if Path(args.vocab_file).is_file():
+            tokenizer = build_tokenizer(args.tokenizer_type, args.vocab_file)
+            if args.vocab_size is not None and tokenizer.vocab_size > args.vocab_size:
+                yield (
+                    f"vocab_file {args.vocab_file} has {tokenizer.vocab_size} ids, the model only vocab_size "
+                    f"{args.vocab_size}: give the tokenizer of the model"
+                )
+        else:
+            yield f"vocab_file: {args.vocab_file} is not there; give the tokenizer's file"
+    if args.task == "generate":
+        return
+    from megatron.data.header import check_header, read_header
+    from megatron.data.indexed import open_indexed
+
+    for prefix, labels in _prefixes(args):
+        try:
+            file = open_indexed(prefix)
+            header = read_header(prefix)
+            if header is not None:
+                check_header(prefix, header, tokenizer, args.vocab_size)
+            if labels is not None and open_indexed(labels).num_tokens != file.num_tokens:
+                yield f"labels {labels} do not go with {prefix}: every token needs one label"
+            yield from _damaged_indices(Path(prefix))
+        except (UserError, OSError) as error:
+            yield one_line(error)
+
+
+def _prefixes(args: NeoXArgs) -> list[tuple[str, str | None]]:
+    """(data prefix, its labels) of every source that the run reads."""
+    if args.data_path is not None:
+        return [(args.data_path, None)]
+    found: list[tuple[str, str | None]] = []
+    for paths, labels in (
+        (args.train_data_paths, args.train_label_data_paths),
+        (args.valid_data_paths, args.valid_label_data_paths),
+        (args.test_data_paths, args.test_label_data_paths),
+    ):
+        prefixes = [path if isinstance(path, str) else path.path for path in paths or []]
+        beside: list[str | None] = [*labels] if labels else [None] * len(prefixes)
+        found += zip(prefixes, beside, strict=True)
+    return found
+
+
+def _damaged_indices(prefix: Path) -> Iterator[str]:
+    """Cached orders of samples beside the data whose arrays are not there."""
+    from megatron.data.index_cache import CACHE_FOLDER
+
+    for folder in (prefix.parent / CACHE_FOLDER).glob(f"{prefix.name}_*"):
+        if not folder.is_dir() or folder.suffix == ".tmp":
+            continue
+        try:
+            names = json.loads((folder / "arrays.json").read_text())
+            whole = all((folder / f"{name}.npy").stat().st_size for name in names)
+        except (OSError, ValueError, TypeError):
+            whole = False
+        if not whole:
+            yield f"{folder}: damaged index; remove this folder, it is built again"
+
+
+def _save_folder(args: NeoXArgs) -> Iterator[str]:
+    if args.save is None:
+        return
+    save = Path(args.save)
+    yield from _unwritable("save", save)
+    yield from FolderOwner(save).problems()
+    parent = _existing(save)
+    needed = args.shape.num_parameters * (_MASTERS_AND_MOMENTS + _WEIGHT[args.precision])
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        yield (
+            f"save: {parent} has room for {free / 1e9:,.1f} GB, one checkpoint of this model needs "
+            f"{needed / 1e9:,.1f} GB; free some, or give another folder"
+        )
+
+
+def _log_folders(args: NeoXArgs) -> Iterator[str]:
+    for name, folder in (("log_dir", args.log_dir), ("tensorboard_dir", args.tensorboard_dir)):
+        if folder is not None:
+            yield from _unwritable(name, Path(folder))
+
+
+def _prompts(args: NeoXArgs) -> Iterator[str]:
+    if args.sample_input_file is not None and not Path(args.sample_input_file).is_file():
+        yield f"sample_input_file: {args.sample_input_file} is not there"
+
+
+def _unwritable(key: str, folder: Path) -> Iterator[str]:
+    parent = _existing(folder)
+    if not parent.is_dir():
+        yield f"{key}: {parent} is not a folder"
+    elif not os.access(parent, os.W_OK | os.X_OK):
+        yield f"{key}: {parent} cannot be written to"
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that exists."""
+    folder = folder.absolute()
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return folder

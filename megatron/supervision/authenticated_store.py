@@ -1,0 +1,105 @@
+"""A key-value store between the ranks in which only they are heard.
+
+torch's TCPStore answers whoever connects. On one machine ours listens on the loopback interface alone. Everywhere each
+value carries a keyed hash (HMAC-SHA256) of its key and content under a secret of the run, which rank 0 draws and the
+process group hands to the others: it is in no file, no environment and no command line. What does not verify is not
+ours: it is ignored and counted. The secret also names the keys, so that nobody can guess which to overwrite.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Self, cast
+
+from torch.distributed import PrefixStore, TCPStore
+
+from megatron.parallel.collective_errors import RankGroup
+from megatron.parallel.loopback import LOOPBACK, serve_on_loopback
+from megatron.parallel.place import Place
+
+CONNECT_SECONDS = 60
+_HASH_BYTES = 32
+
+
+@dataclass(frozen=True, repr=False)
+class StoreAddress:
+    """Where rank 0 serves, and the run's secret; it is never printed."""
+
+    host: str
+    port: int
+    secret: bytes
+
+
+class AuthenticatedStore:
+    """`ignored` counts the values that were not this run's; `report` is called with a line at the first of them."""
+
+    def __init__(self, store: TCPStore, secret: bytes, report: Callable[[str], None] = lambda line: None) -> None:
+        self._store = PrefixStore(hmac.digest(secret, b"keys", "sha256").hex(), store)
+        self._secret, self._report = secret, report
+        self.ignored = 0
+
+    @classmethod
+    def open(cls, place: Place, host: str | None, report: Callable[[str], None] = lambda line: None) -> Self:
+        """Serve on rank 0, connect on the others. Collective over the default group.
+
+        `host` is rank 0's address for ranks of other nodes; None: all are on this machine.
+        """
+        address: StoreAddress | None = None
+        store: TCPStore | None = None
+        if place.rank == 0:
+            store = serve_on_loopback() if host is None else serve_everywhere()
+            address = StoreAddress(host or LOOPBACK, store.port, secrets.token_bytes(_HASH_BYTES))
+        address = RankGroup.world(place.device).broadcast(address)
+        assert address is not None
+        if store is None:
+            timeout = timedelta(seconds=CONNECT_SECONDS)
+            store = TCPStore(address.host, address.port, wait_for_workers=False, timeout=timeout)
+        return cls(store, address.secret, report)
+
+    def set(self, key: str, value: str) -> None:
+        self._store.set(key, self._sealed(key, value))
+
+    def get(self, keys: Sequence[str]) -> list[str | None]:
+        """The values of some keys, which must exist; None for those that are not this run's."""
+        found = self._store.multi_get(list(keys))
+        return [self._opened(key, value) for key, value in zip(keys, found, strict=True)]
+
+    def has(self, key: str) -> bool:
+        return bool(self._store.check([key]))
+
+    def set_first(self, key: str, value: str) -> bool:
+        """Set a key that no rank has set before; whether this value is the first. Foreign values do not count."""
+        sealed, expected = self._sealed(key, value), ""
+        for _ in range(10):
+            present = self._store.compare_set(key, expected, sealed)
+            if present == sealed.encode():
+                return True
+            if self._opened(key, present) is not None:
+                return False
+            expected = cast(str, present)  # any bytes at all; the store takes them as they are
+        return False
+
+    def _sealed(self, key: str, value: str) -> str:
+        return self._hash(key, value.encode()).hex() + value
+
+    def _opened(self, key: str, sealed: bytes) -> str | None:
+        found, content = sealed[: 2 * _HASH_BYTES], sealed[2 * _HASH_BYTES :]
+        if hmac.compare_digest(found, self._hash(key, content).hex().encode()):
+            return content.decode()
+        self.ignored += 1
+        if self.ignored == 1:
+            self._report("a message that is not of this run was ignored; somebody else writes to its status store")
+        return None
+
+    def _hash(self, key: str, content: bytes) -> bytes:
+        return hmac.digest(self._secret, key.encode() + b"\0" + content, hashlib.sha256)
+
+
+def serve_everywhere() -> TCPStore:
+    """A store on a free port of all interfaces."""
+    return TCPStore("localhost", 0, is_master=True, wait_for_workers=False)

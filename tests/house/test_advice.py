@@ -1,0 +1,109 @@
+"""Every message that tells a user what to type is known here, with the test that does what it says."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from tests.support.advice_lint import ROOT, messages
+
+pytestmark = pytest.mark.unit
+
+OWN = "checkpoint/test_advice.py::test_own_options_take_a_run_s_own_steps"
+MODEL = "checkpoint/test_facts.py::test_all_differences_are_named_at_once_and_the_advice_works"
+RULES = "neox_arguments/test_advice.py::test_a_rule_s_advice_works"
+ADVICE_TESTS = {
+    # a part of the message: the test that follows it
+    "leave it out, or add --load FOLDER --from_scratch false": (
+        "neox_arguments/test_advice.py::test_options_named_by_a_rule_can_be_typed"
+    ),
+    "pip install wandb, or leave use_wandb out": RULES,
+    "expected `key: value` lines": "neox_arguments/test_loading.py",
+    "expected `--key value` here": "neox_arguments/test_loading.py",
+    "`kernels` chooses fused operations": "neox_arguments/test_loading.py",
+    "--dry-run --search ranks the layouts": "planner/test_dry_run.py",
+    "`enabled` says it": "neox_arguments/test_loading.py",
+    "--nodelist and --exclude": "slurm/test_allocation.py",
+    "the job has them from sbatch or salloc": "slurm/test_allocation.py",
+    "starts all nodes by srun itself": "slurm/test_training.py",
+    "to go back to one of its own: {} --iteration N": OWN,
+    "of its own checkpoints in {}, as `iteration` says": "checkpoint/test_choice.py::test_what_a_run_begins_from",
+    "--load {}": OWN,
+    "--from_scratch false": OWN,
+    "--finetune false": OWN,
+    "(choose one with {} --iteration {})": (
+        "trainer/test_command_line_faults.py::test_going_back_and_what_the_message_advises"
+    ),
+    "give the folder that holds `latest` and `global_stepN`": (
+        "checkpoint/test_discovery.py::test_a_wrong_path_is_an_error_that_says_what_there_is"
+    ),
+    "`iteration` asks for it": "checkpoint/test_discovery.py::test_a_wrong_path_is_an_error_that_says_what_there_is",
+    "--allow_model_changes [{}]": MODEL,
+    "python tools/convert_hf to-neox": "launcher/test_boundary.py::test_a_foreign_folder_is_recognised",
+    "python tools/convert_hf reshard": "launcher/test_boundary.py::test_a_foreign_folder_is_recognised",
+    "the folder above them with `latest`": "launcher/test_boundary.py::test_a_foreign_folder_is_recognised",
+    "`python tools/convert_hf reshard --tp {}`": ("checkpoint/test_layouts.py"),
+    "--no_load_optim true": "checkpoint/test_advice.py::test_ways_out_of_an_unfit_optimizer",
+    " --finetune true": "checkpoint/test_advice.py::test_ways_out_of_an_unfit_optimizer",
+    "`load` is not set": "checkpoint/test_load.py",
+    "go back to an earlier one with --iteration N": "checkpoint/test_advice.py::test_an_earlier_step_is_taken_instead",
+    "Go back to an earlier checkpoint with --iteration N": (
+        "checkpoint/test_advice.py::test_an_earlier_step_is_taken_instead"
+    ),
+    "wait until it ends, or give another folder with --save NEW": (
+        "checkpoint/test_advice.py::test_another_folder_or_a_removed_claim"
+    ),
+    "continue the run in another folder with --save": (
+        "checkpoint/test_advice.py::test_another_folder_or_a_removed_claim"
+    ),
+    "start from the weights with `finetune: true`": "checkpoint/test_load.py",
+    "--dry-run plans a training": "planner/test_plan.py",
+    "(--paths-on-nodes)": "planner/test_dry_run.py::test_the_commands_of_the_guide",
+    "--paths-on-nodes leaves this check": "launch/test_render.py::test_what_is_not_there_is_named_before_it_queues",
+    "or give --num_nodes {}": "slurm/test_allocation.py",
+    "srun is not on PATH": "slurm/test_allocation.py",
+    "Raise it with --train_iters N": "trainer/test_schedule.py::test_a_run_shorter_than_its_checkpoint",
+    "--allow-high-initial-loss true": "trainer/test_runs.py",
+    "unset RANK, WORLD_SIZE and LOCAL_RANK": "parallel/test_rank_env.py",
+    "start the ranks by srun": "parallel/test_rank_env.py",
+    "export MASTER_ADDR": "parallel/test_rank_env.py",
+    "python deepy.py {} model.yml run.yml": "parallel/test_handover.py",
+    "start it by python deepy.py, srun or to": "launcher/test_launcher.py::test_ranks_know_their_place",
+    "submit it by: sbatch": "slurm/test_guide.py",
+    "or other sizes behind `--`": "launch/test_render.py::test_what_cannot_run_is_refused",
+    "give --account": "launch/test_render.py::test_the_longest_time_is_the_default",
+    "--signal-seconds {}": "launch/test_render.py::test_what_cannot_run_is_refused",
+    "sbatch reads it from one line": "launch/test_render.py::test_what_cannot_run_is_refused",
+    "--env {}: expected NAME=VALUE": "launch/test_render.py::test_a_script_with_secrets_is_its_owners_alone",
+    "--time {}: expected HOURS": "launch/test_render.py::test_what_cannot_run_is_refused",
+    "give --time HOURS:MINUTES:SECONDS": "launch/test_render.py::test_what_is_not_there_is_named_before_it_queues",
+    "it is requeued at its limit": "launch/test_render.py::test_time_limits_of_frontier",
+}
+# Text of other kinds: parts of scripts, usage, patterns of warnings.
+NOT_ADVICE = (
+    "usage: python deepy.py", "ignore:", "#SBATCH", "# Every group", "# after the loss", "export CUDA_",
+    "export PYTHON", "export DS_", "export OMP_", "--dry-run --machine", "--print-config", "--no-screen",
+    "--exclude-file", "--bind",
+)  # fmt: skip
+
+
+def test_every_message_that_advises_has_a_test() -> None:
+    unknown = [
+        f"{file}:{line}: {text}"
+        for file, line, text in messages()
+        if not any(part in text for part in (*ADVICE_TESTS, *NOT_ADVICE))
+    ]
+    assert not unknown, "messages that advise and are not in ADVICE_TESTS:\n" + "\n".join(unknown)
+
+
+def test_no_entry_is_left_over() -> None:
+    texts = [text for _, _, text in messages()]
+    assert [part for part in ADVICE_TESTS if not any(part in text for text in texts)] == []
+
+
+@pytest.mark.parametrize("name", sorted(set(ADVICE_TESTS.values())))
+def test_the_tests_exist(name: str) -> None:
+    file, _, function = name.partition("::")
+    text = (ROOT / "tests" / file).read_text()
+    assert re.search(rf"^def {function}\(", text, re.MULTILINE) if function else text
