@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.neox_arguments.test_gpt_neox_files import LLAMA, MACHINE, TRAINING
 from tests.support.fp16 import allow_fp16
+from tests.support.gpt_neox_files import LLAMA, MACHINE, TRAINING
 from tests.support.ranks import run_ranks
 from tests.support.token_files import random_documents
 
