@@ -7,6 +7,7 @@ time. So a run whose `save` folder holds its checkpoints continues from the last
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -78,20 +79,27 @@ def find_start(ranks: RankGroup, args: NeoXArgs) -> Start:
             f"{args.save} holds checkpoints of this run: it continues from the last one ({first} was for its first "
             "start)"
         )
-        return _start(ranks, Path(args.save), None, "everything", own_save=True)
+        return _start(ranks, args, Path(args.save), None, "everything", own_save=True)
     if args.load is None:
         return Start()
     restored: Restored = "weights" if args.finetune else "weights and position" if args.no_load_optim else "everything"
-    return _start(ranks, Path(args.load), args.iteration, restored, own)
+    return _start(ranks, args, Path(args.load), args.iteration, restored, own)
 
 
 def _is_same_folder(load: str | None, save: str | None) -> bool:
     return load is not None and save is not None and Path(load).resolve() == Path(save).resolve()
 
 
-def _start(ranks: RankGroup, root: Path, iteration: int | None, restored: Restored, own_save: bool) -> Start:
+def _start(
+    ranks: RankGroup, args: NeoXArgs, root: Path, iteration: int | None, restored: Restored, own_save: bool
+) -> Start:
     checkpoint = locate(ranks, root, iteration)
-    position = Position() if restored == "weights" else read_position(ranks, checkpoint)
+    if restored == "weights":
+        position = Position()
+    elif checkpoint.manifest is None:
+        position = position_of_gpt_neox(checkpoint.folder, args.train_batch_size)
+    else:
+        position = read_position(ranks, checkpoint)
     return Start(checkpoint, restored, position, own_save)
 
 
@@ -105,6 +113,27 @@ def locate(ranks: RankGroup, root: Path, iteration: int | None) -> SavedCheckpoi
     checkpoint = ranks.broadcast(found)
     assert checkpoint is not None
     return checkpoint
+
+
+def position_of_gpt_neox(folder: Path, train_batch_size: int) -> Position:
+    """Where a run of GPT-NeoX stood: the iteration that its folder's name says, with batches of this run's size.
+
+    Its own files hold arrays of numpy, which only running code brings back; and they do not count samples.
+    CheckpointError for a folder with another name.
+    """
+    match = re.fullmatch(r"global_step(\d+)", folder.name)
+    if match is None:
+        raise CheckpointError(
+            f"{folder} was written by GPT-NeoX or for it, and its name says no iteration; start from its weights with "
+            f"`finetune: true`"
+        )
+    iteration = int(match[1])
+    samples = iteration * train_batch_size
+    logger.info(
+        f"{folder} was written by GPT-NeoX: its run goes on at iteration {iteration}, which was {samples} samples in "
+        f"batches of {train_batch_size}"
+    )
+    return Position(iteration, samples, 0, Counters(iteration, samples))
 
 
 def read_position(ranks: RankGroup, checkpoint: SavedCheckpoint) -> Position:
