@@ -46,6 +46,7 @@ TRAINING: dict[str, Any] = {
     "train_iters": 100,
     "override_lr_scheduler": True,
     "steps_per_print": 10,
+    "wall_clock_breakdown": True,
     "checkpoint_factor": 10,
 }
 MACHINE: dict[str, Any] = {
