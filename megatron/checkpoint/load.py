@@ -176,8 +176,8 @@ def _fit_optimizer(
     folder, provenance = checkpoint.folder, checkpoint.provenance
     if checkpoint.manifest is None:
         raise CheckpointError(
-            f"{folder} has no manifest: optimizer states of GPT-NeoX are not read; "
-            f"start from its weights with --finetune true"
+            f"{folder} has no manifest: optimizer states of GPT-NeoX are not read; go on at its iteration with new "
+            f"optimizer states by --no_load_optim true, or start from its weights with --finetune true"
         )
     optimizer = SavedOptimizer(folder, checkpoint.manifest, split)
     if not optimizer.files:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,6 +89,9 @@ def find_start(ranks: RankGroup, args: NeoXArgs) -> Start:
     checkpoint = locate(ranks, choice.root, choice.iteration, args, options)
     if choice.restored == "weights":
         return Start(checkpoint, choice.restored, Position(), choice.own_save)
+    if checkpoint.manifest is None:
+        position = position_of_gpt_neox(checkpoint.folder, args.train_batch_size)
+        return Start(checkpoint, choice.restored, position, choice.own_save)
     with ranks.together(f"comparing {checkpoint.folder} with the configuration"):
         changes = None
         if ranks.rank == 0:
@@ -118,6 +122,27 @@ def locate(
 def _facts(checkpoint: SavedCheckpoint) -> tuple[dict[str, Any], dict[str, Any]]:
     config = checkpoint.folder / "hf" / "config.json"
     return recorded_facts(checkpoint.provenance, config.read_bytes() if config.is_file() else None)
+
+
+def position_of_gpt_neox(folder: Path, train_batch_size: int) -> Position:
+    """Where a run of GPT-NeoX stood: the iteration that its folder's name says, with batches of this run's size.
+
+    Its own files hold arrays of numpy, which only running code brings back; and they do not count samples.
+    CheckpointError for a folder with another name.
+    """
+    match = re.fullmatch(r"global_step(\d+)", folder.name)
+    if match is None:
+        raise CheckpointError(
+            f"{folder} was written by GPT-NeoX or for it, and its name says no iteration; start from its weights with "
+            f"`finetune: true`"
+        )
+    iteration = int(match[1])
+    samples = iteration * train_batch_size
+    logger.info(
+        f"{folder} was written by GPT-NeoX: its run goes on at iteration {iteration}, which was {samples} samples in "
+        f"batches of {train_batch_size}"
+    )
+    return Position(iteration, samples, 0, Counters(iteration, samples))
 
 
 def read_position(ranks: RankGroup, checkpoint: SavedCheckpoint) -> Position:

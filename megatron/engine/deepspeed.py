@@ -16,9 +16,11 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor, nn
 
+from megatron.common.errors import UserError
 from megatron.engine import deepspeed_files
 from megatron.engine.batches import MicroBatch, StepBatch, padded
 from megatron.engine.deepspeed_hooks import run_instructions_inside, run_optimizer_after
@@ -280,7 +282,15 @@ def _initialize(
     config: dict[str, Any],
     optimizer: torch.optim.Optimizer | None = None,
 ) -> PipelineEngine:
-    """`deepspeed.initialize` without its chatter: memory readings go to stdout, everything else to its logger."""
+    """`deepspeed.initialize` without its chatter: memory readings go to stdout, everything else to its logger.
+
+    Raises UserError for a device that does not compute in fp16 where that is asked for.
+    """
+    if args.precision == "fp16" and not get_accelerator().is_fp16_supported():
+        raise UserError(
+            "precision fp16: DeepSpeed trains in fp16 on GPUs, and this device is none that it knows to compute in it; "
+            "give --precision bfloat16 or fp32, with --fp16 null where a file enables fp16"
+        )
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     with contextlib.redirect_stdout(io.StringIO()):
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)

@@ -63,7 +63,7 @@ class PromptRun:
     def start(cls, args: NeoXArgs, place: Place, whereabouts: Whereabouts) -> PromptRun:
         """Build everything and load the weights. Collective."""
         assert args.vocab_file is not None  # checked with the configuration
-        tokenizer = build_tokenizer(args.tokenizer_type, args.vocab_file)
+        tokenizer = build_tokenizer(args.tokenizer_type, args.vocab_file, args.merge_file)
         chat = None
         if args.chat:
             chat = ChatPrompts.load(args.chat_template, tokenizer, args.system_prompt, args.thinking)

@@ -29,6 +29,8 @@ def deepspeed_dictionary(args: AllKeys, *, with_extra: bool = True) -> dict[str,
         "zero_optimization": args.zero_optimization.model_dump(exclude={"cpu_offload"}),
         "wall_clock_breakdown": args.wall_clock_breakdown,
     }
+    if args.wall_clock_breakdown:  # whose report DeepSpeed prints every so many steps; without a number it fails
+        config["steps_per_print"] = args.log_interval
     if args.precision == "bfloat16":
         config["bf16"] = (args.bf16.model_dump() if args.bf16 else {}) | {"enabled": True}
         config["data_types"] = {"grad_accum_dtype": "fp32"}

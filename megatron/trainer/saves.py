@@ -85,7 +85,7 @@ class Saves:
 
 
 def is_save_point(args: NeoXArgs, iteration: int, train_iters: int) -> bool:
-    """Every `checkpoint_factor` iterations (or at its powers), at `extra_save_iters` (0: before any), at the end."""
+    """Every `checkpoint_factor` iterations or at its powers, at `extra_save_iters` (0: at the start), at the end."""
     if not args.save:
         return False
     factor = args.checkpoint_factor

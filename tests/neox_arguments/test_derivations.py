@@ -195,6 +195,12 @@ def test_deepspeed_always_gets_clipping_and_fp32_accumulation() -> None:
     assert "bf16" not in NeoXArgs.from_dict(VALID).deepspeed_config
 
 
+def test_deepspeed_s_timers_have_an_interval() -> None:
+    """Without `steps_per_print` DeepSpeed 0.19 fails in the first step of a run with `wall_clock_breakdown`."""
+    assert NeoXArgs.from_dict(keys(wall_clock_breakdown=True, log_interval=7)).deepspeed_config["steps_per_print"] == 7
+    assert "steps_per_print" not in NeoXArgs.from_dict(VALID).deepspeed_config
+
+
 def test_sequence_parallelism_of_one_tensor_rank_is_none_and_said() -> None:
     alone = NeoXArgs.from_dict(keys(sequence_parallel=True))
     assert not alone.sequence_parallel

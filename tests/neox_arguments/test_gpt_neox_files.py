@@ -13,70 +13,9 @@ from megatron.neox_arguments.family import DECIDING
 from megatron.neox_arguments.mlp_width import PUBLISHED, gpt_neox_matrices
 from megatron.neox_arguments.unsupported import NESTED_WITHOUT_EFFECT
 from tests.support.configurations import VALID, keys
+from tests.support.gpt_neox_files import LLAMA, MACHINE, TRAINING
 
 pytestmark = pytest.mark.unit
-
-# The kinds of keys that GPT-NeoX's Llama, training and machine files hold, on a small model.
-LLAMA: dict[str, Any] = {
-    "pipe_parallel_size": 0,
-    "model_parallel_size": 2,
-    "make_vocab_size_divisible_by": 1,
-    "num_layers": 4,
-    "hidden_size": 128,
-    "num_attention_heads": 8,
-    "intermediate_size": 1024,
-    "mlp_multiple_of": 32,
-    "seq_length": 64,
-    "max_position_embeddings": 64,
-    "pos_emb": "rotary",
-    "rotary_pct": 1,
-    "rope_fusion": True,
-    "no_weight_tying": True,
-    "gpt_j_residual": False,
-    "output_layer_parallelism": "column",
-    "norm": "rmsnorm",
-    "rms_norm_epsilon": 1.0e-6,
-    "attention_config": [[["flash"], 4]],
-    "scaled_upper_triang_masked_softmax_fusion": True,
-    "bias_gelu_fusion": False,
-    "use_bias_in_norms": False,
-    "use_bias_in_attn_linear": False,
-    "activation": "swiglu",
-}
-TRAINING: dict[str, Any] = {
-    "finetune": True,
-    "optimizer": {"type": "Adam", "params": {"lr": 2e-4, "betas": [0.9, 0.95], "eps": 1e-8, "max_grad_norm": 1.0}},
-    "zero_optimization": {"stage": 0, "overlap_comm": True, "contiguous_gradients": True, "cpu_offload": False},
-    "train_micro_batch_size_per_gpu": 4,
-    "data_impl": "infer",
-    "checkpoint_activations": True,
-    "checkpoint_num_layers": 1,
-    "partition_activations": True,
-    "synchronize_each_layer": True,
-    "hidden_dropout": 0,
-    "attention_dropout": 0.0,
-    "fp16": {"fp16": True, "enabled": True, "loss_scale": 0, "loss_scale_window": 1000, "hysteresis": 2},
-    "train_iters": 100,
-    "override_lr_scheduler": True,
-    "steps_per_print": 10,
-    "checkpoint_factor": 10,
-}
-MACHINE: dict[str, Any] = {
-    "data_path": "data/enwik8_text_document",
-    "vocab_file": "data/gpt2-vocab.json",
-    "merge_file": "data/gpt2-merges.txt",
-    "save": "checkpoints",
-    "load": "checkpoints",
-    "checkpoint_validation_with_forward_pass": False,
-    "launcher": "PDSH",
-    "hostfile": "/job/hostfile",
-    "deepspeed_slurm": True,
-    "comment": "neox",
-    "eval_tasks": [],
-    "s3_path": "",
-    "comms_logger": {"enabled": False, "verbose": True},
-    "soft_prompt_tuning": {"enabled": False, "num_tokens": 10},
-}
 
 
 def test_a_llama_s_files_are_taken_as_they_are() -> None:

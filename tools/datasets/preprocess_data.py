@@ -24,9 +24,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--input", nargs="+", required=True, help="files, globs or folders; commas separate, too")
     p.add_argument("--jsonl-keys", nargs="+", default=["text"], help="fields to tokenize, one output each")
     p.add_argument("--output-prefix", required=True, help="outputs are PREFIX_KEY_document.{bin,idx,json}")
-    p.add_argument("--tokenizer-type", required=True, help="HFTokenizer, TiktokenTokenizer or SPMTokenizer")
+    p.add_argument(
+        "--tokenizer-type", required=True, help="HFTokenizer, TiktokenTokenizer, SPMTokenizer, GPT2BPETokenizer"
+    )
     p.add_argument("--vocab-file", required=True, help="tokenizer.json or tokenizer.model, or the folder it is in")
-    p.add_argument("--merge-file", help="accepted from GPT-NeoX's scripts; no supported tokenizer has one")
+    p.add_argument("--merge-file", help="merges.txt of GPT-2's tokenizers; beside vocab.json by default")
     p.add_argument("--prepend-bos", action="store_true", help="put the begin-of-text id before every document")
     p.add_argument("--append-eod", action="store_true", help="put the end-of-text id behind every document")
     p.add_argument("--ftfy", action="store_true", help="repair mis-decoded Unicode with ftfy first")
@@ -61,13 +63,13 @@ def preprocess_texts(options: argparse.Namespace) -> None:
     from tools.datasets.encoding.progress import Progress
     from tools.datasets.encoding.records import find_inputs
 
-    if options.merge_file:
+    if options.merge_file and options.tokenizer_type not in ("GPT2BPETokenizer", "HFGPT2Tokenizer"):
         print(f"--merge-file {options.merge_file} is not read: the merges are in --vocab-file", file=sys.stderr)
     keys: list[str] = [key for item in options.jsonl_keys for key in item.split(",")]
     skip_bad = options.on_bad_record == "skip"
     inputs = find_inputs(options.input, skip_bad)
     inputs.check(keys)
-    tokenizer = build_tokenizer(options.tokenizer_type, options.vocab_file)
+    tokenizer = build_tokenizer(options.tokenizer_type, options.vocab_file, options.merge_file)
     if options.prepend_bos and tokenizer.bos is None:
         raise TokenizerError(f"{tokenizer.path}: no begin-of-text token, --prepend-bos cannot be done")
     tokenizer.encode_arrays([""])  # what it prepares at its first use, the workers inherit

@@ -1,0 +1,80 @@
+"""Several `.bin/.idx` pairs of a folder as one, with GPT-NeoX's flags.
+
+    python tools/datasets/merge_datasets.py --input data/shards --output-prefix data/corpus_text_document
+
+The documents of all pairs in the folder stand one after the other, pairs in the order of their names. All pairs must
+hold tokens of one type. Headers (`.json`) are not merged: training cannot check the tokenizer then, and says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+CHUNK = 1 << 16  # documents copied at once
+
+
+def main(arguments: list[str] | None = None) -> int:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--input", required=True, type=Path, help="folder of the pairs")
+    p.add_argument("--output-prefix", required=True, help="path of the output without suffix")
+    options = p.parse_args(arguments)
+    from megatron.common.errors import UserError
+
+    try:
+        merge(options.input, Path(options.output_prefix))
+    except (UserError, OSError) as error:
+        print(f"merge_datasets.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def merge(folder: Path, output: Path) -> None:
+    """Raises DataError or OSError; nothing is left behind then."""
+    from megatron.data.indexed import DataError, IndexedFile, IndexedWriter
+
+    if not folder.is_dir():
+        raise DataError(f"--input {folder}: no such folder")
+    stems = {suffix: {path.stem for path in folder.glob(f"*{suffix}")} for suffix in (".bin", ".idx")}
+    alone = sorted(stems[".bin"] ^ stems[".idx"])
+    if alone:
+        raise DataError(f"{folder / alone[0]}: one of .bin and .idx is missing; copy the pair again or take it away")
+    parts = [IndexedFile(str(folder / stem)) for stem in sorted(stems[".bin"])]
+    if not parts:
+        raise DataError(f"--input {folder}: no .bin/.idx pair in it")
+    other = next((part for part in parts if part.dtype != parts[0].dtype), None)
+    if other is not None:
+        raise DataError(
+            f"{other.prefix} holds {other.dtype}, {parts[0].prefix} {parts[0].dtype}: their vocabularies have "
+            f"different sizes; preprocess them again"
+        )
+    if output.parent.resolve() == folder.resolve() and output.name in stems[".bin"]:
+        raise DataError(f"--output-prefix {output} is one of the inputs; give another name")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    aside = output.with_name(f"{output.name}.partial")
+    writer = IndexedWriter(aside, parts[0].dtype)
+    try:
+        for part in parts:
+            part.check_offsets()
+            for first in range(0, len(part), CHUNK):
+                last = min(first + CHUNK, len(part)) - 1
+                begin = int(part.offsets[first]) // part.dtype.itemsize
+                end = int(part.offsets[last]) // part.dtype.itemsize + int(part.sizes[last])
+                writer.append(part.document(first, 0, end - begin).tobytes(), part.sizes[first : last + 1])
+        writer.finish()
+    except BaseException:
+        for suffix in (".bin", ".idx", ".sizes"):
+            Path(f"{aside}{suffix}").unlink(missing_ok=True)
+        raise
+    for suffix in (".bin", ".idx"):
+        os.replace(f"{aside}{suffix}", f"{output}{suffix}")
+    tokens = writer.bytes // parts[0].dtype.itemsize
+    print(f"{output}: {len(parts)} pairs, {writer.documents} documents, {tokens} tokens", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
