@@ -99,7 +99,16 @@ def test_conversations_without_labels_and_cut_ones_are_refused(prefix: str) -> N
             build_datasets(args(prefix, **changes))
     with pytest.raises(DataError, match=r"pack_impl: packed cuts them.*Set pack_impl: best_fit"):
         build_datasets(args(prefix, pack_impl="packed"))
-    assert len(build_datasets(args(prefix, pack_impl="packed", allow_chopped=True)).train) == 160
+    packed = build_datasets(args(prefix, pack_impl="packed", allow_chopped=True))
+    assert len(packed.train) == 160
+    epoch = int(IndexedFile(prefix).num_tokens - 1) // SAMPLE
+    silent = next(int(note.split()[2]) for note in packed.notes if "have no target and teach nothing" in note)
+    assert packed.blend is not None
+    source = packed.blend.sources[0]
+    places = source._index.arrays()["samples"][: source.first_sample(1)].tolist()  # type: ignore[attr-defined]
+    read = [packed.train[i]["labels"] for i, place in enumerate(places) if place < epoch]
+    assert len(read) == epoch
+    assert 0 < silent == sum(not (labels != IGNORE_INDEX).any() for labels in read)
 
 
 def test_switches_of_turns_and_train_on_last(vocab_folder: Path, tmp_path: Path) -> None:
