@@ -55,7 +55,7 @@ _REFUSED = {
     "recipient": "name the tool in tool_calls",
     "prefix": "continuing an answer that is given in part is not known here",
 }
-# Keys of other names that look as if they changed what is learned or said: pattern, kinds of values, what they look like.
+# Keys of other names that look as if they changed what is learned: pattern, kinds of values, what they look like
 _LOOKS: tuple[tuple[re.Pattern[str], tuple[type, ...], str], ...] = (
     (re.compile("train|loss|learn|mask|weight|supervis|ignore"), (bool, int, float, list), "a switch; call it train"),
     (
