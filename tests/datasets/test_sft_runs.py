@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from megatron.common.labels import IGNORE_INDEX
 from megatron.data.build import build_datasets
@@ -13,10 +14,12 @@ from tests.support.configurations import data_args
 from tests.support.conversations import conversations
 from tests.support.data_commands import preprocess_chats, table_rows
 from tests.support.text_files import write_records
+from tools.datasets.build_indices import main as build_indices
 from tools.datasets.inspect_data import main as inspect
 
 pytestmark = pytest.mark.unit
 
+ROOT = Path(__file__).resolve().parents[2]
 SAMPLE = 64
 
 
@@ -122,3 +125,28 @@ def test_switches_of_turns_and_train_on_last(vocab_folder: Path, tmp_path: Path)
     labels = IndexedFile(tmp_path / "sft_b_label_document")
     spans = [int(np.diff((document != IGNORE_INDEX).astype(int)).clip(0).sum()) for document in labels]
     assert spans == [2, 1, 1]
+
+
+def test_the_written_keys_through_the_command(prefix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = yaml.safe_load((ROOT / "configs/tiny/run.yml").read_text())
+    keys = {key: run[key] for key in ("optimizer", "train_iters", "precision") if key in run} | {
+        "from_scratch": True,
+        "seq_length": SAMPLE,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+    }
+    (tmp_path / "run.yml").write_text(yaml.safe_dump(keys))
+    data = tmp_path / "sft_train.yml"
+    command = [str(ROOT / "configs/tiny/model.yml"), str(tmp_path / "run.yml"), str(data), "--world-size", "1"]
+    capsys.readouterr()
+    assert build_indices([*command, "--check-content"]) == 0
+    out = capsys.readouterr().out
+    assert f"longer than a sample of {SAMPLE} tokens and left out" in out
+    assert "2 sources are ready" in out
+    lines = data.read_text().splitlines()
+    data.write_text("\n".join(line for line in lines if "label" not in line))
+    assert build_indices(command) == 2
+    assert "give its label file" in capsys.readouterr().err
+    data.write_text("\n".join(line for line in lines if "pack_impl" not in line))
+    assert build_indices(command) == 2
+    assert "answers would stand without their question" in capsys.readouterr().err
