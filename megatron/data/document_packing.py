@@ -11,17 +11,15 @@ all of it is learned. Where there are labels, a document or piece without a targ
 
 from __future__ import annotations
 
-import hashlib
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron.data.header import fingerprint
 from megatron.data.index_cache import Arrays, CachedIndex
 from megatron.data.indexed import DataError, open_indexed
 from megatron.data.sample import SampleForm
-from megatron.data.sources import DOCUMENTS, SAMPLES, Piece, SampleSource, seeded_permutation
+from megatron.data.sources import DOCUMENTS, SAMPLES, Piece, SampleSource, labels_identity, seeded_permutation
 
 Integers = NDArray[np.integer]
 Packing = Literal["pack_until_overflow", "unpacked", "best_fit"]
@@ -48,7 +46,7 @@ class WholeDocuments(SampleSource):
             "documents": self.documents,
             "seq_length": form.seq_length,
             "seed": seed,
-            "labels": None if labels is None else _labels_identity(labels),
+            "labels": None if labels is None else labels_identity(labels),
         }
         self._index = CachedIndex(
             prefix,
@@ -147,13 +145,6 @@ _COUNTS = (
     *("documents", "tokens", "too_long", "too_long_tokens", "cut", "cut_tokens"),
     *("silent", "silent_tokens", "short", "short_tokens"),
 )
-
-
-def _labels_identity(prefix: str) -> str:
-    """Changes with the lengths of the documents, and with the first and last labels."""
-    file = open_indexed(prefix)
-    edges = (file.stretch(0, 1 << 18), file.stretch(max(0, file.num_tokens - (1 << 18)), file.num_tokens))
-    return hashlib.sha256(repr(fingerprint(prefix)["hash"]).encode() + b"".join(e.tobytes() for e in edges)).hexdigest()
 
 
 def _have_targets(labels: str, document: Integers, offset: Integers, length: Integers) -> NDArray[np.bool_]:

@@ -7,12 +7,14 @@ megatron-core shuffle all epochs at once, and train_iters then changes the order
 
 from __future__ import annotations
 
+import hashlib
 from abc import abstractmethod
 from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron.data.header import fingerprint
 from megatron.data.index_cache import Arrays, CachedIndex
 from megatron.data.indexed import DataError, IndexedFile, open_indexed
 from megatron.data.sample import Sample, SampleDataset, SampleForm
@@ -97,7 +99,14 @@ class RunningPack(SampleSource):
         last_epoch = max(samples - 1, 0) * form.seq_length // self.tokens
         last_token = self.first_sample(last_epoch + 1) * form.seq_length  # of the last sample that begins in it
         self.epochs = last_token // self.tokens + 1
-        identity = {"pack": "packed", "documents": self.documents, "seq_length": form.seq_length, "seed": seed}
+        identity: dict[str, object] = {
+            "pack": "packed",
+            "documents": self.documents,
+            "seq_length": form.seq_length,
+            "seed": seed,
+        }
+        if labels is not None:
+            identity["labels"] = labels_identity(labels)
         self._index = CachedIndex(
             prefix, f"{form.seq_length}s_{self.epochs}ep", {**identity, "epochs": self.epochs}, self.build_index
         )
@@ -124,7 +133,28 @@ class RunningPack(SampleSource):
             np.cumsum(sizes[permutation], dtype=np.int64, out=ends[epoch])
             first, end = self.first_sample(epoch), self.first_sample(epoch + 1)
             samples[first:end] = first + seeded_permutation(self._seed, epoch, SAMPLES, end - first)
-        return {"order": order, "ends": ends, "samples": samples}
+        arrays: Arrays = {"order": order, "ends": ends, "samples": samples}
+        if self.labels is not None:
+            arrays["silent"] = np.array(self._count_silent(order[0]))
+        return arrays
+
+    def _count_silent(self, order: NDArray[np.integer]) -> list[int]:
+        """[samples without a target, samples] of the first epoch."""
+        assert self.labels is not None
+        file, s = open_indexed(self.labels), self.form.seq_length
+        learned = np.concatenate([file.document(int(document)) >= 0 for document in order])
+        targets = learned[1 : 1 + (len(learned) - 1) // s * s].reshape(-1, s)
+        return [int((~targets.any(axis=1)).sum()), len(targets)]
+
+    def describe_left_out(self) -> list[str]:
+        """Nothing is left out; but where samples are cut anywhere, some may have no target."""
+        if self.labels is None:
+            return []
+        silent, count = self._index.arrays()["silent"].tolist()
+        return [
+            f"{self.prefix}: {silent:,} samples of {count:,} in the first epoch have no target and teach nothing: "
+            f"pack_impl: packed cuts documents anywhere"
+        ]
 
     def pieces(self, index: int) -> list[Piece]:
         arrays = self._index.arrays()
@@ -186,6 +216,13 @@ class OncePacked(SampleSource):
                 yield document, begin - start, length
             begin += length
             document += 1
+
+
+def labels_identity(prefix: str) -> str:
+    """Changes with the lengths of the documents, and with the first and last labels."""
+    file = open_indexed(prefix)
+    edges = (file.stretch(0, 1 << 18), file.stretch(max(0, file.num_tokens - (1 << 18)), file.num_tokens))
+    return hashlib.sha256(repr(fingerprint(prefix)["hash"]).encode() + b"".join(e.tobytes() for e in edges)).hexdigest()
 
 
 def _join(prefix: str, pieces: list[Piece]) -> NDArray[np.int64]:

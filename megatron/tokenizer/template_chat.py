@@ -322,7 +322,7 @@ def _is_quoted(message: Message, text: str) -> bool:
         return True
     for call in fields.get("tool_calls") or ():
         arguments = call["function"].get("arguments") if isinstance(call.get("function"), dict) else None
-        if isinstance(arguments, str) and '"' in arguments and _squeezed(json.dumps(arguments)[1:-1]) in text:
+        if isinstance(arguments, str) and '"' in arguments and any(form in text for form in _forms(arguments)[1:]):
             return True
     return False
 

@@ -124,6 +124,25 @@ UNDERSTOOD: dict[str, tuple[dict[str, Any], list[Turn], str]] = {
         [SYSTEM, *ASKED],
         "question",
     ),
+    "pairs": (
+        {
+            "conversation_id": 1,
+            "conversation": [{"human": "Hi", "assistant": "Ho"}, {"human": QUESTION, "assistant": ANSWER}],
+        },
+        [("user", "Hi", False), ("assistant", "Ho", True), *ASKED],
+        "messages",
+    ),
+    "columns": ({"messages": {"role": ["user", "assistant"], "content": [QUESTION, ANSWER]}}, ASKED, "messages"),
+    "user and assistant": ({"user": QUESTION, "assistant": ANSWER}, ASKED, "question"),
+    "prompt and history": (
+        {
+            "prompt": QUESTION,
+            "response": ANSWER,
+            "history": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}],
+        },
+        [("user", "Hi", False), ("assistant", "Ho", True), *ASKED],
+        "prompt",
+    ),
     "texts": ({"id": "1", "data": [QUESTION, ANSWER]}, ASKED, "texts"),
     "reasoning beside": (
         {"question": QUESTION, "reasoning": "Think.", "answer": ANSWER},
@@ -209,6 +228,12 @@ REFUSED: dict[str, dict[str, Any]] = {
     "wants the words of the user learned": {"messages": [{**GOOD[0], "train": True}, GOOD[1]]},
     "'mask' changes what is said or learned": {"messages": [GOOD[0], {**GOOD[1], "mask": True}]},
     "'refusal' changes what is said or learned": {"messages": [GOOD[0], {"role": "assistant", "refusal": "No."}]},
+    "'is_trainable' is not known, and looks like a switch": {"messages": [GOOD[0], {**GOOD[1], "is_trainable": False}]},
+    "'turn_weights' is not known, and looks like a switch": {"messages": GOOD, "turn_weights": [0, 1]},
+    "'thoughts' is not known, and looks like reasoning": {"messages": [GOOD[0], {**GOOD[1], "thoughts": "hm"}]},
+    "'available_tools' is not known, and looks like tools": {"messages": GOOD, "available_tools": [{"name": "f"}]},
+    "'sysprompt' is not known, and looks like a system prompt": {"messages": GOOD, "sysprompt": "Be brief."},
+    "the lists in 'messages' are not of one length": {"messages": {"role": ["user"], "content": []}},
     "a part of the content is not text but image_url": {
         "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, GOOD[1]]
     },

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from megatron.common.labels import IGNORE_INDEX
 from megatron.data.build import build_datasets
@@ -13,10 +14,12 @@ from tests.support.configurations import data_args
 from tests.support.conversations import conversations
 from tests.support.data_commands import preprocess_chats, table_rows
 from tests.support.text_files import write_records
+from tools.datasets.build_indices import main as build_indices
 from tools.datasets.inspect_data import main as inspect
 
 pytestmark = pytest.mark.unit
 
+ROOT = Path(__file__).resolve().parents[2]
 SAMPLE = 64
 
 
@@ -99,7 +102,16 @@ def test_conversations_without_labels_and_cut_ones_are_refused(prefix: str) -> N
             build_datasets(args(prefix, **changes))
     with pytest.raises(DataError, match=r"pack_impl: packed cuts them.*Set pack_impl: best_fit"):
         build_datasets(args(prefix, pack_impl="packed"))
-    assert len(build_datasets(args(prefix, pack_impl="packed", allow_chopped=True)).train) == 160
+    packed = build_datasets(args(prefix, pack_impl="packed", allow_chopped=True))
+    assert len(packed.train) == 160
+    epoch = int(IndexedFile(prefix).num_tokens - 1) // SAMPLE
+    silent = next(int(note.split()[2]) for note in packed.notes if "have no target and teach nothing" in note)
+    assert packed.blend is not None
+    source = packed.blend.sources[0]
+    places = source._index.arrays()["samples"][: source.first_sample(1)].tolist()  # type: ignore[attr-defined]
+    read = [packed.train[i]["labels"] for i, place in enumerate(places) if place < epoch]
+    assert len(read) == epoch
+    assert 0 < silent == sum(not (labels != IGNORE_INDEX).any() for labels in read)
 
 
 def test_switches_of_turns_and_train_on_last(vocab_folder: Path, tmp_path: Path) -> None:
@@ -113,3 +125,28 @@ def test_switches_of_turns_and_train_on_last(vocab_folder: Path, tmp_path: Path)
     labels = IndexedFile(tmp_path / "sft_b_label_document")
     spans = [int(np.diff((document != IGNORE_INDEX).astype(int)).clip(0).sum()) for document in labels]
     assert spans == [2, 1, 1]
+
+
+def test_the_written_keys_through_the_command(prefix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = yaml.safe_load((ROOT / "configs/tiny/run.yml").read_text())
+    keys = {key: run[key] for key in ("optimizer", "train_iters", "precision") if key in run} | {
+        "from_scratch": True,
+        "seq_length": SAMPLE,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+    }
+    (tmp_path / "run.yml").write_text(yaml.safe_dump(keys))
+    data = tmp_path / "sft_train.yml"
+    command = [str(ROOT / "configs/tiny/model.yml"), str(tmp_path / "run.yml"), str(data), "--world-size", "1"]
+    capsys.readouterr()
+    assert build_indices([*command, "--check-content"]) == 0
+    out = capsys.readouterr().out
+    assert f"longer than a sample of {SAMPLE} tokens and left out" in out
+    assert "2 sources are ready" in out
+    lines = data.read_text().splitlines()
+    data.write_text("\n".join(line for line in lines if "label" not in line))
+    assert build_indices(command) == 2
+    assert "give its label file" in capsys.readouterr().err
+    data.write_text("\n".join(line for line in lines if "pack_impl" not in line))
+    assert build_indices(command) == 2
+    assert "answers would stand without their question" in capsys.readouterr().err

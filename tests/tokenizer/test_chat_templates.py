@@ -7,7 +7,7 @@ from typing import Any
 import jinja2
 import pytest
 
-from megatron.tokenizer import Tokenizer
+from megatron.tokenizer import Tokenizer, chat_template
 from megatron.tokenizer.chat_template import TEMPLATE_FOLDER, ChatTemplate, load_chat_template, shipped_templates
 from megatron.tokenizer.conversation import ChatError
 from tests.support.chat_templates import NAMED, SINGLE, SPECIAL, transformers_tokenizer
@@ -28,11 +28,11 @@ def test_all_templates_are_compared() -> None:
     assert len(TEMPLATES) - len(shipped_templates()) >= 10
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_equal_to_transformers(name: str, vocab_folder: Path) -> None:
+def compare(name: str, vocab_folder: Path) -> tuple[int, int, int]:
+    """Of the random conversations: (rendered by both to the same bytes, refused by both, differing)."""
     theirs = transformers_tokenizer(vocab_folder, TEMPLATES[name])
     ours = ChatTemplate(TEMPLATES[name], SPECIAL)
-    rendered = refused = 0
+    same = refused = different = 0
     for number, record in enumerate(random_records(COUNT)):
         prompt = number % 3 == 0
         arguments = record.get("chat_template_kwargs", {})
@@ -54,12 +54,36 @@ def test_equal_to_transformers(name: str, vocab_folder: Path) -> None:
             found = ours.render(record["messages"], tools, documents, prompt=prompt, arguments=arguments)
         except ChatError:
             found = None
-        assert found == expected, record
-        rendered += expected is not None
-        refused += expected is None
-    assert rendered + refused == COUNT
-    assert rendered > COUNT / 8
+        different += found != expected
+        same += found == expected is not None
+        refused += found is expected is None
+    return same, refused, different
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_equal_to_transformers(name: str, vocab_folder: Path) -> None:
+    same, refused, different = compare(name, vocab_folder)
+    assert different == 0
+    assert same + refused == COUNT
+    assert same > COUNT / 8
     assert refused > 0 or name in ("tools", "macros", "parts", "white space", "documents", "reasoning")
+
+
+MUTATIONS: dict[str, tuple[str, Any, str]] = {
+    "escaped letters": ("_tojson", lambda value, **_: json.dumps(value), "tools"),
+    "null fields stay": ("_as_seen", dict, "parts"),
+    "one name for reasoning": ("_REASONING", ("reasoning_content",), "reasoning"),
+    "any namespace": ("_refuse_private", lambda name: None, "sandbox"),
+}
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_the_comparison_sees_another_environment(
+    mutation: str, vocab_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attribute, value, name = MUTATIONS[mutation]
+    monkeypatch.setattr(chat_template, attribute, value)
+    assert compare(name, vocab_folder)[2] > 0
 
 
 def test_refusals_of_what_is_no_conversation(vocab_folder: Path) -> None:

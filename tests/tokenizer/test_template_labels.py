@@ -193,3 +193,21 @@ def test_tools_choose_the_template(hf_tokenizer: Tokenizer) -> None:
     )
     assert "<tools>" not in plain
     assert '<tools>\n{"type": "function", "function": {"name": "simbad", "parameters": {"größe": 1}}}' in with_tools
+
+
+def test_arguments_as_text_and_contents_in_parts_are_written_as_what_they_are(hf_tokenizer: Tokenizer) -> None:
+    arguments = {"object": "Ångström", "radius": 2}
+    call = {"function": {"name": "simbad", "arguments": json.dumps(arguments, ensure_ascii=False)}}
+    record = {
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "Wo?"}]},
+            {"role": "assistant", "tool_calls": [call]},
+            {"role": "tool", "content": "10.68"},
+            {"role": "assistant", "content": "Dort."},
+        ]
+    }
+    chat = TemplateChat(ChatTemplate(template_of("llama3.1"), SPECIAL), hf_tokenizer)
+    ids, _ = encode_conversation(chat, hf_tokenizer, read_conversation(record).conversation)
+    text = hf_tokenizer.decode(ids)
+    assert '{"name": "simbad", "parameters": {"object": "Ångström", "radius": 2}}<|eot_id|>' in text
+    assert "<|end_header_id|>\n\nWo?<|eot_id|>" in text

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import sys
 import zlib
 from collections.abc import Iterator, Sequence
@@ -126,7 +127,7 @@ def find_inputs(inputs: Sequence[str], skip_bad: bool = False) -> InputFiles:
     """
     found = InputFiles([], skip_bad)
     for entry in (part for item in inputs for part in item.split(",") if part):
-        path = Path(entry).expanduser()
+        path = Path(os.path.expandvars(entry)).expanduser()
         if path.is_dir():
             inside = sorted(p for p in path.rglob("*") if p.is_file())
             files = [p for p in inside if p.name.endswith(SUFFIXES)]

@@ -2,12 +2,12 @@
 
 | shape | fields |
 |---|---|
-| messages | `messages` (or `conversation`, `dialogue`, `dialog`, `turns`) with role and content: OpenAI |
+| messages | `messages` (or `conversation`, `dialogue`, `dialog`, `turns`) with role and content, or in pairs: OpenAI |
 | sharegpt | `conversations` with from and value: ShareGPT, OpenHermes 2.5 |
 | alpaca | `instruction`, `input` (or `context`), `output` (or `response`), `history`: Alpaca, Dolly |
 | nemotron | `input` (text or turns), `output`, `system_prompt`, `reasoning`: Llama-Nemotron |
 | prompt | `prompt` and `completion` (or `response`, `output`, `answer`), texts or turns |
-| question | `question` (or `query`, `problem`, `inputs`) and `answer` (or `response`, `solution`, `targets`) |
+| question | `question` (or `query`, `problem`, `inputs`, `user`) and `answer` (or `response`, `solution`, `targets`) |
 | texts | `data`: a list of texts, of the user and the assistant in turn: UltraChat |
 """
 
@@ -19,13 +19,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron.tokenizer.conversation import ChatError
-from tools.datasets.encoding.turns import REASONING, SWITCHES
+from tools.datasets.encoding.turns import REASONING, SWITCHES, looks_like
 
 THINKING = {True: "detailed thinking on", False: "detailed thinking off"}  # Llama-Nemotron's system prompts
 _LISTS = ("messages", "conversations", "conversation", "dialogue", "dialog", "turns")
-_ANSWERS = ("output", "response", "completion", "answer", "solution", "targets")
-_QUESTIONS = ("question", "query", "problem", "inputs")
-_SYSTEM = ("system", "system_prompt", "system_message")
+_ANSWERS = ("output", "response", "completion", "answer", "solution", "target", "targets", "assistant")
+_QUESTIONS = ("question", "query", "problem", "inputs", "user", "human")
+_SYSTEM = ("system", "system_prompt", "system_message", "system_instruction", "sys_prompt", "systemprompt")
+_PAIRS = (("human", "assistant"), ("user", "assistant"), ("question", "answer"), ("prompt", "response"))
 _REFUSED = {
     "chosen": "a pair of answers is for preference training",
     "rejected": "a pair of answers is for preference training",
@@ -94,6 +95,11 @@ def shape_record(record: Mapping[str, Any]) -> Shaped:
             )
     shaped = _shape(fields)
     _say_more(fields, shaped)
+    for key, value in fields.left.items():
+        # Numbers and texts beside a whole conversation are mostly facts about it, such as used_in_training: yes.
+        looks = looks_like(key, value) if isinstance(value, (bool, list, dict)) or key.startswith("sys") else None
+        if looks is not None:
+            raise ChatError(f"{key!r} is not known, and looks like {looks}; or take it out", f"key {key}")
     shaped.unknown += fields.left
     return shaped
 
@@ -127,10 +133,29 @@ def _shape(fields: RecordFields) -> Shaped:
 def _list_of_turns(fields: RecordFields) -> Shaped:
     name = next(key for key in _LISTS if key in fields)
     turns = _parsed(name, fields.take(*_LISTS))
+    if isinstance(turns, dict) and turns and all(isinstance(column, list) for column in turns.values()):
+        turns = _rows(name, turns)
     if not isinstance(turns, list):
         raise ChatError(f"field {name!r} is not a list but {type(turns).__name__}", "not a list")
+    turns = [turn for item in turns for turn in _pair(item)]
     share_gpt = bool(turns) and isinstance(turns[0], dict) and "from" in turns[0]
     return Shaped("sharegpt" if share_gpt else "messages", turns)
+
+
+def _rows(name: str, columns: dict[str, list[Any]]) -> list[dict[str, Any]]:
+    """Turns that are kept as one list for each of their fields."""
+    if len({len(column) for column in columns.values()}) != 1:
+        raise ChatError(f"the lists in {name!r} are not of one length", "lists of several lengths")
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def _pair(item: Any) -> list[Any]:
+    """The two turns of an item that holds a question and its answer; any other item as it is."""
+    if isinstance(item, dict):
+        for asks, answers in _PAIRS:
+            if {asks, answers} == {key for key, value in item.items() if value is not None}:
+                return [_turn("user", item[asks]), _turn("assistant", item[answers])]
+    return [item]
 
 
 def _alpaca(fields: RecordFields) -> Shaped:

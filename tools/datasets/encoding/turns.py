@@ -6,6 +6,7 @@ A key that changes what is said or learned is understood or refused. One that is
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -54,6 +55,17 @@ _REFUSED = {
     "recipient": "name the tool in tool_calls",
     "prefix": "continuing an answer that is given in part is not known here",
 }
+# Keys of other names that look as if they changed what is learned: pattern, kinds of values, what they look like
+_LOOKS: tuple[tuple[re.Pattern[str], tuple[type, ...], str], ...] = (
+    (re.compile("train|loss|learn|mask|weight|supervis|ignore"), (bool, int, float, list), "a switch; call it train"),
+    (
+        re.compile("reason|think|thought|rationale|(^|_)cot$|chain_of"),
+        (str, list),
+        "reasoning; call it reasoning_content",
+    ),
+    (re.compile("(^|_)(tools?|functions?)($|_)"), (list, dict), "tools or calls; call them tools or tool_calls"),
+    (re.compile("^sys"), (str,), "a system prompt; call it system"),
+)
 _USED = {*_ROLE, *_CONTENT, *REASONING, *SWITCHES, "tool_calls", "function_call", "tool_call_id", "id"}
 
 
@@ -93,7 +105,20 @@ def read_turn(number: int, turn: Any) -> tuple[Message, list[str]]:
         fields=_fields(turn, name, role, value, calls),
     )
     known = _USED | set(_REFUSED) | ({"name"} if role == "tool" else set())
-    return message, [key for key in turn if key not in known]
+    unknown = [key for key in turn if key not in known]
+    for key in unknown:
+        looks = looks_like(key, turn[key])
+        if looks is not None:
+            raise _error(number, f"{key!r} is not known, and looks like {looks}; or take it out", f"key {key}")
+    return message, unknown
+
+
+def looks_like(key: str, value: Any) -> str | None:
+    """What a key that is not known seems to mean, None if nothing that matters."""
+    for pattern, kinds, looks in _LOOKS:
+        if pattern.search(key.lower()) and isinstance(value, kinds) and value not in ("", []):
+            return looks
+    return None
 
 
 def _fields(turn: Mapping[str, Any], name: str, role: Role, value: Any, calls: list[Any]) -> Mapping[str, Any] | None:
