@@ -48,8 +48,8 @@ class SmallLlama:
     def intermediate(self) -> int:
         return self.hidden * 7 // 2
 
-    def arguments(self, **keys: Any) -> NeoXArgs:
-        """A run of one process; `keys` are GPT-NeoX's."""
+    def arguments(self, world_size: int = 1, **keys: Any) -> NeoXArgs:
+        """A run of `world_size` ranks; `keys` are GPT-NeoX's."""
         own = {
             "num_layers": self.layers,
             "hidden_size": self.hidden,
@@ -80,7 +80,7 @@ class SmallLlama:
             "from_scratch": True,
             "train_data_paths": ["unused"],
         }
-        return NeoXArgs.from_dict(own | keys, world_size=1)
+        return NeoXArgs.from_dict(own | keys, world_size=world_size)
 
     def transformers_model(self) -> Any:
         """The same model as transformers builds it, fp32, with its random weights."""
@@ -109,15 +109,17 @@ def random_samples(vocab: int, seq: int, count: int, seed: int = 7) -> list[dict
     return [{"tokens": row[:-1], "labels": row[1:].clone()} for row in tokens]
 
 
-def start_engine(args: NeoXArgs, device: torch.device, weights: dict[str, Tensor] | None = None) -> Engine:
+def start_engine(
+    args: NeoXArgs, device: torch.device, weights: dict[str, Tensor] | None = None, *, training: bool = True
+) -> Engine:
     """This rank's engine with random weights, or on one rank with those of a transformers model.
 
     Needs the default process group; forms the others.
     """
-    from megatron.engine.build import build_engine
+    from megatron.engine.build import build_engine, build_inference_engine
     from megatron.parallel.process_groups import form_groups
 
-    engine = build_engine(args, form_groups(args, device))
+    engine = (build_engine if training else build_inference_engine)(args, form_groups(args, device))
     if weights is None:
         engine.initialize_weights()
     else:

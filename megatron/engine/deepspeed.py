@@ -29,6 +29,7 @@ from megatron.engine.nonfinite import propagate
 from megatron.engine.optimizer import REPLICATED_GROUPS, build_optimizer, parameter_groups
 from megatron.engine.optimizer_shards import OptimizerShard, ReadShard
 from megatron.engine.protocol import Around, Counters, StepResult
+from megatron.model.cache import CachedTokens, run_cached
 from megatron.model.sequence_parallel import sum_over_slices
 from megatron.neox_arguments import NeoXArgs
 from megatron.neox_arguments.deepspeed_config import pipeline_messages
@@ -177,6 +178,12 @@ class DeepSpeedEngine:
     def _fitting(self, micro_batch: MicroBatch) -> MicroBatch:
         """With sequences that the tensor-parallel ranks can divide."""
         return padded(micro_batch, self.module.tensor_parallel.padded_length(micro_batch["tokens"].shape[1]))
+
+    @torch.inference_mode()
+    def forward_cached(self, inputs: Tensor, tokens: CachedTokens) -> Tensor:
+        first = self.stage_layers(self.place.pp_rank).start
+        with self._around("forward"):
+            return run_cached(self.module.forward_funcs, first, self.args.num_layers, inputs, tokens)
 
     @staticmethod
     def _iterator(batch: StepBatch) -> Iterator[Any] | None:

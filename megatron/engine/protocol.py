@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from megatron.engine.batches import StepBatch
     from megatron.engine.optimizer_shards import OptimizerShard, ReadShard
+    from megatron.model.cache import CachedTokens
     from megatron.parallel.place import Place
     from megatron.parallel.process_groups import ModelGroups
 
@@ -125,6 +126,15 @@ class Engine(PipelineStage, Protocol):
 
     def logits(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor | None:
         """This rank's logits [b, s, V / tp] of ids [b, s] on the last stage, None on the others."""
+        ...
+
+    def forward_cached(self, inputs: Tensor, tokens: CachedTokens) -> Tensor:
+        """This stage's layers on cached tokens: ids [b, s] or the hidden states of the stage before.
+
+        Returns hidden states for the next stage, or on the last one this rank's logits [n, 1, V / tp] of the n outputs
+        of `tokens`. Collective over the tensor-parallel group alone: the caller moves hidden states between stages
+        (`megatron.generation.stages`).
+        """
         ...
 
     # --- what a checkpoint holds besides weights

@@ -2,96 +2,160 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
-
-import torch
 
 from megatron.checkpoint.load import load_weights
 from megatron.common.errors import UserError
 from megatron.common.log import log_on_rank_0
 from megatron.engine.build import build_inference_engine
-from megatron.generation.text import check_prompt, continue_text
+from megatron.generation.conversations import ChatPrompts
+from megatron.generation.generate import Batching, Generator
+from megatron.generation.interactive import Dialogue
+from megatron.generation.requests import PromptReader, Request
+from megatron.generation.samples import SampleFile, record_of, record_of_error
+from megatron.generation.sampling import RandomNumbers, Sampling
+from megatron.generation.sequences import Continuation, Endings
 from megatron.neox_arguments import NeoXArgs
+from megatron.parallel.collective_errors import RankGroup
 from megatron.parallel.place import Place
 from megatron.parallel.process_groups import initialize
-from megatron.supervision.status_store import Whereabouts
 from megatron.supervision.step_timers import StepTimers
 from megatron.supervision.watchdog import Watchdog
-from megatron.tokenizer import build_tokenizer
+from megatron.tokenizer import Tokenizer, build_tokenizer
+
+PRINTED = 8  # texts of a run that are printed; a longer one says how far it is
+PROGRESS_SECONDS = 30.0
 
 
 def generate_text(args: NeoXArgs) -> None:
-    """Continue every prompt (or start from the beginning-of-text token); JSON lines with GPT-NeoX's fields."""
+    """Continue every prompt (or start from the beginning-of-text token), or what is typed.
+
+    The prompts are read before the model is loaded. Raises UserError when all that can be has been written, if a prompt
+    could not be continued.
+    """
+    args = args.model_copy(update={"sequence_parallel": False})  # a sequence of one token cannot be cut
     place = initialize(args)
     log_on_rank_0(place.rank)
-    path = Path(args.sample_output_file)
-    with Watchdog(args, place) as watchdog, contextlib.ExitStack() as stack:
-        samples = _continuations(args, place, watchdog.whereabouts)
-        out = None
-        for record in samples:
-            if place.rank == 0:
-                out = out or stack.enter_context(_open_samples(path))
-                out.write(json.dumps(record, ensure_ascii=False).encode(errors="replace") + b"\n")
-                out.flush()
-                print(f"{record['context']!r} -> {record['text']!r}", flush=True)
-    if place.rank == 0:
-        print(f"written to {path}")
-
-
-def _open_samples(path: Path) -> IO[bytes]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path.open("wb")
-
-
-def _continuations(args: NeoXArgs, place: Place, whereabouts: Whereabouts) -> Iterator[dict[str, Any]]:
-    """One record after the other. All prompts are checked before the model is loaded."""
-    assert args.vocab_file is not None  # checked with the configuration
-    tokenizer = build_tokenizer(args.tokenizer_type, args.vocab_file)
-    beginning = [] if tokenizer.bos is None else [tokenizer.bos]
-    prompts = [(number, text, beginning + tokenizer.encode(text)) for number, text in _prompts(args)]
-    for number, _, ids in prompts:
+    with Watchdog(args, place) as watchdog:
+        assert args.vocab_file is not None  # checked with the configuration
+        tokenizer = build_tokenizer(args.tokenizer_type, args.vocab_file, args.merge_file)
+        chat = None
+        if args.chat:
+            chat = ChatPrompts.load(args.chat_template, tokenizer, args.system_prompt, args.thinking)
+        reader = PromptReader(args, tokenizer, chat)
+        requests = read_requests(args, place, reader)
+        around = StepTimers(watchdog.whereabouts, place.device).during
+        engine = build_inference_engine(args, place, around)
+        load_weights(engine, args)
+        generator = Generator(engine, args, Batching(args.generation_batch_size, args.prefill_chunk), around)
+        endings = endings_of(args, tokenizer, chat)
         try:
-            check_prompt(args, ids)
-        except UserError as error:
-            where = f"{args.sample_input_file}, line {number}: " if args.sample_input_file else ""
-            raise UserError(f"{where}{error}") from None
-    engine = build_inference_engine(args, place, StepTimers(whereabouts, place.device).during)
-    load_weights(engine, args)
-    generator = torch.Generator().manual_seed(args.seed)
-    for _, text, ids in prompts:
-        start = time.perf_counter()
-        new, finished = continue_text(engine, args, ids, tokenizer.ends, generator)
-        yield {
-            "context": text,
-            "text": tokenizer.decode(new),
-            "length": len(new),
-            "finished": finished,
-            "message": None,
-            "duration_seconds": time.perf_counter() - start,
-        }
+            if args.text_gen_type == "interactive":
+                Dialogue(generator, reader, sampling_of(args), endings, watchdog.whereabouts).hold()
+            else:
+                continue_all(generator, requests, endings)
+        finally:
+            generator.close()
 
 
-def _prompts(args: NeoXArgs) -> list[tuple[int, str]]:
-    """(line, prompt), lines counted from 1."""
-    if not args.sample_input_file:
-        return [(0, "")] * args.num_samples
-    path = Path(args.sample_input_file)
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
+def read_requests(args: NeoXArgs, place: Place, reader: PromptReader) -> list[Request]:
+    """What is to be continued, the same on all ranks; nothing where prompts are typed. Collective."""
+    ranks = RankGroup.world(place.device, UserError)
+    requests: list[Request] = []
+    with ranks.together("reading the prompts"):
+        if place.rank == 0 and args.text_gen_type == "unconditional":
+            requests = reader.unconditional()
+        elif place.rank == 0 and args.text_gen_type == "input-file":
+            assert args.sample_input_file is not None  # checked with the configuration
+            requests = reader.file(Path(args.sample_input_file))
+    return ranks.broadcast(requests)
+
+
+def sampling_of(args: NeoXArgs) -> Sampling:
+    return Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
+
+
+def endings_of(args: NeoXArgs, tokenizer: Tokenizer, chat: ChatPrompts | None) -> Endings:
+    turn = [] if chat is None else chat.chat.end_of_turn
+    return Endings(
+        tokenizer.ends.union(args.stop_token_ids, turn),
+        tuple(args.stop),
+        tokenizer.decode,
+        args.max_thinking_tokens,
+        () if chat is None else chat.closing,
+    )
+
+
+def sequences_of(requests: list[Request], args: NeoXArgs) -> list[Continuation]:
+    """`num_samples` sequences of each prompt that can be continued."""
+    return [
+        Continuation(
+            request.number,
+            sample,
+            request.ids,
+            args.maximum_tokens,
+            RandomNumbers(args.seed, request.number, sample) if args.temperature else None,
+            trace=bool(args.thinking),
+        )
+        for request in requests
+        if request.error is None
+        for sample in range(args.num_samples)
+    ]
+
+
+def continue_all(generator: Generator, requests: list[Request], endings: Endings) -> None:
+    """Continue the prompts and write what comes. Collective over all ranks."""
+    args, place = generator.args, generator.place
+    ranks = RankGroup.world(place.device, UserError)
+    bad = [request for request in requests if request.error is not None]
+    sequences = sequences_of(requests, args)
+    by_number = {request.number: request for request in requests}
+    with ranks.together("opening the output file"):
+        output = SampleFile(Path(args.sample_output_file), place)
+        if place.rank == 0:
+            output.add(map(record_of_error, bad))
+    progress = _Progress(len(sequences) if place.rank == 0 else 0)
+
+    def on_end(sequence: Continuation) -> None:
+        if place.first_stage and place.tp_rank == 0:
+            record = record_of(by_number[sequence.number], sequence, endings, args.show_thinking)
+            output.add([record])
+            progress.add(record["context"], record["text"])
+
+    start = time.perf_counter()
+    own = generator.own_share(sequences)
+    generator.run(own, sampling_of(args), endings, on_end=on_end)
+    seconds = time.perf_counter() - start
+    counted = own if place.first_stage and place.tp_rank == 0 else []
+    new = ranks.total(sum(len(sequence.new) for sequence in counted))
+    read = ranks.total(sum(len(sequence.prompt) for sequence in counted))
+    output.finish()
+    if place.rank == 0:
+        print(
+            f"{len(requests) - len(bad)} prompts, {len(sequences)} texts: {new} new tokens in {seconds:.2f} s, "
+            f"{new / max(seconds, 1e-9):.1f} tokens/s, and {read} tokens of prompts read; key/value cache "
+            f"{generator.cache_bytes / 2**20:.1f} MiB on rank 0"
+        )
+        print(f"written to {output.path}", flush=True)
+    if bad:
+        reasons = "; ".join(request.error or "" for request in bad[:5]) + ("; ..." if len(bad) > 5 else "")
         raise UserError(
-            f"sample_input_file {path}: not UTF-8 text ({error.reason} at byte {error.start}); convert it first"
-        ) from None
-    except OSError as error:
-        raise UserError(
-            f"sample_input_file {path}: {error.strerror}; give a text file with one prompt a line"
-        ) from None
-    prompts = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-    if not prompts:
-        raise UserError(f"sample_input_file {path} has no prompt; write one a line")
-    return prompts
+            f"{len(bad)} of {len(requests)} prompts of {args.sample_input_file} were not continued, all others are in "
+            f"{output.path}: {reasons}"
+        )
+
+
+class _Progress:
+    """Prints the texts of a short run, and now and then how far a long one is; nothing with a total of 0."""
+
+    def __init__(self, total: int) -> None:
+        self._total, self._done, self._printed = total, 0, time.monotonic()
+
+    def add(self, context: str, text: str) -> None:
+        self._done += 1
+        if 0 < self._total <= PRINTED:
+            print(f"{context!r} -> {text!r}", flush=True)
+        elif self._total and time.monotonic() - self._printed > PROGRESS_SECONDS:
+            print(f"{self._done} texts of about {self._total}", flush=True)
+            self._printed = time.monotonic()

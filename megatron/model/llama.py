@@ -18,13 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron import layout
+from megatron.model.cache import CachedTokens
 from megatron.model.parallel import TensorParallel
 from megatron.model.rotary import RotaryTable
 from megatron.neox_arguments import NeoXArgs
 from megatron.ops import add_rms_norm, apply_rotary, rms_norm, swiglu
 
-Stream = Tensor | tuple[Tensor, Tensor]
-"""What stages pass: hidden states, or (hidden states, positions) where documents are isolated."""
+Positions = Tensor | CachedTokens
+Stream = Tensor | tuple[Tensor, Positions]
+"""What layers pass: hidden states, or (hidden states, positions) where documents are isolated or tokens are cached."""
 
 
 class RMSNorm(nn.Module):
@@ -57,9 +59,12 @@ class Attention(nn.Module):
         self.query_key_value = tp.column(args.hidden_size, qkv_features)
         self.dense = tp.row(args.hidden_size, args.hidden_size)
 
-    def forward(self, x: Tensor, positions: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, positions: Positions | None) -> Tensor:
         q, k, v = layout.split_qkv(self.query_key_value(x), self.heads, self.kv_heads, self.head_dim)
         cos, sin = self.rotary.on(x.device)
+        if isinstance(positions, CachedTokens):
+            q, k = apply_rotary(q, k, cos, sin, positions.positions)
+            return self.dense(positions.attend(self, q, k, v).flatten(-2))
         q, k = apply_rotary(q, k, cos, sin, positions)  # [s, b, heads, d]
         context = causal_attention(q, k, v) if positions is None else document_attention(q, k, v, positions)
         return self.dense(context.flatten(-2))
@@ -88,7 +93,7 @@ class TransformerLayer(nn.Module):
         self.mlp = MLP(args, tp)
 
     # DeepSpeed's recomputation spreads a tuple over the arguments, its plain forward passes the tuple.
-    def forward(self, stream: Stream, positions: Tensor | None = None) -> Stream:
+    def forward(self, stream: Stream, positions: Positions | None = None) -> Stream:
         x, positions = stream if isinstance(stream, tuple) else (stream, positions)
         attended = self.attention(self.input_layernorm(x), positions)
         h, normed = self.post_attention_layernorm.after_add(attended, x)
@@ -137,8 +142,10 @@ def sequence_first(stream: Stream) -> Stream:
 
 
 def batch_first(stream: Stream) -> Tensor:
-    """[s, b, h] -> [b, s, h]; positions have done their work."""
-    hidden = stream[0] if isinstance(stream, tuple) else stream
+    """[s, b, h] -> [b, s, h]; positions have done their work. Of cached tokens, those whose logits are wanted."""
+    hidden, positions = stream if isinstance(stream, tuple) else (stream, None)
+    if isinstance(positions, CachedTokens):
+        return positions.at_outputs(hidden)
     return hidden.transpose(0, 1).contiguous()
 
 

@@ -31,6 +31,7 @@ _TITLES = {
     "DataKeys": "Data",
     "CheckpointKeys": "Checkpoints",
     "RuntimeKeys": "Running, logging, evaluation, generation",
+    "GenerationKeys": "Generation",
     "SurvivalKeys": "Survival",
 }
 

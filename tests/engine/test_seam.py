@@ -110,19 +110,28 @@ def test_what_deepspeed_saved_goes_on_with_another_engine(data: str, tmp_path: P
         assert found == pytest.approx(expected, rel=1e-6), key
 
 
+def recomputed(engine: Any, prompt: list[int], new: int) -> list[int]:
+    """Greedy without a cache."""
+    ids = list(prompt)
+    for _ in range(new):
+        ids.append(int(engine.logits(torch.tensor([ids]))[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
 def _loss_and_text(rank: int, world_size: int, run_keys: dict[str, Any]) -> tuple[float, list[int]]:
     from megatron.checkpoint.load import load_weights
     from megatron.data.build import build_datasets
     from megatron.evaluation.perplexity import evaluate
-    from megatron.generation.text import continue_text
     from megatron.parallel.process_groups import form_groups
     from tests.support.fake_engine import FakeEngine
+    from tests.support.generation_runs import continued, sequences
 
     args = CASE.neox(world_size=world_size, maximum_tokens=5, **run_keys)
     engine = FakeEngine(args, form_groups(args))
     load_weights(engine, args)
     (source,) = build_datasets(args).valid.values()
-    text, _ = continue_text(engine, args, [3, 4], eod=CASE.vocab, generator=torch.Generator())
+    (text,) = continued(engine, args, sequences([[3, 4]], args.maximum_tokens))
+    assert text == recomputed(engine, [3, 4], args.maximum_tokens)
     return evaluate(engine, args, source, args.train_batch_size).loss, text
 
 

@@ -1,4 +1,4 @@
-"""The demo, shortened, and every command that README.md and docs/training.md show, on what it leaves behind."""
+"""The demo, shortened, and every command of README.md and the guides to training and generation, on its files."""
 
 from __future__ import annotations
 
@@ -27,13 +27,15 @@ STAND_INS = {  # what the README names and only its reader has
     "my-llama": "{out}/readme_hf",
     "prompts.txt": "{out}/prompts.txt",
     "samples.jsonl": "{out}/samples.jsonl",
+    "questions.jsonl": "{out}/questions.jsonl",
+    "answers.jsonl": "{out}/answers.jsonl",
     "demo_out": "{out}",
 }
 
 
 COMMANDS = [
     pytest.param(command, id=f"{page}-{number}")
-    for page in ("README.md", "docs/training.md")
+    for page in ("README.md", "docs/training.md", "docs/generation.md")
     for number, command in enumerate(documented_commands(page))
     if command not in MAKE
 ]
@@ -82,6 +84,7 @@ def test_make_targets(command: str, means: str) -> None:
 def test_documented_command(command: str, demo: tuple[Path, str]) -> None:
     out, _ = demo
     (out / "prompts.txt").write_text("The coordinate\nclass\n")
+    (out / "questions.jsonl").write_text('{"prompt": "What is a class?", "id": 3}\n"Why?"\n')
     for shown, stand_in in STAND_INS.items():
         command = command.replace(shown, stand_in.format(out=out))
     words = shlex.split(command)
@@ -89,9 +92,16 @@ def test_documented_command(command: str, demo: tuple[Path, str]) -> None:
     words[0] = sys.executable
     if "deepy.py" in words:
         words += overrides(words, out)
-    result = run_in_root(words)
+    result = run_in_root(words, typed="What is a class?\n/exit\n")
     assert result.returncode == 0, f"{command}\n{result.stdout[-2000:]}{result.stderr[-2000:]}"
-    if "generate.py" in words:
+    if "--chat" in words and "-i" not in words:
+        assert "tokens/s, ended by" in result.stderr
+    elif "--chat" in words:
+        records = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
+        assert [(r["index"], r["sample"]) for r in records] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+        assert records[0]["input"] == {"id": 3}
+        assert all("reasoning_content" in r for r in records)
+    elif "generate.py" in words:
         records = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
         assert [r["context"] for r in records] == ["The coordinate", "class"]
         assert all(r["length"] == 16 or r["finished"] for r in records)

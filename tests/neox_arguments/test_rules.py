@@ -178,11 +178,64 @@ def test_legal_surprises_are_noted(warning: str, changes: dict, note: str, monke
     assert not any(note in line for line in NeoXArgs.from_dict(keys(**changes)).notes)
 
 
+GENERATION = {"from_scratch": None, "load": "runs/a", "vocab_file": "tokenizer.json"}
+
+BROKEN_GENERATION: list[tuple[str, dict[str, Any], str]] = [
+    ("text_needs_a_vocabulary", {"vocab_file": None}, "give vocab_file, the tokenizer's file"),
+    ("prompts_have_a_file", {"text_gen_type": "input-file"}, "text_gen_type input-file needs sample_input_file"),
+    ("stop_strings_are_not_empty", {"stop": ["a", ""]}, "stop has an empty string"),
+    ("stop_ids_are_in_the_vocabulary", {"stop_token_ids": [1, 999999]}, "stop_token_ids [999999] are not ids"),
+    ("chat_keys_need_chat", {"thinking": True, "system_prompt": "x"}, "system_prompt, thinking without chat"),
+    ("thinking_has_a_budget_within_the_text", {"chat": True, "max_thinking_tokens": 9}, "without thinking: on"),
+    (
+        "thinking_has_a_budget_within_the_text",
+        {"chat": True, "thinking": True, "max_thinking_tokens": 64, "maximum_tokens": 64},
+        "no token would be left for the answer",
+    ),
+    ("chats_have_prompts", {"chat": True, "text_gen_type": "unconditional"}, "there is nothing to answer"),
+]  # fmt: skip
+
+NOTED_GENERATION: list[tuple[str, dict[str, Any], str]] = [
+    ("prompts_are_not_read", {"text_gen_type": "interactive", "sample_input_file": "p.txt"}, "p.txt is not read"),
+    ("greedy_ignores_limits", {"top_k": 3, "min_p": 0.1}, "top_k, min_p without effect: temperature is 0"),
+    ("greedy_samples_are_equal", {"num_samples": 3}, "all 3 samples of a prompt will be equal"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("rule", "changes", "message"), BROKEN_GENERATION)
+def test_a_broken_rule_of_generation_is_said(
+    rule: str, changes: dict, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = keys(**GENERATION | changes)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        NeoXArgs.from_dict(given, task="generate")
+    monkeypatch.setattr(REGISTRY, "rules", [entry for entry in REGISTRY.rules if entry.name != rule])
+    NeoXArgs.from_dict(given, task="generate")
+
+
+@pytest.mark.parametrize(("warning", "changes", "note"), NOTED_GENERATION)
+def test_surprises_of_generation_are_noted(
+    warning: str, changes: dict, note: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = keys(**GENERATION | changes)
+    assert any(note in line for line in NeoXArgs.from_dict(given, task="generate").notes)
+    monkeypatch.setattr(REGISTRY, "warnings", [entry for entry in REGISTRY.warnings if entry.name != warning])
+    assert not any(note in line for line in NeoXArgs.from_dict(given, task="generate").notes)
+
+
+def test_what_is_continued_follows_from_what_is_given() -> None:
+    expected = {"interactive": {"chat": True}, "input-file": {"sample_input_file": "p.txt"}, "unconditional": {}}
+    for kind, changes in expected.items():
+        assert NeoXArgs.from_dict(keys(**GENERATION | changes), task="generate").text_gen_type == kind
+    both = {"chat": True, "sample_input_file": "p.jsonl"}
+    assert NeoXArgs.from_dict(keys(**GENERATION | both), task="generate").text_gen_type == "input-file"
+
+
 def test_every_rule_and_warning_has_a_case() -> None:
-    # These hold for other tasks than training: test_programs_that_read_weights_need_them, test_prompts_need_a_file.
-    elsewhere = {"weights_are_given", "prompts_have_a_file"}
-    assert {entry.name for entry in REGISTRY.rules} == {rule for rule, _, _ in BROKEN} | elsewhere
-    noted = {warning for warning, _, _ in NOTED} | {"prompts_are_not_read"}  # test_prompts_need_a_file, too
+    elsewhere = {"weights_are_given"}  # holds for other tasks than training: test_programs_that_read_weights_need_them
+    generation = {rule for rule, _, _ in BROKEN_GENERATION}
+    assert {entry.name for entry in REGISTRY.rules} == {rule for rule, _, _ in BROKEN} | elsewhere | generation
+    noted = {warning for warning, _, _ in (*NOTED, *NOTED_GENERATION)}
     assert {entry.name for entry in REGISTRY.warnings} == noted
 
 
@@ -193,7 +246,7 @@ def test_what_a_key_file_registers_is_run() -> None:
         for found in pkgutil.iter_modules(key_files.__path__)
     ]
     parts = [module.registry for module in modules if hasattr(module, "registry")]
-    assert len(parts) == 8
+    assert len(parts) == 9
     for kind in ("derivations", "rules", "warnings"):
         joined = [entry for part in parts for entry in getattr(part, kind)]
         assert sorted(entry.name for entry in joined) == sorted(entry.name for entry in getattr(REGISTRY, kind))
@@ -231,15 +284,6 @@ def test_what_depends_on_a_wrong_key_is_not_judged() -> None:
 def test_programs_that_read_weights_need_them(task: Any) -> None:
     with pytest.raises(ConfigError, match="nothing to evaluate: give load"):
         NeoXArgs.from_dict(VALID, task=task)
-
-
-def test_prompts_need_a_file() -> None:
-    with pytest.raises(ConfigError, match="text_gen_type input-file needs sample_input_file"):
-        NeoXArgs.from_dict(keys(from_scratch=None, load="runs/a", text_gen_type="input-file"), task="generate")
-    changes = {"from_scratch": None, "load": "runs/a", "text_gen_type": "unconditional", "sample_input_file": "p.txt"}
-    note = "sample_input_file p.txt is not read: text_gen_type is unconditional"
-    assert note in NeoXArgs.from_dict(keys(**changes), task="generate").notes
-    assert NeoXArgs.from_dict(keys(**changes | {"text_gen_type": None}), task="generate").text_gen_type == "input-file"
 
 
 def test_evaluation_needs_no_optimizer() -> None:

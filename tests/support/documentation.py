@@ -21,6 +21,6 @@ def documented_commands(page: str) -> list[str]:
     return [line for line in (re.sub(r"\s+#.*", "", line).strip() for line in lines) if line]
 
 
-def run_in_root(words: list[str], timeout: int = 280) -> subprocess.CompletedProcess[str]:
+def run_in_root(words: list[str], timeout: int = 280, typed: str | None = None) -> subprocess.CompletedProcess[str]:
     """Run a command from the root of the repository, its output captured; a failure is for the caller to see."""
-    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False, input=typed)

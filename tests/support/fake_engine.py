@@ -16,6 +16,7 @@ from megatron.engine.optimizer import build_optimizer, parameter_groups, rows_of
 from megatron.engine.optimizer_shards import OptimizerShard, ReadShard
 from megatron.engine.protocol import Around, Counters, StepResult, no_phases
 from megatron.layout import TensorRange
+from megatron.model.cache import CachedTokens, run_cached
 from megatron.model.initialize import initialize_layers
 from megatron.model.loss import GlobalMeanLoss
 from megatron.model.parallel import TensorParallel
@@ -123,6 +124,10 @@ class FakeEngine:
     @torch.no_grad()
     def logits(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor | None:
         return self._forward(tokens if positions is None else (tokens, positions))
+
+    @torch.no_grad()
+    def forward_cached(self, inputs: Tensor, tokens: CachedTokens) -> Tensor:
+        return run_cached([apply for _, apply in self._layers], 0, self.args.num_layers, inputs, tokens)
 
     def meta_content(self) -> dict[str, Any]:
         counters = self.counters

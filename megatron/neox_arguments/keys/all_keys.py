@@ -9,9 +9,20 @@ from pydantic import PrivateAttr
 
 from megatron.common.errors import ConfigError
 from megatron.layout import LlamaShape, padded_vocab_size
-from megatron.neox_arguments.keys import checkpoint, data, model, optimization, parallel, precision, runtime, survival
+from megatron.neox_arguments.keys import (
+    checkpoint,
+    data,
+    generation,
+    model,
+    optimization,
+    parallel,
+    precision,
+    runtime,
+    survival,
+)
 from megatron.neox_arguments.keys.checkpoint import CheckpointKeys
 from megatron.neox_arguments.keys.data import DataKeys, unknown_vocabulary
+from megatron.neox_arguments.keys.generation import GenerationKeys
 from megatron.neox_arguments.keys.model import ModelKeys
 from megatron.neox_arguments.keys.optimization import OptimizationKeys
 from megatron.neox_arguments.keys.parallel import ParallelKeys
@@ -31,6 +42,7 @@ REGISTRY = Registry.joined(
         data.registry,
         survival.registry,
         checkpoint.registry,
+        generation.registry,
         runtime.registry,
     )
 )
@@ -38,7 +50,15 @@ REGISTRY = Registry.joined(
 
 # Pydantic lists the fields of the last base first.
 class AllKeys(
-    SurvivalKeys, RuntimeKeys, CheckpointKeys, DataKeys, OptimizationKeys, PrecisionKeys, ParallelKeys, ModelKeys
+    SurvivalKeys,
+    GenerationKeys,
+    RuntimeKeys,
+    CheckpointKeys,
+    DataKeys,
+    OptimizationKeys,
+    PrecisionKeys,
+    ParallelKeys,
+    ModelKeys,
 ):
     """Every key, what the user gave for them, and the values that follow from keys of several groups."""
 

@@ -36,14 +36,14 @@ class RuntimeKeys(Keys):
     )
     log_param_norm: bool = key(False, "Record the norm of every parameter, as parameter_norms/NAME.")
     text_gen_type: Literal["unconditional", "input-file", "interactive"] = derived(
-        "input-file with sample_input_file, else unconditional",
+        "input-file with sample_input_file, else interactive with chat, else unconditional",
         "What generate.py continues: nothing, the lines of a file, or what is typed (on one rank).",
     )
-    sample_input_file: str | None = key(None, "Prompts, one per line.")
+    sample_input_file: str | None = key(None, "Prompts, one per line; `.jsonl` holds JSON (docs/generation.md).")
     sample_output_file: str = key("samples.txt", "Where generated text goes, JSON lines.")
     eval_results_prefix: str = key("", "eval.py writes its results to PREFIXeval_results.json.")
     maximum_tokens: int = key(64, "Longest generated text.", gt=0)
-    num_samples: int = key(1, "Unconditional samples.", gt=0)
+    num_samples: int = key(1, "Samples of each prompt.", gt=0)
     temperature: float = key(0.0, "0 takes the most likely token.", ge=0)
     top_p: float = key(0.0, "Nucleus sampling; 0 is off.", ge=0, le=1)
     top_k: int = key(0, "Sample among the k most likely tokens; 0 is off.", ge=0)

@@ -1,0 +1,106 @@
+"""Groups of sequences that are decoded together, and what a group does next.
+
+Every rank of a pipeline plans by itself. All have the same sequences and learn the same tokens, so they come to the
+same plans, and no plan is ever sent. Sequences in flight have the slots 0, 1, ... of their group's cache: when one
+ends, the last one takes its slot, and new ones join behind.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron.generation.sequences import Continuation, Endings
+from megatron.model.cache import CachedTokens, KeyValueCache
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward of a group: its tokens [b, s], and the sequences of the outputs, in their order."""
+
+    ids: Tensor
+    tokens: CachedTokens
+    chosen: list[Continuation]
+
+
+class SequenceGroup:
+    """At most `slots` sequences, each of at most `context` tokens."""
+
+    def __init__(self, slots: int, context: int, chunk: int, device: torch.device) -> None:
+        self.slots, self.context, self.chunk, self.device = slots, context, chunk, device
+        self.cache = KeyValueCache(slots, context)
+        self.running: list[Continuation] = []  # by slot
+        self._reading: list[Continuation] = []  # the last ones of `running`, whose prompts are not read yet
+        self._read = 0  # how many tokens of each of them
+
+    @property
+    def idle(self) -> bool:
+        return not self.running
+
+    def plan(self, queue: deque[Continuation], share: int) -> Pass | None:
+        """The next forward, None if there is nothing to do. New sequences come from the queue.
+
+        `share` is how many this group may have at once, so that all groups have work. Prompts are read chunk by chunk,
+        the longest first, so that those with tokens left are neighbours.
+        """
+        room = min(self.slots, share) - len(self.running)
+        wanted = min(len(queue), max(1, self.slots // 4))  # the others wait while prompts are read: not for each alone
+        if not self._reading and queue and room >= wanted:
+            joining = [queue.popleft() for _ in range(min(room, len(queue)))]
+            for sequence in joining:
+                sequence.started = time.perf_counter()
+            self._reading = sorted(joining, key=lambda s: -len(s.prompt))
+            self.running += self._reading
+            self._read = 0
+        if self._reading:
+            return self._read_chunk()
+        return self._decode() if self.running else None
+
+    def advance(self, work: Pass, tokens: list[int], endings: Endings) -> list[Continuation]:
+        """Add the chosen tokens; returns the sequences that have ended, which leave the group."""
+        for sequence, token in zip(work.chosen, tokens, strict=True):
+            endings.advance(sequence, token, self.context)
+        ended = [sequence for sequence in self.running if sequence.end is not None]
+        if not self._reading:
+            self._remove_ended()
+        return [sequence for sequence in ended if sequence in work.chosen]
+
+    def _read_chunk(self) -> Pass:
+        start = self._read
+        left = [s for s in self._reading if len(s.prompt) > start]
+        s = min(self.chunk, len(left[0].prompt) - start)
+        ids = torch.zeros(len(left), s, dtype=torch.int64)
+        for row, sequence in enumerate(left):
+            part = sequence.prompt[start : start + s]
+            ids[row, : len(part)] = torch.tensor(part)
+        outputs = [
+            (row, len(sequence.prompt) - 1 - start)
+            for row, sequence in enumerate(left)
+            if len(sequence.prompt) <= start + s
+        ]
+        first = len(self.running) - len(self._reading)
+        tokens = CachedTokens(self.cache, first, [start] * len(left), s, outputs, self.device)
+        self._read += s
+        if self._read >= len(left[0].prompt):
+            self._reading = []
+        return Pass(ids.to(self.device), tokens, [left[row] for row, _ in outputs])
+
+    def _decode(self) -> Pass:
+        last = torch.tensor([[s.new[-1]] for s in self.running], dtype=torch.int64)
+        outputs = [(row, 0) for row in range(len(self.running))]
+        starts = [s.length - 1 for s in self.running]
+        tokens = CachedTokens(self.cache, 0, starts, 1, outputs, self.device)
+        return Pass(last.to(self.device), tokens, list(self.running))
+
+    def _remove_ended(self) -> None:
+        for slot in reversed(range(len(self.running))):
+            if self.running[slot].end is not None:
+                last = len(self.running) - 1
+                if slot != last:
+                    self.cache.move(last, slot)
+                    self.running[slot] = self.running[last]
+                self.running.pop()

@@ -1,0 +1,110 @@
+"""Prompts from a file, one a line, as ids: text, or JSON where the file's name ends in .jsonl.
+
+A line that cannot be continued does not stop the others: it is a request with an error, which is reported in the output
+and at the end.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron.common.errors import UserError
+from megatron.generation.conversations import ChatPrompts, read_messages
+from megatron.generation.generate import why_not
+from megatron.neox_arguments import NeoXArgs
+from megatron.tokenizer import Tokenizer
+from megatron.tokenizer.conversation import Message
+
+_PROMPT, _MESSAGES = "prompt", "messages"
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt of a run: its number and line, what was given, its ids; or why it cannot be continued.
+
+    `context` is the text, or the last turn of a conversation; `fields` is what else a JSON record holds.
+    """
+
+    number: int
+    line: int
+    context: str
+    ids: list[int] = field(default_factory=list)
+    fields: dict[str, Any] = field(default_factory=dict)
+    error: str | None = None
+
+
+class PromptReader:
+    """Makes requests of what a user gives."""
+
+    def __init__(self, args: NeoXArgs, tokenizer: Tokenizer, chat: ChatPrompts | None) -> None:
+        self.args, self._tokenizer, self._chat = args, tokenizer, chat
+
+    def text_ids(self, text: str) -> list[int]:
+        """Ids of a plain prompt behind the begin-of-text token."""
+        beginning = [] if self._tokenizer.bos is None else [self._tokenizer.bos]
+        return beginning + self._tokenizer.encode(text)
+
+    def ids(self, messages: list[Message]) -> list[int]:
+        """Ids of a conversation; without a chat format its only turn is a plain prompt."""
+        return self.text_ids(messages[0].content) if self._chat is None else self._chat.ids(messages)
+
+    def unconditional(self) -> list[Request]:
+        """One empty prompt."""
+        return [Request(0, 1, "", self.text_ids(""))]
+
+    def file(self, path: Path) -> list[Request]:
+        """All lines of a file but blank ones. Raises UserError if it cannot be read or has no prompt."""
+        try:
+            lines = path.read_bytes().split(b"\n")
+        except OSError as error:
+            raise UserError(
+                f"sample_input_file {path}: {error.strerror}; give a text file with one prompt a line"
+            ) from None
+        read = self._json_line if path.suffix == ".jsonl" else self._text_line
+        numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+        if not numbered:
+            raise UserError(f"sample_input_file {path} has no prompt; write one a line")
+        return [self._request(index, number, line, read) for index, (number, line) in enumerate(numbered)]
+
+    def _request(
+        self, index: int, number: int, line: bytes, read: Callable[[str], tuple[str, list[Message], dict[str, Any]]]
+    ) -> Request:
+        context, fields = line.decode(errors="replace").rstrip("\r"), dict[str, Any]()
+        try:
+            context, messages, fields = read(line.decode().rstrip("\r"))
+            ids = self.ids(messages)
+            error = why_not(ids, self.args)
+        except UnicodeDecodeError as problem:
+            error = f"not UTF-8 text ({problem.reason} at byte {problem.start})"
+        except UserError as problem:
+            error = str(problem)
+        if error is not None:
+            return Request(index, number, context, [], fields, f"line {number}: {error}")
+        return Request(index, number, context, ids, fields)
+
+    def _text_line(self, line: str) -> tuple[str, list[Message], dict[str, Any]]:
+        return line, [Message("user", line)], {}
+
+    def _json_line(self, line: str) -> tuple[str, list[Message], dict[str, Any]]:
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"not JSON ({error})") from None
+        if isinstance(record, str):
+            record = {_PROMPT: record}
+        if not isinstance(record, dict) or len({_PROMPT, _MESSAGES} & record.keys()) != 1:
+            raise UserError('expected a text, {"prompt": ...} or, with chat, {"messages": [...]}')
+        fields = {name: value for name, value in record.items() if name not in (_PROMPT, _MESSAGES)}
+        if _PROMPT in record:
+            prompt = record[_PROMPT]
+            if not isinstance(prompt, str):
+                raise UserError(f"prompt is of type {type(prompt).__name__}; expected a text")
+            return prompt, [Message("user", prompt)], fields
+        if self._chat is None:
+            raise UserError("messages without chat: add chat: true, which writes them in the model's format")
+        messages = read_messages(record[_MESSAGES])
+        return messages[-1].content, messages, fields

@@ -1,0 +1,77 @@
+"""What pipeline stages send each other while text is generated: hidden states onwards, tokens back.
+
+Sends return at once, and what is sent is kept until it has left. Tokens have a group of their own: on a GPU the
+operations of a group run in order, and a stage that sends hidden states while its neighbour sends tokens would wait for
+it, which waits for them.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron.engine.protocol import Around, Engine, no_phases
+
+_IN_FLIGHT = 64  # messages; one that is older has been received, or the run does not go on
+
+
+class StageLinks:
+    """A rank's links to the other stages of its pipeline. Collective over all ranks to make."""
+
+    def __init__(self, engine: Engine, timeout_minutes: float, around: Around = no_phases) -> None:
+        place, pipe = engine.place, engine.groups.pipe
+        self.place, self._hidden, self._around = place, pipe, around
+        self._ranks = dist.get_process_group_ranks(pipe)
+        self._tokens: dist.ProcessGroup | None = None
+        if place.pp > 1:
+            per_stage = place.dp * place.tp
+            pipes = [list(range(first, place.world_size, per_stage)) for first in range(per_stage)]
+            assert self._ranks in pipes
+            limit = timedelta(minutes=timeout_minutes)
+            self._tokens, _ = dist.new_subgroups_by_enumeration(pipes, timeout=limit)
+        self._leaving: deque[tuple[Any, Tensor]] = deque()
+
+    def send_hidden(self, hidden: Tensor) -> None:
+        """To the next stage; nothing where nothing is left of the tokens but their keys and values."""
+        if hidden.numel():
+            self._send(hidden, self.place.pp_rank + 1, self._hidden)
+
+    def receive_hidden(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """From the stage before."""
+        hidden = torch.empty(shape, dtype=dtype, device=self.place.device)
+        if hidden.numel() == 0:
+            return hidden
+        with self._around("pipeline"):
+            dist.recv(hidden, src=self._ranks[self.place.pp_rank - 1], group=self._hidden)
+        return hidden
+
+    def publish_tokens(self, tokens: Tensor) -> None:
+        """From the last stage to all others; int64 [n]."""
+        for stage in range(self.place.pp - 1):
+            self._send(tokens, stage, self._tokens)
+
+    def receive_tokens(self, count: int) -> Tensor:
+        """From the last stage."""
+        tokens = torch.empty(count, dtype=torch.int64, device=self.place.device)
+        with self._around("pipeline"):
+            dist.recv(tokens, src=self._ranks[-1], group=self._tokens)
+        return tokens
+
+    def close(self) -> None:
+        """Wait until all has been sent."""
+        while self._leaving:
+            self._leaving.popleft()[0].wait()
+        if self._tokens is not None:
+            dist.destroy_process_group(self._tokens)
+            self._tokens = None
+
+    def _send(self, tensor: Tensor, stage: int, group: dist.ProcessGroup | None) -> None:
+        tensor = tensor.contiguous()
+        self._leaving.append((dist.isend(tensor, dst=self._ranks[stage], group=group), tensor))
+        while len(self._leaving) > _IN_FLIGHT:
+            self._leaving.popleft()[0].wait()

@@ -1,0 +1,121 @@
+"""Keys of generation and chat that GPT-NeoX does not have, and the rules of generation."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from megatron.neox_arguments.keys.fields import Keys, key
+from megatron.neox_arguments.registry import Derived, Registry
+
+if TYPE_CHECKING:
+    from megatron.neox_arguments.keys.all_keys import AllKeys
+
+registry = Registry()
+
+
+class GenerationKeys(Keys):
+    min_p: float = key(
+        0.0, "Leave out tokens below this share of the most likely one's probability; 0 is off.", ours=True, ge=0, le=1
+    )
+    repetition_penalty: float = key(
+        1.0, "Divides the logits of tokens that prompt or text hold already; 1 is off.", ours=True, gt=0
+    )
+    stop: list[str] = key([], "Strings that end a text; they are not part of it.", ours=True)
+    stop_token_ids: list[int] = key(
+        [], "Ids that end a text, beside end of document and end of turn (`<|eot_id|>`, `<|eom_id|>`).", ours=True
+    )
+    generation_batch_size: int = key(
+        8, "Sequences that are continued at once, for each pipeline stage of a replica.", ours=True, gt=0
+    )
+    prefill_chunk: int = key(512, "Tokens of each prompt that are read at once.", ours=True, gt=0)
+    chat: bool = key(False, "Prompts are what a user says, or whole conversations (docs/generation.md).", ours=True)
+    chat_template: str | None = key(
+        None, "Jinja template or tokenizer_config.json of the chat format; Meta's Llama-3 format without.", ours=True
+    )
+    system_prompt: str | None = key(None, "System prompt of every conversation that has none.", ours=True)
+    thinking: bool | None = key(
+        None,
+        "on: ask for a reasoning trace (system line `detailed thinking on`, the answer begins with `<think>`); off: "
+        "`detailed thinking off`; absent: neither.",
+        ours=True,
+    )
+    max_thinking_tokens: int | None = key(None, "Tokens after which the trace is closed.", ours=True, gt=0)
+    show_thinking: bool = key(True, "Show the trace, or write it into the output file.", ours=True)
+
+
+# --- derivations
+
+
+@registry.derivation("generate", fills=("text_gen_type",))
+def chats_are_typed(args: AllKeys, world_size: int | None) -> Derived:
+    typed = args.chat and args.text_gen_type is None and not args.sample_input_file
+    return Derived({"text_gen_type": "interactive"} if typed else {})
+
+
+# --- rules
+
+
+@registry.rule("generate")
+def text_needs_a_vocabulary(args: AllKeys) -> str | None:
+    return None if args.vocab_file else "generate.py reads and writes text: give vocab_file, the tokenizer's file"
+
+
+@registry.rule("generate")
+def stop_strings_are_not_empty(args: GenerationKeys) -> str | None:
+    return "stop has an empty string, which would end every text at once; remove it" if "" in args.stop else None
+
+
+@registry.rule("generate")
+def stop_ids_are_in_the_vocabulary(args: AllKeys) -> str | None:
+    if args.vocab_size is None:  # the tokenizer is not on this machine
+        return None
+    wrong = [index for index in args.stop_token_ids if not 0 <= index < args.vocab_size]
+    return f"stop_token_ids {wrong} are not ids of the vocabulary, 0 to {args.vocab_size - 1}" if wrong else None
+
+
+@registry.rule("generate")
+def chat_keys_need_chat(args: GenerationKeys) -> str | None:
+    names = ("chat_template", "system_prompt", "thinking", "max_thinking_tokens")
+    given = [name for name in names if getattr(args, name) is not None]
+    if args.chat or not given:
+        return None
+    return f"{', '.join(given)} without chat: only conversations have them; add chat: true"
+
+
+@registry.rule("generate")
+def thinking_has_a_budget_within_the_text(args: AllKeys) -> str | None:
+    if args.max_thinking_tokens is None:
+        return None
+    if not args.thinking:
+        return f"max_thinking_tokens {args.max_thinking_tokens} without thinking: on: there is no trace to limit"
+    if args.max_thinking_tokens < args.maximum_tokens:
+        return None
+    return (
+        f"max_thinking_tokens {args.max_thinking_tokens} is not below maximum_tokens {args.maximum_tokens}, which "
+        f"counts trace and answer: no token would be left for the answer"
+    )
+
+
+@registry.rule("generate")
+def chats_have_prompts(args: AllKeys) -> str | None:
+    if not args.chat or args.text_gen_type != "unconditional":
+        return None
+    return "chat with text_gen_type unconditional: there is nothing to answer; give sample_input_file or interactive"
+
+
+@registry.warning("generate")
+def greedy_ignores_limits(args: AllKeys) -> str | None:
+    names = [name for name in ("top_k", "top_p", "min_p") if getattr(args, name)]
+    if args.temperature or not names:
+        return None
+    return (
+        f"{', '.join(names)} without effect: temperature is 0, which takes the most likely token (GPT-NeoX samples at "
+        f"temperature 1 here); give temperature"
+    )
+
+
+@registry.warning("generate")
+def greedy_samples_are_equal(args: AllKeys) -> str | None:
+    if args.temperature or args.num_samples == 1 or args.text_gen_type == "interactive":
+        return None
+    return f"all {args.num_samples} samples of a prompt will be equal: temperature is 0"

@@ -1,0 +1,112 @@
+"""Prompts of conversations: what a training conversation begins with, in every format; and bad lines of a file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from examples.demo_tokenizer import CHAT_TEMPLATE
+from megatron.common.errors import UserError
+from megatron.generation.conversations import THINK_BEGIN, ChatPrompts, read_messages
+from megatron.generation.requests import PromptReader
+from megatron.tokenizer import Tokenizer
+from megatron.tokenizer.conversation import Message
+from tests.support.models import Case
+from tests.support.vocabulary import encode_chat
+
+pytestmark = pytest.mark.unit
+
+QUESTION = [Message("user", "What is z?\n"), Message("assistant", "Redshift."), Message("user", "And <|eot_id|>?")]
+
+
+@pytest.fixture(params=["llama3", "template"])
+def prompts(request: pytest.FixtureRequest, hf_tokenizer: Tokenizer, tmp_path: Path) -> Any:
+    """Makes ChatPrompts of a system prompt and a thinking switch."""
+    template = None
+    if request.param == "template":
+        (tmp_path / "chat.jinja").write_text(CHAT_TEMPLATE)
+        template = str(tmp_path / "chat.jinja")
+    return lambda system, thinking: ChatPrompts.load(template, hf_tokenizer, system, thinking)
+
+
+@pytest.mark.parametrize("system", [None, "Be an astronomer."])
+@pytest.mark.parametrize("thinking", [None, True, False])
+def test_a_prompt_begins_the_training_conversation(
+    prompts: Any, hf_tokenizer: Tokenizer, system: str | None, thinking: bool | None
+) -> None:
+    made = prompts(system, thinking)
+    lines = [{True: "detailed thinking on", False: "detailed thinking off", None: None}[thinking], system]
+    text = "\n\n".join(line for line in lines if line is not None)
+    answer = "<think>\nA letter.\n</think>\n\nIt ends a turn." if thinking else "It ends a turn."
+    turns = [*([Message("system", text)] if text else []), *QUESTION, Message("assistant", answer)]
+    whole, labels = encode_chat(made.chat, hf_tokenizer, turns, "last")
+    ids = made.ids(QUESTION)
+    assert whole[: len(ids)] == ids
+    begun = hf_tokenizer.encode(THINK_BEGIN) if thinking else []
+    assert ids[len(ids) - len(begun) :] == begun
+    assert labels[len(ids) - len(begun) - 1] < 0 <= labels[len(ids) - len(begun)], (
+        "generation begins where learning does"
+    )
+    assert whole[-1] in made.chat.end_of_turn
+    assert ids.count(hf_tokenizer.token_id("<|begin_of_text|>")) == 1
+
+
+def test_the_prefill_has_the_newline_in_it(hf_tokenizer: Tokenizer) -> None:
+    """`<think>` without it may end in a token that no training conversation has there: the mutation shows it."""
+    whole = hf_tokenizer.encode("<think>\nA letter.")
+    assert whole[: len(hf_tokenizer.encode(THINK_BEGIN))] == hf_tokenizer.encode(THINK_BEGIN)
+    assert hf_tokenizer.decode(hf_tokenizer.encode(THINK_BEGIN)) == "<think>\n"
+
+
+def test_a_system_turn_of_its_own_wins(prompts: Any, hf_tokenizer: Tokenizer) -> None:
+    made = prompts("default", True)
+    text = hf_tokenizer.decode(made.ids([Message("system", "own"), Message("user", "Hi")]))
+    assert "detailed thinking on\n\nown" in text
+    assert "default" not in text
+
+
+def test_a_conversation_ends_with_the_user(prompts: Any) -> None:
+    for turns in ([], QUESTION[:2]):
+        with pytest.raises(UserError, match="last turn of a conversation"):
+            prompts(None, None).ids(turns)
+
+
+def test_bad_lines_are_requests_with_an_error(hf_tokenizer: Tokenizer, tmp_path: Path) -> None:
+    chat = ChatPrompts.load(None, hf_tokenizer, None, None)
+    lines = [
+        b'{"prompt": "good", "id": 7}',
+        b"",
+        b'"text"',
+        b'{"prompt": 3}',
+        b"{",
+        b'{"text": "x"}',
+        b'{"messages": [{"role": "user", "content": "Hi"}]}',
+        b'{"messages": [{"role": "boss", "content": "Hi"}]}',
+        b'{"messages": [{"role": "user", "content": "Hi", "name": "x"}]}',
+        b"\xff",
+        json.dumps({"prompt": "long " * 200}).encode(),
+    ]
+    (tmp_path / "p.jsonl").write_bytes(b"\n".join(lines))
+    args = Case(vocab=1024, seq=64).neox(world_size=1)
+    reasons = [r.error or "" for r in PromptReader(args, hf_tokenizer, chat).file(tmp_path / "p.jsonl")]
+    expected = ["", "", "line 4: prompt is of type int", "line 5: not JSON", 'line 6: expected a text, {"prompt"', ""]
+    expected += ["line 8: turn 1 of messages: role 'boss'", "line 9: turn 1 of messages: expected role and content"]
+    expected += ["line 10: not UTF-8 text", "line 11: it has"]
+    assert [found[: len(want)] for found, want in zip(reasons, expected, strict=True)] == expected
+    assert [bool(found) for found in reasons] == [bool(want) for want in expected]
+    plain = PromptReader(args, hf_tokenizer, None).file(tmp_path / "p.jsonl")
+    assert "add chat: true" in (plain[5].error or "")
+    assert plain[0].fields == {"id": 7}
+    assert plain[0].ids == [hf_tokenizer.bos, *hf_tokenizer.encode("good")]
+
+
+def test_a_file_without_prompts_is_refused(hf_tokenizer: Tokenizer, tmp_path: Path) -> None:
+    reader = PromptReader(Case(vocab=1024).neox(world_size=1), hf_tokenizer, None)
+    (tmp_path / "p.txt").write_text("\n \n")
+    for name, reason in (("p.txt", "has no prompt"), ("none.txt", "No such file")):
+        with pytest.raises(UserError, match=reason):
+            reader.file(tmp_path / name)
+    assert [message.content for message in read_messages([{"role": "user", "content": "x"}])] == ["x"]
