@@ -88,6 +88,29 @@ def test_of_a_thousand_prompts_with_a_bad_line_none_is_lost(vocab_folder: Path, 
     assert again == [record["text"] for record in records[:9]]
 
 
+def _stops_before_the_model(rank: int, world_size: int, keys: dict[str, Any]) -> str:
+    from megatron.generation import prompts
+    from megatron.parallel.process_groups import form_groups
+
+    def refuse(*_: Any) -> Any:
+        raise AssertionError("the model was built")
+
+    prompts.initialize = form_groups
+    prompts.build_inference_engine = refuse
+    try:
+        prompts.generate_text(CASE.neox(world_size=world_size, heartbeat_timeout_seconds=0, **keys))
+    except UserError as error:
+        return str(error)
+    raise AssertionError("no error")
+
+
+def test_a_file_that_cannot_be_read_stops_before_the_model_is_loaded(vocab_folder: Path, tmp_path: Path) -> None:
+    keys = {"vocab_file": str(vocab_folder), "sample_input_file": str(tmp_path / "absent.txt")}
+    for error in run_ranks(_stops_before_the_model, 2, keys | {"model_parallel_size": 2}):
+        assert error.startswith("reading the prompts failed. rank 0: sample_input_file")
+        assert "No such file" in error
+
+
 @pytest.fixture(scope="module")
 def checkpoint(vocab_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with random weights for TP2, and model.yml."""
