@@ -22,13 +22,15 @@ pytestmark = pytest.mark.unit
 QUESTION = [Message("user", "What is z?\n"), Message("assistant", "Redshift."), Message("user", "And <|eot_id|>?")]
 
 
-@pytest.fixture(params=["llama3", "template"])
+@pytest.fixture(params=["llama3", "template", "shipped"])
 def prompts(request: pytest.FixtureRequest, hf_tokenizer: Tokenizer, tmp_path: Path) -> Any:
     """Makes ChatPrompts of a system prompt and a thinking switch."""
     template = None
     if request.param == "template":
         (tmp_path / "chat.jinja").write_text(CHAT_TEMPLATE)
         template = str(tmp_path / "chat.jinja")
+    if request.param == "shipped":
+        template = "llama3.1"
     return lambda system, thinking: ChatPrompts.load(template, hf_tokenizer, system, thinking)
 
 

@@ -31,8 +31,8 @@ class GenerationKeys(Keys):
     chat: bool = key(False, "Prompts are what a user says, or whole conversations (docs/generation.md).", ours=True)
     chat_template: str | None = key(
         None,
-        "Chat format: a model folder, a tokenizer_config.json, a Jinja file, or a shipped name such as llama3.1. Default: "
-        "Meta's Llama-3 format.",
+        "Chat format: a model folder, a tokenizer_config.json, a Jinja file, or a shipped name such as llama3.1. "
+        "Default: Meta's Llama-3 format.",
         ours=True,
     )
     system_prompt: str | None = key(None, "System prompt of every conversation that has none.", ours=True)
