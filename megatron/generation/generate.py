@@ -39,17 +39,26 @@ class Batching:
 class Generator:
     """Continues sequences on an engine. Collective over all ranks to make; so is `close`.
 
-    What it holds between calls are the links between stages. `around(phase)` surrounds what a rank does and waits for.
+    Between calls, which must see the same weights, it holds the links between stages, and keys and values: of the next
+    turn of a conversation only what is new is read. `around(phase)` surrounds what a rank does and waits for.
     """
 
     def __init__(self, engine: Engine, args: NeoXArgs, batching: Batching, around: Around = no_phases) -> None:
         self.engine, self.args, self.place, self.batching = engine, args, engine.place, batching
         self.links = StageLinks(engine, args.distributed_timeout_minutes, around)
-        self.cache_bytes = 0  # of the last run, on this rank
+        self._groups = [
+            SequenceGroup(batching.slots, args.seq_length, batching.chunk, self.place.device)
+            for _ in range(self.place.pp)
+        ]
         self.first_layer = engine.stage_layers(self.place.pp_rank).start
 
     def close(self) -> None:
         self.links.close()
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of keys and values on this rank."""
+        return sum(group.cache.bytes for group in self._groups)
 
     def own_share(self, sequences: Sequence[Continuation]) -> list[Continuation]:
         """What this data-parallel replica continues of the sequences of a run."""
@@ -72,10 +81,7 @@ class Generator:
         """
         check_prompts(sequences, self.args)
         queue, unfinished = deque(sequences), len(sequences)
-        groups = [
-            SequenceGroup(self.batching.slots, self.args.seq_length, self.batching.chunk, self.place.device)
-            for _ in range(min(self.place.pp, max(1, len(sequences))))
-        ]
+        groups = self._groups[: min(self.place.pp, max(1, len(sequences)))]
         under_way: list[tuple[Pass, Tensor | None] | None] = [None] * len(groups)
         while unfinished:
             for index, group in enumerate(groups):
@@ -87,7 +93,6 @@ class Generator:
                 share = -(-unfinished // len(groups))
                 work = group.plan(queue, share)
                 under_way[index] = None if work is None else (work, self._forward(work, sampling))
-        self.cache_bytes = sum(group.cache.bytes for group in groups)
 
     def _forward(self, work: Pass, sampling: Sampling) -> Tensor | None:
         """This stage's part of a forward; on the last one the chosen tokens [n]."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron.common.errors import UserError
-from megatron.generation.generate import Batching
+from megatron.generation.generate import Batching, Generator, generate
 from megatron.generation.sampling import Sampling
 from megatron.generation.sequences import Endings
 from megatron.model.cache import CachedTokens, KeyValueCache, input_shape, run_cached
@@ -102,6 +102,7 @@ def _alone(rank: int, world_size: int, case: Case) -> dict[str, Any]:
             continued(engine, args, sequences([[1], wrong], 2))
         except UserError as error:
             results[f"{len(wrong)} tokens"] = str(error)
+    results["turns"] = _turns(engine, args, case)
     results["cuts"] = _cut_at_every_layer(engine, args, case)
     results["logits"] = _cached_and_recomputed(engine, args, case)
     with torch.no_grad():
@@ -112,6 +113,32 @@ def _alone(rank: int, world_size: int, case: Case) -> dict[str, Any]:
         continued(engine, args, sequences(given, 2))
     except UserError as error:
         results["NaN"] = str(error)
+    return results
+
+
+def _turns(engine: Any, args: Any, case: Case) -> list[tuple[list[int], list[int], int]]:
+    """(prompt, new ids, tokens that were read) of three prompts one after the other on one generator.
+
+    The second goes on with the first, the third parts from it within its new tokens.
+    """
+    generator, read = Generator(engine, args, Batching(slots=2, chunk=8)), 0
+    forward = engine.forward_cached
+
+    def counting(ids: torch.Tensor, tokens: CachedTokens) -> torch.Tensor:
+        nonlocal read
+        read += ids.numel()
+        return forward(ids, tokens)
+
+    engine.forward_cached = counting
+    (first,), results = prompts(case, [20]), []
+    prompt = first
+    for turn in range(3):
+        read = 0
+        (found,) = generate(generator, sequences([prompt], 10), Sampling(), Endings(frozenset()))
+        results.append((prompt, found.new, read))
+        prompt = [*first, *results[0][1], 5, 6, 7] if turn == 0 else [*first, *results[0][1][:4], 3]
+    del engine.forward_cached
+    generator.close()
     return results
 
 
@@ -190,6 +217,10 @@ def test_one_process(case: Case) -> None:
     assert found["0 tokens"] == f"prompt 2: it has 0 tokens; expected 1 to {case.seq} (seq_length)"
     assert found[f"{case.seq + 1} tokens"].startswith(f"prompt 2: it has {case.seq + 1} tokens")
     assert "not finite" in found["NaN"]
+    for prompt, text, _ in found["turns"]:
+        assert [text] == by_transformers(case, [prompt], 10)
+    # Prompt and all new tokens but the last; then only what the cache does not hold.
+    assert [read for _, _, read in found["turns"]] == [29, 4 + 9, 1 + 9]
     assert found["cuts"] == []
     logits = found["logits"]
     assert logits["right"] < 1e-5
