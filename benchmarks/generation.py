@@ -204,7 +204,7 @@ def _stage(
 
 def _print_layouts() -> None:
     """Ids of the same ten samples of 100 tokens, layout by layout, against those on one rank."""
-    case = SmallLlama(256, 4, 1024, 256)
+    case = SmallLlama(512, 4, 1024, 256)
     for precision in ("fp32", "bfloat16"):
         single = run_ranks_forked(_samples, 1, case, precision, 1, 1)[0]
         for tp, pp in ((2, 1), (1, 2), (2, 2)):

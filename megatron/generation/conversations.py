@@ -1,7 +1,7 @@
 """Conversations as prompts: the ids that a chat model has learned to answer after.
 
-The format is asked for a conversation with an answer in it; what stands before that answer is the prompt, and what ends
-it the end of a turn. So a prompt is how the training conversation begins, whatever the format.
+The format is asked for a conversation with an answer in it; what stands before that answer is the prompt. So a prompt
+is how the training conversation begins, whatever the format.
 """
 
 from __future__ import annotations
@@ -38,21 +38,15 @@ class ChatPrompts:
         """Raises UserError for a template or vocabulary that cannot be used."""
         try:
             return cls(load_chat(template, tokenizer), tokenizer, system_prompt, thinking)
-        except (ChatError, OSError) as error:
+        except ChatError as error:
             raise UserError(f"chat_template {template}: {error}") from error
 
     def ids(self, messages: Sequence[Message]) -> list[int]:
         """The prompt for the next turn of the assistant. Raises UserError where the format refuses the turns."""
         if not messages or messages[-1].role not in ("user", "tool"):
             raise UserError("the last turn of a conversation to be answered is the user's or a tool's")
-        ids, answer, _ = self._asked(self._with_system(messages))
+        ids, answer = self._asked(self._with_system(messages))
         return ids[:answer] + (self.tokenizer.encode(THINK_BEGIN) if self.thinking else [])
-
-    @property
-    def end_of_turn(self) -> list[int]:
-        """The ids behind an answer."""
-        ids, answer, learned = self._asked([Message("user", _ANSWER)])
-        return ids[answer + len(self.tokenizer.encode(_ANSWER)) : learned]
 
     @property
     def closing(self) -> tuple[int, ...]:
@@ -67,16 +61,13 @@ class ChatPrompts:
         rest = list(messages) if own is None else list(messages[1:])
         return rest if text is None else [Message("system", text), *rest]
 
-    def _asked(self, messages: Sequence[Message]) -> tuple[list[int], int, int]:
-        """(ids with an answer, where the answer begins, where what is learned of it ends)."""
-        try:
-            segments = self.chat.segments(Conversation([*messages, Message("assistant", _ANSWER)]), "last")
-        except ChatError as error:
-            raise UserError(str(error)) from error
+    def _asked(self, messages: Sequence[Message]) -> tuple[list[int], int]:
+        """(ids of the conversation with an answer, where what is learned of the answer begins)."""
+        conversation = Conversation([*messages, Message("assistant", _ANSWER)])
+        segments = self.chat.segments(conversation, "last")
         texts = [segment.text for segment in segments if segment.text is not None]
         ids, labels = ids_and_labels(segments, [self.tokenizer.encode(text) for text in texts])
-        learned = [place for place, label in enumerate(labels) if label >= 0]
-        return ids, learned[0], learned[-1] + 1
+        return ids, next(place for place, label in enumerate(labels) if label >= 0)
 
 
 def read_messages(record: Any) -> list[Message]:

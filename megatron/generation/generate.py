@@ -39,17 +39,26 @@ class Batching:
 class Generator:
     """Continues sequences on an engine. Collective over all ranks to make; so is `close`.
 
-    What it holds between calls are the links between stages. `around(phase)` surrounds what a rank does and waits for.
+    Between calls, which must see the same weights, it holds the links between stages, and keys and values: of the next
+    turn of a conversation only what is new is read. `around(phase)` surrounds what a rank does and waits for.
     """
 
     def __init__(self, engine: Engine, args: NeoXArgs, batching: Batching, around: Around = no_phases) -> None:
         self.engine, self.args, self.place, self.batching = engine, args, engine.place, batching
         self.links = StageLinks(engine, args.distributed_timeout_minutes, around)
-        self.cache_bytes = 0  # of the last run, on this rank
+        self._groups = [
+            SequenceGroup(batching.slots, args.seq_length, batching.chunk, self.place.device)
+            for _ in range(self.place.pp)
+        ]
         self.first_layer = engine.stage_layers(self.place.pp_rank).start
 
     def close(self) -> None:
         self.links.close()
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of keys and values on this rank."""
+        return sum(group.cache.bytes for group in self._groups)
 
     def own_share(self, sequences: Sequence[Continuation]) -> list[Continuation]:
         """What this data-parallel replica continues of the sequences of a run."""
@@ -67,15 +76,12 @@ class Generator:
         """Continue this replica's sequences until all have ended. Collective over the ranks of the replica.
 
         Every rank calls `on_tokens(sequence, new ids)` for each step of a sequence and `on_end` when it has ended.
-        Raises UserError on all ranks for a prompt that is empty or longer than `seq_length`, and where the logits are
+        Raises UserError on all ranks for a prompt that cannot be continued, and where the logits are
         not finite.
         """
-        check_prompts(sequences, self.args.seq_length)
+        check_prompts(sequences, self.args)
         queue, unfinished = deque(sequences), len(sequences)
-        groups = [
-            SequenceGroup(self.batching.slots, self.args.seq_length, self.batching.chunk, self.place.device)
-            for _ in range(min(self.place.pp, max(1, len(sequences))))
-        ]
+        groups = self._groups[: min(self.place.pp, max(1, len(sequences)))]
         under_way: list[tuple[Pass, Tensor | None] | None] = [None] * len(groups)
         while unfinished:
             for index, group in enumerate(groups):
@@ -87,7 +93,6 @@ class Generator:
                 share = -(-unfinished // len(groups))
                 work = group.plan(queue, share)
                 under_way[index] = None if work is None else (work, self._forward(work, sampling))
-        self.cache_bytes = sum(group.cache.bytes for group in groups)
 
     def _forward(self, work: Pass, sampling: Sampling) -> Tensor | None:
         """This stage's part of a forward; on the last one the chosen tokens [n]."""
@@ -141,18 +146,23 @@ class Generator:
         return ended
 
 
-def check_prompts(sequences: Sequence[Continuation], context: int) -> None:
-    """Raise UserError for a prompt that is empty or does not fit."""
+def check_prompts(sequences: Sequence[Continuation], args: NeoXArgs) -> None:
+    """Raise UserError for a prompt that cannot be continued."""
     for sequence in sequences:
-        if reason := why_not(sequence.prompt, context):
+        if reason := why_not(sequence.prompt, args):
             raise UserError(f"prompt {sequence.number + 1}: {reason}")
 
 
-def why_not(prompt: Sequence[int], context: int) -> str | None:
+def why_not(prompt: Sequence[int], args: NeoXArgs) -> str | None:
     """Why a prompt cannot be continued, None if it can."""
-    if prompt and len(prompt) <= context:
-        return None
-    return f"it has {len(prompt)} tokens; expected 1 to {context} (seq_length)"
+    if not 0 < len(prompt) <= args.seq_length:
+        return f"it has {len(prompt)} tokens; expected 1 to {args.seq_length} (seq_length)"
+    if max(prompt) >= args.vocab_size:
+        return (
+            f"it has the token id {max(prompt)}; the model has only the ids 0 to {args.vocab_size - 1}. Give the "
+            f"model's own tokenizer as vocab_file"
+        )
+    return None
 
 
 def generate(

@@ -36,6 +36,7 @@ class SequenceGroup:
         self.running: list[Continuation] = []  # by slot
         self._reading: list[Continuation] = []  # the last ones of `running`, whose prompts are not read yet
         self._read = 0  # how many tokens of each of them
+        self._held: list[int] = []  # what the first slot still holds of a sequence that has left an idle group
 
     @property
     def idle(self) -> bool:
@@ -54,8 +55,9 @@ class SequenceGroup:
             for sequence in joining:
                 sequence.started = time.perf_counter()
             self._reading = sorted(joining, key=lambda s: -len(s.prompt))
+            self._read = 0 if self.running or len(joining) > 1 else self._known(joining[0].prompt)
             self.running += self._reading
-            self._read = 0
+            self._held = []
         if self._reading:
             return self._read_chunk()
         return self._decode() if self.running else None
@@ -68,6 +70,12 @@ class SequenceGroup:
         if not self._reading:
             self._remove_ended()
         return [sequence for sequence in ended if sequence in work.chosen]
+
+    def _known(self, prompt: list[int]) -> int:
+        """How many tokens of a prompt the first slot holds: the earlier turns of a conversation. The last one is read
+        anyway, for its logits."""
+        equal = (a == b for a, b in zip(self._held, prompt[:-1], strict=False))
+        return next((place for place, same in enumerate(equal) if not same), min(len(self._held), len(prompt) - 1))
 
     def _read_chunk(self) -> Pass:
         start = self._read
@@ -97,6 +105,8 @@ class SequenceGroup:
         return Pass(last.to(self.device), tokens, list(self.running))
 
     def _remove_ended(self) -> None:
+        if len(self.running) == 1 and self.running[0].end is not None:
+            self._held = [*self.running[0].prompt, *self.running[0].new][:-1]  # the last token may not have been read
         for slot in reversed(range(len(self.running))):
             if self.running[slot].end is not None:
                 last = len(self.running) - 1

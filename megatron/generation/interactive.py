@@ -105,7 +105,7 @@ class Dialogue:
         turn = Message("user", line)
         try:
             ids = self.reader.ids([*self.messages, turn])
-            reason = why_not(ids, self.args.seq_length)
+            reason = why_not(ids, self.args)
         except UserError as error:
             reason = str(error)
         if reason is not None:

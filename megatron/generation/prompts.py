@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 from megatron.checkpoint.load import load_weights
@@ -16,12 +15,11 @@ from megatron.generation.interactive import Dialogue
 from megatron.generation.requests import PromptReader, Request
 from megatron.generation.samples import SampleFile, record_of, record_of_error
 from megatron.generation.sampling import RandomNumbers, Sampling
-from megatron.generation.sequences import Continuation, Endings, stop_ids
+from megatron.generation.sequences import Continuation, Endings
 from megatron.neox_arguments import NeoXArgs
 from megatron.parallel.collective_errors import RankGroup
 from megatron.parallel.place import Place
 from megatron.parallel.process_groups import initialize
-from megatron.supervision.status_store import Whereabouts
 from megatron.supervision.step_timers import StepTimers
 from megatron.supervision.watchdog import Watchdog
 from megatron.tokenizer import Tokenizer, build_tokenizer
@@ -33,51 +31,45 @@ PROGRESS_SECONDS = 30.0
 def generate_text(args: NeoXArgs) -> None:
     """Continue every prompt (or start from the beginning-of-text token), or what is typed.
 
-    Raises UserError when all that can be has been written, if a prompt could not be continued.
+    The prompts are read before the model is loaded. Raises UserError when all that can be has been written, if a prompt
+    could not be continued.
     """
+    args = args.model_copy(update={"sequence_parallel": False})  # a sequence of one token cannot be cut
     place = initialize(args)
     log_on_rank_0(place.rank)
     with Watchdog(args, place) as watchdog:
-        run = PromptRun.start(args, place, watchdog.whereabouts)
-        try:
-            if args.text_gen_type == "interactive":
-                Dialogue(run.generator, run.reader, run.sampling, run.endings, watchdog.whereabouts).hold()
-            else:
-                continue_all(run)
-        finally:
-            run.generator.close()
-
-
-@dataclass(frozen=True)
-class PromptRun:
-    """What continues prompts in a run of generate.py."""
-
-    args: NeoXArgs
-    tokenizer: Tokenizer
-    reader: PromptReader
-    generator: Generator
-    sampling: Sampling
-    endings: Endings
-
-    @classmethod
-    def start(cls, args: NeoXArgs, place: Place, whereabouts: Whereabouts) -> PromptRun:
-        """Build everything and load the weights. Collective."""
         assert args.vocab_file is not None  # checked with the configuration
         tokenizer = build_tokenizer(args.tokenizer_type, args.vocab_file, args.merge_file)
         chat = None
         if args.chat:
             chat = ChatPrompts.load(args.chat_template, tokenizer, args.system_prompt, args.thinking)
-        around = StepTimers(whereabouts, place.device).during
+        reader = PromptReader(args, tokenizer, chat)
+        requests = read_requests(args, place, reader)
+        around = StepTimers(watchdog.whereabouts, place.device).during
         engine = build_inference_engine(args, place, around)
         load_weights(engine, args)
-        batching = Batching(args.generation_batch_size, args.prefill_chunk)
-        generator = Generator(engine, args, batching, around)
-        reader = PromptReader(args, tokenizer, chat)
-        return cls(args, tokenizer, reader, generator, sampling_of(args), endings_of(args, tokenizer, chat))
+        generator = Generator(engine, args, Batching(args.generation_batch_size, args.prefill_chunk), around)
+        endings = endings_of(args, tokenizer, chat)
+        try:
+            if args.text_gen_type == "interactive":
+                Dialogue(generator, reader, sampling_of(args), endings, watchdog.whereabouts).hold()
+            else:
+                continue_all(generator, requests, endings)
+        finally:
+            generator.close()
 
-    @property
-    def place(self) -> Place:
-        return self.generator.place
+
+def read_requests(args: NeoXArgs, place: Place, reader: PromptReader) -> list[Request]:
+    """What is to be continued, the same on all ranks; nothing where prompts are typed. Collective."""
+    ranks = RankGroup.world(place.device, UserError)
+    requests: list[Request] = []
+    with ranks.together("reading the prompts"):
+        if place.rank == 0 and args.text_gen_type == "unconditional":
+            requests = reader.unconditional()
+        elif place.rank == 0 and args.text_gen_type == "input-file":
+            assert args.sample_input_file is not None  # checked with the configuration
+            requests = reader.file(Path(args.sample_input_file))
+    return ranks.broadcast(requests)
 
 
 def sampling_of(args: NeoXArgs) -> Sampling:
@@ -85,9 +77,9 @@ def sampling_of(args: NeoXArgs) -> Sampling:
 
 
 def endings_of(args: NeoXArgs, tokenizer: Tokenizer, chat: ChatPrompts | None) -> Endings:
-    turn = [] if chat is None else chat.end_of_turn
+    turn = [] if chat is None else chat.chat.end_of_turn
     return Endings(
-        stop_ids(tokenizer, [*args.stop_token_ids, *turn]),
+        tokenizer.ends.union(args.stop_token_ids, turn),
         tuple(args.stop),
         tokenizer.decode,
         args.max_thinking_tokens,
@@ -112,15 +104,10 @@ def sequences_of(requests: list[Request], args: NeoXArgs) -> list[Continuation]:
     ]
 
 
-def continue_all(run: PromptRun) -> None:
-    """Continue the prompts of the file, or write freely. Collective over all ranks."""
-    args, place = run.args, run.place
+def continue_all(generator: Generator, requests: list[Request], endings: Endings) -> None:
+    """Continue the prompts and write what comes. Collective over all ranks."""
+    args, place = generator.args, generator.place
     ranks = RankGroup.world(place.device, UserError)
-    requests: list[Request] = []
-    with ranks.together("reading the prompts"):
-        if place.rank == 0:
-            requests = _requests(run)
-    requests = ranks.broadcast(requests)
     bad = [request for request in requests if request.error is not None]
     sequences = sequences_of(requests, args)
     by_number = {request.number: request for request in requests}
@@ -132,13 +119,13 @@ def continue_all(run: PromptRun) -> None:
 
     def on_end(sequence: Continuation) -> None:
         if place.first_stage and place.tp_rank == 0:
-            record = record_of(by_number[sequence.number], sequence, run.endings, args.show_thinking)
+            record = record_of(by_number[sequence.number], sequence, endings, args.show_thinking)
             output.add([record])
             progress.add(record["context"], record["text"])
 
     start = time.perf_counter()
-    own = run.generator.own_share(sequences)
-    run.generator.run(own, run.sampling, run.endings, on_end=on_end)
+    own = generator.own_share(sequences)
+    generator.run(own, sampling_of(args), endings, on_end=on_end)
     seconds = time.perf_counter() - start
     counted = own if place.first_stage and place.tp_rank == 0 else []
     new = ranks.total(sum(len(sequence.new) for sequence in counted))
@@ -148,7 +135,7 @@ def continue_all(run: PromptRun) -> None:
         print(
             f"{len(requests) - len(bad)} prompts, {len(sequences)} texts: {new} new tokens in {seconds:.2f} s, "
             f"{new / max(seconds, 1e-9):.1f} tokens/s, and {read} tokens of prompts read; key/value cache "
-            f"{run.generator.cache_bytes / 2**20:.1f} MiB on rank 0"
+            f"{generator.cache_bytes / 2**20:.1f} MiB on rank 0"
         )
         print(f"written to {output.path}", flush=True)
     if bad:
@@ -157,13 +144,6 @@ def continue_all(run: PromptRun) -> None:
             f"{len(bad)} of {len(requests)} prompts of {args.sample_input_file} were not continued, all others are in "
             f"{output.path}: {reasons}"
         )
-
-
-def _requests(run: PromptRun) -> list[Request]:
-    if run.args.text_gen_type == "unconditional":
-        return run.reader.unconditional()
-    assert run.args.sample_input_file is not None  # checked with the configuration
-    return run.reader.file(Path(run.args.sample_input_file))
 
 
 class _Progress:

@@ -41,7 +41,7 @@ class PromptReader:
     """Makes requests of what a user gives."""
 
     def __init__(self, args: NeoXArgs, tokenizer: Tokenizer, chat: ChatPrompts | None) -> None:
-        self.context, self._tokenizer, self._chat = args.seq_length, tokenizer, chat
+        self.args, self._tokenizer, self._chat = args, tokenizer, chat
 
     def text_ids(self, text: str) -> list[int]:
         """Ids of a plain prompt behind the begin-of-text token."""
@@ -77,7 +77,7 @@ class PromptReader:
         try:
             context, messages, fields = read(line.decode().rstrip("\r"))
             ids = self.ids(messages)
-            error = why_not(ids, self.context)
+            error = why_not(ids, self.args)
         except UnicodeDecodeError as problem:
             error = f"not UTF-8 text ({problem.reason} at byte {problem.start})"
         except UserError as problem:

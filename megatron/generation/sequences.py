@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron.generation.sampling import RandomNumbers
-from megatron.tokenizer import Tokenizer
 
 End = Literal["stop", "length", "context"]
 """Why a sequence ended: a stop id or string, the limit of new tokens, a full context."""
@@ -94,11 +93,6 @@ class Endings:
         """Text that holds `string` if the last token completes it: a token is at least a byte."""
         assert self.decode is not None
         return self.decode(sequence.new[-(len(string.encode()) + 1) :])
-
-
-def stop_ids(tokenizer: Tokenizer, more: Sequence[int] = ()) -> frozenset[int]:
-    """Ids that end a text: end of document, the ends of a turn that the vocabulary has, and `more`."""
-    return tokenizer.ends | frozenset(more)
 
 
 def first_of(strings: Sequence[str], text: str) -> int:

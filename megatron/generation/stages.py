@@ -37,12 +37,15 @@ class StageLinks:
         self._leaving: deque[tuple[Any, Tensor]] = deque()
 
     def send_hidden(self, hidden: Tensor) -> None:
-        """To the next stage."""
-        self._send(hidden, self.place.pp_rank + 1, self._hidden)
+        """To the next stage; nothing where nothing is left of the tokens but their keys and values."""
+        if hidden.numel():
+            self._send(hidden, self.place.pp_rank + 1, self._hidden)
 
     def receive_hidden(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """From the stage before."""
         hidden = torch.empty(shape, dtype=dtype, device=self.place.device)
+        if hidden.numel() == 0:
+            return hidden
         with self._around("pipeline"):
             dist.recv(hidden, src=self._ranks[self.place.pp_rank - 1], group=self._hidden)
         return hidden

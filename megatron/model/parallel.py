@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core import ModelParallelConfig
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
@@ -36,14 +38,23 @@ class _PlainState:
         self._load_state_dict_pre_hooks.clear()  # type: ignore[attr-defined]  # it would add the entry again
 
 
+# Without gradients a plain product is left of both, and while text is generated, token by token, megatron-core's
+# bookkeeping would take as long as the product of a small matrix.
+
+
 class _ColumnLinear(_PlainState, ColumnParallelLinear):
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x)[0]
+        return super().forward(x)[0] if torch.is_grad_enabled() else F.linear(x, self.weight)
 
 
 class _RowLinear(_PlainState, RowParallelLinear):
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x)[0]
+        if torch.is_grad_enabled():
+            return super().forward(x)[0]
+        product = F.linear(x, self.weight)
+        if self.tp_group.size() > 1:
+            dist.all_reduce(product, group=self.tp_group)
+        return product
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,7 @@ def _tokenizer_and_data(args: NeoXArgs) -> Iterator[str]:
     tokenizer = None
     if args.vocab_file is not None:
         if Path(args.vocab_file).is_file():
-            tokenizer = build_tokenizer(args.tokenizer_type, args.vocab_file)
+            tokenizer = build_tokenizer(args.tokenizer_type, args.vocab_file, args.merge_file)
             if args.vocab_size is not None and tokenizer.vocab_size > args.vocab_size:
                 yield (
                     f"vocab_file {args.vocab_file} has {tokenizer.vocab_size} ids, the model only vocab_size "

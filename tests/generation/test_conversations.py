@@ -22,13 +22,15 @@ pytestmark = pytest.mark.unit
 QUESTION = [Message("user", "What is z?\n"), Message("assistant", "Redshift."), Message("user", "And <|eot_id|>?")]
 
 
-@pytest.fixture(params=["llama3", "template"])
+@pytest.fixture(params=["llama3", "template", "shipped"])
 def prompts(request: pytest.FixtureRequest, hf_tokenizer: Tokenizer, tmp_path: Path) -> Any:
     """Makes ChatPrompts of a system prompt and a thinking switch."""
     template = None
     if request.param == "template":
         (tmp_path / "chat.jinja").write_text(CHAT_TEMPLATE)
         template = str(tmp_path / "chat.jinja")
+    if request.param == "shipped":
+        template = "llama3.1"
     return lambda system, thinking: ChatPrompts.load(template, hf_tokenizer, system, thinking)
 
 
@@ -50,7 +52,7 @@ def test_a_prompt_begins_the_training_conversation(
     assert labels[len(ids) - len(begun) - 1] < 0 <= labels[len(ids) - len(begun)], (
         "generation begins where learning does"
     )
-    assert made.end_of_turn == [hf_tokenizer.token_id("<|eot_id|>")]
+    assert whole[-1] in made.chat.end_of_turn
     assert ids.count(hf_tokenizer.token_id("<|begin_of_text|>")) == 1
 
 

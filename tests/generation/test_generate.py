@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from megatron.common.errors import UserError
-from megatron.generation.generate import Batching
+from megatron.generation.generate import Batching, Generator, generate
 from megatron.generation.sampling import Sampling
 from megatron.generation.sequences import Endings
-from megatron.model.cache import CachedTokens, KeyValueCache
+from megatron.model.cache import CachedTokens, KeyValueCache, input_shape, run_cached
 from tests.support.generation_runs import by_transformers, continued, layout, prompts, sequences
 from tests.support.models import LLAMA3_ROPE, Case
 from tests.support.ranks import run_ranks
@@ -60,9 +60,13 @@ ALL = [(tp, pp, case) for tp in (1, 2, 4) for pp in (1, 2, 4) for case in (UNTIE
     ],
 )
 def test_greedy_is_that_of_transformers(tp: int, pp: int, case: Case) -> None:
-    """Nine ragged prompts in groups of four slots, read eight tokens at a time."""
+    """Nine ragged prompts in groups of four slots, read eight tokens at a time.
+
+    Four stages have borders inside of what surrounds the decoder layers.
+    """
     expected = by_transformers(case, prompts(case, LENGTHS), NEW)
-    for found in run_ranks(_greedy, tp * pp, case, layout(tp, pp), LENGTHS, NEW):
+    method = {"pipe_partition_method": "uniform"} if pp == 4 else {}
+    for found in run_ranks(_greedy, tp * pp, case, layout(tp, pp) | method, LENGTHS, NEW):
         assert found == expected
 
 
@@ -98,6 +102,8 @@ def _alone(rank: int, world_size: int, case: Case) -> dict[str, Any]:
             continued(engine, args, sequences([[1], wrong], 2))
         except UserError as error:
             results[f"{len(wrong)} tokens"] = str(error)
+    results["turns"] = _turns(engine, args, case)
+    results["cuts"] = _cut_at_every_layer(engine, args, case)
     results["logits"] = _cached_and_recomputed(engine, args, case)
     with torch.no_grad():
         for _, layer in engine.numbered_layers():
@@ -108,6 +114,50 @@ def _alone(rank: int, world_size: int, case: Case) -> dict[str, Any]:
     except UserError as error:
         results["NaN"] = str(error)
     return results
+
+
+def _turns(engine: Any, args: Any, case: Case) -> list[tuple[list[int], list[int], int]]:
+    """(prompt, new ids, tokens that were read) of three prompts one after the other on one generator.
+
+    The second goes on with the first, the third parts from it within its new tokens.
+    """
+    generator, read = Generator(engine, args, Batching(slots=2, chunk=8)), 0
+    forward = engine.forward_cached
+
+    def counting(ids: torch.Tensor, tokens: CachedTokens) -> torch.Tensor:
+        nonlocal read
+        read += ids.numel()
+        return forward(ids, tokens)
+
+    engine.forward_cached = counting
+    (first,), results = prompts(case, [20]), []
+    prompt = first
+    for turn in range(3):
+        read = 0
+        (found,) = generate(generator, sequences([prompt], 10), Sampling(), Endings(frozenset()))
+        results.append((prompt, found.new, read))
+        prompt = [*first, *results[0][1], 5, 6, 7] if turn == 0 else [*first, *results[0][1][:4], 3]
+    del engine.forward_cached
+    generator.close()
+    return results
+
+
+@torch.inference_mode()
+def _cut_at_every_layer(engine: Any, args: Any, case: Case) -> list[str]:
+    """What is wrong if a stage's border falls before this layer; with and without outputs."""
+    layers, wrong = engine.module.forward_funcs, []
+    ids = torch.tensor(prompts(case, [7, 7, 7]))
+    for outputs in ([(0, 6), (2, 3)], []):
+        tokens = CachedTokens(KeyValueCache(3, case.seq), 0, [0] * 3, 7, outputs, torch.device("cpu"))
+        whole = run_cached(layers, 0, args.num_layers, ids, tokens)
+        for cut in range(1, len(layers)):
+            hidden = run_cached(layers[:cut], 0, args.num_layers, ids, tokens)
+            if hidden.shape != input_shape(cut, args.num_layers, args.hidden_size, tokens):
+                wrong.append(f"layer {cut}: shape {tuple(hidden.shape)}")
+            logits = run_cached(layers[cut:], cut, args.num_layers, hidden, tokens)
+            if outputs and not torch.equal(logits, whole):
+                wrong.append(f"layer {cut}: other logits")
+    return wrong
 
 
 def _cached_and_recomputed(engine: Any, args: Any, case: Case) -> dict[str, float]:
@@ -167,6 +217,11 @@ def test_one_process(case: Case) -> None:
     assert found["0 tokens"] == f"prompt 2: it has 0 tokens; expected 1 to {case.seq} (seq_length)"
     assert found[f"{case.seq + 1} tokens"].startswith(f"prompt 2: it has {case.seq + 1} tokens")
     assert "not finite" in found["NaN"]
+    for prompt, text, _ in found["turns"]:
+        assert [text] == by_transformers(case, [prompt], 10)
+    # Prompt and all new tokens but the last; then only what the cache does not hold.
+    assert [read for _, _, read in found["turns"]] == [29, 4 + 9, 1 + 9]
+    assert found["cuts"] == []
     logits = found["logits"]
     assert logits["right"] < 1e-5
     assert min(logits["wrong position"], logits["wrong slot"]) > 1e-3, "the mutations show"

@@ -27,7 +27,7 @@ COUNT = 1000
 def _continue(rank: int, world_size: int, keys: dict[str, Any]) -> str:
     """The error that a run of generate.py ends with, on this rank."""
     from megatron.generation.generate import Batching, Generator
-    from megatron.generation.prompts import PromptRun, continue_all, endings_of, sampling_of
+    from megatron.generation.prompts import continue_all, endings_of, read_requests
     from megatron.generation.requests import PromptReader
     from megatron.tokenizer import build_tokenizer
     from tests.support.engine_runs import inference
@@ -38,9 +38,9 @@ def _continue(rank: int, world_size: int, keys: dict[str, Any]) -> str:
     tokenizer = build_tokenizer("HFTokenizer", args.vocab_file)
     generator = Generator(engine, args, Batching(slots=48))
     reader = PromptReader(args, tokenizer, None)
-    run = PromptRun(args, tokenizer, reader, generator, sampling_of(args), endings_of(args, tokenizer, None))
     try:
-        continue_all(run)
+        requests = read_requests(args, engine.place, reader)
+        continue_all(generator, requests, endings_of(args, tokenizer, None))
     except UserError as error:
         return str(error)
     finally:
@@ -86,6 +86,29 @@ def test_of_a_thousand_prompts_with_a_bad_line_none_is_lost(vocab_folder: Path, 
     assert run_ranks(_continue, 1, few) == [""]
     again = [json.loads(line)["text"] for line in (tmp_path / "few.out").read_text().splitlines()]
     assert again == [record["text"] for record in records[:9]]
+
+
+def _stops_before_the_model(rank: int, world_size: int, keys: dict[str, Any]) -> str:
+    from megatron.generation import prompts
+    from megatron.parallel.process_groups import form_groups
+
+    def refuse(*_: Any) -> Any:
+        raise AssertionError("the model was built")
+
+    prompts.initialize = form_groups
+    prompts.build_inference_engine = refuse
+    try:
+        prompts.generate_text(CASE.neox(world_size=world_size, heartbeat_timeout_seconds=0, **keys))
+    except UserError as error:
+        return str(error)
+    raise AssertionError("no error")
+
+
+def test_a_file_that_cannot_be_read_stops_before_the_model_is_loaded(vocab_folder: Path, tmp_path: Path) -> None:
+    keys = {"vocab_file": str(vocab_folder), "sample_input_file": str(tmp_path / "absent.txt")}
+    for error in run_ranks(_stops_before_the_model, 2, keys | {"model_parallel_size": 2}):
+        assert error.startswith("reading the prompts failed. rank 0: sample_input_file")
+        assert "No such file" in error
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from megatron.generation.sequences import Continuation, Endings, TextStream, stop_ids
+from megatron.generation.prompts import endings_of
+from megatron.generation.sequences import Continuation, Endings, TextStream
 from megatron.tokenizer import Tokenizer
+from tests.support.models import Case
 
 pytestmark = pytest.mark.unit
 
@@ -25,11 +27,11 @@ def _feed(sequence: Continuation, ids: list[int], endings: Endings, context: int
 
 
 def test_end_tokens_are_no_part_of_the_text(hf_tokenizer: Tokenizer) -> None:
-    ids = stop_ids(hf_tokenizer, [5])
-    assert ids == {5, *(hf_tokenizer.token_id(f"<|{name}|>") for name in ("end_of_text", "eot_id", "eom_id"))}
-    sequence = _sequence()
-    assert _feed(sequence, [7, 8, hf_tokenizer.token_id("<|eot_id|>"), 9], Endings(ids)) == [9]
-    assert (sequence.new, sequence.end) == ([7, 8], "stop")
+    endings = endings_of(Case(vocab=1024).neox(world_size=1, stop_token_ids=[5]), hf_tokenizer, None)
+    for end in (5, *(hf_tokenizer.token_id(f"<|{name}|>") for name in ("end_of_text", "eot_id", "eom_id"))):
+        sequence = _sequence()
+        assert _feed(sequence, [7, 8, end, 9], endings) == [9]
+        assert (sequence.new, sequence.end) == ([7, 8], "stop")
 
 
 def test_limits_end_a_sequence() -> None:

@@ -30,7 +30,10 @@ class GenerationKeys(Keys):
     prefill_chunk: int = key(512, "Tokens of each prompt that are read at once.", ours=True, gt=0)
     chat: bool = key(False, "Prompts are what a user says, or whole conversations (docs/generation.md).", ours=True)
     chat_template: str | None = key(
-        None, "Jinja template or tokenizer_config.json of the chat format; Meta's Llama-3 format without.", ours=True
+        None,
+        "Chat format: a model folder, a tokenizer_config.json, a Jinja file, or a shipped name such as llama3.1. "
+        "Default: Meta's Llama-3 format.",
+        ours=True,
     )
     system_prompt: str | None = key(None, "System prompt of every conversation that has none.", ours=True)
     thinking: bool | None = key(
@@ -67,6 +70,8 @@ def stop_strings_are_not_empty(args: GenerationKeys) -> str | None:
 
 @registry.rule("generate")
 def stop_ids_are_in_the_vocabulary(args: AllKeys) -> str | None:
+    if args.vocab_size is None:  # the tokenizer is not on this machine
+        return None
     wrong = [index for index in args.stop_token_ids if not 0 <= index < args.vocab_size]
     return f"stop_token_ids {wrong} are not ids of the vocabulary, 0 to {args.vocab_size - 1}" if wrong else None
 
