@@ -31,6 +31,7 @@ _TITLES = {
     "DataKeys": "Data",
     "CheckpointKeys": "Checkpoints",
     "RuntimeKeys": "Running, logging, evaluation, generation",
+    "EvaluationKeys": "Evaluating a checkpoint",
     "SurvivalKeys": "Survival",
 }
 

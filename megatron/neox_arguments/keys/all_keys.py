@@ -9,9 +9,20 @@ from pydantic import PrivateAttr
 
 from megatron.common.errors import ConfigError
 from megatron.layout import LlamaShape, padded_vocab_size
-from megatron.neox_arguments.keys import checkpoint, data, model, optimization, parallel, precision, runtime, survival
+from megatron.neox_arguments.keys import (
+    checkpoint,
+    data,
+    evaluation,
+    model,
+    optimization,
+    parallel,
+    precision,
+    runtime,
+    survival,
+)
 from megatron.neox_arguments.keys.checkpoint import CheckpointKeys
 from megatron.neox_arguments.keys.data import DataKeys, unknown_vocabulary
+from megatron.neox_arguments.keys.evaluation import EvaluationKeys
 from megatron.neox_arguments.keys.model import ModelKeys
 from megatron.neox_arguments.keys.optimization import OptimizationKeys
 from megatron.neox_arguments.keys.parallel import ParallelKeys
@@ -32,13 +43,22 @@ REGISTRY = Registry.joined(
         survival.registry,
         checkpoint.registry,
         runtime.registry,
+        evaluation.registry,
     )
 )
 
 
 # Pydantic lists the fields of the last base first.
 class AllKeys(
-    SurvivalKeys, RuntimeKeys, CheckpointKeys, DataKeys, OptimizationKeys, PrecisionKeys, ParallelKeys, ModelKeys
+    SurvivalKeys,
+    EvaluationKeys,
+    RuntimeKeys,
+    CheckpointKeys,
+    DataKeys,
+    OptimizationKeys,
+    PrecisionKeys,
+    ParallelKeys,
+    ModelKeys,
 ):
     """Every key, what the user gave for them, and the values that follow from keys of several groups."""
 
