@@ -26,7 +26,7 @@ class TextLimits:
 
 
 @dataclass(frozen=True)
-class Continuation:
+class AnswerText:
     """New token ids without the end token; `ended` says that an end token or a stop text came, not a limit."""
 
     ids: tuple[int, ...]
@@ -35,7 +35,7 @@ class Continuation:
 
 def continue_prompts(
     engine: Engine, args: NeoXArgs, prompts: Sequence[tuple[int, ...]], limits: TextLimits, first: int = 0
-) -> list[Continuation]:
+) -> list[AnswerText]:
     """A continuation of every prompt. Collective; every rank gives the same prompts.
 
     Prompt i is sampled with numbers of its own, from (seed, `first` + i). A prompt that fills `seq_length` is a
@@ -57,7 +57,7 @@ def _continue(
     limits: TextLimits,
     tokenizer: Tokenizer | None,
     generator: torch.Generator,
-) -> Continuation:
+) -> AnswerText:
     new: list[int] = []
     most = min(limits.max_tokens, args.seq_length - len(prompt))
     while len(new) < most or not new:
@@ -66,7 +66,7 @@ def _continue(
         part, ended = continue_text(engine, settings, prompt + new, limits.stop_id, generator)
         new += part
         if ended:
-            return Continuation(tuple(new), True)
+            return AnswerText(tuple(new), True)
         if tokenizer is not None and any(text in tokenizer.decode(new) for text in limits.stop_texts):
-            return Continuation(tuple(new), True)
-    return Continuation(tuple(new), False)
+            return AnswerText(tuple(new), True)
+    return AnswerText(tuple(new), False)

@@ -21,7 +21,7 @@ import torch
 
 from megatron.common.errors import UserError, one_line
 from megatron.engine.protocol import Engine
-from megatron.evaluation.answers import Continuation, TextLimits, continue_prompts
+from megatron.evaluation.answers import AnswerText, TextLimits, continue_prompts
 from megatron.evaluation.scoring import Pair, PairScore, score_pairs
 from megatron.neox_arguments import NeoXArgs
 from megatron.parallel.collective_errors import RankGroup
@@ -56,7 +56,7 @@ class _Texts:
     limits: TextLimits
     first: int
 
-    def answer(self, engine: Engine, args: NeoXArgs) -> list[Continuation]:
+    def answer(self, engine: Engine, args: NeoXArgs) -> list[AnswerText]:
         return continue_prompts(engine, args, self.prompts, self.limits, self.first)
 
 
@@ -101,9 +101,9 @@ class DrivenModel:
         back = dict(zip(ordered, scores, strict=True))
         return [back[number] for number in range(len(pairs))]
 
-    def generate(self, prompts: Sequence[tuple[int, ...]], limits: TextLimits) -> list[Continuation]:
+    def generate(self, prompts: Sequence[tuple[int, ...]], limits: TextLimits) -> list[AnswerText]:
         """`continue_prompts` of any number of prompts."""
-        texts: list[Continuation] = []
+        texts: list[AnswerText] = []
         for start in range(0, len(prompts), PROMPTS_PER_REQUEST):
             texts += self._ask(_Texts(prompts[start : start + PROMPTS_PER_REQUEST], limits, start))
             self._report("answered", len(texts), len(prompts))

@@ -53,6 +53,11 @@ class PromptEncoder:
         """Ids of a text that begins a document."""
         return (*self.beginning, *self.tokenizer.encode(text))
 
+    def text_of(self, ids: Sequence[int]) -> str:
+        """Text of ids without the special tokens among them."""
+        special = set(self.tokenizer.special_tokens.values())
+        return self.tokenizer.decode([index for index in ids if index not in special])
+
     def conversation(self, messages: Sequence[Message], prefill: str = "") -> Ids:
         """Ids up to where the assistant answers, and of the beginning of its answer that is given."""
         ids: list[int] = []

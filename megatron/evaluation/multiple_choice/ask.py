@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from megatron.common.errors import UserError
-from megatron.evaluation.answers import Continuation, TextLimits
+from megatron.evaluation.answers import AnswerText, TextLimits
 from megatron.evaluation.driver import DrivenModel
 from megatron.evaluation.multiple_choice.items import Item
 from megatron.evaluation.multiple_choice.parse_answer import END_OF_THINKING, parse_answer, without_thinking
@@ -126,7 +126,7 @@ def _think(model: DrivenModel, writer: PromptWriter, texts: Sequence[_Text]) -> 
     limits = TextLimits(
         keys.max_thinking_tokens, writer.encoder.end_of_answer, (END_OF_THINKING,), model.args.temperature
     )
-    thoughts: list[Continuation] = model.generate([text.prompt for text in texts], limits)
+    thoughts: list[AnswerText] = model.generate([text.prompt for text in texts], limits)
     for text, thought in zip(texts, thoughts, strict=True):
         text.ids = thought.ids
         if END_OF_THINKING in tokenizer.decode(thought.ids):

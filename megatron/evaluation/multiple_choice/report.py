@@ -105,11 +105,11 @@ def lines_of(summary: dict[str, Any]) -> list[str]:
     """What is printed of a summary."""
     lines = []
     if "accuracy" in summary:
-        lines.append(f"accuracy {_share(summary)}")
-        lines += [f"  {topic}: {_share(one)}" for topic, one in summary.get("topics", {}).items()]
+        lines.append(f"accuracy {share_text(summary)}")
+        lines += [f"  {topic}: {share_text(one)}" for topic, one in summary.get("topics", {}).items()]
     for name, title in (("by_sum", "by log-probability"), ("by_calibrated", "calibrated")):
         if name in summary:
-            lines.append(f"  {title}: {_share(summary[name])}")
+            lines.append(f"  {title}: {share_text(summary[name])}")
     if "calibration_error" in summary:
         lines.append(f"calibration error {summary['calibration_error']:.3f}")
     if "orders" in summary:
@@ -133,6 +133,7 @@ def lines_of(summary: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _share(one: dict[str, Any]) -> str:
+def share_text(one: dict[str, Any]) -> str:
+    """`86.2 % (3814 of 4425), 95 % 85.1 to 87.2` of what `accuracy` gives."""
     low, high = one["wilson_95"]
     return f"{100 * one['accuracy']:.1f} % ({one['correct']} of {one['n']}), 95 % {100 * low:.1f} to {100 * high:.1f}"
