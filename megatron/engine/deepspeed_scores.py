@@ -28,10 +28,16 @@ def pipeline_scores(
 
     data = None if batches is None else ((batch.tokens, (batch.at, batch.queried)) for batch in batches)
     before, module.loss_fn = module.loss_fn, collect
-    engine.reset_activation_shape()  # shapes are exchanged with a call's first message only
+    _forget_shapes(engine)
     try:
         engine.eval_batch(data, reduce_output=None, bcast_loss=False, num_micro_batches=num_micro_batches)
     finally:
         module.loss_fn = before
-        engine.reset_activation_shape()
+        _forget_shapes(engine)
     return scores
+
+
+def _forget_shapes(engine: PipelineEngine) -> None:
+    """Shapes are exchanged with a call's first message only, and what ends the pipeline is summed from call to call."""
+    engine.reset_activation_shape()
+    engine.total_loss = None

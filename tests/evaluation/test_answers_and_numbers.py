@@ -115,7 +115,9 @@ def test_rows_that_cannot_be_used_are_named(rows: list[dict[str, Any]], message:
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize(("name", "content"), [("q.jsonl", b"{"), ("q.parquet", b"no"), ("q.txt", b"x"), ("q.csv", b"\xff")])
+@pytest.mark.parametrize(
+    ("name", "content"), [("q.jsonl", b"{"), ("q.parquet", b"no"), ("q.txt", b"x"), ("q.csv", b"\xff")]
+)
 def test_files_that_cannot_be_read_are_named(name: str, content: bytes, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ItemError, match=name):
