@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from scipy.stats import binomtest
 
+from megatron.evaluation.cost_picture import efficiency_gain, main, read_table
 from megatron.evaluation.multiple_choice.items import ItemError, read_items
 from megatron.evaluation.multiple_choice.parse_answer import parse_answer, without_thinking
 from megatron.evaluation.multiple_choice.statistics import (
@@ -20,6 +21,7 @@ from megatron.evaluation.multiple_choice.statistics import (
 )
 from megatron.evaluation.rolling import rolling_pairs
 from megatron.neox_arguments.keys.evaluation import McqKeys
+from tests.support.documentation import ROOT
 from tests.support.evaluation_models import write_questions
 
 pytestmark = pytest.mark.unit
@@ -163,3 +165,45 @@ def test_rolling_pairs_score_each_token_once(length: int) -> None:
         assert len(joined) <= 9
         place = whole.index(pair.continuation[0])
         assert whole[place - len(pair.context) : place + len(pair.continuation)] == joined
+
+
+def test_costs_and_gains(tmp_path: Path) -> None:
+    summary = {"accuracy": 0.7, "n": 100, "tokens": 50_000, "seconds": 1800.0}
+    (tmp_path / "s.json").write_text(json.dumps(summary))
+    table = tmp_path / "t.csv"
+    table.write_text(
+        "# a comment\nmodel,cost,accuracy,correct,n,base,summary,price_per_hour\n"
+        "base,0.1,72.5,,40,,,\nours,1,,30,40,base,,\nown,,,,,,s.json,2.0\n"
+    )
+    base, ours, own = read_table(table)
+    assert ours.accuracy == 75
+    assert own.cost == pytest.approx(2.0)  # half an hour at 2 USD for 0.05M tokens
+    # 2.5 points more at ten times the cost: what the family would have reached for 10 ** (2.5 / 3.5) times the cost.
+    assert efficiency_gain(ours, base) == pytest.approx(10 ** (2.5 / 3.5 - 1))
+    assert main([str(table), str(tmp_path / "p.svg")]) == 0
+    picture = (tmp_path / "p.svg").read_text()
+    assert all(name in picture for name in ("base", "ours", "own", "Wilson"))
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("", "has no rows"),
+        ("a,1,70,100,b\n", "a is made from b, which has no row"),
+        ("a,1,70,100,\na,1,70,100,\n", "a has two rows"),
+        ("a,0,70,100,\n", "expected cost and n above 0"),
+        ("a,x,70,100,\n", "row 1: could not convert"),
+    ],
+)
+def test_tables_that_cannot_be_drawn_are_named(
+    rows: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "t.csv").write_text("model,cost,accuracy,n,base\n" + rows)
+    assert main([str(tmp_path / "t.csv"), str(tmp_path / "p.png")]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_published_points_are_those_of_the_paper_s_text() -> None:
+    ours, base = read_table(ROOT / "docs" / "astrosage_figure3.csv")
+    assert (ours.accuracy, ours.n, ours.base) == (86.2, 4425, base.model)
+    assert efficiency_gain(ours, base) == pytest.approx(100)

@@ -11,6 +11,7 @@ import pytest
 
 from megatron.neox_arguments import ConfigError, NeoXArgs
 from megatron.neox_arguments import keys as key_files
+from megatron.neox_arguments.keys import evaluation
 from megatron.neox_arguments.keys.all_keys import REGISTRY
 from tests.support.configurations import ROPE, VALID, keys
 
@@ -181,6 +182,7 @@ def test_legal_surprises_are_noted(warning: str, changes: dict, note: str, monke
 def test_every_rule_and_warning_has_a_case() -> None:
     # These hold for other tasks than training: test_programs_that_read_weights_need_them, test_prompts_need_a_file.
     elsewhere = {"weights_are_given", "prompts_have_a_file"}
+    elsewhere |= {entry.name for entry in evaluation.registry.rules}  # test_evaluation_keys
     assert {entry.name for entry in REGISTRY.rules} == {rule for rule, _, _ in BROKEN} | elsewhere
     noted = {warning for warning, _, _ in NOTED} | {"prompts_are_not_read"}  # test_prompts_need_a_file, too
     assert {entry.name for entry in REGISTRY.warnings} == noted
@@ -227,7 +229,7 @@ def test_what_depends_on_a_wrong_key_is_not_judged() -> None:
         NeoXArgs.from_dict(keys(model_parallel_size=2, global_num_gpus=3, num_nodes=7))
 
 
-@pytest.mark.parametrize("task", ["eval", "generate"])
+@pytest.mark.parametrize("task", ["eval", "generate", "mcq"])
 def test_programs_that_read_weights_need_them(task: Any) -> None:
     with pytest.raises(ConfigError, match="nothing to evaluate: give load"):
         NeoXArgs.from_dict(VALID, task=task)
