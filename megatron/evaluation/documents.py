@@ -20,7 +20,7 @@ DOCUMENTS_PER_REQUEST = 256
 
 
 @dataclass(frozen=True)
-class Document:
+class TextDocument:
     """A text without frame: its tokens, and its length in UTF-8 bytes."""
 
     source: str
@@ -39,7 +39,7 @@ class SourceLoss:
     loss_sum: float = 0.0
     document_losses: list[float] = field(default_factory=list)
 
-    def add(self, document: Document, loss: float) -> None:
+    def add(self, document: TextDocument, loss: float) -> None:
         self.documents += 1
         self.tokens += len(document.ids)
         self.num_bytes += document.num_bytes
@@ -97,12 +97,12 @@ def evaluate_documents(model: DrivenModel, per_document: Path) -> dict[str, dict
     return {name: source.facts() for name, source in sources.items()}
 
 
-def read_documents(path: str, encoder: PromptEncoder) -> Iterator[Document]:
+def read_documents(path: str, encoder: PromptEncoder) -> Iterator[TextDocument]:
     """Documents of a .jsonl file of texts, or of an indexed pair given by its prefix. Raises UserError."""
     return _texts(Path(path), encoder) if path.endswith(".jsonl") else _indexed(path, encoder)
 
 
-def _texts(path: Path, encoder: PromptEncoder) -> Iterator[Document]:
+def _texts(path: Path, encoder: PromptEncoder) -> Iterator[TextDocument]:
     try:
         lines = path.open(encoding="utf-8")
     except OSError as error:
@@ -117,13 +117,15 @@ def _texts(path: Path, encoder: PromptEncoder) -> Iterator[Document]:
                 raise UserError(f"{path}, line {line_number}: expected a JSON object with a text") from None
             if not isinstance(text, str) or not text or not isinstance(source, str):
                 raise UserError(f"{path}, line {line_number}: text is empty, or text or source is no string")
-            yield Document(source, number, tuple(encoder.tokenizer.encode(text)), len(text.encode(errors="replace")))
+            yield TextDocument(
+                source, number, tuple(encoder.tokenizer.encode(text)), len(text.encode(errors="replace"))
+            )
             number += 1
     if number == 0:
         raise UserError(f"eval_documents {path} has no documents")
 
 
-def _indexed(prefix: str, encoder: PromptEncoder) -> Iterator[Document]:
+def _indexed(prefix: str, encoder: PromptEncoder) -> Iterator[TextDocument]:
     """Documents as training reads them, without the tokens that frame them; bytes are those of the decoded text."""
     data, tokenizer = IndexedFile(prefix), encoder.tokenizer
     frame = {tokenizer.bos, tokenizer.eod}
@@ -137,4 +139,4 @@ def _indexed(prefix: str, encoder: PromptEncoder) -> Iterator[Document]:
             raise UserError(f"{prefix}: document {number} has no text, only tokens that frame it")
         if max(ids) >= tokenizer.vocab_size:
             raise UserError(f"{prefix}: document {number} holds token {max(ids)}, which vocab_file does not have")
-        yield Document(Path(prefix).name, number, tuple(ids), len(tokenizer.decode(ids).encode()))
+        yield TextDocument(Path(prefix).name, number, tuple(ids), len(tokenizer.decode(ids).encode()))

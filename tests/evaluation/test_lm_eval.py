@@ -109,6 +109,11 @@ def theirs(export: Path, folder: Path, names: list[str], **options: Any) -> tupl
     return results, noted
 
 
+@pytest.fixture(scope="module")
+def hf_choices(tasks: Path, export: Path) -> tuple[Any, list[Any]]:
+    return theirs(export, tasks, ["sky_letters", "sky_texts", "sky_generated"])
+
+
 def keys_of(tasks: Path, output: Path, names: list[str], **more: Any) -> dict[str, Any]:
     return {"eval_tasks": names, "eval_task_path": str(tasks), "eval_results_prefix": f"{output}/", **more}
 
@@ -131,9 +136,11 @@ def assert_same_metrics(mine: dict[str, Any], results: Any, names: list[str]) ->
             assert mine["tasks"][name][metric] == pytest.approx(value, rel=1e-4), (name, metric)
 
 
-def test_four_tasks_equal_the_hf_backend(tasks: Path, export: Path, tmp_path: Path, hf_tokenizer: Any) -> None:
+def test_four_tasks_equal_the_hf_backend(
+    tasks: Path, export: Path, tmp_path: Path, hf_tokenizer: Any, hf_choices: tuple[Any, list[Any]]
+) -> None:
     mine = ours(export, keys_of(tasks, tmp_path, TASKS))
-    choices, noted = theirs(export, tasks, ["sky_letters", "sky_texts", "sky_generated"])
+    choices, noted = hf_choices
     rolled, noted_rolled = theirs(export, tasks, ["sky_rolling"], add_bos_token=False)
     assert_same_metrics(mine, choices, ["sky_letters", "sky_texts", "sky_generated"])
     assert_same_metrics(mine, rolled, ["sky_rolling"])
@@ -154,6 +161,28 @@ def test_four_tasks_equal_the_hf_backend(tasks: Path, export: Path, tmp_path: Pa
     assert len({str(s["resps"]) for s in generated}) > 1
     assert mine["wilson"]["sky_letters"]["n"] == len(SKY)
     assert mine["requests_cut"] == 0
+
+
+def _mcq(rank: int, world_size: int, export: Path, split: dict[str, int], keys: dict[str, Any]) -> Any:
+    from megatron.evaluation.multiple_choice.run import ask_and_write
+
+    return driven(world_size, export, ask_and_write, split, mcq=keys)
+
+
+def test_mcq_scores_are_those_of_the_hf_backend(
+    tasks: Path, export: Path, tmp_path: Path, hf_choices: tuple[Any, list[Any]]
+) -> None:
+    """Item by item: what mcq.py scored, lm-eval's `hf` backend has scored as well, with the same sums."""
+    scored = {(tuple(context), tuple(continuation)): total for context, continuation, total in hf_choices[1]}
+    for method in ("letter", "text"):
+        ranks, split = LAYOUTS["tp2pp2"]
+        output = tmp_path / method
+        keys = {"items": str(tasks / "sky.jsonl"), "method": method, "output": str(output)}
+        run_ranks(_mcq, ranks, export, split, keys)
+        for line in (output / "items.jsonl").read_text().splitlines():
+            (asked,) = json.loads(line)["asked"]
+            for ids, log_probs in zip(asked["continuations"], asked["log_probs"], strict=True):
+                assert sum(log_probs) == pytest.approx(scored[tuple(asked["prompt_ids"]), tuple(ids)], abs=1e-4)
 
 
 @pytest.mark.slow
