@@ -78,7 +78,7 @@ def evaluate_texts(model: DrivenModel, checkpoint: Path) -> dict[str, Any]:
             )
     if args.eval_tasks:
         report |= _tasks(model)
-    report["tokens"] = model.forwards
+    report["tokens"] = model.tokens
     _write_report(args, checkpoint, report)
     return report
 
@@ -93,7 +93,7 @@ def _tasks(model: DrivenModel) -> dict[str, Any]:
         lines = (json.dumps(sample, default=str, ensure_ascii=False) for sample in samples)
         write_text(Path(f"{prefix}samples_{task}.jsonl"), "".join(line + "\n" for line in lines))
         verdicts = [sample.get("acc", sample.get("exact_match")) for sample in samples]
-        if all(verdict in (0, 1) for verdict in verdicts):
+        if verdicts and all(verdict in (0, 1) for verdict in verdicts):
             wilson[task] = accuracy(bool(verdict) for verdict in verdicts)
     write_text(Path(f"{prefix}requests.jsonl"), "".join(json.dumps(one) + "\n" for one in lm.log))
     for task, metrics in results["results"].items():

@@ -78,7 +78,7 @@ class DrivenModel:
 
     def __init__(self, engine: Engine, args: NeoXArgs, whereabouts: Whereabouts) -> None:
         self.args = args
-        self.forwards = 0  # tokens that went through the model, for the report
+        self.tokens = 0  # that went through the model
         self._engine, self._whereabouts = engine, whereabouts
         self._ranks = RankGroup.world(engine.place.device)
         self._one_at_a_time = threading.Lock()
@@ -96,8 +96,8 @@ class DrivenModel:
         for start in range(0, len(pairs), PAIRS_PER_REQUEST):
             part = [pairs[i] for i in ordered[start : start + PAIRS_PER_REQUEST]]
             scores += self._ask(_Scores(part))
+            self.tokens += sum(map(len, {(*pair.context, *pair.continuation[:-1]) for pair in part}))
             self._report("scored", len(scores), len(pairs))
-        self.forwards += sum(len(pair.context) + len(pair.continuation) - 1 for pair in pairs)
         back = dict(zip(ordered, scores, strict=True))
         return [back[number] for number in range(len(pairs))]
 
@@ -107,7 +107,7 @@ class DrivenModel:
         for start in range(0, len(prompts), PROMPTS_PER_REQUEST):
             texts += self._ask(_Texts(prompts[start : start + PROMPTS_PER_REQUEST], limits, start))
             self._report("answered", len(texts), len(prompts))
-        self.forwards += sum(map(len, prompts)) + sum(len(text.ids) for text in texts)
+        self.tokens += sum(map(len, prompts)) + sum(len(text.ids) for text in texts)
         return texts
 
     def _report(self, what: str, done: int, total: int) -> None:

@@ -69,10 +69,8 @@ class EngineLM(TemplateLM):
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         context_ids, continuation_ids = super()._encode_pair(context, continuation)
-        moved = len(context) - len(context.rstrip())
         whole = self.tok_encode(context + continuation)
-        if whole[: len(context_ids)] != context_ids or (moved and not continuation_ids):
-            self.joined_differently += 1
+        self.joined_differently += whole[: len(context_ids)] != context_ids
         return context_ids, continuation_ids
 
     def _loglikelihood_tokens(
@@ -126,6 +124,8 @@ class EngineLM(TemplateLM):
         most = int(given.get("max_gen_toks", given.get("max_new_tokens", DEFAULT_NEW_TOKENS)))
         temperature = float(given.get("temperature") or 0.0) if given.get("do_sample") else 0.0
         known = {"until", "max_gen_toks", "max_new_tokens", "temperature", "do_sample"}
+        if temperature == 0:
+            known |= {"top_p", "top_k"}  # they choose nothing where the most likely token is taken
         unknown = sorted(set(given) - known)
         if unknown:
             raise UserError(f"generation_kwargs {', '.join(unknown)} of a task are not supported; remove them")

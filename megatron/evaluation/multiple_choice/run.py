@@ -56,7 +56,7 @@ def ask_and_write(model: DrivenModel, checkpoint: Path) -> dict[str, Any]:
         "chat": None if writer.encoder.chat is None else writer.encoder.chat.name,
         "tokenizer": writer.encoder.tokenizer.fingerprint,
         "joined_differently": _joined_differently(writer, results),
-        "tokens": model.forwards,
+        "tokens": model.tokens,
         "seconds": time.perf_counter() - start,
         "first_prompt": writer.encoder.tokenizer.decode(results[0].asked[0].prompt_ids),
     }
