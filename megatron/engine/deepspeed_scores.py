@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch.nn.functional as F
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor
 
@@ -26,7 +27,11 @@ def pipeline_scores(
         scores.append(score(logits, queries))
         return logits.new_zeros(())  # the engine adds losses up, which scores of different widths do not allow
 
-    data = None if batches is None else ((batch.tokens, (batch.at, batch.queried)) for batch in batches)
+    def fitting(tokens: Tensor) -> Tensor:
+        """Padded on the right to what the slices of sequence parallelism divide."""
+        return F.pad(tokens, (0, module.tensor_parallel.padded_length(tokens.shape[1]) - tokens.shape[1]))
+
+    data = None if batches is None else ((fitting(batch.tokens), (batch.at, batch.queried)) for batch in batches)
     before, module.loss_fn = module.loss_fn, collect
     _forget_shapes(engine)
     try:

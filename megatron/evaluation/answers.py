@@ -17,10 +17,10 @@ TOKENS_BETWEEN_LOOKS = 16  # for a stop string, which can be seen in decoded tex
 
 @dataclass(frozen=True)
 class TextLimits:
-    """Where a text ends: a number of tokens, an end token, or a text that it comes to contain."""
+    """Where a text ends: a number of tokens, one of several end tokens, or a text that it comes to contain."""
 
     max_tokens: int
-    stop_id: int
+    stop_ids: tuple[int, ...]
     stop_texts: tuple[str, ...] = ()
     temperature: float = 0.0
 
@@ -42,7 +42,7 @@ def continue_prompts(
     UserError.
     """
     assert args.vocab_file is not None  # checked with the configuration
-    tokenizer = build_tokenizer(args.tokenizer_type, args.vocab_file) if limits.stop_texts else None
+    tokenizer = build_tokenizer(args.tokenizer_type, args.vocab_file, args.merge_file) if limits.stop_texts else None
     found = []
     for number, prompt in enumerate(prompts, start=first):
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + number)
@@ -63,7 +63,7 @@ def _continue(
     while len(new) < most or not new:
         look = most - len(new) if tokenizer is None else min(TOKENS_BETWEEN_LOOKS, most - len(new))
         settings = args.model_copy(update={"maximum_tokens": look, "temperature": limits.temperature})
-        part, ended = continue_text(engine, settings, prompt + new, limits.stop_id, generator)
+        part, ended = continue_text(engine, settings, prompt + new, limits.stop_ids, generator)
         new += part
         if ended:
             return AnswerText(tuple(new), True)

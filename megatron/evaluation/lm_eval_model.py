@@ -22,7 +22,7 @@ from megatron.evaluation.driver import DrivenModel
 from megatron.evaluation.prompts import PromptEncoder
 from megatron.evaluation.rolling import rolling_pairs
 from megatron.evaluation.scoring import Pair
-from megatron.tokenizer.chat import Message
+from megatron.tokenizer.conversation import Message
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class EngineLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        return self._encoder.end_of_answer
+        return self._encoder.tokenizer.eod
 
     @property
     def prefix_token_id(self) -> int:
@@ -131,7 +131,7 @@ class EngineLM(TemplateLM):
             raise UserError(f"generation_kwargs {', '.join(unknown)} of a task are not supported; remove them")
         if most >= self.max_length:
             raise UserError(f"max_gen_toks {most} leaves no room for a prompt in seq_length {self.max_length}")
-        return TextLimits(most, self.eot_token_id, stops, temperature)
+        return TextLimits(most, self._encoder.ends, stops, temperature)
 
     def _prompt(self, text: str, new_tokens: int) -> tuple[int, ...]:
         ids = self.tok_encode(text)

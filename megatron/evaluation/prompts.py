@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from megatron.common.errors import UserError
 from megatron.neox_arguments import NeoXArgs
 from megatron.tokenizer import Tokenizer, build_tokenizer
-from megatron.tokenizer.chat import Chat, ChatError, Llama3Chat, Message, Segment, load_chat
+from megatron.tokenizer.chat import Chat, Segment
+from megatron.tokenizer.conversation import ChatError, Conversation, Message
+from megatron.tokenizer.template_chat import load_chat
 
 Ids = tuple[int, ...]
 
@@ -25,7 +27,7 @@ class PromptEncoder:
     def of(cls, args: NeoXArgs, *, chat: bool) -> PromptEncoder:
         """What the keys name. Raises UserError for a template or a tokenizer that cannot be used."""
         assert args.vocab_file is not None  # checked with the configuration
-        tokenizer = build_tokenizer(args.tokenizer_type, args.vocab_file)
+        tokenizer = build_tokenizer(args.tokenizer_type, args.vocab_file, args.merge_file)
         if not chat:
             return cls(tokenizer, None)
         try:
@@ -41,13 +43,9 @@ class PromptEncoder:
         return () if self.tokenizer.bos is None else (self.tokenizer.bos,)
 
     @property
-    def end_of_answer(self) -> int:
-        """The token after which nothing more is said: the end of a turn, or of the document."""
-        if self.chat is None:
-            return self.tokenizer.eod
-        if isinstance(self.chat, Llama3Chat):
-            return self.tokenizer.token_id("<|eot_id|>")
-        return _after_answer(self.chat)
+    def ends(self) -> tuple[int, ...]:
+        """The tokens after which nothing more is said: the end of the document, and in a conversation of a turn."""
+        return (self.tokenizer.eod, *(() if self.chat is None else self.chat.end_of_turn))
 
     def text(self, text: str) -> Ids:
         """Ids of a text that begins a document."""
@@ -84,20 +82,10 @@ class PromptEncoder:
 _ANSWER = "answer"  # stands for the model's answer while a conversation is laid out
 
 
-def _with_answer(chat: Chat | None, messages: Sequence[Message]) -> list[Segment]:
+def _before_answer(chat: Chat | None, messages: Sequence[Message]) -> list[Segment]:
     assert chat is not None
     try:
-        return chat.segments([*messages, Message("assistant", _ANSWER)], "last")
+        segments = chat.segments(Conversation([*messages, Message("assistant", _ANSWER)]), "last")
     except ChatError as error:
         raise UserError(f"the chat template cannot write the prompt: {error}") from None
-
-
-def _before_answer(chat: Chat | None, messages: Sequence[Message]) -> list[Segment]:
-    segments = _with_answer(chat, messages)
     return segments[: next(place for place, segment in enumerate(segments) if segment.learned)]
-
-
-def _after_answer(chat: Chat) -> int:
-    """The end token that the format teaches after an answer."""
-    ends = [segment.ids for segment in _with_answer(chat, [Message("user", "question")]) if segment.learned]
-    return ends[-1][-1]

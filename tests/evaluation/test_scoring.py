@@ -96,6 +96,7 @@ LAYOUTS = [
     pytest.param(4, {"model_parallel_size": 2, "pipe_parallel_size": 2}, id="tp2pp2"),
     pytest.param(2, {"model_parallel_size": 2}, id="tp2", marks=pytest.mark.slow),
     pytest.param(2, {"pipe_parallel_size": 2}, id="pp2", marks=pytest.mark.slow),
+    pytest.param(2, {"model_parallel_size": 2, "sequence_parallel": True}, id="tp2sp", marks=pytest.mark.slow),
     pytest.param(8, {"model_parallel_size": 2, "pipe_parallel_size": 2}, id="tp2pp2dp2", marks=pytest.mark.slow),
 ]
 

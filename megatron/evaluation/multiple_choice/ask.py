@@ -115,7 +115,7 @@ def ask_by_text(model: DrivenModel, writer: PromptWriter, questions: Sequence[Qu
         _think(model, writer, texts)
     stops = ("\n",) if keys.prompt == "plain" else ()
     open_ = [text for text in texts if not text.ended]
-    limits = TextLimits(keys.max_answer_tokens, encoder.end_of_answer, stops, model.args.temperature)
+    limits = TextLimits(keys.max_answer_tokens, encoder.ends, stops, model.args.temperature)
     for text, more in zip(open_, model.generate([t.prompt + t.ids for t in open_], limits), strict=True):
         text.ids, text.ended = text.ids + more.ids, more.ended
     return [_parsed(writer, question, text) for question, text in zip(questions, texts, strict=True)]
@@ -123,9 +123,7 @@ def ask_by_text(model: DrivenModel, writer: PromptWriter, questions: Sequence[Qu
 
 def _think(model: DrivenModel, writer: PromptWriter, texts: Sequence[_Text]) -> None:
     keys, tokenizer = writer.keys, writer.encoder.tokenizer
-    limits = TextLimits(
-        keys.max_thinking_tokens, writer.encoder.end_of_answer, (END_OF_THINKING,), model.args.temperature
-    )
+    limits = TextLimits(keys.max_thinking_tokens, writer.encoder.ends, (END_OF_THINKING,), model.args.temperature)
     thoughts: list[AnswerText] = model.generate([text.prompt for text in texts], limits)
     for text, thought in zip(texts, thoughts, strict=True):
         text.ids = thought.ids

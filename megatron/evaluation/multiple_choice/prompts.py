@@ -9,7 +9,7 @@ from megatron.evaluation.multiple_choice.items import Item
 from megatron.evaluation.prompts import Ids, PromptEncoder
 from megatron.evaluation.scoring import Pair
 from megatron.neox_arguments.keys.evaluation import McqKeys
-from megatron.tokenizer.chat import Message
+from megatron.tokenizer.conversation import Message
 
 ASK_FOR_JSON = (
     "You are an expert who answers multiple-choice questions. Choose the one best option, always choose one, and reply "

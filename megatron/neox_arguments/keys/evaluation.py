@@ -83,7 +83,9 @@ class EvaluationKeys(Keys):
         ours=True,
     )
     chat_template: str | None = key(
-        None, "Jinja file, or tokenizer_config.json that holds one. Default: Llama 3's format.", ours=True
+        None,
+        "Shipped template (llama3.1), Jinja file, or model folder that has one. Default: Llama 3's own format.",
+        ours=True,
     )
     mcq: McqKeys = key(McqKeys(), "What mcq.py asks.", ours=True)
 
