@@ -80,6 +80,7 @@ setup(
     ext_modules=[Extension("megatron.ops.libneox_kernels", [])] if kernel_builder().default_target() else [],
     extras_require={
         "data": requirements("requirements-data.txt"),
+        "eval": requirements("requirements-eval.txt"),
         "dev": requirements("requirements-dev.txt"),
         "wandb": ["wandb"],
     },

@@ -38,6 +38,18 @@ def padded(micro_batch: MicroBatch, length: int) -> MicroBatch:
     return {name: F.pad(tensor, (0, missing), value=_PADDING[name]) for name, tensor in micro_batch.items()}
 
 
+@dataclass(frozen=True)
+class ScoreBatch:
+    """Token ids [b, s] and what is asked of them: the log-probability of `queried` [b, k] after position `at` [b, k].
+
+    `queried` is IGNORE_INDEX, and `at` anything inside the sequence, where a row asks for fewer than k tokens.
+    """
+
+    tokens: Tensor
+    at: Tensor
+    queried: Tensor
+
+
 class EmptyBatchError(UserError):
     """No token of the global batch carries a target."""
 

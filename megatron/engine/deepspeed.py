@@ -10,7 +10,7 @@ import contextlib
 import io
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -22,11 +22,12 @@ from torch import Tensor, nn
 
 from megatron.common.errors import UserError
 from megatron.engine import deepspeed_files
-from megatron.engine.batches import MicroBatch, StepBatch, padded
+from megatron.engine.batches import MicroBatch, ScoreBatch, StepBatch, padded
 from megatron.engine.deepspeed_hooks import run_instructions_inside, run_optimizer_after
 from megatron.engine.deepspeed_loss_scale import LossScale
 from megatron.engine.deepspeed_module import LlamaPipelineModule
 from megatron.engine.deepspeed_optimizer import load_shards, optimizer_shards
+from megatron.engine.deepspeed_scores import pipeline_scores
 from megatron.engine.nonfinite import propagate
 from megatron.engine.optimizer import REPLICATED_GROUPS, build_optimizer, parameter_groups
 from megatron.engine.optimizer_shards import OptimizerShard, ReadShard
@@ -186,6 +187,10 @@ class DeepSpeedEngine:
         first = self.stage_layers(self.place.pp_rank).start
         with self._around("forward"):
             return run_cached(self.module.forward_funcs, first, self.args.num_layers, inputs, tokens)
+
+    def token_scores(self, batches: Iterable[ScoreBatch] | None, num_micro_batches: int) -> list[Tensor] | None:
+        scores = pipeline_scores(self.pipeline_engine, self.module, batches, num_micro_batches)
+        return scores if self.place.last_stage else None
 
     @staticmethod
     def _iterator(batch: StepBatch) -> Iterator[Any] | None:

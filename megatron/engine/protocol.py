@@ -10,7 +10,7 @@ calls them in the same order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from megatron.engine.batches import StepBatch
+    from megatron.engine.batches import ScoreBatch, StepBatch
     from megatron.engine.optimizer_shards import OptimizerShard, ReadShard
     from megatron.model.cache import CachedTokens
     from megatron.parallel.place import Place
@@ -134,6 +134,14 @@ class Engine(PipelineStage, Protocol):
         Returns hidden states for the next stage, or on the last one this rank's logits [n, 1, V / tp] of the n outputs
         of `tokens`. Collective over the tensor-parallel group alone: the caller moves hidden states between stages
         (`megatron.generation.stages`).
+        """
+        ...
+
+    def token_scores(self, batches: Iterable[ScoreBatch] | None, num_micro_batches: int) -> list[Tensor] | None:
+        """Of each micro-batch what `megatron.model.scores` says of its queries, on the last stage; None on the others.
+
+        `batches` are this data-parallel rank's, None on stages that read no data. Those of one call have one shape
+        [b, s], the same on all ranks; the next call may have another.
         """
         ...
 

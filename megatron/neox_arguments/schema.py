@@ -32,6 +32,7 @@ _TITLES = {
     "CheckpointKeys": "Checkpoints",
     "RuntimeKeys": "Running, logging, evaluation, generation",
     "GenerationKeys": "Generation",
+    "EvaluationKeys": "Evaluating a checkpoint",
     "SurvivalKeys": "Survival",
 }
 

@@ -68,7 +68,6 @@ UNSUPPORTED: dict[str, Refusal] = {
     "amp": Refusal("apex amp is not supported; give precision."),
     "z_loss": Refusal("The z-loss is not supported.", (None, 0, 0.0)),
     "use_checkpoint_lr_scheduler": Refusal("The schedule is that of the configuration, also on resume.", (None, False)),
-    "eval_tasks": Refusal("Benchmark suites are not run by eval.py; export to Hugging Face and use lm-eval."),
     "prompt_end": Refusal("A prompt is one line here.", (None, "\n")),
     "return_logits": Refusal("generate.py writes text only.", (None, False)),
     "precompute_model_name": Refusal("generate.py writes text only."),

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron.engine.batches import MicroBatch, StepBatch
+from megatron.engine.batches import MicroBatch, ScoreBatch, StepBatch
 from megatron.engine.nonfinite import poisoned
 from megatron.engine.optimizer import build_optimizer, parameter_groups, rows_of_parameters
 from megatron.engine.optimizer_shards import OptimizerShard, ReadShard
@@ -21,6 +21,7 @@ from megatron.model.initialize import initialize_layers
 from megatron.model.loss import GlobalMeanLoss
 from megatron.model.parallel import TensorParallel
 from megatron.model.pipeline import llama_layers
+from megatron.model.scores import TokenScores
 from megatron.neox_arguments import NeoXArgs
 from megatron.parallel.place import Place
 from megatron.parallel.process_groups import ModelGroups
@@ -128,6 +129,11 @@ class FakeEngine:
     @torch.no_grad()
     def forward_cached(self, inputs: Tensor, tokens: CachedTokens) -> Tensor:
         return run_cached([apply for _, apply in self._layers], 0, self.args.num_layers, inputs, tokens)
+
+    @torch.no_grad()
+    def token_scores(self, batches: Iterable[ScoreBatch] | None, num_micro_batches: int) -> list[Tensor] | None:
+        scores = TokenScores(self.groups.tensor, self.args.vocab_size)
+        return [scores(self._forward(batch.tokens), (batch.at, batch.queried)) for batch in batches or ()]
 
     def meta_content(self) -> dict[str, Any]:
         counters = self.counters

@@ -19,7 +19,7 @@ _SIZES = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4, "KI": 1 <<
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 done, 1 `verify` found a difference, 2 bad input, 130 interrupted, 1 a defect."""
+    """Exit code: 0 done, 1 `verify` found a difference or `inspect --serving` a lack, 2 bad input, 130 interrupted."""
     arguments = _parser().parse_args(argv)
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -149,6 +149,11 @@ def _add_inspect(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     verb.add_argument("checkpoint", type=Path, metavar="DIR")
     _describing(verb)
     verb.add_argument("--json", action="store_true", help="machine-readable, with every tensor")
+    verb.add_argument(
+        "--serving",
+        action="store_true",
+        help="check what vLLM, SGLang and llama.cpp need of a Hugging Face folder; exit code 1 if something is missing",
+    )
     verb.set_defaults(run=_run_inspect)
 
 
@@ -297,9 +302,21 @@ def _run_inspect(arguments: argparse.Namespace) -> int:
 
     from tools.convert_hf.commands.inspect import checkpoint_facts, facts_table
 
+    if arguments.serving:
+        return _run_serving(arguments)
     checkpoint = _open(arguments.checkpoint, arguments, quiet=arguments.json)
     print(json.dumps(checkpoint_facts(checkpoint), indent=2) if arguments.json else facts_table(checkpoint))
     return 0
+
+
+def _run_serving(arguments: argparse.Namespace) -> int:
+    import json
+
+    from tools.convert_hf.commands.serving import serving_checks, serving_table
+
+    checks = serving_checks(arguments.checkpoint)
+    print(json.dumps([vars(check) for check in checks], indent=2) if arguments.json else serving_table(checks))
+    return 1 if any(check.verdict == "missing" for check in checks) else 0
 
 
 def _execute(output, arguments: argparse.Namespace) -> int:  # type: ignore[no-untyped-def]

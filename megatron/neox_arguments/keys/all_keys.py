@@ -12,6 +12,7 @@ from megatron.layout import LlamaShape, padded_vocab_size
 from megatron.neox_arguments.keys import (
     checkpoint,
     data,
+    evaluation,
     generation,
     model,
     optimization,
@@ -22,6 +23,7 @@ from megatron.neox_arguments.keys import (
 )
 from megatron.neox_arguments.keys.checkpoint import CheckpointKeys
 from megatron.neox_arguments.keys.data import DataKeys, unknown_vocabulary
+from megatron.neox_arguments.keys.evaluation import EvaluationKeys
 from megatron.neox_arguments.keys.generation import GenerationKeys
 from megatron.neox_arguments.keys.model import ModelKeys
 from megatron.neox_arguments.keys.optimization import OptimizationKeys
@@ -44,6 +46,7 @@ REGISTRY = Registry.joined(
         checkpoint.registry,
         generation.registry,
         runtime.registry,
+        evaluation.registry,
     )
 )
 
@@ -51,6 +54,7 @@ REGISTRY = Registry.joined(
 # Pydantic lists the fields of the last base first.
 class AllKeys(
     SurvivalKeys,
+    EvaluationKeys,
     GenerationKeys,
     RuntimeKeys,
     CheckpointKeys,

@@ -1,0 +1,1 @@
+"""Multiple-choice tests: questions and options in, scores with their uncertainty out."""

@@ -1,0 +1,153 @@
+"""Ask a model every question, by one of three methods."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from megatron.common.errors import UserError
+from megatron.evaluation.answers import AnswerText, TextLimits
+from megatron.evaluation.driver import DrivenModel
+from megatron.evaluation.multiple_choice.items import Item
+from megatron.evaluation.multiple_choice.parse_answer import END_OF_THINKING, parse_answer, without_thinking
+from megatron.evaluation.multiple_choice.prompts import PromptWriter, Question, orders_of
+from megatron.evaluation.multiple_choice.records import Asked, ItemResult
+from megatron.evaluation.multiple_choice.statistics import softmax
+from megatron.evaluation.scoring import Pair
+from megatron.neox_arguments import NeoXArgs
+
+
+def ask_all(model: DrivenModel, writer: PromptWriter, items: Sequence[Item]) -> list[ItemResult]:
+    """Every item with its answer. Raises UserError if a prompt does not fit into `seq_length`; nothing is cut."""
+    keys = writer.keys
+    questions = [question for item in items for question in orders_of(item, keys.cyclic_orders)]
+    if keys.method == "generate":
+        asked = ask_by_text(model, writer, questions)
+    else:
+        asked = ask_by_scores(model, writer, questions)
+    by_item: dict[int, list[Asked]] = {item.number: [] for item in items}
+    for question, one in zip(questions, asked, strict=True):
+        by_item[question.item.number].append(one)
+    return [_result(item, by_item[item.number]) for item in items]
+
+
+def _result(item: Item, asked: Sequence[Asked]) -> ItemResult:
+    """Several orders are one answer: the highest mean probability, or the option that most texts gave."""
+    if len(asked) == 1:
+        return ItemResult(item, tuple(asked), asked[0].choice)
+    if asked[0].scores:
+        shares = [softmax(one.scores) for one in asked]
+        means = [sum(column) for column in zip(*shares, strict=True)]
+        return ItemResult(item, tuple(asked), max(range(len(means)), key=means.__getitem__))
+    votes = Counter(one.choice for one in asked if one.choice is not None).most_common(1)
+    return ItemResult(item, tuple(asked), votes[0][0] if votes else None)
+
+
+def ask_by_scores(model: DrivenModel, writer: PromptWriter, questions: Sequence[Question]) -> list[Asked]:
+    """By the probability of each letter, or of each option's text."""
+    by_letter = writer.keys.method == "letter"
+    pairs = [writer.letters(question) if by_letter else writer.texts(question) for question in questions]
+    alone = [] if by_letter else [writer.texts_alone(question) for question in questions]
+    for question, group in zip(questions, pairs, strict=True):
+        _check_room(question, group, model.args)
+    flat = [pair for group in pairs + alone for pair in group]
+    found = iter(model.score(flat))
+    scores = [[next(found) for _ in group] for group in pairs]
+    totals_alone = [[next(found).total for _ in group] for group in alone]
+    asked = []
+    for number, question in enumerate(questions):
+        one = Asked(
+            order=question.order,
+            choice=None,
+            prompt_ids=pairs[number][0].context,
+            continuations=tuple(pair.continuation for pair in pairs[number]),
+            log_probs=tuple(score.log_probs for score in scores[number]),
+            alone=() if by_letter else tuple(totals_alone[number]),
+        )
+        decisive = calibrated(one) if not by_letter and writer.keys.text_score == "calibrated" else one.sums
+        in_order = [0.0] * len(decisive)
+        for place, option in enumerate(question.order):
+            in_order[option] = decisive[place]
+        best = max(range(len(in_order)), key=in_order.__getitem__)
+        asked.append(replace(one, choice=best, scores=tuple(in_order)))
+    return asked
+
+
+def calibrated(asked: Asked) -> tuple[float, ...]:
+    """Log-probability of each text minus that after an empty question, by letter: what the question adds."""
+    return tuple(told - alone for told, alone in zip(asked.sums, asked.alone, strict=True))
+
+
+def _check_room(question: Question, pairs: Sequence[Pair], args: NeoXArgs) -> None:
+    longest = max(len(pair.context) + len(pair.continuation) for pair in pairs)
+    if longest > args.seq_length + 1:
+        raise UserError(
+            f"question {question.item.number} has {longest} tokens with its answer, seq_length {args.seq_length} "
+            f"allows {args.seq_length + 1}; give fewer shots, or raise seq_length (up to max_position_embeddings "
+            f"{args.max_position_embeddings}). Nothing was cut, nothing was asked"
+        )
+
+
+@dataclass
+class _Text:
+    """A text in the making."""
+
+    prompt: tuple[int, ...]
+    ids: tuple[int, ...] = ()
+    ended: bool = False
+    thinking: str = ""
+
+
+def ask_by_text(model: DrivenModel, writer: PromptWriter, questions: Sequence[Question]) -> list[Asked]:
+    """By a generated answer. A model that thinks beyond its budget has `</think>` written for it, and then answers."""
+    keys, encoder = writer.keys, writer.encoder
+    texts = [_Text(writer.prompt(question)) for question in questions]
+    budget = keys.max_answer_tokens + (keys.max_thinking_tokens if keys.thinking == "on" else 0)
+    for question, text in zip(questions, texts, strict=True):
+        if len(text.prompt) + budget > model.args.seq_length:
+            raise UserError(
+                f"question {question.item.number} has {len(text.prompt)} tokens and its answer may take {budget}, "
+                f"seq_length {model.args.seq_length} does not hold both; lower mcq.max_thinking_tokens or "
+                f"mcq.max_answer_tokens, or raise seq_length"
+            )
+    if keys.thinking == "on":
+        _think(model, writer, texts)
+    stops = ("\n",) if keys.prompt == "plain" else ()
+    open_ = [text for text in texts if not text.ended]
+    limits = TextLimits(keys.max_answer_tokens, encoder.ends, stops, model.args.temperature)
+    for text, more in zip(open_, model.generate([t.prompt + t.ids for t in open_], limits), strict=True):
+        text.ids, text.ended = text.ids + more.ids, more.ended
+    return [_parsed(writer, question, text) for question, text in zip(questions, texts, strict=True)]
+
+
+def _think(model: DrivenModel, writer: PromptWriter, texts: Sequence[_Text]) -> None:
+    keys, tokenizer = writer.keys, writer.encoder.tokenizer
+    limits = TextLimits(keys.max_thinking_tokens, writer.encoder.ends, (END_OF_THINKING,), model.args.temperature)
+    thoughts: list[AnswerText] = model.generate([text.prompt for text in texts], limits)
+    for text, thought in zip(texts, thoughts, strict=True):
+        text.ids = thought.ids
+        if END_OF_THINKING in tokenizer.decode(thought.ids):
+            text.thinking = "closed"
+        else:
+            text.thinking = "cut"
+            text.ids += tuple(tokenizer.encode(f"\n{END_OF_THINKING}\n\n"))
+
+
+def _parsed(writer: PromptWriter, question: Question, text: _Text) -> Asked:
+    said = writer.encoder.tokenizer.decode(text.ids)
+    given = writer.keys.prefill or ""
+    stripped = without_thinking(said) if text.thinking else given + said
+    if writer.keys.prompt == "plain":
+        stripped = f"Answer:{stripped}"  # the prompt's last word belongs to what is read
+    found = parse_answer(stripped, question.item.letters, question.options)
+    return Asked(
+        order=question.order,
+        choice=None if found.choice is None else question.order[found.choice],
+        prompt_ids=text.prompt,
+        generated_ids=text.ids,
+        generated=said,
+        parsed_by=found.how,
+        thinking=text.thinking,
+        ended=text.ended,
+    )

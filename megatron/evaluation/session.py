@@ -1,0 +1,29 @@
+"""A program on rank 0 with a checkpoint's model behind it: what eval.py and mcq.py have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from megatron.checkpoint.load import load_weights
+from megatron.common.log import log_on_rank_0
+from megatron.engine.build import build_inference_engine
+from megatron.evaluation.driver import DrivenModel, drive
+from megatron.neox_arguments import NeoXArgs
+from megatron.parallel.process_groups import initialize
+from megatron.supervision.step_timers import StepTimers
+from megatron.supervision.watchdog import Watchdog
+
+T = TypeVar("T")
+
+
+def with_checkpoint(args: NeoXArgs, program: Callable[[DrivenModel, Path], T]) -> T | None:
+    """`program(model, folder of the checkpoint)` on rank 0 of a started run; None on the other ranks."""
+    place = initialize(args)
+    log_on_rank_0(place.rank)
+    with Watchdog(args, place) as watchdog:
+        # The engine's phases are progress, for the watchdog.
+        engine = build_inference_engine(args, place, StepTimers(watchdog.whereabouts, place.device).during)
+        folder = load_weights(engine, args)
+        return drive(engine, args, watchdog.whereabouts, lambda model: program(model, folder))

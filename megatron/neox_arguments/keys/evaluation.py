@@ -1,0 +1,143 @@
+"""Keys of evaluating a checkpoint: lm-eval's tasks, documents, multiple choice; and their rules."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Literal
+
+from megatron.neox_arguments.keys.fields import Keys, key
+from megatron.neox_arguments.registry import Registry
+
+if TYPE_CHECKING:
+    from megatron.neox_arguments.keys.all_keys import AllKeys
+
+registry = Registry()
+
+
+class McqKeys(Keys):
+    """A multiple-choice test."""
+
+    items: str | None = key(None, "Questions and options: a .jsonl, .csv or .parquet file.", ours=True)
+    output: str = key("mcq", "Folder for the results.", ours=True)
+    method: Literal["letter", "text", "generate"] = key(
+        "letter",
+        "letter compares the next-token probabilities of the letters, text the probabilities of the options' texts, "
+        "generate reads the answer from a generated text.",
+        ours=True,
+    )
+    prompt: Literal["plain", "chat"] = key(
+        "plain", "plain text for base models, or a conversation in the chat template.", ours=True
+    )
+    instruction: str | None = key(None, "Text before the question. Default: one that fits the method.", ours=True)
+    system_prompt: str | None = key(None, "System prompt of a conversation.", ours=True)
+    thinking: Literal["on", "off"] | None = key(
+        None,
+        "Begin the system prompt with `detailed thinking on` or `off`; on starts the answer with <think>.",
+        ours=True,
+    )
+    prefill: str | None = key(
+        None,
+        'How the assistant begins its answer. Default: {"ANSWER": " before a letter, <think> if it thinks, else empty.',
+        ours=True,
+    )
+    shots: int = key(0, "Examples before each question of a plain prompt.", ge=0, ours=True)
+    shots_file: str | None = key(
+        None, "Where the examples come from; its first ones with answers are taken.", ours=True
+    )
+    text_score: Literal["sum", "calibrated"] = key(
+        "sum",
+        "Which score of a text decides: its log-probability, or that minus the one after an empty question. Both are "
+        "reported.",
+        ours=True,
+    )
+    cyclic_orders: bool = key(False, "Ask every question in all cyclic orders of its options.", ours=True)
+    max_answer_tokens: int = key(256, "Longest generated answer.", gt=0, ours=True)
+    max_thinking_tokens: int = key(2048, "Longest reasoning; then </think> is written for the model.", gt=0, ours=True)
+    question_field: str = key("question", "Column of the question.", ours=True)
+    option_fields: list[str] = key(
+        ["A", "B", "C", "D"], "Columns of the options, or one column that holds a list.", min_length=1, ours=True
+    )
+    answer_field: str = key(
+        "answer", "Column of the right answer: letter, index from 0, or text. Absent: withheld.", ours=True
+    )
+    topic_field: str | None = key(None, "Column of a topic, for a table by topic.", ours=True)
+    limit: int | None = key(None, "Ask only the first questions.", gt=0, ours=True)
+    compare_with: str | None = key(
+        None, "items.jsonl of another checkpoint: an exact McNemar test, and negative flips against it.", ours=True
+    )
+
+
+class EvaluationKeys(Keys):
+    eval_tasks: list[str] | None = key(None, "Tasks of lm-eval (extra `eval`) that eval.py runs.", min_length=1)
+    eval_task_path: str | None = key(
+        None, "Folder of task YAMLs; only these are known then, so that nothing is fetched.", ours=True
+    )
+    eval_num_fewshot: int | None = key(None, "Examples before each request. Default: the task's.", ge=0, ours=True)
+    eval_limit: int | None = key(None, "Only the first documents of each task.", gt=0, ours=True)
+    eval_apply_chat_template: bool = key(False, "Put requests into the chat template.", ours=True)
+    eval_system_prompt: str | None = key(None, "System prompt of lm-eval's requests.", ours=True)
+    eval_documents: list[str] | None = key(
+        None,
+        "Perplexity document by document: .jsonl files with `text` (and `source`), or prefixes of .bin/.idx pairs.",
+        min_length=1,
+        ours=True,
+    )
+    mcq: McqKeys = key(McqKeys(), "What mcq.py asks.", ours=True)
+
+
+# --- rules
+
+
+@registry.rule("eval")
+def tasks_have_lm_eval(args: EvaluationKeys) -> str | None:
+    if not args.eval_tasks or find_spec("lm_eval") is not None:
+        return None
+    return "eval_tasks needs lm-eval, which is not installed: pip install .[eval]"
+
+
+@registry.rule("eval", "mcq")
+def texts_have_a_tokenizer(args: AllKeys) -> str | None:
+    asks = "mcq.items" if args.mcq.items else "eval_tasks" if args.eval_tasks else "eval_documents"
+    if args.vocab_file or not (args.mcq.items or args.eval_tasks or args.eval_documents):
+        return None
+    return f"{asks} needs vocab_file, the tokenizer's file: questions and documents are text"
+
+
+@registry.rule("mcq")
+def questions_are_given(args: EvaluationKeys) -> str | None:
+    return None if args.mcq.items else "mcq.items is missing: the file of questions (--mcq.items FILE)"
+
+
+@registry.rule("mcq")
+def conversations_have_a_chat_prompt(args: EvaluationKeys) -> str | None:
+    mcq = args.mcq
+    named = [name for name in ("system_prompt", "thinking", "prefill") if getattr(mcq, name) is not None]
+    if mcq.prompt == "plain" and named:
+        return f"mcq.{named[0]} belongs to a conversation; give mcq.prompt: chat, or leave it out"
+    if mcq.prompt == "chat" and mcq.shots:
+        return "mcq.shots are examples in a plain prompt; give mcq.prompt: plain, or leave them out"
+    return None
+
+
+@registry.rule("mcq")
+def thinking_is_generated(args: EvaluationKeys) -> str | None:
+    if args.mcq.thinking != "on" or args.mcq.method == "generate":
+        return None
+    return (
+        f"mcq.thinking: on writes a text before the answer, which mcq.method: {args.mcq.method} does not; use generate"
+    )
+
+
+@registry.rule("mcq")
+def thinking_prefills_itself(args: EvaluationKeys) -> str | None:
+    if args.mcq.thinking != "on" or args.mcq.prefill is None:
+        return None
+    return "mcq.thinking: on begins the answer with <think>; leave mcq.prefill out"
+
+
+@registry.rule("mcq")
+def shots_have_a_file(args: EvaluationKeys) -> str | None:
+    if bool(args.mcq.shots) == bool(args.mcq.shots_file):
+        return None
+    given, missing = ("shots", "shots_file") if args.mcq.shots else ("shots_file", "shots")
+    return f"mcq.{given} is given without mcq.{missing}: give the number of examples and the file they come from"

@@ -1,0 +1,105 @@
+"""Every command of docs/evaluation.md, on a converted checkpoint at TP2 x PP2, through deepy.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from tests.support.documentation import ROOT, documented_commands
+from tests.support.evaluation_models import CASE, SKY, weights, write_questions
+
+pytestmark = pytest.mark.distributed
+GUIDE = "docs/evaluation.md"
+TASK = {
+    "task": "sky_letters",
+    "dataset_path": "json",
+    "dataset_kwargs": {"data_files": {"test": "questions.jsonl"}},
+    "test_split": "test",
+    "output_type": "multiple_choice",
+    "doc_to_text": "Question: {{question}}\nA. {{A}}\nB. {{B}}\nC. {{C}}\nD. {{D}}\nAnswer:",
+    "doc_to_choice": ["A", "B", "C", "D"],
+    "doc_to_target": "answer",
+    "metric_list": [{"metric": "acc"}],
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, export: Path) -> Path:
+    """A working directory with the files that the guide names."""
+    from tools.convert_hf.cli import main
+
+    place = tmp_path_factory.mktemp("guide")
+    command = ["to-neox", "--input", str(export), "--output", str(place / "checkpoints"), "--tp", "2", "--quiet"]
+    assert main(command) == 0
+    keys = {name: value for name, value in CASE.neox().merged.items() if name not in ("from_scratch", "optimizer")}
+    keys["vocab_file"] = str(export / "tokenizer.json")
+    (place / "model.yml").write_text(yaml.safe_dump(keys))
+    (place / "local.yml").write_text("model_parallel_size: 2\npipe_parallel_size: 2\nnum_gpus: 4\n")
+    write_questions(place / "questions.jsonl")
+    (place / "papers.jsonl").write_text('{"text": "A star."}\n{"text": "Two stars.", "source": "b"}\n')
+    (place / "tasks").mkdir()
+    (place / "tasks" / "sky_letters.yaml").write_text(yaml.safe_dump(TASK))
+    (place / "docs").symlink_to(ROOT / "docs")
+    return place
+
+
+def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    words = [str(ROOT / word) if word in ("deepy.py", "mcq.py", "eval.py") else word for word in shlex.split(command)]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_DATASETS_OFFLINE": "1"}
+    return subprocess.run(
+        [sys.executable, *words[1:]], cwd=folder, env=env, capture_output=True, text=True, timeout=280, check=False
+    )
+
+
+@pytest.mark.slow
+def test_all_commands_of_the_guide(folder: Path) -> None:
+    commands = documented_commands(GUIDE)
+    assert len(commands) == 6
+    for command in commands:
+        if "eval_tasks" in command and find_spec("lm_eval") is None:
+            continue
+        done = run(command, folder)
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    again = json.loads((folder / "results/again/summary.json").read_text())
+    assert again["comparison"]["gained"] == again["comparison"]["lost"] == 0
+    assert set(json.loads((folder / "results/papers_eval_results.json").read_text())["documents"]) == {"papers", "b"}
+    assert (folder / "figure3.svg").stat().st_size > 1000
+    if find_spec("lm_eval") is not None:
+        report = json.loads((folder / "results/tasks_eval_results.json").read_text())
+        letter = json.loads((folder / "results/letter/summary.json").read_text())
+        assert report["wilson"]["sky_letters"]["correct"] == letter["correct"]
+
+
+def test_the_first_command_scores_what_the_export_says(folder: Path) -> None:
+    """From the converted checkpoint, by deepy.py, at TP2 x PP2: `transformers` on the folder it came from."""
+    done = run(documented_commands(GUIDE)[0], folder)
+    assert done.returncode == 0, done.stderr
+    assert "accuracy " in done.stdout
+    model = CASE.hugging_face()
+    model.load_state_dict(weights())
+    lines = (folder / "results/letter/items.jsonl").read_text().splitlines()
+    assert len(lines) == len(SKY)
+    for line in lines:
+        (asked,) = json.loads(line)["asked"]
+        with torch.no_grad():
+            row = model(torch.tensor([asked["prompt_ids"]])).logits[0, -1].log_softmax(-1)
+        found = [log_probs[0] for log_probs in asked["log_probs"]]
+        assert found == pytest.approx([float(row[ids[0]]) for ids in asked["continuations"]], abs=1e-4)
+
+
+def test_bad_input_is_one_error_and_exit_code_2(folder: Path) -> None:
+    (folder / "bad.jsonl").write_text('{"question": "q", "A": "1", "B": "2", "C": "3", "D": "4", "answer": "E"}\n')
+    command = "python deepy.py mcq.py model.yml local.yml --load checkpoints --mcq.items bad.jsonl --mcq.output bad"
+    done = run(command, folder)
+    assert done.returncode == 2
+    assert done.stderr.count("answer 'E' is not one of ABCD") == 1
+    assert not (folder / "bad" / "items.jsonl").exists()

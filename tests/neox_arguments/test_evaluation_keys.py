@@ -1,0 +1,77 @@
+"""Rules of the evaluation keys: each stops what it should, and without it the case passes."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+from megatron.neox_arguments import ConfigError, NeoXArgs
+from megatron.neox_arguments.keys import evaluation
+from megatron.neox_arguments.keys.all_keys import REGISTRY
+from megatron.neox_arguments.registry import Task
+from tests.support.configurations import keys
+
+pytestmark = pytest.mark.unit
+
+BASE = {"from_scratch": None, "load": "runs/a", "vocab_file": "tokenizer.json"}
+ASKED = {"items": "q.jsonl"}
+
+BROKEN: list[tuple[str, Task, dict[str, Any], str]] = [
+    ("tasks_have_lm_eval", "eval", {"eval_tasks": ["arc_easy"]}, "pip install .[eval]"),
+    (
+        "texts_have_a_tokenizer",
+        "eval",
+        {"eval_documents": ["a.jsonl"], "vocab_file": None},
+        "eval_documents needs vocab",
+    ),
+    ("texts_have_a_tokenizer", "mcq", {"mcq": ASKED, "vocab_file": None}, "mcq.items needs vocab_file"),
+    ("questions_are_given", "mcq", {}, "mcq.items is missing"),
+    ("conversations_have_a_chat_prompt", "mcq", {"mcq": {**ASKED, "thinking": "off"}}, "mcq.thinking belongs to a"),
+    ("conversations_have_a_chat_prompt", "mcq", {"mcq": {**ASKED, "system_prompt": "x"}}, "mcq.system_prompt belongs"),
+    (
+        "conversations_have_a_chat_prompt",
+        "mcq",
+        {"mcq": {**ASKED, "prompt": "chat", "shots": 2, "shots_file": "s.jsonl"}},
+        "mcq.shots are examples in a plain prompt",
+    ),
+    (
+        "thinking_is_generated",
+        "mcq",
+        {"mcq": {**ASKED, "prompt": "chat", "thinking": "on"}},
+        "mcq.method: letter does not; use generate",
+    ),
+    (
+        "thinking_prefills_itself",
+        "mcq",
+        {"mcq": {**ASKED, "prompt": "chat", "method": "generate", "thinking": "on", "prefill": "x"}},
+        "leave mcq.prefill out",
+    ),
+    ("shots_have_a_file", "mcq", {"mcq": {**ASKED, "shots": 2}}, "mcq.shots is given without mcq.shots_file"),
+    ("shots_have_a_file", "mcq", {"mcq": {**ASKED, "shots_file": "s"}}, "mcq.shots_file is given without mcq.shots"),
+]
+
+
+@pytest.mark.parametrize(("rule", "task", "changes", "message"), BROKEN)
+def test_a_broken_rule_is_said(
+    rule: str, task: Task, changes: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation, "find_spec", lambda name: None)  # as if lm-eval were missing
+    with pytest.raises(ConfigError, match=re.escape(message)) as caught:
+        NeoXArgs.from_dict(keys(**BASE | changes), task=task)
+    assert "things are wrong" not in str(caught.value)
+    monkeypatch.setattr(REGISTRY, "rules", [entry for entry in REGISTRY.rules if entry.name != rule])
+    NeoXArgs.from_dict(keys(**BASE | changes), task=task)
+
+
+def test_every_rule_has_a_case() -> None:
+    assert {entry.name for entry in evaluation.registry.rules} == {rule for rule, *_ in BROKEN}
+
+
+def test_a_test_needs_no_training_keys() -> None:
+    changes = {"optimizer": None, "train_iters": None, "train_data_paths": None, "seq_length": None, "mcq": ASKED}
+    args = NeoXArgs.from_dict(keys(**BASE | changes), task="mcq")
+    assert args.mcq.items == "q.jsonl"
+    assert args.seq_length == args.max_position_embeddings
+    assert NeoXArgs.from_json(args.to_json()) == args

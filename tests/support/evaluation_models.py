@@ -1,0 +1,82 @@
+"""A small Llama with a real tokenizer, as a Hugging Face folder and on ranks, and questions to ask it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron.neox_arguments import NeoXArgs
+from tests.support.models import LLAMA3_ROPE, Case
+from tests.support.vocabulary import VOCAB_SIZE
+
+CASE = Case(
+    heads=4, kv_heads=2, head_dim=8, layers=2, intermediate=48, vocab=VOCAB_SIZE, seq=256, rope=LLAMA3_ROPE, theta=5e5
+)
+LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
+    "tp1": (1, {}),
+    "dp2": (2, {}),
+    "tp2": (2, {"model_parallel_size": 2}),
+    "pp2": (2, {"pipe_parallel_size": 2}),
+    "tp2pp2": (4, {"model_parallel_size": 2, "pipe_parallel_size": 2}),
+}
+
+
+def weights() -> dict[str, torch.Tensor]:
+    """Random weights that prefer some tokens over others, so that greedy texts and choices differ from item to item."""
+    state = CASE.hugging_face().state_dict()
+    return {name: tensor * (1 if "norm" in name else 4) for name, tensor in state.items()}
+
+
+def write_export(folder: Path, vocab_folder: Path) -> Path:
+    """The model as an exported Hugging Face folder with tokenizer and chat template."""
+    from examples.demo_tokenizer import CHAT_TEMPLATE
+
+    model = CASE.hugging_face()
+    model.load_state_dict(weights())
+    model.save_pretrained(folder)
+    (folder / "tokenizer.json").write_bytes((vocab_folder / "tokenizer.json").read_bytes())
+    names = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>", "pad_token": "<|finetune_right_pad_id|>"}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": CHAT_TEMPLATE, **names}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def evaluation_args(world_size: int, export: Path, **keys: Any) -> NeoXArgs:
+    return CASE.neox(world_size=world_size, vocab_file=str(export / "tokenizer.json"), **keys)
+
+
+def driven(world_size: int, export: Path, program: Callable[..., Any], split: dict[str, int], **keys: Any) -> Any:
+    """What `program(model, folder)` gives on rank 0 of the ranks that call this; None on the others."""
+    from megatron.evaluation.driver import drive
+    from megatron.supervision.status_store import Whereabouts
+    from tests.support.engine_runs import inference
+
+    args = evaluation_args(world_size, export, **split, **keys)
+    engine = inference(args, weights())
+    return drive(engine, args, Whereabouts(), lambda model: program(model, export))
+
+
+SKY = (
+    ("Which constellation contains Messier 44?", "Cancer", "Tucana", "Scorpius", "Coma Berenices", "A"),
+    ("Which constellation contains Messier 7?", "Leo", "Carina", "Scorpius", "Cygnus", "C"),
+    ("Which constellation contains Messier 31?", "Ophiuchus", "Andromeda", "Fornax", "Sagittarius", "B"),
+    ("What is the brightest star in the constellation of Lyra?", "Altair", "Deneb", "Rigel", "Vega", "D"),
+    ("Which of these is a type of galaxy?", "cluster", "elliptical", "nebula", "quasar wind", "B"),
+    ("At which wavelength does neutral hydrogen emit?", "21 cm", "3 mm", "656 nm", "1 cm", "A"),
+    ("What does a parallax of one arcsecond correspond to?", "one au", "a light year", "one parsec", "a kpc", "C"),
+    ("Which object ends its life as a white dwarf?", "a quasar", "a comet", "a planet", "the Sun", "D"),
+)
+
+
+def write_questions(path: Path, *, answers: bool = True, copies: int = 1) -> Path:
+    """The questions as JSON lines, in AstroMLab-1's form, with a topic."""
+    rows = []
+    for number, (question, a, b, c, d, answer) in enumerate(SKY * copies):
+        row = {"question": question, "A": a, "B": b, "C": c, "D": d, "topic": "where" if number % 3 else "what"}
+        rows.append(row | ({"answer": answer} if answers else {}))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
