@@ -55,7 +55,7 @@ def run_cleaning(job: CleaningJob) -> Report:
         with replacing(job.output) as output, replacing(job.report / "dropped.jsonl") as dropped:
             cleaner = Cleaner(job.rules, job.key, job.perplexity)
             with (
-                _writer(output, job.output.suffix) as out,
+                writer(output, job.output.suffix) as out,
                 dropped.open("w", encoding="utf-8") as log,
                 contextlib.closing(in_order(cleaner, blocks, job.workers)) as results,
             ):
@@ -150,7 +150,7 @@ def _find_earlier(job: CleaningJob, report: Report) -> None:
 
 
 @contextlib.contextmanager
-def _writer(path: Path, suffix: str) -> Iterator[IO[bytes]]:
+def writer(path: Path, suffix: str) -> Iterator[IO[bytes]]:
     """A file for writing, compressed as `suffix` says. Equal content makes equal files."""
     with path.open("wb") as raw:
         if suffix == ".gz":

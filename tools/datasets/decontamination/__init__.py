@@ -1,0 +1,1 @@
+"""Finds the questions of a benchmark in a corpus."""

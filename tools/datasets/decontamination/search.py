@@ -1,0 +1,183 @@
+"""The search of a corpus: a sample chooses the threshold, then all documents are searched in their order."""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron.common.atomic_files import replacing
+from megatron.data.indexed import DataError
+from tools.datasets.cleaning.clean import OUTPUT_SUFFIXES, writer
+from tools.datasets.cleaning.cleaner import luck
+from tools.datasets.decontamination.overlap import Overlap, QuestionIndex, excerpt
+from tools.datasets.decontamination.threshold import ChosenThreshold, choose_threshold
+from tools.datasets.encoding.pipeline import MAX_SHOWN, BadRecord
+from tools.datasets.encoding.progress import Progress
+from tools.datasets.encoding.records import Block, InputFiles, RecordError, read_record, text_of
+from tools.datasets.encoding.workers import in_order
+
+SAMPLE = 4000  # documents that choose the threshold
+FEWEST = 2000
+_LONGEST_EXCERPT = 2000
+
+
+@dataclass(frozen=True)
+class SearchJob:
+    inputs: InputFiles
+    index: QuestionIndex
+    key: str
+    report: Path  # contaminated.jsonl and summary.json are written there
+    output: Path | None  # the corpus without contaminated documents
+    threshold: float | None  # None: choose it
+    workers: int
+
+
+@dataclass
+class Contamination:
+    """What was found."""
+
+    threshold: float
+    chosen: ChosenThreshold | None
+    documents: int = 0
+    contaminated: int = 0
+    unreadable: int = 0
+    found: dict[int, int] = field(default_factory=dict)  # question -> documents
+    best: dict[int, float] = field(default_factory=dict)  # question -> highest score
+
+
+@dataclass(frozen=True)
+class _Searched:
+    source: str
+    unit: str
+    first: int
+    documents: list[tuple[int, dict[str, Any], list[Overlap]]]  # number, record, questions
+    bad: list[str]
+
+
+def search_corpus(job: SearchJob) -> Contamination:
+    """Write `contaminated.jsonl`, and the output if one is wanted, both or neither.
+
+    Raises DataError, BadRecord, SourceError, OSError.
+    """
+    if job.output is not None:
+        if not job.output.name.endswith(OUTPUT_SUFFIXES):
+            raise DataError(f"--output {job.output}: expected a name that ends in {', '.join(OUTPUT_SUFFIXES)}")
+        if job.output.resolve() in [file.resolve() for file in job.inputs.files]:
+            raise DataError(f"--output {job.output}: this is one of the inputs")
+    job.inputs.check([job.key])
+    if job.threshold is None:
+        chosen = _choose(job)
+        result = Contamination(chosen.value, chosen)
+    else:
+        result = Contamination(job.threshold, None)
+    job.report.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as files:
+        log = files.enter_context(replacing(job.report / "contaminated.jsonl")).open("w", encoding="utf-8")
+        files.enter_context(contextlib.closing(log))
+        out = None
+        if job.output is not None:
+            job.output.parent.mkdir(parents=True, exist_ok=True)
+            out = files.enter_context(writer(files.enter_context(replacing(job.output)), job.output.suffix))
+        for line, entry in _search(job, result):
+            if entry is not None:
+                log.write(json.dumps(entry, ensure_ascii=False) + "\n")
+            elif out is not None:
+                out.write(line + b"\n")
+        log.flush()
+    return result
+
+
+def _choose(job: SearchJob) -> ChosenThreshold:
+    documents = _sample(job)
+    if len(documents) < FEWEST:
+        raise DataError(
+            f"{len(documents):,} documents are too few to choose a threshold that one in a thousand reaches by chance; "
+            f"{FEWEST:,} are needed. Give --threshold, such as 0.45, and read what it finds"
+        )
+    return choose_threshold(job.index, documents)
+
+
+def _sample(job: SearchJob) -> list[str]:
+    """Texts of SAMPLE documents that a hash of their places chooses."""
+    kept: list[tuple[int, str]] = []  # a heap with the highest hash on top
+    for block in job.inputs.blocks([job.key], [job.key]):
+        for position in range(len(block)):
+            with contextlib.suppress(RecordError):
+                record = read_record(block, position)
+                if record is None:
+                    continue
+                place = int.from_bytes(luck(block.source, block.first + position), "big")
+                item = (-place, text_of(record, job.key))
+                (heapq.heappush if len(kept) < SAMPLE else heapq.heappushpop)(kept, item)
+    return [text for _, text in sorted(kept)]
+
+
+def _search(job: SearchJob, result: Contamination) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
+    """Each document's line, and what is said of it if a question was found."""
+    progress = Progress(job.inputs.bytes)
+
+    def look(block: Block) -> _Searched:
+        return _search_block(block, job.index, job.key, result.threshold)
+
+    blocks = job.inputs.blocks([job.key], None, progress)
+    with contextlib.closing(in_order(look, blocks, job.workers)) as blocks_done:
+        for searched in blocks_done:
+            for message in searched.bad:
+                if not job.inputs.skip_bad:
+                    raise BadRecord(f"{message} (--on-bad-record skip leaves such records out and counts them)")
+                if result.unreadable < MAX_SHOWN:
+                    print(f"skipped: {message}", file=sys.stderr)
+                result.unreadable += 1
+            for number, record, overlaps in searched.documents:
+                result.documents += 1
+                line = json.dumps(record, ensure_ascii=False).encode()
+                if not overlaps:
+                    yield line, None
+                    continue
+                result.contaminated += 1
+                for overlap in overlaps:
+                    result.found[overlap.question] = result.found.get(overlap.question, 0) + 1
+                    result.best[overlap.question] = max(result.best.get(overlap.question, 0), overlap.score)
+                yield line, _entry(job, searched, number, record[job.key], overlaps)
+            if progress.due(result.documents):
+                print(
+                    f"{result.documents:,} documents, {result.contaminated:,} contaminated, {progress.left()}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+
+
+def _search_block(block: Block, index: QuestionIndex, key: str, threshold: float) -> _Searched:
+    documents, bad = [], []
+    for position in range(len(block)):
+        try:
+            record = read_record(block, position)
+            if record is None:
+                continue
+            overlaps = index.find(text_of(record, key), threshold)
+        except RecordError as error:
+            bad.append(f"{block.where(position)}: {error}")
+            continue
+        documents.append((block.first + position, record, overlaps))
+    return _Searched(block.source, block.unit, block.first, documents, bad)
+
+
+def _entry(job: SearchJob, searched: _Searched, number: int, text: str, overlaps: list[Overlap]) -> dict[str, Any]:
+    return {
+        "source": searched.source,
+        searched.unit: number,
+        "questions": [
+            {
+                "question": job.index.questions[overlap.question].name,
+                "score": round(overlap.score, 4),
+                "text": excerpt(text, overlap)[:_LONGEST_EXCERPT],
+            }
+            for overlap in overlaps
+        ],
+    }
