@@ -78,6 +78,8 @@ ADVICE_TESTS = {
     "--env {}: expected NAME=VALUE": "launch/test_render.py::test_a_script_with_secrets_is_its_owners_alone",
     "--time {}: expected HOURS": "launch/test_render.py::test_what_cannot_run_is_refused",
     "give --time HOURS:MINUTES:SECONDS": "launch/test_render.py::test_what_is_not_there_is_named_before_it_queues",
+    "eval_tasks needs lm-eval": "neox_arguments/test_evaluation_keys.py",
+    "the file of questions (--mcq.items FILE)": "neox_arguments/test_evaluation_keys.py",
     "it is requeued at its limit": "launch/test_render.py::test_time_limits_of_frontier",
 }
 # Text of other kinds: parts of scripts, usage, patterns of warnings.

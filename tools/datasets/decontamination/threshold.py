@@ -15,6 +15,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron.evaluation.multiple_choice.statistics import wilson_interval
 from tools.datasets.decontamination.overlap import QuestionIndex
 from tools.datasets.decontamination.planted import PLANTS, plant
 
@@ -22,7 +23,6 @@ FALSE_POSITIVES = 0.001
 MISSED = 0.05
 LEAST = 0.3  # scores below are not looked at
 _GRAIN = 1000  # thresholds are multiples of 1 / _GRAIN
-_Z = 1.959963984540054  # 95 % of a normal distribution
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,7 @@ class Proportion:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Wilson (1927), "Probable inference, the law of succession, and statistical inference"."""
-        if not self.cases:
-            return 0.0, 1.0
-        n, p = self.cases, self.value
-        middle = p + _Z**2 / (2 * n)
-        half = _Z * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n**2))
-        return max(0.0, (middle - half) / (1 + _Z**2 / n)), min(1.0, (middle + half) / (1 + _Z**2 / n))
+        return wilson_interval(self.hits, self.cases) if self.cases else (0.0, 1.0)
 
     def __str__(self) -> str:
         low, high = self.interval
