@@ -135,8 +135,9 @@ def test_no_rule_is_left_out() -> None:
     for task in ("eval", "generate"):
         with pytest.raises(ConfigError, match="give load, the folder of a checkpoint"):
             NeoXArgs.from_dict(keys(from_scratch=None), task=task)  # type: ignore[arg-type]
-        NeoXArgs.from_dict(keys(from_scratch=None, load="runs/a"), task=task)  # type: ignore[arg-type]
-    prompts = {"from_scratch": None, "load": "runs/a", "text_gen_type": "input-file"}
+        with_load = keys(from_scratch=None, load="runs/a", vocab_file="tokenizer.json")
+        NeoXArgs.from_dict(with_load, task=task)  # type: ignore[arg-type]
+    prompts = {"from_scratch": None, "load": "runs/a", "text_gen_type": "input-file", "vocab_file": "tokenizer.json"}
     with pytest.raises(ConfigError, match="needs sample_input_file"):
         NeoXArgs.from_dict(keys(**prompts), task="generate")
     NeoXArgs.from_dict(keys(**prompts, sample_input_file="prompts.txt"), task="generate")
