@@ -24,6 +24,7 @@ PATH_KEYS = (
     "sample_input_file",
     "sample_output_file",
     "eval_results_prefix",
+    "chat_template",  # or a shipped name, which has neither
 )
 _VARIABLE = re.compile(r"\$(?:\$|(\w+)|\{(\w+)\})")
 

@@ -96,8 +96,19 @@ def test_fingerprint(tmp_path: Path) -> None:
     prefix = write(tmp_path / "d", numbered(LENGTHS))
     first = fingerprint(prefix)
     assert json.loads(json.dumps(first)) == first
-    assert set(first) == {"path", "idx_bytes", "bin_bytes", "hash"}
+    assert set(first) == {"path", "idx_bytes", "bin_bytes", "hash", "content", "written"}
     assert fingerprint(prefix) == first
     write(tmp_path / "d", numbered([8, 30, *LENGTHS[2:]]))  # same sizes of files, other documents
     assert fingerprint(prefix)["bin_bytes"] == first["bin_bytes"]
     assert fingerprint(prefix)["hash"] != first["hash"]
+
+
+def test_tokens_that_were_changed_in_place_have_another_content(tmp_path: Path) -> None:
+    """Same sizes, same index; the index cache, which needs only those, stays valid."""
+    prefix = write(tmp_path / "d", numbered(LENGTHS))
+    first = fingerprint(prefix)
+    write(tmp_path / "d", numbered(LENGTHS, first=7))
+    now = fingerprint(prefix)
+    assert now["hash"] == first["hash"]
+    assert now["content"] != first["content"]
+    assert now["written"] != first["written"]

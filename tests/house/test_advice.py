@@ -57,6 +57,7 @@ ADVICE_TESTS = {
     "continue the run in another folder with --save": (
         "checkpoint/test_advice.py::test_another_folder_or_a_removed_claim"
     ),
+    "start from its weights with `finetune: true`": "trainer/test_gpt_neox_run.py",
     "start from the weights with `finetune: true`": "checkpoint/test_load.py",
     "--dry-run plans a training": "planner/test_plan.py",
     "(--paths-on-nodes)": "planner/test_dry_run.py::test_the_commands_of_the_guide",

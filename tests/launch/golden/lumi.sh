@@ -176,12 +176,12 @@ run_here() {
 make_folders() {
     local top="/tmp/$USER/neox-$SLURM_JOB_ID"
     umask 077
-    rm -rf "$(here)"
     mkdir -p "$top"
     if [[ ! -O $top || -L $top ]] || ! chmod 700 "$top"; then
         echo "launch: $SLURMD_NODENAME: $top belongs to somebody else" >&2
         exit 1
     fi
+    rm -rf "$(here)"
     mkdir -p "$(here)"/{cache/{neox,miopen,torch_extensions},code,software}
 }
 
