@@ -249,7 +249,8 @@ def test_what_a_key_file_registers_is_run() -> None:
         for found in pkgutil.iter_modules(key_files.__path__)
     ]
     parts = [module.registry for module in modules if hasattr(module, "registry")]
-    assert len(parts) == 9
+    without = {module.__name__.rpartition(".")[2] for module in modules if not hasattr(module, "registry")}
+    assert without == {"all_keys", "fields"}
     for kind in ("derivations", "rules", "warnings"):
         joined = [entry for part in parts for entry in getattr(part, kind)]
         assert sorted(entry.name for entry in joined) == sorted(entry.name for entry in getattr(REGISTRY, kind))
