@@ -20,10 +20,10 @@ from megatron.common.errors import UserError, one_line
 DONE, DEFECT, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
 
 
-def guarded(command: str, main: Callable[[], int], interrupted: str = "interrupted") -> int:
-    """The exit code of `main()`; its errors are reported as above under the name `command`."""
+def guarded(command: str, main: Callable[[], int | None], interrupted: str = "interrupted") -> int:
+    """The exit code of `main()`, which may return none; its errors are reported as above under the name `command`."""
     try:
-        return main()
+        return main() or DONE
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE

@@ -27,9 +27,9 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
-    from tools.datasets.command import run_command
+    from megatron.common.boundary import guarded
 
-    return run_command("build_indices.py", lambda: build(options), "stopped; what is complete stays")
+    return guarded("build_indices.py", lambda: build(options), "stopped; what is complete stays")
 
 
 def build(options: argparse.Namespace) -> None:

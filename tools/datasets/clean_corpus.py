@@ -44,9 +44,9 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
-    from tools.datasets.command import run_command
+    from megatron.common.boundary import guarded
 
-    return run_command("clean_corpus.py", lambda: clean(options), "stopped; nothing was written")
+    return guarded("clean_corpus.py", lambda: clean(options), "stopped; nothing was written")
 
 
 def clean(options: argparse.Namespace) -> None:

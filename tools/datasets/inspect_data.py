@@ -46,9 +46,9 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
-    from tools.datasets.command import run_command
+    from megatron.common.boundary import guarded
 
-    return run_command("inspect_data.py", lambda: inspect(options))
+    return guarded("inspect_data.py", lambda: inspect(options))
 
 
 def inspect(options: argparse.Namespace) -> None:

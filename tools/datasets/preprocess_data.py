@@ -47,9 +47,9 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
-    from tools.datasets.command import run_command
+    from megatron.common.boundary import guarded
 
-    return run_command(
+    return guarded(
         "preprocess_data.py", lambda: preprocess_texts(options), "stopped; the same command goes on from here"
     )
 

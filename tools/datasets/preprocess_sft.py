@@ -55,10 +55,10 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
-    from tools.datasets.command import run_command
+    from megatron.common.boundary import guarded
     from tools.datasets.encoding.sft import preprocess_conversations
 
-    return run_command(
+    return guarded(
         "preprocess_sft.py", lambda: preprocess_conversations(options), "stopped; the same command goes on from here"
     )
 

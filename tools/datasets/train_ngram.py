@@ -38,9 +38,9 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
-    from tools.datasets.command import run_command
+    from megatron.common.boundary import guarded
 
-    return run_command(
+    return guarded(
         "train_ngram.py",
         lambda: write_ngram(options.input, options.output, options.text_key, options.order),
         "stopped; nothing was written",
