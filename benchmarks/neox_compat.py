@@ -8,10 +8,10 @@ the same kind, all others than the checkout's own.
 
 A file that describes a part of a run is completed, untouched, with GPT-NeoX's own: `llama/7B.yml` for the model,
 `llama/train_config.yml` for the training, `local_setup.yml` for the data, whichever it lacks; paths that are still
-missing are given like `--load checkpoints`. What is printed for each: what GPT-NeoX and this project say, the rounds that
-a user needs who obeys every message (writes the value that it gives, or removes the key that it names), its lines, and
-every derived value in which the two differ. The exit code is 1 if a dense Llama that GPT-NeoX itself accepts is refused,
-or another model is not told so in the first line of one round.
+missing are given like `--load checkpoints`. What is printed for each: what GPT-NeoX and this project say, the rounds
+that a user needs who obeys every message (writes the value that it gives, or removes the key that it names), its lines,
+and every derived value in which the two differ. The exit code is 1 if a dense Llama that GPT-NeoX itself accepts is
+refused, or another model is not told so in the first line of one round.
 """
 
 from __future__ import annotations
