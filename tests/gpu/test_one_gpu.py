@@ -182,7 +182,7 @@ def test_a_run_on_the_gpu_follows_the_cpu_and_resumes(tmp_path: Path) -> None:
 
 
 def test_fp16_on_the_gpu_follows_fp32_and_resumes_with_its_scale(tmp_path: Path) -> None:
-    """A scale that begins far too high falls until steps are applied; resumed from its middle, the bits are the same."""
+    """A scale that begins far too high falls until steps are applied; resumed in the middle, the bits are the same."""
     plain, whole, half = (tmp_path / name for name in ("plain", "whole", "half"))
     on_gpu = {"distributed_backend": "nccl", "kernels": "required"}
     done = deepy(plain, **on_gpu, save=None, checkpoint_factor=None)
