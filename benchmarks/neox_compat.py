@@ -8,10 +8,10 @@ the same kind, all others than the checkout's own.
 
 A file that describes a part of a run is completed, untouched, with GPT-NeoX's own: `llama/7B.yml` for the model,
 `llama/train_config.yml` for the training, `local_setup.yml` for the data, whichever it lacks; paths that are still
-missing are given like `--load checkpoints`. What is printed for each:
-what GPT-NeoX and this project say, the rounds that a user needs who obeys every message by removing the key that it
-names, its lines, and every derived value in which the two differ. The exit code is 1 if a dense Llama that GPT-NeoX
-itself accepts is refused, or another model is not told so in the first line of one round.
+missing are given like `--load checkpoints`. What is printed for each: what GPT-NeoX and this project say, the rounds
+that a user needs who obeys every message (writes the value that it gives, or removes the key that it names), its lines,
+and every derived value in which the two differ. The exit code is 1 if a dense Llama that GPT-NeoX itself accepts is
+refused, or another model is not told so in the first line of one round.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron.neox_arguments import ConfigError, NeoXArgs
 from megatron.neox_arguments.family import other_model
-from megatron.neox_arguments.load import merge_files, read_yaml
+from megatron.neox_arguments.load import merge_files, parse_value, read_yaml
 from megatron.neox_arguments.old_words import OLD_WORDS
 from megatron.neox_arguments.unsupported import UNSUPPORTED, WITHOUT_EFFECT
 
@@ -75,7 +75,24 @@ def completed(file: Path, root: Path) -> list[Path]:
 
 
 def ranks_of(keys: dict[str, Any]) -> int:
-    return max(1, keys.get("pipe_parallel_size") or 0) * max(1, keys.get("model_parallel_size") or 1)
+    """The smallest number of ranks that the sizes and the batch ask for."""
+    model = max(1, keys.get("pipe_parallel_size") or 0) * max(1, keys.get("model_parallel_size") or 1)
+    batch, micro = keys.get("train_batch_size"), keys.get("train_micro_batch_size_per_gpu")
+    steps = keys.get("gradient_accumulation_steps") or 1
+    return model * (max(1, batch // (micro * steps)) if batch and micro else 1)
+
+
+def obeyed(keys: dict[str, Any], lines: list[str]) -> dict[str, Any]:
+    """The keys after their owner did what each line says: wrote the value it gives, else removed the key it names."""
+    result = dict(keys)
+    for line in lines:
+        advice = line.partition("; ")[2]
+        written = dict(re.findall(r"(?:write|and) (\w+): ([\w.+-]+)", advice))
+        named = re.match(r"(\w+)", line)
+        if named and named[1] in result and named[1] not in written:
+            del result[named[1]]
+        result |= {name: parse_value(value) for name, value in written.items()}
+    return result
 
 
 def judge(file: Path, root: Path) -> Verdict:
@@ -101,10 +118,10 @@ def judge(file: Path, root: Path) -> Verdict:
             verdict.lines = verdict.lines or [
                 line.removeprefix("  - ") for line in text if "things are wrong:" not in line
             ]
-            named = {word for line in text for word in re.findall(r"^[ -]*([a-z0-9_]+)\b", line)} & set(known)
-            if verdict.kind == "other" or not named:
+            after = obeyed(known, [line.removeprefix("  - ") for line in text])
+            if verdict.kind == "other" or after == known:
                 break
-            known = {key: value for key, value in known.items() if key not in named}
+            known = after
         else:
             verdict.accepted = verdict.rounds == 0
             if verdict.accepted:

@@ -88,7 +88,8 @@ class NeoXArgs(AllKeys):
             raw = valid_part(given, {str(item["loc"][0]) for item in error.errors()})
         except RecursionError:
             raise ConfigError("a value of the configuration contains itself; write it out") from None
-        if foreign.other_model:  # what its numbers would mean for a Llama is of no interest
+        # What the numbers of another model, or of an old MLP, would mean for today's Llama is of no interest.
+        if foreign.other_model or "mlp_type" in keys:
             raw = unsettle(raw, ("intermediate_size", "expansion_factor", "mlp_multiple_of", "num_kv_heads"))
         raw._merged = dict(keys)
         args, choices, contradictions = REGISTRY.derive(raw, task, world_size, unsettle)

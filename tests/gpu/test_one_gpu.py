@@ -179,3 +179,21 @@ def test_a_run_on_the_gpu_follows_the_cpu_and_resumes(tmp_path: Path) -> None:
     for one, other in zip(*last, strict=True):
         tensors = [torch.load(path, weights_only=True) for path in (one, other)]
         assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0] | tensors[1])
+
+
+def test_fp16_on_the_gpu_follows_fp32_and_resumes_with_its_scale(tmp_path: Path) -> None:
+    """A scale that begins far too high falls until steps are applied; resumed in the middle, the bits are the same."""
+    plain, whole, half = (tmp_path / name for name in ("plain", "whole", "half"))
+    on_gpu = {"distributed_backend": "nccl", "kernels": "required"}
+    done = deepy(plain, **on_gpu, save=None, checkpoint_factor=None)
+    assert done.returncode == 0, done.stdout + done.stderr
+    fp16 = {"precision": "fp16", "fp16": {"enabled": True, "initial_scale_power": 24, "hysteresis": 1}}
+    done = deepy(whole, **on_gpu, **fp16, train_iters=24, checkpoint_factor=12)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert losses(whole)[0] == pytest.approx(losses(plain)[0], abs=5e-3)
+    assert "fp16 gradients overflow at loss scale 1.67772e+07" in done.stdout
+    assert losses(whole)[-1] < losses(whole)[0]
+    start = {"load": str(whole / "checkpoints"), "iteration": 12, "from_scratch": False, "checkpoint_factor": 24}
+    done = deepy(half, **on_gpu, **fp16, train_iters=24, **start)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert losses(half) == losses(whole)[12:]

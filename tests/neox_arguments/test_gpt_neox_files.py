@@ -235,14 +235,14 @@ def test_old_words_are_answered_with_today_s_key_and_value(changes: dict, answer
 
 
 def test_an_old_llama_s_silu_is_swiglu() -> None:
-    sizes = {"hidden_size": 4096, "intermediate_size": None, "intermediate_size_convention": None}
+    sizes = {"hidden_size": 6656, "intermediate_size": None, "intermediate_size_convention": None}
     with pytest.raises(ConfigError) as caught:
         NeoXArgs.from_dict(keys(activation="silu", mlp_type="llama", **sizes))
     text = str(caught.value)
     assert text.startswith(
         "2 things are wrong:\n  - activation: silu meant the gated MLP together with mlp_type: llama"
     )
-    assert "intermediate_size: 33024 (3 x 11008, the width that the old MLP took for hidden_size 4096)" in text
+    assert "intermediate_size: 53760 (3 x 17920, the width that the old MLP took for hidden_size 6656)" in text
 
 
 def test_words_are_compared_without_their_case() -> None:
