@@ -134,7 +134,7 @@ def position_of_gpt_neox(folder: Path, train_batch_size: int) -> Position:
     if match is None:
         raise CheckpointError(
             f"{folder} was written by GPT-NeoX or for it, and its name says no iteration; start from its weights with "
-            f"--finetune true"
+            f"`finetune: true`"
         )
     iteration = int(match[1])
     samples = iteration * train_batch_size

@@ -18,9 +18,52 @@ from tools.datasets.decontamination.threshold import Proportion
 
 pytestmark = pytest.mark.unit
 
-NOUNS = "galaxy nebula quasar pulsar cluster filament halo disk bulge corona comet asteroid planet moon ring".split()
-VERBS = "orbits heats expels absorbs reflects scatters ionises compresses magnetises obscures".split()
-PLACES = "Orion Cygnus Draco Lyra Perseus Vela Carina Hydra Virgo Leo Aquila Cetus Pavo Grus Tucana".split()
+NOUNS = [
+    "galaxy",
+    "nebula",
+    "quasar",
+    "pulsar",
+    "cluster",
+    "filament",
+    "halo",
+    "disk",
+    "bulge",
+    "corona",
+    "comet",
+    "asteroid",
+    "planet",
+    "moon",
+    "ring",
+]
+VERBS = [
+    "orbits",
+    "heats",
+    "expels",
+    "absorbs",
+    "reflects",
+    "scatters",
+    "ionises",
+    "compresses",
+    "magnetises",
+    "obscures",
+]
+PLACES = [
+    "Orion",
+    "Cygnus",
+    "Draco",
+    "Lyra",
+    "Perseus",
+    "Vela",
+    "Carina",
+    "Hydra",
+    "Virgo",
+    "Leo",
+    "Aquila",
+    "Cetus",
+    "Pavo",
+    "Grus",
+    "Tucana",
+]
 
 
 def sentence(chance: random.Random) -> str:
