@@ -26,6 +26,8 @@ def workplace(vocab_folder: Path, tmp_path: Path) -> Path:
         write_texts(tmp_path / f"{name}.jsonl", part)
     (tmp_path / "papers.jsonl.zst").write_bytes(zstandard.compress((tmp_path / "domain.jsonl").read_bytes()))
     (tmp_path / "general.jsonl.zst").write_bytes(zstandard.compress((tmp_path / "general.jsonl").read_bytes()))
+    question = {"id": 1, "question": " ".join(texts[0].split()[:30]), "options": ["a supernova", "a comet"]}
+    write_records(tmp_path / "questions.jsonl", [question])
     for tag in ("nemotron", "astronomy", "hermes"):
         write_records(tmp_path / f"{tag}.jsonl", conversations(20, tag))
     (tmp_path / "tokenizer").symlink_to(vocab_folder)
@@ -52,6 +54,8 @@ def test_commands(page: str, workplace: Path) -> None:
     if page == "docs/data.md":
         assert "20.0" in next(line for line in result.stdout.splitlines() if line.startswith("train: data/general"))
         assert (workplace / "lengths.png").exists()
+        (found,) = (workplace / "contamination/contaminated.jsonl").read_text().splitlines()
+        assert json.loads(found)["questions"][0]["score"] == 1.0
     else:
         assert "[[More" in result.stdout
         keys = yaml.safe_load((workplace / "data/sft_train.yml").read_text())
