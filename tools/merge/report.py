@@ -20,7 +20,6 @@ from tools.merge.errors import MergeError
 WORKING_RANGE = 0.005  # DARE drops 90 to 99 % where deltas stay within it (arXiv:2311.03099)
 _KINDS = {
     "embed_tokens": "embedding",
-    "lm_head": "head",
     "q_proj": "query",
     "k_proj": "key",
     "v_proj": "value",
@@ -29,12 +28,13 @@ _KINDS = {
     "up_proj": "MLP up",
     "down_proj": "MLP down",
 }
-ALL = "all"
+_NORMS, _HEAD, ALL = "norms", "head", "all"
 
 
 def kind_of(tensor: str) -> str:
     """The kind of a tensor, by its Hugging Face name."""
-    return _KINDS.get(tensor.split(".")[-2], "norms")
+    module = tensor.split(".")[-2]
+    return _HEAD if module == "lm_head" else _KINDS.get(module, _NORMS)
 
 
 @dataclass
@@ -99,7 +99,7 @@ class MergeReport:
 
     def by_kind(self) -> dict[str, KindSums]:
         """Every kind in the order of a model, then their sum."""
-        order = [*dict.fromkeys([_KINDS["embed_tokens"], *list(_KINDS.values())[2:], "norms", _KINDS["lm_head"]])]
+        order = [*_KINDS.values(), _NORMS, _HEAD]
         total = KindSums()
         result = {kind: self.kinds[kind] for kind in order if kind in self.kinds}
         for sums in result.values():
