@@ -41,9 +41,9 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
-    from tools.datasets.command import run_command
+    from megatron.common.boundary import guarded
 
-    return run_command("decontaminate.py", lambda: decontaminate(options), "stopped; nothing was written")
+    return guarded("decontaminate.py", lambda: decontaminate(options), "stopped; nothing was written")
 
 
 def decontaminate(options: argparse.Namespace) -> None:
