@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from megatron.data.header import fingerprint
 from megatron.data.index_cache import Arrays, CachedIndex
 from megatron.data.indexed import DataError, IndexedFile, bin_path, open_indexed
 from megatron.tokenizer import Tokenizer
@@ -43,7 +44,8 @@ def known_ids(prefix: str) -> tuple[int, int, int]:
             logger.info("%s: reading %.1f GB once, for ids outside the vocabulary", prefix, size / 1e9)
         return {"range": np.array(scan_ids(open_indexed(prefix)), np.int64)}
 
-    least, most, document = CachedIndex(prefix, "ids", {"use": "ids"}, build).arrays()["range"].tolist()
+    written = {key: fingerprint(prefix)[key] for key in ("content", "written")}
+    least, most, document = CachedIndex(prefix, "ids", {"use": "ids", **written}, build).arrays()["range"].tolist()
     return least, most, document
 
 

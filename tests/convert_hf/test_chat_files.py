@@ -1,11 +1,13 @@
 """to-hf after supervised fine-tuning: end tokens and chat template are those of the data, and it says so."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron.checkpoint.manifest import read_manifest, write_manifest
 from megatron.data.header import fingerprint
 from megatron.data.indexed import IndexedFile
 from megatron.tokenizer import Tokenizer
@@ -43,18 +45,14 @@ def checkpoint(vocab_folder: Path, tmp_path: Path) -> Path:
 
 def as_trained_on(checkpoint: Path, **data: str) -> None:
     """Make its manifest that of a run that was trained on these prefixes."""
-    path = checkpoint / "global_step0/manifest.json"
-    manifest = json.loads(path.read_text())
-    config = manifest["provenance"]["config"]
-    manifest["provenance"] |= {
+    folder = checkpoint / "global_step0"
+    manifest = read_manifest(folder)
+    provenance = manifest.provenance | {
         "written_by": "training",
-        "config": config | {"train_data_paths": list(data.values()), "valid_data_paths": ["elsewhere"]},
-        "data": {
-            **{prefix: fingerprint(prefix) for prefix in data.values()},
-            "elsewhere": {"chat": {"template": "no"}},
-        },
+        "config": manifest.provenance["config"] | {"train_data_paths": [*data.values()], "valid_data_paths": ["other"]},
+        "data": {**{prefix: fingerprint(prefix) for prefix in data.values()}, "other": {"chat": {"template": "no"}}},
     }
-    path.write_text(json.dumps(manifest))
+    write_manifest(folder, dataclasses.replace(manifest, provenance=provenance))
 
 
 def export(checkpoint: Path, capsys: pytest.CaptureFixture[str], *more: str, code: int = 0) -> tuple[Path, str]:

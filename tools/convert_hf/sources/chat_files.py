@@ -36,7 +36,7 @@ def trained_chat(provenance: Mapping[str, Any]) -> TrainedChat | None:
     data = provenance.get("data")
     found: dict[str, TrainedChat] = {}
     if isinstance(data, Mapping):
-        trained = _trained_on(provenance.get("config"))
+        trained = _trained_on(provenance)
         for prefix, entry in data.items():
             chat = entry.get("chat") if isinstance(entry, Mapping) else None
             if isinstance(chat, Mapping) and (trained is None or Path(prefix).name in trained):
@@ -53,11 +53,13 @@ def trained_chat(provenance: Mapping[str, Any]) -> TrainedChat | None:
     return first
 
 
-def _trained_on(config: Any) -> set[str] | None:
-    """Last parts of the training sources' paths, None if the configuration does not say."""
+def _trained_on(provenance: Mapping[str, Any]) -> set[str] | None:
+    """Last parts of the training sources' paths, None if no configuration says. A converted checkpoint has the
+    configuration of its training in the provenance of its source."""
+    config, earlier = provenance.get("config"), provenance.get("source_provenance")
     paths = config.get("train_data_paths") if isinstance(config, Mapping) else None
     if not isinstance(paths, list):
-        return None
+        return _trained_on(earlier) if isinstance(earlier, Mapping) else None
     return {Path(str(path.get("path") if isinstance(path, Mapping) else path)).name for path in paths}
 
 
