@@ -29,6 +29,7 @@ _WEIGHT = {"fp32": 4, "bfloat16": 2}  # bytes
 
 def refuse_wrong_inputs(args: NeoXArgs, directory: Path | None = None) -> None:
     """ConfigError that names everything `input_problems` finds. The run's paths are relative to `directory`."""
+    _ = args.shape  # whether the vocabulary is known; nothing fits a model without one
     with contextlib.chdir(directory or Path.cwd()):
         problems = input_problems(args)
     if not problems:
