@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from megatron.launcher.command_line import parse_command_line
-from megatron.launcher.local import rank_environment, uses_fork
+from megatron.launcher.local import rank_environment, reads_input, uses_fork
 from megatron.launcher.slurm import hosts_of, srun_command
 from megatron.neox_arguments import NeoXArgs
 from tests.support.configurations import VALID, keys
@@ -64,7 +64,10 @@ def test_print_config_shows_the_merged_and_derived_keys() -> None:
         (("train.py",), "at least one configuration file"),
         (("train.py", *TINY, "--autotuning", "run"), "--dry-run --search ranks the layouts instead"),
         (("train.py", *TINY, "--include", "a:1"), "choose them with Slurm's --nodelist and --exclude"),
-        (("eval.py", *TINY, "--eval_tasks", "lambada_openai", "piqa"), "eval_tasks: ['lambada_openai', 'piqa'] is not"),
+        (
+            ("eval.py", *TINY, "--eval_tasks", "lambada_openai", "piqa"),
+            "eval_tasks needs lm-eval, which is not installed",
+        ),
         (
             ("train.py", *TINY, "--num_nodes", "2"),
             "not a Slurm allocation, and here deepy.py starts the ranks of one machine",
@@ -135,6 +138,10 @@ def test_a_vocabulary_elsewhere_prints_but_does_not_start() -> None:
     assert (shown["vocab_size"], shown["num_parameters"]) == (None, None)
     started = deepy(*words)
     assert started.returncode == 2
+    assert "nowhere/tokenizer.json" in started.stderr
+    assert started.stderr.splitlines()[-1].startswith("(if only the compute nodes see these paths")
+    started = deepy(*words, "--paths-on-nodes")
+    assert started.returncode == 2
     assert started.stderr.splitlines()[-1].startswith("deepy.py: vocab_size is that of the tokenizer, but vocab_file")
 
 
@@ -158,6 +165,18 @@ def test_ranks_are_forked_on_cpus_only_unless_asked() -> None:
     assert uses_fork(NeoXArgs.from_dict(VALID))
     assert not uses_fork(NeoXArgs.from_dict(keys(distributed_backend="nccl")))
     assert not uses_fork(NeoXArgs.from_dict(keys(launcher="torchrun")))
+
+
+@pytest.mark.parametrize(("kind", "shown"), [("interactive", "typed"), ("unconditional", "")])
+def test_only_an_interactive_program_gets_what_is_typed(kind: str, shown: str) -> None:
+    args = NeoXArgs.from_dict(keys(from_scratch=None, load="x", vocab_file="x", text_gen_type=kind), task="generate")
+    assert reads_input(args) == (kind == "interactive")
+    program = (
+        "import os, sys\nfrom megatron.launcher.local import supervise\n"
+        f"sys.exit(supervise(['cat'], dict(os.environ), with_input={reads_input(args)}))"
+    )
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, input="typed", capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (0, shown)
 
 
 def test_what_deepy_starts_ends_with_it_even_if_it_is_killed(tmp_path: Path) -> None:

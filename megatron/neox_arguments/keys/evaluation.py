@@ -68,7 +68,7 @@ class McqKeys(Keys):
 
 
 class EvaluationKeys(Keys):
-    eval_tasks: list[str] | None = key(None, "Tasks of lm-eval (extra `eval`) that eval.py runs.", min_length=1)
+    eval_tasks: list[str] | None = key(None, "Tasks of lm-eval (extra `eval`) that eval.py runs.")
     eval_task_path: str | None = key(
         None, "Folder of task YAMLs; only these are known then, so that nothing is fetched.", ours=True
     )
