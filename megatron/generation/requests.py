@@ -44,9 +44,12 @@ class PromptReader:
         self.args, self._tokenizer, self._chat = args, tokenizer, chat
 
     def text_ids(self, text: str) -> list[int]:
-        """Ids of a plain prompt behind the begin-of-text token."""
+        """Ids of a plain prompt behind the begin-of-text token.
+
+        A text from nothing begins with the token that ends documents where none begins them (GPT-2), as in GPT-NeoX.
+        """
         beginning = [] if self._tokenizer.bos is None else [self._tokenizer.bos]
-        return beginning + self._tokenizer.encode(text)
+        return beginning + self._tokenizer.encode(text) or [self._tokenizer.eod]
 
     def ids(self, messages: list[Message]) -> list[int]:
         """Ids of a conversation; without a chat format its only turn is a plain prompt."""

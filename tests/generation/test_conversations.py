@@ -105,6 +105,14 @@ def test_bad_lines_are_requests_with_an_error(hf_tokenizer: Tokenizer, tmp_path:
     assert plain[0].ids == [hf_tokenizer.bos, *hf_tokenizer.encode("good")]
 
 
+def test_a_text_from_nothing_begins_with_one_token(hf_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Begin-of-text, or end-of-document where the vocabulary has no such token (GPT-2)."""
+    reader = PromptReader(Case(vocab=1024).neox(world_size=1), hf_tokenizer, None)
+    assert [request.ids for request in reader.unconditional()] == [[hf_tokenizer.bos]]
+    monkeypatch.setattr(hf_tokenizer, "bos", None)
+    assert [request.ids for request in reader.unconditional()] == [[hf_tokenizer.eod]]
+
+
 def test_a_file_without_prompts_is_refused(hf_tokenizer: Tokenizer, tmp_path: Path) -> None:
     reader = PromptReader(Case(vocab=1024).neox(world_size=1), hf_tokenizer, None)
     (tmp_path / "p.txt").write_text("\n \n")
