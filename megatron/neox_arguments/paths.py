@@ -25,7 +25,11 @@ PATH_KEYS = (
     "sample_output_file",
     "eval_results_prefix",
     "chat_template",  # or a shipped name, which has neither
+    "eval_task_path",
+    "eval_documents",
+    "mcq",
 )
+_PATHS_WITHIN = ("path", "items", "output", "shots_file", "compare_with")  # of a data source, of mcq
 _VARIABLE = re.compile(r"\$(?:\$|(\w+)|\{(\w+)\})")
 
 
@@ -67,11 +71,12 @@ def expand_paths(keys: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 
 def _expanded(value: Any) -> Any:
-    """A path, a list of them, or an entry of such a list with a `path` of its own; anything else as it is."""
+    """A path, a list of them, or a mapping that holds some; anything else as it is."""
     if isinstance(value, str):
         return expand_path(value)
     if isinstance(value, list):
         return [_expanded(item) for item in value]
-    if isinstance(value, dict) and isinstance(value.get("path"), str):
-        return {**value, "path": expand_path(value["path"])}
+    if isinstance(value, dict):
+        found = {name: value[name] for name in _PATHS_WITHIN if isinstance(value.get(name), str)}
+        return {**value, **{name: expand_path(path) for name, path in found.items()}}
     return value

@@ -19,6 +19,7 @@ from megatron.checkpoint.layer_set import set_problems
 from megatron.checkpoint.manifest import MANIFEST_NAME, read_manifest
 from megatron.checkpoint.owner import FolderOwner
 from megatron.common.errors import ConfigError, UserError, one_line
+from megatron.evaluation.multiple_choice.items import read_items
 from megatron.neox_arguments import NeoXArgs
 from megatron.neox_arguments.registry import as_one_message
 
@@ -47,6 +48,10 @@ def input_problems(args: NeoXArgs) -> list[str]:
         checks += [_save_folder, _log_folders]
     if args.task == "generate":
         checks.append(_prompts)
+    if args.task == "mcq":
+        checks.append(_questions)
+    if args.task == "eval":
+        checks.append(_documents_and_tasks)
     problems: list[str] = []
     for check in checks:
         try:
@@ -96,7 +101,7 @@ def _tokenizer_and_data(args: NeoXArgs) -> Iterator[str]:
                 )
         else:
             yield f"vocab_file: {args.vocab_file} is not there; give the tokenizer's file"
-    if args.task == "generate":
+    if args.task in ("generate", "mcq") or (args.task == "eval" and (args.eval_tasks or args.eval_documents)):
         return
     from megatron.data.header import check_header, read_header
     from megatron.data.indexed import open_indexed
@@ -171,6 +176,25 @@ def _log_folders(args: NeoXArgs) -> Iterator[str]:
 def _prompts(args: NeoXArgs) -> Iterator[str]:
     if args.sample_input_file is not None and not Path(args.sample_input_file).is_file():
         yield f"sample_input_file: {args.sample_input_file} is not there"
+
+
+def _questions(args: NeoXArgs) -> Iterator[str]:
+    assert args.mcq.items is not None  # the rule questions_are_given
+    read_items(args.mcq.items, args.mcq)
+    for name, path in (("shots_file", args.mcq.shots_file), ("compare_with", args.mcq.compare_with)):
+        if path is not None and not Path(path).is_file():
+            yield f"mcq.{name}: {path} is not there"
+    yield from _unwritable("mcq.output", Path(args.mcq.output))
+
+
+def _documents_and_tasks(args: NeoXArgs) -> Iterator[str]:
+    for path in args.eval_documents or ():
+        file = Path(path) if path.endswith(".jsonl") else Path(f"{path}.idx")
+        if not file.is_file():
+            yield f"eval_documents: {file} is not there"
+    if args.eval_task_path is not None and not Path(args.eval_task_path).is_dir():
+        yield f"eval_task_path: {args.eval_task_path} is not a folder"
+    yield from _unwritable("eval_results_prefix", Path(f"{args.eval_results_prefix}x").parent)
 
 
 def _unwritable(key: str, folder: Path) -> Iterator[str]:

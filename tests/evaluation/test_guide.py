@@ -9,11 +9,13 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 
+from megatron.neox_arguments.registry import Task
 from tests.support.documentation import ROOT, documented_commands
 from tests.support.evaluation_models import CASE, SKY, weights, write_questions
 
@@ -103,3 +105,22 @@ def test_bad_input_is_one_error_and_exit_code_2(folder: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.count("answer 'E' is not one of ABCD") == 1
     assert not (folder / "bad" / "items.jsonl").exists()
+
+
+def test_missing_inputs_are_named_before_ranks_start(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.neox_arguments import NeoXArgs
+    from megatron.preflight.run_inputs import input_problems
+
+    def problems(task: Task, **keys: Any) -> list[str]:
+        files = [folder / "model.yml", folder / "local.yml"]
+        return input_problems(NeoXArgs.from_ymls(files, {"load": "checkpoints", **keys}, task=task))
+
+    monkeypatch.chdir(folder)
+    asked = {"items": "questions.jsonl", "output": "results/x"}
+    assert problems("mcq", mcq=asked) == []
+    assert problems("mcq", mcq={**asked, "items": "none.jsonl"}) == ["none.jsonl: No such file or directory"]
+    assert problems("mcq", mcq={**asked, "compare_with": "none"}) == ["mcq.compare_with: none is not there"]
+    assert problems("eval", eval_documents=["papers.jsonl"]) == []
+    assert problems("eval", eval_documents=["none"]) == ["eval_documents: none.idx is not there"]
+    unused = {"eval_documents": ["papers.jsonl"], "eval_task_path": "none"}
+    assert problems("eval", **unused) == ["eval_task_path: none is not a folder"]

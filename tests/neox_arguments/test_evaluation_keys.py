@@ -75,3 +75,14 @@ def test_a_test_needs_no_training_keys() -> None:
     assert args.mcq.items == "q.jsonl"
     assert args.seq_length == args.max_position_embeddings
     assert NeoXArgs.from_json(args.to_json()) == args
+
+
+def test_paths_of_a_test_are_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SCRATCH", "/scratch")
+    changes = {
+        "mcq": {"items": "$SCRATCH/q.jsonl", "instruction": "5$ or $HOME?"},
+        "eval_documents": ["$SCRATCH/a.jsonl"],
+    }
+    args = NeoXArgs.from_dict(keys(**BASE | changes), task="mcq")
+    assert (args.mcq.items, args.mcq.instruction) == ("/scratch/q.jsonl", "5$ or $HOME?")
+    assert args.eval_documents == ["/scratch/a.jsonl"]
