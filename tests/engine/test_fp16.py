@@ -83,10 +83,11 @@ LAYOUTS: list[tuple[int, dict[str, Any]]] = [
     (1, {}),
     (2, {}),
     (4, {"model_parallel_size": 2, "pipe_parallel_size": 2}),
+    (4, {"model_parallel_size": 2, "pipe_parallel_size": 2, "sequence_parallel": True}),
 ]
 
 
-@pytest.mark.parametrize(("ranks", "split"), LAYOUTS, ids=["one", "dp2", "tp2-pp2"])
+@pytest.mark.parametrize(("ranks", "split"), LAYOUTS, ids=["one", "dp2", "tp2-pp2", "tp2-pp2-sp"])
 def test_a_plain_loop_with_torch_s_scaler(plain: Any, ranks: int, split: dict[str, Any]) -> None:
     """The same scale at every step, the same steps left out, losses to 2e-3, weights to 3 % of how far they moved."""
     expected, masters = plain
