@@ -88,6 +88,37 @@ def test_of_a_thousand_prompts_with_a_bad_line_none_is_lost(vocab_folder: Path, 
     assert again == [record["text"] for record in records[:9]]
 
 
+def _generated(rank: int, world_size: int, keys: dict[str, Any]) -> None:
+    from megatron.generation import prompts
+    from megatron.parallel.process_groups import form_groups
+    from tests.support.models import load_hugging_face
+
+    prompts.initialize = form_groups
+    state = dict(CASE.hugging_face().state_dict())
+    prompts.load_weights = lambda engine, args: load_hugging_face(engine, state, args)
+    prompts.generate_text(CASE.neox(world_size=world_size, heartbeat_timeout_seconds=0, **keys))
+
+
+def test_a_training_s_sequence_parallelism_does_not_change_texts(vocab_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("word\nword word word\n")
+    texts = []
+    for sequence_parallel in (False, True):
+        output = tmp_path / f"{sequence_parallel}.jsonl"
+        keys = {
+            "vocab_file": str(vocab_folder / "tokenizer.json"),
+            "sample_input_file": str(tmp_path / "p.txt"),
+            "sample_output_file": str(output),
+            "maximum_tokens": 6,
+            "temperature": 0.0,
+            "model_parallel_size": 2,
+            "sequence_parallel": sequence_parallel,
+        }
+        run_ranks(_generated, 2, keys)
+        texts.append([json.loads(line)["text"] for line in output.read_text().splitlines()])
+    assert len(texts[0]) == 2
+    assert texts[0] == texts[1]
+
+
 def _stops_before_the_model(rank: int, world_size: int, keys: dict[str, Any]) -> str:
     from megatron.generation import prompts
     from megatron.parallel.process_groups import form_groups

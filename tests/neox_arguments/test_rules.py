@@ -317,7 +317,7 @@ def test_ranges_to_skip_are_checked_for_evaluation_too() -> None:
 
 
 @pytest.mark.parametrize("task", ["eval", "generate"])
-def test_other_programs_fill_odd_sequences_up(task: Any) -> None:
+def test_other_programs_take_odd_sequences(task: Any) -> None:
     changes = {"model_parallel_size": 4, "sequence_parallel": True, "seq_length": 253, "load": "runs/a"}
     extra = {"vocab_file": "tokenizer.json", "from_scratch": None}
     assert NeoXArgs.from_dict(keys(**changes, **extra), task=task).seq_length == 253

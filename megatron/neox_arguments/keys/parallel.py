@@ -132,7 +132,7 @@ def tensors_divide_by_tensor_parallelism(args: AllKeys) -> str | None:
     return None
 
 
-# Evaluation and generation fill their sequences up.
+# Evaluation fills its sequences up, and generation does without.
 @registry.rule("train")
 def sequence_divides_by_tensor_parallelism(args: AllKeys) -> str | None:
     ranks = args.model_parallel_size
