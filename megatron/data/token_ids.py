@@ -41,7 +41,12 @@ def known_ids(prefix: str) -> tuple[int, int, int]:
     def build() -> Arrays:
         size = bin_path(prefix).stat().st_size
         if size > _LARGE:
-            logger.info("%s: reading %.1f GB once, for ids outside the vocabulary", prefix, size / 1e9)
+            logger.info(
+                "%s: reading %.1f GB once, for ids outside the vocabulary; tools/datasets/build_indices.py does so "
+                "before a job starts",
+                prefix,
+                size / 1e9,
+            )
         return {"range": np.array(scan_ids(open_indexed(prefix)), np.int64)}
 
     written = {key: fingerprint(prefix)[key] for key in ("content", "written")}

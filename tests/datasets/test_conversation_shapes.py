@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from megatron.common.labels import IGNORE_INDEX
@@ -302,3 +304,22 @@ def test_unknown_keys_are_named_and_counted_once_per_source(
         ("a", "unknown key: emotion (of a turn)"): 3,
     }
     assert rows["b", "understood as alpaca"] == "1"
+
+
+def test_rows_of_parquet_are_the_records_that_they_were_made_of(
+    vocab_folder: Path, hf_tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """A table fills every call up with the arguments of all others, as null."""
+    records = [
+        {"messages": called(tool_calls=[{"function": {"name": name, "arguments": arguments}}])}
+        for name, arguments in (("simbad", {"object": "M31"}), ("weather", {"place": "Paranal", "hours": 3}))
+    ]
+    rows = tmp_path / "in.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), rows)
+    assert preprocess_chats(vocab_folder, tmp_path / "sft", f"a={rows}") == 0
+    lines = write_records(tmp_path / "in.jsonl", records)
+    (tmp_path / "lines").mkdir()
+    assert preprocess_chats(vocab_folder, tmp_path / "lines/sft", f"a={lines}") == 0
+    for number in range(2):
+        assert written(tmp_path, hf_tokenizer, number) == written(tmp_path / "lines", hf_tokenizer, number)
+    assert '"parameters": {"object": "M31"}}' in written(tmp_path, hf_tokenizer)[0]

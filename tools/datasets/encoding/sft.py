@@ -117,6 +117,8 @@ class ConversationBlocks:
             if record is None:
                 return None
             counts.records += 1
+            if block.unit == "row":
+                record = without_nulls(record)
             read = read_conversation(record, self.thinking_prompt)
         except (ChatError, RecordError) as error:
             return BadEntry(error.rule, f"{block.where(position)}: {error}")
@@ -128,6 +130,13 @@ class ConversationBlocks:
             return None
         seen.add(key)
         return read.conversation
+
+
+def without_nulls(value: Any) -> Any:
+    """A row of a table without null fields at any depth: a table gives every call the arguments of all others."""
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 @dataclass(frozen=True)
