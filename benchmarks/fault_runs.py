@@ -27,6 +27,12 @@ ROOT = Path(__file__).resolve().parent.parent
 VOCAB, SEQ = 576, 16
 BOUND_SECONDS = 120.0
 MODEL: dict[str, Any] = {
+    "norm": "rmsnorm",
+    "pos_emb": "rotary",
+    "activation": "swiglu",
+    "use_bias_in_attn_linear": False,
+    "use_bias_in_mlp": False,
+    "intermediate_size_convention": "hf",
     "num_layers": 2,
     "hidden_size": 32,
     "num_attention_heads": 4,

@@ -1,15 +1,14 @@
 """Checksums verified while loading: on the bytes that the load reads anyway, by a thread beside it.
 
-A file is summed from front to back while the load reads it. Whoever comes first brings a page into the system's cache,
-so the file is read from the disk once; zlib and reads release the interpreter's lock, so where a core is free the sum
-hides behind the read. `benchmarks/loading.py` measures it.
+A file is summed from front to back, by the cores that are free, while the load reads it. Whoever comes first brings a
+page into the system's cache, so the file is read from the disk once; zlib and reads release the interpreter's lock, so
+the sum hides behind the read. `benchmarks/loading.py` measures it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import threading
 import zlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from megatron.checkpoint.manifest import FileEntry, format_checksum
 from megatron.checkpoint.torch_files import tensor_checksum
+from megatron.common.crc import combine
 from megatron.common.errors import CheckpointError, one_line
 
 _CHUNK = 1 << 22  # bytes; small enough to stay in a core's cache between the read and the sum
@@ -56,7 +56,7 @@ def verified_tensors(path: Path, entry: FileEntry | None, stored: Mapping[str, T
         with verified(path, entry):
             yield
         return
-    with ThreadPoolExecutor(1, "checksum") as pool:
+    with ThreadPoolExecutor(summing_threads(), "checksum") as pool:
         sums = {name: pool.submit(tensor_checksum, stored[name]) for name in entry.tensors if name in stored}
         yield
         for name, future in sums.items():
@@ -74,36 +74,35 @@ def damage(path: Path, found: str, listed: str, tensor: str = "") -> str:
 
 
 class _Sum:
-    """A thread that sums a file."""
+    """The checksum of a file, made by threads that take its chunks in turn."""
 
     def __init__(self, path: Path) -> None:
-        self._path, self._crc = path, 0
-        self._error: OSError | None = None
-        self._thread = threading.Thread(target=self._run, name="checksum", daemon=True)
-        self._thread.start()
+        self._pool = ThreadPoolExecutor(summing_threads(), "checksum")
+        self._path = path
+        self._size = path.stat().st_size if path.is_file() else 0
+        self._parts = [self._pool.submit(self._part, start) for start in range(0, self._size, _CHUNK)]
 
     def result(self) -> str:
         """The checksum, as a manifest writes it. CheckpointError if the file cannot be read."""
-        self._thread.join()
-        if self._error is not None:
-            raise CheckpointError(one_line(self._error)) from self._error
-        return format_checksum(self._crc)
-
-    def _run(self) -> None:
+        crc = 0
         try:
-            self._crc = file_crc(self._path)
+            for part in self._parts:
+                found, count = part.result()
+                crc = combine(crc, found, count)
         except OSError as error:
-            self._error = error
+            raise CheckpointError(one_line(error)) from error
+        finally:
+            self._pool.shutdown(cancel_futures=True)
+        return format_checksum(crc)
+
+    def _part(self, start: int) -> tuple[int, int]:
+        """(CRC-32, bytes) of a chunk."""
+        with open(self._path, "rb", buffering=0) as file:
+            file.seek(start)
+            data = file.read(min(_CHUNK, self._size - start))
+        return zlib.crc32(data), len(data)
 
 
-def file_crc(path: Path) -> int:
-    """CRC-32 of a file, in one buffer."""
-    buffer = bytearray(_CHUNK)
-    view, crc = memoryview(buffer), 0
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        while count := os.readv(descriptor, [buffer]):
-            crc = zlib.crc32(view[:count], crc)
-    finally:
-        os.close(descriptor)
-    return crc
+def summing_threads() -> int:
+    """As many as there are cores beside the one that loads, at most four; zlib sums about 1 GB/s on each."""
+    return max(1, min(4, len(os.sched_getaffinity(0)) - 1))

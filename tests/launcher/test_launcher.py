@@ -94,7 +94,7 @@ def test_ranks_know_their_place(tmp_path: Path, launcher: str) -> None:
     [
         ("user-all", 2, ["error: the sky is too cloudy"], ["Traceback", "ended with"]),
         ("user-one", 2, ["error: the sky is too cloudy"], ["Traceback", "ended with", "rank 0"]),
-        ("bug", 1, ["rank 1 failed:", "KeyError: 'telescope'", "ended with exit code 1"], ["rank 0"]),
+        ("bug", 1, ["rank 1 failed:", "Traceback", "failed: KeyError: 'telescope'"], ["rank 0"]),
         ("killed", 137, ["was killed by SIGKILL"], ["Traceback", "rank 0"]),
         ("code", 7, ["ended with exit code 7"], ["Traceback", "rank 0"]),
     ],
@@ -106,6 +106,8 @@ def test_a_failure_is_said_once(tmp_path: Path, mode: str, code: int, said: list
         assert result.stderr.count(text) == 1, result.stderr
     for text in unsaid:
         assert text not in result.stderr, result.stderr
+    assert result.stderr.splitlines()[-1].startswith("deepy.py: "), "nothing follows the reason"
+    assert said[-1] in result.stderr.splitlines()[-1]
 
 
 def test_torchrun_s_page_of_errors_is_not_printed(tmp_path: Path) -> None:

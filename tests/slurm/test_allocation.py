@@ -51,7 +51,7 @@ def test_one_srun_starts_all_ranks(cluster: Cluster, tmp_path: Path) -> None:
     [
         ("user", 2, "error: the sky is too cloudy"),
         ("stuck", 75, "stopped: a stop without a new save"),
-        ("bug", 1, "KeyError: 'telescope'"),
+        ("bug", 1, "failed: KeyError: 'telescope'"),
     ],
 )
 def test_the_ranks_exit_code_is_deepy_s(cluster: Cluster, tmp_path: Path, plan: str, code: int, said: str) -> None:
