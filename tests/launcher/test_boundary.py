@@ -120,7 +120,6 @@ WRONG: list[tuple[str, dict[str, Any], list[str], str]] = [
     ("Latin-1", {}, ["{folder}/latin.yml"], "latin.yml: not UTF-8 text (byte"),
     ("a device", {}, ["{run}", "--device", "gpu"], "given 'gpu', but it should be 'cuda' or 'cpu'"),
     ("betas", {}, ["{run}", "--optimizer.params.betas", "[0.9, 1.5]"], "betas.1: given 1.5, but it should be less"),
-    ("wandb", {}, ["{run}", "--use_wandb", "true"], "wandb is not installed: pip install wandb"),
     ("RANK", {"RANK": "abc", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, ["{run}"], "RANK is 'abc', expected a number"),
     ("RANK alone", {"RANK": "0"}, ["{run}"], "RANK set without WORLD_SIZE, LOCAL_RANK: set all three or none"),
     ("a step", {"SLURM_STEP_ID": "3"}, ["{run}"], "this is a Slurm step without SLURM_PROCID"),

@@ -118,7 +118,6 @@ FOLLOWED: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
     ("factor_fits_the_scale", {"checkpoint_factor": 2.5}, "is no whole number", {"checkpoint_factor": 2}),
     ("vocabulary_has_a_source", {"vocab_size": None}, "give vocab_file", {"vocab_size": 64}),
     ("iteration_needs_load", {"iteration": 5}, "leave it out", {"iteration": None}),
-    ("wandb_is_installed", {"use_wandb": True}, "leave use_wandb out", {"use_wandb": None}),
 ]  # fmt: skip
 
 

@@ -23,14 +23,9 @@ def main(arguments: list[str] | None = None) -> int:
     p.add_argument("--input", required=True, type=Path, help="folder of the pairs")
     p.add_argument("--output-prefix", required=True, help="path of the output without suffix")
     options = p.parse_args(arguments)
-    from megatron.common.errors import UserError
+    from megatron.common.boundary import guarded
 
-    try:
-        merge(options.input, Path(options.output_prefix))
-    except (UserError, OSError) as error:
-        print(f"merge_datasets.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return guarded("merge_datasets.py", lambda: merge(options.input, Path(options.output_prefix)))
 
 
 def merge(folder: Path, output: Path) -> None:

@@ -53,14 +53,9 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
-    from megatron.common.errors import UserError
+    from megatron.common.boundary import guarded
 
-    try:
-        convert(options)
-    except (UserError, OSError) as error:
-        print(f"preprocess_data_with_chat_template.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return guarded("preprocess_data_with_chat_template.py", lambda: convert(options))
 
 
 def convert(options: argparse.Namespace) -> None:

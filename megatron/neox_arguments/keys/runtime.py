@@ -70,18 +70,19 @@ def prompts_have_a_file(args: RuntimeKeys) -> str | None:
     return "text_gen_type input-file needs sample_input_file (-i): a text file with one prompt a line"
 
 
-@registry.rule("train")
-def wandb_is_installed(args: RuntimeKeys) -> str | None:
-    if not args.use_wandb or find_spec("wandb"):
-        return None
-    return "use_wandb is true, but wandb is not installed: pip install wandb, or leave use_wandb out"
-
-
 @registry.warning("generate")
 def prompts_are_not_read(args: RuntimeKeys) -> str | None:
     if args.text_gen_type == "input-file" or args.sample_input_file is None:
         return None
     return f"sample_input_file {args.sample_input_file} is not read: text_gen_type is {args.text_gen_type}"
+
+
+@registry.warning("train")
+def wandb_is_not_installed(args: RuntimeKeys) -> str | None:
+    """As in GPT-NeoX a run goes on without it; its files are checked on machines that have no wandb."""
+    if not args.use_wandb or find_spec("wandb"):
+        return None
+    return "use_wandb is true, but wandb is not installed here: nothing is logged there without pip install wandb"
 
 
 @registry.warning("train")
