@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron.ops import apply_rotary
+
 GROWTH = 256  # columns by which a cache grows
 
 
@@ -79,6 +81,8 @@ class CachedTokens:
         self.outputs = outputs
         self.positions = torch.tensor(starts, device=device)[:, None] + torch.arange(s, device=device)
         self._mask = self._visible(device, ragged=len(set(starts)) > 1)
+        self._row_numbers = torch.arange(self.rows, device=device)
+        self._angles: tuple[Tensor, Tensor] | None = None  # of the positions; all layers have the same
         cache.reserve(self.end)
 
     def _visible(self, device: torch.device, ragged: bool) -> Tensor | None:
@@ -87,6 +91,16 @@ class CachedTokens:
             columns = torch.arange(self.end, device=device)
             return (columns <= self.positions)[:, None, None] if ragged else None
         return self.positions[0, :, None] >= torch.arange(self.end, device=device) if self.start else None
+
+    def rotate(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """q [s, b, n, d] and k [s, b, m, d] turned to their positions; `cos` and `sin` are those of all positions."""
+        if self.s > 1:
+            return apply_rotary(q, k, cos, sin, self.positions)
+        if self._angles is None:
+            self._angles = (cos[self.positions[:, 0]], sin[self.positions[:, 0]])
+        # The rows take the place of the sequence, so that angles are looked up once for all layers.
+        q, k = apply_rotary(q.transpose(0, 1), k.transpose(0, 1), *self._angles)
+        return q.transpose(0, 1), k.transpose(0, 1)
 
     def attend(self, layer: object, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of these tokens over what their sequences hold, themselves included.
@@ -118,7 +132,7 @@ class CachedTokens:
             if self._mask is None or self.s > 1:
                 rows[:, :, self.start : self.end] = new.permute(1, 2, 0, 3)
             else:
-                rows[torch.arange(self.rows, device=k.device), :, self.positions[:, 0]] = new[0]
+                rows[self._row_numbers, :, self.positions[:, 0]] = new[0]
             views.append(rows[:, :, : self.end])
         return views[0], views[1]
 

@@ -63,7 +63,7 @@ class Attention(nn.Module):
         q, k, v = layout.split_qkv(self.query_key_value(x), self.heads, self.kv_heads, self.head_dim)
         cos, sin = self.rotary.on(x.device)
         if isinstance(positions, CachedTokens):
-            q, k = apply_rotary(q, k, cos, sin, positions.positions)
+            q, k = positions.rotate(q, k, cos, sin)
             return self.dense(positions.attend(self, q, k, v).flatten(-2))
         q, k = apply_rotary(q, k, cos, sin, positions)  # [s, b, heads, d]
         context = causal_attention(q, k, v) if positions is None else document_attention(q, k, v, positions)

@@ -39,6 +39,9 @@ def apply_rotary(
     if use_kernels("apply_rotary", q, k):
         turned: tuple[Tensor, Tensor] = torch.ops.neox.rotary(q, k, cos, sin, positions, False)
         return turned
+    if not torch.is_grad_enabled():
+        cos2, sin1 = tables_of_tokens(cos, sin, positions, s, q)
+        return reference_rotate(q, cos2, sin1, False), reference_rotate(k, cos2, sin1, False)
     return _Rotary.apply(q, k, cos, sin, positions)
 
 
