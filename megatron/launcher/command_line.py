@@ -215,7 +215,7 @@ def _main(arguments: list[str]) -> int:
         return max(plan_code, report_inputs(args, invocation.paths_on_nodes))
     by_srun = uses_srun(args, os.environ)
     if not invocation.paths_on_nodes:
-        refuse_wrong_inputs(args)
+        refuse_wrong_inputs(args, starts=True)
     return (start_by_srun if by_srun else start_local)(invocation.script, args)
 
 

@@ -28,11 +28,16 @@ _ABSENT = ("no such file", "is not there", "is not a folder", "cannot be written
 _WEIGHT = {"fp32": 4, "bfloat16": 2}  # bytes
 
 
-def refuse_wrong_inputs(args: NeoXArgs, directory: Path | None = None) -> None:
-    """ConfigError that names everything `input_problems` finds. The run's paths are relative to `directory`."""
+def refuse_wrong_inputs(args: NeoXArgs, directory: Path | None = None, *, starts: bool = False) -> None:
+    """ConfigError that names everything `input_problems` finds. The run's paths are relative to `directory`.
+
+    A run that `starts` now needs its save folder for itself; a job that is only made ready may wait for the one before.
+    """
     _ = args.shape  # whether the vocabulary is known; nothing fits a model without one
     with contextlib.chdir(directory or Path.cwd()):
         problems = input_problems(args)
+        if starts and args.task == "train" and args.save is not None:
+            problems += FolderOwner(Path(args.save)).problems()
     if not problems:
         return
     text = as_one_message(problems)
@@ -156,7 +161,6 @@ def _save_folder(args: NeoXArgs) -> Iterator[str]:
         return
     save = Path(args.save)
     yield from _unwritable("save", save)
-    yield from FolderOwner(save).problems()
     parent = _existing(save)
     needed = args.shape.num_parameters * (_MASTERS_AND_MOMENTS + _WEIGHT[args.precision])
     free = shutil.disk_usage(parent).free
