@@ -19,7 +19,7 @@ CASE = Case(heads=4, kv_heads=2, head_dim=8, layers=2, intermediate=48, vocab=96
 def _load(rank: int, world_size: int, keys: dict[str, Any]) -> Any:
     from tests.support.engine_runs import build, load
 
-    args = CASE.neox(world_size=world_size, model_parallel_size=2, from_scratch=False, **keys)
+    args = CASE.neox(world_size=world_size, model_parallel_size=world_size, from_scratch=False, **keys)
     engine = build(args, CASE)
     try:
         state = load(engine, args)

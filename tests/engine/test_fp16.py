@@ -23,22 +23,11 @@ SCALING = {"enabled": True, "initial_scale_power": POWER, "loss_scale_window": W
 FP16: dict[str, Any] = {"precision": "fp16", "fp16": SCALING, "gradient_accumulation_steps": 1}
 
 
-def _steps(rank: int, world_size: int, split: dict[str, Any], eager_scale: bool) -> Any:
+def _steps(rank: int, world_size: int, split: dict[str, Any]) -> Any:
     """(loss, scale, applied, overflow) of every step on the same batches, and this rank's fp32 masters' norm."""
-    from megatron.engine.deepspeed_loss_scale import LossScale
     from tests.support.engine_runs import batch_of, build, make_samples, rank_parameters
 
     allow_fp16()
-    if eager_scale:  # the mutation: DeepSpeed's own order, which moves the scale before the gradients are divided
-        note = LossScale._note
-
-        def eager(self: Any, overflow: bool) -> None:
-            note(self, overflow)
-            scaler = self._scaler
-            if not overflow and scaler.cur_iter - scaler.last_overflow_iter - 1 == WINDOW:
-                scaler.cur_scale *= 2
-
-        LossScale._note = eager
     micro = 4 * split.get("model_parallel_size", 1) * split.get("pipe_parallel_size", 1) // world_size
     args = CASE.neox(world_size=world_size, train_micro_batch_size_per_gpu=micro, **split, **FP16)
     engine = build(args, CASE)
@@ -51,11 +40,11 @@ def _steps(rank: int, world_size: int, split: dict[str, Any], eager_scale: bool)
     return records, engine.counters, rank_parameters(engine), args
 
 
-def run(ranks: int, eager_scale: bool = False, **split: Any) -> tuple[list[Any], Any, dict[str, torch.Tensor]]:
+def run(ranks: int, **split: Any) -> tuple[list[Any], Any, dict[str, torch.Tensor]]:
     """What all ranks agree on, the counters, and the weights after the last step."""
     from tests.support.engine_runs import whole_model
 
-    results = run_ranks(_steps, ranks, split, eager_scale)
+    results = run_ranks(_steps, ranks, split)
     assert all(result[0] == results[0][0] for result in results)
     return results[0][0], results[0][1], whole_model([result[2] for result in results], results[0][3])
 
@@ -104,12 +93,45 @@ def test_a_plain_loop_with_torch_s_scaler(plain: Any, ranks: int, split: dict[st
     assert distance(weights_after, masters) < 0.03
 
 
-def test_a_scale_that_moves_too_early_is_noticed(plain: Any) -> None:
-    """DeepSpeed's own order: in the step in which the scale doubles, gradients count half."""
-    expected, masters = plain
-    records, _, weights_after = run(1, eager_scale=True)
-    same = [loss for loss, *_ in records] == pytest.approx([loss for loss, *_ in expected], abs=2e-3)
-    assert not same or distance(weights_after, masters) > 0.03
+def _divisors(rank: int, world_size: int) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
+    """(scale of the backward pass, scale that the gradients are divided by) of each step: with LossScale, without."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+
+    from megatron.engine.deepspeed_loss_scale import LossScale
+
+    class Optimizer:
+        """The order of DeepSpeed's own step."""
+
+        def __init__(self) -> None:
+            self.loss_scaler = DynamicLossScaler(2.0**8, WINDOW, 1.0, 1, False)
+
+        def _update_scale(self, overflow: bool) -> None:
+            self.loss_scaler.update_scale(overflow)
+
+        def step(self, overflow: bool) -> float:
+            self._update_scale(overflow)
+            return self.loss_scaler.cur_scale
+
+    results: list[list[tuple[float, float]]] = []
+    for deferred in (True, False):
+        optimizer = Optimizer()
+        scale = LossScale(optimizer) if deferred else None
+        steps = []
+        for _ in range(2 * WINDOW + 2):
+            before = optimizer.loss_scaler.cur_scale
+            steps.append((before, optimizer.step(overflow=False)))
+            if scale is not None:
+                scale.after_step(loss_is_finite=True)
+        results.append(steps)
+    return results[0], results[1]
+
+
+def test_gradients_are_divided_by_the_scale_that_multiplied_the_loss() -> None:
+    """Left to itself DeepSpeed divides by twice the scale in the step in which it doubles."""
+    [(ours, theirs)] = run_ranks(_divisors, 1)
+    assert all(before == divisor for before, divisor in ours)
+    assert [divisor / before for before, divisor in theirs if divisor != before] == [2.0, 2.0]
+    assert [before for before, _ in ours] == [before for before, _ in theirs], "the scales themselves are the same"
 
 
 def _train(rank: int, world_size: int, run_keys: dict[str, Any]) -> None:
