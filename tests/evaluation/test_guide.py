@@ -7,6 +7,7 @@ import os
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,11 @@ import yaml
 
 from megatron.neox_arguments.registry import Task
 from tests.support.documentation import ROOT, documented_commands
-from tests.support.evaluation_models import CASE, SKY, weights, write_questions
+from tests.support.evaluation_models import CASE, SKY, weights, write_export, write_questions
 
 pytestmark = pytest.mark.distributed
 GUIDE = "docs/evaluation.md"
+LONGER = replace(CASE, seq=512)  # a conversation, its reasoning and the answer
 TASK = {
     "task": "sky_letters",
     "dataset_path": "json",
@@ -35,14 +37,15 @@ TASK = {
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, export: Path) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, vocab_folder: Path) -> Path:
     """A working directory with the files that the guide names."""
     from tools.convert_hf.cli import main
 
     place = tmp_path_factory.mktemp("guide")
+    export = write_export(place / "hf", vocab_folder, LONGER)
     command = ["to-neox", "--input", str(export), "--output", str(place / "checkpoints"), "--tp", "2", "--quiet"]
     assert main(command) == 0
-    keys = {name: value for name, value in CASE.neox().merged.items() if name not in ("from_scratch", "optimizer")}
+    keys = {name: value for name, value in LONGER.neox().merged.items() if name not in ("from_scratch", "optimizer")}
     keys["vocab_file"] = str(export / "tokenizer.json")
     (place / "model.yml").write_text(yaml.safe_dump(keys))
     (place / "local.yml").write_text("model_parallel_size: 2\npipe_parallel_size: 2\nnum_gpus: 4\n")

@@ -31,11 +31,11 @@ def weights() -> dict[str, torch.Tensor]:
     return {name: tensor * (1 if "norm" in name else 4) for name, tensor in state.items()}
 
 
-def write_export(folder: Path, vocab_folder: Path) -> Path:
+def write_export(folder: Path, vocab_folder: Path, case: Case = CASE) -> Path:
     """The model as an exported Hugging Face folder with tokenizer and chat template."""
     from examples.demo_tokenizer import CHAT_TEMPLATE
 
-    model = CASE.hugging_face()
+    model = case.hugging_face()
     model.load_state_dict(weights())
     model.save_pretrained(folder)
     (folder / "tokenizer.json").write_bytes((vocab_folder / "tokenizer.json").read_bytes())
