@@ -49,7 +49,8 @@ class SequenceGroup:
         the longest first, so that those with tokens left are neighbours.
         """
         room = min(self.slots, share) - len(self.running)
-        wanted = min(len(queue), max(1, self.slots // 4))  # the others wait while prompts are read: not for each alone
+        # The others wait while prompts are read: not for each alone. A group without others takes what it may.
+        wanted = min(len(queue), max(1, self.slots // 4)) if self.running else 1
         if not self._reading and queue and room >= wanted:
             joining = [queue.popleft() for _ in range(min(room, len(queue)))]
             for sequence in joining:

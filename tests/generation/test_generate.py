@@ -36,14 +36,18 @@ def _greedy(rank: int, world_size: int, case: Case, split: dict[str, int], lengt
 
 
 def _few(rank: int, world_size: int, case: Case, split: dict[str, int]) -> Any:
-    """One replica is without a prompt."""
+    """The second time one replica is without a prompt, the third time each group has one for many slots."""
     from tests.support.engine_runs import inference
 
     args = case.neox(world_size=world_size, **split)
     engine = inference(args, dict(case.hugging_face().state_dict()))
-    return [continued(engine, args, sequences(prompts(case, lengths), 8)) for lengths in (LENGTHS, [5])]
+    return [
+        continued(engine, args, sequences(prompts(case, lengths), 8), batching=Batching(slots, 8))
+        for lengths, slots in FEW
+    ]
 
 
+FEW = [(LENGTHS, 4), ([5], 4), ([7, 2, 3, 9], 16)]
 FAST = [(1, 1, TIED), (2, 2, UNTIED), (1, 4, TIED)]
 ALL = [(tp, pp, case) for tp in (1, 2, 4) for pp in (1, 2, 4) for case in (UNTIED, TIED) if tp * pp <= 8]
 
@@ -71,8 +75,8 @@ def test_greedy_is_that_of_transformers(tp: int, pp: int, case: Case) -> None:
 
 
 def test_replicas_share_the_prompts() -> None:
-    """Two replicas of two stages; the second time one of them has none."""
-    expected = [by_transformers(TIED, prompts(TIED, lengths), 8) for lengths in (LENGTHS, [5])]
+    """Two replicas of two stages, with many prompts and with few."""
+    expected = [by_transformers(TIED, prompts(TIED, lengths), 8) for lengths, _ in FEW]
     assert run_ranks(_few, 4, TIED, layout(1, 2)) == [expected] * 4
 
 
