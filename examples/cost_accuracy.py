@@ -124,14 +124,15 @@ def tokenize(out: Path, name: str) -> None:
 
 def train(out: Path, name: str, data: str, iters: int, start: dict[str, Any]) -> None:
     keys = MODEL | start | {"train_iters": iters, "train_data_paths": [f"{out}/{data}_text_document"]}
-    keys |= {"save": str(out / name), "extra_save_iters": [iters], "vocab_file": str(out / "tokenizer")}
+    keys |= {"save": str(out / name), "extra_save_iters": [iters]}
+    keys["vocab_file"] = str(out / "tokenizer" / "tokenizer.json")
     (out / f"{name}.yml").write_text(yaml.safe_dump(keys))
     run([sys.executable, "deepy.py", "train.py", str(out / f"{name}.yml")])
 
 
 def ask(out: Path, name: str) -> None:
     keys = {key: value for key, value in MODEL.items() if key not in ("optimizer", "lr_decay_style", "warmup")}
-    keys |= {"load": str(out / name), "vocab_file": str(out / "tokenizer")}
+    keys |= {"load": str(out / name), "vocab_file": str(out / "tokenizer" / "tokenizer.json")}
     keys["mcq"] = {
         "items": str(out / "questions.jsonl"),
         "output": str(out / f"mcq_{name}"),
