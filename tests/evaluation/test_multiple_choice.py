@@ -65,7 +65,7 @@ def test_item_scores_are_those_of_transformers(layout: str, export: Path, tmp_pa
     items = str(write_questions(tmp_path / "sky.jsonl"))
     tests = {
         "letter": {"items": items, "topic_field": "topic", "cyclic_orders": True},
-        "chat": {"items": items, "prompt": "chat", "thinking": "off"},
+        "chat": {"items": items, "prompt": "chat", "thinking": False},
         "text": {"items": items, "method": "text"},
     }
     for name, keys in tests.items():
@@ -99,9 +99,9 @@ def test_prompts_are_what_they_should_be(export: Path, tmp_path: Path, hf_tokeni
     think = {"max_thinking_tokens": 24, "max_answer_tokens": 12, "method": "generate", "prompt": "chat"}
     tests: dict[str, dict[str, Any]] = {
         "plain": {"items": items, "shots": 1, "shots_file": shots, "limit": 2},
-        "chat": {"items": items, "prompt": "chat", "thinking": "off", "system_prompt": "Be brief.", "limit": 1},
-        "on": {"items": items, "thinking": "on", "limit": 1, **think},
-        "off": {"items": items, "thinking": "off", "limit": 1, **think},
+        "chat": {"items": items, "prompt": "chat", "thinking": False, "system_prompt": "Be brief.", "limit": 1},
+        "on": {"items": items, "thinking": True, "limit": 1, **think},
+        "off": {"items": items, "thinking": False, "limit": 1, **think},
         "withheld": {"items": str(write_questions(tmp_path / "withheld.jsonl", answers=False)), "limit": 5},
     }
     for name, keys in tests.items():

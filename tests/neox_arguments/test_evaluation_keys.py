@@ -28,7 +28,7 @@ BROKEN: list[tuple[str, Task, dict[str, Any], str]] = [
     ),
     ("texts_have_a_tokenizer", "mcq", {"mcq": ASKED, "vocab_file": None}, "mcq.items needs vocab_file"),
     ("questions_are_given", "mcq", {}, "mcq.items is missing"),
-    ("conversations_have_a_chat_prompt", "mcq", {"mcq": {**ASKED, "thinking": "off"}}, "mcq.thinking belongs to a"),
+    ("conversations_have_a_chat_prompt", "mcq", {"mcq": {**ASKED, "thinking": False}}, "mcq.thinking belongs to a"),
     ("conversations_have_a_chat_prompt", "mcq", {"mcq": {**ASKED, "system_prompt": "x"}}, "mcq.system_prompt belongs"),
     (
         "conversations_have_a_chat_prompt",
@@ -39,13 +39,13 @@ BROKEN: list[tuple[str, Task, dict[str, Any], str]] = [
     (
         "thinking_is_generated",
         "mcq",
-        {"mcq": {**ASKED, "prompt": "chat", "thinking": "on"}},
+        {"mcq": {**ASKED, "prompt": "chat", "thinking": True}},
         "mcq.method: letter does not; use generate",
     ),
     (
         "thinking_prefills_itself",
         "mcq",
-        {"mcq": {**ASKED, "prompt": "chat", "method": "generate", "thinking": "on", "prefill": "x"}},
+        {"mcq": {**ASKED, "prompt": "chat", "method": "generate", "thinking": True, "prefill": "x"}},
         "leave mcq.prefill out",
     ),
     ("shots_have_a_file", "mcq", {"mcq": {**ASKED, "shots": 2}}, "mcq.shots is given without mcq.shots_file"),

@@ -103,7 +103,7 @@ def ask_by_text(model: DrivenModel, writer: PromptWriter, questions: Sequence[Qu
     """By a generated answer. A model that thinks beyond its budget has `</think>` written for it, and then answers."""
     keys, encoder = writer.keys, writer.encoder
     texts = [_Text(writer.prompt(question)) for question in questions]
-    budget = keys.max_answer_tokens + (keys.max_thinking_tokens if keys.thinking == "on" else 0)
+    budget = keys.max_answer_tokens + (keys.max_thinking_tokens if keys.thinking else 0)
     for question, text in zip(questions, texts, strict=True):
         if len(text.prompt) + budget > model.args.seq_length:
             raise UserError(
@@ -111,7 +111,7 @@ def ask_by_text(model: DrivenModel, writer: PromptWriter, questions: Sequence[Qu
                 f"seq_length {model.args.seq_length} does not hold both; lower mcq.max_thinking_tokens or "
                 f"mcq.max_answer_tokens, or raise seq_length"
             )
-    if keys.thinking == "on":
+    if keys.thinking:
         _think(model, writer, texts)
     stops = ("\n",) if keys.prompt == "plain" else ()
     open_ = [text for text in texts if not text.ended]

@@ -87,13 +87,13 @@ class PromptWriter:
             instruction = ASK_FOR_JSON
         asked = self._asked(question).removesuffix("\nAnswer:")
         user = Message("user", f"{instruction}\n\n{asked}" if instruction else asked)
-        thinking = f"detailed thinking {self.keys.thinking}" if self.keys.thinking else ""
+        thinking = "" if self.keys.thinking is None else f"detailed thinking {'on' if self.keys.thinking else 'off'}"
         system = "\n\n".join(filter(None, [thinking, self.keys.system_prompt]))
         return [Message("system", system), user] if system else [user]
 
     @property
     def _prefill(self) -> str:
-        if self.keys.thinking == "on":
+        if self.keys.thinking:
             return THINK
         if self.keys.prefill is not None:
             return self.keys.prefill

@@ -30,7 +30,7 @@ class McqKeys(Keys):
     )
     instruction: str | None = key(None, "Text before the question. Default: one that fits the method.", ours=True)
     system_prompt: str | None = key(None, "System prompt of a conversation.", ours=True)
-    thinking: Literal["on", "off"] | None = key(
+    thinking: bool | None = key(  # YAML reads on and off as booleans
         None,
         "Begin the system prompt with `detailed thinking on` or `off`; on starts the answer with <think>.",
         ours=True,
@@ -121,7 +121,7 @@ def conversations_have_a_chat_prompt(args: EvaluationKeys) -> str | None:
 
 @registry.rule("mcq")
 def thinking_is_generated(args: EvaluationKeys) -> str | None:
-    if args.mcq.thinking != "on" or args.mcq.method == "generate":
+    if not args.mcq.thinking or args.mcq.method == "generate":
         return None
     return (
         f"mcq.thinking: on writes a text before the answer, which mcq.method: {args.mcq.method} does not; use generate"
@@ -130,7 +130,7 @@ def thinking_is_generated(args: EvaluationKeys) -> str | None:
 
 @registry.rule("mcq")
 def thinking_prefills_itself(args: EvaluationKeys) -> str | None:
-    if args.mcq.thinking != "on" or args.mcq.prefill is None:
+    if not args.mcq.thinking or args.mcq.prefill is None:
         return None
     return "mcq.thinking: on begins the answer with <think>; leave mcq.prefill out"
 
