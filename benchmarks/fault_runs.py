@@ -251,7 +251,7 @@ def send_everything_foreign(ports: list[int]) -> int:
                 time.sleep(0.05)
         with contextlib.suppress(subprocess.TimeoutExpired):  # gloo's ports take no such client
             client = [sys.executable, "-c", _FOREIGN_CLIENT, str(port), messages[1].decode()]
-            done = subprocess.run(client, capture_output=True, text=True, timeout=15)
+            done = subprocess.run(client, capture_output=True, text=True, timeout=8)
             sent += int(done.stdout or 0)
     return sent
 

@@ -175,7 +175,7 @@ def _(place: Workplace) -> Observed:
 
 @fault("full disk, async_save", rf"{FULL}.*The run goes on without this checkpoint", 2, ends=False)
 def _(place: Workplace) -> Observed:
-    return full_disk(place, 500, "--async_save", "true")
+    return full_disk(place, 500, "--async_save", "true", "--paths-on-nodes")  # else it stops before it starts
 
 
 # --- damaged and missing files

@@ -166,8 +166,8 @@ def _save_folder(args: NeoXArgs) -> Iterator[str]:
     free = shutil.disk_usage(parent).free
     if free < needed:
         yield (
-            f"save: {parent} has room for {free / 1e9:,.1f} GB, one checkpoint of this model needs "
-            f"{needed / 1e9:,.1f} GB; free some, or give another folder"
+            f"save: {parent} has room for {free / 1e9:,.3g} GB, one checkpoint of this model needs "
+            f"{needed / 1e9:,.3g} GB; free some, or give another folder"
         )
 
 
