@@ -24,19 +24,22 @@ FP16: dict[str, Any] = {"precision": "fp16", "fp16": SCALING, "gradient_accumula
 
 
 def _steps(rank: int, world_size: int, split: dict[str, Any]) -> Any:
-    """(loss, scale, applied, overflow) of every step on the same batches, and this rank's fp32 masters' norm."""
+    """(loss, scale x replicas, applied, overflow) of every step on the same batches, counters, and weights."""
     from tests.support.engine_runs import batch_of, build, make_samples, rank_parameters
 
     allow_fp16()
-    micro = 4 * split.get("model_parallel_size", 1) * split.get("pipe_parallel_size", 1) // world_size
-    args = CASE.neox(world_size=world_size, train_micro_batch_size_per_gpu=micro, **split, **FP16)
+    data = world_size // (split.get("model_parallel_size", 1) * split.get("pipe_parallel_size", 1))
+    # A replica's part of the global mean is multiplied by their number before the average: so much less room in fp16.
+    scaling = SCALING | {"initial_scale_power": POWER - data.bit_length() + 1}
+    keys = FP16 | {"fp16": scaling, "train_micro_batch_size_per_gpu": 4 // data}
+    args = CASE.neox(world_size=world_size, **split, **keys)
     engine = build(args, CASE)
     samples = make_samples(CASE, 4)
     records = []
     for _ in range(STEPS):
         engine.set_learning_rate(LR)
         result = engine.train_step(batch_of(engine, args, samples))
-        records.append((result.loss, result.loss_scale, result.applied, result.overflow))
+        records.append((result.loss, result.loss_scale * data, result.applied, result.overflow))
     return records, engine.counters, rank_parameters(engine), args
 
 
