@@ -112,8 +112,7 @@ def test_a_second_run_is_told_who_has_the_folder(run: Path) -> None:
 
 def test_missing_inputs_are_named_together_before_ranks_start(run: Path) -> None:
     (run / "data.bin").unlink()
-    said = refused(
-        deepy(run, "--vocab_file", "nowhere.json", "--load", "gone", "--from_scratch", "false", "--save", "new")
-    )
+    words = ["--train_data_paths", f"[{run / 'data'}]", "--vocab_file", "nowhere.json", "--save", "new"]
+    said = refused(deepy(run, *words, "--load", "gone", "--from_scratch", "false"))
     for text in ("data.bin: no such file", "nowhere.json is not there", "gone is not a folder"):
         assert text in said
