@@ -64,7 +64,7 @@ def test_odd_values_arrive_in_every_rank(cluster: Cluster, project: Path, tmp_pa
         assert env["ODD"] == env["FROM_THE_SHELL"] == ODD
         assert env["SLURM_JOB_NAME"] == odd_word
         assert found["cwd"] == str(folder)
-        assert found["argv"][1:] == [*configs, "--wandb_group", json.dumps(ODD)]
+        assert found["argv"][1:] == [*configs, "--wandb_group", json.dumps(ODD), "--num_nodes", "2"]
         # Expanded in the task, not in the batch shell; nothing of another launcher is left.
         assert (env["SLURM_PROCID"], env["SLURM_LOCALID"]) == (str(rank), str(rank % 2))
         assert env["SLURMD_NODENAME"] == f"n{rank // 2}"
@@ -77,7 +77,7 @@ def test_a_list_for_export_would_lose_values(cluster: Cluster, project: Path, tm
     """The mutation: what --export=ALL alone spares us."""
     script = rendered(tmp_path, project)
     text = script.read_text()
-    assert text.count("--export=ALL") == 2
+    assert text.count("--export=ALL") == 3
     script.write_text(text.replace("--export=ALL", "--export=ALL,LISTED=a,b"))
     finished(cluster, tmp_path, submit(cluster, tmp_path, script, "done"), "COMPLETED")
     assert {found["env"].get("LISTED") for found in seen(tmp_path)} == {"a"}
@@ -139,7 +139,7 @@ def test_a_failed_sbcast_stops_the_job(cluster: Cluster, project: Path, tmp_path
         assert text.count('|| broken "sbcast of') == 1
         script.write_text(text.replace('|| broken "sbcast of', '|| say "sbcast of'))
     job = submit(cluster, tmp_path, script, "done", "--hold")
-    (tmp_path / "disk" / f"neox-{job}-code.tar").mkdir()
+    (tmp_path / "disk" / f"neox-{job}" / "code.tar").mkdir(parents=True)
     cluster.run("scontrol", "release", job)
     log = finished(cluster, tmp_path, job, "FAILED")
     assert ("launch: stopped: sbcast of" in log) is checked
