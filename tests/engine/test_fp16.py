@@ -71,15 +71,16 @@ def distance(ours: dict[str, torch.Tensor], masters: dict[str, torch.Tensor]) ->
     return (far / moved) ** 0.5
 
 
-LAYOUTS: list[tuple[int, dict[str, Any]]] = [
-    (1, {}),
-    (2, {}),
-    (4, {"model_parallel_size": 2, "pipe_parallel_size": 2}),
-    (4, {"model_parallel_size": 2, "pipe_parallel_size": 2, "sequence_parallel": True}),
+SPLIT = {"model_parallel_size": 2, "pipe_parallel_size": 2}
+LAYOUTS = [
+    pytest.param(1, {}, id="one"),
+    pytest.param(2, {}, id="dp2"),
+    pytest.param(4, SPLIT, id="tp2-pp2", marks=pytest.mark.slow),
+    pytest.param(4, SPLIT | {"sequence_parallel": True}, id="tp2-pp2-sp"),
 ]
 
 
-@pytest.mark.parametrize(("ranks", "split"), LAYOUTS, ids=["one", "dp2", "tp2-pp2", "tp2-pp2-sp"])
+@pytest.mark.parametrize(("ranks", "split"), LAYOUTS)
 def test_a_plain_loop_with_torch_s_scaler(plain: Any, ranks: int, split: dict[str, Any]) -> None:
     """The same scale at every step, the same steps left out, losses to 2e-3, weights to 3 % of how far they moved."""
     expected, masters = plain
