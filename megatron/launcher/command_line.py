@@ -211,8 +211,8 @@ def _main(arguments: list[str]) -> int:
     if invocation.plan is not None:
         from megatron.planner.front.command import dry_run
 
-        plan_code = dry_run(args, invocation.plan)
-        return max(plan_code, report_inputs(args, invocation.paths_on_nodes))
+        inputs_code = report_inputs(args, invocation.paths_on_nodes)
+        return max(inputs_code, dry_run(args, invocation.plan))
     by_srun = uses_srun(args, os.environ)
     if not invocation.paths_on_nodes:
         refuse_wrong_inputs(args, starts=True)
@@ -220,7 +220,7 @@ def _main(arguments: list[str]) -> int:
 
 
 def report_inputs(args: NeoXArgs, paths_on_nodes: bool) -> int:
-    """The end of a dry run: what the run will read is there, or what is wrong with it; the exit code."""
+    """For a dry run: what the run will read is there, or what is wrong with it; the exit code."""
     if paths_on_nodes:
         print("inputs: not looked at (--paths-on-nodes)", file=sys.stderr)
         return 0

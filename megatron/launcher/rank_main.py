@@ -31,11 +31,22 @@ from megatron.supervision.failures import (
     code_after,
     code_of_first_failure,
     is_about_a_lost_peer,
+    recorded_reason,
     reported_by_launcher,
     run_folder,
 )
 
 AFTER_FIRST_FAILURE_SECONDS = 0.5  # ranks that fail in its wake end later, so that the launcher names the first
+
+
+def _first_reason(folder: Path | None) -> str | None:
+    """The words of the rank that failed first, which may be about to write them."""
+    deadline = time.monotonic() + AFTER_FIRST_FAILURE_SECONDS
+    while folder is not None and time.monotonic() < deadline:
+        if (reason := recorded_reason(folder)) is not None:
+            return reason
+        time.sleep(0.01)
+    return None
 
 
 def run(program: Callable[[NeoXArgs], object], task: Task = "train") -> NoReturn:
@@ -55,10 +66,11 @@ def run(program: Callable[[NeoXArgs], object], task: Task = "train") -> NoReturn
         code = 0
     except UserError as error:
         code = USER_ERROR
-        first = claim_failure(folder, code, f"error: {error}")
-        said = claim(folder, "said-" + hashlib.sha256(str(error).encode()).hexdigest())
-        if said and not (first and launched):
-            print(f"error: {error}", file=sys.stderr)
+        text = f"error: {error}"
+        claim_failure(folder, code, text)
+        said = claim(folder, "said-" + hashlib.sha256(text.encode()).hexdigest())
+        if said and not (launched and _first_reason(folder) == text):
+            print(text, file=sys.stderr)
     except Stopped as stop:
         code = stop.code
         first = claim_failure(folder, code, str(stop))

@@ -56,7 +56,10 @@ def test_killed_at_ten_random_moments_of_a_save(tmp_path: Path) -> None:
         root = tmp_path / str(attempt)
         delay = moments.uniform(0.0, 0.3)
         outcome = run_ranks(_save_until_killed, 2, str(root), delay, expect_failure=True)
-        assert [code for code, _ in outcome] == [-signal.SIGKILL] * 2, outcome
+        codes = [code for code, _ in outcome]
+        # The rank that is killed second may fail before, for the first one is gone.
+        assert -signal.SIGKILL in codes, outcome
+        assert set(codes) <= {-signal.SIGKILL, 1}, outcome
         assert (root / "first").exists()
         returned = (root / "returned").read_text() if (root / "returned").exists() else ""
         folder = find_checkpoint(root)

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.distributed
 
 MAKE = {  # target: the command it must come down to; `make test` runs this test, the fixture below the demo's script
     "make demo": "python examples/demo.py",
-    "make test": 'python -m pytest -m "not unit and not slow"',
+    "make test": 'python -m pytest -m "not slow"',
 }
 TINY = "configs/tiny/model.yml configs/tiny/run.yml configs/tiny/local.yml"
 STAND_INS = {  # what the README names and only its reader has

@@ -164,8 +164,7 @@ def test_a_checkpoint_has_the_predicted_size_within_1_percent(
     keys = {"precision": precision, "model_parallel_size": tp, "pipe_parallel_size": pp}
     size = run_ranks(_save, 4, case, keys, str(tmp_path))[0]
     args = case.neox(world_size=4, **keys)
-    layout = ParallelLayout.of(args)
-    predicted = checkpoint_size(args.shape, layout, precision, plan_memory(args.shape, layout, 16, precision))
+    predicted = checkpoint_size(args.shape, ParallelLayout.of(args), precision)
     assert predicted.total == pytest.approx(size, rel=0.01)
 
 

@@ -85,8 +85,10 @@ def test_sequence_parallelism_saves_what_is_predicted() -> None:
     """The difference of two peaks: an error in what both have does not hide in it."""
     plain = replace(SLICED, sequence_parallel=False)
     predicted = predict(plain, "cpu", "cpu")[0].allocated - predict(SLICED, "cpu", "cpu")[0].allocated
-    saved = measured(plain)[0][1] - measured(SLICED)[0][1]
-    assert saved > 0.05 * measured(plain)[0][1]
+    # A transfer that another process delays holds its buffer longer: the smallest peak of several steps is the model's.
+    whole, sliced = (min(run_ranks(_step, 2, case)[0][1] for _ in range(3)) for case in (plain, SLICED))
+    saved = whole - sliced
+    assert saved > 0.05 * whole
     assert predicted == pytest.approx(saved, rel=TOLERANCE)
 
 

@@ -340,7 +340,7 @@ def test_the_scripts_of_the_sites_run(
     monkeypatch.chdir(tmp_path)
     configs = configure(tmp_path)
     (tmp_path / "machine.yml").write_text("num_nodes: 2\nnum_gpus: 8\n")
-    account = ["--account=AST123", "--time=1:00:00", "--no-preflight", "-o", "job.sh"]
+    account = ["--account=AST123", "--time=1:00:00", "--no-preflight", "--paths-on-nodes", "-o", "job.sh"]
     assert main([site, "--nodes=2", *account, *configs], project=project) == 0
     script = tmp_path / "job.sh"
     text = script.read_text().replace("#!/bin/bash -l\n", "#!/bin/bash\n")  # it would reset PATH

@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
 from megatron.layout import LlamaShape, layer_files, rank_shape
-from megatron.planner.cost.memory import ELEMENT, StageMemory
+from megatron.planner.cost.memory import ELEMENT
 from megatron.planner.cost.parallel_layout import ParallelLayout
 
 
 @dataclass(frozen=True)
 class CheckpointSize:
     weights: int  # layer files, one per layer and tensor-parallel rank
-    optimizer: int  # fp32 masters and two moments, one file per rank, padded as DeepSpeed pads them
+    optimizer: int  # fp32 masters and two moments of every tensor-parallel rank's tensors, each element once
 
     @property
     def total(self) -> int:
         return self.weights + self.optimizer
 
 
-def checkpoint_size(
-    shape: LlamaShape, layout: ParallelLayout, precision: str, stages: Sequence[StageMemory]
-) -> CheckpointSize:
-    """Size of a checkpoint of a run that holds `stages` (`plan_memory`)."""
+_STATE_BYTES = 3 * 4  # of one element
+
+
+def checkpoint_size(shape: LlamaShape, layout: ParallelLayout, precision: str) -> CheckpointSize:
+    """Size of a checkpoint, which pipeline and data-parallel sizes do not change."""
     one_rank = sum(prod(rank_shape(row, shape, layout.tensor)) for _, _, rows in layer_files(shape) for row in rows)
     return CheckpointSize(
         weights=ELEMENT[precision] * layout.tensor * one_rank,
-        optimizer=layout.tensor * layout.data * sum(stage.optimizer for stage in stages),
+        optimizer=_STATE_BYTES * layout.tensor * one_rank,
     )
