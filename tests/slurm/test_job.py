@@ -18,6 +18,7 @@ import pytest
 from launch.render import main
 from tests.support.slurm_cluster import Cluster
 from tests.support.slurm_jobs import ODD, configure, finished, light_project, log_of, rendered
+from tests.support.token_files import random_documents
 
 pytestmark = pytest.mark.slurm
 
@@ -340,7 +341,9 @@ def test_the_scripts_of_the_sites_run(
     monkeypatch.chdir(tmp_path)
     configs = configure(tmp_path)
     (tmp_path / "machine.yml").write_text("num_nodes: 2\nnum_gpus: 8\n")
-    account = ["--account=AST123", "--time=1:00:00", "--no-preflight", "--paths-on-nodes", "-o", "job.sh"]
+    (tmp_path / "data").mkdir()
+    random_documents(tmp_path / "data/a_text_document", vocab=256)
+    account = ["--account=AST123", "--time=1:00:00", "--no-preflight", "-o", "job.sh"]
     assert main([site, "--nodes=2", *account, *configs], project=project) == 0
     script = tmp_path / "job.sh"
     text = script.read_text().replace("#!/bin/bash -l\n", "#!/bin/bash\n")  # it would reset PATH
