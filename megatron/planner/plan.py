@@ -121,7 +121,7 @@ def make_plan(
         usable_bytes=machine.usable_hbm_bytes if usable_bytes is None else usable_bytes,
         parameters_total=parameters_total,
         stages=stages,
-        checkpoint=checkpoint_size(args.shape, layout, args.precision),
+        checkpoint=checkpoint_size(args.shape, layout.tensor, args.precision),
         time=estimate(args.shape, layout, args.seq_length, machine, layers=[stage.decoder_layers for stage in stages]),
         tokens=tokens,
     )

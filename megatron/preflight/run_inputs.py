@@ -22,10 +22,9 @@ from megatron.common.errors import ConfigError, UserError, one_line
 from megatron.evaluation.multiple_choice.items import read_items
 from megatron.neox_arguments import NeoXArgs
 from megatron.neox_arguments.registry import as_one_message
+from megatron.planner.cost.checkpoint_size import checkpoint_size
 
-_MASTERS_AND_MOMENTS = 12  # bytes of a parameter
 _ABSENT = ("no such file", "is not there", "is not a folder", "cannot be written")
-_WEIGHT = {"fp32": 4, "bfloat16": 2}  # bytes
 
 
 def refuse_wrong_inputs(args: NeoXArgs, directory: Path | None = None, *, starts: bool = False) -> None:
@@ -162,7 +161,7 @@ def _save_folder(args: NeoXArgs) -> Iterator[str]:
     save = Path(args.save)
     yield from _unwritable("save", save)
     parent = _existing(save)
-    needed = args.shape.num_parameters * (_MASTERS_AND_MOMENTS + _WEIGHT[args.precision])
+    needed = checkpoint_size(args.shape, args.model_parallel_size, args.precision).total
     free = shutil.disk_usage(parent).free
     if free < needed:
         yield (

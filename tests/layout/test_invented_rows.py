@@ -191,7 +191,7 @@ def test_the_planner_counts_the_rows(tp: int) -> None:
     for a, b in zip(before, after, strict=True):
         assert abs(b.weights - a.weights - 2 * 2 * added) <= 2 * 4  # bf16; groups are padded to even numbers
         assert b.optimizer - a.optimizer == pytest.approx(12 * 2 * added, abs=12 * 4)
-    sizes = [checkpoint_size(shape, split, "bfloat16") for shape in (PLAIN, adapted)]
+    sizes = [checkpoint_size(shape, tp, "bfloat16") for shape in (PLAIN, adapted)]
     assert sizes[1].weights - sizes[0].weights == 2 * tp * PLAIN.num_layers * added
     assert sizes[1].optimizer - sizes[0].optimizer == 12 * tp * PLAIN.num_layers * added
 

@@ -7,7 +7,6 @@ from math import prod
 
 from megatron.layout import LlamaShape, layer_files, rank_shape
 from megatron.planner.cost.memory import ELEMENT
-from megatron.planner.cost.parallel_layout import ParallelLayout
 
 
 @dataclass(frozen=True)
@@ -23,10 +22,10 @@ class CheckpointSize:
 _STATE_BYTES = 3 * 4  # of one element
 
 
-def checkpoint_size(shape: LlamaShape, layout: ParallelLayout, precision: str) -> CheckpointSize:
+def checkpoint_size(shape: LlamaShape, tp: int, precision: str) -> CheckpointSize:
     """Size of a checkpoint, which pipeline and data-parallel sizes do not change."""
-    one_rank = sum(prod(rank_shape(row, shape, layout.tensor)) for _, _, rows in layer_files(shape) for row in rows)
+    one_rank = sum(prod(rank_shape(row, shape, tp)) for _, _, rows in layer_files(shape) for row in rows)
     return CheckpointSize(
-        weights=ELEMENT[precision] * layout.tensor * one_rank,
-        optimizer=_STATE_BYTES * layout.tensor * one_rank,
+        weights=ELEMENT[precision] * tp * one_rank,
+        optimizer=_STATE_BYTES * tp * one_rank,
     )
