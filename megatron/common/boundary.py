@@ -11,9 +11,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
+from types import FrameType
+from typing import NoReturn
 
 from megatron.common.errors import UserError, one_line
 
@@ -37,3 +40,16 @@ def guarded(command: str, main: Callable[[], int | None], interrupted: str = "in
         traceback.print_exc()
         print(f"{command}: a defect of this program, not of what you gave it: {one_line(error)}", file=sys.stderr)
         return DEFECT
+
+
+def guarded_from_sigterm(command: str, main: Callable[[], int | None], interrupted: str) -> int:
+    """`guarded` for a command that can go on later: SIGTERM interrupts it as Ctrl-C does."""
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        return guarded(command, main, interrupted)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt

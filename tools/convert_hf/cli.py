@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 import re
-import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 
-from megatron.common.boundary import guarded
+from megatron.common.boundary import guarded_from_sigterm
 from tools.convert_hf.errors import ConvertError
 from tools.convert_hf.formats.dtypes import ALIASES
 
@@ -21,16 +19,8 @@ _SIZES = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4, "KI": 1 <<
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 done, 1 `verify` found a difference or `inspect --serving` a lack, 2 bad input, 130 interrupted."""
     arguments = _parser().parse_args(argv)
-    before = signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        again = "interrupted; the same command with --resume continues"
-        return guarded("convert_hf", lambda: int(arguments.run(arguments)), again)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+    again = "interrupted; the same command with --resume continues"
+    return guarded_from_sigterm("convert_hf", lambda: int(arguments.run(arguments)), again)
 
 
 def size(text: str) -> int:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-import signal
-import sys
 import time
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
+from megatron.common.boundary import guarded_from_sigterm
 from megatron.common.errors import UserError
 from tools.convert_hf.cli import progress_bar, share, size
 
@@ -22,27 +20,8 @@ if TYPE_CHECKING:
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 done, 1 `--verify` found a difference, 2 bad input, 130 interrupted."""
     arguments = _parser().parse_args(argv)
-    before = signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        return _run(arguments)
-    except UserError as error:
-        print(f"merge: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # the reader of our output, such as `head`, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except OSError as error:
-        print(f"merge: {error.filename or 'system'}: {error.strerror or error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("merge: interrupted; the same command with --resume continues", file=sys.stderr)
-        return 130
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+    again = "interrupted; the same command with --resume continues"
+    return guarded_from_sigterm("merge", lambda: _run(arguments), again)
 
 
 def _parser() -> argparse.ArgumentParser:
