@@ -11,14 +11,19 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from megatron.common.errors import UserError
-from megatron.generation.sequences import THINK_END
 from megatron.tokenizer import Tokenizer
 from megatron.tokenizer.chat import Chat, ids_and_labels
-from megatron.tokenizer.conversation import ChatError, Conversation, Message, Role
+from megatron.tokenizer.conversation import (
+    THINK_BEGIN,
+    THINK_CLOSING,
+    THINKING_LINES,
+    ChatError,
+    Conversation,
+    Message,
+    Role,
+)
 from megatron.tokenizer.template_chat import load_chat
 
-THINKING_LINES = {True: "detailed thinking on", False: "detailed thinking off"}  # Llama-Nemotron's
-THINK_BEGIN = "<think>\n"  # with its newline, as the training data have it: one token may hold both
 _ANSWER = "."
 
 
@@ -51,7 +56,7 @@ class ChatPrompts:
     @property
     def closing(self) -> tuple[int, ...]:
         """What closes a trace."""
-        return tuple(self.tokenizer.encode(f"\n{THINK_END}\n\n"))
+        return tuple(self.tokenizer.encode(THINK_CLOSING))
 
     def _with_system(self, messages: Sequence[Message]) -> list[Message]:
         own = messages[0].content if messages[0].role == "system" else None

@@ -17,11 +17,11 @@ from megatron.common.errors import UserError
 from megatron.generation.generate import Generator, why_not
 from megatron.generation.requests import PromptReader
 from megatron.generation.sampling import RandomNumbers, Sampling
-from megatron.generation.sequences import THINK_END, Continuation, Endings, TextStream
+from megatron.generation.sequences import Continuation, Endings, TextStream
 from megatron.parallel.collective_errors import RankGroup
 from megatron.parallel.rank_env import TYPED
 from megatron.supervision.status_store import Whereabouts
-from megatron.tokenizer.conversation import Message
+from megatron.tokenizer.conversation import THINK_BEGIN, THINK_END, Message
 
 STOP = "stop"  # GPT-NeoX's word
 IDLE_SECONDS = 5.0  # between two broadcasts while nothing is typed
@@ -124,7 +124,7 @@ class _Screen:
         self._stream = TextStream(endings.decode, endings.strings, trace)
         self._show_thinking, self._in_trace = show_thinking, trace
         if trace:
-            self._write("<think>\n" if show_thinking else "(thinking)\n")
+            self._write(THINK_BEGIN if show_thinking else "(thinking)\n")
 
     def add(self, new: list[int]) -> None:
         self._show(*self._stream.add(new))

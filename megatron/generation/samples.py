@@ -14,8 +14,9 @@ import torch.distributed as dist
 from megatron.common.atomic_files import replacing
 from megatron.common.errors import UserError
 from megatron.generation.requests import Request
-from megatron.generation.sequences import THINK_END, Continuation, Endings
+from megatron.generation.sequences import Continuation, Endings
 from megatron.parallel.place import Place
+from megatron.tokenizer.conversation import THINK_END
 
 
 def record_of(request: Request, sequence: Continuation, endings: Endings, show_thinking: bool) -> dict[str, Any]:

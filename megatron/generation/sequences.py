@@ -8,11 +8,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron.generation.sampling import RandomNumbers
+from megatron.tokenizer.conversation import THINK_END
 
 End = Literal["stop", "length", "context"]
 """Why a sequence ended: a stop id or string, the limit of new tokens, a full context."""
-
-THINK_END = "</think>"
 
 
 @dataclass

@@ -17,7 +17,16 @@ from dataclasses import dataclass
 from megatron.common.labels import IGNORE_INDEX
 from megatron.tokenizer.base import Tokenizer
 from megatron.tokenizer.chat_template import TEMPLATE_FOLDER
-from megatron.tokenizer.conversation import ChatError, ChatToolCall, Conversation, Message, TrainOn, learned_turns
+from megatron.tokenizer.conversation import (
+    THINK_BEGIN,
+    THINK_CLOSING,
+    ChatError,
+    ChatToolCall,
+    Conversation,
+    Message,
+    TrainOn,
+    learned_turns,
+)
 
 QUERY_TOOLS = ("brave_search", "wolfram_alpha", "photogen")  # Llama's own tools, which are called with one query
 CODE_TOOL = "code_interpreter"
@@ -94,7 +103,7 @@ class Llama3Chat(Chat):
             )
         texts = message.parts
         if message.reasoning is not None:
-            texts = [f"<think>\n{message.reasoning}\n</think>\n\n{texts[0]}", *texts[1:]]
+            texts = [f"{THINK_BEGIN}{message.reasoning}{THINK_CLOSING}{texts[0]}", *texts[1:]]
         parts = [Segment(text=text) for text in texts]
         for call in message.calls:
             if call.name == CODE_TOOL:

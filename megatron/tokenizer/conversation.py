@@ -12,6 +12,12 @@ from megatron.common.errors import UserError
 Role = Literal["system", "user", "assistant", "tool"]
 TrainOn = Literal["all", "last"]
 
+# A reasoning trace as Llama-Nemotron writes it: the system line that asks for one or none, and what is around it.
+THINKING_LINES = {True: "detailed thinking on", False: "detailed thinking off"}
+THINK_BEGIN = "<think>\n"  # with its newline, as the training data have it: one token may hold both
+THINK_END = "</think>"
+THINK_CLOSING = f"\n{THINK_END}\n\n"  # from the trace to the answer
+
 
 class ChatError(UserError, ValueError):
     """A conversation or template that cannot be used for training; the message says why.

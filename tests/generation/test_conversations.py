@@ -10,10 +10,10 @@ import pytest
 
 from examples.demo_tokenizer import CHAT_TEMPLATE
 from megatron.common.errors import UserError
-from megatron.generation.conversations import THINK_BEGIN, ChatPrompts, read_messages
+from megatron.generation.conversations import ChatPrompts, read_messages
 from megatron.generation.requests import PromptReader
 from megatron.tokenizer import Tokenizer
-from megatron.tokenizer.conversation import Message
+from megatron.tokenizer.conversation import THINK_BEGIN, Message
 from tests.support.models import Case
 from tests.support.vocabulary import encode_chat
 

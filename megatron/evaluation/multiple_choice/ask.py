@@ -10,12 +10,13 @@ from megatron.common.errors import UserError
 from megatron.evaluation.answers import AnswerText, TextLimits
 from megatron.evaluation.driver import DrivenModel
 from megatron.evaluation.multiple_choice.items import Item
-from megatron.evaluation.multiple_choice.parse_answer import END_OF_THINKING, parse_answer, without_thinking
+from megatron.evaluation.multiple_choice.parse_answer import parse_answer, without_thinking
 from megatron.evaluation.multiple_choice.prompts import PromptWriter, Question, orders_of
 from megatron.evaluation.multiple_choice.records import Asked, ItemResult
 from megatron.evaluation.multiple_choice.statistics import softmax
 from megatron.evaluation.scoring import Pair
 from megatron.neox_arguments import NeoXArgs
+from megatron.tokenizer.conversation import THINK_CLOSING, THINK_END
 
 
 def ask_all(model: DrivenModel, writer: PromptWriter, items: Sequence[Item]) -> list[ItemResult]:
@@ -123,15 +124,15 @@ def ask_by_text(model: DrivenModel, writer: PromptWriter, questions: Sequence[Qu
 
 def _think(model: DrivenModel, writer: PromptWriter, texts: Sequence[_Text]) -> None:
     keys, tokenizer = writer.keys, writer.encoder.tokenizer
-    limits = TextLimits(keys.max_thinking_tokens, writer.encoder.ends, (END_OF_THINKING,), model.args.temperature)
+    limits = TextLimits(keys.max_thinking_tokens, writer.encoder.ends, (THINK_END,), model.args.temperature)
     thoughts: list[AnswerText] = model.generate([text.prompt for text in texts], limits)
     for text, thought in zip(texts, thoughts, strict=True):
         text.ids = thought.ids
-        if END_OF_THINKING in tokenizer.decode(thought.ids):
+        if THINK_END in tokenizer.decode(thought.ids):
             text.thinking = "closed"
         else:
             text.thinking = "cut"
-            text.ids += tuple(tokenizer.encode(f"\n{END_OF_THINKING}\n\n"))
+            text.ids += tuple(tokenizer.encode(THINK_CLOSING))
 
 
 def _parsed(writer: PromptWriter, question: Question, text: _Text) -> Asked:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-END_OF_THINKING = "</think>"
+from megatron.tokenizer.conversation import THINK_END
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class ParsedAnswer:
 
 def without_thinking(text: str) -> str:
     """What follows the last end of a reasoning trace; all of it where there is none."""
-    return text.rpartition(END_OF_THINKING)[2]
+    return text.rpartition(THINK_END)[2]
 
 
 def parse_answer(text: str, letters: str, options: Sequence[str]) -> ParsedAnswer:

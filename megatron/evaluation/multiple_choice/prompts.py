@@ -9,13 +9,12 @@ from megatron.evaluation.multiple_choice.items import Item
 from megatron.evaluation.prompts import Ids, PromptEncoder
 from megatron.evaluation.scoring import Pair
 from megatron.neox_arguments.keys.evaluation import McqKeys
-from megatron.tokenizer.conversation import Message
+from megatron.tokenizer.conversation import THINK_BEGIN, THINKING_LINES, Message
 
 ASK_FOR_JSON = (
     "You are an expert who answers multiple-choice questions. Choose the one best option, always choose one, and reply "
     'with a JSON object of two keys: "ANSWER" with the letter alone, and "EXPLANATION" with your reason.'
 )
-THINK = "<think>\n"  # with its line break, as the training data have it: "<think>" alone ends in another token
 
 
 @dataclass(frozen=True)
@@ -87,14 +86,14 @@ class PromptWriter:
             instruction = ASK_FOR_JSON
         asked = self._asked(question).removesuffix("\nAnswer:")
         user = Message("user", f"{instruction}\n\n{asked}" if instruction else asked)
-        thinking = "" if self.keys.thinking is None else f"detailed thinking {'on' if self.keys.thinking else 'off'}"
+        thinking = "" if self.keys.thinking is None else THINKING_LINES[self.keys.thinking]
         system = "\n\n".join(filter(None, [thinking, self.keys.system_prompt]))
         return [Message("system", system), user] if system else [user]
 
     @property
     def _prefill(self) -> str:
         if self.keys.thinking:
-            return THINK
+            return THINK_BEGIN
         if self.keys.prefill is not None:
             return self.keys.prefill
         return '{"ANSWER": "' if self.keys.method == "letter" else ""
