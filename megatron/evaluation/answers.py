@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from megatron.engine.protocol import Engine
 from megatron.generation.generate import Batching, Generator, generate
 from megatron.generation.sampling import RandomNumbers, Sampling
 from megatron.generation.sequences import Continuation, Endings
 from megatron.neox_arguments import NeoXArgs
-from megatron.tokenizer import build_tokenizer
+from megatron.tokenizer import Tokenizer, build_tokenizer
 
 
 @dataclass(frozen=True)
@@ -31,30 +32,50 @@ class AnswerText:
     ended: bool
 
 
-def continue_prompts(
-    engine: Engine, args: NeoXArgs, prompts: Sequence[tuple[int, ...]], limits: TextLimits, first: int = 0
-) -> list[AnswerText]:
-    """A continuation of every prompt. Collective; every rank gives the same prompts.
+class AnswerWriter:
+    """Continues prompts on an engine. The generator is made with the first of them, and then kept.
 
-    Prompt i is sampled with numbers of its own, from (seed, `first` + i). A prompt longer than `seq_length` is a
-    UserError.
+    Making it is collective, and so is `close`, because a pipeline's stages have links of their own for it.
     """
-    assert args.vocab_file is not None  # checked with the configuration
-    tokenizer = build_tokenizer(args.tokenizer_type, args.vocab_file, args.merge_file) if limits.stop_texts else None
-    sequences = [
-        Continuation(
-            number,
-            0,
-            list(prompt),
-            limits.max_tokens,
-            RandomNumbers(args.seed, number, 0) if limits.temperature else None,
-        )
-        for number, prompt in enumerate(prompts, start=first)
-    ]
-    endings = Endings(frozenset(limits.stop_ids), limits.stop_texts, None if tokenizer is None else tokenizer.decode)
-    sampling = Sampling(limits.temperature, args.top_k, args.top_p)
-    generator = Generator(engine, args, Batching(args.generation_batch_size, args.prefill_chunk))
-    try:
-        return [AnswerText(tuple(s.new), s.end == "stop") for s in generate(generator, sequences, sampling, endings)]
-    finally:
-        generator.close()
+
+    def __init__(self, engine: Engine, args: NeoXArgs) -> None:
+        self.engine, self.args = engine, args
+
+    @cached_property
+    def _generator(self) -> Generator:
+        batching = Batching(self.args.generation_batch_size, self.args.prefill_chunk)
+        return Generator(self.engine, self.args, batching)
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
+        assert self.args.vocab_file is not None  # checked with the configuration
+        return build_tokenizer(self.args.tokenizer_type, self.args.vocab_file, self.args.merge_file)
+
+    def continue_prompts(
+        self, prompts: Sequence[tuple[int, ...]], limits: TextLimits, first: int = 0
+    ) -> list[AnswerText]:
+        """A continuation of every prompt. Collective; every rank gives the same prompts.
+
+        Prompt i is sampled with numbers of its own, from (seed, `first` + i). A prompt longer than `seq_length` is a
+        UserError.
+        """
+        args = self.args
+        sequences = [
+            Continuation(
+                number,
+                0,
+                list(prompt),
+                limits.max_tokens,
+                RandomNumbers(args.seed, number, 0) if limits.temperature else None,
+            )
+            for number, prompt in enumerate(prompts, start=first)
+        ]
+        decode = self._tokenizer.decode if limits.stop_texts else None
+        endings = Endings(frozenset(limits.stop_ids), limits.stop_texts, decode)
+        sampling = Sampling(limits.temperature, args.top_k, args.top_p)
+        done = generate(self._generator, sequences, sampling, endings)
+        return [AnswerText(tuple(s.new), s.end == "stop") for s in done]
+
+    def close(self) -> None:
+        if "_generator" in vars(self):
+            self._generator.close()

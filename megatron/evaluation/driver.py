@@ -21,7 +21,7 @@ import torch
 
 from megatron.common.errors import UserError, one_line
 from megatron.engine.protocol import Engine
-from megatron.evaluation.answers import AnswerText, TextLimits, continue_prompts
+from megatron.evaluation.answers import AnswerText, AnswerWriter, TextLimits
 from megatron.evaluation.scoring import Pair, PairScore, score_pairs
 from megatron.neox_arguments import NeoXArgs
 from megatron.parallel.collective_errors import RankGroup
@@ -39,15 +39,15 @@ T = TypeVar("T")
 class _Request(Protocol):
     """What rank 0 sends; `answer` is collective."""
 
-    def answer(self, engine: Engine, args: NeoXArgs) -> Any: ...
+    def answer(self, writer: AnswerWriter) -> Any: ...
 
 
 @dataclass(frozen=True)
 class _Scores:
     pairs: Sequence[Pair]
 
-    def answer(self, engine: Engine, args: NeoXArgs) -> list[PairScore]:
-        return score_pairs(engine, args, self.pairs)
+    def answer(self, writer: AnswerWriter) -> list[PairScore]:
+        return score_pairs(writer.engine, writer.args, self.pairs)
 
 
 @dataclass(frozen=True)
@@ -56,13 +56,13 @@ class _Texts:
     limits: TextLimits
     first: int
 
-    def answer(self, engine: Engine, args: NeoXArgs) -> list[AnswerText]:
-        return continue_prompts(engine, args, self.prompts, self.limits, self.first)
+    def answer(self, writer: AnswerWriter) -> list[AnswerText]:
+        return writer.continue_prompts(self.prompts, self.limits, self.first)
 
 
 @dataclass(frozen=True)
 class _Wait:
-    def answer(self, engine: Engine, args: NeoXArgs) -> None:
+    def answer(self, writer: AnswerWriter) -> None:
         return None
 
 
@@ -79,7 +79,7 @@ class DrivenModel:
     def __init__(self, engine: Engine, args: NeoXArgs, whereabouts: Whereabouts) -> None:
         self.args = args
         self.tokens = 0  # that went through the model
-        self._engine, self._whereabouts = engine, whereabouts
+        self._writer, self._whereabouts = AnswerWriter(engine, args), whereabouts
         self._ranks = RankGroup.world(engine.place.device)
         self._one_at_a_time = threading.Lock()
         self._ended = threading.Event()
@@ -102,7 +102,7 @@ class DrivenModel:
         return [back[number] for number in range(len(pairs))]
 
     def generate(self, prompts: Sequence[tuple[int, ...]], limits: TextLimits) -> list[AnswerText]:
-        """`continue_prompts` of any number of prompts."""
+        """`AnswerWriter.continue_prompts` of any number of prompts."""
         texts: list[AnswerText] = []
         for start in range(0, len(prompts), PROMPTS_PER_REQUEST):
             texts += self._ask(_Texts(prompts[start : start + PROMPTS_PER_REQUEST], limits, start))
@@ -120,7 +120,7 @@ class DrivenModel:
                 raise RuntimeError("an earlier request failed on the other ranks, which have ended")
             try:
                 self._ranks.broadcast(request)
-                answer = request.answer(self._engine, self.args)
+                answer = request.answer(self._writer)
             except BaseException:
                 self._failed = True  # it failed on the others as well, or they are gone
                 raise
@@ -128,7 +128,7 @@ class DrivenModel:
             return answer
 
     def _keep_others_waiting(self) -> None:
-        device = self._engine.place.device
+        device = self._writer.engine.place.device
         if device.type == "cuda":
             torch.cuda.set_device(device)  # of this thread
         with contextlib.suppress(Exception):  # the main thread reports what is wrong
@@ -146,6 +146,7 @@ class DrivenModel:
             self._waiting.join()
         if not self._failed:
             self._ranks.broadcast(_End(one_line(error) if isinstance(error, UserError) else None))
+            self._writer.close()
 
 
 def drive(engine: Engine, args: NeoXArgs, whereabouts: Whereabouts, program: Callable[[DrivenModel], T]) -> T | None:
@@ -169,12 +170,13 @@ def drive(engine: Engine, args: NeoXArgs, whereabouts: Whereabouts, program: Cal
 
 
 def _serve(engine: Engine, args: NeoXArgs, whereabouts: Whereabouts) -> None:
-    ranks = RankGroup.world(engine.place.device)
+    ranks, writer = RankGroup.world(engine.place.device), AnswerWriter(engine, args)
     while True:
         whereabouts.at("waiting for rank 0")
         request: Any = ranks.broadcast(None)
         if isinstance(request, _End):
+            writer.close()
             if request.error is not None:
                 raise UserError(request.error)
             return
-        request.answer(engine, args)
+        request.answer(writer)
