@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from megatron.common.errors import UserError
 from tests.support.text_files import write_texts
 from tools.datasets import decontaminate
 from tools.datasets.decontamination.benchmark import read_benchmark
@@ -218,6 +219,12 @@ def test_questions_of_every_form(tmp_path: Path) -> None:
         assert (question.question, question.options) == ("Why?", ("a", "b")), name
     assert read_benchmark([str(tmp_path / "letters.csv")])[0].name == "7"
     assert len({q.name for q in read_benchmark([str(tmp_path / name) for name in forms])}) == 4
+
+
+def test_a_cell_too_many_is_an_error_and_not_left_out(tmp_path: Path) -> None:
+    (tmp_path / "letters.csv").write_text("question,A,B\nWhy, then?,a,b\n")
+    with pytest.raises(UserError, match="line 2: more cells than the header has names; quote the commas"):
+        read_benchmark([str(tmp_path / "letters.csv")])
 
 
 @pytest.mark.parametrize(

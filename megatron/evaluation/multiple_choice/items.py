@@ -73,8 +73,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
         if path.suffix == ".jsonl":
             return list(_json_lines(path))
         if path.suffix == ".csv":
-            with path.open(newline="", encoding="utf-8-sig") as file:
-                return _full_rows(path, csv.DictReader(file, strict=True))
+            return csv_rows(path)
         if path.suffix == ".parquet":
             return _parquet(path)
     except OSError as error:
@@ -98,12 +97,16 @@ def _json_lines(path: Path) -> Iterable[dict[str, Any]]:
             yield row
 
 
-def _full_rows(path: Path, reader: csv.DictReader[str]) -> list[dict[str, Any]]:
+def csv_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows by the names in the header. Raises ItemError, OSError, csv.Error and UnicodeDecodeError."""
     rows = []
-    for row in reader:
-        if None in row:
-            raise ItemError(f"{path}, line {reader.line_num}: more cells than the header has names; quote the commas")
-        rows.append(dict(row))
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        for row in (reader := csv.DictReader(file, strict=True)):
+            if None in row:
+                raise ItemError(
+                    f"{path}, line {reader.line_num}: more cells than the header has names; quote the commas"
+                )
+            rows.append(dict(row))
     return rows
 
 

@@ -19,7 +19,7 @@ from tools.datasets.cleaning.page import page
 from tools.datasets.cleaning.perplexity import Perplexity
 from tools.datasets.cleaning.report import Drop, Example, Report
 from tools.datasets.cleaning.rules import Rules
-from tools.datasets.encoding.pipeline import MAX_SHOWN, BadRecord
+from tools.datasets.encoding.pipeline import report_bad
 from tools.datasets.encoding.progress import Progress
 from tools.datasets.encoding.records import InputFiles, SourceError, read_blocks, read_record, text_of
 from tools.datasets.encoding.workers import in_order
@@ -41,10 +41,7 @@ class CleaningJob:
 
 def run_cleaning(job: CleaningJob) -> Report:
     """Write the output and the report, both or neither. Raises BadRecord, DataError, SourceError, OSError."""
-    if not job.output.name.endswith(OUTPUT_SUFFIXES):
-        raise DataError(f"--output {job.output}: expected a name that ends in {', '.join(OUTPUT_SUFFIXES)}")
-    if job.output.resolve() in [file.resolve() for file in job.inputs.files]:
-        raise DataError(f"--output {job.output}: this is one of the inputs")
+    check_output(job.output, job.inputs)
     job.inputs.check([job.key])
     job.output.parent.mkdir(parents=True, exist_ok=True)
     job.report.mkdir(parents=True, exist_ok=True)
@@ -72,6 +69,14 @@ def run_cleaning(job: CleaningJob) -> Report:
     return report
 
 
+def check_output(output: Path, inputs: InputFiles) -> None:
+    """Raise DataError for a corpus that cannot be written under this name."""
+    if not output.name.endswith(OUTPUT_SUFFIXES):
+        raise DataError(f"--output {output}: expected a name that ends in {', '.join(OUTPUT_SUFFIXES)}")
+    if output.resolve() in [file.resolve() for file in inputs.files]:
+        raise DataError(f"--output {output}: this is one of the inputs")
+
+
 def _collect(
     job: CleaningJob, report: Report, results: Iterator[Cleaned], log: IO[str], progress: Progress
 ) -> Iterator[bytes]:
@@ -79,12 +84,8 @@ def _collect(
     index = Index(job.rules.exact_duplicate, job.rules.near_duplicate)
     places: list[tuple[str, str, int]] = []  # of the documents in the index
     for cleaned in results:
+        report.unreadable += report_bad(cleaned.bad, job.inputs.skip_bad, report.unreadable)
         for message in cleaned.bad:
-            if not job.inputs.skip_bad:
-                raise BadRecord(f"{message} (--on-bad-record skip leaves such records out and counts them)")
-            if report.unreadable < MAX_SHOWN:
-                print(f"skipped: {message}", file=sys.stderr)
-            report.unreadable += 1
             log.write(json.dumps({"rule": "unreadable", "message": message}, ensure_ascii=False) + "\n")
         for document in cleaned.documents:
             line, where = document.line, f"{cleaned.source}, {cleaned.unit} {document.number}"

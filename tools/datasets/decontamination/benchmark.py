@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.common.errors import UserError
+from megatron.evaluation.multiple_choice.items import csv_rows
 from tools.datasets.decontamination.overlap import BenchmarkQuestion
 from tools.datasets.encoding.records import RecordError, find_inputs, read_record
 
@@ -51,9 +52,8 @@ def _records(inputs: Sequence[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
             others.append(entry)
             continue
         try:
-            with path.open(encoding="utf-8-sig", newline="") as file:
-                for number, row in enumerate(csv.DictReader(file), 2):
-                    yield f"{path}, line {number}", row
+            for number, row in enumerate(csv_rows(path), 1):
+                yield f"{path}, row {number}", row
         except (OSError, UnicodeDecodeError, csv.Error) as error:
             raise BenchmarkError(f"{path} cannot be read as CSV in UTF-8: {error}") from None
     if not others:

@@ -13,11 +13,11 @@ from typing import Any
 
 from megatron.common.atomic_files import replacing
 from megatron.data.indexed import DataError
-from tools.datasets.cleaning.clean import OUTPUT_SUFFIXES, writer
+from tools.datasets.cleaning.clean import check_output, writer
 from tools.datasets.cleaning.cleaner import luck
 from tools.datasets.decontamination.overlap import Overlap, QuestionIndex, excerpt
 from tools.datasets.decontamination.threshold import ChosenThreshold, choose_threshold
-from tools.datasets.encoding.pipeline import MAX_SHOWN, BadRecord
+from tools.datasets.encoding.pipeline import report_bad
 from tools.datasets.encoding.progress import Progress
 from tools.datasets.encoding.records import Block, InputFiles, RecordError, read_record, text_of
 from tools.datasets.encoding.workers import in_order
@@ -52,11 +52,17 @@ class Contamination:
 
 
 @dataclass(frozen=True)
+class _Document:
+    """`line` is its record for the output, empty if none is written; `entry` is what is said of one with a question."""
+
+    line: bytes
+    overlaps: list[Overlap]
+    entry: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
 class _Searched:
-    source: str
-    unit: str
-    first: int
-    documents: list[tuple[int, dict[str, Any], list[Overlap]]]  # number, record, questions
+    documents: list[_Document]
     bad: list[str]
 
 
@@ -66,10 +72,7 @@ def search_corpus(job: SearchJob) -> Contamination:
     Raises DataError, BadRecord, SourceError, OSError.
     """
     if job.output is not None:
-        if not job.output.name.endswith(OUTPUT_SUFFIXES):
-            raise DataError(f"--output {job.output}: expected a name that ends in {', '.join(OUTPUT_SUFFIXES)}")
-        if job.output.resolve() in [file.resolve() for file in job.inputs.files]:
-            raise DataError(f"--output {job.output}: this is one of the inputs")
+        check_output(job.output, job.inputs)
     job.inputs.check([job.key])
     if job.threshold is None:
         chosen = _choose(job)
@@ -84,12 +87,11 @@ def search_corpus(job: SearchJob) -> Contamination:
         if job.output is not None:
             job.output.parent.mkdir(parents=True, exist_ok=True)
             out = files.enter_context(writer(files.enter_context(replacing(job.output)), job.output.suffix))
-        for line, entry in _search(job, result):
-            if entry is not None:
-                log.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        for document in _search(job, result):
+            if document.entry is not None:
+                log.write(json.dumps(document.entry, ensure_ascii=False) + "\n")
             elif out is not None:
-                out.write(line + b"\n")
-        log.flush()
+                out.write(document.line + b"\n")
     return result
 
 
@@ -108,43 +110,35 @@ def _sample(job: SearchJob) -> list[str]:
     kept: list[tuple[int, str]] = []  # a heap with the highest hash on top
     for block in job.inputs.blocks([job.key], [job.key]):
         for position in range(len(block)):
+            place = int.from_bytes(luck(block.source, block.first + position), "big")
+            if len(kept) == SAMPLE and -place < kept[0][0]:
+                continue  # most records are never parsed
             with contextlib.suppress(RecordError):
                 record = read_record(block, position)
-                if record is None:
-                    continue
-                place = int.from_bytes(luck(block.source, block.first + position), "big")
-                item = (-place, text_of(record, job.key))
-                (heapq.heappush if len(kept) < SAMPLE else heapq.heappushpop)(kept, item)
+                if record is not None:
+                    item = (-place, text_of(record, job.key))
+                    (heapq.heappush if len(kept) < SAMPLE else heapq.heappushpop)(kept, item)
     return [text for _, text in sorted(kept)]
 
 
-def _search(job: SearchJob, result: Contamination) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
-    """Each document's line, and what is said of it if a question was found."""
+def _search(job: SearchJob, result: Contamination) -> Iterator[_Document]:
+    """Every document in the order of the corpus; counts what is found."""
     progress = Progress(job.inputs.bytes)
 
     def look(block: Block) -> _Searched:
-        return _search_block(block, job.index, job.key, result.threshold)
+        return _search_block(job, block, result.threshold)
 
     blocks = job.inputs.blocks([job.key], None, progress)
     with contextlib.closing(in_order(look, blocks, job.workers)) as blocks_done:
         for searched in blocks_done:
-            for message in searched.bad:
-                if not job.inputs.skip_bad:
-                    raise BadRecord(f"{message} (--on-bad-record skip leaves such records out and counts them)")
-                if result.unreadable < MAX_SHOWN:
-                    print(f"skipped: {message}", file=sys.stderr)
-                result.unreadable += 1
-            for number, record, overlaps in searched.documents:
+            result.unreadable += report_bad(searched.bad, job.inputs.skip_bad, result.unreadable)
+            for document in searched.documents:
                 result.documents += 1
-                line = json.dumps(record, ensure_ascii=False).encode()
-                if not overlaps:
-                    yield line, None
-                    continue
-                result.contaminated += 1
-                for overlap in overlaps:
+                result.contaminated += document.entry is not None
+                for overlap in document.overlaps:
                     result.found[overlap.question] = result.found.get(overlap.question, 0) + 1
                     result.best[overlap.question] = max(result.best.get(overlap.question, 0), overlap.score)
-                yield line, _entry(job, searched, number, record[job.key], overlaps)
+                yield document
             if progress.due(result.documents):
                 print(
                     f"{result.documents:,} documents, {result.contaminated:,} contaminated, {progress.left()}",
@@ -153,28 +147,31 @@ def _search(job: SearchJob, result: Contamination) -> Iterator[tuple[bytes, dict
                 )
 
 
-def _search_block(block: Block, index: QuestionIndex, key: str, threshold: float) -> _Searched:
-    documents, bad = [], []
+def _search_block(job: SearchJob, block: Block, threshold: float) -> _Searched:
+    searched = _Searched([], [])
     for position in range(len(block)):
         try:
             record = read_record(block, position)
             if record is None:
                 continue
-            overlaps = index.find(text_of(record, key), threshold)
+            text = text_of(record, job.key)
         except RecordError as error:
-            bad.append(f"{block.where(position)}: {error}")
+            searched.bad.append(f"{block.where(position)}: {error}")
             continue
-        documents.append((block.first + position, record, overlaps))
-    return _Searched(block.source, block.unit, block.first, documents, bad)
+        overlaps = job.index.find(text, threshold)
+        entry = _entry(job.index, block, position, text, overlaps) if overlaps else None
+        line = b"" if job.output is None or entry is not None else json.dumps(record, ensure_ascii=False).encode()
+        searched.documents.append(_Document(line, overlaps, entry))
+    return searched
 
 
-def _entry(job: SearchJob, searched: _Searched, number: int, text: str, overlaps: list[Overlap]) -> dict[str, Any]:
+def _entry(index: QuestionIndex, block: Block, position: int, text: str, overlaps: list[Overlap]) -> dict[str, Any]:
     return {
-        "source": searched.source,
-        searched.unit: number,
+        "source": block.source,
+        block.unit: block.first + position,
         "questions": [
             {
-                "question": job.index.questions[overlap.question].name,
+                "question": index.questions[overlap.question].name,
                 "score": round(overlap.score, 4),
                 "text": excerpt(text, overlap)[:_LONGEST_EXCERPT],
             }

@@ -10,7 +10,7 @@ import sys
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -192,7 +192,7 @@ def _collect(
     shown = 0
     for results in encoded:
         for writer, state, result in zip(writers, journal.states, results, strict=True):
-            shown += _report_bad(result, job.skip_bad, shown)
+            shown += report_bad([entry.message for entry in result.bad], job.skip_bad, shown)
             _append(writer, state, result)
         journal.blocks += 1
         now = time.monotonic()
@@ -216,14 +216,16 @@ def _done(states: list[State]) -> int:
     return sum(state.text_bytes for state in states)
 
 
-def _report_bad(result: Encoded, skip: bool, shown: int) -> int:
-    if not result.bad:
-        return 0
-    if not skip:
-        raise BadRecord(f"{result.bad[0].message} (--on-bad-record skip leaves such records out and counts them)")
-    for entry in result.bad[: max(0, MAX_SHOWN - shown)]:
-        print(f"skipped: {entry.message}", file=sys.stderr)
-    return len(result.bad)
+def report_bad(messages: Sequence[str], skip: bool, shown: int) -> int:
+    """Print what is wrong with records that are left out, up to MAX_SHOWN with the `shown` before; how many there are.
+
+    BadRecord unless they may be skipped.
+    """
+    if messages and not skip:
+        raise BadRecord(f"{messages[0]} (--on-bad-record skip leaves such records out and counts them)")
+    for message in messages[: max(0, MAX_SHOWN - shown)]:
+        print(f"skipped: {message}", file=sys.stderr)
+    return len(messages)
 
 
 def _append(writer: IndexedWriter, state: State, result: Encoded) -> None:
