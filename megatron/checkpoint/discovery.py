@@ -23,7 +23,7 @@ from pathlib import Path
 from megatron.checkpoint.foreign import refuse_foreign
 from megatron.checkpoint.manifest import MANIFEST_NAME, ManifestError, read_manifest, size_problems
 from megatron.common.atomic_files import sync_file, sync_folder
-from megatron.common.errors import CheckpointError
+from megatron.common.errors import CheckpointError, first_problems
 
 logger = logging.getLogger(__name__)
 
@@ -104,8 +104,7 @@ def find_checkpoint(
         return folder
     problems = completeness_problems(folder)
     if problems:
-        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-        raise CheckpointError(f"{folder} is not complete: {'; '.join(problems[:3])}{more}; {_choices(root, options)}")
+        raise CheckpointError(f"{folder} is not complete: {first_problems(problems)}; {_choices(root, options)}")
     return folder
 
 

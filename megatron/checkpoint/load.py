@@ -23,7 +23,7 @@ from megatron.checkpoint.save import HF, read_small_files
 from megatron.checkpoint.start import SavedCheckpoint, Start, locate
 from megatron.checkpoint.state import TrainState, restore_rng
 from megatron.checkpoint.verified import damage
-from megatron.common.errors import CheckpointError
+from megatron.common.errors import CheckpointError, first_problems
 from megatron.layout import TensorSplit
 from megatron.parallel.collective_errors import RankGroup
 
@@ -128,8 +128,7 @@ def _verify(ranks: RankGroup, checkpoint: SavedCheckpoint, split: TensorSplit) -
         part = (ranks.rank, ranks.size)
         problems = verify_before_load(checkpoint.folder, split.shape, split.tp, part, files)
         if problems:
-            more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-            raise CheckpointError("; ".join(problems[:3]) + more)
+            raise CheckpointError(first_problems(problems))
 
 
 def _verify_small_files(checkpoint: SavedCheckpoint, contents: Mapping[str, bytes]) -> None:
@@ -202,8 +201,7 @@ def _verify_index(ranks: RankGroup, optimizer: SavedOptimizer, instead: str) -> 
     """The optimizer files hold each element of the model's state once. One rank looks: all have the same manifest."""
     with ranks.together(f"loading {optimizer.folder}"):
         if optimizer.by_ranges and ranks.rank == 0 and (problems := optimizer.index.problems()):
-            more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-            raise CheckpointError(f"{optimizer.folder} is not complete: {'; '.join(problems[:3])}{more}; {instead}")
+            raise CheckpointError(f"{optimizer.folder} is not complete: {first_problems(problems)}; {instead}")
 
 
 def layout_text(sizes: Any) -> str:

@@ -162,9 +162,10 @@ class _Version1:
         state = {"master": self.masters[group], **self.states.get(group, {})}
         for kind, tensor in tensors.items():
             if kind in state:
-                if not torch.isfinite(state[kind]).all():
+                part = state[kind].detach()[fragment.start : fragment.start + fragment.numel]
+                if not torch.isfinite(part).all():
                     raise CheckpointError(not_finite(f"{self.path}: {kind} of {where}"))
-                tensor.copy_(state[kind].detach()[fragment.start : fragment.start + fragment.numel])
+                tensor.copy_(part)
             else:  # saved before the first step
                 tensor.zero_()
         return int(state.get("step", 0))

@@ -18,7 +18,7 @@ from megatron.checkpoint.facts import check_model, recorded_facts
 from megatron.checkpoint.layer_set import set_problems
 from megatron.checkpoint.manifest import MANIFEST_NAME, read_manifest
 from megatron.checkpoint.owner import FolderOwner
-from megatron.common.errors import ConfigError, UserError, one_line
+from megatron.common.errors import ConfigError, UserError, first_problems, one_line
 from megatron.evaluation.multiple_choice.items import read_items
 from megatron.neox_arguments import NeoXArgs
 from megatron.neox_arguments.registry import as_one_message
@@ -87,8 +87,7 @@ def _checkpoint(args: NeoXArgs) -> Iterator[str]:
     tp = layout.get("tp") if isinstance(layout, dict) else None
     problems = set_problems(names, args.shape, tp if isinstance(tp, int) else args.model_parallel_size)
     if problems:
-        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-        yield f"{folder}: {'; '.join(problems[:3])}{more}"
+        yield f"{folder}: {first_problems(problems)}"
 
 
 def _tokenizer_and_data(args: NeoXArgs) -> Iterator[str]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron.common.errors import UserError
+from megatron.common.errors import UserError, first_problems
 from megatron.neox_arguments.keys.evaluation import McqKeys
 
 LETTERS = string.ascii_uppercase
@@ -52,12 +52,8 @@ def read_items(path: str | Path, keys: McqKeys) -> list[Item]:
         except ItemError as error:
             problems.append(f"row {number}: {error}")
     if problems:
-        more = f" (and {len(problems) - _PROBLEMS_SHOWN} more)" if len(problems) > _PROBLEMS_SHOWN else ""
-        raise ItemError(
-            f"{path}: {len(problems)} of {len(rows)} rows cannot be used: "
-            + "; ".join(problems[:_PROBLEMS_SHOWN])
-            + more
-        )
+        shown = first_problems(problems, _PROBLEMS_SHOWN)
+        raise ItemError(f"{path}: {len(problems)} of {len(rows)} rows cannot be used: {shown}")
     known = sum(item.answer is not None for item in items)
     if known not in (0, len(items)):
         missing = next(item.number for item in items if item.answer is None)

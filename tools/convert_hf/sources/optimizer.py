@@ -14,6 +14,7 @@ from megatron.checkpoint.discovery import OPTIMIZER_FILE
 from megatron.checkpoint.manifest import file_checksum, read_manifest
 from megatron.checkpoint.optimizer_files import OptimizerIndex
 from megatron.checkpoint.state_ranges import STATE_KINDS, StateRange, StoredArray
+from megatron.common.errors import first_problems
 from megatron.layout import TensorRange, TensorSplit
 from tools.convert_hf.errors import ConvertError
 from tools.convert_hf.formats.pickles import TensorView
@@ -62,8 +63,7 @@ def open_optimizer(checkpoint: Checkpoint) -> OptimizerSource:
         index = OptimizerIndex(_version1_ranges(folder, files, layout), split)
         unverified = {name: sum_ for name in files if (sum_ := manifest.files[name].checksum) is not None}
     if problems := index.problems():
-        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-        raise ConvertError(f"{folder} is not complete: {'; '.join(problems[:3])}{more}")
+        raise ConvertError(f"{folder} is not complete: {first_problems(problems)}")
     return OptimizerSource(folder, files, index, unverified)
 
 
