@@ -9,17 +9,22 @@ import re
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
 
+from benchmarks.small_llama import LLAMA
+from megatron.checkpoint.manifest import file_checksum, read_manifest, write_manifest
+from megatron.checkpoint.state_ranges import BLOCK, ITEM
 from megatron.common.processes import children
 from megatron.data.indexed import IndexedWriter
 
@@ -27,12 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 VOCAB, SEQ = 576, 16
 BOUND_SECONDS = 120.0
 MODEL: dict[str, Any] = {
-    "norm": "rmsnorm",
-    "pos_emb": "rotary",
-    "activation": "swiglu",
-    "use_bias_in_attn_linear": False,
-    "use_bias_in_mlp": False,
-    "intermediate_size_convention": "hf",
+    **LLAMA,
     "num_layers": 2,
     "hidden_size": 32,
     "num_attention_heads": 4,
@@ -266,3 +266,18 @@ for key in ("verdict", "beat/0", "beat/1"):
     store.set(key, "not JSON")
 print(6)
 """
+
+
+def write_nan(path: Path) -> None:
+    """A NaN in an optimizer file that the manifest knows of: written, not damaged on the way."""
+    manifest = read_manifest(path.parent)
+    entry = manifest.files[path.name]
+    first = entry.ranges[0]
+    array, length = first.arrays["exp_avg"], ITEM * min(len(first.where), BLOCK)
+    content = bytearray(path.read_bytes())
+    content[array.offset : array.offset + ITEM] = struct.pack("<f", float("nan"))
+    path.write_bytes(content)
+    sums = (zlib.crc32(content[array.offset : array.offset + length]), *array.checksums[1:])
+    arrays = {**first.arrays, "exp_avg": replace(array, checksums=sums)}
+    entry = replace(entry, checksum=file_checksum(path), ranges=(replace(first, arrays=arrays), *entry.ranges[1:]))
+    write_manifest(path.parent, replace(manifest, files={**manifest.files, path.name: entry}))

@@ -17,12 +17,10 @@ import resource
 import shutil
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import tempfile
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,10 +35,9 @@ from benchmarks.fault_runs import (  # noqa: E402
     listening_ports,
     send_everything_foreign,
     start,
+    write_nan,
     write_tokens,
 )
-from megatron.checkpoint.manifest import file_checksum, read_manifest, write_manifest  # noqa: E402
-from megatron.checkpoint.state_ranges import BLOCK, ITEM  # noqa: E402
 
 MARKER = "faults"
 LAYER, OPTIMIZER = "layer_03-model_01-model_states.pt", "rank_00001_optim_states.safetensors"
@@ -203,18 +200,7 @@ for _kind, _name in (("a layer file", LAYER), ("an optimizer file", OPTIMIZER), 
 
 @fault("NaN in an optimizer file whose checksum is right", r"exp_avg of .* not finite", 2)
 def _(place: Workplace) -> Observed:
-    path = place.checkpoints / "global_step12" / OPTIMIZER
-    manifest = read_manifest(path.parent)
-    entry = manifest.files[path.name]
-    first = entry.ranges[0]
-    array, length = first.arrays["exp_avg"], ITEM * min(len(first.where), BLOCK)
-    content = bytearray(path.read_bytes())
-    content[array.offset : array.offset + ITEM] = struct.pack("<f", float("nan"))
-    path.write_bytes(content)
-    sums = (zlib.crc32(content[array.offset : array.offset + length]), *array.checksums[1:])
-    arrays = {**first.arrays, "exp_avg": replace(array, checksums=sums)}
-    entry = replace(entry, checksum=file_checksum(path), ranges=(replace(first, arrays=arrays), *entry.ranges[1:]))
-    write_manifest(path.parent, replace(manifest, files={**manifest.files, path.name: entry}))
+    write_nan(place.checkpoints / "global_step12" / OPTIMIZER)
     return start(place, "--train_iters", "14")
 
 

@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.ranks import run_ranks_forked  # noqa: E402
+from benchmarks.small_llama import LLAMA  # noqa: E402
 from megatron.neox_arguments import NeoXArgs  # noqa: E402
 from megatron.planner.cost.memory import StageMemory, plan_memory  # noqa: E402
 from megatron.planner.cost.parallel_layout import ParallelLayout  # noqa: E402
@@ -95,12 +96,7 @@ class Case:
                 "num_attention_heads": self.heads,
                 "num_kv_heads": self.kv_heads,
                 "intermediate_size": self.intermediate,
-                "intermediate_size_convention": "hf",
-                "norm": "rmsnorm",
-                "pos_emb": "rotary",
-                "activation": "swiglu",
-                "use_bias_in_attn_linear": False,
-                "use_bias_in_mlp": False,
+                **LLAMA,
                 "vocab_size": self.vocab,
                 "make_vocab_size_divisible_by": 1,
                 "seq_length": self.seq,

@@ -27,6 +27,17 @@ LLAMA3_ROPE = {
 THETA, EPS, HEAD_DIM = 500_000, 1e-5, 64
 
 
+# What makes a model a Llama in GPT-NeoX's keys.
+LLAMA: dict[str, Any] = {
+    "intermediate_size_convention": "hf",
+    "norm": "rmsnorm",
+    "pos_emb": "rotary",
+    "activation": "swiglu",
+    "use_bias_in_attn_linear": False,
+    "use_bias_in_mlp": False,
+}
+
+
 @dataclass(frozen=True)
 class SmallLlama:
     """Heads of 64, a quarter as many for keys and values, an MLP of 3.5 hidden sizes, Llama-3's rotary scaling."""
@@ -56,12 +67,7 @@ class SmallLlama:
             "num_attention_heads": self.heads,
             "num_kv_heads": self.kv_heads,
             "intermediate_size": self.intermediate,
-            "intermediate_size_convention": "hf",
-            "norm": "rmsnorm",
-            "pos_emb": "rotary",
-            "activation": "swiglu",
-            "use_bias_in_attn_linear": False,
-            "use_bias_in_mlp": False,
+            **LLAMA,
             "vocab_size": self.vocab,
             "make_vocab_size_divisible_by": 1,
             "seq_length": self.seq,

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import shutil
-import struct
-import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks.fault_runs import write_nan
 from megatron.checkpoint import layer_files
-from megatron.checkpoint.manifest import FileEntry, checksum, file_checksum, read_manifest, write_manifest
+from megatron.checkpoint.manifest import FileEntry, checksum, read_manifest
 from megatron.checkpoint.save import save_checkpoint
 from megatron.checkpoint.state import TrainState
-from megatron.checkpoint.state_ranges import BLOCK, ITEM
 from megatron.checkpoint.torch_files import read_tensors
 from megatron.checkpoint.verified import verified, verified_tensors
 from megatron.common.errors import CheckpointError
@@ -43,27 +41,12 @@ def zero(path: Path) -> None:
     path.write_bytes(content)
 
 
-def poison(path: Path) -> None:
-    """A NaN that the manifest knows of: written, not damaged on the way."""
-    manifest = read_manifest(path.parent)
-    entry = manifest.files[path.name]
-    first = entry.ranges[0]
-    array, length = first.arrays["exp_avg"], ITEM * min(len(first.where), BLOCK)
-    content = bytearray(path.read_bytes())
-    content[array.offset : array.offset + ITEM] = struct.pack("<f", float("nan"))
-    path.write_bytes(content)
-    sums = (zlib.crc32(content[array.offset : array.offset + length]), *array.checksums[1:])
-    arrays = {**first.arrays, "exp_avg": replace(array, checksums=sums)}
-    entry = replace(entry, checksum=file_checksum(path), ranges=(replace(first, arrays=arrays), *entry.ranges[1:]))
-    write_manifest(path.parent, replace(manifest, files={**manifest.files, path.name: entry}))
-
-
 DAMAGES: list[tuple[Any, str, str]] = [
     (flip, LAYER, rf"{LAYER} is damaged: .* the manifest says crc32"),
     (zero, LAYER, rf"{LAYER} is damaged"),
     (flip, OPTIMIZER, rf"rank 1: .*{OPTIMIZER} is damaged"),
     (zero, OPTIMIZER, rf"rank 1: .*{OPTIMIZER} is damaged"),
-    (poison, OPTIMIZER, r"exp_avg of .* holds values that are not finite"),
+    (write_nan, OPTIMIZER, r"exp_avg of .* holds values that are not finite"),
     (flip, "manifest.json", "manifest.json"),
     (flip, "mp_rank_00_model_states.pt", "mp_rank_00_model_states.pt is damaged"),
     (flip, "hf/config.json", "config.json is damaged"),

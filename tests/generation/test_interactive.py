@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,11 +15,8 @@ from megatron.generation.prompts import endings_of
 from megatron.generation.requests import PromptReader
 from megatron.generation.sampling import Sampling
 from megatron.generation.sequences import Continuation
-from megatron.launcher.local import reads_input
-from megatron.neox_arguments import NeoXArgs
 from megatron.parallel.rank_env import TYPED
 from megatron.tokenizer import Tokenizer
-from tests.support.configurations import keys
 from tests.support.models import Case
 
 pytestmark = pytest.mark.unit
@@ -92,15 +87,3 @@ def test_a_conversation_goes_on_until_it_is_reset(hf_tokenizer: Tokenizer, monke
     assert second.startswith(answered)
     assert second[len(answered) :] == first.removeprefix("<|begin_of_text|>").replace("One?", "Two?")
     assert third == first.replace("One?", "stop"), "a word that ends single prompts is a turn like others"
-
-
-@pytest.mark.parametrize(("kind", "shown"), [("interactive", "typed"), ("unconditional", "")])
-def test_only_an_interactive_program_gets_what_is_typed(kind: str, shown: str) -> None:
-    args = NeoXArgs.from_dict(keys(from_scratch=None, load="x", vocab_file="x", text_gen_type=kind), task="generate")
-    assert reads_input(args) == (kind == "interactive")
-    program = (
-        "import os, sys\nfrom megatron.launcher.local import supervise\n"
-        f"sys.exit(supervise(['cat'], dict(os.environ), with_input={reads_input(args)}))"
-    )
-    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, input="typed", capture_output=True, text=True)
-    assert (result.returncode, result.stdout) == (0, shown)

@@ -15,18 +15,23 @@ ROPE = {
     "original_max_position_embeddings": 128,
 }
 
-VALID: dict[str, Any] = {
-    "num_layers": 4,
-    "hidden_size": 128,
-    "num_attention_heads": 8,
-    "num_kv_heads": 4,
-    "intermediate_size": 352,
+# What makes a model a Llama in GPT-NeoX's keys.
+LLAMA: dict[str, Any] = {
     "intermediate_size_convention": "hf",
     "norm": "rmsnorm",
     "pos_emb": "rotary",
     "activation": "swiglu",
     "use_bias_in_attn_linear": False,
     "use_bias_in_mlp": False,
+}
+
+VALID: dict[str, Any] = {
+    "num_layers": 4,
+    "hidden_size": 128,
+    "num_attention_heads": 8,
+    "num_kv_heads": 4,
+    "intermediate_size": 352,
+    **LLAMA,
     "vocab_size": 4096,
     "make_vocab_size_divisible_by": 1,
     "no_weight_tying": True,

@@ -16,6 +16,7 @@ from megatron import layout
 from megatron.engine.protocol import Engine, PipelineStage
 from megatron.neox_arguments import NeoXArgs
 from megatron.parallel.place import Place
+from tests.support.configurations import LLAMA
 
 
 def llama3_rope(factor: float, original: int) -> tuple[tuple[str, Any], ...]:
@@ -61,12 +62,7 @@ class Case:
             "num_attention_heads": self.heads,
             "num_kv_heads": self.kv_heads,
             "intermediate_size": self.intermediate,
-            "intermediate_size_convention": "hf",
-            "norm": "rmsnorm",
-            "pos_emb": "rotary",
-            "activation": "swiglu",
-            "use_bias_in_attn_linear": False,
-            "use_bias_in_mlp": False,
+            **LLAMA,
             "vocab_size": self.vocab,
             "make_vocab_size_divisible_by": 1,
             "seq_length": self.seq,
