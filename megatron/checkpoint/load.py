@@ -20,7 +20,8 @@ from megatron.checkpoint.manifest import checksum
 from megatron.checkpoint.optimizer_load import SavedOptimizer
 from megatron.checkpoint.resharded_layers import load_resharded_layers
 from megatron.checkpoint.save import HF, read_small_files
-from megatron.checkpoint.start import SavedCheckpoint, Start, locate
+from megatron.checkpoint.saved import SavedCheckpoint
+from megatron.checkpoint.start import Start, locate
 from megatron.checkpoint.state import TrainState, restore_rng
 from megatron.checkpoint.verified import damage
 from megatron.common.errors import CheckpointError, first_problems

@@ -9,12 +9,12 @@ import logging
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from megatron.checkpoint.choice import Restored, StartChoice, choose_start, own_options
-from megatron.checkpoint.discovery import find_checkpoint, meta_file_name
-from megatron.checkpoint.facts import check_model, describe_run_changes, recorded_facts
-from megatron.checkpoint.manifest import MANIFEST_NAME, FileEntry, Manifest, read_manifest
+from megatron.checkpoint.discovery import meta_file_name
+from megatron.checkpoint.facts import describe_run_changes
+from megatron.checkpoint.saved import SavedCheckpoint, saved_checkpoint
 from megatron.checkpoint.torch_files import read_file
 from megatron.checkpoint.verified import verified
 from megatron.common.errors import CheckpointError
@@ -25,22 +25,6 @@ if TYPE_CHECKING:
     from megatron.parallel.collective_errors import RankGroup
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class SavedCheckpoint:
-    """A checkpoint folder and its manifest, None if GPT-NeoX wrote it."""
-
-    folder: Path
-    manifest: Manifest | None
-
-    @property
-    def provenance(self) -> dict[str, Any]:
-        return {} if self.manifest is None else self.manifest.provenance
-
-    def entry(self, name: str) -> FileEntry | None:
-        """What the manifest says of a file; None without a manifest."""
-        return None if self.manifest is None else self.manifest.files.get(name)
 
 
 @dataclass(frozen=True)
@@ -95,7 +79,7 @@ def find_start(ranks: RankGroup, args: NeoXArgs) -> Start:
     with ranks.together(f"comparing {checkpoint.folder} with the configuration"):
         changes = None
         if ranks.rank == 0:
-            changes = describe_run_changes(_facts(checkpoint)[1], args)
+            changes = describe_run_changes(checkpoint.facts()[1], args)
         if changes is not None:
             logger.warning(changes)
     return Start(checkpoint, choice.restored, read_position(ranks, checkpoint), choice.own_save)
@@ -111,17 +95,10 @@ def locate(
     found = None
     with ranks.together(f"loading from {root}"):
         if ranks.rank == 0:
-            folder = find_checkpoint(root, iteration, options)
-            found = SavedCheckpoint(folder, read_manifest(folder) if (folder / MANIFEST_NAME).exists() else None)
-            check_model(folder, _facts(found)[0], args)
+            found = saved_checkpoint(root, iteration, args, options)
     checkpoint = ranks.broadcast(found)
     assert checkpoint is not None
     return checkpoint
-
-
-def _facts(checkpoint: SavedCheckpoint) -> tuple[dict[str, Any], dict[str, Any]]:
-    config = checkpoint.folder / "hf" / "config.json"
-    return recorded_facts(checkpoint.provenance, config.read_bytes() if config.is_file() else None)
 
 
 def position_of_gpt_neox(folder: Path, train_batch_size: int) -> Position:

@@ -13,16 +13,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from megatron.checkpoint.choice import choose_start, own_options
-from megatron.checkpoint.discovery import find_checkpoint
-from megatron.checkpoint.facts import check_model, recorded_facts
 from megatron.checkpoint.layer_set import set_problems
-from megatron.checkpoint.manifest import MANIFEST_NAME, read_manifest
 from megatron.checkpoint.owner import FolderOwner
+from megatron.checkpoint.saved import saved_checkpoint
 from megatron.common.errors import ConfigError, UserError, first_problems, one_line
 from megatron.evaluation.multiple_choice.items import read_items
 from megatron.neox_arguments import NeoXArgs
 from megatron.neox_arguments.registry import as_one_message
-from megatron.planner.cost.checkpoint_size import checkpoint_size
 
 _ABSENT = ("no such file", "is not there", "is not a folder", "cannot be written")
 
@@ -75,15 +72,11 @@ def _checkpoint(args: NeoXArgs) -> Iterator[str]:
     else:
         assert args.load is not None  # the rule weights_are_given
         root, iteration, options = Path(args.load), args.iteration, None
-    folder = find_checkpoint(root, iteration, options)
-    manifest = read_manifest(folder) if (folder / MANIFEST_NAME).exists() else None
-    config = folder / "hf" / "config.json"
-    provenance = {} if manifest is None else manifest.provenance
-    model, _ = recorded_facts(provenance, config.read_bytes() if config.is_file() else None)
-    check_model(folder, model, args)
+    found = saved_checkpoint(root, iteration, args, options)
+    folder, manifest = found.folder, found.manifest
     names = {path.name for path in folder.iterdir()} if manifest is None else set(manifest.files)
     # Weights are cut anew for another TP; the files are those of the TP that wrote them.
-    layout = provenance.get("layout")
+    layout = found.provenance.get("layout")
     tp = layout.get("tp") if isinstance(layout, dict) else None
     problems = set_problems(names, args.shape, tp if isinstance(tp, int) else args.model_parallel_size)
     if problems:
@@ -160,6 +153,9 @@ def _save_folder(args: NeoXArgs) -> Iterator[str]:
     save = Path(args.save)
     yield from _unwritable("save", save)
     parent = _existing(save)
+    # Not at the top: a run that saves nothing, and `--print-config`, start without the planner.
+    from megatron.planner.cost.checkpoint_size import checkpoint_size
+
     needed = checkpoint_size(args.shape, args.model_parallel_size, args.precision).total
     free = shutil.disk_usage(parent).free
     if free < needed:

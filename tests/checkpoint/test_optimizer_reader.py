@@ -16,7 +16,7 @@ from megatron.checkpoint import load, state_ranges
 from megatron.checkpoint.manifest import FileEntry, Manifest, file_checksum, read_manifest
 from megatron.checkpoint.optimizer_files import OptimizerIndex, plan_file, write_optimizer_file
 from megatron.checkpoint.optimizer_reader import StateReader
-from megatron.checkpoint.start import SavedCheckpoint
+from megatron.checkpoint.saved import SavedCheckpoint
 from megatron.checkpoint.state import capture_rng, restore_rng, rng_from_bytes, rng_to_bytes
 from megatron.common.errors import CheckpointError
 from megatron.layout import LlamaShape, TensorRange, TensorSplit, layer_files, padded_vocab_size

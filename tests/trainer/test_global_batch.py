@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from megatron.checkpoint.manifest import Manifest
-from megatron.checkpoint.start import SavedCheckpoint, Start
+from megatron.checkpoint.saved import SavedCheckpoint
+from megatron.checkpoint.start import Start
 from megatron.common.errors import ConfigError
 from megatron.neox_arguments import NeoXArgs
 from megatron.trainer.global_batch import keep_global_batch
