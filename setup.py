@@ -81,6 +81,7 @@ setup(
     extras_require={
         "data": requirements("requirements-data.txt"),
         "eval": requirements("requirements-eval.txt"),
+        "examples": requirements("requirements-examples.txt"),
         "dev": requirements("requirements-dev.txt"),
         "wandb": ["wandb"],
     },
