@@ -23,10 +23,11 @@ from megatron.checkpoint.save import HF, read_small_files
 from megatron.checkpoint.saved import SavedCheckpoint
 from megatron.checkpoint.start import Start, locate
 from megatron.checkpoint.state import TrainState, restore_rng
+from megatron.checkpoint.torch_files import read_headers
 from megatron.checkpoint.verified import damage
 from megatron.common.errors import CheckpointError, first_problems
-from megatron.layout import TensorSplit
-from megatron.parallel.collective_errors import RankGroup
+from megatron.layout import EMBEDDING_INDEX, TensorSplit, layer_file_name, padded_vocab_size
+from megatron.parallel.collective_errors import RankGroup, gather_by_rank
 
 if TYPE_CHECKING:
     from megatron.engine.protocol import Engine
@@ -49,15 +50,15 @@ def load_checkpoint(
     assert checkpoint is not None
     ranks = RankGroup.world(engine.place.device)
     here, there = TensorSplit(args.shape, args.model_parallel_size), saved_split(checkpoint, args)
+    _verify(ranks, checkpoint, there)
     optimizer: SavedOptimizer | None = None
     with ranks.together(f"loading {checkpoint.folder}"):
         if start.restores_optimizer:
-            optimizer = _fit_optimizer(checkpoint, engine, args.precision, there, ways_out(args, start))
-    _verify(ranks, checkpoint, there)
+            optimizer = _fit_optimizer(checkpoint, args.precision, there, ways_out(args, start))
     if optimizer is not None:
-        _verify_index(ranks, optimizer, ways_out(args, start))
+        _find_states(ranks, optimizer, ways_out(args, start))
     _load_layers(ranks, checkpoint, engine, here, there)
-    same_layout = checkpoint.provenance.get("layout") == engine.place.sizes
+    same_layout = checkpoint.layout == engine.place.sizes
     if optimizer is not None:
         random_states = None
         with ranks.together(f"loading optimizer states of {checkpoint.folder}"):
@@ -71,7 +72,7 @@ def load_checkpoint(
         engine.weights_changed()
     position = start.position
     if start.restored != "weights":
-        engine.counters = position.counters
+        engine.counters = position.counters if optimizer is None else optimizer.counters(position.counters)
     hf_files: dict[str, bytes] = {}
     with ranks.together(f"reading {checkpoint.folder / HF}"):
         if ranks.rank == 0:
@@ -88,9 +89,8 @@ def load_checkpoint(
         f"loaded {start.restored} from {checkpoint.folder}: iteration {state.iteration}, "
         f"{state.consumed_samples} samples"
     )
-    saved = checkpoint.provenance.get("layout", {})
-    if start.restored != "weights" and not same_layout and saved.keys() == engine.place.sizes.keys():
-        logger.info(f"saved at {layout_text(saved)}, running at {layout_text(engine.place.sizes)}")
+    if start.restored != "weights" and not same_layout and checkpoint.layout.keys() == engine.place.sizes.keys():
+        logger.info(f"saved at {_layout_text(checkpoint.layout)}, running at {_layout_text(engine.place.sizes)}")
     if start.restored != "weights" and data_fingerprints is not None:
         for line in data_changes(checkpoint.provenance.get("data", {}), data_fingerprints):
             logger.warning(line)
@@ -114,12 +114,13 @@ def load_weights(engine: Engine, args: NeoXArgs) -> Path:
 
 
 def saved_split(checkpoint: SavedCheckpoint, args: NeoXArgs) -> TensorSplit:
-    """How a checkpoint's tensors are cut: the TP of its manifest, and the padding of the vocabulary that goes with it.
+    """How a checkpoint's tensors are cut: the TP that wrote it, and the padding of the vocabulary that goes with it.
 
-    The configuration's where the manifest does not say, or there is none.
+    The configuration's where the checkpoint does not say.
     """
-    tp = checkpoint.provenance.get("layout", {}).get("tp", args.model_parallel_size)
-    padded = checkpoint.provenance.get("shape", {}).get("padded_vocab_size", args.shape.padded_vocab_size)
+    tp = checkpoint.layout.get("tp", args.model_parallel_size)
+    padded = padded_vocab_size(args.shape.vocab_size, args.make_vocab_size_divisible_by, tp)
+    padded = checkpoint.provenance.get("shape", {}).get("padded_vocab_size", padded)
     return TensorSplit(replace(args.shape, padded_vocab_size=padded), tp)
 
 
@@ -166,47 +167,45 @@ def ways_out(args: NeoXArgs, start: Start) -> str:
     ).replace(" --finetune false --finetune true", " --finetune true")
 
 
-def _fit_optimizer(
-    checkpoint: SavedCheckpoint, engine: Engine, precision: str, split: TensorSplit, instead: str
-) -> SavedOptimizer:
+def _fit_optimizer(checkpoint: SavedCheckpoint, precision: str, split: TensorSplit, instead: str) -> SavedOptimizer:
     """The checkpoint's optimizer states; CheckpointError if they are absent or cannot be those of this run.
 
     `instead` is what a user can do without them.
     """
-    folder, provenance = checkpoint.folder, checkpoint.provenance
-    if checkpoint.manifest is None:
-        raise CheckpointError(
-            f"{folder} has no manifest: optimizer states of GPT-NeoX are not read; go on at its iteration with new "
-            f"optimizer states by --no_load_optim true, or start from its weights with --finetune true"
-        )
-    optimizer = SavedOptimizer(folder, checkpoint.manifest, split)
+    folder = checkpoint.folder
+    optimizer = SavedOptimizer(checkpoint, split)
     if not optimizer.files:
-        reason = "they were removed (keep_optimizer_last_n)" if "optimizer" in provenance else "it is converted"
+        if checkpoint.manifest is None:
+            reason = "of GPT-NeoX's files those of ZeRO stage 1 are read (zero_pp_rank_X_mp_rank_YY_optim_states.pt)"
+        elif "optimizer" in checkpoint.provenance:
+            reason = "they were removed (keep_optimizer_last_n)"
+        else:
+            reason = "it is converted"
         raise CheckpointError(f"{folder} has no optimizer states: {reason}; {instead}")
-    if provenance.get("precision") != precision:
+    saved = checkpoint.provenance.get("precision")
+    if checkpoint.manifest is None:
+        weights = read_headers(folder / layer_file_name(EMBEDDING_INDEX, 0)).values()
+        saved = {"float32": "fp32", "float16": "fp16"}.get(next(iter(weights)).dtype, "bfloat16")
+    if saved != precision:
         raise CheckpointError(
-            f"{folder} was saved in precision {provenance.get('precision')}, this run is {precision}: optimizer states "
+            f"{folder} was saved in precision {saved}, this run is {precision}: optimizer states "
             f"differ between them; {instead}"
-        )
-    saved, now = provenance.get("layout"), engine.place.sizes
-    if not optimizer.by_ranges and saved != now:
-        raise CheckpointError(
-            f"{folder} was saved at {layout_text(saved)}, this run is {layout_text(now)}: its optimizer files are of "
-            "version 1, which is read at its own layout; write them anew with `python tools/convert_hf reshard "
-            f"--optimizer --tp {now['tp']} --pp {now['pp']} --dp {now['dp']}`, or {instead}"
         )
     return optimizer
 
 
-def _verify_index(ranks: RankGroup, optimizer: SavedOptimizer, instead: str) -> None:
-    """The optimizer files hold each element of the model's state once. One rank looks: all have the same manifest."""
+def _find_states(ranks: RankGroup, optimizer: SavedOptimizer, instead: str) -> None:
+    """Learn where the states lie; the files hold each element of the model's state once. Collective."""
     with ranks.together(f"loading {optimizer.folder}"):
-        if optimizer.by_ranges and ranks.rank == 0 and (problems := optimizer.index.problems()):
+        part = optimizer.read_part(ranks.rank, ranks.size)
+    parts = gather_by_rank(part, ranks.group)
+    with ranks.together(f"loading {optimizer.folder}"):
+        optimizer.join(parts)
+        # One rank looks: all have the same index.
+        if ranks.rank == 0 and (problems := optimizer.index.problems()):
             raise CheckpointError(f"{optimizer.folder} is not complete: {first_problems(problems)}; {instead}")
 
 
-def layout_text(sizes: Any) -> str:
+def _layout_text(sizes: Mapping[str, Any]) -> str:
     """TP, PP and DP as one reads them in the log."""
-    if not isinstance(sizes, Mapping):
-        return "an unknown layout"
-    return " ".join(f"{name.upper()}{sizes.get(name, '?')}" for name in ("tp", "pp", "dp"))
+    return " ".join(f"{name.upper()}{sizes[name]}" for name in ("tp", "pp", "dp"))

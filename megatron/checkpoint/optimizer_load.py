@@ -1,61 +1,113 @@
-"""An engine's optimizer from a checkpoint: of version 2 at any layout, of version 1 at the layout that wrote it.
+"""An engine's optimizer from a checkpoint, at any layout: from our files, from DeepSpeed's of version 1 or of GPT-NeoX.
 
 Nothing is gathered in memory: each range is read in blocks, straight into the engine's tensors.
 """
 
 from __future__ import annotations
 
+import logging
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from megatron.checkpoint import version1
 from megatron.checkpoint.discovery import OPTIMIZER_FILE
-from megatron.checkpoint.manifest import FileEntry, Manifest, file_checksum
+from megatron.checkpoint.manifest import file_checksum
 from megatron.checkpoint.optimizer_files import OptimizerIndex, optimizer_file_name
 from megatron.checkpoint.optimizer_reader import StateReader
+from megatron.checkpoint.saved import SavedCheckpoint
 from megatron.checkpoint.state import rng_from_bytes
 from megatron.checkpoint.state_ranges import ITEM, block_bytes
-from megatron.checkpoint.torch_files import read_file
+from megatron.checkpoint.torch_files import dtype_name, read_file
+from megatron.checkpoint.verified import damage
+from megatron.checkpoint.zero_files import StoredTensor, ZeroFile, all_ranges, describe, rank_of_file
 from megatron.common.errors import CheckpointError
+from megatron.engine.protocol import Counters, LossScaleState
 from megatron.layout import TensorRange, TensorSplit
 
 if TYPE_CHECKING:
     from megatron.engine.protocol import Engine
 
+logger = logging.getLogger(__name__)
+
 
 class SavedOptimizer:
-    """The optimizer files of a checkpoint, as one rank needs them."""
+    """The optimizer files of a checkpoint, as one rank needs them.
 
-    def __init__(self, folder: Path, manifest: Manifest, split: TensorSplit) -> None:
-        self.folder, self.split = folder, split
-        self.files = {name: entry for name, entry in manifest.files.items() if OPTIMIZER_FILE.fullmatch(name)}
-        self.index = OptimizerIndex.of(manifest, split)
+    `index` says where each range lies. The manifest has it for our files; DeepSpeed's are read for it, each by one rank
+    (`read_part`), and all ranks join what they found (`join`).
+    """
 
-    @property
-    def by_ranges(self) -> bool:
-        """Version 2: any layout can read it."""
-        return any(entry.ranges for entry in self.files.values())
+    def __init__(self, checkpoint: SavedCheckpoint, split: TensorSplit) -> None:
+        self.folder, self.split, self.layout = checkpoint.folder, split, checkpoint.layout
+        manifest = checkpoint.manifest
+        if manifest is None:
+            names = sorted(path.name for path in self.folder.iterdir() if rank_of_file(path.name) is not None)
+        else:
+            names = sorted(filter(OPTIMIZER_FILE.fullmatch, manifest.files))
+        self.files = {name: checkpoint.entry(name) for name in names}
+        self.by_ranges = any(entry is not None and entry.ranges for entry in self.files.values())
+        self.written_by_us = manifest is not None
+        self.index = OptimizerIndex({}, split) if manifest is None else OptimizerIndex.of(manifest, split)
+        self._first: ZeroFile | None = None
+
+    def read_part(self, rank: int, size: int) -> dict[str, ZeroFile]:
+        """This rank's share of DeepSpeed's files, as a whole compared with their checksums if the manifest has any.
+
+        Not collective; CheckpointError names the file that is damaged, or of another optimizer.
+        """
+        part: dict[str, ZeroFile] = {}
+        for name in [] if self.by_ranges else list(self.files)[rank::size]:
+            path, entry = self.folder / name, self.files[name]
+            if entry is not None and entry.checksum is not None and (found := file_checksum(path)) != entry.checksum:
+                raise CheckpointError(damage(path, found, entry.checksum))
+            with FakeTensorMode():  # tensors without data, which know where theirs are in the file
+                content = read_file(path, classes=_STAND_INS)
+            part[name] = describe(path, content, _place)
+        return part
+
+    def join(self, parts: Sequence[Mapping[str, ZeroFile]]) -> None:
+        """Make the index from what the ranks have read; CheckpointError if files are missing."""
+        if self.by_ranges:
+            return
+        files = {name: file for part in parts for name, file in part.items()}
+        self.index = OptimizerIndex(all_ranges(files, self.layout, self.folder), self.split)
+        self._first = next(iter(files.values()))
+        if (factor := self._first.gradient_factor) != 1:
+            logger.info(
+                f"{self.folder}: DeepSpeed added up the gradients of {factor} micro-batches; here the moments are of "
+                f"their mean: divided by {factor} and {factor**2}"
+            )
+
+    def counters(self, counters: Counters) -> Counters:
+        """What GPT-NeoX's files know besides a run's position: fp16's loss scale, and the steps that overflowed."""
+        if self.written_by_us or self._first is None or self._first.loss_scale is None:
+            return counters
+        scale = self._first.loss_scale
+        overflows = scale["cur_iter"] - self._first.steps[0]
+        state = LossScaleState(
+            scale["cur_scale"], scale["cur_iter"], scale["last_overflow_iter"], scale["cur_hysteresis"]
+        )
+        return replace(counters, skipped=overflows, overflows=overflows, loss_scale=state)
 
     def load(self, engine: Engine, here: TensorSplit) -> None:
         """Fill the engine's optimizer; its weights are loaded. Not collective; CheckpointError names what is wrong."""
-        if not self.by_ranges:
-            engine.load_shards(_Version1(*self._version1_file(engine)).read)
-            return
         with StateReader(self.folder, self.index, here) as reader:
             engine.load_shards(_Ranges(reader, self.index).read)
 
     def random_states(self, engine: Engine) -> dict[str, Any] | None:
         """Those that this rank saved; None if there are none. Only at the layout of the checkpoint."""
+        if not self.written_by_us:
+            return None  # GPT-NeoX's are arrays of numpy, which only running code brings back; without dropout, unused
         if not self.by_ranges:
-            path, _ = self._version1_file(engine)
-            found: dict[str, Any] | None = _read_version1(path).get("rng")
+            wanted = (engine.place.dp_rank, engine.place.model_rank)
+            name = next(name for name in self.files if rank_of_file(name) == wanted)
+            found: dict[str, Any] | None = read_file(self.folder / name, lazy=True, classes=_STAND_INS).get("rng")
             return found
         name = optimizer_file_name(engine.place.rank)
         entry = self.files.get(name)
@@ -71,13 +123,6 @@ class SavedOptimizer:
                 f"says crc32:{stored.crc:08x}"
             )
         return rng_from_bytes(data)
-
-    def _version1_file(self, engine: Engine) -> tuple[Path, FileEntry]:
-        wanted = (engine.place.dp_rank, engine.place.model_rank)
-        for name, entry in self.files.items():
-            if version1.rank_of_file(name) == wanted:
-                return self.folder / name, entry
-        raise CheckpointError(f"{self.folder} lacks the optimizer file of dp_rank {wanted[0]}, mp_rank {wanted[1]:02d}")
 
 
 class _Ranges:
@@ -107,18 +152,15 @@ def not_finite(place: str) -> str:
     )
 
 
-# --- version 1
+# --- DeepSpeed's files
 
 
 class _Fragment:
     """In place of DeepSpeed's class in the file: `numel` and `start` in the rank's partition."""
 
-    numel: int
-    start: int
-
 
 class _Closed:
-    """In place of what is of no use here: the loss scaler, the number of the ZeRO stage."""
+    """In place of the loss scaler and the number of the ZeRO stage: attributes without a class."""
 
     def __init__(self, *_: Any) -> None:
         pass
@@ -132,40 +174,11 @@ _STAND_INS = (
 )
 
 
-def _read_version1(path: Path) -> dict[str, Any]:
-    content = read_file(path, lazy=True, classes=_STAND_INS)
-    if not isinstance(content, dict) or not isinstance(content.get("optimizer_state_dict"), dict):
-        raise CheckpointError(f"{path} holds no optimizer state")
-    return content
-
-
-class _Version1:
-    """One rank's file, for the rank of the same layout that has the same place."""
-
-    def __init__(self, path: Path, entry: FileEntry) -> None:
-        if entry.checksum is not None and (found := file_checksum(path)) != entry.checksum:
-            raise CheckpointError(f"{path} is damaged: its checksum is {found}, the manifest says {entry.checksum}")
-        optimizer = _read_version1(path)["optimizer_state_dict"]
-        self.path = path
-        self.masters, self.states = optimizer[version1.MASTERS], optimizer[version1.STATE]["state"]
-        self.fragments = {
-            version1.tensor_of_parameter(name, str(path)): (group, fragment)
-            for group, named in enumerate(optimizer[version1.FRAGMENTS])
-            for name, fragment in named.items()
-        }
-
-    def read(self, where: TensorRange, tensors: Mapping[str, Tensor]) -> int:
-        group, fragment = self.fragments.get((where.layer, where.tensor), (0, None))
-        if fragment is None or fragment.numel != len(where):
-            has = "nothing" if fragment is None else f"{fragment.numel} elements"
-            raise CheckpointError(f"{self.path} holds {has} for {where}: it was saved at another layout")
-        state = {"master": self.masters[group], **self.states.get(group, {})}
-        for kind, tensor in tensors.items():
-            if kind in state:
-                part = state[kind].detach()[fragment.start : fragment.start + fragment.numel]
-                if not torch.isfinite(part).all():
-                    raise CheckpointError(not_finite(f"{self.path}: {kind} of {where}"))
-                tensor.copy_(part)
-            else:  # saved before the first step
-                tensor.zero_()
-        return int(state.get("step", 0))
+def _place(value: Any) -> StoredTensor | None:
+    """Where the data of a tensor are that was read in FakeTensorMode."""
+    if not isinstance(value, Tensor) or not value.is_contiguous():
+        return None
+    storage = value.untyped_storage()._checkpoint_offset
+    assert storage is not None  # torch.load sets it in this mode
+    first = storage + int(value.storage_offset()) * value.element_size()
+    return StoredTensor(first, value.numel(), dtype_name(value.dtype))

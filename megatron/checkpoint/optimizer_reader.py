@@ -124,13 +124,15 @@ class StateReader:
             raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
         finally:
             self._release(file)
-        checksums = placed.state.arrays[kind].checksums
-        if checksums and (found := zlib.crc32(view)) != checksums[number]:
+        stored = placed.state.arrays[kind]
+        if stored.checksums and (found := zlib.crc32(view)) != stored.checksums[number]:
             raise CheckpointError(
                 f"{path} is damaged: {kind} of layer {placed.state.where.layer} {placed.state.where.tensor}, elements "
                 f"[{first}, {end}) of tensor rank {placed.state.where.tp_rank}, has checksum crc32:{found:08x}, the "
-                f"manifest says crc32:{checksums[number]:08x}"
+                f"manifest says crc32:{stored.checksums[number]:08x}"
             )
+        if stored.factor != 1:
+            data *= np.float32(stored.factor)
         with self._lock:
             self.bytes_read += len(view)
 

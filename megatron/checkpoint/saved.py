@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron.checkpoint.discovery import find_checkpoint
 from megatron.checkpoint.facts import check_model, recorded_facts
+from megatron.checkpoint.gpt_neox import layout_of_names
 from megatron.checkpoint.manifest import MANIFEST_NAME, FileEntry, Manifest, read_manifest
 
 if TYPE_CHECKING:
@@ -24,6 +26,14 @@ class SavedCheckpoint:
     @property
     def provenance(self) -> dict[str, Any]:
         return {} if self.manifest is None else self.manifest.provenance
+
+    @property
+    def layout(self) -> Mapping[str, Any]:
+        """TP, PP and DP of the run that wrote it, by `tp`, `pp`, `dp`; what is not known is left out."""
+        if self.manifest is None:
+            return layout_of_names(path.name for path in self.folder.iterdir())
+        layout = self.provenance.get("layout")
+        return layout if isinstance(layout, Mapping) else {}
 
     def entry(self, name: str) -> FileEntry | None:
         """What the manifest says of a file; None without a manifest."""

@@ -23,10 +23,15 @@ _CHECKSUMS = re.compile(r"[0-9a-f]{8}( [0-9a-f]{8})*")
 
 @dataclass(frozen=True)
 class StoredArray:
-    """One array of a range: its first byte in the file, and the CRC-32 of each block; none are known in version 1."""
+    """One array of a range: its first byte in the file, and the CRC-32 of each block.
+
+    DeepSpeed's files have no checksums, and their moments may be of gradients that are a multiple of ours: an element's
+    value is `factor` times what is stored.
+    """
 
     offset: int
     checksums: tuple[int, ...] = ()
+    factor: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -76,9 +76,7 @@ def _checkpoint(args: NeoXArgs) -> Iterator[str]:
     folder, manifest = found.folder, found.manifest
     names = {path.name for path in folder.iterdir()} if manifest is None else set(manifest.files)
     # Weights are cut anew for another TP; the files are those of the TP that wrote them.
-    layout = found.provenance.get("layout")
-    tp = layout.get("tp") if isinstance(layout, dict) else None
-    problems = set_problems(names, args.shape, tp if isinstance(tp, int) else args.model_parallel_size)
+    problems = set_problems(names, args.shape, found.layout.get("tp", args.model_parallel_size))
     if problems:
         yield f"{folder}: {first_problems(problems)}"
 

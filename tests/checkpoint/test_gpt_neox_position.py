@@ -38,7 +38,7 @@ def test_a_run_of_gpt_neox_goes_on_where_it_stood(tmp_path: Path) -> None:
     assert run_ranks(_load, 2, keys | {"no_load_optim": True}) == [(120, 120 * batch, 120, 120 * batch)] * 2
     assert run_ranks(_load, 2, keys | {"finetune": True}) == [(0, 0, 0, 0)] * 2
     refused = run_ranks(_load, 2, keys)
-    assert "optimizer states of GPT-NeoX are not read; go on at its iteration with new optimizer" in refused[0]
+    assert "has no optimizer states: of GPT-NeoX's files those of ZeRO stage 1 are read" in refused[0]
 
 
 @pytest.mark.unit

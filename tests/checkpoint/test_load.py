@@ -223,6 +223,10 @@ def _delete_shard_and_entry(folder: Path) -> None:
     _unlist(folder, SHARD)
 
 
+def _delete_manifest(folder: Path) -> None:
+    (folder / "manifest.json").unlink()
+
+
 def _delete_shard_and_manifest(folder: Path) -> None:
     _delete_shard(folder)
     (folder / "manifest.json").unlink()
@@ -279,7 +283,7 @@ REFUSALS: list[tuple[Any, dict, str]] = [
     (_optimizer_truncated, {}, f"{OPTIMIZER}: .* ends beyond the end of the file"),
     (_optimizer_deleted, {}, r"optimizer state of layer \d \S+ of tensor rank 0 is not there once from element 0 to"),
     (_optimizer_thinned_out, {}, "has no optimizer states: they were removed"),
-    (_delete_shard_and_manifest, {}, "has no manifest: optimizer states of GPT-NeoX are not read"),
+    (_delete_manifest, {}, "has no optimizer states: of GPT-NeoX's files those of ZeRO stage 1 are read"),
     (_nothing, {"precision": "fp32"}, "was saved in precision bfloat16, this run is fp32"),
     (_nothing, {"num_layers": 4}, "num_layers: 2 in the checkpoint, 4 in the configuration"),
     (_nothing, {"no_weight_tying": False, **FINETUNE}, "no_weight_tying: true in the checkpoint, false in"),
