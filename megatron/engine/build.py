@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from megatron.common.errors import UserError
 from megatron.engine.protocol import Around, Engine, PipelineStage, no_phases
 
 if TYPE_CHECKING:
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
 
 def build_engine(args: NeoXArgs, place: Place, around: Around = no_phases) -> Engine:
     """The engine of a training run; its weights are not initialised. Collective."""
+    if args.engine == "megatron":
+        raise UserError("engine: megatron cannot train yet; write engine: deepspeed")
     from megatron.engine.deepspeed import DeepSpeedEngine
 
     return DeepSpeedEngine.for_training(args, place, around)
