@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from megatron.common.errors import UserError
 from megatron.engine.protocol import Around, Engine, PipelineStage, no_phases
 
 if TYPE_CHECKING:
@@ -15,7 +14,9 @@ if TYPE_CHECKING:
 def build_engine(args: NeoXArgs, place: Place, around: Around = no_phases) -> Engine:
     """The engine of a training run; its weights are not initialised. Collective."""
     if args.engine == "megatron":
-        raise UserError("engine: megatron cannot train yet; write engine: deepspeed")
+        from megatron.engine.mcore import MegatronEngine
+
+        return MegatronEngine.for_training(args, place, around)
     from megatron.engine.deepspeed import DeepSpeedEngine
 
     return DeepSpeedEngine.for_training(args, place, around)
@@ -23,6 +24,10 @@ def build_engine(args: NeoXArgs, place: Place, around: Around = no_phases) -> En
 
 def build_inference_engine(args: NeoXArgs, place: Place, around: Around = no_phases) -> Engine:
     """The same pipeline without an optimizer, for evaluation and generation. Collective."""
+    if args.engine == "megatron":
+        from megatron.engine.mcore import MegatronEngine
+
+        return MegatronEngine.for_inference(args, place, around)
     from megatron.engine.deepspeed import DeepSpeedEngine
 
     return DeepSpeedEngine.for_inference(args, place, around)

@@ -85,6 +85,10 @@ FOLLOWED: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
         {"overlap_param_gather": None},
     ),
     (
+        "engine_megatron_deals_decoder_layers", {**INTERLEAVED, "pipe_partition_method": "uniform"},
+        "write pipe_partition_method: type:transformer|mlp", {"pipe_partition_method": "type:transformer|mlp"},
+    ),
+    (
         "engine_megatron_has_no_loss_scale", {**MEGATRON, "precision": "fp16"}, "write precision: bfloat16",
         {"precision": "bfloat16"},
     ),

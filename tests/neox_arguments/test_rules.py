@@ -89,6 +89,16 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
         {**MEGATRON, "no_weight_tying": False, "overlap_param_gather": True},
         "with a tied embedding",
     ),
+    (
+        "engine_megatron_deals_decoder_layers",
+        {**INTERLEAVED, "pipe_partition_method": "parameters"},
+        "parameters with engine: megatron, which deals",
+    ),
+    (
+        "engine_megatron_deals_decoder_layers",
+        {**INTERLEAVED, "pipe_partition_method": "type:transformer|embedding"},
+        "write pipe_partition_method: type:transformer|mlp",
+    ),
     ("engine_megatron_has_no_loss_scale", {**MEGATRON, "precision": "fp16"}, "the loss scaling is DeepSpeed's"),
     (
         "options_of_deepspeed_reach_it",

@@ -21,6 +21,9 @@ TIED = Case(heads=8, kv_heads=4, head_dim=8, layers=4, intermediate=88, vocab=16
 Split = tuple[int, int, int]
 """TP, PP, DP"""
 
+Keys = tuple[tuple[str, Any], ...]
+"""Further keys of the configuration and their values."""
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -75,13 +78,15 @@ class Training:
     description: list[str]
 
 
-def train_variant(variant: Variant, split: Split, sequence_parallel: bool) -> tuple[Engine, list[tuple[float, float]]]:
+def train_variant(
+    variant: Variant, split: Split, sequence_parallel: bool, keys: Keys = ()
+) -> tuple[Engine, list[tuple[float, float]]]:
     """On this rank, in new groups: the engine behind the last step, and the history."""
     from megatron.core import parallel_state
 
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
-    args = variant.arguments(split, sequence_parallel)
+    args = variant.arguments(split, sequence_parallel, **dict(keys))
     engine = build(args, variant.case)
     samples = variant.samples()
     history = []
@@ -91,19 +96,23 @@ def train_variant(variant: Variant, split: Split, sequence_parallel: bool) -> tu
     return engine, history
 
 
-def _train(rank: int, world_size: int, variants: tuple[Variant, ...], split: Split, sequence_parallel: bool) -> Any:
+def _train(
+    rank: int, world_size: int, variants: tuple[Variant, ...], split: Split, sequence_parallel: bool, keys: Keys
+) -> Any:
     found = []
     for variant in variants:
-        engine, history = train_variant(variant, split, sequence_parallel)
+        engine, history = train_variant(variant, split, sequence_parallel, keys)
         found.append((history, rank_parameters(engine), engine.describe()))
     return found
 
 
 @cache
-def trained(variants: tuple[Variant, ...], split: Split, sequence_parallel: bool = False) -> list[Training]:
-    """Every variant's training in one layout, in one fork. Copies of a parameter are bit-equal, or this fails."""
+def trained(
+    variants: tuple[Variant, ...], split: Split, sequence_parallel: bool = False, keys: Keys = ()
+) -> list[Training]:
+    """Every variant's training in one layout with further `keys`, in one fork. Copies of a parameter are bit-equal, or this fails."""
     tp, pp, dp = split
-    ranks = run_ranks(_train, tp * pp * dp, variants, split, sequence_parallel, timeout=300)
+    ranks = run_ranks(_train, tp * pp * dp, variants, split, sequence_parallel, keys, timeout=300)
     trainings = []
     for variant, results in zip(variants, zip(*ranks, strict=True), strict=True):
         history, _, description = results[0]

@@ -6,6 +6,7 @@ training's alone.
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Literal
 
 from megatron.neox_arguments.keys.fields import Keys, derived, key
@@ -105,6 +106,26 @@ def micro_batches_fill_virtual_stages(args: AllKeys) -> str | None:
         f"virtual_pipe_parallel_size {args.virtual_pipe_parallel_size} micro-batches go through the pipeline in groups "
         f"of {pipe}; use {-(-steps // pipe) * pipe}"
     )
+
+
+@registry.rule("train")
+def engine_megatron_deals_decoder_layers(args: AllKeys) -> str | None:
+    """What stages send each other is [s, b, h] then, of one size."""
+    method = args.pipe_partition_method
+    if args.engine != "megatron" or args.pipe_parallel_size == 1 or _balances_decoder_layers(method):
+        return None
+    return (
+        f"pipe_partition_method {method} with engine: megatron, which deals decoder layers evenly; write "
+        f"pipe_partition_method: type:transformer|mlp, or engine: deepspeed"
+    )
+
+
+def _balances_decoder_layers(method: str) -> bool:
+    """Whether a `type:REGEX` counts decoder layers and nothing else."""
+    kind, _, pattern = method.partition(":")
+    classes = ("TransformerLayer", "Embedding", "FinalNorm", "Head")
+    counted = [name for name in classes if kind == "type" and re.search(pattern, name, re.IGNORECASE)]
+    return counted == ["TransformerLayer"]
 
 
 @registry.rule("train")
