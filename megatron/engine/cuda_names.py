@@ -38,5 +38,5 @@ def on_device(device: torch.device) -> Iterator[None]:
     if device.type == "cuda":
         yield
         return
-    with _CudaNames(device), mock.patch.object(torch.cuda, "current_device", lambda: device):
+    with _CudaNames(device), mock.patch.object(torch.cuda, "current_device", return_value=device):
         yield

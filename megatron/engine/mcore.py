@@ -1,7 +1,7 @@
 """megatron-core's pipeline schedules, gradient buckets and distributed optimizer behind the project's seam.
 
-Process groups, messages, partition, parameter groups and the decision to step are this project's; megatron-core's global
-state is not used.
+Process groups, messages, partition, parameter groups and the decision to step are this project's; megatron-core's
+global state is not used.
 """
 
 from __future__ import annotations
@@ -133,8 +133,8 @@ class MegatronEngine:
             if is_so
         ]
         lines = [
-            f"engine: megatron-core's distributed optimizer over AdamW, weights {args.precision}, gradients accumulated "
-            f"and reduced in fp32, clipping at {args.gradient_clipping:g}; overlapped: "
+            f"engine: megatron-core's distributed optimizer over AdamW, weights {args.precision}, gradients "
+            f"accumulated and reduced in fp32, clipping at {args.gradient_clipping:g}; overlapped: "
             f"{' and '.join(hidden) or 'nothing'}",
             f"batch: {args.train_batch_size} = micro-batch {args.train_micro_batch_size_per_gpu} x accumulation "
             f"{args.gradient_accumulation_steps} x data parallel {place.dp}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -27,7 +28,7 @@ def runs_of_layers(num_layers: int, pieces: int) -> list[range]:
     sizes = [num_layers // pieces + (piece < num_layers % pieces) for piece in range(pieces)]
     edges = [0] + [2 + sum(sizes[: piece + 1]) for piece in range(pieces)]
     edges[-1] = num_layers + 5
-    return [range(start, stop) for start, stop in zip(edges, edges[1:], strict=False)]
+    return [range(start, stop) for start, stop in itertools.pairwise(edges)]
 
 
 class Chunk(nn.Module):

@@ -100,7 +100,7 @@ class GuardedOptimizer:
             group["lr"] = rate
 
     def step(self, loss_part: Tensor) -> tuple[float, float, bool]:
-        """Clip and apply the reduced gradients; (loss, norm, applied), the same on all ranks. Collective over the world.
+        """Clip and apply the reduced gradients; (loss, norm, applied), the same on all ranks. Collective over all ranks.
 
         `loss_part` is what this rank adds to the mean loss. If the norm is not finite nothing changes.
         """
