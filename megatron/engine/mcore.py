@@ -119,6 +119,7 @@ class MegatronEngine:
             ]
             optimizer = build_distributed_optimizer(args, wrapped, trained, self.groups.data)
         self.model = self._wrapped = wrapped
+        self.stage.chunks[-1].before_tied_head = self._finish_gather_of_tied_copy
         self._optimizer = GuardedOptimizer(args, self.place, optimizer, trained)
         if args.overlap_grad_reduce:
             syncs = [chunk.no_sync for chunk in wrapped]
@@ -332,8 +333,13 @@ class MegatronEngine:
             return
         for chunk in self._wrapped:
             for group in chunk.bucket_groups:
-                if group.param_gather_handle is not None:
-                    group.finish_param_sync(skip_next_bucket_dispatch=True)
+                _finish_gather(group)
+
+    def _finish_gather_of_tied_copy(self) -> None:
+        """Wait for the matrix that the last stage's head shares with another stage."""
+        for one in self._held:
+            if one.copy and self.args.overlap_param_gather:
+                _finish_gather(self._wrapped[-1].param_to_bucket_group[one.parameter])
 
     # --- checkpoints
 
@@ -357,6 +363,12 @@ class MegatronEngine:
     def load_shards(self, read: ReadShard) -> None:
         self._finish_gathers()
         self._trained().load(read)
+
+
+def _finish_gather(group: Any) -> None:
+    """Wait for the weights of a group of buckets, if they are under way."""
+    if group.param_gather_handle is not None:
+        group.finish_param_sync(skip_next_bucket_dispatch=True)
 
 
 def transformer_config(args: NeoXArgs, place: Place, virtual: int) -> TransformerConfig:

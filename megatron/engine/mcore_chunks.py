@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -54,6 +54,7 @@ class Chunk(nn.Module):
         self.post_process = self.last_number in layers
         self.share_embeddings_and_output_weights = args.shape.tied
         self.held = nn.ModuleDict()
+        self.before_tied_head: Callable[[], None] = lambda: None
         self._steps: list[tuple[int, Any]] = []
         self._last_with_positions = args.num_layers + 2
         self._input: Tensor | None = None
@@ -71,7 +72,13 @@ class Chunk(nn.Module):
         if owner not in self.held:  # another rank's embedding, of which this run has a copy
             self.held[owner] = layer.build(*layer.arguments)
         function, shared = layer.function, self.held[owner]
-        return lambda hidden: function(shared, hidden)
+
+        def apply(hidden: Tensor) -> Tensor:
+            self.before_tied_head()  # which reads the matrix past its module, and so past the module's hooks
+            output: Tensor = function(shared, hidden)
+            return output
+
+        return apply
 
     def forward(self, micro_batch: Mapping[str, Tensor]) -> Tensor:
         """Hidden states [s, b, h], or of the model's last run this rank's logits [b, s, V / tp]."""

@@ -100,7 +100,7 @@ class GuardedOptimizer:
             group["lr"] = rate
 
     def step(self, loss_part: Tensor) -> tuple[float, float, bool]:
-        """Clip and apply the reduced gradients; (loss, norm, applied), the same on all ranks. Collective over all ranks.
+        """Clip and apply the reduced gradients; (loss, norm, applied), the same on all ranks. Collective over them.
 
         `loss_part` is what this rank adds to the mean loss. If the norm is not finite nothing changes.
         """
@@ -139,7 +139,7 @@ class GuardedOptimizer:
 
     @torch.no_grad()
     def load(self, read: ReadShard) -> None:
-        """Fill all ranges with `read`. The weights must be loaded: CheckpointError unless they are the masters, rounded.
+        """Fill all ranges with `read`; the weights are loaded. CheckpointError unless they are the masters, rounded.
 
         CheckpointError too if tensors are of different steps.
         """

@@ -81,7 +81,7 @@ FOLLOWED: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
     ),
     (
         "gathering_overlaps_with_reducing",
-        {**MEGATRON, "no_weight_tying": False, "overlap_param_gather": True}, "leave overlap_param_gather out",
+        {**MEGATRON, "overlap_grad_reduce": False, "overlap_param_gather": True}, "leave overlap_param_gather out",
         {"overlap_param_gather": None},
     ),
     (

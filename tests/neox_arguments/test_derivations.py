@@ -235,13 +235,10 @@ def test_what_is_overlapped_follows_the_engine() -> None:
         args = NeoXArgs.from_dict(keys(**changes))
         return args.overlap_grad_reduce, args.overlap_param_gather
 
-    virtual = {"pipe_parallel_size": 2, "virtual_pipe_parallel_size": 2}
     assert overlapped() == (False, False)
     assert overlapped(engine="megatron") == (True, True)
     assert overlapped(engine="megatron", overlap_grad_reduce=False) == (False, False)
     assert overlapped(engine="megatron", overlap_param_gather=False) == (True, False)
-    assert overlapped(engine="megatron", no_weight_tying=False) == (True, False)
-    assert overlapped(engine="megatron", no_weight_tying=False, **virtual) == (True, True)
 
 
 def test_other_programs_read_the_files_of_an_interleaved_run() -> None:

@@ -85,11 +85,6 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
         "gathers by the buckets that it reduces by",
     ),
     (
-        "gathering_overlaps_with_reducing",
-        {**MEGATRON, "no_weight_tying": False, "overlap_param_gather": True},
-        "with a tied embedding",
-    ),
-    (
         "engine_megatron_deals_decoder_layers",
         {**INTERLEAVED, "pipe_partition_method": "parameters"},
         "parameters with engine: megatron, which deals",

@@ -41,21 +41,21 @@ class Variant:
     def arguments(self, split: Split, sequence_parallel: bool, **keys: Any) -> Any:
         """Adam's eps is 1e-5: with 1e-8 an entry whose gradient is 0 but for rounding would be moved by a full step."""
         tp, pp, dp = split
-        micro = 2
-        return self.case.neox(
-            model_parallel_size=tp,
-            pipe_parallel_size=pp,
-            sequence_parallel=sequence_parallel,
-            isolate_documents=self.documents,
-            checkpoint_activations=self.recompute,
-            precision=self.precision,
-            train_micro_batch_size_per_gpu=micro,
-            gradient_accumulation_steps=GLOBAL_BATCH // (micro * dp),
-            optimizer={"type": "Adam", "params": {"lr": 1e-3, "betas": [0.9, 0.95], "eps": 1e-5}},
-            gradient_clipping=0.5,  # below the norms seen, so that clipping takes part
-            world_size=tp * pp * dp,
-            **keys,
-        )
+        micro = keys.get("train_micro_batch_size_per_gpu", 2)
+        defaults: dict[str, Any] = {
+            "model_parallel_size": tp,
+            "pipe_parallel_size": pp,
+            "sequence_parallel": sequence_parallel,
+            "isolate_documents": self.documents,
+            "checkpoint_activations": self.recompute,
+            "precision": self.precision,
+            "train_micro_batch_size_per_gpu": micro,
+            "gradient_accumulation_steps": GLOBAL_BATCH // (micro * dp),
+            "optimizer": {"type": "Adam", "params": {"lr": 1e-3, "betas": [0.9, 0.95], "eps": 1e-5}},
+            "gradient_clipping": 0.5,  # below the norms seen, so that clipping takes part
+            "world_size": tp * pp * dp,
+        }
+        return self.case.neox(**defaults | keys)
 
     def samples(self) -> list[dict[str, Tensor]]:
         """Of all steps; with documents, each sample holds two or three of them."""
@@ -110,7 +110,10 @@ def _train(
 def trained(
     variants: tuple[Variant, ...], split: Split, sequence_parallel: bool = False, keys: Keys = ()
 ) -> list[Training]:
-    """Every variant's training in one layout with further `keys`, in one fork. Copies of a parameter are bit-equal, or this fails."""
+    """Every variant's training in one layout with further `keys`, in one fork.
+
+    Copies of a parameter are bit-equal, or this fails.
+    """
     tp, pp, dp = split
     ranks = run_ranks(_train, tp * pp * dp, variants, split, sequence_parallel, keys, timeout=300)
     trainings = []

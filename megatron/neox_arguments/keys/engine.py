@@ -38,7 +38,7 @@ class EngineKeys(Keys):
         ours=True,
     )
     overlap_param_gather: bool = derived(
-        "that of overlap_grad_reduce, false with a tied embedding and no virtual stages",
+        "that of overlap_grad_reduce",
         "Gather updated weights while the next step's first forward pass goes on.",
         ours=True,
     )
@@ -48,18 +48,13 @@ class EngineKeys(Keys):
 
 
 @registry.derivation(*ALL_TASKS, fills=("overlap_grad_reduce", "overlap_param_gather"))
-def what_is_overlapped(args: AllKeys, world_size: int | None) -> Derived:
+def what_is_overlapped(args: EngineKeys, world_size: int | None) -> Derived:
     reduce, gather = args.overlap_grad_reduce, args.overlap_param_gather
     if reduce is None:
         reduce = args.engine == "megatron"
     if gather is None:
-        gather = reduce and not _gather_meets_a_tied_matrix(args)
+        gather = reduce
     return Derived({"overlap_grad_reduce": reduce, "overlap_param_gather": gather})
-
-
-def _gather_meets_a_tied_matrix(args: AllKeys) -> bool:
-    """Without virtual stages megatron-core 0.16 asks for a tied matrix's gather in a forward pass that has none."""
-    return not args.no_weight_tying and args.virtual_pipe_parallel_size == 1
 
 
 # --- rules
@@ -140,20 +135,13 @@ def overlapping_is_of_engine_megatron(args: EngineKeys) -> str | None:
 
 
 @registry.rule("train")
-def gathering_overlaps_with_reducing(args: AllKeys) -> str | None:
-    if not args.overlap_param_gather or args.engine != "megatron":
+def gathering_overlaps_with_reducing(args: EngineKeys) -> str | None:
+    if args.engine != "megatron" or args.overlap_grad_reduce or not args.overlap_param_gather:
         return None
-    if not args.overlap_grad_reduce:
-        return (
-            "overlap_param_gather: true with overlap_grad_reduce: false: megatron-core gathers by the buckets that it "
-            "reduces by; write overlap_grad_reduce: true, or leave overlap_param_gather out"
-        )
-    if _gather_meets_a_tied_matrix(args):
-        return (
-            "overlap_param_gather: true with a tied embedding (no_weight_tying: false) and no virtual stages, where "
-            "megatron-core 0.16 fails in the first forward pass; leave overlap_param_gather out"
-        )
-    return None
+    return (
+        "overlap_param_gather: true with overlap_grad_reduce: false: megatron-core gathers by the buckets that it "
+        "reduces by; write overlap_grad_reduce: true, or leave overlap_param_gather out"
+    )
 
 
 @registry.rule("train")
