@@ -1,4 +1,4 @@
-"""What one engine has saved the other goes on with: the same state to the bit, and the losses of the run that went on."""
+"""What one engine has saved the other goes on with: the same state to the bit, the losses of the run that went on."""
 
 from __future__ import annotations
 
