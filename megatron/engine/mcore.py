@@ -86,6 +86,14 @@ class MegatronEngine:
         """Every rank has one run of layers: more of them only fill a pipeline that trains."""
         return cls(args, place, around, virtual=1)
 
+    @staticmethod
+    def stage_of(args: NeoXArgs, place: Place) -> ChunkedStage:
+        """This rank's part of the model alone."""
+        virtual = args.virtual_pipe_parallel_size
+        groups = EngineGroups.make(place, args.shape.tied, virtual > 1, args.distributed_timeout_minutes)
+        tensor_parallel = TensorParallel(groups.tensor, PARAMETER_DTYPES[args.precision], args.sequence_parallel)
+        return ChunkedStage(args, place, tensor_parallel, transformer_config(args, place, virtual), virtual)
+
     def _hold(self) -> Iterator[HeldParameter]:
         """Every parameter of this rank."""
         for copy, layers in ((False, self.stage.numbered_layers()), (True, self.stage.tied_copies())):
