@@ -90,8 +90,14 @@ class EngineGroups:
             mp=self.model,
             embd=self.tied,
             pos_embd=None,
-            intra_dist_opt=dist.group.WORLD,
+            intra_dist_opt=whole_world(),
         )
+
+
+def whole_world() -> dist.ProcessGroup:
+    world = dist.group.WORLD
+    assert world is not None, "no process group is initialised"
+    return world
 
 
 class _Maker:
@@ -101,6 +107,7 @@ class _Maker:
         self.place = place
         self.at = [coordinates(rank, place.pp, place.dp, place.tp) for rank in range(place.world_size)]
         self.timeout = timedelta(minutes=timeout_minutes)
+        self.world = whole_world()
         self._made: dict[tuple[tuple[int, ...], ...], dist.ProcessGroup | None] = {}
 
     def group(self, kind: Callable[[Coordinates], tuple[int, ...] | None]) -> dist.ProcessGroup | None:
@@ -112,7 +119,7 @@ class _Maker:
                 members.setdefault(key, []).append(rank)
         parts = tuple(map(tuple, members.values()))
         if len(parts[0]) == self.place.world_size:
-            return dist.group.WORLD
+            return self.world
         if parts not in self._made:
             self._made[parts] = self.split(parts)
         return self._made[parts]
@@ -125,17 +132,16 @@ class _Maker:
 
     def split(self, parts: Iterable[tuple[int, ...]]) -> dist.ProcessGroup | None:
         """The part of the world that this rank is in, as a new group; None if it is in none."""
-        world = dist.group.WORLD
-        assert world is not None
-        if world.bound_device_id is not None:  # one split of the world's communicator makes all parts
+        if self.world.bound_device_id is not None:  # one split of the world's communicator makes all parts
             group: dist.ProcessGroup | None = dist.split_group(
-                parent_pg=world, split_ranks=[sorted(part) for part in parts], timeout=self.timeout
+                parent_pg=self.world, split_ranks=[sorted(part) for part in parts], timeout=self.timeout
             )
             return group
+        # Members alone make a group, and find each other by a name in which torch counts the groups that a rank has
+        # made. So that all ranks count alike, one that is in none makes one for itself.
         own = next((part for part in parts if self.place.rank in part), None)
-        if own is None:
-            return None
-        return dist.new_group(sorted(own), timeout=self.timeout, use_local_synchronization=True)
+        made = dist.new_group(sorted(own or [self.place.rank]), timeout=self.timeout, use_local_synchronization=True)
+        return made if own else None
 
 
 def _links(maker: _Maker, place: Place, virtual: bool) -> Links:
