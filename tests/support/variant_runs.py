@@ -47,7 +47,7 @@ class Variant:
             "pipe_parallel_size": pp,
             "sequence_parallel": sequence_parallel,
             "isolate_documents": self.documents,
-            "checkpoint_activations": self.recompute,
+            "recompute": "full" if self.recompute else "none",
             "precision": self.precision,
             "train_micro_batch_size_per_gpu": micro,
             "gradient_accumulation_steps": GLOBAL_BATCH // (micro * dp),
