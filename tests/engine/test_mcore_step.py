@@ -36,6 +36,8 @@ def _stepped(rank: int, world_size: int, poison: dict[str, Any], mutation: str) 
         parameter.register_hook(lambda gradient: gradient * poison["value"])
     optimizer = engine._optimizer
     if mutation == "megatron-core's own step":
+        optimizer.optimizer.tp_group = engine.groups.tensor
+        optimizer.optimizer.grad_stats_parallel_group = torch.distributed.group.WORLD
 
         def theirs(loss: Any) -> tuple[float, float, bool]:
             applied, norm, _ = optimizer.optimizer.step()
