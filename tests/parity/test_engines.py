@@ -104,8 +104,8 @@ def test_bf16_is_as_near_to_one_process_as_deepspeed_is() -> None:
 # --- what must not pass
 
 
-def _disturbed(rank: int, world_size: int, split: Split, trap: str) -> tuple[list[tuple[float, float]], bool, str]:
-    """A training with one safeguard taken away: history, whether all weights are finite, and an error's text."""
+def _disturbed(rank: int, world_size: int, split: Split, trap: str) -> list[tuple[float, float]]:
+    """The history of a training with one safeguard taken away."""
     from megatron.engine import mcore, mcore_links, mcore_optimizer
 
     variant, keys = PLAIN, virtual(2, **AT_ONCE) if split[1] > 1 else MEGATRON
@@ -121,12 +121,7 @@ def _disturbed(rank: int, world_size: int, split: Split, trap: str) -> tuple[lis
     elif trap == "a tied matrix that nobody waits for":
         variant, keys = Variant(TIED), MEGATRON
         mcore.MegatronEngine._finish_gather_of_tied_copy = lambda engine: None  # type: ignore[method-assign]
-    try:
-        engine, history = train_variant(variant, split, False, keys)
-    except AssertionError as error:
-        return [], True, repr(error)
-    weights = [parameter for _, layer in engine.numbered_layers() for parameter in layer.parameters()]
-    return history, all(bool(weight.isfinite().all()) for weight in weights), ""
+    return train_variant(variant, split, False, keys)[1]
 
 
 def _use_batched_messages(mcore: Any) -> None:
@@ -166,7 +161,7 @@ def norm_differences(history: list[tuple[float, float]], reference: Training) ->
 def test_without_its_safeguard_another_model_is_trained(trap: str, split: Split, least: float) -> None:
     """The norms of three steps are off by what is known of each trap; with all safeguards they are equal."""
     reference = trained((PLAIN,), ONE)[0]
-    history, *_ = run_ranks(_disturbed, split[1], split, trap)[0]
+    history = run_ranks(_disturbed, split[1], split, trap)[0]
     off = max(norm_differences(history, reference))
     print(trap, off)
     if trap == "none":
@@ -177,5 +172,5 @@ def test_without_its_safeguard_another_model_is_trained(trap: str, split: Split,
 
 def test_a_tied_matrix_is_waited_for() -> None:
     """The last stage's head reads it past the hooks that wait; then the next gather finds one that never ended."""
-    outcome = run_ranks(_disturbed, 4, (1, 2, 2), "a tied matrix that nobody waits for")
-    assert any(error.startswith("AssertionError") for _, _, error in outcome)
+    outcome = run_ranks(_disturbed, 4, (1, 2, 2), "a tied matrix that nobody waits for", expect_failure=True)
+    assert any("assert self.param_gather_handle is None" in output for _, output in outcome)
