@@ -38,12 +38,13 @@ def virtual(runs: int, **keys: Any) -> Keys:
 
 AT_ONCE = {"overlap_grad_reduce": False}
 GATHERED_AT_ONCE = {"overlap_param_gather": False}
+SELECTIVE = {"recompute": "selective"}
 ONE_SAMPLE = {"train_micro_batch_size_per_gpu": 1}
 
 # variants, TP x PP x DP, sequence parallel, keys
 FAST: list[Any] = [
     pytest.param((PLAIN, EVERYTHING), (2, 2, 2), True, virtual(2), id="tp2pp2v2dp2-sp"),
-    pytest.param((UNEVEN,), (1, 2, 1), False, virtual(2), id="pp2v2-uneven"),
+    pytest.param((UNEVEN,), (1, 2, 1), False, virtual(2, **SELECTIVE), id="pp2v2-uneven-selective"),
     pytest.param((EVERYTHING,), (1, 2, 2), False, MEGATRON, id="pp2dp2"),
 ]
 SLOW: list[Any] = [
@@ -54,6 +55,9 @@ SLOW: list[Any] = [
     pytest.param((PLAIN, Variant(TIED)), (2, 2, 2), True, virtual(2, **AT_ONCE), id="tp2pp2v2dp2-sp-at-once"),
     pytest.param((PLAIN, Variant(TIED)), (2, 2, 2), True, virtual(2, **GATHERED_AT_ONCE), id="gathered-at-once"),
     pytest.param((Variant(documents=True), Variant(recompute=True)), (2, 2, 2), True, virtual(2), id="variants"),
+    pytest.param((PLAIN, Variant(TIED, documents=True)), (2, 2, 2), True, virtual(2, **SELECTIVE), id="selective"),
+    pytest.param((PLAIN,), (4, 1, 1), False, (*MEGATRON, *SELECTIVE.items()), id="tp4-selective"),
+    pytest.param((UNEVEN,), (1, 2, 1), False, virtual(2), id="pp2v2-uneven"),
     pytest.param((EIGHT,), (2, 4, 1), False, virtual(2), id="tp2pp4v2"),
     pytest.param((EIGHT,), (1, 2, 2), False, virtual(4, **ONE_SAMPLE), id="pp2v4dp2"),
     pytest.param((UNEVEN,), (1, 4, 2), False, (*MEGATRON, *ONE_SAMPLE.items()), id="pp4dp2-uneven"),
