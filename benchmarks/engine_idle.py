@@ -27,7 +27,7 @@ BEGIN, END = "<!-- idle:begin -->", "<!-- idle:end -->"
 GRID = list(product((4, 8), (1, 2, 5, 10), (16, 32)))
 MESSAGE = 0.01  # of a stage's forward pass: 16.8 MB at 12.5 GB/s beside 150 ms
 MEASURED = [(4, 1, 8), (4, 1, 16), (4, 2, 8), (4, 2, 16), (4, 5, 8)]
-FORWARD = 0.2  # seconds of a stage, which its virtual stages share; a backward pass takes twice that
+FORWARD = 0.4  # seconds of a stage, which its virtual stages share; a backward pass takes twice that
 ROUNDS = 3
 
 

@@ -1,7 +1,8 @@
 """Lets megatron-core, which names "cuda" where it allocates, run on a CPU or on torch's "meta" device.
 
 On a GPU nothing is changed. Elsewhere, and only inside `on_device`, torch's functions take "cuda" for the device at
-hand, and a tensor's type is called by CUDA's name, which is what megatron-core's optimizer compares with.
+hand, and a tensor's type is called by CUDA's name, which is what megatron-core's optimizer compares with. A schedule
+names "cuda" once, for its counter of tokens: `schedule_on` leaves everything else that runs in it alone.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from megatron.core.pipeline_parallel import schedules
 from torch.overrides import TorchFunctionMode
 
 
@@ -39,4 +41,27 @@ def on_device(device: torch.device) -> Iterator[None]:
         yield
         return
     with _CudaNames(device), mock.patch.object(torch.cuda, "current_device", return_value=device):
+        yield
+
+
+class _TorchOfSchedules:
+    """The module `torch` as megatron-core's schedules see it, with a `zeros` on the device at hand."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    def zeros(self, size: Any, dtype: torch.dtype, device: str) -> torch.Tensor:
+        return torch.zeros(size, dtype=dtype, device=self._device if device == "cuda" else device)
+
+
+@contextlib.contextmanager
+def schedule_on(device: torch.device) -> Iterator[None]:
+    """Inside, megatron-core's schedules run on `device`."""
+    if device.type == "cuda":
+        yield
+        return
+    with mock.patch.object(schedules, "torch", _TorchOfSchedules(device)):
         yield

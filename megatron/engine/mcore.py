@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from megatron import layout
 from megatron.engine.batches import MicroBatch, ScoreBatch, StepBatch, padded
-from megatron.engine.cuda_names import on_device
+from megatron.engine.cuda_names import on_device, schedule_on
 from megatron.engine.mcore_chunks import ChunkedStage
 from megatron.engine.mcore_groups import EngineGroups
 from megatron.engine.mcore_links import LinkP2P
@@ -310,7 +310,7 @@ class MegatronEngine:
         schedule: Callable[..., Any] = forward_backward_pipelining_with_interleaving
         if chunks == 1:
             schedule = forward_backward_pipelining_without_interleaving if pp > 1 else forward_backward_no_pipelining
-        with on_device(self.place.device), torch.set_grad_enabled(train):
+        with schedule_on(self.place.device), torch.set_grad_enabled(train):
             results = schedule(
                 forward_step_func=forward,
                 data_iterator=sources if chunks > 1 else sources[0],
