@@ -62,6 +62,10 @@ RUN: dict[str, Any] = {
     "heartbeat_timeout_seconds": 3.0,
     "kernels": "reference",
 }
+ENGINES: dict[str, dict[str, Any]] = {
+    "deepspeed": {},
+    "megatron": {"engine": "megatron", "num_layers": 4, "virtual_pipe_parallel_size": 2},
+}
 
 
 @dataclass
@@ -83,7 +87,7 @@ class Workplace:
     keys: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def make(cls, folder: Path) -> Workplace:
+    def make(cls, folder: Path, engine: str) -> Workplace:
         from examples.demo_tokenizer import train_tokenizer
 
         folder.mkdir(parents=True)
@@ -98,7 +102,7 @@ class Workplace:
             "save": str(folder / "checkpoints"),
             "log_dir": str(folder / "log"),
         }
-        return cls(folder, MODEL | RUN | keys)
+        return cls(folder, MODEL | RUN | keys | ENGINES[engine])
 
     def copy(self, name: str) -> Workplace:
         """The same in another folder, paths included."""

@@ -1,6 +1,7 @@
 """What happens when something breaks: each fault injected into a real run of four CPU ranks, as a table.
 
     python benchmarks/faults.py [--only WORDS] [--write docs/reliability.md]
+    python benchmarks/faults.py --engine megatron [--write docs/engines.md]
 
 Every fault has an expectation: what must be said, and the exit code. A fault that goes undetected, or with other words
 or another code, is marked, and the exit code is 1. Needs what a training run needs; as root, a full disk is a small
@@ -29,6 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.fault_runs import (  # noqa: E402
+    ENGINES,
     LiveRun,
     Observed,
     Workplace,
@@ -323,12 +325,13 @@ def message(fault_: Fault, seen: Observed, place: Workplace) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="faults whose name holds these words")
+    parser.add_argument("--engine", choices=list(ENGINES), default="deepspeed", help="with virtual stages for megatron")
     parser.add_argument("--write", type=Path, help="a page with markers, whose table is replaced")
     options = parser.parse_args()
     rows = ["| fault | detected | message | work lost | ends after | exit code |", "|---|---|---|---|---|---|"]
     undetected = 0
     with tempfile.TemporaryDirectory(prefix="neox_faults_") as root:
-        base = Workplace.make(Path(root) / "base")
+        base = Workplace.make(Path(root) / "base", options.engine)
         finished = start(base)
         if finished.code != 0 or base.steps() != [4, 8, 12]:
             print(finished.output, file=sys.stderr)

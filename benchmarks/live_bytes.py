@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -14,8 +15,8 @@ class LiveBytes(TorchDispatchMode):
     """While it is entered: `now`, the bytes of all storages made since and still alive, and their `peak`.
 
     A storage counts once however many tensors view it, from the operation that makes it until nothing holds it.
-    Temporaries inside one operation are not seen; a GPU's caching allocator sees those, and rounds each block up to
-    512 bytes.
+    One that is resized counts as what it has become. Temporaries inside one operation are not seen; a GPU's caching
+    allocator sees those, and rounds each block up to 512 bytes.
     """
 
     def __init__(self) -> None:
@@ -23,6 +24,25 @@ class LiveBytes(TorchDispatchMode):
         self.now = 0
         self.peak = 0
         self._refs: dict[int, weakref.ref] = {}
+        self._sizes: dict[int, int] = {}
+
+    def __enter__(self) -> LiveBytes:
+        self._resize = resize = torch.UntypedStorage.resize_
+
+        def counted(storage: torch.UntypedStorage, size: int) -> Any:
+            result = resize(storage, size)
+            if storage._cdata in self._sizes:
+                self._add(size - self._sizes[storage._cdata])
+                self._sizes[storage._cdata] = size
+            return result
+
+        torch.UntypedStorage.resize_ = counted  # type: ignore[method-assign]
+        super().__enter__()
+        return self
+
+    def __exit__(self, *arguments: Any) -> None:
+        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+        super().__exit__(*arguments)
 
     def reset_peak(self) -> None:
         self.peak = self.now
@@ -39,12 +59,15 @@ class LiveBytes(TorchDispatchMode):
         key = storage._cdata
         if key in self._refs:
             return
-        size = storage.nbytes()
+        self._sizes[key] = storage.nbytes()
 
         def gone(_: Any) -> None:
-            self.now -= size
+            self.now -= self._sizes.pop(key)
             del self._refs[key]
 
         self._refs[key] = weakref.ref(storage, gone)
+        self._add(self._sizes[key])
+
+    def _add(self, size: int) -> None:
         self.now += size
         self.peak = max(self.peak, self.now)

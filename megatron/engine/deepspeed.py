@@ -130,8 +130,8 @@ class DeepSpeedEngine:
     def tied_copies(self) -> Iterator[tuple[int, nn.Module]]:
         return self.module.tied_copies()
 
-    def stage_layers(self, stage: int) -> range:
-        return self.module.stage_layers(stage)
+    def stage_layers(self, stage: int, virtual: int = 0) -> range:
+        return self.module.stage_layers(stage, virtual)
 
     def initialize_weights(self) -> None:
         self.module.initialize_weights()

@@ -113,8 +113,8 @@ class LlamaPipelineModule(PipelineModule):
         """Refused: DeepSpeed's loader gives a rank another rank's shard where one is missing, without a word."""
         raise NotImplementedError("layer files are read by megatron.checkpoint.load, not by the engine")
 
-    def stage_layers(self, stage: int) -> range:
-        """Layer numbers of a stage."""
+    def stage_layers(self, stage: int, virtual: int = 0) -> range:
+        """Layer numbers of a stage, which is one run here."""
         return range(self.parts[stage], self.parts[stage + 1])
 
     def initialize_weights(self) -> None:

@@ -83,15 +83,19 @@ class PipelineStage(Protocol):
     """This rank's part of the model."""
 
     def numbered_layers(self) -> Iterator[tuple[int, nn.Module]]:
-        """(layer file number, module) of every layer with parameters that this stage owns."""
+        """(layer file number, module) of every layer with parameters that this stage owns, their weights up to date.
+
+        Between steps an engine may still be collecting weights until this or `tied_copies` is called: whoever keeps a
+        module calls one of them before reading from it again.
+        """
         ...
 
     def tied_copies(self) -> Iterator[tuple[int, nn.Module]]:
         """(number of the file that holds it, module) of a tied embedding that another stage owns."""
         ...
 
-    def stage_layers(self, stage: int) -> range:
-        """Layer file numbers of a stage, its layers without parameters included."""
+    def stage_layers(self, stage: int, virtual: int = 0) -> range:
+        """Layer file numbers of a stage's run of layers, those without parameters included; one run a virtual stage."""
         ...
 
 

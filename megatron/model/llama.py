@@ -21,6 +21,7 @@ from megatron import layout
 from megatron.model.cache import CachedTokens
 from megatron.model.parallel import TensorParallel
 from megatron.model.rotary import RotaryTable
+from megatron.model.selective import Recomputed, product
 from megatron.neox_arguments import NeoXArgs
 from megatron.ops import add_rms_norm, apply_rotary, rms_norm, swiglu
 
@@ -60,14 +61,18 @@ class Attention(nn.Module):
         self.dense = tp.row(args.hidden_size, args.hidden_size)
 
     def forward(self, x: Tensor, positions: Positions | None) -> Tensor:
-        q, k, v = layout.split_qkv(self.query_key_value(x), self.heads, self.kv_heads, self.head_dim)
-        cos, sin = self.rotary.on(x.device)
+        return self.dense(self.core(self.query_key_value(x), positions))
+
+    def core(self, qkv: Tensor, positions: Positions | None) -> Tensor:
+        """What lies between the two products: the heads' contexts [s, b, n * d] of this rank's q, k and v."""
+        q, k, v = layout.split_qkv(qkv, self.heads, self.kv_heads, self.head_dim)
+        cos, sin = self.rotary.on(qkv.device)
         if isinstance(positions, CachedTokens):
             q, k = positions.rotate(q, k, cos, sin)
-            return self.dense(positions.attend(self, q, k, v).flatten(-2))
+            return positions.attend(self, q, k, v).flatten(-2)
         q, k = apply_rotary(q, k, cos, sin, positions)  # [s, b, heads, d]
         context = causal_attention(q, k, v) if positions is None else document_attention(q, k, v, positions)
-        return self.dense(context.flatten(-2))
+        return context.flatten(-2)
 
 
 class MLP(nn.Module):
@@ -91,14 +96,26 @@ class TransformerLayer(nn.Module):
         self.attention = Attention(args, tp, rotary)
         self.post_attention_layernorm = RMSNorm(args, tp.dtype)
         self.mlp = MLP(args, tp)
+        self.selective = args.recompute == "selective"
 
     # DeepSpeed's recomputation spreads a tuple over the arguments, its plain forward passes the tuple.
     def forward(self, stream: Stream, positions: Positions | None = None) -> Stream:
         x, positions = stream if isinstance(stream, tuple) else (stream, positions)
+        if self.selective and torch.is_grad_enabled():
+            y = self.keeping_products(x, positions)
+            return y if positions is None else (y, positions)
         attended = self.attention(self.input_layernorm(x), positions)
         h, normed = self.post_attention_layernorm.after_add(attended, x)
         y = h + self.mlp(normed)
         return y if positions is None else (y, positions)
+
+    def keeping_products(self, x: Tensor, positions: Positions | None) -> Tensor:
+        """The same, storing nothing but x, h and the outputs of the products that the backward pass needs."""
+        attention, mlp = self.attention, self.mlp
+        qkv = product(attention.query_key_value, Recomputed(self.input_layernorm, x))
+        h = x + product(attention.dense, Recomputed(lambda heads: attention.core(heads, positions), qkv))
+        up = product(mlp.linear1, Recomputed(self.post_attention_layernorm, h))
+        return h + product(mlp.linear2, Recomputed(swiglu, up))
 
 
 class Embedding(nn.Module):

@@ -7,7 +7,13 @@ from typing import Any, NamedTuple
 
 from megatron.neox_arguments.family import other_model
 from megatron.neox_arguments.old_words import OLD_WORDS, old_word, silu_was_swiglu
-from megatron.neox_arguments.unsupported import NESTED_WITHOUT_EFFECT, UNSUPPORTED, WITHOUT_EFFECT, is_off
+from megatron.neox_arguments.unsupported import (
+    NESTED_WITHOUT_EFFECT,
+    UNSUPPORTED,
+    WITHOUT_EFFECT,
+    WITHOUT_EFFECT_OF_TYPE,
+    is_off,
+)
 
 
 class Review(NamedTuple):
@@ -39,6 +45,9 @@ def review(keys: dict[str, Any], places: dict[str, str], known: set[str]) -> Rev
         problems.append(_place("activation", places) + silu)
         answered.add("activation")
     kept, idle = _without_idle_parts(keys)
+    for name, (kind, reason) in WITHOUT_EFFECT_OF_TYPE.items():
+        if isinstance(kept.get(name), kind) and not is_off(kept.pop(name)):
+            idle.append((name, reason))
     for name, value in kept.items():
         if name in known or name in answered:
             continue

@@ -26,6 +26,7 @@ BEGIN, END = "<!-- generated keys: begin -->", "<!-- generated keys: end -->"
 _TITLES = {
     "ModelKeys": "Model",
     "ParallelKeys": "Ranks",
+    "EngineKeys": "Engine",
     "PrecisionKeys": "Precision",
     "OptimizationKeys": "Optimisation",
     "DataKeys": "Data",

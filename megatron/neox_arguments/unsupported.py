@@ -150,7 +150,6 @@ WITHOUT_EFFECT: dict[str, str] = {
     "log_grad_norm": "the gradient norm is always logged",
     "mmap_warmup": "datasets are memory-mapped without pre-reading",
     "s3_chunk_size": "checkpoints are written to a file system only",
-    "recompute": "generate.py chooses by itself",
     **dict.fromkeys(("gradient_noise_scale_n_batches", "gradient_noise_scale_cpu_offload"), _NOT_LOGGED),
     **dict.fromkeys(("log_grad_pct_zeros", "log_optimizer_states", "log_gradient_noise_scale"), _NOT_LOGGED),
     **dict.fromkeys(("memory_profiling", "memory_profiling_path"), "memory profiles are not recorded"),
@@ -159,6 +158,9 @@ WITHOUT_EFFECT: dict[str, str] = {
     **dict.fromkeys(("comet_experiment_name", "comet_tags", "comet_others", "comet_experiment"), _WRITERS),
     "wandb_init_all_ranks": "rank 0 alone writes",
 }
+
+# Keys whose values of this type are GPT-NeoX's and have no effect; the others are this project's.
+WITHOUT_EFFECT_OF_TYPE: dict[str, tuple[type, str]] = {"recompute": (bool, "generate.py chooses by itself")}
 
 _NOT_FOR_BF16 = "bf16 needs no loss scaling"
 _OTHER_ZERO = "it concerns how DeepSpeed moves memory at other stages, no number"

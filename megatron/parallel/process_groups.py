@@ -81,6 +81,10 @@ def form_groups(args: NeoXArgs, device: torch.device | None = None, local_rank: 
 
     RuntimeError if megatron-core gives a rank other coordinates than `Place`.
     """
+    rank = dist.get_rank()
+    place = Place.of(args, rank, rank if local_rank is None else local_rank, device or torch.device("cpu"))
+    if args.engine == "megatron":  # which makes its groups itself
+        return place
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=args.model_parallel_size,
         pipeline_model_parallel_size=args.pipe_parallel_size,
@@ -88,8 +92,6 @@ def form_groups(args: NeoXArgs, device: torch.device | None = None, local_rank: 
         order="tp-cp-ep-dp-pp",  # innermost first: pipe, data, model as GPT-NeoX and DeepSpeed count
         create_gloo_process_groups=False,
     )
-    rank = dist.get_rank()
-    place = Place.of(args, rank, rank if local_rank is None else local_rank, device or torch.device("cpu"))
     ours = (place.pp_rank, place.dp_rank, place.tp_rank)
     theirs = (
         parallel_state.get_pipeline_model_parallel_rank(),

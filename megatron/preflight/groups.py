@@ -45,16 +45,26 @@ def world_group(world_size: int) -> Group:
     return Group("world group", "", tuple(range(world_size)))
 
 
-def training_group(kind: str) -> dist.ProcessGroup | None:
-    """The group of a kind that this rank is in, as the training forms it; None for the world."""
-    from megatron.core import parallel_state  # what the layout alone says needs no megatron-core
+def form_training_groups(args: NeoXArgs) -> dict[str, dist.ProcessGroup | None]:
+    """The groups that this rank is in, by kind, as the training forms them; None for the world. Collective."""
+    # What the layout alone says needs no megatron-core.
+    from megatron.parallel.process_groups import form_groups
+
+    place = form_groups(args)
+    if args.engine == "megatron":
+        from megatron.engine.mcore_groups import EngineGroups
+
+        virtual = args.virtual_pipe_parallel_size > 1
+        made = EngineGroups.make(place, args.shape.tied, virtual, args.distributed_timeout_minutes)
+        return {"TP": made.tensor, "PP": made.pipe, "DP": made.data, "world": None}
+    from megatron.core import parallel_state
 
     return {
-        "TP": parallel_state.get_tensor_model_parallel_group,
-        "PP": parallel_state.get_pipeline_model_parallel_group,
-        "DP": parallel_state.get_data_parallel_group,
-        "world": lambda: None,
-    }[kind]()
+        "TP": parallel_state.get_tensor_model_parallel_group(),
+        "PP": parallel_state.get_pipeline_model_parallel_group(),
+        "DP": parallel_state.get_data_parallel_group(),
+        "world": None,
+    }
 
 
 def payload_bytes(args: NeoXArgs, kind: str, device: torch.device) -> int:

@@ -19,7 +19,6 @@ from megatron.parallel.handover import rank_args
 from megatron.parallel.process_groups import (
     check_seats,
     find_seat,
-    form_groups,
     print_seats,
     started_ranks,
     take_device,
@@ -119,14 +118,14 @@ class Preflight:
         )
 
     def _form(self) -> None:
-        form_groups(self.args)
+        self.training_groups = groups.form_training_groups(self.args)
 
     def sum_over(self, kind: str) -> None:
         """One known sum over every group of a kind, in all groups at once."""
         size = groups.payload_bytes(self.args, kind, self.device)
 
         def work() -> dict[str, Any]:
-            group = groups.training_group(kind)
+            group = self.training_groups[kind]
             expected = next(of_kind for of_kind in self.groups[kind] if self.started.rank in of_kind.ranks)
             groups.check_members(group, expected)
             return groups.checked_all_reduce(group, size, self.device)

@@ -39,11 +39,11 @@ class Replicas:
     """This rank's parameters and the ranks that hold copies of them. `titles` are `gather_titles`'."""
 
     def __init__(self, engine: Engine, args: NeoXArgs, titles: list[str]) -> None:
-        self.device, self.titles = engine.place.device, titles
+        self.engine, self.device, self.titles = engine, engine.place.device, titles
         self.tensors: list[tuple[str, nn.Parameter]] = []
         replicated: list[int] = []
         tied: list[int] = []
-        for index, layer in [*engine.numbered_layers(), *engine.tied_copies()]:
+        for index, layer in self._layers():
             for tensor_name, parameter in layer.named_parameters():
                 if layout.row_of(index, tensor_name, args.shape).replicated:
                     replicated.append(len(self.tensors))
@@ -58,11 +58,15 @@ class Replicas:
         if engine.groups.tied is not None:
             self.groups.append((engine.groups.tied, tied))
 
+    def _layers(self) -> list[tuple[int, nn.Module]]:
+        return [*self.engine.numbered_layers(), *self.engine.tied_copies()]
+
     def name(self, rank: int) -> str:
         return titled(rank, self.titles)
 
     def check(self, iteration: int) -> None:
         """Collective over all ranks. Raises ReplicasDifferError on all of them."""
+        self._layers()  # an engine may still be collecting the weights of the last step until they are asked for
         sums = torch.stack([bit_sum(parameter) for _, parameter in self.tensors])
         differs = torch.zeros((), dtype=torch.int64, device=self.device)
         for group, which in self.groups:

@@ -30,7 +30,8 @@ from megatron.supervision.authenticated_store import AuthenticatedStore
 logger = logging.getLogger(__name__)
 
 _ROOT = Path(__file__).resolve().parents[2]
-_WAITING_IN = ("/torch/distributed/", "/deepspeed/comm/")  # a rank with a frame in these files waits for others
+# A rank with a frame in these files waits for others.
+_WAITING_IN = ("/torch/distributed/", "/deepspeed/comm/", "/megatron/engine/mcore_links.py")
 
 
 @dataclass

@@ -156,12 +156,13 @@ def losses(folder: Path) -> list[float]:
     return [r["train/lm_loss"] for r in records if "train/lm_loss" in r]
 
 
-def test_a_run_on_the_gpu_follows_the_cpu_and_resumes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ["deepspeed", "megatron"])
+def test_a_run_on_the_gpu_follows_the_cpu_and_resumes(tmp_path: Path, engine: str) -> None:
     """fp32 follows the CPU's run; bf16 on kernels, resumed from its middle, ends on the same bits."""
     cpu, gpu, whole, half = (tmp_path / name for name in ("cpu", "gpu", "whole", "half"))
     done = deepy(cpu, kernels="reference", save=None, checkpoint_factor=None)
     assert done.returncode == 0, done.stderr
-    on_gpu = {"distributed_backend": "nccl", "kernels": "required"}
+    on_gpu = {"distributed_backend": "nccl", "kernels": "required", "engine": engine}
     done = deepy(gpu, **on_gpu, save=None, checkpoint_factor=None)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "compiled kernels" in done.stdout

@@ -14,6 +14,8 @@ from tests.support.configurations import ROPE, VALID, keys
 
 pytestmark = pytest.mark.unit
 
+MEGATRON: dict[str, Any] = {"engine": "megatron"}
+INTERLEAVED: dict[str, Any] = {**MEGATRON, "pipe_parallel_size": 2, "virtual_pipe_parallel_size": 2}
 OPTIMIZER = {"type": "AdamW", "params": {"lr": 3.0e-5, "betas": [0.9, 0.95], "eps": 1.0e-8}}
 # rule; what is changed in the valid keys; what the message must advise; that, done (None deletes a key)
 FOLLOWED: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
@@ -43,6 +45,57 @@ FOLLOWED: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
     (
         "recomputation_is_of_layers", {"recompute_layers": 5, "checkpoint_activations": True},
         "leave it out to recompute all", {"recompute_layers": None},
+    ),
+    (
+        "selective_recomputation_is_of_engine_megatron", {"recompute": "selective"}, "write engine: megatron",
+        {"engine": "megatron"},
+    ),
+    (
+        "selective_recomputation_is_of_engine_megatron", {"recompute": "selective"}, "checkpoint_activations: true ins",
+        {"recompute": None, "checkpoint_activations": True},
+    ),
+    (
+        "virtual_stages_are_of_engine_megatron", {"pipe_parallel_size": 2, "virtual_pipe_parallel_size": 2},
+        "write engine: megatron", {"engine": "megatron"},
+    ),
+    (
+        "virtual_stages_are_of_a_pipeline", {**MEGATRON, "virtual_pipe_parallel_size": 2},
+        "leave virtual_pipe_parallel_size out", {"virtual_pipe_parallel_size": None},
+    ),
+    (
+        "every_virtual_stage_has_a_layer", {**INTERLEAVED, "virtual_pipe_parallel_size": 3},
+        "at most virtual_pipe_parallel_size: 2", {"virtual_pipe_parallel_size": 2},
+    ),
+    (
+        "micro_batches_fill_virtual_stages", {**INTERLEAVED, "gradient_accumulation_steps": 3}, "use 4",
+        {"gradient_accumulation_steps": 4},
+    ),
+    (
+        "overlapping_is_of_engine_megatron", {"overlap_grad_reduce": True, "overlap_param_gather": False},
+        "write engine: megatron", {"engine": "megatron"},
+    ),
+    (
+        "gathering_overlaps_with_reducing",
+        {**MEGATRON, "overlap_grad_reduce": False, "overlap_param_gather": True}, "write overlap_grad_reduce: true",
+        {"overlap_grad_reduce": True},
+    ),
+    (
+        "gathering_overlaps_with_reducing",
+        {**MEGATRON, "overlap_grad_reduce": False, "overlap_param_gather": True}, "leave overlap_param_gather out",
+        {"overlap_param_gather": None},
+    ),
+    (
+        "engine_megatron_deals_decoder_layers", {**INTERLEAVED, "pipe_partition_method": "uniform"},
+        "write pipe_partition_method: type:transformer|mlp", {"pipe_partition_method": "type:transformer|mlp"},
+    ),
+    (
+        "engine_megatron_has_no_loss_scale", {**MEGATRON, "precision": "fp16"}, "write precision: bfloat16",
+        {"precision": "bfloat16"},
+    ),
+    (
+        "options_of_deepspeed_reach_it", {**MEGATRON, "deepspeed_extra_args": {"memory_breakdown": True}},
+        "write engine: deepspeed",
+        {"engine": "deepspeed"},
     ),
     ("training_has_a_length", {"train_iters": None}, "train_epochs, passes", {"train_epochs": 1.0}),
     ("training_has_a_length", {"train_epochs": 1.0}, "keep one", {"train_iters": None}),

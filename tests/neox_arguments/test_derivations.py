@@ -212,6 +212,41 @@ def test_sequence_parallelism_of_one_tensor_rank_is_none_and_said() -> None:
     assert not any("sequence_parallel" in note for note in two.notes)
 
 
+def test_what_is_recomputed_is_said_by_either_key() -> None:
+    assert NeoXArgs.from_dict(VALID).recompute == "none"
+    assert NeoXArgs.from_dict(keys(checkpoint_activations=True)).recompute == "full"
+    assert NeoXArgs.from_dict(keys(recompute="full")).checkpoint_activations
+    with pytest.raises(ConfigError, match="recompute: full with checkpoint_activations: false"):
+        NeoXArgs.from_dict(keys(recompute="full", checkpoint_activations=False))
+    for other in ("none", "selective"):
+        with pytest.raises(ConfigError, match=f"recompute: {other} with checkpoint_activations: true"):
+            NeoXArgs.from_dict(keys(recompute=other, checkpoint_activations=True, engine="megatron"))
+
+
+def test_gpt_neox_s_recompute_of_generation_is_not_ours() -> None:
+    args = NeoXArgs.from_dict(keys(recompute=True))
+    assert args.recompute == "none"
+    assert any("without effect here: recompute (generate.py" in note for note in args.notes)
+    assert NeoXArgs.from_dict(keys(recompute=False, checkpoint_activations=True)).recompute == "full"
+
+
+def test_what_is_overlapped_follows_the_engine() -> None:
+    def overlapped(**changes: Any) -> tuple[bool, bool]:
+        args = NeoXArgs.from_dict(keys(**changes))
+        return args.overlap_grad_reduce, args.overlap_param_gather
+
+    assert overlapped() == (False, False)
+    assert overlapped(engine="megatron") == (True, True)
+    assert overlapped(engine="megatron", overlap_grad_reduce=False) == (False, False)
+    assert overlapped(engine="megatron", overlap_param_gather=False) == (True, False)
+
+
+def test_other_programs_read_the_files_of_an_interleaved_run() -> None:
+    """At their own layout: the rules of virtual stages are training's."""
+    given = keys(engine="megatron", virtual_pipe_parallel_size=2, from_scratch=None, load="runs/a")
+    assert NeoXArgs.from_dict(given, task="eval").virtual_pipe_parallel_size == 2
+
+
 def test_deepspeed_gets_the_loss_scaling_that_was_asked_for() -> None:
     scaling = {"loss_scale": 0, "initial_scale_power": 12, "loss_scale_window": 5, "hysteresis": 1, "min_loss_scale": 1}
     config = NeoXArgs.from_dict(keys(fp16={"fp16": True, "enabled": True} | scaling)).deepspeed_config

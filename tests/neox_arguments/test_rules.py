@@ -23,6 +23,9 @@ def replayed(path: str, share: float) -> dict[str, Any]:
     return {"path": path, "replay": {"share": share}}
 
 
+MEGATRON: dict[str, Any] = {"engine": "megatron"}
+INTERLEAVED: dict[str, Any] = {**MEGATRON, "pipe_parallel_size": 2, "virtual_pipe_parallel_size": 2}
+
 # rule, what is changed in the valid keys, what the message says
 BROKEN: list[tuple[str, dict[str, Any], str]] = [
     ("heads_divide_hidden", {"num_attention_heads": 12}, "hidden_size 128 is not num_attention_heads 12 x an even"),
@@ -52,6 +55,7 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
     ("zero_stage_is_one", {"zero_optimization": {"stage": 3}}, "write stage: 1"),
     ("recomputation_is_of_layers", {"recompute_layers": 2}, "without checkpoint_activations: true"),
     ("recomputation_is_of_layers", {"recompute_layers": 5, "checkpoint_activations": True}, "has at most 4"),
+    ("selective_recomputation_is_of_engine_megatron", {"recompute": "selective"}, "which recomputes whole layers only"),
     ("training_has_a_length", {"train_iters": None}, "or train_epochs, passes over the data"),
     ("training_has_a_length", {"train_epochs": 1.0}, "train_iters and train_epochs are both given"),
     ("training_has_an_optimizer", {"optimizer": None}, "optimizer is missing"),
@@ -68,6 +72,33 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
             "deepspeed_extra_args": {"pipeline": {"pipe_partitioned": True}},
         },
         "pipeline would override",
+    ),
+    ("virtual_stages_are_of_engine_megatron", {"pipe_parallel_size": 2, "virtual_pipe_parallel_size": 2}, "engine: m"),
+    ("virtual_stages_are_of_a_pipeline", {**MEGATRON, "virtual_pipe_parallel_size": 2}, "no pipeline to fill"),
+    ("every_virtual_stage_has_a_layer", {**INTERLEAVED, "virtual_pipe_parallel_size": 3}, "pipe_parallel_size: 2"),
+    ("micro_batches_fill_virtual_stages", {**INTERLEAVED, "gradient_accumulation_steps": 3}, "in groups of 2; use 4"),
+    ("overlapping_is_of_engine_megatron", {"overlap_grad_reduce": True, "overlap_param_gather": False}, "is empty"),
+    ("overlapping_is_of_engine_megatron", {"overlap_param_gather": True}, "overlap_param_gather with engine: deep"),
+    (
+        "gathering_overlaps_with_reducing",
+        {**MEGATRON, "overlap_grad_reduce": False, "overlap_param_gather": True},
+        "gathers by the buckets that it reduces by",
+    ),
+    (
+        "engine_megatron_deals_decoder_layers",
+        {**INTERLEAVED, "pipe_partition_method": "parameters"},
+        "parameters with engine: megatron, which deals",
+    ),
+    (
+        "engine_megatron_deals_decoder_layers",
+        {**INTERLEAVED, "pipe_partition_method": "type:transformer|embedding"},
+        "write pipe_partition_method: type:transformer|mlp",
+    ),
+    ("engine_megatron_has_no_loss_scale", {**MEGATRON, "precision": "fp16"}, "the loss scaling is DeepSpeed's"),
+    (
+        "options_of_deepspeed_reach_it",
+        {**MEGATRON, "deepspeed_extra_args": {"memory_breakdown": True}},
+        "memory_breakdown with engine: megatron",
     ),
     ("one_source_of_data", {"data_path": "x"}, "data_path and train_data_paths exclude each other"),
     ("training_has_data", {"train_data_paths": None}, "no training data"),
@@ -165,6 +196,8 @@ NOTED: list[tuple[str, dict[str, Any], str]] = [
     ("width_is_not_the_published_one", PUBLISHED_7B, "is not that of Llama-7B (1, 2 and Code Llama)"),
     ("mlp_biases_are_left_out", {"use_bias_in_mlp": None}, "GPT-NeoX's default true would add biases that no Llama"),
     ("accumulation_is_in_fp32", {"data_types": {"grad_accum_dtype": "bf16"}}, "grad_accum_dtype bf16 is taken as fp32"),
+    ("deepspeed_s_keys_have_no_effect", {**MEGATRON, "wall_clock_breakdown": True}, "engine: megatron: wall_clock"),
+    ("stages_are_uneven", {**INTERLEAVED, "num_layers": 5}, "2 x 2 virtual stages: some virtual stages hold 2"),
     ("layers_are_recomputed_one_by_one", {"checkpoint_num_layers": 4, "checkpoint_activations": True}, "taken as 1"),
     ("wandb_is_not_installed", {"use_wandb": True}, "nothing is logged there without pip install wandb"),
     ("wandb_is_not_switched_on", {"wandb_group": "a"}, "GPT-NeoX logs to Weights & Biases if it finds an API key"),

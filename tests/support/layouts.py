@@ -25,11 +25,14 @@ KINDS = ("master", "exp_avg", "exp_avg_sq")
 
 
 def save_and_go_on(
-    rank: int, world_size: int, case: Case, layout: Layout, precision: str, folder: str, block: int
+    rank: int, world_size: int, case: Case, layout: Layout, precision: str, folder: str, block: int, **more: Any
 ) -> Any:
-    """Losses and norms after the save, of the run that goes on as it is; `block` is the elements of a checksum."""
+    """Losses and norms after the save, of the run that goes on as it is; `block` is the elements of a checksum.
+
+    `more` are further keys of the configuration.
+    """
     state_ranges.BLOCK = block
-    args = arguments(case, *layout, precision=precision, save=folder, checkpoint_factor=STOP)
+    args = arguments(case, *layout, precision=precision, save=folder, checkpoint_factor=STOP, **more)
     engine = build(args, case)
     state = TrainState()
     train(engine, args, state, STOP, case)
@@ -38,14 +41,22 @@ def save_and_go_on(
 
 
 def resume_elsewhere(
-    rank: int, world_size: int, case: Case, layout: Layout, precision: str, folder: str, again: str, block: int
+    rank: int,
+    world_size: int,
+    case: Case,
+    layout: Layout,
+    precision: str,
+    folder: str,
+    again: str,
+    block: int,
+    **more: Any,
 ) -> Any:
-    """Load at another layout in place of other weights, save at once, go on.
+    """Load at another layout in place of other weights, save at once, go on; `more` are further keys.
 
     Losses and norms, the log, and the optimizer files that this rank has opened.
     """
     state_ranges.BLOCK = block
-    keys = {"precision": precision, "load": folder, "save": again, "checkpoint_factor": STOP}
+    keys = {"precision": precision, "load": folder, "save": again, "checkpoint_factor": STOP, **more}
     args = arguments(case, *layout, from_scratch=False, **keys)
     engine = build(args, case, seed=1)
     log = LogLines(rank)

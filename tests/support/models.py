@@ -83,6 +83,7 @@ class Case:
             "from_scratch": True,
             "train_data_paths": ["unused"],
             "kernels": os.environ.get("NEOX_TEST_KERNELS", "auto"),
+            "engine": os.environ.get("NEOX_TEST_ENGINE", "deepspeed"),
         }
         if self.rope is not None:
             keys["rope_scaling"] = dict(self.rope)

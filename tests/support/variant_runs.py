@@ -21,6 +21,9 @@ TIED = Case(heads=8, kv_heads=4, head_dim=8, layers=4, intermediate=88, vocab=16
 Split = tuple[int, int, int]
 """TP, PP, DP"""
 
+Keys = tuple[tuple[str, Any], ...]
+"""Further keys of the configuration and their values."""
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -38,21 +41,21 @@ class Variant:
     def arguments(self, split: Split, sequence_parallel: bool, **keys: Any) -> Any:
         """Adam's eps is 1e-5: with 1e-8 an entry whose gradient is 0 but for rounding would be moved by a full step."""
         tp, pp, dp = split
-        micro = 2
-        return self.case.neox(
-            model_parallel_size=tp,
-            pipe_parallel_size=pp,
-            sequence_parallel=sequence_parallel,
-            isolate_documents=self.documents,
-            checkpoint_activations=self.recompute,
-            precision=self.precision,
-            train_micro_batch_size_per_gpu=micro,
-            gradient_accumulation_steps=GLOBAL_BATCH // (micro * dp),
-            optimizer={"type": "Adam", "params": {"lr": 1e-3, "betas": [0.9, 0.95], "eps": 1e-5}},
-            gradient_clipping=0.5,  # below the norms seen, so that clipping takes part
-            world_size=tp * pp * dp,
-            **keys,
-        )
+        micro = keys.get("train_micro_batch_size_per_gpu", 2)
+        defaults: dict[str, Any] = {
+            "model_parallel_size": tp,
+            "pipe_parallel_size": pp,
+            "sequence_parallel": sequence_parallel,
+            "isolate_documents": self.documents,
+            "recompute": "full" if self.recompute else "none",
+            "precision": self.precision,
+            "train_micro_batch_size_per_gpu": micro,
+            "gradient_accumulation_steps": GLOBAL_BATCH // (micro * dp),
+            "optimizer": {"type": "Adam", "params": {"lr": 1e-3, "betas": [0.9, 0.95], "eps": 1e-5}},
+            "gradient_clipping": 0.5,  # below the norms seen, so that clipping takes part
+            "world_size": tp * pp * dp,
+        }
+        return self.case.neox(**defaults | keys)
 
     def samples(self) -> list[dict[str, Tensor]]:
         """Of all steps; with documents, each sample holds two or three of them."""
@@ -75,13 +78,15 @@ class Training:
     description: list[str]
 
 
-def train_variant(variant: Variant, split: Split, sequence_parallel: bool) -> tuple[Engine, list[tuple[float, float]]]:
+def train_variant(
+    variant: Variant, split: Split, sequence_parallel: bool, keys: Keys = ()
+) -> tuple[Engine, list[tuple[float, float]]]:
     """On this rank, in new groups: the engine behind the last step, and the history."""
     from megatron.core import parallel_state
 
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
-    args = variant.arguments(split, sequence_parallel)
+    args = variant.arguments(split, sequence_parallel, **dict(keys))
     engine = build(args, variant.case)
     samples = variant.samples()
     history = []
@@ -91,19 +96,26 @@ def train_variant(variant: Variant, split: Split, sequence_parallel: bool) -> tu
     return engine, history
 
 
-def _train(rank: int, world_size: int, variants: tuple[Variant, ...], split: Split, sequence_parallel: bool) -> Any:
+def _train(
+    rank: int, world_size: int, variants: tuple[Variant, ...], split: Split, sequence_parallel: bool, keys: Keys
+) -> Any:
     found = []
     for variant in variants:
-        engine, history = train_variant(variant, split, sequence_parallel)
+        engine, history = train_variant(variant, split, sequence_parallel, keys)
         found.append((history, rank_parameters(engine), engine.describe()))
     return found
 
 
 @cache
-def trained(variants: tuple[Variant, ...], split: Split, sequence_parallel: bool = False) -> list[Training]:
-    """Every variant's training in one layout, in one fork. Copies of a parameter are bit-equal, or this fails."""
+def trained(
+    variants: tuple[Variant, ...], split: Split, sequence_parallel: bool = False, keys: Keys = ()
+) -> list[Training]:
+    """Every variant's training in one layout with further `keys`, in one fork.
+
+    Copies of a parameter are bit-equal, or this fails.
+    """
     tp, pp, dp = split
-    ranks = run_ranks(_train, tp * pp * dp, variants, split, sequence_parallel, timeout=300)
+    ranks = run_ranks(_train, tp * pp * dp, variants, split, sequence_parallel, keys, timeout=300)
     trainings = []
     for variant, results in zip(variants, zip(*ranks, strict=True), strict=True):
         history, _, description = results[0]

@@ -12,6 +12,7 @@ from megatron.layout import LlamaShape, padded_vocab_size
 from megatron.neox_arguments.keys import (
     checkpoint,
     data,
+    engine,
     evaluation,
     generation,
     model,
@@ -23,6 +24,7 @@ from megatron.neox_arguments.keys import (
 )
 from megatron.neox_arguments.keys.checkpoint import CheckpointKeys
 from megatron.neox_arguments.keys.data import DataKeys, unknown_vocabulary
+from megatron.neox_arguments.keys.engine import EngineKeys
 from megatron.neox_arguments.keys.evaluation import EvaluationKeys
 from megatron.neox_arguments.keys.generation import GenerationKeys
 from megatron.neox_arguments.keys.model import ModelKeys
@@ -41,6 +43,7 @@ REGISTRY = Registry.joined(
         parallel.registry,
         precision.registry,
         optimization.registry,
+        engine.registry,
         data.registry,
         survival.registry,
         checkpoint.registry,
@@ -61,6 +64,7 @@ class AllKeys(
     DataKeys,
     OptimizationKeys,
     PrecisionKeys,
+    EngineKeys,
     ParallelKeys,
     ModelKeys,
 ):

@@ -101,6 +101,13 @@ class OptimizationKeys(Keys):
     checkpoint_activations: bool = key(
         False, "Recompute each decoder layer in the backward pass instead of storing it."
     )
+    recompute: Literal["none", "selective", "full"] = derived(
+        "full with checkpoint_activations, else none",
+        "What the backward pass computes again: nothing, all but the matrix products (selective: norms, SwiGLU and "
+        "attention's inner part; engine: megatron), or whole decoder layers, which checkpoint_activations says too. "
+        "GPT-NeoX's recompute, true or false, is of text generation and has no effect.",
+        ours=True,
+    )
     recompute_layers: int | None = key(
         None,
         "With checkpoint_activations, how many decoder layers of each stage are recomputed, the first ones; all if "
@@ -201,6 +208,23 @@ def decay_iters(train_iters: int, fraction: float | None) -> int:
     return max(1, int(train_iters * (fraction or 1.0)))
 
 
+@registry.derivation(*ALL_TASKS, fills=("recompute", "checkpoint_activations"))
+def what_is_recomputed(args: AllKeys, world_size: int | None) -> Derived:
+    whole_layers = args.checkpoint_activations
+    if args.recompute is None:
+        return Derived({"recompute": "full" if whole_layers else "none"})
+    if args.recompute == "full":
+        if args.merged.get("checkpoint_activations") is False:
+            raise ConfigError("recompute: full with checkpoint_activations: false, which stores all; keep one of them")
+        return Derived({"checkpoint_activations": True})
+    if whole_layers:
+        raise ConfigError(
+            f"recompute: {args.recompute} with checkpoint_activations: true, which recomputes whole layers; keep one "
+            f"of them"
+        )
+    return Derived({})
+
+
 # --- rules
 
 
@@ -230,6 +254,16 @@ def recomputation_is_of_layers(args: AllKeys) -> str | None:
     return (
         f"recompute_layers {args.recompute_layers} counts layers of one stage, and a stage of {args.num_layers} layers "
         f"over {args.pipe_parallel_size} stages has at most {most}; leave it out to recompute all"
+    )
+
+
+@registry.rule("train")
+def selective_recomputation_is_of_engine_megatron(args: AllKeys) -> str | None:
+    if args.recompute != "selective" or args.engine == "megatron":
+        return None
+    return (
+        "recompute: selective with engine: deepspeed, which recomputes whole layers only; write engine: megatron, or "
+        "checkpoint_activations: true instead of recompute"
     )
 
 

@@ -160,12 +160,16 @@ def every_stage_has_a_layer(args: AllKeys) -> str | None:
 @registry.warning("train", "eval")
 def stages_are_uneven(args: AllKeys) -> str | None:
     """Legal, as in GPT-NeoX, but the step waits for the longest stage."""
-    layers, stages = args.num_layers, args.pipe_parallel_size
-    if layers % stages == 0:
+    layers, stages, virtual = args.num_layers, args.pipe_parallel_size, args.virtual_pipe_parallel_size
+    runs = stages * virtual
+    if layers % runs == 0:
         return None
+    named, kind = f"{stages} pipeline stages", "stages"
+    if virtual > 1:
+        named, kind = f"{stages} x {virtual} virtual stages", "virtual stages"
     return (
-        f"{layers} layers on {stages} pipeline stages: some stages hold {-(-layers // stages)} layers, some "
-        f"{layers // stages}, and the step waits for the longest"
+        f"{layers} layers on {named}: some {kind} hold {-(-layers // runs)} layers, some {layers // runs}, and the "
+        f"step waits for the longest"
     )
 
 

@@ -1,0 +1,67 @@
+"""Lets megatron-core, which names "cuda" where it allocates, run on a CPU or on torch's "meta" device.
+
+On a GPU nothing is changed. Elsewhere, and only inside `on_device`, torch's functions take "cuda" for the device at
+hand, and a tensor's type is called by CUDA's name, which is what megatron-core's optimizer compares with. A schedule
+names "cuda" once, for its counter of tokens: `schedule_on` leaves everything else that runs in it alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from megatron.core.pipeline_parallel import schedules
+from torch.overrides import TorchFunctionMode
+
+
+class _CudaNames(TorchFunctionMode):
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device = device
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if str(kwargs.get("device")).startswith("cuda"):
+            kwargs = {**kwargs, "device": self.device}
+        result = func(*args, **kwargs)
+        if func is torch.Tensor.type and isinstance(result, str):
+            return "torch.cuda." + result.rpartition(".")[2]
+        return result
+
+
+@contextlib.contextmanager
+def on_device(device: torch.device) -> Iterator[None]:
+    """Inside, megatron-core's "cuda" is `device`."""
+    if device.type == "cuda":
+        yield
+        return
+    with _CudaNames(device), mock.patch.object(torch.cuda, "current_device", return_value=device):
+        yield
+
+
+class _TorchOfSchedules:
+    """The module `torch` as megatron-core's schedules see it, with a `zeros` on the device at hand."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    def zeros(self, size: Any, dtype: torch.dtype, device: str) -> torch.Tensor:
+        return torch.zeros(size, dtype=dtype, device=self._device if device == "cuda" else device)
+
+
+@contextlib.contextmanager
+def schedule_on(device: torch.device) -> Iterator[None]:
+    """Inside, megatron-core's schedules run on `device`."""
+    if device.type == "cuda":
+        yield
+        return
+    with mock.patch.object(schedules, "torch", _TorchOfSchedules(device)):
+        yield

@@ -1,0 +1,411 @@
+"""megatron-core's pipeline schedules, gradient buckets and distributed optimizer behind the project's seam.
+
+Process groups, messages, partition, parameter groups and the decision to step are this project's; megatron-core's
+global state is not used.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.pipeline_parallel.schedules import (
+    forward_backward_no_pipelining,
+    forward_backward_pipelining_with_interleaving,
+    forward_backward_pipelining_without_interleaving,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from megatron import layout
+from megatron.engine.batches import MicroBatch, ScoreBatch, StepBatch, padded
+from megatron.engine.cuda_names import on_device, schedule_on
+from megatron.engine.mcore_chunks import ChunkedStage
+from megatron.engine.mcore_groups import EngineGroups
+from megatron.engine.mcore_links import LinkP2P
+from megatron.engine.mcore_optimizer import GuardedOptimizer, HeldParameter, build_distributed_optimizer
+from megatron.engine.mcore_phases import PhaseTimers
+from megatron.engine.nonfinite import poisoned
+from megatron.engine.optimizer import mark_sharded
+from megatron.engine.optimizer_shards import OptimizerShard, ReadShard
+from megatron.engine.protocol import Around, Counters, StepResult, no_phases
+from megatron.model.cache import CachedTokens, run_cached
+from megatron.model.initialize import initialize_layers
+from megatron.model.loss import GlobalMeanLoss
+from megatron.model.parallel import TensorParallel
+from megatron.model.pipeline import PARAMETER_DTYPES
+from megatron.model.scores import TokenScores
+from megatron.neox_arguments import NeoXArgs
+from megatron.ops import configure
+from megatron.parallel.place import Place
+
+logger = logging.getLogger(__name__)
+
+OnOutput = Callable[[Tensor, MicroBatch], Tensor]
+"""What the last virtual stage does with the logits of a micro-batch when nothing is learned."""
+
+
+class MegatronEngine:
+    """`megatron.engine.protocol.Engine` on megatron-core."""
+
+    def __init__(self, args: NeoXArgs, place: Place, around: Around, virtual: int) -> None:
+        logger.info(configure(args.kernels, place.device))
+        self.args, self.place, self._around = args, place, around
+        tied, timeout = args.shape.tied, args.distributed_timeout_minutes
+        self._groups = EngineGroups.make(place, tied, virtual > 1, timeout)
+        self.groups = self._groups.as_model_groups()
+        self.tensor_parallel = TensorParallel(
+            self.groups.tensor, PARAMETER_DTYPES[args.precision], args.sequence_parallel
+        )
+        self.config = transformer_config(args, place, virtual)
+        self.config.timers = PhaseTimers(around)
+        self.stage = ChunkedStage(args, place, self.tensor_parallel, self.config, virtual)
+        self._held = list(self._hold())
+        mark_sharded((one.parameter, one.row) for one in self._held)
+        self._communicator = LinkP2P(self.groups.pipe, self.config, self._groups.links, place.device, around)
+        self._mcore_groups = self._groups.as_mcore()
+        self._loss = GlobalMeanLoss(self.groups.tensor, args.vocab_size)
+        self.model: Sequence[nn.Module] = self.stage.chunks
+        self._optimizer: GuardedOptimizer | None = None
+        self.counters = Counters()
+
+    @classmethod
+    def for_training(cls, args: NeoXArgs, place: Place, around: Around = no_phases) -> MegatronEngine:
+        engine = cls(args, place, around, args.virtual_pipe_parallel_size)
+        engine._prepare_training()
+        return engine
+
+    @classmethod
+    def for_inference(cls, args: NeoXArgs, place: Place, around: Around = no_phases) -> MegatronEngine:
+        """Every rank has one run of layers: more of them only fill a pipeline that trains."""
+        return cls(args, place, around, virtual=1)
+
+    @staticmethod
+    def stage_of(args: NeoXArgs, place: Place) -> ChunkedStage:
+        """This rank's part of the model alone."""
+        virtual = args.virtual_pipe_parallel_size
+        groups = EngineGroups.make(place, args.shape.tied, virtual > 1, args.distributed_timeout_minutes)
+        tensor_parallel = TensorParallel(groups.tensor, PARAMETER_DTYPES[args.precision], args.sequence_parallel)
+        return ChunkedStage(args, place, tensor_parallel, transformer_config(args, place, virtual), virtual)
+
+    def _hold(self) -> Iterator[HeldParameter]:
+        """Every parameter of this rank."""
+        for copy, layers in ((False, self.stage.numbered_layers()), (True, self.stage.tied_copies())):
+            for number, layer in layers:
+                for name, parameter in layer.named_parameters():
+                    yield HeldParameter(number, name, parameter, layout.row_of(number, name, self.args.shape), copy)
+
+    def _prepare_training(self) -> None:
+        """Gradient buckets and optimizer, and how the schedule is to use them."""
+        args, config = self.args, self.config
+        trained = [one for one in self._held if one.parameter.requires_grad]
+        for one in trained:
+            # Read by megatron-core: sum this gradient over the slices of the sequence; reduce it with the other end's.
+            one.parameter.sequence_parallel = one.row.replicated and args.sequence_parallel  # type: ignore[attr-defined]
+            one.parameter.shared_embedding = (  # type: ignore[attr-defined]
+                args.shape.tied and self.place.pp > 1 and one.layer == layout.EMBEDDING_INDEX
+            )
+        buckets = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=True,
+            overlap_grad_reduce=args.overlap_grad_reduce,
+            overlap_param_gather=args.overlap_param_gather,
+            align_param_gather=True,  # the engine starts all gathers itself, behind the optimizer
+        )
+        with on_device(self.place.device):
+            wrapped = [
+                DistributedDataParallel(
+                    config, buckets, chunk, disable_bucketing=number > 0, pg_collection=self._mcore_groups
+                )
+                for number, chunk in enumerate(self.stage.chunks)
+            ]
+            optimizer = build_distributed_optimizer(args, wrapped, trained, self.groups.data)
+        self.model = self._wrapped = wrapped
+        self.stage.chunks[-1].before_tied_head = self._finish_gather_of_tied_copy
+        self._optimizer = GuardedOptimizer(args, self.place, optimizer, trained)
+        if args.overlap_grad_reduce:
+            syncs = [chunk.no_sync for chunk in wrapped]
+            config.no_sync_func = syncs if len(syncs) > 1 else syncs[0]
+        config.finalize_model_grads_func = finalize_model_grads
+
+    def describe(self) -> list[str]:
+        args, place, virtual = self.args, self.place, self.stage.virtual
+        hidden = [
+            name
+            for name, is_so in (("reduction", args.overlap_grad_reduce), ("gather", args.overlap_param_gather))
+            if is_so
+        ]
+        lines = [
+            f"engine: megatron-core's distributed optimizer over AdamW, weights {args.precision}, gradients "
+            f"accumulated and reduced in fp32, clipping at {args.gradient_clipping:g}; overlapped: "
+            f"{' and '.join(hidden) or 'nothing'}",
+            f"batch: {args.train_batch_size} = micro-batch {args.train_micro_batch_size_per_gpu} x accumulation "
+            f"{args.gradient_accumulation_steps} x data parallel {place.dp}",
+            "stages: "
+            + ", ".join(
+                f"{stage}: layers "
+                + " and ".join(
+                    f"{run.start}-{run.stop - 1}" for run in map(partial(self.stage_layers, stage), range(virtual))
+                )
+                for stage in range(place.pp)
+            ),
+        ]
+        if args.sequence_parallel:
+            lines.append(
+                f"sequence parallel: between layers each of {place.tp} tensor-parallel ranks holds "
+                f"{args.seq_length // place.tp} of {args.seq_length} tokens"
+            )
+        return lines
+
+    # --- the stage
+
+    def numbered_layers(self) -> Iterator[tuple[int, nn.Module]]:
+        self._finish_gathers()
+        return self.stage.numbered_layers()
+
+    def tied_copies(self) -> Iterator[tuple[int, nn.Module]]:
+        self._finish_gathers()
+        return self.stage.tied_copies()
+
+    def stage_layers(self, stage: int, virtual: int = 0) -> range:
+        return self.stage.stage_layers(stage, virtual)
+
+    def initialize_weights(self) -> None:
+        initialize_layers(self.numbered_layers(), self.args, self.place.tp, self.place.tp_rank)
+        self.weights_changed()
+
+    @torch.no_grad()
+    def weights_changed(self) -> None:
+        if self.groups.tied is not None:
+            for one in self._held:
+                if one.layer == layout.EMBEDDING_INDEX:
+                    dist.broadcast(one.parameter.data, group=self.groups.tied, group_src=0)
+        if self._optimizer is not None:
+            with on_device(self.place.device):
+                self._optimizer.renew_masters()
+
+    # --- steps
+
+    def set_learning_rate(self, rate: float) -> None:
+        self._trained().set_learning_rate(rate)
+
+    def train_step(self, batch: StepBatch) -> StepResult:
+        optimizer, count = self._trained(), batch.num_micro_batches
+        micro_batches = self._on_all_stages(batch.micro_batches, count)
+        for chunk in self._wrapped:
+            chunk.zero_grad_buffer()
+
+        def learn(logits: Tensor, micro_batch: MicroBatch) -> Tensor:
+            return poisoned(self._loss(logits, (micro_batch["labels"], batch.weight.to(logits.device))))
+
+        losses = self._run(micro_batches, learn, train=True)
+        replica_loss = torch.stack(losses).sum() / count if losses else None
+        with self._around("optimizer"), on_device(self.place.device):
+            loss, norm, applied = optimizer.step(self._share_of_mean(replica_loss))
+            if applied:
+                self._start_gathers()
+        counters = self.counters
+        self.counters = replace(
+            counters,
+            steps=counters.steps + 1,
+            samples=counters.samples + self.args.train_batch_size,
+            skipped=counters.skipped + (not applied),
+        )
+        return StepResult(loss, norm, applied, None if replica_loss is None else float(replica_loss))
+
+    def evaluate(self, batch: StepBatch) -> float:
+        micro_batches = self._on_all_stages(batch.micro_batches, batch.num_micro_batches)
+
+        def judge(logits: Tensor, micro_batch: MicroBatch) -> Tensor:
+            return self._loss(logits, (micro_batch["labels"], batch.weight.to(logits.device)))
+
+        losses = self._run(micro_batches, judge)
+        mean = self._share_of_mean(torch.stack(losses).sum() / batch.num_micro_batches if losses else None)
+        dist.all_reduce(mean)
+        return float(mean)
+
+    def logits(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor | None:
+        given = {"tokens": tokens} if positions is None else {"tokens": tokens, "positions": positions}
+        found = self._run(self._on_all_stages([given], 1), lambda logits, _: logits)
+        return found[0][:, : tokens.shape[1]] if self.place.last_stage else None
+
+    def token_scores(self, batches: Iterable[ScoreBatch] | None, num_micro_batches: int) -> list[Tensor] | None:
+        score = TokenScores(self.groups.tensor, self.args.vocab_size)
+        given = None if batches is None else [vars(batch) for batch in batches]
+        micro_batches = self._on_all_stages(given, num_micro_batches)
+        found = self._run(micro_batches, lambda logits, asked: score(logits, (asked["at"], asked["queried"])))
+        return found if self.place.last_stage else None
+
+    @torch.inference_mode()
+    def forward_cached(self, inputs: Tensor, tokens: CachedTokens) -> Tensor:
+        if self.stage.virtual > 1:
+            raise RuntimeError("cached tokens go through a pipeline with one run of layers a rank: `for_inference`")
+        first = self.stage_layers(self.place.pp_rank).start
+        with self._around("forward"):
+            return run_cached(self.stage.chunks[0].callables(), first, self.args.num_layers, inputs, tokens)
+
+    def _trained(self) -> GuardedOptimizer:
+        if self._optimizer is None:
+            raise RuntimeError("this engine has no optimizer: it was built for inference")
+        return self._optimizer
+
+    def _share_of_mean(self, replica_loss: Tensor | None) -> Tensor:
+        """What this rank adds to the mean over replicas: the last stage's tensor-parallel ranks hold the same loss."""
+        if replica_loss is None or not self.place.counts_tokens:
+            return torch.zeros((), device=self.place.device)
+        return replica_loss / self.place.dp
+
+    def _on_all_stages(self, given: Iterable[Mapping[str, Tensor]] | None, count: int) -> list[MicroBatch]:
+        """`count` micro-batches on this rank's device, of one shape that tensor-parallel ranks can divide.
+
+        The first and the last stage read their own; the others learn from the first what shape they have, and where
+        documents start if they are isolated. Collective over the pipeline.
+        """
+        with self._around("data"):
+            own = [] if given is None else list(given)
+            device, pipe = self.place.device, self.groups.pipe
+            first = own[0] if own else {}
+            b, s = first["tokens"].shape if own else (0, 0)
+            header = torch.tensor([b, s, "positions" in first], device=device)
+            if self.place.pp > 2:
+                dist.broadcast(header, group=pipe, group_src=0)
+            b, s, with_positions = map(int, header.tolist()) if not own else (b, s, "positions" in first)
+            length = self.tensor_parallel.padded_length(s)
+            own = [_padded_to(micro_batch, length, device) for micro_batch in own]
+            if with_positions and self.place.pp > 2:
+                shape = (count, b, length)
+                positions = (
+                    torch.stack([micro_batch["positions"] for micro_batch in own])
+                    if own
+                    else torch.empty(shape, dtype=torch.int64, device=device)
+                )
+                dist.broadcast(positions, group=pipe, group_src=0)
+                own = own or [{"positions": part} for part in positions]
+            self._shape = (b, length)
+            return own or [{} for _ in range(count)]
+
+    def _run(self, micro_batches: list[MicroBatch], on_output: OnOutput, train: bool = False) -> list[Tensor]:
+        """The schedule over all micro-batches; what `on_output` gave for each, on the last stage."""
+        count, pp, chunks = len(micro_batches), self.place.pp, len(self.model)
+        if chunks > 1 and not train:  # whose schedule takes whole groups of micro-batches
+            micro_batches = micro_batches + [micro_batches[-1]] * (-count % pp)
+
+        def forward(source: Iterator[MicroBatch], chunk: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+            micro_batch = next(source)
+
+            def finish(output: Tensor, non_loss_data: bool = False) -> Any:
+                result = on_output(output, micro_batch)
+                return result if non_loss_data else (result, result.detach().clone())
+
+            return chunk(micro_batch), finish
+
+        sources = [iter(micro_batches) for _ in self.model]
+        b, length = self._shape
+        schedule: Callable[..., Any] = forward_backward_pipelining_with_interleaving
+        if chunks == 1:
+            schedule = forward_backward_pipelining_without_interleaving if pp > 1 else forward_backward_no_pipelining
+        with schedule_on(self.place.device), torch.set_grad_enabled(train):
+            results = schedule(
+                forward_step_func=forward,
+                data_iterator=sources if chunks > 1 else sources[0],
+                model=list(self.model) if chunks > 1 else self.model[0],
+                num_microbatches=len(micro_batches),
+                seq_length=length,
+                micro_batch_size=b,
+                forward_only=not train,
+                collect_non_loss_data=not train,
+                p2p_communicator=self._communicator,
+                pg_collection=self._mcore_groups,
+            )
+        return list(results)[:count]
+
+    # --- weights under way
+
+    def _start_gathers(self) -> None:
+        """Begin to collect the updated weights of all buckets, first those that the next forward pass needs first."""
+        if not self.args.overlap_param_gather:
+            return
+        for chunk in self._wrapped:
+            for group in reversed(chunk.bucket_groups):
+                group.start_param_sync()
+
+    def _finish_gathers(self) -> None:
+        """Wait for them. Not collective."""
+        if self._optimizer is None or not self.args.overlap_param_gather:
+            return
+        for chunk in self._wrapped:
+            for group in chunk.bucket_groups:
+                _finish_gather(group)
+
+    def _finish_gather_of_tied_copy(self) -> None:
+        """Wait for the matrix that the last stage's head shares with another stage."""
+        for one in self._held:
+            if one.copy and self.args.overlap_param_gather:
+                _finish_gather(self._wrapped[-1].param_to_bucket_group[one.parameter])
+
+    # --- checkpoints
+
+    def meta_content(self) -> dict[str, Any]:
+        """The keys of DeepSpeed's file that have a meaning here."""
+        counters, place = self.counters, self.place
+        return {
+            "module": None,
+            "engine": "megatron",
+            "global_steps": counters.steps,
+            "global_samples": counters.samples,
+            "skipped_steps": counters.skipped,
+            "dp_world_size": place.dp,
+            "mp_world_size": place.tp * place.pp,
+        }
+
+    def optimizer_shards(self) -> list[OptimizerShard]:
+        self._finish_gathers()
+        return self._trained().ranges()
+
+    def load_shards(self, read: ReadShard) -> None:
+        self._finish_gathers()
+        self._trained().load(read)
+
+
+def _finish_gather(group: Any) -> None:
+    """Wait for the weights of a group of buckets, if they are under way."""
+    if group.param_gather_handle is not None:
+        group.finish_param_sync(skip_next_bucket_dispatch=True)
+
+
+def transformer_config(args: NeoXArgs, place: Place, virtual: int) -> TransformerConfig:
+    """What megatron-core's schedules and buckets read of the model and the layout."""
+    dtype = PARAMETER_DTYPES[args.precision]
+    return TransformerConfig(
+        num_layers=args.num_layers,
+        hidden_size=args.hidden_size,
+        num_attention_heads=args.num_attention_heads,
+        tensor_model_parallel_size=place.tp,
+        pipeline_model_parallel_size=place.pp,
+        virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
+        sequence_parallel=args.sequence_parallel,
+        pipeline_dtype=dtype,
+        params_dtype=dtype,
+        bf16=args.precision == "bfloat16",
+        use_cpu_initialization=True,
+        perform_initialization=False,
+        overlap_p2p_comm=virtual > 1,
+        batch_p2p_comm=virtual == 1,
+        batch_p2p_sync=False,
+        gradient_accumulation_fusion=False,
+        deallocate_pipeline_outputs=True,
+    )
+
+
+def _padded_to(micro_batch: Mapping[str, Tensor], length: int, device: torch.device) -> MicroBatch:
+    """On `device`, with sequences of `length`; what is no sequence stays as it is."""
+    sequences = {name: micro_batch[name] for name in ("tokens", "labels", "positions") if name in micro_batch}
+    others = {name: tensor for name, tensor in micro_batch.items() if name not in sequences}
+    whole = {**padded(sequences, length), **others}
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in whole.items()}

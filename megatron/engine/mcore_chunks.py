@@ -1,0 +1,157 @@
+"""The runs of numbered layers that a rank holds under engine: megatron, one for each virtual stage."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from megatron.core.enums import ModelType
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from megatron import layout
+from megatron.model.llama import TransformerLayer
+from megatron.model.parallel import TensorParallel
+from megatron.model.pipeline import Layer, llama_layers
+from megatron.neox_arguments import NeoXArgs
+from megatron.parallel.place import Place
+
+
+def runs_of_layers(num_layers: int, pieces: int) -> list[range]:
+    """Layer file numbers of every run, in the order of the model; the longer runs come first.
+
+    Decoder layers are dealt evenly; what is before them is in the first run, what is behind them in the last.
+    """
+    sizes = [num_layers // pieces + (piece < num_layers % pieces) for piece in range(pieces)]
+    edges = [0] + [2 + sum(sizes[: piece + 1]) for piece in range(pieces)]
+    edges[-1] = num_layers + 5
+    return [range(start, stop) for start, stop in itertools.pairwise(edges)]
+
+
+class Chunk(nn.Module):
+    """A run of layers. Its forward takes a micro-batch, and the hidden states that `set_input_tensor` gave it.
+
+    `recompute` are the numbers of the layers that the backward pass computes again. The other public names are those
+    that megatron-core reads: `pre_process` and `post_process` say whether it is the model's first and last run.
+    """
+
+    def __init__(
+        self,
+        args: NeoXArgs,
+        layers: Mapping[int, Layer],
+        config: TransformerConfig,
+        virtual_stage: int | None,
+        recompute: frozenset[int],
+    ) -> None:
+        super().__init__()
+        self.config, self.vp_stage, self.recompute = config, virtual_stage, recompute
+        self.model_type = ModelType.encoder_or_decoder
+        self.pre_process = layout.EMBEDDING_INDEX in layers
+        self.last_number = args.num_layers + 4
+        self.post_process = self.last_number in layers
+        self.share_embeddings_and_output_weights = args.shape.tied
+        self.held = nn.ModuleDict()
+        self.before_tied_head: Callable[[], None] = lambda: None
+        self._steps: list[tuple[int, Any]] = []
+        self._last_with_positions = args.num_layers + 2
+        self._input: Tensor | None = None
+        for number, layer in layers.items():
+            self._steps.append((number, self._step(number, layer)))
+
+    def _step(self, number: int, layer: Layer) -> Any:
+        """What layer `number` does to its input; modules are held by the number of the file that has their weights."""
+        if layer.build is None:
+            return layer.function
+        if layer.shares is None or layer.function is None:
+            self.held[str(number)] = module = layer.build(*layer.arguments)
+            return module
+        owner = str(layout.EMBEDDING_INDEX)
+        if owner not in self.held:  # another rank's embedding, of which this run has a copy
+            self.held[owner] = layer.build(*layer.arguments)
+        function, shared = layer.function, self.held[owner]
+
+        def apply(hidden: Tensor) -> Tensor:
+            self.before_tied_head()  # which reads the matrix past its module, and so past the module's hooks
+            output: Tensor = function(shared, hidden)
+            return output
+
+        return apply
+
+    def forward(self, micro_batch: Mapping[str, Tensor]) -> Tensor:
+        """Hidden states [s, b, h], or of the model's last run this rank's logits [b, s, V / tp]."""
+        positions = micro_batch.get("positions")
+        stream: Any = micro_batch["tokens"] if self.pre_process else self._input
+        if positions is not None and self._steps[0][0] <= self._last_with_positions:
+            stream = (stream, positions)
+        again = self.recompute if torch.is_grad_enabled() else frozenset[int]()
+        for number, step in self._steps:
+            if number in again:
+                stream = checkpoint(step, stream, use_reentrant=False, preserve_rng_state=False)
+            else:
+                stream = step(stream)
+        self._input = None
+        output: Tensor = stream[0] if isinstance(stream, tuple) else stream
+        return output
+
+    def callables(self) -> list[Any]:
+        """Modules and functions in order, for a forward pass outside of the pipeline."""
+        return [step for _, step in self._steps]
+
+    def set_input_tensor(self, tensors: Any) -> None:
+        self._input = tensors[0] if isinstance(tensors, list) else tensors
+
+    def shared_embedding_or_output_weight(self) -> nn.Parameter:
+        weight: nn.Parameter = self.held[str(layout.EMBEDDING_INDEX)].word_embeddings.weight  # type: ignore[union-attr,assignment]
+        return weight
+
+    @property
+    def holds_a_copy(self) -> bool:
+        """Whether its embedding is another rank's, tied to it."""
+        return not self.pre_process and str(layout.EMBEDDING_INDEX) in self.held
+
+    def numbered(self) -> Iterator[tuple[int, nn.Module]]:
+        """(layer file number, module) of the layers that have a file of their own here."""
+        for name, module in self.held.items():
+            if not (self.holds_a_copy and int(name) == layout.EMBEDDING_INDEX):
+                yield int(name), module
+
+
+class ChunkedStage:
+    """This rank's part of the model, on `place.device` and not initialised; as `PipelineStage`.
+
+    With `virtual` stages per rank, rank p of P has the runs p, p + P, p + 2P, ... of the model.
+    """
+
+    def __init__(self, args: NeoXArgs, place: Place, tp: TensorParallel, config: Any, virtual: int) -> None:
+        self.args, self.place, self.virtual = args, place, virtual
+        self._runs = runs_of_layers(args.num_layers, place.pp * virtual)
+        layers = llama_layers(args, tp)
+        own = [self.stage_layers(place.pp_rank, number) for number in range(virtual)]
+        decoder = [number for run in own for number in run if layers[number].build is TransformerLayer]
+        recompute = frozenset(decoder[: args.recompute_layers] if args.recompute == "full" else [])
+        with torch.device(place.device):
+            self.chunks = [
+                Chunk(
+                    args,
+                    {number: layers[number] for number in run},
+                    config,
+                    virtual_stage if virtual > 1 else None,
+                    recompute,
+                )
+                for virtual_stage, run in enumerate(own)
+            ]
+
+    def numbered_layers(self) -> Iterator[tuple[int, nn.Module]]:
+        for chunk in self.chunks:
+            yield from chunk.numbered()
+
+    def tied_copies(self) -> Iterator[tuple[int, nn.Module]]:
+        for chunk in self.chunks:
+            if chunk.holds_a_copy:
+                yield layout.EMBEDDING_INDEX, chunk.held[str(layout.EMBEDDING_INDEX)]
+
+    def stage_layers(self, stage: int, virtual: int = 0) -> range:
+        return self._runs[stage + virtual * self.place.pp]

@@ -1,0 +1,72 @@
+"""Selective recomputation: what is cheap to compute again is not stored for the backward pass.
+
+Korthikanti et al. 2022 recompute attention's inner part; here norms and SwiGLU go the same way, so that a layer stores
+its inputs and the outputs of its matrix products alone. Each recomputed output is the input of a product, which keeps
+it for its weight's gradient. Its memory is given back as soon as the product is done, and filled again when the
+gradient of the product's output arrives: no product is computed twice, and nothing is computed again before it is
+needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Recomputed:
+    """One call of a function whose output is not kept.
+
+    `output` is as usual until `release`; the function must not communicate, and its output must be memory of its own.
+    """
+
+    def __init__(self, function: Callable[[Tensor], Tensor], given: Tensor) -> None:
+        self.function, self._given = function, given
+        self._again: tuple[Tensor, Tensor] | None = None  # input and output, with the graph between them
+        self.output: Tensor = _Recomputing.apply(given, self)
+
+    def release(self, result: Tensor) -> None:
+        """Give the output's memory back until the gradient of `result`, a product of it, arrives."""
+        self._memory = self.output.data  # the same memory under a version of its own: autograd sees no change of it
+        self._bytes = self._memory.untyped_storage().nbytes()
+        result.register_hook(self._fill)
+        self._memory.untyped_storage().resize_(0)
+        del self.output
+
+    def _fill(self, gradient: Tensor) -> None:
+        """Compute the output again, with its graph, into the memory that the product reads."""
+        given = self._given.detach().requires_grad_(self._given.requires_grad)
+        with torch.enable_grad():
+            again = self.function(given)
+        self._memory.untyped_storage().resize_(self._bytes)
+        self._memory.copy_(again.detach())
+        self._again = (given, again)
+        del self._memory, self._given
+
+    def gradient_of_input(self, gradient: Tensor) -> Tensor | None:
+        assert self._again is not None, "the output was not released"
+        given, again = self._again
+        self._again = None
+        torch.autograd.backward(again, gradient)
+        return given.grad
+
+
+def product(matrix: nn.Module, given: Recomputed) -> Tensor:
+    """`matrix` applied to an output that is computed again for the gradient of its weight."""
+    result: Tensor = matrix(given.output)
+    given.release(result)
+    return result
+
+
+class _Recomputing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, given: Tensor, call: Recomputed) -> Tensor:
+        ctx.call = call
+        with torch.no_grad():
+            return call.function(given)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None]:
+        return ctx.call.gradient_of_input(gradient), None
