@@ -33,6 +33,7 @@ from megatron.engine.optimizer import REPLICATED_GROUPS, build_optimizer, parame
 from megatron.engine.optimizer_shards import OptimizerShard, ReadShard
 from megatron.engine.protocol import Around, Counters, StepResult
 from megatron.model.cache import CachedTokens, run_cached
+from megatron.model.features import PooledTokens, run_pooled
 from megatron.model.sequence_parallel import sum_over_slices
 from megatron.neox_arguments import NeoXArgs
 from megatron.neox_arguments.deepspeed_config import pipeline_messages
@@ -187,6 +188,12 @@ class DeepSpeedEngine:
         first = self.stage_layers(self.place.pp_rank).start
         with self._around("forward"):
             return run_cached(self.module.forward_funcs, first, self.args.num_layers, inputs, tokens)
+
+    @torch.inference_mode()
+    def forward_pooled(self, inputs: Tensor, work: PooledTokens) -> tuple[Tensor, dict[int, Tensor]]:
+        first = self.stage_layers(self.place.pp_rank).start
+        with self._around("forward"):
+            return run_pooled(self.module.forward_funcs, first, self.args.num_layers, inputs, work)
 
     def token_scores(self, batches: Iterable[ScoreBatch] | None, num_micro_batches: int) -> list[Tensor] | None:
         scores = pipeline_scores(self.pipeline_engine, self.module, batches, num_micro_batches)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from megatron.engine.batches import ScoreBatch, StepBatch
     from megatron.engine.optimizer_shards import OptimizerShard, ReadShard
     from megatron.model.cache import CachedTokens
+    from megatron.model.features import PooledTokens
     from megatron.parallel.place import Place
     from megatron.parallel.process_groups import ModelGroups
 
@@ -138,6 +139,14 @@ class Engine(PipelineStage, Protocol):
         Returns hidden states for the next stage, or on the last one this rank's logits [n, 1, V / tp] of the n outputs
         of `tokens`. Collective over the tensor-parallel group alone: the caller moves hidden states between stages
         (`megatron.generation.stages`).
+        """
+        ...
+
+    def forward_pooled(self, inputs: Tensor, work: PooledTokens) -> tuple[Tensor, dict[int, Tensor]]:
+        """`megatron.model.features.run_pooled` on this stage's layers: what the next stage gets, and pooled vectors.
+
+        `inputs` are what enters the model, or the hidden states of the stage before. Without sequence parallelism.
+        Collective over the tensor-parallel group alone, as `forward_cached`.
         """
         ...
 

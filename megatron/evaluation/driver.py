@@ -17,11 +17,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from megatron.common.errors import UserError, one_line
 from megatron.engine.protocol import Engine
 from megatron.evaluation.answers import AnswerText, AnswerWriter, TextLimits
+from megatron.evaluation.embeddings.forward import WantedVectors, pooled_vectors
 from megatron.evaluation.scoring import Pair, PairScore, score_pairs
 from megatron.neox_arguments import NeoXArgs
 from megatron.parallel.collective_errors import RankGroup
@@ -58,6 +61,15 @@ class _Texts:
 
     def answer(self, writer: AnswerWriter) -> list[AnswerText]:
         return writer.continue_prompts(self.prompts, self.limits, self.first)
+
+
+@dataclass(frozen=True)
+class _Vectors:
+    texts: Sequence[np.ndarray]
+    wanted: WantedVectors
+
+    def answer(self, writer: AnswerWriter) -> Tensor:
+        return pooled_vectors(writer.engine, writer.args, self.texts, self.wanted)
 
 
 @dataclass(frozen=True)
@@ -109,6 +121,12 @@ class DrivenModel:
             self._report("answered", len(texts), len(prompts))
         self.tokens += sum(map(len, prompts)) + sum(len(text.ids) for text in texts)
         return texts
+
+    def embed(self, texts: Sequence[np.ndarray], wanted: WantedVectors) -> np.ndarray:
+        """`pooled_vectors` of texts that are few enough for one request."""
+        vectors = self._ask(_Vectors(texts, wanted))
+        self.tokens += sum(map(len, texts))
+        return vectors.cpu().numpy()
 
     def _report(self, what: str, done: int, total: int) -> None:
         if total > done or total > PAIRS_PER_REQUEST:

@@ -20,20 +20,12 @@ from megatron.engine.protocol import Around, Engine, no_phases
 _IN_FLIGHT = 64  # messages; one that is older has been received, or the run does not go on
 
 
-class StageLinks:
-    """A rank's links to the other stages of its pipeline. Collective over all ranks to make."""
+class HiddenLinks:
+    """A rank's links to the stages before and after it. Sends return at once; `in_flight` bounds what they keep."""
 
-    def __init__(self, engine: Engine, timeout_minutes: float, around: Around = no_phases) -> None:
-        place, pipe = engine.place, engine.groups.pipe
-        self.place, self._hidden, self._around = place, pipe, around
-        self._ranks = dist.get_process_group_ranks(pipe)
-        self._tokens: dist.ProcessGroup | None = None
-        if place.pp > 1:
-            per_stage = place.dp * place.tp
-            pipes = [list(range(first, place.world_size, per_stage)) for first in range(per_stage)]
-            assert self._ranks in pipes
-            limit = timedelta(minutes=timeout_minutes)
-            self._tokens, _ = dist.new_subgroups_by_enumeration(pipes, timeout=limit)
+    def __init__(self, engine: Engine, around: Around = no_phases, in_flight: int = _IN_FLIGHT) -> None:
+        self.place, self._hidden, self._around, self._in_flight = engine.place, engine.groups.pipe, around, in_flight
+        self._ranks = dist.get_process_group_ranks(self._hidden)
         self._leaving: deque[tuple[Any, Tensor]] = deque()
 
     def send_hidden(self, hidden: Tensor) -> None:
@@ -50,6 +42,32 @@ class StageLinks:
             dist.recv(hidden, src=self._ranks[self.place.pp_rank - 1], group=self._hidden)
         return hidden
 
+    def close(self) -> None:
+        """Wait until all has been sent."""
+        while self._leaving:
+            self._leaving.popleft()[0].wait()
+
+    def _send(self, tensor: Tensor, stage: int, group: dist.ProcessGroup | None) -> None:
+        tensor = tensor.contiguous()
+        self._leaving.append((dist.isend(tensor, dst=self._ranks[stage], group=group), tensor))
+        while len(self._leaving) > self._in_flight:
+            self._leaving.popleft()[0].wait()
+
+
+class StageLinks(HiddenLinks):
+    """A rank's links to the other stages of its pipeline, for tokens too. Collective over all ranks to make."""
+
+    def __init__(self, engine: Engine, timeout_minutes: float, around: Around = no_phases) -> None:
+        super().__init__(engine, around)
+        place = self.place
+        self._tokens: dist.ProcessGroup | None = None
+        if place.pp > 1:
+            per_stage = place.dp * place.tp
+            pipes = [list(range(first, place.world_size, per_stage)) for first in range(per_stage)]
+            assert self._ranks in pipes
+            limit = timedelta(minutes=timeout_minutes)
+            self._tokens, _ = dist.new_subgroups_by_enumeration(pipes, timeout=limit)
+
     def publish_tokens(self, tokens: Tensor) -> None:
         """From the last stage to all others; int64 [n]."""
         for stage in range(self.place.pp - 1):
@@ -63,15 +81,7 @@ class StageLinks:
         return tokens
 
     def close(self) -> None:
-        """Wait until all has been sent."""
-        while self._leaving:
-            self._leaving.popleft()[0].wait()
+        super().close()
         if self._tokens is not None:
             dist.destroy_process_group(self._tokens)
             self._tokens = None
-
-    def _send(self, tensor: Tensor, stage: int, group: dist.ProcessGroup | None) -> None:
-        tensor = tensor.contiguous()
-        self._leaving.append((dist.isend(tensor, dst=self._ranks[stage], group=group), tensor))
-        while len(self._leaving) > _IN_FLIGHT:
-            self._leaving.popleft()[0].wait()

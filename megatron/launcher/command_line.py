@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 USAGE = """\
 usage: python deepy.py SCRIPT CONFIG [CONFIG ...] [-d FOLDER] [--KEY VALUE ...] [--print-config] [--dry-run] [--help]
 
-Checks the configuration, then starts SCRIPT (train.py, eval.py, generate.py or mcq.py) on all ranks: those of this
-machine or, in a Slurm allocation, all ranks of the job by one srun. If it was started as a rank itself (srun python
-deepy.py ...), it runs SCRIPT.
+Checks the configuration, then starts SCRIPT (train.py, eval.py, generate.py, mcq.py or embed.py) on all ranks: those
+of this machine or, in a Slurm allocation, all ranks of the job by one srun. If it was started as a rank itself (srun
+python deepy.py ...), it runs SCRIPT.
 
   CONFIG            YAML files, merged; `.yml` may be omitted; a key must not be in two files
   -d, --conf_dir    folder that is prepended to every CONFIG
@@ -59,7 +59,7 @@ _BEFORE_FILES = (
     *("-H", "--hostfile", "-i", "--sample_input_file", "-o", "--sample_output_file", "--wandb_group"),
     *("--wandb_run_name", "--wandb_team", "--iteration", "--eval_results_prefix", "--autotuning"),
 )
-_TASKS: dict[str, Task] = {"eval.py": "eval", "generate.py": "generate", "mcq.py": "mcq"}
+_TASKS: dict[str, Task] = {"eval.py": "eval", "generate.py": "generate", "mcq.py": "mcq", "embed.py": "embed"}
 
 
 @dataclass
@@ -99,7 +99,7 @@ def parse_command_line(arguments: list[str]) -> Invocation:
     script = Path(positional[0])
     if not script.is_file():
         raise ConfigError(
-            f"{script}: no such script; train.py, eval.py, generate.py and mcq.py are in the project's folder"
+            f"{script}: no such script; train.py, eval.py, generate.py, mcq.py and embed.py are in the project's folder"
         )
     configs = [resolve_path(name, folder) for name in positional[1:]]
     overrides = parse_overrides(options)

@@ -28,8 +28,9 @@ PATH_KEYS = (
     "eval_task_path",
     "eval_documents",
     "mcq",
+    "embed",
 )
-_PATHS_WITHIN = ("path", "items", "output", "shots_file", "compare_with")  # of a data source, of mcq
+_PATHS_WITHIN = ("path", "items", "input", "output", "shots_file", "compare_with")  # of a data source, of mcq, embed
 _VARIABLE = re.compile(r"\$(?:\$|(\w+)|\{(\w+)\})")
 
 

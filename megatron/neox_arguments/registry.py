@@ -16,8 +16,8 @@ from pydantic import BaseModel
 
 from megatron.common.errors import ConfigError
 
-Task = Literal["train", "eval", "generate", "mcq", "model"]
-ALL_TASKS: tuple[Task, ...] = ("train", "eval", "generate", "mcq", "model")
+Task = Literal["train", "eval", "generate", "mcq", "embed", "model"]
+ALL_TASKS: tuple[Task, ...] = ("train", "eval", "generate", "mcq", "embed", "model")
 
 Check = Callable[[Any], "str | None"]  # of the keys; the sentence to report, None if there is nothing to say
 

@@ -34,6 +34,7 @@ _TITLES = {
     "RuntimeKeys": "Running, logging, evaluation, generation",
     "GenerationKeys": "Generation",
     "EvaluationKeys": "Evaluating a checkpoint",
+    "EmbeddingKeys": "Embeddings",
     "SurvivalKeys": "Survival",
 }
 
@@ -124,6 +125,8 @@ def _type(field: FieldInfo) -> str:
         return " | ".join(
             str(value).lower() if isinstance(value, bool) else str(value) for value in _arguments(annotation)
         )
+    text = re.sub(r"^Union\[(.*)\]$", lambda match: match[1].replace(", ", " | "), text)
+    text = re.sub(r"Literal\['(\w+)'\]", r"\1", text)
     return text if text[:1].islower() else "mapping"
 
 

@@ -51,6 +51,8 @@ def input_problems(args: NeoXArgs) -> list[str]:
         checks.append(_prompts)
     if args.task == "mcq":
         checks.append(_questions)
+    if args.task == "embed":
+        checks.append(_texts)
     if args.task == "eval":
         checks.append(_documents_and_tasks)
     problems: list[str] = []
@@ -95,7 +97,7 @@ def _tokenizer_and_data(args: NeoXArgs) -> Iterator[str]:
                 )
         else:
             yield f"vocab_file: {args.vocab_file} is not there; give the tokenizer's file"
-    if args.task in ("generate", "mcq") or (args.task == "eval" and (args.eval_tasks or args.eval_documents)):
+    if args.task in ("generate", "mcq", "embed") or (args.task == "eval" and (args.eval_tasks or args.eval_documents)):
         return
     from megatron.data.header import check_header, read_header
     from megatron.data.indexed import open_indexed
@@ -181,6 +183,16 @@ def _questions(args: NeoXArgs) -> Iterator[str]:
         if path is not None and not Path(path).is_file():
             yield f"mcq.{name}: {path} is not there"
     yield from _unwritable("mcq.output", Path(args.mcq.output))
+
+
+def _texts(args: NeoXArgs) -> Iterator[str]:
+    assert args.embed.input is not None  # the rule texts_to_embed_are_given
+    if not Path(args.embed.input).is_file():
+        yield f"embed.input: {args.embed.input} is not there"
+    output = Path(args.embed.output)
+    if output.exists():
+        yield f"embed.output: {output} is there already, complete; remove it, or give another name"
+    yield from _unwritable("embed.output", output.parent)
 
 
 def _documents_and_tasks(args: NeoXArgs) -> Iterator[str]:

@@ -81,6 +81,7 @@ ADVICE_TESTS = {
     "give --time HOURS:MINUTES:SECONDS": "launch/test_render.py::test_what_is_not_there_is_named_before_it_queues",
     "eval_tasks needs lm-eval": "neox_arguments/test_evaluation_keys.py",
     "the file of questions (--mcq.items FILE)": "neox_arguments/test_evaluation_keys.py",
+    "the file of texts (--embed.input FILE)": "neox_arguments/test_embedding_keys.py",
     "it is requeued at its limit": "launch/test_render.py::test_time_limits_of_frontier",
 }
 # Text of other kinds: parts of scripts, usage, patterns of warnings.

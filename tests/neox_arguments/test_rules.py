@@ -11,7 +11,7 @@ import pytest
 
 from megatron.neox_arguments import ConfigError, NeoXArgs
 from megatron.neox_arguments import keys as key_files
-from megatron.neox_arguments.keys import evaluation
+from megatron.neox_arguments.keys import embeddings, evaluation
 from megatron.neox_arguments.keys.all_keys import REGISTRY
 from tests.support.configurations import ROPE, VALID, keys
 
@@ -269,6 +269,7 @@ def test_what_is_continued_follows_from_what_is_given() -> None:
 def test_every_rule_and_warning_has_a_case() -> None:
     elsewhere = {"weights_are_given"}  # holds for other tasks than training: test_programs_that_read_weights_need_them
     elsewhere |= {entry.name for entry in evaluation.registry.rules}  # test_evaluation_keys
+    elsewhere |= {entry.name for entry in embeddings.registry.rules}  # test_embedding_keys
     generation = {rule for rule, _, _ in BROKEN_GENERATION}
     assert {entry.name for entry in REGISTRY.rules} == {rule for rule, _, _ in BROKEN} | elsewhere | generation
     noted = {warning for warning, _, _ in (*NOTED, *NOTED_GENERATION)}
@@ -317,7 +318,7 @@ def test_what_depends_on_a_wrong_key_is_not_judged() -> None:
         NeoXArgs.from_dict(keys(model_parallel_size=2, global_num_gpus=3, num_nodes=7))
 
 
-@pytest.mark.parametrize("task", ["eval", "generate", "mcq"])
+@pytest.mark.parametrize("task", ["eval", "generate", "mcq", "embed"])
 def test_programs_that_read_weights_need_them(task: Any) -> None:
     with pytest.raises(ConfigError, match="nothing to evaluate: give load"):
         NeoXArgs.from_dict(VALID, task=task)

@@ -12,6 +12,7 @@ from megatron.layout import LlamaShape, padded_vocab_size
 from megatron.neox_arguments.keys import (
     checkpoint,
     data,
+    embeddings,
     engine,
     evaluation,
     generation,
@@ -24,6 +25,7 @@ from megatron.neox_arguments.keys import (
 )
 from megatron.neox_arguments.keys.checkpoint import CheckpointKeys
 from megatron.neox_arguments.keys.data import DataKeys, unknown_vocabulary
+from megatron.neox_arguments.keys.embeddings import EmbeddingKeys
 from megatron.neox_arguments.keys.engine import EngineKeys
 from megatron.neox_arguments.keys.evaluation import EvaluationKeys
 from megatron.neox_arguments.keys.generation import GenerationKeys
@@ -50,6 +52,7 @@ REGISTRY = Registry.joined(
         generation.registry,
         runtime.registry,
         evaluation.registry,
+        embeddings.registry,
     )
 )
 
@@ -57,6 +60,7 @@ REGISTRY = Registry.joined(
 # Pydantic lists the fields of the last base first.
 class AllKeys(
     SurvivalKeys,
+    EmbeddingKeys,
     EvaluationKeys,
     GenerationKeys,
     RuntimeKeys,

@@ -138,7 +138,7 @@ def unknown_vocabulary(args: AllKeys) -> str:
     )
 
 
-@registry.derivation("generate", "mcq", "model", fills=("seq_length",))
+@registry.derivation("generate", "mcq", "embed", "model", fills=("seq_length",))
 def samples_as_long_as_positions(args: AllKeys, world_size: int | None) -> Derived:
     return Derived({"seq_length": args.max_position_embeddings} if args.seq_length is None else {})
 

@@ -132,7 +132,8 @@ class OptimizationKeys(Keys):
 
 
 @registry.derivation(
-    "train", "eval", "mcq", fills=("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    *("train", "eval", "mcq", "embed"),
+    fills=("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"),
 )
 def batch_sizes(args: AllKeys, world_size: int | None) -> Derived:
     """train_batch_size = micro x accumulation x data_parallel_size, from whichever of the three are given."""

@@ -85,7 +85,7 @@ def skipped_ranges_are_ranges(args: SurvivalKeys) -> str | None:
     return f"skip_sample_ranges: {wrong[0]} is no range of samples; write [first, end] with 0 <= first < end"
 
 
-@registry.rule("train", "eval", "generate", "mcq")
+@registry.rule("train", "eval", "generate", "mcq", "embed")
 def a_step_ends_before_its_collectives(args: AllKeys) -> str | None:
     if args.step_timeout_minutes < args.distributed_timeout_minutes:
         return None

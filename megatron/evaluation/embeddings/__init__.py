@@ -1,0 +1,1 @@
+"""Vectors of texts: pooled hidden states of any layer, at any layout."""

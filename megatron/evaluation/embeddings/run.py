@@ -1,0 +1,139 @@
+"""What `embed.py` does: a checkpoint, a file of texts, a file of vectors."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron.checkpoint.manifest import MANIFEST_NAME
+from megatron.common.errors import UserError
+from megatron.evaluation.driver import DrivenModel
+from megatron.evaluation.embeddings.forward import WantedVectors
+from megatron.evaluation.embeddings.texts import BadText, EncodedText, TextReader
+from megatron.evaluation.embeddings.vector_file import VectorFile
+from megatron.evaluation.prompts import PromptEncoder
+from megatron.evaluation.session import with_checkpoint
+from megatron.neox_arguments import NeoXArgs
+from megatron.neox_arguments.keys.embeddings import chosen_layers
+
+logger = logging.getLogger(__name__)
+
+WINDOW = 2048  # records that are sorted by length together, and after which a killed run goes on
+REQUEST_BYTES = 1 << 28  # of vectors that ranks exchange at once
+NAMED = 20  # records left out that are named in full
+
+
+def embed_texts(args: NeoXArgs) -> None:
+    """Write the vectors that the keys ask for, their ids and a report."""
+    # A slice of the sequence cannot be pooled alone, and texts have any length.
+    with_checkpoint(args.model_copy(update={"sequence_parallel": False}), embed_and_write)
+
+
+def embed_and_write(model: DrivenModel, checkpoint: Path) -> dict[str, Any]:
+    """The program of rank 0; returns the report."""
+    args, keys = model.args, model.args.embed
+    encoder = PromptEncoder.of(args, chat=False)
+    wanted = WantedVectors(chosen_layers(args), keys.pooling, len(encoder.beginning))
+    reader = TextReader(keys, encoder, args.seq_length)
+    identity = _identity(args, encoder, checkpoint, wanted)
+    file = VectorFile(Path(keys.output), wanted.layers, args.hidden_size, identity)
+    if file.progress.records:
+        logger.info(f"going on with {file.partial}: {file.progress.rows} texts of {file.progress.records} records")
+    texts = reader.read(file.progress.records)
+    while window := _next(texts):
+        _embed_window(model, wanted, file, window)
+    progress = file.progress
+    if progress.rows == 0:
+        raise UserError(f"{keys.input} has no text to embed; left out: {progress.left_out or 'nothing'}")
+    report = {
+        **identity,
+        "checkpoint": str(checkpoint),
+        "texts": progress.rows,
+        "tokens": progress.tokens,
+        "cut": progress.cut,
+        "left_out": progress.left_out,
+        "named": progress.named,
+        "seconds": progress.seconds,
+    }
+    written = file.finish(report)
+    if progress.left_out or progress.cut:
+        counts = [f"{count} left out: {rule}" for rule, count in progress.left_out.items()]
+        print("; ".join([*counts, *([f"{progress.cut} cut to seq_length"] if progress.cut else [])]))
+    print(
+        f"{progress.rows} texts, {progress.tokens} tokens in {progress.seconds:.1f} s, "
+        f"{progress.tokens / max(progress.seconds, 1e-9):.0f} tokens/s; layers {', '.join(map(str, wanted.layers))}"
+    )
+    print(f"written to {', '.join(map(str, written))}")
+    return report
+
+
+def _identity(args: NeoXArgs, encoder: PromptEncoder, checkpoint: Path, wanted: WantedVectors) -> dict[str, Any]:
+    """What decides the vectors: a file that was begun with anything else is not gone on with."""
+    keys = args.embed
+    assert keys.input is not None
+    read = Path(keys.input).stat()
+    manifest = checkpoint / MANIFEST_NAME
+    return {
+        "model": json.loads(manifest.read_text()).get("digest") if manifest.exists() else str(checkpoint),
+        "input": str(Path(keys.input).absolute()),
+        "input_bytes": read.st_size,
+        "input_changed": read.st_mtime,
+        "text_field": keys.text_field,
+        "id_field": keys.id_field,
+        "layers": list(wanted.layers),
+        "hidden_size": args.hidden_size,
+        "pooling": wanted.pooling,
+        "l2": keys.l2,
+        "cut_long_texts": keys.cut_long_texts,
+        "seq_length": args.seq_length,
+        "precision": args.precision,
+        "tokenizer": encoder.tokenizer.fingerprint,
+    }
+
+
+def _next(texts: Iterator[EncodedText | BadText]) -> list[EncodedText | BadText]:
+    return list(islice(texts, WINDOW))
+
+
+def _embed_window(
+    model: DrivenModel, wanted: WantedVectors, file: VectorFile, window: list[EncodedText | BadText]
+) -> None:
+    """Records up to the end of a window; texts of similar length are read together, whatever their order."""
+    start, keys, progress = time.perf_counter(), model.args.embed, file.progress
+    for bad in (one for one in window if isinstance(one, BadText)):
+        if keys.on_bad_record == "stop":
+            raise UserError(f"{bad.message} (embed.on_bad_record: skip leaves such records out and counts them)")
+        progress.left_out[bad.rule] = progress.left_out.get(bad.rule, 0) + 1
+        if len(progress.named) < NAMED:
+            progress.named.append(bad.message)
+            print(f"skipped: {bad.message}")
+    texts = [one for one in window if isinstance(one, EncodedText)]
+    by_length = sorted(range(len(texts)), key=lambda number: len(texts[number].ids))
+    at_once = max(1, REQUEST_BYTES // (4 * len(wanted.layers) * model.args.hidden_size))
+    for first in range(0, len(texts), at_once):
+        numbers = by_length[first : first + at_once]
+        vectors = model.embed([texts[number].ids for number in numbers], wanted)
+        if keys.l2:
+            vectors = unit_vectors(vectors)
+        for number, vector in zip(numbers, vectors, strict=True):
+            file.put(progress.rows + number, vector)
+    progress.records += len(window)
+    progress.rows += len(texts)
+    progress.cut += sum(text.cut for text in texts)
+    progress.tokens += sum(len(text.ids) for text in texts)
+    progress.seconds += time.perf_counter() - start
+    file.end_window([{"id": text.id, "tokens": len(text.ids), "cut": text.cut} for text in texts])
+    logger.info(f"{progress.rows} texts, {progress.tokens / max(progress.seconds, 1e-9):.0f} tokens/s")
+
+
+def unit_vectors(vectors: np.ndarray) -> np.ndarray:
+    """Vectors along the last axis scaled to length 1; one of zeros stays as it is."""
+    length = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    return vectors / np.where(length > 0, length, 1)

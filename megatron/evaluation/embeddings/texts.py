@@ -1,0 +1,127 @@
+"""Texts of a file as token ids, one after another; what cannot be used is named and counted, never dropped silently."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron.common.errors import UserError
+from megatron.evaluation.prompts import PromptEncoder
+from megatron.neox_arguments.keys.embeddings import EmbedKeys
+
+_PARQUET_ROWS = 512
+
+
+class TextError(UserError, ValueError):
+    """A file of texts that cannot be read."""
+
+
+@dataclass(frozen=True)
+class EncodedText:
+    """A text's id, and its tokens with the begin-of-text token; `cut` says that these are not all."""
+
+    id: str | int
+    ids: np.ndarray
+    cut: bool = False
+
+
+@dataclass(frozen=True)
+class BadText:
+    """A record without a usable text: where it is and what is wrong, and that in two words, which are counted."""
+
+    message: str
+    rule: str
+
+
+class TextReader:
+    """Reads the file that `embed.input` names."""
+
+    def __init__(self, keys: EmbedKeys, encoder: PromptEncoder, longest: int) -> None:
+        assert keys.input is not None  # checked with the configuration
+        self.path, self._keys, self._encoder, self._longest = Path(keys.input), keys, encoder, longest
+
+    def read(self, start: int) -> Iterator[EncodedText | BadText]:
+        """One for each record from number `start` on, in the file's order. Raises TextError if it cannot be read."""
+        for number, (where, record) in enumerate(read_records(self.path, self._columns)):
+            if number >= start:
+                yield self._encode(number, where, record)
+
+    @property
+    def _columns(self) -> list[str]:
+        return [name for name in (self._keys.text_field, self._keys.id_field) if name is not None]
+
+    def _encode(self, number: int, where: str, record: Any) -> EncodedText | BadText:
+        name = self._keys.text_field
+        if isinstance(record, bytes):
+            try:
+                record = json.loads(record)
+            except (ValueError, RecursionError) as error:
+                return BadText(f"{where}: not JSON ({error})", "not JSON")
+        if not isinstance(record, dict) or name not in record:
+            found = ", ".join(map(str, record)) if isinstance(record, dict) else f"a {type(record).__name__}"
+            return BadText(f"{where}: expected a record with {name}, found {found or 'an empty one'}", f"no {name}")
+        text = record[name]
+        if not isinstance(text, str):
+            return BadText(f"{where}: {name} is of type {type(text).__name__}, expected a text", f"{name} is no text")
+        if not text.strip():
+            return BadText(f"{where}: {name} is empty", f"empty {name}")
+        identity = number if self._keys.id_field is None else record.get(self._keys.id_field, number)
+        if isinstance(identity, bool) or not isinstance(identity, str | int):
+            kind = type(identity).__name__
+            return BadText(f"{where}: {self._keys.id_field} is of type {kind}, expected a text or a number", "bad id")
+        ids = self._encoder.text(text)
+        cut = len(ids) > self._longest
+        if cut and not self._keys.cut_long_texts:
+            return BadText(
+                f"{where}: {len(ids)} tokens, seq_length allows {self._longest}; embed.cut_long_texts: true reads the "
+                f"first ones",
+                "too long",
+            )
+        return EncodedText(identity, np.array(ids[: self._longest], dtype=np.int64), cut)
+
+
+def read_records(path: Path, columns: list[str]) -> Iterator[tuple[str, Any]]:
+    """(where it is, a JSON line or a record of Parquet) for each record; only these columns of Parquet are read.
+
+    Raises TextError if the file cannot be read.
+    """
+    try:
+        if path.suffix == ".jsonl":
+            with path.open("rb") as file:
+                for number, line in enumerate(file, start=1):
+                    if line.strip():
+                        yield f"{path}, line {number}", line
+            return
+        if path.suffix == ".parquet":
+            yield from _parquet(path, columns)
+            return
+    except OSError as error:
+        raise TextError(f"embed.input {path}: {error.strerror or error}") from None
+    raise TextError(f"embed.input {path}: expected a file that ends in .jsonl or .parquet")
+
+
+def _parquet(path: Path, columns: list[str]) -> Iterator[tuple[str, Any]]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise TextError(f"embed.input {path}: Parquet needs pyarrow; pip install .[eval], or give JSONL") from None
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            there = [name for name in columns if name in file.schema_arrow.names]
+            if columns[0] not in there:
+                raise TextError(
+                    f"embed.input {path}: no column {columns[0]}; it has {', '.join(file.schema_arrow.names)}"
+                )
+            number = 0
+            for batch in file.iter_batches(_PARQUET_ROWS, columns=there):
+                for record in batch.to_pylist():
+                    yield f"{path}, row {number}", record
+                    number += 1
+    except pyarrow.ArrowInvalid as error:
+        raise TextError(f"embed.input {path} is not a Parquet file: {error}") from None

@@ -1,0 +1,94 @@
+"""Keys of embed.py: what is read, which vectors, where they go; and their rules."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from megatron.neox_arguments.keys.fields import Keys, key
+from megatron.neox_arguments.registry import Registry
+
+if TYPE_CHECKING:
+    from megatron.neox_arguments.keys.all_keys import AllKeys
+
+registry = Registry()
+
+OUTPUT_SUFFIXES = (".npy", ".parquet")
+
+
+class EmbedKeys(Keys):
+    """Vectors of texts."""
+
+    input: str | None = key(None, "Texts: a .jsonl or .parquet file, one record a text.", ours=True)
+    output: str = key(
+        "embeddings.npy",
+        "Where the vectors go: .npy (ids in a .ids.jsonl beside it) or .parquet. A .report.json says of what they are.",
+        ours=True,
+    )
+    text_field: str = key("text", "Field or column of the text.", ours=True)
+    id_field: str | None = key(
+        "id", "Field or column of the id; a record that has none is numbered from 0 by its place.", ours=True
+    )
+    layers: list[int] | int | Literal["all"] = key(
+        -1,
+        "Layers, numbered as `hidden_states` of transformers: 0 is the embedding, num_layers or -1 the output of the "
+        "final norm. A number, a list, or all; several take one pass.",
+        ours=True,
+    )
+    pooling: Literal["mean", "last"] = key(
+        "mean", "mean over all tokens but begin-of-text, or the vector of the last token.", ours=True
+    )
+    l2: bool = key(False, "Scale every vector to length 1.", ours=True)
+    cut_long_texts: bool = key(
+        False, "Read the first seq_length tokens of a longer text, and count it, instead of refusing it.", ours=True
+    )
+    on_bad_record: Literal["stop", "skip"] = key(
+        "stop", "What to do about a record that has no usable text; skip names and counts it.", ours=True
+    )
+
+
+class EmbeddingKeys(Keys):
+    embed: EmbedKeys = key(EmbedKeys(), "What embed.py reads and writes.", ours=True)
+
+
+def chosen_layers(args: AllKeys) -> tuple[int, ...]:
+    """The layers of `embed.layers`, in order and once each, counted from 0."""
+    given = args.embed.layers
+    if isinstance(given, str):
+        return tuple(range(args.num_layers + 1))
+    numbers = [given] if isinstance(given, int) else given
+    return tuple(sorted({number % (args.num_layers + 1) for number in numbers}))
+
+
+# --- rules
+
+
+@registry.rule("embed")
+def texts_to_embed_are_given(args: EmbeddingKeys) -> str | None:
+    return None if args.embed.input else "embed.input is missing: the file of texts (--embed.input FILE)"
+
+
+@registry.rule("embed")
+def texts_to_embed_have_a_tokenizer(args: AllKeys) -> str | None:
+    return None if args.vocab_file else "embed.py reads texts: give vocab_file, the tokenizer's file"
+
+
+@registry.rule("embed")
+def vectors_have_a_format(args: EmbeddingKeys) -> str | None:
+    if args.embed.output.endswith(OUTPUT_SUFFIXES):
+        return None
+    return f"embed.output {args.embed.output}: expected a name that ends in {' or '.join(OUTPUT_SUFFIXES)}"
+
+
+@registry.rule("embed")
+def embedded_layers_exist(args: AllKeys) -> str | None:
+    given, last = args.embed.layers, args.num_layers
+    if isinstance(given, str):
+        return None
+    numbers = [given] if isinstance(given, int) else given
+    wrong = [number for number in numbers if not -last - 1 <= number <= last]
+    if numbers and not wrong:
+        return None
+    return (
+        f"embed.layers {wrong or given}: expected numbers from 0, the embedding, to {last}, the output of the final "
+        f"norm, or negative ones counted from the end, to -{last + 1}"
+    )

@@ -1,0 +1,79 @@
+"""Every command of docs/embeddings.md, on a converted checkpoint at TP2 x PP2, through deepy.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as arrow
+import pyarrow.parquet as parquet
+import pytest
+import yaml
+
+from tests.evaluation.test_embeddings import hidden_states
+from tests.support.documentation import ROOT, documented_commands
+from tests.support.evaluation_models import CASE, SKY, write_export
+
+pytestmark = pytest.mark.distributed
+GUIDE = "docs/embeddings.md"
+TEXTS = [" ".join(row) for row in SKY]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, vocab_folder: Path) -> Path:
+    """A working directory with the files that the guide names."""
+    from tools.convert_hf.cli import main
+
+    place = tmp_path_factory.mktemp("guide")
+    export = write_export(place / "hf", vocab_folder)
+    command = ["to-neox", "--input", str(export), "--output", str(place / "checkpoints"), "--tp", "2", "--quiet"]
+    assert main(command) == 0
+    keys = {name: value for name, value in CASE.neox().merged.items() if name not in ("from_scratch", "optimizer")}
+    keys["vocab_file"] = str(export / "tokenizer.json")
+    (place / "model.yml").write_text(yaml.safe_dump(keys))
+    (place / "local.yml").write_text("model_parallel_size: 2\npipe_parallel_size: 2\nnum_gpus: 4\n")
+    records = [{"id": f"2411.{number:05}", "text": text} for number, text in enumerate(TEXTS)]
+    (place / "abstracts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    parquet.write_table(arrow.Table.from_pylist(records), place / "abstracts.parquet")
+    return place
+
+
+def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    words = [str(ROOT / word) if word in ("deepy.py", "embed.py") else word for word in shlex.split(command)]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *words[1:]], cwd=folder, env=env, capture_output=True, text=True, timeout=280, check=False
+    )
+
+
+def test_the_first_command_writes_what_the_export_says(folder: Path, hf_tokenizer: Any) -> None:
+    command = documented_commands(GUIDE)[0]
+    done = run(command, folder)
+    assert done.returncode == 0, done.stderr
+    assert "8 texts, " in done.stdout
+    means = np.stack([states[-1, 1:].mean(0) for states in hidden_states(hf_tokenizer, TEXTS)])
+    assert np.abs(np.load(folder / "vectors/abstracts.npy") - means).max() < 1e-5
+    report = json.loads((folder / "vectors/abstracts.report.json").read_text())
+    assert (report["layers"], report["pooling"], report["left_out"]) == ([CASE.layers], "mean", {})
+    assert report["model"].startswith("crc32:")
+    again = run(command, folder)
+    assert again.returncode == 2
+    assert "is there already, complete" in again.stderr
+
+
+@pytest.mark.slow
+def test_all_other_commands_of_the_guide(folder: Path, hf_tokenizer: Any) -> None:
+    commands = documented_commands(GUIDE)
+    assert len(commands) == 2
+    for command in commands[1:]:
+        done = run(command, folder)
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    table = parquet.read_table(folder / "vectors/layers.parquet")
+    last = hidden_states(hf_tokenizer, TEXTS)[2][1, -1]
+    assert np.abs(table["layer_1"][2].as_py() - last / np.linalg.norm(last)).max() < 1e-5
