@@ -77,7 +77,14 @@ def import_images(options: argparse.Namespace) -> None:
         raise DataError(f"--bands names {len(bands)} bands, the images have {count}")
     settings = (options.crop, axes, options.nan, options.on_bad_image)
     job = ImageImport(
-        sources, decoder, bands, options.output_prefix, options.workers, options.on_bad_image == "fatal", settings
+        options.input,
+        sources,
+        decoder,
+        bands,
+        options.output_prefix,
+        options.workers,
+        options.on_bad_image == "fatal",
+        settings,
     )
     header = run_import(job)
     info = header.images
