@@ -20,8 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron.data.sample import Sample, SampleDataset
-from megatron.data.sources import SampleSource
+from megatron.data.sample import Sample, SampleDataset, SampleSource
 
 if TYPE_CHECKING:
     from megatron.neox_arguments.keys.data import Replay

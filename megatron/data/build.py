@@ -17,10 +17,12 @@ from megatron.data.blend import Blend, mix, shares
 from megatron.data.document_packing import WholeDocuments
 from megatron.data.gpt_neox_order import GptNeoxPack, gpt_neox_mixture, samples_of_sources, weights_by_documents
 from megatron.data.header import DataHeader, check_header, fingerprint, read_header
+from megatron.data.image_sources import ImageSource, patch_form
+from megatron.data.images import check_images
 from megatron.data.indexed import DataError, open_indexed
-from megatron.data.sample import SampleDataset, SampleForm
+from megatron.data.sample import SampleDataset, SampleForm, SampleSource
 from megatron.data.skip_ranges import SampleRanges
-from megatron.data.sources import OncePacked, RunningPack, SampleSource
+from megatron.data.sources import OncePacked, RunningPack
 from megatron.data.token_ids import known_ids, refuse_outside, refuse_special_outside
 from megatron.parallel.collective_errors import RankGroup
 from megatron.tokenizer import Tokenizer, build_tokenizer
@@ -90,17 +92,32 @@ def build_datasets(
 
 def _build(args: NeoXArgs, tokenizer: Tokenizer | None, position: tuple[int, int], reads_ids: bool = True) -> Datasets:
     """`reads_ids`: look for ids outside the vocabulary where a file has to be read for it; one rank does for all."""
+    stages = _parts(args)
+    used = [part for parts in stages for part in parts]
+    prefixes = sorted({part.prefix for part in used} | {part.labels for part in used if part.labels is not None})
+    notes: list[str] = []
+    opener: _Opener | _ImageOpener
+    if args.reads_images:
+        for prefix in prefixes:
+            check_images(prefix, args)
+        opener = _ImageOpener(args)
+    else:
+        opener = _text_opener(args, tokenizer, used, notes, reads_ids)
+    return _datasets(args, stages, opener, position, prefixes, notes)
+
+
+def _text_opener(
+    args: NeoXArgs, tokenizer: Tokenizer | None, used: list[_Part], notes: list[str], reads_ids: bool
+) -> _Opener:
+    """Check headers, ids, labels and conversations of all parts."""
     if tokenizer is None and args.vocab_file is not None:
         tokenizer = build_tokenizer(args.tokenizer_type, args.vocab_file, args.merge_file)
     if tokenizer is not None:
         refuse_special_outside(tokenizer, args.vocab_size)
-    stages = _parts(args)
-    used = [part for parts in stages for part in parts]
-    prefixes = sorted({part.prefix for part in used} | {part.labels for part in used if part.labels is not None})
-    notes = []
     headers = {prefix: read_header(prefix) for prefix in sorted({part.prefix for part in used})}
     for prefix, header in headers.items():
-        open_indexed(prefix)
+        if open_indexed(prefix).dtype.kind == "f":
+            raise DataError(f"{prefix} holds {open_indexed(prefix).dtype} values, which are no tokens")
         if header is None:
             notes.append(f"{prefix}: no header beside the index, its tokenizer cannot be checked")
             if reads_ids:
@@ -117,7 +134,17 @@ def _build(args: NeoXArgs, tokenizer: Tokenizer | None, position: tuple[int, int
         assert tokenizer is not None  # the rule document_ends_are_known
         masked = tokenizer.eod
     form = SampleForm(args.seq_length, args.isolate_documents, masked, 0 if tokenizer is None else tokenizer.pad)
-    opener = _Opener(args, form)
+    return _Opener(args, form)
+
+
+def _datasets(
+    args: NeoXArgs,
+    stages: tuple[list[_Part], list[_Part], list[_Part]],
+    opener: _Opener | _ImageOpener,
+    position: tuple[int, int],
+    prefixes: list[str],
+    notes: list[str],
+) -> Datasets:
     train_parts, valid_parts, test_parts = stages
     blend = None
     train_iters = args.train_iters
@@ -138,7 +165,8 @@ def _build(args: NeoXArgs, tokenizer: Tokenizer | None, position: tuple[int, int
             counts = [len(open_indexed(part.prefix)) for part in train_parts]
             weights = weights_by_documents(counts, args.weighted_sampler_alpha)
         if args.data_order == "gpt-neox":
-            blend = _gpt_neox_blend(args, train_parts, weights, form, wanted)
+            assert isinstance(opener, _Opener)  # a key of text
+            blend = _gpt_neox_blend(args, train_parts, weights, opener.form, wanted)
         else:
             blend = _blend(train_parts, weights, opener, wanted)
         notes += [f"train: {line}" for line in blend.describe()]
@@ -188,13 +216,28 @@ class _Opener:
         return self(part, None if self.args.pack_impl == "packed" else 1).samples_per_epoch
 
 
-def _epoch(parts: list[_Part], opener: _Opener) -> float:
+@dataclass(frozen=True)
+class _ImageOpener:
+    """Opens a part that holds images."""
+
+    args: NeoXArgs
+
+    def __call__(self, part: _Part, samples: int | None) -> SampleSource:
+        """Endless for `samples` samples, or (None) each image once."""
+        form = patch_form(part.prefix, self.args)
+        return ImageSource(part.prefix, form, self.args.seed, samples, part.documents)
+
+    def samples_per_epoch(self, part: _Part) -> float:
+        return self(part, None).samples_per_epoch
+
+
+def _epoch(parts: list[_Part], opener: _Opener | _ImageOpener) -> float:
     """Samples of the run, replayed ones included, in which the sources without replay are read once."""
     replayed = sum(part.replay.share for part in parts if part.replay is not None)
     return sum(opener.samples_per_epoch(part) for part in parts if part.replay is None) / (1 - replayed)
 
 
-def _blend(parts: list[_Part], weights: list[float] | None, opener: _Opener, wanted: int) -> Blend:
+def _blend(parts: list[_Part], weights: list[float] | None, opener: _Opener | _ImageOpener, wanted: int) -> Blend:
     replays = [part.replay for part in parts]
     epochs = [1.0] * len(parts) if not any(replays) else [opener.samples_per_epoch(part) for part in parts]
     mixture = mix(epochs, weights, replays, wanted)
@@ -238,7 +281,7 @@ def _check_conversations(part: _Part, header: DataHeader | None, args: NeoXArgs)
         )
 
 
-def _passes(parts: Sequence[_Part], opener: _Opener) -> dict[str, SampleSource]:
+def _passes(parts: Sequence[_Part], opener: _Opener | _ImageOpener) -> dict[str, SampleSource]:
     """One dataset per source, under names that tell the sources apart."""
     names = _names([part.prefix for part in parts])
     return {name: opener(part, None) for name, part in zip(names, parts, strict=True)}

@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 from megatron.data.index_cache import Arrays, CachedIndex
 from megatron.data.indexed import DataError, open_indexed
 from megatron.data.sample import SampleForm
-from megatron.data.sources import DOCUMENTS, SAMPLES, Piece, SampleSource, labels_identity, seeded_permutation
+from megatron.data.sources import DOCUMENTS, SAMPLES, Piece, TokenSource, labels_identity, seeded_permutation
 
 Integers = NDArray[np.integer]
 Packing = Literal["pack_until_overflow", "unpacked", "best_fit"]
 
 
-class WholeDocuments(SampleSource):
+class WholeDocuments(TokenSource):
     """`samples` samples over as many epochs as that takes, or (None) the documents once in the order of the file."""
 
     def __init__(

@@ -21,12 +21,12 @@ from megatron.data.blend import Mixture, shares
 from megatron.data.index_cache import Arrays, CachedIndex
 from megatron.data.indexed import open_indexed
 from megatron.data.sample import SampleForm
-from megatron.data.sources import Piece, SampleSource
+from megatron.data.sources import Piece, TokenSource
 
 MARGIN = 1.005  # on the samples of each of several sources
 
 
-class GptNeoxPack(SampleSource):
+class GptNeoxPack(TokenSource):
     """`packed` documents in GPT-NeoX's order, prepared for `samples` samples."""
 
     def __init__(

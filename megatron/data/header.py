@@ -87,10 +87,21 @@ def read_header(prefix: str | Path) -> DataHeader | None:
     path = header_path(prefix)
     if not path.is_file():
         return None
+    if holds_images(prefix):
+        raise DataError(f"{prefix} holds images, not text; a run on them has modality: patches (docs/patches.md)")
     try:
         return DataHeader.model_validate_json(path.read_text(encoding="utf-8"))
     except (ValidationError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not a data header of this project: {error}") from error
+
+
+def holds_images(prefix: str | Path) -> bool:
+    """Whether the header says that the documents are images (`megatron.data.images`)."""
+    try:
+        content = json.loads(header_path(prefix).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and "images" in content
 
 
 def check_header(prefix: str, header: DataHeader, tokenizer: Tokenizer | None, vocab_size: int | None) -> None:
@@ -141,7 +152,7 @@ def fingerprint(prefix: str | Path) -> dict[str, Any]:
         "content": _sample_of(binary, sizes[1]),
         "written": binary.stat().st_mtime_ns,
     }
-    known = read_header(prefix)
+    known = None if holds_images(prefix) else read_header(prefix)
     if known is not None and known.chat is not None and known.chat.end_of_turn:
         found["chat"] = {"template": known.chat.template_text, "end_of_turn": known.chat.end_of_turn}
     return found

@@ -25,7 +25,15 @@ from megatron.common.errors import UserError
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
-CODES: dict[int, type[np.integer]] = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+CODES: dict[int, type[np.integer] | type[np.floating]] = {
+    1: np.uint8,
+    2: np.int8,
+    3: np.int16,
+    4: np.int32,
+    5: np.int64,
+    7: np.float32,  # images alone
+    8: np.uint16,
+}
 _CODE_OF = {np.dtype(kind): code for code, kind in CODES.items()}
 _COPY_ITEMS = 1 << 20
 
@@ -69,7 +77,7 @@ class IndexedFile:
         if magic != MAGIC or version != 1:
             raise DataError(f"{idx}: not an index of the mmap format (data_impl: mmap), it begins {head[:9]!r}")
         if code not in CODES:
-            raise DataError(f"{idx}: dtype code {code} is no integer type; expected one of {sorted(CODES)}")
+            raise DataError(f"{idx}: dtype code {code} is of no use here; expected one of {sorted(CODES)}")
         self.dtype = np.dtype(CODES[code])
         expected = HEADER.size + 12 * self.documents + 8 * marks
         if idx.stat().st_size != expected:

@@ -17,22 +17,35 @@ from megatron.common.labels import IGNORE_INDEX
 
 
 class Sample(TypedDict, total=False):
-    """int64 tensors of length s. `labels[i]` is what position i must predict, -100 where nothing is learned.
+    """Of text, int64 tensors of length s. `labels[i]` is what position i must predict, -100 where nothing is learned.
     `positions` restart at 0 with every document and are there only if documents are isolated. `sample_id` is the
-    sample's place in the order of the run, -1 for padding that completes a batch."""
+    sample's place in the order of the run, -1 for padding that completes a batch.
+
+    Of an image, `patches` and `targets` [s, values], uint8 or float32: `targets[i]` is the patch that position i must
+    predict where `mask[i]` is True (bool [s])."""
 
     tokens: Tensor
     labels: Tensor
     positions: Tensor
+    patches: Tensor
+    targets: Tensor
+    mask: Tensor
     sample_id: int
 
 
 def stack(samples: Sequence[Sample]) -> dict[str, Tensor]:
-    """tokens, labels and, where documents are isolated, positions of several samples, [len(samples), s]."""
-    keys: list[Literal["tokens", "labels", "positions"]] = ["tokens", "labels"]
-    if "positions" in samples[0]:
-        keys.append("positions")
-    return {key: torch.stack([sample[key] for sample in samples]) for key in keys}
+    """The tensors of several samples, [len(samples), ...]: of text or of images, and positions where there are any."""
+    return {key: torch.stack([sample[key] for sample in samples]) for key in _TENSORS if key in samples[0]}
+
+
+_TENSORS: tuple[Literal["tokens", "labels", "positions", "patches", "targets", "mask"], ...] = (
+    "tokens",
+    "labels",
+    "positions",
+    "patches",
+    "targets",
+    "mask",
+)
 
 
 class SampleDataset(Dataset[Sample], ABC):
@@ -47,6 +60,21 @@ class SampleDataset(Dataset[Sample], ABC):
     @abstractmethod
     def padding(self) -> Sample:
         """A sample that teaches nothing."""
+
+
+class SampleSource(SampleDataset):
+    """Samples of one data prefix. `samples_per_epoch` is how many read all of it once."""
+
+    prefix: str
+    samples_per_epoch: float
+
+    @abstractmethod
+    def read(self, index: int, sample_id: int) -> Sample:
+        """Sample `index` in this source's reading order, under the name `sample_id`."""
+
+    def describe_left_out(self) -> list[str]:
+        """Lines for the log: what of the documents is in no sample."""
+        return []
 
 
 @dataclass(frozen=True)

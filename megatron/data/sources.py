@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from megatron.data.header import fingerprint
 from megatron.data.index_cache import Arrays, CachedIndex
 from megatron.data.indexed import DataError, IndexedFile, open_indexed
-from megatron.data.sample import Sample, SampleDataset, SampleForm
+from megatron.data.sample import Sample, SampleForm, SampleSource
 
 Piece = tuple[int, int, int]  # document, offset in it, length
 DOCUMENTS, SAMPLES = 0, 1  # the two uses of the seed
@@ -27,10 +27,8 @@ def seeded_permutation(seed: int, epoch: int, use: int, count: int) -> NDArray[n
     return np.random.RandomState([seed, epoch, use]).permutation(count)
 
 
-class SampleSource(SampleDataset):
-    """Samples of a range of documents of one file. Subclasses say which pieces of documents make a sample."""
-
-    samples_per_epoch: float
+class TokenSource(SampleSource):
+    """Samples of a range of documents of tokens. Subclasses say which pieces of documents make a sample."""
 
     def __init__(
         self, prefix: str, form: SampleForm, documents: tuple[int, int] | None = None, labels: str | None = None
@@ -58,15 +56,10 @@ class SampleSource(SampleDataset):
     def padding(self) -> Sample:
         return self.form.padding()
 
-    def describe_left_out(self) -> list[str]:
-        """Lines for the log: what of the documents is in no sample."""
-        return []
-
     def __getitem__(self, index: int) -> Sample:
         return self.read(index, index)
 
     def read(self, index: int, sample_id: int) -> Sample:
-        """Sample `index` in this source's reading order, under the name `sample_id`."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         pieces = self.pieces(index)
@@ -76,7 +69,7 @@ class SampleSource(SampleDataset):
         return self.form.make(tokens, labels, starts, sample_id)
 
 
-class RunningPack(SampleSource):
+class RunningPack(TokenSource):
     """GPT-NeoX's `packed`: the epochs joined are an endless stream, and sample k its tokens k*s to k*s + s.
 
     Neighbours share a token; documents and epochs are crossed. The samples that begin in an epoch are read in random
@@ -177,7 +170,7 @@ class RunningPack(SampleSource):
             epoch, offset = epoch + 1, 0
 
 
-class OncePacked(SampleSource):
+class OncePacked(TokenSource):
     """Validation: the documents once, in the order of the file, cut every s tokens; the last sample is padded.
 
     Every token is there exactly once. The samples are read in a fixed random order, so that the first few of them are

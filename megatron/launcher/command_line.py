@@ -170,8 +170,8 @@ def configuration_as_yaml(args: NeoXArgs) -> str:
         "data_parallel_size": args.data_parallel_size,
         "head_dim": args.head_dim,
         # Unknown while the tokenizer is elsewhere.
-        "padded_vocab_size": None if args.vocab_size is None else args.padded_vocab_size,
-        "num_parameters": None if args.vocab_size is None else args.shape.num_parameters,
+        "padded_vocab_size": args.padded_vocab_size if args.vocabulary_is_known else None,
+        "num_parameters": args.shape.num_parameters if args.vocabulary_is_known else None,
     }
     if args.seq_length and args.train_batch_size:
         derived["tokens_per_step"] = args.train_batch_size * args.seq_length

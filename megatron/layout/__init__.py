@@ -6,8 +6,9 @@ size. Nothing here imports torch or anything of this project: a login node can u
 """
 
 from megatron.layout.packing import Slice, rank_shape, rank_slices, source_shapes, split_qkv, split_up_gate
+from megatron.layout.patches import PatchShape, recorded_shape
 from megatron.layout.ranges import TensorRange, TensorSplit, Transfer, transfers
-from megatron.layout.row import TEXT, Initialization, LayerFile, Packing, TensorRow
+from megatron.layout.row import PATCHES, TEXT, Initialization, LayerFile, Packing, TensorRow
 from megatron.layout.shape import LlamaShape, padded_vocab_size
 from megatron.layout.table import (
     DECODER_LAYER,
@@ -33,12 +34,14 @@ __all__ = [
     "EMBEDDING_INDEX",
     "FINAL_NORM",
     "HEAD",
+    "PATCHES",
     "TABLE",
     "TEXT",
     "Initialization",
     "LayerFile",
     "LlamaShape",
     "Packing",
+    "PatchShape",
     "Slice",
     "TensorRange",
     "TensorRow",
@@ -54,6 +57,7 @@ __all__ = [
     "padded_vocab_size",
     "rank_shape",
     "rank_slices",
+    "recorded_shape",
     "row_of",
     "rows_of",
     "source_shapes",

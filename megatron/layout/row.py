@@ -6,8 +6,19 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Literal
 
-Size = Literal["hidden_size", "kv_size", "intermediate_size", "vocab_size"] | int
-"""A dimension of a tensor: a size of `LlamaShape` by name, or a number that is the same for every model."""
+Size = (
+    Literal[
+        "hidden_size",
+        "kv_size",
+        "intermediate_size",
+        "vocab_size",
+        "patch_values",
+        "patch_hidden_size",
+        "num_positions",
+    ]
+    | int
+)
+"""A dimension of a tensor: a size of the shape by name, or a number that is the same for every model."""
 
 
 class LayerFile(Enum):
@@ -38,7 +49,7 @@ class Initialization(Enum):
     RESIDUAL_OUTPUT = "residual_output"  # noise of a matrix that adds to the residual: `output_layer_init_method`
 
 
-TEXT = "text"
+TEXT, PATCHES = "text", "patches"
 
 
 @dataclass(frozen=True, kw_only=True)

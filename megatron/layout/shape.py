@@ -31,6 +31,10 @@ class LlamaShape:
     table: ClassVar[tuple[TensorRow, ...]] = TABLE
     modality: ClassVar[str] = TEXT
 
+    def holds(self, row: TensorRow) -> bool:
+        """Whether a model of this shape has the tensor of a row of its table."""
+        return row.modality in (None, self.modality)
+
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads

@@ -143,7 +143,7 @@ def file_rows(file: LayerFile, shape: LlamaShape) -> tuple[TensorRow, ...]:
     """The rows of the shape's table that each layer file of a kind holds; none for the head of a tied model."""
     if file is LayerFile.HEAD and shape.tied:
         return ()
-    return tuple(row for row in shape.table if row.file is file and row.modality in (None, shape.modality))
+    return tuple(row for row in shape.table if row.file is file and shape.holds(row))
 
 
 def layer_files(shape: LlamaShape) -> Iterator[tuple[int, int | None, tuple[TensorRow, ...]]]:

@@ -25,6 +25,7 @@ BEGIN, END = "<!-- generated keys: begin -->", "<!-- generated keys: end -->"
 # Titles of the groups of keys, in the order in which NeoXArgs lists them.
 _TITLES = {
     "ModelKeys": "Model",
+    "ModalityKeys": "Images",
     "ParallelKeys": "Ranks",
     "EngineKeys": "Engine",
     "PrecisionKeys": "Precision",

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import PrivateAttr
 
 from megatron.common.errors import ConfigError
-from megatron.layout import LlamaShape, padded_vocab_size
+from megatron.layout import LlamaShape, PatchShape, padded_vocab_size
 from megatron.neox_arguments.keys import (
     checkpoint,
     data,
@@ -19,6 +19,7 @@ from megatron.neox_arguments.keys import (
     model,
     optimization,
     parallel,
+    patches,
     precision,
     runtime,
     survival,
@@ -32,6 +33,7 @@ from megatron.neox_arguments.keys.generation import GenerationKeys
 from megatron.neox_arguments.keys.model import ModelKeys
 from megatron.neox_arguments.keys.optimization import OptimizationKeys
 from megatron.neox_arguments.keys.parallel import ParallelKeys
+from megatron.neox_arguments.keys.patches import ModalityKeys
 from megatron.neox_arguments.keys.precision import PrecisionKeys
 from megatron.neox_arguments.keys.runtime import RuntimeKeys
 from megatron.neox_arguments.keys.survival import SurvivalKeys
@@ -42,6 +44,7 @@ from megatron.neox_arguments.registry import Registry
 REGISTRY = Registry.joined(
     (
         model.registry,
+        patches.registry,
         parallel.registry,
         precision.registry,
         optimization.registry,
@@ -70,6 +73,7 @@ class AllKeys(
     PrecisionKeys,
     EngineKeys,
     ParallelKeys,
+    ModalityKeys,
     ModelKeys,
 ):
     """Every key, what the user gave for them, and the values that follow from keys of several groups."""
@@ -84,14 +88,27 @@ class AllKeys(
     @cached_property
     def shape(self) -> LlamaShape:
         """Sizes of the model. Raises ConfigError if the tokenizer that says vocab_size is not on this machine."""
+        decoder = {
+            "num_layers": self.num_layers,
+            "hidden_size": self.hidden_size,
+            "num_attention_heads": self.num_attention_heads,
+            "num_kv_heads": self.num_kv_heads,
+            "intermediate_size": self.intermediate_size,
+        }
+        if self.patches is not None:
+            return PatchShape(
+                **decoder,
+                vocab_size=0,
+                padded_vocab_size=0,
+                tied=False,
+                patch_values=self.patches.channels * self.patches.size**2,
+                tokenizer=self.patches.tokenizer,
+                num_positions=self.max_position_embeddings if self.patches.positions == "learned" else 0,
+            )
         if self.vocab_size is None:
             raise ConfigError(unknown_vocabulary(self))
         return LlamaShape(
-            num_layers=self.num_layers,
-            hidden_size=self.hidden_size,
-            num_attention_heads=self.num_attention_heads,
-            num_kv_heads=self.num_kv_heads,
-            intermediate_size=self.intermediate_size,
+            **decoder,
             vocab_size=self.vocab_size,
             padded_vocab_size=padded_vocab_size(
                 self.vocab_size, self.make_vocab_size_divisible_by, self.model_parallel_size
@@ -102,3 +119,8 @@ class AllKeys(
     @property
     def padded_vocab_size(self) -> int:
         return self.shape.padded_vocab_size
+
+    @property
+    def vocabulary_is_known(self) -> bool:
+        """Whether `shape` can be told here: a model of images has no vocabulary to be counted."""
+        return self.vocab_size is not None or self.patches is not None

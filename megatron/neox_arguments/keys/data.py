@@ -35,7 +35,7 @@ class DataSource(Keys):
 class DataKeys(Keys):
     seq_length: int = derived(
         "max_position_embeddings when only the shape matters; training and evaluation need it",
-        "Tokens per sample.",
+        "Tokens per sample; of images, patches that are read.",
         gt=0,
     )
     tokenizer_type: Literal[
@@ -103,9 +103,9 @@ class DataKeys(Keys):
 
 
 @registry.derivation(*ALL_TASKS, fills=("tokenizer_type",))
-def tokenizer_of_the_files(args: DataKeys, world_size: int | None) -> Derived:
+def tokenizer_of_the_files(args: AllKeys, world_size: int | None) -> Derived:
     """GPT-NeoX's default is GPT2BPETokenizer, which cannot do without merge_file."""
-    if args.tokenizer_type is not None:
+    if args.tokenizer_type is not None or args.modality == "patches":
         return Derived({})
     if args.merge_file is None:
         return Derived({"tokenizer_type": "HFTokenizer"})
@@ -200,7 +200,7 @@ def labels_match_paths(args: DataKeys) -> str | None:
 
 @registry.rule(*ALL_TASKS)
 def vocabulary_has_a_source(args: AllKeys) -> str | None:
-    if args.vocab_size is not None or args.vocab_file is not None:
+    if args.vocab_size is not None or args.vocab_file is not None or args.modality == "patches":
         return None
     return (
         "the vocabulary is unknown: give vocab_file with tokenizer_type, whose tokenizer says its size, or vocab_size "

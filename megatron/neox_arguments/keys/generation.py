@@ -60,7 +60,9 @@ def chats_are_typed(args: AllKeys, world_size: int | None) -> Derived:
 
 @registry.rule("generate")
 def text_needs_a_vocabulary(args: AllKeys) -> str | None:
-    return None if args.vocab_file else "generate.py reads and writes text: give vocab_file, the tokenizer's file"
+    if args.vocab_file or args.modality == "patches":
+        return None
+    return "generate.py reads and writes text: give vocab_file, the tokenizer's file"
 
 
 @registry.rule("generate")

@@ -138,13 +138,16 @@ _DEFAULTS: dict[str, tuple[Any, str]] = {
 
 
 @registry.derivation(*ALL_TASKS, fills=("no_weight_tying", "rms_norm_epsilon", "rotary_emb_base"))
-def constants_of_gpt_neox(args: ModelKeys, world_size: int | None) -> Derived:
+def constants_of_gpt_neox(args: AllKeys, world_size: int | None) -> Derived:
     absent = {name: _DEFAULTS[name] for name in _DEFAULTS if getattr(args, name) is None}
+    if args.modality == "patches":  # there is no matrix of a vocabulary to share
+        absent.pop("no_weight_tying", None)
     notes = (
         f"{name} is not given: GPT-NeoX's default {'false' if value is False else f'{value:g}'} holds ({who})"
         for name, (value, who) in absent.items()
     )
-    return Derived({name: value for name, (value, _) in absent.items()}, tuple(notes))
+    values = {name: value for name, (value, _) in absent.items()}
+    return Derived(values | ({"no_weight_tying": True} if args.modality == "patches" else {}), tuple(notes))
 
 
 @registry.derivation(*ALL_TASKS, fills=("intermediate_size", "intermediate_size_convention"))

@@ -123,7 +123,7 @@ def number_of_ranks(args: ParallelKeys, world_size: int | None) -> Derived:
 def tensors_divide_by_tensor_parallelism(args: AllKeys) -> str | None:
     if args.num_attention_heads % args.num_kv_heads or args.hidden_size % args.num_attention_heads:
         return None  # the rules of the model report it
-    if args.vocab_size is None:
+    if not args.vocabulary_is_known:
         return None  # to be counted where the tokenizer is
     try:
         args.shape.check_tensor_parallel(args.model_parallel_size)

@@ -1,0 +1,179 @@
+"""Keys of a model of image patches, and what they exclude: a run is one of text or one of images."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from megatron.common.errors import ConfigError
+from megatron.neox_arguments.keys.fields import Keys, derived, key, required
+from megatron.neox_arguments.registry import ALL_TASKS, Derived, Registry
+
+if TYPE_CHECKING:
+    from megatron.neox_arguments.keys.all_keys import AllKeys
+
+registry = Registry()
+
+# Keys that speak of tokens, documents or conversations.
+TEXT_KEYS = (
+    "vocab_size",
+    "make_vocab_size_divisible_by",
+    "no_weight_tying",
+    "tokenizer_type",
+    "vocab_file",
+    "merge_file",
+    "train_label_data_paths",
+    "valid_label_data_paths",
+    "test_label_data_paths",
+    "data_order",
+    "pack_impl",
+    "allow_chopped",
+    "eod_mask_loss",
+    "isolate_documents",
+    "eval_tasks",
+    "eval_documents",
+    "mcq",
+    "text_gen_type",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "stop",
+    "stop_token_ids",
+    "maximum_tokens",
+    "num_samples",
+    "chat",
+    "chat_template",
+    "system_prompt",
+    "thinking",
+    "max_thinking_tokens",
+)
+
+
+class PatchKeys(Keys):
+    """How an image becomes a sequence of patches, and what is learned of them."""
+
+    size: int = required("Side of a patch in pixels. AstroPT: 16.", ours=True, gt=0)
+    channels: int = key(3, "Bands of the images.", ours=True, gt=0)
+    order: Literal["spiral", "raster"] = key(
+        "spiral", "Order of the patches: from the centre outwards, or row by row from the top left.", ours=True
+    )
+    normalise: Literal["none", "patch"] = key(
+        "none",
+        "patch: each patch gets mean 0 and standard deviation 1, as in AstroPT; its brightness is lost. none: all "
+        "images are scaled alike, by mean and std.",
+        ours=True,
+    )
+    tokenizer: Literal["mlp", "affine"] = key(
+        "mlp",
+        "What makes a hidden state of a patch, and a patch of a hidden state: an MLP of 4 x hidden_size with GELU, or "
+        "one matrix.",
+        ours=True,
+    )
+    positions: Literal["none", "learned"] = key(
+        "none", "learned: a vector for each position is added to the patches, beside rotary positions.", ours=True
+    )
+    huber_delta: float = key(1.0, "Where the Huber loss turns from a square into a line.", ours=True, gt=0)
+    mean: list[float] | None = derived(
+        "that of the training data, from its header",
+        "With normalise: none, what is subtracted from each band: one number for each, or one for all.",
+        ours=True,
+        min_length=1,
+    )
+    std: list[float] | None = derived(
+        "that of the training data, from its header", "And what each band is then divided by.", ours=True, min_length=1
+    )
+
+
+class ModalityKeys(Keys):
+    modality: Literal["text", "patches"] = key(
+        "text", "What the model reads and predicts: tokens, or patches of images.", ours=True
+    )
+    patches: PatchKeys | None = key(None, "The patches of modality: patches.", ours=True)
+
+    @property
+    def reads_images(self) -> bool:
+        return self.modality == "patches" and self.patches is not None
+
+
+# --- derivations
+
+
+@registry.derivation(*ALL_TASKS, fills=("patches",))
+def scale_of_the_images(args: AllKeys, world_size: int | None) -> Derived:
+    """`mean` and `std` from the header of the first training source, if it is on this machine."""
+    patches = args.patches
+    if patches is None or patches.normalise == "patch" or patches.mean is not None or patches.std is not None:
+        return Derived({})
+    path = _header_of_training(args)
+    if path is None or not path.is_file():
+        return Derived({})
+    try:
+        images = json.loads(path.read_text(encoding="utf-8"))["images"]
+        mean, std = [float(value) for value in images["mean"]], [float(value) for value in images["std"]]
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(
+            f"{path} is no header of images, which says their mean and standard deviation; make the data with "
+            f"tools/datasets/preprocess_images.py"
+        ) from None
+    note = f"patches.mean {_shown(mean)} and patches.std {_shown(std)}: those of the training data, from {path}"
+    return Derived({"patches": patches.model_copy(update={"mean": mean, "std": std})}, (note,))
+
+
+def _header_of_training(args: AllKeys) -> Path | None:
+    first: Any = args.data_path or next(iter(args.train_data_paths or ()), None)
+    if first is None:
+        return None
+    return Path(f"{first if isinstance(first, str) else first.path}.json")
+
+
+def _shown(values: list[float]) -> str:
+    return "[" + ", ".join(f"{value:g}" for value in values) + "]"
+
+
+# --- rules
+
+
+@registry.rule(*ALL_TASKS)
+def patches_go_with_their_modality(args: ModalityKeys) -> str | None:
+    if (args.modality == "patches") == (args.patches is not None):
+        return None
+    if args.patches is None:
+        return "modality: patches needs the mapping patches, with at least `size`, the side of a patch in pixels"
+    return "patches describes images, but modality is text; write modality: patches, or leave patches out"
+
+
+@registry.rule(*ALL_TASKS)
+def images_have_no_text(args: AllKeys) -> str | None:
+    if args.modality != "patches":
+        return None
+    given = [name for name in TEXT_KEYS if args.merged.get(name) is not None]
+    if not given:
+        return None
+    return f"{', '.join(given)}: keys of text, which a model of modality: patches does not have; leave them out"
+
+
+@registry.rule("train", "eval", "generate")
+def images_have_a_scale(args: AllKeys) -> str | None:
+    patches = args.patches
+    if patches is None:
+        return None
+    if patches.normalise == "patch":
+        if patches.mean is None and patches.std is None:
+            return None
+        return "patches.mean and patches.std have no effect with normalise: patch, which scales each patch by its own"
+    if patches.mean is None or patches.std is None:
+        return (
+            f"patches.{'mean' if patches.mean is None else 'std'} is not known: with normalise: none give mean and std "
+            f"(the header of the training data has them, {_header_of_training(args) or 'PREFIX.json'}), or write "
+            f"normalise: patch"
+        )
+    lengths = {len(patches.mean), len(patches.std)}
+    if lengths <= {1, patches.channels} and min(patches.std) > 0:
+        return None
+    return (
+        f"patches.mean {_shown(patches.mean)} and patches.std {_shown(patches.std)}: expected one number, or one for "
+        f"each of {patches.channels} channels, and every std above 0"
+    )

@@ -1,0 +1,219 @@
+"""One image from a file, from bytes or from an array -> [height, width, bands]; this part runs in every worker."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron.common.errors import UserError
+from megatron.data.indexed import DataError
+
+PICTURES = (".png", ".jpg", ".jpeg")
+FITS = (".fits", ".fit", ".fits.gz", ".fits.fz")
+Item = Path | bytes | NDArray[Any]
+"""An image that is still to be decoded: a file, the bytes of a picture, or its values."""
+
+Axes = Literal["hwc", "chw"]
+
+
+class ImageError(UserError, ValueError):
+    """An image that cannot be used; `rule` is the reason in a few words, for counting."""
+
+    def __init__(self, rule: str, detail: str) -> None:
+        super().__init__(f"{rule}: {detail}")
+        self.rule = rule
+
+
+def read_image(item: Item, axes: Axes = "hwc") -> NDArray[Any]:
+    """[height, width, bands] as uint8 or float32; `axes` are those of an array of values. Raises ImageError."""
+    if isinstance(item, np.ndarray):
+        return _typed(_with_bands(item, axes))
+    if isinstance(item, Path) and item.name.lower().endswith(FITS):
+        return _typed(_with_bands(_fits(item), "chw"))
+    return _typed(_with_bands(_picture(item), "hwc"))
+
+
+def _picture(item: Path | bytes) -> NDArray[Any]:
+    from PIL import Image, UnidentifiedImageError
+
+    Image.MAX_IMAGE_PIXELS = None
+    try:
+        with Image.open(item if isinstance(item, Path) else io.BytesIO(item)) as picture:
+            if picture.mode not in ("L", "RGB", "P", "I;16", "I;16B", "F"):
+                raise ImageError(f"mode {picture.mode}", "expected grey, RGB or 16-bit grey values")
+            return np.asarray(picture.convert("RGB") if picture.mode == "P" else picture)
+    except ImageError:
+        raise
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise ImageError("unreadable picture", str(error)) from error
+
+
+def _fits(path: Path) -> NDArray[Any]:
+    """The planes of the first image of a FITS file: [height, width] or [planes, height, width]."""
+    from astropy.io import fits
+
+    try:
+        with fits.open(path, memmap=False) as units:
+            for unit in units:
+                if unit.data is not None and getattr(unit, "is_image", False):
+                    return np.asarray(unit.data)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ImageError("unreadable FITS file", str(error)) from error
+    raise ImageError("FITS file without an image", "expected 1 or more planes")
+
+
+def _with_bands(values: NDArray[Any], axes: Axes) -> NDArray[Any]:
+    if values.ndim == 2:
+        return values[..., None]
+    if values.ndim != 3 or 0 in values.shape:
+        raise ImageError("no image", f"an array of shape {list(values.shape)}; expected two dimensions, or three")
+    return values.transpose(1, 2, 0) if axes == "chw" else values
+
+
+def _typed(values: NDArray[Any]) -> NDArray[Any]:
+    """uint8 stays, other numbers become native float32."""
+    if values.dtype == np.uint8:
+        return values
+    if values.dtype.kind not in "iuf":
+        raise ImageError(f"values of type {values.dtype}", "expected numbers")
+    with np.errstate(over="ignore"):
+        return values.astype(np.float32)
+
+
+@dataclass
+class BandMoments:
+    """Number, mean and sum of squared deviations of each band's values."""
+
+    count: list[int]
+    mean: list[float]
+    squares: list[float]
+
+    @classmethod
+    def of(cls, images: NDArray[Any]) -> BandMoments:
+        """Of [n, height, width, bands]; NaN does not count."""
+        counts, means, squares = [], [], []
+        for band in range(images.shape[-1]):
+            values = images[..., band]
+            if values.dtype == np.uint8:  # by its histogram, which is exact and fast
+                weights = np.bincount(values.reshape(-1), minlength=256).astype(np.float64)
+                levels = np.arange(256.0)
+            else:
+                levels = values[~np.isnan(values)].astype(np.float64)
+                weights = np.ones_like(levels)
+            total = weights.sum()
+            mean = float((levels * weights).sum() / total) if total else 0.0
+            counts.append(int(total))
+            means.append(mean)
+            squares.append(float((weights * (levels - mean) ** 2).sum()))
+        return cls(counts, means, squares)
+
+    def joined(self, other: BandMoments) -> BandMoments:
+        """Of both together (Chan et al. 1983)."""
+        if not self.count:
+            return other
+        result = BandMoments([], [], [])
+        for band, (n, m) in enumerate(zip(self.count, other.count, strict=True)):
+            total, difference = n + m, other.mean[band] - self.mean[band]
+            share = m / total if total else 0.0
+            result.count.append(total)
+            result.mean.append(self.mean[band] + difference * share)
+            result.squares.append(self.squares[band] + other.squares[band] + difference**2 * n * share)
+        return result
+
+    def std(self) -> list[float]:
+        return [(squares / max(count, 1)) ** 0.5 for count, squares in zip(self.count, self.squares, strict=True)]
+
+
+@dataclass(frozen=True)
+class ImageBlock:
+    """Images in a row of one source: `first` is the row of the first of them, `items` what is to be decoded."""
+
+    source: int
+    first: int
+    names: list[str]
+    items: Sequence[Item]
+
+
+@dataclass
+class DecodedBlock:
+    """The images of a block that can be used, back to back; `rows` are theirs, `bad` is (rule, message) of others."""
+
+    pixels: bytes = b""
+    rows: list[tuple[int, int]] = field(default_factory=list)
+    moments: BandMoments = field(default_factory=lambda: BandMoments([], [], []))
+    bad: list[tuple[str, str]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class ImageDecoder:
+    """What a worker knows: what the images must be like."""
+
+    shape: tuple[int, int, int]
+    dtype: np.dtype
+    crop: int | None
+    axes: Axes
+    keeps_nan: bool
+
+    @classmethod
+    def like(cls, first: NDArray[Any], crop: int | None, axes: Axes, keeps_nan: bool) -> ImageDecoder:
+        """All images are to be like this one."""
+        cut = cropped(first, crop)
+        return cls((cut.shape[0], cut.shape[1], cut.shape[2]), cut.dtype, crop, axes, keeps_nan)
+
+    def __call__(self, block: ImageBlock) -> DecodedBlock:
+        result, images = DecodedBlock(), []
+        for place, (name, item) in enumerate(zip(block.names, block.items, strict=True)):
+            try:
+                images.append(self.usable(item))
+            except ImageError as error:
+                result.bad.append((error.rule, f"{name}: {error}"))
+            else:
+                result.rows.append((block.source, block.first + place))
+        if images:
+            stacked = np.stack(images)
+            result.pixels, result.moments = stacked.tobytes(), BandMoments.of(stacked)
+        return result
+
+    def usable(self, item: Item) -> NDArray[Any]:
+        """The image if it is like the others. Raises ImageError."""
+        image = cropped(read_image(item, self.axes), self.crop)
+        if image.dtype != self.dtype:
+            raise ImageError(f"values of type {image.dtype}", f"the first image has {self.dtype}")
+        if image.shape != self.shape:
+            raise ImageError("another shape", f"{_text(image.shape)} where the first image has {_text(self.shape)}")
+        if image.dtype == np.float32:
+            if np.isinf(image).any():
+                raise ImageError("infinite values", "no picture has them")
+            if not self.keeps_nan and np.isnan(image).any():
+                raise ImageError("NaN", "--nan mask keeps such images and leaves their patches with NaN unlearned")
+        return image
+
+
+def cropped(image: NDArray[Any], side: int | None) -> NDArray[Any]:
+    """The middle of an image, `side` x `side` pixels. Raises ImageError if it is smaller."""
+    if side is None:
+        return image
+    height, width, _ = image.shape
+    if min(height, width) < side:
+        raise ImageError("smaller than --crop", f"{height} x {width} pixels")
+    top, left = (height - side) // 2, (width - side) // 2
+    return image[top : top + side, left : left + side]
+
+
+def _text(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def refuse_swapped_axes(shape: tuple[int, ...]) -> None:
+    """DataError for [bands, height, width] that was given as [height, width, bands]."""
+    if len(shape) == 3 and shape[2] > 16 >= shape[0]:
+        raise DataError(
+            f"arrays of shape {list(shape)} look like bands x height x width; give --axes chw (or --axes hwc, if the "
+            f"images really have {shape[2]} bands)"
+        )

@@ -1,0 +1,213 @@
+"""The import: blocks of images out to workers, results back in order, a journal to go on from, then publication."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import sys
+import time
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron.common.atomic_files import write_text
+from megatron.data.header import header_path
+from megatron.data.images import ImageHeader, ImageInfo
+from megatron.data.indexed import DataError, IndexedWriter, bin_path, idx_path
+from tools.datasets.encoding.progress import Progress
+from tools.datasets.encoding.workers import in_order
+from tools.datasets.imaging.decode import BandMoments, DecodedBlock, ImageBlock, ImageDecoder
+from tools.datasets.imaging.properties import write_properties
+from tools.datasets.imaging.sources import ImageSourceFiles
+
+JOURNAL_SECONDS = 10.0
+MAX_NAMED = 20  # images that are left out and named on the terminal; a file names all
+MAX_IN_HEADER = 100
+
+
+@dataclass
+class ImportState:
+    """Where the import stands: blocks done, how long the files then were, and what is known of the images."""
+
+    blocks: int = 0
+    bytes: int = 0
+    documents: int = 0
+    crc32: int = 0
+    named_bytes: int = 0
+    left_out: dict[str, int] = field(default_factory=dict)
+    bad_images: list[str] = field(default_factory=list)
+    moments: BandMoments = field(default_factory=lambda: BandMoments([], [], []))
+
+    @classmethod
+    def load(cls, path: Path, identity: str) -> ImportState:
+        """That of a killed run of the same import, else a fresh one."""
+        try:
+            content = json.loads(path.read_text())
+        except (FileNotFoundError, ValueError):
+            return cls()
+        if content.pop("identity", None) != identity:
+            return cls()
+        return cls(**content | {"moments": BandMoments(**content["moments"])})
+
+    def save(self, path: Path, identity: str) -> None:
+        write_text(path, json.dumps({"identity": identity, **asdict(self)}))
+
+
+@dataclass(frozen=True)
+class ImageImport:
+    """What is to be done. Two imports with equal settings and inputs give the same files, byte for byte."""
+
+    inputs: list[str]
+    sources: Sequence[ImageSourceFiles]
+    decoder: ImageDecoder
+    bands: list[str]
+    prefix: str
+    workers: int
+    stops_at_bad: bool
+    settings: tuple[Any, ...]
+
+    @property
+    def partial(self) -> Path:
+        return Path(f"{self.prefix}.partial")
+
+    def identity(self) -> str:
+        stats = [
+            (str(path), path.stat().st_size, path.stat().st_mtime_ns)
+            for source in self.sources
+            for path in source.files
+        ]
+        return hashlib.sha256(json.dumps([self.settings, self.bands, stats], default=str).encode()).hexdigest()
+
+    def blocks(self) -> Iterator[ImageBlock]:
+        for number, source in enumerate(self.sources):
+            yield from source.blocks(number)
+
+
+def run_import(job: ImageImport) -> ImageHeader:
+    """Do it. Raises DataError, OSError; nothing is left behind then, except after a kill."""
+    journal, identity = Path(f"{job.partial}.json"), job.identity()
+    journal.parent.mkdir(parents=True, exist_ok=True)
+    state = ImportState.load(journal, identity)
+    rows, named = Path(f"{job.partial}.rows"), Path(f"{job.partial}.left_out.txt")
+    try:
+        writer = IndexedWriter(job.partial, job.decoder.dtype, (state.bytes, state.documents))
+        if state.blocks:
+            print(f"going on after block {state.blocks} of a killed run", file=sys.stderr)
+        with (
+            _continued(rows, 16 * state.documents) as row_file,
+            _continued(named, state.named_bytes) as named_file,
+            contextlib.closing(in_order(job.decoder, islice(job.blocks(), state.blocks, None), job.workers)) as results,
+        ):
+
+            def sync() -> None:
+                writer.sync()
+                for file in (row_file, named_file):
+                    file.flush()
+                    os.fsync(file.fileno())
+                state.save(journal, identity)
+
+            _collect(job, results, state, (writer, row_file, named_file), sync)
+            sync()
+        header = _publish(job, state, writer, rows, named)
+    except Exception:
+        for ending in (".bin", ".idx", ".sizes", ".json", ".rows", ".left_out.txt", ".parquet"):
+            Path(f"{job.partial}{ending}").unlink(missing_ok=True)
+        raise
+    for path in (journal, rows, named):
+        path.unlink(missing_ok=True)
+    return header
+
+
+@contextlib.contextmanager
+def _continued(path: Path, length: int) -> Iterator[Any]:
+    """A file that is written on from `length` bytes."""
+    with path.open("r+b" if length else "wb") as file:
+        file.truncate(length)
+        file.seek(length)
+        yield file
+
+
+def _collect(
+    job: ImageImport,
+    results: Iterable[DecodedBlock],
+    state: ImportState,
+    files: tuple[IndexedWriter, Any, Any],
+    sync: Any,
+) -> None:
+    writer, row_file, named_file = files
+    progress = Progress(sum(path.stat().st_size for source in job.sources for path in source.files))
+    values = int(np.prod(job.decoder.shape))
+    last = time.monotonic()
+    for result in results:
+        for rule, message in result.bad:
+            if job.stops_at_bad:
+                raise DataError(f"{message} (--on-bad-image skip leaves such images out, names and counts them)")
+            if sum(state.left_out.values()) < MAX_NAMED:
+                print(f"left out: {message}", file=sys.stderr)
+            if len(state.bad_images) < MAX_IN_HEADER:
+                state.bad_images.append(message)
+            state.left_out[rule] = state.left_out.get(rule, 0) + 1
+            state.named_bytes += named_file.write(f"{message}\n".encode())
+        if result.rows:
+            writer.append(result.pixels, np.full(len(result.rows), values, np.int32))
+            row_file.write(np.array(result.rows, np.int64).tobytes())
+            state.crc32 = zlib.crc32(result.pixels, state.crc32)
+            state.moments = state.moments.joined(result.moments)
+        state.blocks += 1
+        state.bytes, state.documents = writer.bytes, writer.documents
+        now = time.monotonic()
+        if now - last > JOURNAL_SECONDS:
+            sync()
+            last = now
+        if progress.due(state.documents):
+            print(
+                f"{state.documents:,} images, {state.documents / progress.seconds:,.0f} a second",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+def _publish(job: ImageImport, state: ImportState, writer: IndexedWriter, rows: Path, named: Path) -> ImageHeader:
+    """All files under their names, the index last: a reader sees the old set, none, or the new one."""
+    if not state.documents:
+        reasons = ", ".join(f"{rule} {count}" for rule, count in state.left_out.items()) or "there are none"
+        raise DataError(f"nothing to write to {job.prefix}: no image can be used ({reasons})")
+    writer.finish()
+    properties = Path(f"{job.prefix}.parquet")
+    partial_properties = Path(f"{job.partial}.parquet")
+    write_properties(partial_properties, job.sources, rows)
+    height, width, _ = job.decoder.shape
+    header = ImageHeader(
+        images=ImageInfo(
+            height=height,
+            width=width,
+            bands=job.bands,
+            dtype=job.decoder.dtype.name,
+            mean=state.moments.mean,
+            std=state.moments.std(),
+        ),
+        documents=state.documents,
+        crc32=f"{state.crc32:08x}",
+        sources=job.inputs,
+        left_out=state.left_out,
+        bad_images=state.bad_images,
+        properties=properties.name,
+    )
+    idx_path(job.prefix).unlink(missing_ok=True)
+    list_of_bad = Path(f"{job.prefix}.left_out.txt")
+    if state.left_out:
+        os.replace(named, list_of_bad)
+    else:
+        list_of_bad.unlink(missing_ok=True)
+    os.replace(bin_path(job.partial), bin_path(job.prefix))
+    os.replace(partial_properties, properties)
+    write_text(header_path(job.prefix), header.model_dump_json(indent=2) + "\n")
+    os.replace(idx_path(job.partial), idx_path(job.prefix))
+    return header

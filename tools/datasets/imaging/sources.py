@@ -1,0 +1,212 @@
+"""Where images come from: loose files, NumPy archives, Parquet shards; with what is known of each image."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron.data.indexed import DataError
+from tools.datasets.imaging.decode import FITS, PICTURES, ImageBlock, Item
+
+BLOCK_BYTES = 16 << 20  # of values in a block, so that memory does not grow with the images
+ID = "id"
+Columns = dict[str, Sequence[Any] | NDArray[Any]]
+
+
+class ImageSourceFiles(Protocol):
+    """Images that are read together: `blocks` in the order of their rows, and the properties of some rows."""
+
+    @property
+    def files(self) -> list[Path]: ...
+
+    def blocks(self, number: int) -> Iterator[ImageBlock]:
+        """All images as blocks of source `number`. Raises DataError for a file that cannot be read."""
+        ...
+
+    def properties(self, rows: NDArray[np.int64]) -> Any:
+        """A pyarrow table with the column `id` and a row for each of `rows`, which ascend."""
+        ...
+
+
+def id_column(ids: Iterable[str]) -> Any:
+    import pyarrow
+
+    return pyarrow.array(list(ids), pyarrow.string())
+
+
+def per_block(values: int) -> int:
+    """Images of so many bytes in a block."""
+    return max(1, min(256, BLOCK_BYTES // max(values, 1)))
+
+
+@dataclass
+class LooseFiles:
+    """Pictures and FITS files, an image each; the id of one is its path below the folder that was given."""
+
+    files: list[Path]
+    ids: list[str]
+
+    def blocks(self, number: int) -> Iterator[ImageBlock]:
+        for start in range(0, len(self.files), 16):
+            part = self.files[start : start + 16]
+            yield ImageBlock(number, start, [str(path) for path in part], part)
+
+    def properties(self, rows: NDArray[np.int64]) -> Any:
+        import pyarrow
+
+        return pyarrow.table({ID: id_column(self.ids[row] for row in rows.tolist())})
+
+
+@dataclass
+class Archive:
+    """An `.npz`: the array `images` [n, ...], and arrays of n values each, which are properties.
+
+    A two-dimensional one gives a column for each of its own columns, called as the array `names` says.
+    """
+
+    path: Path
+
+    @property
+    def files(self) -> list[Path]:
+        return [self.path]
+
+    @cached_property
+    def _members(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """Shape and type of every array, without reading it."""
+        found = {}
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                for member in archive.namelist():
+                    with archive.open(member) as file:
+                        shape, fortran, dtype = _array_header(file)
+                        if member == "images.npy" and fortran:
+                            raise DataError(f"{self.path}: images are stored column by column; save them in C order")
+                        found[member.removesuffix(".npy")] = (shape, dtype)
+        except (OSError, ValueError, zipfile.BadZipFile) as error:
+            raise DataError(f"{self.path}: no readable .npz archive: {error}") from error
+        shape = found.get("images", ((), None))[0]
+        if len(shape) not in (3, 4):
+            raise DataError(
+                f"{self.path}: expected an array `images` of n images, [n, height, width] or with bands; it has "
+                f"{', '.join(f'{name} {list(size)}' for name, (size, _) in found.items()) or 'nothing'}"
+            )
+        return found
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        return self._members["images"][0][1:]
+
+    def blocks(self, number: int) -> Iterator[ImageBlock]:
+        (count, *shape), dtype = self._members["images"]
+        size = int(np.prod(shape)) * dtype.itemsize
+        step = per_block(size)
+        with zipfile.ZipFile(self.path) as archive, archive.open("images.npy") as file:
+            _array_header(file)
+            for start in range(0, count, step):
+                rows = min(step, count - start)
+                raw = file.read(rows * size)
+                if len(raw) < rows * size:
+                    raise DataError(f"{self.path}: images end after row {start + len(raw) // size} of {count}")
+                images = np.frombuffer(raw, dtype).reshape(rows, *shape)
+                yield ImageBlock(number, start, [f"{self.path}:{start + row}" for row in range(rows)], list(images))
+
+    def properties(self, rows: NDArray[np.int64]) -> Any:
+        import pyarrow
+
+        count = self._members["images"][0][0]
+        columns: Columns = {ID: [f"{self.path.name}:{row}" for row in rows.tolist()]}
+        with np.load(self.path, allow_pickle=False) as archive:
+            names = archive["names"].tolist() if "names" in archive else []
+            for name, (shape, dtype) in self._members.items():
+                if name == "images" or not shape or shape[0] != count or len(shape) > 2 or dtype.kind not in "biufU":
+                    continue
+                values = archive[name][rows]
+                if len(shape) == 1:
+                    columns[ID if name in (ID, "ids") else name] = values
+                    continue
+                titles = names if len(names) == shape[1] else [f"{name}_{k}" for k in range(shape[1])]
+                columns |= {str(title): values[:, k] for k, title in enumerate(titles)}
+        ids = id_column(map(str, columns.pop(ID)))
+        return pyarrow.table({ID: ids} | {name: pyarrow.array(values) for name, values in columns.items()})
+
+
+def _array_header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """(shape, column by column, type) of a .npy file that has just been opened."""
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    return read(file)
+
+
+def find_sources(inputs: Sequence[str]) -> list[ImageSourceFiles]:
+    """The sources of files, globs and folders, in the order given, those of a folder by name. Raises DataError."""
+    from glob import glob
+
+    found: list[ImageSourceFiles] = []
+    for entry in inputs:
+        paths = [Path(entry)] if Path(entry).exists() else [Path(path) for path in sorted(glob(entry))]
+        if not paths:
+            raise DataError(f"--input {entry}: no such file or folder, and no glob that matches one")
+        for path in paths:
+            found += _below(path) if path.is_dir() else [_of(path)]
+    return _joined(found)
+
+
+def _below(folder: Path) -> list[ImageSourceFiles]:
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and _kind(path) is not None)
+    if not paths:
+        raise DataError(
+            f"--input {folder}: no images in it; expected {', '.join((*PICTURES, *FITS, '.npz'))}, .parquet"
+        )
+    return [_of(path, folder) for path in paths]
+
+
+def _kind(path: Path) -> str | None:
+    name = path.name.lower()
+    if name.endswith((*PICTURES, *FITS)):
+        return "loose"
+    return next((kind for kind in ("npz", "parquet") if name.endswith(f".{kind}")), None)
+
+
+def _of(path: Path, below: Path | None = None) -> ImageSourceFiles:
+    kind = _kind(path)
+    if kind == "npz":
+        return Archive(path)
+    if kind == "loose":
+        name = path.relative_to(below) if below is not None else Path(path.name)
+        return LooseFiles([path], [_without_ending(name)])
+    raise DataError(
+        f"--input {path}: not a kind of image file that is known; expected {', '.join(PICTURES)}, FITS or .npz"
+    )
+
+
+def _without_ending(path: Path) -> str:
+    text = path.as_posix()
+    ending = next(ending for ending in (*PICTURES, *FITS) if text.lower().endswith(ending))
+    return text[: -len(ending)]
+
+
+def _joined(sources: list[ImageSourceFiles]) -> list[ImageSourceFiles]:
+    """Loose files that follow each other as one source."""
+    result: list[ImageSourceFiles] = []
+    for source in sources:
+        last = result[-1] if result else None
+        if isinstance(source, LooseFiles) and isinstance(last, LooseFiles):
+            last.files.extend(source.files)
+            last.ids.extend(source.ids)
+        else:
+            result.append(source)
+    return result
+
+
+def items_of(sources: Sequence[ImageSourceFiles]) -> Iterator[Item]:
+    """Every image of all sources, as it is before it is decoded."""
+    for number, source in enumerate(sources):
+        for block in source.blocks(number):
+            yield from block.items

@@ -1,0 +1,105 @@
+"""Images -> `.bin/.idx`, for runs with `modality: patches`.
+
+    python tools/datasets/preprocess_images.py --input galaxies/ --output-prefix data/galaxies
+
+writes `data/galaxies.bin`, `.idx`, `.json` (the header that training checks: shape, bands, mean and standard deviation)
+and `.parquet` (a row for each image: its id, and what the input knows of it). Input are PNG and JPEG pictures, FITS
+files with one or more planes, and .npz archives with an array `images`; files, globs and folders are understood. Every
+image must be like the first one; what cannot be used is left out, named and counted. The output is the same, byte for
+byte, for any number of workers. A run that was killed goes on where it was when started again with the same arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--input", nargs="+", required=True, help="files, globs or folders")
+    p.add_argument("--output-prefix", required=True, help="outputs are PREFIX.{bin,idx,json,parquet}")
+    p.add_argument("--bands", nargs="+", help="names of the bands (default: r g b for three, else band0, band1, ...)")
+    p.add_argument("--crop", type=int, help="keep the middle of each image, so many pixels wide and high")
+    p.add_argument("--axes", choices=["hwc", "chw"], help="of arrays: height, width, bands (default), or bands first")
+    p.add_argument(
+        "--nan", choices=["refuse", "mask"], default="refuse", help="leave images with NaN out, or keep them"
+    )
+    p.add_argument(
+        "--on-bad-image", choices=["fatal", "skip"], default="skip", help="stop at what cannot be used, or count it"
+    )
+    p.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: all cores)")
+    return p
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    from megatron.common.boundary import guarded
+
+    return guarded(
+        "preprocess_images.py", lambda: import_images(options), "stopped; the same command goes on from here"
+    )
+
+
+def import_images(options: argparse.Namespace) -> None:
+    """Raises UserError, OSError."""
+    from megatron.data.indexed import DataError
+    from tools.datasets.imaging.decode import Axes, ImageDecoder, ImageError, read_image, refuse_swapped_axes
+    from tools.datasets.imaging.importing import ImageImport, run_import
+    from tools.datasets.imaging.sources import Archive, find_sources, items_of
+
+    if options.workers < 1:
+        raise DataError(f"--workers {options.workers}: at least one is needed")
+    if options.crop is not None and options.crop < 1:
+        raise DataError(f"--crop {options.crop}: at least one pixel is needed")
+    sources = find_sources(options.input)
+    for source in sources:
+        if isinstance(source, Archive) and options.axes is None:
+            refuse_swapped_axes(source.image_shape)
+    axes: Axes = options.axes or "hwc"
+    keeps_nan = options.nan == "mask"
+    decoder = None
+    for item in items_of(sources):  # the first image that can be read says what all are to be like
+        try:
+            decoder = ImageDecoder.like(read_image(item, axes), options.crop, axes, keeps_nan)
+            break
+        except ImageError:
+            continue
+    if decoder is None:
+        raise DataError("none of the images can be read; is --input right?")
+    count = decoder.shape[2]
+    bands = options.bands or (["r", "g", "b"] if count == 3 else [f"band{number}" for number in range(count)])
+    if len(bands) != count:
+        raise DataError(f"--bands names {len(bands)} bands, the images have {count}")
+    settings = (options.crop, axes, options.nan, options.on_bad_image)
+    job = ImageImport(
+        options.input,
+        sources,
+        decoder,
+        bands,
+        options.output_prefix,
+        options.workers,
+        options.on_bad_image == "fatal",
+        settings,
+    )
+    header = run_import(job)
+    info = header.images
+    reasons = ", ".join(f"{count:,} {rule}" for rule, count in header.left_out.items())
+    print(
+        f"{options.output_prefix}: {header.documents:,} images of {info.height} x {info.width} x {len(info.bands)} "
+        f"({info.dtype}), mean {_shown(info.mean)}, std {_shown(info.std)}; left out: {reasons or 'none'}"
+        + (f" (named in {options.output_prefix}.left_out.txt)" if reasons else ""),
+        file=sys.stderr,
+    )
+
+
+def _shown(values: list[float]) -> str:
+    return " ".join(f"{value:.4g}" for value in values)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
