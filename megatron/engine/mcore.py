@@ -36,6 +36,7 @@ from megatron.engine.optimizer import mark_sharded
 from megatron.engine.optimizer_shards import OptimizerShard, ReadShard
 from megatron.engine.protocol import Around, Counters, StepResult, no_phases
 from megatron.model.cache import CachedTokens, run_cached
+from megatron.model.features import PooledTokens, run_pooled
 from megatron.model.initialize import initialize_layers
 from megatron.model.loss import GlobalMeanLoss
 from megatron.model.parallel import TensorParallel
@@ -249,6 +250,12 @@ class MegatronEngine:
         first = self.stage_layers(self.place.pp_rank).start
         with self._around("forward"):
             return run_cached(self.stage.chunks[0].callables(), first, self.args.num_layers, inputs, tokens)
+
+    @torch.inference_mode()
+    def forward_pooled(self, inputs: Tensor, work: PooledTokens) -> tuple[Tensor, dict[int, Tensor]]:
+        first = self.stage_layers(self.place.pp_rank).start
+        with self._around("forward"):
+            return run_pooled(self.stage.chunks[0].callables(), first, self.args.num_layers, inputs, work)
 
     def _trained(self) -> GuardedOptimizer:
         if self._optimizer is None:
