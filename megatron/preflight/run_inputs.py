@@ -88,7 +88,7 @@ def _tokenizer_and_data(args: NeoXArgs) -> Iterator[str]:
 
     tokenizer = None
     if args.vocab_file is not None:
-        if Path(args.vocab_file).is_file():
+        if Path(args.vocab_file).exists():  # a file, or a folder that holds tokenizer.json
             tokenizer = build_tokenizer(args.tokenizer_type, args.vocab_file, args.merge_file)
             if args.vocab_size is not None and tokenizer.vocab_size > args.vocab_size:
                 yield (
@@ -96,7 +96,7 @@ def _tokenizer_and_data(args: NeoXArgs) -> Iterator[str]:
                     f"{args.vocab_size}: give the tokenizer of the model"
                 )
         else:
-            yield f"vocab_file: {args.vocab_file} is not there; give the tokenizer's file"
+            yield f"vocab_file: {args.vocab_file} is not there; give the tokenizer's file, or its folder"
     if args.task in ("generate", "mcq", "embed") or (args.task == "eval" and (args.eval_tasks or args.eval_documents)):
         return
     from megatron.data.header import check_header, read_header

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from megatron.common.labels import IGNORE_INDEX
-from megatron.data.indexed import IndexedFile, IndexedWriter
+from megatron.data.header import ChatInfo, DataHeader, TokenizerInfo, file_crc32, read_header
+from megatron.data.indexed import IndexedFile, IndexedWriter, bin_path
 from tools.datasets import dataset_token_count, merge_datasets
 from tools.datasets import preprocess_data_with_chat_template as chats
 
@@ -148,11 +149,42 @@ def test_pairs_are_merged_in_the_order_of_their_names(tmp_path: Path, monkeypatc
     (tmp_path / "in").mkdir()
     b = pair(tmp_path / "in" / "b", [[7], [], [8, 9], [10], [11, 12]])
     a = pair(tmp_path / "in" / "a", [[1, 2, 3], [4]])
-    (tmp_path / "in" / "a.json").write_text("{}")
     assert merge_datasets.main(["--input", str(tmp_path / "in"), "--output-prefix", str(tmp_path / "out/all")]) == 0
     merged = IndexedFile(str(tmp_path / "out/all"))
     assert [document.tolist() for document in merged] == [*a, *b]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["all.bin", "all.idx"]
+
+
+def _header(tokens: int, **changes: Any) -> DataHeader:
+    tokenizer = TokenizerInfo(type="HFTokenizer", fingerprint="f", vocab_size=100)
+    counts = {"documents": 2, "tokens": tokens, "max_token": tokens, "input_bytes": 9, "empty": 1, "skipped": 0}
+    frame = {"bos": None, "eod": 3, "ftfy": False, "crc32": "00000000", "sources": ["x"], "unknown_keys": {"url": 2}}
+    return DataHeader(**{"tokenizer": tokenizer, **counts, **frame, **changes})
+
+
+def test_headers_are_added_up_and_must_belong_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, out = tmp_path / "in", tmp_path / "out/all"
+    command = ["--input", str(source), "--output-prefix", str(out)]
+    source.mkdir()
+    for name, documents in (("a", [[1, 2], [4]]), ("b", [[5], [6]])):
+        pair(source / name, documents)
+    chat = ChatInfo(template="llama3", train_on="all", learned_tokens=2)
+    for name, tokens in (("a", 3), ("b", 2)):
+        (source / f"{name}.json").write_text(_header(tokens, chat=chat).model_dump_json())
+    assert merge_datasets.main(command) == 0
+    header = read_header(out)
+    assert header is not None
+    assert (header.documents, header.tokens, header.max_token, header.empty) == (4, 5, 3, 2)
+    assert (header.sources, header.unknown_keys, header.crc32) == (["x", "x"], {"url": 4}, file_crc32(bin_path(out)))
+    assert header.chat is not None
+    assert header.chat.learned_tokens == 4
+    other = TokenizerInfo(type="HFTokenizer", fingerprint="g", vocab_size=100)
+    for header in (_header(2, chat=chat, tokenizer=other), _header(2), _header(2, chat=chat, eod=None)):
+        (source / "b.json").write_text(header.model_dump_json())
+        assert merge_datasets.main(command) == 2
+    (source / "b.json").unlink()
+    assert merge_datasets.main(command) == 2
+    assert capsys.readouterr().err.count("they do not belong into one file; preprocess them alike") == 4
 
 
 def test_what_cannot_be_merged_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,7 +3,7 @@
     python tools/datasets/merge_datasets.py --input data/shards --output-prefix data/corpus_text_document
 
 The documents of all pairs in the folder stand one after the other, pairs in the order of their names. All pairs must
-hold tokens of one type. Headers (`.json`) are not merged: training cannot check the tokenizer then, and says so.
+hold tokens of one type and, where they have headers (`.json`), of one tokenizer; the output's header adds them up.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def merge(folder: Path, output: Path) -> None:
     """Raises DataError or OSError; nothing is left behind then."""
-    from megatron.data.indexed import DataError, IndexedFile, IndexedWriter
+    from megatron.common.atomic_files import write_text
+    from megatron.data.header import file_crc32, header_path, read_header
+    from megatron.data.indexed import DataError, IndexedFile, IndexedWriter, bin_path
+    from megatron.data.joined_header import joined_header
 
     if not folder.is_dir():
         raise DataError(f"--input {folder}: no such folder")
@@ -49,6 +52,8 @@ def merge(folder: Path, output: Path) -> None:
         )
     if output.parent.resolve() == folder.resolve() and output.name in stems[".bin"]:
         raise DataError(f"--output-prefix {output} is one of the inputs; give another name")
+    headers = [(str(part.prefix), read_header(part.prefix)) for part in parts]
+    joined_header(headers, crc32="")  # refuses what does not belong together, before anything is copied
     output.parent.mkdir(parents=True, exist_ok=True)
     aside = output.with_name(f"{output.name}.partial")
     writer = IndexedWriter(aside, parts[0].dtype)
@@ -61,11 +66,14 @@ def merge(folder: Path, output: Path) -> None:
                 end = int(part.offsets[last]) // part.dtype.itemsize + int(part.sizes[last])
                 writer.append(part.document(first, 0, end - begin).tobytes(), part.sizes[first : last + 1])
         writer.finish()
+        header = joined_header(headers, file_crc32(bin_path(aside)))
+        if header is not None:
+            write_text(header_path(aside), header.model_dump_json(indent=2) + "\n")
     except BaseException:
-        for suffix in (".bin", ".idx", ".sizes"):
+        for suffix in (".bin", ".idx", ".sizes", ".json"):
             Path(f"{aside}{suffix}").unlink(missing_ok=True)
         raise
-    for suffix in (".bin", ".idx"):
+    for suffix in (".bin", ".idx", ".json") if header is not None else (".bin", ".idx"):
         os.replace(f"{aside}{suffix}", f"{output}{suffix}")
     tokens = writer.bytes // parts[0].dtype.itemsize
     print(f"{output}: {len(parts)} pairs, {writer.documents} documents, {tokens} tokens", file=sys.stderr)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,9 +95,6 @@ def shards_by_size(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
         shards[-1].append(name)
         filled += nbytes
     return shards
-
-
-_SHARD_NAME = re.compile(r"model-\d{5}-of-(\d{5})\.safetensors")
 
 
 def shards_like(weight_map: Mapping[str, str], names: list[str]) -> list[list[str]] | None:
