@@ -166,6 +166,7 @@ def _use_batched_messages(mcore: Any) -> None:
         config.overlap_p2p_comm, config.batch_p2p_comm = False, True
         return config
 
+    torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment, return-value]
     mcore.transformer_config = batched
     mcore.LinkP2P = lambda pipe, config, *rest: P2PCommunicator(pipe, config)
 
