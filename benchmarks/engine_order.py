@@ -25,6 +25,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron.engine import mcore_links
 from megatron.engine.mcore import MegatronEngine
+from megatron.engine.mcore_batches import PipelineBatch
 from megatron.engine.mcore_chunks import Chunk
 from megatron.engine.protocol import no_phases
 from megatron.neox_arguments import NeoXArgs
@@ -110,9 +111,8 @@ def _record_rank(rank: int, pipe: int, virtual: int, num_micro_batches: int) -> 
 def run(engine: MegatronEngine, num_micro_batches: int) -> None:
     """The schedule of a step whose layers are those of `passes`; nothing is reduced or applied."""
     engine.config.finalize_model_grads_func = None
-    engine._shape = (1, engine.args.seq_length)
-    batch: list[Any] = [{"number": number} for number in range(num_micro_batches)]
-    engine._run(batch, lambda output, _: output.sum(), train=True)
+    micro_batches: list[Any] = [{"number": number} for number in range(num_micro_batches)]
+    engine._run(PipelineBatch(micro_batches, 1, engine.args.seq_length), lambda output, _: output.sum(), train=True)
 
 
 @contextmanager

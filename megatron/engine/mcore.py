@@ -9,28 +9,28 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.pipeline_parallel.schedules import (
     forward_backward_no_pipelining,
     forward_backward_pipelining_with_interleaving,
     forward_backward_pipelining_without_interleaving,
 )
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron import layout
-from megatron.engine.batches import MicroBatch, ScoreBatch, StepBatch, padded
+from megatron.engine.batches import MicroBatch, ScoreBatch, StepBatch
 from megatron.engine.cuda_names import on_device, schedule_on
+from megatron.engine.mcore_batches import PipelineBatch, on_all_stages
 from megatron.engine.mcore_chunks import ChunkedStage
 from megatron.engine.mcore_groups import EngineGroups
 from megatron.engine.mcore_links import LinkP2P
 from megatron.engine.mcore_optimizer import GuardedOptimizer, HeldParameter, build_distributed_optimizer
 from megatron.engine.mcore_phases import PhaseTimers
+from megatron.engine.mcore_settings import bucket_config, description, transformer_config
 from megatron.engine.nonfinite import poisoned
 from megatron.engine.optimizer import mark_sharded
 from megatron.engine.optimizer_shards import OptimizerShard, ReadShard
@@ -112,13 +112,7 @@ class MegatronEngine:
             one.parameter.shared_embedding = (  # type: ignore[attr-defined]
                 args.shape.tied and self.place.pp > 1 and one.layer == layout.EMBEDDING_INDEX
             )
-        buckets = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True,
-            use_distributed_optimizer=True,
-            overlap_grad_reduce=args.overlap_grad_reduce,
-            overlap_param_gather=args.overlap_param_gather,
-            align_param_gather=True,  # the engine starts all gathers itself, behind the optimizer
-        )
+        buckets = bucket_config(args)
         with on_device(self.place.device):
             wrapped = [
                 DistributedDataParallel(
@@ -136,33 +130,7 @@ class MegatronEngine:
         config.finalize_model_grads_func = finalize_model_grads
 
     def describe(self) -> list[str]:
-        args, place, virtual = self.args, self.place, self.stage.virtual
-        hidden = [
-            name
-            for name, is_so in (("reduction", args.overlap_grad_reduce), ("gather", args.overlap_param_gather))
-            if is_so
-        ]
-        lines = [
-            f"engine: megatron-core's distributed optimizer over AdamW, weights {args.precision}, gradients "
-            f"accumulated and reduced in fp32, clipping at {args.gradient_clipping:g}; overlapped: "
-            f"{' and '.join(hidden) or 'nothing'}",
-            f"batch: {args.train_batch_size} = micro-batch {args.train_micro_batch_size_per_gpu} x accumulation "
-            f"{args.gradient_accumulation_steps} x data parallel {place.dp}",
-            "stages: "
-            + ", ".join(
-                f"{stage}: layers "
-                + " and ".join(
-                    f"{run.start}-{run.stop - 1}" for run in map(partial(self.stage_layers, stage), range(virtual))
-                )
-                for stage in range(place.pp)
-            ),
-        ]
-        if args.sequence_parallel:
-            lines.append(
-                f"sequence parallel: between layers each of {place.tp} tensor-parallel ranks holds "
-                f"{args.seq_length // place.tp} of {args.seq_length} tokens"
-            )
-        return lines
+        return description(self.args, self.place, self.stage.virtual, self.stage_layers)
 
     # --- the stage
 
@@ -198,14 +166,14 @@ class MegatronEngine:
 
     def train_step(self, batch: StepBatch) -> StepResult:
         optimizer, count = self._trained(), batch.num_micro_batches
-        micro_batches = self._on_all_stages(batch.micro_batches, count)
+        everywhere = self._on_all_stages(batch.micro_batches, count)
         for chunk in self._wrapped:
             chunk.zero_grad_buffer()
 
         def learn(logits: Tensor, micro_batch: MicroBatch) -> Tensor:
             return poisoned(self._loss(logits, (micro_batch["labels"], batch.weight.to(logits.device))))
 
-        losses = self._run(micro_batches, learn, train=True)
+        losses = self._run(everywhere, learn, train=True)
         replica_loss = torch.stack(losses).sum() / count if losses else None
         with self._around("optimizer"), on_device(self.place.device):
             loss, norm, applied = optimizer.step(self._share_of_mean(replica_loss))
@@ -221,12 +189,12 @@ class MegatronEngine:
         return StepResult(loss, norm, applied, None if replica_loss is None else float(replica_loss))
 
     def evaluate(self, batch: StepBatch) -> float:
-        micro_batches = self._on_all_stages(batch.micro_batches, batch.num_micro_batches)
+        everywhere = self._on_all_stages(batch.micro_batches, batch.num_micro_batches)
 
         def judge(logits: Tensor, micro_batch: MicroBatch) -> Tensor:
             return self._loss(logits, (micro_batch["labels"], batch.weight.to(logits.device)))
 
-        losses = self._run(micro_batches, judge)
+        losses = self._run(everywhere, judge)
         mean = self._share_of_mean(torch.stack(losses).sum() / batch.num_micro_batches if losses else None)
         dist.all_reduce(mean)
         return float(mean)
@@ -239,8 +207,8 @@ class MegatronEngine:
     def token_scores(self, batches: Iterable[ScoreBatch] | None, num_micro_batches: int) -> list[Tensor] | None:
         score = TokenScores(self.groups.tensor, self.args.vocab_size)
         given = None if batches is None else [vars(batch) for batch in batches]
-        micro_batches = self._on_all_stages(given, num_micro_batches)
-        found = self._run(micro_batches, lambda logits, asked: score(logits, (asked["at"], asked["queried"])))
+        everywhere = self._on_all_stages(given, num_micro_batches)
+        found = self._run(everywhere, lambda logits, asked: score(logits, (asked["at"], asked["queried"])))
         return found if self.place.last_stage else None
 
     @torch.inference_mode()
@@ -268,40 +236,16 @@ class MegatronEngine:
             return torch.zeros((), device=self.place.device)
         return replica_loss / self.place.dp
 
-    def _on_all_stages(self, given: Iterable[Mapping[str, Tensor]] | None, count: int) -> list[MicroBatch]:
-        """`count` micro-batches on this rank's device, of one shape that tensor-parallel ranks can divide.
-
-        The first and the last stage read their own; the others learn from the first what shape they have, and where
-        documents start if they are isolated. Collective over the pipeline.
-        """
+    def _on_all_stages(self, given: Iterable[Mapping[str, Tensor]] | None, count: int) -> PipelineBatch:
+        """Collective over the pipeline."""
         with self._around("data"):
-            own = [] if given is None else list(given)
-            device, pipe = self.place.device, self.groups.pipe
-            first = own[0] if own else {}
-            b, s = first["tokens"].shape if own else (0, 0)
-            header = torch.tensor([b, s, "positions" in first], device=device)
-            if self.place.pp > 2:
-                dist.broadcast(header, group=pipe, group_src=0)
-            b, s, with_positions = map(int, header.tolist()) if not own else (b, s, "positions" in first)
-            length = self.tensor_parallel.padded_length(s)
-            own = [_padded_to(micro_batch, length, device) for micro_batch in own]
-            if with_positions and self.place.pp > 2:
-                shape = (count, b, length)
-                positions = (
-                    torch.stack([micro_batch["positions"] for micro_batch in own])
-                    if own
-                    else torch.empty(shape, dtype=torch.int64, device=device)
-                )
-                dist.broadcast(positions, group=pipe, group_src=0)
-                own = own or [{"positions": part} for part in positions]
-            self._shape = (b, length)
-            return own or [{} for _ in range(count)]
+            return on_all_stages(given, count, self.place, self.groups.pipe, self.tensor_parallel.padded_length)
 
-    def _run(self, micro_batches: list[MicroBatch], on_output: OnOutput, train: bool = False) -> list[Tensor]:
+    def _run(self, batch: PipelineBatch, on_output: OnOutput, train: bool = False) -> list[Tensor]:
         """The schedule over all micro-batches; what `on_output` gave for each, on the last stage."""
-        count, pp, chunks = len(micro_batches), self.place.pp, len(self.model)
+        count, pp, chunks = len(batch.micro_batches), self.place.pp, len(self.model)
         if chunks > 1 and not train:  # whose schedule takes whole groups of micro-batches
-            micro_batches = micro_batches + [micro_batches[-1]] * (-count % pp)
+            batch = batch.filled_up(pp)
 
         def forward(source: Iterator[MicroBatch], chunk: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
             micro_batch = next(source)
@@ -312,8 +256,7 @@ class MegatronEngine:
 
             return chunk(micro_batch), finish
 
-        sources = [iter(micro_batches) for _ in self.model]
-        b, length = self._shape
+        sources = [iter(batch.micro_batches) for _ in self.model]
         schedule: Callable[..., Any] = forward_backward_pipelining_with_interleaving
         if chunks == 1:
             schedule = forward_backward_pipelining_without_interleaving if pp > 1 else forward_backward_no_pipelining
@@ -322,9 +265,9 @@ class MegatronEngine:
                 forward_step_func=forward,
                 data_iterator=sources if chunks > 1 else sources[0],
                 model=list(self.model) if chunks > 1 else self.model[0],
-                num_microbatches=len(micro_batches),
-                seq_length=length,
-                micro_batch_size=b,
+                num_microbatches=len(batch.micro_batches),
+                seq_length=batch.s,
+                micro_batch_size=batch.b,
                 forward_only=not train,
                 collect_non_loss_data=not train,
                 p2p_communicator=self._communicator,
@@ -384,35 +327,3 @@ def _finish_gather(group: Any) -> None:
     """Wait for the weights of a group of buckets, if they are under way."""
     if group.param_gather_handle is not None:
         group.finish_param_sync(skip_next_bucket_dispatch=True)
-
-
-def transformer_config(args: NeoXArgs, place: Place, virtual: int) -> TransformerConfig:
-    """What megatron-core's schedules and buckets read of the model and the layout."""
-    dtype = PARAMETER_DTYPES[args.precision]
-    return TransformerConfig(
-        num_layers=args.num_layers,
-        hidden_size=args.hidden_size,
-        num_attention_heads=args.num_attention_heads,
-        tensor_model_parallel_size=place.tp,
-        pipeline_model_parallel_size=place.pp,
-        virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
-        sequence_parallel=args.sequence_parallel,
-        pipeline_dtype=dtype,
-        params_dtype=dtype,
-        bf16=args.precision == "bfloat16",
-        use_cpu_initialization=True,
-        perform_initialization=False,
-        overlap_p2p_comm=virtual > 1,
-        batch_p2p_comm=virtual == 1,
-        batch_p2p_sync=False,
-        gradient_accumulation_fusion=False,
-        deallocate_pipeline_outputs=True,
-    )
-
-
-def _padded_to(micro_batch: Mapping[str, Tensor], length: int, device: torch.device) -> MicroBatch:
-    """On `device`, with sequences of `length`; what is no sequence stays as it is."""
-    sequences = {name: micro_batch[name] for name in ("tokens", "labels", "positions") if name in micro_batch}
-    others = {name: tensor for name, tensor in micro_batch.items() if name not in sequences}
-    whole = {**padded(sequences, length), **others}
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in whole.items()}

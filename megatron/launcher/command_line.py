@@ -175,11 +175,9 @@ def configuration_as_yaml(args: NeoXArgs) -> str:
     }
     if args.seq_length and args.train_batch_size:
         derived["tokens_per_step"] = args.train_batch_size * args.seq_length
-    parts = [
-        ("all keys", args.model_dump()),
-        ("derived values", derived),
-        ("DeepSpeed's configuration", {"deepspeed_config": args.deepspeed_config}),
-    ]
+    parts = [("all keys", args.model_dump()), ("derived values", derived)]
+    if args.engine == "deepspeed":
+        parts.append(("DeepSpeed's configuration", {"deepspeed_config": args.deepspeed_config}))
     text = [f"# {title}\n{yaml.safe_dump(content, sort_keys=False, width=120)}" for title, content in parts]
     return "\n".join(text)
 

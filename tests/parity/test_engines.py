@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -128,6 +130,31 @@ def _disturbed(rank: int, world_size: int, split: Split, trap: str) -> list[tupl
     return train_variant(variant, split, False, keys)[1]
 
 
+def _with_late_messages(rank: int, world_size: int, split: Split) -> list[tuple[float, float]]:
+    """A training in which every end of a message is posted some milliseconds late, other ones on every rank."""
+    from megatron.engine import mcore_links
+
+    delays = random.Random(rank)
+
+    def late(post: Any) -> Any:
+        def posted(*arguments: Any) -> Any:
+            time.sleep(delays.choice((0.0, 0.001, 0.01)))
+            return post(*arguments)
+
+        return posted
+
+    mcore_links._send, mcore_links._receive = late(mcore_links._send), late(mcore_links._receive)
+    return train_variant(Variant(EIGHT.case, documents=True), split, False, virtual(2))[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("split", [(1, 2, 1), (1, 4, 1)])
+def test_late_messages_change_nothing(split: Split) -> None:
+    (expected,) = trained((Variant(EIGHT.case, documents=True),), split, False, virtual(2))
+    for history in run_ranks(_with_late_messages, split[1], split, timeout=200):
+        assert history == expected.history
+
+
 def _use_batched_messages(mcore: Any) -> None:
     """megatron-core's own exchange, batched: both neighbours of a stage are one rank where there are two."""
     from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
@@ -139,6 +166,7 @@ def _use_batched_messages(mcore: Any) -> None:
         config.overlap_p2p_comm, config.batch_p2p_comm = False, True
         return config
 
+    torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment, return-value]
     mcore.transformer_config = batched
     mcore.LinkP2P = lambda pipe, config, *rest: P2PCommunicator(pipe, config)
 

@@ -1,0 +1,73 @@
+"""What every stage of a pipeline must know of a call's micro-batches under megatron-core's schedules.
+
+Messages between stages are hidden states of one shape and nothing else. So stages that read no data learn from the
+first one, once a call, what shape the micro-batches have, and where documents start if they are isolated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron.engine.batches import MicroBatch, padded
+from megatron.parallel.place import Place
+
+_SEQUENCES = ("tokens", "labels", "positions")
+
+
+@dataclass(frozen=True)
+class PipelineBatch:
+    """One call's micro-batches of b sequences of s tokens: what this rank's stage needs of them, on its device."""
+
+    micro_batches: list[MicroBatch]
+    b: int
+    s: int
+
+    def filled_up(self, multiple: int) -> PipelineBatch:
+        """With the last micro-batch again, until their number is a multiple of `multiple`."""
+        again = -len(self.micro_batches) % multiple
+        return PipelineBatch(self.micro_batches + self.micro_batches[-1:] * again, self.b, self.s)
+
+
+def on_all_stages(
+    given: Iterable[Mapping[str, Tensor]] | None,
+    count: int,
+    place: Place,
+    pipe: dist.ProcessGroup,
+    padded_length: Callable[[int], int],
+) -> PipelineBatch:
+    """`count` micro-batches, padded to the length that the model's matrices can take. Collective over the pipeline.
+
+    `given` is None on stages that read no data.
+    """
+    own = [] if given is None else list(given)
+    first = own[0] if own else {}
+    b, s = first["tokens"].shape if own else (0, 0)
+    with_positions = int("positions" in first)
+    has_middle = place.pp > 2  # stages that read nothing
+    if has_middle:
+        header = torch.tensor([b, s, with_positions], device=place.device)
+        dist.broadcast(header, group=pipe, group_src=0)
+        if not own:
+            b, s, with_positions = (int(value) for value in header.tolist())
+    length = padded_length(s)
+    own = [_padded_to(micro_batch, length, place.device) for micro_batch in own]
+    if with_positions and has_middle:
+        shape = (count, b, length)
+        positions = torch.empty(shape, dtype=torch.int64, device=place.device)
+        if own:
+            torch.stack([micro_batch["positions"] for micro_batch in own], out=positions)
+        dist.broadcast(positions, group=pipe, group_src=0)
+        own = own or [{"positions": part} for part in positions]
+    return PipelineBatch(list(own) or [{} for _ in range(count)], b, length)
+
+
+def _padded_to(micro_batch: Mapping[str, Tensor], length: int, device: torch.device) -> MicroBatch:
+    """On `device`, with sequences of `length`; what is no sequence stays as it is."""
+    sequences = {name: tensor for name, tensor in micro_batch.items() if name in _SEQUENCES}
+    whole = {**micro_batch, **padded(sequences, length)}
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in whole.items()}
