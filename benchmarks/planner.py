@@ -27,8 +27,9 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.published_runs import EXCLUDED, LLAMA_70B, RUNS, PublishedRun  # noqa: E402
 from megatron.model.flops import megatron_flops_per_token, neox_flops_per_token  # noqa: E402
 from megatron.planner.cost import compute, traffic  # noqa: E402
-from megatron.planner.cost.estimate import Estimate, budget, estimate, reliability  # noqa: E402
+from megatron.planner.cost.estimate import Estimate, estimate  # noqa: E402
 from megatron.planner.cost.machines import FRONTIER, MACHINES  # noqa: E402
+from megatron.planner.cost.reliability import budget, reliability  # noqa: E402
 from megatron.planner.search import HEADER, Candidate, SearchResult, row, search  # noqa: E402
 
 # The constants that no source gives, and the values a calibration may choose from.

@@ -9,10 +9,11 @@ from typing import Any
 from megatron.neox_arguments import ConfigError, NeoXArgs
 from megatron.planner.cost.activations import Ops
 from megatron.planner.cost.checkpoint_size import CheckpointSize, checkpoint_size
-from megatron.planner.cost.estimate import Budget, Estimate, Reliability, budget, estimate, reliability
+from megatron.planner.cost.estimate import Estimate, estimate
 from megatron.planner.cost.machines import GIB, MACHINES, Machine
 from megatron.planner.cost.memory import StageMemory, fewest_recomputed, plan_memory
 from megatron.planner.cost.parallel_layout import ParallelLayout
+from megatron.planner.cost.reliability import Budget, Reliability, budget, reliability
 
 
 @dataclass(frozen=True)

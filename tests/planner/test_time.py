@@ -19,7 +19,7 @@ from megatron.model.flops import megatron_flops_per_token, neox_flops_per_token
 from megatron.neox_arguments import NeoXArgs
 from megatron.parallel.gpu_placement import coordinates
 from megatron.planner.cost import compute, traffic
-from megatron.planner.cost.estimate import Estimate, StageTime, budget, estimate, reliability
+from megatron.planner.cost.estimate import Estimate, StageTime, estimate
 from megatron.planner.cost.machines import FRONTIER, LUMI, MACHINES, Machine, cut_rate, ring_rate
 from megatron.planner.cost.memory import default_stages
 from megatron.planner.cost.parallel_layout import ParallelLayout, decoders_by_stage
