@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from megatron.planner.cost.interleaved import Pass, dependencies, pass_order, simulate, timeline
-from megatron.planner.cost.memory import _in_flight
+from megatron.planner.cost.moments import in_flight
 from megatron.planner.cost.parallel_layout import ParallelLayout
 from megatron.planner.cost.schedule import ScheduleError, idle_share
 
@@ -79,7 +79,7 @@ def test_the_order_is_torchs_too(p: int, v: int, m: int) -> None:
 @pytest.mark.parametrize(("p", "v", "m"), GRID)
 def test_no_rank_waits_for_ever_and_every_pass_is_done_once(p: int, v: int, m: int) -> None:
     steps = dependencies(orders(p, v, m), v)
-    assert len(steps) == len(set((step.rank, step.work) for step in steps)) == 2 * p * v * m
+    assert len(steps) == len({(step.rank, step.work) for step in steps}) == 2 * p * v * m
     for number, step in enumerate(steps):
         assert step.before < number
         stage = step.work.chunk * p + step.rank
@@ -105,7 +105,7 @@ def test_an_order_that_cannot_be_executed_is_found() -> None:
         dependencies(exchanged, 2)
     short = orders(4, 2, 8)
     short[3].pop()
-    with pytest.raises(ScheduleError, match="backward link from rank 0 to rank 3|backward link from rank 3 to rank 2"):
+    with pytest.raises(ScheduleError, match=r"backward link from rank 0 to rank 3|backward link from rank 3 to rank 2"):
         dependencies(short, 2)
 
 
@@ -145,7 +145,7 @@ def test_what_is_in_flight_is_what_the_planner_says() -> None:
             for one in order:
                 alive += 1 if one.kind == "forward" else -1
                 most = max(most, alive)
-            assert most == _in_flight(layout, rank, done=0) * v
+            assert most == in_flight(layout, rank, done=0) * v
 
 
 def test_chunks_end_one_after_the_other() -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 
 from megatron.layout import LlamaShape
 from megatron.model.flops import megatron_flops_per_token, neox_flops_per_token
@@ -25,7 +25,6 @@ from megatron.planner.cost.pipeline_time import (
     ChunkTime,
     PipelineTime,
     formula_time,
-    reduction_and_gather,
     simulated_time,
 )
 
@@ -61,7 +60,6 @@ class Estimate:
     stages: tuple[StageTime, ...]
     pipeline: PipelineTime
     optimizer_seconds: float
-    hidden_seconds: float  # of reduction and gather, behind computation
 
     @property
     def pipeline_seconds(self) -> float:
@@ -77,6 +75,16 @@ class Estimate:
     def gather_seconds(self) -> float:
         """Data-parallel weights, likewise."""
         return self.pipeline.gather
+
+    @property
+    def hidden_seconds(self) -> float:
+        """Of reduction and gather, what is taken to hide behind computation."""
+        return self.pipeline.hidden
+
+    @property
+    def exposed_step_seconds(self) -> float:
+        """`step_seconds` if nothing of reduction and gather hid behind computation."""
+        return self.step_seconds + self.hidden_seconds * self.waiting
 
     @property
     def slowest(self) -> StageTime:
@@ -184,7 +192,6 @@ def estimate(
     else:
         pipeline = formula_time(layout, machine, chunks, [stage.messages for stage in stages])
     parameters = max(stage.parameters for stage in stages)
-    by_data = sum(reduction_and_gather(parameters, layout, machine))
     return Estimate(
         shape=shape,
         layout=layout,
@@ -193,7 +200,6 @@ def estimate(
         stages=tuple(stages),
         pipeline=pipeline,
         optimizer_seconds=_optimizer_seconds(parameters, layout, machine),
-        hidden_seconds=max(0.0, by_data - pipeline.reduction - pipeline.gather),
     )
 
 
@@ -210,44 +216,48 @@ def _stages(
     layer_parameters = sum(i * o for i, o in compute.layer_matrices(shape, layout.tensor)) + 2 * shape.hidden_size
     stored = replace(layout, recompute="none") if layout.recompute == "full" else layout
     again, once = (_layer(shape, kind, seq_length, machine) for kind in (layout, stored))
+
+    @cache  # most chunks are alike
+    def chunk(layers: int, twice: int, first: bool, last: bool) -> tuple[ChunkTime, Seconds, float]:
+        """Its time, and of that computation and tensor-parallel traffic."""
+        passes = again.times(twice) + once.times(layers - twice)
+        if first or last:
+            passes += _ends(shape, layout, seq_length, machine, first, last)
+        parameters = float(layer_parameters * layers)
+        if first:
+            parameters += matrix
+        if last:
+            parameters += matrix * (not (shape.tied and layout.pipe == 1)) + shape.hidden_size
+        forward, backward = (halves * half / rate for halves in (passes.forward_halves, passes.backward_halves))
+        accumulation = _accumulation_seconds(parameters, layout, machine)
+        time = ChunkTime(parameters, passes.forward.total + forward, passes.backward.total + backward + accumulation)
+        return time, passes.forward + passes.backward, forward + backward
+
     stages, chunks = [], [ChunkTime(0.0, 0.0, 0.0)] * len(dealt)
     for stage in range(layout.pipe):
-        own = list(range(stage, len(dealt), layout.pipe))
-        twice_left = layout.recomputed(sum(dealt[number] for number in own))
-        compute_all, tensor_all = Seconds(), 0.0
-        for number in own:
-            first, last, layers = number == 0, number == len(dealt) - 1, dealt[number]
-            twice = min(layers, twice_left)
-            twice_left -= twice
-            passes = again.times(twice) + once.times(layers - twice) + _ends(shape, layout, seq_length, machine, number)
-            parameters = float(layer_parameters * layers)
-            if first:
-                parameters += matrix
-            if last:
-                parameters += matrix * (not (shape.tied and stage == 0)) + shape.hidden_size
-            chunks[number] = ChunkTime(
-                parameters=parameters,
-                forward=passes.forward.total + passes.forward_halves * half / rate,
-                backward=passes.backward.total
-                + passes.backward_halves * half / rate
-                + _accumulation_seconds(parameters, layout, machine),
-            )
-            compute_all += passes.forward + passes.backward
-            tensor_all += (passes.forward_halves + passes.backward_halves) * half / rate
-        parameters = sum(chunks[number].parameters for number in own)
+        own = range(stage, len(dealt), layout.pipe)
         layers = sum(dealt[number] for number in own)
+        twice_left = layout.recomputed(layers)
+        computing, tensor = Seconds(), 0.0
+        for number in own:
+            twice = min(dealt[number], twice_left)
+            twice_left -= twice
+            chunks[number], work, sent = chunk(dealt[number], twice, number == 0, number == len(dealt) - 1)
+            computing += work
+            tensor += sent
         messages = 0.0
         if layout.virtual_stages == 1:
             boundaries = [stage - 1] * (stage > 0) + [stage] * (stage < layout.pipe - 1)
             # activations one way, gradients the other
             messages = sum(2 * message / traffic.boundary_rate(b, layout, machine) for b in boundaries)
             messages += traffic.message_gathers(layout, stage == 0, stage == layout.pipe - 1) * half / rate
+        parameters = sum(chunks[number].parameters for number in own)
         stages.append(
             StageTime(
                 layers=layers,
                 parameters=parameters,
-                compute=compute_all,
-                tensor_parallel=tensor_all,
+                compute=computing,
+                tensor_parallel=tensor,
                 hideable=hideable * layers,
                 messages=messages,
                 accumulation=_accumulation_seconds(parameters, layout, machine),
@@ -287,9 +297,10 @@ def _layer(shape: LlamaShape, layout: ParallelLayout, seq_length: int, machine: 
     return _Passes(forward, backward + recompute, halves.forward, halves.backward + again)
 
 
-def _ends(shape: LlamaShape, layout: ParallelLayout, seq_length: int, machine: Machine, number: int) -> _Passes:
-    """What virtual stage `number` has besides decoder layers: the embedding, the head, or nothing."""
-    first, last = number == 0, number == layout.pipe * layout.virtual_stages - 1
+def _ends(
+    shape: LlamaShape, layout: ParallelLayout, seq_length: int, machine: Machine, first: bool, last: bool
+) -> _Passes:
+    """What the first and the last virtual stage have besides decoder layers: the embedding, and the head."""
     found = _Passes(Seconds(), Seconds(), 0, 0)
     if first:
         one = compute.embedding_seconds(shape, layout, seq_length, machine) * 0.5

@@ -130,10 +130,35 @@ def _check_links(orders: Sequence[Sequence[Pass]], virtual: int) -> None:
                 )
 
 
+class _Row(NamedTuple):
+    """A `Step` as the loop over thousands of them wants it: numbers of the virtual stage and of links, -1 for none."""
+
+    rank: int
+    stage: int
+    back: bool
+    before: int
+    link: int  # the sender's rank forwards, p more backwards
+
+
+@dataclass(frozen=True)
+class _Program:
+    steps: list[Step]
+    rows: list[_Row]
+    last: list[list[int]]  # of each rank and chunk the place of its last backward pass
+
+
 @lru_cache(maxsize=256)
-def _steps(pipe: int, virtual: int, num_micro_batches: int) -> list[Step]:
+def _program(pipe: int, virtual: int, num_micro_batches: int) -> _Program:
     orders = [pass_order(pipe, virtual, num_micro_batches, rank) for rank in range(pipe)]
-    return dependencies(orders, virtual)
+    steps = dependencies(orders, virtual)
+    rows, last = [], [[0] * virtual for _ in range(pipe)]
+    for place, (rank, (kind, chunk, _), before) in enumerate(steps):
+        stage, back = chunk * pipe + rank, kind == "backward"
+        sends = pipe > 1 and _source("forward" if back else "backward", stage, pipe * virtual) is not None
+        rows.append(_Row(rank, stage, back, before, (rank + pipe * back) if sends else -1))
+        if back:
+            last[rank][chunk] = place
+    return _Program(steps, rows, last)
 
 
 @dataclass(frozen=True)
@@ -177,20 +202,17 @@ def simulate(
     if virtual > 1 and num_micro_batches > 4 * pipe:
         further = (num_micro_batches - 4 * pipe) // pipe
     few = num_micro_batches - further * pipe
-    work = timeline(pipe, virtual, few, forward, backward, message, ready)
-    stop = seconds = max(one.stop for one in work)
+    program = _program(pipe, virtual, few)
+    ends = _ends(program, pipe, forward, backward, message, ready)
+    stop = seconds = max(ends)
     if further:
-        fewer = timeline(pipe, virtual, few - pipe, forward, backward, message, ready)
-        seconds += further * (stop - max(one.stop for one in fewer))
-    last = [[0.0] * virtual for _ in range(pipe)]
-    for one in work:
-        if one.kind == "backward":
-            last[one.stage][one.chunk] = max(last[one.stage][one.chunk], one.stop)
+        fewer = _ends(_program(pipe, virtual, few - pipe), pipe, forward, backward, message, ready)
+        seconds += further * (stop - max(fewer))
     busy = [sum(forward[rank::pipe]) + sum(backward[rank::pipe]) for rank in range(pipe)]
     return Simulation(
         seconds=seconds,
         busy=tuple(num_micro_batches * one for one in busy),
-        left=tuple(tuple(stop - end for end in chunks) for chunks in last),
+        left=tuple(tuple(stop - ends[place] for place in places) for places in program.last),
     )
 
 
@@ -204,25 +226,44 @@ def timeline(
     ready: Sequence[Sequence[float]] | None = None,
 ) -> list[Work]:
     """All passes of a step, each behind the ones that it needs; arguments as for `simulate`."""
-    sending = [message] * pipe if isinstance(message, (int, float)) else list(message)
-    stages = pipe * virtual
-    clocks = [0.0] * pipe
-    link_free = [[0.0] * pipe, [0.0] * pipe]  # forwards and backwards, by sender
-    arrival: list[float] = []
-    done: list[Work] = []
-    for rank, (kind, chunk, number), before in _steps(pipe, virtual, num_micro_batches):
-        stage = chunk * pipe + rank
-        back = kind == "backward"
-        start = clocks[rank] if before < 0 else max(clocks[rank], arrival[before])
-        if ready is not None and not back:
-            start = max(start, ready[rank][chunk])
-        stop = start + (backward if back else forward)[stage]
-        clocks[rank] = stop
-        done.append(Work(rank, kind, number, start, stop, chunk))
-        if pipe == 1 or _source("forward" if back else "backward", stage, stages) is None:
-            arrival.append(stop)
-        else:
-            seconds = sending[rank - 1] if back else sending[rank]
-            link_free[back][rank] = max(stop, link_free[back][rank]) + seconds
-            arrival.append(link_free[back][rank])
+    program = _program(pipe, virtual, num_micro_batches)
+    ends = _ends(program, pipe, forward, backward, message, ready)
+    done = []
+    for (rank, (kind, chunk, number), _), stop in zip(program.steps, ends, strict=True):
+        seconds = (forward if kind == "forward" else backward)[chunk * pipe + rank]
+        done.append(Work(rank, kind, number, stop - seconds, stop, chunk))
     return done
+
+
+def _ends(
+    program: _Program,
+    pipe: int,
+    forward: Sequence[float],
+    backward: Sequence[float],
+    message: Sequence[float] | float,
+    ready: Sequence[Sequence[float]] | None,
+) -> list[float]:
+    """When each of a program's passes ends."""
+    sending = [message] * pipe if isinstance(message, (int, float)) else list(message)
+    of_link = [*sending, *(sending[rank - 1] for rank in range(pipe))]
+    link_free = [0.0] * (2 * pipe)
+    clocks = [0.0] * pipe
+    arrivals: list[float] = []  # of what a pass sends
+    ends: list[float] = []
+    for rank, stage, back, before, link in program.rows:
+        now = clocks[rank]
+        if before >= 0 and arrivals[before] > now:
+            now = arrivals[before]
+        if back:
+            now += backward[stage]
+        else:
+            if ready is not None and ready[rank][stage // pipe] > now:
+                now = ready[rank][stage // pipe]
+            now += forward[stage]
+        clocks[rank] = now
+        ends.append(now)
+        if link >= 0:
+            now = (now if now > link_free[link] else link_free[link]) + of_link[link]
+            link_free[link] = now
+        arrivals.append(now)
+    return ends

@@ -42,6 +42,7 @@ class PipelineTime:
     messages: float  # waiting for messages
     reduction: float  # of gradients, what no computation hides
     gather: float  # of weights, likewise
+    hidden: float = 0.0  # of both, beside computation
 
 
 def formula_time(
@@ -78,20 +79,25 @@ def simulated_time(
     sending = [size / traffic.boundary_rate(rank, layout, machine) for rank in range(pipe - 1)]
     sending.append(size / traffic.wrap_rate(layout, machine))
 
-    costs = [reduction_and_gather(chunk.parameters, layout, machine) for chunk in chunks]
+    by_size = {size: reduction_and_gather(size, layout, machine) for size in {chunk.parameters for chunk in chunks}}
+    costs = [by_size[chunk.parameters] for chunk in chunks]
     by_rank = [[costs[chunk * pipe + rank] for chunk in range(virtual)] for rank in range(pipe)]
     ready = [_gathered([gather for _, gather in rank]) for rank in by_rank] if layout.overlap_param_gather else None
 
-    without_messages = simulate(pipe, virtual, steps, forward, backward)
-    found = simulate(pipe, virtual, steps, forward, backward, sending)
-    late = found if ready is None else simulate(pipe, virtual, steps, forward, backward, sending, ready)
-    gather = max(sum(gather for _, gather in rank) for rank in by_rank)
+    whole = [max(sum(pair[which] for pair in rank) for rank in by_rank) for which in (0, 1)]
+    alone = simulate(pipe, virtual, steps, forward, backward)
+    found = simulate(pipe, virtual, steps, forward, backward, sending, ready)
+    waited = max(0.0, found.seconds - alone.seconds)
+    # the first chunk's weights are waited for before anything can be computed, the others' hardly ever
+    gather = whole[1] if ready is None else min(waited, ready[0][0])
+    reduction = _exposed_reduction(found, by_rank) if layout.overlap_grad_reduce else whole[0]
     return PipelineTime(
         computing=max(found.busy),
-        bubble=without_messages.seconds - max(found.busy),
-        messages=max(0.0, found.seconds - without_messages.seconds),
-        reduction=_exposed_reduction(late, by_rank, layout.overlap_grad_reduce),
-        gather=gather if ready is None else late.seconds - found.seconds,
+        bubble=alone.seconds - max(found.busy),
+        messages=waited - (0.0 if ready is None else gather),
+        reduction=reduction,
+        gather=gather,
+        hidden=sum(whole) - reduction - gather,
     )
 
 
@@ -104,13 +110,11 @@ def _gathered(seconds: Sequence[float]) -> list[float]:
     return ready
 
 
-def _exposed_reduction(found: Simulation, by_rank: Sequence[Sequence[tuple[float, float]]], overlapped: bool) -> float:
+def _exposed_reduction(found: Simulation, by_rank: Sequence[Sequence[tuple[float, float]]]) -> float:
     """What the reduce-scatters take beyond the last pass of the step, on the rank that is done last.
 
     A chunk's begins with its last backward pass; those of one rank follow each other, the last chunk's first.
     """
-    if not overlapped:
-        return max(sum(scatter for scatter, _ in rank) for rank in by_rank)
     latest = 0.0
     for left, costs in zip(found.left, by_rank, strict=True):
         now = -max(left)
