@@ -45,8 +45,10 @@ class MegatronMoments(DeepSpeedMoments):
         moments = []
         if self.last:
             after = 2 * sizes.hidden + sizes.inverse_rms  # the norm's input and output
-            gradient = max(sizes.loss_temporaries, sizes.column_backward + parameters.head * self.element)
-            moments.append(Moment("loss", 0, stored + after, gradient, 2 * sizes.logits))
+            # first the logits beside their gradient, then that beside the gradients of the head and its input
+            of_head = sizes.column_backward + parameters.head * self.element
+            moments.append(Moment("loss", 0, stored + after, sizes.loss_temporaries, 2 * sizes.logits))
+            moments.append(Moment("loss", 0, stored + after, of_head, sizes.logits))
         incoming = sizes.hidden * (2 if sizes.several and self.last else 1)
         for number in sorted({self.decoders - 1, again - 1, self.decoders - chunk, 0} - {-1}) if self.decoders else []:
             work = sizes.layer_backward(
