@@ -67,6 +67,7 @@ class Case:
     sequence_parallel: bool = False
     engine: str = "deepspeed"
     virtual: int = 1
+    selective: bool = False  # recomputation of all but matrix products
 
     @property
     def world_size(self) -> int:
@@ -80,7 +81,7 @@ class Case:
 
     @property
     def layout(self) -> str:
-        recompute = "recomputed" if self.recompute else "stored"
+        recompute = "recomputed" if self.recompute else "selective" if self.selective else "stored"
         if self.recompute_layers is not None:
             recompute = f"{self.recompute_layers} recomputed"
         tensor = f"TP{self.tensor} SP" if self.sequence_parallel else f"TP{self.tensor}"
@@ -122,6 +123,7 @@ class Case:
                 **zero,
                 "engine": self.engine,
                 "virtual_pipe_parallel_size": self.virtual,
+                **({"recompute": "selective"} if self.selective else {}),
                 "train_iters": STEPS,
                 "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "betas": [0.9, 0.95], "eps": 1e-8}},
                 "distributed_backend": "gloo" if device == "cpu" else "nccl",
@@ -167,6 +169,7 @@ CPU_CASES = (
     Case(pipe=2, virtual=2, recompute=False, engine="megatron"),
     Case(pipe=2, virtual=2, num_micro_batches=16, recompute=False, engine="megatron"),
     Case(pipe=2, virtual=2, layers=8, recompute_layers=3, engine="megatron"),
+    Case(pipe=2, virtual=2, recompute=False, selective=True, engine="megatron"),
     Case(tensor=2, pipe=2, virtual=2, data=2, seq=512, recompute=False, sequence_parallel=True, engine="megatron"),
     Case(pipe=4, virtual=2, layers=8, tied=True, documents=True, recompute=False, engine="megatron"),
 )

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from megatron.planner.cost.interleaved import Pass, dependencies, pass_order, simulate, timeline
-from megatron.planner.cost.moments import in_flight
-from megatron.planner.cost.parallel_layout import ParallelLayout
+from megatron.planner.cost.megatron_moments import in_flight_by_chunk
 from megatron.planner.cost.schedule import ScheduleError, idle_share
 
 pytestmark = pytest.mark.unit
@@ -137,15 +136,23 @@ def test_long_steps_are_shortened_without_a_difference(p: int, v: int, m: int) -
     assert simulate(p, v, m, forward, backward, 0.01).seconds == pytest.approx(whole, rel=1e-3)
 
 
-def test_what_is_in_flight_is_what_the_planner_says() -> None:
+def test_no_more_is_in_flight_than_the_paper_says() -> None:
+    """2 (p - rank - 1) + (v - 1) p + 1 passes of chunks at most (Narayanan et al. 2021); without virtual stages
+    p - rank micro-batches."""
     for p, v, m in GRID:
-        layout = ParallelLayout(tensor=1, pipe=p, data=1, micro_batch=1, num_micro_batches=m, virtual_stages=v)
-        for rank, order in enumerate(orders(p, v, m)):
-            alive = most = 0
-            for one in order:
-                alive += 1 if one.kind == "forward" else -1
-                most = max(most, alive)
-            assert most == in_flight(layout, rank, done=0) * v
+        for rank in range(p):
+            most = max(sum(counts) for _, counts in in_flight_by_chunk(p, v, m, rank))
+            assert most == (p - rank if v == 1 else min(v * m, 2 * (p - rank - 1) + (v - 1) * p + 1))
+
+
+@pytest.mark.parametrize(("p", "v", "m"), [(4, 1, 8), (4, 2, 8), (2, 2, 4)])
+def test_the_order_is_the_engines(p: int, v: int, m: int) -> None:
+    """What its ranks really execute, recorded."""
+    from benchmarks.engine_order import record
+
+    for order, events in zip(orders(p, v, m), record(p, v, m), strict=True):
+        executed = [Pass(one.what, one.chunk, one.micro_batch) for one in events if one.what in ("forward", "backward")]
+        assert executed == order
 
 
 def test_chunks_end_one_after_the_other() -> None:

@@ -53,6 +53,7 @@ CASES = [
     replace(VIRTUAL, num_micro_batches=8),
     replace(VIRTUAL, virtual=1),
     replace(VIRTUAL, recompute=True),
+    replace(VIRTUAL, recompute=False, selective=True),
     replace(VIRTUAL, precision="bfloat16"),
     replace(VIRTUAL, tensor=2, sequence_parallel=True, seq=512),
     replace(VIRTUAL, pipe=1, virtual=1, data=2, precision="bfloat16"),

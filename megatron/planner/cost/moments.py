@@ -128,15 +128,9 @@ def message_size(layout: ParallelLayout, sizes: Activations) -> int:
     return sizes.gathered // layout.tensor + (sizes.tokens if sizes.documents else 0)
 
 
-def in_flight(layout: ParallelLayout, stage: int, done: int) -> float:
-    """Micro-batches whose activations a stage stores at most once `done` of them have been differentiated.
-
-    In whole stages: interleaved 1F1B (Narayanan et al. 2021) counts chunks of a v-th of a stage.
-    """
-    v, p, left = layout.virtual_stages, layout.pipe, layout.num_micro_batches - done
-    if v == 1:
-        return min(left, p - stage)
-    return min(2 * (p - stage - 1) + (v - 1) * p + 1, v * left) / v
+def in_flight(layout: ParallelLayout, stage: int, done: int) -> int:
+    """Micro-batches whose activations a stage stores at most once `done` of them have been differentiated."""
+    return min(layout.num_micro_batches - done, layout.pipe - stage)
 
 
 @dataclass(frozen=True)
@@ -215,7 +209,7 @@ class DeepSpeedMoments:
         ids = (2 if alone else 3) * sizes.tokens if self.first else 0
         positions = 2 * sizes.tokens if sizes.documents else 0
         of_one = sum(layers) + received + output + ids + positions
-        stored = int(in_flight(self.layout, self.stage, done) * of_one)
+        stored = in_flight(self.layout, self.stage, done) * of_one
         others = stored - of_one
         logits, before = 0, 0
         if self.last:
