@@ -185,6 +185,28 @@ def test_virtual_stages_are_ranked_with_the_rest(found: SearchResult) -> None:
         assert layout.engine == "megatron" or not (layout.overlap_grad_reduce or layout.recompute == "selective")
 
 
+def test_the_figures_of_interleaved_yml_are_the_planners(found: SearchResult) -> None:
+    text = " ".join((CONFIGS / "interleaved.yml").read_text().replace("\n# ", " ").split())
+    files = [CONFIGS / name for name in ("model.yml", "cpt.yml", "interleaved.yml")]
+    layout = ParallelLayout.of(NeoXArgs.from_ymls(files, {"checkpoint_activations": False}))
+    planned = next(candidate for candidate in found.ranked if candidate.layout == layout)
+    time = planned.estimate
+    exposed = time.tokens_per_step / time.exposed_step_seconds / 2048
+    speed = (
+        f"{time.tokens_per_second_per_gcd:.1f} with reduction and gather hidden behind computation, {exposed:.1f} with"
+    )
+    assert speed in text
+    astrosage, deepspeed = found.find(8, 8, 1), found.of_engine("deepspeed")[0]
+    assert astrosage is not None
+    others = [f"{one.estimate.tokens_per_second_per_gcd:.1f}" for one in (astrosage, deepspeed)]
+    assert f"AstroSage-70B's layout {others[0]}, the best under engine: deepspeed {others[1]}" in text
+    assert f"holds {planned.peak_bytes / 2**30:.1f} GiB of 57" in text
+    fallback = found.find(8, 8, 1, "none", True)
+    assert fallback is not None
+    assert f"{fallback.estimate.tokens_per_second_per_gcd:.1f} tokens/s predicted" in text
+    assert f"from 44 % of the busy time to {100 * time.bubble:.0f} %" in text
+
+
 def test_the_table_shows_the_best_of_the_other_engine_too(found: SearchResult) -> None:
     assert found.best is not None
     assert found.best.layout.engine == "megatron"
