@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron.planner.cost.interleaved import Pass, dependencies, pass_order, simulate, timeline
+from megatron.planner.cost.interleaved import ChunkPass, dependencies, pass_order, simulate, timeline
 from megatron.planner.cost.megatron_moments import in_flight_by_chunk
 from megatron.planner.cost.schedule import ScheduleError, idle_share
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.unit
 GRID = list(itertools.product((4, 8), (1, 2, 5, 10), (16, 32)))
 
 
-def orders(p: int, v: int, m: int) -> list[list[Pass]]:
+def orders(p: int, v: int, m: int) -> list[list[ChunkPass]]:
     return [pass_order(p, v, m, rank) for rank in range(p)]
 
 
@@ -151,7 +151,9 @@ def test_the_order_is_the_engines(p: int, v: int, m: int) -> None:
     from benchmarks.engine_order import record
 
     for order, events in zip(orders(p, v, m), record(p, v, m), strict=True):
-        executed = [Pass(one.what, one.chunk, one.micro_batch) for one in events if one.what in ("forward", "backward")]
+        executed = [
+            ChunkPass(one.what, one.chunk, one.micro_batch) for one in events if one.what in ("forward", "backward")
+        ]
         assert executed == order
 
 

@@ -1,6 +1,6 @@
 """The order in which megatron-core's schedules work through a step, and how long it takes: 1F1B over virtual stages.
 
-    pass_order(pipe, virtual, m, rank) -> [Pass]                  what one rank computes, in order
+    pass_order(pipe, virtual, m, rank) -> [ChunkPass]                  what one rank computes, in order
     dependencies(orders, virtual)                                 raises ScheduleError if it cannot be executed
     simulate(pipe, virtual, m, forward, backward, message)        the step's time, and when each chunk is done
 
@@ -23,7 +23,7 @@ from typing import NamedTuple
 from megatron.planner.cost.schedule import Kind, ScheduleError, Work
 
 
-class Pass(NamedTuple):
+class ChunkPass(NamedTuple):
     """One micro-batch through one chunk of a rank's layers."""
 
     kind: Kind
@@ -31,7 +31,7 @@ class Pass(NamedTuple):
     micro_batch: int
 
 
-def pass_order(pipe: int, virtual: int, num_micro_batches: int, rank: int) -> list[Pass]:
+def pass_order(pipe: int, virtual: int, num_micro_batches: int, rank: int) -> list[ChunkPass]:
     """What a rank of the pipeline computes in one step.
 
     Micro-batches go through the chunks in groups of `pipe` (Narayanan et al. 2021, section 2.2): a group through
@@ -48,8 +48,8 @@ def pass_order(pipe: int, virtual: int, num_micro_batches: int, rank: int) -> li
     ]
     behind = pipe - rank - 1
     warm_up = min(len(table), behind if virtual == 1 else 2 * behind + (virtual - 1) * pipe)
-    forward = [Pass("forward", *entry) for entry in table]
-    backward = [Pass("backward", virtual - 1 - chunk, number) for chunk, number in table]
+    forward = [ChunkPass("forward", *entry) for entry in table]
+    backward = [ChunkPass("backward", virtual - 1 - chunk, number) for chunk, number in table]
     order = forward[:warm_up]
     for there, back in zip(forward[warm_up:], backward, strict=False):
         order += [there, back]
@@ -61,11 +61,11 @@ class Step(NamedTuple):
     whose message it needs, -1 where it needs none."""
 
     rank: int
-    work: Pass
+    work: ChunkPass
     before: int
 
 
-def dependencies(orders: Sequence[Sequence[Pass]], virtual: int) -> list[Step]:
+def dependencies(orders: Sequence[Sequence[ChunkPass]], virtual: int) -> list[Step]:
     """All ranks' passes, each behind the ones that it needs.
 
     Raises ScheduleError if ranks wait for each other, or if the two ends of a link disagree about its next message.
@@ -104,7 +104,7 @@ def _source(kind: Kind, stage: int, stages: int) -> int | None:
     return source if 0 <= source < stages else None
 
 
-def _check_links(orders: Sequence[Sequence[Pass]], virtual: int) -> None:
+def _check_links(orders: Sequence[Sequence[ChunkPass]], virtual: int) -> None:
     pipe = len(orders)
     if pipe == 1:
         return  # nothing is sent
