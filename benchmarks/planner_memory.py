@@ -65,6 +65,9 @@ class Case:
     documents: bool = False
     bucket: int | None = None  # elements; with contiguous_gradients
     sequence_parallel: bool = False
+    engine: str = "deepspeed"
+    virtual: int = 1
+    selective: bool = False  # recomputation of all but matrix products
 
     @property
     def world_size(self) -> int:
@@ -78,17 +81,21 @@ class Case:
 
     @property
     def layout(self) -> str:
-        recompute = "recomputed" if self.recompute else "stored"
+        recompute = "recomputed" if self.recompute else "selective" if self.selective else "stored"
         if self.recompute_layers is not None:
             recompute = f"{self.recompute_layers} recomputed"
         tensor = f"TP{self.tensor} SP" if self.sequence_parallel else f"TP{self.tensor}"
+        pipe = f"PP{self.pipe}" + (f" v{self.virtual}" if self.virtual > 1 else "")
         return (
-            f"{tensor} PP{self.pipe} DP{self.data}, {self.micro_batch} x {self.num_micro_batches}, {recompute}, "
+            f"{tensor} {pipe} DP{self.data}, {self.micro_batch} x {self.num_micro_batches}, {recompute}, "
             f"{'bf16' if self.precision == 'bfloat16' else self.precision}"
+            f"{', megatron' if self.engine == 'megatron' else ''}"
         )
 
     def args(self, device: str) -> NeoXArgs:
-        zero = {"contiguous_gradients": True, "reduce_bucket_size": self.bucket} if self.bucket else {}
+        zero: dict[str, Any] = {} if self.engine == "megatron" else {"zero_optimization": {"stage": 1}}
+        if self.bucket:
+            zero["zero_optimization"] |= {"contiguous_gradients": True, "reduce_bucket_size": self.bucket}
         return NeoXArgs.from_dict(
             {
                 "num_layers": self.layers,
@@ -113,7 +120,10 @@ class Case:
                 "checkpoint_activations": self.recompute,
                 "recompute_layers": self.recompute_layers,
                 "precision": self.precision,
-                "zero_optimization": {"stage": 1} | zero,
+                **zero,
+                "engine": self.engine,
+                "virtual_pipe_parallel_size": self.virtual,
+                **({"recompute": "selective"} if self.selective else {}),
                 "train_iters": STEPS,
                 "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "betas": [0.9, 0.95], "eps": 1e-8}},
                 "distributed_backend": "gloo" if device == "cpu" else "nccl",
@@ -153,6 +163,15 @@ CPU_CASES = (
     Case(tensor=2, pipe=2, micro_batch=2, seq=512, sequence_parallel=True),
     Case(tensor=2, pipe=2, seq=1024, recompute=False, precision="fp32", sequence_parallel=True),
     Case(tensor=2, pipe=2, data=2, seq=512, tied=True, documents=True, recompute=False, sequence_parallel=True),
+    Case(recompute=False, precision="fp32", engine="megatron"),
+    Case(data=2, recompute=False, engine="megatron"),
+    Case(pipe=2, recompute=False, engine="megatron"),
+    Case(pipe=2, virtual=2, recompute=False, engine="megatron"),
+    Case(pipe=2, virtual=2, num_micro_batches=16, recompute=False, engine="megatron"),
+    Case(pipe=2, virtual=2, layers=8, recompute_layers=3, engine="megatron"),
+    Case(pipe=2, virtual=2, recompute=False, selective=True, engine="megatron"),
+    Case(tensor=2, pipe=2, virtual=2, data=2, seq=512, recompute=False, sequence_parallel=True, engine="megatron"),
+    Case(pipe=4, virtual=2, layers=8, tied=True, documents=True, recompute=False, engine="megatron"),
 )
 _LLAMA = {"kv_heads": 8, "num_micro_batches": 2}
 GPU_CASES = (
@@ -413,7 +432,10 @@ def main() -> int:
     if options.json:
         facts = [
             asdict(row.case)
-            | {"stage": row.stage, "predicted": asdict(row.predicted) | {"layers": list(row.predicted.layers)}}
+            | {
+                "stage": row.stage,
+                "predicted": asdict(row.predicted) | {"chunks": [list(c) for c in row.predicted.chunks]},
+            }
             | {"allocated": row.predicted.allocated, "measured": asdict(row.measured), "error": row.error}
             for row in found
         ]

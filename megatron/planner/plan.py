@@ -6,13 +6,16 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from megatron.layout import LayerFile
 from megatron.neox_arguments import ConfigError, NeoXArgs
 from megatron.planner.cost.activations import Ops
 from megatron.planner.cost.checkpoint_size import CheckpointSize, checkpoint_size
-from megatron.planner.cost.estimate import Budget, Estimate, Reliability, budget, estimate, reliability
+from megatron.planner.cost.estimate import Estimate, estimate
 from megatron.planner.cost.machines import GIB, MACHINES, Machine
 from megatron.planner.cost.memory import StageMemory, fewest_recomputed, plan_memory
+from megatron.planner.cost.moments import held_files
 from megatron.planner.cost.parallel_layout import ParallelLayout
+from megatron.planner.cost.reliability import Budget, Reliability, budget, reliability
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,11 @@ class Plan:
     @property
     def fullest(self) -> StageMemory:
         return max(self.stages, key=lambda stage: stage.peak)
+
+    @property
+    def stage_layers(self) -> list[range]:
+        """Layer-file numbers of every virtual stage, in the model's order."""
+        return [stage.chunks[chunk] for chunk in range(self.layout.virtual_stages) for stage in self.stages]
 
     @property
     def fits(self) -> bool:
@@ -122,9 +130,14 @@ def make_plan(
         parameters_total=parameters_total,
         stages=stages,
         checkpoint=checkpoint_size(args.shape, layout.tensor, args.precision),
-        time=estimate(args.shape, layout, args.seq_length, machine, layers=[stage.decoder_layers for stage in stages]),
+        time=estimate(args.shape, layout, args.seq_length, machine, layers=decoders_of(args, stage_layers)),
         tokens=tokens,
     )
+
+
+def decoders_of(args: NeoXArgs, chunks: Sequence[range]) -> list[int]:
+    """How many decoder layers each run of layer-file numbers has."""
+    return [held_files(LayerFile.DECODER, args.shape, [chunk]) for chunk in chunks]
 
 
 def memory_of(
@@ -175,7 +188,7 @@ def refusal(plan: Plan) -> str:
 
 def _fits(plan: Plan, layout: ParallelLayout) -> bool:
     """Whether another layout of the same stages does."""
-    stages = memory_of(plan.args, layout, plan.machine, [stage.layers for stage in plan.stages])
+    stages = memory_of(plan.args, layout, plan.machine, plan.stage_layers)
     return max(stage.peak for stage in stages) <= plan.usable_bytes
 
 
@@ -211,7 +224,7 @@ def _least_recomputed(plan: Plan, layout: ParallelLayout) -> tuple[str, Parallel
 
 def _gain(plan: Plan, layout: ParallelLayout) -> float:
     """Tokens per second of another layout of the same stages, over the plan's, less 1."""
-    time, layers = plan.time, [stage.decoder_layers for stage in plan.stages]
+    time, layers = plan.time, decoders_of(plan.args, plan.stage_layers)
     other = estimate(time.shape, layout, time.seq_length, plan.machine, layers=layers)
     return other.tokens_per_second / time.tokens_per_second - 1
 

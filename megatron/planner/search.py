@@ -1,16 +1,17 @@
 """Every layout that a number of GCDs and a global batch allow, by predicted tokens per second, and why losers lose.
 
     result = search(shape, world_size, global_batch, seq_length, machine)
-    result.ranked        candidates that the trainer runs today and that fit, fastest first
+    result.ranked        candidates that fit, fastest first
     result.lost          candidates that do not fit, each with its reason
-    result.later         what interleaving or selective recomputation would give
     result.lines()       all of it as text; result.as_json() for scripts
 
 Time is `planner.cost.estimate`'s, memory `planner.cost.memory`'s. Legal is what `NeoXArgs` accepts: tensor
 parallelism divides heads, key/value heads, MLP width and vocabulary and stays inside a node, every stage has a layer,
 micro-batch x accumulation x data parallel is the global batch, and sequence parallelism wants several tensor-parallel
-ranks that divide the sequence. Of recomputation it tries none, all, and, where memory lies between, the fewest layers
-that fit.
+ranks that divide the sequence. Both engines are tried: megatron-core's overlaps what it can, and has virtual stages
+where pipeline stages divide the micro-batches and all virtual stages are of the same length. Of recomputation it tries
+none, all, and, where memory lies between, the fewest layers that fit; with megatron-core, whose layouts are many,
+selective and all only where none does not fit.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from megatron.layout import LlamaShape, padded_vocab_size
 from megatron.planner.cost.compute import gemm_seconds, layer_matrices
 from megatron.planner.cost.estimate import Estimate, estimate
 from megatron.planner.cost.machines import GIB, LINK_NAMES, Machine, ring_rate
-from megatron.planner.cost.memory import StageMemory, fewest_recomputed, plan_memory
-from megatron.planner.cost.parallel_layout import ParallelLayout, Recompute
+from megatron.planner.cost.memory import StageMemory, candidates_for_fullest, fewest_recomputed, plan_memory
+from megatron.planner.cost.parallel_layout import EngineName, ParallelLayout, Recompute
 
 RECOMPUTE: tuple[Recompute, ...] = ("none", "full")
 
@@ -56,11 +57,14 @@ class SearchResult:
     usable_bytes: int  # of a GCD's memory
     ranked: list[Candidate]
     lost: list[Candidate]  # too large, fastest first
-    later: list[Candidate]  # fit and are faster than the best of today, best of each kind
 
     @property
     def best(self) -> Candidate | None:
         return self.ranked[0] if self.ranked else None
+
+    def of_engine(self, engine: EngineName) -> list[Candidate]:
+        """Those of `ranked` that run with an engine."""
+        return [candidate for candidate in self.ranked if candidate.layout.engine == engine]
 
     def find(
         self,
@@ -69,13 +73,16 @@ class SearchResult:
         micro_batch: int,
         recompute: Recompute = "full",
         sequence_parallel: bool = False,
+        engine: EngineName = "deepspeed",
+        virtual_stages: int = 1,
     ) -> Candidate | None:
-        """The candidate of today's with these sizes, fitting or not."""
+        """The candidate with these sizes, fitting or not."""
         for candidate in self.ranked + self.lost:
             layout = candidate.layout
-            sizes = (layout.tensor, layout.pipe, layout.micro_batch)
+            sizes = (layout.tensor, layout.pipe, layout.micro_batch, layout.engine, layout.virtual_stages)
             modes = (layout.recompute, layout.recompute_layers, layout.sequence_parallel)
-            if sizes == (tensor, pipe, micro_batch) and modes == (recompute, None, sequence_parallel):
+            wanted = (tensor, pipe, micro_batch, engine, virtual_stages)
+            if sizes == wanted and modes == (recompute, None, sequence_parallel):
                 return candidate
         return None
 
@@ -85,18 +92,19 @@ class SearchResult:
             "usable_bytes": self.usable_bytes,
             "ranked": [_json(candidate) for candidate in self.ranked[:top]],
             "lost": [_json(candidate) for candidate in self.lost[:top]],
-            "later": [_json(candidate) for candidate in self.later[:top]],
         }
 
     def lines(self, top: int = 10) -> list[str]:
-        """A table for people: the `top` fastest, the fastest of those that do not fit, and what is not built yet."""
+        """A table for people: the `top` fastest, the fastest of DeepSpeed's where none of them is, and of those that do
+        not fit."""
         lines = _table(self.ranked[:top])
         if not self.ranked:
             lines = [f"no layout fits {self.usable_bytes / GIB:.0f} GiB a GCD"]
+        others = self.of_engine("deepspeed")
+        if others and others[0] not in self.ranked[:top]:
+            lines += ["", "the fastest with engine: deepspeed:", *_table(others[:5])]
         if self.lost:
             lines += ["", f"{len(self.lost)} do not fit; the fastest of them:", *_table(self.lost[:5])]
-        if self.later:
-            lines += ["", "not built yet, and their gain over the best of today:", *_table(self.later)]
         return lines
 
 
@@ -120,21 +128,20 @@ def search(
     """
     limit = machine.usable_hbm_bytes if usable_bytes is None else usable_bytes
     plan = _Planner(shape, seq_length, machine, precision, vocab_divisible_by, isolate_documents)
-    today = [plan.candidate(layout) for layout in plan.layouts(world_size, global_batch)]
-    if not today:
+    found = [plan.candidate(layout) for layout in plan.layouts(world_size, global_batch)]
+    if not found:
         raise ValueError(
             f"no layout of {world_size} GCDs fits a global batch of {global_batch} sequences: data-parallel ranks must "
             f"divide it, with tensor-parallel sizes that divide the model's heads and a node's {machine.gpus_per_node}"
         )
-    whole = [candidate.layout for candidate in today]
-    today += [plan.candidate(layout) for layout in plan.between(today, limit)]
-    today.sort(key=lambda candidate: -candidate.tokens_per_second)
-    fitting = [candidate for candidate in today if candidate.peak_bytes <= limit]
+    found += [plan.candidate(layout) for layout in plan.storing_less(found, limit)]
+    found += [plan.candidate(layout) for layout in plan.between(found, limit)]
+    found.sort(key=lambda candidate: -candidate.tokens_per_second)
+    fitting = [candidate for candidate in found if candidate.peak_bytes <= limit]
     best = fitting[0] if fitting else None
     ranked = [replace(candidate, reason=_behind(candidate, best)) for candidate in fitting]
-    lost = [replace(c, reason=_too_large(c, limit)) for c in today if c.peak_bytes > limit]
-    later = _later(plan, whole, limit, best)
-    return SearchResult(machine, seq_length, global_batch, limit, ranked, lost, later)
+    lost = [replace(c, reason=_too_large(c, limit)) for c in found if c.peak_bytes > limit]
+    return SearchResult(machine, seq_length, global_batch, limit, ranked, lost)
 
 
 @dataclass(frozen=True)
@@ -165,18 +172,36 @@ class _Planner:
                     continue
                 for micro_batch in _divisors(global_batch // data):
                     steps = global_batch // data // micro_batch
-                    layout = ParallelLayout(tensor, pipe, data, micro_batch, steps)
-                    for recompute, sliced in itertools.product(RECOMPUTE, self.slicing(tensor)):
-                        yield replace(layout, recompute=recompute, sequence_parallel=sliced)
+                    sizes = ParallelLayout(tensor, pipe, data, micro_batch, steps)
+                    for layout, sliced in itertools.product(self.by_engine(sizes), self.slicing(tensor)):
+                        for recompute in RECOMPUTE[: 2 if layout.engine == "deepspeed" else 1]:
+                            yield replace(layout, recompute=recompute, sequence_parallel=sliced)
+
+    def by_engine(self, layout: ParallelLayout) -> Iterator[ParallelLayout]:
+        """`layout` with either engine, and with every number of virtual stages."""
+        yield layout
+        # what `overlap_grad_reduce` and `overlap_param_gather` are unless a file says otherwise
+        megatron = replace(layout, engine="megatron", overlap_grad_reduce=True, overlap_param_gather=True)
+        yield replace(megatron, overlap_param_gather=not self.shape.tied)
+        if layout.pipe > 1 and layout.num_micro_batches % layout.pipe == self.shape.num_layers % layout.pipe == 0:
+            for virtual in _divisors(self.shape.num_layers // layout.pipe)[1:]:
+                yield replace(megatron, virtual_stages=virtual)
 
     def slicing(self, tensor: int) -> tuple[bool, ...]:
         """Without sequence parallelism, and with it where `tensor` ranks can divide the sequence."""
         return (False, True) if tensor > 1 and self.seq_length % tensor == 0 else (False,)
 
-    def between(self, today: list[Candidate], limit: int) -> Iterator[ParallelLayout]:
+    def storing_less(self, found: list[Candidate], limit: int) -> Iterator[ParallelLayout]:
+        """Of megatron-core's layouts that do not fit if they recompute nothing, those that recompute."""
+        for candidate in found:
+            if candidate.layout.engine == "megatron" and candidate.peak_bytes > limit:
+                yield replace(candidate.layout, recompute="selective")
+                yield replace(candidate.layout, recompute="full")
+
+    def between(self, found: list[Candidate], limit: int) -> Iterator[ParallelLayout]:
         """Of the layouts that fit if they recompute all layers but not if none, those that recompute as few as fit."""
-        too_large = {candidate.layout for candidate in today if candidate.peak_bytes > limit}
-        for candidate in today:
+        too_large = {candidate.layout for candidate in found if candidate.peak_bytes > limit}
+        for candidate in found:
             layout = candidate.layout
             if (
                 layout.recompute == "full"
@@ -204,6 +229,7 @@ class _Planner:
             self.precision,
             isolate_documents=self.isolate_documents,
             machine=self.machine,
+            only=candidates_for_fullest(layout.pipe),
         )
         return Candidate(layout, self.time(layout), max(stages, key=lambda stage: stage.peak))
 
@@ -218,53 +244,6 @@ def _splits(shape: LlamaShape, tensor: int) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _later(plan: _Planner, today: list[ParallelLayout], limit: int, best: Candidate | None) -> list[Candidate]:
-    """For everything the trainer lacks, alone and together: the fastest that fits, where it beats today's best and
-    whatever needs less."""
-    kinds: dict[frozenset[str], list[ParallelLayout]] = {}
-    for layout in today:
-        for lacking, variant in _variants(layout, plan.shape.num_layers):
-            kinds.setdefault(lacking, []).append(variant)
-    found: dict[frozenset[str], Candidate] = {}
-    for lacking in sorted(kinds, key=lambda names: (len(names), sorted(names))):
-        beaten = [found[less].tokens_per_second for less in found if less < lacking]
-        bar = max([*beaten, best.tokens_per_second if best else 0.0])
-        fastest = _fastest_fitting(plan, kinds[lacking], limit, bar)
-        if fastest:
-            partly = plan.fewest(fastest.layout, limit) if fastest.layout.recompute == "full" else None
-            fastest = fastest if partly is None else plan.candidate(partly)
-            gain = f": {fastest.tokens_per_second / best.tokens_per_second - 1:+.0%}" if best else ""
-            found[lacking] = replace(fastest, reason="needs " + " and ".join(sorted(lacking)) + gain)
-    return sorted(found.values(), key=lambda candidate: -candidate.tokens_per_second)
-
-
-def _fastest_fitting(plan: _Planner, variants: list[ParallelLayout], limit: int, bar: float) -> Candidate | None:
-    timed = [(plan.time(variant).tokens_per_second, variant) for variant in variants]
-    for speed, variant in sorted(timed, key=lambda entry: -entry[0]):
-        if speed <= bar:
-            return None
-        candidate = plan.candidate(variant)
-        if candidate.peak_bytes <= limit:
-            return candidate
-    return None
-
-
-def _variants(layout: ParallelLayout, num_layers: int) -> Iterator[tuple[frozenset[str], ParallelLayout]]:
-    """`layout` with each combination of what the trainer cannot run yet, and the names of what it takes.
-
-    Interleaving wants whole layers in every chunk and, in Megatron's schedule, micro-batches in multiples of stages.
-    """
-    chunks = [1]
-    if layout.pipe > 1 and layout.num_micro_batches % layout.pipe == 0:
-        chunks += [v for v in range(2, num_layers // layout.pipe + 1) if num_layers % (layout.pipe * v) == 0]
-    modes: list[Recompute] = [layout.recompute, "selective"] if layout.recompute == "none" else [layout.recompute]
-    for virtual, recompute in itertools.product(chunks, modes):
-        lacking = {"interleaving": virtual > 1, "selective recomputation": recompute == "selective"}
-        names = frozenset(name for name, wanted in lacking.items() if wanted)
-        if names:
-            yield names, replace(layout, virtual_stages=virtual, recompute=recompute)
 
 
 def _too_large(candidate: Candidate, limit: int) -> str:
@@ -326,7 +305,7 @@ def _matrix_rate(candidate: Candidate) -> float:
     return sum(2.0 * tokens * i * o for i, o in sizes) / seconds / 1e12
 
 
-HEADER = ("TP", "PP", "DP", "micro", "accum", "recompute", "tok/s/GCD", "TF NeoX", "TF Megatron", "GiB", "")
+HEADER = ("engine", "TP", "PP", "DP", "micro", "accum", "recompute", "tok/s/GCD", "TF NeoX", "TF Megatron", "GiB", "")
 
 
 def row(candidate: Candidate) -> tuple[str, ...]:
@@ -334,6 +313,7 @@ def row(candidate: Candidate) -> tuple[str, ...]:
     layout, time = candidate.layout, candidate.estimate
     flops = time.tflops_per_gcd
     return (
+        layout.engine,
         str(layout.tensor),
         str(layout.pipe) + (f" v{layout.virtual_stages}" if layout.virtual_stages > 1 else ""),
         str(layout.data),

@@ -22,6 +22,7 @@ MODELS = {
     "llama32_1b": 1_235_814_400,
     "tiny": 1_787_008,
 }
+INTERLEAVED = CONFIGS / "llama31_70b" / "interleaved.yml"  # with a key on the command line
 RUNS = {
     f"{folder}-{run}-{machine}": [CONFIGS / folder / f"{name}.yml" for name in ("model", run, machine)]
     for folder, run, machine in (
@@ -78,8 +79,22 @@ def test_runs_are_valid_and_hold_no_surprise(files: list[Path]) -> None:
 
 
 def test_every_file_is_part_of_a_model_or_a_run_above() -> None:
-    loaded = {CONFIGS / model / "model.yml" for model in MODELS}
+    loaded = {CONFIGS / model / "model.yml" for model in MODELS} | {INTERLEAVED}
     assert loaded.union(*RUNS.values()) == set(FILES)
+
+
+@pytest.mark.parametrize("run", ["cpt", "sft"])
+def test_virtual_stages_keep_the_layout_of_astrosage(run: str) -> None:
+    """With what its first lines say of the run file's recomputation, and not without."""
+    files = [CONFIGS / "llama31_70b" / f"{name}.yml" for name in ("model", run)]
+    args = NeoXArgs.from_ymls([*files, INTERLEAVED], {"checkpoint_activations": False})
+    assert (args.engine, args.virtual_pipe_parallel_size, args.recompute) == ("megatron", 5, "none")
+    fallback = NeoXArgs.from_ymls(
+        [*files, INTERLEAVED.with_name("frontier.yml")], {"sequence_parallel": True, "checkpoint_activations": False}
+    )
+    sizes = ("model_parallel_size", "pipe_parallel_size", "data_parallel_size", "train_batch_size")
+    assert [getattr(args, size) for size in sizes] == [getattr(fallback, size) for size in sizes] == [8, 8, 32, 512]
+    assert "`--checkpoint_activations false`" in INTERLEAVED.read_text()
 
 
 @pytest.mark.parametrize("machine", ["frontier", "lumi"])

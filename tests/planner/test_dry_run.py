@@ -88,7 +88,7 @@ def _true_stages(rank: int, world_size: int, configs: list[str], overrides: dict
 
     dist.destroy_process_group()
     args = NeoXArgs.from_ymls(configs, overrides=overrides, world_size=ranks, task="model")
-    return [(stage.layers, stage.parameters, stage.parameters_total) for stage in stages.true_stages(args)]
+    return [(stage.chunks, stage.parameters, stage.parameters_total) for stage in stages.true_stages(args)]
 
 
 @pytest.mark.parametrize(
@@ -108,12 +108,41 @@ def test_stages_of_the_true_model(model: str, tp: int, pp: int, method: str, par
     stages = run_ranks(_true_stages, 1, configs, sizes, 4 * tp * pp)[0]
     assert sum(total for _, _, total in stages) == parameters
     args = NeoXArgs.from_ymls(configs, overrides=sizes, world_size=4 * tp * pp, task="model")
-    layers = [layers for layers, _, _ in stages]
+    layers = [layers for (layers,), _, _ in stages]
     if method.startswith("type:"):
         assert default_stages(args.num_layers, pp) == layers
     layout = ParallelLayout(tp, pp, data=4, micro_batch=1, num_micro_batches=8)
     planned = plan_memory(args.shape, layout, 128, stage_layers=layers)
     assert [stage.parameters for stage in planned] == [own for _, own, _ in stages]
+
+
+@pytest.mark.parametrize(
+    "virtual", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 5]
+)
+def test_virtual_stages_of_the_70b_on_2048_ranks(virtual: int) -> None:
+    """Every rank's groups are made, every virtual stage is built: the published number of parameters, and on every rank
+    those that the formula counts, whose fp32 gradients and masters it plans with."""
+    sizes = {
+        "model_parallel_size": 8,
+        "pipe_parallel_size": 8,
+        "sequence_parallel": True,
+        "engine": "megatron",
+        "virtual_pipe_parallel_size": virtual,
+    }
+    configs = [str(CONFIGS / "llama31_70b" / "model.yml")]
+    stages = run_ranks(_true_stages, 1, configs, sizes | {"seq_length": 8192}, 2048)[0]
+    assert sum(total for _, _, total in stages) == 70_553_706_496
+    runs = [stages[stage][0][number] for number in range(virtual) for stage in range(8)]
+    assert runs == default_stages(80, 8 * virtual)
+    args = NeoXArgs.from_ymls(configs, overrides=sizes | {"seq_length": 8192}, world_size=2048, task="model")
+    layout = ParallelLayout(8, 8, 32, 1, 16, "none", None, True, "megatron", virtual, True, True)
+    planned = plan_memory(args.shape, layout, 8192, stage_layers=runs)
+    assert [stage.parameters for stage in planned] == [own for _, own, _ in stages]
+    assert [stage.parameters for stage in planned] == [1_201_045_504, *[1_069_711_360] * 6, 1_201_053_696]
+    for stage in planned:
+        assert stage.weights == pytest.approx(2 * stage.parameters, rel=1e-6)
+        assert stage.gradients == pytest.approx(4 * stage.parameters, rel=1e-6)
+        assert stage.optimizer == pytest.approx(12 * stage.parameters / 32, rel=1e-6)
 
 
 def _wrong_table(rank: int, world_size: int) -> str:

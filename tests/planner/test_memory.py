@@ -92,9 +92,9 @@ def test_one_forward_one_backward_bounds_what_is_in_flight() -> None:
 @pytest.mark.parametrize("v", [2, 5])
 def test_interleaving_multiplies_the_first_stage_by_its_published_factor(v: int) -> None:
     """1 + (p - 1) / (p v) (Megatron-LM's theoretical_memory_usage)."""
-    layout = replace(ASTROSAGE, num_micro_batches=64)
+    layout = replace(ASTROSAGE, num_micro_batches=64, engine="megatron")
     plain, interleaved = plan(layout)[0], plan(replace(layout, virtual_stages=v))[0]
-    assert interleaved.activations / plain.activations == pytest.approx(1 + 7 / (8 * v), rel=1e-6)
+    assert interleaved.activations / plain.activations == pytest.approx(1 + 7 / (8 * v), rel=1e-4)  # ids
 
 
 def test_the_last_stage_keeps_logits_of_two_micro_batches() -> None:

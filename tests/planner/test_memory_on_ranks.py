@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.live_bytes import LiveBytes
 from benchmarks.planner_memory import CPU_CASES, Case, measure, predict
-from megatron.planner.cost import memory
+from megatron.planner.cost import moments
 from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -28,6 +28,7 @@ IN_FLIGHT = small(pipe=2, documents=True, recompute=False)
 TIED = small(pipe=2, data=2, tied=True)
 SLICED = small(tensor=2, micro_batch=2, seq=512, recompute=False, precision="fp32", sequence_parallel=True)
 SLICED_STAGES = small(tensor=2, pipe=2, micro_batch=2, precision="fp32", sequence_parallel=True)
+VIRTUAL = small(pipe=2, virtual=2, engine="megatron", recompute=False, precision="fp32")
 CASES = [
     small(recompute=False),
     small(precision="fp32", recompute=False),
@@ -48,6 +49,16 @@ CASES = [
     small(tensor=4, kv_heads=4, seq=512, micro_batch=2, sequence_parallel=True),
     small(tensor=2, pipe=2, seq=512, recompute=False, documents=True, precision="fp32", sequence_parallel=True),
     small(tensor=2, pipe=2, data=2, layers=6, seq=512, tied=True, recompute_layers=1, sequence_parallel=True),
+    VIRTUAL,
+    replace(VIRTUAL, num_micro_batches=8),
+    replace(VIRTUAL, virtual=1),
+    replace(VIRTUAL, recompute=True),
+    replace(VIRTUAL, recompute=False, selective=True),
+    replace(VIRTUAL, precision="bfloat16"),
+    replace(VIRTUAL, tensor=2, sequence_parallel=True, seq=512),
+    replace(VIRTUAL, pipe=1, virtual=1, data=2, precision="bfloat16"),
+    replace(VIRTUAL, pipe=4, layers=8, documents=True, tied=True),
+    replace(VIRTUAL, layers=8, micro_batch=2, recompute=True, recompute_layers=3),
 ]
 
 
@@ -69,7 +80,7 @@ def errors(case: Case) -> list[float]:
 
 
 # The 70B's own kind of layout, documents, a tied embedding, and fp32 in buckets; the others cross one axis each.
-FAST = [CASES[5], CASES[8], CASES[10], TIED, IN_FLIGHT, SLICED, SLICED_STAGES]
+FAST = [CASES[5], CASES[8], CASES[10], TIED, IN_FLIGHT, SLICED, SLICED_STAGES, VIRTUAL]
 
 
 @pytest.mark.parametrize(
@@ -79,6 +90,14 @@ FAST = [CASES[5], CASES[8], CASES[10], TIED, IN_FLIGHT, SLICED, SLICED_STAGES]
 )
 def test_every_rank_is_predicted_within_5_percent(case: Case) -> None:
     assert max(map(abs, errors(case))) < TOLERANCE
+
+
+def test_memory_does_not_grow_with_the_number_of_micro_batches() -> None:
+    """Under megatron-core: but for ids and labels, which wait on the device for their turn."""
+    twice = replace(VIRTUAL, num_micro_batches=2 * VIRTUAL.num_micro_batches)
+    waiting = VIRTUAL.num_micro_batches * 2 * 8 * VIRTUAL.seq
+    for (_, few), (_, many) in zip(measured(VIRTUAL), measured(twice), strict=True):
+        assert few <= many <= few + 1.5 * waiting
 
 
 def test_sequence_parallelism_saves_what_is_predicted() -> None:
@@ -135,7 +154,7 @@ def test_the_benchmark_measures_these_cases_too() -> None:
 
 def test_the_measurement_tells_one_micro_batch_in_flight_from_two(monkeypatch: pytest.MonkeyPatch) -> None:
     assert max(map(abs, errors(IN_FLIGHT))) < TOLERANCE
-    monkeypatch.setattr(memory, "_in_flight", lambda layout, stage, done: 1.0)
+    monkeypatch.setattr(moments, "in_flight", lambda layout, stage, done: 1.0)
     assert max(map(abs, errors(IN_FLIGHT))) > TOLERANCE
 
 

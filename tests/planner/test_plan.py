@@ -106,7 +106,7 @@ def test_the_text_has_every_stage_and_both_formulas() -> None:
     text = report.text(plan())
     assert "2,048 ranks (256 nodes of 8): TP 8 x PP 8 x DP 32" in text
     for stage in plan().stages:
-        assert f"{stage.layers.start}-{stage.layers.stop - 1}" in text
+        assert f"{stage.layers[0]}-{stage.layers[-1]}" in text
         assert f"{stage.peak / GIB:.2f}" in text
     assert "GPT-NeoX's formula (HFU" in text
     assert "by Megatron's (MFU" in text

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from megatron.planner.cost.memory import _in_flight
+from megatron.planner.cost.moments import in_flight
 from megatron.planner.cost.parallel_layout import ParallelLayout
 from tests.support.ranks import run_ranks
 
@@ -47,7 +47,7 @@ def test_what_is_in_flight_is_what_the_planner_says(p: int, m: int) -> None:
         for kind in [kind for s, kind, *_ in sorted(passes, key=lambda one: one[3]) if s == stage]:
             alive += 1 if kind == "forward" else -1
             most = max(most, alive)
-        assert most == _in_flight(layout, stage, done=0)
+        assert most == in_flight(layout, stage, done=0)
 
 
 def test_a_slow_stage_makes_the_others_wait() -> None:

@@ -10,7 +10,9 @@ ranks; h, f, V as in the model; kv = key/value heads x head_dim. Elements per to
     h / t            attention's output
     3f / t           up and gate, and their product
 
-and 2h more with the layer's input, which is all that full recomputation keeps. Sequence parallelism divides by t what
+and 2h more with the layer's input, which is all that full recomputation keeps. Selective recomputation keeps the input,
+the residual sum and what the first product of each block gives: norms, attention and SwiGLU are computed again, no
+product is. Sequence parallelism divides by t what
 stands without it: a column-parallel matrix keeps its slice of the input and gathers it again.
 """
 
@@ -105,11 +107,9 @@ class Activations:
         """What a decoder layer keeps until its backward pass, its input included."""
         if recompute == "full":
             return self.hidden
-        return self.hidden + self.inside_layer - (self._inner_attention if recompute == "selective" else 0)
-
-    @property
-    def _inner_attention(self) -> int:
-        return self.rotated + self.log_sum_exp
+        if recompute == "selective":
+            return 2 * self.hidden + self.qkv + self.up_gate
+        return self.hidden + self.inside_layer
 
     @property
     def column_backward(self) -> int:
@@ -125,7 +125,9 @@ class Activations:
         `first_matrix` and `second_matrix` are the bytes of the MLP's weight gradients, `incoming` those of the
         gradient of the layer's output and its copies.
         """
-        again = {"none": 0, "selective": self._inner_attention, "full": self.inside_layer + self.hidden}[recompute]
+        # Under selective recomputation one product's input at a time, beside what it was computed from.
+        selective = max(2 * self.product, self.rotated + 2 * self.context + self.log_sum_exp)
+        again = {"none": 0, "selective": selective, "full": self.inside_layer + self.hidden}[recompute]
         # Sequence parallelism: the gathered gradient of a row-parallel matrix's output.
         of_row = self.gathered if self.sliced else 0
         moments = (

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import prod
 
 from megatron.layout import LlamaShape, layer_files, rank_shape
-from megatron.planner.cost.memory import ELEMENT
+from megatron.planner.cost.moments import ELEMENT
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ def layer_seconds(
     forward = Seconds(gemm_forward, attention_forward, there)
     recompute = {
         "none": Seconds(),
-        "selective": Seconds(attention=attention_forward),
+        "selective": Seconds(attention=attention_forward, memory_bound=there),
         "full": forward,
     }[layout.recompute]
     return forward, Seconds(gemm_backward, attention_backward, back), recompute

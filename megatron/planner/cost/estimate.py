@@ -1,13 +1,11 @@
 """What a layout costs in time: one step of training, predicted without hardware.
 
     estimate(shape, layout, seq_length, machine) -> Estimate
-    reliability(estimate) -> Reliability           saves and failures
-    budget(estimate, tokens) -> Budget             days and node-hours
 
 Pure arithmetic on the model's sizes (`compute`), on who sends what to whom (`traffic`) and on one machine's constants
-(`machines`); no torch. What it takes for granted: bf16, the 1F1B schedule, communication overlapped with nothing: so it
-is in DeepSpeed's pipeline engine, but for collectives of tensor parallelism beside a product (`hideable_seconds`). What
-it does not know: `docs/planning.md`.
+(`machines`); no torch. What it takes for granted: bf16, 1F1B; communication overlapped with nothing in DeepSpeed's
+pipeline engine, but for collectives of tensor parallelism beside a product (`hideable_seconds`), and in megatron-core's
+what `pipeline_time` says. What it does not know: `docs/planning.md`.
 """
 
 from __future__ import annotations
@@ -15,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 
 from megatron.layout import LlamaShape
 from megatron.model.flops import megatron_flops_per_token, neox_flops_per_token
@@ -23,6 +21,12 @@ from megatron.planner.cost import compute, traffic
 from megatron.planner.cost.compute import Seconds
 from megatron.planner.cost.machines import Machine
 from megatron.planner.cost.parallel_layout import ParallelLayout, decoders_by_stage
+from megatron.planner.cost.pipeline_time import (
+    ChunkTime,
+    PipelineTime,
+    formula_time,
+    simulated_time,
+)
 
 # Bytes of a saved parameter: bf16 weight, fp32 master and both moments.
 CHECKPOINT_BYTES_PER_PARAMETER = 2 + 3 * 4
@@ -37,7 +41,7 @@ class StageTime:
     compute: Seconds
     tensor_parallel: float
     hideable: float  # part of `tensor_parallel` that products beside it are long enough to hide
-    messages: float
+    messages: float  # waited for; with virtual stages the simulation says how long
     accumulation: float  # adding the micro-batch's gradients to the fp32 ones
 
     @property
@@ -54,10 +58,33 @@ class Estimate:
     seq_length: int
     machine: Machine
     stages: tuple[StageTime, ...]
-    pipeline_seconds: float  # all micro-batches through all stages, bubble included
-    reduction_seconds: float  # data-parallel gradients
+    pipeline: PipelineTime
     optimizer_seconds: float
-    gather_seconds: float  # data-parallel weights
+
+    @property
+    def pipeline_seconds(self) -> float:
+        """All micro-batches through all stages, bubble included."""
+        return self.pipeline.computing + self.pipeline.bubble + self.pipeline.messages
+
+    @property
+    def reduction_seconds(self) -> float:
+        """Data-parallel gradients, as far as nothing hides them."""
+        return self.pipeline.reduction
+
+    @property
+    def gather_seconds(self) -> float:
+        """Data-parallel weights, likewise."""
+        return self.pipeline.gather
+
+    @property
+    def hidden_seconds(self) -> float:
+        """Of reduction and gather, what is taken to hide behind computation."""
+        return self.pipeline.hidden
+
+    @property
+    def exposed_step_seconds(self) -> float:
+        """`step_seconds` if nothing of reduction and gather hid behind computation."""
+        return self.step_seconds + self.hidden_seconds * self.waiting
 
     @property
     def slowest(self) -> StageTime:
@@ -83,15 +110,14 @@ class Estimate:
     def parts(self) -> dict[str, float]:
         """Where the step's time goes, seen from the slowest stage."""
         slowest, steps = self.slowest, self.layout.num_micro_batches
-        busy = slowest.total * steps
         whole = self.pipeline_seconds + self.reduction_seconds + self.optimizer_seconds + self.gather_seconds
         return {
             "gemm": slowest.compute.gemm * steps,
             "attention": slowest.compute.attention * steps,
             "memory_bound": (slowest.compute.memory_bound + slowest.accumulation) * steps,
             "tensor_parallel": slowest.tensor_parallel * steps,
-            "pipeline_messages": slowest.messages * steps,
-            "bubble": self.pipeline_seconds - busy,
+            "pipeline_messages": self.pipeline.messages,
+            "bubble": self.pipeline.bubble,
             "gradient_reduction": self.reduction_seconds,
             "optimizer": self.optimizer_seconds,
             "parameter_gather": self.gather_seconds,
@@ -100,8 +126,11 @@ class Estimate:
 
     @property
     def bubble(self) -> float:
-        """Idle over ideal time of the schedule, (p - 1) / (v m) (Narayanan et al. 2021)."""
-        return (self.layout.pipe - 1) / (self.layout.virtual_stages * self.layout.num_micro_batches)
+        """Idle over ideal time of the schedule: (p - 1) / m (Narayanan et al. 2021), with virtual stages as simulated,
+        messages and unequal stages included."""
+        if self.layout.virtual_stages == 1:
+            return (self.layout.pipe - 1) / self.layout.num_micro_batches
+        return self.pipeline_seconds / self.pipeline.computing - 1.0
 
     @property
     def recomputed_share(self) -> float:
@@ -142,56 +171,6 @@ class Estimate:
         return math.ceil(self.layout.world_size / self.machine.gpus_per_node)
 
 
-@dataclass(frozen=True)
-class Reliability:
-    """What saving and failing cost, seconds; the share is of all time."""
-
-    mean_time_to_interrupt: float  # of the whole job: an assumption, see `Machine.node_mtbf_seconds`
-    save_seconds: float
-    save_interval: float  # the one that loses least (Young 1974, Daly 2006, first order): sqrt(2 save interrupt)
-    lost_to_saves: float  # shares
-    lost_to_failures: float  # half an interval is computed again, and the restart
-
-    @property
-    def useful(self) -> float:
-        return 1.0 / (1.0 + self.lost_to_saves + self.lost_to_failures)
-
-
-@dataclass(frozen=True)
-class Budget:
-    """A number of tokens, in time on the machine."""
-
-    tokens: float
-    steps: int
-    days: float  # saves and failures included
-    node_hours: float
-
-
-def reliability(estimate: Estimate, blocked_seconds: float | None = None) -> Reliability:
-    """`blocked_seconds` is how long a save stops training: all of the write unless it is asynchronous.
-
-    Saves do not come faster than they are written, one being in flight at a time.
-    """
-    machine = estimate.machine
-    interrupt = machine.node_mtbf_seconds / estimate.nodes
-    save = estimate.checkpoint_seconds if blocked_seconds is None else blocked_seconds
-    interval = max(math.sqrt(2.0 * save * interrupt), estimate.checkpoint_seconds)
-    return Reliability(
-        mean_time_to_interrupt=interrupt,
-        save_seconds=save,
-        save_interval=interval,
-        lost_to_saves=save / interval,
-        lost_to_failures=(interval / 2.0 + machine.restart_seconds) / interrupt,
-    )
-
-
-def budget(estimate: Estimate, tokens: float, blocked_seconds: float | None = None) -> Budget:
-    """Time for `tokens` tokens, with what saves and failures take; `blocked_seconds` as for `reliability`."""
-    steps = math.ceil(tokens / estimate.tokens_per_step)
-    seconds = steps * estimate.step_seconds / reliability(estimate, blocked_seconds).useful
-    return Budget(tokens, steps, seconds / 86_400, seconds / 3600 * estimate.nodes)
-
-
 def estimate(
     shape: LlamaShape,
     layout: ParallelLayout,
@@ -200,79 +179,139 @@ def estimate(
     *,
     layers: Sequence[int] | None = None,
 ) -> Estimate:
-    """The step of `layout`; `layers` are the decoder layers of each stage, default DeepSpeed's even split.
+    """The step of `layout`; `layers` are the decoder layers of each virtual stage in the model's order, default an even
+    deal.
 
     Legality and memory are not looked at: `megatron.planner.search` and `megatron.planner.cost.memory` do.
     """
-    stages = tuple(
-        _stages(shape, layout, seq_length, machine, layers or decoders_by_stage(shape.num_layers, layout.pipe))
-    )
-    times = [stage.total for stage in stages]
-    longest = max(times)
-    # the first micro-batch passes every stage, forwards and backwards; each further one waits for the longest stage
-    fill = (sum(times) - longest) / layout.virtual_stages
+    virtual = layout.virtual_stages
+    dealt = layers or decoders_by_stage(shape.num_layers, layout.pipe * virtual)
+    stages, chunks = _stages(shape, layout, seq_length, machine, dealt)
+    if virtual > 1:
+        pipeline = simulated_time(shape, layout, seq_length, machine, chunks)
+    else:
+        pipeline = formula_time(layout, machine, chunks, [stage.messages for stage in stages])
     parameters = max(stage.parameters for stage in stages)
     return Estimate(
         shape=shape,
         layout=layout,
         seq_length=seq_length,
         machine=machine,
-        stages=stages,
-        pipeline_seconds=fill + layout.num_micro_batches * longest,
-        reduction_seconds=traffic.reduction_seconds(parameters, layout, machine),
+        stages=tuple(stages),
+        pipeline=pipeline,
         optimizer_seconds=_optimizer_seconds(parameters, layout, machine),
-        gather_seconds=traffic.gather_seconds(parameters, layout, machine),
     )
 
 
 def _stages(
-    shape: LlamaShape, layout: ParallelLayout, seq_length: int, machine: Machine, layers_of_stage: Sequence[int]
-) -> list[StageTime]:
-    stored = replace(layout, recompute="none") if layout.recompute == "full" else layout
-    again, once = (_layer(shape, kind, seq_length, machine) for kind in (layout, stored))
-    rate = traffic.tensor_rate(layout, machine) if layout.tensor > 1 else math.inf
+    shape: LlamaShape, layout: ParallelLayout, seq_length: int, machine: Machine, dealt: Sequence[int]
+) -> tuple[list[StageTime], list[ChunkTime]]:
+    """The stages, and their chunks in the model's order; `dealt` are the decoder layers of each chunk."""
+    half, rate = traffic.half_bytes(shape, layout, seq_length), math.inf
+    if layout.tensor > 1:
+        rate = traffic.tensor_rate(layout, machine)
     hideable = _hideable_seconds(shape, layout, seq_length, machine, rate)
-    half = traffic.half_bytes(shape, layout, seq_length)
     message = traffic.message_bytes(shape, layout, seq_length)
     matrix = shape.padded_vocab_size * shape.hidden_size / layout.tensor
     layer_parameters = sum(i * o for i, o in compute.layer_matrices(shape, layout.tensor)) + 2 * shape.hidden_size
-    stages = []
-    for stage, layers in enumerate(layers_of_stage):
-        first, last = stage == 0, stage == layout.pipe - 1
-        twice = layout.recomputed(layers)
-        work = again[0] * twice + once[0] * (layers - twice)
-        reduced = again[1] * twice + once[1] * (layers - twice)
+    stored = replace(layout, recompute="none") if layout.recompute == "full" else layout
+    again, once = (_layer(shape, kind, seq_length, machine) for kind in (layout, stored))
+
+    @cache  # most chunks are alike
+    def chunk(layers: int, twice: int, first: bool, last: bool) -> tuple[ChunkTime, Seconds, float]:
+        """Its time, and of that computation and tensor-parallel traffic."""
+        passes = again.times(twice) + once.times(layers - twice)
+        if first or last:
+            passes += _ends(shape, layout, seq_length, machine, first, last)
         parameters = float(layer_parameters * layers)
         if first:
-            work += compute.embedding_seconds(shape, layout, seq_length, machine)
             parameters += matrix
         if last:
-            work += compute.head_seconds(shape, layout, seq_length, machine)
-            parameters += matrix * (not (shape.tied and first)) + shape.hidden_size
-        boundaries = [stage - 1] * (not first) + [stage] * (not last)
-        # activations one way, gradients the other
-        messages = sum(2 * message / traffic.boundary_rate(b, layout, machine) for b in boundaries)
-        messages += traffic.message_gathers(layout, first, last) * half / rate
+            parameters += matrix * (not (shape.tied and layout.pipe == 1)) + shape.hidden_size
+        forward, backward = (halves * half / rate for halves in (passes.forward_halves, passes.backward_halves))
+        accumulation = _accumulation_seconds(parameters, layout, machine)
+        time = ChunkTime(parameters, passes.forward.total + forward, passes.backward.total + backward + accumulation)
+        return time, passes.forward + passes.backward, forward + backward
+
+    stages, chunks = [], [ChunkTime(0.0, 0.0, 0.0)] * len(dealt)
+    for stage in range(layout.pipe):
+        own = range(stage, len(dealt), layout.pipe)
+        layers = sum(dealt[number] for number in own)
+        twice_left = layout.recomputed(layers)
+        computing, tensor = Seconds(), 0.0
+        for number in own:
+            twice = min(dealt[number], twice_left)
+            twice_left -= twice
+            chunks[number], work, sent = chunk(dealt[number], twice, number == 0, number == len(dealt) - 1)
+            computing += work
+            tensor += sent
+        messages = 0.0
+        if layout.virtual_stages == 1:
+            boundaries = [stage - 1] * (stage > 0) + [stage] * (stage < layout.pipe - 1)
+            # activations one way, gradients the other
+            messages = sum(2 * message / traffic.boundary_rate(b, layout, machine) for b in boundaries)
+            messages += traffic.message_gathers(layout, stage == 0, stage == layout.pipe - 1) * half / rate
+        parameters = sum(chunks[number].parameters for number in own)
         stages.append(
             StageTime(
                 layers=layers,
                 parameters=parameters,
-                compute=work,
-                tensor_parallel=(reduced + traffic.end_collectives(layout, first, last) * half) / rate,
+                compute=computing,
+                tensor_parallel=tensor,
                 hideable=hideable * layers,
-                messages=messages * layout.virtual_stages,
-                accumulation=_accumulation_seconds(parameters, machine),
+                messages=messages,
+                accumulation=_accumulation_seconds(parameters, layout, machine),
             )
         )
-    return stages
+    return stages, chunks
 
 
-def _layer(shape: LlamaShape, layout: ParallelLayout, seq_length: int, machine: Machine) -> tuple[Seconds, float]:
-    """One decoder layer and micro-batch: computation, and bytes sent between tensor-parallel ranks."""
-    return (
-        sum(compute.layer_seconds(shape, layout, seq_length, machine), Seconds()),
-        traffic.tensor_bytes_per_layer(shape, layout, seq_length),
-    )
+@dataclass(frozen=True)
+class _Passes:
+    """A micro-batch's way through layers: computation, and half-collectives of tensor-parallel ranks."""
+
+    forward: Seconds
+    backward: Seconds
+    forward_halves: int
+    backward_halves: int
+
+    def times(self, layers: int) -> _Passes:
+        return _Passes(
+            self.forward * layers, self.backward * layers, self.forward_halves * layers, self.backward_halves * layers
+        )
+
+    def __add__(self, other: _Passes) -> _Passes:
+        return _Passes(
+            self.forward + other.forward,
+            self.backward + other.backward,
+            self.forward_halves + other.forward_halves,
+            self.backward_halves + other.backward_halves,
+        )
+
+
+def _layer(shape: LlamaShape, layout: ParallelLayout, seq_length: int, machine: Machine) -> _Passes:
+    """One decoder layer."""
+    forward, backward, recompute = compute.layer_seconds(shape, layout, seq_length, machine)
+    halves = traffic.layer_collectives(layout)
+    again = halves.forward * (layout.recompute == "full")
+    return _Passes(forward, backward + recompute, halves.forward, halves.backward + again)
+
+
+def _ends(
+    shape: LlamaShape, layout: ParallelLayout, seq_length: int, machine: Machine, first: bool, last: bool
+) -> _Passes:
+    """What the first and the last virtual stage have besides decoder layers: the embedding, and the head."""
+    found = _Passes(Seconds(), Seconds(), 0, 0)
+    if first:
+        one = compute.embedding_seconds(shape, layout, seq_length, machine) * 0.5
+        halves = traffic.end_collectives(layout, True, False)
+        found += _Passes(one, one, halves // 2, halves - halves // 2)
+    if last:  # a product forwards, two backwards
+        one = compute.head_seconds(shape, layout, seq_length, machine)
+        halves = traffic.end_collectives(layout, False, True)
+        before = int(layout.sequence_parallel and layout.tensor > 1)  # its input is gathered
+        found += _Passes(one * (1 / 3), one * (2 / 3), before, halves - before)
+    return found
 
 
 def _hideable_seconds(
@@ -292,14 +331,20 @@ def _hideable_seconds(
     return sum(min(beside * traffic.half_bytes(shape, layout, seq_length) / rate, product) for product in products)
 
 
-def _accumulation_seconds(parameters: float, machine: Machine) -> float:
-    """`BF16_Optimizer` zeroes the bf16 gradients, converts them (2 read, 4 written) and adds them to the fp32 ones
-    (8 read, 4 written), for every micro-batch."""
-    return parameters * (2 + 6 + 12) / machine.hbm_rate / machine.sustained
+def _accumulation_seconds(parameters: float, layout: ParallelLayout, machine: Machine) -> float:
+    """What a micro-batch's gradients take beyond their products.
+
+    `BF16_Optimizer` zeroes the bf16 ones, converts them (2 read, 4 written) and adds them to the fp32 ones (8 read, 4
+    written); megatron-core adds them as they come (6 read, 4 written).
+    """
+    moved = 10 if layout.engine == "megatron" else 2 + 6 + 12
+    return parameters * moved / machine.hbm_rate / machine.sustained
 
 
 def _optimizer_seconds(parameters: float, layout: ParallelLayout, machine: Machine) -> float:
-    """Norm (4), clipping (8) and zeroing (4) of full fp32 gradients; AdamW on this rank's share: gradient, master and
-    moments read, all but the gradient written, and the bf16 copy."""
-    moved = parameters * (4 + 8 + 4) + parameters / layout.data * (16 + 12 + 2)
+    """Norm (4) and clipping (8) of fp32 gradients, of all of them or, behind a reduce-scatter, of this rank's share;
+    zeroing (4) of all; AdamW on the share: gradient, master and moments read, all but the gradient written, and the
+    bf16 copy."""
+    of_all, of_share = (4, 4 + 8) if layout.engine == "megatron" else (4 + 8 + 4, 0)
+    moved = parameters * of_all + parameters / layout.data * (of_share + 16 + 12 + 2)
     return moved / machine.hbm_rate / machine.sustained

@@ -9,10 +9,12 @@ if TYPE_CHECKING:
     from megatron.neox_arguments import NeoXArgs
 
 Recompute = Literal["none", "selective", "full"]
+EngineName = Literal["deepspeed", "megatron"]
 
 
 def decoders_by_stage(num_layers: int, pipe: int) -> list[int]:
-    """Decoder layers of each stage, as DeepSpeed deals them by `type:transformer|mlp`: the longer stages first."""
+    """Decoder layers of each stage, or of each virtual stage: dealt evenly, the longer ones first, as DeepSpeed does by
+    `type:transformer|mlp`."""
     return [num_layers // pipe + (stage < num_layers % pipe) for stage in range(pipe)]
 
 
@@ -20,9 +22,9 @@ def decoders_by_stage(num_layers: int, pipe: int) -> list[int]:
 class ParallelLayout:
     """One way to run a model on `world_size` ranks.
 
-    `recompute` is what the backward pass computes again: nothing, attention's inner part (selective), or decoder layers
-    (full), `recompute_layers` of each stage or all of them. `virtual_stages` > 1 and selective recomputation cannot be
-    run by the trainer today (`runs_today`); the planner knows them to say what they would gain.
+    `recompute` is what the backward pass computes again: nothing, all but the matrix products (selective), or decoder
+    layers (full), `recompute_layers` of each stage or all of them. What stands below `engine` is megatron-core's alone,
+    selective recomputation too.
     """
 
     tensor: int
@@ -33,7 +35,10 @@ class ParallelLayout:
     recompute: Recompute = "full"
     recompute_layers: int | None = None  # of each stage, with full recomputation; None: all
     sequence_parallel: bool = False
-    virtual_stages: int = 1
+    engine: EngineName = "deepspeed"
+    virtual_stages: int = 1  # runs of layers on each rank
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
 
     @classmethod
     def of(cls, args: NeoXArgs) -> ParallelLayout:
@@ -44,9 +49,13 @@ class ParallelLayout:
             data=args.data_parallel_size,
             micro_batch=args.train_micro_batch_size_per_gpu,
             num_micro_batches=args.gradient_accumulation_steps,
-            recompute="full" if args.checkpoint_activations else "none",
+            recompute=args.recompute,
             recompute_layers=args.recompute_layers,
             sequence_parallel=args.sequence_parallel,
+            engine=args.engine,
+            virtual_stages=args.virtual_pipe_parallel_size,
+            overlap_grad_reduce=bool(args.overlap_grad_reduce),
+            overlap_param_gather=bool(args.overlap_param_gather),
         )
 
     @property
@@ -63,8 +72,3 @@ class ParallelLayout:
         if self.recompute != "full":
             return 0
         return decoder_layers if self.recompute_layers is None else min(self.recompute_layers, decoder_layers)
-
-    @property
-    def runs_today(self) -> bool:
-        """Whether the trainer can run it."""
-        return self.virtual_stages == 1 and self.recompute != "selective"

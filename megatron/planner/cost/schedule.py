@@ -1,7 +1,7 @@
-"""When each stage computes what in one step, from the instructions that the pipeline engine executes.
+"""When each stage computes what in one step under DeepSpeed's pipeline engine, from the instructions that it executes.
 
 The engine lists a stage's instructions in order; here each gets its time: a receive waits for the send it belongs to,
-everything else follows what is before it. Importing this module imports DeepSpeed.
+everything else follows what is before it. megatron-core's order: `megatron.planner.cost.interleaved`.
 """
 
 from __future__ import annotations
@@ -10,28 +10,29 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron.engine.deepspeed_schedule import stage_instructions
-
 Kind = Literal["forward", "backward"]
 
 
 @dataclass(frozen=True)
 class Work:
-    """One pass of a micro-batch through a stage."""
+    """One pass of a micro-batch through a stage, or through one chunk of its layers."""
 
     stage: int
     kind: Kind
     micro_batch: int
     start: float
     stop: float
+    chunk: int = 0
 
 
 class ScheduleError(RuntimeError):
-    """The schedule cannot be executed: stages wait for each other."""
+    """The schedule cannot be executed: stages wait for each other, or for another message than the one sent."""
 
 
 def timeline(num_micro_batches: int, forward: Sequence[float], backward: Sequence[float]) -> list[Work]:
-    """All passes of a step in order of their end; `forward` and `backward` are seconds by stage."""
+    """All passes of a step in order of their end; `forward` and `backward` are seconds by stage. Imports DeepSpeed."""
+    from megatron.engine.deepspeed_schedule import stage_instructions
+
     stages = len(forward)
     pending = [stage_instructions(num_micro_batches, stages, stage) for stage in range(stages)]
     clocks = [0.0] * stages

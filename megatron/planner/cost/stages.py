@@ -34,7 +34,7 @@ class StageMismatchError(RuntimeError):
 
 @dataclass(frozen=True)
 class Stage:
-    layers: range  # layer-file numbers
+    chunks: tuple[range, ...]  # layer-file numbers, one run for each virtual stage
     parameters: int  # elements on one rank
     parameters_total: int  # over its tensor-parallel ranks; replicated ones and a tied head's copy counted once
 
@@ -54,7 +54,7 @@ def _stage(args: NeoXArgs, stage: int) -> Stage:
         model = build_stage(args, place)
         shapes, copies = _shapes(model.numbered_layers()), _shapes(model.tied_copies())
         found = Stage(
-            layers=model.stage_layers(stage),
+            chunks=tuple(model.stage_layers(stage, number) for number in range(args.virtual_pipe_parallel_size)),
             parameters=sum(shape.numel() for shape in [*shapes.values(), *copies.values()]),
             parameters_total=_whole(args, shapes, stage),
         )

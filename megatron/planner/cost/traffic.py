@@ -92,16 +92,20 @@ def tensor_rate(layout: ParallelLayout, machine: Machine) -> float:
 
 
 def message_bytes(shape: LlamaShape, layout: ParallelLayout, seq_length: int) -> float:
-    """What a rank sends to the next stage for one micro-batch, and back as gradient: DeepSpeed splits the hidden state
-    over the tensor-parallel ranks (`pipe_partitioned`, `grad_partitioned`); sequence parallelism has done so."""
-    return BF16 * layout.micro_batch * seq_length * shape.hidden_size / layout.tensor
+    """What a rank sends to the next stage for one micro-batch, and back as gradient.
+
+    DeepSpeed splits the hidden state over the tensor-parallel ranks (`pipe_partitioned`, `grad_partitioned`); sequence
+    parallelism has done so. Without it every rank of megatron-core sends the whole.
+    """
+    whole = BF16 * layout.micro_batch * seq_length * shape.hidden_size
+    return whole if layout.engine == "megatron" and not layout.sequence_parallel else whole / layout.tensor
 
 
 def message_gathers(layout: ParallelLayout, first: bool, last: bool) -> int:
     """Gathers of a whole hidden state over tensor-parallel ranks that the split costs a stage in each micro-batch: of
     the received input; of the stage's own output again, and of its gradient. With sequence parallelism the layers take
     slices."""
-    if layout.tensor == 1 or layout.sequence_parallel:
+    if layout.tensor == 1 or layout.sequence_parallel or layout.engine == "megatron":
         return 0
     return (not first) + 2 * (not last)
 
@@ -115,6 +119,11 @@ def boundary_rate(boundary: int, layout: ParallelLayout, machine: Machine) -> fl
         return min(link_rate(gcds[i], gcds[i + ranks]) for i in range(ranks))
     senders = min(ranks, machine.gpus_per_node)
     return min(machine.nic_rate, machine.node_network_rate / senders)
+
+
+def wrap_rate(layout: ParallelLayout, machine: Machine) -> float:
+    """As `boundary_rate`, from the last stage back to the first: the way between two runs of virtual stages."""
+    return min(boundary_rate(boundary, layout, machine) for boundary in range(layout.pipe - 1))
 
 
 def data_rate(layout: ParallelLayout, machine: Machine) -> float:
@@ -137,6 +146,14 @@ def reduction_seconds(parameters: float, layout: ParallelLayout, machine: Machin
     buckets = math.ceil(parameters / REDUCTION_BUCKET)
     hops = 2 * (layout.data - 1) * machine.hop_seconds
     return ring_bytes(layout.data, FP32 * parameters) / data_rate(layout, machine) + buckets * hops
+
+
+def scatter_seconds(parameters: float, layout: ParallelLayout, machine: Machine) -> float:
+    """The gradients' reduce-scatter in fp32 by megatron-core's distributed optimizer: half of an all-reduce."""
+    if layout.data == 1:
+        return 0.0
+    hops = (layout.data - 1) * machine.hop_seconds
+    return ring_bytes(layout.data, FP32 * parameters) / 2 / data_rate(layout, machine) + hops
 
 
 def gather_seconds(parameters: float, layout: ParallelLayout, machine: Machine) -> float:

@@ -54,14 +54,16 @@ def dry_run(args: NeoXArgs, options: PlanOptions) -> int:
 
 
 def _true_model(args: NeoXArgs) -> tuple[list[range], int]:
-    """Layers of every stage and parameters in all, of the model that the trainer would build."""
+    """Layers of every virtual stage, in the model's order, and parameters in all, of the model that the trainer would
+    build."""
     os.environ["DS_ACCELERATOR"] = "cpu"  # nothing is allocated, and a GPU of this machine is left alone
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about libraries that megatron-core would like to have
         from megatron.planner.cost.stages import true_stages
 
         stages = true_stages(args)
-    return [stage.layers for stage in stages], sum(stage.parameters_total for stage in stages)
+    chunks = [stage.chunks[number] for number in range(args.virtual_pipe_parallel_size) for stage in stages]
+    return chunks, sum(stage.parameters_total for stage in stages)
 
 
 def _search(plan: Plan) -> SearchResult:

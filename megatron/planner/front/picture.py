@@ -6,11 +6,15 @@ Needs matplotlib (`pip install .[picture]`).
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron.neox_arguments import ConfigError
 from megatron.planner.cost.machines import GIB
 from megatron.planner.cost.memory import KINDS
 from megatron.planner.plan import Plan
+
+if TYPE_CHECKING:
+    from megatron.planner.cost.schedule import Work
 
 FORMATS = (".png", ".svg", ".pdf")
 
@@ -65,20 +69,20 @@ def _title(plan: Plan) -> str:
 def _schedule(plan: Plan, axes) -> None:  # type: ignore[no-untyped-def]  # matplotlib has no types here
     from matplotlib.patches import Patch
 
-    from megatron.planner.cost.schedule import idle_share, timeline
+    from megatron.planner.cost.schedule import idle_share
 
-    stages, m = len(plan.stages), plan.layout.num_micro_batches
+    stages = len(plan.stages)
     # a backward pass takes twice a forward one, and before it what is recomputed of one
     again = [plan.layout.recomputed(stage.layers) / max(1, stage.layers) for stage in plan.time.stages]
     slower = plan.time.waiting
     forward = [slower * stage.total / (3 + more) for stage, more in zip(plan.time.stages, again, strict=True)]
-    work = timeline(m, forward, [one * (2 + more) for one, more in zip(forward, again, strict=True)])
+    work = _work(plan, forward, again)
     end = max(item.stop for item in work)
     after = slower * (plan.time.reduction_seconds + plan.time.optimizer_seconds + plan.time.gather_seconds)
     axes.barh(range(stages), end, left=0, color=_IDLE, height=0.86)
     for one in work:
         start, length = one.start, one.stop - one.start
-        first = forward[one.stage] * again[one.stage] if one.kind == "backward" else 0.0
+        first = length * again[one.stage] / (2 + again[one.stage]) if one.kind == "backward" else 0.0
         if first:
             axes.barh(one.stage, first, left=start, color=_AGAIN, height=0.86)
         colour = _FORWARD if one.kind == "forward" else _BACKWARD
@@ -110,6 +114,19 @@ def _schedule(plan: Plan, axes) -> None:  # type: ignore[no-untyped-def]  # matp
     axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=5, frameon=False)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
+
+
+def _work(plan: Plan, forward: list[float], again: list[float]) -> list[Work]:
+    """All passes of a step; `forward` are the stages' seconds, `again` the part of them that is recomputed."""
+    from megatron.planner.cost import interleaved, schedule
+
+    layout, m = plan.layout, plan.layout.num_micro_batches
+    backward = [one * (2 + more) for one, more in zip(forward, again, strict=True)]
+    if layout.engine == "deepspeed":
+        return schedule.timeline(m, forward, backward)
+    virtual = layout.virtual_stages
+    of_chunks = [[one / virtual for one in seconds] * virtual for seconds in (forward, backward)]
+    return interleaved.timeline(layout.pipe, virtual, m, of_chunks[0], of_chunks[1])
 
 
 def _memory(plan: Plan, axes) -> None:  # type: ignore[no-untyped-def]

@@ -8,10 +8,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from megatron.planner.cost.estimate import Estimate
 from megatron.planner.cost.machines import GIB
+from megatron.planner.cost.memory import StageMemory
 from megatron.planner.plan import Plan, faster
 
-WIDTH = 132  # columns; a log file has no terminal to ask
+WIDTH = 138  # columns; a log file has no terminal to ask
 
 
 def text(plan: Plan, width: int = WIDTH) -> str:
@@ -27,14 +29,20 @@ def text(plan: Plan, width: int = WIDTH) -> str:
 
 def _what(plan: Plan) -> str:
     layout, args = plan.layout, plan.args
-    recompute = {"full": "every decoder layer recomputed", "none": "nothing recomputed"}[layout.recompute]
+    recompute = {
+        "full": "every decoder layer recomputed",
+        "selective": "all but matrix products recomputed",
+        "none": "nothing recomputed",
+    }[layout.recompute]
     if layout.recompute_layers is not None:
         recompute = f"{layout.recompute_layers} decoder layers of each stage recomputed"
     sliced = ", sequence parallel" if layout.sequence_parallel else ""
+    virtual = f" ({layout.virtual_stages} virtual stages each)" if layout.virtual_stages > 1 else ""
+    engine = "megatron-core's engine, " if layout.engine == "megatron" else ""
     nodes = f" ({plan.nodes:,} nodes of {plan.machine.gpus_per_node})" if plan.nodes > 1 else ""
     return (
         f"{plan.parameters_total:,} parameters on {layout.world_size:,} ranks{nodes}: TP {layout.tensor} x PP "
-        f"{layout.pipe} x DP {layout.data}, {args.precision}, "
+        f"{layout.pipe}{virtual} x DP {layout.data}, {args.precision}, {engine}"
         f"{recompute}{sliced}\n"
         f"batch of {layout.global_batch:,} sequences = micro-batch {layout.micro_batch} x accumulation "
         f"{layout.num_micro_batches} x data parallel {layout.data}; {plan.time.tokens_per_step:,} tokens a step"
@@ -63,7 +71,7 @@ def _memory(plan: Plan, width: int) -> str:
     for stage in plan.stages:
         table.add_row(
             str(stage.stage),
-            f"{stage.layers.start}-{stage.layers.stop - 1}",
+            _layers(stage),
             f"{stage.parameters / 1e6:,.1f} M",
             *(f"{sum(stage.by_kind[kind] for kind in kinds) / scale:.2f}" for _, kinds in _COLUMNS),
             f"{stage.peak / scale:.2f}",
@@ -74,6 +82,12 @@ def _memory(plan: Plan, width: int) -> str:
     Console(file=stream, width=width, no_color=True, highlight=False).print(table)
     lines = [line.rstrip() for line in stream.getvalue().splitlines()]
     return "\n".join([f"memory of one rank of each stage, {unit}:", *filter(None, lines)])
+
+
+def _layers(stage: StageMemory) -> str:
+    """Numbers of the first and the last layer; of several runs of layers, of the first and the last run."""
+    first, last = (f"{chunk.start}-{chunk.stop - 1}" for chunk in (stage.chunks[0], stage.chunks[-1]))
+    return first if len(stage.chunks) == 1 else f"{first}..{last}"
 
 
 def _verdict(plan: Plan) -> str:
@@ -108,7 +122,20 @@ def _time(plan: Plan) -> str:
         f"  {flops['neox']:.1f} TFLOP/s a GCD by GPT-NeoX's formula (HFU {flops['neox'] / peak:.0%}), "
         f"{flops['megatron']:.1f} by Megatron's (MFU {flops['megatron'] / peak:.0%} of {peak:.1f})\n"
         f"  {shares}\n"
-        f"  bubble (p - 1) / m = {time.bubble:.0%} of the busy time{hideable}"
+        f"  {_bubble(time)}{hideable}"
+    )
+
+
+def _bubble(time: Estimate) -> str:
+    layout = time.layout
+    if layout.virtual_stages == 1:
+        return f"bubble (p - 1) / m = {time.bubble:.0%} of the busy time"
+    hidden = ""
+    if time.hidden_seconds > 0:
+        hidden = f"\n  {time.hidden_seconds:.2g} s of gradient reduction and parameter gather hide behind computation"
+    return (
+        f"bubble, simulated with {layout.virtual_stages} virtual stages, messages and unequal ends included: "
+        f"{time.bubble:.0%} of the busy time{hidden}"
     )
 
 

@@ -1,0 +1,109 @@
+"""The moments of a training step in which a rank of one stage can be fullest, under megatron-core's engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import accumulate, pairwise
+
+from megatron.planner.cost.compute import FP32
+from megatron.planner.cost.interleaved import pass_order
+from megatron.planner.cost.moments import DeepSpeedMoments, Moment
+from megatron.planner.cost.parallel_layout import Recompute
+
+
+class MegatronMoments(DeepSpeedMoments):
+    """The same under megatron-core: an fp32 gradient for every parameter, to which each is added as it comes; outputs
+    are let go once they are sent, logits once the loss has been differentiated."""
+
+    @property
+    def buffers(self) -> int:
+        """With virtual stages the next input and the next gradient are received ahead."""
+        return 2 * self.message * (self.layout.virtual_stages > 1)
+
+    @property
+    def message(self) -> int:
+        return self.sizes.hidden if self.layout.pipe > 1 else 0
+
+    def gradients_always(self, padded: int) -> int:
+        return FP32 * padded
+
+    def optimizer_bytes(self, padded: int) -> int:
+        """Masters and moments; fp32 weights are their own masters."""
+        return (2 if self.optimizer.precision == "fp32" else 3) * FP32 * padded // self.layout.data
+
+    def moments(self) -> list[Moment]:
+        """Any backward pass behind the warm-up, and the optimizer's."""
+        return [*self._backward(done=0), Moment("optimizer", 0, 0, FP32 * self.parameters.largest, 0)]
+
+    def _backward(self, done: int) -> list[Moment]:
+        sizes, layout = self.sizes, self.layout
+        again = layout.recomputed(self.decoders)
+        modes = [self._mode(number < again) for number in range(self.decoders)]
+        chunks = self._chunks()
+        positions = 2 * sizes.tokens if sizes.documents else 0
+        ids = [sizes.tokens if self.first and number == 0 else 0 for number in range(len(chunks))]
+        of_chunk = [
+            sum(sizes.stored_by_layer(modes[layer]) for layer in chunk) + ids[number] + positions
+            for number, chunk in enumerate(chunks)
+        ]
+        # What is stored when a chunk is differentiated, at most.
+        stored = [0] * len(chunks)
+        few = min(layout.num_micro_batches, 3 * layout.pipe)  # all that follows repeats what was
+        for number, counts in in_flight_by_chunk(layout.pipe, layout.virtual_stages, few, self.stage):
+            held = sum(count * one for count, one in zip(counts, of_chunk, strict=True))
+            stored[number] = max(stored[number], held)
+        moments = self._loss(stored[-1]) if self.last else []
+        for number, chunk in enumerate(chunks):
+            moments += self._layers(chunk, modes, stored[number], number == len(chunks) - 1)
+        if self.first:
+            whole = sizes.gathered * (3 if sizes.several else 2) if sizes.sliced else 0
+            work = whole + sizes.hidden * (2 if sizes.several else 1) + self.element * self.parameters.embedding
+            moments.append(Moment("embedding", 0, stored[0] - of_chunk[0] + ids[0], work, 0))
+        return moments
+
+    def _chunks(self) -> list[range]:
+        """This rank's decoder layers by chunk, counted from 0."""
+        virtual = self.layout.virtual_stages
+        sizes = [self.decoders // virtual + (number < self.decoders % virtual) for number in range(virtual)]
+        edges = list(accumulate(sizes, initial=0))
+        return [range(start, stop) for start, stop in pairwise(edges)]
+
+    def _loss(self, stored: int) -> list[Moment]:
+        """First the logits beside their gradient, then that beside the gradients of the head and of its input."""
+        sizes = self.sizes
+        kept = stored + 2 * sizes.hidden + sizes.inverse_rms  # the norm's input and output
+        of_head = sizes.column_backward + self.parameters.head * self.element
+        return [
+            Moment("loss", 0, kept, sizes.loss_temporaries, 2 * sizes.logits),
+            Moment("loss", 0, kept, of_head, sizes.logits),
+        ]
+
+    def _layers(self, chunk: range, modes: Sequence[Recompute], stored: int, last_chunk: bool) -> list[Moment]:
+        """The last layer of each kind in a chunk: those behind it have let go of what they stored."""
+        sizes, parameters = self.sizes, self.parameters
+        incoming = sizes.hidden * (2 if sizes.several and self.last and last_chunk else 1)
+        moments = []
+        for mode in dict.fromkeys(modes[layer] for layer in chunk):
+            layer = max(layer for layer in chunk if modes[layer] == mode)
+            work = sizes.layer_backward(
+                mode, self.element * parameters.mlp_first, self.element * parameters.mlp_second, incoming
+            )
+            freed = sum(sizes.stored_by_layer(modes[behind]) for behind in range(layer + 1, chunk.stop))
+            moments.append(Moment("backward", 0, stored - freed, work, 0))
+        return moments
+
+
+@lru_cache(maxsize=4096)
+def in_flight_by_chunk(
+    pipe: int, virtual: int, num_micro_batches: int, stage: int
+) -> frozenset[tuple[int, tuple[int, ...]]]:
+    """For every backward pass of a stage's rank: its chunk, and the passes in flight by chunk, its own among them."""
+    counts, found = [0] * virtual, set()
+    for work in pass_order(pipe, virtual, num_micro_batches, stage):
+        if work.kind == "forward":
+            counts[work.chunk] += 1
+        else:
+            found.add((work.chunk, tuple(counts)))
+            counts[work.chunk] -= 1
+    return frozenset(found)

@@ -1,0 +1,124 @@
+"""How long all micro-batches of a step take through all stages, and what of reduction and gather is left beside them.
+
+DeepSpeed's 1F1B, and megatron-core's without virtual stages, by formula: the first micro-batch passes every stage,
+forwards and backwards, and each further one waits for the longest; messages are waited for, communication of
+data-parallel ranks comes before and after. With virtual stages megatron-core's order is simulated
+(`megatron.planner.cost.interleaved`), with messages beside computation, and with `overlap_grad_reduce` and
+`overlap_param_gather` the communication of each chunk beside that of the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron.layout import LlamaShape
+from megatron.planner.cost import traffic
+from megatron.planner.cost.interleaved import Simulation, simulate
+from megatron.planner.cost.machines import Machine
+from megatron.planner.cost.parallel_layout import ParallelLayout
+
+
+@dataclass(frozen=True)
+class ChunkTime:
+    """One micro-batch through a rank's run of layers, seconds without messages; all of a stage's without virtual
+    stages."""
+
+    parameters: float  # of one rank
+    forward: float
+    backward: float  # what is computed again and adding to the fp32 gradients included
+
+    @property
+    def total(self) -> float:
+        return self.forward + self.backward
+
+
+@dataclass(frozen=True)
+class PipelineTime:
+    """Seconds of a step, seen from its longest stage."""
+
+    computing: float  # all micro-batches, one after the other
+    bubble: float  # waiting because other stages compute
+    messages: float  # waiting for messages
+    reduction: float  # of gradients, what no computation hides
+    gather: float  # of weights, likewise
+    hidden: float = 0.0  # of both, beside computation
+
+
+def formula_time(
+    layout: ParallelLayout, machine: Machine, chunks: Sequence[ChunkTime], messages: Sequence[float]
+) -> PipelineTime:
+    """Without virtual stages; `messages` are each stage's seconds for one micro-batch."""
+    steps = layout.num_micro_batches
+    times = [chunk.total + waited for chunk, waited in zip(chunks, messages, strict=True)]
+    longest = max(range(len(times)), key=times.__getitem__)
+    parameters = max(chunk.parameters for chunk in chunks)
+    reduction, gather = reduction_and_gather(parameters, layout, machine)
+    return PipelineTime(
+        computing=steps * chunks[longest].total,
+        bubble=sum(times) - times[longest],
+        messages=steps * messages[longest],
+        reduction=reduction,
+        gather=gather,
+    )
+
+
+def reduction_and_gather(parameters: float, layout: ParallelLayout, machine: Machine) -> tuple[float, float]:
+    """Seconds, hidden by nothing: all of the gradients, and of the weights."""
+    by_engine = traffic.scatter_seconds if layout.engine == "megatron" else traffic.reduction_seconds
+    return by_engine(parameters, layout, machine), traffic.gather_seconds(parameters, layout, machine)
+
+
+def simulated_time(
+    shape: LlamaShape, layout: ParallelLayout, seq_length: int, machine: Machine, chunks: Sequence[ChunkTime]
+) -> PipelineTime:
+    """With virtual stages; `chunks` are theirs, in the model's order."""
+    pipe, virtual, steps = layout.pipe, layout.virtual_stages, layout.num_micro_batches
+    forward, backward = [chunk.forward for chunk in chunks], [chunk.backward for chunk in chunks]
+    size = traffic.message_bytes(shape, layout, seq_length)
+    sending = [size / traffic.boundary_rate(rank, layout, machine) for rank in range(pipe - 1)]
+    sending.append(size / traffic.wrap_rate(layout, machine))
+
+    by_size = {size: reduction_and_gather(size, layout, machine) for size in {chunk.parameters for chunk in chunks}}
+    costs = [by_size[chunk.parameters] for chunk in chunks]
+    by_rank = [[costs[chunk * pipe + rank] for chunk in range(virtual)] for rank in range(pipe)]
+    ready = [_gathered([gather for _, gather in rank]) for rank in by_rank] if layout.overlap_param_gather else None
+
+    whole = [max(sum(pair[which] for pair in rank) for rank in by_rank) for which in (0, 1)]
+    alone = simulate(pipe, virtual, steps, forward, backward)
+    found = simulate(pipe, virtual, steps, forward, backward, sending, ready)
+    waited = max(0.0, found.seconds - alone.seconds)
+    # the first chunk's weights are waited for before anything can be computed, the others' hardly ever
+    gather = whole[1] if ready is None else min(waited, ready[0][0])
+    reduction = _exposed_reduction(found, by_rank) if layout.overlap_grad_reduce else whole[0]
+    return PipelineTime(
+        computing=max(found.busy),
+        bubble=alone.seconds - max(found.busy),
+        messages=waited - (0.0 if ready is None else gather),
+        reduction=reduction,
+        gather=gather,
+        hidden=sum(whole) - reduction - gather,
+    )
+
+
+def _gathered(seconds: Sequence[float]) -> list[float]:
+    """When the weights of each of a rank's chunks are there: one after the other, from the start of the step on."""
+    ready, now = [], 0.0
+    for one in seconds:
+        now += one
+        ready.append(now)
+    return ready
+
+
+def _exposed_reduction(found: Simulation, by_rank: Sequence[Sequence[tuple[float, float]]]) -> float:
+    """What the reduce-scatters take beyond the last pass of the step, on the rank that is done last.
+
+    A chunk's begins with its last backward pass; those of one rank follow each other, the last chunk's first.
+    """
+    latest = 0.0
+    for left, costs in zip(found.left, by_rank, strict=True):
+        now = -max(left)
+        for chunk in reversed(range(len(costs))):
+            now = max(now, -left[chunk]) + costs[chunk][0]
+        latest = max(latest, now)
+    return latest
