@@ -285,7 +285,7 @@ def test_what_depends_on_a_wrong_key_is_not_judged() -> None:
         NeoXArgs.from_dict(keys(model_parallel_size=2, global_num_gpus=3, num_nodes=7))
 
 
-@pytest.mark.parametrize("task", ["eval", "generate", "mcq", "embed"])
+@pytest.mark.parametrize("task", ["eval", "generate", "mcq"])
 def test_programs_that_read_weights_need_them(task: Any) -> None:
     with pytest.raises(ConfigError, match="nothing to evaluate: give load"):
         NeoXArgs.from_dict(VALID, task=task)
