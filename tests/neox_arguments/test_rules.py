@@ -188,7 +188,7 @@ BROKEN_GENERATION: list[tuple[str, dict[str, Any], str]] = [
     ("stop_strings_are_not_empty", {"stop": ["a", ""]}, "stop has an empty string"),
     ("stop_ids_are_in_the_vocabulary", {"stop_token_ids": [1, 999999]}, "stop_token_ids [999999] are not ids"),
     ("chat_keys_need_chat", {"thinking": True, "system_prompt": "x"}, "system_prompt, thinking without chat"),
-    ("thinking_has_a_budget_within_the_text", {"chat": True, "max_thinking_tokens": 9}, "without thinking: on"),
+    ("a_budget_is_of_a_trace", {"chat": True, "max_thinking_tokens": 9}, "without thinking: on"),
     (
         "thinking_has_a_budget_within_the_text",
         {"chat": True, "thinking": True, "max_thinking_tokens": 64, "maximum_tokens": 64},
