@@ -1,4 +1,4 @@
-"""A program on rank 0 with a checkpoint's model behind it: what eval.py and mcq.py have in common."""
+"""A program on rank 0 with a checkpoint's model behind it: what eval.py, mcq.py and embed.py have in common."""
 
 from __future__ import annotations
 
@@ -20,10 +20,24 @@ T = TypeVar("T")
 
 def with_checkpoint(args: NeoXArgs, program: Callable[[DrivenModel, Path], T]) -> T | None:
     """`program(model, folder of the checkpoint)` on rank 0 of a started run; None on the other ranks."""
+
+    def with_folder(model: DrivenModel, folder: Path | None) -> T:
+        assert folder is not None  # the rule weights_are_given
+        return program(model, folder)
+
+    return with_model(args, with_folder)
+
+
+def with_model(args: NeoXArgs, program: Callable[[DrivenModel, Path | None], T]) -> T | None:
+    """`with_checkpoint`; without `load` and with no folder the model that a training `from_scratch` begins with."""
     place = initialize(args)
     log_on_rank_0(place.rank)
     with Watchdog(args, place) as watchdog:
         # The engine's phases are progress, for the watchdog.
         engine = build_inference_engine(args, place, StepTimers(watchdog.whereabouts, place.device).during)
-        folder = load_weights(engine, args)
+        folder = None
+        if args.load is None and args.from_scratch:
+            engine.initialize_weights()
+        else:
+            folder = load_weights(engine, args)
         return drive(engine, args, watchdog.whereabouts, lambda model: program(model, folder))

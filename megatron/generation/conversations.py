@@ -6,9 +6,9 @@ is how the training conversation begins, whatever the format.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, get_args
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from megatron.common.errors import UserError
 from megatron.tokenizer import Tokenizer
@@ -20,9 +20,9 @@ from megatron.tokenizer.conversation import (
     ChatError,
     Conversation,
     Message,
-    Role,
 )
 from megatron.tokenizer.template_chat import load_chat
+from megatron.tokenizer.turns import read_turn
 
 _ANSWER = "."
 
@@ -46,11 +46,12 @@ class ChatPrompts:
         except ChatError as error:
             raise UserError(f"chat_template {template}: {error}") from error
 
-    def ids(self, messages: Sequence[Message]) -> list[int]:
+    def ids(self, conversation: Conversation) -> list[int]:
         """The prompt for the next turn of the assistant. Raises UserError where the format refuses the turns."""
+        messages = conversation.messages
         if not messages or messages[-1].role not in ("user", "tool"):
             raise UserError("the last turn of a conversation to be answered is the user's or a tool's")
-        ids, answer = self._asked(self._with_system(messages))
+        ids, answer = self._asked(replace(conversation, messages=self._with_system(messages)))
         return ids[:answer] + (self.tokenizer.encode(THINK_BEGIN) if self.thinking else [])
 
     @property
@@ -66,28 +67,40 @@ class ChatPrompts:
         rest = list(messages) if own is None else list(messages[1:])
         return rest if text is None else [Message("system", text), *rest]
 
-    def _asked(self, messages: Sequence[Message]) -> tuple[list[int], int]:
+    def _asked(self, conversation: Conversation) -> tuple[list[int], int]:
         """(ids of the conversation with an answer, where what is learned of the answer begins)."""
-        conversation = Conversation([*messages, Message("assistant", _ANSWER)])
-        segments = self.chat.segments(conversation, "last")
+        before = [replace(message, learned=None) for message in conversation.messages]  # a record's switches
+        answered = replace(conversation, messages=[*before, Message("assistant", _ANSWER)])
+        segments = self.chat.segments(answered, "last")
         texts = [segment.text for segment in segments if segment.text is not None]
         ids, labels = ids_and_labels(segments, [self.tokenizer.encode(text) for text in texts])
         return ids, next(place for place, label in enumerate(labels) if label >= 0)
 
 
-def read_messages(record: Any) -> list[Message]:
-    """Turns from OpenAI's shape, a list of objects with role and content. Raises UserError."""
-    if not isinstance(record, list) or not record:
+def read_request(messages: Any, fields: dict[str, Any]) -> Conversation:
+    """A conversation to be answered, of turns in OpenAI's shape or ShareGPT's, tool calls and reasoning included.
+
+    Takes `tools`, `documents` and `chat_template_kwargs` out of the record's other `fields`, as training data have
+    them. Raises UserError for what is not understood: a key that nobody reads could change what is asked.
+    """
+    if not isinstance(messages, list) or not messages:
         raise UserError("messages: expected a list of turns, each with role and content")
-    messages = []
-    for number, turn in enumerate(record):
-        if not isinstance(turn, Mapping) or set(turn) != {"role", "content"}:
-            found = ", ".join(map(str, turn)) if isinstance(turn, Mapping) else type(turn).__name__
-            raise UserError(f"turn {number + 1} of messages: expected role and content, given {found or 'nothing'}")
-        if turn["role"] not in get_args(Role) or not isinstance(turn["content"], str):
-            raise UserError(
-                f"turn {number + 1} of messages: role {turn['role']!r} with content of type "
-                f"{type(turn['content']).__name__}; expected one of {', '.join(get_args(Role))} with a text"
-            )
-        messages.append(Message(turn["role"], turn["content"]))
-    return messages
+    turns = []
+    for number, turn in enumerate(messages, start=1):
+        message, unknown = read_turn(number, turn)
+        if unknown:
+            raise UserError(f"turn {number}: {', '.join(unknown)} not known; expected role and content, or tool_calls")
+        turns.append(message)
+    following = [message.role for message in turns[1:]] + [None]
+    turns = [
+        replace(one, waits_for_tool=one.role == "assistant" and (bool(one.calls) or after == "tool"))
+        for one, after in zip(turns, following, strict=True)
+    ]
+    given = {name: fields.pop(name, None) for name in ("tools", "documents")}
+    for name, value in given.items():
+        if value is not None and not (isinstance(value, list) and all(isinstance(one, dict) for one in value)):
+            raise UserError(f"{name}: expected a list of objects")
+    arguments = fields.pop("chat_template_kwargs", None)
+    if arguments is not None and not isinstance(arguments, dict):
+        raise UserError("chat_template_kwargs: expected an object")
+    return Conversation(turns, given["tools"] or None, given["documents"] or None, arguments or {})

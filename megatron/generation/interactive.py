@@ -21,7 +21,7 @@ from megatron.generation.sequences import Continuation, Endings, TextStream
 from megatron.parallel.collective_errors import RankGroup
 from megatron.parallel.rank_env import TYPED
 from megatron.supervision.status_store import Whereabouts
-from megatron.tokenizer.conversation import THINK_BEGIN, THINK_END, Message
+from megatron.tokenizer.conversation import THINK_BEGIN, THINK_END, Conversation, Message
 
 STOP = "stop"  # GPT-NeoX's word
 IDLE_SECONDS = 5.0  # between two broadcasts while nothing is typed
@@ -104,7 +104,7 @@ class Dialogue:
             return "idle"
         turn = Message("user", line)
         try:
-            ids = self.reader.ids([*self.messages, turn])
+            ids = self.reader.ids(Conversation([*self.messages, turn]))
             reason = why_not(ids, self.args)
         except UserError as error:
             reason = str(error)

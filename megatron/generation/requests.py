@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron.common.errors import UserError
-from megatron.generation.conversations import ChatPrompts, read_messages
+from megatron.generation.conversations import ChatPrompts, read_request
 from megatron.generation.generate import why_not
 from megatron.neox_arguments import NeoXArgs
 from megatron.tokenizer import Tokenizer
-from megatron.tokenizer.conversation import Message
+from megatron.tokenizer.conversation import Conversation, Message
 
 _PROMPT, _MESSAGES = "prompt", "messages"
 
@@ -51,9 +51,11 @@ class PromptReader:
         beginning = [] if self._tokenizer.bos is None else [self._tokenizer.bos]
         return beginning + self._tokenizer.encode(text) or [self._tokenizer.eod]
 
-    def ids(self, messages: list[Message]) -> list[int]:
+    def ids(self, conversation: Conversation) -> list[int]:
         """Ids of a conversation; without a chat format its only turn is a plain prompt."""
-        return self.text_ids(messages[0].content) if self._chat is None else self._chat.ids(messages)
+        if self._chat is None:
+            return self.text_ids(conversation.messages[0].content)
+        return self._chat.ids(conversation)
 
     def unconditional(self) -> list[Request]:
         """One empty prompt."""
@@ -74,12 +76,12 @@ class PromptReader:
         return [self._request(index, number, line, read) for index, (number, line) in enumerate(numbered)]
 
     def _request(
-        self, index: int, number: int, line: bytes, read: Callable[[str], tuple[str, list[Message], dict[str, Any]]]
+        self, index: int, number: int, line: bytes, read: Callable[[str], tuple[str, Conversation, dict[str, Any]]]
     ) -> Request:
         context, fields = line.decode(errors="replace").rstrip("\r"), dict[str, Any]()
         try:
-            context, messages, fields = read(line.decode().rstrip("\r"))
-            ids = self.ids(messages)
+            context, conversation, fields = read(line.decode().rstrip("\r"))
+            ids = self.ids(conversation)
             error = why_not(ids, self.args)
         except UnicodeDecodeError as problem:
             error = f"not UTF-8 text ({problem.reason} at byte {problem.start})"
@@ -89,10 +91,10 @@ class PromptReader:
             return Request(index, number, context, [], fields, f"line {number}: {error}")
         return Request(index, number, context, ids, fields)
 
-    def _text_line(self, line: str) -> tuple[str, list[Message], dict[str, Any]]:
-        return line, [Message("user", line)], {}
+    def _text_line(self, line: str) -> tuple[str, Conversation, dict[str, Any]]:
+        return line, Conversation([Message("user", line)]), {}
 
-    def _json_line(self, line: str) -> tuple[str, list[Message], dict[str, Any]]:
+    def _json_line(self, line: str) -> tuple[str, Conversation, dict[str, Any]]:
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
@@ -106,8 +108,10 @@ class PromptReader:
             prompt = record[_PROMPT]
             if not isinstance(prompt, str):
                 raise UserError(f"prompt is of type {type(prompt).__name__}; expected a text")
-            return prompt, [Message("user", prompt)], fields
+            if self._chat is None:
+                return prompt, Conversation([Message("user", prompt)]), fields
+            return prompt, read_request([{"role": "user", "content": prompt}], fields), fields
         if self._chat is None:
             raise UserError("messages without chat: add chat: true, which writes them in the model's format")
-        messages = read_messages(record[_MESSAGES])
-        return messages[-1].content, messages, fields
+        conversation = read_request(record[_MESSAGES], fields)
+        return conversation.messages[-1].content, conversation, fields

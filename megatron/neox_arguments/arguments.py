@@ -173,6 +173,8 @@ def _explain(
             siblings = _nested_keys(cls, path[:-1])
             near = difflib.get_close_matches(str(path[-1]), siblings, n=1, cutoff=0.6)
             hint = f"did you mean {near[0]}?" if near else f"{'.'.join(map(str, path[:-1]))} has {', '.join(siblings)}"
+            if path[-1] in cls.model_fields and path[-1] not in near:
+                hint = f"{path[-1]} is a key of its own, which stands outside of {path[0]}"
             lines.append(f"{place}unknown key {name}; {hint}")
         elif item["type"] == "value_error":
             lines.append(f"{place}{name}: {item['msg'].removeprefix('Value error, ')}")

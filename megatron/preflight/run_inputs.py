@@ -71,6 +71,8 @@ def _checkpoint(args: NeoXArgs) -> Iterator[str]:
             return
         root, iteration = choice.root, choice.iteration
         options = own_options(args) if choice.own_save else None
+    elif args.load is None and args.from_scratch:
+        return
     else:
         assert args.load is not None  # the rule weights_are_given
         root, iteration, options = Path(args.load), args.iteration, None

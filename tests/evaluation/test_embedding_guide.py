@@ -16,13 +16,12 @@ import pyarrow.parquet as parquet
 import pytest
 import yaml
 
-from tests.evaluation.test_embeddings import hidden_states
 from tests.support.documentation import ROOT, documented_commands
-from tests.support.evaluation_models import CASE, SKY, write_export
+from tests.support.evaluation_models import CASE, SKY, hidden_states, write_export
 
 pytestmark = pytest.mark.distributed
 GUIDE = "docs/embeddings.md"
-TEXTS = [" ".join(row) for row in SKY]
+TEXTS = [f"{question} {number} {row[number % 4]}" for number in range(14) for question, *row in SKY]  # 112 texts
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +38,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory, vocab_folder: Path) -> Path
     (place / "model.yml").write_text(yaml.safe_dump(keys))
     (place / "local.yml").write_text("model_parallel_size: 2\npipe_parallel_size: 2\nnum_gpus: 4\n")
     records = [{"id": f"2411.{number:05}", "text": text} for number, text in enumerate(TEXTS)]
+    rows = [f"{one['id']},{1990 + n % 30},{'ab'[n % 8 // 4]}" for n, one in enumerate(records)]
+    (place / "labels.csv").write_text("\n".join(["id,year,field", *rows]) + "\n")
+    (place / "adapted").symlink_to("checkpoints")
     (place / "abstracts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     parquet.write_table(arrow.Table.from_pylist(records), place / "abstracts.parquet")
     return place
@@ -56,7 +58,7 @@ def test_the_first_command_writes_what_the_export_says(folder: Path, hf_tokenize
     command = documented_commands(GUIDE)[0]
     done = run(command, folder)
     assert done.returncode == 0, done.stderr
-    assert "8 texts, " in done.stdout
+    assert "112 texts, " in done.stdout
     means = np.stack([states[-1, 1:].mean(0) for states in hidden_states(hf_tokenizer, TEXTS)])
     assert np.abs(np.load(folder / "vectors/abstracts.npy") - means).max() < 1e-5
     report = json.loads((folder / "vectors/abstracts.report.json").read_text())
@@ -70,10 +72,21 @@ def test_the_first_command_writes_what_the_export_says(folder: Path, hf_tokenize
 @pytest.mark.slow
 def test_all_other_commands_of_the_guide(folder: Path, hf_tokenizer: Any) -> None:
     commands = documented_commands(GUIDE)
-    assert len(commands) == 2
+    assert len(commands) == 9
     for command in commands[1:]:
         done = run(command, folder)
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     table = parquet.read_table(folder / "vectors/layers.parquet")
-    last = hidden_states(hf_tokenizer, TEXTS)[2][1, -1]
+    last = hidden_states(hf_tokenizer, TEXTS[2:3])[0][1, -1]
     assert np.abs(table["layer_1"][2].as_py() - last / np.linalg.norm(last)).max() < 1e-5
+    retrieval = json.loads((folder / "retrieval.json").read_text())
+    assert retrieval["documents"] == len(TEXTS)
+    test = retrieval["models"]["adapted"]["against_base"]["raw"]
+    assert test["gained"] == test["lost"] == 0  # it is the same model
+    probe = json.loads((folder / "probe.json").read_text())
+    assert {*probe["properties"]} == {"year", "field"}
+    assert {*probe["properties"]["field"]["sources"]} == {"trained", "untrained", "inputs"}
+    trained, untrained = (np.load(folder / f"vectors/{name}.npy") for name in ("trained", "untrained"))
+    assert trained.shape == untrained.shape == (len(TEXTS), CASE.layers + 1, CASE.hidden)
+    assert np.abs(trained - untrained).max() > 0.1
+    assert all((folder / name).stat().st_size > 5000 for name in ("retrieval.png", "probe.png"))

@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as parquet
 import pytest
-import torch
 
 from megatron.neox_arguments.keys.embeddings import EmbedKeys
-from tests.support.evaluation_models import CASE, LAYOUTS, SKY, driven, weights
+from tests.support.evaluation_models import CASE, LAYOUTS, SKY, driven, hidden_states
 from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -58,19 +57,6 @@ def embedded(layout: str, export: Path, folder: Path, runs: dict[str, dict[str, 
     ranks, split = LAYOUTS[layout]
     run_ranks(_embed, ranks, export, split, given)
     return {name: np.load(folder / f"{name}.npy") for name in runs}
-
-
-def hidden_states(tokenizer: Any, texts: list[str]) -> list[np.ndarray]:
-    """[layers, tokens, h] of each text alone, by `transformers`."""
-    model = CASE.hugging_face()
-    model.load_state_dict(weights())
-    found = []
-    for text in texts:
-        ids = torch.tensor([[tokenizer.bos, *tokenizer.encode(text)]])
-        with torch.no_grad():
-            states = model(ids, output_hidden_states=True).hidden_states
-        found.append(torch.cat(states).numpy())
-    return found
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
 
+CHAT_KEYS = ("chat", "system_prompt", "thinking", "max_thinking_tokens")
 FAST = ("tp1", "dp2", "tp2pp2")
 PARAMS = [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in LAYOUTS]
 
@@ -26,7 +27,9 @@ def _ask(rank: int, world_size: int, export: Path, split: dict[str, int], tests:
     def program(model: Any, folder: Path) -> dict[str, Any]:
         args, found = model.args, {}
         for name, keys in tests.items():
-            model.args = args.model_copy(update={"mcq": McqKeys(**keys)})
+            chat = {key: value for key, value in keys.items() if key in CHAT_KEYS}
+            mcq = McqKeys(**{key: value for key, value in keys.items() if key not in CHAT_KEYS})
+            model.args = args.model_copy(update={"mcq": mcq, **chat})
             found[name] = ask_and_write(model, folder)
         return found
 
@@ -65,7 +68,7 @@ def test_item_scores_are_those_of_transformers(layout: str, export: Path, tmp_pa
     items = str(write_questions(tmp_path / "sky.jsonl"))
     tests = {
         "letter": {"items": items, "topic_field": "topic", "cyclic_orders": True},
-        "chat": {"items": items, "prompt": "chat", "thinking": False},
+        "chat": {"items": items, "chat": True, "thinking": False},
         "text": {"items": items, "method": "text"},
     }
     for name, keys in tests.items():
@@ -96,10 +99,10 @@ def test_prompts_are_what_they_should_be(export: Path, tmp_path: Path, hf_tokeni
     items = str(write_questions(tmp_path / "sky.jsonl"))
     shots = str(write_questions(tmp_path / "shots.jsonl"))
     Path(shots).write_text(Path(shots).read_text().replace("Messier", "NGC"))
-    think = {"max_thinking_tokens": 24, "max_answer_tokens": 12, "method": "generate", "prompt": "chat"}
+    think = {"max_thinking_tokens": 24, "max_answer_tokens": 12, "method": "generate", "chat": True}
     tests: dict[str, dict[str, Any]] = {
         "plain": {"items": items, "shots": 1, "shots_file": shots, "limit": 2},
-        "chat": {"items": items, "prompt": "chat", "thinking": False, "system_prompt": "Be brief.", "limit": 1},
+        "chat": {"items": items, "chat": True, "thinking": False, "system_prompt": "Be brief.", "limit": 1},
         "on": {"items": items, "thinking": True, "limit": 1, **think},
         "off": {"items": items, "thinking": False, "limit": 1, **think},
         "withheld": {"items": str(write_questions(tmp_path / "withheld.jsonl", answers=False)), "limit": 5},
@@ -146,7 +149,7 @@ def test_prompts_are_what_they_should_be(export: Path, tmp_path: Path, hf_tokeni
 
 def test_generated_answers_are_those_of_transformers(export: Path, tmp_path: Path, model: Any) -> None:
     items = str(write_questions(tmp_path / "sky.jsonl"))
-    keys = {"items": items, "method": "generate", "prompt": "chat", "max_answer_tokens": 12, "limit": 3}
+    keys = {"items": items, "method": "generate", "chat": True, "max_answer_tokens": 12, "limit": 3}
     ask("tp2pp2", export, {"a": {**keys, "output": str(tmp_path / "a")}})
     for item in lines(tmp_path / "a"):
         (asked,) = item["asked"]

@@ -18,6 +18,7 @@ pytestmark = pytest.mark.unit
 BASE = {"from_scratch": None, "load": "runs/a", "vocab_file": "tokenizer.json"}
 ASKED = {"input": "a.jsonl"}
 BROKEN: list[tuple[str, dict[str, Any], str]] = [
+    ("embedded_with_some_weights", {"embed": ASKED, "load": None}, "embed.py needs load, the folder of a checkpoint"),
     ("texts_to_embed_are_given", {}, "embed.input is missing"),
     ("texts_to_embed_have_a_tokenizer", {"embed": ASKED, "vocab_file": None}, "embed.py reads texts: give vocab_file"),
     ("vectors_have_a_format", {"embed": {**ASKED, "output": "a.txt"}}, "ends in .npy or .parquet"),

@@ -28,24 +28,23 @@ BROKEN: list[tuple[str, Task, dict[str, Any], str]] = [
     ),
     ("texts_have_a_tokenizer", "mcq", {"mcq": ASKED, "vocab_file": None}, "mcq.items needs vocab_file"),
     ("questions_are_given", "mcq", {}, "mcq.items is missing"),
-    ("conversations_have_a_chat_prompt", "mcq", {"mcq": {**ASKED, "thinking": False}}, "mcq.thinking belongs to a"),
-    ("conversations_have_a_chat_prompt", "mcq", {"mcq": {**ASKED, "system_prompt": "x"}}, "mcq.system_prompt belongs"),
+    ("conversations_have_no_shots", "mcq", {"mcq": {**ASKED, "prefill": "x"}}, "mcq.prefill begins the answer"),
     (
-        "conversations_have_a_chat_prompt",
+        "conversations_have_no_shots",
         "mcq",
-        {"mcq": {**ASKED, "prompt": "chat", "shots": 2, "shots_file": "s.jsonl"}},
+        {"chat": True, "mcq": {**ASKED, "shots": 2, "shots_file": "s.jsonl"}},
         "mcq.shots are examples in a plain prompt",
     ),
     (
         "thinking_is_generated",
         "mcq",
-        {"mcq": {**ASKED, "prompt": "chat", "thinking": True}},
+        {"chat": True, "thinking": True, "mcq": ASKED},
         "mcq.method: letter does not; use generate",
     ),
     (
         "thinking_prefills_itself",
         "mcq",
-        {"mcq": {**ASKED, "prompt": "chat", "method": "generate", "thinking": True, "prefill": "x"}},
+        {"chat": True, "thinking": True, "mcq": {**ASKED, "method": "generate", "prefill": "x"}},
         "leave mcq.prefill out",
     ),
     ("shots_have_a_file", "mcq", {"mcq": {**ASKED, "shots": 2}}, "mcq.shots is given without mcq.shots_file"),
@@ -63,6 +62,12 @@ def test_a_broken_rule_is_said(
     assert "things are wrong" not in str(caught.value)
     monkeypatch.setattr(REGISTRY, "rules", [entry for entry in REGISTRY.rules if entry.name != rule])
     NeoXArgs.from_dict(keys(**BASE | changes), task=task)
+
+
+@pytest.mark.parametrize("changes", [{"thinking": False}, {"system_prompt": "x"}, {"max_thinking_tokens": 9}])
+def test_a_question_without_a_conversation_has_none_of_its_keys(changes: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="without chat: only conversations have them"):
+        NeoXArgs.from_dict(keys(**BASE | changes | {"mcq": ASKED}), task="mcq")
 
 
 def test_every_rule_has_a_case() -> None:

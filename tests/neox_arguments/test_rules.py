@@ -221,7 +221,7 @@ BROKEN_GENERATION: list[tuple[str, dict[str, Any], str]] = [
     ("stop_strings_are_not_empty", {"stop": ["a", ""]}, "stop has an empty string"),
     ("stop_ids_are_in_the_vocabulary", {"stop_token_ids": [1, 999999]}, "stop_token_ids [999999] are not ids"),
     ("chat_keys_need_chat", {"thinking": True, "system_prompt": "x"}, "system_prompt, thinking without chat"),
-    ("thinking_has_a_budget_within_the_text", {"chat": True, "max_thinking_tokens": 9}, "without thinking: on"),
+    ("a_budget_is_of_a_trace", {"chat": True, "max_thinking_tokens": 9}, "without thinking: on"),
     (
         "thinking_has_a_budget_within_the_text",
         {"chat": True, "thinking": True, "max_thinking_tokens": 64, "maximum_tokens": 64},
@@ -318,7 +318,7 @@ def test_what_depends_on_a_wrong_key_is_not_judged() -> None:
         NeoXArgs.from_dict(keys(model_parallel_size=2, global_num_gpus=3, num_nodes=7))
 
 
-@pytest.mark.parametrize("task", ["eval", "generate", "mcq", "embed"])
+@pytest.mark.parametrize("task", ["eval", "generate", "mcq"])
 def test_programs_that_read_weights_need_them(task: Any) -> None:
     with pytest.raises(ConfigError, match="nothing to evaluate: give load"):
         NeoXArgs.from_dict(VALID, task=task)

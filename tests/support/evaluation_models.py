@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from megatron.neox_arguments import NeoXArgs
@@ -29,6 +30,19 @@ def weights() -> dict[str, torch.Tensor]:
     """Random weights that prefer some tokens over others, so that greedy texts and choices differ from item to item."""
     state = CASE.hugging_face().state_dict()
     return {name: tensor * (1 if "norm" in name else 4) for name, tensor in state.items()}
+
+
+def hidden_states(tokenizer: Any, texts: list[str]) -> list[np.ndarray]:
+    """[layers, tokens, h] of each text alone, by `transformers`."""
+    model = CASE.hugging_face()
+    model.load_state_dict(weights())
+    found = []
+    for text in texts:
+        ids = torch.tensor([[tokenizer.bos, *tokenizer.encode(text)]])
+        with torch.no_grad():
+            states = model(ids, output_hidden_states=True).hidden_states
+        found.append(torch.cat(states).numpy())
+    return found
 
 
 def write_export(folder: Path, vocab_folder: Path, case: Case = CASE) -> Path:

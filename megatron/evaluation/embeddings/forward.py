@@ -47,11 +47,12 @@ class _Chunk:
 def pooled_vectors(engine: Engine, args: NeoXArgs, texts: Sequence[np.ndarray], wanted: WantedVectors) -> Tensor:
     """fp32 [len(texts), len(wanted.layers), h], in the order of both, on every rank. Collective.
 
-    Every rank gives the same `texts`: token ids [s], 1 to `seq_length` of them. Raises UserError on all ranks for ids
-    outside of the vocabulary, and for vectors that are not finite.
+    Every rank gives the same `texts`, each what the embedding reads: token ids [s], or patches [s, values] of a model
+    of images; 1 to `seq_length` of them. Raises UserError on all ranks for ids outside of the vocabulary, and for
+    vectors that are not finite.
     """
-    highest = max(int(ids.max()) for ids in texts)
-    if highest >= args.vocab_size:
+    highest = max(int(ids.max()) for ids in texts) if texts[0].ndim == 1 else 0
+    if texts[0].ndim == 1 and highest >= args.vocab_size:
         raise UserError(
             f"the texts hold the token {highest}, the model's vocabulary ends at {args.vocab_size - 1}; is vocab_file "
             f"the tokenizer of this model?"
@@ -106,7 +107,8 @@ def _run(
     lengths[: len(chunk.texts)] = torch.tensor([len(texts[number]) for number in chunk.texts])
     work = PooledTokens(frozenset(wanted.layers), wanted.pooling, wanted.first, lengths.to(place.device))
     if place.first_stage:
-        inputs = torch.zeros(chunk.rows, chunk.length, dtype=torch.int64)
+        first = torch.from_numpy(texts[0])
+        inputs = torch.zeros(chunk.rows, chunk.length, *first.shape[1:], dtype=first.dtype)
         for row, number in enumerate(chunk.texts):
             inputs[row, : len(texts[number])] = torch.from_numpy(texts[number])
         inputs = inputs.to(place.device)

@@ -19,7 +19,7 @@ from megatron.evaluation.embeddings.forward import WantedVectors
 from megatron.evaluation.embeddings.texts import BadText, EncodedText, TextReader
 from megatron.evaluation.embeddings.vector_file import VectorFile
 from megatron.evaluation.prompts import PromptEncoder
-from megatron.evaluation.session import with_checkpoint
+from megatron.evaluation.session import with_model
 from megatron.neox_arguments import NeoXArgs
 from megatron.neox_arguments.keys.embeddings import chosen_layers
 
@@ -33,10 +33,10 @@ NAMED = 20  # records left out that are named in full
 def embed_texts(args: NeoXArgs) -> None:
     """Write the vectors that the keys ask for, their ids and a report."""
     # A slice of the sequence cannot be pooled alone, and texts have any length.
-    with_checkpoint(args.model_copy(update={"sequence_parallel": False}), embed_and_write)
+    with_model(args.model_copy(update={"sequence_parallel": False}), embed_and_write)
 
 
-def embed_and_write(model: DrivenModel, checkpoint: Path) -> dict[str, Any]:
+def embed_and_write(model: DrivenModel, checkpoint: Path | None) -> dict[str, Any]:
     """The program of rank 0; returns the report."""
     args, keys = model.args, model.args.embed
     encoder = PromptEncoder.of(args, chat=False)
@@ -54,7 +54,7 @@ def embed_and_write(model: DrivenModel, checkpoint: Path) -> dict[str, Any]:
         raise UserError(f"{keys.input} has no text to embed; left out: {progress.left_out or 'nothing'}")
     report = {
         **identity,
-        "checkpoint": str(checkpoint),
+        "checkpoint": None if checkpoint is None else str(checkpoint),
         "texts": progress.rows,
         "tokens": progress.tokens,
         "cut": progress.cut,
@@ -74,14 +74,13 @@ def embed_and_write(model: DrivenModel, checkpoint: Path) -> dict[str, Any]:
     return report
 
 
-def _identity(args: NeoXArgs, encoder: PromptEncoder, checkpoint: Path, wanted: WantedVectors) -> dict[str, Any]:
+def _identity(args: NeoXArgs, encoder: PromptEncoder, checkpoint: Path | None, wanted: WantedVectors) -> dict[str, Any]:
     """What decides the vectors: a file that was begun with anything else is not gone on with."""
     keys = args.embed
     assert keys.input is not None
     read = Path(keys.input).stat()
-    manifest = checkpoint / MANIFEST_NAME
     return {
-        "model": json.loads(manifest.read_text()).get("digest") if manifest.exists() else str(checkpoint),
+        "model": _fingerprint(args, checkpoint),
         "input": str(Path(keys.input).absolute()),
         "input_bytes": read.st_size,
         "input_changed": read.st_mtime,
@@ -96,6 +95,15 @@ def _identity(args: NeoXArgs, encoder: PromptEncoder, checkpoint: Path, wanted: 
         "precision": args.precision,
         "tokenizer": encoder.tokenizer.fingerprint,
     }
+
+
+def _fingerprint(args: NeoXArgs, checkpoint: Path | None) -> str:
+    """Of the weights: the checksum of a checkpoint's manifest, which holds those of all tensors."""
+    if checkpoint is None:
+        return f"untrained, seed {args.seed}"
+    manifest = checkpoint / MANIFEST_NAME
+    digest = json.loads(manifest.read_text()).get("digest") if manifest.exists() else None
+    return digest or str(checkpoint)
 
 
 def _next(texts: Iterator[EncodedText | BadText]) -> list[EncodedText | BadText]:

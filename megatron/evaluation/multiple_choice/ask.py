@@ -18,6 +18,8 @@ from megatron.evaluation.scoring import Pair
 from megatron.neox_arguments import NeoXArgs
 from megatron.tokenizer.conversation import THINK_CLOSING, THINK_END
 
+MAX_THINKING_TOKENS = 2048  # where the configuration has no limit
+
 
 def ask_all(model: DrivenModel, writer: PromptWriter, items: Sequence[Item]) -> list[ItemResult]:
     """Every item with its answer. Raises UserError if a prompt does not fit into `seq_length`; nothing is cut."""
@@ -104,17 +106,18 @@ def ask_by_text(model: DrivenModel, writer: PromptWriter, questions: Sequence[Qu
     """By a generated answer. A model that thinks beyond its budget has `</think>` written for it, and then answers."""
     keys, encoder = writer.keys, writer.encoder
     texts = [_Text(writer.prompt(question)) for question in questions]
-    budget = keys.max_answer_tokens + (keys.max_thinking_tokens if keys.thinking else 0)
+    longest_trace = model.args.max_thinking_tokens or MAX_THINKING_TOKENS
+    budget = keys.max_answer_tokens + (longest_trace if writer.thinking else 0)
     for question, text in zip(questions, texts, strict=True):
         if len(text.prompt) + budget > model.args.seq_length:
             raise UserError(
                 f"question {question.item.number} has {len(text.prompt)} tokens and its answer may take {budget}, "
-                f"seq_length {model.args.seq_length} does not hold both; lower mcq.max_thinking_tokens or "
+                f"seq_length {model.args.seq_length} does not hold both; lower max_thinking_tokens or "
                 f"mcq.max_answer_tokens, or raise seq_length"
             )
-    if keys.thinking:
-        _think(model, writer, texts)
-    stops = ("\n",) if keys.prompt == "plain" else ()
+    if writer.thinking:
+        _think(model, writer, texts, longest_trace)
+    stops = ("\n",) if writer.plain else ()
     open_ = [text for text in texts if not text.ended]
     limits = TextLimits(keys.max_answer_tokens, encoder.ends, stops, model.args.temperature)
     for text, more in zip(open_, model.generate([t.prompt + t.ids for t in open_], limits), strict=True):
@@ -122,9 +125,9 @@ def ask_by_text(model: DrivenModel, writer: PromptWriter, questions: Sequence[Qu
     return [_parsed(writer, question, text) for question, text in zip(questions, texts, strict=True)]
 
 
-def _think(model: DrivenModel, writer: PromptWriter, texts: Sequence[_Text]) -> None:
-    keys, tokenizer = writer.keys, writer.encoder.tokenizer
-    limits = TextLimits(keys.max_thinking_tokens, writer.encoder.ends, (THINK_END,), model.args.temperature)
+def _think(model: DrivenModel, writer: PromptWriter, texts: Sequence[_Text], longest_trace: int) -> None:
+    tokenizer = writer.encoder.tokenizer
+    limits = TextLimits(longest_trace, writer.encoder.ends, (THINK_END,), model.args.temperature)
     thoughts: list[AnswerText] = model.generate([text.prompt for text in texts], limits)
     for text, thought in zip(texts, thoughts, strict=True):
         text.ids = thought.ids
@@ -139,7 +142,7 @@ def _parsed(writer: PromptWriter, question: Question, text: _Text) -> Asked:
     said = writer.encoder.tokenizer.decode(text.ids)
     given = writer.keys.prefill or ""
     stripped = without_thinking(said) if text.thinking else given + said
-    if writer.keys.prompt == "plain":
+    if writer.plain:
         stripped = f"Answer:{stripped}"  # the prompt's last word belongs to what is read
     found = parse_answer(stripped, question.item.letters, question.options)
     return Asked(

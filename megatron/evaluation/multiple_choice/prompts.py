@@ -38,23 +38,33 @@ def orders_of(item: Item, cyclic: bool) -> list[Question]:
 
 @dataclass(frozen=True)
 class PromptWriter:
-    """Writes prompts as the keys ask for them; `shots` are examples with their answers."""
+    """Writes prompts as the keys ask for them, in conversations where the encoder has a chat format.
+
+    `shots` are examples with their answers. `thinking` begins the system prompt with the line that asks for a trace or
+    for none, and where it is on the answer with <think>.
+    """
 
     keys: McqKeys
     encoder: PromptEncoder
     shots: Sequence[Item] = ()
+    system_prompt: str | None = None
+    thinking: bool | None = None
+
+    @property
+    def plain(self) -> bool:
+        return self.encoder.chat is None
 
     def letters(self, question: Question) -> list[Pair]:
         """The prompt with each letter in turn."""
         prompt = self.prompt(question)
-        space = " " if self.keys.prompt == "plain" else ""  # "Answer: A", but {"ANSWER": "A
+        space = " " if self.plain else ""  # "Answer: A", but {"ANSWER": "A
         encode = self.encoder.tokenizer.encode
         return [Pair(prompt, tuple(encode(space + letter))) for letter in question.item.letters]
 
     def texts(self, question: Question) -> list[Pair]:
         """The prompt with each option's text in turn."""
         prompt = self.prompt(question)
-        space = " " if self.keys.prompt == "plain" else ""
+        space = " " if self.plain else ""
         return [Pair(prompt, tuple(self.encoder.tokenizer.encode(space + option))) for option in question.options]
 
     def texts_alone(self, question: Question) -> list[Pair]:
@@ -64,7 +74,7 @@ class PromptWriter:
 
     def prompt(self, question: Question) -> Ids:
         """Everything before the answer."""
-        if self.keys.prompt == "plain":
+        if self.plain:
             parts = [self.keys.instruction] if self.keys.instruction else []
             parts += [f"{self._asked(Question(shot, _given(shot)))} {self._told(shot)}" for shot in self.shots]
             return self.encoder.text("\n\n".join([*parts, self._asked(question)]))
@@ -86,13 +96,13 @@ class PromptWriter:
             instruction = ASK_FOR_JSON
         asked = self._asked(question).removesuffix("\nAnswer:")
         user = Message("user", f"{instruction}\n\n{asked}" if instruction else asked)
-        thinking = "" if self.keys.thinking is None else THINKING_LINES[self.keys.thinking]
-        system = "\n\n".join(filter(None, [thinking, self.keys.system_prompt]))
+        thinking = "" if self.thinking is None else THINKING_LINES[self.thinking]
+        system = "\n\n".join(filter(None, [thinking, self.system_prompt]))
         return [Message("system", system), user] if system else [user]
 
     @property
     def _prefill(self) -> str:
-        if self.keys.thinking:
+        if self.thinking:
             return THINK_BEGIN
         if self.keys.prefill is not None:
             return self.keys.prefill

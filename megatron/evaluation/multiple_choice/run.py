@@ -40,7 +40,7 @@ def ask_and_write(model: DrivenModel, checkpoint: Path) -> dict[str, Any]:
     items = read_items(keys.items, keys)[: keys.limit]
     before = _verdicts_before(keys, items)
     shots = _shots(keys, items)
-    writer = PromptWriter(keys, PromptEncoder.of(args, chat=keys.prompt == "chat"), shots)
+    writer = PromptWriter(keys, PromptEncoder.of(args, chat=args.chat), shots, args.system_prompt, args.thinking)
     folder = Path(keys.output)
     _make(folder)
     results = ask_all(model, writer, items)
@@ -52,7 +52,10 @@ def ask_and_write(model: DrivenModel, checkpoint: Path) -> dict[str, Any]:
         "checkpoint": str(checkpoint),
         "questions": {"file": keys.items, "sha256": hashlib.sha256(Path(keys.items).read_bytes()).hexdigest()},
         "precision": args.precision,
-        "protocol": keys.model_dump(exclude={"items", "output", "compare_with"}),
+        "protocol": {
+            **keys.model_dump(exclude={"items", "output", "compare_with"}),
+            **{name: getattr(args, name) for name in ("chat", "system_prompt", "thinking", "max_thinking_tokens")},
+        },
         "chat": None if writer.encoder.chat is None else writer.encoder.chat.name,
         "tokenizer": writer.encoder.tokenizer.fingerprint,
         "joined_differently": _joined_differently(writer, results),

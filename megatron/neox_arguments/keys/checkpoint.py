@@ -69,7 +69,7 @@ def start_is_given(args: CheckpointKeys) -> str | None:
     )
 
 
-@registry.rule("eval", "generate", "mcq", "embed")
+@registry.rule("eval", "generate", "mcq")
 def weights_are_given(args: CheckpointKeys) -> str | None:
     return None if args.load else "nothing to evaluate: give load, the folder of a checkpoint"
 

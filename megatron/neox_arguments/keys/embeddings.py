@@ -63,6 +63,16 @@ def chosen_layers(args: AllKeys) -> tuple[int, ...]:
 
 
 @registry.rule("embed")
+def embedded_with_some_weights(args: AllKeys) -> str | None:
+    if args.load or args.from_scratch:
+        return None
+    return (
+        "embed.py needs load, the folder of a checkpoint; or from_scratch: true, for the untrained model that a "
+        "training with these keys and this seed begins with"
+    )
+
+
+@registry.rule("embed")
 def texts_to_embed_are_given(args: EmbeddingKeys) -> str | None:
     return None if args.embed.input else "embed.input is missing: the file of texts (--embed.input FILE)"
 

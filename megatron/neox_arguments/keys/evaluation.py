@@ -25,16 +25,7 @@ class McqKeys(Keys):
         "generate reads the answer from a generated text.",
         ours=True,
     )
-    prompt: Literal["plain", "chat"] = key(
-        "plain", "plain text for base models, or a conversation in the chat template.", ours=True
-    )
     instruction: str | None = key(None, "Text before the question. Default: one that fits the method.", ours=True)
-    system_prompt: str | None = key(None, "System prompt of a conversation.", ours=True)
-    thinking: bool | None = key(  # YAML reads on and off as booleans
-        None,
-        "Begin the system prompt with `detailed thinking on` or `off`; on starts the answer with <think>.",
-        ours=True,
-    )
     prefill: str | None = key(
         None,
         'How the assistant begins its answer. Default: {"ANSWER": " before a letter, <think> if it thinks, else empty.',
@@ -52,7 +43,6 @@ class McqKeys(Keys):
     )
     cyclic_orders: bool = key(False, "Ask every question in all cyclic orders of its options.", ours=True)
     max_answer_tokens: int = key(256, "Longest generated answer.", gt=0, ours=True)
-    max_thinking_tokens: int = key(2048, "Longest reasoning; then </think> is written for the model.", gt=0, ours=True)
     question_field: str = key("question", "Column of the question.", ours=True)
     option_fields: list[str] = key(
         ["A", "B", "C", "D"], "Columns of the options, or one column that holds a list.", min_length=1, ours=True
@@ -109,30 +99,26 @@ def questions_are_given(args: EvaluationKeys) -> str | None:
 
 
 @registry.rule("mcq")
-def conversations_have_a_chat_prompt(args: EvaluationKeys) -> str | None:
-    mcq = args.mcq
-    named = [name for name in ("system_prompt", "thinking", "prefill") if getattr(mcq, name) is not None]
-    if mcq.prompt == "plain" and named:
-        return f"mcq.{named[0]} belongs to a conversation; give mcq.prompt: chat, or leave it out"
-    if mcq.prompt == "chat" and mcq.shots:
-        return "mcq.shots are examples in a plain prompt; give mcq.prompt: plain, or leave them out"
+def conversations_have_no_shots(args: AllKeys) -> str | None:
+    if not args.chat and args.mcq.prefill is not None:
+        return "mcq.prefill begins the answer of a conversation; add chat: true, or leave it out"
+    if args.chat and args.mcq.shots:
+        return "mcq.shots are examples in a plain prompt, not in a conversation; leave out chat, or the shots"
     return None
 
 
 @registry.rule("mcq")
-def thinking_is_generated(args: EvaluationKeys) -> str | None:
-    if not args.mcq.thinking or args.mcq.method == "generate":
+def thinking_is_generated(args: AllKeys) -> str | None:
+    if not args.thinking or args.mcq.method == "generate":
         return None
-    return (
-        f"mcq.thinking: on writes a text before the answer, which mcq.method: {args.mcq.method} does not; use generate"
-    )
+    return f"thinking: on writes a text before the answer, which mcq.method: {args.mcq.method} does not; use generate"
 
 
 @registry.rule("mcq")
-def thinking_prefills_itself(args: EvaluationKeys) -> str | None:
-    if not args.mcq.thinking or args.mcq.prefill is None:
+def thinking_prefills_itself(args: AllKeys) -> str | None:
+    if not args.thinking or args.mcq.prefill is None:
         return None
-    return "mcq.thinking: on begins the answer with <think>; leave mcq.prefill out"
+    return "thinking: on begins the answer with <think>; leave mcq.prefill out"
 
 
 @registry.rule("mcq")

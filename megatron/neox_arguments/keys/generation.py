@@ -28,7 +28,11 @@ class GenerationKeys(Keys):
         8, "Sequences that are continued at once, for each pipeline stage of a replica.", ours=True, gt=0
     )
     prefill_chunk: int = key(512, "Tokens of each prompt that are read at once.", ours=True, gt=0)
-    chat: bool = key(False, "Prompts are what a user says, or whole conversations (docs/generation.md).", ours=True)
+    chat: bool = key(
+        False,
+        "Prompts are what a user says, or whole conversations (docs/generation.md); mcq.py asks in conversations.",
+        ours=True,
+    )
     chat_template: str | None = key(
         None,
         "Chat format: a model folder, a tokenizer_config.json, a Jinja file, or a shipped name such as llama3.1. "
@@ -42,7 +46,9 @@ class GenerationKeys(Keys):
         "`detailed thinking off`; absent: neither.",
         ours=True,
     )
-    max_thinking_tokens: int | None = key(None, "Tokens after which the trace is closed.", ours=True, gt=0)
+    max_thinking_tokens: int | None = key(
+        None, "Tokens after which the trace is closed; mcq.py closes it after 2048 by default.", ours=True, gt=0
+    )
     show_thinking: bool = key(True, "Show the trace, or write it into the output file.", ours=True)
 
 
@@ -78,7 +84,7 @@ def stop_ids_are_in_the_vocabulary(args: AllKeys) -> str | None:
     return f"stop_token_ids {wrong} are not ids of the vocabulary, 0 to {args.vocab_size - 1}" if wrong else None
 
 
-@registry.rule("generate")
+@registry.rule("generate", "mcq")
 def chat_keys_need_chat(args: GenerationKeys) -> str | None:
     names = ("chat_template", "system_prompt", "thinking", "max_thinking_tokens")
     given = [name for name in names if getattr(args, name) is not None]
@@ -87,13 +93,16 @@ def chat_keys_need_chat(args: GenerationKeys) -> str | None:
     return f"{', '.join(given)} without chat: only conversations have them; add chat: true"
 
 
+@registry.rule("generate", "mcq")
+def a_budget_is_of_a_trace(args: GenerationKeys) -> str | None:
+    if args.max_thinking_tokens is None or args.thinking:
+        return None
+    return f"max_thinking_tokens {args.max_thinking_tokens} without thinking: on: there is no trace to limit"
+
+
 @registry.rule("generate")
 def thinking_has_a_budget_within_the_text(args: AllKeys) -> str | None:
-    if args.max_thinking_tokens is None:
-        return None
-    if not args.thinking:
-        return f"max_thinking_tokens {args.max_thinking_tokens} without thinking: on: there is no trace to limit"
-    if args.max_thinking_tokens < args.maximum_tokens:
+    if args.max_thinking_tokens is None or not args.thinking or args.max_thinking_tokens < args.maximum_tokens:
         return None
     return (
         f"max_thinking_tokens {args.max_thinking_tokens} is not below maximum_tokens {args.maximum_tokens}, which "

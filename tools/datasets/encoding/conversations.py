@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron.tokenizer.conversation import ChatError, Conversation, Message
+from megatron.tokenizer.turns import read_turn
 from tools.datasets.encoding.shapes import THINKING, shape_record
-from tools.datasets.encoding.turns import read_turn
 
 _EMPTY_TRACE = re.compile(r"\A\s*<think>\s*</think>\s*")
 _TRACE = re.compile(r"<think>.*\S.*", re.DOTALL)

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron.tokenizer.conversation import ChatError
-from tools.datasets.encoding.turns import REASONING, SWITCHES, looks_like
+from megatron.tokenizer.turns import REASONING, SWITCHES, looks_like
 
 THINKING = {True: "detailed thinking on", False: "detailed thinking off"}  # Llama-Nemotron's system prompts
 _LISTS = ("messages", "conversations", "conversation", "dialogue", "dialog", "turns")

@@ -1,0 +1,80 @@
+"""The baseline: what is linearly there in the inputs themselves, without a network.
+
+Arrays are reduced by PCA, texts by a truncated SVD of their TF-IDF table. Both are fitted to the items of the fit set,
+and how many components a probe reads is chosen by cross-validation, as a layer is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron.evaluation.embeddings.records import read_records
+from tools.probe.errors import ProbeError
+from tools.probe.features import Features, read_features
+
+COMPONENTS = (8, 16, 32, 64, 128, 256)
+
+
+@dataclass(frozen=True)
+class RawInputs:
+    """Inputs by id: texts, or arrays as the one layer of features."""
+
+    path: Path
+    ids: list[str]
+    texts: list[str] | None
+    arrays: Features | None
+
+    def reduced(self, fit: Sequence[str], others: Sequence[str], seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """Components (fit [items, k], others [items, k]), the largest first; k is the most that the fit set allows."""
+        places = {name: row for row, name in enumerate(self.ids)}
+        missing = [name for name in (*fit, *others) if name not in places]
+        if missing:
+            raise ProbeError(f"{self.path} has no input of {len(missing)} items, such as {missing[0]}")
+        rows = [np.array([places[name] for name in part], dtype=np.int64) for part in (fit, others)]
+        if self.texts is not None:
+            return _text_components([[self.texts[row] for row in part] for part in rows], seed)
+        assert self.arrays is not None
+        return _components([self.arrays.layer(self.arrays.layers[0], part) for part in rows], seed)
+
+
+def read_inputs(path: Path, text_field: str = "text", id_field: str = "id") -> RawInputs:
+    """Texts of a .jsonl or .parquet, or an .npy with ids beside it, flattened."""
+    if path.suffix == ".npy":
+        arrays = read_features(path)
+        return RawInputs(path, arrays.ids, None, arrays)
+    ids, texts = [], []
+    for number, (where, record) in enumerate(read_records(path, [text_field, id_field])):
+        try:
+            content: Any = json.loads(record) if isinstance(record, bytes) else record
+            text, name = content[text_field], content.get(id_field, number)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ProbeError(f"{where}: expected a record with {text_field}") from None
+        ids.append(str(name))
+        texts.append(str(text))
+    return RawInputs(path, ids, texts, None)
+
+
+def _components(parts: list[np.ndarray], seed: int) -> tuple[np.ndarray, np.ndarray]:
+    from sklearn.decomposition import PCA
+
+    fit, others = parts
+    most = min(max(COMPONENTS), len(fit) - 1, fit.shape[1])
+    pca = PCA(most, svd_solver="randomized", random_state=seed).fit(fit)
+    return pca.transform(fit), pca.transform(others)
+
+
+def _text_components(parts: list[list[str]], seed: int) -> tuple[np.ndarray, np.ndarray]:
+    from sklearn.decomposition import TruncatedSVD
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    vectorizer = TfidfVectorizer(sublinear_tf=True, max_features=100_000)
+    fit, others = vectorizer.fit_transform(parts[0]), vectorizer.transform(parts[1])
+    most = min(max(COMPONENTS), len(parts[0]) - 1, fit.shape[1] - 1)
+    svd = TruncatedSVD(most, random_state=seed).fit(fit)
+    return svd.transform(fit), svd.transform(others)

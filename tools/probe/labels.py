@@ -1,0 +1,103 @@
+"""Properties of the items: a table by id, from CSV, JSON lines or Parquet."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from tools.probe.errors import ProbeError
+
+Kind = Literal["ridge", "logistic"]
+
+
+@dataclass(frozen=True)
+class Property:
+    """One column: numbers (ridge) or names of classes (logistic) of the items that have one."""
+
+    name: str
+    kind: Kind
+    ids: list[str]
+    values: np.ndarray  # float64, or int64 numbers of `classes`
+    classes: tuple[str, ...] = ()
+
+    def of(self, ids: Sequence[str]) -> tuple[list[str], np.ndarray]:
+        """Those of `ids` that have a value, in their order, and the values."""
+        places = {name: row for row, name in enumerate(self.ids)}
+        known = [name for name in ids if name in places]
+        return known, self.values[[places[name] for name in known]]
+
+
+def read_properties(path: Path, targets: Sequence[str], classes: Sequence[str], id_field: str = "id") -> list[Property]:
+    """The columns `targets` as numbers and `classes` as names; an empty cell, null or NaN is no value.
+
+    Raises ProbeError for columns that are not there, values that are no numbers, and repeated ids.
+    """
+    rows = _rows(path)
+    if not rows:
+        raise ProbeError(f"{path} has no rows")
+    missing = [name for name in (id_field, *targets, *classes) if name not in rows[0]]
+    if missing:
+        raise ProbeError(f"{path}: no column {', '.join(missing)}; it has {', '.join(map(str, rows[0]))}")
+    ids = [str(row.get(id_field)) for row in rows]
+    if len(set(ids)) < len(ids):
+        (name, times), *_ = Counter(ids).most_common(1)
+        raise ProbeError(f"{path}: the id {name} stands in {times} rows; one row an id is expected")
+    numbers = [_numbers(path, name, ids, [row.get(name) for row in rows]) for name in targets]
+    names = [_classes(path, name, ids, [row.get(name) for row in rows]) for name in classes]
+    return [*numbers, *names]
+
+
+def _numbers(path: Path, name: str, ids: list[str], cells: Iterable[Any]) -> Property:
+    known: list[tuple[str, float]] = []
+    for one, cell in zip(ids, cells, strict=True):
+        if cell is None or cell == "":
+            continue
+        try:
+            value = float(cell)
+        except (TypeError, ValueError):
+            raise ProbeError(
+                f"{path}: {name} of {one} is {cell!r}, expected a number; give names of classes as --classes {name}"
+            ) from None
+        if math.isfinite(value):
+            known.append((one, value))
+    values = np.array([value for _, value in known])
+    if len(known) < 2 or values.std() == 0:
+        raise ProbeError(f"{path}: {name} has {len(known)} numbers, all the same; there is nothing to predict")
+    return Property(name, "ridge", [one for one, _ in known], values)
+
+
+def _classes(path: Path, name: str, ids: list[str], cells: Iterable[Any]) -> Property:
+    known = [(one, str(cell)) for one, cell in zip(ids, cells, strict=True) if cell is not None and cell != ""]
+    classes = tuple(sorted({cell for _, cell in known}))
+    if len(classes) < 2:
+        raise ProbeError(f"{path}: {name} has the classes {classes}; there is nothing to predict")
+    number = {one: index for index, one in enumerate(classes)}
+    values = np.array([number[cell] for _, cell in known], dtype=np.int64)
+    return Property(name, "logistic", [one for one, _ in known], values, classes)
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    try:
+        if path.suffix == ".csv":
+            with path.open(newline="", encoding="utf-8-sig") as file:
+                return [dict(row) for row in csv.DictReader(file, strict=True)]
+        if path.suffix == ".jsonl":
+            with path.open(encoding="utf-8") as file:
+                return [json.loads(line) for line in file if line.strip()]
+        if path.suffix == ".parquet":
+            import pyarrow.parquet as parquet
+
+            return parquet.read_table(path).to_pylist()
+    except OSError as error:
+        raise ProbeError(f"{path}: {error.strerror or error}") from None
+    except (csv.Error, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError
+        raise ProbeError(f"{path} cannot be read: {error}") from None
+    raise ProbeError(f"{path}: expected a table that ends in .csv, .jsonl or .parquet")

@@ -1,0 +1,89 @@
+"""Linear probes of one property by scikit-learn: cross-validated scores, and predictions for other items.
+
+Numbers by ridge regression, scored by R2; classes by logistic regression, scored by accuracy. Features are standardised
+by what is fitted. The strength of the penalty is chosen by cross-validation too, never on test items.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+
+from tools.probe.labels import Kind
+
+FOLDS = 5
+ALPHAS = np.logspace(-2, 6, 17)  # of ridge, for standardised features
+PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)  # C of logistic regression
+_SMALLEST = 1e-12  # of a deviation: below it a feature is constant
+
+
+def score(kind: Kind, truth: np.ndarray, predicted: np.ndarray) -> float:
+    """R2 of numbers, the share of right classes."""
+    if kind == "logistic":
+        return float((truth == predicted).mean())
+    return float(1 - ((truth - predicted) ** 2).sum() / ((truth - truth.mean()) ** 2).sum())
+
+
+def cross_validate(kind: Kind, x: np.ndarray, y: np.ndarray, seed: int) -> tuple[float, float]:
+    """(score of predictions that were each made without the item, penalty) for features [items, width].
+
+    The penalty is the best one of classes, and chosen anew in every fold for numbers, whose own is not needed later.
+    """
+    if kind == "ridge":
+        predicted = np.empty(len(y))
+        for fit, rest in _folds(kind, y, seed):
+            predicted[rest] = predict(kind, x[fit], y[fit], x[rest])
+        return score(kind, y, predicted), float("nan")
+    folds = _folds(kind, y, seed)
+    scores = []
+    for penalty in PENALTIES:
+        classes = np.empty(len(y), dtype=y.dtype)
+        for fit, rest in folds:
+            classes[rest] = predict(kind, x[fit], y[fit], x[rest], penalty)
+        scores.append(score(kind, y, classes))
+    best = int(np.argmax(scores))
+    return scores[best], PENALTIES[best]
+
+
+def predict(kind: Kind, x: np.ndarray, y: np.ndarray, unseen: np.ndarray, penalty: float = 1.0) -> np.ndarray:
+    """Predictions for `unseen` [items, width] of a probe fitted to x and y; ridge chooses its penalty by itself."""
+    mean, deviation = x.mean(0), x.std(0)
+    scale = np.where(deviation > _SMALLEST, deviation, 1)
+    model = _model(kind, penalty)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a badly conditioned fold, a class that is rare: the score says it
+        model.fit((x - mean) / scale, y)
+    predicted: np.ndarray = model.predict((unseen - mean) / scale)
+    return predicted
+
+
+def _model(kind: Kind, penalty: float) -> Any:
+    from sklearn.linear_model import LogisticRegression, RidgeCV
+
+    return RidgeCV(ALPHAS) if kind == "ridge" else LogisticRegression(C=penalty, tol=1e-3, max_iter=300)
+
+
+def _folds(kind: Kind, y: np.ndarray, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    from sklearn.model_selection import KFold, StratifiedKFold
+
+    if kind == "ridge":
+        return list(KFold(min(FOLDS, len(y)), shuffle=True, random_state=seed).split(y))
+    rarest = int(np.bincount(y)[np.bincount(y) > 0].min())
+    if rarest < 2:  # some fold will be without a class
+        return list(KFold(FOLDS, shuffle=True, random_state=seed).split(y))
+    return list(StratifiedKFold(min(FOLDS, rarest), shuffle=True, random_state=seed).split(y, y))
+
+
+def bootstrap_scores(kind: Kind, truth: np.ndarray, predictions: list[np.ndarray], seed: int, draws: int) -> np.ndarray:
+    """Scores [draws, predictions] on resampled test items, the same items for all predictions of a draw."""
+    rng = np.random.default_rng(seed)
+    scores = np.empty((draws, len(predictions)))
+    for draw in range(draws):
+        items = rng.integers(len(truth), size=len(truth))
+        if kind == "ridge" and np.ptp(truth[items]) == 0:  # R2 of one repeated number is not defined
+            items = np.arange(len(truth))
+        for column, predicted in enumerate(predictions):
+            scores[draw, column] = score(kind, truth[items], predicted[items])
+    return scores
