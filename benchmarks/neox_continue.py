@@ -4,8 +4,9 @@
 
 DIR is a checkout of EleutherAI/gpt-neox, PYTHON an interpreter that can import it (see neox_compat.py). GPT-NeoX trains
 a tiny Llama on the CPU (gloo; `neox_upstream_train.py` stands in for CUDA) and saves at every step. Then this program
-goes on from its step 4, at the same layout and at another, and the losses of the steps after it are compared. The exit
-code is 1 if an fp32 loss differs by more than 1e-5. `--record FOLDER` writes the checkpoint and the losses that
+goes on from its step 4, at the same layout and at another, and the losses of the steps after it are compared. Besides,
+both train eight steps from one conversion of a Hugging Face model. The exit code is 1 if an fp32 loss differs by more
+than 1e-5. `--record FOLDER` writes the checkpoint and the losses that
 `tests/checkpoint/test_gpt_neox_run.py` goes on from, and ends.
 """
 
@@ -98,10 +99,11 @@ def train_theirs(
     precision: str,
     layout: tuple[int, int, int],
     sizes: Mapping[str, int] = MEDIUM,
+    **start: Any,
 ) -> list[float]:
     """Train with GPT-NeoX into `folder`/theirs; its losses as its log shows them, six decimals."""
     tp, pp, dp = layout
-    keys = common_keys(folder, precision, tp, pp, sizes)
+    keys = common_keys(folder, precision, tp, pp, sizes) | start
     keys |= {"save": str(folder / "theirs"), "gradient_accumulation_steps": MICRO_BATCHES, "steps_per_print": 1}
     keys |= {
         "global_num_gpus": tp * pp * dp,
@@ -175,6 +177,36 @@ def our_keys(
     }
 
 
+def from_conversion(folder: Path, options: argparse.Namespace) -> float:
+    """The largest difference between the losses of both programs, from the layer files that our converter writes."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    width = MEDIUM["intermediate_size"] // 3  # GPT-NeoX's rule
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=MEDIUM["hidden_size"],
+            intermediate_size=width,
+            num_hidden_layers=MEDIUM["num_layers"],
+            num_attention_heads=MEDIUM["num_attention_heads"],
+            num_key_value_heads=MEDIUM["num_kv_heads"],
+            max_position_embeddings=16,
+            rms_norm_eps=1e-5,
+        )
+    )
+    model.save_pretrained(folder / "hf")
+    root, layout = Path(__file__).resolve().parents[1], (1, 2, 1)
+    converted = ["--input", str(folder / "hf"), "--output", str(folder / "converted"), "--tp", "1", "--quiet"]
+    converted += ["--vocab-divisible-by", "16"]  # GPT-NeoX compares it
+    subprocess.run([sys.executable, "tools/convert_hf", "to-neox", *converted], cwd=root, check=True)
+    start = {"load": str(folder / "converted"), "finetune": True}
+    expected = train_theirs(folder, options, "fp32", layout, **start)
+    keys = our_keys(folder, folder / "ours", "fp32", layout, layout[2])
+    del keys["iteration"]
+    keys |= start | {"allow_high_initial_loss": True}  # random weights know nothing
+    return max(abs(a - b) for a, b in zip(go_on(keys, layout), expected, strict=True))
+
+
 def record(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -210,6 +242,11 @@ def main() -> int:
                 wrong += precision == "fp32" and max(differences) > 1e-5
                 shown = ", ".join(f"{difference:.1e}" for difference in differences)
                 print(f"{precision}: TP, PP, DP {theirs} -> {layout}: next losses differ by {shown}", flush=True)
+    with tempfile.TemporaryDirectory() as name:
+        make_inputs(Path(name))
+        difference = from_conversion(Path(name), options)
+        wrong += difference > 1e-5
+        print(f"fp32, from one conversion: {STEPS} losses differ by at most {difference:.1e}")
     return int(wrong > 0)
 
 
