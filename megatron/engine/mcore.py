@@ -213,17 +213,21 @@ class MegatronEngine:
 
     @torch.inference_mode()
     def forward_cached(self, inputs: Tensor, tokens: CachedTokens) -> Tensor:
-        if self.stage.virtual > 1:
-            raise RuntimeError("cached tokens go through a pipeline with one run of layers a rank: `for_inference`")
-        first = self.stage_layers(self.place.pp_rank).start
+        first, layers = self._only_run()
         with self._around("forward"):
-            return run_cached(self.stage.chunks[0].callables(), first, self.args.num_layers, inputs, tokens)
+            return run_cached(layers, first, self.args.num_layers, inputs, tokens)
 
     @torch.inference_mode()
     def forward_pooled(self, inputs: Tensor, work: PooledTokens) -> tuple[Tensor, dict[int, Tensor]]:
-        first = self.stage_layers(self.place.pp_rank).start
+        first, layers = self._only_run()
         with self._around("forward"):
-            return run_pooled(self.stage.chunks[0].callables(), first, self.args.num_layers, inputs, work)
+            return run_pooled(layers, first, self.args.num_layers, inputs, work)
+
+    def _only_run(self) -> tuple[int, list[Any]]:
+        """Number of the first layer, and all layers, for a forward pass that the caller moves from rank to rank."""
+        if self.stage.virtual > 1:
+            raise RuntimeError("this forward pass needs one run of layers a rank: an engine built `for_inference`")
+        return self.stage_layers(self.place.pp_rank).start, self.stage.chunks[0].callables()
 
     def _trained(self) -> GuardedOptimizer:
         if self._optimizer is None:

@@ -8,6 +8,7 @@ from itertools import product
 import pytest
 
 from benchmarks.engine_order import DeadlockError, Event, play, record
+from megatron.planner.cost.interleaved import ChunkPass, pass_order, simulate
 
 pytestmark = pytest.mark.unit
 
@@ -31,11 +32,14 @@ def test_every_step_comes_to_its_end(p: int, v: int, m: int) -> None:
         assert done == Counter(
             (kind, chunk, number) for kind in ("forward", "backward") for chunk in range(v) for number in range(m)
         )
+    executed = [[ChunkPass(*event[:3]) for event in order if event.what in ("forward", "backward")] for order in orders]
+    assert executed == [pass_order(p, v, m, rank) for rank in range(p)], "what the planner knows of it"
     for message in (0.0, 0.01, 1.0):
         play(orders, 1.0, 2.0, message)
     found = play(orders, 1.0, 2.0)
     assert found.busy == (3.0 * v * m,) * p
     assert found.seconds == pytest.approx(3.0 * (v * m + p - 1))
+    assert found.idle == pytest.approx(simulate(p, v, m, [1.0] * p * v, [2.0] * p * v).idle)
 
 
 def test_ends_that_wait_for_each_other_are_found() -> None:
