@@ -1,8 +1,7 @@
 #!/usr/bin/env python
 """Vectors of texts from a checkpoint: python deepy.py embed.py model.yml run.yml --load DIR --embed.input FILE"""
 
-from megatron.evaluation.embeddings.run import embed_texts
-from megatron.launcher.rank_main import run
+from megatron.launcher.programs.embed import main
 
 if __name__ == "__main__":
-    run(embed_texts, task="embed")
+    main()

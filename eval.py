@@ -1,12 +1,7 @@
 #!/usr/bin/env python
 """Validation loss and perplexity of a checkpoint: python deepy.py eval.py model.yml run.yml --load DIR"""
 
-import signal
-
-signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # Slurm's warning waits until somebody listens
-
-from megatron.evaluation.checkpoint import evaluate_checkpoint  # noqa: E402
-from megatron.launcher.rank_main import run  # noqa: E402
+from megatron.launcher.programs.eval import main
 
 if __name__ == "__main__":
-    run(evaluate_checkpoint, task="eval")
+    main()

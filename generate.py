@@ -1,12 +1,7 @@
 #!/usr/bin/env python
 """Text from a checkpoint: python deepy.py generate.py model.yml run.yml --load DIR -i prompts.txt -o out.jsonl"""
 
-import signal
-
-signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # Slurm's warning waits until somebody listens
-
-from megatron.generation.prompts import generate_text  # noqa: E402
-from megatron.launcher.rank_main import run  # noqa: E402
+from megatron.launcher.programs.generate import main
 
 if __name__ == "__main__":
-    run(generate_text, task="generate")
+    main()

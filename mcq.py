@@ -1,8 +1,7 @@
 #!/usr/bin/env python
 """A multiple-choice test of a checkpoint: python deepy.py mcq.py model.yml run.yml --load DIR --mcq.items FILE"""
 
-from megatron.evaluation.multiple_choice.run import answer_questions
-from megatron.launcher.rank_main import run
+from megatron.launcher.programs.mcq import main
 
 if __name__ == "__main__":
-    run(answer_questions, task="mcq")
+    main()

@@ -1,12 +1,7 @@
 #!/usr/bin/env python
 """Train on the ranks that `python deepy.py train.py a.yml b.yml` (or torchrun, or srun) starts."""
 
-import signal
-
-signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # Slurm's warning waits until somebody listens
-
-from megatron.launcher.rank_main import run  # noqa: E402
-from megatron.trainer.run import train  # noqa: E402
+from megatron.launcher.programs.train import main
 
 if __name__ == "__main__":
-    run(train)
+    main()

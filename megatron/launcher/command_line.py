@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 USAGE = """\
 usage: python deepy.py SCRIPT CONFIG [CONFIG ...] [-d FOLDER] [--KEY VALUE ...] [--print-config] [--dry-run] [--help]
 
-Checks the configuration, then starts SCRIPT (train.py, eval.py, generate.py, mcq.py or embed.py) on all ranks: those
-of this machine or, in a Slurm allocation, all ranks of the job by one srun. If it was started as a rank itself (srun
-python deepy.py ...), it runs SCRIPT.
+Checks the configuration, then starts SCRIPT (train, eval, generate, mcq or embed, with or without .py) on all ranks:
+those of this machine or, in a Slurm allocation, all ranks of the job by one srun. If it was started as a rank itself
+(srun python deepy.py ...), it runs SCRIPT.
 
   CONFIG            YAML files, merged; `.yml` may be omitted; a key must not be in two files
   -d, --conf_dir    folder that is prepended to every CONFIG
@@ -98,15 +98,21 @@ def parse_command_line(arguments: list[str]) -> Invocation:
         raise ConfigError(f"a script and at least one configuration file are needed\n{USAGE}")
     script = Path(positional[0])
     if not script.is_file():
-        raise ConfigError(
-            f"{script}: no such script; train.py, eval.py, generate.py, mcq.py and embed.py are in the project's folder"
-        )
+        script = _program(positional[0])
     configs = [resolve_path(name, folder) for name in positional[1:]]
     overrides = parse_overrides(options)
     invocation = Invocation(script, configs, overrides, options, print_config, plan, paths_on_nodes)
     if plan is not None and invocation.task != "train":
         raise ConfigError(f"--dry-run plans a training, not {script.name}; give train.py")
     return invocation
+
+
+def _program(name: str) -> Path:
+    """The file of a program of this project by its name, with or without `.py`; ConfigError if there is none."""
+    program = Path(__file__).parent / "programs" / f"{name.removesuffix('.py')}.py"
+    if Path(name).name != name or name.startswith("_") or not program.is_file():
+        raise ConfigError(f"{name}: no such script; the programs are train, eval, generate, mcq and embed")
+    return program
 
 
 def _options_last(words: list[str]) -> list[str]:

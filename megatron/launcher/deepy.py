@@ -1,0 +1,12 @@
+"""The command `deepy`, and deepy.py: start a program of this project on all its ranks."""
+
+import signal
+import sys
+
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # Slurm's warning waits until somebody listens
+
+from megatron.launcher.command_line import main as run_command  # noqa: E402
+
+
+def main() -> None:
+    sys.exit(run_command(sys.argv[1:]))

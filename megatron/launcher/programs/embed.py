@@ -1,0 +1,16 @@
+"""Vectors of texts from a checkpoint: python deepy.py embed.py model.yml run.yml --load DIR --embed.input FILE"""
+
+import signal
+
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # Slurm's warning waits until somebody listens
+
+from megatron.evaluation.embeddings.run import embed_texts  # noqa: E402
+from megatron.launcher.rank_main import run  # noqa: E402
+
+
+def main() -> None:
+    run(embed_texts, task="embed")
+
+
+if __name__ == "__main__":
+    main()

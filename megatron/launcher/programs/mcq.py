@@ -1,0 +1,16 @@
+"""A multiple-choice test of a checkpoint: python deepy.py mcq.py model.yml run.yml --load DIR --mcq.items FILE"""
+
+import signal
+
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # Slurm's warning waits until somebody listens
+
+from megatron.evaluation.multiple_choice.run import answer_questions  # noqa: E402
+from megatron.launcher.rank_main import run  # noqa: E402
+
+
+def main() -> None:
+    run(answer_questions, task="mcq")
+
+
+if __name__ == "__main__":
+    main()
