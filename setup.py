@@ -76,7 +76,6 @@ setup(
     ),
     package_data={"megatron.tokenizer": ["chat_templates/*.jinja"]},
     install_requires=requirements("requirements.txt"),
-    entry_points={"console_scripts": ["deepy = megatron.launcher.deepy:main"]},
     cmdclass={"build_ext": BuildKernels},
     ext_modules=[Extension("megatron.ops.libneox_kernels", [])] if kernel_builder().default_target() else [],
     extras_require={
