@@ -44,6 +44,16 @@ def keep_global_batch(args: NeoXArgs, start: Start) -> NeoXArgs:
             f"{', '.join(map(str, fitting[-6:]))}, or change train_micro_batch_size_per_gpu; to go on with another "
             "batch, set train_batch_size"
         )
+    stages, virtual = args.pipe_parallel_size, args.virtual_pipe_parallel_size
+    if virtual > 1 and steps % stages:
+        fitting = [n for n in range(1, 2 * replicas + 1) if saved % (micro * n * stages) == 0]
+        raise ConfigError(
+            f"{start.checkpoint.folder} was saved with a global batch of {saved} sequences, which makes accumulation "
+            f"{steps} of micro-batch {micro} x data_parallel_size {replicas}; with virtual_pipe_parallel_size "
+            f"{virtual} it must be a multiple of pipe_parallel_size {stages}. Change the number of ranks so that "
+            f"data_parallel_size is one of {', '.join(map(str, fitting[-6:])) or 'others'}, change "
+            f"train_micro_batch_size_per_gpu, or leave virtual_pipe_parallel_size out"
+        )
     logger.info(
         f"global batch {saved} as before: micro-batch {micro} x accumulation {steps} x data parallel {replicas} (the "
         f"configuration's accumulation {args.gradient_accumulation_steps} would make it {args.train_batch_size})"

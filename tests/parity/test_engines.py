@@ -64,15 +64,14 @@ SLOW: list[Any] = [
     pytest.param((EIGHT,), (1, 2, 2), False, virtual(4, **ONE_SAMPLE), id="pp2v4dp2"),
     pytest.param((UNEVEN,), (1, 4, 2), False, (*MEGATRON, *ONE_SAMPLE.items()), id="pp4dp2-uneven"),
     pytest.param((Variant(replace(UNTIED, layers=7), documents=True),), (1, 3, 1), False, MEGATRON, id="pp3"),
-    pytest.param((SIXTEEN,), (1, 8, 1), False, virtual(2, **ONE_SAMPLE), id="pp8v2"),
 ]
 
 
 def assert_equals_one_process(variants: tuple[Variant, ...], split: Split, sliced: bool, keys: Keys) -> None:
-    """Within a few roundings of fp32: a loss of 5 has steps of 1e-7."""
-    for variant, found, one in zip(
-        variants, trained(variants, split, sliced, keys), trained(variants, ONE), strict=True
-    ):
+    """Within a few roundings of fp32 (a loss of 5 has steps of 1e-7) of one process with the same micro-batches."""
+    micro_batch = tuple(key for key in keys if key[0] == "train_micro_batch_size_per_gpu")
+    reference = trained(variants, ONE, False, micro_batch)
+    for variant, found, one in zip(variants, trained(variants, split, sliced, keys), reference, strict=True):
         loss, norm, parameters = differences(found, one)
         print(f"{variant}, {split}, {dict(keys)}: loss {loss:.1e}, norm {norm:.1e}, parameters {parameters:.1e}")
         assert loss <= 2e-7, variant
@@ -92,6 +91,22 @@ def test_every_layout_trains_the_same_model(
     variants: tuple[Variant, ...], split: Split, sliced: bool, keys: Keys
 ) -> None:
     assert_equals_one_process(variants, split, sliced, keys)
+
+
+@pytest.mark.slow
+def test_eight_stages_of_two_runs_train_the_same_model() -> None:
+    """DeepSpeed's norm of 16 layers, one flat fp32 sum, is 3e-7 off by itself: ours is compared with this engine's on
+    one rank, and that with DeepSpeed's in everything else."""
+    same = tuple(ONE_SAMPLE.items())
+    (theirs,) = trained((SIXTEEN,), ONE, False, same)
+    (one,) = trained((SIXTEEN,), ONE, False, (*MEGATRON, *same))
+    (eight,) = trained((SIXTEEN,), (1, 8, 1), False, virtual(2, **ONE_SAMPLE))
+    print("one rank against DeepSpeed:", differences(one, theirs), "eight against one:", differences(eight, one))
+    for found, expected, norms in ((one, theirs, 5e-7), (eight, one, 2e-7)):
+        loss, norm, parameters = differences(found, expected)
+        assert loss <= 2e-7
+        assert norm <= norms
+        assert parameters <= 1e-6
 
 
 @pytest.mark.slow

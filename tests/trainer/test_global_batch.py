@@ -62,6 +62,26 @@ def test_runs_that_do_not_continue_have_their_own() -> None:
     assert keep_global_batch(arguments(3), saved("weights")).train_batch_size == 36
 
 
+def test_a_batch_that_does_not_fill_virtual_stages_says_what_to_change() -> None:
+    """48 sequences over three replicas are eight micro-batches of two each, over eight three."""
+    interleaved = {
+        "engine": "megatron",
+        "num_layers": 4,
+        "pipe_parallel_size": 2,
+        "virtual_pipe_parallel_size": 2,
+    }
+
+    def at(replicas: int, **keys: Any) -> NeoXArgs:
+        return Case().neox(world_size=2 * replicas, **(SAVED | interleaved | keys))
+
+    assert keep_global_batch(at(3), saved()).gradient_accumulation_steps == 8
+    with pytest.raises(ConfigError, match="accumulation 3 of micro-batch 2 x data_parallel_size 8; with virtual") as e:
+        keep_global_batch(at(8), saved())
+    assert "data_parallel_size is one of 1, 2, 3, 4, 6, 12, change" in str(e.value)
+    for change in ({"train_micro_batch_size_per_gpu": 1}, {"virtual_pipe_parallel_size": 1}):
+        assert keep_global_batch(at(8, **change), saved()).train_batch_size == 48
+
+
 def test_a_batch_that_cannot_be_split_says_what_to_change() -> None:
     with pytest.raises(
         ConfigError, match="global batch of 48 sequences, which is not a multiple of micro-batch 2 x"
