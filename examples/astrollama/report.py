@@ -47,9 +47,7 @@ def write_report(out: Path) -> str:
         for source in SOURCES
     }
     rows["multiple choice, right answers"] = {name: _accuracy(out / f"mcq_{name}") for name in MODELS}
-    retrieval = out / "retrieval.json"
-    if retrieval.is_file():
-        rows |= _retrieval(json.loads(retrieval.read_text()))
+    rows |= _retrieval(json.loads((out / "retrieval.json").read_text()))
     p = {name: bootstrap(losses["base"]["domain"], losses[name]["domain"]) for name in MODELS[1:]}
     general = rows["general text, loss of a token"]
     forgotten = {name: general[name] / general["base"] for name in MODELS[1:]}
@@ -79,11 +77,12 @@ def _accuracy(folder: Path) -> float:
 
 
 def _retrieval(found: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """Recall@1 of the halves of a document after the mean of all vectors has been taken off, of the last layer."""
-    rows: dict[str, dict[str, float]] = {}
-    for record in found["results"]:
-        rows.setdefault("halves of a document that find each other", {})[record["model"]] = record["centred"]["recall"]
-    return rows
+    """Of the last layer's vectors, after their mean has been taken off."""
+    views = {name: next(iter(found["models"][name]["layers"].values()))["centred"] for name in MODELS}
+    return {
+        "halves of a document, recall@1": {name: view["recall_at_1"] for name, view in views.items()},
+        "halves of a document, AUC": {name: view["auc"] for name, view in views.items()},
+    }
 
 
 def _bytes(folder: Path) -> int:

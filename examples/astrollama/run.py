@@ -90,7 +90,10 @@ class Run(Steps):
 
     def evaluate(self) -> None:
         out = self.out
-        self.title("each document's loss, and the questions: before and after")
+        self.title(
+            "each document's loss, the questions, and halves of documents that find each other: before and after"
+        )
+        self.python("-m", "tools.probe", "halves", out / "domain.jsonl", out / "halves.jsonl", "--min-words", 4)
         for name in MODELS:
             words = self.weights(name)
             (ROOT / out / f"eval_{name}").mkdir()

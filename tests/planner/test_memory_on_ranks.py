@@ -61,6 +61,7 @@ CASES = [
     replace(VIRTUAL, pipe=4, layers=8, documents=True, tied=True),
     replace(VIRTUAL, layers=8, micro_batch=2, recompute=True, recompute_layers=3),
     ADAPTED,
+    replace(ADAPTED, engine="megatron"),
     small(lora=16),
     small(lora=16, recompute=False, precision="fp32"),
     small(lora=4, pipe=2, data=2, tied=True, precision="fp32"),
