@@ -90,9 +90,7 @@ class Run(Steps):
 
     def evaluate(self) -> None:
         out = self.out
-        self.title(
-            "each document's loss, the questions, and halves of documents that find each other: before and after"
-        )
+        self.title("each document's loss, the questions, and halves of documents: before and after")
         self.python("-m", "tools.probe", "halves", out / "domain.jsonl", out / "halves.jsonl", "--min-words", 4)
         for name in MODELS:
             words = self.weights(name)
@@ -100,15 +98,13 @@ class Run(Steps):
             documents = f"[{out}/domain.jsonl, {out}/general.jsonl]"
             prefix = ("--eval_results_prefix", f"{out}/eval_{name}/")
             self.deepy("eval.py", name, *words, "--eval_documents", documents, *prefix)
-            items = (
-                "--mcq.items",
-                out / "questions.jsonl",
-                "--mcq.output",
-                out / f"mcq_{name}",
-                "--mcq.method",
-                "text",
-            )
-            self.deepy("mcq.py", name, *words, *items)
+            items = ("--mcq.items", out / "questions.jsonl", "--mcq.method", "text")
+            self.deepy("mcq.py", name, *words, *items, "--mcq.output", out / f"mcq_{name}")
+            embed = ("--embed.input", out / "halves.jsonl", "--embed.output", out / f"vectors/{name}.npy")
+            self.deepy("embed.py", name, *words, *embed, "--embed.cut_long_texts", "true")
+        vectors = [f"{name}={out}/vectors/{name}.npy" for name in MODELS]
+        picture = ("--output", out / "retrieval.json", "--picture", out / "retrieval.png")
+        self.python("-m", "tools.probe", "retrieval", *vectors, *picture)
 
     def merge(self) -> None:
         out = self.out
