@@ -95,8 +95,8 @@ def test_a_run_goes_on_bit_equal_and_at_other_layouts(
         assert one[0][STOP:] == other[0]
         assert all(torch.equal(tensor, other[1][key]) for key, tensor in one[1].items())
     tolerance = 1e-6 if precision == "fp32" else 2e-3
-    for there in others:
-        found = run_ranks(_resumed, ranks_of(there), case, there, base, save, keys)
+    for there, engine in [*((other, "deepspeed") for other in others), (layout, "megatron")]:
+        found = run_ranks(_resumed, ranks_of(there), case, there, base, save, keys | {"engine": engine})
         assert torch.tensor(found[0][0]) == pytest.approx(torch.tensor(through[0][0][STOP:]), rel=tolerance)
 
 
