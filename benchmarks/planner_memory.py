@@ -68,6 +68,7 @@ class Case:
     engine: str = "deepspeed"
     virtual: int = 1
     selective: bool = False  # recomputation of all but matrix products
+    lora: int | None = None  # rank of an adapter of all projections; the rest is frozen
 
     @property
     def world_size(self) -> int:
@@ -76,6 +77,7 @@ class Case:
     @property
     def model(self) -> str:
         flags = (("tied", self.tied), ("documents", self.documents), (f"bucket {self.bucket or 0:,}", self.bucket))
+        flags += ((f"LoRA {self.lora}", self.lora),)
         extra = [word for word, is_so in flags if is_so]
         return " ".join([f"{self.layers} x {self.hidden}, V {self.vocab:,}, s {self.seq:,}", *extra])
 
@@ -127,7 +129,8 @@ class Case:
                 "train_iters": STEPS,
                 "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "betas": [0.9, 0.95], "eps": 1e-8}},
                 "distributed_backend": "gloo" if device == "cpu" else "nccl",
-                "from_scratch": True,
+                **({} if self.lora is None else {"lora": {"rank": self.lora, "alpha": self.lora}}),
+                **({"from_scratch": True} if self.lora is None else {"load": "unused"}),
                 "train_data_paths": ["unused"],
             },
             world_size=self.world_size,
@@ -172,6 +175,9 @@ CPU_CASES = (
     Case(pipe=2, virtual=2, recompute=False, selective=True, engine="megatron"),
     Case(tensor=2, pipe=2, virtual=2, data=2, seq=512, recompute=False, sequence_parallel=True, engine="megatron"),
     Case(pipe=4, virtual=2, layers=8, tied=True, documents=True, recompute=False, engine="megatron"),
+    Case(lora=16, recompute=False),
+    Case(lora=16, pipe=2, micro_batch=2),
+    Case(lora=16, tensor=2, pipe=2, data=2, seq=512, sequence_parallel=True),
 )
 _LLAMA = {"kv_heads": 8, "num_micro_batches": 2}
 GPU_CASES = (
@@ -236,7 +242,7 @@ def predict(case: Case, device: str, ops: Ops) -> list[StageMemory]:
     args = case.args(device)
     zero = args.zero_optimization
     return plan_memory(
-        args.shape,
+        args.whole_shape,
         ParallelLayout.of(args),
         args.seq_length,
         args.precision,

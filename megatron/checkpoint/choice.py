@@ -38,6 +38,8 @@ class StartChoice:
 
 def choose_start(args: NeoXArgs, env: Mapping[str, str] = os.environ) -> StartChoice | None:
     """None for a run from scratch. CheckpointError if `iteration` names a step that is nowhere."""
+    if args.lora is not None:
+        return _beside_a_base(args, env)
     restored: Restored = "weights" if args.finetune else "weights and position" if args.no_load_optim else "everything"
     load = None if args.load is None else Path(args.load)
     save = Path(args.save) if args.save and _holds_checkpoints(Path(args.save)) else None
@@ -67,6 +69,21 @@ def choose_start(args: NeoXArgs, env: Mapping[str, str] = os.environ) -> StartCh
     )
 
 
+def _beside_a_base(args: NeoXArgs, env: Mapping[str, str]) -> StartChoice | None:
+    """With `lora`: `load` is the base, of which weights alone are taken, and `save` has the run's own checkpoints."""
+    assert args.load is not None  # the rule start_is_given
+    load, save = Path(args.load), None if args.save is None else Path(args.save)
+    if save is None or not _holds_checkpoints(save):
+        return StartChoice(load, args.iteration, "weights")
+    restored: Restored = "weights and position" if args.no_load_optim else "everything"
+    wanted = args.iteration
+    if wanted is None or _requeued(save, env) or wanted in complete_steps(load):
+        note = f"{save} holds checkpoints of this run: its adapter continues from the last one, beside {load}"
+        return StartChoice(save, None, restored, True, (note,))
+    note = f"the run goes back to iteration {wanted} of its own checkpoints in {save}, as `iteration` says"
+    return StartChoice(save, wanted, restored, True, (note,))
+
+
 def _from_own_load(args: NeoXArgs, save: Path, restored: Restored, env: Mapping[str, str]) -> StartChoice:
     """`load` names the save folder itself."""
     if _requeued(save, env):
@@ -83,6 +100,8 @@ def _from_own_load(args: NeoXArgs, save: Path, restored: Restored, env: Mapping[
 
 def own_options(args: NeoXArgs) -> str:
     """Options under which a run takes its own checkpoints as it is told, whatever its YAML says for a first start."""
+    if args.lora is not None:  # `load` is the base
+        return f"--save {args.save}"
     undone = ["--from_scratch false"] * args.from_scratch + ["--finetune false"] * args.finetune
     return " ".join([f"--load {args.save}", *undone])
 

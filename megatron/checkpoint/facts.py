@@ -13,12 +13,14 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron.common.errors import CheckpointError
 
 if TYPE_CHECKING:
+    from megatron.checkpoint.state import Base
     from megatron.neox_arguments import NeoXArgs
 
 _SIZES = (
@@ -80,6 +82,46 @@ def facts_of(args: NeoXArgs) -> dict[str, dict[str, Any]]:
     run = _flat({name: dumped[name] for name in RUN_KEYS})
     run[TOKENIZER] = _file_mark(args.vocab_file)
     return {"model": model, "run": run}
+
+
+def adapter_facts(args: NeoXArgs, base: Base | None) -> dict[str, Any]:
+    """What the manifest of an adapter's checkpoint says besides: the adapter, and the base that it belongs to."""
+    if args.lora is None or base is None:
+        return {}
+    return {"base": asdict(base), "lora": _lora(args)}
+
+
+def _lora(args: NeoXArgs) -> dict[str, Any]:
+    assert args.lora is not None
+    lora = args.lora
+    return {"rank": lora.rank, "alpha": lora.alpha, "targets": [*lora.projections], "rslora": lora.rslora}
+
+
+def check_kind(folder: Path, provenance: Mapping[str, Any], args: NeoXArgs, *, is_base: bool) -> None:
+    """Raise CheckpointError if a checkpoint holds an adapter where a model is wanted, or the other way round.
+
+    With `lora` the base is a model, and a run's own checkpoints hold the adapter that the configuration describes.
+    """
+    base = provenance.get("base")
+    if args.lora is None or is_base:
+        if base is None:
+            return
+        raise CheckpointError(
+            f"{folder} holds an adapter and no model: give its base, load: {Path(base['folder']).parent}, and lora: "
+            f"{{load: {folder}}}, or merge the two with `python tools/convert_hf to-hf --adapter {folder}`"
+        )
+    if base is None:
+        raise CheckpointError(
+            f"{folder} holds a whole model: its run trains all weights. With lora, save gets checkpoints of the "
+            f"adapter alone; give another save folder"
+        )
+    changed = differences(provenance.get("lora", {}), _lora(args))
+    if changed:
+        shown = "; ".join(f"lora.{name}: {_shown(old)} in it, {_shown(new)} here" for name, old, new in changed)
+        raise CheckpointError(
+            f"{folder} holds another adapter than the configuration describes: {shown}. Correct the configuration, or "
+            f"give another save folder"
+        )
 
 
 def _flat(keys: Mapping[str, Any], above: str = "") -> dict[str, Any]:

@@ -31,7 +31,11 @@ _KINDS = (
         "a checkpoint of Megatron-LM",
         "it is not read; export it to Hugging Face with Megatron's own tools, then convert that",
     ),
-    (r"adapter_config\.json", "a peft adapter", "it holds no base weights; load the base model"),
+    (
+        r"adapter_config\.json",
+        "a peft adapter",
+        "it holds no base weights; load the base, and give lora.load: {folder}",
+    ),
 )
 _MEGATRON_RANK = re.compile(r"mp_rank_\d+(_\d+)?|iter_\d+")
 

@@ -18,7 +18,7 @@ from megatron.checkpoint.manifest import FileEntry
 from megatron.checkpoint.torch_files import Header, dtype_name, read_headers, read_tensors
 from megatron.checkpoint.verified import verified_tensors
 from megatron.common.errors import CheckpointError, one_line
-from megatron.layout import LlamaShape, TensorRow, layer_file_name, rank_shape
+from megatron.layout import LlamaShape, TensorRow, is_factor, layer_file_name, rank_shape
 
 if TYPE_CHECKING:
     from megatron.engine.protocol import Engine
@@ -77,8 +77,9 @@ def load_layers(engine: Engine, folder: Path, entries: Mapping[str, FileEntry] |
 
 
 def layer_tensors(layer: nn.Module) -> dict[str, Tensor]:
-    """The layer's state without megatron-core's `_extra_state` entries, which GPT-NeoX refuses."""
-    return {name: value for name, value in layer.state_dict().items() if not name.endswith("_extra_state")}
+    """The layer's state without adapters and megatron-core's `_extra_state` entries, which GPT-NeoX refuses."""
+    state = layer.state_dict()
+    return {name: state[name] for name in state if not (name.endswith("_extra_state") or is_factor(name))}
 
 
 def tensor_problems(

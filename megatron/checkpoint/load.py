@@ -12,9 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron.checkpoint.adapter_files import load_adapter
 from megatron.checkpoint.choice import own_options
 from megatron.checkpoint.discovery import step_of
 from megatron.checkpoint.facts import data_changes
+from megatron.checkpoint.fingerprint import base_fingerprint
 from megatron.checkpoint.layer_files import load_layers, verify_before_load
 from megatron.checkpoint.manifest import checksum
 from megatron.checkpoint.optimizer_load import SavedOptimizer
@@ -22,11 +24,13 @@ from megatron.checkpoint.resharded_layers import load_resharded_layers
 from megatron.checkpoint.save import HF, read_small_files
 from megatron.checkpoint.saved import SavedCheckpoint
 from megatron.checkpoint.start import Start, locate
-from megatron.checkpoint.state import TrainState, restore_rng
+from megatron.checkpoint.state import Base, TrainState, restore_rng
 from megatron.checkpoint.torch_files import read_headers
 from megatron.checkpoint.verified import damage
 from megatron.common.errors import CheckpointError, first_problems
 from megatron.layout import EMBEDDING_INDEX, TensorSplit, layer_file_name, padded_vocab_size
+from megatron.layout.peft_folder import FOLDER, adapter_folder
+from megatron.model.initialize import initialize_adapters
 from megatron.parallel.collective_errors import RankGroup, gather_by_rank
 
 if TYPE_CHECKING:
@@ -49,20 +53,26 @@ def load_checkpoint(
     checkpoint = start.checkpoint
     assert checkpoint is not None
     ranks = RankGroup.world(engine.place.device)
-    here, there = TensorSplit(args.shape, args.model_parallel_size), saved_split(checkpoint, args)
-    _verify(ranks, checkpoint, there)
+    weights = start.base or checkpoint
+    here, there = TensorSplit(args.shape, args.model_parallel_size), saved_split(weights, args)
+    _verify(ranks, weights, there)
     optimizer: SavedOptimizer | None = None
     with ranks.together(f"loading {checkpoint.folder}"):
         if start.restores_optimizer:
-            optimizer = _fit_optimizer(checkpoint, args.precision, there, ways_out(args, start))
+            split = replace(saved_split(checkpoint, args), shape=args.trained_shape) if start.base else there
+            optimizer = _fit_optimizer(checkpoint, args.precision, split, ways_out(args, start))
     if optimizer is not None:
         _find_states(ranks, optimizer, ways_out(args, start))
-    _load_layers(ranks, checkpoint, engine, here, there)
+    _load_layers(ranks, weights, engine, here, there)
+    base = None
+    if args.lora is not None:
+        base = _base(weights, base_fingerprint(engine, args))
+        _load_or_draw_adapter(ranks, engine, args, start, base)
     same_layout = checkpoint.layout == engine.place.sizes
     if optimizer is not None:
         random_states = None
         with ranks.together(f"loading optimizer states of {checkpoint.folder}"):
-            optimizer.load(engine, here)
+            optimizer.load(engine, TensorSplit(args.trained_shape, args.model_parallel_size))
             if same_layout and not args.no_load_rng:
                 random_states = optimizer.random_states(engine)
         if random_states is not None:
@@ -84,6 +94,7 @@ def load_checkpoint(
         position.skipped_in_a_row,
         hf_files,
         step_of(checkpoint.folder) if start.own_save else None,
+        base,
     )
     logger.info(
         f"loaded {start.restored} from {checkpoint.folder}: iteration {state.iteration}, "
@@ -109,8 +120,55 @@ def load_weights(engine: Engine, args: NeoXArgs) -> Path:
     here, there = TensorSplit(args.shape, args.model_parallel_size), saved_split(checkpoint, args)
     _verify(ranks, checkpoint, there)
     _load_layers(ranks, checkpoint, engine, here, there)
+    if args.lora is not None:
+        _load_given_adapter(ranks, engine, args, base_fingerprint(engine, args))
     engine.weights_changed()
     return checkpoint.folder
+
+
+def _base(checkpoint: SavedCheckpoint, fingerprint: str) -> Base:
+    """The base that has been loaded; a converted one is called as its source, which people know."""
+    source = checkpoint.provenance.get("source")
+    folder = checkpoint.folder.resolve()
+    name = Path(source).name if isinstance(source, str) and source else folder.parent.name
+    return Base(name, str(folder), fingerprint)
+
+
+def _load_or_draw_adapter(ranks: RankGroup, engine: Engine, args: NeoXArgs, start: Start, base: Base) -> None:
+    """The adapter of the run's own checkpoint, that of `lora.load`, or one that changes nothing yet. Collective."""
+    checkpoint = start.checkpoint
+    assert checkpoint is not None
+    assert args.lora is not None
+    if start.base is not None:
+        with ranks.together(f"loading the adapter of {checkpoint.folder}"):
+            recorded = checkpoint.provenance["base"]
+            if recorded["fingerprint"] != base.fingerprint:
+                raise CheckpointError(
+                    f"{checkpoint.folder} was trained beside {recorded['name']} ({recorded['folder']}, fingerprint "
+                    f"{recorded['fingerprint']}), but load: {args.load} holds other weights (fingerprint "
+                    f"{base.fingerprint}); give the base that it was trained beside"
+                )
+            files = None if checkpoint.manifest is None else checkpoint.manifest.files
+            load_adapter(engine, args, checkpoint.folder / FOLDER, files)
+    elif args.lora.load is not None:
+        _load_given_adapter(ranks, engine, args, base.fingerprint)
+    else:
+        initialize_adapters(engine.numbered_layers(), args, engine.place.tp, engine.place.tp_rank)
+
+
+def _load_given_adapter(ranks: RankGroup, engine: Engine, args: NeoXArgs, fingerprint: str) -> None:
+    """The adapter of `lora.load`. Collective."""
+    assert args.lora is not None
+    assert args.lora.load is not None
+    named, folder = None, adapter_folder(Path(args.lora.load)) or Path(args.lora.load)
+    with ranks.together(f"loading the adapter in {folder}"):
+        named = load_adapter(engine, args, folder)
+    if named is not None and named != fingerprint:
+        logger.warning(
+            f"{folder} was trained beside other weights (fingerprint {named}) than load: {args.load} holds "
+            f"({fingerprint}); it changes them all the same"
+        )
+    logger.info(f"loaded the adapter in {folder}")
 
 
 def saved_split(checkpoint: SavedCheckpoint, args: NeoXArgs) -> TensorSplit:
@@ -161,6 +219,11 @@ def ways_out(args: NeoXArgs, start: Start) -> str:
     if not start.own_save:
         return "start from its weights with --finetune true, or keep its position with --no_load_optim true"
     own = own_options(args)
+    if args.lora is not None:
+        return (
+            f"keep its position with {own} --no_load_optim true, or start from its adapter in another folder with "
+            f"--lora.load {args.save} --save NEW"
+        )
     return (
         f"keep its position with {own} --no_load_optim true, or start from its weights in another folder with {own} "
         f"--finetune true --save NEW"

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from megatron.checkpoint.adapter_files import WEIGHTS_FILE, own_factors, write_factors
 from megatron.checkpoint.discovery import meta_file_name
 from megatron.checkpoint.layer_files import own_layers
 from megatron.checkpoint.manifest import FileEntry
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 class FileKind(Enum):
     WEIGHTS = "weights"  # a flat dict of tensors, which the manifest lists one by one
     OPTIMIZER = "optimizer"  # {"shards": {TensorRange: {"step", "master", "exp_avg", "exp_avg_sq"}}, "rng": ...}
+    ADAPTER = "adapter"  # a rank's share of a file: {"tensors": ..., "runs": where their bytes go}
     PLAIN = "plain"  # tensors and plain values, nested
 
 
@@ -58,7 +60,11 @@ Contents = dict[str, FileContent]  # by file name
 
 def rank_contents(engine: Engine, args: NeoXArgs, state: TrainState) -> Contents:
     """This rank's files as they are now. Tensors are the engine's own: the next step changes them."""
-    contents = {name: FileContent(tensors, FileKind.WEIGHTS) for name, tensors in own_layers(engine).items()}
+    if args.lora is None:
+        contents = {name: FileContent(tensors, FileKind.WEIGHTS) for name, tensors in own_layers(engine).items()}
+    else:
+        factors = own_factors(engine, args, "" if state.base is None else state.base.fingerprint)
+        contents = {WEIGHTS_FILE: FileContent(factors, FileKind.ADAPTER)}
     if engine.place.dp_rank == 0:
         meta = engine.meta_content() | _client_state(args, state)
         contents[meta_file_name(engine.place.model_rank)] = FileContent(meta)
@@ -73,13 +79,20 @@ def rank_contents(engine: Engine, args: NeoXArgs, state: TrainState) -> Contents
 
 
 def write_contents(folder: Path, contents: Contents) -> dict[str, FileEntry]:
-    """Write the files, synced and read back; returns their manifest entries."""
+    """Write the files, synced and read back; returns their manifest entries, but for what other ranks write as well."""
+    for name, file in contents.items():
+        if file.kind is FileKind.ADAPTER:
+            write_factors(folder / name, file.content)
     writers = {
         FileKind.WEIGHTS: write_tensors,
         FileKind.OPTIMIZER: _write_optimizer,
         FileKind.PLAIN: write_file,
     }
-    return {name: writers[file.kind](folder / name, file.content) for name, file in contents.items()}
+    return {
+        name: writers[file.kind](folder / name, file.content)
+        for name, file in contents.items()
+        if file.kind is not FileKind.ADAPTER
+    }
 
 
 def _write_optimizer(path: Path, content: dict[str, Any]) -> FileEntry:

@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from megatron.checkpoint.adapter_files import adapter_entries, lay_out
 from megatron.checkpoint.discovery import PARTIAL, clean_leftovers, publish, tag_name
-from megatron.checkpoint.facts import facts_of
+from megatron.checkpoint.facts import adapter_facts, facts_of
 from megatron.checkpoint.layer_files import tensor_problems
 from megatron.checkpoint.layer_set import expected_files
 from megatron.checkpoint.manifest import FileEntry, Manifest, checksum, size_problems, write_manifest
@@ -133,6 +134,8 @@ class CheckpointWriter:
             clean_leftovers(self.root)
             self.partial.mkdir()
             (self.partial / PARTS).mkdir()
+            if self.state.base is not None:
+                lay_out(self.partial, self.args, self.state.base.name, self.state.base.fingerprint)
 
     def write(self, contents: Contents) -> None:
         """This rank's files, and its part of the manifest beside them.
@@ -148,12 +151,14 @@ class CheckpointWriter:
         if self.rank != 0:
             return
         files = self._take_parts()
+        if self.state.base is not None:
+            files |= adapter_entries(self.partial)
         files |= write_small_files(self.partial / HF, self.state.hf_files)
         merged = yaml.safe_dump(dict(self.args.merged), sort_keys=False).encode()
         files |= write_small_files(self.partial / CONFIGS, {"merged.yml": merged})
         manifest = Manifest(files, self._provenance())
         problems = self._weights_problems(files) + size_problems(self.partial, manifest)
-        problems += OptimizerIndex.of(manifest, TensorSplit(self.args.shape, self.place.tp)).problems()
+        problems += OptimizerIndex.of(manifest, TensorSplit(self.args.trained_shape, self.place.tp)).problems()
         if problems:
             raise CheckpointError("; ".join(problems[:5]))
         write_manifest(self.partial, manifest)
@@ -185,6 +190,8 @@ class CheckpointWriter:
         return files
 
     def _weights_problems(self, files: Mapping[str, FileEntry]) -> list[str]:
+        if self.state.base is not None:
+            return []  # the adapter's file is read back as a whole
         shape, tp = self.args.shape, self.place.tp
         return [
             f"{name}: {problem}"
@@ -205,7 +212,7 @@ class CheckpointWriter:
             layout=self.place.sizes,
             data=self.data_fingerprints,
             facts=facts_of(self.args),
-        )
+        ) | adapter_facts(self.args, self.state.base)
 
 
 def write_small_files(folder: Path, contents: Mapping[str, bytes]) -> dict[str, FileEntry]:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron.checkpoint.discovery import find_checkpoint
-from megatron.checkpoint.facts import check_model, recorded_facts
+from megatron.checkpoint.discovery import find_checkpoint, step_of, steps_in
+from megatron.checkpoint.facts import check_kind, check_model, recorded_facts
 from megatron.checkpoint.gpt_neox import layout_of_names
 from megatron.checkpoint.manifest import MANIFEST_NAME, FileEntry, Manifest, read_manifest
 
@@ -45,12 +45,24 @@ class SavedCheckpoint:
         return recorded_facts(self.provenance, config.read_bytes() if config.is_file() else None)
 
 
-def saved_checkpoint(root: Path, iteration: int | None, args: NeoXArgs, options: str | None = None) -> SavedCheckpoint:
+def saved_base(checkpoint: SavedCheckpoint, args: NeoXArgs) -> SavedCheckpoint:
+    """The base of an adapter's checkpoint: in `load`, the step that it was trained beside if that is still there."""
+    assert args.load is not None
+    root = Path(args.load)
+    step = step_of(Path(checkpoint.provenance["base"]["folder"]))
+    return saved_checkpoint(root, step if step in steps_in(root) else None, args)
+
+
+def saved_checkpoint(
+    root: Path, iteration: int | None, args: NeoXArgs, options: str | None = None, *, own: bool = False
+) -> SavedCheckpoint:
     """The checkpoint in `root`; CheckpointError if there is none, or if it holds another model than `args` describe.
 
-    `options` are those under which the run takes its own checkpoints, for the message.
+    `own`: it is one of the run's own, which with `lora` hold an adapter. `options` are those under which the run takes
+    its own checkpoints, for the message.
     """
     folder = find_checkpoint(root, iteration, options)
     found = SavedCheckpoint(folder, read_manifest(folder) if (folder / MANIFEST_NAME).exists() else None)
+    check_kind(folder, found.provenance, args, is_base=not own)
     check_model(folder, found.facts()[0], args)
     return found

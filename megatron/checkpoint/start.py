@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from megatron.checkpoint.choice import Restored, StartChoice, choose_start, own_options
 from megatron.checkpoint.discovery import meta_file_name
 from megatron.checkpoint.facts import describe_run_changes
-from megatron.checkpoint.saved import SavedCheckpoint, saved_checkpoint
+from megatron.checkpoint.saved import SavedCheckpoint, saved_base, saved_checkpoint
 from megatron.checkpoint.torch_files import read_file
 from megatron.checkpoint.verified import verified
 from megatron.common.errors import CheckpointError
@@ -41,13 +41,15 @@ class Position:
 class Start:
     """What a run begins with. Without a checkpoint the weights are drawn.
 
-    `own_save`: the checkpoint lies in the folder that the run saves to.
+    `own_save`: the checkpoint lies in the folder that the run saves to. Of a run with `lora` that goes on it holds the
+    adapter, and `base` the weights.
     """
 
     checkpoint: SavedCheckpoint | None = None
     restored: Restored = "everything"
     position: Position = field(default_factory=Position)
     own_save: bool = False
+    base: SavedCheckpoint | None = None
 
     @property
     def restores_optimizer(self) -> bool:
@@ -70,7 +72,8 @@ def find_start(ranks: RankGroup, args: NeoXArgs) -> Start:
     for note in choice.notes:
         logger.info(note)
     options = own_options(args) if choice.own_save else None
-    checkpoint = locate(ranks, choice.root, choice.iteration, args, options)
+    checkpoint = locate(ranks, choice.root, choice.iteration, args, options, own=choice.own_save)
+    base = _locate_base(ranks, checkpoint, args) if args.lora is not None and choice.own_save else None
     if choice.restored == "weights":
         return Start(checkpoint, choice.restored, Position(), choice.own_save)
     if checkpoint.manifest is None:
@@ -82,11 +85,17 @@ def find_start(ranks: RankGroup, args: NeoXArgs) -> Start:
             changes = describe_run_changes(checkpoint.facts()[1], args)
         if changes is not None:
             logger.warning(changes)
-    return Start(checkpoint, choice.restored, read_position(ranks, checkpoint), choice.own_save)
+    return Start(checkpoint, choice.restored, read_position(ranks, checkpoint), choice.own_save, base)
 
 
 def locate(
-    ranks: RankGroup, root: Path, iteration: int | None, args: NeoXArgs, options: str | None = None
+    ranks: RankGroup,
+    root: Path,
+    iteration: int | None,
+    args: NeoXArgs,
+    options: str | None = None,
+    *,
+    own: bool = False,
 ) -> SavedCheckpoint:
     """The checkpoint that all ranks read; rank 0 looks, so that all see the same one.
 
@@ -95,10 +104,20 @@ def locate(
     found = None
     with ranks.together(f"loading from {root}"):
         if ranks.rank == 0:
-            found = saved_checkpoint(root, iteration, args, options)
+            found = saved_checkpoint(root, iteration, args, options, own=own)
     checkpoint = ranks.broadcast(found)
     assert checkpoint is not None
     return checkpoint
+
+
+def _locate_base(ranks: RankGroup, checkpoint: SavedCheckpoint, args: NeoXArgs) -> SavedCheckpoint:
+    found = None
+    with ranks.together(f"loading the base of {checkpoint.folder} from {args.load}"):
+        if ranks.rank == 0:
+            found = saved_base(checkpoint, args)
+    base = ranks.broadcast(found)
+    assert base is not None
+    return base
 
 
 def position_of_gpt_neox(folder: Path, train_batch_size: int) -> Position:

@@ -11,6 +11,15 @@ import numpy as np
 import torch
 
 
+@dataclass(frozen=True)
+class Base:
+    """The weights beside which an adapter is trained: a name for people, the step's folder, and `base_fingerprint`."""
+
+    name: str
+    folder: str
+    fingerprint: str
+
+
 @dataclass
 class TrainState:
     """Position of a run. The trainer keeps one, updates it every step and hands it to each save.
@@ -19,7 +28,8 @@ class TrainState:
     included; the data are read from there on. `skipped_in_a_row` counts the last optimizer steps that were skipped
     because something was not finite; the engine's counters hold the total. `hf_files`, on rank 0 only, are the files of
     the `hf/` folder (config.json, tokenizer) that came with the loaded checkpoint; every later checkpoint carries them.
-    `started_from` is the step in its own save folder that the run has resumed, which retention keeps.
+    `started_from` is the step in its own save folder that the run has resumed, which retention keeps. `base` is that of
+    a run with `lora`.
     """
 
     iteration: int = 0
@@ -27,6 +37,7 @@ class TrainState:
     skipped_in_a_row: int = 0
     hf_files: dict[str, bytes] = field(default_factory=dict, repr=False)
     started_from: int | None = None
+    base: Base | None = None
 
 
 def capture_rng() -> dict[str, Any]:

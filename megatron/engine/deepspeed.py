@@ -29,7 +29,7 @@ from megatron.engine.deepspeed_module import LlamaPipelineModule
 from megatron.engine.deepspeed_optimizer import load_shards, optimizer_shards
 from megatron.engine.deepspeed_scores import pipeline_scores
 from megatron.engine.nonfinite import propagate
-from megatron.engine.optimizer import REPLICATED_GROUPS, build_optimizer, parameter_groups
+from megatron.engine.optimizer import REPLICATED_GROUPS, adapter_line, build_optimizer, parameter_groups
 from megatron.engine.optimizer_shards import OptimizerShard, ReadShard
 from megatron.engine.protocol import Around, Counters, StepResult
 from megatron.model.cache import CachedTokens, run_cached
@@ -64,7 +64,7 @@ class DeepSpeedEngine:
             tensor=module.tensor_parallel.group,
             data=grid.get_data_parallel_group(),
             pipe=grid.get_pipe_parallel_group(),
-            tied=next((group for _, group in module.get_tied_weights_and_groups()), None),
+            tied=module.tied_group(),
         )
         self._around: Around = contextlib.nullcontext
         self.check_messages()
@@ -116,6 +116,8 @@ class DeepSpeedEngine:
                 for stage, layers in ((s, self.stage_layers(s)) for s in range(self.place.pp))
             ),
         ]
+        if self.args.lora is not None:
+            lines.append(adapter_line(self.args))
         if self.module.tensor_parallel.sequence_parallel:
             lines.append(
                 f"sequence parallel: between layers each of {self.place.tp} tensor-parallel ranks holds "

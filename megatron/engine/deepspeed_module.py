@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from megatron import layout
 from megatron.engine.nonfinite import poisoned
-from megatron.engine.optimizer import mark_sharded, rows_of_parameters
+from megatron.engine.optimizer import mark_sharded, require_training, rows_of_parameters
 from megatron.model.initialize import initialize_layers
 from megatron.model.llama import TransformerLayer
+from megatron.model.lora import freeze_base
 from megatron.model.loss import GlobalMeanLoss
 from megatron.model.parallel import TensorParallel
 from megatron.model.pipeline import PARAMETER_DTYPES, Layer, llama_layers
@@ -71,6 +72,9 @@ class LlamaPipelineModule(PipelineModule):
                 checkpointable_layers=[TransformerLayer.__name__],
             )
         mark_sharded(self.parameter_rows())
+        if args.lora is not None:
+            freeze_base(self.named_parameters())
+            require_training([self.stage_layers(stage) for stage in range(place.pp)], args)
 
     def to(self, *args: Any, **kwargs: Any) -> LlamaPipelineModule:
         # The base class moves itself to the accelerator at the end of __init__, which meta tensors refuse.
@@ -105,9 +109,17 @@ class LlamaPipelineModule(PipelineModule):
             if id(tied) not in own:
                 yield layout.EMBEDDING_INDEX, tied
 
+    def get_tied_weights_and_groups(self) -> list[tuple[nn.Parameter, Any]]:
+        """The tied weights whose gradients DeepSpeed adds up, and would look for in vain on a frozen one."""
+        return [(weight, group) for weight, group in super().get_tied_weights_and_groups() if weight.requires_grad]
+
+    def tied_group(self) -> Any:
+        """The ranks that hold a tied embedding; None without one."""
+        return next((group for _, group in super().get_tied_weights_and_groups()), None)
+
     def parameter_rows(self) -> list[tuple[nn.Parameter, layout.TensorRow]]:
         """Every parameter of this rank with its row of the layout table."""
-        return rows_of_parameters([*self.numbered_layers(), *self.tied_copies()], self.args.shape)
+        return rows_of_parameters([*self.numbered_layers(), *self.tied_copies()], self.args.whole_shape)
 
     def load_state_dir(self, load_dir: str, checkpoint_engine: Any, strict: bool = True) -> None:
         """Refused: DeepSpeed's loader gives a rank another rank's shard where one is missing, without a word."""

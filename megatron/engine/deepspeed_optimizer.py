@@ -29,6 +29,8 @@ def optimizer_shards(
     for is_copy, numbered in ((False, layers), (True, copies)):
         for layer, module in numbered:
             for name, parameter in module.named_parameters():
+                if not parameter.requires_grad:
+                    continue
                 mapping = parameter._hp_mapping  # type: ignore[attr-defined]
                 if mapping is None:  # the part of other data-parallel ranks
                     continue

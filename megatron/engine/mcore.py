@@ -38,6 +38,7 @@ from megatron.engine.protocol import Around, Counters, StepResult, no_phases
 from megatron.model.cache import CachedTokens, run_cached
 from megatron.model.features import PooledTokens, run_pooled
 from megatron.model.initialize import initialize_layers
+from megatron.model.lora import freeze_base
 from megatron.model.loss import GlobalMeanLoss
 from megatron.model.parallel import TensorParallel
 from megatron.model.pipeline import PARAMETER_DTYPES
@@ -67,6 +68,9 @@ class MegatronEngine:
         self.config = transformer_config(args, place, virtual)
         self.config.timers = PhaseTimers(around)
         self.stage = ChunkedStage(args, place, self.tensor_parallel, self.config, virtual)
+        if args.lora is not None:
+            for chunk in self.stage.chunks:
+                freeze_base(chunk.named_parameters())
         self._held = list(self._hold())
         mark_sharded((one.parameter, one.row) for one in self._held)
         self._communicator = LinkP2P(self.groups.pipe, self.config, self._groups.links, place.device, around)
@@ -100,7 +104,9 @@ class MegatronEngine:
         for copy, layers in ((False, self.stage.numbered_layers()), (True, self.stage.tied_copies())):
             for number, layer in layers:
                 for name, parameter in layer.named_parameters():
-                    yield HeldParameter(number, name, parameter, layout.row_of(number, name, self.args.shape), copy)
+                    yield HeldParameter(
+                        number, name, parameter, layout.row_of(number, name, self.args.whole_shape), copy
+                    )
 
     def _prepare_training(self) -> None:
         """Gradient buckets and optimizer, and how the schedule is to use them."""
@@ -300,7 +306,7 @@ class MegatronEngine:
     def _finish_gather_of_tied_copy(self) -> None:
         """Wait for the matrix that the last stage's head shares with another stage."""
         for one in self._held:
-            if one.copy and self.args.overlap_param_gather:
+            if one.copy and one.parameter.requires_grad and self.args.overlap_param_gather:
                 _finish_gather(self._wrapped[-1].param_to_bucket_group[one.parameter])
 
     # --- checkpoints

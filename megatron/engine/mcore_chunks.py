@@ -52,7 +52,7 @@ class Chunk(nn.Module):
         self.pre_process = layout.EMBEDDING_INDEX in layers
         self.last_number = args.num_layers + 4
         self.post_process = self.last_number in layers
-        self.share_embeddings_and_output_weights = args.shape.tied
+        self.share_embeddings_and_output_weights = args.shape.tied and args.lora is None  # sums their gradients
         self.held = nn.ModuleDict()
         self.before_tied_head: Callable[[], None] = lambda: None
         self._steps: list[tuple[int, Any]] = []

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron.engine.optimizer import adapter_line
 from megatron.model.pipeline import PARAMETER_DTYPES
 from megatron.neox_arguments import NeoXArgs
 from megatron.parallel.place import Place
@@ -62,6 +63,8 @@ def description(args: NeoXArgs, place: Place, virtual: int, layers: Callable[[in
         f"{args.gradient_accumulation_steps} x data parallel {place.dp}",
         f"stages: {', '.join(stages)}",
     ]
+    if args.lora is not None:
+        lines.append(adapter_line(args))
     if args.sequence_parallel:
         lines.append(
             f"sequence parallel: between layers each of {place.tp} tensor-parallel ranks holds "

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from megatron import layout
-from megatron.neox_arguments import NeoXArgs
+from megatron.neox_arguments import ConfigError, NeoXArgs
 
 # The log and the checkpoint show these names, GPT-NeoX's for the two kinds that a text model has.
 GROUP_NAMES = {
@@ -42,17 +42,43 @@ def mark_sharded(parameters: Iterable[tuple[nn.Parameter, layout.TensorRow]]) ->
         parameter.tensor_model_parallel = not row.replicated  # type: ignore[attr-defined]
 
 
+def require_training(stages: Sequence[range], args: NeoXArgs) -> None:
+    """ConfigError unless every stage, given by its layer file numbers, has a parameter to train with `lora`.
+
+    DeepSpeed refuses a stage without one, while the others wait for it until their time is up.
+    """
+    decoder = layout.file_indices(layout.LayerFile.DECODER, args.num_layers)
+    for number, layers in enumerate(stages):
+        if not set(layers) & set(decoder):
+            raise ConfigError(
+                f"stage {number} holds layers {layers.start} to {layers.stop - 1} and no decoder layer: with lora it "
+                f"has nothing to train; write pipe_partition_method: type:transformer|mlp, or fewer stages"
+            )
+
+
+def adapter_line(args: NeoXArgs) -> str:
+    """What is trained with `lora`, for the start of the log."""
+    assert args.lora is not None
+    lora, trained, whole = args.lora, args.trained_shape.num_parameters, args.whole_shape.num_parameters
+    return (
+        f"lora: rank {lora.rank}, scale {lora.scale:g}, {', '.join(lora.projections)}; {trained:,} of {whole:,} "
+        f"parameters are trained ({trained / whole:.2%})"
+    )
+
+
 def parameter_groups(
     parameters: Iterable[nn.Parameter], rows: dict[int, layout.TensorRow], weight_decay: float
 ) -> list[dict[str, Any]]:
-    """One group for each kind of parameter that this rank holds, parameters in their order; `rows` is by `id`.
+    """One group for each kind of parameter that this rank trains, parameters in their order; `rows` is by `id`.
 
-    Matrices (embedding and head included) decay, norms do not: GPT-NeoX's grouping. Empty groups are left out, which
-    the ranks of a pipeline must tolerate: a stage may hold an embedding and nothing else.
+    Frozen ones are in none. Matrices (embedding and head included) decay, norms do not: GPT-NeoX's grouping. Empty
+    groups are left out, which the ranks of a pipeline must tolerate: a stage may hold an embedding and nothing else.
     """
     groups: dict[str, list[nn.Parameter]] = {name: [] for name in GROUP_NAMES.values()}
     decays = {name: decayed for (decayed, _), name in GROUP_NAMES.items()}
     for parameter in parameters:
+        if not parameter.requires_grad:
+            continue
         row = rows[id(parameter)]
         groups[GROUP_NAMES[row.decays, row.replicated]].append(parameter)
     return [

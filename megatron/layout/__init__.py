@@ -5,7 +5,30 @@ model, `packing` what each tensor-parallel rank stores, `ranges` where its eleme
 size. Nothing here imports torch or anything of this project: a login node can use it.
 """
 
-from megatron.layout.packing import Slice, rank_shape, rank_slices, source_shapes, split_qkv, split_up_gate
+from megatron.layout.adapter import (
+    FACTOR_A,
+    FACTOR_B,
+    PEFT_PREFIX,
+    PROJECTIONS,
+    adapted,
+    adapter_alone,
+    factor_rows,
+    in_table_order,
+    is_factor,
+    peft_name,
+    projection_of,
+    trained_rows,
+)
+from megatron.layout.packing import (
+    Slice,
+    join_qkv,
+    join_up_gate,
+    rank_shape,
+    rank_slices,
+    source_shapes,
+    split_qkv,
+    split_up_gate,
+)
 from megatron.layout.patches import PatchShape, recorded_shape
 from megatron.layout.ranges import TensorRange, TensorSplit, Transfer, transfers
 from megatron.layout.row import PATCHES, TEXT, Initialization, LayerFile, Packing, TensorRow
@@ -32,9 +55,13 @@ __all__ = [
     "DECODER_LAYER",
     "EMBEDDING",
     "EMBEDDING_INDEX",
+    "FACTOR_A",
+    "FACTOR_B",
     "FINAL_NORM",
     "HEAD",
     "PATCHES",
+    "PEFT_PREFIX",
+    "PROJECTIONS",
     "TABLE",
     "TEXT",
     "Initialization",
@@ -47,14 +74,23 @@ __all__ = [
     "TensorRow",
     "TensorSplit",
     "Transfer",
+    "adapted",
+    "adapter_alone",
     "decoder_index",
+    "factor_rows",
     "file_indices",
     "file_rows",
     "final_norm_index",
     "head_index",
+    "in_table_order",
+    "is_factor",
+    "join_qkv",
+    "join_up_gate",
     "layer_file_name",
     "layer_files",
     "padded_vocab_size",
+    "peft_name",
+    "projection_of",
     "rank_shape",
     "rank_slices",
     "recorded_shape",
@@ -63,5 +99,6 @@ __all__ = [
     "source_shapes",
     "split_qkv",
     "split_up_gate",
+    "trained_rows",
     "transfers",
 ]

@@ -90,7 +90,24 @@ def split_qkv(mixed: Tensor, heads: int, kv_heads: int, head_dim: int) -> tuple[
     return q, k, v
 
 
+def join_qkv(qkv: tuple[Tensor, Tensor, Tensor], heads: int, kv_heads: int, head_dim: int) -> Tensor:
+    """The inverse of `split_qkv` for the outputs of the three projections, [..., heads head_dim] and twice
+    [..., kv_heads head_dim]: [..., (heads + 2 kv_heads) head_dim], a copy."""
+    from torch import cat, stack
+
+    if heads == kv_heads:
+        return stack([part.unflatten(-1, (heads, head_dim)) for part in qkv], dim=-2).flatten(-3)
+    return cat(qkv, dim=-1)
+
+
 def split_up_gate(fused: Tensor) -> tuple[Tensor, Tensor]:
     """Split the output of `mlp.linear1`, [..., 2 F/tp], into up and gate, [..., F/tp] each, as views."""
     up, gate = fused.chunk(2, dim=-1)
     return up, gate
+
+
+def join_up_gate(up: Tensor, gate: Tensor) -> Tensor:
+    """The inverse of `split_up_gate`, a copy."""
+    from torch import cat
+
+    return cat((up, gate), dim=-1)

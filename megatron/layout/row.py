@@ -46,6 +46,7 @@ class Initialization(Enum):
     ONES = "ones"
     ZEROS = "zeros"
     NORMAL = "normal"  # noise, scaled by `init_method`
+    UNIFORM = "uniform"  # of a matrix [out, in], between -1 / sqrt(in) and 1 / sqrt(in)
     RESIDUAL_OUTPUT = "residual_output"  # noise of a matrix that adds to the residual: `output_layer_init_method`
 
 
@@ -91,7 +92,7 @@ class TensorRow:
 
         It is [out, rank] where it keeps dimension 0 of the source [out, in], and [rank, in] where it keeps dimension 1.
         It is cut as the source is if that is cut along the dimension kept; otherwise every rank holds the whole of
-        this matrix. The source's name with `name` put in before its end is the factor's.
+        this matrix. The source's name with `name` put in before its end is the factor's. As a matrix it decays.
         """
         base = self.sizes[source]
         if len(base) != 2:
@@ -110,5 +111,5 @@ class TensorRow:
             file=self.file,
             modality=self.modality,
             initialization=initialization,
-            decays=False,
+            decays=True,
         )

@@ -15,8 +15,8 @@ from megatron.layout.table import TABLE, file_indices, file_rows
 class LlamaShape:
     """The sizes that fix every tensor of a Llama; `vocab_size` is the true one, `padded_vocab_size` the stored.
 
-    `table` and `modality` say which tensors these are. They belong to the class and are not recorded in manifests: a
-    model with other tensors is a subclass with its own.
+    `table` and `modality` say which tensors these are, `frozen_base` which of them are trained. They belong to the
+    class and are not recorded in manifests: a model with other tensors is a subclass with its own.
     """
 
     num_layers: int
@@ -30,6 +30,7 @@ class LlamaShape:
 
     table: ClassVar[tuple[TensorRow, ...]] = TABLE
     modality: ClassVar[str] = TEXT
+    frozen_base: ClassVar[bool] = False  # of its tensors the factors of an adapter alone are trained
 
     def holds(self, row: TensorRow) -> bool:
         """Whether a model of this shape has the tensor of a row of its table."""

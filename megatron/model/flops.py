@@ -3,26 +3,36 @@
 At a sequence of 8,192 they agree for Llama-3.1-70B within 1.5 % by luck: GPT-NeoX's, without recomputation, misses
 SwiGLU's and grouped-query attention's weights and counts attention's masked half. With recomputation they
 differ by 35 %.
+
+Beside an adapter (LoRA) the base is frozen: its weights have no gradient of their own, and count 4 times instead of 6.
 """
 
 from __future__ import annotations
 
-from megatron.layout import LlamaShape
+from math import prod
+
+from megatron.layout import LlamaShape, rank_shape, trained_rows
 
 
 def megatron_flops_per_token(shape: LlamaShape, seq_length: int) -> float:
     """Forward and backward FLOPs per token as Megatron-LM counts them: matrix weights 6 times, causal attention
-    halved, no recomputation (a model number, for MFU)."""
+    halved, no recomputation (a model number, for MFU). Beside an adapter the base's weights count 4 times, its own 6
+    times."""
     h, layers, vocab = shape.hidden_size, shape.num_layers, shape.padded_vocab_size
     kv = shape.num_kv_heads * shape.head_dim
     layer = h * (h + 2 * kv) + h * h + 3 * h * shape.intermediate_size
-    return 6.0 * (layers * layer + h * vocab) + 6.0 * layers * seq_length * h
+    weights = layers * layer + h * vocab
+    matrices = 6.0 * weights
+    if shape.frozen_base:
+        factors = sum(prod(rank_shape(row, shape, tp=1)) for row in trained_rows(shape))
+        matrices = 4.0 * weights + 6.0 * layers * factors
+    return matrices + 6.0 * layers * seq_length * h
 
 
 def neox_flops_per_token(shape: LlamaShape, seq_length: int, recomputed: float) -> float:
     """FLOPs per token as GPT-NeoX's log counts them (Narayanan et al. 2021): multi-head attention and a 4h MLP
     assumed, full-square attention, and one more forward of the share `recomputed` of the layers, 0 to 1 (a hardware
-    number, for HFU; GPT-NeoX itself knows all or none)."""
+    number, for HFU; GPT-NeoX itself knows all or none). Beside an adapter there is one pass less."""
     h, layers = shape.hidden_size, shape.num_layers
-    passes = 3 + recomputed
+    passes = 3 + recomputed - shape.frozen_base
     return 24.0 * passes * layers * h * h * (1 + seq_length / (6 * h) + shape.padded_vocab_size / (16 * layers * h))

@@ -36,37 +36,65 @@ def initialize_layers(layers: Iterable[tuple[int, nn.Module]], args: NeoXArgs, t
 
     Raises RuntimeError if a module's parameters are not the table's.
     """
+    for index, module in layers:
+        parameters = dict(module.named_parameters())
+        rows = layout.rows_of(index, args.whole_shape)
+        names = {row.neox for row in rows}
+        if parameters.keys() != names:
+            raise RuntimeError(
+                f"layer {index} and the layout table have different parameters: "
+                f"{', '.join(sorted(parameters.keys() ^ names))}"
+            )
+        _fill(index, parameters, rows, args, tp, tp_rank)
+
+
+@torch.no_grad()
+def initialize_adapters(layers: Iterable[tuple[int, nn.Module]], args: NeoXArgs, tp: int, tp_rank: int) -> None:
+    """Fill the factors of adapters alone: A with noise and B with zeros, so that a run begins with its base."""
+    for index, module in layers:
+        rows = [row for row in layout.rows_of(index, args.whole_shape) if layout.is_factor(row.neox)]
+        _fill(index, dict(module.named_parameters()), rows, args, tp, tp_rank)
+
+
+def _fill(
+    index: int,
+    parameters: dict[str, nn.Parameter],
+    rows: Iterable[layout.TensorRow],
+    args: NeoXArgs,
+    tp: int,
+    tp_rank: int,
+) -> None:
     methods = {
         layout.Initialization.NORMAL: args.init_method,
         layout.Initialization.RESIDUAL_OUTPUT: args.output_layer_init_method,
     }
-    for index, module in layers:
-        parameters = dict(module.named_parameters())
-        rows = {row.neox: row for row in layout.rows_of(index, args.shape)}
-        if parameters.keys() != rows.keys():
-            raise RuntimeError(
-                f"layer {index} and the layout table have different parameters: "
-                f"{', '.join(sorted(parameters.keys() ^ rows.keys()))}"
-            )
-        for name, row in rows.items():
-            if row.initialization is layout.Initialization.ONES:
-                parameters[name].fill_(1.0)
-            elif row.initialization is layout.Initialization.ZEROS:
-                parameters[name].zero_()
-            else:
-                std = standard_deviation(methods[row.initialization], args)
-                parameters[name].copy_(_draw(row, index, std, args, tp, tp_rank))
+    for row in rows:
+        parameter = parameters[row.neox]
+        if row.initialization is layout.Initialization.ONES:
+            parameter.fill_(1.0)
+        elif row.initialization is layout.Initialization.ZEROS:
+            parameter.zero_()
+        elif row.initialization is layout.Initialization.UNIFORM:
+            parameter.copy_(_draw(row, index, None, args, tp, tp_rank))
+        else:
+            std = standard_deviation(methods[row.initialization], args)
+            parameter.copy_(_draw(row, index, std, args, tp, tp_rank))
 
 
-def _draw(row: layout.TensorRow, index: int, std: float, args: NeoXArgs, tp: int, tp_rank: int) -> Tensor:
-    """This rank's part of one tensor, fp32."""
+def _draw(row: layout.TensorRow, index: int, std: float | None, args: NeoXArgs, tp: int, tp_rank: int) -> Tensor:
+    """This rank's part of one tensor, fp32: noise of deviation `std`, or uniform as an adapter's A starts."""
     sources = []
-    for name, shape in zip(row.hf, layout.source_shapes(row, args.shape), strict=True):
+    for name, shape in zip(row.hf, layout.source_shapes(row, args.whole_shape), strict=True):
         generator = torch.Generator().manual_seed(zlib.crc32(f"{args.seed}/{index}/{name}".encode()))
-        sources.append(torch.empty(shape).normal_(0.0, std, generator=generator))
+        values = torch.empty(shape)
+        if std is None:
+            bound = 1 / math.sqrt(shape[1])
+            sources.append(values.uniform_(-bound, bound, generator=generator))
+        else:
+            sources.append(values.normal_(0.0, std, generator=generator))
     dim = row.shard_dim or 0
     pieces = []
-    for piece in layout.rank_slices(row, args.shape, tp, tp_rank):
+    for piece in layout.rank_slices(row, args.whole_shape, tp, tp_rank):
         if piece.source is None:  # padding rows of the vocabulary
             pieces.append(sources[0].new_zeros(len(piece), *sources[0].shape[1:]))
         else:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from megatron import layout
 from megatron.model.cache import CachedTokens
+from megatron.model.lora import add_adapters
 from megatron.model.parallel import TensorParallel
 from megatron.model.rotary import RotaryTable
 from megatron.model.selective import Recomputed, product
@@ -97,6 +98,8 @@ class TransformerLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(args, tp.dtype)
         self.mlp = MLP(args, tp)
         self.selective = args.recompute == "selective"
+        if args.lora is not None:
+            add_adapters(self, args, tp)
 
     # DeepSpeed's recomputation spreads a tuple over the arguments, its plain forward passes the tuple.
     def forward(self, stream: Stream, positions: Positions | None = None) -> Stream:
@@ -152,10 +155,16 @@ class Head(nn.Module):
 
 
 def sequence_first(stream: Stream) -> Stream:
-    """[b, s, h] -> [s, b, h], the layout between decoder layers."""
-    if isinstance(stream, tuple):
-        return stream[0].transpose(0, 1).contiguous(), stream[1]
-    return stream.transpose(0, 1).contiguous()
+    """[b, s, h] -> [s, b, h], the layout between decoder layers.
+
+    What a frozen embedding gives asks for no gradient, and recomputation takes a layer with such an input as one that
+    has nothing to learn: in training the decoder's input always asks for one.
+    """
+    hidden, positions = stream if isinstance(stream, tuple) else (stream, None)
+    hidden = hidden.transpose(0, 1).contiguous()
+    if torch.is_grad_enabled() and not hidden.requires_grad:
+        hidden.requires_grad_()
+    return hidden if positions is None else (hidden, positions)
 
 
 def batch_first(stream: Stream) -> Tensor:

@@ -86,6 +86,19 @@ class GatherProduct(torch.autograd.Function):
         return None if scattering is None else scattering.wait(), weight_grad, None, None
 
 
+class Gather(torch.autograd.Function):
+    """This rank's slice [.. s/t .., features] -> the whole sequence, of which each rank uses a part of the features."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
+        ctx.group, ctx.dim = group, dim
+        return _Gathering(x, group, dim).wait()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _Scattering(grad, ctx.group, ctx.dim).wait(), None, None
+
+
 class ScatterSum(torch.autograd.Function):
     """Partial sums of the ranks [.. s .., features] -> this rank's slice of their sum [.. s/t .., features]."""
 

@@ -10,6 +10,7 @@ from typing import Any
 PATH_KEYS = (
     "load",
     "save",
+    "lora",
     "vocab_file",
     "merge_file",
     "data_path",
@@ -30,7 +31,8 @@ PATH_KEYS = (
     "mcq",
     "embed",
 )
-_PATHS_WITHIN = ("path", "items", "input", "output", "shots_file", "compare_with")  # of a data source, of mcq, embed
+# of a data source, of lora, mcq, embed
+_PATHS_WITHIN = ("path", "load", "items", "input", "output", "shots_file", "compare_with")
 _VARIABLE = re.compile(r"\$(?:\$|(\w+)|\{(\w+)\})")
 
 

@@ -32,6 +32,7 @@ _TITLES = {
     "OptimizationKeys": "Optimisation",
     "DataKeys": "Data",
     "CheckpointKeys": "Checkpoints",
+    "LoraKeys": "Adapters",
     "RuntimeKeys": "Running, logging, evaluation, generation",
     "GenerationKeys": "Generation",
     "EvaluationKeys": "Evaluating a checkpoint",

@@ -129,8 +129,8 @@ def make_plan(
         usable_bytes=machine.usable_hbm_bytes if usable_bytes is None else usable_bytes,
         parameters_total=parameters_total,
         stages=stages,
-        checkpoint=checkpoint_size(args.shape, layout.tensor, args.precision),
-        time=estimate(args.shape, layout, args.seq_length, machine, layers=decoders_of(args, stage_layers)),
+        checkpoint=checkpoint_size(args.trained_shape, layout.tensor, args.precision),
+        time=estimate(args.whole_shape, layout, args.seq_length, machine, layers=decoders_of(args, stage_layers)),
         tokens=tokens,
     )
 
@@ -146,7 +146,7 @@ def memory_of(
     """Memory of the configuration's model under a layout, its own or another."""
     ops: Ops = "cpu" if args.device == "cpu" else "torch" if args.kernels == "reference" else "kernels"
     return plan_memory(
-        args.shape,
+        args.whole_shape,
         layout,
         args.seq_length,
         args.precision,

@@ -15,7 +15,7 @@ from pathlib import Path
 from megatron.checkpoint.choice import choose_start, own_options
 from megatron.checkpoint.layer_set import set_problems
 from megatron.checkpoint.owner import FolderOwner
-from megatron.checkpoint.saved import saved_checkpoint
+from megatron.checkpoint.saved import saved_base, saved_checkpoint
 from megatron.common.errors import ConfigError, UserError, first_problems, one_line
 from megatron.evaluation.multiple_choice.items import read_items
 from megatron.neox_arguments import NeoXArgs
@@ -65,6 +65,7 @@ def input_problems(args: NeoXArgs) -> list[str]:
 
 
 def _checkpoint(args: NeoXArgs) -> Iterator[str]:
+    choice = None
     if args.task == "train":
         choice = choose_start(args)
         if choice is None:
@@ -76,7 +77,10 @@ def _checkpoint(args: NeoXArgs) -> Iterator[str]:
     else:
         assert args.load is not None  # the rule weights_are_given
         root, iteration, options = Path(args.load), args.iteration, None
-    found = saved_checkpoint(root, iteration, args, options)
+    own = args.task == "train" and choice is not None and choice.own_save
+    found = saved_checkpoint(root, iteration, args, options, own=own)
+    if args.lora is not None and own:
+        found = saved_base(found, args)
     folder, manifest = found.folder, found.manifest
     names = {path.name for path in folder.iterdir()} if manifest is None else set(manifest.files)
     # Weights are cut anew for another TP; the files are those of the TP that wrote them.
@@ -158,7 +162,7 @@ def _save_folder(args: NeoXArgs) -> Iterator[str]:
     # Not at the top: a run that saves nothing, and `--print-config`, start without the planner.
     from megatron.planner.cost.checkpoint_size import checkpoint_size
 
-    needed = checkpoint_size(args.shape, args.model_parallel_size, args.precision).total
+    needed = checkpoint_size(args.trained_shape, args.model_parallel_size, args.precision).total
     free = shutil.disk_usage(parent).free
     if free < needed:
         yield (

@@ -45,7 +45,7 @@ class Replicas:
         tied: list[int] = []
         for index, layer in self._layers():
             for tensor_name, parameter in layer.named_parameters():
-                if layout.row_of(index, tensor_name, args.shape).replicated:
+                if layout.row_of(index, tensor_name, args.whole_shape).replicated:
                     replicated.append(len(self.tensors))
                 if args.shape.tied and index == layout.EMBEDDING_INDEX:
                     tied.append(len(self.tensors))

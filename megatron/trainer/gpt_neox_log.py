@@ -12,10 +12,11 @@ _UNITS = ("", "KFLOPS", "MFLOPS", "GFLOPS", "TFLOPS", "PFLOPS")
 def flops_per_second(args: NeoXArgs, seconds: float) -> float:
     """FLOP/s of a rank by GPT-NeoX's formula (Narayanan et al. 2021, equation 3), recomputation counted.
 
-    It takes every model for one with an MLP of 4 x hidden_size and as many key/value heads as query heads.
+    It takes every model for one with an MLP of 4 x hidden_size and as many key/value heads as query heads. Beside an
+    adapter, which GPT-NeoX does not know, the weights' own gradients are not counted.
     """
     hidden, layers, length = args.hidden_size, args.num_layers, args.seq_length
-    passes = 4 if args.checkpoint_activations else 3
+    passes = (4 if args.checkpoint_activations else 3) - (args.lora is not None)
     shape = 1 + length / (6 * hidden) + args.padded_vocab_size / (16 * layers * hidden)
     per_step = 24 * passes * args.train_batch_size * length * layers * hidden**2 * shape
     return per_step / (seconds * args.global_num_gpus)

@@ -131,7 +131,8 @@ class Metrics:
             seconds = (time.perf_counter() - self._interval_start) / self._interval_iterations
             tokens_per_second = self.args.train_batch_size * self.args.seq_length / seconds
             ranks = self.args.global_num_gpus
-            tflops = tokens_per_second * megatron_flops_per_token(self.args.shape, self.args.seq_length) / ranks / 1e12
+            flops = megatron_flops_per_token(self.args.whole_shape, self.args.seq_length)
+            tflops = tokens_per_second * flops / ranks / 1e12
             values |= {
                 "runtime/iteration_time": seconds,
                 "runtime/tokens_per_sec": tokens_per_second,

@@ -156,7 +156,7 @@ class Run:
         state.iteration, state.consumed_samples = iteration, samples[1]
         self.metrics.step(state, result, rate, batch.learned_tokens, self.engine.counters)
         if self.args.log_param_norm and iteration % self.args.log_interval == 0:
-            self.metrics.record(iteration, parameter_norms(self.engine, self.args.shape))
+            self.metrics.record(iteration, parameter_norms(self.engine, self.args.whole_shape))
 
     def judge(self, result: StepResult, iteration: int, samples: tuple[int, int]) -> None:
         """Count a skipped step; stop a run that cannot be right. Raises SuspiciousLossError on all ranks."""

@@ -30,6 +30,10 @@ ADVICE_TESTS = {
     "to go back to one of its own: {} --iteration N": OWN,
     "of its own checkpoints in {}, as `iteration` says": "checkpoint/test_choice.py::test_what_a_run_begins_from",
     "--load {}": OWN,
+    "--save {}": "trainer/test_lora_runs.py::test_going_back_and_what_the_message_advises",
+    "holds an adapter and no model": (
+        "trainer/test_lora_runs.py::test_an_adapter_is_evaluated_beside_its_base_and_no_other_way"
+    ),
     "--from_scratch false": OWN,
     "--finetune false": OWN,
     "(choose one with {} --iteration {})": (

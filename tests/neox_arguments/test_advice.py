@@ -17,6 +17,7 @@ pytestmark = pytest.mark.unit
 MEGATRON: dict[str, Any] = {"engine": "megatron"}
 INTERLEAVED: dict[str, Any] = {**MEGATRON, "pipe_parallel_size": 2, "virtual_pipe_parallel_size": 2}
 OPTIMIZER = {"type": "AdamW", "params": {"lr": 3.0e-5, "betas": [0.9, 0.95], "eps": 1.0e-8}}
+LORA = {"lora": {"rank": 4, "alpha": 8}}
 # rule; what is changed in the valid keys; what the message must advise; that, done (None deletes a key)
 FOLLOWED: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
     ("heads_divide_hidden", {"num_attention_heads": 12}, "change one of them", {"num_attention_heads": 8}),
@@ -171,6 +172,19 @@ FOLLOWED: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
     ("factor_fits_the_scale", {"checkpoint_factor": 2.5}, "is no whole number", {"checkpoint_factor": 2}),
     ("vocabulary_has_a_source", {"vocab_size": None}, "give vocab_file", {"vocab_size": 64}),
     ("iteration_needs_load", {"iteration": 5}, "leave it out", {"iteration": None}),
+    ("adapters_have_a_trained_base", LORA, "give load, the base", {"from_scratch": None, "load": "runs/a"}),
+    (
+        "adapters_are_saved_elsewhere",
+        LORA | {"from_scratch": None, "load": "runs/a", "save": "runs/a", "checkpoint_factor": 1},
+        "give another save folder", {"save": "runs/b"},
+    ),
+    (
+        "every_stage_has_an_adapter",
+        LORA | {
+            "from_scratch": None, "load": "runs/a", "pipe_parallel_size": 2, "pipe_partition_method": "uniform"
+        },
+        "write type:transformer|mlp", {"pipe_partition_method": "type:transformer|mlp"},
+    ),
 ]  # fmt: skip
 
 

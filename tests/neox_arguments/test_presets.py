@@ -20,10 +20,15 @@ MODELS = {
     "llama31_8b": 8_030_261_248,
     "llama31_70b": 70_553_706_496,
     "llama32_1b": 1_235_814_400,
+    "astrollama": 6_738_415_616,
     "tiny": 1_787_008,
 }
 INTERLEAVED = CONFIGS / "llama31_70b" / "interleaved.yml"  # with a key on the command line
-RUNS = {
+ADAPTED = {
+    f"{folder}-{run}": [CONFIGS / folder / f"{name}.yml" for name in ("model", run)]
+    for folder, run in (("llama31_8b", "lora"), ("llama31_70b", "lora_one_node"), ("astrollama", "lora"))
+}
+RUNS = ADAPTED | {
     f"{folder}-{run}-{machine}": [CONFIGS / folder / f"{name}.yml" for name in ("model", run, machine)]
     for folder, run, machine in (
         ("llama31_70b", "cpt", "frontier"),

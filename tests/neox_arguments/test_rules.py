@@ -25,6 +25,8 @@ def replayed(path: str, share: float) -> dict[str, Any]:
 
 MEGATRON: dict[str, Any] = {"engine": "megatron"}
 INTERLEAVED: dict[str, Any] = {**MEGATRON, "pipe_parallel_size": 2, "virtual_pipe_parallel_size": 2}
+LORA = {"lora": {"rank": 4, "alpha": 8}, "from_scratch": None, "load": "runs/a"}
+
 
 # rule, what is changed in the valid keys, what the message says
 BROKEN: list[tuple[str, dict[str, Any], str]] = [
@@ -49,6 +51,17 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
         "write seq_length: 1020",
     ),
     ("every_stage_has_a_layer", {"pipe_parallel_size": 5}, "a stage would have no layer; use at most 4"),
+    ("adapters_have_a_trained_base", {"lora": {"rank": 4, "alpha": 8}}, "but from_scratch draws them; give load"),
+    (
+        "adapters_are_saved_elsewhere",
+        LORA | {"save": "runs/../runs/a", "checkpoint_factor": 1},
+        "give another save folder",
+    ),
+    (
+        "every_stage_has_an_adapter",
+        LORA | {"pipe_parallel_size": 2, "pipe_partition_method": "parameters"},
+        "write type:transformer|mlp",
+    ),
     ("device_fits_backend", {"distributed_backend": "nccl", "device": "cpu"}, "write distributed_backend: gloo"),
     ("nodes_hold_whole_numbers_of_ranks", {"num_nodes": 2}, "1 ranks cannot be spread evenly over num_nodes 2"),
     ("zero_stage_is_one", {"zero_optimization": {"stage": 2}}, "stage 2 splits gradients or weights"),
@@ -191,6 +204,7 @@ PUBLISHED_7B = {
 
 # warning, what is changed in the valid keys, what the note says
 NOTED: list[tuple[str, dict[str, Any], str]] = [
+    ("base_is_only_read", LORA | {"finetune": True}, "finetune says nothing with lora"),
     ("stages_are_uneven", {"pipe_parallel_size": 3}, "some stages hold 2 layers, some 1"),
     ("rope_scaling_is_forgotten", {"max_position_embeddings": 131072, "rope_scaling": None}, "rope_scaling is absent"),
     ("width_is_not_the_published_one", PUBLISHED_7B, "is not that of Llama-7B (1, 2 and Code Llama)"),
@@ -216,6 +230,7 @@ def test_legal_surprises_are_noted(warning: str, changes: dict, note: str, monke
 GENERATION = {"from_scratch": None, "load": "runs/a", "vocab_file": "tokenizer.json"}
 
 BROKEN_GENERATION: list[tuple[str, dict[str, Any], str]] = [
+    ("evaluated_adapters_are_given", {"lora": {"rank": 4, "alpha": 8}}, "there is no adapter to evaluate"),
     ("text_needs_a_vocabulary", {"vocab_file": None}, "give vocab_file, the tokenizer's file"),
     ("prompts_have_a_file", {"text_gen_type": "input-file"}, "text_gen_type input-file needs sample_input_file"),
     ("stop_strings_are_not_empty", {"stop": ["a", ""]}, "stop has an empty string"),

@@ -29,6 +29,7 @@ TIED = small(pipe=2, data=2, tied=True)
 SLICED = small(tensor=2, micro_batch=2, seq=512, recompute=False, precision="fp32", sequence_parallel=True)
 SLICED_STAGES = small(tensor=2, pipe=2, micro_batch=2, precision="fp32", sequence_parallel=True)
 VIRTUAL = small(pipe=2, virtual=2, engine="megatron", recompute=False, precision="fp32")
+ADAPTED = small(tensor=2, pipe=2, micro_batch=2, seq=512, lora=8, precision="fp32", recompute=False)
 CASES = [
     small(recompute=False),
     small(precision="fp32", recompute=False),
@@ -59,6 +60,13 @@ CASES = [
     replace(VIRTUAL, pipe=1, virtual=1, data=2, precision="bfloat16"),
     replace(VIRTUAL, pipe=4, layers=8, documents=True, tied=True),
     replace(VIRTUAL, layers=8, micro_batch=2, recompute=True, recompute_layers=3),
+    ADAPTED,
+    replace(ADAPTED, engine="megatron"),
+    small(lora=16),
+    small(lora=16, recompute=False, precision="fp32"),
+    small(lora=4, pipe=2, data=2, tied=True, precision="fp32"),
+    small(lora=16, tensor=2, pipe=2, micro_batch=2, seq=512, sequence_parallel=True),
+    small(lora=16, tensor=2, kv_heads=8, recompute=False, precision="fp32", sequence_parallel=True),
 ]
 
 
@@ -80,7 +88,7 @@ def errors(case: Case) -> list[float]:
 
 
 # The 70B's own kind of layout, documents, a tied embedding, and fp32 in buckets; the others cross one axis each.
-FAST = [CASES[5], CASES[8], CASES[10], TIED, IN_FLIGHT, SLICED, SLICED_STAGES, VIRTUAL]
+FAST = [CASES[5], CASES[8], CASES[10], TIED, IN_FLIGHT, SLICED, SLICED_STAGES, VIRTUAL, ADAPTED]
 
 
 @pytest.mark.parametrize(

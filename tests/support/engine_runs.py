@@ -133,17 +133,17 @@ def whole_model(ranks: list[RankParameters], args: NeoXArgs) -> dict[str, Tensor
             assert torch.equal(known, tensor), f"{key}: data-parallel replicas differ"
     whole: dict[str, Tensor] = {}
     for (index, name), by_rank in parts.items():
-        row = layout.row_of(index, name, args.shape)
+        row = layout.row_of(index, name, args.whole_shape)
         names = [n.format(layer=index - 2) for n in row.hf]
         if row.replicated:
             for tp_rank in range(tp):
                 assert torch.equal(by_rank[0], by_rank[tp_rank]), f"{key_text(index, name)}: replicas differ over TP"
             whole[names[0]] = by_rank[0]
             continue
-        sources = [torch.empty(shape, dtype=by_rank[0].dtype) for shape in layout.source_shapes(row, args.shape)]
+        sources = [torch.empty(shape, dtype=by_rank[0].dtype) for shape in layout.source_shapes(row, args.whole_shape)]
         for tp_rank in range(tp):
             offset = 0
-            for piece in layout.rank_slices(row, args.shape, tp, tp_rank):
+            for piece in layout.rank_slices(row, args.whole_shape, tp, tp_rank):
                 if piece.source is not None:
                     target = sources[piece.source].narrow(row.shard_dim, piece.start, len(piece))
                     target.copy_(by_rank[tp_rank].narrow(row.shard_dim, offset, len(piece)))

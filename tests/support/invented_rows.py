@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from megatron.layout import DECODER_LAYER, TABLE, Initialization, LayerFile, LlamaShape, Packing, TensorRow
 
 RANK = 3
@@ -10,9 +12,9 @@ CHANNELS = 12
 _QKV = next(row for row in DECODER_LAYER if row.packing is Packing.QKV)
 _DOWN = next(row for row in DECODER_LAYER if row.neox == "mlp.linear2.weight")
 
-REPLICATED_MATRIX = _QKV.low_rank_factor(0, 1, RANK, "lora_A", Initialization.NORMAL)
-CUT_FACTOR = _QKV.low_rank_factor(0, 0, RANK, "lora_B", Initialization.ZEROS)
-CUT_BY_COLUMNS = _DOWN.low_rank_factor(0, 1, RANK, "lora_A", Initialization.NORMAL)
+REPLICATED_MATRIX = replace(_QKV.low_rank_factor(0, 1, RANK, "lora_A", Initialization.NORMAL), decays=False)
+CUT_FACTOR = replace(_QKV.low_rank_factor(0, 0, RANK, "lora_B", Initialization.ZEROS), decays=False)
+CUT_BY_COLUMNS = replace(_DOWN.low_rank_factor(0, 1, RANK, "lora_A", Initialization.NORMAL), decays=False)
 CUT_VECTOR = TensorRow(
     neox="mlp.linear1.bias",
     hf=("model.layers.{layer}.mlp.up_proj.bias", "model.layers.{layer}.mlp.gate_proj.bias"),

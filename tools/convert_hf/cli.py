@@ -107,6 +107,18 @@ def _add_to_hf(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         action="store_true",
         help="keep the end tokens and chat template of the source, also of a model that was trained on conversations",
     )
+    verb.add_argument(
+        "--adapter",
+        type=Path,
+        metavar="DIR",
+        help="add a LoRA adapter (a folder of peft, or checkpoints of a LoRA run) to the weights, and print what "
+        "rounding takes from it; --dtype float32 loses nothing",
+    )
+    verb.add_argument(
+        "--adapter-base",
+        metavar="NAME",
+        help="what the adapter calls its base, where the folder has another name",
+    )
     verb.set_defaults(run=_run_hf)
 
 
@@ -251,10 +263,26 @@ def _run_hf(arguments: argparse.Namespace) -> int:
     source = _open(arguments.input, arguments)
     print(f"source: {source.describe()}")
     said = len(source.notes)
-    output = prepare_hf(source, arguments.shard_size, _request(arguments))
+    bands = None
+    if arguments.adapter is not None:
+        from tools.convert_hf.commands.add_adapter import prepare_added
+
+        output, bands = prepare_added(
+            source, arguments.adapter, arguments.adapter_base, arguments.shard_size, _request(arguments)
+        )
+        print(f"adapter: {bands.adapter.root}, rank {bands.adapter.rank}, {len(bands.adapter.factors)} weights")
+    elif arguments.adapter_base is not None:
+        raise ConvertError(
+            "--adapter-base says what an adapter calls its base: give --adapter with it, or leave it out"
+        )
+    else:
+        output = prepare_hf(source, arguments.shard_size, _request(arguments))
     for note in source.notes[said:]:
         print(f"note: {note}")
-    return _execute(output, arguments)
+    code = _execute(output, arguments)
+    for line in bands.lines() if bands is not None else ():
+        print(line)
+    return code
 
 
 def _run_verify(arguments: argparse.Namespace) -> int:

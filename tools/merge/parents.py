@@ -15,10 +15,10 @@ from torch import Tensor
 from megatron.checkpoint.manifest import MANIFEST_NAME
 from tools.convert_hf.errors import ConvertError
 from tools.convert_hf.formats.dtypes import WEIGHT_DTYPES
+from tools.convert_hf.sources.adapters import Adapter, check_base, open_adapter
 from tools.convert_hf.sources.checkpoint import Checkpoint, OpenOptions
 from tools.convert_hf.sources.opening import open_checkpoint
 from tools.convert_hf.stream.band_io import FilePool, read_band
-from tools.merge.adapters import Adapter, open_adapter
 from tools.merge.errors import MergeError
 from tools.merge.recipe import ParentEntry, Recipe
 
@@ -111,13 +111,9 @@ def _open(entry: ParentEntry) -> Checkpoint:
 
 
 def _check_adapter_base(entry: ParentEntry, adapter: Adapter) -> None:
-    """An adapter names its base; shapes cannot tell a base from another model of its size."""
-    if adapter.base_name is None:
-        return
-    named = adapter.base_name.rstrip("/").rsplit("/", 1)[-1]
     given = {Path(os.path.abspath(entry.path)).name, entry.label.rsplit("/", 1)[-1], entry.label.split("+")[0]}
-    if named not in given and entry.adapter_base != adapter.base_name:
-        raise MergeError(
-            f"{entry.label}: the adapter {adapter.root} says that it was trained on {adapter.base_name!r}, it would be "
-            f"added to {entry.path}. If that is the same model, write `adapter_base: {adapter.base_name}` beside it"
-        )
+    advice = "write `adapter_base: {name}` beside it"
+    try:
+        check_base(adapter, str(entry.path), given, entry.adapter_base, advice)
+    except ConvertError as error:
+        raise MergeError(f"{entry.label}: {error}") from None

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import PrivateAttr
 
 from megatron.common.errors import ConfigError
-from megatron.layout import LlamaShape, PatchShape, padded_vocab_size
+from megatron.layout import LlamaShape, PatchShape, adapted, adapter_alone, padded_vocab_size
 from megatron.neox_arguments.keys import (
     checkpoint,
     data,
@@ -16,6 +16,7 @@ from megatron.neox_arguments.keys import (
     engine,
     evaluation,
     generation,
+    lora,
     model,
     optimization,
     parallel,
@@ -30,6 +31,7 @@ from megatron.neox_arguments.keys.embeddings import EmbeddingKeys
 from megatron.neox_arguments.keys.engine import EngineKeys
 from megatron.neox_arguments.keys.evaluation import EvaluationKeys
 from megatron.neox_arguments.keys.generation import GenerationKeys
+from megatron.neox_arguments.keys.lora import LoraKeys
 from megatron.neox_arguments.keys.model import ModelKeys
 from megatron.neox_arguments.keys.optimization import OptimizationKeys
 from megatron.neox_arguments.keys.parallel import ParallelKeys
@@ -52,6 +54,7 @@ REGISTRY = Registry.joined(
         data.registry,
         survival.registry,
         checkpoint.registry,
+        lora.registry,
         generation.registry,
         runtime.registry,
         evaluation.registry,
@@ -67,6 +70,7 @@ class AllKeys(
     EvaluationKeys,
     GenerationKeys,
     RuntimeKeys,
+    LoraKeys,
     CheckpointKeys,
     DataKeys,
     OptimizationKeys,
@@ -87,7 +91,10 @@ class AllKeys(
 
     @cached_property
     def shape(self) -> LlamaShape:
-        """Sizes of the model. Raises ConfigError if the tokenizer that says vocab_size is not on this machine."""
+        """Sizes of the model, without its adapter.
+
+        Raises ConfigError if the tokenizer that says vocab_size is not on this machine.
+        """
         decoder = {
             "num_layers": self.num_layers,
             "hidden_size": self.hidden_size,
@@ -115,6 +122,20 @@ class AllKeys(
             ),
             tied=not self.no_weight_tying,
         )
+
+    @cached_property
+    def whole_shape(self) -> LlamaShape:
+        """The same with the tensors of the adapter beside those of the base."""
+        if self.lora is None:
+            return self.shape
+        return adapted(self.shape, self.lora.rank, self.lora.projections)
+
+    @cached_property
+    def trained_shape(self) -> LlamaShape:
+        """The tensors that a run trains and saves: all, or those of the adapter."""
+        if self.lora is None:
+            return self.shape
+        return adapter_alone(self.shape, self.lora.rank, self.lora.projections)
 
     @property
     def padded_vocab_size(self) -> int:

@@ -10,6 +10,9 @@ ranks; h, f, V as in the model; kv = key/value heads x head_dim. Elements per to
     h / t            attention's output
     3f / t           up and gate, and their product
 
+Beside an adapter a frozen matrix keeps no input; A keeps it instead, where there is one. Of each fused matrix with n
+projections that have one, n r are kept between A and B, and a copy of their A's that are multiplied as one.
+
 and 2h more with the layer's input, which is all that full recomputation keeps. Selective recomputation keeps the input,
 the residual sum and what the first product of each block gives: norms, attention and SwiGLU are computed again, no
 product is. Sequence parallelism divides by t what
@@ -22,7 +25,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron.common.cpu_cache import BLOCK_ELEMENTS
-from megatron.layout import LlamaShape
+from megatron.layout import FACTOR_A, LlamaShape, rank_shape, trained_rows
 from megatron.planner.cost.compute import FP32
 from megatron.planner.cost.parallel_layout import ParallelLayout, Recompute
 
@@ -55,6 +58,9 @@ class Activations:
     several: bool  # sequences in a micro-batch: [s, b, h] <-> [b, s, h] then needs copies
     documents: bool
     on_host: bool  # a CPU's memory
+    frozen: bool  # an adapter is trained beside the weights
+    adapters: int  # what its factors keep of a layer
+    unread: int  # of what is kept without an adapter, inputs of matrices that have none
 
     @classmethod
     def of(
@@ -92,6 +98,9 @@ class Activations:
             several=layout.micro_batch > 1,
             documents=documents,
             on_host=ops == "cpu",
+            frozen=shape.frozen_base,
+            adapters=_kept_by_adapters(shape, layout, tokens) * element,
+            unread=_unread(shape, layout, tokens) * element,
         )
 
     @property
@@ -101,7 +110,7 @@ class Activations:
         attention = self.qkv + self.rotated + self.context + self.log_sum_exp
         if self.documents:  # one output per document, joined to one
             attention += self.context
-        return norms + attention + self.up_gate + self.product
+        return norms + attention + self.up_gate + self.product + self.adapters - self.unread
 
     def stored_by_layer(self, recompute: Recompute) -> int:
         """What a decoder layer keeps until its backward pass, its input included."""
@@ -130,10 +139,50 @@ class Activations:
         again = {"none": 0, "selective": selective, "full": self.inside_layer + self.hidden}[recompute]
         # Sequence parallelism: the gathered gradient of a row-parallel matrix's output.
         of_row = self.gathered if self.sliced else 0
+        # An adapter's gradient of its input is added to that of the matrix beside it.
+        twice = 2 if self.frozen else 1
         moments = (
-            of_row + self.product + second_matrix,  # gradient of the product, and of the MLP's second matrix
+            of_row + twice * self.product + second_matrix,  # gradient of the product, and of the MLP's second matrix
             self.up_gate + self.swiglu_temporaries,  # the product is free, its gradient and that of up and gate alive
-            self.column_backward + first_matrix - self.product,
+            self.column_backward + self.hidden * (twice - 1) + first_matrix - self.product,
             self.hidden + self.norm_temporaries - self.product - self.up_gate,
         )
         return again + incoming + max(moments)
+
+
+def _factors_by_matrix(shape: LlamaShape, tensor: int) -> dict[str, tuple[int, int]]:
+    """By fused matrix that has adapters: (ranks of its projections' adapters together, elements of their A's)."""
+    found: dict[str, tuple[int, int]] = {}
+    for row in trained_rows(shape) if shape.frozen_base else ():
+        fused, _, factor, _ = row.neox.rsplit(".", 3)
+        if factor == FACTOR_A:
+            ranks, elements = found.get(fused, (0, 0))
+            local = rank_shape(row, shape, tensor)
+            found[fused] = (ranks + local[0], elements + local[0] * local[1])
+    return found
+
+
+def _kept_by_adapters(shape: LlamaShape, layout: ParallelLayout, tokens: int) -> int:
+    """Elements that the factors of a layer keep: what lies between A and B, and the A's side by side.
+
+    Behind a row-parallel matrix it is the slice of the sequence that sequence parallelism leaves.
+    """
+    total = 0
+    for fused, (ranks, elements) in _factors_by_matrix(shape, layout.tensor).items():
+        sliced = layout.sequence_parallel and fused in ("attention.dense", "mlp.linear2")
+        total += tokens // (layout.tensor if sliced else 1) * ranks + elements
+    return total
+
+
+def _unread(shape: LlamaShape, layout: ParallelLayout, tokens: int) -> int:
+    """Elements of inputs that no matrix keeps, because it is frozen and has no adapter.
+
+    With sequence parallelism column-parallel matrices keep their slices all the same; attention keeps its output.
+    """
+    if not shape.frozen_base:
+        return 0
+    adapted = _factors_by_matrix(shape, layout.tensor)
+    unread = 0
+    if not layout.sequence_parallel:
+        unread += shape.hidden_size * (("attention.query_key_value" not in adapted) + ("mlp.linear1" not in adapted))
+    return tokens * (unread + shape.intermediate_size // layout.tensor * ("mlp.linear2" not in adapted))

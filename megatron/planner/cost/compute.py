@@ -7,8 +7,9 @@ tensor-parallel ranks; 2-byte activations. Times are those of one micro-batch on
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
-from megatron.layout import LlamaShape
+from megatron.layout import LlamaShape, rank_shape, trained_rows
 from megatron.planner.cost.machines import Machine
 from megatron.planner.cost.parallel_layout import ParallelLayout
 
@@ -49,6 +50,38 @@ def linear_seconds(tokens: int, features_in: int, features_out: int, machine: Ma
     return forward, of_input + of_weight
 
 
+def frozen_linear_seconds(tokens: int, features_in: int, features_out: int, machine: Machine) -> tuple[float, float]:
+    """The same of a frozen matrix: no gradient of the weight."""
+    forward = gemm_seconds(tokens, features_in, features_out, machine)
+    return forward, gemm_seconds(tokens, features_out, features_in, machine)
+
+
+def adapter_seconds(shape: LlamaShape, tensor: int, tokens: int, machine: Machine) -> tuple[float, float]:
+    """(forward, backward) of the factors of a decoder layer's adapters on one rank."""
+    forward = backward = 0.0
+    for row in trained_rows(shape):
+        features_out, features_in = rank_shape(row, shape, tensor)
+        there, back = linear_seconds(tokens, features_in, features_out, machine)
+        forward, backward = forward + there, backward + back
+    return forward, backward
+
+
+@dataclass(frozen=True)
+class TrainedElements:
+    """Trained parameters of one tensor-parallel rank: of a decoder layer, an embedding or head, the last norm."""
+
+    layer: int
+    vocabulary: int
+    final_norm: int
+
+    @classmethod
+    def of(cls, shape: LlamaShape, tensor: int) -> TrainedElements:
+        if shape.frozen_base:
+            return cls(sum(prod(rank_shape(row, shape, tensor)) for row in trained_rows(shape)), 0, 0)
+        layer = sum(i * o for i, o in layer_matrices(shape, tensor)) + 2 * shape.hidden_size
+        return cls(layer, shape.padded_vocab_size * shape.hidden_size // tensor, shape.hidden_size)
+
+
 def layer_matrices(shape: LlamaShape, tensor: int) -> list[tuple[int, int]]:
     """(in, out) features of a rank's four matrices of a decoder layer."""
     h, f, kv = shape.hidden_size, shape.intermediate_size, shape.num_kv_heads * shape.head_dim
@@ -66,8 +99,12 @@ def layer_seconds(
     """(forward, backward, recomputation) of one decoder layer and micro-batch, without communication."""
     tokens = layout.micro_batch * seq_length
     gemm_forward = gemm_backward = 0.0
+    of_matrix = linear_seconds
+    if shape.frozen_base:
+        of_matrix = frozen_linear_seconds
+        gemm_forward, gemm_backward = adapter_seconds(shape, layout.tensor, tokens, machine)
     for features_in, features_out in layer_matrices(shape, layout.tensor):
-        there, back = linear_seconds(tokens, features_in, features_out, machine)
+        there, back = of_matrix(tokens, features_in, features_out, machine)
         gemm_forward += there
         gemm_backward += back
     flops = attention_flops(shape, layout, seq_length)
@@ -106,7 +143,8 @@ def head_seconds(shape: LlamaShape, layout: ParallelLayout, seq_length: int, mac
     """Final norm, output head and loss of one micro-batch, forward and backward; never recomputed."""
     tokens = layout.micro_batch * seq_length
     columns = shape.padded_vocab_size // layout.tensor
-    gemm = sum(linear_seconds(tokens, shape.hidden_size, columns, machine))
+    of_matrix = frozen_linear_seconds if shape.frozen_base else linear_seconds
+    gemm = sum(of_matrix(tokens, shape.hidden_size, columns, machine))
     logits = 3 * columns  # read for the loss; read, and their gradient written, in the backward
     outside = layout.tensor if layout.sequence_parallel else 1
     moved = BF16 * tokens * (logits + 5 * shape.hidden_size / outside)

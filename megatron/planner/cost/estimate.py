@@ -160,7 +160,10 @@ class Estimate:
 
     @property
     def checkpoint_bytes(self) -> int:
-        return CHECKPOINT_BYTES_PER_PARAMETER * self.shape.num_parameters
+        elements = self.shape.num_parameters
+        if self.shape.frozen_base:
+            elements = compute.TrainedElements.of(self.shape, 1).layer * self.shape.num_layers
+        return CHECKPOINT_BYTES_PER_PARAMETER * elements
 
     @property
     def checkpoint_seconds(self) -> float:
@@ -212,8 +215,7 @@ def _stages(
         rate = traffic.tensor_rate(layout, machine)
     hideable = _hideable_seconds(shape, layout, seq_length, machine, rate)
     message = traffic.message_bytes(shape, layout, seq_length)
-    matrix = shape.padded_vocab_size * shape.hidden_size / layout.tensor
-    layer_parameters = sum(i * o for i, o in compute.layer_matrices(shape, layout.tensor)) + 2 * shape.hidden_size
+    trained = compute.TrainedElements.of(shape, layout.tensor)
     stored = replace(layout, recompute="none") if layout.recompute == "full" else layout
     again, once = (_layer(shape, kind, seq_length, machine) for kind in (layout, stored))
 
@@ -223,11 +225,11 @@ def _stages(
         passes = again.times(twice) + once.times(layers - twice)
         if first or last:
             passes += _ends(shape, layout, seq_length, machine, first, last)
-        parameters = float(layer_parameters * layers)
+        parameters = float(trained.layer * layers)
         if first:
-            parameters += matrix
+            parameters += trained.vocabulary
         if last:
-            parameters += matrix * (not (shape.tied and layout.pipe == 1)) + shape.hidden_size
+            parameters += trained.vocabulary * (not (shape.tied and layout.pipe == 1)) + trained.final_norm
         forward, backward = (halves * half / rate for halves in (passes.forward_halves, passes.backward_halves))
         accumulation = _accumulation_seconds(parameters, layout, machine)
         time = ChunkTime(parameters, passes.forward.total + forward, passes.backward.total + backward + accumulation)

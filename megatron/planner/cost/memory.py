@@ -198,7 +198,7 @@ def _stage(
     fullest = max(moments, key=lambda moment: moment.total)
     accumulated = step.gradients_always(padded)
     always = {
-        "weights": optimizer.element * padded,
+        "weights": optimizer.element * (padded + parameters.frozen),
         "optimizer": step.optimizer_bytes(padded),
         "pipeline": step.buffers,
         "tables": FP32 * seq_length * shape.head_dim if decoders else 0,
@@ -210,7 +210,7 @@ def _stage(
         stage=stage,
         chunks=chunks,
         decoder_layers=decoders,
-        parameters=parameters.all,
+        parameters=parameters.all + parameters.frozen,
         **always,
         gradients=accumulated + fullest.gradients,
         activations=fullest.activations,

@@ -23,7 +23,7 @@ ELEMENT = {"fp32": 4, "bfloat16": 2, "fp16": 2}
 
 @dataclass(frozen=True)
 class StageParameters:
-    """Elements on one tensor-parallel rank."""
+    """Elements on one tensor-parallel rank that are trained; beside an adapter the others are `frozen`."""
 
     decayed: int
     undecayed: int
@@ -33,6 +33,7 @@ class StageParameters:
     layer: int  # a decoder layer's
     mlp_first: int
     mlp_second: int
+    frozen: int
 
     @property
     def all(self) -> int:
@@ -51,7 +52,9 @@ def stage_parameters(shape: LlamaShape, tensor: int, chunks: tuple[range, ...]) 
     if shape.tied:  # the last stage has a copy of the embedding, or the matrix itself if it is the first as well
         rows[LayerFile.HEAD] = rows[LayerFile.EMBEDDING]
         counts[LayerFile.HEAD] -= held[LayerFile.EMBEDDING] and held[LayerFile.HEAD]
-    elements = {row: prod(tensors.rank_shape(row, shape, tensor)) for file in LayerFile for row in rows[file]}
+    whole = {row: prod(tensors.rank_shape(row, shape, tensor)) for file in LayerFile for row in rows[file]}
+    trained = set(tensors.trained_rows(shape))
+    elements = {row: count * (row in trained) for row, count in whole.items()}
     of_file = {file: sum(elements[row] for row in rows[file]) for file in LayerFile}
     every = sum(counts[file] * of_file[file] for file in LayerFile)
     decayed = sum(counts[file] * elements[row] for file in LayerFile for row in rows[file] if row.decays)
@@ -64,6 +67,7 @@ def stage_parameters(shape: LlamaShape, tensor: int, chunks: tuple[range, ...]) 
         layer=of_file[LayerFile.DECODER],
         mlp_first=elements[_MLP_FIRST],
         mlp_second=elements[_MLP_SECOND],
+        frozen=sum(counts[file] * whole[row] for file in LayerFile for row in rows[file]) - every,
     )
 
 

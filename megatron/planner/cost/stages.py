@@ -72,8 +72,8 @@ def _shapes(layers: Iterable[tuple[int, nn.Module]]) -> dict[tuple[int, str], to
 def _whole(args: NeoXArgs, shapes: dict[tuple[int, str], torch.Size], stage: int) -> int:
     total = 0
     for (index, name), shape in shapes.items():
-        row = next((row for row in layout.rows_of(index, args.shape) if row.neox == name), None)
-        expected = row and layout.rank_shape(row, args.shape, args.model_parallel_size)
+        row = next((row for row in layout.rows_of(index, args.whole_shape) if row.neox == name), None)
+        expected = row and layout.rank_shape(row, args.whole_shape, args.model_parallel_size)
         if row is None or shape != expected:
             raise StageMismatchError(f"stage {stage}, layer {index}: {name} is {tuple(shape)}, not {expected}")
         total += shape.numel() * (1 if row.replicated else args.model_parallel_size)

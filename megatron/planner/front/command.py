@@ -73,7 +73,7 @@ def _search(plan: Plan) -> SearchResult:
     args = plan.args
     try:
         return search(
-            args.shape,
+            args.whole_shape,
             plan.layout.world_size,
             plan.layout.global_batch,
             args.seq_length,

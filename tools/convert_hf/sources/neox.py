@@ -24,6 +24,7 @@ from megatron.layout import (
     rank_shape,
     source_shapes,
 )
+from megatron.layout.peft_folder import CONFIG, FOLDER
 from tools.convert_hf.errors import ConvertError
 from tools.convert_hf.formats.pickles import Inert, TensorView
 from tools.convert_hf.formats.stored import Stored
@@ -119,6 +120,10 @@ def _open(path: Path, names: list[str], options: OpenOptions) -> NeoxCheckpoint:
         provenance = manifest.provenance
     else:
         notes.append("no manifest (a GPT-NeoX checkpoint?): read after full key, shape and shard-count checks")
+    if (folder / FOLDER / CONFIG).is_file():
+        raise ConvertError(
+            f"{folder} holds an adapter and no model: give its base as --input, and --adapter {folder} with to-hf"
+        )
     layers = [n for n in names if _LAYER.fullmatch(n)]
     if not layers and not any(_META.fullmatch(n) for n in names):
         refuse_foreign(folder)

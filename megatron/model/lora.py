@@ -1,0 +1,120 @@
+"""Low-rank adapters beside the parallel matrices of a decoder layer (Hu et al. 2021): y = W x + scale B A x.
+
+Every Hugging Face projection has a pair (A, B) of its own, a child of the fused matrix that it changes; the layout
+table says what each tensor-parallel rank holds of it. Only what lies between A and B is communicated, [tokens, rank]
+for each projection:
+
+- column-parallel W: A is whole on every rank, B cut by rows as W is. y = W x + join_i(B_i f(A_i x)), where f is the
+  identity and all-reduces the gradient. With sequence parallelism x is a slice; f gathers, and reduce-scatters.
+- row-parallel W: A is cut by columns as W is, B whole. y = g(W x) + B g(A x), where g all-reduces. With sequence
+  parallelism it reduce-scatters, and gathers the gradient.
+
+So a factor that every rank holds whole gets its whole gradient on every rank. With sequence parallelism it gets that of
+the rank's slice, as the norms do, and is summed with theirs (`sequence_parallel.sum_over_slices`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
+from torch import Tensor, nn
+
+from megatron import layout
+from megatron.model.parallel import TensorParallel
+from megatron.model.sequence_parallel import Gather, ScatterSum
+from megatron.neox_arguments import NeoXArgs
+
+
+class Factor(nn.Module):
+    """A or B: one matrix."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(shape, dtype=dtype))
+
+
+class Factors(nn.Module):
+    """The two factors of one projection, as this rank holds them: A [rank, in], B [out, rank]."""
+
+    def __init__(self, a: tuple[int, ...], b: tuple[int, ...], dtype: torch.dtype) -> None:
+        super().__init__()
+        self.lora_A = Factor(a, dtype)
+        self.lora_B = Factor(b, dtype)
+
+
+class AddedProducts:
+    """A forward hook of a fused matrix that adds the products of its adapters to its output."""
+
+    def __init__(self, row: layout.TensorRow, args: NeoXArgs, tp: TensorParallel) -> None:
+        assert args.lora is not None
+        self.row, self.args, self.tp, self.scale = row, args, tp, args.lora.scale
+        self.sources = [layout.projection_of(name) for name in row.hf]
+
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        pairs = {name: child for name in self.sources if isinstance(child := getattr(module, name, None), Factors)}
+        stacked = torch.cat([pair.lora_A.weight for pair in pairs.values()])  # one product for all of them
+        between = self._exchanged(F.linear(inputs[0], stacked)) * self.scale
+        products = {
+            name: F.linear(part, pair.lora_B.weight)
+            for (name, pair), part in zip(pairs.items(), between.chunk(len(pairs), dim=-1), strict=True)
+        }
+        joined = self._joined(products)
+        if self.row.shard_dim == 0:  # the output is the matrix's own, and nothing else needs it
+            return output.add_(joined)
+        return output + joined
+
+    def _exchanged(self, x: Tensor) -> Tensor:
+        """f or g of A's output."""
+        group, column = self.tp.group, self.row.shard_dim == 0
+        if self.tp.sequence_parallel:
+            exchanged: Tensor = Gather.apply(x, group, 0) if column else ScatterSum.apply(x, group, 0)
+            return exchanged
+        if column:
+            return copy_to_tensor_model_parallel_region(x, group=group)
+        return reduce_from_tensor_model_parallel_region(x, group=group)
+
+    def _joined(self, products: dict[str, Tensor]) -> Tensor:
+        """The products in the packing of the fused matrix, zero for a projection without an adapter."""
+        if len(self.sources) == 1:
+            return products[self.sources[0]]
+        some, (args, ranks) = next(iter(products.values())), (self.args, self.tp.size)
+        features = [size[0] // ranks for size in layout.source_shapes(self.row, args.shape)]
+        parts = [
+            products[name] if name in products else some.new_zeros(*some.shape[:-1], width)
+            for name, width in zip(self.sources, features, strict=True)
+        ]
+        if self.row.packing is layout.Packing.UP_GATE:
+            return layout.join_up_gate(*parts)
+        heads, kv_heads = args.num_attention_heads // ranks, args.num_kv_heads // ranks
+        return layout.join_qkv((parts[0], parts[1], parts[2]), heads, kv_heads, args.head_dim)
+
+
+def add_adapters(layer: nn.Module, args: NeoXArgs, tp: TensorParallel) -> None:
+    """Put the factors that `args.lora` asks for beside the matrices of a decoder layer, not initialised."""
+    assert args.lora is not None
+    rows = {row.neox: row for row in layout.factor_rows(args.lora.rank, args.lora.projections)}
+    hooked = set()
+    for target in args.lora.projections:
+        base, _ = layout.PROJECTIONS[target]
+        fused = base.neox.rsplit(".", 1)[0]
+        matrix = layer.get_submodule(fused)
+        a, b = (
+            layout.rank_shape(rows[f"{fused}.{target}.{factor}.weight"], args.whole_shape, tp.size)
+            for factor in (layout.FACTOR_A, layout.FACTOR_B)
+        )
+        matrix.add_module(target, Factors(a, b, tp.dtype))
+        if fused not in hooked:
+            matrix.register_forward_hook(AddedProducts(base, args, tp))
+            hooked.add(fused)
+
+
+def freeze_base(parameters: Iterator[tuple[str, nn.Parameter]]) -> None:
+    """Of some named parameters leave only those of adapters to be trained."""
+    for name, parameter in parameters:
+        parameter.requires_grad_(layout.is_factor(name))
