@@ -36,7 +36,7 @@ from megatron.trainer.initial_loss import check_initial_loss
 from megatron.trainer.metrics import Metrics, StartUpClock
 from megatron.trainer.parameter_norms import parameter_norms
 from megatron.trainer.saves import Saves
-from megatron.trainer.schedule import Schedule, check_length
+from megatron.trainer.schedule import Schedule, check_length, check_schedule
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +100,7 @@ class Run:
         assert datasets.train_iters is not None  # checked with the configuration
         self.schedule = Schedule(args, datasets.train_iters)
         check_length(start.position.iteration, self.schedule.train_iters, args)
+        check_schedule(self.schedule, start.position.iteration)
         self.validation = datasets.valid
         self.metrics = Metrics(args, self.place.rank, self.schedule.train_iters)
         self.startup.done("data")
