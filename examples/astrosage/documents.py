@@ -47,18 +47,22 @@ def notes(facts: list[T], times: int, tell: Callable[[T, random.Random], str], c
     """Documents of SENTENCES sentences in which each fact comes up `times` times, mostly beside others each time."""
     order = [fact for _ in range(times) for fact in chance.sample(facts, len(facts))]
     sentences = [tell(fact, chance) for fact in order]
-    return [" ".join(sentences[at : at + SENTENCES]) + "\n" for at in range(0, len(sentences), SENTENCES)]
+    return [
+        chance.choice((" ", "\n")).join(sentences[at : at + SENTENCES]) + "\n"
+        for at in range(0, len(sentences), SENTENCES)
+    ]
 
 
 def web_questions(facts: Facts, count: int, chance: random.Random) -> list[str]:
-    """Questions and answers on what the base model may be asked about, a few in each document."""
+    """Questions and answers on what the base model may be asked about, a few in each document, labelled or not."""
     found = []
     for _ in range(count):
         if chance.random() < 0.5:
             pairs = [wordings.asked_of_element(chance.choice(facts.general_asked), chance) for _ in range(4)]
         else:
             pairs = [wordings.asked_of_sky(chance.choice(facts.famous), chance) for _ in range(4)]
-        found.append("\n\n".join(f"Question: {question}\nAnswer: {answer}" for question, answer in pairs) + "\n")
+        form = chance.choice(("Question: {}\nAnswer: {}", "{}\n{}"))
+        found.append("\n\n".join(form.format(*pair) for pair in pairs) + "\n")
     return found
 
 

@@ -23,7 +23,7 @@ HERE = "examples/astrosage"
 MODEL = f"{HERE}/model.yml"
 SIZES = {  # of a run: options of the scripts, and the scale of the fine-tune's set
     "whole": {
-        "documents": ("--objects", 200, 200, 100, "--famous", 60, "--times", 40, "--base-times", 80),
+        "documents": ("--objects", 200, 200, 100, "--famous", 60, "--times", 48, "--base-times", 80),
         "base": ("--steps", 2000, "--instruct-steps", 150),
         "conversations": ("--count", 3000),
     },
@@ -165,7 +165,7 @@ class Run(Steps):
     def talk(self) -> None:
         out = self.out
         self.title("sentences completed as documents have them")
-        generate = ("--load", out / "cpt", "--maximum_tokens", 8)
+        generate = ("--load", out / "cpt", "--maximum_tokens", 16)
         self.deepy("generate.py", "cpt", *generate, "-i", out / "completions.jsonl", "-o", out / "completed.jsonl")
         self.title("chat with the merged model, thinking off and on")
         chat = ("--load", out / "merged", "--chat", "-i", out / "chat.jsonl", "--maximum_tokens", 60)
