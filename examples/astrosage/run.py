@@ -45,7 +45,19 @@ ASKED = (
 )
 MADE = (
     *("raw", "clean", "base", "data", "sft", "tokenizer", "hf_base", "hf_instruct_1", "hf_instruct_2", "hf_instruct_3"),
-    *("neox_base", "cpt", "sft_model", "merged", "merged_own_base", "hf_cpt", "hf_sft", "hf_merged", "mcq", "logs"),
+    *(
+        "neox_base",
+        "cpt",
+        "sft_model",
+        "merged",
+        "merged_own_base",
+        "hf_cpt",
+        "hf_merge",
+        "mcq",
+        "logs",
+        "report",
+        "release",
+    ),
     *("contamination", "yml"),
 )
 
@@ -55,15 +67,28 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("astrosage_out"), help="an earlier run's files go")
     parser.add_argument("--seed", type=int, default=0, help="of facts, wordings, weights and orders")
     parser.add_argument("--size", choices=list(SIZES), default="whole", help="short: fewer facts and steps, for a look")
+    parser.add_argument("--until", choices=["cpt", "end"], default="end", help="cpt: test the base and what it becomes")
     options = parser.parse_args()
     out = options.output
     for name in MADE:
         shutil.rmtree(ROOT / out / name, ignore_errors=True)
     start = time.monotonic()
     run = Run(out, options.seed, options.size)
-    for stage in (run.prepare, run.pretrain, run.converse, run.finetune, run.merge, run.ask, run.talk, run.export):
-        stage()
+    run.prepare()
+    run.pretrain()
+    if options.until == "end":
+        run.converse()
+        run.finetune()
+        run.merge()
+    run.ask()
+    run.complete()
+    if options.until == "end":
+        run.chat()
+    run.export()
+    if options.until == "end":
+        run.release()
     run.title("what was shown")
+    run.python("tools/report", out, "--topic", "held", "--title", "A scaled-down AstroSage")
     print(write_results(ROOT / out, seconds=time.monotonic() - start, seed=options.seed))
     print(f"\nthe whole run took {time.monotonic() - start:.0f} s; {out}/results.json and {out}/results.md keep this")
     return 0
@@ -147,7 +172,8 @@ class Run(Steps):
     def ask(self) -> None:
         out = self.out
         self.title("the test after every stage: facts told, facts never told, general facts")
-        for name, folder, yml, chat in ASKED:
+        asked = [one for one in ASKED if (ROOT / out / one[1]).exists()]
+        for name, folder, yml, chat in asked:
             before = () if name == "base" else ("--mcq.compare_with", out / "mcq/base/items.jsonl")
             self.mcq(name, folder, yml, chat, *before)
         self.title("the same test of the same checkpoint on two tensor-parallel ranks")
@@ -162,11 +188,14 @@ class Run(Steps):
             *("--train_micro_batch_size_per_gpu", 32),
         )
 
-    def talk(self) -> None:
+    def complete(self) -> None:
         out = self.out
         self.title("sentences completed as documents have them")
         generate = ("--load", out / "cpt", "--maximum_tokens", 16)
         self.deepy("generate.py", "cpt", *generate, "-i", out / "completions.jsonl", "-o", out / "completed.jsonl")
+
+    def chat(self) -> None:
+        out = self.out
         self.title("chat with the merged model, thinking off and on")
         chat = ("--load", out / "merged", "--chat", "-i", out / "chat.jsonl", "--maximum_tokens", 60)
         for thinking in ("off", "on"):
@@ -175,12 +204,20 @@ class Run(Steps):
     def export(self) -> None:
         out = self.out
         self.title("to Hugging Face, and the test once more by transformers")
-        for source, target in (("cpt", "hf_cpt"), ("merged", "hf_merged")):
-            self.convert("to-hf", source, target)
+        checked = []
+        for name, source, style in (("cpt", "cpt", "plain"), ("merge", "merged", "chat")):
+            if (ROOT / out / source).exists():
+                self.convert("to-hf", source, f"hf_{name}")
+                checked.append(f"{name}={out}/hf_{name}:{style}:{out}/mcq/{name}")
         self.python(
-            *(f"{HERE}/check.py", "--questions", out / "questions.jsonl", "--output", out / "check.json"),
-            *(f"cpt={out}/hf_cpt:plain:{out}/mcq/cpt", f"merge={out}/hf_merged:chat:{out}/mcq/merge"),
+            *(f"{HERE}/check.py", "--questions", out / "questions.jsonl", "--output", out / "check.json", *checked)
         )
+
+    def release(self) -> None:
+        out = self.out
+        self.title("a release, and its verification")
+        self.python("tools/release", "make", self.yml("release"), "--output", out / "release")
+        self.python("tools/release", "verify", out / "release", "--data", out / "data")
 
     # --- commands
 

@@ -11,8 +11,8 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from megatron.evaluation.cost_picture import PricedScore, draw
-from tools.report.runs import LOSS, NORM, RATE, SPEED, Curve, Run, Stage
+from megatron.evaluation.cost_picture import PricedScore, draw_costs
+from tools.report.runs import LOSS, NORM, RATE, SPEED, Curve, RecordedRun, TrainingStage
 
 # Okabe and Ito's palette, which stays apart for every kind of colour vision.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999")
@@ -31,14 +31,14 @@ class Picture:
 
 
 def draw_all(
-    runs: Sequence[Run], folder: Path, *, topic: str | None = None, price_per_hour: float | None = None
+    runs: Sequence[RecordedRun], folder: Path, *, topic: str | None = None, price_per_hour: float | None = None
 ) -> list[Picture]:
     """Every figure that the runs have something for."""
     found: list[Picture | None] = [
         dynamics(runs, folder / "figure1_dynamics.png"),
         composition(runs, folder / "figure2_composition.png"),
         cost(runs, folder / "figure3_cost.png", topic, price_per_hour),
-        accuracy(runs, folder / "accuracy.png"),
+        topic_bars(runs, folder / "accuracy.png"),
         validation(runs, folder / "validation.png"),
         _one(runs, folder / "gradient_norm.png", NORM, "Gradient norm", "gradient norm before clipping"),
         _one(runs, folder / "throughput.png", SPEED, "Throughput", "tokens per second, of all ranks"),
@@ -50,7 +50,7 @@ def draw_all(
 # --- figure 1
 
 
-def dynamics(runs: Sequence[Run], path: Path) -> Picture | None:
+def dynamics(runs: Sequence[RecordedRun], path: Path) -> Picture | None:
     """Loss above, learning rate below, all stages one after the other."""
     figure = Figure(figsize=(9, 5.4), layout="constrained")
     losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
@@ -90,7 +90,7 @@ def smoothed(curve: Curve) -> Curve:
     return found
 
 
-def _mark_stages(axes: Sequence[Any], run: Run) -> None:
+def _mark_stages(axes: Sequence[Any], run: RecordedRun) -> None:
     if len(run.stages) < 2:
         return
     for stage, offset in zip(run.stages, run.offsets(), strict=True):
@@ -103,7 +103,7 @@ def _mark_stages(axes: Sequence[Any], run: Run) -> None:
         )  # fmt: skip
 
 
-def _mark_adjustments(losses: Any, rates: Any, stage: Stage, offset: int) -> None:
+def _mark_adjustments(losses: Any, rates: Any, stage: TrainingStage, offset: int) -> None:
     for at, scale in stage.overrides:
         for part in (losses, rates):
             part.axvline(offset + at, color="#cc79a7", linestyle="--", linewidth=1)
@@ -116,7 +116,7 @@ def _mark_adjustments(losses: Any, rates: Any, stage: Stage, offset: int) -> Non
 # --- figure 2
 
 
-def composition(runs: Sequence[Run], path: Path) -> Picture | None:
+def composition(runs: Sequence[RecordedRun], path: Path) -> Picture | None:
     """Share of each source in the samples of every stage."""
     bars = [
         (_label(runs, run, stage), [(short_name(one["source"]), one["samples"]) for one in stage.starts[0]["data"]])
@@ -155,7 +155,7 @@ def short_name(prefix: str) -> str:
 # --- figure 3, and accuracy by topic
 
 
-def cost(runs: Sequence[Run], path: Path, topic: str | None, price_per_hour: float | None) -> Picture | None:
+def cost(runs: Sequence[RecordedRun], path: Path, topic: str | None, price_per_hour: float | None) -> Picture | None:
     """Accuracy against what 0.1M tokens cost, as mcq.py measured it."""
     scores = []
     for run in runs:
@@ -169,7 +169,7 @@ def cost(runs: Sequence[Run], path: Path, topic: str | None, price_per_hour: flo
     if not scores:
         return None
     label = "machine-hours per 0.1M tokens" if price_per_hour is None else "cost (USD per 0.1M tokens)"
-    draw(scores, path, cost_label=label, title=f"accuracy of {topic or 'all questions'}")
+    draw_costs(scores, path, cost_label=label, title=f"accuracy of {topic or 'all questions'}")
     caption = (
         "Accuracy against the cost of answering, from the tokens and seconds that mcq.py measured. Dashed lines are "
         "3.5 points for each tenfold of the cost, the paper's convention. Models of one size cost the same but for "
@@ -178,7 +178,7 @@ def cost(runs: Sequence[Run], path: Path, topic: str | None, price_per_hour: flo
     return Picture(path, "Accuracy against cost (Figure 3)", caption)
 
 
-def accuracy(runs: Sequence[Run], path: Path) -> Picture | None:
+def topic_bars(runs: Sequence[RecordedRun], path: Path) -> Picture | None:
     """Accuracy of every test by topic, with Wilson's intervals."""
     scores = [(run, score) for run in runs for score in run.scores]
     if not scores:
@@ -212,7 +212,7 @@ def accuracy(runs: Sequence[Run], path: Path) -> Picture | None:
 # --- curves of an operator
 
 
-def validation(runs: Sequence[Run], path: Path) -> Picture | None:
+def validation(runs: Sequence[RecordedRun], path: Path) -> Picture | None:
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     axes = figure.subplots()
     names = sorted({source for run in runs for stage in run.stages for source in stage.validation})
@@ -233,7 +233,7 @@ def validation(runs: Sequence[Run], path: Path) -> Picture | None:
     return _saved(figure, path, "Validation of each source", "What is learned of the domain, what is kept of the rest.")
 
 
-def _one(runs: Sequence[Run], path: Path, name: str, title: str, label: str) -> Picture | None:
+def _one(runs: Sequence[RecordedRun], path: Path, name: str, title: str, label: str) -> Picture | None:
     """One value over all steps; the axis is logarithmic where it spans more than two decades."""
     if not any(stage.curve(name) for run in runs for stage in run.stages):
         return None
@@ -257,7 +257,7 @@ def _one(runs: Sequence[Run], path: Path, name: str, title: str, label: str) -> 
     return _saved(figure, path, title, "")
 
 
-def cleaning(runs: Sequence[Run], path: Path) -> Picture | None:
+def cleaning(runs: Sequence[RecordedRun], path: Path) -> Picture | None:
     """Documents that each rule of the cleaning has dropped."""
     rows = [
         (f"{name}: {rule}", count, 100 * count / max(1, summary["documents"]))
@@ -285,7 +285,7 @@ def _moved(curve: Curve, offset: int) -> tuple[list[int], list[float]]:
     return [step + offset for step, _ in curve], [value for _, value in curve]
 
 
-def _label(runs: Sequence[Run], run: Run, stage: Stage) -> str:
+def _label(runs: Sequence[RecordedRun], run: RecordedRun, stage: TrainingStage) -> str:
     return stage.name if len(runs) == 1 else f"{run.name} {stage.name}"
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron.common.atomic_files import write_text
 from tools.report.figures import Picture, short_name
-from tools.report.runs import LOSS, SPEED, Run, Stage
+from tools.report.runs import LOSS, SPEED, RecordedRun, TrainingStage
 
 STYLE = """
 :root { color-scheme: light; --line: #ddd }
@@ -26,7 +26,7 @@ tr { border-bottom: 1px solid var(--line) } .n { text-align: right; font-variant
 Row = tuple[Any, ...]
 
 
-def write_page(runs: Sequence[Run], figures: Sequence[Picture], folder: Path, title: str) -> Path:
+def write_page(runs: Sequence[RecordedRun], figures: Sequence[Picture], folder: Path, title: str) -> Path:
     """Write `page.html` and return its path."""
     names = ", ".join(run.name for run in runs)
     parts = [
@@ -71,12 +71,12 @@ def _table(head: Row, rows: Sequence[Row]) -> str:
     return f"<div class=scroll><table>{''.join(lines)}</table></div>"
 
 
-def _stages(runs: Sequence[Run]) -> str:
+def _stages(runs: Sequence[RecordedRun]) -> str:
     head = ("run", "stage", "steps", "tokens", "loss at first", "loss at last", "tokens/s, median", "hours")
     return _table(head, [_stage_row(run, stage) for run in runs for stage in run.stages])
 
 
-def _stage_row(run: Run, stage: Stage) -> Row:
+def _stage_row(run: RecordedRun, stage: TrainingStage) -> Row:
     losses = [value for _, value in stage.curve(LOSS)]
     speeds = sorted(value for _, value in stage.curve(SPEED))
     tokens = stage.tokens
@@ -92,7 +92,7 @@ def _stage_row(run: Run, stage: Stage) -> Row:
     )
 
 
-def _scores(runs: Sequence[Run]) -> str:
+def _scores(runs: Sequence[RecordedRun]) -> str:
     rows = []
     for run in runs:
         for score in run.scores:
@@ -109,7 +109,7 @@ def _scores(runs: Sequence[Run]) -> str:
     return _table(("run", "model", "questions", "right", "%", "95 % (Wilson)"), rows)
 
 
-def _data(runs: Sequence[Run]) -> str:
+def _data(runs: Sequence[RecordedRun]) -> str:
     rows = []
     for run in runs:
         for stage in run.stages:
@@ -122,7 +122,7 @@ def _data(runs: Sequence[Run]) -> str:
     return _table(("run", "stage", "source", "samples", "% of the stage", "passes"), rows)
 
 
-def _cleaning(runs: Sequence[Run]) -> str:
+def _cleaning(runs: Sequence[RecordedRun]) -> str:
     rows = [
         (
             run.name,
@@ -141,7 +141,7 @@ def _cleaning(runs: Sequence[Run]) -> str:
     return _table(head, rows)
 
 
-def _contamination(runs: Sequence[Run]) -> str:
+def _contamination(runs: Sequence[RecordedRun]) -> str:
     rows = [
         (run.name, name, f"{one['questions']:,}", f"{one['documents']:,}", f"{one['threshold']:g}", one["contaminated"])
         for run in runs
@@ -150,7 +150,7 @@ def _contamination(runs: Sequence[Run]) -> str:
     return _table(("run", "report", "questions", "documents", "threshold", "documents that hold one"), rows)
 
 
-def _provenance(runs: Sequence[Run]) -> str:
+def _provenance(runs: Sequence[RecordedRun]) -> str:
     rows = []
     for run in runs:
         for stage in run.stages:
@@ -173,7 +173,7 @@ def _provenance(runs: Sequence[Run]) -> str:
     return _table(head, rows)
 
 
-def _problems(runs: Sequence[Run]) -> str:
+def _problems(runs: Sequence[RecordedRun]) -> str:
     lines = [line for run in runs for line in run.problems]
     lines += [f"{stage.path}: {line}" for run in runs for stage in run.stages for line in stage.problems]
     return "<ul>" + "".join(f"<li>{_text(line)}</li>" for line in lines) + "</ul>" if lines else ""

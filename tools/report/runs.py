@@ -17,7 +17,7 @@ Curve = list[tuple[int, float]]
 
 
 @dataclass
-class Stage:
+class TrainingStage:
     """One `metrics.jsonl`. `values` has, by name, the value of each step; where a step was done twice, the later."""
 
     name: str
@@ -75,9 +75,9 @@ class Score:
 
 
 @dataclass
-class Run:
+class RecordedRun:
     name: str
-    stages: list[Stage]
+    stages: list[TrainingStage]
     scores: list[Score] = field(default_factory=list)
     cleaning: dict[str, dict[str, Any]] = field(default_factory=dict)
     contamination: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -93,17 +93,17 @@ class Run:
         return found
 
 
-def read_run(path: Path, leave_out: Path | None = None) -> Run:
+def read_run(path: Path, leave_out: Path | None = None) -> RecordedRun:
     """A run from its folder or one metrics.jsonl. Raises UserError where there is nothing to draw."""
     if path.is_file():
-        return Run(path.parent.name, [_stage(path, path.parent.name)])
+        return RecordedRun(path.parent.name, [_stage(path, path.parent.name)])
     if not path.is_dir():
         raise UserError(f"{path}: no such file or folder; give a run's folder or its {METRICS}")
     files = [file for file in sorted(path.rglob(METRICS)) if leave_out is None or leave_out not in file.parents]
     if not files:
         raise UserError(f"{path} has no {METRICS}; it lies in a run's log_dir, which must be set")
     stages = [_stage(file, _name_below(file.parent, path)) for file in files]
-    run = Run(path.resolve().name, sorted(stages, key=lambda stage: stage.began))
+    run = RecordedRun(path.resolve().name, sorted(stages, key=lambda stage: stage.began))
     for file in sorted(path.rglob("summary.json")):
         _add_summary(run, file, path)
     run.scores.sort(key=lambda score: score.summary.get("finished", 0.0))
@@ -115,7 +115,7 @@ def _name_below(folder: Path, root: Path) -> str:
     return "/".join(parts) or root.resolve().name
 
 
-def _stage(path: Path, name: str) -> Stage:
+def _stage(path: Path, name: str) -> TrainingStage:
     values: dict[str, dict[int, float]] = {}
     times: list[float] = []
     strange = 0
@@ -137,7 +137,7 @@ def _stage(path: Path, name: str) -> Stage:
     known = [start for start in starts if isinstance(start, dict) and {"batch", "seq_length"} <= start.keys()]
     if len(known) < len(starts):
         problems.append(f"{len(starts) - len(known)} lines of {STARTS} are no record of a start and were left out")
-    return Stage(name, path, values, known, min(times, default=0.0), max(times, default=0.0), problems)
+    return TrainingStage(name, path, values, known, min(times, default=0.0), max(times, default=0.0), problems)
 
 
 def _is_number(value: Any) -> bool:
@@ -155,7 +155,7 @@ def _records(path: Path) -> Iterator[Any]:
                     yield None
 
 
-def _add_summary(run: Run, file: Path, root: Path) -> None:
+def _add_summary(run: RecordedRun, file: Path, root: Path) -> None:
     """Sort a summary.json by what it holds; one that no known command has written is named."""
     name = _name_below(file.parent, root)
     try:
