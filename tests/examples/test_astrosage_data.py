@@ -100,6 +100,18 @@ def test_wrong_options_are_no_beginnings() -> None:
         assert "Leo Minor" not in found
 
 
+def test_knowing_frequencies_gives_next_to_nothing() -> None:
+    """Whoever always takes the most frequent option is right in little more than a quarter of the questions."""
+    facts = facts_of(0, famous=60, asked=200, held=200, control=100)
+    pool = [one.constellation for one in facts.told]
+    counts, chance, right = Counter(pool), random.Random(0), 0.0
+    for one in facts.held * 20:
+        options = [one.constellation, *distractors(one.constellation, pool, chance)]
+        best = [option for option in options if counts[option] == max(counts[other] for other in options)]
+        right += (one.constellation in best) / len(best)
+    assert 0.24 < right / (20 * len(facts.held)) < 0.27
+
+
 def test_the_damage_is_found_and_the_rest_is_kept(out: Path) -> None:
     rules = str(ROOT / "examples/astrosage/rules.yml")
     paths = ("--input", str(out / "raw/astronomy.jsonl.zst"), "--output", str(out / "clean/astronomy.jsonl"))

@@ -163,6 +163,7 @@ def test_ten_steps_are_those_that_were_trained_on(folder: Path, release: Path, v
         prefixes = {name: release.parent / "elsewhere" / name for name in stage["sources"]}
         reader = StepReader(stage["config"], stage["batch"], stage["train_iters"], prefixes, release / "tokenizer.json")
         read = torch.load(folder / f"read{number}.pt")
+        files = {name: IndexedDataset(str(prefix)) for name, prefix in prefixes.items()}
         steps = sorted(chance.sample(range(1, stage["checkpoint"]["iteration"] + 1), 5))
         for n in steps:
             step = reader.step(n)
@@ -174,7 +175,7 @@ def test_ten_steps_are_those_that_were_trained_on(folder: Path, release: Path, v
                 segments = [tokens[a:b] for a, b in pairwise(edges)]
                 for segment, name in zip(segments, names, strict=False):
                     source, document = name.split(":")
-                    words = IndexedDataset(str(prefixes[source]))[int(document)]
+                    words = files[source][int(document)]
                     text, part = bytes(np.asarray(words, "<i8")), bytes(segment[: len(words)].astype("<i8"))
                     assert part in text, name
 

@@ -6,6 +6,7 @@ it is resumed on other ranks.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,20 @@ def test_a_continued_run_warms_up_again(runs: dict[str, Path]) -> None:
     # The override of iteration 5 still holds. From the floor, not from zero, to the peak, and down again.
     expected = {9: (1e-5 + 0.5 * (1e-3 - 1e-5)) / 2, 10: (1e-5 + 0.5 * (1e-3 - 1e-5)) / 2, 11: 1e-3 / 2}
     assert rates == pytest.approx(expected)
+
+
+def test_each_start_is_recorded(runs: dict[str, Path]) -> None:
+    """What tools/report draws: where a run began, on what layout, and what it reads from there to its end."""
+    path = runs["early"] / "log/starts.jsonl"
+    branch, resumed = (json.loads(line) for line in path.read_text().splitlines())
+    assert (branch["iteration"], resumed["iteration"], resumed["train_iters"]) == (4, 6, 8)
+    assert branch["from"] == str(runs["trunk"] / "checkpoints/global_step4")
+    assert resumed["from"] == str(runs["early"] / "checkpoints/global_step6")
+    assert branch["layout"] == {"tp": 2, "pp": 1, "dp": 1}
+    assert branch["lr_overrides"] == [{"at": 5, "scale": 0.5}]
+    low, high = (one["samples"] for one in branch["data"])
+    assert (low, high) == (12, 4)
+    assert sum(one["samples"] for one in resumed["data"]) == 8
 
 
 @pytest.mark.slow
