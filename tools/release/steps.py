@@ -21,18 +21,21 @@ from megatron.data.sample import stack
 from megatron.data.sampler import MicroBatches
 from megatron.data.skip_ranges import SampleRanges
 from megatron.neox_arguments import NeoXArgs
+from megatron.neox_arguments.keys.checkpoint import CheckpointKeys
+from megatron.neox_arguments.keys.parallel import ParallelKeys
+from megatron.neox_arguments.keys.precision import PrecisionKeys
+from megatron.neox_arguments.keys.runtime import RuntimeKeys
+from megatron.neox_arguments.keys.survival import SurvivalKeys
 from megatron.neox_arguments.load import canonical
 from tools.release.recipe import ReleaseError
 
-# Keys that say how a run was spread over ranks or where it wrote; none changes what a step reads.
-_ELSEWHERE = (
-    *("load", "save", "log_dir", "tensorboard_dir", "use_wandb", "launcher", "num_nodes", "num_gpus"),
-    *("model_parallel_size", "pipe_parallel_size", "sequence_parallel", "gradient_accumulation_steps"),
-    *("train_micro_batch_size_per_gpu", "iteration", "finetune", "checkpoint_factor", "extra_save_iters", "async_save"),
-    *("keep_last_n_checkpoints", "keep_optimizer_last_n", "precision", "eval_interval", "eval_iters", "kernels"),
-    *("checkpoint_activations", "recompute_layers", "exit_interval", "test_data_paths", "deepspeed_extra_args"),
-    *("valid_data_paths", "valid_data_weights", "valid_label_data_paths", "replica_check_interval"),
-)
+# Keys that say how a run was spread over ranks, where it wrote and how it was watched; none changes what a step reads.
+_GROUPS = (ParallelKeys, RuntimeKeys, SurvivalKeys, CheckpointKeys, PrecisionKeys)
+_ELSEWHERE = {name for group in _GROUPS for name in group.model_fields} - {"skip_sample_ranges"}
+_ELSEWHERE |= {"train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "zero_optimization", "engine"}
+_ELSEWHERE |= {"checkpoint_activations", "checkpoint_num_layers", "recompute", "recompute_layers", "load", "finetune"}
+_ELSEWHERE |= {"virtual_pipe_parallel_size", "deepspeed_extra_args", "launcher"}
+_ELSEWHERE |= {"valid_data_paths", "valid_data_weights", "valid_label_data_paths", "test_data_paths"}
 PATHS = ("train_data_paths", "train_label_data_paths")
 
 
