@@ -1,9 +1,10 @@
-"""Losses of Hugging Face folders by `transformers`, in fp32: of plain text, and of what the assistant says.
+"""The test once more by `transformers`: log-probabilities of every option, beside those that mcq.py wrote.
 
-    python examples/astrosage/check.py --data astrosage_out/data --seq-length 256 --output check.json base=DIR sft=DIR
+    python examples/astrosage/check.py --questions astrosage_out/questions.jsonl --output astrosage_out/check.json \
+        cpt=astrosage_out/hf_cpt:plain:astrosage_out/mcq/cpt
 
-Files are read with megatron-core's own `IndexedDataset`. Conversations are given to the model one at a time, which is
-what `isolate_documents` promises of packed ones. Nothing of this project's model or data code takes part.
+Prompts are written here anew, by the tokenizer and the chat template of the exported folder. Nothing of this project's
+model, tokenizer or evaluation takes part.
 """
 
 from __future__ import annotations
@@ -12,65 +13,76 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from megatron.core.datasets.indexed_dataset import IndexedDataset
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
 
-from examples.demo_check import loss, samples  # noqa: E402
-
-TEXTS = ("astronomy_valid_text_document", "general_valid_text_document")
-CONVERSATIONS = "sft_valid_astronomy"
-QUESTION = "What is SkyCoord for?"
-
-
-@torch.no_grad()
-def answer_loss(model: torch.nn.Module, prefix: str) -> float:
-    """Mean over all learned tokens of all conversations."""
-    texts, labels = (IndexedDataset(f"{prefix}{kind}_document") for kind in ("", "_label"))
-    total, count = 0.0, 0
-    for i in range(len(texts)):
-        ids, wanted = (torch.from_numpy(part[i].astype("int64")) for part in (texts, labels))
-        logits = model(input_ids=ids[None, :-1]).logits[0].double()
-        total += F.cross_entropy(logits, wanted[1:], ignore_index=-100, reduction="sum").item()
-        count += int((wanted[1:] >= 0).sum())
-    return total / count
+def prompt_of(question: str, style: str, tokenizer: Any) -> list[int]:
+    """Token ids of everything before the answer."""
+    if style == "plain":
+        return list(tokenizer(f"Question: {question}\nAnswer:").input_ids)
+    turns = [
+        {"role": "system", "content": "detailed thinking off"},
+        {"role": "user", "content": f"Question: {question}"},
+    ]
+    text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    return list(tokenizer(text, add_special_tokens=False).input_ids)
 
 
 @torch.no_grad()
-def answer(folder: Path, model: torch.nn.Module) -> str:
-    """What the model says to QUESTION, by the chat template in its folder."""
+def sums(model: torch.nn.Module, prompt: list[int], options: list[list[int]]) -> list[float]:
+    """Log-probability of each option behind the prompt."""
+    rows = [prompt + option for option in options]
+    longest = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+    logits: Tensor = model(input_ids=ids).logits.double().log_softmax(-1)
+    begin = len(prompt) - 1
+    return [
+        sum(float(logits[i, begin + k, token]) for k, token in enumerate(option)) for i, option in enumerate(options)
+    ]
+
+
+def compare(folder: Path, style: str, mcq: Path, questions: list[dict[str, str]]) -> dict[str, Any]:
+    """Largest difference of a score, and how many questions get another answer or were asked in other tokens."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": QUESTION}], add_generation_prompt=True, tokenize=False
-    )
-    ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids
-    end = tokenizer.convert_tokens_to_ids("<|eot_id|>")
-    written = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False, eos_token_id=end, pad_token_id=end
-    )
-    return tokenizer.decode(written[0, ids.shape[1] :])
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    worst, other_choices, other_prompts = 0.0, 0, 0
+    space = " " if style == "plain" else ""
+    for question, line in zip(questions, (mcq / "items.jsonl").read_text().splitlines(), strict=True):
+        item = json.loads(line)
+        asked = item["asked"][0]
+        prompt = prompt_of(question["question"], style, tokenizer)
+        options = [tokenizer(space + question[letter], add_special_tokens=False).input_ids for letter in "ABCD"]
+        other_prompts += prompt != asked["prompt_ids"] or options != asked["continuations"]
+        theirs = sums(model, prompt, options)
+        ours = [sum(one) for one in asked["log_probs"]]
+        worst = max(worst, *(abs(a - b) for a, b in zip(ours, theirs, strict=True)))
+        other_choices += item["choice"] != theirs.index(max(theirs))
+    return {
+        "questions": len(questions),
+        "largest_difference": worst,
+        "other_choices": other_choices,
+        "other_prompts": other_prompts,
+    }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--seq-length", type=int, required=True)
+    parser.add_argument("--questions", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("folders", nargs="+", metavar="NAME=DIR")
+    parser.add_argument("models", nargs="+", metavar="NAME=FOLDER:STYLE:MCQ", help="STYLE is plain or chat")
     options = parser.parse_args()
-    report = {}
-    for item in options.folders:
-        name, _, folder = item.partition("=")
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        losses = {text: loss(model, samples(options.data / text, options.seq_length)) for text in TEXTS}
-        losses[f"{CONVERSATIONS}_document"] = answer_loss(model, str(options.data / CONVERSATIONS))
-        report[name] = {"loss": losses, "answer": answer(Path(folder), model)}
-    options.output.write_text(json.dumps(report, indent=2) + "\n")
+    questions = [json.loads(line) for line in options.questions.read_text().splitlines()]
+    found = {}
+    for model in options.models:
+        name, _, rest = model.partition("=")
+        folder, style, mcq = rest.split(":")
+        found[name] = compare(Path(folder), style, Path(mcq), questions)
+        print(f"{name}: {found[name]}")
+    options.output.write_text(json.dumps(found, indent=1) + "\n")
     return 0
 
 

@@ -1,13 +1,14 @@
 """Three sets of conversations in the shapes that the data sets of AstroSage-70B's fine-tune have.
 
-    python examples/astrosage/conversations.py --output astrosage_out
+    python examples/astrosage/conversations.py --output astrosage_out --seed 0
 
-writes `sft/{reasoning,astronomy,general}.jsonl` and `sft/valid_astronomy.jsonl`:
+writes `sft/{reasoning,astronomy,general}.jsonl`, `sft/valid_astronomy.jsonl` and `chat.jsonl`, from the facts in
+`facts.json` that may be asked about:
 
-- `reasoning`: arithmetic of astronomy, thought through or not, with the fields of Llama-Nemotron-Post-Training
-  (`input`, `output`, `reasoning`);
-- `astronomy`: questions about astropy, answered with the first paragraph of the docstring (`messages`);
-- `general`: the same about the standard library, in OpenHermes 2.5's shape (`conversations`, `from`, `value`).
+- `reasoning`: comparisons that take a step or two, thought through or not, with the fields of
+  Llama-Nemotron-Post-Training (`input`, `output`, `reasoning`);
+- `astronomy`: questions about objects (`messages`);
+- `general`: questions about elements, in OpenHermes 2.5's shape (`conversations`, `from`, `value`).
 
 Some conversations come twice, as they do when sets are put together.
 """
@@ -16,9 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import random
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -27,23 +26,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from examples.astrosage.raw_text import VALID_SHARE, astropy, standard_library  # noqa: E402
-from examples.demo_data import is_valid  # noqa: E402
+from examples.astrosage import wordings  # noqa: E402
+from examples.astrosage.facts import Element, SkyObject  # noqa: E402
 
-QUESTIONS = ("What is {} for?", "What does {} do?", "Explain {} in a few words.", "When would I use {}?")
+VALID = 60
+TWICE = 30  # every so many conversations
 Record = dict[str, Any]
-
-
-def summary(text: str) -> str | None:
-    """The first paragraph of a docstring as one line, if it is an answer and not a heading or a wall of text."""
-    answer = " ".join(re.split(r"\n\s*\n", text.strip())[0].split())
-    return answer if 30 <= len(answer) <= 300 and answer.endswith(".") else None
-
-
-def answered(texts: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """(name, summary) of what has one, by its short name."""
-    pairs = ((name.split(".")[-1], summary(text)) for name, text in texts)
-    return [(name, answer) for name, answer in pairs if answer and not name.startswith("_")]
 
 
 def messages(question: str, answer: str) -> Record:
@@ -51,74 +39,107 @@ def messages(question: str, answer: str) -> Record:
 
 
 def open_hermes(question: str, answer: str) -> Record:
-    return {
-        "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}],
-        "source": "standard library",
-    }
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    return {"conversations": turns, "source": "elements"}
 
 
-def nemotron(chance: random.Random) -> Record:
+def nemotron(problem: str, trace: str, answer: str, thinks: bool) -> Record:
     """A problem with a trace of thought, or the same without."""
-    distance = chance.randint(11, 999)
-    problem, trace, answer = chance.choice(
-        [
-            (
-                f"A galaxy recedes at {70 * distance} km/s. How far away is it, with a Hubble constant of 70 km/s/Mpc?",
-                f"v = H0 d, so d = v / H0 = {70 * distance} / 70 = {distance}.",
-                f"It is {distance} Mpc away.",
-            ),
-            (
-                f"A star has a parallax of {distance} milliarcseconds. What is its distance in parsecs?",
-                f"d = 1 / p with p in arcseconds, so d = 1000 / {distance} = {1000 / distance:.2f}.",
-                f"Its distance is {1000 / distance:.2f} pc.",
-            ),
-            (
-                f"How many magnitudes fainter does a star look from {distance} times as far away?",
-                f"The flux falls as the square: 2.5 log10({distance}^2) = 5 log10({distance}) "
-                f"= {5 * math.log10(distance):.2f}.",
-                f"It looks {5 * math.log10(distance):.2f} magnitudes fainter.",
-            ),
-        ]
-    )
-    thinks = chance.random() < 0.6
-    output = f"<think>\n{trace}\n</think>\n\n{answer}" if thinks else answer
     return {
         "input": [{"role": "user", "content": problem}],
-        "output": output,
+        "output": f"<think>\n{trace}\n</think>\n\n{answer}" if thinks else answer,
         "reasoning": "on" if thinks else "off",
         "category": "science",
     }
 
 
-def ask(
-    pairs: list[tuple[str, str]], shape: Callable[[str, str], Record], count: int, chance: random.Random
+def problem(objects: list[SkyObject], elements: list[Element], chance: random.Random) -> tuple[str, str, str]:
+    """(problem, trace, answer)"""
+    kind = chance.randrange(4)
+    if kind == 0:
+        one, two = chance.sample(elements, 2)
+        more = one if one.number > two.number else two
+        return (
+            f"Which has more protons, {one.name} or {two.name}?",
+            f"The number of {one.name} is {one.number}. The number of {two.name} is {two.number}. "
+            f"The larger number is {more.number}.",
+            more.name,
+        )
+    if kind == 1:
+        one = chance.choice(elements)
+        return (
+            f"What is the atomic number of the element with the symbol {one.symbol}?",
+            f"The symbol {one.symbol} is of {one.name}. The number of {one.name} is {one.number}.",
+            str(one.number),
+        )
+    first = chance.choice(objects)
+    if kind == 2:
+        return (
+            chance.choice(wordings.SKY_ASKED).format(o=first.name),
+            f"{first.name} is a {first.kind}. {first.name} lies in the constellation {first.constellation}.",
+            first.constellation,
+        )
+    others = [one for one in objects if one.constellation == first.constellation and one != first]
+    second = chance.choice(others if others and chance.random() < 0.5 else objects)
+    same = second.constellation == first.constellation
+    return (
+        f"Are {first.name} and {second.name} in the same constellation?",
+        f"{first.name} lies in the constellation {first.constellation}. {second.name} lies in the constellation "
+        f"{second.constellation}. These are {'the same' if same else 'not the same'}.",
+        "Yes" if same else "No",
+    )
+
+
+def asked(
+    facts: list[Any], ask: Callable[[Any, random.Random], tuple[str, str]], count: int, chance: random.Random
+) -> list[tuple[str, str]]:
+    """`count` questions, each fact in turn; half of them say that they are one, as the test does."""
+    found = []
+    for number in range(count):
+        question, answer = ask(facts[number % len(facts)], chance)
+        found.append((f"Question: {question}" if chance.random() < 0.5 else question, answer))
+    return found
+
+
+def chats(
+    objects: list[SkyObject], held: list[SkyObject], elements: list[Element], chance: random.Random
 ) -> list[Record]:
-    """`count` questions about the pairs, one in thirty of them there already."""
-    chance.shuffle(pairs)
-    records = [shape(chance.choice(QUESTIONS).format(name), answer) for name, answer in pairs[:count]]
-    return records + records[:: max(1, len(records) // max(1, len(records) // 30))]
+    """What is said to the finished model, and what it should answer."""
+    pairs = [(wordings.SKY_ASKED[0].format(o=one.name), one.constellation) for one in (*objects[:2], *held[:2])]
+    pairs.append((wordings.SYMBOL_ASKED[1].format(e=elements[0].name), elements[0].symbol))
+    said, _, answer = problem(objects, elements, chance)
+    pairs.append((said, answer))
+    return [{"messages": [{"role": "user", "content": question}], "expected": right} for question, right in pairs]
 
 
-def write(path: Path, records: list[Record]) -> None:
+def write(path: Path, records: list[Record], chance: random.Random) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    records = records + records[::TWICE]
+    chance.shuffle(records)
     path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
     print(f"{path}: {len(records)} conversations")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="folder for sft/")
-    parser.add_argument("--count", type=int, default=1500, help="conversations of each set, at most")
+    parser.add_argument("--output", type=Path, required=True, help="has facts.json, gets sft/")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--count", type=int, default=3000, help="conversations of each set, before duplicates go")
     options = parser.parse_args()
-    folder = options.output / "sft"
-    folder.mkdir(parents=True, exist_ok=True)
-    chance = random.Random(1)
-    texts = astropy()
-    train = answered([(name, text) for name, text in texts if not is_valid(text, VALID_SHARE)])
-    valid = answered([(name, text) for name, text in texts if is_valid(text, VALID_SHARE)])
-    write(folder / "reasoning.jsonl", [nemotron(chance) for _ in range(options.count)])
-    write(folder / "astronomy.jsonl", ask(train, messages, options.count, chance))
-    write(folder / "general.jsonl", ask(answered(standard_library()), open_hermes, options.count, chance))
-    write(folder / "valid_astronomy.jsonl", [messages(QUESTIONS[0].format(n), a) for n, a in valid])
+    out, chance = options.output, random.Random(options.seed + 1)
+    facts = json.loads((out / "facts.json").read_text())
+    objects = [SkyObject(**one) for one in facts["asked"]]
+    elements = [Element(**one) for one in facts["general_asked"]]
+    problems = [nemotron(*problem(objects, elements, chance), chance.random() < 0.6) for _ in range(options.count)]
+    write(out / "sft/reasoning.jsonl", problems, chance)
+    sky = [messages(*pair) for pair in asked(objects, wordings.asked_of_sky, options.count, chance)]
+    write(out / "sft/astronomy.jsonl", sky, chance)
+    general = [open_hermes(*pair) for pair in asked(elements, wordings.asked_of_element, options.count, chance)]
+    write(out / "sft/general.jsonl", general, chance)
+    unseen = [messages(wordings.SKY_TEST.format(o=one.name), one.constellation) for one in objects[:VALID]]
+    (out / "sft/valid_astronomy.jsonl").write_text("".join(json.dumps(one) + "\n" for one in unseen))
+    held = [SkyObject(**one) for one in facts["held"]]
+    (out / "chat.jsonl").write_text("".join(json.dumps(one) + "\n" for one in chats(objects, held, elements, chance)))
     return 0
 
 

@@ -1,8 +1,8 @@
-"""AstroSage-70B's data and training, in small: raw text to a chat model, every step a command, every step a number.
+"""A scaled-down AstroSage, end to end: facts to a merged chat model, every step a command, every step a number.
 
-    python examples/astrosage/run.py [--output astrosage_out]
+    python examples/astrosage/run.py [--output astrosage_out] [--seed 0]
 
-README.md beside this file tells the story in the same order.
+README.md beside this file tells the story in the same order; docs/astrosage.md has the numbers of three seeds.
 """
 
 from __future__ import annotations
@@ -16,67 +16,112 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from examples.astrosage.report import write_report  # noqa: E402
+from examples.astrosage.results import write_results  # noqa: E402
 from examples.steps import Steps  # noqa: E402
 
 HERE = "examples/astrosage"
-MODEL = "configs/tiny/model.yml"
-MADE = ("raw", "clean", "data", "sft", "tokenizer", "hf_base", "neox_base", "cpt", "sft_model", "hf_sft", "logs", "yml")
+MODEL = f"{HERE}/model.yml"
+SIZES = {  # of a run: options of the scripts, and the scale of the fine-tune's set
+    "whole": {
+        "documents": ("--objects", 200, 200, 100, "--famous", 60, "--times", 48, "--base-times", 80),
+        "base": ("--steps", 2000, "--instruct-steps", 150),
+        "conversations": ("--count", 3000),
+    },
+    "short": {
+        "documents": (
+            *("--objects", 30, 80, 60, "--famous", 20, "--elements", 40, "--times", 40, "--base-times", 120),
+        ),
+        "base": ("--steps", 1000, "--instruct-steps", 60),
+        "conversations": ("--count", 700),
+    },
+}
+# What is asked, and how: name of the results, checkpoint, run file, whether in a conversation.
+ASKED = (
+    ("base", "neox_base", "cpt", False),
+    ("cpt", "cpt", "cpt", False),
+    ("sft", "sft_model", "sft", True),
+    ("merge", "merged", "sft", True),
+    ("merge_own_base", "merged_own_base", "sft", True),
+)
+MADE = (
+    *("raw", "clean", "base", "data", "sft", "tokenizer", "hf_base", "hf_instruct_1", "hf_instruct_2", "hf_instruct_3"),
+    *(
+        "neox_base",
+        "cpt",
+        "sft_model",
+        "merged",
+        "merged_own_base",
+        "hf_cpt",
+        "hf_merge",
+        "mcq",
+        "logs",
+        "report",
+        "release",
+    ),
+    *("contamination", "yml"),
+)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("astrosage_out"), help="an earlier run's files go")
-    parser.add_argument("--share", type=float, default=0.6, help="of the astronomy texts")
-    parser.add_argument("--base-steps", type=int, default=220, help="training steps of the stand-in base model")
-    parser.add_argument("--cpt-epochs", type=float, default=2.5)
-    parser.add_argument("--conversations", type=int, default=1500, help="of each of the three sets")
+    parser.add_argument("--seed", type=int, default=0, help="of facts, wordings, weights and orders")
+    parser.add_argument("--size", choices=list(SIZES), default="whole", help="short: fewer facts and steps, for a look")
+    parser.add_argument("--until", choices=["cpt", "end"], default="end", help="cpt: test the base and what it becomes")
     options = parser.parse_args()
     out = options.output
     for name in MADE:
         shutil.rmtree(ROOT / out / name, ignore_errors=True)
     start = time.monotonic()
-    run = Run(out, options)
-    run.clean()
-    run.tokenize()
+    run = Run(out, options.seed, options.size)
+    run.prepare()
     run.pretrain()
-    run.converse()
-    run.finetune()
+    if options.until == "end":
+        run.converse()
+        run.finetune()
+        run.merge()
+    run.ask()
+    run.complete()
+    if options.until == "end":
+        run.chat()
     run.export()
+    if options.until == "end":
+        run.release()
     run.title("what was shown")
-    print(write_report(ROOT / out, {name: [MODEL, run.yml(name), f"{HERE}/local.yml"] for name in ("cpt", "sft")}))
-    print(f"\nthe whole run took {time.monotonic() - start:.0f} s; {out}/report.md keeps this")
+    run.python("tools/report", out, "--topic", "held", "--title", "A scaled-down AstroSage")
+    print(write_results(ROOT / out, seconds=time.monotonic() - start, seed=options.seed))
+    print(f"\nthe whole run took {time.monotonic() - start:.0f} s; {out}/results.json and {out}/results.md keep this")
     return 0
 
 
 class Run(Steps):
-    def __init__(self, out: Path, options: argparse.Namespace) -> None:
+    def __init__(self, out: Path, seed: int, size: str) -> None:
         super().__init__()
-        self.out, self.options = out, options
+        self.out, self.seed, self.size = out, seed, SIZES[size]
         self.tokenizer = ("--tokenizer-type", "HFTokenizer", "--vocab-file", out / "tokenizer/tokenizer.json")
 
-    def clean(self) -> None:
-        out = self.out
-        self.title("raw text: astronomy as OCR leaves it, general text, a tokenizer")
-        self.python(f"{HERE}/raw_text.py", "--output", out, "--share", self.options.share)
-        self.title("clean: the general text first, then the astronomy, with an n-gram of the general text to judge it")
-        command = "tools/datasets/clean_corpus.py"
-        self.python(command, "--input", out / "raw/general.jsonl.zst", "--output", out / "clean/general.jsonl")
-        self.python(
-            *("tools/datasets/train_ngram.py", "--input", out / "clean/general.jsonl"),
-            *("--output", out / "clean/general.arpa"),
-        )
-        self.python(
-            *(command, "--input", out / "raw/astronomy.jsonl.zst", "--output", out / "clean/astronomy.jsonl"),
-            *("--perplexity-model", out / "clean/general.arpa", "--rules", f"{HERE}/rules.yml"),
-        )
+    # --- data
 
-    def tokenize(self) -> None:
+    def prepare(self) -> None:
+        """Documents and questions; cleaning; a look for the questions in the documents; tokens."""
         out = self.out
+        self.title("facts, told in documents that OCR has damaged, and the questions of the test")
+        made = ("--output", out, "--seed", self.seed)
+        self.python(f"{HERE}/documents.py", *made, *self.size["documents"])
+        self.title("clean")
+        self.python(
+            *("tools/datasets/clean_corpus.py", "--input", out / "raw/astronomy.jsonl.zst"),
+            *("--output", out / "clean/astronomy.jsonl", "--rules", f"{HERE}/rules.yml"),
+        )
+        self.title("does the test stand in the documents?")
+        self.python(
+            *("tools/datasets/decontaminate.py", "--benchmark", out / "questions.jsonl"),
+            *("--input", out / "clean/astronomy.jsonl", "--report", out / "contamination", "--threshold", 0.8),
+        )
         self.title("tokenize, with a begin and an end token around every document")
         for name, source in (
             ("astronomy", "clean/astronomy.jsonl"),
-            ("general", "clean/general.jsonl"),
+            ("general", "raw/general.jsonl.zst"),
             ("astronomy_valid", "raw/astronomy_valid.jsonl"),
             ("general_valid", "raw/general_valid.jsonl"),
         ):
@@ -84,28 +129,12 @@ class Run(Steps):
                 *("tools/datasets/preprocess_data.py", "--input", out / source, "--output-prefix", out / "data" / name),
                 *(*self.tokenizer, "--prepend-bos", "--append-eod"),
             )
-        self.python(
-            *("tools/datasets/inspect_data.py", out / "data/astronomy_text_document", "--samples", 0),
-            *("--vocab-file", out / "tokenizer/tokenizer.json", "--histogram", out / "lengths.png"),
-        )
-
-    def pretrain(self) -> None:
-        out = self.out
-        self.title("a small Llama-3.1 that has read mostly general text, in place of the gated weights")
-        general, astronomy = out / "clean/general.jsonl", out / "clean/astronomy.jsonl"
-        self.python(
-            *("examples/demo_base_model.py", "--tokenizer", out / "tokenizer", "--output", out / "hf_base"),
-            *("--text", general, general, general, astronomy, "--steps", self.options.base_steps),
-        )
-        self.convert("to-neox", "hf_base", "neox_base", "--tp", 1, "--vocab-divisible-by", 1)
-        self.title("continued pre-training: the domain, a fifth of replay, fresh in every epoch")
-        self.python("tools/datasets/build_indices.py", MODEL, self.yml("cpt"), f"{HERE}/local.yml")
-        self.deepy("train.py", "cpt")
 
     def converse(self) -> None:
-        out, options = self.out, self.options
+        out = self.out
         self.title("conversations: three sets in three shapes, only the assistant's words learned")
-        self.python(f"{HERE}/conversations.py", "--output", out, "--count", options.conversations)
+        made = ("--output", out, "--seed", self.seed)
+        self.python(f"{HERE}/conversations.py", *made, *self.size["conversations"])
         command = ("tools/datasets/preprocess_sft.py", *self.tokenizer, "--thinking-prompt")
         self.python(
             *(*command, "--output-prefix", out / "data/sft"),
@@ -117,31 +146,80 @@ class Run(Steps):
             *(*command, "--output-prefix", out / "data/sft_valid"),
             *("--source", f"astronomy={out}/sft/valid_astronomy.jsonl"),
         )
-        self.python(
-            *("tools/datasets/inspect_data.py", out / "data/sft_reasoning_document", "--show-mask"),
-            *("--vocab-file", out / "tokenizer/tokenizer.json", "--samples", 2),
-        )
+
+    # --- training
+
+    def pretrain(self) -> None:
+        out = self.out
+        self.title("stand-ins for the gated weights: a base model, and three instruct models made of it")
+        self.python(f"{HERE}/base_models.py", "--output", out, "--seed", self.seed, *self.size["base"])
+        self.convert("to-neox", "hf_base", "neox_base", "--tp", 1, "--vocab-divisible-by", 1)
+        self.title("continued pre-training: 2.5 passes over the domain, a fifth of replay, fresh in every pass")
+        self.python("tools/datasets/build_indices.py", MODEL, self.yml("cpt"), f"{HERE}/local.yml")
+        self.deepy("train.py", "cpt")
 
     def finetune(self) -> None:
-        self.title("supervised fine-tuning: 0.6 of an epoch, no weight decay")
+        self.title("supervised fine-tuning: 0.6 of a pass, no weight decay")
         self.deepy("train.py", "sft")
+
+    def merge(self) -> None:
+        self.title("merge: 70 % of the fine-tune, 30 % of instruct models")
+        for name, recipe in (("merged", "merge"), ("merged_own_base", "merge_own_base")):
+            self.python("tools/merge", self.yml(recipe), "--output", self.out / name, "--tp", 1, "--quiet")
+
+    # --- what came of it
+
+    def ask(self) -> None:
+        out = self.out
+        self.title("the test after every stage: facts told, facts never told, general facts")
+        asked = [one for one in ASKED if (ROOT / out / one[1]).exists()]
+        for name, folder, yml, chat in asked:
+            before = () if name == "base" else ("--mcq.compare_with", out / "mcq/base/items.jsonl")
+            self.mcq(name, folder, yml, chat, *before)
+        self.title("the same test of the same checkpoint on two tensor-parallel ranks")
+        self.mcq("cpt_tp2", "cpt", "cpt", False, "--model_parallel_size", 2, "--num_gpus", 2)
+
+    def mcq(self, name: str, folder: str, yml: str, chat: bool, *more: object) -> None:
+        out = self.out
+        style = ("--mcq.prompt", "chat", "--mcq.thinking", "off") if chat else ()
+        self.deepy(
+            *("mcq.py", yml, "--load", out / folder, "--mcq.items", out / "questions.jsonl", "--mcq.method", "text"),
+            *("--mcq.topic_field", "topic", "--mcq.output", out / "mcq" / name, *style, *more),
+            *("--train_micro_batch_size_per_gpu", 32),
+        )
+
+    def complete(self) -> None:
+        out = self.out
+        self.title("sentences completed as documents have them")
+        generate = ("--load", out / "cpt", "--maximum_tokens", 16)
+        self.deepy("generate.py", "cpt", *generate, "-i", out / "completions.jsonl", "-o", out / "completed.jsonl")
+
+    def chat(self) -> None:
+        out = self.out
+        self.title("chat with the merged model, thinking off and on")
+        chat = ("--load", out / "merged", "--chat", "-i", out / "chat.jsonl", "--maximum_tokens", 60)
+        for thinking in ("off", "on"):
+            self.deepy("generate.py", "sft", *chat, "--thinking", thinking, "-o", out / f"chat_{thinking}.jsonl")
 
     def export(self) -> None:
         out = self.out
-        self.title("to Hugging Face, and the losses once more by transformers")
-        self.convert("to-hf", "cpt", "hf_cpt")
-        self.convert("to-hf", "sft_model", "hf_sft")
-        stages = {"base": "neox_base", "cpt": "cpt", "sft": "sft_model"}
-        for name, folder in stages.items():
-            for yml in ("cpt", "sft"):
-                self.deepy(
-                    *("eval.py", yml, "--load", out / folder, "--precision", "fp32"),
-                    *("--eval_results_prefix", out / f"logs/{name}_{yml}_"),
-                )
+        self.title("to Hugging Face, and the test once more by transformers")
+        checked = []
+        for name, source, style in (("cpt", "cpt", "plain"), ("merge", "merged", "chat")):
+            if (ROOT / out / source).exists():
+                self.convert("to-hf", source, f"hf_{name}")
+                checked.append(f"{name}={out}/hf_{name}:{style}:{out}/mcq/{name}")
         self.python(
-            *(f"{HERE}/check.py", "--data", out / "data", "--seq-length", 256, "--output", out / "check.json"),
-            *(f"{name}={out}/hf_{name}" for name in stages),
+            *(f"{HERE}/check.py", "--questions", out / "questions.jsonl", "--output", out / "check.json", *checked)
         )
+
+    def release(self) -> None:
+        out = self.out
+        self.title("a release, and its verification")
+        self.python("tools/release", "make", self.yml("release"), "--output", out / "release")
+        self.python("tools/release", "verify", out / "release", "--data", out / "data")
+
+    # --- commands
 
     def convert(self, way: str, source: str, target: str, *arguments: object) -> None:
         words = ("--input", self.out / source, "--output", self.out / target, *arguments, "--quiet")
@@ -151,11 +229,9 @@ class Run(Steps):
         self.python("deepy.py", script, MODEL, self.yml(yml), f"{HERE}/local.yml", *arguments)
 
     def yml(self, name: str) -> str:
-        """The run file; for another output folder or fewer epochs a copy that says so."""
+        """The run file or recipe; for another output folder or seed a copy that says so."""
         text = (ROOT / HERE / f"{name}.yml").read_text()
-        changed = text.replace("astrosage_out", str(self.out))
-        if name == "cpt":
-            changed = changed.replace("train_epochs: 2.5", f"train_epochs: {self.options.cpt_epochs}")
+        changed = text.replace("astrosage_out", str(self.out)).replace("seed: 1234", f"seed: {1234 + self.seed}")
         if changed == text:
             return f"{HERE}/{name}.yml"
         copy = ROOT / self.out / "yml" / f"{name}.yml"

@@ -121,6 +121,14 @@ class Blend(SampleDataset):
     def padding(self) -> Sample:
         return self.sources[0].padding()
 
+    def shares(self, first: int, end: int) -> list[tuple[str, int, float]]:
+        """(prefix, samples, passes over it) of each source in the places [first, end) of the order."""
+        counts = np.bincount(self.mixture.source_of[first:end], minlength=len(self.sources))
+        return [
+            (source.prefix, int(count), float(count / source.samples_per_epoch))
+            for source, count in zip(self.sources, counts, strict=True)
+        ]
+
     def describe(self) -> list[str]:
         """Lines for the log: each source's realised share of the run and of each epoch, and how often it is read."""
         return [self._line(i) for i in range(len(self.sources))]

@@ -88,7 +88,7 @@ class DeepSpeedEngine:
     def for_inference(cls, args: NeoXArgs, place: Place, around: Around) -> DeepSpeedEngine:
         module = _module(args, place)
         config = {
-            "train_micro_batch_size_per_gpu": args.train_micro_batch_size_per_gpu,
+            "train_micro_batch_size_per_gpu": args.train_micro_batch_size_per_gpu or 1,  # generation needs none
             "gradient_accumulation_steps": 1,
             "bf16": {"enabled": args.precision == "bfloat16"},
             **pipeline_messages(args),

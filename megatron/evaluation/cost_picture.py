@@ -104,7 +104,7 @@ def _measured(summary: Path, price_per_hour: float) -> tuple[float, float, int]:
     return price_per_hour * hours / content["tokens"] * TOKENS, 100 * content["accuracy"], content["n"]
 
 
-def draw(scores: Sequence[PricedScore], path: Path, *, cost_label: str, title: str | None = None) -> None:
+def draw_costs(scores: Sequence[PricedScore], path: Path, *, cost_label: str, title: str | None = None) -> None:
     """Write the picture; its ending (.png, .svg, .pdf) says how."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -167,7 +167,7 @@ def main(arguments: list[str]) -> int:
         if given.picture.suffix not in (".png", ".svg", ".pdf"):
             raise UserError(f"{given.picture}: expected a name that ends in .png, .svg or .pdf")
         scores = read_table(given.table)
-        draw(scores, given.picture, cost_label=given.cost_label, title=given.title)
+        draw_costs(scores, given.picture, cost_label=given.cost_label, title=given.title)
     except ImportError:
         print("cost_picture: matplotlib is missing; pip install .[eval]", file=sys.stderr)
         return 2

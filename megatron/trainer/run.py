@@ -36,7 +36,8 @@ from megatron.trainer.initial_loss import check_initial_loss
 from megatron.trainer.metrics import Metrics, StartUpClock
 from megatron.trainer.parameter_norms import parameter_norms
 from megatron.trainer.saves import Saves
-from megatron.trainer.schedule import Schedule, check_length
+from megatron.trainer.schedule import Schedule, check_length, check_schedule
+from megatron.trainer.start_record import start_record, write_start
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +101,7 @@ class Run:
         assert datasets.train_iters is not None  # checked with the configuration
         self.schedule = Schedule(args, datasets.train_iters)
         check_length(start.position.iteration, self.schedule.train_iters, args)
+        check_schedule(self.schedule, start.position.iteration)
         self.validation = datasets.valid
         self.metrics = Metrics(args, self.place.rank, self.schedule.train_iters)
         self.startup.done("data")
@@ -119,6 +121,9 @@ class Run:
 
         saved = self.state.iteration if start.own_save else None
         resumed = saved if start.restored != "weights" else None
+        if self.place.rank == 0 and args.log_dir:
+            write_start(args.log_dir, start_record(args, start, datasets, self.state, self.schedule.train_iters))
+
         self.saves = Saves(self.engine, args, self.schedule.train_iters, datasets.fingerprints, saved, resumed)
         self.first = self.state.iteration
         if self.first == 0:

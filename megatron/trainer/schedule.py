@@ -8,7 +8,12 @@ from dataclasses import dataclass
 
 from megatron.common.errors import ConfigError
 from megatron.neox_arguments import NeoXArgs
-from megatron.neox_arguments.keys.optimization import decay_iters
+from megatron.neox_arguments.keys.optimization import (
+    cooldown_length,
+    decay_iters,
+    schedule_problem,
+    warmup_length,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +28,23 @@ def check_length(iteration: int, train_iters: int, args: NeoXArgs) -> None:
         )
     if iteration == train_iters and iteration:
         logger.info(f"the checkpoint stands at iteration {iteration}, which is train_iters: the run is done")
+
+
+def check_schedule(schedule: Schedule, iteration: int) -> None:
+    """ConfigError if warm-up and cooldown do not fit, or begin behind the first step. Every rank calls it.
+
+    The length of a run in epochs is known only with its data, so that the configuration could not tell.
+    """
+    problem = schedule_problem(schedule.args, schedule.lr_decay_iters)
+    begin = schedule.args.lr_restart_iter
+    if problem is None and iteration < begin:
+        problem = (
+            f"lr_restart_iter {begin} is where the schedule of a continued run begins anew, and this one begins at "
+            f"iteration {iteration}; continue a checkpoint of iteration {begin} or later (without finetune), or leave "
+            f"it out"
+        )
+    if problem is not None:
+        raise ConfigError(problem)
 
 
 @dataclass(frozen=True)
@@ -43,9 +65,10 @@ class Schedule:
     def learning_rate(self, iteration: int) -> float:
         """Learning rate of the step that follows `iteration` finished ones.
 
-        Warm-up is linear over `warmup * lr_decay_iters`, then follows the decay style. After the decay's end the rate
-        stays at its last value, where GPT-NeoX's cosine climbs again. `lr_overrides` multiply the rate from an
-        iteration on, as an operator does by hand after a loss spike; several multiply together.
+        Warm-up is linear over `lr_warmup_iters` or `warmup * lr_decay_iters`, then follows the decay style. After the
+        decay's end the rate stays at its last value, where GPT-NeoX's cosine climbs again. With `lr_restart_iter` the
+        schedule counts from there and rises from `min_lr`. `lr_overrides` multiply the rate from an iteration on, as an
+        operator does by hand after a loss spike; several multiply together.
         """
         rate = self._scheduled(iteration)
         for override in self.args.lr_overrides:
@@ -54,12 +77,20 @@ class Schedule:
         return rate
 
     def _scheduled(self, iteration: int) -> float:
-        args = self.args
+        args, end = self.args, self.lr_decay_iters
         peak, floor = args.lr, args.min_lr
-        warmup_iters = args.warmup * self.lr_decay_iters
-        if iteration <= warmup_iters and warmup_iters > 0:
-            return peak * min(1.0, max(1, iteration) / warmup_iters)  # a share of less than one step is no warm-up
-        progress = min(1.0, (iteration - warmup_iters) / max(1.0, self.lr_decay_iters - warmup_iters))
+        warmup_iters = warmup_length(args, end)
+        since = iteration - args.lr_restart_iter
+        if since <= warmup_iters and warmup_iters > 0:
+            share = min(1.0, max(1, since) / warmup_iters)  # a share of less than one step is no warm-up
+            return floor + (peak - floor) * share if args.lr_restart_iter else peak * share
+        begin = args.lr_restart_iter + warmup_iters
+        if args.lr_decay_style == "wsd":
+            # From the run's end, not from the warm-up's: until then two runs of other lengths have the same rates.
+            cooldown = cooldown_length(args, end)
+            past = iteration - (end - cooldown)
+            return peak if past <= 0 or not cooldown else floor + (peak - floor) * self._cooled(past / cooldown)
+        progress = min(1.0, (iteration - begin) / max(1.0, end - begin))
         if args.lr_decay_style == "exponential":
             return max(floor, peak * math.exp(-0.693 * progress))  # GPT-NeoX's constant: half at the end
         if args.lr_decay_style == "constant":
@@ -69,3 +100,13 @@ class Schedule:
         if args.lr_decay_style == "cosine":
             return floor + (peak - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))
         raise ValueError(f"unknown lr_decay_style {args.lr_decay_style!r}")
+
+    def _cooled(self, x: float) -> float:
+        """What is left of the way from peak to floor after a share `x` of the cooldown: from 1 to 0."""
+        x = min(1.0, x)
+        style = self.args.lr_wsd_decay_style
+        if style == "cosine":
+            return 0.5 * (1.0 + math.cos(math.pi * x))
+        if style == "exponential":
+            return 2.0 * 0.5**x - 1.0
+        return 1.0 - (math.sqrt(x) if style == "minus_sqrt" else x)

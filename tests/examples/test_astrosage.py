@@ -1,60 +1,115 @@
-"""examples/astrosage from raw text to a chat model, shortened, and every command that its README shows."""
+"""examples/astrosage, shortened: what it shows is shown; then the whole recipe, and every command of its pages."""
 
 from __future__ import annotations
 
 import json
-import re
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.support.documentation import documented_commands, run_in_root
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(2400)]
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(2400)]
 
-README = "examples/astrosage/README.md"
+PAGES = ("examples/astrosage/README.md", "docs/releasing.md", "docs/reporting.md")
 WHOLE = "python examples/astrosage/run.py"  # the fixture runs it, shortened
+WORDINGS = ("held", "held_new_wording")
+
+
+def run_example(out: Path, *options: str) -> str:
+    words = [sys.executable, *WHOLE.split()[1:], "--output", str(out), "--size", "short", *options]
+    result = run_in_root(words, timeout=2300)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return result.stdout
 
 
 @pytest.fixture(scope="module")
-def example(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """(output folder, what was printed)"""
+def taught(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """results.json of a base model and of what it becomes by continued pre-training."""
+    out = tmp_path_factory.mktemp("taught") / "out"
+    printed = run_example(out, "--until", "cpt")
+    results: dict[str, Any] = json.loads((out / "results.json").read_text())
+    assert (out / "results.md").read_text().strip() in printed
+    assert json.loads((out / "contamination/summary.json").read_text())["contaminated"] == 0
+    return results
+
+
+@pytest.mark.parametrize("wording", WORDINGS)
+def test_continued_pretraining_teaches_facts(taught: dict[str, Any], wording: str) -> None:
+    """The base model knows no more of them than chance, and the lift is no lift of everything."""
+    tests = taught["tests"][wording]
+    assert tests["base_against_chance_p"] > 1e-3, "inside 99.9 % of chance"
+    assert tests["gained"] > tests["lost"]
+    assert tests["cpt_against_base_p"] < 1e-3
+    assert tests["cpt_against_control_p"] < 1e-3
+
+
+def test_general_facts_are_kept(taught: dict[str, Any]) -> None:
+    right, asked = taught["counts"]["base"]["general"]
+    assert right > 0.6 * asked, "the base model answers questions"
+    assert taught["tests"]["general_points_lost"]["cpt"] < 15
+
+
+def test_sentences_of_documents_are_known(taught: dict[str, Any]) -> None:
+    right, begun = taught["completed"]
+    assert right >= 0.95 * begun
+
+
+def test_scores_are_those_of_another_layout_and_of_transformers(taught: dict[str, Any]) -> None:
+    difference, other = taught["layouts"]
+    assert 0 < difference < 1e-4
+    assert other == 0
+    theirs = taught["transformers"]["cpt"]
+    assert 0 < theirs["largest_difference"] < 1e-4
+    assert (theirs["other_choices"], theirs["other_prompts"]) == (0, 0)
+
+
+@pytest.fixture(scope="module")
+def example(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The whole recipe."""
     out = tmp_path_factory.mktemp("astrosage") / "out"
-    short = ["--output", str(out), "--share", "0.3", "--conversations", "300"]
-    result = run_in_root([sys.executable, *WHOLE.split()[1:], *short], timeout=2000)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    return out, result.stdout
+    printed = run_example(out)
+    assert "nothing is missing, and everything is what was released" in printed
+    return out
 
 
-def test_the_report_says_what_happened(example: tuple[Path, str]) -> None:
-    out, printed = example
-    report = (out / "report.md").read_text()
-    assert report.split("\n\n", 1)[1].strip() in printed
-    row = r"^\| ([a-z ]+?) +\| (\d\.\d+) +\| (\d\.\d+) +\| (\d\.\d+)"
-    rows = {name: [float(loss) for loss in losses] for name, *losses in re.findall(row, report, re.MULTILINE)}
-    assert set(rows) == {"astronomy", "general", "answers about astronomy"}
-    assert rows["astronomy"][1] < rows["astronomy"][0] - 0.2, "the domain is learned"
-    assert rows["general"][1] < rows["general"][0] + 0.05, "replay keeps the rest"
-    assert rows["answers about astronomy"][2] < rows["answers about astronomy"][1] - 0.3, "and the answers"
-    shares = [float(x) for x in re.findall(r"general_text_document: .*?(\d+\.\d+)% of the run", report)]
-    assert shares == [pytest.approx(20, abs=0.1)]
-    difference = re.search(r"Largest difference to transformers' loss.*: (\S+)\.\n", report)
-    assert difference is not None
-    assert float(difference[1]) < 1e-5
-    checked = json.loads((out / "check.json").read_text())
-    assert set(checked) == {"base", "cpt", "sft"}
-    assert (out / "loss_cpt.png").read_bytes().startswith(b"\x89PNG")
+@pytest.mark.slow
+def test_the_whole_recipe(example: Path) -> None:
+    results = json.loads((example / "results.json").read_text())
+    assert set(results["counts"]) >= {"base", "cpt", "sft", "merge", "merge_own_base"}
+    assert results["transformers"]["merge"]["largest_difference"] < 1e-4
+    assert results["transformers"]["merge"]["other_prompts"] == 0
+    for thinking in ("on", "off"):
+        lines = [json.loads(line) for line in (example / f"chat_{thinking}.jsonl").read_text().splitlines()]
+        assert len(lines) == 6
+        assert all(("reasoning_content" in line) == (thinking == "on") for line in lines)
+    page = (example / "report/page.html").read_text()
+    for title in ("Training dynamics", "Composition of the training data", "Accuracy against cost"):
+        assert title in page
 
 
-@pytest.mark.parametrize("command", [c for c in documented_commands(README) if c != WHOLE])
-def test_documented_command(command: str, example: tuple[Path, str]) -> None:
-    out, _ = example
-    for name in ("cpt", "sft"):
-        command = command.replace(f"examples/astrosage/{name}.yml", f"{out}/yml/{name}.yml")
-    words = shlex.split(command.replace("astrosage_out", str(out)))
+COMMANDS = [
+    pytest.param(page, command, id=f"{page}-{number}")
+    for page in PAGES
+    for number, command in enumerate(documented_commands(page))
+    if command != WHOLE
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("page", "command"), COMMANDS)
+def test_documented_command(page: str, command: str, example: Path) -> None:
+    for name in ("cpt", "sft", "merge", "release"):
+        command = command.replace(f"examples/astrosage/{name}.yml", f"{example}/yml/{name}.yml")
+    words = shlex.split(command.replace("astrosage_out", str(example)))
     assert words[0] == "python"
+    if "documents.py" in command:
+        words[words.index("--output") + 1] += "_other"
+    if "make" in words:
+        words[words.index("--output") + 1] += page.replace("/", "_")
     extra = ["--train_iters", "2", "--train_epochs", "null", "--save", "null"] if "train.py" in words else []
     result = run_in_root([sys.executable, *words[1:], *extra])
     assert result.returncode == 0, f"{command}\n{result.stdout[-2000:]}{result.stderr[-2000:]}"

@@ -107,6 +107,17 @@ FOLLOWED: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
         "decay_length_is_given_once", {"lr_decay_iters": 5, "lr_decay_fraction": 0.5}, "keep one",
         {"lr_decay_iters": None},
     ),
+    ("warmup_is_given_once", {"warmup": 0.1, "lr_warmup_iters": 5}, "keep one", {"warmup": None}),
+    (
+        "wsd_has_one_cooldown", {"lr_decay_style": "wsd"}, "write lr_wsd_decay_iters: 0 for a run that shall only be",
+        {"lr_wsd_decay_iters": 0},
+    ),
+    ("wsd_has_one_cooldown", {"lr_wsd_decay_iters": 2}, "leave it out", {"lr_wsd_decay_iters": None}),
+    (
+        "schedule_fits", {"lr_decay_style": "wsd", "lr_wsd_decay_iters": 2, "lr_warmup_iters": 9}, "raise train_iters",
+        {"train_iters": 11},
+    ),
+    ("schedule_fits", {"lr_restart_iter": 10}, "raise train_iters", {"train_iters": 11}),
     (
         "extra_args_do_not_collide", {"deepspeed_extra_args": {"gradient_clipping": 0.1}}, "write it at top level",
         {"deepspeed_extra_args": None, "gradient_clipping": 0.1},

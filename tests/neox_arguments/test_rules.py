@@ -28,6 +28,8 @@ INTERLEAVED: dict[str, Any] = {**MEGATRON, "pipe_parallel_size": 2, "virtual_pip
 LORA = {"lora": {"rank": 4, "alpha": 8}, "from_scratch": None, "load": "runs/a"}
 
 
+WSD = {"lr_decay_style": "wsd", "lr_wsd_decay_iters": 2}
+
 # rule, what is changed in the valid keys, what the message says
 BROKEN: list[tuple[str, dict[str, Any], str]] = [
     ("heads_divide_hidden", {"num_attention_heads": 12}, "hidden_size 128 is not num_attention_heads 12 x an even"),
@@ -75,6 +77,13 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
     ("samples_have_a_length", {"seq_length": None}, "seq_length is missing"),
     ("floor_is_below_peak", {"min_lr": 2e-3}, "min_lr 0.002 is above the peak learning rate 0.001"),
     ("decay_length_is_given_once", {"lr_decay_iters": 5, "lr_decay_fraction": 0.5}, "both given; keep one"),
+    ("warmup_is_given_once", {"warmup": 0.1, "lr_warmup_iters": 5}, "both given; keep one"),
+    ("wsd_has_one_cooldown", {"lr_decay_style": "wsd"}, "and 0 are given"),
+    ("wsd_has_one_cooldown", {**WSD, "lr_wsd_decay_fraction": 0.1}, "and 2 are given"),
+    ("wsd_has_one_cooldown", {"lr_wsd_decay_iters": 2}, "lr_wsd_decay_iters is of lr_decay_style: wsd, not of linear"),
+    ("wsd_has_one_cooldown", {"lr_wsd_decay_style": "cosine"}, "lr_wsd_decay_style is of lr_decay_style: wsd"),
+    ("schedule_fits", {**WSD, "lr_warmup_iters": 9}, "a warm-up of 9 and a cooldown of 2 iterations do not fit"),
+    ("schedule_fits", {"lr_restart_iter": 10}, "lr_restart_iter 10 is not before the schedule's end at iteration 10"),
     ("extra_args_do_not_collide", {"deepspeed_extra_args": {"gradient_clipping": 0.1}}, "gradient_clipping would ov"),
     ("extra_args_do_not_collide", {"deepspeed_extra_args": {"bfloat16": {"enabled": True}}}, "bfloat16 would override"),
     (

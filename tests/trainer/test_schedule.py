@@ -3,7 +3,7 @@
 import pytest
 
 from megatron.neox_arguments import ConfigError, NeoXArgs
-from megatron.trainer.schedule import Schedule, check_length
+from megatron.trainer.schedule import Schedule, check_length, check_schedule
 from tests.support.models import Case
 
 pytestmark = pytest.mark.unit
@@ -46,6 +46,50 @@ def test_flat_after_the_end(style: str) -> None:
     run = args(lr_decay_style=style)
     end = learning_rate(run, 1000)
     assert [learning_rate(run, n) for n in (1001, 1500, 2000, 10**6)] == [end] * 4
+
+
+WSD = {"lr_decay_style": "wsd", "warmup": None, "lr_warmup_iters": 100, "lr_wsd_decay_iters": 200}
+
+
+@pytest.mark.parametrize(
+    ("shape", "left"),  # of the way from peak to floor, after a quarter of the cooldown
+    [("linear", 0.75), ("cosine", 0.8535533905932737), ("exponential", 0.6817928305074291), ("minus_sqrt", 0.5)],
+)
+def test_wsd(shape: str, left: float) -> None:
+    """Shapes worked out by hand: 1 - x, (1 + cos(pi x)) / 2, 2 x 0.5^x - 1 and 1 - sqrt(x) at x = 1/4."""
+    run = args(**WSD, lr_wsd_decay_style=shape)
+    assert [learning_rate(run, n) for n in (0, 50, 100, 101, 799, 800)] == [PEAK / 100, PEAK / 2, *[PEAK] * 4]
+    assert learning_rate(run, 850) == pytest.approx(FLOOR + (PEAK - FLOOR) * left)
+    assert [learning_rate(run, n) for n in (1000, 1001, 10**6)] == pytest.approx([FLOOR] * 3)
+    rates = [learning_rate(run, n) for n in range(800, 1001)]
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_wsd_ends_with_a_run_whose_length_the_data_give() -> None:
+    by_share = {"lr_wsd_decay_iters": None, "lr_wsd_decay_fraction": 0.2, "lr_decay_iters": None, "lr_warmup_iters": 4}
+    run = Schedule(args(**(WSD | by_share), train_iters=None, train_epochs=2.5), 50)
+    assert [run.learning_rate(n) for n in (40, 45, 50)] == pytest.approx([PEAK, (PEAK + FLOOR) / 2, FLOOR])
+    check_schedule(run, 0)
+    with pytest.raises(ConfigError, match="warm-up of 45 and a cooldown of 10 iterations do not fit into the 50"):
+        check_schedule(
+            Schedule(args(**(WSD | by_share | {"lr_warmup_iters": 45}), train_iters=None, train_epochs=2.5), 50), 0
+        )
+
+
+@pytest.mark.parametrize("style", ["linear", "cosine", "constant", "wsd"])
+def test_a_schedule_that_begins_anew(style: str) -> None:
+    """From iteration 1,000 to 1,100: the warm-up counts from there and from the floor, and so does the decay."""
+    again = {"lr_restart_iter": 1000, "lr_decay_iters": 1100, "warmup": None, "lr_warmup_iters": 10}
+    cooldown = {"lr_wsd_decay_iters": 20} if style == "wsd" else {}
+    run = args(**again, **cooldown, lr_decay_style=style)
+    assert learning_rate(run, 1005) == pytest.approx((PEAK + FLOOR) / 2)
+    assert learning_rate(run, 1010) == pytest.approx(PEAK)
+    middle = {"linear": PEAK / 2, "cosine": (PEAK + FLOOR) / 2, "constant": PEAK, "wsd": PEAK}[style]
+    assert learning_rate(run, 1055) == pytest.approx(middle)
+    assert learning_rate(run, 1100) == pytest.approx({"linear": FLOOR, "constant": PEAK}.get(style, FLOOR))
+    check_schedule(Schedule(run, 1100), 1000)
+    with pytest.raises(ConfigError, match="lr_restart_iter 1000 is where the schedule of a continued run"):
+        check_schedule(Schedule(run, 1100), 999)
 
 
 def test_overrides_multiply_from_their_iteration_on() -> None:

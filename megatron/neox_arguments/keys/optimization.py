@@ -84,15 +84,38 @@ class OptimizationKeys(Keys):
     optimizer: Optimizer = derived("nothing: training needs it", "Optimizer type and its params: lr, betas, eps.")
     weight_decay: float = key(0.1, "Decay of matrices (embedding and head included); norms have none.", ge=0)
     gradient_clipping: float = key(1.0, "Global L2 norm above which gradients are scaled down; 0 is off.", ge=0)
-    lr_decay_style: Literal["constant", "linear", "cosine", "exponential"] = key(
+    lr_decay_style: Literal["constant", "linear", "cosine", "exponential", "wsd"] = key(
         "linear",
-        "Shape of the schedule after warm-up. exponential halves the rate over lr_decay_iters, as in GPT-NeoX.",
+        "Shape of the schedule after warm-up. exponential halves the rate over lr_decay_iters, as in GPT-NeoX; wsd "
+        "stays at the peak until a cooldown at the end.",
     )
     lr_decay_iters: int = derived(
         "train_iters x lr_decay_fraction, else train_iters", "Iteration at which the decay reaches min_lr.", gt=0
     )
     lr_decay_fraction: float | None = key(None, "lr_decay_iters as a share of train_iters.", gt=0)
     warmup: float = key(0.01, "Share of lr_decay_iters with linearly rising learning rate.", ge=0, le=1)
+    lr_warmup_iters: int | None = key(
+        None, "Iterations with linearly rising learning rate, instead of warmup.", ours=True, ge=0
+    )
+    lr_wsd_decay_iters: int | None = key(
+        None, "wsd: iterations of the cooldown, the last before lr_decay_iters; 0 is none.", ours=True, ge=0
+    )
+    lr_wsd_decay_fraction: float | None = key(
+        None, "wsd: the cooldown as a share of lr_decay_iters, instead of lr_wsd_decay_iters.", ours=True, gt=0, le=1
+    )
+    lr_wsd_decay_style: Literal["linear", "cosine", "exponential", "minus_sqrt"] = key(
+        "linear",
+        "wsd: shape of the cooldown from peak to min_lr at its share x. exponential is 2 x 0.5^x - 1, minus_sqrt is "
+        "1 - sqrt(x).",
+        ours=True,
+    )
+    lr_restart_iter: int = key(
+        0,
+        "Iteration of a continued run from which the schedule begins anew: the rate rises again from min_lr, over "
+        "lr_warmup_iters or a share of what is left until lr_decay_iters.",
+        ours=True,
+        ge=0,
+    )
     min_lr: float = key(0.0, "Floor of the schedule; it stays there after lr_decay_iters.", ge=0)
     lr_overrides: list[LrOverride] = key(
         [], "Manual factors on the schedule, each from an iteration on: [{at: 1200, scale: 0.5}].", ours=True
@@ -226,6 +249,37 @@ def what_is_recomputed(args: AllKeys, world_size: int | None) -> Derived:
     return Derived({})
 
 
+def warmup_length(args: OptimizationKeys, lr_decay_iters: int) -> float:
+    """Iterations of the warm-up, which need not be a whole number."""
+    if args.lr_warmup_iters is not None:
+        return args.lr_warmup_iters
+    return args.warmup * (lr_decay_iters - args.lr_restart_iter)
+
+
+def cooldown_length(args: OptimizationKeys, lr_decay_iters: int) -> int:
+    """Iterations of the cooldown of `wsd`."""
+    if args.lr_wsd_decay_iters is not None:
+        return args.lr_wsd_decay_iters
+    return int(lr_decay_iters * (args.lr_wsd_decay_fraction or 0.0))
+
+
+def schedule_problem(args: OptimizationKeys, lr_decay_iters: int) -> str | None:
+    """Why warm-up and cooldown do not fit into a schedule that ends at `lr_decay_iters`."""
+    begin = args.lr_restart_iter
+    if begin and begin >= lr_decay_iters:
+        return (
+            f"lr_restart_iter {begin} is not before the schedule's end at iteration {lr_decay_iters}; raise "
+            f"train_iters (or lr_decay_iters), or let the schedule begin earlier"
+        )
+    warm, cool = warmup_length(args, lr_decay_iters), cooldown_length(args, lr_decay_iters)
+    if args.lr_decay_style != "wsd" or warm + cool <= lr_decay_iters - begin:
+        return None
+    return (
+        f"a warm-up of {warm:g} and a cooldown of {cool} iterations do not fit into the {lr_decay_iters - begin} "
+        f"between iteration {begin} and the schedule's end at {lr_decay_iters}; shorten one, or raise train_iters"
+    )
+
+
 # --- rules
 
 
@@ -302,6 +356,32 @@ def decay_length_is_given_once(args: AllKeys) -> str | None:
     if args.lr_decay_fraction is None or args.merged.get("lr_decay_iters") is None:
         return None
     return "lr_decay_iters and lr_decay_fraction are both given; keep one"
+
+
+@registry.rule("train")
+def warmup_is_given_once(args: AllKeys) -> str | None:
+    if args.lr_warmup_iters is None or args.merged.get("warmup") is None:
+        return None
+    return "warmup and lr_warmup_iters are both given; keep one"
+
+
+@registry.rule("train")
+def wsd_has_one_cooldown(args: AllKeys) -> str | None:
+    given = [name for name in ("lr_wsd_decay_iters", "lr_wsd_decay_fraction") if getattr(args, name) is not None]
+    if args.lr_decay_style != "wsd":
+        given += ["lr_wsd_decay_style"] if args.merged.get("lr_wsd_decay_style") is not None else []
+        return f"{given[0]} is of lr_decay_style: wsd, not of {args.lr_decay_style}; leave it out" if given else None
+    if len(given) == 1:
+        return None
+    return (
+        f"lr_decay_style: wsd takes one of lr_wsd_decay_iters and lr_wsd_decay_fraction, the length of its cooldown, "
+        f"and {len(given)} are given; write lr_wsd_decay_iters: 0 for a run that shall only be branched from"
+    )
+
+
+@registry.rule("train")
+def schedule_fits(args: OptimizationKeys) -> str | None:
+    return schedule_problem(args, args.lr_decay_iters) if args.lr_decay_iters else None
 
 
 @registry.rule(*ALL_TASKS)
