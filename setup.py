@@ -1,5 +1,6 @@
 """Packaging. Packages are named one by one: `megatron` is a namespace shared with megatron-core, and `csrc`,
-`launch` and `configs` would stop setuptools' automatic discovery."""
+`launch` and `configs` would stop setuptools' automatic discovery. Of `tools` the converter and the merge are installed,
+as `neox_tools`: a package named `tools` would be in everybody's way."""
 
 import importlib.util
 import sys
@@ -48,8 +49,11 @@ def requirements(name: str) -> list[str]:
     return [line for line in lines if line and not line.startswith(("#", "-r"))]
 
 
+TOOLS = find_namespace_packages("tools", include=["convert_hf", "convert_hf.*", "merge", "merge.*"])
+
 setup(
-    packages=find_namespace_packages(
+    packages=["neox_tools", *(f"neox_tools.{name}" for name in TOOLS)]
+    + find_namespace_packages(
         include=[
             f"megatron.{name}{rest}"
             for name in (
@@ -74,6 +78,7 @@ setup(
             for rest in ("", ".*")
         ]
     ),
+    package_dir={"neox_tools": "tools"},
     package_data={"megatron.tokenizer": ["chat_templates/*.jinja"]},
     install_requires=requirements("requirements.txt"),
     cmdclass={"build_ext": BuildKernels},

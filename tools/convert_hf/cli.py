@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron.common.boundary import guarded_from_sigterm
-from tools.convert_hf.errors import ConvertError
-from tools.convert_hf.formats.dtypes import ALIASES
+
+from .errors import ConvertError
+from .formats.dtypes import ALIASES
 
 _SIZES = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30}
 
@@ -208,9 +209,9 @@ def _describing(verb: argparse.ArgumentParser) -> None:
 
 
 def _open(path: Path, arguments: argparse.Namespace, quiet: bool = False):  # type: ignore[no-untyped-def]
-    from tools.convert_hf.sources.checkpoint import OpenOptions
-    from tools.convert_hf.sources.llama_config import parse_given
-    from tools.convert_hf.sources.opening import open_checkpoint
+    from .sources.checkpoint import OpenOptions
+    from .sources.llama_config import parse_given
+    from .sources.opening import open_checkpoint
 
     checkpoint = open_checkpoint(path, OpenOptions(arguments.hf_source, parse_given(arguments.set)))
     for note in [] if quiet else checkpoint.notes:
@@ -219,7 +220,7 @@ def _open(path: Path, arguments: argparse.Namespace, quiet: bool = False):  # ty
 
 
 def _request(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
-    from tools.convert_hf.commands.convert import ConversionRequest
+    from .commands.convert import ConversionRequest
 
     return ConversionRequest(
         output=arguments.output,
@@ -235,7 +236,7 @@ def _request(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
 
 
 def _run_neox(arguments: argparse.Namespace) -> int:
-    from tools.convert_hf.commands.convert import prepare_neox
+    from .commands.convert import prepare_neox
 
     source = _open(arguments.input, arguments)
     print(f"source: {source.describe()}")
@@ -244,7 +245,7 @@ def _run_neox(arguments: argparse.Namespace) -> int:
 
 
 def _run_reshard(arguments: argparse.Namespace) -> int:
-    from tools.convert_hf.commands.convert import StateRequest, prepare_neox
+    from .commands.convert import StateRequest, prepare_neox
 
     if not arguments.optimizer and (arguments.pp is not None or arguments.dp is not None):
         raise ConvertError(
@@ -258,14 +259,14 @@ def _run_reshard(arguments: argparse.Namespace) -> int:
 
 
 def _run_hf(arguments: argparse.Namespace) -> int:
-    from tools.convert_hf.commands.convert import prepare_hf
+    from .commands.convert import prepare_hf
 
     source = _open(arguments.input, arguments)
     print(f"source: {source.describe()}")
     said = len(source.notes)
     bands = None
     if arguments.adapter is not None:
-        from tools.convert_hf.commands.add_adapter import prepare_added
+        from .commands.add_adapter import prepare_added
 
         output, bands = prepare_added(
             source, arguments.adapter, arguments.adapter_base, arguments.shard_size, _request(arguments)
@@ -286,8 +287,8 @@ def _run_hf(arguments: argparse.Namespace) -> int:
 
 
 def _run_verify(arguments: argparse.Namespace) -> int:
-    from tools.convert_hf.commands.verify import verification_band, verify
-    from tools.convert_hf.verify.compare import own_digests
+    from .commands.verify import verification_band, verify
+    from .verify.compare import own_digests
 
     if len(arguments.checkpoints) > 2:
         raise ConvertError("verify compares two checkpoints, or one with its manifest")
@@ -318,7 +319,7 @@ def _run_verify(arguments: argparse.Namespace) -> int:
 def _run_inspect(arguments: argparse.Namespace) -> int:
     import json
 
-    from tools.convert_hf.commands.inspect import checkpoint_facts, facts_table
+    from .commands.inspect import checkpoint_facts, facts_table
 
     if arguments.serving:
         return _run_serving(arguments)
@@ -330,7 +331,7 @@ def _run_inspect(arguments: argparse.Namespace) -> int:
 def _run_serving(arguments: argparse.Namespace) -> int:
     import json
 
-    from tools.convert_hf.commands.serving import serving_checks, serving_table
+    from .commands.serving import serving_checks, serving_table
 
     checks = serving_checks(arguments.checkpoint)
     print(json.dumps([vars(check) for check in checks], indent=2) if arguments.json else serving_table(checks))
@@ -338,10 +339,10 @@ def _run_serving(arguments: argparse.Namespace) -> int:
 
 
 def _execute(output, arguments: argparse.Namespace) -> int:  # type: ignore[no-untyped-def]
-    from tools.convert_hf.commands.convert import execute
+    from .commands.convert import execute
 
     if arguments.plan:
-        from tools.convert_hf.commands.show_plan import plan_text
+        from .commands.show_plan import plan_text
 
         print(plan_text(output))
         return 0

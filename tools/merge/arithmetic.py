@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tools.merge.masks import RESOLUTION, keep_mask
+from .masks import RESOLUTION, keep_mask
 
 ELECTION_FREE_EPSILON = 1e-8  # a smaller sum of weights does not divide
 

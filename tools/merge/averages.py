@@ -13,10 +13,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tools.merge.errors import MergeError
-from tools.merge.parameters import parse_number, parse_setting
-from tools.merge.recipe import ModelEntry, ParentEntry, Recipe
-from tools.merge.yaml_values import mapping, output_dtype, refuse_unknown, word
+from .errors import MergeError
+from .parameters import parse_number, parse_setting
+from .recipe import ModelEntry, ParentEntry, Recipe
+from .yaml_values import mapping, output_dtype, refuse_unknown, word
 
 AVERAGE = "average"
 _KEYS = ("merge_method", "checkpoints", "steps", "last", "parameters", "dtype", "out_dtype", "hf_source", "name")

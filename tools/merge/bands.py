@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tools.convert_hf.stream.band_io import FilePool
-from tools.convert_hf.stream.copy import Checksums
-from tools.convert_hf.stream.plan import CopyJob
-from tools.convert_hf.stream.tensor_map import Logical, rows_and_columns
-from tools.merge.arithmetic import TensorPlan, Workspace, merge_tile
-from tools.merge.errors import MergeError
-from tools.merge.parents import Parent
-from tools.merge.report import KindSums, MergeReport, joined, kind_of, tile_sums
+from ..convert_hf.stream.band_io import FilePool
+from ..convert_hf.stream.copy import Checksums
+from ..convert_hf.stream.plan import CopyJob
+from ..convert_hf.stream.tensor_map import Logical, rows_and_columns
+from .arithmetic import TensorPlan, Workspace, merge_tile
+from .errors import MergeError
+from .parents import Parent
+from .report import KindSums, MergeReport, joined, kind_of, tile_sums
 
 TILE = 1 << 16  # elements; a tile of all buffers stays in a core's cache
 

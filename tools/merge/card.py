@@ -13,12 +13,12 @@ from typing import Any
 
 import yaml
 
-from tools.convert_hf.sources.side_files import side_files
-from tools.merge.masks import SCHEME
-from tools.merge.parameters import Setting
-from tools.merge.parents import Parent
-from tools.merge.recipe import DARE, ModelEntry, ParentEntry, Recipe
-from tools.merge.report import WORKING_RANGE, MergeReport, table
+from ..convert_hf.sources.side_files import side_files
+from .masks import SCHEME
+from .parameters import Setting
+from .parents import Parent
+from .recipe import DARE, ModelEntry, ParentEntry, Recipe
+from .report import WORKING_RANGE, MergeReport, table
 
 CARD, RECIPE, REPORT = "README.md", "merge.yml", "merge_report.json"
 _LICENCE_FILE = re.compile(r"(licen[sc]e|notice|use_policy|copying)([._ -].*)?", re.IGNORECASE)

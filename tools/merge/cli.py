@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 
 from megatron.common.boundary import guarded_from_sigterm
 from megatron.common.errors import UserError
-from tools.convert_hf.cli import progress_bar, share, size
+
+from ..convert_hf.cli import progress_bar, share, size
 
 if TYPE_CHECKING:
-    from tools.merge.job import MergeJob
+    from .job import MergeJob
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -54,11 +55,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from tools.merge.job import MergeJob, MergeRequest
-    from tools.merge.recipe_file import read_recipe
+    from .job import MergeJob, MergeRequest
+    from .recipe_file import read_recipe
 
     if arguments.picture is not None:
-        from tools.merge.picture import check_report_picture
+        from .picture import check_report_picture
 
         check_report_picture(arguments.picture)
     if arguments.verify is not None and arguments.tp is not None:
@@ -97,7 +98,7 @@ def _portable_command(arguments: argparse.Namespace) -> str:
 
 
 def _introduce(job: MergeJob) -> None:
-    from tools.merge.recipe import DARE
+    from .recipe import DARE
 
     recipe = job.recipe
     for note in job.notes:
@@ -117,8 +118,8 @@ def _introduce(job: MergeJob) -> None:
 
 
 def _merge(job: MergeJob, arguments: argparse.Namespace) -> int:
-    from tools.merge.recipe import DARE
-    from tools.merge.report import text_table
+    from .recipe import DARE
+    from .report import text_table
 
     start = time.monotonic()
     with progress_bar(job.work(), arguments.quiet) as progress:
@@ -135,7 +136,7 @@ def _merge(job: MergeJob, arguments: argparse.Namespace) -> int:
         for warning in job.report.warnings(job.recipe.method in DARE):
             print(f"warning: {warning}")
         if arguments.picture is not None:
-            from tools.merge.picture import draw_report
+            from .picture import draw_report
 
             draw_report(job.report, arguments.picture)
     print(f"wrote {job.output.final}: {len(job.output.plan.files)} weight files, {rate}")
@@ -143,7 +144,7 @@ def _merge(job: MergeJob, arguments: argparse.Namespace) -> int:
 
 
 def _verify(job: MergeJob, arguments: argparse.Namespace) -> int:
-    from tools.merge.verify import verify_merge
+    from .verify import verify_merge
 
     names = sorted(job.merged.tensors)
     total = job.work(names)

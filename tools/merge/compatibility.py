@@ -9,10 +9,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tools.convert_hf.sources.checkpoint import check_duplicates
-from tools.convert_hf.sources.side_files import side_files
-from tools.merge.errors import MergeError
-from tools.merge.parents import Parent
+from ..convert_hf.sources.checkpoint import check_duplicates
+from ..convert_hf.sources.side_files import side_files
+from .errors import MergeError
+from .parents import Parent
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 

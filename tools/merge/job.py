@@ -12,24 +12,24 @@ from typing import Any
 
 import torch
 
-from tools.convert_hf.commands.convert import ConversionRequest, prepare_hf, prepare_neox
-from tools.convert_hf.formats.dtypes import BY_NAME
-from tools.convert_hf.sources.checkpoint import Checkpoint
-from tools.convert_hf.sources.neox import SIDE
-from tools.convert_hf.stream.publish import OutputFolder
-from tools.convert_hf.stream.tensor_map import Logical, rows_and_columns
-from tools.merge.arithmetic import TensorPlan, Term
-from tools.merge.bands import TILE, MergedBands
-from tools.merge.card import CARD, RECIPE, REPORT, check_name, facts_of, licence_files, model_card, report_json
-from tools.merge.card import portable_recipe as recipe_text
-from tools.merge.compatibility import check_parents, check_replicas
-from tools.merge.errors import MergeError
-from tools.merge.masks import RESOLUTION, SCHEME, mask_key, threshold
-from tools.merge.measure import Wanted, measure
-from tools.merge.parameters import unused_filters
-from tools.merge.parents import Parent, open_parents
-from tools.merge.recipe import DARE, ELECTS_SIGN, Recipe
-from tools.merge.report import MergeReport
+from ..convert_hf.commands.convert import ConversionRequest, prepare_hf, prepare_neox
+from ..convert_hf.formats.dtypes import BY_NAME
+from ..convert_hf.sources.checkpoint import Checkpoint
+from ..convert_hf.sources.neox import SIDE
+from ..convert_hf.stream.publish import OutputFolder
+from ..convert_hf.stream.tensor_map import Logical, rows_and_columns
+from .arithmetic import TensorPlan, Term
+from .bands import TILE, MergedBands
+from .card import CARD, RECIPE, REPORT, check_name, facts_of, licence_files, model_card, report_json
+from .card import portable_recipe as recipe_text
+from .compatibility import check_parents, check_replicas
+from .errors import MergeError
+from .masks import RESOLUTION, SCHEME, mask_key, threshold
+from .measure import Wanted, measure
+from .parameters import unused_filters
+from .parents import Parent, open_parents
+from .recipe import DARE, ELECTS_SIGN, Recipe
+from .report import MergeReport
 
 WRITTEN_BY = "tools/merge"
 _MEMORY_BASE = 304 << 20  # interpreter, torch and tables

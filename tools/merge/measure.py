@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tools.convert_hf.stream.band_io import FilePool
-from tools.convert_hf.stream.tensor_map import rows_and_columns
-from tools.merge.arithmetic import TensorPlan, Term, Trim, slerp_coefficients
-from tools.merge.masks import RESOLUTION, keep_mask
-from tools.merge.parents import Parent
+from ..convert_hf.stream.band_io import FilePool
+from ..convert_hf.stream.tensor_map import rows_and_columns
+from .arithmetic import TensorPlan, Term, Trim, slerp_coefficients
+from .masks import RESOLUTION, keep_mask
+from .parents import Parent
 
 _ELEMENTS = 1 << 16  # of a piece; part of the definition of the sums below
 _LOW = 1 << 16

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tools.merge.errors import MergeError
+from .errors import MergeError
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 

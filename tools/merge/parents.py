@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 
 from megatron.checkpoint.manifest import MANIFEST_NAME
-from tools.convert_hf.errors import ConvertError
-from tools.convert_hf.formats.dtypes import WEIGHT_DTYPES
-from tools.convert_hf.sources.adapters import Adapter, check_base, open_adapter
-from tools.convert_hf.sources.checkpoint import Checkpoint, OpenOptions
-from tools.convert_hf.sources.opening import open_checkpoint
-from tools.convert_hf.stream.band_io import FilePool, read_band
-from tools.merge.errors import MergeError
-from tools.merge.recipe import ParentEntry, Recipe
+
+from ..convert_hf.errors import ConvertError
+from ..convert_hf.formats.dtypes import WEIGHT_DTYPES
+from ..convert_hf.sources.adapters import Adapter, check_base, open_adapter
+from ..convert_hf.sources.checkpoint import Checkpoint, OpenOptions
+from ..convert_hf.sources.opening import open_checkpoint
+from ..convert_hf.stream.band_io import FilePool, read_band
+from .errors import MergeError
+from .recipe import ParentEntry, Recipe
 
 
 @dataclass

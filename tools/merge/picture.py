@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tools.merge.errors import MergeError
-from tools.merge.report import WORKING_RANGE, MergeReport, cosine
+from .errors import MergeError
+from .report import WORKING_RANGE, MergeReport, cosine
 
 FORMATS = (".png", ".svg", ".pdf")
 # Okabe and Ito's palette, which stays apart for every kind of colour vision.

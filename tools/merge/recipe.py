@@ -6,8 +6,8 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tools.merge.errors import MergeError
-from tools.merge.parameters import Setting, depth, resolve
+from .errors import MergeError
+from .parameters import Setting, depth, resolve
 
 DELTA_METHODS = ("task_arithmetic", "ties", "dare_linear", "dare_ties")
 DARE = ("dare_linear", "dare_ties")

@@ -16,11 +16,11 @@ from typing import Any
 
 import yaml
 
-from tools.merge.averages import AVERAGE, average
-from tools.merge.errors import MergeError
-from tools.merge.parameters import parse_setting
-from tools.merge.recipe import DARE, DELTA_METHODS, ModelEntry, ParentEntry, Recipe
-from tools.merge.yaml_values import mapping, output_dtype, refuse_unknown, word
+from .averages import AVERAGE, average
+from .errors import MergeError
+from .parameters import parse_setting
+from .recipe import DARE, DELTA_METHODS, ModelEntry, ParentEntry, Recipe
+from .yaml_values import mapping, output_dtype, refuse_unknown, word
 
 # Parameters of each method: of the models, and of the whole.
 PARAMETERS = {

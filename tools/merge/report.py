@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tools.merge.arithmetic import TensorPlan, Workspace
-from tools.merge.errors import MergeError
+from .arithmetic import TensorPlan, Workspace
+from .errors import MergeError
 
 WORKING_RANGE = 0.005  # DARE drops 90 to 99 % where deltas stay within it (arXiv:2311.03099)
 _KINDS = {

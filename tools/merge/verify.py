@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 
-from tools.convert_hf.sources.opening import open_checkpoint
-from tools.convert_hf.stream.band_io import FilePool, bands, read_band
-from tools.convert_hf.stream.plan import CopyJob
-from tools.convert_hf.stream.tensor_map import Logical
-from tools.merge.errors import MergeError
-from tools.merge.job import MergeJob
+from ..convert_hf.sources.opening import open_checkpoint
+from ..convert_hf.stream.band_io import FilePool, bands, read_band
+from ..convert_hf.stream.plan import CopyJob
+from ..convert_hf.stream.tensor_map import Logical
+from .errors import MergeError
+from .job import MergeJob
 
 _SHOWN = 12
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from tools.convert_hf.formats.dtypes import ALIASES
-from tools.merge.errors import MergeError
+from ..convert_hf.formats.dtypes import ALIASES
+from .errors import MergeError
 
 
 def mapping(value: Any, where: str) -> Mapping[str, Any]:

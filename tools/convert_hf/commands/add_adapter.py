@@ -17,15 +17,15 @@ from typing import Any
 
 import torch
 
-from tools.convert_hf.commands.convert import ConversionRequest, memory_plan, prepare_hf
-from tools.convert_hf.errors import ConvertError
-from tools.convert_hf.formats.dtypes import BY_NAME
-from tools.convert_hf.sources.adapters import Adapter, check_base, open_adapter
-from tools.convert_hf.sources.checkpoint import Checkpoint
-from tools.convert_hf.stream.band_io import FilePool, read_band
-from tools.convert_hf.stream.plan import CopyJob
-from tools.convert_hf.stream.publish import OutputFolder
-from tools.convert_hf.stream.tensor_map import Logical, rows_and_columns
+from ..errors import ConvertError
+from ..formats.dtypes import BY_NAME
+from ..sources.adapters import Adapter, check_base, open_adapter
+from ..sources.checkpoint import Checkpoint
+from ..stream.band_io import FilePool, read_band
+from ..stream.plan import CopyJob
+from ..stream.publish import OutputFolder
+from ..stream.tensor_map import Logical, rows_and_columns
+from .convert import ConversionRequest, memory_plan, prepare_hf
 
 REPORT = "adapter_merge.json"
 _TILE = 1 << 16  # elements whose float64 values are held at once, by each thread

@@ -12,24 +12,25 @@ from typing import TYPE_CHECKING, Any
 
 from megatron.checkpoint.state_ranges import block_bytes
 from megatron.layout import HEAD, LlamaShape, TensorSplit, padded_vocab_size
-from tools.convert_hf.commands.model_yml import model_keys, model_yml
-from tools.convert_hf.errors import ConvertError
-from tools.convert_hf.formats.dtypes import BY_NAME, WEIGHT_DTYPES, DType
-from tools.convert_hf.formats.torch_file import plain_file
-from tools.convert_hf.sources.chat_files import put_chat, trained_chat
-from tools.convert_hf.sources.checkpoint import Checkpoint, check_duplicates
-from tools.convert_hf.sources.hf import SAFETENSORS_INDEX
-from tools.convert_hf.sources.llama_config import read_config_file
-from tools.convert_hf.sources.neox import SIDE
-from tools.convert_hf.sources.optimizer import open_optimizer
-from tools.convert_hf.sources.settings import refuse_differences, with_trained_settings
-from tools.convert_hf.sources.side_files import shard_index, side_files, tokenizer_of
-from tools.convert_hf.stream.plan import plan_copies
-from tools.convert_hf.stream.publish import OutputFolder
-from tools.convert_hf.stream.targets import TargetFile, hf_files, neox_files, shards_by_size, shards_like
+
+from ..errors import ConvertError
+from ..formats.dtypes import BY_NAME, WEIGHT_DTYPES, DType
+from ..formats.torch_file import plain_file
+from ..sources.chat_files import put_chat, trained_chat
+from ..sources.checkpoint import Checkpoint, check_duplicates
+from ..sources.hf import SAFETENSORS_INDEX
+from ..sources.llama_config import read_config_file
+from ..sources.neox import SIDE
+from ..sources.optimizer import open_optimizer
+from ..sources.settings import refuse_differences, with_trained_settings
+from ..sources.side_files import shard_index, side_files, tokenizer_of
+from ..stream.plan import plan_copies
+from ..stream.publish import OutputFolder
+from ..stream.targets import TargetFile, hf_files, neox_files, shards_by_size, shards_like
+from .model_yml import model_keys, model_yml
 
 if TYPE_CHECKING:
-    from tools.convert_hf.stream.optimizer import StateCopy
+    from ..stream.optimizer import StateCopy
 
 WRITTEN_BY = "tools/convert_hf"
 PADDING = 128  # GPT-NeoX's default for make_vocab_size_divisible_by, used where the vocabulary has to be padded
@@ -134,7 +135,8 @@ def prepare_neox(
 def _states(source: Checkpoint, split: TensorSplit, request: ConversionRequest, states: StateRequest) -> StateCopy:
     """Plan the optimizer files of the new layout."""
     from megatron.checkpoint.optimizer_reader import CACHED_BLOCKS
-    from tools.convert_hf.stream.optimizer import StateCopy
+
+    from ..stream.optimizer import StateCopy
 
     if request.dtype is not None:
         raise ConvertError(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from tools.convert_hf.sources.checkpoint import Checkpoint
-from tools.convert_hf.sources.side_files import side_files
+from ..sources.checkpoint import Checkpoint
+from ..sources.side_files import side_files
 
 
 def checkpoint_facts(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tools.convert_hf.sources.llama_config import LlamaConfig
+from ..sources.llama_config import LlamaConfig
 
 
 def model_keys(config: LlamaConfig, divisible_by: int) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tools.convert_hf.errors import ConvertError
+from ..errors import ConvertError
 
 ARCHITECTURE = "LlamaForCausalLM"
 NUMBERS = (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tools.convert_hf.stream.publish import OutputFolder
+from ..stream.publish import OutputFolder
 
 
 def plan_text(output: OutputFolder) -> str:

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tools.convert_hf.sources.checkpoint import Checkpoint
-from tools.convert_hf.verify.compare import Difference, compare
-from tools.convert_hf.verify.diagnose import weight_causes
+from ..sources.checkpoint import Checkpoint
+from ..verify.compare import Difference, compare
+from ..verify.diagnose import weight_causes
 
 _SHOWN = 12  # differing tensors that are listed one by one
 
@@ -95,7 +95,7 @@ def _forward(
     band: int,
 ) -> tuple[list[str], bool]:
     """(lines, whether a layer diverges beyond the tolerance)."""
-    from tools.convert_hf.verify.forward import compare_forward, default_tokens, read_tokens
+    from ..verify.forward import compare_forward, default_tokens, read_tokens
 
     vocabulary = min(one.shape.vocab_size, two.shape.vocab_size)
     ids = list(read_tokens(tokens.read_text())) if tokens else default_tokens(vocabulary)

@@ -12,9 +12,9 @@ import struct
 from dataclasses import dataclass, field
 from typing import Any
 
-from tools.convert_hf.errors import ConvertError
-from tools.convert_hf.formats.dtypes import BY_STORAGE, DType
-from tools.convert_hf.formats.stored import Shape
+from ..errors import ConvertError
+from .dtypes import BY_STORAGE, DType
+from .stored import Shape
 
 MAX_STEPS = 5_000_000  # opcodes; a real state dict of a 405B model has fewer than 100,000
 

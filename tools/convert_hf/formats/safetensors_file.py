@@ -13,9 +13,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from tools.convert_hf.errors import ConvertError
-from tools.convert_hf.formats.dtypes import BY_SAFETENSORS, DType
-from tools.convert_hf.formats.stored import Shape, Stored
+from ..errors import ConvertError
+from .dtypes import BY_SAFETENSORS, DType
+from .stored import Shape, Stored
 
 MAX_HEADER = 100_000_000  # the limit of the safetensors library
 MAX_DIMENSIONS = 8

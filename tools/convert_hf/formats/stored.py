@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from tools.convert_hf.formats.dtypes import DType
+from .dtypes import DType
 
 Shape = tuple[int, ...]
 

@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from tools.convert_hf.errors import ConvertError
-from tools.convert_hf.formats.dtypes import DType
-from tools.convert_hf.formats.pickles import TensorView, plain_pickle, read_pickle, tensors_pickle
-from tools.convert_hf.formats.stored import Shape, Stored
+from ..errors import ConvertError
+from .dtypes import DType
+from .pickles import TensorView, plain_pickle, read_pickle, tensors_pickle
+from .stored import Shape, Stored
 
 _ALIGN = 64
 _LIMIT = 0xFFFFFFFF

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from megatron.layout.peft_folder import CONFIG, WEIGHTS, adapter_folder, config_problem, factor_of, scale_of
-from tools.convert_hf.errors import ConvertError
-from tools.convert_hf.formats.dtypes import WEIGHT_DTYPES
-from tools.convert_hf.formats.safetensors_file import read_safetensors_header
-from tools.convert_hf.formats.stored import Stored
-from tools.convert_hf.sources.llama_config import read_config_file
-from tools.convert_hf.stream.band_io import FilePool, read_band
-from tools.convert_hf.stream.tensor_map import Logical, whole_region
+
+from ..errors import ConvertError
+from ..formats.dtypes import WEIGHT_DTYPES
+from ..formats.safetensors_file import read_safetensors_header
+from ..formats.stored import Stored
+from ..stream.band_io import FilePool, read_band
+from ..stream.tensor_map import Logical, whole_region
+from .llama_config import read_config_file
 
 
 @dataclass(frozen=True)

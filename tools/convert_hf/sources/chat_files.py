@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tools.convert_hf.errors import ConvertError
+from ..errors import ConvertError
 
 _GENERATION, _TOKENIZER, _MAP, _TEMPLATE = (
     "generation_config.json",

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from megatron.layout import LlamaShape
-from tools.convert_hf.errors import ConvertError
-from tools.convert_hf.sources.llama_config import LlamaConfig
-from tools.convert_hf.sources.settings import Settings, settings_of_config
-from tools.convert_hf.stream.band_io import FilePool, bands, read_band
-from tools.convert_hf.stream.tensor_map import Logical, whole_region
+
+from ..errors import ConvertError
+from ..stream.band_io import FilePool, bands, read_band
+from ..stream.tensor_map import Logical, whole_region
+from .llama_config import LlamaConfig
+from .settings import Settings, settings_of_config
 
 
 @dataclass

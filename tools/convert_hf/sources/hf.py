@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron.layout import HEAD, layer_files, source_shapes
-from tools.convert_hf.errors import ConvertError
-from tools.convert_hf.formats.safetensors_file import read_safetensors_header
-from tools.convert_hf.formats.stored import Stored
-from tools.convert_hf.formats.torch_file import open_torch
-from tools.convert_hf.sources.checkpoint import Checkpoint, OpenOptions, check_shape
-from tools.convert_hf.sources.llama_config import parse_config, read_config_file
-from tools.convert_hf.stream.tensor_map import Logical, whole_region
+
+from ..errors import ConvertError
+from ..formats.safetensors_file import read_safetensors_header
+from ..formats.stored import Stored
+from ..formats.torch_file import open_torch
+from ..stream.tensor_map import Logical, whole_region
+from .checkpoint import Checkpoint, OpenOptions, check_shape
+from .llama_config import parse_config, read_config_file
 
 SAFETENSORS_INDEX = "model.safetensors.index.json"
 _LAYOUTS = (

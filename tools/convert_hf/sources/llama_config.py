@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron.layout import LlamaShape, padded_vocab_size
-from tools.convert_hf.errors import ConvertError
-from tools.convert_hf.formats.safetensors_file import is_size, read_json
+
+from ..errors import ConvertError
+from ..formats.safetensors_file import is_size, read_json
 
 _LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 MAX_JSON = 64_000_000

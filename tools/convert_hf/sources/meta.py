@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron.layout import HEAD, LlamaShape
-from tools.convert_hf.errors import ConvertError
-from tools.convert_hf.formats.safetensors_file import is_size
-from tools.convert_hf.formats.stored import Stored
-from tools.convert_hf.formats.torch_file import open_torch
-from tools.convert_hf.sources.checkpoint import Checkpoint, OpenOptions, check_shape
-from tools.convert_hf.sources.llama_config import LlamaConfig, parse_config, read_config_file
-from tools.convert_hf.stream.tensor_map import Logical, Region, chunk_region, whole_region
+
+from ..errors import ConvertError
+from ..formats.safetensors_file import is_size
+from ..formats.stored import Stored
+from ..formats.torch_file import open_torch
+from ..stream.tensor_map import Logical, Region, chunk_region, whole_region
+from .checkpoint import Checkpoint, OpenOptions, check_shape
+from .llama_config import LlamaConfig, parse_config, read_config_file
 
 _FILE = re.compile(r"consolidated\.(\d{2})\.pth")
 _EMBEDDING, _HEAD = "tok_embeddings.weight", "output.weight"

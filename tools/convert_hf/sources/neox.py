@@ -25,14 +25,15 @@ from megatron.layout import (
     source_shapes,
 )
 from megatron.layout.peft_folder import CONFIG, FOLDER
-from tools.convert_hf.errors import ConvertError
-from tools.convert_hf.formats.pickles import Inert, TensorView
-from tools.convert_hf.formats.stored import Stored
-from tools.convert_hf.formats.torch_file import open_torch
-from tools.convert_hf.sources.checkpoint import Checkpoint, OpenOptions, check_shape
-from tools.convert_hf.sources.llama_config import LlamaConfig, parse_config, read_config_file
-from tools.convert_hf.sources.settings import Settings, settings_of_files, settings_of_keys
-from tools.convert_hf.stream.tensor_map import Logical, chunk_region, layout_regions, whole_region
+
+from ..errors import ConvertError
+from ..formats.pickles import Inert, TensorView
+from ..formats.stored import Stored
+from ..formats.torch_file import open_torch
+from ..stream.tensor_map import Logical, chunk_region, layout_regions, whole_region
+from .checkpoint import Checkpoint, OpenOptions, check_shape
+from .llama_config import LlamaConfig, parse_config, read_config_file
+from .settings import Settings, settings_of_files, settings_of_keys
 
 _LAYER = re.compile(r"layer_(\d{2,4})-model_(\d{2,4})-model_states\.pt")
 _META = re.compile(r"mp_rank_(\d{2,5})_model_states\.pt")

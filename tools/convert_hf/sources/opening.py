@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from tools.convert_hf.errors import ConvertError
-from tools.convert_hf.sources.checkpoint import Checkpoint, CheckpointSource, OpenOptions
-from tools.convert_hf.sources.hf import HuggingFaceFolder
-from tools.convert_hf.sources.meta import MetaFolder
-from tools.convert_hf.sources.neox import NeoxFolder
+from ..errors import ConvertError
+from .checkpoint import Checkpoint, CheckpointSource, OpenOptions
+from .hf import HuggingFaceFolder
+from .meta import MetaFolder
+from .neox import NeoxFolder
 
 SOURCES: tuple[CheckpointSource, ...] = (HuggingFaceFolder(), MetaFolder(), NeoxFolder())
 

@@ -13,10 +13,11 @@ from megatron.checkpoint.optimizer_files import OptimizerIndex
 from megatron.checkpoint.zero_files import StoredTensor, ZeroFile, all_ranges, describe
 from megatron.common.errors import first_problems
 from megatron.layout import TensorSplit
-from tools.convert_hf.errors import ConvertError
-from tools.convert_hf.formats.pickles import TensorView
-from tools.convert_hf.formats.torch_file import open_torch
-from tools.convert_hf.sources.checkpoint import Checkpoint
+
+from ..errors import ConvertError
+from ..formats.pickles import TensorView
+from ..formats.torch_file import open_torch
+from .checkpoint import Checkpoint
 
 
 @dataclass

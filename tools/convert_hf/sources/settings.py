@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tools.convert_hf.errors import ConvertError
-from tools.convert_hf.sources.llama_config import LlamaConfig
+from ..errors import ConvertError
+from .llama_config import LlamaConfig
 
 _ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 

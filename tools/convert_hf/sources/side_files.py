@@ -6,8 +6,9 @@ import re
 from pathlib import Path
 
 from megatron.checkpoint.manifest import MANIFEST_NAME
-from tools.convert_hf.errors import ConvertError
-from tools.convert_hf.sources.hf import SAFETENSORS_INDEX
+
+from ..errors import ConvertError
+from .hf import SAFETENSORS_INDEX
 
 _WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz", ".partial")
 _NOT = {MANIFEST_NAME, "pytorch_model.bin.index.json", "params.json", "checklist.chk", "latest", "model.yml"}

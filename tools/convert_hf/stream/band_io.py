@@ -15,8 +15,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tools.convert_hf.errors import ConvertError
-from tools.convert_hf.stream.tensor_map import Logical, Region, rows_and_columns
+from ..errors import ConvertError
+from .tensor_map import Logical, Region, rows_and_columns
 
 _VECTOR = min(1024, os.sysconf("SC_IOV_MAX"))
 MAX_OPEN = 256

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tools.convert_hf.errors import ConvertError
+from ..errors import ConvertError
 
 _CHECKED = 1 << 17  # elements at a time, because the check needs several copies of them
 

@@ -17,10 +17,11 @@ from typing import Any, Protocol
 
 from megatron.common.atomic_files import write_text
 from megatron.common.crc import combine, zeros
-from tools.convert_hf.errors import ConvertError
-from tools.convert_hf.stream.band_io import FilePool, read_band, region_runs, write_runs
-from tools.convert_hf.stream.plan import CopyJob, CopyPlan, Destination
-from tools.convert_hf.stream.tensor_map import rows_and_columns
+
+from ..errors import ConvertError
+from .band_io import FilePool, read_band, region_runs, write_runs
+from .plan import CopyJob, CopyPlan, Destination
+from .tensor_map import rows_and_columns
 
 SYNC_SECONDS = 5.0  # between two syncs, the work that a crash of the machine may cost
 
@@ -199,7 +200,7 @@ class Copier(JobRunner):
             data = band
             if dtype != job.tensor.dtype:
                 if dtype.name not in cast:
-                    from tools.convert_hf.stream.cast import cast_band
+                    from .cast import cast_band
 
                     cast[dtype.name] = cast_band(band, job.tensor.dtype.name, dtype.name, job.tensor.name)
                 data = cast[dtype.name]

@@ -26,8 +26,9 @@ from megatron.checkpoint.state_ranges import ITEM, block_bytes, blocks_of
 from megatron.common.crc import combine
 from megatron.layout import TensorRange, TensorRow, TensorSplit, layer_files, row_of, transfers
 from megatron.planner.cost.parallel_layout import decoders_by_stage
-from tools.convert_hf.errors import ConvertError
-from tools.convert_hf.stream.copy import CopyJournal, JobRunner, Piece, preallocate
+
+from ..errors import ConvertError
+from .copy import CopyJournal, JobRunner, Piece, preallocate
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tools.convert_hf.errors import ConvertError
-from tools.convert_hf.stream.band_io import bands
-from tools.convert_hf.stream.targets import TargetFile
-from tools.convert_hf.stream.tensor_map import Logical, Region, rows_and_columns
+from ..errors import ConvertError
+from .band_io import bands
+from .targets import TargetFile
+from .tensor_map import Logical, Region, rows_and_columns
 
 
 @dataclass(frozen=True)

@@ -27,12 +27,13 @@ from megatron.checkpoint.manifest import (
 )
 from megatron.checkpoint.state_ranges import StateRange
 from megatron.common.atomic_files import sync_file, sync_folder, write_text
-from tools.convert_hf.errors import ConvertError
-from tools.convert_hf.stream.copy import BandSource, Copier, CopyJournal, StoredBands, preallocate, tensor_crcs
-from tools.convert_hf.stream.plan import CopyPlan
+
+from ..errors import ConvertError
+from .copy import BandSource, Copier, CopyJournal, StoredBands, preallocate, tensor_crcs
+from .plan import CopyPlan
 
 if TYPE_CHECKING:  # it needs numpy, which conversions do without
-    from tools.convert_hf.stream.optimizer import StateCopy
+    from .optimizer import StateCopy
 
 _WORK = ".convert"  # folder of journals and shares inside NAME.partial, removed before the rename
 

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron.layout import LlamaShape, layer_file_name, layer_files, rank_shape
-from tools.convert_hf.errors import ConvertError
-from tools.convert_hf.formats.dtypes import DType
-from tools.convert_hf.formats.safetensors_file import file_layout
-from tools.convert_hf.formats.stored import Shape, Stored
-from tools.convert_hf.formats.torch_file import TorchLayout
-from tools.convert_hf.stream.tensor_map import Logical, Region, layout_regions, whole_region
+
+from ..errors import ConvertError
+from ..formats.dtypes import DType
+from ..formats.safetensors_file import file_layout
+from ..formats.stored import Shape, Stored
+from ..formats.torch_file import TorchLayout
+from .tensor_map import Logical, Region, layout_regions, whole_region
 
 
 @dataclass

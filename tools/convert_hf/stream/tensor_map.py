@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from megatron.layout import LlamaShape, TensorRow, rank_slices, source_shapes
-from tools.convert_hf.formats.dtypes import DType
-from tools.convert_hf.formats.stored import Shape, Stored
+
+from ..formats.dtypes import DType
+from ..formats.stored import Shape, Stored
 
 
 def rows_and_columns(shape: Shape) -> tuple[int, int]:

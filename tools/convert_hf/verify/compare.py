@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron.layout import EMBEDDING, HEAD
-from tools.convert_hf.errors import ConvertError
-from tools.convert_hf.sources.checkpoint import Checkpoint, bit_equal
-from tools.convert_hf.stream.band_io import FilePool, bands, read_band
-from tools.convert_hf.stream.tensor_map import Logical, Region, rows_and_columns, whole_region
+
+from ..errors import ConvertError
+from ..sources.checkpoint import Checkpoint, bit_equal
+from ..stream.band_io import FilePool, bands, read_band
+from ..stream.tensor_map import Logical, Region, rows_and_columns, whole_region
 
 _ELEMENTS = 1 << 17  # compared at a time in float64, several copies of them
 _VOCABULARY = {EMBEDDING[0].hf[0], HEAD[0].hf[0]}
@@ -153,8 +154,9 @@ def _difference(one: Logical, two: Logical, left: bytearray, right: bytearray, s
 def own_digests(checkpoint: Checkpoint, progress: Callable[[int], None]) -> list[Difference]:
     """Compare every tensor and small file of a checkpoint with its own manifest."""
     from megatron.checkpoint.manifest import ManifestError, file_checksum, format_checksum, read_manifest
-    from tools.convert_hf.formats.safetensors_file import read_safetensors_header
-    from tools.convert_hf.formats.torch_file import open_torch
+
+    from ..formats.safetensors_file import read_safetensors_header
+    from ..formats.torch_file import open_torch
 
     try:
         manifest = read_manifest(checkpoint.root)

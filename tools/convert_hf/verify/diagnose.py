@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from megatron.layout import LlamaShape, Slice
-from tools.convert_hf.formats.stored import Stored
-from tools.convert_hf.sources.checkpoint import Checkpoint
-from tools.convert_hf.stream.band_io import FilePool, read_band
-from tools.convert_hf.stream.tensor_map import Logical, Region, rows_and_columns
+
+from ..formats.stored import Stored
+from ..sources.checkpoint import Checkpoint
+from ..stream.band_io import FilePool, read_band
+from ..stream.tensor_map import Logical, Region, rows_and_columns
 
 _Q, _K, _V = (f"self_attn.{p}_proj.weight" for p in "qkv")
 _UP, _GATE = "mlp.up_proj.weight", "mlp.gate_proj.weight"

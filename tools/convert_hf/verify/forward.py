@@ -21,11 +21,12 @@ from megatron.model.rotary import inverse_frequencies
 from megatron.ops.rms_norm import rms_norm
 from megatron.ops.rotary import apply_rotary
 from megatron.ops.swiglu import swiglu
-from tools.convert_hf.errors import ConvertError
-from tools.convert_hf.sources.checkpoint import Checkpoint
-from tools.convert_hf.sources.settings import Settings
-from tools.convert_hf.stream.band_io import FilePool, bands, read_band
-from tools.convert_hf.stream.tensor_map import Logical
+
+from ..errors import ConvertError
+from ..sources.checkpoint import Checkpoint
+from ..sources.settings import Settings
+from ..stream.band_io import FilePool, bands, read_band
+from ..stream.tensor_map import Logical
 
 _EMBEDDING, _HEAD = EMBEDDING[0].hf[0], HEAD[0].hf[0]
 
