@@ -49,35 +49,30 @@ def requirements(name: str) -> list[str]:
     return [line for line in lines if line and not line.startswith(("#", "-r"))]
 
 
+OURS = (
+    "launcher",
+    "preflight",
+    "planner",
+    "trainer",
+    "evaluation",
+    "generation",
+    "supervision",
+    "checkpoint",
+    "engine",
+    "model",
+    "ops",
+    "data",
+    "parallel",
+    "neox_arguments",
+    "tokenizer",
+    "layout",
+    "common",
+)
+PROGRAM = find_namespace_packages(include=[f"megatron.{name}{rest}" for name in OURS for rest in ("", ".*")])
 TOOLS = find_namespace_packages("tools", include=["convert_hf", "convert_hf.*", "merge", "merge.*"])
 
 setup(
-    packages=["neox_tools", *(f"neox_tools.{name}" for name in TOOLS)]
-    + find_namespace_packages(
-        include=[
-            f"megatron.{name}{rest}"
-            for name in (
-                "launcher",
-                "preflight",
-                "planner",
-                "trainer",
-                "evaluation",
-                "generation",
-                "supervision",
-                "checkpoint",
-                "engine",
-                "model",
-                "ops",
-                "data",
-                "parallel",
-                "neox_arguments",
-                "tokenizer",
-                "layout",
-                "common",
-            )
-            for rest in ("", ".*")
-        ]
-    ),
+    packages=[*PROGRAM, "neox_tools", *(f"neox_tools.{name}" for name in TOOLS)],
     package_dir={"neox_tools": "tools"},
     package_data={"megatron.tokenizer": ["chat_templates/*.jinja"]},
     install_requires=requirements("requirements.txt"),
