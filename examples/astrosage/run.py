@@ -181,7 +181,7 @@ class Run(Steps):
 
     def mcq(self, name: str, folder: str, yml: str, chat: bool, *more: object) -> None:
         out = self.out
-        style = ("--mcq.prompt", "chat", "--mcq.thinking", "off") if chat else ()
+        style = ("--chat", "true", "--thinking", "off") if chat else ()
         self.deepy(
             *("mcq.py", yml, "--load", out / folder, "--mcq.items", out / "questions.jsonl", "--mcq.method", "text"),
             *("--mcq.topic_field", "topic", "--mcq.output", out / "mcq" / name, *style, *more),

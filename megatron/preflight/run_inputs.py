@@ -193,7 +193,11 @@ def _questions(args: NeoXArgs) -> Iterator[str]:
 
 def _texts(args: NeoXArgs) -> Iterator[str]:
     assert args.embed.input is not None  # the rule texts_to_embed_are_given
-    if not Path(args.embed.input).is_file():
+    if args.reads_images:
+        from megatron.data.images import check_images
+
+        check_images(args.embed.input, args)
+    elif not Path(args.embed.input).is_file():
         yield f"embed.input: {args.embed.input} is not there"
     output = Path(args.embed.output)
     if output.exists():

@@ -191,7 +191,7 @@ def test_bad_records_are_named_and_counted(export: Path, tmp_path: Path) -> None
     stopped, report, cut = run_ranks(_bad_records, 1, export, {}, tmp_path)[0]
     assert "a.jsonl, line 2: not JSON" in stopped
     assert "embed.on_bad_record: skip leaves such records out" in stopped
-    assert report["texts"] == 2
+    assert report["rows"] == 2
     assert report["left_out"] == {
         "not JSON": 2,
         "no text": 2,
@@ -202,7 +202,7 @@ def test_bad_records_are_named_and_counted(export: Path, tmp_path: Path) -> None
     }
     assert len(report["named"]) == 8
     assert [json.loads(line)["id"] for line in (tmp_path / "a.ids.jsonl").open()] == ["a", 1]
-    assert (cut["texts"], cut["cut"]) == (3, 1)
+    assert (cut["rows"], cut["cut"]) == (3, 1)
     assert json.loads((tmp_path / "cut.ids.jsonl").read_text().splitlines()[-1]) == {
         "id": "long",
         "tokens": CASE.seq,

@@ -116,6 +116,18 @@ def test_rotary_leaves_the_unrotated_part_alone() -> None:
     assert not torch.equal(turned[1:, ..., :8], q[1:, ..., :8])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_few_rows_take_a_shorter_way_to_the_same_bits(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As while text is generated: one block, without gradients; against the same rows in blocks of one."""
+    x, weight, fused = (torch.randn(*shape).to(dtype) for shape in ((3, 4, 48), (48,), (3, 4, 88)))
+    with torch.no_grad():
+        short = rms_norm(x, weight, 1e-5), *add_rms_norm(x, x.flip(0), weight, 1e-5), swiglu(fused)
+        monkeypatch.setattr(cpu_blocks, "BLOCK_ELEMENTS", 48)
+        blocks = rms_norm(x, weight, 1e-5), *add_rms_norm(x, x.flip(0), weight, 1e-5), swiglu(fused)
+    assert [torch.equal(a, b) for a, b in zip(short, blocks, strict=True)] == [True] * 4
+    assert {a.dtype for a in short} == {dtype}
+
+
 def test_swiglu_reads_up_first() -> None:
     fused = torch.randn(3, 8)
     assert torch.allclose(swiglu(fused), F.silu(fused[:, 4:]) * fused[:, :4])

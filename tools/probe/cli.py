@@ -44,7 +44,11 @@ def _parser() -> argparse.ArgumentParser:
     properties = commands.add_parser("properties", help="linear probes of properties, layer by layer")
     properties.add_argument("--trained", type=Path, required=True, metavar="VECTORS", help="of the trained model")
     properties.add_argument("--untrained", type=Path, metavar="VECTORS", help="of the same model before training")
-    properties.add_argument("--inputs", type=Path, help="texts (.jsonl, .parquet) or arrays (.npy): the baseline")
+    properties.add_argument(
+        "--inputs",
+        type=Path,
+        help="the baseline: texts (.jsonl, .parquet), arrays (.npy), or the prefix of .bin/.idx images",
+    )
     properties.add_argument("--checkpoints", nargs="+", default=[], metavar="NAME=VECTORS", help="in training's order")
     properties.add_argument("--labels", type=Path, required=True, help="table by id: .csv, .jsonl or .parquet")
     properties.add_argument("--targets", nargs="+", default=[], metavar="COLUMN", help="numbers: ridge, R2")

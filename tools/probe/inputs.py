@@ -44,9 +44,15 @@ class RawInputs:
 
 
 def read_inputs(path: Path, text_field: str = "text", id_field: str = "id") -> RawInputs:
-    """Texts of a .jsonl or .parquet, or an .npy with ids beside it, flattened."""
+    """Texts of a .jsonl or .parquet, an .npy with ids beside it, or the images of a .bin/.idx pair by its prefix.
+
+    Arrays and images are flattened.
+    """
     if path.suffix == ".npy":
         arrays = read_features(path)
+        return RawInputs(path, arrays.ids, None, arrays)
+    if path.with_name(path.name + ".idx").is_file():
+        arrays = _images(path)
         return RawInputs(path, arrays.ids, None, arrays)
     ids, texts = [], []
     for number, (where, record) in enumerate(read_records(path, [text_field, id_field])):
@@ -60,10 +66,25 @@ def read_inputs(path: Path, text_field: str = "text", id_field: str = "id") -> R
     return RawInputs(path, ids, texts, None)
 
 
+def _images(prefix: Path) -> Features:
+    """Pixels [images, 1, height x width x bands], mapped from the file."""
+    from megatron.data.images import open_images
+    from megatron.evaluation.embeddings.images import image_ids
+
+    file, info = open_images(str(prefix))
+    ids = [str(number if name is None else name) for number, name in enumerate(image_ids(str(prefix)))]
+    pixels = np.memmap(prefix.with_name(prefix.name + ".bin"), file.dtype, "r")
+    return Features(prefix, ids, (0,), pixels.reshape(len(ids), 1, -1)[:, :, : int(np.prod(info.shape))])
+
+
 def _components(parts: list[np.ndarray], seed: int) -> tuple[np.ndarray, np.ndarray]:
     from sklearn.decomposition import PCA
 
     fit, others = parts
+    if np.isnan(fit).any() or np.isnan(others).any():  # pixels that were not measured: as the others are on average
+        known = np.isfinite(fit)
+        means = np.where(known, fit, 0).sum(0) / np.maximum(known.sum(0), 1)
+        fit, others = (np.where(np.isnan(part), means, part) for part in (fit, others))
     most = min(max(COMPONENTS), len(fit) - 1, fit.shape[1])
     pca = PCA(most, svd_solver="randomized", random_state=seed).fit(fit)
     return pca.transform(fit), pca.transform(others)

@@ -1,4 +1,4 @@
-"""What `embed.py` does: a checkpoint, a file of texts, a file of vectors."""
+"""What `embed.py` does: a checkpoint, texts or images, a file of vectors."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import logging
 import time
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,8 @@ from megatron.checkpoint.manifest import MANIFEST_NAME
 from megatron.common.errors import UserError
 from megatron.evaluation.driver import DrivenModel
 from megatron.evaluation.embeddings.forward import WantedVectors
-from megatron.evaluation.embeddings.texts import BadText, EncodedText, TextReader
+from megatron.evaluation.embeddings.images import ImageReader
+from megatron.evaluation.embeddings.texts import BadText, EncodedInput, TextReader
 from megatron.evaluation.embeddings.vector_file import VectorFile
 from megatron.evaluation.prompts import PromptEncoder
 from megatron.evaluation.session import with_model
@@ -25,38 +25,38 @@ from megatron.neox_arguments.keys.embeddings import chosen_layers
 
 logger = logging.getLogger(__name__)
 
-WINDOW = 2048  # records that are sorted by length together, and after which a killed run goes on
+# Records that are sorted by length together, and after which a killed run goes on; bytes of their inputs.
+WINDOW, WINDOW_BYTES = 2048, 1 << 26
 REQUEST_BYTES = 1 << 28  # of vectors that ranks exchange at once
 NAMED = 20  # records left out that are named in full
 
 
 def embed_texts(args: NeoXArgs) -> None:
     """Write the vectors that the keys ask for, their ids and a report."""
-    # A slice of the sequence cannot be pooled alone, and texts have any length.
+    # A slice of the sequence cannot be pooled alone, and inputs have any length.
     with_model(args.model_copy(update={"sequence_parallel": False}), embed_and_write)
 
 
 def embed_and_write(model: DrivenModel, checkpoint: Path | None) -> dict[str, Any]:
     """The program of rank 0; returns the report."""
     args, keys = model.args, model.args.embed
-    encoder = PromptEncoder.of(args, chat=False)
-    wanted = WantedVectors(chosen_layers(args), keys.pooling, len(encoder.beginning))
-    reader = TextReader(keys, encoder, args.seq_length)
-    identity = _identity(args, encoder, checkpoint, wanted)
+    reader, first, form = _reader(args)
+    wanted = WantedVectors(chosen_layers(args), keys.pooling, first)
+    identity = _identity(args, checkpoint, wanted) | form
     file = VectorFile(Path(keys.output), wanted.layers, args.hidden_size, identity)
     if file.progress.records:
-        logger.info(f"going on with {file.partial}: {file.progress.rows} texts of {file.progress.records} records")
-    texts = reader.read(file.progress.records)
-    while window := _next(texts):
+        logger.info(f"going on with {file.partial}: {file.progress.rows} rows of {file.progress.records} records")
+    inputs = reader.read(file.progress.records)
+    while window := _next(inputs):
         _embed_window(model, wanted, file, window)
     progress = file.progress
     if progress.rows == 0:
-        raise UserError(f"{keys.input} has no text to embed; left out: {progress.left_out or 'nothing'}")
+        raise UserError(f"{keys.input} has nothing to embed; left out: {progress.left_out or 'nothing'}")
     report = {
         **identity,
         "checkpoint": None if checkpoint is None else str(checkpoint),
-        "texts": progress.rows,
-        "tokens": progress.tokens,
+        "rows": progress.rows,
+        _unit(args): progress.tokens,
         "cut": progress.cut,
         "left_out": progress.left_out,
         "named": progress.named,
@@ -67,34 +67,51 @@ def embed_and_write(model: DrivenModel, checkpoint: Path | None) -> dict[str, An
         counts = [f"{count} left out: {rule}" for rule, count in progress.left_out.items()]
         print("; ".join([*counts, *([f"{progress.cut} cut to seq_length"] if progress.cut else [])]))
     print(
-        f"{progress.rows} texts, {progress.tokens} tokens in {progress.seconds:.1f} s, "
-        f"{progress.tokens / max(progress.seconds, 1e-9):.0f} tokens/s; layers {', '.join(map(str, wanted.layers))}"
+        f"{progress.rows} {'images' if args.reads_images else 'texts'}, {progress.tokens} {_unit(args)} in "
+        f"{progress.seconds:.1f} s, {progress.tokens / max(progress.seconds, 1e-9):.0f} {_unit(args)}/s; layers "
+        f"{', '.join(map(str, wanted.layers))}"
     )
     print(f"written to {', '.join(map(str, written))}")
     return report
 
 
-def _identity(args: NeoXArgs, encoder: PromptEncoder, checkpoint: Path | None, wanted: WantedVectors) -> dict[str, Any]:
+def _reader(args: NeoXArgs) -> tuple[TextReader | ImageReader, int, dict[str, Any]]:
+    """(what reads the inputs, how many positions before them belong to none, what decides how they are read)."""
+    keys = args.embed
+    if args.patches is not None:
+        return ImageReader(args), 0, {"patches": args.patches.model_dump()}
+    encoder = PromptEncoder.of(args, chat=False)
+    form = {
+        "text_field": keys.text_field,
+        "cut_long_texts": keys.cut_long_texts,
+        "tokenizer": encoder.tokenizer.fingerprint,
+    }
+    return TextReader(keys, encoder, args.seq_length), len(encoder.beginning), form
+
+
+def _identity(args: NeoXArgs, checkpoint: Path | None, wanted: WantedVectors) -> dict[str, Any]:
     """What decides the vectors: a file that was begun with anything else is not gone on with."""
     keys = args.embed
     assert keys.input is not None
-    read = Path(keys.input).stat()
+    read = Path(f"{keys.input}.bin" if args.reads_images else keys.input).stat()
     return {
         "model": _fingerprint(args, checkpoint),
         "input": str(Path(keys.input).absolute()),
         "input_bytes": read.st_size,
         "input_changed": read.st_mtime,
-        "text_field": keys.text_field,
         "id_field": keys.id_field,
         "layers": list(wanted.layers),
         "hidden_size": args.hidden_size,
         "pooling": wanted.pooling,
         "l2": keys.l2,
-        "cut_long_texts": keys.cut_long_texts,
         "seq_length": args.seq_length,
         "precision": args.precision,
-        "tokenizer": encoder.tokenizer.fingerprint,
     }
+
+
+def _unit(args: NeoXArgs) -> str:
+    """What an input consists of."""
+    return "patches" if args.reads_images else "tokens"
 
 
 def _fingerprint(args: NeoXArgs, checkpoint: Path | None) -> str:
@@ -106,14 +123,23 @@ def _fingerprint(args: NeoXArgs, checkpoint: Path | None) -> str:
     return digest or str(checkpoint)
 
 
-def _next(texts: Iterator[EncodedText | BadText]) -> list[EncodedText | BadText]:
-    return list(islice(texts, WINDOW))
+def _next(inputs: Iterator[EncodedInput | BadText]) -> list[EncodedInput | BadText]:
+    """The next window, at least one record if there is any."""
+    window: list[EncodedInput | BadText] = []
+    held = 0
+    while len(window) < WINDOW and held < WINDOW_BYTES:
+        one = next(inputs, None)
+        if one is None:
+            break
+        window.append(one)
+        held += one.values.nbytes if isinstance(one, EncodedInput) else 0
+    return window
 
 
 def _embed_window(
-    model: DrivenModel, wanted: WantedVectors, file: VectorFile, window: list[EncodedText | BadText]
+    model: DrivenModel, wanted: WantedVectors, file: VectorFile, window: list[EncodedInput | BadText]
 ) -> None:
-    """Records up to the end of a window; texts of similar length are read together, whatever their order."""
+    """Records up to the end of a window; those of similar length are read together, whatever their order."""
     start, keys, progress = time.perf_counter(), model.args.embed, file.progress
     for bad in (one for one in window if isinstance(one, BadText)):
         if keys.on_bad_record == "stop":
@@ -122,23 +148,24 @@ def _embed_window(
         if len(progress.named) < NAMED:
             progress.named.append(bad.message)
             print(f"skipped: {bad.message}")
-    texts = [one for one in window if isinstance(one, EncodedText)]
-    by_length = sorted(range(len(texts)), key=lambda number: len(texts[number].ids))
+    inputs = [one for one in window if isinstance(one, EncodedInput)]
+    by_length = sorted(range(len(inputs)), key=lambda number: len(inputs[number].values))
     at_once = max(1, REQUEST_BYTES // (4 * len(wanted.layers) * model.args.hidden_size))
-    for first in range(0, len(texts), at_once):
+    for first in range(0, len(inputs), at_once):
         numbers = by_length[first : first + at_once]
-        vectors = model.embed([texts[number].ids for number in numbers], wanted)
+        vectors = model.embed([inputs[number].values for number in numbers], wanted)
         if keys.l2:
             vectors = unit_vectors(vectors)
         for number, vector in zip(numbers, vectors, strict=True):
             file.put(progress.rows + number, vector)
     progress.records += len(window)
-    progress.rows += len(texts)
-    progress.cut += sum(text.cut for text in texts)
-    progress.tokens += sum(len(text.ids) for text in texts)
+    progress.rows += len(inputs)
+    progress.cut += sum(one.cut for one in inputs)
+    progress.tokens += sum(len(one.values) for one in inputs)
     progress.seconds += time.perf_counter() - start
-    file.end_window([{"id": text.id, "tokens": len(text.ids), "cut": text.cut} for text in texts])
-    logger.info(f"{progress.rows} texts, {progress.tokens / max(progress.seconds, 1e-9):.0f} tokens/s")
+    file.end_window([{"id": one.id, "tokens": len(one.values), "cut": one.cut} for one in inputs])
+    rate = progress.tokens / max(progress.seconds, 1e-9)
+    logger.info(f"{progress.rows} rows, {rate:.0f} {_unit(model.args)}/s")
 
 
 def unit_vectors(vectors: np.ndarray) -> np.ndarray:

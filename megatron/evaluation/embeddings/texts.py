@@ -16,11 +16,11 @@ from megatron.neox_arguments.keys.embeddings import EmbedKeys
 
 
 @dataclass(frozen=True)
-class EncodedText:
-    """A text's id, and its tokens with the begin-of-text token; `cut` says that these are not all."""
+class EncodedInput:
+    """An id, and what the model reads: tokens with the begin-of-text token, or patches; `cut`: these are not all."""
 
     id: str | int
-    ids: np.ndarray
+    values: np.ndarray
     cut: bool = False
 
 
@@ -39,7 +39,7 @@ class TextReader:
         assert keys.input is not None  # checked with the configuration
         self.path, self._keys, self._encoder, self._longest = Path(keys.input), keys, encoder, longest
 
-    def read(self, start: int) -> Iterator[EncodedText | BadText]:
+    def read(self, start: int) -> Iterator[EncodedInput | BadText]:
         """One for each record from number `start` on, in the file's order. Raises TextError if it cannot be read."""
         for number, (where, record) in enumerate(read_records(self.path, self._columns)):
             if number >= start:
@@ -49,7 +49,7 @@ class TextReader:
     def _columns(self) -> list[str]:
         return [name for name in (self._keys.text_field, self._keys.id_field) if name is not None]
 
-    def _encode(self, number: int, where: str, record: Any) -> EncodedText | BadText:
+    def _encode(self, number: int, where: str, record: Any) -> EncodedInput | BadText:
         name = self._keys.text_field
         if isinstance(record, bytes):
             try:
@@ -76,4 +76,4 @@ class TextReader:
                 f"first ones",
                 "too long",
             )
-        return EncodedText(identity, np.array(ids[: self._longest], dtype=np.int64), cut)
+        return EncodedInput(identity, np.array(ids[: self._longest], dtype=np.int64), cut)

@@ -18,7 +18,12 @@ OUTPUT_SUFFIXES = (".npy", ".parquet")
 class EmbedKeys(Keys):
     """Vectors of texts."""
 
-    input: str | None = key(None, "Texts: a .jsonl or .parquet file, one record a text.", ours=True)
+    input: str | None = key(
+        None,
+        "Texts: a .jsonl or .parquet file, one record a text. With modality: patches the prefix of a .bin/.idx pair of "
+        "images.",
+        ours=True,
+    )
     output: str = key(
         "embeddings.npy",
         "Where the vectors go: .npy (ids in a .ids.jsonl beside it) or .parquet. A .report.json says of what they are.",
@@ -79,7 +84,19 @@ def texts_to_embed_are_given(args: EmbeddingKeys) -> str | None:
 
 @registry.rule("embed")
 def texts_to_embed_have_a_tokenizer(args: AllKeys) -> str | None:
-    return None if args.vocab_file else "embed.py reads texts: give vocab_file, the tokenizer's file"
+    if args.vocab_file or args.modality == "patches":
+        return None
+    return "embed.py reads texts: give vocab_file, the tokenizer's file"
+
+
+@registry.rule("embed")
+def images_are_read_whole(args: AllKeys) -> str | None:
+    given = [name for name in ("text_field", "cut_long_texts") if name in args.embed.model_fields_set]
+    if args.modality != "patches" or not given:
+        return None
+    return (
+        f"embed.{given[0]} is of texts, and modality is patches: images have no text, and are read whole; leave it out"
+    )
 
 
 @registry.rule("embed")
