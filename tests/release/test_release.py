@@ -124,9 +124,10 @@ def folder(vocab_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 def release(folder: Path, tmp_path: Path) -> Path:
     """Copies of the release and its data on another machine: none of the folders of its making is there."""
     shutil.copytree(folder / "made", tmp_path / "made")
-    for file in (folder / "data").glob("*.*"):
-        (tmp_path / "elsewhere").mkdir(exist_ok=True)
-        shutil.copyfile(file, tmp_path / "elsewhere" / file.name)
+    (tmp_path / "elsewhere").mkdir()
+    for file in (folder / "data").iterdir():
+        if file.suffix in (".bin", ".idx", ".json"):
+            shutil.copyfile(file, tmp_path / "elsewhere" / file.name)
     return tmp_path / "made"
 
 
