@@ -1,0 +1,127 @@
+"""Models of image patches: every TP x PP x DP split trains what plain transformers and torch train."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests.support.engine_runs import build, make_samples, rank_parameters, relative_difference, step, whole_model
+from tests.support.patch_models import PatchCase
+from tests.support.ranks import run_ranks
+
+pytestmark = pytest.mark.distributed
+
+GLOBAL_BATCH, STEPS, LR = 8, 3, 1e-3
+LAYOUTS = [
+    (1, 1, 1),
+    (2, 1, 1),
+    (1, 2, 1),
+    (1, 1, 2),
+    (2, 2, 1),
+    (2, 1, 2),
+    (1, 2, 2),
+    (4, 1, 1),
+    (1, 4, 1),
+    (2, 2, 2),
+]
+MLP = PatchCase(heads=8, kv_heads=4, head_dim=8, layers=4, intermediate=88, seq=16)
+AFFINE = replace(MLP, tokenizer="affine", positions="learned", normalise="none", delta=0.5)
+CASES = {"mlp": MLP, "affine": AFFINE}
+SPLIT = "tp{}pp{}dp{}"
+
+
+def arguments(case: PatchCase, split: tuple[int, int, int], **overrides: Any) -> Any:
+    tp, pp, dp = split
+    keys = {
+        "model_parallel_size": tp,
+        "pipe_parallel_size": pp,
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": GLOBAL_BATCH // (2 * dp),
+        "gradient_clipping": 0.5,  # below the norms seen, so that clipping takes part
+        "checkpoint_activations": True,
+        "world_size": tp * pp * dp,
+    }
+    return case.neox(**(keys | overrides))
+
+
+def _train(rank: int, world_size: int, runs: list[tuple[PatchCase, tuple[int, int, int], dict]]) -> Any:
+    """[(losses and norms, this rank's parameters)] of several runs of one number of ranks."""
+    from megatron.core import parallel_state
+
+    results = []
+    for case, split, overrides in runs:
+        if parallel_state.model_parallel_is_initialized():
+            parallel_state.destroy_model_parallel()
+        args = arguments(case, split, **overrides)
+        engine = build(args, case)
+        samples = make_samples(case, GLOBAL_BATCH * STEPS)
+        history = [step(engine, args, samples[i * GLOBAL_BATCH : (i + 1) * GLOBAL_BATCH], i) for i in range(STEPS)]
+        results.append((history, rank_parameters(engine)))
+    return results
+
+
+def trained(runs: list[tuple[PatchCase, tuple[int, int, int], dict]]) -> list[Any]:
+    """[(losses and norms, whole model)] of runs that all have the same number of ranks."""
+    tp, pp, dp = runs[0][1]
+    by_rank = run_ranks(_train, tp * pp * dp, runs)
+    found = []
+    for number, (case, split, overrides) in enumerate(runs):
+        histories = [results[number][0] for results in by_rank]
+        assert all(history == histories[0] for history in histories), "ranks disagree about the loss"
+        args = arguments(case, split, **overrides)
+        found.append((histories[0], whole_model([results[number][1] for results in by_rank], args)))
+    return found
+
+
+@cache
+def reference(case: PatchCase) -> tuple[list[tuple[float, float]], dict[str, Tensor]]:
+    """The same training as a reader of the PyTorch tutorial would write it, around transformers' LlamaModel."""
+    model = case.hugging_face().train()
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() == 1]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), eps=1e-8)
+    samples, history = make_samples(case, GLOBAL_BATCH * STEPS), []
+    for iteration in range(STEPS):
+        batch = samples[iteration * GLOBAL_BATCH : (iteration + 1) * GLOBAL_BATCH]
+        patches, targets, mask = (torch.stack([s[name] for s in batch]) for name in ("patches", "targets", "mask"))
+        each = F.huber_loss(model(patches), model.scale(targets), reduction="none", delta=case.delta)
+        loss = each[mask].mean()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+        history.append((loss.item(), norm.item()))
+    return history, {name: tensor.detach() for name, tensor in model.state_dict().items()}
+
+
+def assert_same_training(found: Any, wanted: Any, scalars: float, parameters: float) -> None:
+    for step_number, ((loss, norm), (loss_wanted, norm_wanted)) in enumerate(zip(found[0], wanted[0], strict=True)):
+        assert loss == pytest.approx(loss_wanted, rel=scalars), f"loss of step {step_number}"
+        assert norm == pytest.approx(norm_wanted, rel=scalars), f"gradient norm of step {step_number}"
+    assert found[1].keys() == wanted[1].keys()
+    for name, tensor in found[1].items():
+        assert relative_difference(tensor, wanted[1][name]) < parameters, name
+
+
+FAST = [(2, 2, 2)]
+
+
+@pytest.mark.parametrize(
+    "split",
+    [split if split in FAST else pytest.param(split, marks=pytest.mark.slow) for split in LAYOUTS],
+    ids=lambda split: SPLIT.format(*split),
+)
+def test_every_layout_trains_what_plain_torch_trains(split: tuple[int, int, int]) -> None:
+    """Both tokenizers, uneven masks, clipping, recomputation; and slices of the sequence where there are any."""
+    runs = [(case, split, {}) for case in CASES.values()]
+    if split[0] > 1:
+        runs += [(case, split, {"sequence_parallel": True}) for case in CASES.values()]
+    for (case, _, _), found in zip(runs, trained(runs), strict=True):
+        assert_same_training(found, reference(case), scalars=1e-6, parameters=1e-5)
