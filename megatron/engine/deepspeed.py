@@ -31,13 +31,13 @@ from megatron.engine.batches import (
     padded,
     sequence_length,
 )
-from megatron.engine.deepspeed_hooks import run_instructions_inside, run_optimizer_after
+from megatron.engine.deepspeed_hooks import run_instructions_inside, run_optimizer_after, take_norm_of_all_groups
 from megatron.engine.deepspeed_loss_scale import LossScale
 from megatron.engine.deepspeed_module import LlamaPipelineModule
 from megatron.engine.deepspeed_optimizer import load_shards, optimizer_shards
 from megatron.engine.deepspeed_scores import pipeline_scores
 from megatron.engine.nonfinite import propagate
-from megatron.engine.optimizer import REPLICATED_GROUPS, adapter_line, build_optimizer, parameter_groups
+from megatron.engine.optimizer import REPLICATED_GROUPS, adapter_line, build_optimizer, group_names, parameter_groups
 from megatron.engine.optimizer_shards import OptimizerShard, ReadShard
 from megatron.engine.protocol import Around, Counters, StepResult
 from megatron.model.cache import CachedTokens, run_cached
@@ -89,6 +89,7 @@ class DeepSpeedEngine:
         if args.precision == "fp16":
             engine._loss_scale = LossScale(engine.pipeline_engine.optimizer)
         run_optimizer_after(engine.pipeline_engine, engine.complete_gradients)
+        take_norm_of_all_groups(engine.pipeline_engine.optimizer, group_names(args.shape))
         engine.run_inside(around)
         return engine
 

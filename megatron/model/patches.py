@@ -157,5 +157,14 @@ class GlobalMeanHuber:
 
     def patch_losses(self, prediction: Tensor, raw: Tensor) -> Tensor:
         """fp32 loss of each patch [b, s]."""
-        delta = self.scale.patches.huber_delta
-        return F.huber_loss(prediction.float(), self.scale(raw), reduction="none", delta=delta).mean(-1)
+        return _huber(prediction.float(), self.scale(raw), self.scale.patches.huber_delta)
+
+
+def zero_loss(scale: PatchScale, raw: Tensor) -> Tensor:
+    """fp32 loss of each patch [..., P] for a model that predicts the mean everywhere."""
+    scaled = scale(raw)
+    return _huber(torch.zeros_like(scaled), scaled, scale.patches.huber_delta)
+
+
+def _huber(prediction: Tensor, target: Tensor, delta: float) -> Tensor:
+    return F.huber_loss(prediction, target, reduction="none", delta=delta).mean(-1)

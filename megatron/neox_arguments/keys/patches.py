@@ -97,6 +97,16 @@ class ModalityKeys(Keys):
     def reads_images(self) -> bool:
         return self.modality == "patches" and self.patches is not None
 
+    @property
+    def loss_name(self) -> str:
+        """GPT-NeoX's name of the loss in log files and curves, or that of images."""
+        return "huber_loss" if self.reads_images else "lm_loss"
+
+    @property
+    def learned_unit(self) -> str:
+        """What a sequence consists of."""
+        return "patches" if self.reads_images else "tokens"
+
 
 # --- derivations
 
@@ -141,7 +151,7 @@ def patches_go_with_their_modality(args: ModalityKeys) -> str | None:
     if (args.modality == "patches") == (args.patches is not None):
         return None
     if args.patches is None:
-        return "modality: patches needs the mapping patches, with at least `size`, the side of a patch in pixels"
+        return "modality: patches needs the mapping patches, with at least the size of a patch in pixels"
     return "patches describes images, but modality is text; write modality: patches, or leave patches out"
 
 
