@@ -35,12 +35,12 @@ def check_initial_loss(loss: float, args: NeoXArgs, of_the_mean: float | None = 
         likely = "a wrong rms_norm_epsilon, rope_scaling or tokenizer"
     if loss <= limit:
         return
-    digits, forward = (4, "") if args.reads_images else (2, " --forward")
+    digits = 4 if args.reads_images else 2
     raise SuspiciousLossError(
         f"the first loss of this continued run is {loss:.{digits}f}; a model that knows nothing has {what}, and more "
         f"than {limit:.{digits}f} is not a trained Llama. "
         f"Likely: a checkpoint converted with another packing, {likely}. "
-        f"Compare it with its source: python tools/convert_hf verify HF_DIR NEOX_DIR{forward}. "
+        "Compare it with its source: python tools/convert_hf verify HF_DIR NEOX_DIR (--forward, for text). "
         "If the loss is right (another language, unusual text or images), rerun with --allow-high-initial-loss true"
     )
 
