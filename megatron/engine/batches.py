@@ -25,21 +25,20 @@ MicroBatch = Mapping[str, Tensor]
 [b, s, values] and mask [b, s]."""
 
 
-_PADDING = {"tokens": 0, "labels": IGNORE_INDEX, "positions": 0, "patches": 0, "targets": 0, "mask": 0}
+PADDING = {"tokens": 0, "labels": IGNORE_INDEX, "positions": 0, "patches": 0, "targets": 0, "mask": 0}
 _PER_VALUE = ("patches", "targets")
 
 
-def sequence_length(micro_batch: MicroBatch) -> int:
-    return (micro_batch["patches"] if "patches" in micro_batch else micro_batch["tokens"]).shape[1]
+def sequence(micro_batch: MicroBatch) -> Tensor:
+    """Tokens [b, s], or patches [b, s, values]."""
+    return micro_batch["patches"] if "patches" in micro_batch else micro_batch["tokens"]
 
 
 def model_inputs(micro_batch: MicroBatch) -> Tensor | tuple[Tensor, Tensor]:
     """What the first layer reads."""
-    if "patches" in micro_batch:
-        return micro_batch["patches"]
     if "positions" in micro_batch:
-        return micro_batch["tokens"], micro_batch["positions"]
-    return micro_batch["tokens"]
+        return sequence(micro_batch), micro_batch["positions"]
+    return sequence(micro_batch)
 
 
 def loss_targets(micro_batch: MicroBatch, weight: Tensor) -> tuple[Tensor, ...]:
@@ -61,11 +60,11 @@ def padded(micro_batch: MicroBatch, length: int) -> MicroBatch:
 
     What is added has no target, and no token before it attends to it. A position of 0 begins a document.
     """
-    missing = length - sequence_length(micro_batch)
+    missing = length - sequence(micro_batch).shape[1]
     if missing == 0:
         return micro_batch
     return {
-        name: F.pad(tensor, (0, 0, 0, missing) if name in _PER_VALUE else (0, missing), value=_PADDING[name])
+        name: F.pad(tensor, (0, 0, 0, missing) if name in _PER_VALUE else (0, missing), value=PADDING[name])
         for name, tensor in micro_batch.items()
     }
 

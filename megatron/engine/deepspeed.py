@@ -29,7 +29,7 @@ from megatron.engine.batches import (
     loss_targets,
     model_inputs,
     padded,
-    sequence_length,
+    sequence,
 )
 from megatron.engine.deepspeed_hooks import run_instructions_inside, run_optimizer_after, take_norm_of_all_groups
 from megatron.engine.deepspeed_loss_scale import LossScale
@@ -192,7 +192,7 @@ class DeepSpeedEngine:
 
     def _fitting(self, micro_batch: MicroBatch) -> MicroBatch:
         """With sequences that the tensor-parallel ranks can divide."""
-        return padded(micro_batch, self.module.tensor_parallel.padded_length(sequence_length(micro_batch)))
+        return padded(micro_batch, self.module.tensor_parallel.padded_length(sequence(micro_batch).shape[1]))
 
     @torch.inference_mode()
     def forward_cached(self, inputs: Tensor, tokens: CachedTokens) -> Tensor:
