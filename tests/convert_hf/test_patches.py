@@ -21,7 +21,7 @@ from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
 
-MLP = PatchCase(heads=4, kv_heads=2, head_dim=8, layers=4, intermediate=40, seq=16)
+MLP = PatchCase(heads=8, kv_heads=4, head_dim=8, layers=4, intermediate=40, seq=16)
 AFFINE = replace(MLP, tokenizer="affine", positions="learned", normalise="none")
 
 
