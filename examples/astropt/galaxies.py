@@ -27,7 +27,7 @@ NAMES = ("mag_r", "g_r", "r_z", "log_re", "bulge_fraction", "axis_ratio", "redsh
 
 
 def galaxy(seed: int, noise: float, number: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Image [64, 64, 3] in z, r and g (as red, green and blue) before the stretch, and the properties of galaxy `number`; the same whoever renders it."""
+    """Image [64, 64, 3] in z, r and g before the stretch, and the properties of galaxy `number`, whoever renders it."""
     import galsim
 
     rng = np.random.default_rng([seed, number])

@@ -49,6 +49,7 @@ TEXT_KEYS = (
     "system_prompt",
     "thinking",
     "max_thinking_tokens",
+    "lora",  # adapters have not been tried on images
 )
 
 
