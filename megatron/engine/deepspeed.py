@@ -89,7 +89,7 @@ class DeepSpeedEngine:
         if args.precision == "fp16":
             engine._loss_scale = LossScale(engine.pipeline_engine.optimizer)
         run_optimizer_after(engine.pipeline_engine, engine.complete_gradients)
-        take_norm_of_all_groups(engine.pipeline_engine.optimizer, group_names(args.shape))
+        take_norm_of_all_groups(engine.pipeline_engine.optimizer, group_names(args.trained_shape))
         engine.run_inside(around)
         return engine
 

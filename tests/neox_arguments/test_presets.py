@@ -38,16 +38,20 @@ ADAPTED = {
     f"{folder}-{run}": [CONFIGS / folder / f"{name}.yml" for name in ("model", run)]
     for folder, run in (("llama31_8b", "lora"), ("llama31_70b", "lora_one_node"), ("astrollama", "lora"))
 }
-RUNS = ADAPTED | {
-    f"{folder}-{run}-{machine}": [CONFIGS / folder / f"{name}.yml" for name in ("model", run, machine)]
-    for folder, run, machine in (
-        ("llama31_70b", "cpt", "frontier"),
-        ("llama31_70b", "cpt", "lumi"),
-        ("llama31_70b", "sft", "frontier"),
-        ("llama31_70b", "sft", "lumi"),
-        ("tiny", "run", "local"),
-    )
-} | {f"astropt-{size}": [CONFIGS / "astropt" / f"{name}.yml" for name in ("recipe", size)] for size in ASTROPT}
+RUNS = (
+    ADAPTED
+    | {
+        f"{folder}-{run}-{machine}": [CONFIGS / folder / f"{name}.yml" for name in ("model", run, machine)]
+        for folder, run, machine in (
+            ("llama31_70b", "cpt", "frontier"),
+            ("llama31_70b", "cpt", "lumi"),
+            ("llama31_70b", "sft", "frontier"),
+            ("llama31_70b", "sft", "lumi"),
+            ("tiny", "run", "local"),
+        )
+    }
+    | {f"astropt-{size}": [CONFIGS / "astropt" / f"{name}.yml" for name in ("recipe", size)] for size in ASTROPT}
+)
 
 
 @pytest.mark.parametrize(("model", "parameters"), MODELS.items())

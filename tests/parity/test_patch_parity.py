@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.support.engine_runs import build, make_samples, rank_parameters, relative_difference, step, whole_model
+from tests.support.lora import ALL, ALPHA, LEARNING_RATE, RANK, adapter_state, build_adapted, lora_arguments
 from tests.support.patch_models import PatchCase
 from tests.support.ranks import run_ranks
 
@@ -87,18 +89,24 @@ def reference(case: PatchCase) -> tuple[list[tuple[float, float]], dict[str, Ten
     vectors = [p for p in model.parameters() if p.dim() == 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), eps=1e-8)
-    samples, history = make_samples(case, GLOBAL_BATCH * STEPS), []
-    for iteration in range(STEPS):
-        batch = samples[iteration * GLOBAL_BATCH : (iteration + 1) * GLOBAL_BATCH]
-        patches, targets, mask = (torch.stack([s[name] for s in batch]) for name in ("patches", "targets", "mask"))
-        each = F.huber_loss(model(patches), model.scale(targets), reduction="none", delta=case.delta)
-        loss = each[mask].mean()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-        optimizer.step()
-        optimizer.zero_grad()
-        history.append((loss.item(), norm.item()))
+    trained = [*matrices, *vectors]
+    history = [_step_of(model, model, optimizer, trained, case, iteration) for iteration in range(STEPS)]
     return history, {name: tensor.detach() for name, tensor in model.state_dict().items()}
+
+
+def _step_of(
+    model: Any, plain: Any, optimizer: Any, trained: list[Any], case: PatchCase, iteration: int
+) -> tuple[float, float]:
+    """(loss, gradient norm) of a step of `model`, which is `plain` or wraps it."""
+    batch = make_samples(case, GLOBAL_BATCH * STEPS)[iteration * GLOBAL_BATCH : (iteration + 1) * GLOBAL_BATCH]
+    patches, targets, mask = (torch.stack([s[name] for s in batch]) for name in ("patches", "targets", "mask"))
+    each = F.huber_loss(model(patches), plain.scale(targets), reduction="none", delta=case.delta)
+    loss = each[mask].mean()
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(trained, 0.5)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item(), norm.item()
 
 
 def assert_same_training(found: Any, wanted: Any, scalars: float, parameters: float) -> None:
@@ -168,6 +176,32 @@ def test_the_norm_needs_every_stage() -> None:
     outcome = run_ranks(_norm_without_the_others, 3, timeout=40, expect_failure=True)
     assert any(code != 0 for code, _ in outcome)
     trained([(AFFINE, (1, 3, 1), {})])
+
+
+def _adapted(rank: int, world_size: int, split: tuple[int, int, int]) -> Any:
+    args = lora_arguments(MLP, split)
+    engine = build_adapted(args, MLP, adapter_state(MLP))
+    samples = make_samples(MLP, GLOBAL_BATCH * STEPS)
+    return [step(engine, args, samples[i * GLOBAL_BATCH : (i + 1) * GLOBAL_BATCH], i) for i in range(STEPS)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("split", [(2, 2, 1), (1, 2, 2)], ids=lambda split: SPLIT.format(*split))
+def test_adapters_are_trained_as_peft_trains_them(split: tuple[int, int, int]) -> None:
+    from peft import LoraConfig, get_peft_model
+    from peft.utils import set_peft_model_state_dict
+
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(ALL), lora_dropout=0.0)
+    plain = MLP.hugging_face()
+    model: Any = get_peft_model(plain, config)
+    assert not set_peft_model_state_dict(model, adapter_state(MLP)).unexpected_keys
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+    expected = [_step_of(model, plain, optimizer, parameters, MLP, iteration) for iteration in range(STEPS)]
+    for history in run_ranks(_adapted, math.prod(split), split):
+        for (loss, norm), (loss_wanted, norm_wanted) in zip(history, expected, strict=True):
+            assert loss == pytest.approx(loss_wanted, rel=1e-5)
+            assert norm == pytest.approx(norm_wanted, rel=1e-4)
 
 
 def test_another_order_of_values_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:

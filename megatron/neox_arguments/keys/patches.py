@@ -49,7 +49,6 @@ TEXT_KEYS = (
     "system_prompt",
     "thinking",
     "max_thinking_tokens",
-    "lora",  # adapters have not been tried on images
 )
 
 
