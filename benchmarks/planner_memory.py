@@ -69,6 +69,8 @@ class Case:
     virtual: int = 1
     selective: bool = False  # recomputation of all but matrix products
     lora: int | None = None  # rank of an adapter of all projections; the rest is frozen
+    patch: int = 0  # side of the patches of a model of images, in three bands
+    affine: bool = False
 
     @property
     def world_size(self) -> int:
@@ -79,7 +81,11 @@ class Case:
         flags = (("tied", self.tied), ("documents", self.documents), (f"bucket {self.bucket or 0:,}", self.bucket))
         flags += ((f"LoRA {self.lora}", self.lora),)
         extra = [word for word, is_so in flags if is_so]
-        return " ".join([f"{self.layers} x {self.hidden}, V {self.vocab:,}, s {self.seq:,}", *extra])
+        if self.patch:
+            ends = f"patches {self.patch} x {self.patch} x 3 {'affine' if self.affine else 'mlp'}"
+        else:
+            ends = f"V {self.vocab:,}"
+        return " ".join([f"{self.layers} x {self.hidden}, {ends}, s {self.seq:,}", *extra])
 
     @property
     def layout(self) -> str:
@@ -94,6 +100,18 @@ class Case:
             f"{', megatron' if self.engine == 'megatron' else ''}"
         )
 
+    def _ends(self) -> dict[str, Any]:
+        """Keys of what the model reads and predicts."""
+        if not self.patch:
+            return {
+                "vocab_size": self.vocab,
+                "make_vocab_size_divisible_by": 1,
+                "no_weight_tying": not self.tied,
+                "isolate_documents": self.documents,
+            }
+        tokenizer = "affine" if self.affine else "mlp"
+        return {"modality": "patches", "patches": {"size": self.patch, "normalise": "patch", "tokenizer": tokenizer}}
+
     def args(self, device: str) -> NeoXArgs:
         zero: dict[str, Any] = {} if self.engine == "megatron" else {"zero_optimization": {"stage": 1}}
         if self.bucket:
@@ -106,14 +124,11 @@ class Case:
                 "num_kv_heads": self.kv_heads,
                 "intermediate_size": self.intermediate,
                 **LLAMA,
-                "vocab_size": self.vocab,
-                "make_vocab_size_divisible_by": 1,
+                **self._ends(),
                 "seq_length": self.seq,
                 "max_position_embeddings": self.seq,
                 "rotary_emb_base": 500000,
                 "rms_norm_epsilon": 1e-5,
-                "no_weight_tying": not self.tied,
-                "isolate_documents": self.documents,
                 "model_parallel_size": self.tensor,
                 "sequence_parallel": self.sequence_parallel,
                 "pipe_parallel_size": self.pipe,
@@ -270,6 +285,11 @@ def _micro_batches(case: Case, device: Any) -> Iterator[dict[str, Any]]:
 
     shape = (case.micro_batch, case.seq)
     for _ in range(case.num_micro_batches):
+        if case.patch:
+            patches = torch.randint(256, (*shape, 3 * case.patch**2), device=device, dtype=torch.uint8)
+            mask = torch.ones(shape, dtype=torch.bool, device=device)
+            yield {"patches": patches, "targets": patches.clone(), "mask": mask}
+            continue
         tokens = torch.randint(case.vocab, shape, device=device)
         micro_batch = {"tokens": tokens, "labels": tokens.clone()}
         if case.documents:  # three of unequal length

@@ -33,6 +33,8 @@ _SIZES = (
     "no_weight_tying",
 )
 MODEL_KEYS = (*_SIZES, "rms_norm_epsilon", "rotary_emb_base", "rope_scaling")
+_OF_TEXT = ("vocab_size", "no_weight_tying")
+_OF_IMAGES = ("modality", "patches")
 RUN_KEYS = (
     "seq_length",
     "train_batch_size",
@@ -81,9 +83,12 @@ _SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_posit
 
 def facts_of(args: NeoXArgs) -> dict[str, dict[str, Any]]:
     """The facts of a configuration as plain JSON values: {"model": {...}, "run": {...}}."""
-    dumped = json.loads(args.model_dump_json(include={*MODEL_KEYS, *RUN_KEYS}))
+    dumped = json.loads(args.model_dump_json(include={*MODEL_KEYS, *_OF_IMAGES, *RUN_KEYS}))
     model = {name: dumped[name] for name in MODEL_KEYS}
     model["rope_scaling"] = _scaling(model["rope_scaling"])
+    if args.reads_images:
+        model = {name: value for name, value in model.items() if name not in _OF_TEXT}
+        model |= {name: dumped[name] for name in _OF_IMAGES}
     run = _flat({name: dumped[name] for name in RUN_KEYS})
     run[TOKENIZER] = _file_mark(args.vocab_file)
     return {"model": model, "run": run}
@@ -173,6 +178,8 @@ def _model_of_config_json(content: bytes | None) -> dict[str, Any]:
     if not isinstance(raw, dict):
         return {}
     model = {ours: raw[theirs] for ours, theirs in _CONFIG_JSON.items() if raw.get(theirs) is not None}
+    if isinstance(raw.get("patches"), dict):  # what tools/convert_hf writes for a model of images
+        model |= {"modality": "patches", "patches": raw["patches"]}
     if isinstance(raw.get("tie_word_embeddings"), bool):
         model["no_weight_tying"] = not raw["tie_word_embeddings"]
     rope = raw.get("rope_parameters")
@@ -198,7 +205,8 @@ def differences(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[tup
 def check_model(folder: Path, recorded: Mapping[str, Any], args: NeoXArgs) -> None:
     """Raise CheckpointError, with all differences, unless the configuration describes the checkpoint's model."""
     allowed = set(args.allow_model_changes)
-    changed = [entry for entry in differences(recorded, facts_of(args)["model"]) if entry[0] not in allowed]
+    before, now = ({"modality": "text", **model} for model in (recorded, facts_of(args)["model"]))
+    changed = [entry for entry in differences(before, now) if entry[0] not in allowed]
     if not changed:
         return
     lines = [

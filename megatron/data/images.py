@@ -87,8 +87,8 @@ def image(file: IndexedFile, info: ImageInfo, number: int) -> NDArray[Any]:
     return file.document(number).reshape(info.shape)
 
 
-def check_images(prefix: str, args: NeoXArgs) -> None:
-    """Raise DataError unless the images are those that the configuration describes."""
+def check_images(prefix: str, args: NeoXArgs, with_length: bool = True) -> None:
+    """Raise DataError unless the images are those that the configuration describes, `seq_length` included."""
     patches = args.patches
     assert patches is not None  # of a run that reads images
     _, info = open_images(prefix)
@@ -104,7 +104,7 @@ def check_images(prefix: str, args: NeoXArgs) -> None:
             f"{patches.size}; change patches.size, or import with --crop"
         )
     count = (info.height // patches.size) * (info.width // patches.size)
-    if args.seq_length not in (count - 1, count):
+    if with_length and args.seq_length not in (count - 1, count):
         raise DataError(
             f"{name}: images of {info.height} x {info.width} pixels are {count} patches of {patches.size} x "
             f"{patches.size}, seq_length is {args.seq_length}; write seq_length: {count - 1} (or {count}, which reads "

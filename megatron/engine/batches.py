@@ -21,10 +21,38 @@ from megatron.model.loss import step_weight
 from megatron.parallel.place import Place
 
 MicroBatch = Mapping[str, Tensor]
-"""tokens and labels [b, s], and positions [b, s] where documents are isolated."""
+"""tokens and labels [b, s], and positions [b, s] where documents are isolated; or of images, patches and targets
+[b, s, values] and mask [b, s]."""
 
 
-_PADDING = {"tokens": 0, "labels": IGNORE_INDEX, "positions": 0}
+PADDING = {"tokens": 0, "labels": IGNORE_INDEX, "positions": 0, "patches": 0, "targets": 0, "mask": 0}
+_PER_VALUE = ("patches", "targets")
+
+
+def sequence(micro_batch: MicroBatch) -> Tensor:
+    """Tokens [b, s], or patches [b, s, values]."""
+    return micro_batch["patches"] if "patches" in micro_batch else micro_batch["tokens"]
+
+
+def model_inputs(micro_batch: MicroBatch) -> Tensor | tuple[Tensor, Tensor]:
+    """What the first layer reads."""
+    if "positions" in micro_batch:
+        return sequence(micro_batch), micro_batch["positions"]
+    return sequence(micro_batch)
+
+
+def loss_targets(micro_batch: MicroBatch, weight: Tensor) -> tuple[Tensor, ...]:
+    """What `megatron.model.pipeline.training_loss` compares the last layer's outputs with."""
+    if "targets" in micro_batch:
+        return micro_batch["targets"], micro_batch["mask"], weight
+    return micro_batch["labels"], weight
+
+
+def num_learned(micro_batch: MicroBatch) -> int:
+    """Tokens or patches that have a target."""
+    if "mask" in micro_batch:
+        return int(micro_batch["mask"].sum())
+    return int(micro_batch["labels"].ne(IGNORE_INDEX).sum())
 
 
 def padded(micro_batch: MicroBatch, length: int) -> MicroBatch:
@@ -32,10 +60,13 @@ def padded(micro_batch: MicroBatch, length: int) -> MicroBatch:
 
     What is added has no target, and no token before it attends to it. A position of 0 begins a document.
     """
-    missing = length - micro_batch["tokens"].shape[1]
+    missing = length - sequence(micro_batch).shape[1]
     if missing == 0:
         return micro_batch
-    return {name: F.pad(tensor, (0, missing), value=_PADDING[name]) for name, tensor in micro_batch.items()}
+    return {
+        name: F.pad(tensor, (0, 0, 0, missing) if name in _PER_VALUE else (0, missing), value=PADDING[name])
+        for name, tensor in micro_batch.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -80,12 +111,12 @@ def assemble_step(micro_batches: list[MicroBatch] | None, num_micro_batches: int
     learned = torch.zeros((), dtype=torch.int64, device=place.device)
     if place.counts_tokens:
         assert micro_batches is not None
-        learned += sum(int(batch["labels"].ne(IGNORE_INDEX).sum()) for batch in micro_batches)
+        learned += sum(map(num_learned, micro_batches))
     dist.all_reduce(learned)
     total = int(learned)
     if total == 0:
         raise EmptyBatchError(
-            f"{what}: no token of the global batch has a target (every label is {IGNORE_INDEX}). "
-            "Check the label files and masks of this part of the data"
+            f"{what}: no token of the global batch has a target (every label is {IGNORE_INDEX}; of images, every patch "
+            "is blank). Check the label files, masks or images of this part of the data"
         )
     return StepBatch(micro_batches, num_micro_batches, total, step_weight(total, num_micro_batches * place.dp))

@@ -22,14 +22,22 @@ from torch import Tensor, nn
 
 from megatron.common.errors import UserError
 from megatron.engine import deepspeed_files
-from megatron.engine.batches import MicroBatch, ScoreBatch, StepBatch, padded
-from megatron.engine.deepspeed_hooks import run_instructions_inside, run_optimizer_after
+from megatron.engine.batches import (
+    MicroBatch,
+    ScoreBatch,
+    StepBatch,
+    loss_targets,
+    model_inputs,
+    padded,
+    sequence,
+)
+from megatron.engine.deepspeed_hooks import run_instructions_inside, run_optimizer_after, take_norm_of_all_groups
 from megatron.engine.deepspeed_loss_scale import LossScale
 from megatron.engine.deepspeed_module import LlamaPipelineModule
 from megatron.engine.deepspeed_optimizer import load_shards, optimizer_shards
 from megatron.engine.deepspeed_scores import pipeline_scores
 from megatron.engine.nonfinite import propagate
-from megatron.engine.optimizer import REPLICATED_GROUPS, adapter_line, build_optimizer, parameter_groups
+from megatron.engine.optimizer import REPLICATED_GROUPS, adapter_line, build_optimizer, group_names, parameter_groups
 from megatron.engine.optimizer_shards import OptimizerShard, ReadShard
 from megatron.engine.protocol import Around, Counters, StepResult
 from megatron.model.cache import CachedTokens, run_cached
@@ -81,6 +89,7 @@ class DeepSpeedEngine:
         if args.precision == "fp16":
             engine._loss_scale = LossScale(engine.pipeline_engine.optimizer)
         run_optimizer_after(engine.pipeline_engine, engine.complete_gradients)
+        take_norm_of_all_groups(engine.pipeline_engine.optimizer, group_names(args.trained_shape))
         engine.run_inside(around)
         return engine
 
@@ -168,7 +177,7 @@ class DeepSpeedEngine:
 
     def logits(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor | None:
         given = {"tokens": tokens} if positions is None else {"tokens": tokens, "positions": positions}
-        inputs = _inputs(self._fitting(given))
+        inputs = model_inputs(self._fitting(given))
         self.pipeline_engine.total_loss = None  # it would add these logits to the losses of an evaluation before
         _, logits = self.pipeline_engine.eval_batch(
             iter([(inputs, tokens)]) if self.place.reads_data else None,
@@ -183,7 +192,7 @@ class DeepSpeedEngine:
 
     def _fitting(self, micro_batch: MicroBatch) -> MicroBatch:
         """With sequences that the tensor-parallel ranks can divide."""
-        return padded(micro_batch, self.module.tensor_parallel.padded_length(micro_batch["tokens"].shape[1]))
+        return padded(micro_batch, self.module.tensor_parallel.padded_length(sequence(micro_batch).shape[1]))
 
     @torch.inference_mode()
     def forward_cached(self, inputs: Tensor, tokens: CachedTokens) -> Tensor:
@@ -206,7 +215,7 @@ class DeepSpeedEngine:
         """What DeepSpeed reads: (inputs, targets) for each micro-batch; None on stages that read no data."""
         if batch.micro_batches is None:
             return None
-        return ((_inputs(mb), (mb["labels"], batch.weight)) for mb in batch.micro_batches)
+        return ((model_inputs(mb), loss_targets(mb, batch.weight)) for mb in batch.micro_batches)
 
     def complete_gradients(self) -> None:
         """What the reduced gradients lack before their norm is taken."""
@@ -320,12 +329,6 @@ def reduced_gradients(optimizer: Any, group: int) -> list[Tensor]:
     if hasattr(optimizer, "fp32_groups_gradients"):  # BF16_Optimizer
         return list(optimizer.fp32_groups_gradients[group])
     raise RuntimeError(f"{type(optimizer).__name__} keeps its gradients where this project does not know")
-
-
-def _inputs(micro_batch: MicroBatch) -> Tensor | tuple[Tensor, Tensor]:
-    if "positions" in micro_batch:
-        return micro_batch["tokens"], micro_batch["positions"]
-    return micro_batch["tokens"]
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -6,13 +6,15 @@ something done around some of them; the class stays as it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
 from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.runtime.utils import combine_grad_norm_groups
+from torch import Tensor
 
 from megatron.engine.protocol import Around
 
@@ -50,6 +52,30 @@ def run_optimizer_after(engine: PipelineEngine, action: Callable[[], None]) -> N
         original(self, **arguments)
 
     engine._INSTRUCTION_MAP = {**engine._INSTRUCTION_MAP, schedule.OptimizerStep: execute}
+
+
+def take_norm_of_all_groups(optimizer: Any, names: Sequence[str]) -> None:
+    """Let every rank add up the norms of all parameter groups that the model has, in the order of `names`.
+
+    ZeRO reduces over all stages once for each group that the rank has. A stage without the group of another (the
+    replicated matrix at the end of a pipeline) would wait there for ever.
+    """
+    if not hasattr(optimizer, "scaled_global_norm"):  # BF16_Optimizer reduces once for all
+        return
+    numbers = {group["name"]: number for number, group in enumerate(optimizer.param_groups)}
+
+    def scaled_global_norm(norm_type: int = 2) -> Tensor:
+        norms = []
+        for name in names:
+            number = numbers.get(name)
+            held = number is not None
+            gradients = optimizer.averaged_gradients[number] if held else []
+            norms.append(
+                optimizer.get_grad_norm_direct(gradients, optimizer.params_in_partition[number] if held else [])
+            )
+        return combine_grad_norm_groups(norms, norm_type=norm_type)
+
+    optimizer.scaled_global_norm = scaled_global_norm
 
 
 def _wrap(engine: PipelineEngine, instruction: Instruction, around: Callable[[], AbstractContextManager[Any]]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import deepspeed
@@ -20,9 +20,8 @@ from megatron.engine.optimizer import mark_sharded, require_training, rows_of_pa
 from megatron.model.initialize import initialize_layers
 from megatron.model.llama import TransformerLayer
 from megatron.model.lora import freeze_base
-from megatron.model.loss import GlobalMeanLoss
 from megatron.model.parallel import TensorParallel
-from megatron.model.pipeline import PARAMETER_DTYPES, Layer, llama_layers
+from megatron.model.pipeline import PARAMETER_DTYPES, Layer, llama_layers, training_loss
 from megatron.neox_arguments import NeoXArgs
 from megatron.parallel.place import Place
 
@@ -66,7 +65,7 @@ class LlamaPipelineModule(PipelineModule):
             super().__init__(
                 layers=[_spec(layer) for layer in llama_layers(args, self.tensor_parallel)],
                 topology=topology,
-                loss_fn=_PoisonedLoss(self.tensor_parallel.group, args.vocab_size),
+                loss_fn=_poisoned_loss(training_loss(args, self.tensor_parallel)),
                 partition_method=args.pipe_partition_method,
                 activation_checkpoint_interval=1 if args.checkpoint_activations else 0,
                 checkpointable_layers=[TransformerLayer.__name__],
@@ -139,12 +138,14 @@ class LlamaPipelineModule(PipelineModule):
         self._synchronize_tied_weights()
 
 
-class _PoisonedLoss(GlobalMeanLoss):
+def _poisoned_loss(loss_of: Callable[[Tensor, Any], Tensor]) -> Callable[[Tensor, Any], Tensor]:
     """A training loss that is not finite shows in its gradients."""
 
-    def __call__(self, logits: Tensor, targets: tuple[Tensor, Tensor]) -> Tensor:
-        loss = super().__call__(logits, targets)
+    def loss_fn(outputs: Tensor, targets: Any) -> Tensor:
+        loss = loss_of(outputs, targets)
         return poisoned(loss) if loss.requires_grad else loss
+
+    return loss_fn
 
 
 def _spec(layer: Layer) -> Any:

@@ -22,7 +22,7 @@ from megatron.core.pipeline_parallel.schedules import (
 from torch import Tensor, nn
 
 from megatron import layout
-from megatron.engine.batches import MicroBatch, ScoreBatch, StepBatch
+from megatron.engine.batches import MicroBatch, ScoreBatch, StepBatch, loss_targets
 from megatron.engine.cuda_names import on_device, schedule_on
 from megatron.engine.mcore_batches import PipelineBatch, on_all_stages
 from megatron.engine.mcore_chunks import ChunkedStage
@@ -39,9 +39,8 @@ from megatron.model.cache import CachedTokens, run_cached
 from megatron.model.features import PooledTokens, run_pooled
 from megatron.model.initialize import initialize_layers
 from megatron.model.lora import freeze_base
-from megatron.model.loss import GlobalMeanLoss
 from megatron.model.parallel import TensorParallel
-from megatron.model.pipeline import PARAMETER_DTYPES
+from megatron.model.pipeline import PARAMETER_DTYPES, training_loss
 from megatron.model.scores import TokenScores
 from megatron.neox_arguments import NeoXArgs
 from megatron.ops import configure
@@ -75,7 +74,7 @@ class MegatronEngine:
         mark_sharded((one.parameter, one.row) for one in self._held)
         self._communicator = LinkP2P(self.groups.pipe, self.config, self._groups.links, place.device, around)
         self._mcore_groups = self._groups.as_mcore()
-        self._loss = GlobalMeanLoss(self.groups.tensor, args.vocab_size)
+        self._loss = training_loss(args, self.tensor_parallel)
         self.model: Sequence[nn.Module] = self.stage.chunks
         self._optimizer: GuardedOptimizer | None = None
         self.counters = Counters()
@@ -177,7 +176,7 @@ class MegatronEngine:
             chunk.zero_grad_buffer()
 
         def learn(logits: Tensor, micro_batch: MicroBatch) -> Tensor:
-            return poisoned(self._loss(logits, (micro_batch["labels"], batch.weight.to(logits.device))))
+            return poisoned(self._loss(logits, loss_targets(micro_batch, batch.weight.to(logits.device))))
 
         losses = self._run(everywhere, learn, train=True)
         replica_loss = torch.stack(losses).sum() / count if losses else None
@@ -198,7 +197,7 @@ class MegatronEngine:
         everywhere = self._on_all_stages(batch.micro_batches, batch.num_micro_batches)
 
         def judge(logits: Tensor, micro_batch: MicroBatch) -> Tensor:
-            return self._loss(logits, (micro_batch["labels"], batch.weight.to(logits.device)))
+            return self._loss(logits, loss_targets(micro_batch, batch.weight.to(logits.device)))
 
         losses = self._run(everywhere, judge)
         mean = self._share_of_mean(torch.stack(losses).sum() / batch.num_micro_batches if losses else None)

@@ -13,10 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron.engine.batches import MicroBatch, padded
+from megatron.engine.batches import PADDING, MicroBatch, padded, sequence
 from megatron.parallel.place import Place
-
-_SEQUENCES = ("tokens", "labels", "positions")
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ def on_all_stages(
     """
     own = [] if given is None else list(given)
     first = own[0] if own else {}
-    b, s = first["tokens"].shape if own else (0, 0)
+    b, s = sequence(first).shape[:2] if own else (0, 0)
     with_positions = int("positions" in first)
     has_middle = place.pp > 2  # stages that read nothing
     if has_middle:
@@ -68,6 +66,6 @@ def on_all_stages(
 
 def _padded_to(micro_batch: Mapping[str, Tensor], length: int, device: torch.device) -> MicroBatch:
     """On `device`, with sequences of `length`; what is no sequence stays as it is."""
-    sequences = {name: tensor for name, tensor in micro_batch.items() if name in _SEQUENCES}
+    sequences = {name: tensor for name, tensor in micro_batch.items() if name in PADDING}
     whole = {**micro_batch, **padded(sequences, length)}
     return {name: tensor.to(device, non_blocking=True) for name, tensor in whole.items()}

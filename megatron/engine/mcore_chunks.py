@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron import layout
+from megatron.engine.batches import sequence
 from megatron.model.llama import TransformerLayer
 from megatron.model.parallel import TensorParallel
 from megatron.model.pipeline import Layer, llama_layers
@@ -83,7 +84,7 @@ class Chunk(nn.Module):
     def forward(self, micro_batch: Mapping[str, Tensor]) -> Tensor:
         """Hidden states [s, b, h], or of the model's last run this rank's logits [b, s, V / tp]."""
         positions = micro_batch.get("positions")
-        stream: Any = micro_batch["tokens"] if self.pre_process else self._input
+        stream: Any = sequence(micro_batch) if self.pre_process else self._input
         if positions is not None and self._steps[0][0] <= self._last_with_positions:
             stream = (stream, positions)
         again = self.recompute if torch.is_grad_enabled() else frozenset[int]()

@@ -22,6 +22,12 @@ GROUP_NAMES = {
 REPLICATED_GROUPS = frozenset(name for (_, replicated), name in GROUP_NAMES.items() if replicated)
 
 
+def group_names(shape: layout.LlamaShape) -> list[str]:
+    """The groups that a model has, on whatever stage."""
+    kinds = {(row.decays, row.replicated) for _, _, rows in layout.layer_files(shape) for row in rows}
+    return [name for kind, name in GROUP_NAMES.items() if kind in kinds]
+
+
 def rows_of_parameters(
     layers: Iterable[tuple[int, nn.Module]], shape: layout.LlamaShape
 ) -> list[tuple[nn.Parameter, layout.TensorRow]]:

@@ -54,11 +54,10 @@ def _evaluate_validation_sets(args: NeoXArgs) -> None:
 
 def _report_sources(args: NeoXArgs, folder: Path, results: Mapping[str, Evaluation]) -> None:
     for name, result in results.items():
-        print(
-            f"{name} | loss {result.loss:.6f} | perplexity {result.perplexity:.3f} | "
-            f"{result.learned_tokens} tokens in {result.samples} samples"
-        )
-    facts = {name: {**asdict(r), "perplexity": r.perplexity} for name, r in results.items()}
+        print(f"{name} | {result.text(args, digits=6)} in {result.samples} samples")
+    facts = {
+        name: asdict(r) | ({} if args.reads_images else {"perplexity": r.perplexity}) for name, r in results.items()
+    }
     _write_report(args, folder, {"results": facts})
 
 

@@ -15,7 +15,7 @@ from megatron.neox_arguments import NeoXArgs
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean loss per learned token of one source, nats."""
+    """Mean loss per learned token of one source, nats; or per learned patch."""
 
     loss: float
     learned_tokens: int
@@ -24,6 +24,11 @@ class Evaluation:
     @property
     def perplexity(self) -> float:
         return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    def text(self, args: NeoXArgs, digits: int) -> str:
+        """One line; a loss of images has no perplexity."""
+        perplexity = "" if args.reads_images else f" | perplexity {self.perplexity:.{digits // 2}f}"
+        return f"loss {self.loss:.{digits}f}{perplexity} | {self.learned_tokens} {args.learned_unit}"
 
 
 def evaluate(engine: Engine, args: NeoXArgs, dataset: SampleDataset, max_samples: int | None = None) -> Evaluation:

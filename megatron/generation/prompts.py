@@ -11,6 +11,7 @@ from megatron.common.log import log_on_rank_0
 from megatron.engine.build import build_inference_engine
 from megatron.generation.conversations import ChatPrompts
 from megatron.generation.generate import Batching, Generator
+from megatron.generation.images import complete_images
 from megatron.generation.interactive import Dialogue
 from megatron.generation.requests import PromptReader, Request
 from megatron.generation.samples import SampleFile, record_of, record_of_error
@@ -29,11 +30,14 @@ PROGRESS_SECONDS = 30.0
 
 
 def generate_text(args: NeoXArgs) -> None:
-    """Continue every prompt (or start from the beginning-of-text token), or what is typed.
+    """Continue every prompt (or start from the beginning-of-text token), or what is typed; or images.
 
     The prompts are read before the model is loaded. Raises UserError when all that can be has been written, if a prompt
     could not be continued.
     """
+    if args.reads_images:
+        complete_images(args)
+        return
     args = args.model_copy(update={"sequence_parallel": False})  # a sequence of one token cannot be cut
     place = initialize(args)
     log_on_rank_0(place.rank)

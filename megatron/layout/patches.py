@@ -83,6 +83,13 @@ class PatchShape(LlamaShape):
         """Inner width of the patch tokenizer's MLP, and of the head's."""
         return MLP_FACTOR * self.hidden_size
 
+    @property
+    def patch_end_weights(self) -> int:
+        """Elements of the matrices of embedding and head."""
+        if self.tokenizer == AFFINE:
+            return 2 * self.patch_values * self.hidden_size
+        return 2 * self.patch_hidden_size * (self.patch_values + self.hidden_size)
+
     def holds(self, row: TensorRow) -> bool:
         if row.modality != PATCHES:
             return super().holds(row)

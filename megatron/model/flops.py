@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from math import prod
 
-from megatron.layout import LlamaShape, rank_shape, trained_rows
+from megatron.layout import LlamaShape, PatchShape, rank_shape, trained_rows
 
 
 def megatron_flops_per_token(shape: LlamaShape, seq_length: int) -> float:
@@ -21,7 +21,7 @@ def megatron_flops_per_token(shape: LlamaShape, seq_length: int) -> float:
     h, layers, vocab = shape.hidden_size, shape.num_layers, shape.padded_vocab_size
     kv = shape.num_kv_heads * shape.head_dim
     layer = h * (h + 2 * kv) + h * h + 3 * h * shape.intermediate_size
-    weights = layers * layer + h * vocab
+    weights = layers * layer + (shape.patch_end_weights if isinstance(shape, PatchShape) else h * vocab)
     matrices = 6.0 * weights
     if shape.frozen_base:
         factors = sum(prod(rank_shape(row, shape, tp=1)) for row in trained_rows(shape))

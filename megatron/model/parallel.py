@@ -82,6 +82,10 @@ class TensorParallel:
         multiple = self.size if self.sequence_parallel else 1
         return -(-seq_length // multiple) * multiple
 
+    def own_slice(self, x: Tensor, sequence_dim: int) -> Tensor:
+        """This rank's slice of a sequence that every rank has whole; all of it without sequence parallelism."""
+        return x.chunk(self.size, sequence_dim)[self.rank] if self.sequence_parallel else x
+
     @property
     def _config(self) -> ModelParallelConfig:
         return ModelParallelConfig(
@@ -100,10 +104,10 @@ class TensorParallel:
         )
         return linear
 
-    def row(self, in_features: int, out_features: int) -> nn.Module:
-        """[s, b, in / tp] -> [s, b, out], summed over the group; weight [out, in / tp]."""
+    def row(self, in_features: int, out_features: int, sequence_dim: int = 0) -> nn.Module:
+        """[..., in / tp] -> [..., out], summed over the group; weight [out, in / tp]."""
         if self.sequence_parallel:
-            return ScatterLinear(in_features, out_features, self.group, self.dtype)
+            return ScatterLinear(in_features, out_features, self.group, self.dtype, sequence_dim)
         linear = _RowLinear(
             in_features,
             out_features,

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from megatron.model.llama import Embedding, FinalNorm, Head, TransformerLayer, batch_first, sequence_first
+from megatron.model.loss import GlobalMeanLoss
 from megatron.model.parallel import TensorParallel
+from megatron.model.patches import GlobalMeanHuber, PatchEmbedding, PatchHead, PatchScale
 from megatron.model.rotary import RotaryTable
 from megatron.neox_arguments import NeoXArgs
 
@@ -31,20 +33,28 @@ class Layer:
     shares: str | None = None  # layers with the same key hold one module
 
 
+def training_loss(args: NeoXArgs, tp: TensorParallel) -> Callable[[Tensor, Any], Tensor]:
+    """(what the last layer gives, targets of a micro-batch) -> its part of the global mean loss."""
+    if args.patches is not None:
+        return GlobalMeanHuber(tp, PatchScale(args.patches))
+    return GlobalMeanLoss(tp.group, args.vocab_size)
+
+
 def llama_layers(args: NeoXArgs, tp: TensorParallel) -> list[Layer]:
     """The whole model in order; position in the list is the layer's number in the checkpoint."""
     positions = tp.padded_length(args.seq_length)
     rotary = RotaryTable(args.head_dim, args.rotary_emb_base, args.rope_scaling, positions)
-    tied = None if args.no_weight_tying else "embedding"
+    tied = "embedding" if args.shape.tied else None
+    images = args.patches is not None
     return [
-        Layer(Embedding, (args, tp), shares=tied),
+        Layer(PatchEmbedding, (args, tp)) if images else Layer(Embedding, (args, tp), shares=tied),
         Layer(None, function=sequence_first),
         *(Layer(TransformerLayer, (args, tp, rotary)) for _ in range(args.num_layers)),
         Layer(None, function=batch_first),
         Layer(FinalNorm, (args, tp)),
         Layer(Embedding, (args, tp), function=partial(_tied_head, tp), shares=tied)
         if tied
-        else Layer(Head, (args, tp)),
+        else Layer(PatchHead if images else Head, (args, tp)),
     ]
 
 

@@ -127,15 +127,17 @@ class GatherLinear(nn.Module):
 
 
 class ScatterLinear(nn.Module):
-    """A row-parallel matrix: weight [out, in / t]; [s, b, in / t] -> [s/t, b, out]."""
+    """A row-parallel matrix: weight [out, in / t]; [.. s .., in / t] -> [.. s/t .., out], cut along `sequence_dim`."""
 
-    def __init__(self, in_features: int, out_features: int, group: ProcessGroup, dtype: torch.dtype) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, group: ProcessGroup, dtype: torch.dtype, sequence_dim: int = 0
+    ) -> None:
         super().__init__()
-        self.group = group
+        self.group, self.sequence_dim = group, sequence_dim
         self.weight = nn.Parameter(torch.empty(out_features, in_features // group.size(), dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        return ScatterSum.apply(F.linear(x, self.weight), self.group, 0)
+        return ScatterSum.apply(F.linear(x, self.weight), self.group, self.sequence_dim)
 
 
 class ScatterEmbedding(nn.Module):

@@ -30,8 +30,9 @@ PATH_KEYS = (
     "eval_documents",
     "mcq",
     "embed",
+    "completion",
 )
-# of a data source, of lora, mcq, embed
+# of a data source, of lora, mcq, embed, completion
 _PATHS_WITHIN = ("path", "load", "items", "input", "output", "shots_file", "compare_with")
 _VARIABLE = re.compile(r"\$(?:\$|(\w+)|\{(\w+)\})")
 

@@ -90,6 +90,9 @@ def _checkpoint(args: NeoXArgs) -> Iterator[str]:
 
 
 def _tokenizer_and_data(args: NeoXArgs) -> Iterator[str]:
+    if args.reads_images:
+        yield from _images(args)
+        return
     from megatron.tokenizer import build_tokenizer
 
     tokenizer = None
@@ -117,6 +120,17 @@ def _tokenizer_and_data(args: NeoXArgs) -> Iterator[str]:
             if labels is not None and open_indexed(labels).num_tokens != file.num_tokens:
                 yield f"labels {labels} do not go with {prefix}: every token needs one label"
             yield from _damaged_indices(Path(prefix))
+        except (UserError, OSError) as error:
+            yield one_line(error)
+
+
+def _images(args: NeoXArgs) -> Iterator[str]:
+    from megatron.data.images import check_images
+
+    completed = [(args.completion.path, None)] if args.task == "generate" and args.completion.path else []
+    for prefix, _ in completed or _prefixes(args):
+        try:
+            check_images(prefix, args, with_length=not completed)
         except (UserError, OSError) as error:
             yield one_line(error)
 

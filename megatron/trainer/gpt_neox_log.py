@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from megatron.evaluation.perplexity import Evaluation
 from megatron.neox_arguments import NeoXArgs
 
 _UNITS = ("", "KFLOPS", "MFLOPS", "GFLOPS", "TFLOPS", "PFLOPS")
@@ -47,7 +48,7 @@ def interval_fields(
         f"elapsed time per iteration (ms): {seconds * 1e3:.1f}",
         f"learning rate: {learning_rate:.3E}",
         f"approx flops per GPU: {_readable(flops_per_second(args, seconds))}",
-        f"lm_loss: {mean:.6E}",
+        f"{args.loss_name}: {mean:.6E}",
         *([] if loss_scale is None else [f"loss scale: {loss_scale:.1f}"]),
         f"number of skipped iterations: {skipped:3d}",
         f"number of nan iterations: {not_finite:3d}",
@@ -55,11 +56,15 @@ def interval_fields(
     return " | ".join(fields)
 
 
-def validation_line(iteration: int, loss: float, perplexity: float) -> str:
-    return (
-        f"validation results at iteration {iteration} | lm_loss value: {loss:.6E} | "
-        f"lm_loss_ppl value: {perplexity:.6E} |"
-    )
+def validation_scalars(args: NeoXArgs, result: Evaluation, prefix: str) -> dict[str, float]:
+    """A validation loss, and of text its perplexity, by GPT-NeoX's names."""
+    name = f"{prefix}{args.loss_name}"
+    return {name: result.loss} | ({} if args.reads_images else {f"{name}_ppl": result.perplexity})
+
+
+def validation_line(iteration: int, scalars: Mapping[str, float]) -> str:
+    values = "".join(f" {name} value: {value:.6E} |" for name, value in scalars.items())
+    return f"validation results at iteration {iteration} |{values}"
 
 
 def _readable(flops: float) -> str:

@@ -4,24 +4,54 @@ from __future__ import annotations
 
 import math
 
+import torch
+import torch.distributed as dist
+
+from megatron.engine.batches import StepBatch
 from megatron.engine.nonfinite import SuspiciousLossError
+from megatron.model.patches import PatchScale, zero_loss
 from megatron.neox_arguments import NeoXArgs
+from megatron.parallel.place import Place
 
 MARGIN_NATS = 2.0
+MARGIN_SHARE = 0.01  # of the Huber loss; AstroPT's recipe ends 5 % below the loss of knowing nothing
 
 
-def check_initial_loss(loss: float, args: NeoXArgs) -> None:
-    """Refuse a continued run whose first loss is near ln(vocabulary), that of a model which knows nothing.
+def check_initial_loss(loss: float, args: NeoXArgs, of_the_mean: float | None = None) -> None:
+    """Refuse a continued run whose first loss is near that of a model which knows nothing.
 
-    Llama-3.1 starts near 2 on English text; a wrong packing order or a misplaced epsilon shows as 10 to 12.
+    That is ln(vocabulary) for text: Llama-3.1 starts near 2 on English text; a wrong packing order or a misplaced
+    epsilon shows as 10 to 12. For images it is `of_the_mean`, what `loss_of_predicting_the_mean` has found.
     """
-    limit = math.log(args.vocab_size) - MARGIN_NATS
-    if args.from_scratch or args.allow_high_initial_loss or loss <= limit:
+    if args.from_scratch or args.allow_high_initial_loss:
         return
+    if of_the_mean is not None:
+        ignorant = of_the_mean
+        limit, what = ignorant * (1 - MARGIN_SHARE), f"the mean Huber loss {ignorant:.4f} of predicting the mean"
+        likely = "patches that are cut, ordered or scaled otherwise"
+    else:
+        ignorant = math.log(args.vocab_size)
+        limit, what = ignorant - MARGIN_NATS, f"ln({args.vocab_size}) = {ignorant:.2f}"
+        likely = "a wrong rms_norm_epsilon, rope_scaling or tokenizer"
+    if loss <= limit:
+        return
+    digits = 4 if args.reads_images else 2
     raise SuspiciousLossError(
-        f"the first loss of this continued run is {loss:.2f}; a model that knows nothing has "
-        f"ln({args.vocab_size}) = {math.log(args.vocab_size):.2f}, and more than {limit:.2f} is not a trained Llama. "
-        "Likely: a checkpoint converted with another packing, a wrong rms_norm_epsilon, rope_scaling or tokenizer. "
-        "Compare it with its source: python tools/convert_hf verify HF_DIR NEOX_DIR --forward. "
-        "If the loss is right (another language, unusual text), rerun with --allow-high-initial-loss true"
+        f"the first loss of this continued run is {loss:.{digits}f}; a model that knows nothing has {what}, and more "
+        f"than {limit:.{digits}f} is not a trained Llama. "
+        f"Likely: a checkpoint converted with another packing, {likely}. "
+        "Compare it with its source: python tools/convert_hf verify HF_DIR NEOX_DIR (--forward, for text). "
+        "If the loss is right (another language, unusual text or images), rerun with --allow-high-initial-loss true"
     )
+
+
+def loss_of_predicting_the_mean(args: NeoXArgs, batch: StepBatch, place: Place) -> float:
+    """Over the learned patches of the global batch. Collective."""
+    assert args.patches is not None
+    scale, total = PatchScale(args.patches), torch.zeros((), dtype=torch.float64, device=place.device)
+    if place.counts_tokens:
+        for micro_batch in batch.micro_batches or ():
+            targets, mask = (micro_batch[name].to(place.device) for name in ("targets", "mask"))
+            total += (zero_loss(scale, targets) * mask).sum()
+    dist.all_reduce(total)
+    return float(total) / batch.learned_tokens

@@ -118,7 +118,7 @@ class Metrics:
         if result.applied:
             self._interval_losses.append(result.loss)
         values = {
-            "train/lm_loss": result.loss,
+            f"train/{self.args.loss_name}": result.loss,
             "train/learning_rate": learning_rate,
             "train/grad_norm": result.grad_norm,
             "train/learned_tokens": learned_tokens,
@@ -130,7 +130,7 @@ class Metrics:
         if iteration % self.args.log_interval == 0 or iteration == self.train_iters:
             seconds = (time.perf_counter() - self._interval_start) / self._interval_iterations
             tokens_per_second = self.args.train_batch_size * self.args.seq_length / seconds
-            ranks = self.args.global_num_gpus
+            ranks, unit = self.args.global_num_gpus, self.args.learned_unit
             flops = megatron_flops_per_token(self.args.whole_shape, self.args.seq_length)
             tflops = tokens_per_second * flops / ranks / 1e12
             values |= {
@@ -150,7 +150,7 @@ class Metrics:
             )
             logger.info(
                 f"iteration {iteration:>6}/{self.train_iters} | loss {result.loss:.4f} | lr {learning_rate:.3e} | "
-                f"grad norm {result.grad_norm:.3f} | {seconds * 1e3:.0f} ms | {tokens_per_second:,.0f} tokens/s "
+                f"grad norm {result.grad_norm:.3f} | {seconds * 1e3:.0f} ms | {tokens_per_second:,.0f} {unit}/s "
                 f"({tokens_per_second / ranks:,.0f} per rank) | {tflops:.4g} TFLOP/s per rank (Megatron formula) | "
                 f"{fields} | ETA {_clock(seconds * (self.train_iters - iteration))} |"
             )

@@ -15,6 +15,7 @@ from megatron.checkpoint.start import find_start
 from megatron.checkpoint.state import TrainState
 from megatron.common.log import log_on_rank_0
 from megatron.data.build import build_datasets
+from megatron.engine.batches import StepBatch
 from megatron.engine.build import build_engine
 from megatron.engine.nonfinite import SkipLimits, SuspiciousLossError, check_finite, report_skipped
 from megatron.engine.protocol import StepResult
@@ -31,8 +32,8 @@ from megatron.supervision.step_timers import StepTimers
 from megatron.supervision.watchdog import Watchdog
 from megatron.trainer.batches import TrainingBatches
 from megatron.trainer.global_batch import keep_global_batch
-from megatron.trainer.gpt_neox_log import validation_line
-from megatron.trainer.initial_loss import check_initial_loss
+from megatron.trainer.gpt_neox_log import validation_line, validation_scalars
+from megatron.trainer.initial_loss import check_initial_loss, loss_of_predicting_the_mean
 from megatron.trainer.metrics import Metrics, StartUpClock
 from megatron.trainer.parameter_norms import parameter_norms
 from megatron.trainer.saves import Saves
@@ -157,13 +158,13 @@ class Run:
         batch = self.batches.next(iteration, self.timers)
         result = self.engine.train_step(batch)
         samples = self.batches.advance()
-        self.judge(result, iteration, samples)
+        self.judge(result, iteration, samples, batch)
         state.iteration, state.consumed_samples = iteration, samples[1]
         self.metrics.step(state, result, rate, batch.learned_tokens, self.engine.counters)
         if self.args.log_param_norm and iteration % self.args.log_interval == 0:
             self.metrics.record(iteration, parameter_norms(self.engine, self.args.whole_shape))
 
-    def judge(self, result: StepResult, iteration: int, samples: tuple[int, int]) -> None:
+    def judge(self, result: StepResult, iteration: int, samples: tuple[int, int], batch: StepBatch) -> None:
         """Count a skipped step; stop a run that cannot be right. Raises SuspiciousLossError on all ranks."""
         if result.overflow:
             logger.info(
@@ -187,7 +188,9 @@ class Run:
             return
         check_finite(result, iteration)
         if iteration == 1:
-            check_initial_loss(result.loss, self.args)
+            images = self.args.reads_images
+            of_the_mean = loss_of_predicting_the_mean(self.args, batch, self.place) if images else None
+            check_initial_loss(result.loss, self.args, of_the_mean)
         self.state.skipped_in_a_row = 0
 
     # --- between steps
@@ -234,22 +237,15 @@ class Run:
         iteration, samples = self.state.iteration, self.args.eval_iters * self.args.train_batch_size
         results = evaluate_all(self.engine, self.args, self.validation, samples)
         for name, result in results.items():
-            logger.info(
-                f"validation at iteration {iteration} | {name} | loss {result.loss:.4f} | "
-                f"perplexity {result.perplexity:.2f} | {result.learned_tokens} tokens"
-            )
-            self.metrics.record(
-                iteration,
-                {f"validation/{name}/lm_loss": result.loss, f"validation/{name}/lm_loss_ppl": result.perplexity},
-            )
+            logger.info(f"validation at iteration {iteration} | {name} | {result.text(self.args, digits=4)}")
+            self.metrics.record(iteration, validation_scalars(self.args, result, f"validation/{name}/"))
         if results:  # of all sources by their weights, as GPT-NeoX blends them
             weights = self.args.valid_data_weights or [1.0] * len(results)
             losses = [result.loss for result in results.values()]
             blended = Evaluation(sum(w * x for w, x in zip(weights, losses, strict=True)) / sum(weights), 0, 0)
-            logger.info(validation_line(iteration, blended.loss, blended.perplexity))
-            self.metrics.record(
-                iteration, {"validation/lm_loss": blended.loss, "validation/lm_loss_ppl": blended.perplexity}
-            )
+            scalars = validation_scalars(self.args, blended, "")
+            logger.info(validation_line(iteration, scalars))
+            self.metrics.record(iteration, {f"validation/{name}": value for name, value in scalars.items()})
 
     # --- end
 

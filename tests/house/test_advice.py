@@ -86,6 +86,7 @@ ADVICE_TESTS = {
     "eval_tasks needs lm-eval": "neox_arguments/test_evaluation_keys.py",
     "the file of questions (--mcq.items FILE)": "neox_arguments/test_evaluation_keys.py",
     "the file of texts (--embed.input FILE)": "neox_arguments/test_embedding_keys.py",
+    "the prefix of the images to continue (--completion.path PREFIX)": "neox_arguments/test_patch_keys.py",
     "it is requeued at its limit": "launch/test_render.py::test_time_limits_of_frontier",
 }
 # Text of other kinds: parts of scripts, usage, patterns of warnings.

@@ -10,7 +10,7 @@ import pytest
 from megatron.neox_arguments import ConfigError, NeoXArgs
 from megatron.neox_arguments.keys.all_keys import REGISTRY
 from megatron.neox_arguments.load import apply_overrides, parse_overrides
-from tests.support.configurations import ROPE, VALID, keys
+from tests.support.configurations import IMAGES, ROPE, VALID, keys
 
 pytestmark = pytest.mark.unit
 
@@ -182,6 +182,16 @@ FOLLOWED: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
     ("factor_fits_the_scale", {"checkpoint_factor": 2.5}, "checkpoint_scale: log", {"checkpoint_scale": "log"}),
     ("factor_fits_the_scale", {"checkpoint_factor": 2.5}, "is no whole number", {"checkpoint_factor": 2}),
     ("vocabulary_has_a_source", {"vocab_size": None}, "give vocab_file", {"vocab_size": 64}),
+    (
+        "patches_go_with_their_modality", {"patches": IMAGES["patches"]}, "or leave patches out", {"patches": None},
+    ),
+    ("patches_go_with_their_modality", {"patches": IMAGES["patches"]}, "write modality: patches", IMAGES),
+    ("images_have_no_text", {**IMAGES, "vocab_size": 4096}, "leave them out", {"vocab_size": None}),
+    ("images_have_a_scale", {**IMAGES, "patches": {"size": 8}}, "or write normalise: patch", IMAGES),
+    (
+        "images_have_a_scale", {**IMAGES, "patches": {"size": 8}}, "give mean and std",
+        {"patches": {"size": 8, "mean": [127.5], "std": [50.0]}},
+    ),
     ("iteration_needs_load", {"iteration": 5}, "leave it out", {"iteration": None}),
     ("adapters_have_a_trained_base", LORA, "give load, the base", {"from_scratch": None, "load": "runs/a"}),
     (

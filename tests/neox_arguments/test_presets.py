@@ -24,20 +24,34 @@ MODELS = {
     "tiny": 1_787_008,
 }
 INTERLEAVED = CONFIGS / "llama31_70b" / "interleaved.yml"  # with a key on the command line
+ASTROPT = {
+    "1M": 1_770_624,
+    "5M": 6_917_376,
+    "12M": 14_160_768,
+    "21M": 24_517_120,
+    "89M": 94_391_040,
+    "309M": 318_292_992,
+    "830M": 855_705_600,
+    "2.1B": 2_117_276_160,
+}
 ADAPTED = {
     f"{folder}-{run}": [CONFIGS / folder / f"{name}.yml" for name in ("model", run)]
     for folder, run in (("llama31_8b", "lora"), ("llama31_70b", "lora_one_node"), ("astrollama", "lora"))
 }
-RUNS = ADAPTED | {
-    f"{folder}-{run}-{machine}": [CONFIGS / folder / f"{name}.yml" for name in ("model", run, machine)]
-    for folder, run, machine in (
-        ("llama31_70b", "cpt", "frontier"),
-        ("llama31_70b", "cpt", "lumi"),
-        ("llama31_70b", "sft", "frontier"),
-        ("llama31_70b", "sft", "lumi"),
-        ("tiny", "run", "local"),
-    )
-}
+RUNS = (
+    ADAPTED
+    | {
+        f"{folder}-{run}-{machine}": [CONFIGS / folder / f"{name}.yml" for name in ("model", run, machine)]
+        for folder, run, machine in (
+            ("llama31_70b", "cpt", "frontier"),
+            ("llama31_70b", "cpt", "lumi"),
+            ("llama31_70b", "sft", "frontier"),
+            ("llama31_70b", "sft", "lumi"),
+            ("tiny", "run", "local"),
+        )
+    }
+    | {f"astropt-{size}": [CONFIGS / "astropt" / f"{name}.yml" for name in ("recipe", size)] for size in ASTROPT}
+)
 
 
 @pytest.mark.parametrize(("model", "parameters"), MODELS.items())
@@ -47,6 +61,18 @@ def test_presets_have_the_published_number_of_parameters(model: str, parameters:
     assert args.padded_vocab_size == args.vocab_size
     assert f"{parameters:,} parameters" in (CONFIGS / model / "model.yml").read_text()
     assert args.notes == ()
+
+
+@pytest.mark.parametrize(("size", "parameters"), ASTROPT.items())
+def test_sizes_of_astropt_say_how_many_parameters_they_have(size: str, parameters: int) -> None:
+    """Counted once more by hand: four attention matrices and three of the MLP, two MLPs for the patches, norms."""
+    args = NeoXArgs.from_ymls(RUNS[f"astropt-{size}"])
+    h, f, layers = args.hidden_size, args.intermediate_size, args.num_layers
+    by_hand = layers * (4 * h * h + 3 * h * f + 2 * h) + h + 2 * 4 * h * (16 * 16 * 3 + h)
+    assert args.shape.num_parameters == by_hand == parameters
+    assert f"{parameters:,} parameters" in (CONFIGS / "astropt" / f"{size}.yml").read_text()
+    assert args.train_batch_size == 320
+    assert args.min_lr == pytest.approx(args.lr / 10)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from megatron.neox_arguments import ConfigError, NeoXArgs
 from megatron.neox_arguments import keys as key_files
 from megatron.neox_arguments.keys import embeddings, evaluation
 from megatron.neox_arguments.keys.all_keys import REGISTRY
-from tests.support.configurations import ROPE, VALID, keys
+from tests.support.configurations import IMAGES, ROPE, VALID, keys
 
 pytestmark = pytest.mark.unit
 
@@ -51,6 +51,17 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
         "sequence_divides_by_tensor_parallelism",
         {"model_parallel_size": 4, "sequence_parallel": True, "seq_length": 1022, "max_position_embeddings": 1022},
         "write seq_length: 1020",
+    ),
+    ("patches_go_with_their_modality", {"patches": {"size": 8, "normalise": "patch"}}, "but modality is text"),
+    ("patches_go_with_their_modality", {"completion": {"count": 3}}, "completion continues images, but modality"),
+    ("images_have_no_text", {**IMAGES, "vocab_size": 4096}, "vocab_size: keys of text, which a model of modality: pat"),
+    ("images_have_no_text", {**IMAGES, "isolate_documents": True}, "isolate_documents: keys of text"),
+    ("images_have_a_scale", {**IMAGES, "patches": {"size": 8}}, "patches.mean is not known: with normalise: none give"),
+    ("images_have_a_scale", {**IMAGES, "patches": {**IMAGES["patches"], "std": [1.0]}}, "no effect with normalise"),
+    (
+        "images_have_a_scale",
+        {**IMAGES, "patches": {"size": 8, "mean": [1.0, 2.0], "std": [1.0]}},
+        "expected one number, or one for each of 3 channels",
     ),
     ("every_stage_has_a_layer", {"pipe_parallel_size": 5}, "a stage would have no layer; use at most 4"),
     ("adapters_have_a_trained_base", {"lora": {"rank": 4, "alpha": 8}}, "but from_scratch draws them; give load"),
@@ -294,6 +305,7 @@ def test_every_rule_and_warning_has_a_case() -> None:
     elsewhere = {"weights_are_given"}  # holds for other tasks than training: test_programs_that_read_weights_need_them
     elsewhere |= {entry.name for entry in evaluation.registry.rules}  # test_evaluation_keys
     elsewhere |= {entry.name for entry in embeddings.registry.rules}  # test_embedding_keys
+    elsewhere |= {"continued_images_are_given", "questions_are_text"}  # test_patch_keys
     generation = {rule for rule, _, _ in BROKEN_GENERATION}
     assert {entry.name for entry in REGISTRY.rules} == {rule for rule, _, _ in BROKEN} | elsewhere | generation
     noted = {warning for warning, _, _ in (*NOTED, *NOTED_GENERATION)}

@@ -55,6 +55,16 @@ def keys(**changes: Any) -> dict[str, Any]:
     return {name: value for name, value in {**VALID, **changes}.items() if value is not None}
 
 
+# What turns the valid keys into those of a run on images.
+IMAGES: dict[str, Any] = {
+    "vocab_size": None,
+    "make_vocab_size_divisible_by": None,
+    "no_weight_tying": None,
+    "modality": "patches",
+    "patches": {"size": 8, "normalise": "patch"},
+}
+
+
 def data_args(task: Task = "train", **changes: Any) -> NeoXArgs:
     """The configuration of a run that reads data: 20 steps of 8 samples of 16 tokens, no vocabulary limit in effect.
 

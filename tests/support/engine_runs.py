@@ -19,6 +19,7 @@ from megatron.neox_arguments import NeoXArgs
 from megatron.parallel.collective_errors import RankGroup
 from megatron.trainer.schedule import Schedule
 from tests.support.models import Case, gathered, load_hugging_face
+from tests.support.patch_models import PatchCase
 
 IGNORE = -100
 
@@ -32,6 +33,8 @@ class Samples(list):
 
 def make_samples(case: Case, count: int, seed: int = 7) -> list[dict[str, Tensor]]:
     """`count` random samples; sample i has a share of its labels masked that grows with i mod 4 (none to 90 %)."""
+    if isinstance(case, PatchCase):
+        return case.samples(count, seed)
     generator = torch.Generator().manual_seed(seed)
     samples = []
     for index in range(count):

@@ -14,7 +14,7 @@ from megatron.checkpoint.manifest import read_manifest
 from megatron.checkpoint.optimizer_reader import StateReader
 from megatron.checkpoint.save import save_checkpoint
 from megatron.checkpoint.state import TrainState
-from megatron.layout import LlamaShape, TensorRow, layer_files, rank_shape, rank_slices, source_shapes
+from megatron.layout import LlamaShape, TensorRow, layer_files, rank_shape, rank_slices, recorded_shape, source_shapes
 from tests.support.checkpoint_runs import STEPS, STOP, arguments, train
 from tests.support.engine_runs import build, load
 from tests.support.log_lines import LogLines
@@ -81,7 +81,7 @@ def whole_state(folder: Path) -> dict[tuple[str, str], Tensor]:
     torch, and joins them with the packings alone.
     """
     manifest = read_manifest(folder)
-    shape, tp = LlamaShape(**manifest.provenance["shape"]), manifest.provenance["layout"]["tp"]
+    shape, tp = recorded_shape(manifest.provenance["shape"]), manifest.provenance["layout"]["tp"]
     stored: dict[tuple[str, int, str, int], Tensor] = {}
     seen: dict[tuple[str, int, str, int], Tensor] = {}
     rows = {(index, row.neox): (layer, row) for index, layer, found in layer_files(shape) for row in found}

@@ -41,4 +41,6 @@ def test_the_fields_are_those_that_scripts_look_for() -> None:
     found = {pattern: re.search(pattern, line) for pattern in patterns}
     assert {pattern: match and match[1] for pattern, match in found.items()} == patterns
     assert "loss scale" not in interval_fields(args(), 0.5, 2e-4, [], None, 0, 0)
-    assert "lm_loss value: 2.500000E+00 | lm_loss_ppl value: 1.218249E+01 |" in validation_line(7, 2.5, 12.18249)
+    assert "lm_loss value: 2.500000E+00 | lm_loss_ppl value: 1.218249E+01 |" in validation_line(
+        7, {"lm_loss": 2.5, "lm_loss_ppl": 12.18249}
+    )

@@ -44,12 +44,31 @@ def build(options: argparse.Namespace) -> None:
         paths = (args.train_label_data_paths, args.valid_label_data_paths, args.test_label_data_paths)
         labels = {path for group in paths for path in group or ()}
         for prefix in datasets.fingerprints:
-            print(check_content(prefix, args.vocab_size, prefix in labels))
+            if args.reads_images:
+                print(check_images_content(prefix))
+            else:
+                print(check_content(prefix, args.vocab_size, prefix in labels))
     for note in datasets.notes:
         print(note)
     for name, dataset in [*datasets.valid.items(), *datasets.test.items()]:
         print(f"evaluation: {name}: {len(dataset)} samples")
     print(f"{len(datasets.fingerprints)} sources are ready, {time.monotonic() - start:.1f} s")
+
+
+def check_images_content(prefix: str) -> str:
+    """Read all images of a source; a line that says what was compared. Raises DataError where something disagrees."""
+    from megatron.data.header import file_crc32
+    from megatron.data.images import open_images, read_image_header
+    from megatron.data.indexed import DataError, bin_path
+
+    file, _ = open_images(prefix)
+    file.check_offsets()
+    found, said = file_crc32(bin_path(prefix)), read_image_header(prefix).crc32
+    if found != said:
+        raise DataError(
+            f"{bin_path(prefix)}: checksum {found}, its header says {said}; the file is damaged, copy it again"
+        )
+    return f"{prefix}: offsets and checksum are right"
 
 
 def check_content(prefix: str, vocab_size: int, labels: bool = False) -> str:

@@ -5,6 +5,10 @@
 
 Without a tokenizer only counts are shown. `--histogram lengths.png` draws the lengths. With `--show-mask` what the
 model learns to say is green (or in [[ ]] where the output is no terminal).
+
+    python tools/datasets/inspect_data.py data/galaxies --samples 12 --grid galaxies.png --patch-size 8 --order spiral
+
+Of images the grid shows some, and with a patch size where each is cut, and the number of each patch in the sequence.
 """
 
 from __future__ import annotations
@@ -40,6 +44,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--labels", help="prefix of the label file (default: PREFIX with _label before _document)")
     p.add_argument("--seq-length", type=int, help="of the run: count the documents that do not fit into a sample")
     p.add_argument("--histogram", type=Path, help="draw the lengths of the documents as PNG")
+    p.add_argument("--grid", type=Path, help="of images: draw those chosen as PNG")
+    p.add_argument("--patch-size", type=int, help="of images: show how they are cut into patches")
+    p.add_argument("--order", choices=["spiral", "raster"], default="spiral", help="of the patches")
     p.add_argument("--color", choices=["auto", "always", "never"], default="auto")
     return p
 
@@ -53,10 +60,17 @@ def main(arguments: list[str] | None = None) -> int:
 
 def inspect(options: argparse.Namespace) -> None:
     """Raises UserError, OSError."""
-    from megatron.data.header import check_header, read_header
-    from megatron.data.indexed import IndexedFile
+    from megatron.data.header import check_header, holds_images, read_header
+    from megatron.data.indexed import DataError, IndexedFile
     from megatron.tokenizer import TokenizerError, build_tokenizer
+    from tools.datasets.imaging.inspecting import inspect_images
 
+    if holds_images(options.prefix):
+        for line in inspect_images(options):
+            print(line)
+        return
+    if options.grid or options.patch_size:
+        raise DataError(f"--grid and --patch-size are for images, and {options.prefix} holds text")
     file = IndexedFile(options.prefix)
     tokenizer = build_tokenizer(options.tokenizer_type, options.vocab_file) if options.vocab_file else None
     header = read_header(file.prefix)

@@ -4,8 +4,9 @@
 
 writes `data/galaxies.bin`, `.idx`, `.json` (the header that training checks: shape, bands, mean and standard deviation)
 and `.parquet` (a row for each image: its id, and what the input knows of it). Input are PNG and JPEG pictures, FITS
-files with one or more planes, and .npz archives with an array `images`; files, globs and folders are understood. Every
-image must be like the first one; what cannot be used is left out, named and counted. The output is the same, byte for
+files with one or more planes, .npz archives with an array `images`, and Parquet files with a column of pictures; files,
+globs and folders are understood. Every image must be like the first one; what cannot be used is left out, named and
+counted. The output is the same, byte for
 byte, for any number of workers. A run that was killed goes on where it was when started again with the same arguments.
 """
 
@@ -25,6 +26,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--output-prefix", required=True, help="outputs are PREFIX.{bin,idx,json,parquet}")
     p.add_argument("--bands", nargs="+", help="names of the bands (default: r g b for three, else band0, band1, ...)")
     p.add_argument("--crop", type=int, help="keep the middle of each image, so many pixels wide and high")
+    p.add_argument("--image-column", default="image", help="of Parquet files, where the pictures are (default: image)")
+    p.add_argument("--id-column", help="of Parquet files and of --properties, what tells images apart (default: id)")
+    p.add_argument("--properties", type=Path, help="Parquet or CSV file with more about the images, by their ids")
     p.add_argument("--axes", choices=["hwc", "chw"], help="of arrays: height, width, bands (default), or bands first")
     p.add_argument(
         "--nan", choices=["refuse", "mask"], default="refuse", help="leave images with NaN out, or keep them"
@@ -50,13 +54,16 @@ def import_images(options: argparse.Namespace) -> None:
     from megatron.data.indexed import DataError
     from tools.datasets.imaging.decode import Axes, ImageDecoder, ImageError, read_image, refuse_swapped_axes
     from tools.datasets.imaging.importing import ImageImport, run_import
-    from tools.datasets.imaging.sources import Archive, find_sources, items_of
+    from tools.datasets.imaging.joining import PropertyTable
+    from tools.datasets.imaging.parquet import ParquetShard
+    from tools.datasets.imaging.sources import ID, Archive, find_sources, items_of
 
     if options.workers < 1:
         raise DataError(f"--workers {options.workers}: at least one is needed")
     if options.crop is not None and options.crop < 1:
         raise DataError(f"--crop {options.crop}: at least one pixel is needed")
-    sources = find_sources(options.input)
+    table = None if options.properties is None else PropertyTable(options.properties, options.id_column or ID)
+    sources = find_sources(options.input, lambda path: ParquetShard(path, options.image_column, options.id_column))
     for source in sources:
         if isinstance(source, Archive) and options.axes is None:
             refuse_swapped_axes(source.image_shape)
@@ -75,7 +82,16 @@ def import_images(options: argparse.Namespace) -> None:
     bands = options.bands or (["r", "g", "b"] if count == 3 else [f"band{number}" for number in range(count)])
     if len(bands) != count:
         raise DataError(f"--bands names {len(bands)} bands, the images have {count}")
-    settings = (options.crop, axes, options.nan, options.on_bad_image)
+    stamp = None if table is None else (str(table.path), table.path.stat().st_size, table.path.stat().st_mtime_ns)
+    settings = (
+        options.crop,
+        axes,
+        options.nan,
+        options.on_bad_image,
+        options.image_column,
+        options.id_column,
+        stamp,
+    )
     job = ImageImport(
         options.input,
         sources,
@@ -85,8 +101,11 @@ def import_images(options: argparse.Namespace) -> None:
         options.workers,
         options.on_bad_image == "fatal",
         settings,
+        table,
     )
     header = run_import(job)
+    if table is not None and table.missing:
+        print(f"{table.missing:,} images have no row in {table.path}: their properties are empty", file=sys.stderr)
     info = header.images
     reasons = ", ".join(f"{count:,} {rule}" for rule, count in header.left_out.items())
     print(

@@ -87,15 +87,35 @@ class PatchKeys(Keys):
     )
 
 
+class CompletionKeys(Keys):
+    """Which images generate.py continues."""
+
+    path: str | None = key(None, "Prefix of the .bin/.idx pair of the images.", ours=True)
+    count: int = key(8, "How many of them, from the first on.", ours=True, gt=0)
+    given_patches: int | None = key(None, "Patches of each that are given. Default: half of them.", ours=True, gt=0)
+    output: str = key("completions", "Folder for the pictures and values.", ours=True)
+
+
 class ModalityKeys(Keys):
     modality: Literal["text", "patches"] = key(
         "text", "What the model reads and predicts: tokens, or patches of images.", ours=True
     )
     patches: PatchKeys | None = key(None, "The patches of modality: patches.", ours=True)
+    completion: CompletionKeys = key(CompletionKeys(), "The images that generate.py continues.", ours=True)
 
     @property
     def reads_images(self) -> bool:
         return self.modality == "patches" and self.patches is not None
+
+    @property
+    def loss_name(self) -> str:
+        """GPT-NeoX's name of the loss in log files and curves, or that of images."""
+        return "huber_loss" if self.reads_images else "lm_loss"
+
+    @property
+    def learned_unit(self) -> str:
+        """What a sequence consists of."""
+        return "patches" if self.reads_images else "tokens"
 
 
 # --- derivations
@@ -138,10 +158,12 @@ def _shown(values: list[float]) -> str:
 
 @registry.rule(*ALL_TASKS)
 def patches_go_with_their_modality(args: ModalityKeys) -> str | None:
+    if args.modality == "text" and args.completion != CompletionKeys():
+        return "completion continues images, but modality is text; leave it out"
     if (args.modality == "patches") == (args.patches is not None):
         return None
     if args.patches is None:
-        return "modality: patches needs the mapping patches, with at least `size`, the side of a patch in pixels"
+        return "modality: patches needs the mapping patches, with at least the size of a patch in pixels"
     return "patches describes images, but modality is text; write modality: patches, or leave patches out"
 
 
@@ -153,6 +175,18 @@ def images_have_no_text(args: AllKeys) -> str | None:
     if not given:
         return None
     return f"{', '.join(given)}: keys of text, which a model of modality: patches does not have; leave them out"
+
+
+@registry.rule("generate")
+def continued_images_are_given(args: ModalityKeys) -> str | None:
+    if args.modality != "patches" or args.completion.path is not None:
+        return None
+    return "completion.path is missing: the prefix of the images to continue (--completion.path PREFIX)"
+
+
+@registry.rule("mcq")
+def questions_are_text(args: ModalityKeys) -> str | None:
+    return "mcq.py asks questions, which are text; modality is patches" if args.modality == "patches" else None
 
 
 @registry.rule("train", "eval", "generate")

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron.common.cpu_cache import BLOCK_ELEMENTS
-from megatron.layout import FACTOR_A, LlamaShape, rank_shape, trained_rows
+from megatron.layout import FACTOR_A, LlamaShape, PatchShape, rank_shape, trained_rows
 from megatron.planner.cost.compute import FP32
 from megatron.planner.cost.parallel_layout import ParallelLayout, Recompute
 
@@ -34,6 +34,38 @@ INT64 = 8
 Ops = Literal["kernels", "torch", "cpu"]
 """How the fused operations run: as compiled kernels, which need no temporaries; as PyTorch references on a GPU, with
 fp32 temporaries as large as their input; or the references on a CPU, in blocks of rows (`megatron.ops.cpu_blocks`)."""
+
+
+@dataclass(frozen=True)
+class PatchEnds:
+    """Bytes at the ends of a model of images, one micro-batch and tensor-parallel rank; patches are bytes.
+
+    P values of a patch, E = 4h / t of the tokenizer's MLP: the embedding keeps its scaled input (P) and, as an MLP,
+    what goes into and out of GELU (2E); the head the latter, its prediction (P), and in fp32 the sides of the loss.
+    """
+
+    embedding: int  # kept until the embedding's backward pass
+    embedding_backward: int
+    head: int  # kept until the loss is differentiated
+    prediction: int  # which DeepSpeed's engine holds on to
+    loss: int  # what comes and goes beside them
+    targets: int
+
+    @classmethod
+    def of(cls, shape: PatchShape, layout: ParallelLayout, tokens: int, element: int) -> PatchEnds:
+        slices = layout.tensor if layout.sequence_parallel else 1
+        values = tokens * shape.patch_values
+        inner = 0 if shape.tokenizer == "affine" else tokens * shape.patch_hidden_size // layout.tensor * element
+        own = values // slices  # of the sequence whose loss this rank computes
+        upcast = element < FP32
+        return cls(
+            embedding=values * element + 2 * inner,
+            embedding_backward=2 * inner,
+            head=2 * inner + own * FP32 * (2 if upcast else 1),
+            prediction=own * element,
+            loss=own * (2 * FP32 + (element if upcast else 0)),
+            targets=values,
+        )
 
 
 @dataclass(frozen=True)
@@ -61,6 +93,7 @@ class Activations:
     frozen: bool  # an adapter is trained beside the weights
     adapters: int  # what its factors keep of a layer
     unread: int  # of what is kept without an adapter, inputs of matrices that have none
+    ends: PatchEnds | None = None  # of a model of images
 
     @classmethod
     def of(
@@ -89,7 +122,7 @@ class Activations:
             product=tokens * f // t * element,
             inverse_rms=tokens * FP32 // share,
             logits=tokens * vocabulary * element,
-            tokens=tokens * INT64,
+            tokens=tokens * (shape.patch_values if isinstance(shape, PatchShape) else INT64),
             # fp32 copies of up, gate, dout, of both gradients, and one product; or the product alone
             swiglu_temporaries=block(f // t) * FP32 * (6 if upcast else 1),
             norm_temporaries=block(h) * FP32 * (3 if upcast else 0),
@@ -101,6 +134,7 @@ class Activations:
             frozen=shape.frozen_base,
             adapters=_kept_by_adapters(shape, layout, tokens) * element,
             unread=_unread(shape, layout, tokens) * element,
+            ends=PatchEnds.of(shape, layout, tokens, element) if isinstance(shape, PatchShape) else None,
         )
 
     @property

@@ -212,12 +212,14 @@ class DeepSpeedMoments:
         output = 0 if self.last else message_size(self.layout, sizes)
         ids = (2 if alone else 3) * sizes.tokens if self.first else 0
         positions = 2 * sizes.tokens if sizes.documents else 0
-        of_one = sum(layers) + received + output + ids + positions
+        ends = sizes.ends
+        kept_by_embedding = ends.embedding if ends is not None and self.first else 0
+        of_one = sum(layers) + received + output + ids + positions + kept_by_embedding
         stored = in_flight(self.layout, self.stage, done) * of_one
         others = stored - of_one
         logits, before = 0, 0
         if self.last:
-            logits = (1 + done) * sizes.logits
+            logits = (1 + done) * (sizes.logits if ends is None else ends.prediction + ends.targets)
             before = done * self._kept_beside_logits
 
         # The gradient of the output is in the engine's buffer, or is put together from shares as the output is again.
@@ -233,6 +235,9 @@ class DeepSpeedMoments:
         if self.last:
             after = 2 * hidden + sizes.inverse_rms  # the norm's input and output
             gradient = max(sizes.loss_temporaries, sizes.column_backward + parameters.head * self.element)
+            if ends is not None:
+                after += ends.head
+                gradient = max(ends.loss, gradient)
             moments.append(Moment("loss", done * everything, stored + before + after, gradient, logits + sizes.logits))
         # The last layer of each kind has most stored besides, the first has most gradients already.
         for number in sorted({self.decoders - 1, again - 1, 0} - {-1}) if self.decoders else []:
@@ -250,6 +255,7 @@ class DeepSpeedMoments:
             # gathered, put in order, and without the rows of other ranks
             whole = sizes.gathered * (3 if sizes.several else 2) if sizes.sliced else 0
             work = whole + hidden * (2 if sizes.several else 1) + self.element * parameters.embedding
+            work += 0 if ends is None else ends.embedding + ends.embedding_backward
             grown = everything - (0 if done else self.element * parameters.embedding)
             moments.append(Moment("embedding", grown, others + finished, work, logits))
         if self.optimizer.precision != "fp32":

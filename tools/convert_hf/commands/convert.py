@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron.checkpoint.state_ranges import block_bytes
-from megatron.layout import HEAD, LlamaShape, TensorSplit, padded_vocab_size
+from megatron.layout import HEAD, PATCHES, LlamaShape, TensorSplit, padded_vocab_size
 
 from ..errors import ConvertError
 from ..formats.dtypes import BY_NAME, WEIGHT_DTYPES, DType
@@ -22,6 +22,7 @@ from ..sources.hf import SAFETENSORS_INDEX
 from ..sources.llama_config import read_config_file
 from ..sources.neox import SIDE
 from ..sources.optimizer import open_optimizer
+from ..sources.patch_config import PATCHES_FILE, as_json
 from ..sources.settings import refuse_differences, with_trained_settings
 from ..sources.side_files import shard_index, side_files, tokenizer_of
 from ..stream.plan import plan_copies
@@ -93,15 +94,15 @@ def prepare_neox(
             raise ConvertError(f"--tp {tp} does not fit this model: {error}") from None
     check_duplicates(source)
     tag = f"global_step{source.iteration}"
-    rows = source.tensors["model.embed_tokens.weight"].shape[0]
+    rows = 0 if shape.modality == PATCHES else source.tensors["model.embed_tokens.weight"].shape[0]
     dtype_of = _dtype_of(source, request.dtype)
     files = neox_files(shape, tp, dtype_of, tag, rows)
     extras: dict[str, bytes | Path] = {}
     left: list[str] = []
     final = Path(request.output).absolute()
     keys = model_keys(source.config, divisible_by) if source.config is not None else {}
-    if source.side_folder is not None:
-        travelling, left = side_files(source.side_folder)
+    if source.side_folder is not None or source.config_text is not None:
+        travelling, left = _side_files(source)
         extras |= {f"{tag}/{SIDE}/{name}": path for name, path in travelling.items()}
         if source.config_text is not None:
             extras[f"{tag}/{SIDE}/config.json"] = source.config_text
@@ -174,7 +175,7 @@ def _states(source: Checkpoint, split: TensorSplit, request: ConversionRequest, 
 
 def prepare_hf(source: Checkpoint, shard_size: int | None, request: ConversionRequest) -> OutputFolder:
     """Plan a Hugging Face folder from a checkpoint of any kind; nothing is written yet."""
-    if source.config is None or source.config_text is None or source.side_folder is None:
+    if source.config is None or source.config_text is None:
         raise ConvertError(
             f"{source.root} has no config.json with it (GPT-NeoX does not keep one), and none is invented; "
             f"give the folder that the model came from: --hf-source HF_DIR"
@@ -188,7 +189,7 @@ def prepare_hf(source: Checkpoint, shard_size: int | None, request: ConversionRe
     check_duplicates(source)
     tensors = {n: t for n, t in source.tensors.items() if not (source.config.tied and n == HEAD[0].hf[0])}
     dtype_of = _dtype_of(source, request.dtype)
-    travelling, left = side_files(source.side_folder)
+    travelling, left = _side_files(source)
     index_path = shard_index(travelling)
     travelling.pop(SAFETENSORS_INDEX, None)
     shards = None
@@ -209,6 +210,8 @@ def prepare_hf(source: Checkpoint, shard_size: int | None, request: ConversionRe
         source.notes += notes
         config = config if changed == raw else (json.dumps(changed, indent=2, ensure_ascii=False) + "\n").encode()
     extras["config.json"] = config
+    if source.config.patches is not None:
+        extras[PATCHES_FILE] = as_json(source.config.patches)
     if len(files) > 1:
         total = sum(t.stored.nbytes for f in files for t in f.tensors)
         where = {t.stored.name: f.name for f in files for t in f.tensors}
@@ -249,6 +252,11 @@ def _output(
         force=request.force,
         resume=request.resume,
     )
+
+
+def _side_files(source: Checkpoint) -> tuple[dict[str, Path], list[str]]:
+    """`side_files` of the checkpoint's folder of them; a training on images has none."""
+    return ({}, []) if source.side_folder is None else side_files(source.side_folder)
 
 
 def _is_weight_file(name: str) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from megatron.layout import LlamaShape, PatchShape
+
 from ..sources.checkpoint import Checkpoint
 from ..sources.side_files import side_files
 
@@ -48,6 +50,13 @@ def _missing(checkpoint: Checkpoint, here: set[str]) -> list[str]:
     return missing
 
 
+def _end(shape: LlamaShape) -> tuple[str, str]:
+    if isinstance(shape, PatchShape):
+        learned = f", {shape.num_positions} learned positions" if shape.num_positions else ""
+        return "patches", f"{shape.patch_values} values each, {shape.tokenizer}{learned}"
+    return "vocabulary", f"{shape.vocab_size}, stored {shape.padded_vocab_size}, {'tied' if shape.tied else 'untied'}"
+
+
 def facts_table(checkpoint: Checkpoint) -> str:
     """What `inspect` prints."""
     facts = checkpoint_facts(checkpoint)
@@ -64,7 +73,7 @@ def facts_table(checkpoint: Checkpoint) -> str:
             f"{shape.num_attention_heads} of {shape.head_dim}, {shape.num_kv_heads} key/value "
             f"({facts['shape']['attention']})",
         ),
-        ("vocabulary", f"{shape.vocab_size}, stored {shape.padded_vocab_size}, {'tied' if shape.tied else 'untied'}"),
+        _end(shape),
     ]
     if settings:
         scaling = settings["rope_scaling"]

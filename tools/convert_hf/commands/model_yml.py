@@ -10,6 +10,12 @@ from ..sources.llama_config import LlamaConfig
 
 def model_keys(config: LlamaConfig, divisible_by: int) -> dict[str, Any]:
     """The NeoX keys that describe the model; None for a key that is left out."""
+    text = {
+        "vocab_size": config.vocab_size,
+        "make_vocab_size_divisible_by": divisible_by,
+        "no_weight_tying": not config.tied,
+    }
+    images = {"modality": "patches", "patches": config.patches}
     return {
         "num_layers": config.num_layers,
         "hidden_size": config.hidden_size,
@@ -17,8 +23,6 @@ def model_keys(config: LlamaConfig, divisible_by: int) -> dict[str, Any]:
         "num_kv_heads": config.num_kv_heads,
         "intermediate_size": config.intermediate_size,
         "intermediate_size_convention": "hf",
-        "vocab_size": config.vocab_size,
-        "make_vocab_size_divisible_by": divisible_by,
         "max_position_embeddings": config.max_position_embeddings,
         "pos_emb": "rotary",
         "rotary_pct": 1.0,
@@ -29,7 +33,7 @@ def model_keys(config: LlamaConfig, divisible_by: int) -> dict[str, Any]:
         "activation": "swiglu",
         "use_bias_in_attn_linear": False,
         "use_bias_in_mlp": False,
-        "no_weight_tying": not config.tied,
+        **(text if config.patches is None else images),
     }
 
 
@@ -42,7 +46,7 @@ def model_yml(keys: dict[str, Any], tokenizer: tuple[str, Path] | None) -> str:
     for key, value in keys.items():
         if isinstance(value, dict):
             lines.append(f"{key}:")
-            lines += [f"  {k}: {_scalar(v)}" for k, v in value.items()]
+            lines += [f"  {k}: {_scalar(v)}" for k, v in value.items() if v is not None]
         elif value is not None:
             lines.append(f"{key}: {_scalar(value)}")
     return "\n".join(lines) + "\n"
@@ -59,6 +63,8 @@ def _scalar(value: Any) -> str:
         text = repr(value)
         # YAML 1.1 reads 1e-05 as a string: it wants a point in the mantissa.
         return text if "e" not in text or "." in text else text.replace("e", ".0e")
+    if isinstance(value, list):
+        return f"[{', '.join(map(_scalar, value))}]"
     if isinstance(value, str):
         return "'" + value.replace("'", "''") + "'"
     return str(value)

@@ -7,6 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megatron.layout import PATCHES
+
+from ..errors import ConvertError
 from ..sources.checkpoint import Checkpoint
 from ..verify.compare import Difference, compare
 from ..verify.diagnose import weight_causes
@@ -35,6 +38,12 @@ def verify(
     progress: Callable[[int], None] = lambda nbytes: None,
 ) -> VerificationReport:
     """Compare two checkpoints of any kind; the lines are what the command prints."""
+    images = [checkpoint for checkpoint in (one, two) if checkpoint.shape.modality == PATCHES]
+    if forward and images:
+        raise ConvertError(
+            f"--forward runs a model of text, and {images[0].root} is one of images; without it all tensors and "
+            f"settings are compared"
+        )
     settings, setting_causes, unknown = _settings(one, two)
     differences = compare(one, two, band, threads, progress)
     report = VerificationReport(not settings and not differences, settings + unknown)
@@ -66,6 +75,10 @@ def _settings(one: Checkpoint, two: Checkpoint) -> tuple[list[str], list[str], l
         missing = (one if a is None else two).root
         return [], [], [f"nothing beside {missing} gives its epsilon and rotary settings: they are not compared"]
     lines, causes = [], []
+    patches = [checkpoint.config.patches if checkpoint.config else None for checkpoint in (one, two)]
+    if patches[0] != patches[1] and None not in patches:
+        lines.append(f"patches: {json.dumps(patches[0])} in {a.origin}, {json.dumps(patches[1])} in {b.origin}")
+        causes.append("images are cut, ordered or scaled differently")
     for key, first, second in a.differences(b):
         lines.append(f"{key}: {json.dumps(first)} in {a.origin}, {json.dumps(second)} in {b.origin}")
         if key == "rope_scaling" and (first is None or second is None):

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron.layout import LlamaShape, padded_vocab_size
+from megatron.layout import LlamaShape, PatchShape, padded_vocab_size
 
 from ..errors import ConvertError
 from ..formats.safetensors_file import is_size, read_json
+from .patch_config import check_patches, patch_sizes
 
 _LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 MAX_JSON = 64_000_000
@@ -36,19 +37,20 @@ class LlamaConfig:
     rope_scaling: dict[str, Any] | None
     tied: bool
     dtype: str | None  # what config.json says, if anything
+    patches: dict[str, Any] | None = None  # of a model of images, which has no vocabulary
 
     def shape(self, padded: int) -> LlamaShape:
         """Tensor sizes with a stored vocabulary of `padded` rows."""
-        return LlamaShape(
-            num_layers=self.num_layers,
-            hidden_size=self.hidden_size,
-            num_attention_heads=self.num_attention_heads,
-            num_kv_heads=self.num_kv_heads,
-            intermediate_size=self.intermediate_size,
-            vocab_size=self.vocab_size,
-            padded_vocab_size=padded,
-            tied=self.tied,
-        )
+        decoder: dict[str, Any] = {
+            "num_layers": self.num_layers,
+            "hidden_size": self.hidden_size,
+            "num_attention_heads": self.num_attention_heads,
+            "num_kv_heads": self.num_kv_heads,
+            "intermediate_size": self.intermediate_size,
+        }
+        if self.patches is not None:
+            return PatchShape(**decoder, **patch_sizes(self.patches, self.max_position_embeddings))
+        return LlamaShape(**decoder, vocab_size=self.vocab_size, padded_vocab_size=padded, tied=self.tied)
 
     def shape_for(self, divisible_by: int, tp: int) -> LlamaShape:
         """Tensor sizes for `tp` ranks; ConvertError if the model cannot be split so."""
@@ -93,19 +95,21 @@ def parse_config(raw: dict[str, Any], where: str, given: dict[str, Any] | None =
     if raw.get("quantization_config"):
         raise ConvertError(f"{where}: the weights are quantized (quantization_config); convert the original weights")
     theta, scaling = _rope(raw, where)
+    patches = check_patches(raw["patches"], where) if raw.get("patches") is not None else None
     config = LlamaConfig(
         num_layers=_whole(raw, "num_hidden_layers", where),
         hidden_size=_whole(raw, "hidden_size", where),
         num_attention_heads=_whole(raw, "num_attention_heads", where),
         num_kv_heads=_whole(raw, "num_key_value_heads", where),
         intermediate_size=_whole(raw, "intermediate_size", where),
-        vocab_size=_whole(raw, "vocab_size", where),
+        vocab_size=_whole(raw, "vocab_size", where) if patches is None else 0,
         max_position_embeddings=_whole(raw, "max_position_embeddings", where),
         rms_norm_epsilon=_positive(raw, "rms_norm_eps", where),
         rotary_emb_base=theta,
         rope_scaling=scaling,
         tied=_flag(raw, "tie_word_embeddings", where),
         dtype=_dtype(raw),
+        patches=patches,
     )
     if config.hidden_size % config.num_attention_heads or config.num_attention_heads % config.num_kv_heads:
         raise ConvertError(

@@ -22,6 +22,7 @@ from megatron.layout import (
     head_index,
     layer_files,
     rank_shape,
+    recorded_shape,
     source_shapes,
 )
 from megatron.layout.peft_folder import CONFIG, FOLDER
@@ -33,6 +34,7 @@ from ..formats.torch_file import open_torch
 from ..stream.tensor_map import Logical, chunk_region, layout_regions, whole_region
 from .checkpoint import Checkpoint, OpenOptions, check_shape
 from .llama_config import LlamaConfig, parse_config, read_config_file
+from .patch_config import as_json, trained_config
 from .settings import Settings, settings_of_files, settings_of_keys
 
 _LAYER = re.compile(r"layer_(\d{2,4})-model_(\d{2,4})-model_states\.pt")
@@ -137,6 +139,9 @@ def _open(path: Path, names: list[str], options: OpenOptions) -> NeoxCheckpoint:
         given |= options.given
         config = parse_config(read_config_file(config_path), str(config_path), given)
         config_text = config_path.read_bytes()
+    elif (trained := trained_config(provenance, str(folder / MANIFEST_NAME))) is not None:
+        config_text = as_json(trained)
+        config = parse_config(trained, str(folder / MANIFEST_NAME), given)
     shape = _shape(files, config, provenance)
     recorded = provenance.get("config")
     for described in (recorded, files.meta.get("args")):
@@ -266,6 +271,8 @@ def _sequential(folder: Path, names: list[str]) -> _Files:
 
 def _shape(files: _Files, config: LlamaConfig | None, provenance: dict[str, Any]) -> LlamaShape:
     first = files.ranks[0]
+    if config is not None and config.patches is not None:
+        return config.shape(0)
     embedding = first.get(0, {}).get("word_embeddings.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise ConvertError(f"{files.folder}: layer 0 has no word_embeddings.weight")
@@ -285,7 +292,7 @@ def _shape(files: _Files, config: LlamaConfig | None, provenance: dict[str, Any]
     recorded = provenance.get("shape")
     if isinstance(recorded, dict):
         try:
-            return LlamaShape(**recorded)
+            return recorded_shape(recorded)
         except TypeError:
             raise ConvertError(f"{files.folder}: the manifest's shape is not one that is known here") from None
     return _guess_shape(files, embedding.shape[1], padded)

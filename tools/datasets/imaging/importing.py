@@ -24,6 +24,7 @@ from megatron.data.indexed import DataError, IndexedWriter, bin_path, idx_path
 from tools.datasets.encoding.progress import Progress
 from tools.datasets.encoding.workers import in_order
 from tools.datasets.imaging.decode import BandMoments, DecodedBlock, ImageBlock, ImageDecoder
+from tools.datasets.imaging.joining import PropertyTable
 from tools.datasets.imaging.properties import write_properties
 from tools.datasets.imaging.sources import ImageSourceFiles
 
@@ -72,6 +73,7 @@ class ImageImport:
     workers: int
     stops_at_bad: bool
     settings: tuple[Any, ...]
+    table: PropertyTable | None = None
 
     @property
     def partial(self) -> Path:
@@ -182,7 +184,7 @@ def _publish(job: ImageImport, state: ImportState, writer: IndexedWriter, rows: 
     writer.finish()
     properties = Path(f"{job.prefix}.parquet")
     partial_properties = Path(f"{job.partial}.parquet")
-    write_properties(partial_properties, job.sources, rows)
+    write_properties(partial_properties, job.sources, rows, job.table)
     height, width, _ = job.decoder.shape
     header = ImageHeader(
         images=ImageInfo(

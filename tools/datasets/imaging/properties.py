@@ -10,20 +10,31 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron.data.indexed import DataError
-from tools.datasets.imaging.sources import ID, ImageSourceFiles
+from tools.datasets.imaging.joining import PropertyTable
+from tools.datasets.imaging.sources import ImageSourceFiles
 
 ROWS = 1 << 16  # of the table that are in memory together
 
 
-def write_properties(path: Path, sources: Sequence[ImageSourceFiles], rows_file: Path) -> None:
-    """`rows_file` holds (source, row) of every image as int64. Raises DataError where columns contradict each other."""
+def write_properties(
+    path: Path, sources: Sequence[ImageSourceFiles], rows_file: Path, table: PropertyTable | None = None
+) -> None:
+    """`rows_file` holds (source, row) of every image as int64; `table` adds its columns by id.
+
+    Raises DataError where columns contradict each other.
+    """
     import pyarrow
     import pyarrow.parquet
 
     kept: NDArray[np.int64] = np.memmap(rows_file, np.int64, "r").reshape(-1, 2)
     used = np.unique(kept[:, 0]).tolist()
     empty = np.empty(0, np.int64)
-    schemas = {number: sources[number].properties(empty).schema for number in used}
+
+    def properties_of(number: int, rows: NDArray[np.int64]) -> Any:
+        found = sources[number].properties(rows)
+        return found if table is None else table.joined(found)
+
+    schemas = {number: properties_of(number, empty).schema for number in used}
     try:
         schema = pyarrow.unify_schemas(list(schemas.values()))
     except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
@@ -32,7 +43,7 @@ def write_properties(path: Path, sources: Sequence[ImageSourceFiles], rows_file:
         for number in used:
             rows = np.array(kept[kept[:, 0] == number, 1])
             for start in range(0, len(rows), ROWS):
-                writer.write_table(_filled(sources[number].properties(rows[start : start + ROWS]), schema))
+                writer.write_table(_filled(properties_of(number, rows[start : start + ROWS]), schema))
 
 
 def _filled(table: Any, schema: Any) -> Any:
@@ -45,6 +56,3 @@ def _filled(table: Any, schema: Any) -> Any:
     for name, values in missing.items():
         table = table.append_column(name, values)
     return table.select(schema.names)
-
-
-__all__ = ["ID", "write_properties"]

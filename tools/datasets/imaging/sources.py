@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -144,8 +144,13 @@ def _array_header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
     return read(file)
 
 
-def find_sources(inputs: Sequence[str]) -> list[ImageSourceFiles]:
-    """The sources of files, globs and folders, in the order given, those of a folder by name. Raises DataError."""
+def find_sources(
+    inputs: Sequence[str], shard: Callable[[Path], ImageSourceFiles] | None = None
+) -> list[ImageSourceFiles]:
+    """The sources of files, globs and folders, in the order given, those of a folder by name. Raises DataError.
+
+    `shard` opens a Parquet file.
+    """
     from glob import glob
 
     found: list[ImageSourceFiles] = []
@@ -154,17 +159,17 @@ def find_sources(inputs: Sequence[str]) -> list[ImageSourceFiles]:
         if not paths:
             raise DataError(f"--input {entry}: no such file or folder, and no glob that matches one")
         for path in paths:
-            found += _below(path) if path.is_dir() else [_of(path)]
+            found += _below(path, shard) if path.is_dir() else [_of(path, None, shard)]
     return _joined(found)
 
 
-def _below(folder: Path) -> list[ImageSourceFiles]:
+def _below(folder: Path, shard: Callable[[Path], ImageSourceFiles] | None) -> list[ImageSourceFiles]:
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and _kind(path) is not None)
     if not paths:
         raise DataError(
             f"--input {folder}: no images in it; expected {', '.join((*PICTURES, *FITS, '.npz'))}, .parquet"
         )
-    return [_of(path, folder) for path in paths]
+    return [_of(path, folder, shard) for path in paths]
 
 
 def _kind(path: Path) -> str | None:
@@ -174,15 +179,17 @@ def _kind(path: Path) -> str | None:
     return next((kind for kind in ("npz", "parquet") if name.endswith(f".{kind}")), None)
 
 
-def _of(path: Path, below: Path | None = None) -> ImageSourceFiles:
+def _of(path: Path, below: Path | None, shard: Callable[[Path], ImageSourceFiles] | None) -> ImageSourceFiles:
     kind = _kind(path)
+    if kind == "parquet" and shard is not None:
+        return shard(path)
     if kind == "npz":
         return Archive(path)
     if kind == "loose":
         name = path.relative_to(below) if below is not None else Path(path.name)
         return LooseFiles([path], [_without_ending(name)])
     raise DataError(
-        f"--input {path}: not a kind of image file that is known; expected {', '.join(PICTURES)}, FITS or .npz"
+        f"--input {path}: no kind of image file that is known; expected {', '.join(PICTURES)}, FITS, .npz or .parquet"
     )
 
 

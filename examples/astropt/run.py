@@ -1,0 +1,126 @@
+"""AstroPT in small: galaxies rendered, a model trained on their patches, and what it has learned, as numbers.
+
+    python examples/astropt/run.py [--output astropt_out]
+
+Every step is a command that is printed before it runs; README.md beside this file says what to look at.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from examples.astropt.galaxies import NAMES  # noqa: E402
+from examples.steps import Steps  # noqa: E402
+
+HERE = "examples/astropt"
+MADE = ("raw", "data", "checkpoints", "logs", "hf", "vectors", "completions", "hubble")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("astropt_out"), help="an earlier run's files go")
+    parser.add_argument("--train", type=int, default=4400, help="galaxies to train on")
+    parser.add_argument("--probe", type=int, default=1600, help="others, to fit and test probes")
+    parser.add_argument("--steps", type=int, default=600)
+    options = parser.parse_args()
+    for name in MADE:
+        shutil.rmtree(ROOT / options.output / name, ignore_errors=True)
+    start = time.monotonic()
+    run = Run(options.output, options)
+    run.render()
+    run.train()
+    run.probe()
+    run.complete()
+    run.title("what was shown")
+    print(run.report(), f"\nthe whole run took {time.monotonic() - start:.0f} s")
+    return 0
+
+
+class Run(Steps):
+    def __init__(self, out: Path, options: argparse.Namespace) -> None:
+        super().__init__()
+        self.out, self.options = out, options
+        self.run_keys = (
+            *("--train_data_paths", f"[{out}/data/train]", "--valid_data_paths", f"[{out}/data/probe]"),
+            *("--save", out / "checkpoints", "--log_dir", out / "logs", "--train_iters", options.steps),
+        )
+
+    def render(self) -> None:
+        out, options = self.out, self.options
+        self.title("galaxies, rendered with known properties; and real ones from the Hubble Deep Field")
+        for name, count, first in (("train", options.train, 0), ("probe", options.probe, options.train)):
+            words = ("--count", count, "--first", first, "--output", out / f"raw/{name}.npz")
+            self.python(f"{HERE}/galaxies.py", *words)
+        self.python(f"{HERE}/hubble.py", "--output", out / "raw/hubble.npz")
+        self.title("imported: .bin/.idx, a header, properties by row")
+        for name in ("train", "probe", "hubble"):
+            words = ("--input", out / f"raw/{name}.npz", "--output-prefix", out / f"data/{name}")
+            self.python("tools/datasets/preprocess_images.py", *words, "--bands", "z", "r", "g")
+        self.python(
+            *("tools/datasets/inspect_data.py", out / "data/train", "--samples", 12, "--patch-size", 8),
+            *("--grid", out / "galaxies.png"),
+        )
+
+    def train(self) -> None:
+        self.title("trained to predict the next patch of the spiral; the untrained network is saved as well")
+        self.python("deepy.py", "train.py", f"{HERE}/train.yml", *self.run_keys)
+
+    def probe(self) -> None:
+        out = self.out
+        self.title("exported, and loaded by transformers and torch alone: vectors of every layer")
+        for name, step in (("untrained", 0), ("trained", self.options.steps)):
+            folder = out / f"checkpoints/global_step{step}"
+            self.python("tools/convert_hf", "to-hf", "--input", folder, "--output", out / f"hf/{name}", "--quiet")
+            self.python(f"{HERE}/features.py", out / f"hf/{name}", out / "data/probe", out / f"vectors/{name}.npy")
+        pixels = (out / "hf/trained", out / "data/probe", out / "vectors/pixels.npy", "--pixels")
+        self.python(f"{HERE}/features.py", *pixels)
+        self.title("linear probes: trained against untrained and against the pixels' principal components")
+        self.python(
+            *("-m", "tools.probe", "properties", "--trained", out / "vectors/trained.npy"),
+            *("--untrained", out / "vectors/untrained.npy", "--inputs", out / "vectors/pixels.npy"),
+            *("--labels", out / "data/probe.parquet", "--targets", *NAMES, "--test-share", 0.5),
+            *("--output", out / "probe.json", "--picture", out / "probe.png"),
+        )
+
+    def complete(self) -> None:
+        out = self.out
+        self.title("images continued from their first quarter: rendered galaxies, then real ones")
+        for name, folder in (("probe", "completions"), ("hubble", "hubble")):
+            self.python(
+                *("deepy.py", "generate.py", f"{HERE}/train.yml", *self.run_keys, "--from_scratch", "false"),
+                *("--load", out / "checkpoints", "--completion.path", out / f"data/{name}"),
+                *("--completion.given_patches", 16, "--completion.output", out / folder),
+            )
+
+    def report(self) -> str:
+        """Scores by property, and their means; written to report.md as well."""
+        probe = json.loads((ROOT / self.out / "probe.json").read_text())
+        means = probe["mean_r2"]
+        lines = ["| property | trained | untrained | pixels, PCA |", "|---|---|---|---|"]
+        for name, found in probe["properties"].items():
+            scores = (found["sources"][source] for source in ("trained", "untrained", "inputs"))
+            cells = (
+                f"{one['test']:.3f} ({one['interval_95'][0]:.3f} to {one['interval_95'][1]:.3f})" for one in scores
+            )
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append(f"| mean | {means['trained']:.3f} | {means['untrained']:.3f} | {means['inputs']:.3f} |")
+        lines.append(
+            f"\nR2 on galaxies that no probe has seen; the layer, or the number of components, is chosen by "
+            f"cross-validation. Trained minus untrained: {means['trained'] - means['untrained']:.3f}; trained minus "
+            f"pixels: {means['trained'] - means['inputs']:.3f}."
+        )
+        text = "\n".join(lines)
+        (ROOT / self.out / "report.md").write_text(text + "\n")
+        return text
+
+
+if __name__ == "__main__":
+    sys.exit(main())

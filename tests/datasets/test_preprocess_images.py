@@ -1,0 +1,191 @@
+"""Images of every kind become the same pair; what cannot be used is named; kills and workers change no byte."""
+
+from __future__ import annotations
+
+import io
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron.data.images import image, open_images, read_image_header
+from tests.support.made_images import blobs
+from tools.datasets.imaging import importing
+from tools.datasets.preprocess_images import main
+
+pytestmark = pytest.mark.unit
+
+IMAGES = blobs(11, 12)
+
+
+def run(folder: Path, name: str, inputs: list[Path], *options: Any, expect: int = 0, workers: int = 1) -> str:
+    prefix = str(folder / "out" / name)
+    words = ["--input", *map(str, inputs), "--output-prefix", prefix, "--workers", str(workers), *map(str, options)]
+    assert main(words) == expect
+    return prefix
+
+
+def pictures(folder: Path, images: Any = IMAGES, ending: str = "png") -> Path:
+    from PIL import Image
+
+    folder.mkdir(parents=True)
+    for number, values in enumerate(images):
+        Image.fromarray(values).save(folder / f"g{number:02d}.{ending}", quality=95)
+    return folder
+
+
+def written(prefix: str) -> list[bytes]:
+    return [Path(f"{prefix}.{ending}").read_bytes() for ending in ("bin", "idx", "parquet", "json")]
+
+
+def shards(folder: Path) -> list[Path]:
+    """Two Parquet files as Hugging Face writes images: a struct of bytes and path, an id, a property."""
+    import pyarrow
+    import pyarrow.parquet
+    from PIL import Image
+
+    folder.mkdir()
+    paths = []
+    for part, numbers in enumerate(([0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10])):
+        cells = []
+        for number in numbers:
+            file = io.BytesIO()
+            Image.fromarray(IMAGES[number]).save(file, "PNG")
+            cells.append({"bytes": file.getvalue(), "path": f"{number}.png"})
+        if part:
+            cells[1] = {"bytes": b"\xff\xd8 no picture", "path": "x"}
+        columns = {"image": cells, "dr8_id": [f"d{n}" for n in numbers], "redshift": [n / 10 for n in numbers]}
+        paths.append(folder / f"train-{part}.parquet")
+        pyarrow.parquet.write_table(pyarrow.table(columns), paths[-1])
+    return paths
+
+
+def test_every_kind_of_file_gives_the_same_images(tmp_path: Path) -> None:
+    from astropy.io import fits
+
+    folder = pictures(tmp_path / "png")
+    np.savez_compressed(tmp_path / "a.npz", images=IMAGES, truth=np.arange(22.0).reshape(11, 2), names=["mag", "z"])
+    np.savez(tmp_path / "chw.npz", images=IMAGES.transpose(0, 3, 1, 2))
+    planes = tmp_path / "fits"
+    planes.mkdir()
+    for number, values in enumerate(IMAGES):
+        cube = values.transpose(2, 0, 1).astype(">f4")  # FITS is big-endian
+        fits.writeto(planes / f"g{number:02d}.fits", cube)
+    prefixes = {
+        "png": run(tmp_path, "png", [folder]),
+        "npz": run(tmp_path, "npz", [tmp_path / "a.npz"]),
+        "chw": run(tmp_path, "chw", [tmp_path / "chw.npz"], "--axes", "chw"),
+        "fits": run(tmp_path, "fits", [planes]),
+    }
+    for kind, prefix in prefixes.items():
+        file, info = open_images(prefix)
+        assert len(file) == 11
+        assert info.dtype == ("float32" if kind == "fits" else "uint8")
+        for number in range(11):
+            assert np.array_equal(image(file, info, number), IMAGES[number]), kind
+        np.testing.assert_allclose(info.mean, IMAGES.reshape(-1, 3).mean(0), rtol=1e-6)
+        np.testing.assert_allclose(info.std, IMAGES.reshape(-1, 3).std(0), rtol=1e-6)
+
+
+def test_properties_lie_by_row(tmp_path: Path) -> None:
+    import pyarrow.parquet
+
+    np.savez(tmp_path / "a.npz", images=IMAGES, truth=np.arange(22.0).reshape(11, 2), names=["mag", "z"])
+    table = pyarrow.parquet.read_table(run(tmp_path, "npz", [tmp_path / "a.npz"]) + ".parquet").to_pydict()
+    assert list(table) == ["id", "mag", "z"]
+    assert table["z"] == np.arange(1.0, 22, 2).tolist()
+    more = tmp_path / "more.csv"
+    more.write_text("dr8_id,mass\n" + "".join(f"d{n},{n * 2}\n" for n in range(1, 11)))
+    options = ("--id-column", "dr8_id", "--properties", more)
+    prefix = run(tmp_path, "hf", shards(tmp_path / "hf"), *options)
+    table = pyarrow.parquet.read_table(prefix + ".parquet").to_pydict()
+    kept = [0, 1, 2, 3, 4, 5, 6, 8, 9, 10]
+    assert table == {
+        "id": [f"d{n}" for n in kept],
+        "redshift": [n / 10 for n in kept],
+        "mass": [None, *(n * 2 for n in kept[1:])],
+    }
+    file, info = open_images(prefix)
+    assert all(np.array_equal(image(file, info, row), IMAGES[n]) for row, n in enumerate(kept))
+
+
+def test_what_cannot_be_used_is_named_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from PIL import Image
+
+    folder = pictures(tmp_path / "png")
+    (folder / "a0.png").write_bytes(b"no picture")
+    (folder / "g03.png").write_bytes((folder / "g03.png").read_bytes()[:200])
+    Image.fromarray(IMAGES[0][:8]).save(folder / "small.png")
+    Image.new("RGBA", (12, 12)).save(folder / "alpha.png")
+    prefix = run(tmp_path, "png", [folder])
+    header = read_image_header(prefix)
+    assert header.documents == 10
+    assert header.left_out == {"unreadable picture": 2, "mode RGBA": 1, "another shape": 1}
+    named = Path(f"{prefix}.left_out.txt").read_text()
+    assert all(f"{name}.png" in named for name in ("a0", "g03", "small", "alpha"))
+    assert "left out: 2 unreadable picture" in capsys.readouterr().err
+    run(tmp_path, "fatal", [folder], "--on-bad-image", "fatal", expect=2)
+    assert not list((tmp_path / "out").glob("fatal*")), "nothing is left behind"
+
+
+def test_nan_is_refused_or_masked(tmp_path: Path) -> None:
+    images = IMAGES.astype(np.float32)
+    images[3, 5, 5] = np.nan
+    images[4, 5, 5] = np.inf
+    np.savez(tmp_path / "a.npz", images=images)
+    refused = read_image_header(run(tmp_path, "refused", [tmp_path / "a.npz"]))
+    assert (refused.documents, refused.left_out) == (9, {"NaN": 1, "infinite values": 1})
+    prefix = run(tmp_path, "masked", [tmp_path / "a.npz"], "--nan", "mask")
+    assert read_image_header(prefix).left_out == {"infinite values": 1}
+    file, info = open_images(prefix)
+    assert np.isnan(image(file, info, 3)[5, 5]).all()
+    assert np.isfinite(info.mean).all()
+
+
+def test_the_middle_is_kept(tmp_path: Path) -> None:
+    file, info = open_images(run(tmp_path, "png", [pictures(tmp_path / "png")], "--crop", 8))
+    assert info.shape == (8, 8, 3)
+    assert np.array_equal(image(file, info, 2), IMAGES[2, 2:10, 2:10])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder: [folder / "absent"], "no such file or folder"),
+        (lambda folder: [folder], "no images in it"),
+    ],
+)
+def test_bad_input_is_one_sentence(make: Any, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(tmp_path, "x", make(tmp_path), expect=2)
+    assert message in capsys.readouterr().err
+
+
+def test_swapped_axes_are_asked_about(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.savez(tmp_path / "a.npz", images=blobs(2, 20).transpose(0, 3, 1, 2))
+    run(tmp_path, "x", [tmp_path / "a.npz"], expect=2)
+    assert "give --axes chw" in capsys.readouterr().err
+
+
+def test_workers_and_kills_change_no_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed after every number of blocks, with a journal at each, and continued by two workers."""
+    many = [*shards(tmp_path / "hf"), pictures(tmp_path / "png"), pictures(tmp_path / "more", IMAGES[::-1])]
+    options = ("--id-column", "dr8_id")
+    expected = written(run(tmp_path, "whole", many, *options))
+    assert written(run(tmp_path, "two", many, *options, workers=2))[:3] == expected[:3]
+    monkeypatch.setattr(importing, "JOURNAL_SECONDS", -1.0)
+    real = importing.in_order
+    for stop in (1, 2, 3):
+
+        def cut(*arguments: Any, stop: int = stop) -> Any:
+            yield from itertools.islice(real(*arguments), stop)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(importing, "in_order", cut)
+        run(tmp_path, f"killed{stop}", many, *options, expect=130)
+        monkeypatch.setattr(importing, "in_order", real)
+        prefix = run(tmp_path, f"killed{stop}", many, *options, workers=2)
+        assert written(prefix)[:3] == expected[:3]
+        assert read_image_header(prefix).left_out == {"unreadable picture": 1}
+        assert not list((tmp_path / "out").glob("*.partial*"))
