@@ -32,11 +32,14 @@ from megatron.neox_arguments import NeoXArgs
 
 
 class Factor(nn.Module):
-    """A or B: one matrix."""
+    """A or B: one matrix, which a call gives. An engine that still gathers it waits in a hook before the call."""
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(shape, dtype=dtype))
+
+    def forward(self) -> Tensor:
+        return self.weight
 
 
 class Factors(nn.Module):
@@ -58,10 +61,10 @@ class AddedProducts:
 
     def __call__(self, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
         pairs = {name: child for name in self.sources if isinstance(child := getattr(module, name, None), Factors)}
-        stacked = torch.cat([pair.lora_A.weight for pair in pairs.values()])  # one product for all of them
+        stacked = torch.cat([pair.lora_A() for pair in pairs.values()])  # one product for all of them
         between = self._exchanged(F.linear(inputs[0], stacked)) * self.scale
         products = {
-            name: F.linear(part, pair.lora_B.weight)
+            name: F.linear(part, pair.lora_B())
             for (name, pair), part in zip(pairs.items(), between.chunk(len(pairs), dim=-1), strict=True)
         }
         joined = self._joined(products)

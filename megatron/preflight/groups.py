@@ -71,7 +71,7 @@ def payload_bytes(args: NeoXArgs, kind: str, device: torch.device) -> int:
     """Bytes of the training's largest message of a kind: activations in TP and PP, a stage's gradients in DP."""
     width = 4 if args.precision == "fp32" else 2
     activations = (args.train_micro_batch_size_per_gpu or 1) * args.seq_length * args.hidden_size * width
-    gradients = 4 * args.shape.num_parameters // (args.model_parallel_size * args.pipe_parallel_size)
+    gradients = 4 * args.trained_shape.num_parameters // (args.model_parallel_size * args.pipe_parallel_size)
     wanted = {"TP": activations, "PP": activations, "DP": gradients, "world": 1 << 20}[kind]
     return max(4096, min(wanted, _MOST[device.type]))
 

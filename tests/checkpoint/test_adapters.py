@@ -130,7 +130,12 @@ def last(results: list[Any]) -> Any:
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(GQA, id="gqa"), pytest.param(MHA, id="mha"), pytest.param(TIED, id="tied")]
+    "case",
+    [
+        pytest.param(GQA, id="gqa"),
+        pytest.param(MHA, id="mha", marks=pytest.mark.slow),
+        pytest.param(TIED, id="tied", marks=pytest.mark.slow),
+    ],
 )
 def test_peft_reads_what_is_written_here_and_the_reverse(case: Case, tmp_path: Path) -> None:
     base = base_of(case, tmp_path / "base")

@@ -40,8 +40,9 @@ def _what(plan: Plan) -> str:
     virtual = f" ({layout.virtual_stages} virtual stages each)" if layout.virtual_stages > 1 else ""
     engine = "megatron-core's engine, " if layout.engine == "megatron" else ""
     nodes = f" ({plan.nodes:,} nodes of {plan.machine.gpus_per_node})" if plan.nodes > 1 else ""
+    trained = "" if plan.args.lora is None else f" ({plan.args.trained_shape.num_parameters:,} are trained)"
     return (
-        f"{plan.parameters_total:,} parameters on {layout.world_size:,} ranks{nodes}: TP {layout.tensor} x PP "
+        f"{plan.parameters_total:,} parameters{trained} on {layout.world_size:,} ranks{nodes}: TP {layout.tensor} x PP "
         f"{layout.pipe}{virtual} x DP {layout.data}, {args.precision}, {engine}"
         f"{recompute}{sliced}\n"
         f"batch of {layout.global_batch:,} sequences = micro-batch {layout.micro_batch} x accumulation "
