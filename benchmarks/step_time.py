@@ -1,14 +1,14 @@
-"""Training-step time of this model against `transformers` on the same weights and batch, one process.
+"""Training-step time of both engines against `transformers`, eager and compiled: same weights, same batch, one process.
 
     python benchmarks/step_time.py [--json FILE] [--hidden 512 ...]
     python benchmarks/step_time.py --device cuda --hidden 2048 --layers 16 --vocab 128256 --seq 4096 --batch 1
 
-Each round runs both in alternation: forward, loss, backward, clipping and AdamW. On the CPU in fp32; on a GPU ours in
-bf16 with fp32 masters and fp32 gradients, transformers under bf16 autocast of fp32 weights, which is what its Trainer
-does and has the same master precision. Reported are the median and the range of each, and the ratio of the medians
-(above 1: ours is faster). The engine (DeepSpeed, ZeRO-1, pipeline) is part of ours, as in a run. On the CPU `deepy.py`
-then starts the tiny model on eight processes (TP2 x PP2 x DP2), and the run says where the time from the command line
-to the end of its first step went.
+Each round runs all in turn: forward, loss, backward, clipping and AdamW. On the CPU in fp32; on a GPU ours in bf16
+with fp32 masters and fp32 gradients, transformers under bf16 autocast of fp32 weights, which is what its Trainer does
+and has the same master precision; `compiled` is its model under `torch.compile`. Reported are the median and the range
+of each, and the ratios of the medians (above 1: ours is faster). The engines (`engine: deepspeed` and `engine:
+megatron`) are part of ours, as in a run. On the CPU `deepy.py` then starts the tiny model on eight processes (TP2 x PP2
+x DP2), and the run says where the time from the command line to the end of its first step went.
 """
 
 from __future__ import annotations
@@ -44,16 +44,20 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--kernels", default="auto", help="our fused operations: auto, reference or required")
+    parser.add_argument("--engines", nargs="+", choices=("deepspeed", "megatron"), default=["deepspeed", "megatron"])
+    parser.add_argument("--no-compile", action="store_true", help="leave out transformers under torch.compile")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--no-startup", action="store_true", help="leave out the start of deepy.py")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     case = SmallLlama(options.hidden, options.layers, options.vocab, options.seq)
     device = torch.device(options.device)
-    steps = {
-        "transformers": transformers_step(case, options.batch, device),
-        "neox-llama": neox_step(case, options.batch, device, options.kernels),
-    }
+    peers = {"transformers": transformers_step(case, options.batch, device)}
+    if not options.no_compile:
+        peers["compiled"] = transformers_step(case, options.batch, device, compiled=True)
+    start_world(device)
+    ours = {engine: neox_step(case, options.batch, device, options.kernels, engine) for engine in options.engines}
+    steps = peers | ours
     times: dict[str, list[float]] = {name: [] for name in steps}
     cpu: dict[str, list[float]] = {name: [] for name in steps}
     losses: dict[str, list[float]] = {name: [] for name in steps}
@@ -64,9 +68,9 @@ def main() -> int:
             if round_number >= 2:  # two rounds to warm up
                 times[name].append(time.perf_counter() - start)
                 cpu[name].append(time.process_time() - cpu_start)
-    difference = max(abs(a - b) / b for a, b in zip(*losses.values(), strict=True))
-    if difference > (1e-3 if device.type == "cpu" else 1e-2):  # bf16 rounds differently in the two
-        raise SystemExit(f"the two do not train alike (relative loss difference {difference:.1e}); times mean nothing")
+    difference = max(max(row) / min(row) - 1 for row in zip(*losses.values(), strict=True))
+    if difference > (1e-3 if device.type == "cpu" else 1e-2):  # bf16 rounds differently in each
+        raise SystemExit(f"they do not train alike (relative loss difference {difference:.1e}); times mean nothing")
     medians = {name: statistics.median(values) for name, values in times.items()}
     print(
         f"{case.layers} layers, hidden {case.hidden}, {case.heads}/{case.kv_heads} heads, vocabulary {case.vocab}, "
@@ -75,18 +79,23 @@ def main() -> int:
     )
     for name, values in times.items():
         print(
-            f"{name:>13}: median {medians[name] * 1e3:8.1f} ms  range {min(values) * 1e3:.1f} to "
+            f"{name:>12}: median {medians[name] * 1e3:8.1f} ms  range {min(values) * 1e3:.1f} to "
             f"{max(values) * 1e3:.1f} ms  {options.batch * case.seq / medians[name]:,.0f} tokens/s  "
             f"CPU {statistics.median(cpu[name]) * 1e3:.1f} ms"
         )
-    ratio = medians["transformers"] / medians["neox-llama"]
-    cpu_ratio = statistics.median(cpu["transformers"]) / statistics.median(cpu["neox-llama"])
-    print(f"ratio transformers / neox-llama: {ratio:.3f} by the clock, {cpu_ratio:.3f} in CPU time")
+    ratios = {f"{peer} / {engine}": medians[peer] / medians[engine] for engine in ours for peer in peers}
+    cpu_medians = {name: statistics.median(values) for name, values in cpu.items()}
+    for engine in ours:
+        for peer in peers:
+            print(
+                f"ratio {peer} / {engine}: {ratios[f'{peer} / {engine}']:.3f} by the clock, "
+                f"{cpu_medians[peer] / cpu_medians[engine]:.3f} in CPU time"
+            )
     startup = None if options.no_startup or device.type != "cpu" else first_step_line()
     if startup:
         print(f"deepy.py, 8 processes on {os.cpu_count()} cores: {startup}")
     if options.json:
-        report = {"ratio": ratio, "cpu_ratio": cpu_ratio, "seconds": times, "startup": startup}
+        report = {"ratios": ratios, "seconds": times, "cpu_seconds": cpu, "startup": startup}
         options.json.write_text(json.dumps(report, indent=1) + "\n")
     return 0
 
@@ -126,9 +135,10 @@ def batch(case: SmallLlama, size: int, number: int) -> torch.Tensor:
     return torch.randint(case.vocab, (size, case.seq + 1), generator=torch.Generator().manual_seed(number))
 
 
-def transformers_step(case: SmallLlama, size: int, device: torch.device) -> Any:
+def transformers_step(case: SmallLlama, size: int, device: torch.device, compiled: bool = False) -> Any:
     """One step as the Hugging Face Trainer makes it, without its bookkeeping."""
     model = case.transformers_model().to(device).train()
+    forward = torch.compile(model) if compiled else model
     decays = [p for p in model.parameters() if p.dim() > 1]
     plain = [p for p in model.parameters() if p.dim() == 1]
     optimizer = torch.optim.AdamW(
@@ -142,7 +152,7 @@ def transformers_step(case: SmallLlama, size: int, device: torch.device) -> Any:
         tokens = batch(case, size, number).to(device)
         # Labels equal the inputs: transformers shifts them itself, so the last position teaches nothing.
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss = model(input_ids=tokens[:, :-1], labels=tokens[:, :-1], use_cache=False).loss
+            loss = forward(input_ids=tokens[:, :-1], labels=tokens[:, :-1], use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -152,15 +162,20 @@ def transformers_step(case: SmallLlama, size: int, device: torch.device) -> Any:
     return step
 
 
-def neox_step(case: SmallLlama, size: int, device: torch.device, kernels: str) -> Any:
-    """One step of the real engine."""
+def start_world(device: torch.device) -> None:
+    """This process as the only rank."""
     os.environ.update(RANK_VARIABLES)
     store = tempfile.mkdtemp() + "/store"
     backend = "gloo" if device.type == "cpu" else "nccl"
     torch.distributed.init_process_group(backend, init_method=f"file://{store}", rank=0, world_size=1)
+
+
+def neox_step(case: SmallLlama, size: int, device: torch.device, kernels: str, engine_name: str) -> Any:
+    """One step of a real engine."""
     args = case.arguments(
+        engine=engine_name,
         train_micro_batch_size_per_gpu=size,
-        distributed_backend=backend,
+        distributed_backend="gloo" if device.type == "cpu" else "nccl",
         precision="fp32" if device.type == "cpu" else "bfloat16",
         kernels=kernels,
     )

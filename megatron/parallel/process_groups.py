@@ -28,6 +28,9 @@ from megatron.parallel.loopback import on_one_node, rendezvous_on_loopback, talk
 from megatron.parallel.place import Place
 from megatron.parallel.rank_env import StartedRank, find_started_rank, node_name, set_rendezvous
 
+# By torch's names: built for ROCm, it calls AMD's libraries by those of NVIDIA's that they stand for.
+GEMM_LIBRARIES = {"hipBLASLt": "cublaslt", "rocBLAS": "cublas"}
+
 ROWS_SHOWN = 64  # ranks; the table of a larger run goes to a file alone
 
 
@@ -134,7 +137,20 @@ def take_device(args: NeoXArgs, started: StartedRank) -> torch.device:
         return torch.device("cpu")
     index = device_index(started.local_rank, started.local_world_size, torch.cuda.device_count(), os.environ)
     torch.cuda.set_device(index)
+    choose_gemm_library(args)
     return torch.device("cuda", index)
+
+
+def choose_gemm_library(args: NeoXArgs) -> None:
+    """Have torch multiply with the configured library. Raises ConfigError where torch is not built for ROCm."""
+    if args.gemm_library == "default":
+        return
+    if torch.version.hip is None:
+        raise ConfigError(
+            f"gemm_library: {args.gemm_library}, but this PyTorch is not built for ROCm; leave gemm_library out"
+        )
+    names = {library.lower(): name for library, name in GEMM_LIBRARIES.items()}
+    torch.backends.cuda.preferred_blas_library(names[args.gemm_library])
 
 
 def report_seats(args: NeoXArgs, started: StartedRank, device: torch.device) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,9 @@ from megatron.neox_arguments import NeoXArgs
 from megatron.parallel.gpu_placement import coordinates
 from megatron.preflight.diagnosis import Group, Roster
 from megatron.preflight.measurements import payload_pattern, synchronize
+
+if TYPE_CHECKING:
+    from megatron.engine.mcore_groups import Links
 
 # A payload is as large as the training's own message, but no larger than this: more bytes would not show more.
 _MOST = {"cuda": 128 << 20, "cpu": 1 << 20}
@@ -45,8 +49,16 @@ def world_group(world_size: int) -> Group:
     return Group("world group", "", tuple(range(world_size)))
 
 
-def form_training_groups(args: NeoXArgs) -> dict[str, dist.ProcessGroup | None]:
-    """The groups that this rank is in, by kind, as the training forms them; None for the world. Collective."""
+@dataclass(frozen=True)
+class TrainingGroups:
+    """This rank's groups by kind, None for the world; and its links to neighbouring stages, None under DeepSpeed."""
+
+    by_kind: dict[str, dist.ProcessGroup | None]
+    links: Links | None = None
+
+
+def form_training_groups(args: NeoXArgs) -> TrainingGroups:
+    """The groups that this rank is in, as the training forms them. Collective."""
     # What the layout alone says needs no megatron-core.
     from megatron.parallel.process_groups import form_groups
 
@@ -56,15 +68,17 @@ def form_training_groups(args: NeoXArgs) -> dict[str, dist.ProcessGroup | None]:
 
         virtual = args.virtual_pipe_parallel_size > 1
         made = EngineGroups.make(place, args.shape.tied, virtual, args.distributed_timeout_minutes)
-        return {"TP": made.tensor, "PP": made.pipe, "DP": made.data, "world": None}
+        return TrainingGroups({"TP": made.tensor, "PP": made.pipe, "DP": made.data, "world": None}, made.links)
     from megatron.core import parallel_state
 
-    return {
-        "TP": parallel_state.get_tensor_model_parallel_group(),
-        "PP": parallel_state.get_pipeline_model_parallel_group(),
-        "DP": parallel_state.get_data_parallel_group(),
-        "world": None,
-    }
+    return TrainingGroups(
+        {
+            "TP": parallel_state.get_tensor_model_parallel_group(),
+            "PP": parallel_state.get_pipeline_model_parallel_group(),
+            "DP": parallel_state.get_data_parallel_group(),
+            "world": None,
+        }
+    )
 
 
 def payload_bytes(args: NeoXArgs, kind: str, device: torch.device) -> int:

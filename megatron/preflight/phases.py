@@ -6,9 +6,11 @@ import os
 import time
 from dataclasses import asdict
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from megatron.neox_arguments import ConfigError
@@ -24,9 +26,9 @@ from megatron.parallel.process_groups import (
     take_device,
 )
 from megatron.parallel.rank_env import StartedRank
-from megatron.preflight import groups, report, transport
+from megatron.preflight import gemm_library, groups, report, stage_links, transport
 from megatron.preflight.compare import Screen
-from megatron.preflight.diagnosis import CONFIGURATION, SLOW, SOCKETS, STALLED
+from megatron.preflight.diagnosis import CONFIGURATION, SLOW, SOCKETS, STALLED, Group
 from megatron.preflight.phase_store import PhaseStore
 from megatron.preflight.run_inputs import input_problems
 from megatron.preflight.run_screens import Screening
@@ -50,7 +52,9 @@ class Preflight:
         for kind in ("TP", "PP", "DP", "world"):
             self.sum_over(kind)
         self.check_transport()
+        self.exchange_between_stages()
         if screen:
+            self.time_gemm_libraries()
             screened = screening.run(between)
             if self.prints:
                 self.judge(screened, slow_nodes, exclude_file)
@@ -125,7 +129,7 @@ class Preflight:
         size = groups.payload_bytes(self.args, kind, self.device)
 
         def work() -> dict[str, Any]:
-            group = self.training_groups[kind]
+            group = self.training_groups.by_kind[kind]
             expected = next(of_kind for of_kind in self.groups[kind] if self.started.rank in of_kind.ranks)
             groups.check_members(group, expected)
             return groups.checked_all_reduce(group, size, self.device)
@@ -136,6 +140,38 @@ class Preflight:
             if wrong:
                 self.store.fail(STALLED, "\n".join([f"preflight: FAILED at the {kind} collectives", *wrong]))
             print(text, flush=True)
+
+    def exchange_between_stages(self) -> None:
+        """The pipeline's messages between all pairs of neighbouring stages, and what a communicator of a pair takes."""
+        rounds = stage_links.stage_rounds(self.args)
+        if not rounds:
+            return
+        rank, size = self.started.rank, stage_links.stage_message_bytes(self.args)
+        links, rates = self.training_groups.links, {}
+        for number, pairs in enumerate(rounds):
+            own = next((pair for pair in pairs if rank in pair), None)
+            work = _rest if own is None else partial(stage_links.stage_link_rate, own, rank, size, self.device, links)
+            name = f"messages between stages, round {number + 1} of {len(rounds)}"
+            found = self.store.phase(name, [Group("stage link", "", pair) for pair in pairs], work)
+            if found:
+                rates.update({pair: min(found[pair[0]], found[pair[1]]) for pair in pairs})
+        count = partial(stage_links.pair_communicator_bytes, rank, self.started.world_size, size, self.device)
+        taken = self.store.phase("a communicator of two ranks", self.groups["world"], count)
+        if self.prints:
+            lines = stage_links.stage_link_lines(rates, size, self.store.roster, self.device, links is not None)
+            own_links = sum(link is not None for link in vars(links).values()) if links else len(rounds)
+            print("\n".join([*lines, stage_links.communicator_line(taken, own_links)]), flush=True)
+
+    def time_gemm_libraries(self) -> None:
+        """Print which library multiplies the configured model's matrices faster, where there are two."""
+        if self.device.type == "cpu" or torch.version.hip is None:
+            if self.prints:
+                print(gemm_library.NOTHING_TO_CHOOSE[self.device.type], flush=True)
+            return
+        work = partial(gemm_library.time_libraries, self.args, self.device)
+        timed = self.store.phase("the GEMM libraries", [], work)
+        if self.prints:
+            print("\n".join(gemm_library.choice_lines(self.args, timed)), flush=True)
 
     def check_transport(self) -> None:
         """Fail if any rank of a run on several nodes reaches the network by TCP."""
@@ -187,3 +223,7 @@ class Preflight:
             if slow_nodes == "fail" or (slow_nodes is None and self.device.type == "cuda"):
                 self.store.fail(SLOW, "\n".join(text))
             print("\n".join(text), flush=True)
+
+
+def _rest() -> None:
+    """A turn in which this rank only waits for the others."""

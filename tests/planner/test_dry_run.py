@@ -202,7 +202,7 @@ def test_the_commands_of_the_guide(tmp_path: Path) -> None:
     guide = (ROOT / "docs" / "planning.md").read_text()
     commands = [line for block in re.findall(r"```bash\n(.*?)```", guide, re.DOTALL) for line in block.splitlines()]
     planned = [command for command in commands if command.startswith("python deepy.py train.py ")]
-    assert len(planned) == 2
+    assert len(planned) == 3
     for command in planned:
         words = command.replace("docs/plan_70b.png", str(tmp_path / "plan.png")).split()[3:]
         done = dry_run(*[word for word in words if word != "--dry-run"])

@@ -35,6 +35,12 @@ class RuntimeKeys(Keys):
         "stops without kernels.",
         ours=True,
     )
+    gemm_library: Literal["default", "hipblaslt", "rocblas"] = key(
+        "default",
+        "Library of matrix products on ROCm; default is torch's choice. The preflight times both on the configured "
+        "model and says which is faster.",
+        ours=True,
+    )
     log_param_norm: bool = key(False, "Record the norm of every parameter, as parameter_norms/NAME.")
     text_gen_type: Literal["unconditional", "input-file", "interactive"] = derived(
         "input-file with sample_input_file, else interactive with chat, else unconditional",

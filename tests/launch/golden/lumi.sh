@@ -136,6 +136,15 @@ export HSA_ENABLE_SDMA=0 HSA_FORCE_FINE_GRAIN_PCIE=1
 # LumiOpen and TildeOpen trained with one thread to a rank.
 export OMP_NUM_THREADS=1
 
+# HIP maps streams on this many hardware queues, and what waits in a queue holds up what is behind it. engine: megatron
+# has seven streams (computation, tensor and data parallelism, four links between stages): with the default of 4 a receive
+# that waits could hold up computation (torchtitan issue 4032, rocm-systems issue 8916). 8 is OLMo's value; 16 was slower
+# on an MI355X. Compare 4 and 8 by benchmarks/engine_gpu.py.
+export GPU_MAX_HW_QUEUES=8
+# megatron-core's launchers set it, LumiOpen's 71B run too, so that a collective launched before a product is not queued
+# behind it. HIP does not document it.
+export CUDA_DEVICE_MAX_CONNECTIONS=1
+
 # A rank whose collective fails leaves a trace of the last ones of every rank; the first has no effect without the
 # second (docs.pytorch.org, ProcessGroupNCCL environment variables).
 export TORCH_NCCL_DUMP_ON_TIMEOUT=1 TORCH_NCCL_TRACE_BUFFER_SIZE=2000
