@@ -10,13 +10,13 @@ ranks; h, f, V as in the model; kv = key/value heads x head_dim. Elements per to
     h / t            attention's output
     3f / t           up and gate, and their product
 
-Beside an adapter a frozen matrix keeps no input; A keeps it instead, where there is one. Of each fused matrix with n
-projections that have one, n r are kept between A and B, and a copy of their A's that are multiplied as one.
-
 and 2h more with the layer's input, which is all that full recomputation keeps. Selective recomputation keeps the input,
 the residual sum and what the first product of each block gives: norms, attention and SwiGLU are computed again, no
-product is. Sequence parallelism divides by t what
-stands without it: a column-parallel matrix keeps its slice of the input and gathers it again.
+product is. Sequence parallelism divides by t what stands without it: a column-parallel matrix keeps its slice of the
+input and gathers it again.
+
+Beside an adapter a frozen matrix keeps no input; A keeps it instead, where there is one. Of each fused matrix with n
+projections that have one, n r are kept between A and B, and a copy of their A's that are multiplied as one.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ class Activations:
         if recompute == "full":
             return self.hidden
         if recompute == "selective":
-            return 2 * self.hidden + self.qkv + self.up_gate
+            return 2 * self.hidden + self.qkv + self.up_gate + self.adapters
         return self.hidden + self.inside_layer
 
     @property
