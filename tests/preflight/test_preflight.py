@@ -123,9 +123,9 @@ def spoil(rank: int) -> None:
         groups.dist.all_reduce = wrong
 
 
-def corrupt(module: str = "measurements") -> None:
-    """What this rank sends in a module's exchanges is not what it should be."""
-    from importlib import import_module
+def corrupt() -> None:
+    """What this rank sends is not what it should be."""
+    from megatron.preflight import measurements
 
     exchange = dist.batch_isend_irecv
 
@@ -133,13 +133,7 @@ def corrupt(module: str = "measurements") -> None:
         operations[0].tensor[5] += 1
         return exchange(operations)
 
-    class Wrong:
-        batch_isend_irecv = staticmethod(wrong)
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(dist, name)
-
-    import_module(f"megatron.preflight.{module}").dist = Wrong()  # type: ignore[attr-defined]
+    measurements.dist.batch_isend_irecv = wrong
 
 
 def other_seed() -> None:
@@ -219,7 +213,6 @@ FAULTS: dict[str, Callable[[int], Any]] = {
     "rank 0 is killed in DP": stall(0, in_phase, "the DP collectives", killed),
     "rank 3 sums wrongly": spoil,
     "rank 3 sends something else": of_ranks({3}, corrupt),
-    "rank 3 sends its stage something else": of_ranks({3}, corrupt, "stage_links"),
     "rank 6 has another seed": of_ranks({6}, other_seed),
     "n2 multiplies slowly": speeds({2: 0.3}, {}, even),
     "n2 copies slowly": speeds({}, {2: 0.3}, even),
@@ -423,25 +416,14 @@ def test_slow_nodes_may_be_a_warning(tmp_path: Path) -> None:
 
 
 def test_real_measurements(tmp_path: Path) -> None:
-    """Nothing replaced, under megatron-core's groups and links. What they are worth on this machine is not asked, only
-    that each node has all of them."""
+    """Nothing replaced, with megatron-core's links. What they are worth here is not asked, only that all are there."""
     megatron = {"engine": "megatron", "virtual_pipe_parallel_size": 2, "num_layers": 4}
-    results = preflight(tmp_path, "none", **megatron, gradient_accumulation_steps=2)
-    report = failed_with(0, results)
+    report = failed_with(0, preflight(tmp_path, "none", **megatron, gradient_accumulation_steps=2))
     rows = [line.split() for line in report.splitlines() if line.startswith(("n0 ", "n1 ", "n2 ", "n3 "))]
     numbers = {row[0]: [float(value) for value in row[1:]] for row in rows}
     assert {node: len(row) for node, row in numbers.items()} == {f"n{node}": 5 for node in range(4)}, report
     assert all(value > 0 for row in numbers.values() for value in row), report
-    assert "neighbouring stages: 4 pairs, " in report
-    assert "both ways at once over directed links, right" in report
-    assert "a communicator of two ranks: takes no device memory on CPUs" in report
-    assert "GEMM library: nothing to choose on a CPU" in report
-
-
-def test_a_stage_that_sends_something_else_is_named(tmp_path: Path) -> None:
-    report = failed_with(3, preflight(tmp_path, "rank 3 sends its stage something else", "--no-screen"))
-    assert "stage link fails: ranks 3, 7 on 2 nodes (n1, n3)" in report, report
-    assert "elements that rank 3 sent arrived as something else" in report, report
+    assert re.search(r"stages: 4 pairs, .* directed links, right.*\n.*no device memory.*\n.*nothing to choose", report)
 
 
 def test_a_fallback_to_sockets_is_named(tmp_path: Path) -> None:
