@@ -26,7 +26,7 @@ from megatron.parallel.process_groups import (
     take_device,
 )
 from megatron.parallel.rank_env import StartedRank
-from megatron.preflight import gemm_library, groups, report, stage_links, transport
+from megatron.preflight import gemm_library, groups, report, software, stage_links, transport
 from megatron.preflight.compare import Screen
 from megatron.preflight.diagnosis import CONFIGURATION, SLOW, SOCKETS, STALLED, Group
 from megatron.preflight.phase_store import PhaseStore
@@ -78,16 +78,21 @@ class Preflight:
         self.groups = groups.layout_groups(self.args)
         self.device = take_device(self.args, self.started)
         seat, numa = find_seat(self.args, self.started, self.device)
-        return asdict(seat), numa, asdict(own_cpus()), self.args.digest
+        return asdict(seat), numa, asdict(own_cpus()), software.installed_software(), self.args.digest
 
     def _check_seats(self, reports: list[Any]) -> None:
         seats = [(Seat(**seat), numa) for seat, numa, *_ in reports]
-        cpus = {rank: Cpus(**bound) for rank, (_, _, bound, _) in enumerate(reports)}
+        cpus = {rank: Cpus(**bound) for rank, (_, _, bound, *_) in enumerate(reports)}
+        installed = [found for *_, found, _ in reports]
         self.store.roster.seats.update({seat.rank: seat for seat, _ in seats})
         digests = {digest: self.store.roster.named(rank) for rank, (*_, digest) in enumerate(reports)}
         if len(digests) > 1:
             one, other, *_ = digests.values()
             self.store.fail(CONFIGURATION, f"preflight: {one} and {other} hold different configurations")
+        print(software.software_line(installed[0]), flush=True)
+        different = software.different_software(installed, self.store.roster)
+        if different:
+            self.store.fail(CONFIGURATION, "\n".join(["preflight: ranks have different software", *different]))
         problems = input_problems(self.args) if self.inputs else []
         if problems:
             self.store.fail(CONFIGURATION, f"preflight: {as_one_message(problems)}")
