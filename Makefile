@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 REPORTS := build/tests
 
-.PHONY: venv demo test test-slow lint clean
+.PHONY: venv demo test test-slow test-site lint clean
 
 venv: $(VENV)/.complete
 
@@ -30,6 +30,23 @@ test: venv lint
 test-slow: venv
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
+# The torch that a site documents (launch/frontier/software/torch.txt), here without ROCm: the program and the tests must
+# run on it, too. A venv of its own, with the other versions of constraints.txt.
+SITE_TORCH := 2.10.0
+SITE := .venv-site
+
+$(SITE)/.complete: requirements-dev.txt constraints.txt
+	$(PYTHON) -m venv $(SITE)
+	$(SITE)/bin/pip install --quiet --index-url https://download.pytorch.org/whl/cpu torch==$(SITE_TORCH)
+	grep -v '^torch==' constraints.txt > $(SITE)/constraints.txt
+	echo "torch==$(SITE_TORCH)+cpu" >> $(SITE)/constraints.txt
+	$(SITE)/bin/pip install --quiet --constraint $(SITE)/constraints.txt --requirement requirements-dev.txt
+	touch $@
+
+test-site: $(SITE)/.complete
+	$(SITE)/bin/python -m pytest -m "unit and not slow" $(PYTEST_ARGS)
+	$(SITE)/bin/python -m pytest -m "not slow" tests/parity tests/checkpoint $(PYTEST_ARGS)
+
 lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -37,4 +54,4 @@ lint: venv
 	$(BIN)/lint-imports
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache demo_out
+	rm -rf $(VENV) $(SITE) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache demo_out

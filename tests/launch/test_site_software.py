@@ -1,0 +1,131 @@
+"""Recipes of the sites' software: shellcheck reads them, their pins agree, and pip leaves a site's torch alone."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.support.requirements import need
+
+pytestmark = pytest.mark.unit
+
+ROOT = Path(__file__).resolve().parents[2]
+FRONTIER = ROOT / "launch/frontier/software"
+LUMI = ROOT / "launch/lumi/software"
+RECIPES = {"frontier": FRONTIER / "build.sh", "lumi": LUMI / "neox-llama.def"}
+
+
+def torch_of(site: str) -> str:
+    lines = (ROOT / f"launch/{site}/software/torch.txt").read_text().splitlines()
+    (pin,) = [line for line in lines if not line.startswith("#")]
+    return pin.removeprefix("torch==")
+
+
+def test_bash_and_shellcheck_read_the_recipe() -> None:
+    subprocess.run(["bash", "-n", str(RECIPES["frontier"])], check=True)
+    need("shellcheck", shutil.which("shellcheck") is not None, "apt-get install shellcheck")
+    for script in (RECIPES["frontier"].read_text(), "#!/bin/sh\n" + section("post")):
+        found = subprocess.run(["shellcheck", "-"], input=script, capture_output=True, text=True)
+        assert found.returncode == 0, found.stdout
+
+
+def section(name: str) -> str:
+    """Of the definition of LUMI's image."""
+    parts = re.split(r"^%(\w+)\n", RECIPES["lumi"].read_text(), flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))[name]
+
+
+def test_what_the_image_copies_is_in_the_checkout() -> None:
+    """All that setup.py reads among it."""
+    sources = [line.split()[0] for line in section("files").splitlines() if line.strip()]
+    assert all((ROOT / source).exists() for source in sources)
+    read = set(re.findall(r'requirements\("(.*?)"\)', (ROOT / "setup.py").read_text()))
+    assert read <= set(sources)
+
+
+@pytest.mark.parametrize("site", sorted(RECIPES))
+def test_pins_agree(site: str) -> None:
+    """torch is installed in the version that the constraint keeps, and kernels are for the MI250X."""
+    text, version = RECIPES[site].read_text(), torch_of(site)
+    number, local = version.split("+")
+    assert f"--index-url https://download.pytorch.org/whl/{local} torch=={number}" in text
+    assert text.index(f"torch=={number}") < text.index("requirements.txt" if site == "frontier" else "--requirement")
+    assert "NEOX_GPU_ARCHS=gfx90a" in text
+    assert "ot built" in text
+    made = yaml.safe_load((ROOT / f"launch/{site}/site.yml").read_text())["software"]
+    assert Path(next(iter(made.values()))).name in text
+
+
+def test_frontiers_kernels_are_built_with_the_modules_of_the_job() -> None:
+    job = (ROOT / "launch/frontier/environment.sh").read_text()
+    modules = re.search(r"^module load (.*)$", job, re.MULTILINE)
+    assert modules
+    ours = re.search(r"^module load (.*)$", RECIPES["frontier"].read_text(), re.MULTILINE)
+    assert ours
+    network = {"rccl-net-plugin"}  # nothing is built against it
+    assert set(modules[1].split()) - network == set(ours[1].split()) - {"miniforge3"}
+
+
+# --- pip
+
+
+def wheel(folder: Path, name: str, version: str) -> None:
+    """A package without content."""
+    info = f"{name}-{version}.dist-info"
+    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as file:
+        file.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        file.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        file.writestr(f"{info}/RECORD", "")
+
+
+def resolved(folder: Path, *words: str) -> dict[str, str]:
+    """What pip would install of requirements.txt from an index of stand-ins, by name."""
+    report = folder / "report.json"
+    command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--no-index", "--quiet"]
+    command += ["--find-links", str(folder), "--report", str(report), "-r", str(ROOT / "requirements.txt"), *words]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    items = json.loads(report.read_text())["install"]
+    return {item["metadata"]["name"]: item["metadata"]["version"] for item in items}
+
+
+@pytest.mark.parametrize("site", sorted(RECIPES))
+def test_pip_leaves_the_sites_torch_alone(tmp_path: Path, site: str) -> None:
+    """With the constraint that the recipe makes; without it the newer one of the index would come."""
+    pins = dict(
+        line.split("==")
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if "==" in line and line[0] != "#"
+    )
+    canonical = {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in pins.items()}
+    lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and line[0] != "#"]
+    for line in lines:
+        name = re.split(r"[<>=\[ ]", line)[0]
+        if name != "torch":
+            wheel(tmp_path, name.replace("-", "_"), canonical[re.sub(r"[-_.]+", "-", name).lower()])
+    wheel(tmp_path, "torch", torch_of(site))
+    wheel(tmp_path, "torch", pins["torch"])
+    kept = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("torch==")]
+    constraint = tmp_path / "constraints.txt"
+    constraint.write_text("\n".join([*kept, f"torch=={torch_of(site)}"]) + "\n")
+    assert resolved(tmp_path, "--constraint", str(constraint))["torch"] == torch_of(site)
+    assert resolved(tmp_path)["torch"] == pins["torch"]
+
+
+def test_the_sites_torch_is_what_make_tests() -> None:
+    """`make test-site`, whose commands make prints; nothing is installed here."""
+    number = torch_of("frontier").partition("+")[0]
+    printed = subprocess.run(
+        ["make", "--dry-run", "--always-make", "test-site"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    assert f"--index-url https://download.pytorch.org/whl/cpu torch=={number}" in printed
+    assert f"torch=={number}+cpu" in printed
+    for tier in ('-m "unit and not slow"', "tests/parity", "tests/checkpoint"):
+        assert tier in printed
