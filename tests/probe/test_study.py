@@ -124,6 +124,16 @@ def test_more_labels_and_later_checkpoints_help_where_the_signal_grows() -> None
     assert scores[-1] > scores[0] + 0.5
 
 
+def test_a_rare_class_stops_nothing() -> None:
+    """Of two items of a class some folds and some draws of few labels have none."""
+    classes = np.zeros(ITEMS, dtype=np.int64)
+    classes[[np.flatnonzero([not is_test(name, OPTIONS) for name in IDS])[:2]]] = 1
+    one = Property("rare", "logistic", IDS, classes, ("a", "b"))
+    options = StudyOptions(draws=20, label_counts=(30,), repeats=3)
+    found = Study([one], features(planted(classes.astype(float))[:, :1])).run(options)["properties"]["rare"]
+    assert found["sources"]["trained"]["test"] == found["most_frequent"] == 1
+
+
 def test_the_inputs_are_a_baseline_of_components() -> None:
     """A property of the pixels is found there; one that no component carries is not."""
     number, _ = truth()
