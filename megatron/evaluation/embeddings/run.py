@@ -80,7 +80,7 @@ def _reader(args: NeoXArgs) -> tuple[TextReader | ImageReader, int, dict[str, An
     """(what reads the inputs, how many positions before them belong to none, what decides how they are read)."""
     keys = args.embed
     if args.patches is not None:
-        return ImageReader(args), 0, {"patches": args.patches.model_dump()}
+        return ImageReader(args), 0, {"patch_settings": args.patches.model_dump()}
     encoder = PromptEncoder.of(args, chat=False)
     form = {
         "text_field": keys.text_field,
