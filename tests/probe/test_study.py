@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.support.made_images import blobs, import_archive
 from tools.probe.cli import main
 from tools.probe.features import Features
-from tools.probe.inputs import RawInputs
+from tools.probe.inputs import RawInputs, read_inputs
 from tools.probe.labels import Property
 from tools.probe.linear import cross_validate, predict, score
 from tools.probe.study import Study, StudyOptions, is_test
@@ -151,6 +152,18 @@ def test_the_inputs_are_a_baseline_of_components() -> None:
     texts = [f"{word} {rng.integers(9)} omega" for word in words]
     study = Study([number_of(number)], noise, None, RawInputs(Path("texts.jsonl"), IDS, texts, None))
     assert study.run(OPTIONS)["properties"]["mass"]["sources"]["inputs"]["test"] > 0.4
+
+
+def test_images_are_inputs_as_they_lie_in_their_pair(tmp_path: Path) -> None:
+    images = blobs(40, 8)
+    brightness = images.mean((1, 2, 3))
+    prefix = import_archive(tmp_path, "galaxies", images, ids=np.array(IDS[:40]))
+    inputs = read_inputs(Path(prefix))
+    assert inputs.ids == IDS[:40]
+    assert inputs.arrays is not None
+    assert np.array_equal(inputs.arrays.layer(0), images.reshape(40, -1))
+    fit, others = inputs.reduced(IDS[:30], IDS[30:40], seed=0)
+    assert score("ridge", brightness[30:], predict("ridge", fit, brightness[:30], others)) > 0.9
 
 
 def write_study(folder: Path) -> list[str]:
