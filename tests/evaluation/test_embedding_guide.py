@@ -18,9 +18,13 @@ import yaml
 
 from tests.support.documentation import ROOT, documented_commands
 from tests.support.evaluation_models import CASE, SKY, hidden_states, write_export
+from tests.support.made_images import blobs, import_archive
+from tests.support.patch_models import PatchCase
 
 pytestmark = pytest.mark.distributed
 GUIDE = "docs/embeddings.md"
+IMAGES = 9
+PATCHES = PatchCase(heads=4, kv_heads=2, head_dim=8, layers=2, intermediate=48, seq=15)
 TEXTS = [f"{question} {number} {row[number % 4]}" for number in range(14) for question, *row in SKY]  # 112 texts
 
 
@@ -46,8 +50,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory, vocab_folder: Path) -> Path
     return place
 
 
+def write_galaxies(place: Path) -> None:
+    """Images, and a model of patches that is saved before its first step changes much."""
+    import_archive(place, "galaxies", blobs(IMAGES, 16), ids=np.arange(IMAGES).astype(str))
+    keys = dict(PATCHES.neox().merged) | {"train_data_paths": [str(place / "galaxies")], "train_iters": 1}
+    evaluated = {name: value for name, value in keys.items() if name not in ("from_scratch", "optimizer")}
+    (place / "galaxies.yml").write_text(yaml.safe_dump(evaluated))
+    saving = {"save": str(place / "galaxies_run"), "extra_save_iters": [1], "num_gpus": 1, "eval_iters": 0}
+    (place / "train.yml").write_text(yaml.safe_dump(keys | saving))
+    done = run("python deepy.py train.py train.yml", place)
+    assert done.returncode == 0, done.stderr
+
+
 def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    words = [str(ROOT / word) if word in ("deepy.py", "embed.py") else word for word in shlex.split(command)]
+    words = [
+        str(ROOT / word) if word in ("deepy.py", "embed.py", "train.py") else word for word in shlex.split(command)
+    ]
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, *words[1:]], cwd=folder, env=env, capture_output=True, text=True, timeout=280, check=False
@@ -72,13 +90,16 @@ def test_the_first_command_writes_what_the_export_says(folder: Path, hf_tokenize
 @pytest.mark.slow
 def test_all_other_commands_of_the_guide(folder: Path, hf_tokenizer: Any) -> None:
     commands = documented_commands(GUIDE)
-    assert len(commands) == 9
+    assert len(commands) == 10
+    write_galaxies(folder)
     for command in commands[1:]:
         done = run(command, folder)
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     table = parquet.read_table(folder / "vectors/layers.parquet")
     last = hidden_states(hf_tokenizer, TEXTS[2:3])[0][1, -1]
     assert np.abs(table["layer_1"][2].as_py() - last / np.linalg.norm(last)).max() < 1e-5
+    galaxies = np.load(folder / "vectors/galaxies.npy")
+    assert galaxies.shape == (IMAGES, PATCHES.layers + 1, PATCHES.hidden)
     retrieval = json.loads((folder / "retrieval.json").read_text())
     assert retrieval["documents"] == len(TEXTS)
     test = retrieval["models"]["adapted"]["against_base"]["raw"]

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.support.made_images import blobs, import_archive
 from tools.probe.cli import main
 from tools.probe.features import Features
-from tools.probe.inputs import RawInputs
+from tools.probe.inputs import RawInputs, read_inputs
 from tools.probe.labels import Property
 from tools.probe.linear import cross_validate, predict, score
 from tools.probe.study import Study, StudyOptions, is_test
@@ -124,6 +125,16 @@ def test_more_labels_and_later_checkpoints_help_where_the_signal_grows() -> None
     assert scores[-1] > scores[0] + 0.5
 
 
+def test_a_rare_class_stops_nothing() -> None:
+    """Of two items of a class some folds and some draws of few labels have none."""
+    classes = np.zeros(ITEMS, dtype=np.int64)
+    classes[[np.flatnonzero([not is_test(name, OPTIONS) for name in IDS])[:2]]] = 1
+    one = Property("rare", "logistic", IDS, classes, ("a", "b"))
+    options = StudyOptions(draws=20, label_counts=(30,), repeats=3)
+    found = Study([one], features(planted(classes.astype(float))[:, :1])).run(options)["properties"]["rare"]
+    assert found["sources"]["trained"]["test"] == found["most_frequent"] == 1
+
+
 def test_the_inputs_are_a_baseline_of_components() -> None:
     """A property of the pixels is found there; one that no component carries is not."""
     number, _ = truth()
@@ -141,6 +152,18 @@ def test_the_inputs_are_a_baseline_of_components() -> None:
     texts = [f"{word} {rng.integers(9)} omega" for word in words]
     study = Study([number_of(number)], noise, None, RawInputs(Path("texts.jsonl"), IDS, texts, None))
     assert study.run(OPTIONS)["properties"]["mass"]["sources"]["inputs"]["test"] > 0.4
+
+
+def test_images_are_inputs_as_they_lie_in_their_pair(tmp_path: Path) -> None:
+    images = blobs(40, 8)
+    brightness = images.mean((1, 2, 3))
+    prefix = import_archive(tmp_path, "galaxies", images, ids=np.array(IDS[:40]))
+    inputs = read_inputs(Path(prefix))
+    assert inputs.ids == IDS[:40]
+    assert inputs.arrays is not None
+    assert np.array_equal(inputs.arrays.layer(0), images.reshape(40, -1))
+    fit, others = inputs.reduced(IDS[:30], IDS[30:40], seed=0)
+    assert score("ridge", brightness[30:], predict("ridge", fit, brightness[:30], others)) > 0.9
 
 
 def write_study(folder: Path) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron.checkpoint.manifest import MANIFEST_NAME
+from megatron.checkpoint.manifest import MANIFEST_NAME, file_checksum
 from megatron.common.errors import UserError
 from megatron.evaluation.driver import DrivenModel
 from megatron.evaluation.embeddings.forward import WantedVectors
@@ -20,6 +20,7 @@ from megatron.evaluation.embeddings.texts import BadText, EncodedInput, TextRead
 from megatron.evaluation.embeddings.vector_file import VectorFile
 from megatron.evaluation.prompts import PromptEncoder
 from megatron.evaluation.session import with_model
+from megatron.layout.peft_folder import WEIGHTS, adapter_folder
 from megatron.neox_arguments import NeoXArgs
 from megatron.neox_arguments.keys.embeddings import chosen_layers
 
@@ -79,7 +80,7 @@ def _reader(args: NeoXArgs) -> tuple[TextReader | ImageReader, int, dict[str, An
     """(what reads the inputs, how many positions before them belong to none, what decides how they are read)."""
     keys = args.embed
     if args.patches is not None:
-        return ImageReader(args), 0, {"patches": args.patches.model_dump()}
+        return ImageReader(args), 0, {"patch_settings": args.patches.model_dump()}
     encoder = PromptEncoder.of(args, chat=False)
     form = {
         "text_field": keys.text_field,
@@ -96,6 +97,7 @@ def _identity(args: NeoXArgs, checkpoint: Path | None, wanted: WantedVectors) ->
     read = Path(f"{keys.input}.bin" if args.reads_images else keys.input).stat()
     return {
         "model": _fingerprint(args, checkpoint),
+        "adapter": _adapter_checksum(args),
         "input": str(Path(keys.input).absolute()),
         "input_bytes": read.st_size,
         "input_changed": read.st_mtime,
@@ -121,6 +123,13 @@ def _fingerprint(args: NeoXArgs, checkpoint: Path | None) -> str:
     manifest = checkpoint / MANIFEST_NAME
     digest = json.loads(manifest.read_text()).get("digest") if manifest.exists() else None
     return digest or str(checkpoint)
+
+
+def _adapter_checksum(args: NeoXArgs) -> str | None:
+    if args.lora is None or args.lora.load is None:
+        return None
+    given = Path(args.lora.load)
+    return file_checksum((adapter_folder(given) or given) / WEIGHTS)
 
 
 def _next(inputs: Iterator[EncodedInput | BadText]) -> list[EncodedInput | BadText]:
