@@ -39,6 +39,7 @@ SIZES = {  # of a run: options of the scripts, and the scale of the fine-tune's 
 ASKED = (
     ("base", "neox_base", "cpt", False),
     ("cpt", "cpt", "cpt", False),
+    ("lora", "lora", "cpt", False),
     ("sft", "sft_model", "sft", True),
     ("merge", "merged", "sft", True),
     ("merge_own_base", "merged_own_base", "sft", True),
@@ -48,6 +49,7 @@ MADE = (
     *(
         "neox_base",
         "cpt",
+        "lora",
         "sft_model",
         "merged",
         "merged_own_base",
@@ -77,6 +79,7 @@ def main() -> int:
     run.prepare()
     run.pretrain()
     if options.until == "end":
+        run.adapt()
         run.converse()
         run.finetune()
         run.merge()
@@ -158,6 +161,12 @@ class Run(Steps):
         self.python("tools/datasets/build_indices.py", MODEL, self.yml("cpt"), f"{HERE}/local.yml")
         self.deepy("train.py", "cpt")
 
+    def adapt(self) -> None:
+        out = self.out
+        self.title("the cheaper arm: the same pre-training by an adapter beside the frozen base")
+        adapter = ("--lora", "{rank: 16, alpha: 32}", "--finetune", "null", "--optimizer.params.lr", 4e-3)
+        self.deepy("train.py", "cpt", *adapter, "--save", out / "lora", "--log_dir", out / "logs/lora")
+
     def finetune(self) -> None:
         self.title("supervised fine-tuning: 0.6 of a pass, no weight decay")
         self.deepy("train.py", "sft")
@@ -182,8 +191,10 @@ class Run(Steps):
     def mcq(self, name: str, folder: str, yml: str, chat: bool, *more: object) -> None:
         out = self.out
         style = ("--chat", "true", "--thinking", "off") if chat else ()
+        adapter = folder == "lora"
+        model = ("--load", out / "neox_base", "--lora.load", out / "lora") if adapter else ("--load", out / folder)
         self.deepy(
-            *("mcq.py", yml, "--load", out / folder, "--mcq.items", out / "questions.jsonl", "--mcq.method", "text"),
+            *("mcq.py", yml, *model, "--mcq.items", out / "questions.jsonl", "--mcq.method", "text"),
             *("--mcq.topic_field", "topic", "--mcq.output", out / "mcq" / name, *style, *more),
             *("--train_micro_batch_size_per_gpu", 32),
         )
