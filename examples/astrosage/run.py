@@ -28,10 +28,8 @@ SIZES = {  # of a run: options of the scripts, and the scale of the fine-tune's 
         "conversations": ("--count", 3000),
     },
     "short": {
-        "documents": (
-            *("--objects", 30, 80, 60, "--famous", 20, "--elements", 40, "--times", 40, "--base-times", 120),
-        ),
-        "base": ("--steps", 1000, "--instruct-steps", 60),
+        "documents": (*("--objects", 30, 80, 60, "--famous", 60, "--times", 48, "--base-times", 80),),
+        "base": ("--steps", 1700, "--instruct-steps", 60),
         "conversations": ("--count", 700),
     },
 }
@@ -77,7 +75,7 @@ def main() -> int:
     start = time.monotonic()
     run = Run(out, options.seed, options.size)
     run.prepare()
-    run.pretrain()
+    run.pretrain(instruct=options.until == "end")
     if options.until == "end":
         run.adapt()
         run.converse()
@@ -152,10 +150,11 @@ class Run(Steps):
 
     # --- training
 
-    def pretrain(self) -> None:
+    def pretrain(self, instruct: bool) -> None:
         out = self.out
+        base = self.size["base"] if instruct else (*self.size["base"], "--instruct", 0)
         self.title("stand-ins for the gated weights: a base model, and three instruct models made of it")
-        self.python(f"{HERE}/base_models.py", "--output", out, "--seed", self.seed, *self.size["base"])
+        self.python(f"{HERE}/base_models.py", "--output", out, "--seed", self.seed, *base)
         self.convert("to-neox", "hf_base", "neox_base", "--tp", 1, "--vocab-divisible-by", 1)
         self.title("continued pre-training: 2.5 passes over the domain, a fifth of replay, fresh in every pass")
         self.python("tools/datasets/build_indices.py", MODEL, self.yml("cpt"), f"{HERE}/local.yml")
