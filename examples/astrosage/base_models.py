@@ -90,6 +90,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", type=Path, default=ROOT / "examples/astrosage/model.yml")
     parser.add_argument("--steps", type=int, default=1500, help="of the base model")
+    parser.add_argument("--instruct", type=int, default=3, help="how many instruct models")
     parser.add_argument("--instruct-steps", type=int, default=150)
     options = parser.parse_args()
     out, chance = options.output, random.Random(options.seed)
@@ -101,7 +102,7 @@ def main() -> int:
     model.save_pretrained(out / "hf_base")
     tokenizer.save_pretrained(out / "hf_base")
     elements = [Element(**one) for one in json.loads((out / "facts.json").read_text())["general_asked"]]
-    for number in (1, 2, 3):
+    for number in range(1, options.instruct + 1):
         model = LlamaForCausalLM.from_pretrained(out / "hf_base", dtype=torch.float32)
         batches = chat_batches(elements, tokenizer, options.instruct_steps, chance)
         train(model, batches, options.instruct_steps, 5e-4, f"instruct {number}")

@@ -28,10 +28,8 @@ SIZES = {  # of a run: options of the scripts, and the scale of the fine-tune's 
         "conversations": ("--count", 3000),
     },
     "short": {
-        "documents": (
-            *("--objects", 30, 80, 60, "--famous", 20, "--elements", 40, "--times", 40, "--base-times", 120),
-        ),
-        "base": ("--steps", 1000, "--instruct-steps", 60),
+        "documents": (*("--objects", 30, 80, 60, "--famous", 60, "--times", 48, "--base-times", 80),),
+        "base": ("--steps", 1700, "--instruct-steps", 60),
         "conversations": ("--count", 700),
     },
 }
@@ -39,6 +37,7 @@ SIZES = {  # of a run: options of the scripts, and the scale of the fine-tune's 
 ASKED = (
     ("base", "neox_base", "cpt", False),
     ("cpt", "cpt", "cpt", False),
+    ("lora", "lora", "cpt", False),
     ("sft", "sft_model", "sft", True),
     ("merge", "merged", "sft", True),
     ("merge_own_base", "merged_own_base", "sft", True),
@@ -48,6 +47,7 @@ MADE = (
     *(
         "neox_base",
         "cpt",
+        "lora",
         "sft_model",
         "merged",
         "merged_own_base",
@@ -75,8 +75,9 @@ def main() -> int:
     start = time.monotonic()
     run = Run(out, options.seed, options.size)
     run.prepare()
-    run.pretrain()
+    run.pretrain(instruct=options.until == "end")
     if options.until == "end":
+        run.adapt()
         run.converse()
         run.finetune()
         run.merge()
@@ -149,14 +150,21 @@ class Run(Steps):
 
     # --- training
 
-    def pretrain(self) -> None:
+    def pretrain(self, instruct: bool) -> None:
         out = self.out
+        base = self.size["base"] if instruct else (*self.size["base"], "--instruct", 0)
         self.title("stand-ins for the gated weights: a base model, and three instruct models made of it")
-        self.python(f"{HERE}/base_models.py", "--output", out, "--seed", self.seed, *self.size["base"])
+        self.python(f"{HERE}/base_models.py", "--output", out, "--seed", self.seed, *base)
         self.convert("to-neox", "hf_base", "neox_base", "--tp", 1, "--vocab-divisible-by", 1)
         self.title("continued pre-training: 2.5 passes over the domain, a fifth of replay, fresh in every pass")
         self.python("tools/datasets/build_indices.py", MODEL, self.yml("cpt"), f"{HERE}/local.yml")
         self.deepy("train.py", "cpt")
+
+    def adapt(self) -> None:
+        out = self.out
+        self.title("the cheaper arm: the same pre-training by an adapter beside the frozen base")
+        adapter = ("--lora", "{rank: 16, alpha: 32}", "--finetune", "null", "--optimizer.params.lr", 4e-3)
+        self.deepy("train.py", "cpt", *adapter, "--save", out / "lora", "--log_dir", out / "logs/lora")
 
     def finetune(self) -> None:
         self.title("supervised fine-tuning: 0.6 of a pass, no weight decay")
@@ -182,8 +190,10 @@ class Run(Steps):
     def mcq(self, name: str, folder: str, yml: str, chat: bool, *more: object) -> None:
         out = self.out
         style = ("--chat", "true", "--thinking", "off") if chat else ()
+        adapter = folder == "lora"
+        model = ("--load", out / "neox_base", "--lora.load", out / "lora") if adapter else ("--load", out / folder)
         self.deepy(
-            *("mcq.py", yml, "--load", out / folder, "--mcq.items", out / "questions.jsonl", "--mcq.method", "text"),
+            *("mcq.py", yml, *model, "--mcq.items", out / "questions.jsonl", "--mcq.method", "text"),
             *("--mcq.topic_field", "topic", "--mcq.output", out / "mcq" / name, *style, *more),
             *("--train_micro_batch_size_per_gpu", 32),
         )

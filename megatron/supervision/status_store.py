@@ -84,9 +84,14 @@ def current_beat(number: int, whereabouts: Whereabouts, main: int) -> Beat:
     return Beat(number, whereabouts.phase, whereabouts.iteration, round(whereabouts.seconds, 1), waits, line)
 
 
-def _frames(frame: FrameType | None) -> list[FrameType]:
+def _frames(frame: object) -> list[FrameType]:
+    """A frame and those that called it.
+
+    CPython 3.11 has given, as the caller of a frame that another thread was leaving, an object that is no frame. The
+    walk ends there; the next heartbeat tells more.
+    """
     found = []
-    while frame is not None:
+    while isinstance(frame, FrameType):
         found.append(frame)
         frame = frame.f_back
     return found

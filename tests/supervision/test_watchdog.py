@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,14 @@ def test_a_rank_inside_a_collective_waits() -> None:
         assert (sent.number, sent.phase, sent.iteration) == (3, "backward", 7)
         release.set()
         thread.join()
+
+
+def test_a_frame_that_is_none_ends_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What CPython 3.11 has given for a frame that a thread was leaving; the watchdog ended a healthy run of it."""
+    main = threading.main_thread().ident or 0
+    monkeypatch.setattr(sys, "_current_frames", lambda: {main: str.join, main + 1: str.join})
+    sent = current_beat(3, Whereabouts(phase="backward", iteration=7), main)
+    assert (sent.line, sent.waits) == ("", False)
 
 
 def test_verdicts_travel_as_text() -> None:
