@@ -98,7 +98,7 @@ class Run(Steps):
             documents = f"[{out}/domain.jsonl, {out}/general.jsonl]"
             prefix = ("--eval_results_prefix", f"{out}/eval_{name}/")
             self.deepy("eval.py", name, *words, "--eval_documents", documents, *prefix)
-            items = ("--mcq.items", out / "questions.jsonl", "--mcq.method", "text")
+            items = ("--mcq.items", out / "questions.jsonl", "--mcq.method", "text", "--seq_length", 512)
             self.deepy("mcq.py", name, *words, *items, "--mcq.output", out / f"mcq_{name}")
             embed = ("--embed.input", out / "halves.jsonl", "--embed.output", out / f"vectors/{name}.npy")
             self.deepy("embed.py", name, *words, *embed, "--embed.cut_long_texts", "true")

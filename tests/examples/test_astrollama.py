@@ -16,7 +16,7 @@ from tests.support.documentation import documented_commands, run_in_root
 
 README = "examples/astrollama/README.md"
 WHOLE = "python examples/astrollama/run.py"  # the fixture runs it, shortened
-SHORT = ("--base-steps", "60", "--steps", "80", "--documents", "40")
+SHORT = ("--base-steps", "120", "--steps", "80", "--documents", "40")
 
 
 @pytest.fixture(scope="module")

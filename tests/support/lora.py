@@ -18,7 +18,7 @@ from tests.support.ranks import run_ranks
 
 RANK, ALPHA = 4, 8
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-LEARNING_RATE = 1e-2
+LEARNING_RATE = 2e-3  # at higher ones Adam amplifies rounding from step to step
 BATCH, STEPS, CLIPPING = 8, 5, 0.5
 GQA = Case(heads=8, kv_heads=4, head_dim=8, layers=4, intermediate=88, vocab=160, rope=LLAMA3_ROPE, seq=24)
 MHA = Case(heads=8, kv_heads=8, head_dim=8, layers=4, intermediate=88, vocab=160, seq=24)
