@@ -189,7 +189,7 @@ def questions_are_text(args: ModalityKeys) -> str | None:
     return "mcq.py asks questions, which are text; modality is patches" if args.modality == "patches" else None
 
 
-@registry.rule("train", "eval", "generate")
+@registry.rule("train", "eval", "generate", "embed")
 def images_have_a_scale(args: AllKeys) -> str | None:
     patches = args.patches
     if patches is None:
