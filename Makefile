@@ -8,7 +8,7 @@ REPORTS := build/tests
 
 venv: $(VENV)/.complete
 
-$(VENV)/.complete: requirements.txt requirements-data.txt requirements-examples.txt requirements-dev.txt constraints.txt
+$(VENV)/.complete: requirements.txt requirements-data.txt requirements-examples.txt requirements-images.txt requirements-dev.txt constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info[:2] >= (3, 11), f"Python 3.11 is needed, this is {sys.version}"'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch==2.13.0

@@ -80,6 +80,7 @@ setup(
     ext_modules=[Extension("megatron.ops.libneox_kernels", [])] if kernel_builder().default_target() else [],
     extras_require={
         "data": requirements("requirements-data.txt"),
+        "images": requirements("requirements-images.txt"),
         "eval": requirements("requirements-eval.txt"),
         "examples": requirements("requirements-examples.txt"),
         "dev": requirements("requirements-dev.txt"),

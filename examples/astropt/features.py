@@ -1,4 +1,4 @@
-"""Vectors of images from an exported model: the mean over the patches of every layer's output, for tools/probe.
+"""What embed.py gives, from an exported model by transformers alone: the mean over the patches of every layer's output.
 
     python examples/astropt/features.py EXPORTED PREFIX OUTPUT.npy [--pixels]
 

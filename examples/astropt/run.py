@@ -70,18 +70,24 @@ class Run(Steps):
         )
 
     def train(self) -> None:
-        self.title("trained to predict the next patch of the spiral; the untrained network is saved as well")
+        self.title("trained to predict the next patch of the spiral")
         self.python("deepy.py", "train.py", f"{HERE}/train.yml", *self.run_keys)
 
     def probe(self) -> None:
         out = self.out
-        self.title("exported, and loaded by transformers and torch alone: vectors of every layer")
-        for name, step in (("untrained", 0), ("trained", self.options.steps)):
-            folder = out / f"checkpoints/global_step{step}"
-            self.python("tools/convert_hf", "to-hf", "--input", folder, "--output", out / f"hf/{name}", "--quiet")
-            self.python(f"{HERE}/features.py", out / f"hf/{name}", out / "data/probe", out / f"vectors/{name}.npy")
-        pixels = (out / "hf/trained", out / "data/probe", out / "vectors/pixels.npy", "--pixels")
-        self.python(f"{HERE}/features.py", *pixels)
+        self.title("vectors of every layer: trained, and untrained as the training began")
+        loaded = ("--load", out / "checkpoints", "--from_scratch", "false")
+        for name, words in (("untrained", ()), ("trained", loaded)):
+            self.python(
+                *("deepy.py", "embed.py", f"{HERE}/train.yml", *self.run_keys, *words, "--embed.layers", "all"),
+                *("--embed.input", out / "data/probe", "--embed.output", out / f"vectors/{name}.npy"),
+            )
+        self.title("exported, and loaded by transformers and torch alone: the same vectors, and the pixels")
+        exported = out / "hf/exported"
+        self.python("tools/convert_hf", "to-hf", "--input", out / "checkpoints", "--output", exported, "--quiet")
+        command = (f"{HERE}/features.py", exported, out / "data/probe")
+        self.python(*command, out / "vectors/transformers.npy")
+        self.python(*command, out / "vectors/pixels.npy", "--pixels")
         self.title("linear probes: trained against untrained and against the pixels' principal components")
         self.python(
             *("-m", "tools.probe", "properties", "--trained", out / "vectors/trained.npy"),

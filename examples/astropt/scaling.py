@@ -61,7 +61,7 @@ def _train_and_probe(
         *("--hidden_size", hidden, "--num_layers", layers, "--intermediate_size", width),
         *("--optimizer.params.lr", rate, "--min_lr", rate / 10, "--eval_interval", iterations, "--eval_iters", 50),
         *("--train_data_paths", f"[{out}/data/train]", "--valid_data_paths", f"[{out}/data/probe]"),
-        *("--save", run / "checkpoints", "--log_dir", run / "logs", "--extra_save_iters", "null"),
+        *("--save", run / "checkpoints", "--log_dir", run / "logs"),
     )
     steps.python("tools/convert_hf", "to-hf", "--input", run / "checkpoints", "--output", run / "hf", "--quiet")
     steps.python(f"{HERE}/features.py", run / "hf", out / "data/probe", run / "vectors.npy")

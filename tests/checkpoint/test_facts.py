@@ -19,7 +19,7 @@ from megatron.checkpoint.facts import (
 )
 from megatron.common.errors import CheckpointError
 from megatron.neox_arguments import NeoXArgs
-from tests.support.configurations import ROPE, VALID, keys
+from tests.support.configurations import IMAGES, ROPE, VALID, keys
 
 pytestmark = pytest.mark.unit
 
@@ -138,3 +138,20 @@ def test_data_that_is_not_what_was_read(saved: dict, now: dict, said: list[str])
     text = "\n".join(data_changes(saved, now))
     assert all(word in text for word in said)
     assert bool(text) is bool(said)
+
+
+def test_images_and_text_are_other_models() -> None:
+    """Both ways, from a manifest and from the config.json of an export; and so is another cut of the images."""
+    text, images = NeoXArgs.from_dict(keys()), NeoXArgs.from_dict(keys(**IMAGES))
+    recorded = facts_of(images)["model"]
+    assert not {"vocab_size", "no_weight_tying"} & recorded.keys()
+    check_model(FOLDER, recorded, images)
+    with pytest.raises(CheckpointError, match='modality: "patches" in the checkpoint, "text" in the configuration'):
+        check_model(FOLDER, recorded, text)
+    with pytest.raises(CheckpointError, match='modality: "text" in the checkpoint, "patches" in the configuration'):
+        check_model(FOLDER, facts_of(text)["model"], images)
+    raster = NeoXArgs.from_dict(keys(**IMAGES | {"patches": {**IMAGES["patches"], "order": "raster"}}))
+    exported, _ = recorded_facts({}, json.dumps({"patches": recorded["patches"], "vocab_size": 1}).encode())
+    for known in (recorded, exported):
+        with pytest.raises(CheckpointError, match=r'patches: \{.*"order": "spiral".* in the checkpoint'):
+            check_model(FOLDER, known, raster)

@@ -189,3 +189,12 @@ def test_workers_and_kills_change_no_byte(tmp_path: Path, monkeypatch: pytest.Mo
         assert written(prefix)[:3] == expected[:3]
         assert read_image_header(prefix).left_out == {"unreadable picture": 1}
         assert not list((tmp_path / "out").glob("*.partial*"))
+
+
+def test_a_missing_package_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = pictures(tmp_path / "png", IMAGES[:1])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "PIL" else True)
+    run(tmp_path, "x", [folder], expect=2)
+    assert "the package PIL, which is not installed: pip install .[images]" in capsys.readouterr().err

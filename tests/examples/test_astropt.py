@@ -46,6 +46,12 @@ def test_training_teaches_what_probes_read(example: Path) -> None:
     assert losses[-1] < 0.7 * losses[0]
 
 
+def test_transformers_computes_the_same_vectors(example: Path) -> None:
+    ours, theirs = (np.load(example / f"vectors/{name}.npy") for name in ("trained", "transformers"))
+    assert ours.shape == theirs.shape == (800, 4, 64)
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
+
+
 def test_images_are_continued(example: Path) -> None:
     for folder in ("completions", "hubble"):
         with np.load(example / folder / "completions.npz") as archive:

@@ -27,6 +27,7 @@ def small(**sizes: Any) -> Case:
 IN_FLIGHT = small(pipe=2, documents=True, recompute=False)
 TIED = small(pipe=2, data=2, tied=True)
 SLICED = small(tensor=2, micro_batch=2, seq=512, recompute=False, precision="fp32", sequence_parallel=True)
+IMAGES = small(patch=8, precision="fp32", recompute=False)
 SLICED_STAGES = small(tensor=2, pipe=2, micro_batch=2, precision="fp32", sequence_parallel=True)
 VIRTUAL = small(pipe=2, virtual=2, engine="megatron", recompute=False, precision="fp32")
 ADAPTED = small(tensor=2, pipe=2, micro_batch=2, seq=512, lora=8, precision="fp32", recompute=False)
@@ -67,6 +68,12 @@ CASES = [
     small(lora=4, pipe=2, data=2, tied=True, precision="fp32"),
     small(lora=16, tensor=2, pipe=2, micro_batch=2, seq=512, sequence_parallel=True),
     small(lora=16, tensor=2, kv_heads=8, recompute=False, precision="fp32", sequence_parallel=True),
+    IMAGES,
+    small(patch=8, affine=True, pipe=2, micro_batch=2),
+    small(patch=8, recompute=False),
+    small(patch=8, tensor=2, micro_batch=2, precision="fp32", recompute=False, sequence_parallel=True),
+    small(patch=8, recompute=False, precision="fp32", engine="megatron"),
+    small(patch=8, pipe=2, virtual=2, recompute=False, engine="megatron"),
 ]
 
 
@@ -88,7 +95,7 @@ def errors(case: Case) -> list[float]:
 
 
 # The 70B's own kind of layout, documents, a tied embedding, and fp32 in buckets; the others cross one axis each.
-FAST = [CASES[5], CASES[8], CASES[10], TIED, IN_FLIGHT, SLICED, SLICED_STAGES, VIRTUAL, ADAPTED]
+FAST = [CASES[5], CASES[8], CASES[10], TIED, IN_FLIGHT, SLICED, SLICED_STAGES, VIRTUAL, ADAPTED, IMAGES]
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -83,6 +85,19 @@ def test_a_continued_run_that_knows_nothing_stops(data: dict[str, str], tmp_path
             assert "a model that knows nothing has the mean Huber loss" in output
         else:
             assert code == 0, output
+
+
+def _blank_run(rank: int, world_size: int, run_keys: dict[str, Any]) -> None:
+    run_case(replace(CASE, normalise="patch"), world_size, run_keys)
+
+
+def test_a_batch_of_blank_images_is_refused(data: dict[str, str], tmp_path: Path) -> None:
+    blank = import_archive(tmp_path, "blank", np.full((8, 16, 16, 3), 7, np.uint8))
+    keys_of_run = keys(data, tmp_path, **ALONE | {"train_data_paths": [blank], "save": None})
+    ((code, output),) = run_ranks(_blank_run, 1, keys_of_run, expect_failure=True)
+    assert code == 1
+    assert "training step 1: no token of the global batch has a target" in output
+    assert "every patch is blank" in output
 
 
 def test_eight_images_are_learned_by_heart(data: dict[str, str], tmp_path: Path) -> None:

@@ -52,12 +52,13 @@ def main(arguments: list[str] | None = None) -> int:
 def import_images(options: argparse.Namespace) -> None:
     """Raises UserError, OSError."""
     from megatron.data.indexed import DataError
-    from tools.datasets.imaging.decode import Axes, ImageDecoder, ImageError, read_image, refuse_swapped_axes
+    from tools.datasets.imaging.decode import Axes, ImageDecoder, ImageError, read_image, refuse_swapped_axes, require
     from tools.datasets.imaging.importing import ImageImport, run_import
     from tools.datasets.imaging.joining import PropertyTable
     from tools.datasets.imaging.parquet import ParquetShard
     from tools.datasets.imaging.sources import ID, Archive, find_sources, items_of
 
+    require("pyarrow", "writing properties")
     if options.workers < 1:
         raise DataError(f"--workers {options.workers}: at least one is needed")
     if options.crop is not None and options.crop < 1:

@@ -106,7 +106,7 @@ class Activations:
 
         def block(width: int) -> int:
             """Elements that a reference treats at once."""
-            if ops == "kernels":
+            if ops == "kernels" or not width:
                 return 0
             return tokens * width if ops == "torch" else min(tokens, max(1, BLOCK_ELEMENTS // width)) * width
 

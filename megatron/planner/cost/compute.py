@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
-from megatron.layout import LlamaShape, rank_shape, trained_rows
+from megatron.layout import LlamaShape, PatchShape, rank_shape, trained_rows
 from megatron.planner.cost.machines import Machine
 from megatron.planner.cost.parallel_layout import ParallelLayout
 
@@ -79,6 +79,8 @@ class TrainedElements:
         if shape.frozen_base:
             return cls(sum(prod(rank_shape(row, shape, tensor)) for row in trained_rows(shape)), 0, 0)
         layer = sum(i * o for i, o in layer_matrices(shape, tensor)) + 2 * shape.hidden_size
+        if isinstance(shape, PatchShape):
+            return cls(layer, sum(i * o for i, o in patch_matrices(shape, tensor)), shape.hidden_size)
         return cls(layer, shape.padded_vocab_size * shape.hidden_size // tensor, shape.hidden_size)
 
 
@@ -86,6 +88,14 @@ def layer_matrices(shape: LlamaShape, tensor: int) -> list[tuple[int, int]]:
     """(in, out) features of a rank's four matrices of a decoder layer."""
     h, f, kv = shape.hidden_size, shape.intermediate_size, shape.num_kv_heads * shape.head_dim
     return [(h, (h + 2 * kv) // tensor), (h // tensor, h), (h, 2 * f // tensor), (f // tensor, h)]
+
+
+def patch_matrices(shape: PatchShape, tensor: int) -> list[tuple[int, int]]:
+    """(in, out) features of a rank's matrices at the end of a model of images; the embedding's are these transposed."""
+    h, values = shape.hidden_size, shape.patch_values
+    if shape.tokenizer == "affine":
+        return [(h, values)]
+    return [(h, shape.patch_hidden_size // tensor), (shape.patch_hidden_size // tensor, values)]
 
 
 def attention_flops(shape: LlamaShape, layout: ParallelLayout, seq_length: int) -> float:
@@ -142,6 +152,8 @@ def memory_bound_bytes(shape: LlamaShape, layout: ParallelLayout, tokens: int) -
 def head_seconds(shape: LlamaShape, layout: ParallelLayout, seq_length: int, machine: Machine) -> Seconds:
     """Final norm, output head and loss of one micro-batch, forward and backward; never recomputed."""
     tokens = layout.micro_batch * seq_length
+    if isinstance(shape, PatchShape):
+        return _patch_seconds(shape, layout, tokens, machine)
     columns = shape.padded_vocab_size // layout.tensor
     of_matrix = frozen_linear_seconds if shape.frozen_base else linear_seconds
     gemm = sum(of_matrix(tokens, shape.hidden_size, columns, machine))
@@ -154,6 +166,16 @@ def head_seconds(shape: LlamaShape, layout: ParallelLayout, seq_length: int, mac
 def embedding_seconds(shape: LlamaShape, layout: ParallelLayout, seq_length: int, machine: Machine) -> Seconds:
     """Rows gathered, and in the backward added into a gradient of the matrix's size."""
     tokens = layout.micro_batch * seq_length
+    if isinstance(shape, PatchShape):
+        return _patch_seconds(shape, layout, tokens, machine)
     rows = shape.padded_vocab_size // layout.tensor
     moved = BF16 * shape.hidden_size * (4 * tokens + 2 * rows)
     return Seconds(memory_bound=moved / machine.hbm_rate / machine.sustained)
+
+
+def _patch_seconds(shape: PatchShape, layout: ParallelLayout, tokens: int, machine: Machine) -> Seconds:
+    """One end of a model of images, forward and backward: its matrices, and what is scaled, compared and passed through
+    GELU in fp32, about twelve times the values of a patch."""
+    gemm = sum(sum(linear_seconds(tokens, i, o, machine)) for i, o in patch_matrices(shape, layout.tensor))
+    moved = FP32 * 12.0 * tokens * shape.patch_values
+    return Seconds(gemm=gemm, memory_bound=moved / machine.hbm_rate / machine.sustained)

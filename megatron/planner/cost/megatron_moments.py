@@ -43,6 +43,10 @@ class MegatronMoments(DeepSpeedMoments):
         chunks = self._chunks()
         positions = 2 * sizes.tokens if sizes.documents else 0
         ids = [sizes.tokens if self.first and number == 0 else 0 for number in range(len(chunks))]
+        ends, raw = sizes.ends, 0
+        if ends is not None:  # all micro-batches of a step are on the device, at both ends
+            raw = layout.num_micro_batches * 2 * ends.targets * (self.first or self.last)
+            ids = [ends.embedding if one else 0 for one in ids]
         of_chunk = [
             sum(sizes.stored_by_layer(modes[layer]) for layer in chunk) + ids[number] + positions
             for number, chunk in enumerate(chunks)
@@ -52,13 +56,14 @@ class MegatronMoments(DeepSpeedMoments):
         few = min(layout.num_micro_batches, 3 * layout.pipe)  # all that follows repeats what was
         for number, counts in in_flight_by_chunk(layout.pipe, layout.virtual_stages, few, self.stage):
             held = sum(count * one for count, one in zip(counts, of_chunk, strict=True))
-            stored[number] = max(stored[number], held)
+            stored[number] = max(stored[number], held + raw)
         moments = self._loss(stored[-1]) if self.last else []
         for number, chunk in enumerate(chunks):
             moments += self._layers(chunk, modes, stored[number], number == len(chunks) - 1)
         if self.first:
             whole = sizes.gathered * (3 if sizes.several else 2) if sizes.sliced else 0
             work = whole + sizes.hidden * (2 if sizes.several else 1) + self.element * self.parameters.embedding
+            work += 0 if ends is None else ends.embedding_backward
             moments.append(Moment("embedding", 0, stored[0] - of_chunk[0] + ids[0], work, 0))
         return moments
 
@@ -74,6 +79,9 @@ class MegatronMoments(DeepSpeedMoments):
         sizes = self.sizes
         kept = stored + 2 * sizes.hidden + sizes.inverse_rms  # the norm's input and output
         of_head = sizes.column_backward + self.parameters.head * self.element
+        if sizes.ends is not None:
+            kept += sizes.ends.head + sizes.ends.prediction
+            return [Moment("loss", 0, kept, max(sizes.ends.loss, of_head), 0)]
         return [
             Moment("loss", 0, kept, sizes.loss_temporaries, 2 * sizes.logits),
             Moment("loss", 0, kept, of_head, sizes.logits),

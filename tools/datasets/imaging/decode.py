@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -39,7 +40,14 @@ def read_image(item: Item, axes: Axes = "hwc") -> NDArray[Any]:
     return _typed(_with_bands(_picture(item), "hwc"))
 
 
+def require(package: str, what: str) -> None:
+    """DataError unless a package of the extra `images` is installed."""
+    if importlib.util.find_spec(package) is None:
+        raise DataError(f"{what} needs the package {package}, which is not installed: pip install .[images]")
+
+
 def _picture(item: Path | bytes) -> NDArray[Any]:
+    require("PIL", "reading pictures")
     from PIL import Image, UnidentifiedImageError
 
     Image.MAX_IMAGE_PIXELS = None
@@ -56,6 +64,7 @@ def _picture(item: Path | bytes) -> NDArray[Any]:
 
 def _fits(path: Path) -> NDArray[Any]:
     """The planes of the first image of a FITS file: [height, width] or [planes, height, width]."""
+    require("astropy", "reading FITS files")
     from astropy.io import fits
 
     try:
