@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from megatron import layout
 from megatron.model.cache import CachedTokens
+from megatron.model.documents import document_edges
 from megatron.model.lora import add_adapters
 from megatron.model.parallel import TensorParallel
 from megatron.model.rotary import RotaryTable
@@ -191,8 +192,7 @@ def document_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Te
     Memory stays linear in s: each document is one call on a slice.
     """
     rows = []
-    for row, starts in enumerate(positions.eq(0).unbind(0)):
-        edges = [0, *starts[1:].nonzero().flatten().add(1).tolist(), positions.shape[1]]
+    for row, edges in enumerate(document_edges(positions)):
         rows.append(
             torch.cat(
                 [
