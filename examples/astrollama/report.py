@@ -114,6 +114,6 @@ def _draw(out: Path, rows: Mapping[str, Mapping[str, float]]) -> None:
             right.bar(place + (shift - 1) * 0.25, row[name], 0.25, color=("0.6", "C0", "C1")[shift], label=NAMES[name])
     handles, labels = right.get_legend_handles_labels()
     right.legend(handles[:3], labels[:3], fontsize=8)
-    right.set_xticks(range(len(shares)), [what.replace(", ", ",\n") for what in shares])
-    right.set(ylim=(0, 1), ylabel="share", title="what it is good for")
+    right.set_xticks(range(len(shares)), [what.replace(", ", ",\n") for what in shares], fontsize=8)
+    right.set(ylim=(0, 1), ylabel="share", title="questions, and halves of documents")
     figure.savefig(out / "report.png", dpi=120)
