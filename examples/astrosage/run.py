@@ -164,7 +164,7 @@ class Run(Steps):
         out = self.out
         self.title("the cheaper arm: the same pre-training by an adapter beside the frozen base")
         adapter = ("--lora", "{rank: 16, alpha: 32}", "--finetune", "null", "--optimizer.params.lr", 4e-3)
-        self.deepy("train.py", "cpt", *adapter, "--save", out / "lora", "--log_dir", out / "logs/lora")
+        self.deepy("train.py", "cpt", *adapter, "--save", out / "lora", "--log_dir", "null")
 
     def finetune(self) -> None:
         self.title("supervised fine-tuning: 0.6 of a pass, no weight decay")

@@ -61,9 +61,7 @@ def _export(recipe: ReleaseRecipe, folder: Path) -> None:
         raise ReleaseError(f"model: {model} has no tokenizer.json, without which no step can be read again")
     if recipe.merge is not None:
         for name in ("merge.yml", "merge_report.json"):
-            found = [
-                path for path in (recipe.merge / name, *recipe.merge.glob(f"global_step*/{name}")) if path.is_file()
-            ]
+            found = sorted(recipe.merge.rglob(name))  # beside the weights of a Hugging Face folder, below those of NeoX
             if not found:
                 raise ReleaseError(f"merge: {recipe.merge} has no {name}; give the folder that tools/merge wrote")
             shutil.copyfile(found[0], folder / name)
