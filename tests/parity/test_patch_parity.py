@@ -71,7 +71,7 @@ def _train(rank: int, world_size: int, runs: list[tuple[PatchCase, tuple[int, in
 def trained(runs: list[tuple[PatchCase, tuple[int, int, int], dict]]) -> list[Any]:
     """[(losses and norms, whole model)] of runs that all have the same number of ranks."""
     tp, pp, dp = runs[0][1]
-    by_rank = run_ranks(_train, tp * pp * dp, runs)
+    by_rank = run_ranks(_train, tp * pp * dp, runs, timeout=300)
     found = []
     for number, (case, split, overrides) in enumerate(runs):
         histories = [results[number][0] for results in by_rank]
