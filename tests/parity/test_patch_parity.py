@@ -71,7 +71,7 @@ def _train(rank: int, world_size: int, runs: list[tuple[PatchCase, tuple[int, in
 def trained(runs: list[tuple[PatchCase, tuple[int, int, int], dict]]) -> list[Any]:
     """[(losses and norms, whole model)] of runs that all have the same number of ranks."""
     tp, pp, dp = runs[0][1]
-    by_rank = run_ranks(_train, tp * pp * dp, runs)
+    by_rank = run_ranks(_train, tp * pp * dp, runs, timeout=300)
     found = []
     for number, (case, split, overrides) in enumerate(runs):
         histories = [results[number][0] for results in by_rank]
@@ -128,11 +128,14 @@ def assert_equals_plain_torch(runs: list[tuple[PatchCase, tuple[int, int, int], 
 
 
 def test_eight_ranks_train_what_plain_torch_trains() -> None:
-    """Both tokenizers under both engines, uneven masks, clipping, recomputation; slices of the sequence, and virtual
-    stages."""
-    virtual = MEGATRON | SLICED | {"virtual_pipe_parallel_size": 2}
-    runs = [(MLP, {}), (AFFINE, SLICED), (MLP, virtual), (AFFINE, MEGATRON)]
-    assert_equals_plain_torch([(case, (2, 2, 2), keys) for case, keys in runs])
+    """Both tokenizers, uneven masks, clipping, recomputation; and slices of the sequence."""
+    assert_equals_plain_torch([(MLP, (2, 2, 2), {}), (AFFINE, (2, 2, 2), SLICED)])
+
+
+def test_the_other_engine_trains_the_same() -> None:
+    """With virtual stages, and without."""
+    virtual = MEGATRON | {"virtual_pipe_parallel_size": 2}
+    assert_equals_plain_torch([(MLP, (1, 2, 1), virtual), (AFFINE, (1, 2, 1), MEGATRON)])
 
 
 @pytest.mark.slow
