@@ -1,6 +1,6 @@
 """The importer of images against one process that does the same with PIL in a loop: a ratio, and peak memory.
 
-    python benchmarks/images.py [--images 1500] [--side 256] [--repeats 3]
+    python benchmarks/images.py [--images 4000] [--side 512] [--repeats 3]
 
 Both decode the same JPEG files and write their bytes one behind the other; the importer also checks shapes, sums up
 moments and a checksum, and writes index, header and properties. Its memory is looked at again with twice the images.
@@ -60,8 +60,8 @@ def importer(folder: Path, prefix: Path, workers: int) -> tuple[float, float]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=1500)
-    parser.add_argument("--side", type=int, default=256)
+    parser.add_argument("--images", type=int, default=4000)
+    parser.add_argument("--side", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     workers = len(os.sched_getaffinity(0))
