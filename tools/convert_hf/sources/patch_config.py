@@ -67,6 +67,8 @@ def trained_config(provenance: Mapping[str, Any], where: str) -> dict[str, Any] 
             "num_key_value_heads": shape.num_kv_heads,
             "intermediate_size": shape.intermediate_size,
             "vocab_size": 1,  # transformers has no model without one; no tensor has these rows
+            "bos_token_id": None,
+            "eos_token_id": None,
             "max_position_embeddings": run["max_position_embeddings"],
             "rms_norm_eps": model["rms_norm_epsilon"],
             "rope_parameters": {**rope, "rope_theta": model["rotary_emb_base"]},
