@@ -33,7 +33,7 @@ def folders(tmp_path: Path) -> Path:
 
 def choose(folders: Path, env: dict[str, str] | None = None, **keys: Any) -> StartChoice | None:
     base = {"load": "converted", "save": "own", "iteration": None, "finetune": True, "no_load_optim": False}
-    settings = base | {"from_scratch": False} | keys
+    settings = base | {"from_scratch": False, "lora": None} | keys
     for name in ("load", "save"):
         settings[name] = settings[name] and str(folders / settings[name])
     return choose_start(SimpleNamespace(**settings), env or {})  # type: ignore[arg-type]

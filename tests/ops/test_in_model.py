@@ -55,6 +55,7 @@ def _logits_and_gradient(
 ) -> tuple[str, Tensor, Tensor, Tensor]:
     """(what was chosen, logits, losses, gradient of this rank's embedding rows)."""
     from megatron.engine.deepspeed_module import LlamaPipelineModule
+    from megatron.model.loss import GlobalMeanLoss
     from megatron.ops import configure
     from megatron.parallel.process_groups import form_groups
 
@@ -65,7 +66,7 @@ def _logits_and_gradient(
     fill_stage(model, place, dict(case.hugging_face().state_dict()), args)
     ids, labels = _labels(case)
     logits = model(ids)
-    losses = model.loss_fn.token_losses(logits, labels)
+    losses = GlobalMeanLoss(model.tensor_parallel.group, args.vocab_size).token_losses(logits, labels)
     losses.sum().backward()
     embedding = next(p for name, p in model.named_parameters() if "word_embeddings" in name)
     assert embedding.grad is not None

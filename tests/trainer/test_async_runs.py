@@ -20,6 +20,7 @@ import pytest
 from megatron.checkpoint import background, save
 from megatron.checkpoint.discovery import complete_steps, find_checkpoint, tag_name
 from megatron.checkpoint.verify import verify_checkpoint
+from megatron.engine.batches import StepBatch
 from megatron.engine.protocol import StepResult
 from megatron.supervision.failures import Stopped
 from megatron.supervision.signals import StopRequest
@@ -220,8 +221,9 @@ def _run_until_broken(rank: int, world_size: int, run_keys: dict[str, Any]) -> N
     Saves.finish = open_gate  # type: ignore[method-assign]
 
     class Broken(Run):
-        def judge(self, result: StepResult, iteration: int, samples: tuple[int, int]) -> None:
-            super().judge(replace(result, grad_norm=float("nan")) if iteration == 3 else result, iteration, samples)
+        def judge(self, result: StepResult, iteration: int, samples: tuple[int, int], batch: StepBatch) -> None:
+            broken = replace(result, grad_norm=float("nan")) if iteration == 3 else result
+            super().judge(broken, iteration, samples, batch)
 
     _run(rank, world_size, run_keys, Broken)
 
