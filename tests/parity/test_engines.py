@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import random
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from threading import Event
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -133,7 +136,7 @@ def _disturbed(rank: int, world_size: int, split: Split, trap: str) -> list[tupl
     if trap == "megatron-core's messages":
         _use_batched_messages(mcore)
     elif trap == "outputs sent as they are":
-        mcore_links._send = _send_itself
+        mcore_links._send = _SlowNetwork().send
     elif trap == "decay by megatron-core's groups":
         groups_of = mcore_optimizer.parameter_groups
         mcore_optimizer.parameter_groups = lambda *arguments: [
@@ -186,8 +189,35 @@ def _use_batched_messages(mcore: Any) -> None:
     mcore.LinkP2P = lambda pipe, config, *rest: P2PCommunicator(pipe, config)
 
 
-def _send_itself(tensor: Any, link: Any) -> Any:
-    return torch.distributed.isend(tensor, dst=link.peer, group=link.group)
+class _SlowNetwork:
+    """Sends an output as it is, but gives the schedule 50 ms to empty it or to wait for the message.
+
+    A fast network would have sent it by then and hidden the mistake. Emptied memory is others' memory: here, zeros.
+    """
+
+    def __init__(self) -> None:
+        self._sender = ThreadPoolExecutor(1)  # keeps the order of the messages
+
+    def send(self, tensor: Any, link: Any) -> Any:
+        if not tensor.requires_grad:  # a gradient, which nobody empties
+            return torch.distributed.isend(tensor, dst=link.peer, group=link.group)
+        memory, awaited = tensor.detach(), Event()
+
+        def send_late() -> None:
+            until = time.monotonic() + 0.05  # the peer may have to answer before this rank goes on
+            while tensor.data_ptr() == memory.data_ptr() and not awaited.wait(0.0005) and time.monotonic() < until:
+                pass
+            if tensor.data_ptr() != memory.data_ptr():
+                memory.zero_()
+            torch.distributed.isend(memory, dst=link.peer, group=link.group).wait()
+
+        sending = self._sender.submit(send_late)
+
+        def wait() -> None:
+            awaited.set()
+            sending.result()
+
+        return SimpleNamespace(wait=wait)
 
 
 def norm_differences(history: list[tuple[float, float]], reference: Training) -> list[float]:
