@@ -43,7 +43,7 @@ def start_record(
             "pp": args.pipe_parallel_size,
             "dp": args.data_parallel_size,
         },
-        "flops_per_token": megatron_flops_per_token(args.shape, args.seq_length),
+        "flops_per_token": megatron_flops_per_token(args.whole_shape, args.seq_length),
         "precision": args.precision,
         "lr_overrides": [override.model_dump() for override in args.lr_overrides],
         "data": [{"source": source, "samples": samples, "passes": passes} for source, samples, passes in data],

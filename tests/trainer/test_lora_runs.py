@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from megatron.checkpoint.discovery import find_checkpoint
 from megatron.checkpoint.verify import verify_checkpoint
 from megatron.common.errors import CheckpointError
+from megatron.model.flops import megatron_flops_per_token
 from megatron.preflight.run_inputs import input_problems
 from tests.support.checkpoint_runs import file_differences
 from tests.support.lora import ALPHA, RANK, base_of
@@ -111,9 +112,12 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(data: str, base: str, tmp_pa
     assert not list(one.glob("layer_*"))
     norms = {name for record in _records(whole) for name in record if name.startswith("parameter_norms/")}
     assert any("q_proj.lora_B" in name for name in norms)
-    # What is computed is said: of the base no gradients of weights.
-    tflops = metrics(whole, "runtime/tflops_per_rank_megatron")
-    assert len(tflops) == STEPS
+    assert len(metrics(whole, "runtime/tflops_per_rank_megatron")) == STEPS
+    # The base has no weight gradients: its weights count 4 times, as in the metrics, and not 6 times.
+    start = json.loads((whole / "log/starts.jsonl").read_text())
+    args = CASE.neox(world_size=2, **keys(data, base, whole))
+    assert start["flops_per_token"] == megatron_flops_per_token(args.whole_shape, CASE.seq)
+    assert start["flops_per_token"] < 0.8 * megatron_flops_per_token(args.shape, CASE.seq)
 
 
 def _records(folder: Path) -> list[dict[str, Any]]:
