@@ -4,6 +4,7 @@ as `neox_tools`: a package named `tools` would be in everybody's way."""
 
 import importlib.util
 import sys
+import tomllib
 from pathlib import Path
 from types import ModuleType
 
@@ -49,26 +50,13 @@ def requirements(name: str) -> list[str]:
     return [line for line in lines if line and not line.startswith(("#", "-r"))]
 
 
-OURS = (
-    "launcher",
-    "preflight",
-    "planner",
-    "trainer",
-    "evaluation",
-    "generation",
-    "supervision",
-    "checkpoint",
-    "engine",
-    "model",
-    "ops",
-    "data",
-    "parallel",
-    "neox_arguments",
-    "tokenizer",
-    "layout",
-    "common",
-)
-PROGRAM = find_namespace_packages(include=[f"megatron.{name}{rest}" for name in OURS for rest in ("", ".*")])
+def our_packages() -> list[str]:
+    """The packages under `megatron` that are ours, from the import contracts."""
+    settings = tomllib.loads((HERE / "pyproject.toml").read_text())
+    return [name for name in settings["tool"]["importlinter"]["root_packages"] if name.startswith("megatron.")]
+
+
+PROGRAM = find_namespace_packages(include=[name + rest for name in our_packages() for rest in ("", ".*")])
 TOOLS = find_namespace_packages("tools", include=["convert_hf", "convert_hf.*", "merge", "merge.*"])
 
 setup(

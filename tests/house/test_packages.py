@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import tomllib
 from importlib.metadata import distribution
 from pathlib import Path
@@ -41,13 +40,6 @@ def test_our_names_are_nobody_else_s() -> None:
     installed = {file.parts[1] for file in files if len(file.parts) > 2 and file.parts[0] == "megatron"}
     assert "core" in installed
     assert not OURS & (TAKEN | installed)
-
-
-def test_the_package_list_is_complete() -> None:
-    text = (ROOT / "setup.py").read_text()
-    listed = re.search(r"OURS = \((.*?)\)", text, re.DOTALL)
-    assert listed
-    assert set(re.findall(r'"(\w+)"', listed[1])) == OURS
 
 
 def test_the_import_contract_names_every_package_in_one_order() -> None:
