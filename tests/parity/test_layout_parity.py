@@ -19,22 +19,11 @@ from tests.support.engine_runs import (
 )
 from tests.support.models import LLAMA3_ROPE, Case
 from tests.support.ranks import run_ranks
+from tests.support.splits import SPLITS
 
 pytestmark = pytest.mark.distributed
 
 GLOBAL_BATCH, STEPS = 8, 5
-LAYOUTS = [
-    (1, 1, 1),
-    (2, 1, 1),
-    (1, 2, 1),
-    (1, 1, 2),
-    (2, 2, 1),
-    (2, 1, 2),
-    (1, 2, 2),
-    (4, 1, 1),
-    (1, 4, 1),
-    (2, 2, 2),
-]
 FAST = [(2, 1, 1), (1, 2, 2), (2, 2, 2)]
 UNTIED = Case(heads=8, kv_heads=4, head_dim=8, layers=4, intermediate=88, vocab=160, rope=LLAMA3_ROPE, seq=24)
 TIED = Case(heads=8, kv_heads=4, head_dim=8, layers=4, intermediate=88, vocab=160, tied=True, seq=24)
@@ -94,7 +83,7 @@ def assert_same_training(a: Any, b: Any, loss: float, parameters: float) -> None
 @pytest.mark.parametrize("case", [pytest.param(UNTIED, id="untied"), pytest.param(TIED, id="tied")])
 @pytest.mark.parametrize(
     "split",
-    [split if split in FAST else pytest.param(split, marks=pytest.mark.slow) for split in LAYOUTS[1:]],
+    [split if split in FAST else pytest.param(split, marks=pytest.mark.slow) for split in SPLITS[1:]],
     ids=lambda s: "tp{}pp{}dp{}".format(*s),
 )
 def test_every_layout_trains_the_same_model(case: Case, split: tuple[int, int, int]) -> None:

@@ -16,22 +16,11 @@ from tests.support.engine_runs import build, make_samples, rank_parameters, rela
 from tests.support.lora import ALL, ALPHA, LEARNING_RATE, RANK, adapter_state, build_adapted, lora_arguments
 from tests.support.patch_models import PatchCase
 from tests.support.ranks import run_ranks
+from tests.support.splits import SPLITS
 
 pytestmark = pytest.mark.distributed
 
 GLOBAL_BATCH, STEPS, LR = 8, 3, 1e-3
-LAYOUTS = [
-    (1, 1, 1),
-    (2, 1, 1),
-    (1, 2, 1),
-    (1, 1, 2),
-    (2, 2, 1),
-    (2, 1, 2),
-    (1, 2, 2),
-    (4, 1, 1),
-    (1, 4, 1),
-    (2, 2, 2),
-]
 MLP = PatchCase(heads=8, kv_heads=4, head_dim=8, layers=4, intermediate=88, seq=16)
 AFFINE = replace(MLP, tokenizer="affine", positions="learned", normalise="none", delta=0.5)
 CASES = {"mlp": MLP, "affine": AFFINE}
@@ -140,7 +129,7 @@ def test_the_other_engine_trains_the_same() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["deepspeed", "megatron"])
-@pytest.mark.parametrize("split", LAYOUTS, ids=lambda split: SPLIT.format(*split))
+@pytest.mark.parametrize("split", SPLITS, ids=lambda split: SPLIT.format(*split))
 def test_every_layout_trains_what_plain_torch_trains(split: tuple[int, int, int], engine: str) -> None:
     keys = [{"engine": engine}]
     if split[0] > 1:
