@@ -15,6 +15,7 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron.parallel.gpu_placement import coordinates
+from megatron.parallel.neighbours import neighbour_rounds
 from megatron.parallel.place import Place
 from megatron.parallel.process_groups import ModelGroups
 
@@ -146,18 +147,8 @@ class _Maker:
 
 def _links(maker: _Maker, place: Place, virtual: bool) -> Links:
     """Links of this rank, made in rounds in which a rank has one neighbour at most: its next, or the one before."""
-    stages, per_stage = place.pp, place.dp * place.tp
-    rounds: dict[int, list[int]] = {}
-    for stage in range(0 if stages == 1 else stages if virtual else stages - 1):  # those that have a next one
-        closes_an_odd_ring = stages % 2 == 1 and stage == stages - 1
-        rounds.setdefault(2 if closes_an_odd_ring else stage % 2, []).append(stage)
     found: dict[str, Link] = {}
-    for senders in rounds.values():
-        pairs = [
-            (stage * per_stage + column, (stage + 1) % stages * per_stage + column)
-            for stage in senders
-            for column in range(per_stage)
-        ]
+    for pairs in neighbour_rounds(place.pp, place.dp * place.tp, closed=virtual):
         own = next((pair for pair in pairs if place.rank in pair), None)
         for kind in ("hidden", "gradient"):
             group = maker.split(pairs)

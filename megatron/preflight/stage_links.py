@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from megatron.neox_arguments import NeoXArgs
+from megatron.parallel.neighbours import neighbour_rounds
 from megatron.preflight.compare import LINK_SHARE
 from megatron.preflight.diagnosis import Roster
 from megatron.preflight.measurements import payload_pattern, synchronize
@@ -36,24 +37,13 @@ def stage_message_bytes(args: NeoXArgs) -> int:
     return whole // args.model_parallel_size if shared else whole
 
 
-def neighbour_rounds(pipe: int, ranks_of_stage: int, closed: bool) -> list[list[Pair]]:
+def stage_rounds(args: NeoXArgs) -> list[list[Pair]]:
     """Rounds of (rank of a stage, rank of the next one) in which each rank has one partner.
 
-    `closed`: the last stage's next is the first, as with virtual stages.
+    A pair is tried in both directions at once, so two stages that follow each other are one pair.
     """
-    rounds: dict[int, list[Pair]] = {}
-    for stage in range(0 if pipe == 1 else pipe if closed and pipe > 2 else pipe - 1):
-        closes_an_odd_ring = pipe % 2 == 1 and stage == pipe - 1
-        pairs = rounds.setdefault(2 if closes_an_odd_ring else stage % 2, [])
-        following = (stage + 1) % pipe
-        pairs += [(stage * ranks_of_stage + n, following * ranks_of_stage + n) for n in range(ranks_of_stage)]
-    return [rounds[number] for number in sorted(rounds)]
-
-
-def stage_rounds(args: NeoXArgs) -> list[list[Pair]]:
-    """The rounds of a configuration's ranks."""
-    ranks = args.data_parallel_size * args.model_parallel_size
-    return neighbour_rounds(args.pipe_parallel_size, ranks, args.virtual_pipe_parallel_size > 1)
+    stages, ranks = args.pipe_parallel_size, args.data_parallel_size * args.model_parallel_size
+    return neighbour_rounds(stages, ranks, closed=args.virtual_pipe_parallel_size > 1 and stages > 2)
 
 
 def _post(pair: Pair, rank: int, links: Links | None, sent: torch.Tensor, received: torch.Tensor) -> list[dist.Work]:

@@ -10,10 +10,10 @@ import torch
 
 from megatron.neox_arguments import NeoXArgs
 from megatron.parallel.gpu_placement import Seat, coordinates
+from megatron.parallel.neighbours import neighbour_rounds
 from megatron.preflight.diagnosis import Roster
 from megatron.preflight.stage_links import (
     communicator_line,
-    neighbour_rounds,
     stage_link_lines,
     stage_link_rate,
     stage_message_bytes,
@@ -48,7 +48,7 @@ def test_every_pair_of_neighbours_meets_once_and_alone(pipe: int, closed: bool) 
     for pairs in rounds:
         members = list(chain(*pairs))
         assert len(members) == len(set(members))
-    following = {(stage, (stage + 1) % pipe) for stage in range(pipe if closed and pipe > 2 else pipe - 1)}
+    following = {(stage, (stage + 1) % pipe) for stage in range(pipe if closed else pipe - 1)}
     expected = sorted((a * 4 + n, b * 4 + n) for a, b in following for n in range(4))
     assert sorted(chain(*rounds)) == expected
 
@@ -59,6 +59,8 @@ def test_virtual_stages_close_the_ring() -> None:
     closed = stage_rounds(configuration(engine="megatron", virtual_pipe_parallel_size=2))
     assert sum(map(len, closed)) - sum(map(len, plain)) == 256
     assert (2047, 255) in closed[1]
+    two = stage_rounds(configuration(16, pipe_parallel_size=2, engine="megatron", virtual_pipe_parallel_size=2))
+    assert two == [[(rank, rank + 8) for rank in range(8)]]  # both directions at once
     assert stage_rounds(configuration(64, pipe_parallel_size=1)) == []
 
 

@@ -1,0 +1,21 @@
+"""Neighbouring stages of the pipeline, in rounds that can be worked off at the same time."""
+
+from __future__ import annotations
+
+Pair = tuple[int, int]
+"""Two global ranks: of a stage, and of the next one."""
+
+
+def neighbour_rounds(stages: int, ranks_per_stage: int, closed: bool) -> list[list[Pair]]:
+    """Rounds of pairs in which each rank has one partner at most: the next stage's rank, or that of the stage before.
+
+    `closed`: the last stage is followed by the first, as with virtual stages; two stages are then neighbours twice,
+    once in each direction. Two rounds are enough, and a closed ring of an odd number of stages needs three.
+    """
+    rounds: dict[int, list[Pair]] = {}
+    for stage in range(0 if stages == 1 else stages if closed else stages - 1):  # those that have a next stage
+        closes_an_odd_ring = stages % 2 == 1 and stage == stages - 1
+        pairs = rounds.setdefault(2 if closes_an_odd_ring else stage % 2, [])
+        following = (stage + 1) % stages
+        pairs += [(stage * ranks_per_stage + n, following * ranks_per_stage + n) for n in range(ranks_per_stage)]
+    return [rounds[number] for number in sorted(rounds)]
