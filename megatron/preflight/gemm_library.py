@@ -23,7 +23,8 @@ NOTHING_TO_CHOOSE = {
     "cpu": "GEMM library: nothing to choose on a CPU",
     "cuda": "GEMM library: nothing to choose, this PyTorch is not built for ROCm",
 }
-_NAMES = ("attention in", "attention out", "MLP in", "MLP out")
+_MATRICES = ("attention in", "attention out", "MLP in", "MLP out")
+_WAYS = ("forward", "input gradient", "weight gradient")
 _RUNS = 10
 
 
@@ -33,39 +34,49 @@ class Product:
 
     name: str
     flops: float
-    multiply: Callable[[], Tensor]
 
 
-def layer_products(args: NeoXArgs, device: torch.device) -> list[Product]:
-    """The twelve products of a decoder layer and micro-batch on one rank, on random operands."""
+def layer_products(args: NeoXArgs) -> list[Product]:
+    """The twelve products of a decoder layer and micro-batch on one rank: each matrix in the layouts of `_WAYS`."""
+    tokens, matrices = _tokens(args), layer_matrices(args.shape, args.model_parallel_size)
+    return [
+        Product(f"{name}, {way}", 2.0 * tokens * features_in * features_out)
+        for name, (features_in, features_out) in zip(_MATRICES, matrices, strict=True)
+        for way in _WAYS
+    ]
+
+
+def multiplications(args: NeoXArgs, device: torch.device) -> list[Callable[[], Tensor]]:
+    """`layer_products` on random operands, in their order."""
     dtype = torch.float32 if args.precision == "fp32" else torch.bfloat16
-    tokens = (args.train_micro_batch_size_per_gpu or 1) * args.seq_length
-    products = []
-    matrices = layer_matrices(args.shape, args.model_parallel_size)
-    for name, (features_in, features_out) in zip(_NAMES, matrices, strict=True):
+    tokens, found = _tokens(args), []
+    for features_in, features_out in layer_matrices(args.shape, args.model_parallel_size):
         x, weight, gradient = (
             torch.randn(shape, device=device, dtype=dtype)
             for shape in ((tokens, features_in), (features_out, features_in), (tokens, features_out))
         )
-        flops = 2.0 * tokens * features_in * features_out
-        ways: tuple[tuple[str, Callable[[], Tensor]], ...] = (
-            ("forward", lambda x=x, weight=weight: x @ weight.t()),  # type: ignore[misc]
-            ("input gradient", lambda gradient=gradient, weight=weight: gradient @ weight),  # type: ignore[misc]
-            ("weight gradient", lambda gradient=gradient, x=x: gradient.t() @ x),  # type: ignore[misc]
-        )
-        products += [Product(f"{name}, {way}", flops, multiply) for way, multiply in ways]
-    return products
+        ways: dict[str, Callable[[], Tensor]] = {
+            "forward": lambda x=x, weight=weight: x @ weight.t(),  # type: ignore[misc]
+            "input gradient": lambda gradient=gradient, weight=weight: gradient @ weight,  # type: ignore[misc]
+            "weight gradient": lambda gradient=gradient, x=x: gradient.t() @ x,  # type: ignore[misc]
+        }
+        found += [ways[way] for way in _WAYS]
+    return found
+
+
+def _tokens(args: NeoXArgs) -> int:
+    return (args.train_micro_batch_size_per_gpu or 1) * args.seq_length
 
 
 def time_libraries(args: NeoXArgs, device: torch.device) -> dict[str, list[float]]:
     """Seconds of each product by library. torch's own choice stands again afterwards."""
-    clock, products = Clock(device), layer_products(args, device)
+    clock, products = Clock(device), multiplications(args, device)
     before = torch.backends.cuda.preferred_blas_library()
     found = {}
     try:
         for library, name in GEMM_LIBRARIES.items():
             torch.backends.cuda.preferred_blas_library(name)
-            found[library] = [clock.time(product.multiply, _RUNS).median for product in products]
+            found[library] = [clock.time(multiply, _RUNS).median for multiply in products]
     finally:
         torch.backends.cuda.preferred_blas_library(before)
     return found
@@ -73,12 +84,9 @@ def time_libraries(args: NeoXArgs, device: torch.device) -> dict[str, list[float
 
 def choice_lines(args: NeoXArgs, by_rank: Sequence[Mapping[str, Sequence[float]]]) -> list[str]:
     """The choice in one line, then each product: TFLOP/s by library, medians over ranks. `by_rank` are seconds."""
-    matrices = layer_matrices(args.shape, args.model_parallel_size)
-    tokens = (args.train_micro_batch_size_per_gpu or 1) * args.seq_length
-    names = [f"{name}, {way}" for name in _NAMES for way in ("forward", "input gradient", "weight gradient")]
-    flops = [2.0 * tokens * i * o for i, o in matrices for _ in range(3)]
+    products = layer_products(args)
     medians = {
-        library: [statistics.median(rank[library][number] for rank in by_rank) for number in range(len(names))]
+        library: [statistics.median(rank[library][number] for rank in by_rank) for number in range(len(products))]
         for library in GEMM_LIBRARIES
     }
     totals = {library: sum(seconds) for library, seconds in medians.items()}
@@ -89,8 +97,8 @@ def choice_lines(args: NeoXArgs, by_rank: Sequence[Mapping[str, Sequence[float]]
         f"layer: gemm_library: {best.lower()} (configured: {args.gemm_library}); the faster for each product would be "
         f"{totals[best] / each - 1:.1%} faster still, which torch cannot be told"
     ]
-    width = max(map(len, names))
-    for number, name in enumerate(names):
-        speeds = ", ".join(f"{library} {flops[number] / medians[library][number] / 1e12:.1f}" for library in medians)
-        lines.append(f"  {name.ljust(width)}  TFLOP/s: {speeds}")
+    width = max(len(product.name) for product in products)
+    for number, product in enumerate(products):
+        speeds = ", ".join(f"{library} {product.flops / medians[library][number] / 1e12:.1f}" for library in medians)
+        lines.append(f"  {product.name.ljust(width)}  TFLOP/s: {speeds}")
     return lines

@@ -39,10 +39,10 @@ def preferred(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_the_products_are_those_of_a_layer() -> None:
     """Four matrices of a rank, each forward, for its input's gradient and for its weight's."""
     args = configuration()
-    products = gemm_library.layer_products(args, CPU)
+    products = gemm_library.layer_products(args)
     h, f, kv = args.hidden_size, args.intermediate_size, args.num_kv_heads * args.shape.head_dim
     tokens = args.train_micro_batch_size_per_gpu * 32
-    shapes = [tuple(product.multiply().shape) for product in products]
+    shapes = [tuple(multiply().shape) for multiply in gemm_library.multiplications(args, CPU)]
     matrices = [(h, (h + 2 * kv) // 2), (h // 2, h), (h, f), (f // 2, h)]
     assert shapes == [shape for i, o in matrices for shape in ((tokens, o), (tokens, i), (o, i))]
     assert [product.flops for product in products] == [2.0 * tokens * i * o for i, o in matrices for _ in range(3)]
