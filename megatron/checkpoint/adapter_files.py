@@ -7,7 +7,6 @@ that no rank wrote shows when it is summed.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from megatron.checkpoint.manifest import FileEntry, file_checksum
 from megatron.checkpoint.torch_files import tensor_entry
 from megatron.checkpoint.verified import damage, verified
 from megatron.common.errors import CheckpointError, first_problems
+from megatron.common.safetensors_header import header_bytes
 from megatron.layout.peft_folder import CONFIG, FOLDER, WEIGHTS, PeftAdapter, config_text, read_adapter
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 WEIGHTS_FILE = f"{FOLDER}/{WEIGHTS}"
 FINGERPRINT = "base_fingerprint"  # in the metadata of the file
 _TYPES = {"fp32": ("F32", torch.float32), "bfloat16": ("BF16", torch.bfloat16), "fp16": ("F16", torch.float16)}
-_ALIGN = 64
 _CHUNK = 1 << 24
 
 
@@ -59,9 +58,7 @@ class AdapterFile:
                 entries[key] = {"dtype": name, "shape": list(shape), "data_offsets": [position, end]}
                 shapes[key] = (position, shape)
                 position = end
-        text = json.dumps(entries, separators=(",", ":")).encode()
-        text += b" " * (-(len(text) + 8) % _ALIGN)
-        header = len(text).to_bytes(8, "little") + text
+        header = header_bytes(entries)
         places = {key: (len(header) + offset, shape) for key, (offset, shape) in shapes.items()}
         return cls(header, places, dtype, len(header) + position)
 

@@ -7,7 +7,6 @@ manifest names and never the header.
 
 from __future__ import annotations
 
-import json
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,10 +17,10 @@ from megatron.checkpoint.manifest import FileEntry, Manifest, format_checksum
 from megatron.checkpoint.state_ranges import ITEM, STATE_KINDS, StateRange, StoredArray, StoredBytes, block_bytes
 from megatron.common.crc import combine
 from megatron.common.errors import CheckpointError
+from megatron.common.safetensors_header import header_bytes
 from megatron.layout import TensorRange, TensorSplit, layer_files
 
 RANDOM_STATE = "random_state"
-_ALIGN = 64
 
 
 def optimizer_file_name(rank: int) -> str:
@@ -66,9 +65,7 @@ def plan_file(ranges: Iterable[TensorRange], random_bytes: int = 0) -> FilePlan:
     if random_bytes:
         end = position + random_bytes
         tensors[RANDOM_STATE] = {"dtype": "U8", "shape": [random_bytes], "data_offsets": [position, end]}
-    text = json.dumps(tensors, separators=(",", ":")).encode()
-    text += b" " * (-(len(text) + 8) % _ALIGN)
-    header = len(text).to_bytes(8, "little") + text
+    header = header_bytes(tensors)
     arrays = tuple((where, kind, len(header) + offset) for where, kind, offset in places)
     random_state = (len(header) + position, random_bytes) if random_bytes else None
     return FilePlan(header, arrays, random_state, len(header) + position + random_bytes)

@@ -13,13 +13,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from megatron.common.safetensors_header import header_bytes
+
 from ..errors import ConvertError
 from .dtypes import BY_SAFETENSORS, DType
 from .stored import Shape, Stored
 
 MAX_HEADER = 100_000_000  # the limit of the safetensors library
 MAX_DIMENSIONS = 8
-_ALIGN = 64
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -117,7 +118,6 @@ def file_layout(tensors: Iterable[tuple[str, DType, Shape]]) -> tuple[bytes, dic
             "data_offsets": [position, position + nbytes],
         }
         position += nbytes
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-(len(text) + 8) % _ALIGN)
-    start = 8 + len(text)
-    return len(text).to_bytes(8, "little") + text, {n: start + o for n, o in offsets.items()}, start + position
+    header = header_bytes(entries)
+    start = len(header)
+    return header, {name: start + offset for name, offset in offsets.items()}, start + position
