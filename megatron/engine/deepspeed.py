@@ -37,7 +37,13 @@ from megatron.engine.deepspeed_module import LlamaPipelineModule
 from megatron.engine.deepspeed_optimizer import load_shards, optimizer_shards
 from megatron.engine.deepspeed_scores import pipeline_scores
 from megatron.engine.nonfinite import propagate
-from megatron.engine.optimizer import REPLICATED_GROUPS, adapter_line, build_optimizer, group_names, parameter_groups
+from megatron.engine.optimizer import (
+    REPLICATED_GROUPS,
+    adapter_and_slice_lines,
+    build_optimizer,
+    group_names,
+    parameter_groups,
+)
 from megatron.engine.optimizer_shards import OptimizerShard, ReadShard
 from megatron.engine.protocol import Around, Counters, StepResult
 from megatron.model.cache import CachedTokens, run_cached
@@ -125,14 +131,7 @@ class DeepSpeedEngine:
                 for stage, layers in ((s, self.stage_layers(s)) for s in range(self.place.pp))
             ),
         ]
-        if self.args.lora is not None:
-            lines.append(adapter_line(self.args))
-        if self.module.tensor_parallel.sequence_parallel:
-            lines.append(
-                f"sequence parallel: between layers each of {self.place.tp} tensor-parallel ranks holds "
-                f"{self.args.seq_length // self.place.tp} of {self.args.seq_length} tokens"
-            )
-        return lines
+        return lines + adapter_and_slice_lines(self.args)
 
     # --- the stage
 

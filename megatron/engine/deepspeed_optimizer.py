@@ -10,10 +10,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from megatron.common.errors import CheckpointError
-from megatron.engine.optimizer_shards import OptimizerShard, ReadShard
+from megatron.engine.optimizer_shards import OptimizerShard, ReadShard, adam_state, check_masters
 from megatron.layout import TensorRange
 
 NumberedLayers = Iterable[tuple[int, nn.Module]]
@@ -23,7 +23,7 @@ def optimizer_shards(
     optimizer: Any, layers: NumberedLayers, copies: NumberedLayers, tp_rank: int
 ) -> list[OptimizerShard]:
     """This rank's ranges, in the order of its layers; those of `copies` are marked. Not collective."""
-    states = [_adam_state(optimizer, group["params"][0]) for group in optimizer.param_groups]
+    states = [adam_state(optimizer, group["params"][0]) for group in optimizer.param_groups]
     steps = [int(state["step"]) for state in states]
     shards = []
     for is_copy, numbered in ((False, layers), (True, copies)):
@@ -64,26 +64,6 @@ def load_shards(optimizer: Any, layers: NumberedLayers, copies: NumberedLayers, 
         step = read(where, shard.tensors)
         if steps.setdefault(group, step) != step:
             raise CheckpointError(f"{where} is of step {step}, other tensors of its group of step {steps[group]}")
-        _compare_weights(parameter, shard)
+        check_masters(where, parameter.detach().view(-1)[where.start : where.stop], shard.tensors["master"])
     for group, step in steps.items():
-        _adam_state(optimizer, optimizer.param_groups[group]["params"][0])["step"].fill_(step)
-
-
-def _adam_state(optimizer: Any, flat: Tensor) -> dict[str, Tensor]:
-    """AdamW's state of a flat partition; before the first step made as that step would make it."""
-    state = optimizer.state[flat]
-    if not state:
-        state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
-        state["exp_avg"] = torch.zeros_like(flat, requires_grad=False)
-        state["exp_avg_sq"] = torch.zeros_like(flat, requires_grad=False)
-    return state
-
-
-def _compare_weights(parameter: nn.Parameter, shard: OptimizerShard) -> None:
-    """Every step rounds the masters into the weights, so files in which they differ do not belong together."""
-    weights = parameter.detach().view(-1)[shard.where.start : shard.where.stop]
-    if not torch.equal(weights, shard.tensors["master"].to(weights.dtype)):
-        raise CheckpointError(
-            f"{shard.where}: the fp32 masters in the optimizer files are not the weights in the layer files; these are "
-            "of different checkpoints, or one of them was changed. Start from the weights with `no_load_optim: true`"
-        )
+        adam_state(optimizer, optimizer.param_groups[group]["params"][0])["step"].fill_(step)

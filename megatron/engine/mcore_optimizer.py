@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from megatron.common.errors import CheckpointError
 from megatron.engine.optimizer import build_optimizer, parameter_groups
-from megatron.engine.optimizer_shards import OptimizerShard, ReadShard
+from megatron.engine.optimizer_shards import OptimizerShard, ReadShard, adam_state, check_masters
 from megatron.layout import TensorRange, TensorRow
 from megatron.neox_arguments import NeoXArgs
 from megatron.parallel.place import Place
@@ -148,25 +148,14 @@ class GuardedOptimizer:
             found = self._range(shard)
             weights = shard.of.parameter.detach().view(-1)[shard.start : shard.stop].clone()
             step = read(found.where, found.tensors)
-            if not torch.equal(weights, found.tensors["master"].to(weights.dtype)):
-                raise CheckpointError(
-                    f"{found.where}: the fp32 masters in the optimizer files are not the weights in the layer files; "
-                    "these are of different checkpoints, or one of them was changed. Start from the weights with "
-                    "`no_load_optim: true`"
-                )
+            check_masters(found.where, weights, found.tensors["master"])
             if first is not None and first.step != step:
                 raise CheckpointError(f"{found.where} is of step {step}, {first.where} of step {first.step}")
             first = first or OptimizerShard(found.where, found.tensors, step)
             self._state(shard)["step"].fill_(step)
 
     def _state(self, shard: _OwnShard) -> dict[str, Tensor]:
-        """AdamW's state of a shard; before the first step made as that step would make it."""
-        state: dict[str, Tensor] = self.optimizer.optimizer.state[shard.master]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=self.place.device)
-            state["exp_avg"] = torch.zeros_like(shard.master, requires_grad=False)
-            state["exp_avg_sq"] = torch.zeros_like(shard.master, requires_grad=False)
-        return state
+        return adam_state(self.optimizer.optimizer, shard.master)
 
 
 def _own_shards(optimizer: DistributedOptimizer, held: dict[nn.Parameter, HeldParameter]) -> Iterator[_OwnShard]:

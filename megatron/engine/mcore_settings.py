@@ -7,7 +7,7 @@ from collections.abc import Callable
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron.engine.optimizer import adapter_line
+from megatron.engine.optimizer import adapter_and_slice_lines
 from megatron.model.pipeline import PARAMETER_DTYPES
 from megatron.neox_arguments import NeoXArgs
 from megatron.parallel.place import Place
@@ -63,11 +63,4 @@ def description(args: NeoXArgs, place: Place, virtual: int, layers: Callable[[in
         f"{args.gradient_accumulation_steps} x data parallel {place.dp}",
         f"stages: {', '.join(stages)}",
     ]
-    if args.lora is not None:
-        lines.append(adapter_line(args))
-    if args.sequence_parallel:
-        lines.append(
-            f"sequence parallel: between layers each of {place.tp} tensor-parallel ranks holds "
-            f"{args.seq_length // place.tp} of {args.seq_length} tokens"
-        )
-    return lines
+    return lines + adapter_and_slice_lines(args)

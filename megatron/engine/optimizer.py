@@ -62,14 +62,22 @@ def require_training(stages: Sequence[range], args: NeoXArgs) -> None:
             )
 
 
-def adapter_line(args: NeoXArgs) -> str:
-    """What is trained with `lora`, for the start of the log."""
-    assert args.lora is not None
-    lora, trained, whole = args.lora, args.trained_shape.num_parameters, args.whole_shape.num_parameters
-    return (
-        f"lora: rank {lora.rank}, scale {lora.scale:g}, {', '.join(lora.projections)}; {trained:,} of {whole:,} "
-        f"parameters are trained ({trained / whole:.2%})"
-    )
+def adapter_and_slice_lines(args: NeoXArgs) -> list[str]:
+    """What is trained with `lora` and what a rank holds with `sequence_parallel`, for the start of the log."""
+    lines = []
+    if args.lora is not None:
+        lora, trained, whole = args.lora, args.trained_shape.num_parameters, args.whole_shape.num_parameters
+        lines.append(
+            f"lora: rank {lora.rank}, scale {lora.scale:g}, {', '.join(lora.projections)}; {trained:,} of {whole:,} "
+            f"parameters are trained ({trained / whole:.2%})"
+        )
+    if args.sequence_parallel:
+        tp, length = args.model_parallel_size, args.seq_length
+        lines.append(
+            f"sequence parallel: between layers each of {tp} tensor-parallel ranks holds {length // tp} of {length} "
+            "tokens"
+        )
+    return lines
 
 
 def parameter_groups(

@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from megatron.common.errors import CheckpointError
 from megatron.layout import TensorRange
 
 
@@ -30,3 +32,22 @@ class OptimizerShard:
 
 ReadShard = Callable[[TensorRange, Mapping[str, Tensor]], int]
 """Fills the views of a range from a checkpoint and returns its `step`."""
+
+
+def check_masters(where: TensorRange, weights: Tensor, master: Tensor) -> None:
+    """CheckpointError unless `weights` are `master`, rounded, as every step leaves them. Both are flat."""
+    if not torch.equal(weights, master.to(weights.dtype)):
+        raise CheckpointError(
+            f"{where}: the fp32 masters in the optimizer files are not the weights in the layer files; these are of "
+            "different checkpoints, or one of them was changed. Start from the weights with `no_load_optim: true`"
+        )
+
+
+def adam_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    """torch AdamW's state of a parameter; before the first step made as that step would make it."""
+    state: dict[str, Tensor] = optimizer.state[parameter]
+    if not state:
+        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        state["exp_avg"] = torch.zeros_like(parameter, requires_grad=False)
+        state["exp_avg_sq"] = torch.zeros_like(parameter, requires_grad=False)
+    return state
