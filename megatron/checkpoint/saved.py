@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,7 @@ class SavedCheckpoint:
     def provenance(self) -> dict[str, Any]:
         return {} if self.manifest is None else self.manifest.provenance
 
-    @property
+    @cached_property
     def layout(self) -> Mapping[str, Any]:
         """TP, PP and DP of the run that wrote it, by `tp`, `pp`, `dp`; what is not known is left out."""
         if self.manifest is None:

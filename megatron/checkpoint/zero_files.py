@@ -49,10 +49,10 @@ class ZeroFile:
 
     def ranges(self, tp_rank: int, starts: Mapping[str, int], where: str) -> list[StateRange]:
         """Its ranges, if `starts` is the first element of each parameter that it holds; `where` names it."""
+        factors = dict(zip(STATE_KINDS, (1, 1 / self.gradient_factor, 1 / self.gradient_factor**2), strict=True))
         result = []
         for name, (group, first, numel) in self.fragments.items():
             layer, tensor = tensor_of_parameter(name, where)
-            factors = dict(zip(STATE_KINDS, (1, 1 / self.gradient_factor, 1 / self.gradient_factor**2), strict=True))
             arrays = {
                 kind: StoredArray(self.arrays[group][kind] + ITEM * first, factor=factor)
                 for kind, factor in factors.items()
@@ -92,11 +92,11 @@ def describe(
         masters = state["single_partition_of_fp32_groups"]
         base = state["base_optimizer_state"]
         moments, groups = base["state"], base["param_groups"]
-        fragments = {
-            name: (group, int(fragment["start"]), int(fragment["numel"]))
-            for group, named in enumerate(state["param_slice_mappings"])
-            for name, fragment in ((name, attributes(address)) for name, address in named.items())
-        }
+        fragments = {}
+        for group, named in enumerate(state["param_slice_mappings"]):
+            for name, address in named.items():
+                fragment = attributes(address)
+                fragments[name] = group, int(fragment["start"]), int(fragment["numel"])
     except (KeyError, TypeError, AttributeError):
         raise CheckpointError(
             f"{path} is not an optimizer file of ZeRO stage 1 as DeepSpeed 0.10 and later write it"

@@ -87,11 +87,13 @@ def read_header(prefix: str | Path) -> DataHeader | None:
     path = header_path(prefix)
     if not path.is_file():
         return None
-    if holds_images(prefix):
-        raise DataError(f"{prefix} holds images, not text; a run on them has modality: patches (docs/patches.md)")
     try:
         return DataHeader.model_validate_json(path.read_text(encoding="utf-8"))
     except (ValidationError, UnicodeDecodeError) as error:
+        if holds_images(prefix):
+            raise DataError(
+                f"{prefix} holds images, not text; a run on them has modality: patches (docs/patches.md)"
+            ) from None
         raise DataError(f"{path}: not a data header of this project: {error}") from error
 
 

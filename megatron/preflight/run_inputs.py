@@ -65,20 +65,18 @@ def input_problems(args: NeoXArgs) -> list[str]:
 
 
 def _checkpoint(args: NeoXArgs) -> Iterator[str]:
-    choice = None
+    own = False
     if args.task == "train":
         choice = choose_start(args)
         if choice is None:
             return
-        root, iteration = choice.root, choice.iteration
-        options = own_options(args) if choice.own_save else None
+        root, iteration, own = choice.root, choice.iteration, choice.own_save
     elif args.load is None and args.from_scratch:
         return
     else:
         assert args.load is not None  # the rule weights_are_given
-        root, iteration, options = Path(args.load), args.iteration, None
-    own = args.task == "train" and choice is not None and choice.own_save
-    found = saved_checkpoint(root, iteration, args, options, own=own)
+        root, iteration = Path(args.load), args.iteration
+    found = saved_checkpoint(root, iteration, args, own_options(args) if own else None, own=own)
     if args.lora is not None and own:
         found = saved_base(found, args)
     folder, manifest = found.folder, found.manifest

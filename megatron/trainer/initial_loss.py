@@ -26,16 +26,16 @@ def check_initial_loss(loss: float, args: NeoXArgs, of_the_mean: float | None = 
     if args.from_scratch or args.allow_high_initial_loss:
         return
     if of_the_mean is not None:
-        ignorant = of_the_mean
-        limit, what = ignorant * (1 - MARGIN_SHARE), f"the mean Huber loss {ignorant:.4f} of predicting the mean"
+        limit, digits = of_the_mean * (1 - MARGIN_SHARE), 4
+        what = f"the mean Huber loss {of_the_mean:.4f} of predicting the mean"
         likely = "patches that are cut, ordered or scaled otherwise"
     else:
         ignorant = math.log(args.vocab_size)
-        limit, what = ignorant - MARGIN_NATS, f"ln({args.vocab_size}) = {ignorant:.2f}"
+        limit, digits = ignorant - MARGIN_NATS, 2
+        what = f"ln({args.vocab_size}) = {ignorant:.2f}"
         likely = "a wrong rms_norm_epsilon, rope_scaling or tokenizer"
     if loss <= limit:
         return
-    digits = 4 if args.reads_images else 2
     raise SuspiciousLossError(
         f"the first loss of this continued run is {loss:.{digits}f}; a model that knows nothing has {what}, and more "
         f"than {limit:.{digits}f} is not a trained Llama. "
