@@ -46,7 +46,7 @@ class NeoXArgs(AllKeys):
         """Merge YAML files, apply overrides (`{"train_iters": 10, "optimizer.params.lr": 1e-5}`), derive and check.
 
         `world_size` is the number of ranks when the caller knows it. With `paths_on_nodes`, `~` and `$VARIABLES` in
-        paths stay as they are, for the compute nodes to expand. Raises ConfigError, which names all that is wrong.
+        paths stay as they are, for the compute nodes to expand. Raises ConfigError, which lists every problem.
         """
         keys, places = merge_files(paths)
         apply_overrides(keys, places, overrides or {})
@@ -72,10 +72,10 @@ class NeoXArgs(AllKeys):
         task: Task,
         paths_on_nodes: bool = False,
     ) -> Self:
-        """Everything that is wrong is said in one ConfigError: first if the model is no Llama, then key by key."""
+        """Reports every problem in one ConfigError: first whether the model is not a Llama, then key by key."""
         keys = _with_known_words(keys, cls)
         foreign = review(keys, places, set(cls.model_fields))
-        # As in GPT-NeoX, a null says the same as leaving the key out.
+        # As in GPT-NeoX, null is the same as leaving the key out.
         given = {name: value for name, value in foreign.keys.items() if name in cls.model_fields and value is not None}
         problems = list(foreign.problems)
         if not paths_on_nodes:
@@ -88,7 +88,7 @@ class NeoXArgs(AllKeys):
             raw = valid_part(given, {str(item["loc"][0]) for item in error.errors()})
         except RecursionError:
             raise ConfigError("a value of the configuration contains itself; write it out") from None
-        # What the numbers of another model, or of an old MLP, would mean for today's Llama is of no interest.
+        # Problems with the sizes of another kind of model, or of an old MLP, would only distract.
         if foreign.other_model or "mlp_type" in keys:
             raw = unsettle(raw, ("intermediate_size", "expansion_factor", "mlp_multiple_of", "num_kv_heads"))
         raw._merged = dict(keys)
@@ -140,7 +140,7 @@ class NeoXArgs(AllKeys):
 
 
 def _with_known_words(keys: dict[str, Any], cls: type[NeoXArgs]) -> dict[str, Any]:
-    """Words of a choice are compared without their case, as in GPT-NeoX (`launcher: SLURM`)."""
+    """Choices are case-insensitive, as in GPT-NeoX (`launcher: SLURM`)."""
     result = dict(keys)
     for name, value in keys.items():
         field = cls.model_fields.get(name)
@@ -156,7 +156,7 @@ def _explain(
 ) -> list[str]:
     """Pydantic's findings as one line each: place, key, what was given, what was expected.
 
-    Keys of which something better has been said already (`answered`) are left out.
+    Keys for which there is already a better message (`answered`) are left out.
     """
     lines = []
     for item in error.errors():
@@ -188,7 +188,7 @@ def _nested_keys(cls: type[NeoXArgs], path: list[str | int]) -> list[str]:
     """Names of the keys inside the nested mapping at `path`."""
     model: type[BaseModel] = cls
     for part in path:
-        if part in model.model_fields:  # other parts are places in a list and names of alternatives
+        if part in model.model_fields:  # other parts are list indices and names of union members
             nested = nested_mapping(model.model_fields[str(part)].annotation)
             if nested is None:
                 return []

@@ -1,6 +1,6 @@
 """The dictionary for `deepspeed.initialize(config=...)`.
 
-Everything that matters is passed, also where it equals DeepSpeed's default: GPT-NeoX leaves out values equal to its own
+Everything that matters is passed, even where it equals DeepSpeed's default: GPT-NeoX leaves out values equal to its own
 defaults, and so trained for years without gradient clipping (gpt-neox #1432).
 """
 
@@ -18,8 +18,8 @@ def deepspeed_dictionary(args: AllKeys, *, with_extra: bool = True) -> dict[str,
     """Batch sizes, clipping, precision and ZeRO of a resolved configuration.
 
     bf16 comes with `grad_accum_dtype: fp32`, which selects DeepSpeed's BF16_Optimizer; without it gradients would be
-    accumulated in bf16. `communication_data_type` says the same of their reduction over data-parallel ranks, which
-    DeepSpeed would round to bf16 whatever they were accumulated in. fp16 is treated alike.
+    accumulated in bf16. `communication_data_type` does the same for their reduction over data-parallel ranks, which
+    DeepSpeed would otherwise round to bf16. fp16 is treated likewise.
     """
     config: dict[str, Any] = {
         "train_batch_size": args.train_batch_size,
@@ -29,7 +29,7 @@ def deepspeed_dictionary(args: AllKeys, *, with_extra: bool = True) -> dict[str,
         "zero_optimization": args.zero_optimization.model_dump(exclude={"cpu_offload"}),
         "wall_clock_breakdown": args.wall_clock_breakdown,
     }
-    if args.wall_clock_breakdown:  # whose report DeepSpeed prints every so many steps; without a number it fails
+    if args.wall_clock_breakdown:  # DeepSpeed prints a timer report at this interval, and fails if it is not set
         config["steps_per_print"] = args.log_interval
     if args.precision == "bfloat16":
         config["bf16"] = (args.bf16.model_dump() if args.bf16 else {}) | {"enabled": True}
@@ -46,7 +46,7 @@ def deepspeed_dictionary(args: AllKeys, *, with_extra: bool = True) -> dict[str,
 
 
 def pipeline_messages(args: AllKeys) -> dict[str, Any]:
-    """How stages pass tensors, where that is not DeepSpeed's default of dividing them over tensor-parallel ranks.
+    """How stages pass tensors if not by DeepSpeed's default of partitioning them over tensor-parallel ranks.
 
     Under sequence parallelism each rank's tensor is a slice already and goes as it is.
     """

@@ -1,7 +1,7 @@
 """Is this configuration a dense Llama at all? Asked before anything else, of the keys as the user gave them.
 
 GPT-NeoX builds GPTs, Pythias, mixtures of experts and more from the same keys, and its defaults (layernorm, learned
-positions, gelu, biases) are not Llama's: a key that is left out says as much as one that is given.
+positions, gelu, biases) are not Llama's: a key that is left out means as much as one that is given.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 
 class OtherModel(NamedTuple):
-    """Why a configuration is not that of a dense Llama: the sentence, and the keys that it speaks of."""
+    """Why a configuration is not that of a dense Llama: the message, and the keys that it mentions."""
 
     sentence: str
     keys: frozenset[str]

@@ -1,4 +1,4 @@
-"""What the CPU of this machine can do, without torch."""
+"""Capabilities of this machine's CPU, determined without torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading and merging YAML files and command-line overrides, with the place each key came from."""
+"""Reading and merging YAML files and command-line overrides, with the location of each key."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ _Loader.add_implicit_resolver(
 )
 
 
-# Of PyYAML's own errors, and of what its constructors let through: numbers of thousands of digits, tags that do not fit
-# their value, keys that are lists, nesting without end.
+# PyYAML's own errors, and those that its constructors let through: numbers of thousands of digits, tags that do not fit
+# their value, keys that are lists, infinite nesting.
 _NOT_YAML = (yaml.YAMLError, ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError)
 
 
@@ -78,7 +78,7 @@ def resolve_path(name: str | Path, folder: str | Path | None = None) -> Path:
 
 
 def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """Keys of one file and where each stands (`file:line`)."""
+    """Keys of one file and the location of each (`file:line`)."""
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -161,7 +161,7 @@ def apply_overrides(keys: dict[str, Any], places: dict[str, str], overrides: dic
             inner = target.get(parent) or {}
             if not isinstance(inner, dict):
                 raise ConfigError(f"--{name}: {'.'.join(parents[: depth + 1])} is {inner!r}, not a mapping")
-            target[parent] = dict(inner)  # a copy: the caller's nested mappings are not ours to change
+            target[parent] = dict(inner)  # a copy: the caller's nested mappings must not change
             target = target[parent]
         target[last] = value
         places[(parents or [last])[0]] = f"--{name}"

@@ -17,12 +17,14 @@ class GatedMatrices(NamedTuple):
 
 
 def gpt_neox_matrices(intermediate_size: int, multiple: int) -> GatedMatrices:
-    """GPT-NeoX's rule: two thirds of `intermediate_size` are gate and up, and both matrices are rounded up apart."""
+    """GPT-NeoX's rule: two thirds of `intermediate_size` are gate and up, and both matrices are rounded up
+    separately."""
     gated = 2 * intermediate_size // 3
     return GatedMatrices(2 * multiple * -(-gated // (2 * multiple)), multiple * -(-(gated // 2) // multiple))
 
 
-# (num_layers, hidden_size, num_attention_heads, num_kv_heads) -> the width in the Hugging Face config, and whose it is.
+# (num_layers, hidden_size, num_attention_heads, num_kv_heads) -> the width in the Hugging Face config, and the model's
+# name.
 PUBLISHED: dict[tuple[int, int, int, int], tuple[int, str]] = {
     (16, 2048, 32, 8): (8192, "Llama-3.2-1B"),
     (28, 3072, 24, 8): (8192, "Llama-3.2-3B"),

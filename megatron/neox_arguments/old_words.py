@@ -1,4 +1,4 @@
-"""Keys of older GPT-NeoX versions and of Hugging Face configs, each answered with today's key and value."""
+"""Keys of older GPT-NeoX versions and of Hugging Face configs, each with the current key and value to write instead."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ def _number(value: Any) -> float | None:
 
 
 def _warmup_iters(value: Any, keys: Keys) -> str:
-    """The share is of the decay's length."""
+    """The fraction refers to the decay's length."""
     given, length = _number(value), _number(keys.get("lr_decay_iters") or keys.get("train_iters"))
     if given is None or not length:
-        return "write warmup: the share of lr_decay_iters, not a number of iterations"
+        return "write warmup: a fraction of lr_decay_iters, not a number of iterations"
     return f"write warmup: {given / length:.6g} ({value} of {length:g} iterations)"
 
 
 def _decay_lr_to(value: Any, keys: Keys) -> str:
-    """The floor was a share of the peak."""
+    """The floor used to be a fraction of the peak."""
     optimizer = keys.get("optimizer")
     params = optimizer.get("params") if isinstance(optimizer, dict) else None
     peak, share = _number(params.get("lr") if isinstance(params, dict) else None), _number(value)
     if peak is None or share is None:
-        return "write min_lr: the floor itself, not a share of the peak"
+        return "write min_lr: the floor itself, not a fraction of the peak"
     return f"write min_lr: {peak * share:.6g} ({value} of the peak {peak:g})"
 
 
@@ -55,7 +55,7 @@ def _tied(value: Any, keys: Keys) -> str:
     return f"write no_weight_tying: {str(not value).lower()}"
 
 
-# What to write instead: of the value given and all keys. Where a value cannot be computed, the sentence says its unit.
+# What to write instead, from the given value and all keys. Where no value can be computed, the message states its unit.
 OLD_WORDS: dict[str, Callable[[Any, Keys], str]] = {
     "gas": _renamed("gradient_accumulation_steps"),
     "mlp_type": _mlp_type,
@@ -73,7 +73,7 @@ OLD_WORDS: dict[str, Callable[[Any, Keys], str]] = {
 
 
 def old_word(name: str, value: Any, keys: Keys) -> str | None:
-    """The sentence for an old key, None if `name` is none."""
+    """The message for an old key; None if `name` is not one."""
     answer = OLD_WORDS.get(name)
     return None if answer is None else f"{name} is not a key of today's GPT-NeoX; {answer(value, keys)}"
 

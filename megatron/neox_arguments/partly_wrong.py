@@ -1,4 +1,4 @@
-"""A configuration some of whose keys hold no valid value, so that everything else that is wrong is found as well."""
+"""A configuration in which some keys have no valid value, so that problems with the other keys are found as well."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class PartlyWrong(AllKeys):
     def __getattribute__(self, name: str) -> Any:
         try:
             private = object.__getattribute__(self, "__pydantic_private__")
-        except AttributeError:  # while it is being made
+        except AttributeError:  # during construction
             private = None
         if private is not None and name in private.get("_unsettled", ()):
             raise UnsettledError(name)
@@ -27,7 +27,7 @@ class PartlyWrong(AllKeys):
 
 
 def unsettle(args: AllKeys, names: Iterable[str]) -> AllKeys:
-    """The same keys, of which those in `names` are not to be relied on."""
+    """The same keys, with those in `names` marked as unsettled."""
     before = args._unsettled if isinstance(args, PartlyWrong) else frozenset()
     values = {name: args.__dict__[name] for name in AllKeys.model_fields}
     result = PartlyWrong.model_construct(None, **values)

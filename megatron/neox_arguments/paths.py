@@ -25,20 +25,20 @@ PATH_KEYS = (
     "sample_input_file",
     "sample_output_file",
     "eval_results_prefix",
-    "chat_template",  # or a shipped name, which has neither
+    "chat_template",  # or a built-in name, which contains neither
     "eval_task_path",
     "eval_documents",
     "mcq",
     "embed",
     "completion",
 )
-# of a data source, of lora, mcq, embed, completion
+# in a data source, lora, mcq, embed, completion
 _PATHS_WITHIN = ("path", "load", "items", "input", "output", "shots_file", "compare_with")
 _VARIABLE = re.compile(r"\$(?:\$|(\w+)|\{(\w+)\})")
 
 
 class UnsetVariable(Exception):
-    """A path names an environment variable that is not set. The text is its name."""
+    """A path contains an environment variable that is not set. The message is its name."""
 
 
 def expand_path(text: str, env: Mapping[str, str] = os.environ) -> str:
@@ -59,7 +59,7 @@ def expand_path(text: str, env: Mapping[str, str] = os.environ) -> str:
 
 
 def expand_paths(keys: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """`keys` with all their paths expanded, and a sentence for each that cannot be."""
+    """`keys` with all their paths expanded, and a message for each path that cannot be."""
     expanded, problems = dict(keys), []
     for name in PATH_KEYS:
         if name not in keys:
@@ -68,7 +68,8 @@ def expand_paths(keys: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
             expanded[name] = _expanded(keys[name])
         except UnsetVariable as unset:
             problems.append(
-                f"{name}: {keys[name]!r} names the variable {unset}, which is not set here: export {unset}, or write "
+                f"{name}: {keys[name]!r} contains the variable {unset}, which is not set here: export {unset}, "
+                f"or write "
                 f"$$ for a dollar sign"
             )
     return expanded, problems

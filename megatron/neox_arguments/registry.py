@@ -1,8 +1,8 @@
-"""Where the rules, warnings and derivations of the keys are registered, and what runs them.
+"""Registration and evaluation of the rules, warnings and derivations of the keys.
 
-Each file of `keys/` has one `Registry`, in which it enters what holds for its keys; `keys/all_keys.py` joins them in a
-stated order. The order matters twice: derivations run in it, each seeing the values of those before, and problems are
-reported in it.
+Each file in `keys/` has one `Registry`, in which it registers those of its keys; `keys/all_keys.py` joins them in a
+fixed order. The order matters twice: derivations run in it, each seeing the values of the previous ones, and problems
+are reported in it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from megatron.common.errors import ConfigError
 Task = Literal["train", "eval", "generate", "mcq", "embed", "model"]
 ALL_TASKS: tuple[Task, ...] = ("train", "eval", "generate", "mcq", "embed", "model")
 
-Check = Callable[[Any], "str | None"]  # of the keys; the sentence to report, None if there is nothing to say
+Check = Callable[[Any], "str | None"]  # takes the keys; returns the message, None if there is nothing to report
 
 
 class Derived(NamedTuple):
@@ -29,7 +29,7 @@ class Derived(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-Derivation = Callable[[Any, "int | None"], Derived]  # of the keys, and the number of ranks if a launcher knows it
+Derivation = Callable[[Any, "int | None"], Derived]  # takes the keys, and the number of ranks if a launcher knows it
 C = TypeVar("C", bound=Check)
 D = TypeVar("D", bound=Derivation)
 K = TypeVar("K", bound=BaseModel)
@@ -49,18 +49,18 @@ class Entry:
 
 
 class UnsettledError(Exception):
-    """Raised by keys without a valid value when they are read: what depends on them is not judged."""
+    """Raised when a key without a valid value is read: whatever depends on it is not checked."""
 
 
 def as_one_message(problems: list[str]) -> str:
-    """All that is wrong: a sentence, or a list of them."""
+    """All problems: a single message, or a list of them."""
     if len(problems) == 1:
         return problems[0]
     return f"{len(problems)} things are wrong:\n" + "\n".join(f"  - {text}" for text in problems)
 
 
 class Registry:
-    """The rules, warnings and derivations of one group of keys, in the order in which its file states them.
+    """The rules, warnings and derivations of one group of keys, in the order of its file.
 
     A function that reads keys of its own group only is typed with that group, one that crosses groups with `AllKeys`.
     """
@@ -71,18 +71,18 @@ class Registry:
         self.warnings: list[Entry] = []
 
     def derivation(self, *tasks: Task, fills: tuple[str, ...]) -> Callable[[D], D]:
-        """Register a function that fills keys which the user left out, or rewrites them to their one meaning.
+        """Register a function that fills keys which the user left out, or rewrites them to a canonical value.
 
-        It gives values for keys of `fills` only, and raises ConfigError where the keys contradict each other.
+        It returns values only for keys in `fills`, and raises ConfigError where the keys contradict each other.
         """
         return _adder(self.derivations, tasks, fills)
 
     def rule(self, *tasks: Task) -> Callable[[C], C]:
-        """Register what must hold: the function returns what is wrong in one sentence, or None."""
+        """Register a rule: the function returns the problem in one sentence, or None."""
         return _adder(self.rules, tasks)
 
     def warning(self, *tasks: Task) -> Callable[[C], C]:
-        """Register what is legal but may surprise: the function returns a line for the log, or None."""
+        """Register a warning about something legal but surprising: the function returns a line for the log, or None."""
         return _adder(self.warnings, tasks)
 
     @classmethod
@@ -98,10 +98,11 @@ class Registry:
     def derive(
         self, args: K, task: Task, world_size: int | None, unsettle: Callable[[K, Iterable[str]], K]
     ) -> tuple[K, list[str], list[str]]:
-        """The keys with every derived one filled, lines that say what was chosen, and what contradicts itself.
+        """The keys with every derived one filled, notes on what was chosen, and contradictions.
 
         Each derivation sees the values of those before it. `world_size` is the number of ranks that a launcher started,
-        None if it is not known. `unsettle` marks the keys that a derivation could not fill; what reads one is left out.
+        None if it is not known. `unsettle` marks the keys that a derivation could not fill; derivations that read one
+        are skipped.
         """
         notes: list[str] = []
         wrong: list[str] = []
@@ -123,7 +124,7 @@ class Registry:
         return args, notes, wrong
 
     def problems(self, args: Any, task: Task) -> list[str]:
-        """What is wrong, one sentence per broken rule."""
+        """One message per broken rule."""
         return _texts(self.rules, args, task)
 
     def surprises(self, args: Any, task: Task) -> list[str]:

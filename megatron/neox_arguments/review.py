@@ -1,4 +1,4 @@
-"""The keys as the user gave them, before they are typed: whose they are, and what is to be said of the others."""
+"""Review of the keys as the user gave them, before they are typed: unknown, old, refused and ineffective ones."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron.neox_arguments.unsupported import (
 
 
 class Review(NamedTuple):
-    """`keys` without what has no effect inside of mappings; `answered` are keys that `problems` speaks of.
+    """`keys` without ineffective entries of mappings; `answered` are the keys that `problems` mentions.
 
     `other_model`: the configuration is not that of a dense Llama.
     """
@@ -30,9 +30,9 @@ class Review(NamedTuple):
 
 
 def review(keys: dict[str, Any], places: dict[str, str], known: set[str]) -> Review:
-    """What is wrong with the keys themselves: the model first, then foreign, old and unknown ones.
+    """Problems with the keys themselves: the model first, then unsupported, old and unknown ones.
 
-    `known` are this project's keys. One note names all that is given without effect.
+    `known` are this project's keys. One note names all given keys without effect.
     """
     problems: list[str] = []
     answered: set[str] = set()

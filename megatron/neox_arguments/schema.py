@@ -1,4 +1,4 @@
-"""What editors and readers get from the keys: a JSON schema and a Markdown table, both generated.
+"""The JSON schema for editors and the Markdown table of the documentation, both generated from the keys.
 
 python -m megatron.neox_arguments.schema > configs/schema.json
 python -m megatron.neox_arguments.schema --update docs/configuration.md
@@ -60,7 +60,7 @@ def _nested(group: type[BaseModel], prefix: str) -> list[tuple[str, type[BaseMod
 
 
 def json_schema() -> dict[str, Any]:
-    """Schema of one file. Nothing is required: a file holds some of the keys, deepy.py checks the merged whole."""
+    """Schema of one file. Nothing is required: a file holds some of the keys, and deepy.py checks the merged result."""
     schema = NeoXArgs.model_json_schema()
     schema.pop("required")
     schema |= {
@@ -149,7 +149,7 @@ def _default(field: FieldInfo, extra: dict[str, Any]) -> str:
 
 
 def updated(text: str) -> str:
-    """A document with the table between its two markers made current."""
+    """A document with the table between its two markers updated."""
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
     return f"{before}{BEGIN}\n{key_table()}\n{END}{after}"

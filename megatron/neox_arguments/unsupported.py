@@ -1,7 +1,7 @@
-"""GPT-NeoX's keys that this project does not have: each with a sentence, and the values that change nothing.
+"""GPT-NeoX's keys that this project does not have: each with the reason, and the values that change nothing.
 
-A neutral value is accepted in silence, so that a GPT-NeoX Llama file can be used as it is; any other value stops.
-Keys of `WITHOUT_EFFECT` are accepted, because the run is right without them; one note names those that are given.
+A neutral value is silently accepted, so that a GPT-NeoX Llama file can be used as it is; any other value is an error.
+Keys in `WITHOUT_EFFECT` are accepted, because the run is right without them; one note names those that are given.
 """
 
 from __future__ import annotations
@@ -53,13 +53,11 @@ UNSUPPORTED: dict[str, Refusal] = {
     "sliding_window_width": Refusal("Llama attends to the whole context; sliding windows are not supported."),
     "hidden_dropout": Refusal(_NO_DROPOUT, (None, 0, 0.0)),
     "attention_dropout": Refusal(_NO_DROPOUT, (None, 0, 0.0)),
-    "use_qk_layernorm": Refusal("Llama does not normalise queries and keys.", (None, False)),
-    "output_layer_parallelism": Refusal("The head is split by vocabulary rows: column.", (None, "column")),
-    "attention_softmax_in_fp32": Refusal("The softmax is always in fp32; nothing to choose.", (None, True, False)),
+    "use_qk_layernorm": Refusal("Llama does not normalize queries and keys.", (None, False)),
+    "output_layer_parallelism": Refusal("The head is always split by vocabulary rows: column.", (None, "column")),
+    "attention_softmax_in_fp32": Refusal("The softmax is always in fp32.", (None, True, False)),
     "apply_query_key_layer_scaling": Refusal("Llama does not scale attention by the layer number.", (None, False)),
-    "fp32_allreduce": Refusal(
-        "Gradients are always reduced in fp32 with bf16; nothing to choose.", (None, True, False)
-    ),
+    "fp32_allreduce": Refusal("With bf16, gradients are always reduced in fp32.", (None, True, False)),
     "dataset_impl": Refusal(_PREFERENCE, (None, "gpt2")),
     "train_impl": Refusal(_PREFERENCE, (None, "normal")),
     "s3_path": Refusal("Checkpoints are written to a file system only."),
@@ -72,12 +70,14 @@ UNSUPPORTED: dict[str, Refusal] = {
     "amp": Refusal("apex amp is not supported; give precision."),
     "z_loss": Refusal("The z-loss is not supported.", (None, 0, 0.0)),
     "use_checkpoint_lr_scheduler": Refusal("The schedule is that of the configuration, also on resume.", (None, False)),
-    "prompt_end": Refusal("A prompt is one line here.", (None, "\n")),
+    "prompt_end": Refusal("A prompt is always one line.", (None, "\n")),
     "return_logits": Refusal("generate.py writes text only.", (None, False)),
     "precompute_model_name": Refusal("generate.py writes text only."),
     "char_level_ppl": Refusal("eval.py reports perplexity per token.", (None, False)),
     "communication_data_type": Refusal("Gradients are reduced in fp32 with bf16.", (None, "fp32", False)),
-    "prescale_gradients": Refusal("The loss is divided by the global token count; nothing to scale.", (None, False)),
+    "prescale_gradients": Refusal(
+        "The loss is divided by the global token count, so nothing is to be scaled.", (None, False)
+    ),
     "gradient_predivide_factor": Refusal("The loss is divided by the global token count.", (None, 1, 1.0)),
     "zero_stage": Refusal("Give zero_optimization: {stage: 1}.", (None, 1)),
     "lr": Refusal("Give it as optimizer: {params: {lr: ...}}."),
@@ -116,11 +116,11 @@ UNSUPPORTED: dict[str, Refusal] = {
 _FUSED = "`kernels` chooses fused operations"
 _OTHER_NORM = "the norm is RMSNorm, whose epsilon is rms_norm_epsilon"
 _NEVER_READ = "GPT-NeoX does not use it either"
-_RECOMPUTE = "recomputed layers stay where they are; no number depends on it"
+_RECOMPUTE = "recomputed layers stay where they are; it does not change results"
 _START = "in a Slurm allocation deepy.py starts all nodes by srun itself, elsewhere the ranks of this machine"
 _WRITERS = "TensorBoard, metrics.jsonl and Weights & Biases (wandb_* keys) are written"
 _NOT_LOGGED = "it is not logged"
-_IN_FP16 = "fp16 takes it from its own mapping"
+_IN_FP16 = "it is set in the fp16 mapping"
 
 WITHOUT_EFFECT: dict[str, str] = {
     **dict.fromkeys(("rmsnorm_fusion", "layernorm_fusion", "rope_fusion", "use_flashattn_swiglu"), _FUSED),
@@ -139,14 +139,15 @@ WITHOUT_EFFECT: dict[str, str] = {
     "fp16_lm_cross_entropy": "the loss is always computed in fp32",
     **dict.fromkeys(("short_seq_prob", "adlr_autoresume", "adlr_autoresume_interval", "onnx_safe"), _NEVER_READ),
     "no_save_optim": "GPT-NeoX never reads it; keep_optimizer_last_n: 0 keeps weights only",
-    "checkpoint_validation_with_forward_pass": "checkpoints are verified by checksums and an account of every tensor",
+    "checkpoint_validation_with_forward_pass": "checkpoints are verified by checksums and by accounting for "
+    "every tensor",
     "checkpoint": "checkpoints are written by this project, not by DeepSpeed",
     "gpt_j_tied": "the residual is sequential",
     **dict.fromkeys(("rpe_num_buckets", "rpe_max_distance", "opt_pos_emb_offset"), "the position embedding is rotary"),
     "gmlp_attn_dim": "there are no gMLP layers",
     "attention_config": "every layer runs scaled_dot_product_attention, flash where the device has it",
     "param_sharing_style": "layers do not share parameters",
-    "use_cpu_initialization": "weights are always initialised on the CPU, identically for every layout",
+    "use_cpu_initialization": "weights are always initialized on the CPU, identically for every layout",
     "num_workers": "each rank reads its samples itself, from memory-mapped files",
     "override_lr_scheduler": "the schedule is that of the configuration, also on resume",
     "peak_theoretical_tflops": "the log gives TFLOP/s; divide by the peak of one device (MI250X GCD: 191.5)",
@@ -167,9 +168,9 @@ WITHOUT_EFFECT: dict[str, str] = {
 WITHOUT_EFFECT_OF_TYPE: dict[str, tuple[type, str]] = {"recompute": (bool, "generate.py chooses by itself")}
 
 _NOT_FOR_BF16 = "bf16 needs no loss scaling"
-_OTHER_ZERO = "it concerns how DeepSpeed moves memory at other stages, no number"
+_OTHER_ZERO = "it concerns memory movement at other ZeRO stages, not the results"
 
-# Keys inside of mappings that are accepted like those above: by the mapping's name, dotted.
+# Keys inside mappings that are accepted like those above, as dotted names.
 NESTED_WITHOUT_EFFECT: dict[str, dict[str, str]] = {
     "fp16": dict.fromkeys(("fp16", "type"), "`enabled` says it"),
     "bf16": {
@@ -191,5 +192,6 @@ NESTED_WITHOUT_EFFECT: dict[str, dict[str, str]] = {
 
 
 def is_off(value: Any) -> bool:
-    """Whether a key without effect says nothing: not given, false, zero, empty, or a mapping that is not enabled."""
+    """Whether a key without effect is at a neutral value: not given, false, zero, empty, or a mapping that is not
+    enabled."""
     return not value.get("enabled", bool(value)) if isinstance(value, dict) else not value

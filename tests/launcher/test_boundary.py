@@ -123,7 +123,7 @@ WRONG: list[tuple[str, dict[str, Any], list[str], str]] = [
     ("RANK", {"RANK": "abc", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, ["{run}"], "RANK is 'abc', expected a number"),
     ("RANK alone", {"RANK": "0"}, ["{run}"], "RANK set without WORLD_SIZE, LOCAL_RANK: set all three or none"),
     ("a step", {"SLURM_STEP_ID": "3"}, ["{run}"], "this is a Slurm step without SLURM_PROCID"),
-    ("a variable", {}, ["{run}", "--save", "$NOPE/x"], "names the variable NOPE, which is not set here: export NOPE"),
+    ("a variable", {}, ["{run}", "--save", "$NOPE/x"], "contains the variable NOPE, which is not set here: export"),
     ("data", {}, ["{run}"], "a_text_document.idx: no such file"),
     ("a script", {}, [], "a script and at least one configuration file are needed"),
 ]  # fmt: skip

@@ -109,7 +109,7 @@ FOLLOWED: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
     ),
     ("warmup_is_given_once", {"warmup": 0.1, "lr_warmup_iters": 5}, "keep one", {"warmup": None}),
     (
-        "wsd_has_one_cooldown", {"lr_decay_style": "wsd"}, "write lr_wsd_decay_iters: 0 for a run that shall only be",
+        "wsd_has_one_cooldown", {"lr_decay_style": "wsd"}, "write lr_wsd_decay_iters: 0 for a run that is only",
         {"lr_wsd_decay_iters": 0},
     ),
     ("wsd_has_one_cooldown", {"lr_wsd_decay_iters": 2}, "leave it out", {"lr_wsd_decay_iters": None}),
@@ -180,7 +180,7 @@ FOLLOWED: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
         "weight_by_num_documents and replay exclude each other", {"weight_by_num_documents": None},
     ),
     ("factor_fits_the_scale", {"checkpoint_factor": 2.5}, "checkpoint_scale: log", {"checkpoint_scale": "log"}),
-    ("factor_fits_the_scale", {"checkpoint_factor": 2.5}, "is no whole number", {"checkpoint_factor": 2}),
+    ("factor_fits_the_scale", {"checkpoint_factor": 2.5}, "is not a whole number", {"checkpoint_factor": 2}),
     ("vocabulary_has_a_source", {"vocab_size": None}, "give vocab_file", {"vocab_size": 64}),
     (
         "patches_go_with_their_modality", {"patches": IMAGES["patches"]}, "or leave patches out", {"patches": None},

@@ -39,7 +39,7 @@ BROKEN: list[tuple[str, Task, dict[str, Any], str]] = [
         "thinking_is_generated",
         "mcq",
         {"chat": True, "thinking": True, "mcq": ASKED},
-        "mcq.method: letter does not; use generate",
+        "mcq.method: letter does not produce; use generate",
     ),
     (
         "thinking_prefills_itself",

@@ -251,4 +251,4 @@ def test_words_are_compared_without_their_case() -> None:
 
 
 def test_a_clean_configuration_has_no_note() -> None:
-    assert NeoXArgs.from_dict(VALID).notes == ("save is not given: this run leaves no checkpoint",)
+    assert NeoXArgs.from_dict(VALID).notes == ("save is not given: this run writes no checkpoint",)

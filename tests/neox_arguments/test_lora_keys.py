@@ -72,8 +72,8 @@ def test_a_folder_that_only_the_nodes_see() -> None:
 @pytest.mark.parametrize(
     ("lora", "message"),
     [
-        ({"r": 2, "alpha": 4}, "r is peft's word; write rank"),
-        ({"rank": 2, "lora_alpha": 4}, "lora_alpha is peft's word; write alpha"),
+        ({"r": 2, "alpha": 4}, "r is peft's name; write rank"),
+        ({"rank": 2, "lora_alpha": 4}, "lora_alpha is peft's name; write alpha"),
         ({"alpha": 4}, "lora needs rank; write lora: {rank: 16, alpha: 32}"),
         ({"rank": 0, "alpha": 4}, "lora.rank: given 0, but it should be greater than 0"),
         ({"rank": 2, "alpha": 4, "targets": []}, "lora.targets: given []"),
@@ -81,8 +81,11 @@ def test_a_folder_that_only_the_nodes_see() -> None:
         ({"rank": 2, "alpha": 4, "rang": 3}, "unknown key lora.rang; did you mean rank?"),
         ({"rank": 2, "alpha": 4, "dropout": 0.05}, "the recomputation used here does not replay random states"),
         ({"rank": 2, "alpha": 4, "use_dora": True}, "DoRA is not supported"),
-        ({"rank": 2, "alpha": 4, "modules_to_save": ["lm_head"]}, "whole modules are not trained beside an adapter"),
-        ({"rank": 2, "alpha": 4, "load_in_4bit": True}, "a quantised base is not supported: it rounds every weight"),
+        (
+            {"rank": 2, "alpha": 4, "modules_to_save": ["lm_head"]},
+            "whole modules are not trained together with an adapter",
+        ),
+        ({"rank": 2, "alpha": 4, "load_in_4bit": True}, "a quantized base is not supported: it rounds every weight"),
         ({"rank": 2, "alpha": 4, "quantization": "nf4"}, "raise model_parallel_size"),
     ],
 )

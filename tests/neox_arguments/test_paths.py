@@ -33,7 +33,7 @@ def test_what_a_path_becomes(text: str, expected: str) -> None:
 def test_a_variable_that_is_not_set() -> None:
     with pytest.raises(UnsetVariable, match="NOWHERE"):
         expand_path("$NOWHERE/x", {})
-    with pytest.raises(ConfigError, match=r"save: '\$NOWHERE_AT_ALL/x' names the variable NOWHERE_AT_ALL"):
+    with pytest.raises(ConfigError, match=r"save: '\$NOWHERE_AT_ALL/x' contains the variable NOWHERE_AT_ALL"):
         NeoXArgs.from_dict(keys(save="$NOWHERE_AT_ALL/x", checkpoint_factor=1))
     NeoXArgs.from_dict(keys(save="$$NOWHERE_AT_ALL/x", checkpoint_factor=1))  # as the message says
 

@@ -35,7 +35,7 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
     ("heads_divide_hidden", {"num_attention_heads": 12}, "hidden_size 128 is not num_attention_heads 12 x an even"),
     ("kv_heads_divide_heads", {"num_kv_heads": 3}, "num_kv_heads 3 does not divide num_attention_heads 8"),
     ("width_is_true", {"intermediate_size": 1056}, "Write intermediate_size: 352"),
-    ("vocabulary_has_a_source", {"vocab_size": None}, "the vocabulary is unknown: give vocab_file with tokenizer_type"),
+    ("vocabulary_has_a_source", {"vocab_size": None}, "the vocabulary size is unknown: give vocab_file"),
     ("mlp_multiple_divides_width", {"mlp_multiple_of": 256}, "mlp_multiple_of 256 does not divide"),
     ("rope_frequencies_are_ordered", {"rope_scaling": {**ROPE, "low_freq_factor": 4.0}}, "must be below high_freq"),
     ("positions_cover_sequence", {"seq_length": 2048}, "seq_length 2048 is longer than max_position_embeddings 1024"),
@@ -64,7 +64,7 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
         "expected one number, or one for each of 3 channels",
     ),
     ("every_stage_has_a_layer", {"pipe_parallel_size": 5}, "a stage would have no layer; use at most 4"),
-    ("adapters_have_a_trained_base", {"lora": {"rank": 4, "alpha": 8}}, "but from_scratch draws them; give load"),
+    ("adapters_have_a_trained_base", {"lora": {"rank": 4, "alpha": 8}}, "but from_scratch would draw them at random"),
     (
         "adapters_are_saved_elsewhere",
         LORA | {"save": "runs/../runs/a", "checkpoint_factor": 1},
@@ -91,8 +91,8 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
     ("warmup_is_given_once", {"warmup": 0.1, "lr_warmup_iters": 5}, "both given; keep one"),
     ("wsd_has_one_cooldown", {"lr_decay_style": "wsd"}, "and 0 are given"),
     ("wsd_has_one_cooldown", {**WSD, "lr_wsd_decay_fraction": 0.1}, "and 2 are given"),
-    ("wsd_has_one_cooldown", {"lr_wsd_decay_iters": 2}, "lr_wsd_decay_iters is of lr_decay_style: wsd, not of linear"),
-    ("wsd_has_one_cooldown", {"lr_wsd_decay_style": "cosine"}, "lr_wsd_decay_style is of lr_decay_style: wsd"),
+    ("wsd_has_one_cooldown", {"lr_wsd_decay_iters": 2}, "lr_wsd_decay_iters belongs to lr_decay_style: wsd"),
+    ("wsd_has_one_cooldown", {"lr_wsd_decay_style": "cosine"}, "lr_wsd_decay_style belongs to lr_decay_style: wsd"),
     ("schedule_fits", {**WSD, "lr_warmup_iters": 9}, "a warm-up of 9 and a cooldown of 2 iterations do not fit"),
     ("schedule_fits", {"lr_restart_iter": 10}, "lr_restart_iter 10 is not before the schedule's end at iteration 10"),
     ("extra_args_do_not_collide", {"deepspeed_extra_args": {"gradient_clipping": 0.1}}, "gradient_clipping would ov"),
@@ -115,12 +115,12 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
     (
         "gathering_overlaps_with_reducing",
         {**MEGATRON, "overlap_grad_reduce": False, "overlap_param_gather": True},
-        "gathers by the buckets that it reduces by",
+        "gathers with the buckets that it reduces with",
     ),
     (
         "engine_megatron_deals_decoder_layers",
         {**INTERLEAVED, "pipe_partition_method": "parameters"},
-        "parameters with engine: megatron, which deals",
+        "parameters with engine: megatron, which distributes",
     ),
     (
         "engine_megatron_deals_decoder_layers",
@@ -166,14 +166,14 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
         {"weight_by_num_documents": True, "train_data_paths": ["a", replayed("b", 0.2)]},
         "weight_by_num_documents and replay exclude each other",
     ),
-    ("skipped_ranges_are_ranges", {"skip_sample_ranges": [[0, 8], [9, 9]]}, "[9, 9] is no range of samples"),
-    ("skipped_ranges_are_ranges", {"skip_sample_ranges": [[6, 5]]}, "[6, 5] is no range of samples"),
-    ("skipped_ranges_are_ranges", {"skip_sample_ranges": [[-1, 3]]}, "[-1, 3] is no range of samples"),
-    ("skipped_ranges_are_ranges", {"skip_sample_ranges": [[1, 2, 3]]}, "[1, 2, 3] is no range of samples"),
+    ("skipped_ranges_are_ranges", {"skip_sample_ranges": [[0, 8], [9, 9]]}, "[9, 9] is not a range of samples"),
+    ("skipped_ranges_are_ranges", {"skip_sample_ranges": [[6, 5]]}, "[6, 5] is not a range of samples"),
+    ("skipped_ranges_are_ranges", {"skip_sample_ranges": [[-1, 3]]}, "[-1, 3] is not a range of samples"),
+    ("skipped_ranges_are_ranges", {"skip_sample_ranges": [[1, 2, 3]]}, "[1, 2, 3] is not a range of samples"),
     (
         "a_step_ends_before_its_collectives",
         {"step_timeout_minutes": 30.0},
-        "step_timeout_minutes 30 is not below distributed_timeout_minutes 30: a collective would give up before",
+        "step_timeout_minutes 30 is not below distributed_timeout_minutes 30: a collective would time out before",
     ),
     ("a_profile_has_steps_ranks_and_a_folder", {"profile": True}, "profile needs log_dir or tensorboard_dir"),
     (
@@ -186,10 +186,10 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
         {"profile": True, "log_dir": "x", "profile_ranks": [0, 1]},
         "profile_ranks: [1] of 1 ranks do not exist",
     ),
-    ("start_is_given", {"from_scratch": None}, "There is no silent random start"),
+    ("start_is_given", {"from_scratch": None}, "A run never starts silently"),
     ("start_is_given", {"load": "runs/a"}, "load and from_scratch exclude each other"),
-    ("saving_has_an_interval", {"save": "runs/a"}, "nothing would say when to save"),
-    ("factor_fits_the_scale", {"checkpoint_factor": 2.5}, "checkpoint_factor 2.5 is no whole number of iterations"),
+    ("saving_has_an_interval", {"save": "runs/a"}, "which determine when to save"),
+    ("factor_fits_the_scale", {"checkpoint_factor": 2.5}, "checkpoint_factor 2.5 is not a whole number of iterations"),
     ("factor_fits_the_scale", {"checkpoint_factor": 1, "checkpoint_scale": "log"}, "must be above 1: saves are at its"),
     ("iteration_needs_load", {"iteration": 5}, "neither load nor save, in which to look for it, is given"),
 ]  # fmt: skip
@@ -224,7 +224,7 @@ PUBLISHED_7B = {
 
 # warning, what is changed in the valid keys, what the note says
 NOTED: list[tuple[str, dict[str, Any], str]] = [
-    ("base_is_only_read", LORA | {"finetune": True}, "finetune says nothing with lora"),
+    ("base_is_only_read", LORA | {"finetune": True}, "finetune has no effect with lora"),
     ("stages_are_uneven", {"pipe_parallel_size": 3}, "some stages hold 2 layers, some 1"),
     ("rope_scaling_is_forgotten", {"max_position_embeddings": 131072, "rope_scaling": None}, "rope_scaling is absent"),
     ("width_is_not_the_published_one", PUBLISHED_7B, "is not that of Llama-7B (1, 2 and Code Llama)"),
@@ -236,7 +236,7 @@ NOTED: list[tuple[str, dict[str, Any], str]] = [
     ("wandb_is_not_installed", {"use_wandb": True}, "nothing is logged there without pip install wandb"),
     ("wandb_is_not_switched_on", {"wandb_group": "a"}, "GPT-NeoX logs to Weights & Biases if it finds an API key"),
     ("merge_file_is_unused", {"merge_file": "merges.txt", "tokenizer_type": "HFTokenizer"}, "merge_file has no effect"),
-    ("nothing_is_saved", {"async_save": True}, "leaves no checkpoint, async_save has no effect"),
+    ("nothing_is_saved", {"async_save": True}, "writes no checkpoint, async_save has no effect"),
 ]  # fmt: skip
 
 
@@ -329,7 +329,7 @@ def test_what_a_key_file_registers_is_run() -> None:
 
 def test_valid_keys_pass() -> None:
     args = NeoXArgs.from_dict(VALID)
-    assert args.notes == ("save is not given: this run leaves no checkpoint",)
+    assert args.notes == ("save is not given: this run writes no checkpoint",)
 
 
 def test_all_broken_rules_are_said_at_once() -> None:
@@ -382,7 +382,7 @@ def test_problems_are_reported_in_the_order_of_the_groups() -> None:
 
 
 def test_ranges_to_skip_are_checked_for_evaluation_too() -> None:
-    with pytest.raises(ConfigError, match="is no range of samples"):
+    with pytest.raises(ConfigError, match="is not a range of samples"):
         NeoXArgs.from_dict(keys(load="runs/a", skip_sample_ranges=[[3, 1]]), task="eval")
 
 

@@ -1,4 +1,4 @@
-"""All groups of keys as one flat class, and everything that is registered about them in one order."""
+"""All groups of keys as one flat class, and their rules, warnings and derivations in a fixed order."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class AllKeys(
     def shape(self) -> LlamaShape:
         """Sizes of the model, without its adapter.
 
-        Raises ConfigError if the tokenizer that says vocab_size is not on this machine.
+        Raises ConfigError if vocab_size comes from a tokenizer that is not on this machine.
         """
         decoder = {
             "num_layers": self.num_layers,
@@ -125,14 +125,14 @@ class AllKeys(
 
     @cached_property
     def whole_shape(self) -> LlamaShape:
-        """The same with the tensors of the adapter beside those of the base."""
+        """The same with the adapter's tensors in addition to the base's."""
         if self.lora is None:
             return self.shape
         return adapted(self.shape, self.lora.rank, self.lora.projections)
 
     @cached_property
     def trained_shape(self) -> LlamaShape:
-        """The tensors that a run trains and saves: all, or those of the adapter."""
+        """The tensors that a run trains and saves: all, or only the adapter's."""
         if self.lora is None:
             return self.shape
         return adapter_alone(self.shape, self.lora.rank, self.lora.projections)
@@ -143,5 +143,5 @@ class AllKeys(
 
     @property
     def vocabulary_is_known(self) -> bool:
-        """Whether `shape` can be told here: a model of images has no vocabulary to be counted."""
+        """Whether `shape` is known here: a model of images needs no vocabulary size."""
         return self.vocab_size is not None or self.patches is not None

@@ -14,14 +14,15 @@ class CheckpointKeys(Keys):
     load: str | None = key(None, "Folder to start or continue from; training needs this or from_scratch.")
     save: str | None = key(None, "Folder for checkpoints; needs checkpoint_factor or extra_save_iters.")
     iteration: int | None = key(None, "Checkpoint to load instead of the latest.", ge=0)
-    from_scratch: bool = key(False, "Start from random weights. Never happens unasked.", ours=True)
+    from_scratch: bool = key(False, "Start from random weights; never done implicitly.", ours=True)
     finetune: bool = key(False, "Load weights only and start at iteration 0.")
     no_load_optim: bool = key(False, "Do not load optimizer states.")
     no_load_rng: bool = key(False, "Do not load random number generator states.")
     no_save_rng: bool = key(False, "Do not save random number generator states.")
     checkpoint_factor: int | float | None = key(
         None,
-        "Save every this many iterations; with checkpoint_scale: log at its powers, which may be fractional.",
+        "Save every this many iterations; with checkpoint_scale: log, at powers of this number, which may be "
+        "fractional.",
         gt=0,
     )
     checkpoint_scale: Literal["linear", "log"] = key(
@@ -37,7 +38,7 @@ class CheckpointKeys(Keys):
         "and does not end the run.",
         ours=True,
     )
-    keep_last_n_checkpoints: int | None = key(None, "Older checkpoints are deleted.", gt=0)
+    keep_last_n_checkpoints: int | None = key(None, "Keep this many checkpoints and delete older ones.", gt=0)
     keep_optimizer_last_n: int | None = key(
         None,
         "Optimizer states are kept in only this many checkpoints (70B: 847 GB each); weights stay.",
@@ -46,8 +47,8 @@ class CheckpointKeys(Keys):
     )
     allow_model_changes: list[Literal["rms_norm_epsilon", "rotary_emb_base", "rope_scaling"]] = key(
         [],
-        "Facts of the model that may differ from what the loaded checkpoint knows, such as [rotary_emb_base] for a "
-        "longer context; any other difference stops.",
+        "Model settings that may differ from those in the loaded checkpoint, such as [rotary_emb_base] for a "
+        "longer context; any other difference stops the run.",
         ours=True,
     )
     allow_high_initial_loss: bool = key(
@@ -65,7 +66,8 @@ def start_is_given(args: CheckpointKeys) -> str | None:
     if args.load or args.from_scratch:
         return None
     return (
-        "nothing to start from: give load (a checkpoint folder) or from_scratch: true. There is no silent random start"
+        "nothing to start from: give load (a checkpoint folder) or from_scratch: true. A run never starts "
+        "silently from random weights"
     )
 
 
@@ -78,7 +80,7 @@ def weights_are_given(args: CheckpointKeys) -> str | None:
 def saving_has_an_interval(args: CheckpointKeys) -> str | None:
     if not args.save or args.checkpoint_factor or args.extra_save_iters:
         return None
-    return "save is given without checkpoint_factor or extra_save_iters: nothing would say when to save"
+    return "save is given without checkpoint_factor or extra_save_iters, which determine when to save"
 
 
 @registry.rule("train")
@@ -88,14 +90,14 @@ def factor_fits_the_scale(args: CheckpointKeys) -> str | None:
         return None
     if args.checkpoint_scale == "log":
         return f"checkpoint_factor {factor} with checkpoint_scale: log must be above 1: saves are at its powers"
-    return f"checkpoint_factor {factor} is no whole number of iterations; fractions are for checkpoint_scale: log"
+    return f"checkpoint_factor {factor} is not a whole number of iterations; fractions are for checkpoint_scale: log"
 
 
 @registry.warning("train")
 def nothing_is_saved(args: CheckpointKeys) -> str | None:
     if args.save:
         return None
-    return "save is not given: this run leaves no checkpoint" + (
+    return "save is not given: this run writes no checkpoint" + (
         ", async_save has no effect" if args.async_save else ""
     )
 

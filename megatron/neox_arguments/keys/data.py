@@ -17,16 +17,18 @@ registry = Registry()
 
 
 class Replay(Keys):
-    """General text that takes its share of every epoch of the other sources."""
+    """General text mixed into every epoch of the other sources."""
 
     share: float = required("Share of the training samples, between 0 and 1.", gt=0, lt=1, ours=True)
     fresh_each_epoch: bool = key(
-        True, "Continue from epoch to epoch, repeating nothing before all is read; false replays the same.", ours=True
+        True,
+        "Read different samples in each epoch, repeating none before all have been read; false replays the same ones.",
+        ours=True,
     )
 
 
 class DataSource(Keys):
-    """An entry of train_data_paths that says more than a path."""
+    """An entry of train_data_paths with more than a path."""
 
     path: str = required("Prefix of the .bin/.idx pair.", ours=True)
     replay: Replay | None = key(None, "The source is replayed general text.", ours=True)
@@ -35,7 +37,7 @@ class DataSource(Keys):
 class DataKeys(Keys):
     seq_length: int = derived(
         "max_position_embeddings when only the shape matters; training and evaluation need it",
-        "Tokens per sample; of images, patches that are read.",
+        "Tokens per sample; for images, patches that are read.",
         gt=0,
     )
     tokenizer_type: Literal[
@@ -47,7 +49,7 @@ class DataKeys(Keys):
     )
     vocab_file: str | None = key(None, "Path of the tokenizer file.")
     merge_file: str | None = key(
-        None, "Path of merges.txt; GPT2BPETokenizer and HFGPT2Tokenizer look beside vocab_file without it."
+        None, "Path of merges.txt; by default GPT2BPETokenizer and HFGPT2Tokenizer look in the folder of vocab_file."
     )
     data_path: str | None = key(None, "Prefix of one .bin/.idx pair, divided by `split`.")
     split: str = key("969, 30, 1", "Shares of train, valid and test documents in data_path.")
@@ -85,18 +87,18 @@ class DataKeys(Keys):
     pack_impl: Literal["packed", "pack_until_overflow", "unpacked", "best_fit"] = key(
         "packed",
         "How documents fill samples. packed: one after the other, cut at seq_length; pack_until_overflow: whole "
-        "documents in random order; unpacked: one each; best_fit: whole documents where they leave the least room.",
+        "documents in random order; unpacked: one each; best_fit: whole documents where they leave the least space.",
     )
     allow_chopped: bool | None = key(
         None,
         "Where documents are kept whole: true cuts those longer than a sample into several; by default they are left "
         "out and counted. With pack_impl: packed, true says that conversations may be cut where a sample ends.",
     )
-    eod_mask_loss: bool = key(False, "Do not learn what follows an end-of-document token.")
+    eod_mask_loss: bool = key(False, "Mask the prediction that follows an end-of-document token.")
     isolate_documents: bool = key(
         False, "Tokens attend only inside their own document; positions restart at each.", ours=True
     )
-    seed: int = key(1234, "Seed of initialisation and sample order.", gt=0)
+    seed: int = key(1234, "Seed of initialization and sample order.", gt=0)
 
 
 # --- derivations
@@ -104,7 +106,7 @@ class DataKeys(Keys):
 
 @registry.derivation(*ALL_TASKS, fills=("tokenizer_type",))
 def tokenizer_of_the_files(args: AllKeys, world_size: int | None) -> Derived:
-    """GPT-NeoX's default is GPT2BPETokenizer, which cannot do without merge_file."""
+    """GPT-NeoX's default is GPT2BPETokenizer, which needs merge_file."""
     if args.tokenizer_type is not None or args.modality == "patches":
         return Derived({})
     if args.merge_file is None:
@@ -121,7 +123,7 @@ def vocabulary_of_the_tokenizer(args: AllKeys, world_size: int | None) -> Derive
     path = Path(args.vocab_file)
     if not path.exists():
         return Derived({}, (unknown_vocabulary(args),))
-    from megatron.tokenizer import TokenizerError, vocabulary_size  # numpy, which most checks can do without
+    from megatron.tokenizer import TokenizerError, vocabulary_size  # imports numpy, which most checks do not need
 
     try:
         size = vocabulary_size(args.tokenizer_type, path, args.merge_file)
@@ -131,7 +133,7 @@ def vocabulary_of_the_tokenizer(args: AllKeys, world_size: int | None) -> Derive
 
 
 def unknown_vocabulary(args: AllKeys) -> str:
-    """The sentence for a configuration whose vocabulary cannot be counted here."""
+    """The message for a configuration whose vocabulary size cannot be determined here."""
     return (
         f"vocab_size is that of the tokenizer, but vocab_file {args.vocab_file} is not on this machine; give the path "
         f"of the file or the number"
@@ -203,14 +205,15 @@ def vocabulary_has_a_source(args: AllKeys) -> str | None:
     if args.vocab_size is not None or args.vocab_file is not None or args.modality == "patches":
         return None
     return (
-        "the vocabulary is unknown: give vocab_file with tokenizer_type, whose tokenizer says its size, or vocab_size "
+        "the vocabulary size is unknown: give vocab_file with tokenizer_type, to take it from the tokenizer, or "
+        "vocab_size "
         "as in the Hugging Face config"
     )
 
 
 @registry.rule("train")
 def order_of_gpt_neox_is_of_packed_sources(args: AllKeys) -> str | None:
-    """What it is not defined for: the order depends on the length of the run, and knows no replay."""
+    """Where it is not defined: the order depends on the length of the run, and does not support replay."""
     if args.data_order == "own":
         return None
     replayed = any(not isinstance(path, str) and path.replay for path in args.train_data_paths or [])
@@ -233,7 +236,7 @@ def weights_are_given_once(args: DataKeys) -> str | None:
     if not args.weight_by_num_documents:
         return None
     if any(not isinstance(path, str) and path.replay for path in args.train_data_paths or []):
-        return "weight_by_num_documents and replay exclude each other: with replay sources count by their size"
+        return "weight_by_num_documents and replay exclude each other: with replay, sources are weighted by their size"
     return None
 
 

@@ -1,4 +1,4 @@
-"""Keys of embed.py: what is read, which vectors, where they go; and their rules."""
+"""Keys of embed.py and their rules: input, layers and pooling, output."""
 
 from __future__ import annotations
 
@@ -26,12 +26,13 @@ class EmbedKeys(Keys):
     )
     output: str = key(
         "embeddings.npy",
-        "Where the vectors go: .npy (ids in a .ids.jsonl beside it) or .parquet. A .report.json says of what they are.",
+        "Output file: .npy (with the ids in a .ids.jsonl next to it) or .parquet. A .report.json describes the "
+        "vectors.",
         ours=True,
     )
     text_field: str = key("text", "Field or column of the text.", ours=True)
     id_field: str | None = key(
-        "id", "Field or column of the id; a record that has none is numbered from 0 by its place.", ours=True
+        "id", "Field or column of the id; a record without one gets its index, from 0.", ours=True
     )
     layers: list[int] | int | Literal["all"] = key(
         -1,
@@ -44,7 +45,7 @@ class EmbedKeys(Keys):
     )
     l2: bool = key(False, "Scale every vector to length 1.", ours=True)
     cut_long_texts: bool = key(
-        False, "Read the first seq_length tokens of a longer text, and count it, instead of refusing it.", ours=True
+        False, "Truncate longer texts to seq_length tokens, and count them, instead of refusing them.", ours=True
     )
     on_bad_record: Literal["stop", "skip"] = key(
         "stop", "What to do about a record that has no usable text; skip names and counts it.", ours=True
@@ -95,7 +96,8 @@ def images_are_read_whole(args: AllKeys) -> str | None:
     if args.modality != "patches" or not given:
         return None
     return (
-        f"embed.{given[0]} is of texts, and modality is patches: images have no text, and are read whole; leave it out"
+        f"embed.{given[0]} applies to texts, but modality is patches: images have no text and are read "
+        f"whole; leave it out"
     )
 
 

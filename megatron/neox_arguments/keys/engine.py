@@ -1,7 +1,7 @@
-"""Keys that say which engine trains and what it overlaps, and their rules.
+"""Keys that select the engine and what it overlaps, and their rules.
 
-Evaluation and generation read the same files at other layouts, so the rules of virtual stages and of overlapping are
-training's alone.
+Evaluation and generation read the same files at other layouts, so the rules about virtual stages and overlapping apply
+only to training.
 """
 
 from __future__ import annotations
@@ -27,19 +27,20 @@ class EngineKeys(Keys):
     )
     virtual_pipe_parallel_size: int = key(
         1,
-        "With engine: megatron, runs of layers that each pipeline rank holds; more of them fill the pipeline faster "
-        "and send more messages. Above 1 gradient_accumulation_steps must be a multiple of pipe_parallel_size.",
+        "With engine: megatron, the number of runs of layers on each pipeline rank; more of them fill the "
+        "pipeline faster "
+        "but send more messages. Above 1, gradient_accumulation_steps must be a multiple of pipe_parallel_size.",
         ours=True,
         gt=0,
     )
     overlap_grad_reduce: bool = derived(
         "true with engine: megatron",
-        "Reduce a bucket of gradients while the backward pass goes on.",
+        "Reduce gradients bucket by bucket during the backward pass.",
         ours=True,
     )
     overlap_param_gather: bool = derived(
-        "that of overlap_grad_reduce",
-        "Gather updated weights while the next step's first forward pass goes on.",
+        "the value of overlap_grad_reduce",
+        "Gather updated weights during the next step's first forward pass.",
         ours=True,
     )
 
@@ -105,12 +106,12 @@ def micro_batches_fill_virtual_stages(args: AllKeys) -> str | None:
 
 @registry.rule("train")
 def engine_megatron_deals_decoder_layers(args: AllKeys) -> str | None:
-    """What stages send each other is [s, b, h] then, of one size."""
+    """All messages between stages then have the same shape, [s, b, h]."""
     method = args.pipe_partition_method
     if args.engine != "megatron" or args.pipe_parallel_size == 1 or _balances_decoder_layers(method):
         return None
     return (
-        f"pipe_partition_method {method} with engine: megatron, which deals decoder layers evenly; write "
+        f"pipe_partition_method {method} with engine: megatron, which distributes decoder layers evenly; write "
         f"pipe_partition_method: type:transformer|mlp, or engine: deepspeed"
     )
 
@@ -139,8 +140,8 @@ def gathering_overlaps_with_reducing(args: EngineKeys) -> str | None:
     if args.engine != "megatron" or args.overlap_grad_reduce or not args.overlap_param_gather:
         return None
     return (
-        "overlap_param_gather: true with overlap_grad_reduce: false: megatron-core gathers by the buckets that it "
-        "reduces by; write overlap_grad_reduce: true, or leave overlap_param_gather out"
+        "overlap_param_gather: true with overlap_grad_reduce: false: megatron-core gathers with the buckets that it "
+        "reduces with; write overlap_grad_reduce: true, or leave overlap_param_gather out"
     )
 
 
@@ -159,14 +160,14 @@ def options_of_deepspeed_reach_it(args: AllKeys) -> str | None:
     if args.engine != "megatron" or not args.deepspeed_extra_args:
         return None
     return (
-        f"deepspeed_extra_args: {', '.join(sorted(args.deepspeed_extra_args))} with engine: megatron, which DeepSpeed "
-        f"has no part in; leave deepspeed_extra_args out, or write engine: deepspeed"
+        f"deepspeed_extra_args: {', '.join(sorted(args.deepspeed_extra_args))} with engine: megatron, which does not "
+        f"use DeepSpeed; leave deepspeed_extra_args out, or write engine: deepspeed"
     )
 
 
 @registry.warning("train")
 def deepspeed_s_keys_have_no_effect(args: AllKeys) -> str | None:
-    """`zero_optimization` stands in every GPT-NeoX file: its stage 1 is what megatron-core's optimizer does."""
+    """`zero_optimization` is in every GPT-NeoX file: its stage 1 is what megatron-core's optimizer does."""
     if args.engine != "megatron":
         return None
     given = [name for name in ("zero_optimization", "wall_clock_breakdown") if args.merged.get(name)]

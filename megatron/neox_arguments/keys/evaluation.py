@@ -32,9 +32,7 @@ class McqKeys(Keys):
         ours=True,
     )
     shots: int = key(0, "Examples before each question of a plain prompt.", ge=0, ours=True)
-    shots_file: str | None = key(
-        None, "Where the examples come from; its first ones with answers are taken.", ours=True
-    )
+    shots_file: str | None = key(None, "File of the examples; its first questions with answers are used.", ours=True)
     text_score: Literal["sum", "calibrated"] = key(
         "sum",
         "Which score of a text decides: its log-probability, or that minus the one after an empty question. Both are "
@@ -60,7 +58,7 @@ class McqKeys(Keys):
 class EvaluationKeys(Keys):
     eval_tasks: list[str] | None = key(None, "Tasks of lm-eval (extra `eval`) that eval.py runs.")
     eval_task_path: str | None = key(
-        None, "Folder of task YAMLs; only these are known then, so that nothing is fetched.", ours=True
+        None, "Folder of task YAMLs; if given, only these tasks are known and nothing is downloaded.", ours=True
     )
     eval_num_fewshot: int | None = key(None, "Examples before each request. Default: the task's.", ge=0, ours=True)
     eval_limit: int | None = key(None, "Only the first documents of each task.", gt=0, ours=True)
@@ -111,7 +109,10 @@ def conversations_have_no_shots(args: AllKeys) -> str | None:
 def thinking_is_generated(args: AllKeys) -> str | None:
     if not args.thinking or args.mcq.method == "generate":
         return None
-    return f"thinking: on writes a text before the answer, which mcq.method: {args.mcq.method} does not; use generate"
+    return (
+        f"thinking: on needs generated text before the answer, which mcq.method: {args.mcq.method} does not "
+        f"produce; use generate"
+    )
 
 
 @registry.rule("mcq")

@@ -24,7 +24,7 @@ def required(description: str, *, ours: bool = False, **constraints: Any) -> Any
 
 
 def derived(rule: str, description: str, *, ours: bool = False, **constraints: Any) -> Any:
-    """A key that a derivation of its file fills by `rule` when the user is silent.
+    """A key that a derivation in its file fills by `rule` when the user does not give it.
 
     The declared type is the type after resolution, so that readers of `NeoXArgs` need no None checks.
     """
@@ -34,7 +34,7 @@ def derived(rule: str, description: str, *, ours: bool = False, **constraints: A
 
 
 def nested_mapping(annotation: Any) -> type[Keys] | None:
-    """The mapping that a key of this type holds, alone, in a list or as an alternative; None if it holds none."""
+    """The mapping that a key of this type holds, directly, in a list or in a union; None if it holds none."""
     if isinstance(annotation, type) and issubclass(annotation, Keys):
         return annotation
     found = (nested_mapping(part) for part in get_args(annotation))

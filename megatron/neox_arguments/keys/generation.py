@@ -15,27 +15,27 @@ registry = Registry()
 
 class GenerationKeys(Keys):
     min_p: float = key(
-        0.0, "Leave out tokens below this share of the most likely one's probability; 0 is off.", ours=True, ge=0, le=1
+        0.0, "Exclude tokens below this fraction of the most likely one's probability; 0 is off.", ours=True, ge=0, le=1
     )
     repetition_penalty: float = key(
-        1.0, "Divides the logits of tokens that prompt or text hold already; 1 is off.", ours=True, gt=0
+        1.0, "Divides the logits of tokens that already occur in prompt or text; 1 is off.", ours=True, gt=0
     )
     stop: list[str] = key([], "Strings that end a text; they are not part of it.", ours=True)
     stop_token_ids: list[int] = key(
-        [], "Ids that end a text, beside end of document and end of turn (`<|eot_id|>`, `<|eom_id|>`).", ours=True
+        [],
+        "Ids that end a text, in addition to end of document and end of turn (`<|eot_id|>`, `<|eom_id|>`).",
+        ours=True,
     )
-    generation_batch_size: int = key(
-        8, "Sequences that are continued at once, for each pipeline stage of a replica.", ours=True, gt=0
-    )
-    prefill_chunk: int = key(512, "Tokens of each prompt that are read at once.", ours=True, gt=0)
+    generation_batch_size: int = key(8, "Sequences in flight for each pipeline stage of a replica.", ours=True, gt=0)
+    prefill_chunk: int = key(512, "Tokens of each prompt that are processed at once.", ours=True, gt=0)
     chat: bool = key(
         False,
-        "Prompts are what a user says, or whole conversations (docs/generation.md); mcq.py asks in conversations.",
+        "Prompts are user turns, or whole conversations (docs/generation.md); mcq.py asks in conversations.",
         ours=True,
     )
     chat_template: str | None = key(
         None,
-        "Chat format: a model folder, a tokenizer_config.json, a Jinja file, or a shipped name such as llama3.1. "
+        "Chat format: a model folder, a tokenizer_config.json, a Jinja file, or a built-in name such as llama3.1. "
         "Default: Meta's Llama-3 format.",
         ours=True,
     )

@@ -1,6 +1,6 @@
-"""The key `lora`: training low-rank adapters beside a frozen base, and its rules. Hugging Face's words.
+"""The key `lora`, training low-rank adapters on a frozen base, and its rules. The terms are Hugging Face's.
 
-The adapter in `load` says what it is; what the key says besides must agree with it.
+The adapter in `load` defines its own settings; settings that the key repeats must agree with it.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ registry = Registry()
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 _PEFT_WORDS = {"r": "rank", "lora_alpha": "alpha", "target_modules": "targets", "use_rslora": "rslora"}
 QUANTISED = (
-    "a quantised base is not supported: it rounds every weight to a few values, so that nothing could be checked as "
-    "everything here is, and a merge would give another model than was trained. Let tensor parallelism divide a bf16 "
-    "base instead: raise model_parallel_size"
+    "a quantized base is not supported: it rounds every weight to a few values, so that none of the checks used here "
+    "would apply, and a merge would give a different model from the one trained. Split a bf16 base by tensor "
+    "parallelism instead: raise model_parallel_size"
 )
 _REFUSED = {
     "quantization": QUANTISED,
@@ -35,7 +35,7 @@ _REFUSED = {
     "dropout": "dropout is not supported: the recomputation used here does not replay random states; leave it out",
     "use_dora": "DoRA is not supported; plain LoRA and rslora are",
     "bias": "a Llama has no biases; leave it out",
-    "modules_to_save": "whole modules are not trained beside an adapter; leave it out",
+    "modules_to_save": "whole modules are not trained together with an adapter; leave it out",
 }
 
 
@@ -50,7 +50,7 @@ class Lora(Keys):
     )
     load: str | None = key(
         None,
-        "Adapter to continue or to evaluate: a folder of peft, or the checkpoints of a LoRA run. Without it B starts "
+        "Adapter to continue or to evaluate: a peft folder, or the checkpoints of a LoRA run. Without it B starts "
         "at zero.",
     )
 
@@ -61,7 +61,7 @@ class Lora(Keys):
             return value
         for word, ours in _PEFT_WORDS.items():
             if word in value:
-                raise ValueError(f"{word} is peft's word; write {ours}")
+                raise ValueError(f"{word} is peft's name; write {ours}")
         for word, reason in {**_REFUSED, "lora_dropout": _REFUSED["dropout"]}.items():
             if value.get(word) not in (None, False, 0, "none", []):
                 raise ValueError(f"{word} {value[word]!r}: {reason}")
@@ -72,7 +72,7 @@ class Lora(Keys):
 
     @property
     def scale(self) -> float:
-        """What B A is multiplied with."""
+        """The factor on B A."""
         return scale_of(self.alpha, self.rank, self.rslora)
 
     @property
@@ -84,7 +84,7 @@ class Lora(Keys):
 class LoraKeys(Keys):
     lora: Lora | None = key(
         None,
-        "Train adapters (LoRA) and leave the weights of `load` as they are. Checkpoints hold the adapter alone.",
+        "Train adapters (LoRA) and keep the weights of `load` frozen. Checkpoints hold only the adapter.",
         ours=True,
     )
 
@@ -135,7 +135,7 @@ def what_the_adapter_says(args: LoraKeys, world_size: int | None) -> Derived:
 def adapters_have_a_trained_base(args: AllKeys) -> str | None:
     if args.lora is None or not args.from_scratch:
         return None
-    return "lora trains beside weights that it leaves as they are, but from_scratch draws them; give load, the base"
+    return "lora trains an adapter on frozen weights, but from_scratch would draw them at random; give load, the base"
 
 
 @registry.rule("train")
@@ -145,7 +145,7 @@ def adapters_are_saved_elsewhere(args: AllKeys) -> str | None:
     if Path(args.load).resolve() != Path(args.save).resolve():
         return None
     return (
-        f"save is load, {args.load}: with lora, load is the base and save gets checkpoints of the adapter alone; give "
+        f"save is load, {args.load}: with lora, load is the base and save gets checkpoints of only the adapter; give "
         f"another save folder"
     )
 
@@ -162,7 +162,7 @@ def evaluated_adapters_are_given(args: LoraKeys) -> str | None:
 
 @registry.rule("train")
 def every_stage_has_an_adapter(args: AllKeys) -> str | None:
-    """DeepSpeed refuses a stage without a parameter to train, and the other stages wait for it."""
+    """DeepSpeed refuses a stage without a trainable parameter, and the other stages wait for it."""
     if args.lora is None or args.pipe_parallel_size == 1 or args.pipe_partition_method.startswith("type:"):
         return None
     return (
@@ -176,4 +176,4 @@ def base_is_only_read(args: AllKeys) -> str | None:
     given = [name for name in ("finetune",) if getattr(args, name)]
     if args.lora is None or not given:
         return None
-    return "finetune says nothing with lora: the base gives its weights, and the adapter starts at iteration 0"
+    return "finetune has no effect with lora: only the base's weights are loaded, and the adapter starts at iteration 0"

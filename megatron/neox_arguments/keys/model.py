@@ -25,9 +25,9 @@ class RopeScaling(Keys):
     """Frequency scaling of Llama-3.1 and later, as `rope_scaling` in the Hugging Face config."""
 
     rope_type: Literal["llama3"] = key("llama3", "Scaling rule. `default` (or leaving rope_scaling out) means none.")
-    factor: float = required("How much the longest wavelengths are stretched: 8.0 for 3.1, 32.0 for 3.2.", ge=1)
+    factor: float = required("Factor by which the longest wavelengths are stretched: 8.0 for 3.1, 32.0 for 3.2.", ge=1)
     low_freq_factor: float = required("Wavelengths above original / this are stretched fully: 1.0.", gt=0)
-    high_freq_factor: float = required("Wavelengths below original / this are left alone: 4.0.", gt=0)
+    high_freq_factor: float = required("Wavelengths below original / this are unchanged: 4.0.", gt=0)
     original_max_position_embeddings: int = required("Context length before scaling: 8192.", gt=0)
 
     @model_validator(mode="before")
@@ -48,14 +48,15 @@ class ModelKeys(Keys):
     )
     intermediate_size: int = derived(
         "expansion_factor x hidden_size, else 4 x hidden_size, as in GPT-NeoX",
-        "MLP width, read as intermediate_size_convention says; its final value is the true width, as in the Hugging "
+        "MLP width, read according to intermediate_size_convention; its final value is the true width, as in "
+        "the Hugging "
         "Face config (8B: 14336, 70B: 28672).",
         gt=0,
     )
     expansion_factor: float | None = key(None, "intermediate_size as a multiple of hidden_size.", gt=0)
     intermediate_size_convention: Literal["hf", "neox"] = derived(
         "neox with mlp_multiple_of, without intermediate_size, or if that is more than 4 x hidden_size, else hf; the "
-        "reading is printed",
+        "choice is printed",
         "What intermediate_size means: hf = the width itself, neox = GPT-NeoX's rule, about three times the width.",
         ours=True,
     )
@@ -81,7 +82,8 @@ class ModelKeys(Keys):
     )
     hf_rounding: bool = key(
         False,
-        "Round the normalised activations before the weight multiply, as transformers does, instead of once at the "
+        "Round the normalized activations before multiplying by the weight, as transformers does, instead of "
+        "once at the "
         "end. For bit-for-bit comparisons in 16 bits.",
         ours=True,
     )
@@ -89,9 +91,9 @@ class ModelKeys(Keys):
     rope_scaling: RopeScaling | None = key(
         None, "Frequency scaling of Llama-3.1 and later; absent means none.", ours=True
     )
-    rotary_pct: float = key(1.0, "Share of head_dim that rotates. Llama: all of it.")
+    rotary_pct: float = key(1.0, "Fraction of head_dim that rotates. Llama: all of it.")
     rotary_save_freqs_buffer: Literal[False] = key(False, "The table is computed, never stored.")
-    norm: Literal["rmsnorm"] = required("Normalisation. Llama: rmsnorm (GPT-NeoX's default: layernorm).")
+    norm: Literal["rmsnorm"] = required("Normalization. Llama: rmsnorm (GPT-NeoX's default: layernorm).")
     pos_emb: Literal["rotary"] = required("Position embedding. Llama: rotary (GPT-NeoX's default: learned).")
     activation: Literal["swiglu"] = required("MLP activation. Llama: swiglu (GPT-NeoX's default: gelu).")
     use_bias_in_attn_linear: Literal[False] = required("Llama has no biases (GPT-NeoX's default: true).")
@@ -99,13 +101,13 @@ class ModelKeys(Keys):
     gpt_j_residual: Literal[False] = key(False, "Parallel residual; Llama's is sequential.")
     init_method: Literal["normal", "scaled_normal", "small_init", "wang_init"] = key(
         "normal",
-        "Initialisation of a from-scratch run. normal: init_method_std; scaled_normal: that / sqrt(2 num_layers); "
+        "Initialization of a from-scratch run. normal: init_method_std; scaled_normal: that / sqrt(2 num_layers); "
         "small_init: sqrt(2 / (5 hidden_size)); wang_init: 2 / (num_layers sqrt(hidden_size)).",
     )
     output_layer_init_method: Literal["normal", "scaled_normal", "small_init", "wang_init"] = key(
         "scaled_normal", "The same for the two projections into the residual stream."
     )
-    init_method_std: float = key(0.02, "Standard deviation of the initialisation.", gt=0)
+    init_method_std: float = key(0.02, "Standard deviation of the initialization.", gt=0)
 
     @model_validator(mode="before")
     @classmethod
@@ -129,9 +131,9 @@ def kv_heads_default_to_heads(args: ModelKeys, world_size: int | None) -> Derive
     return Derived({"num_kv_heads": args.num_attention_heads} if args.num_kv_heads is None else {})
 
 
-# Constants that differ between Llamas: GPT-NeoX's default, and who has another.
+# Constants that differ between Llamas: GPT-NeoX's default, and which models differ.
 _DEFAULTS: dict[str, tuple[Any, str]] = {
-    "no_weight_tying": (False, "the head is the embedding; all Llamas but the 3.2 1B and 3B have true"),
+    "no_weight_tying": (False, "the head is the embedding; all Llamas except the 3.2 1B and 3B have true"),
     "rms_norm_epsilon": (1e-8, "Llama-2 and 3 have 1e-5, Llama-1 1e-6"),
     "rotary_emb_base": (10000.0, "Llama-3 has 500000"),
 }
@@ -140,7 +142,7 @@ _DEFAULTS: dict[str, tuple[Any, str]] = {
 @registry.derivation(*ALL_TASKS, fills=("no_weight_tying", "rms_norm_epsilon", "rotary_emb_base"))
 def constants_of_gpt_neox(args: AllKeys, world_size: int | None) -> Derived:
     absent = {name: _DEFAULTS[name] for name in _DEFAULTS if getattr(args, name) is None}
-    if args.modality == "patches":  # there is no matrix of a vocabulary to share
+    if args.modality == "patches":  # there is no vocabulary matrix to share
         absent.pop("no_weight_tying", None)
     notes = (
         f"{name} is not given: GPT-NeoX's default {'false' if value is False else f'{value:g}'} holds ({who})"
@@ -152,7 +154,7 @@ def constants_of_gpt_neox(args: AllKeys, world_size: int | None) -> Derived:
 
 @registry.derivation(*ALL_TASKS, fills=("intermediate_size", "intermediate_size_convention"))
 def true_width(args: ModelKeys, world_size: int | None) -> Derived:
-    """The true MLP width, and the line that says how it was read unless intermediate_size_convention says it."""
+    """The true MLP width, and a note on how it was determined unless intermediate_size_convention is given."""
     given, multiple, hidden = args.intermediate_size, args.mlp_multiple_of, args.hidden_size
     if given is not None and args.expansion_factor is not None:
         raise ConfigError("intermediate_size and expansion_factor are both given; keep one")

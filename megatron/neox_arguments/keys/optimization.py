@@ -1,4 +1,4 @@
-"""Keys of the optimisation and their rules: optimizer, schedule, batch, ZeRO, activation checkpointing."""
+"""Keys of the optimization and their rules: optimizer, schedule, batch, ZeRO, activation checkpointing."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class LrOverride(Keys):
 class Zero(Keys):
     """The part of DeepSpeed's `zero_optimization` that a pipeline can use."""
 
-    stage: int = key(1, "ZeRO stage; 1 always, which 0 is taken as.")
+    stage: int = key(1, "ZeRO stage; always 1, and 0 is taken as 1.")
     allgather_partitions: bool = key(True, "Gather updated weights by all-gather instead of broadcasts.")
     reduce_scatter: bool = key(True, "Reduce gradients by reduce-scatter.")
     allgather_bucket_size: int = key(500_000_000, "Elements in one all-gather.", gt=0)
@@ -61,7 +61,7 @@ class Zero(Keys):
 
 
 class OptimizationKeys(Keys):
-    train_iters: int = derived("train_epochs and the size of the data, when these are read", "Optimizer steps.", ge=0)
+    train_iters: int = derived("train_epochs and the size of the data, once it has been read", "Optimizer steps.", ge=0)
     train_epochs: float | None = key(
         None,
         "Length of the run in passes over the training sources without replay, instead of train_iters; fractions are "
@@ -92,56 +92,60 @@ class OptimizationKeys(Keys):
     lr_decay_iters: int = derived(
         "train_iters x lr_decay_fraction, else train_iters", "Iteration at which the decay reaches min_lr.", gt=0
     )
-    lr_decay_fraction: float | None = key(None, "lr_decay_iters as a share of train_iters.", gt=0)
-    warmup: float = key(0.01, "Share of lr_decay_iters with linearly rising learning rate.", ge=0, le=1)
+    lr_decay_fraction: float | None = key(None, "lr_decay_iters as a fraction of train_iters.", gt=0)
+    warmup: float = key(0.01, "Fraction of lr_decay_iters with linearly rising learning rate.", ge=0, le=1)
     lr_warmup_iters: int | None = key(
         None, "Iterations with linearly rising learning rate, instead of warmup.", ours=True, ge=0
     )
     lr_wsd_decay_iters: int | None = key(
-        None, "wsd: iterations of the cooldown, the last before lr_decay_iters; 0 is none.", ours=True, ge=0
+        None, "wsd: iterations of the cooldown, which ends at lr_decay_iters; 0 is none.", ours=True, ge=0
     )
     lr_wsd_decay_fraction: float | None = key(
-        None, "wsd: the cooldown as a share of lr_decay_iters, instead of lr_wsd_decay_iters.", ours=True, gt=0, le=1
+        None, "wsd: the cooldown as a fraction of lr_decay_iters, instead of lr_wsd_decay_iters.", ours=True, gt=0, le=1
     )
     lr_wsd_decay_style: Literal["linear", "cosine", "exponential", "minus_sqrt"] = key(
         "linear",
-        "wsd: shape of the cooldown from peak to min_lr at its share x. exponential is 2 x 0.5^x - 1, minus_sqrt is "
+        "wsd: shape of the cooldown from peak to min_lr, x being the fraction completed. exponential is 2 x "
+        "0.5^x - 1, minus_sqrt is "
         "1 - sqrt(x).",
         ours=True,
     )
     lr_restart_iter: int = key(
         0,
-        "Iteration of a continued run from which the schedule begins anew: the rate rises again from min_lr, over "
-        "lr_warmup_iters or a share of what is left until lr_decay_iters.",
+        "Iteration of a continued run at which the schedule restarts: the rate rises again from min_lr, over "
+        "lr_warmup_iters or a fraction of the iterations left until lr_decay_iters.",
         ours=True,
         ge=0,
     )
     min_lr: float = key(0.0, "Floor of the schedule; it stays there after lr_decay_iters.", ge=0)
     lr_overrides: list[LrOverride] = key(
-        [], "Manual factors on the schedule, each from an iteration on: [{at: 1200, scale: 0.5}].", ours=True
+        [], "Manual factors on the schedule, each from a given iteration on: [{at: 1200, scale: 0.5}].", ours=True
     )
-    zero_optimization: Zero = key(Zero(), "ZeRO options; stage 1 always.")
+    zero_optimization: Zero = key(Zero(), "ZeRO options; the stage is always 1.")
     checkpoint_activations: bool = key(
         False, "Recompute each decoder layer in the backward pass instead of storing it."
     )
     recompute: Literal["none", "selective", "full"] = derived(
         "full with checkpoint_activations, else none",
-        "What the backward pass computes again: nothing, all but the matrix products (selective: norms, SwiGLU and "
-        "attention's inner part; engine: megatron), or whole decoder layers, which checkpoint_activations says too. "
-        "GPT-NeoX's recompute, true or false, is of text generation and has no effect.",
+        "What the backward pass recomputes: nothing, everything except matrix products (selective: norms, SwiGLU and "
+        "the attention core; engine: megatron), or whole decoder layers, the same as checkpoint_activations. "
+        "GPT-NeoX's recompute, true or false, concerns text generation and has no effect.",
         ours=True,
     )
     recompute_layers: int | None = key(
         None,
-        "With checkpoint_activations, how many decoder layers of each stage are recomputed, the first ones; all if "
-        "not given. Each one less saves its forward pass and costs what a layer stores; --dry-run says how many fit.",
+        "With checkpoint_activations, the number of decoder layers at the start of each stage that are "
+        "recomputed; all if "
+        "not given. Each layer fewer saves its forward pass but stores its activations; --dry-run shows how many fit.",
         ours=True,
         gt=0,
     )
-    checkpoint_num_layers: int = key(1, "Layers recomputed together; always taken as 1, no number depends on it.", gt=0)
+    checkpoint_num_layers: int = key(
+        1, "Layers recomputed together; always taken as 1, which does not change results.", gt=0
+    )
     deepspeed_extra_args: dict[str, Any] = Field(
         default={},
-        description="Options handed to DeepSpeed as they are; a key that this schema knows is refused here.",
+        description="Options passed to DeepSpeed unchanged; keys of this schema are refused here.",
         json_schema_extra={"x-ours": False},
     )
 
@@ -188,7 +192,7 @@ def batch_sizes(args: AllKeys, world_size: int | None) -> Derived:
 
 
 def _unfit_replicas(batch: int, micro: int, data: int) -> str:
-    """Why a batch cannot be split over `data` replicas, and over how many it could."""
+    """Why a batch cannot be split over `data` replicas, and the numbers of replicas it could be split over."""
     fewer = [n for n in range(1, data) if batch % (micro * n) == 0]
     more = [n for n in range(data + 1, 4 * data) if batch % (micro * n) == 0]
     sizes = " or ".join(map(str, fewer[-1:] + more[:1])) or "no other"
@@ -210,7 +214,7 @@ def _quotient(batch: int, divisor: int, what: str) -> int:
 
 @registry.derivation(*ALL_TASKS, fills=("zero_optimization",))
 def stage_0_is_stage_1(args: OptimizationKeys, world_size: int | None) -> Derived:
-    """Stage 0 clips gradients wrongly in DeepSpeed's pipeline engine, which has no global norm there."""
+    """Stage 0 clips gradients incorrectly in DeepSpeed's pipeline engine, which computes no global norm there."""
     if args.zero_optimization.stage != 0:
         return Derived({})
     note = (
@@ -300,7 +304,8 @@ def recomputation_is_of_layers(args: AllKeys) -> str | None:
         return None
     if not args.checkpoint_activations:
         return (
-            f"recompute_layers {args.recompute_layers} without checkpoint_activations: true, which is what recomputes; "
+            f"recompute_layers {args.recompute_layers} without checkpoint_activations: true, which turns "
+            f"recomputation on; "
             f"give both, or neither to store everything"
         )
     most = -(-args.num_layers // args.pipe_parallel_size)
@@ -338,7 +343,7 @@ def training_has_an_optimizer(args: OptimizationKeys) -> str | None:
     return "optimizer is missing: write optimizer: {type: AdamW, params: {lr: 3.0e-5, betas: [0.9, 0.95], eps: 1.0e-8}}"
 
 
-# A data key, but missing like the others: reported together with what else a step needs.
+# A data key, but reported together with everything else a step needs.
 @registry.rule("train", "eval")
 def samples_have_a_length(args: AllKeys) -> str | None:
     return None if args.seq_length is not None else "seq_length is missing: the number of tokens per sample"
@@ -370,12 +375,12 @@ def wsd_has_one_cooldown(args: AllKeys) -> str | None:
     given = [name for name in ("lr_wsd_decay_iters", "lr_wsd_decay_fraction") if getattr(args, name) is not None]
     if args.lr_decay_style != "wsd":
         given += ["lr_wsd_decay_style"] if args.merged.get("lr_wsd_decay_style") is not None else []
-        return f"{given[0]} is of lr_decay_style: wsd, not of {args.lr_decay_style}; leave it out" if given else None
+        return f"{given[0]} belongs to lr_decay_style: wsd, not {args.lr_decay_style}; leave it out" if given else None
     if len(given) == 1:
         return None
     return (
         f"lr_decay_style: wsd takes one of lr_wsd_decay_iters and lr_wsd_decay_fraction, the length of its cooldown, "
-        f"and {len(given)} are given; write lr_wsd_decay_iters: 0 for a run that shall only be branched from"
+        f"and {len(given)} are given; write lr_wsd_decay_iters: 0 for a run that is only branched from"
     )
 
 
@@ -403,5 +408,5 @@ def layers_are_recomputed_one_by_one(args: OptimizationKeys) -> str | None:
         return None
     return (
         f"checkpoint_num_layers {args.checkpoint_num_layers} is taken as 1: layers are recomputed one by one, which "
-        f"changes memory and time, no number"
+        f"changes memory and time but not the results"
     )

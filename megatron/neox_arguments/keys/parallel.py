@@ -1,4 +1,4 @@
-"""Keys that say how many ranks there are, what each holds and how they are started, and their rules."""
+"""Keys for the number of ranks, what each holds and how they are started, and their rules."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ class ParallelKeys(Keys):
     )
     global_num_gpus: int = derived(
         "the launcher's world size, else num_nodes x num_gpus, else pipe_parallel_size x model_parallel_size",
-        "Ranks in all; data_parallel_size is what is left after pipeline and tensor parallelism.",
+        "Total number of ranks; data_parallel_size is this divided by pipeline and tensor parallelism.",
         gt=0,
     )
     num_nodes: int = key(1, "Machines.", ge=-1)
     num_gpus: int | None = key(None, "Ranks on each machine; on a CPU machine, gloo processes.", gt=0)
     distributed_backend: Literal["nccl", "gloo"] = key("nccl", "nccl (RCCL on ROCm) for GPUs, gloo for CPUs.")
     distributed_timeout_minutes: int = key(
-        30, "A collective that takes longer ends the run: some rank has died or hangs.", ours=True, gt=0
+        30, "Timeout of a collective; when it expires, a rank has died or hangs, and the run ends.", ours=True, gt=0
     )
     device: Literal["cuda", "cpu"] = derived(
-        "cuda with nccl, cpu with gloo", "Where tensors live; ROCm's devices are called cuda.", ours=True
+        "cuda with nccl, cpu with gloo", "Device of the tensors; ROCm devices are called cuda.", ours=True
     )
     launcher: Literal["auto", "fork", "torchrun", "slurm", "pdsh", "openmpi", "mvapich", "mpich", "impi", "jsrun"] = (
         key(
@@ -124,7 +124,7 @@ def tensors_divide_by_tensor_parallelism(args: AllKeys) -> str | None:
     if args.num_attention_heads % args.num_kv_heads or args.hidden_size % args.num_attention_heads:
         return None  # the rules of the model report it
     if not args.vocabulary_is_known:
-        return None  # to be counted where the tokenizer is
+        return None  # checked where the tokenizer is available
     try:
         args.shape.check_tensor_parallel(args.model_parallel_size)
     except ValueError as error:
@@ -132,7 +132,7 @@ def tensors_divide_by_tensor_parallelism(args: AllKeys) -> str | None:
     return None
 
 
-# Evaluation fills its sequences up, and generation does without.
+# Evaluation pads its sequences, and generation does not use sequence parallelism.
 @registry.rule("train")
 def sequence_divides_by_tensor_parallelism(args: AllKeys) -> str | None:
     ranks = args.model_parallel_size
@@ -142,8 +142,8 @@ def sequence_divides_by_tensor_parallelism(args: AllKeys) -> str | None:
     above = below + ranks
     legal = above if above <= args.max_position_embeddings or not below else below
     return (
-        f"seq_length {args.seq_length} cannot be cut into {ranks} equal slices, as sequence_parallel with "
-        f"model_parallel_size {ranks} asks for; write seq_length: {legal}"
+        f"seq_length {args.seq_length} cannot be split into {ranks} equal slices, as sequence_parallel with "
+        f"model_parallel_size {ranks} requires; write seq_length: {legal}"
     )
 
 

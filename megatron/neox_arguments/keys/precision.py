@@ -1,4 +1,4 @@
-"""Keys of the numbers a run computes in, and their rules: fp32, bfloat16, or fp16 with loss scaling."""
+"""Keys of the precision and their rules: fp32, bfloat16, or fp16 with loss scaling."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ registry = Registry()
 
 class Bf16(Keys):
     enabled: bool = key(False, "Train in bf16 with fp32 master weights and fp32 gradient accumulation.")
-    check_grad_overflow: bool = key(True, "Skip a step whose gradients hold an infinity or NaN.")
+    check_grad_overflow: bool = key(True, "Skip a step whose gradients contain an infinity or NaN.")
 
 
 class Fp16(Keys):
     """DeepSpeed's loss scaling: the loss is multiplied by the scale, the gradients are divided by it."""
 
     enabled: bool = key(False, "Train in fp16 with fp32 master weights, fp32 gradient accumulation and loss scaling.")
-    loss_scale: float = key(0.0, "0: the scale follows the gradients; otherwise it stays at this.", ge=0)
+    loss_scale: float = key(0.0, "0: dynamic scaling; otherwise the constant scale.", ge=0)
     initial_scale_power: int = key(16, "The scale begins at 2 to this power.", ge=0)
     loss_scale_window: int = key(1000, "The scale doubles after this many steps without an overflow.", gt=0)
     hysteresis: int = key(2, "Overflows before the scale is halved.", gt=0)
@@ -34,14 +34,15 @@ class Fp16(Keys):
 
 class DataTypes(Keys):
     grad_accum_dtype: Literal["fp32", "bf16", "fp16"] = key(
-        "fp32", "Gradients are always accumulated in fp32; the other values are taken as that."
+        "fp32", "Gradients are always accumulated in fp32; other values are taken as fp32."
     )
 
 
 class PrecisionKeys(Keys):
     precision: Literal["auto", "fp32", "bfloat16", "fp16"] = derived(
-        "that of the mapping which is enabled, else fp32",
-        "fp32 and bfloat16 are honoured everywhere, fp16 on GPUs. auto picks bfloat16 where the device computes in it "
+        "that of the enabled mapping, else fp32",
+        "fp32 and bfloat16 are supported everywhere, fp16 on GPUs. auto picks bfloat16 where the device "
+        "supports it natively "
         "and fp32 on a CPU that would emulate it.",
     )
     bf16: Bf16 | None = key(None, "DeepSpeed's bf16 mapping.")
@@ -54,7 +55,7 @@ class PrecisionKeys(Keys):
 
 @registry.derivation(*ALL_TASKS, fills=("precision",))
 def precision(args: AllKeys, world_size: int | None) -> Derived:
-    """Precision of the run and, for `auto`, the line that says why."""
+    """Precision of the run and, for `auto`, the reason for the choice."""
     enabled = [
         name
         for name, mapping in (("bfloat16", args.bf16), ("fp16", args.fp16))

@@ -37,17 +37,17 @@ class RuntimeKeys(Keys):
     )
     gemm_library: Literal["default", "hipblaslt", "rocblas"] = key(
         "default",
-        "Library of matrix products on ROCm; default is torch's choice. The preflight times both on the configured "
-        "model and says which is faster.",
+        "Library for matrix products on ROCm; default is torch's choice. The preflight times both on the configured "
+        "model and reports which is faster.",
         ours=True,
     )
     log_param_norm: bool = key(False, "Record the norm of every parameter, as parameter_norms/NAME.")
     text_gen_type: Literal["unconditional", "input-file", "interactive"] = derived(
         "input-file with sample_input_file, else interactive with chat, else unconditional",
-        "What generate.py continues: nothing, the lines of a file, or what is typed (on one rank).",
+        "What generate.py continues: nothing, the lines of a file, or typed prompts (on one rank).",
     )
     sample_input_file: str | None = key(None, "Prompts, one per line; `.jsonl` holds JSON (docs/generation.md).")
-    sample_output_file: str = key("samples.txt", "Where generated text goes, JSON lines.")
+    sample_output_file: str = key("samples.txt", "Output file of generated text, in JSON lines.")
     eval_results_prefix: str = key("", "eval.py writes its results to PREFIXeval_results.json.")
     maximum_tokens: int = key(64, "Longest generated text.", gt=0)
     num_samples: int = key(1, "Samples of each prompt.", gt=0)
@@ -85,7 +85,7 @@ def prompts_are_not_read(args: RuntimeKeys) -> str | None:
 
 @registry.warning("train")
 def wandb_is_not_installed(args: RuntimeKeys) -> str | None:
-    """As in GPT-NeoX a run goes on without it; its files are checked on machines that have no wandb."""
+    """As in GPT-NeoX the run continues without it; files that set it are also checked on machines without wandb."""
     if not args.use_wandb or find_spec("wandb"):
         return None
     return "use_wandb is true, but wandb is not installed here: nothing is logged there without pip install wandb"

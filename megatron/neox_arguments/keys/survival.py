@@ -1,4 +1,4 @@
-"""Keys that keep a long run alive and honest, and their rules: watchdogs, skipped steps, replicas, profiles."""
+"""Keys for the reliability of long runs, and their rules: watchdog, skipped steps, replicas, profiles."""
 
 from __future__ import annotations
 
@@ -16,22 +16,25 @@ registry = Registry()
 class SurvivalKeys(Keys):
     step_timeout_minutes: float = derived(
         "the smaller of 10 and 0.9 x distributed_timeout_minutes",
-        "A rank that makes no progress in a training step, or an evaluation between steps, for this long ends the run, "
-        "and the ranks that did not arrive are named. All else has 0.9 x distributed_timeout_minutes.",
+        "If a rank makes no progress in a training step, or an evaluation between steps, for this long, the run ends "
+        "and names the ranks that did not arrive. Everything else may take 0.9 x distributed_timeout_minutes.",
         ours=True,
         gt=0,
     )
     heartbeat_timeout_seconds: float = key(
         120.0,
-        "A rank whose process gives no sign of life for this long ends the run and is named; 0 turns the watchdog off.",
+        "If a rank sends no heartbeat for this long, the run ends and names it; 0 turns the watchdog off.",
         ours=True,
         ge=0,
     )
     max_skipped_steps: int = key(
-        10, "Optimizer steps skipped for a loss or gradient that is not finite, before the run stops.", ours=True, ge=0
+        10,
+        "Number of optimizer steps that may be skipped for a non-finite loss or gradient before the run stops.",
+        ours=True,
+        ge=0,
     )
     max_skipped_steps_in_a_row: int = key(
-        3, "The same, in a row: broken weights or data fail every step, bad luck does not.", ours=True, ge=0
+        3, "The same, in a row: broken weights or data fail every step, an unlucky batch only one.", ours=True, ge=0
     )
     skip_sample_ranges: list[list[int]] = key(
         [],
@@ -47,7 +50,7 @@ class SurvivalKeys(Keys):
     )
     step_time_drift: float = key(
         1.1,
-        "Step times that creep up to this many times their best median are reported with the phase; 0 is off.",
+        "A gradual rise of step times to this many times their best median is reported with the phase; 0 is off.",
         ours=True,
         ge=0,
     )
@@ -82,7 +85,7 @@ def skipped_ranges_are_ranges(args: SurvivalKeys) -> str | None:
     wrong = [pair for pair in args.skip_sample_ranges if len(pair) != 2 or not 0 <= pair[0] < pair[1]]
     if not wrong:
         return None
-    return f"skip_sample_ranges: {wrong[0]} is no range of samples; write [first, end] with 0 <= first < end"
+    return f"skip_sample_ranges: {wrong[0]} is not a range of samples; write [first, end] with 0 <= first < end"
 
 
 @registry.rule("train", "eval", "generate", "mcq", "embed")
@@ -91,7 +94,7 @@ def a_step_ends_before_its_collectives(args: AllKeys) -> str | None:
         return None
     return (
         f"step_timeout_minutes {args.step_timeout_minutes:g} is not below distributed_timeout_minutes "
-        f"{args.distributed_timeout_minutes}: a collective would give up before the watchdog can name the ranks that "
+        f"{args.distributed_timeout_minutes}: a collective would time out before the watchdog can name the ranks that "
         f"did not arrive; lower it, or raise distributed_timeout_minutes"
     )
 
@@ -105,7 +108,7 @@ def a_profile_has_steps_ranks_and_a_folder(args: AllKeys) -> str | None:
     if args.profile_step_start >= args.profile_step_stop:
         return (
             f"profile_step_start {args.profile_step_start} is not below profile_step_stop {args.profile_step_stop}, "
-            f"the first iteration that is not in the trace"
+            f"the first iteration after the trace"
         )
     outside = [rank for rank in args.profile_ranks if not 0 <= rank < args.global_num_gpus]
     return f"profile_ranks: {outside} of {args.global_num_gpus} ranks do not exist" if outside else None
