@@ -10,7 +10,7 @@ ENDINGS = {".py", ".md", ".rst", ".txt", ".pyi", ".h", ".html", ".tex", ".css", 
 
 
 def real_documents(total_bytes: int) -> Iterator[str]:
-    """Library sources, documentation and licences, each file a document, until `total_bytes` of UTF-8 are given.
+    """Library sources, documentation and licenses, each file a document, until `total_bytes` of UTF-8 are given.
 
     The order is the same on every machine with the same packages. Raises RuntimeError if there is not enough.
     """

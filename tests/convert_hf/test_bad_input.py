@@ -272,7 +272,7 @@ def _drop_last_rank(files: dict[str, dict[str, Any]]) -> None:
     ("change", "message"),
     [
         (lambda f: f.pop("layer_03-model_01-model_states.pt"), "files are missing: layer 03 of rank 01"),
-        (_drop_last_rank, "model_parallel_size 2, but files of 1 ranks are here"),
+        (_drop_last_rank, "model_parallel_size 2, but there are files of 1 ranks"),
         (lambda f: [f.pop(f"layer_03-model_0{r}-model_states.pt") for r in range(2)], "layer 03 is missing"),
         (lambda f: [f.pop(f"layer_06-model_0{r}-model_states.pt") for r in range(2)], "there is no output head"),
         (lambda f: _third(f).pop("mlp.linear2.weight"), "tensor mlp.linear2.weight is missing"),

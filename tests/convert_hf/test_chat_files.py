@@ -130,5 +130,5 @@ def test_sources_of_different_templates_are_refused(
     assert preprocess_chats(vocab_folder, tmp_path / "two", f"b={a}", chat_template=str(tmp_path / "t.jinja")) == 0
     as_trained_on(checkpoint, a=str(tmp_path / "one_a_document"), b=str(tmp_path / "two_b_document"))
     _, said = export(checkpoint, capsys, code=2)
-    assert "conversations of different chat templates" in said
+    assert "conversations with different chat templates" in said
     export(checkpoint, capsys, "--base-chat")

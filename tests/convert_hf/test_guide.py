@@ -44,7 +44,7 @@ def test_commands_of_the_guide(
         printed = capsys.readouterr()
         assert code == 0, f"{command}\n{printed.err}"
         if " verify " in command:
-            assert printed.out.endswith(("EQUAL\n", "every file is as its manifest says\n"))
+            assert printed.out.endswith(("EQUAL\n", "every file matches its manifest\n"))
         if " inspect " in command:
             labels = [line[:16] for line in printed.out.splitlines()]
             assert labels == [line[:16] for line in TEXT.split("```")[3].strip().splitlines()]

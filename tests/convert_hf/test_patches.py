@@ -80,6 +80,6 @@ def test_from_a_checkpoint_to_a_folder_and_back(
     config["patches"]["order"] = "raster"
     (exported / "config.json").write_text(json.dumps(config))
     convert("verify", first, exported, expect=1)
-    assert "images are cut, ordered or scaled differently" in capsys.readouterr().out
+    assert "images are cut into patches, ordered or scaled differently" in capsys.readouterr().out
     convert("verify", "--forward", first, exported, expect=2)
-    assert "is one of images" in capsys.readouterr().err
+    assert "is an image model" in capsys.readouterr().err

@@ -130,7 +130,7 @@ def test_resume_refuses_another_job(
         with pytest.raises(Interrupted):
             to_neox(tmp_path, "out")
     to_neox(tmp_path, "out", "--resume", "--dtype", "fp32", expect=2)
-    assert "begun from other files or with other options" in capsys.readouterr().err
+    assert "started from other files or with other options" in capsys.readouterr().err
     os.utime(tmp_path / "hf" / "model.safetensors", (1, 1))
     to_neox(tmp_path, "out", "--resume", expect=2)
     to_neox(tmp_path, "out", "--force")

@@ -212,7 +212,7 @@ def test_shares_of_several_hosts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--tp", 2, "--pp", 2), "--pp and --dp say how optimizer states are cut: give --optimizer"),
+        (("--tp", 2, "--pp", 2), "--pp and --dp describe the layout of optimizer states: add --optimizer"),
         (("--optimizer", "--tp", 2, "--dtype", "fp32"), "--optimizer and --dtype cannot go together"),
         (("--optimizer", "--tp", 2, "--pp", 9), "--pp is 9; expected 1 to 4"),
         (("--optimizer", "--tp", 2, "--dp", 0), "--dp is 0; expected 1 to any number of replicas"),

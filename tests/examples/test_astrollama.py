@@ -34,7 +34,7 @@ def example(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 def test_the_report_says_what_happened(example: tuple[Path, str]) -> None:
     out, printed = example
     assert (out / "report.md").read_text().strip() in printed
-    assert "rounding, over the adapter's part" in printed
+    assert "rounding error relative to the adapter's part" in printed
     facts = json.loads((out / "report.json").read_text())
     assert facts["p"]["lora"] < 0.01
     assert facts["forgotten"]["lora"] <= 1.05

@@ -72,7 +72,7 @@ def example(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The whole recipe."""
     out = tmp_path_factory.mktemp("astrosage") / "out"
     printed = run_example(out)
-    assert "nothing is missing, and everything is what was released" in printed
+    assert "complete and unchanged since the release" in printed
     return out
 
 

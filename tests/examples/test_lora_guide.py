@@ -66,7 +66,7 @@ def test_commands_of_the_guide(tmp_path: Path) -> None:
         program = str(ROOT / words[1]) if words[1].endswith(".py") else words[1]
         printed = run([sys.executable, program, *words[2:]], tmp_path)
         if "--adapter" in words:
-            assert "rounding, over the adapter's part" in printed
+            assert "rounding error relative to the adapter's part" in printed
         if "--dry-run" in words:
             assert "fits: at most" in printed
         if "70b" in " ".join(words) and "--dry-run" in words:

@@ -51,9 +51,9 @@ def put(*path: Any) -> Change:
 
 A = ("models", 0)
 RECIPES: list[tuple[Change, str]] = [
-    (put("merge_method", "della"), "merge_method 'della' is none of .*mergekit has it"),
-    (put("merge_method", "average_all"), "merge_method 'average_all' is none of"),
-    (put("merge_method", ["ties"]), "merge_method .* is none of"),
+    (put("merge_method", "della"), "merge_method 'della' is not one of .*mergekit has it"),
+    (put("merge_method", "average_all"), "merge_method 'average_all' is not one of"),
+    (put("merge_method", ["ties"]), "merge_method .* is not one of"),
     (put("slices", []), "slices is not supported"),
     (put("tokenizer", {"source": "union"}), "tokenizer is not supported"),
     (put("chat_template", "auto"), "chat_template is not supported"),
@@ -88,9 +88,9 @@ RECIPES: list[tuple[Change, str]] = [
     (put("parameters", "epsilon", 0.1), "epsilon is not a parameter of dare_ties"),
     (put("parameters", "normalize", "yes"), "normalize must be true or false"),
     (put("parameters", "rescale", "l2"), "rescale must be probability, l1"),
-    (put("parameters", []), "parameters must be a mapping|is none of"),
+    (put("parameters", []), "parameters must be a mapping|is not one of"),
     (put("dtype", "int8"), "dtype must be one of"),
-    (put("side_files", "c"), "side_files 'c' is none of the models; known are .*base"),
+    (put("side_files", "c"), "side_files 'c' is not one of the models .*base"),
     (put("name", "two\nlines"), "name must be a line of text"),
 ]
 
@@ -111,13 +111,13 @@ def test_the_recipe_that_is_changed_is_good(folders: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("merge_method: ties\nmerge_method: linear\n", "'merge_method' stands twice"),
+        ("merge_method: ties\nmerge_method: linear\n", "'merge_method' appears twice"),
         ("a: [1\n", "is not valid YAML"),
         ("", "must be a mapping"),
         ("- 1\n", "must be a mapping"),
         ("!!python/object/apply:os.system ['true']\n", "is not valid YAML"),
         ("? [1]\n: 2\n", "is not valid YAML"),
-        ("1: 2\n", "must be a mapping of words"),
+        ("1: 2\n", "must be a mapping with text keys"),
     ],
 )
 def test_yaml(text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -137,19 +137,19 @@ def test_no_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_roles(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
     body = good_recipe(folders)
     twice = body["models"] + [body["models"][0]]
-    refused(folders, body | {"models": twice}, "a stands twice among the models", capsys)
+    refused(folders, body | {"models": twice}, "a appears twice among the models", capsys)
     itself = [{"model": str(folders / "base"), "parameters": {"weight": 1}}, *body["models"]]
     refused(folders, body | {"models": itself}, "base is base_model: its delta is zero", capsys)
-    refused(folders, body | {"models": [str(folders / "base")]}, "there is no model beside base_model", capsys)
+    refused(folders, body | {"models": [str(folders / "base")]}, "there is no model other than base_model", capsys)
     own = [{"model": str(folders / "a"), "base": str(folders / "a"), "parameters": {"weight": 1}}]
     refused(folders, body | {"models": own}, "a is its own base", capsys)
     same_name = folders / "x" / "a"
     shutil.copytree(folders / "b", same_name)
     clash = [body["models"][0], {"model": str(same_name), "parameters": {"weight": 1}}]
-    refused(folders, body | {"models": clash}, "are both called 'a'; give one a `label`", capsys)
+    refused(folders, body | {"models": clash}, "both have the label 'a'; give one another `label`", capsys)
     linear = {"merge_method": "linear", "base_model": str(folders / "base"), "models": body["models"][:1]}
     del linear["models"][0]["parameters"]["density"]
-    refused(folders, linear, "base_model has no part in linear", capsys)
+    refused(folders, linear, "linear does not use base_model", capsys)
     slerp = {"merge_method": "slerp", "base_model": str(folders / "base"), "parameters": {"t": 0.5}}
     both = [str(folders / "a"), str(folders / "b")]
     refused(folders, slerp | {"models": both}, "slerp merges base_model and one other model, 2 others", capsys)
@@ -170,14 +170,14 @@ def test_averages(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
     refused(folders, body, "needs either steps", capsys)
     refused(folders, body | {"last": 2, "steps": [10, 20]}, "needs either steps", capsys)
     refused(folders, body | {"last": 3}, "2 checkpoints are there", capsys)
-    refused(folders, body | {"last": 1}, "at least 2 are averaged", capsys)
+    refused(folders, body | {"last": 1}, "expected 2 or more", capsys)
     refused(folders, body | {"steps": [10, 30]}, r"no checkpoint of step 30; found: \[10, 20\]", capsys)
     refused(folders, body | {"steps": [10, 10]}, "two different iterations", capsys)
     refused(folders, body | {"last": 2, "parameters": {"weighting": "median"}}, "weighting must be one of", capsys)
     refused(folders, body | {"last": 2, "parameters": {"weighting": "ema"}}, "decay must be a finite number", capsys)
     ema = {"weighting": "ema", "decay": 1}
     refused(folders, body | {"last": 2, "parameters": ema}, "must be between 0 and 1", capsys)
-    refused(folders, body | {"last": 2, "parameters": {"decay": 0.5}}, "decay belongs to weighting ema", capsys)
+    refused(folders, body | {"last": 2, "parameters": {"decay": 0.5}}, "decay applies to weighting ema", capsys)
     refused(folders, body | {"last": 2, "models": []}, "unknown key models", capsys)
     refused(folders, body | {"checkpoints": "nowhere", "last": 2}, "nowhere is not a folder", capsys)
     refused(folders, body | {"last": 2}, "global_step10", capsys)  # empty
@@ -219,7 +219,7 @@ def test_settings_of_training(folders: Path, capsys: pytest.CaptureFixture[str])
     model_yml.unlink()
     shutil.rmtree(folders / "neox" / "global_step0" / "hf")
     (folders / "neox" / "global_step0" / "manifest.json").unlink()
-    refused(folders, body, "neox: nothing beside .* gives its epsilon .*give `hf_source: DIR`", capsys)
+    refused(folders, body, "neox: no file at .* gives its epsilon .*add `hf_source: DIR`", capsys)
     body["models"][1]["hf_source"] = str(folders / "b")
     run_merge(write_recipe(folders / "merge.yml", body), "--output", folders / "out")
 
@@ -235,7 +235,7 @@ def test_fields_that_config_json_lacks(folders: Path, capsys: pytest.CaptureFixt
     body["models"][1]["set"] = {"rope_scaling": scaling}
     run_merge(write_recipe(folders / "merge.yml", body), "--output", folders / "out")
     body["models"][1]["set"] = {"rope_scaling": {1, 2}}
-    refused(folders, body, "set must hold what config.json may hold", capsys)
+    refused(folders, body, "set must be representable in config.json", capsys)
 
 
 def test_types_that_neox_keeps_in_one_tensor(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -126,7 +126,7 @@ def test_warnings(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
     body["models"][-1] = {"model": str(folders / "copy"), "parameters": {"weight": 0.1}}
     merge_to(write_recipe(folders / "merge.yml", body), folders / "out")
     printed = capsys.readouterr().out
-    assert "warning: copy does not differ from what its delta is taken from" in printed
+    assert "warning: copy is equal to the model that its delta is taken from" in printed
     assert re.search(r"warning: a: its delta reaches 0\.\d+, and \d+\.\d+% of it lies beyond 0.005", printed)
 
 

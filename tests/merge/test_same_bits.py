@@ -177,7 +177,7 @@ def test_resume_repeats_nothing_and_refuses_other_work(
     body = yaml.safe_load(recipe.read_text())
     other = write_recipe(tmp_path / "other.yml", body | {"random_seed": 8})
     run_merge(other, "--output", out, "--resume", expect=2)
-    assert "begun from other files or with other options" in capsys.readouterr().err
+    assert "started from other files or with other options" in capsys.readouterr().err
 
     resumed: list[str] = []
 

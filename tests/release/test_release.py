@@ -245,14 +245,20 @@ def _other_recorded_step(release: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (_shards, ["00001-of-00002.safetensors holds what model-00002-of-00002", "00002-of-00002.safetensors holds"]),
+        (
+            _shards,
+            [
+                "00001-of-00002.safetensors has the content of model-00002-of-00002",
+                "00002-of-00002.safetensors has the content of",
+            ],
+        ),
         (_missing_shard, ["model-00001-of-00002.safetensors is missing"]),
-        (_foreign, ["extra.bin is no file of the release"]),
+        (_foreign, ["extra.bin is not a file of the release"]),
         (
             _missing_source,
-            ["general_text_document.bin is missing", "not read again, for want of general_text_document"],
+            ["general_text_document.bin is missing", "not reread, missing general_text_document"],
         ),
-        (_swapped_sources, ["general_text_document.bin holds what domain_text_document.bin should hold"]),
+        (_swapped_sources, ["general_text_document.bin has the content of domain_text_document.bin"]),
         (_other_recorded_step, ["stage cpt, step 4: its token ids", "stage cpt, step 6: its documents"]),
     ],
 )
@@ -310,6 +316,6 @@ def test_steps_can_be_sampled(folder: Path, tmp_path: Path, capsys: pytest.Captu
     assert main(_written(folder, tmp_path, record_steps=3)) == 0
     said = capsys.readouterr().out
     assert "stage cpt: 3 of" in said
-    assert "warning: no licence is given for general_text_document" in said
+    assert "warning: no license is given for general_text_document" in said
     assert main(_written(folder, tmp_path)) == 2
     assert "exists; a release is written once" in capsys.readouterr().err

@@ -113,8 +113,8 @@ def test_the_page_needs_nothing_else(run: Path, capsys: pytest.CaptureFixture[st
         assert text in page.text, text
     said = capsys.readouterr().out
     assert said.index("cpt/metrics.jsonl: steps 0 to 150") < said.index("sft/metrics.jsonl: steps 0 to 20")
-    assert "other/summary.json is of no command that is known here" in said
-    assert "other/summary.json is of no command" in page.text
+    assert "other/summary.json was not written by a known command" in said
+    assert "other/summary.json was not written by a known command" in page.text
     assert main([str(run)]) == 0, "a second report does not read the first"
 
 
@@ -128,7 +128,7 @@ def test_stages_follow_each_other_and_repeated_steps_count_once(run: Path) -> No
     path.write_text(path.read_text() + json.dumps(again) + '\n[1]\n{"iteration": 151, "train/lm')
     stage = next(one for one in read_run(run).stages if one.name == "cpt")
     assert stage.curve("train/lm_loss")[-1] == (150, 0.125)
-    assert stage.problems == ["2 lines are no record of a step and were left out"]
+    assert stage.problems == ["2 lines are not records of a step and were skipped"]
 
 
 def test_a_branch_that_goes_on_counting_has_no_offset(run: Path) -> None:

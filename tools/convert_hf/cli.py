@@ -18,7 +18,7 @@ _SIZES = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4, "KI": 1 <<
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 done, 1 `verify` found a difference or `inspect --serving` a lack, 2 bad input, 130 interrupted."""
+    """Exit code: 0 done, 1 `verify` found a difference or `inspect --serving` a gap, 2 bad input, 130 interrupted."""
     arguments = _parser().parse_args(argv)
     again = "interrupted; the same command with --resume continues"
     return guarded_from_sigterm("convert_hf", lambda: int(arguments.run(arguments)), again)
@@ -72,15 +72,15 @@ def _add_reshard(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     verb = _converting(
         verbs,
         "reshard",
-        "a GPT-NeoX checkpoint of one layout to another",
-        "Rewrites the weights of a checkpoint for another tensor-parallel size, and with --optimizer the optimizer's "
-        "states for another TP x PP x DP: what a run goes on from as from its own checkpoint.",
+        "a GPT-NeoX checkpoint from one layout to another",
+        "Rewrites the weights of a checkpoint for another tensor-parallel size, and with --optimizer the optimizer "
+        "states for another TP x PP x DP. A run resumes from the result as from its own checkpoint.",
     )
     verb.add_argument("--tp", type=int, required=True, help="the new tensor-parallel size")
     _divisible(verb)
-    verb.add_argument("--optimizer", action="store_true", help="carry the optimizer's states of a training checkpoint")
-    verb.add_argument("--pp", type=int, metavar="P", help="with --optimizer: pipeline stages (default: as they are)")
-    verb.add_argument("--dp", type=int, metavar="D", help="with --optimizer: data-parallel size (default: as it is)")
+    verb.add_argument("--optimizer", action="store_true", help="include the optimizer states of a training checkpoint")
+    verb.add_argument("--pp", type=int, metavar="P", help="with --optimizer: pipeline stages (default: unchanged)")
+    verb.add_argument("--dp", type=int, metavar="D", help="with --optimizer: data-parallel size (default: unchanged)")
     verb.set_defaults(run=_run_reshard)
 
 
@@ -89,36 +89,36 @@ def _add_to_hf(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         verbs,
         "to-hf",
         "GPT-NeoX weights to a Hugging Face folder",
-        "Writes safetensors with config.json, tokenizer, chat template and licence as they came from the source; a "
-        "model trained on conversations gets the chat template and end tokens of these.",
+        "Writes safetensors, with config.json, tokenizer, chat template and license copied from the source; a "
+        "model trained on conversations gets their chat template and end tokens.",
     )
     verb.add_argument(
         "--shard-size",
         type=size,
         metavar="SIZE",
-        help="largest safetensors file, such as 5GB (default: the shards of the source, or 5GB)",
+        help="largest safetensors file, such as 5GB (default: as sharded in the source, else 5GB)",
     )
     verb.add_argument(
         "--trained-settings",
         action="store_true",
-        help="write epsilon and rotary settings of the training run into config.json where they differ",
+        help="write the training run's epsilon and rotary settings into config.json where they differ",
     )
     verb.add_argument(
         "--base-chat",
         action="store_true",
-        help="keep the end tokens and chat template of the source, also of a model that was trained on conversations",
+        help="keep the source's end tokens and chat template even if the model was trained on conversations",
     )
     verb.add_argument(
         "--adapter",
         type=Path,
         metavar="DIR",
-        help="add a LoRA adapter (a folder of peft, or checkpoints of a LoRA run) to the weights, and print what "
-        "rounding takes from it; --dtype float32 loses nothing",
+        help="add a LoRA adapter (a peft folder, or the checkpoints of a LoRA run) to the weights, and print how much "
+        "of it rounding loses; --dtype float32 loses nothing",
     )
     verb.add_argument(
         "--adapter-base",
         metavar="NAME",
-        help="what the adapter calls its base, where the folder has another name",
+        help="name of the base as recorded in the adapter, if the base's folder has another name",
     )
     verb.set_defaults(run=_run_hf)
 
@@ -127,13 +127,13 @@ def _add_verify(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     verb = verbs.add_parser(
         "verify",
         help="compare two checkpoints of any kind, or one with its manifest",
-        description="Compares every tensor, and epsilon and rotary settings, of two checkpoints (Hugging Face, Meta, "
-        "GPT-NeoX at any TP). With --forward both run on the same tokens, one layer at a time from disk. With one "
-        "checkpoint, its files are compared with the checksums of its manifest. Exit code 0: equal, 1: different.",
+        description="Compares every tensor, epsilon and the rotary settings of two checkpoints (Hugging Face, Meta, "
+        "GPT-NeoX at any TP). With --forward, both run on the same tokens, one layer at a time from disk. A single "
+        "checkpoint is compared with the checksums of its manifest. Exit code 0: equal, 1: different.",
     )
     verb.add_argument("checkpoints", type=Path, nargs="+", metavar="DIR", help="one or two checkpoint folders")
     verb.add_argument("--forward", action="store_true", help="run both models and report the first layer that diverges")
-    verb.add_argument("--tokens", type=Path, metavar="FILE", help="token ids for --forward (default: 128 fixed ones)")
+    verb.add_argument("--tokens", type=Path, metavar="FILE", help="token ids for --forward (default: 128 fixed ids)")
     verb.add_argument("--tolerance", type=float, default=1e-4, help="relative, for --forward (default 1e-4)")
     verb.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="for --forward")
     _describing(verb)
@@ -146,7 +146,7 @@ def _add_verify(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 def _add_inspect(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     verb = verbs.add_parser(
         "inspect",
-        help="what a folder holds, and what it lacks",
+        help="list what a folder contains and what is missing",
         description="Opens a checkpoint of any kind and prints its format, sizes, types, shards and missing pieces.",
     )
     verb.add_argument("checkpoint", type=Path, metavar="DIR")
@@ -155,7 +155,7 @@ def _add_inspect(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     verb.add_argument(
         "--serving",
         action="store_true",
-        help="check what vLLM, SGLang and llama.cpp need of a Hugging Face folder; exit code 1 if something is missing",
+        help="check that a Hugging Face folder has what vLLM, SGLang and llama.cpp need; exit code 1 if it does not",
     )
     verb.set_defaults(run=_run_inspect)
 
@@ -185,7 +185,7 @@ def _converting(
     verb.add_argument(
         "--shard", type=share, default=(1, 1), metavar="i/n", help="do share i of n; run one share on each of n hosts"
     )
-    verb.add_argument("--resume", action="store_true", help="continue a conversion that was interrupted")
+    verb.add_argument("--resume", action="store_true", help="continue an interrupted conversion")
     verb.add_argument("--force", action="store_true", help="replace a finished or interrupted output of this command")
     verb.add_argument("--plan", action="store_true", help="print the whole job and stop")
     verb.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -204,7 +204,7 @@ def _describing(verb: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="FIELD=VALUE",
-        help="a field that config.json lacks, such as rope_theta=10000; may be repeated",
+        help="a field missing from config.json, such as rope_theta=10000; may be repeated",
     )
 
 
@@ -248,9 +248,7 @@ def _run_reshard(arguments: argparse.Namespace) -> int:
     from .commands.convert import StateRequest, prepare_neox
 
     if not arguments.optimizer and (arguments.pp is not None or arguments.dp is not None):
-        raise ConvertError(
-            "--pp and --dp say how optimizer states are cut: give --optimizer with them, or leave them out"
-        )
+        raise ConvertError("--pp and --dp describe the layout of optimizer states: add --optimizer, or leave them out")
     source = _open(arguments.input, arguments)
     print(f"source: {source.describe()}")
     states = StateRequest(arguments.pp, arguments.dp) if arguments.optimizer else None
@@ -273,9 +271,7 @@ def _run_hf(arguments: argparse.Namespace) -> int:
         )
         print(f"adapter: {bands.adapter.root}, rank {bands.adapter.rank}, {len(bands.adapter.factors)} weights")
     elif arguments.adapter_base is not None:
-        raise ConvertError(
-            "--adapter-base says what an adapter calls its base: give --adapter with it, or leave it out"
-        )
+        raise ConvertError("--adapter-base names the base of an adapter: add --adapter, or leave it out")
     else:
         output = prepare_hf(source, arguments.shard_size, _request(arguments))
     for note in source.notes[said:]:
@@ -299,7 +295,7 @@ def _run_verify(arguments: argparse.Namespace) -> int:
             differences = own_digests(opened[0], progress)
             lines = [d.text() for d in differences]
             equal = not differences
-            lines.append("every file is as its manifest says" if equal else "DAMAGED")
+            lines.append("every file matches its manifest" if equal else "DAMAGED")
         else:
             report = verify(
                 *opened,
@@ -360,7 +356,8 @@ def _execute(output, arguments: argparse.Namespace) -> int:  # type: ignore[no-u
         print(f"wrote {output.final}: {len(output.plan.files)} weight files, {states}{rate}")
     else:
         print(
-            f"share {output.shard[0]}/{output.shard[1]} is written, {rate}; {output.final} appears with the last share"
+            f"share {output.shard[0]}/{output.shard[1]} is written, {rate}; "
+            f"{output.final} appears when all shares are done"
         )
     return 0
 

@@ -1,4 +1,4 @@
-"""Entry point of `python tools/merge`: works from any directory, imports only this repository and torch's few."""
+"""Entry point of `python tools/merge`: works from any directory, imports this repository and few libraries."""
 
 import sys
 from pathlib import Path

@@ -1,8 +1,8 @@
-"""The merge methods on a tile: the same few thousand elements of every parent, in fp32, rounded nowhere.
+"""The merge methods on a tile: the same few thousand elements of every parent, in fp32, without rounding to 16 bits.
 
-Every step works on each element by itself and models are summed in the recipe's order, so an element's bits do not
-depend on the tile it is in. What a method needs of the whole tensor comes in a `TensorPlan`. The order of operations is
-mergekit's with `dtype: float32`, to the bit, and the result is what its `out_dtype` rounds.
+Every operation is elementwise and models are summed in the recipe's order, so an element's bits do not depend on the
+tile it is in. Statistics of the whole tensor come in a `TensorPlan`. The order of operations is that of mergekit with
+`dtype: float32`, bit for bit; the result is the value that its `out_dtype` rounds.
 
     delta methods    base + lambda * consensus of  w_i * (factor_i * keep_i * (m_i - base_i))
     linear           sum of w_i * m_i, divided by the sum of w_i if `normalize`
@@ -20,12 +20,12 @@ from torch import Tensor
 
 from .masks import RESOLUTION, keep_mask
 
-ELECTION_FREE_EPSILON = 1e-8  # a smaller sum of weights does not divide
+ELECTION_FREE_EPSILON = 1e-8  # no division by a sum of weights below this
 
 
 @dataclass(frozen=True)
 class Trim:
-    """TIES keeps magnitudes above `magnitude`, and of those equal to it the ones up to element `last` (None: all)."""
+    """TIES keeps magnitudes above `magnitude`, and those equal to it up to element `last` (None: all of them)."""
 
     magnitude: float
     last: int | None
@@ -33,12 +33,12 @@ class Trim:
 
 @dataclass(frozen=True)
 class Term:
-    """One model's part. `parent` and `base` are places in the list of parents (`base` is -1 for linear)."""
+    """One model's contribution. `parent` and `base` are indices into the list of parents (`base` is -1 for linear)."""
 
     parent: int
     base: int
     weight: float
-    limit: int = RESOLUTION  # DARE: draws below it are kept
+    limit: int = RESOLUTION  # DARE: draws below this are kept
     key: np.ndarray | None = None
     factor: float = 1.0  # DARE's rescaling
     trim: Trim | None = None
@@ -46,7 +46,7 @@ class Term:
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """Everything that is needed to merge one tensor. `base` is a place in the list of parents (-1: none)."""
+    """Everything needed to merge one tensor. `base` is an index into the list of parents (-1: none)."""
 
     method: str
     terms: tuple[Term, ...]
@@ -71,21 +71,21 @@ class Workspace:
         self.total, self.positive, self.negative = floats(), floats(), floats()
         self.positive_weight, self.negative_weight = floats(), floats()
         self.flags = torch.empty(elements, dtype=torch.bool)
-        # For the report, and for sums of products.
+        # Scratch space for the report and for sums of products.
         self.directions = [torch.empty(elements, dtype=torch.bool) for _ in range(2)]
         self.wide, self.wide_merged = (torch.empty(elements, dtype=torch.float64) for _ in range(2))
 
     @staticmethod
     def nbytes(parents: int, terms: int, elements: int) -> int:
-        """Memory of a workspace, with what a tile needs besides: draws and masks."""
+        """Memory of a workspace, including the draws and masks of a tile."""
         return elements * (4 * (parents + terms + 10) + 16 + 3 + 16)
 
 
 def merge_tile(plan: TensorPlan, work: Workspace, start: int, count: int) -> Tensor:
     """The merged tile in fp32, from `work.parents`. Element 0 of the tile is element `start` of the tensor.
 
-    Leaves each model's delta in `work.deltas` and the merged one in `work.merged_delta`: to the base, or to the first
-    model where the method has none.
+    Leaves each model's delta in `work.deltas` and the merged delta in `work.merged_delta`, relative to the base, or to
+    the first model if the method has no base.
     """
     if plan.method == "linear":
         _linear(plan, work, count)
@@ -114,7 +114,7 @@ def _deltas(plan: TensorPlan, work: Workspace, start: int, count: int) -> None:
         part.mul_(term.weight)
         total.add_(part)
         if plan.elects:
-            # The election needs no stack of deltas: sums of either sign, one of which is taken at the end.
+            # The election needs no stack of deltas: it sums either sign, and takes one of the sums at the end.
             positive.add_(torch.clamp(part, min=0, out=clamped))
             negative.add_(torch.clamp(part, max=0, out=clamped))
             if plan.normalize:
@@ -133,7 +133,7 @@ def _deltas(plan: TensorPlan, work: Workspace, start: int, count: int) -> None:
 
 
 def _keep(term: Term, delta: Tensor, part: Tensor, start: int, flags: Tensor) -> None:
-    """Write what a model keeps of its delta to `part`. Multiplying by a mask is five times as fast as choosing."""
+    """Write the kept part of a model's delta to `part`. Multiplying by a mask is five times as fast as selecting."""
     if term.limit < RESOLUTION:
         assert term.key is not None
         mask = keep_mask(term.key, start, delta.numel(), term.limit)
@@ -146,7 +146,7 @@ def _keep(term: Term, delta: Tensor, part: Tensor, start: int, flags: Tensor) ->
 
 
 def trim_mask(trim: Trim, magnitudes: Tensor, start: int, out: Tensor) -> Tensor:
-    """Which elements TIES keeps; `magnitudes` are those of elements from `start` on."""
+    """Mask of the elements that TIES keeps; `magnitudes` begins at element `start` of the tensor."""
     if trim.last is None or start + magnitudes.numel() - 1 <= trim.last:
         return torch.ge(magnitudes, trim.magnitude, out=out)
     torch.gt(magnitudes, trim.magnitude, out=out)
@@ -157,7 +157,7 @@ def trim_mask(trim: Trim, magnitudes: Tensor, start: int, out: Tensor) -> Tensor
 
 
 def _elect(plan: TensorPlan, work: Workspace, merged: Tensor, count: int) -> None:
-    """The sum of the deltas whose sign is that of the total; a total of zero counts as positive."""
+    """Sum the deltas whose sign agrees with that of the total; a total of zero counts as positive."""
     total, flags = work.total[:count], work.flags[:count]
     torch.mul(work.positive[:count], torch.ge(total, 0, out=flags), out=merged)
     merged.add_(work.negative[:count].mul_(torch.lt(total, 0, out=flags)))
@@ -169,15 +169,15 @@ def _elect(plan: TensorPlan, work: Workspace, merged: Tensor, count: int) -> Non
 
 
 def _weight_sum(plan: TensorPlan) -> Tensor:
-    """The sum of the weights, as fp32 adds them; 1 if it is next to nothing."""
+    """The sum of the weights, added in fp32; 1 if it is nearly zero."""
     total = torch.tensor([term.weight for term in plan.terms], dtype=torch.float32).reshape(-1, 1).sum(dim=0)
     total[total.abs() < ELECTION_FREE_EPSILON] = 1
     return total
 
 
 def _linear(plan: TensorPlan, work: Workspace, count: int) -> None:
-    # A fused multiply-add, in float64 so that it is one on any processor: the product of two fp32 numbers is exact.
-    # torch's own (`addcmul_`, mergekit's) has other bits where the processor has no such instruction.
+    # A fused multiply-add, done in float64 so that it is fused on any processor: the product of two fp32 numbers is
+    # exact. torch's `addcmul_`, which mergekit uses, gives other bits on processors without such an instruction.
     total, wide, sums = work.total[:count].zero_(), work.wide[:count], work.wide_merged[:count]
     for term in plan.terms:
         wide.copy_(work.parents[term.parent][:count]).mul_(float(np.float32(term.weight)))
@@ -199,7 +199,7 @@ def _slerp(plan: TensorPlan, work: Workspace, count: int) -> None:
 
 
 def _differences(plan: TensorPlan, work: Workspace, count: int) -> None:
-    """Deltas for the report of a method that has none: to the base, or to the first model."""
+    """Deltas for the report of a method that computes none: relative to the base, or to the first model."""
     reference = work.parents[plan.base if plan.base >= 0 else plan.terms[0].parent][:count]
     for i, term in enumerate(plan.terms):
         torch.sub(work.parents[term.parent][:count], reference, out=work.deltas[i][:count])
@@ -209,7 +209,7 @@ def _differences(plan: TensorPlan, work: Workspace, count: int) -> None:
 def slerp_coefficients(t: float, squares_a: float, squares_b: float, dot: float) -> tuple[float, float]:
     """Coefficients of two tensors for a point at `t` on the arc between their directions.
 
-    Linear where they are (anti)parallel to within a cosine of 0.9995, as mergekit does it.
+    Linear if they are (anti)parallel to within a cosine of 0.9995, as in mergekit.
     """
     norm_a, norm_b = math.sqrt(squares_a), math.sqrt(squares_b)
     cosine = dot / ((norm_a if norm_a > 1e-8 else 1.0) * (norm_b if norm_b > 1e-8 else 1.0))

@@ -1,4 +1,4 @@
-"""Averages of checkpoints of one run, as linear merges with weights by age.
+"""Averages of a run's checkpoints, as linear merges weighted by age.
 
 merge_method: average
 checkpoints: checkpoints/cpt        # the folder of global_step* folders
@@ -24,7 +24,7 @@ _WEIGHTINGS = ("uniform", "linear", "ema")
 
 
 def average(raw: Mapping[str, Any], where: str) -> Recipe:
-    """The linear merge that an `average` stands for."""
+    """The linear merge that is equivalent to an `average` recipe."""
     refuse_unknown(raw, _KEYS, where)
     folder = word(raw, "checkpoints", where)
     if folder is None:
@@ -61,14 +61,14 @@ def _steps(raw: Mapping[str, Any], found: list[int], where: str) -> list[int]:
     if last is not None:
         if not _whole(last) or not 2 <= last <= len(found):
             raise MergeError(
-                f"{where}: last is {last!r}; at least 2 are averaged, and {len(found)} checkpoints are there"
+                f"{where}: last is {last!r}; expected 2 or more, and at most the {len(found)} checkpoints found"
             )
         return found[-last:]
     if not isinstance(steps, list) or len(steps) < 2 or not all(map(_whole, steps)) or len(set(steps)) < len(steps):
         raise MergeError(f"{where}: steps must be a list of at least two different iterations, not {str(steps)[:60]!r}")
     missing = sorted(set(steps) - set(found))
     if missing:
-        raise MergeError(f"{where}: there is no checkpoint of step {', '.join(map(str, missing))}; found: {found}")
+        raise MergeError(f"{where}: no checkpoint of step {', '.join(map(str, missing))}; found: {found}")
     return sorted(steps)
 
 
@@ -84,7 +84,7 @@ def _weighting(given: Mapping[str, Any], count: int, where: str) -> list[float]:
         raise MergeError(f"{where}: weighting must be one of {', '.join(_WEIGHTINGS)}, not {str(kind)[:60]!r}")
     if kind != "ema":
         if "decay" in given:
-            raise MergeError(f"{where}: decay belongs to weighting ema, not to {kind}")
+            raise MergeError(f"{where}: decay applies to weighting ema, not to {kind}")
         return [1.0 if kind == "uniform" else float(i + 1) for i in range(count)]
     decay = parse_number(given.get("decay"), f"{where}: decay")
     if not 0 < decay < 1:

@@ -1,4 +1,4 @@
-"""Bands of the merged model: the source that the converter's copier reads instead of a file."""
+"""Bands of the merged model: the source from which the converter's copier reads instead of a file."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ TILE = 1 << 16  # elements; a tile of all buffers stays in a core's cache
 
 
 class MergedBands:
-    """Computes bands of the merged tensors from the parents, checks them, and keeps the sums of the report.
+    """Computes bands of the merged tensors from the parents, checks them, and accumulates the sums of the report.
 
-    `plans` are by tensor name. `finish` gives the small files of the output from the report and the parents' hashes.
+    `plans` is keyed by tensor name. `finish` makes the small files of the output from the report and parents' hashes.
     """
 
     def __init__(
@@ -56,11 +56,11 @@ class MergedBands:
         elements = max(TILE, largest_row)
         rank = max((p.adapter.rank for p in parents if p.adapter), default=0)
         adapters = 4 * rank * (largest_row + elements) + 8 * elements if rank else 0
-        # Bands are counted in the output's type; a parent's may be twice as wide.
+        # Band sizes refer to the output's type; a parent's type may be twice as wide.
         return band * (1 + 2 * len(parents)) + Workspace.nbytes(len(parents), terms, elements) + adapters
 
     def read(self, job: CopyJob, band: memoryview) -> dict[str, Any]:
-        """Fill `band` with merged rows. Returns sums and checksums of what was read."""
+        """Fill `band` with merged rows. Return the report's sums and the checksums of the data read."""
         name = job.tensor.name
         plan = self.plans[name]
         stored, crcs = self._read_parents(name, job.start, job.stop)
@@ -97,7 +97,7 @@ class MergedBands:
         return stored, crcs
 
     def _buffers(self, sizes: list[int]) -> list[memoryview]:
-        """One buffer for each parent, kept by the thread."""
+        """One buffer per parent, reused by the thread."""
         held: list[memoryview] = self._local.__dict__.setdefault("buffers", [memoryview(bytearray()) for _ in sizes])
         for i, size in enumerate(sizes):
             if len(held[i]) < size:
@@ -113,16 +113,16 @@ class MergedBands:
         return held[1]
 
     def _blame(self, name: str, work: Workspace, start: int, cols: int, count: int) -> None:
-        """Name the parent that holds a number that is not finite."""
+        """Raise an error that names the parent with a non-finite value."""
         for parent, values in zip(self.parents, work.parents, strict=True):
             bad = torch.nonzero(~torch.isfinite(values[:count]))
             if len(bad):
                 at = int(bad[0])
                 raise MergeError(
                     f"{parent.label}: {name} holds {float(values[at])} at row {start + at // cols}, "
-                    f"column {at % cols}; it is damaged, and so would be the merged model"
+                    f"column {at % cols}; it is damaged, and would damage the merged model"
                 )
-        raise MergeError(f"{name}: the merge overflows fp32; look at the weights and densities")
+        raise MergeError(f"{name}: the merge overflows fp32; check the weights and densities")
 
     def account(self, remark: Any) -> None:
         self.report.add(remark["kind"], remark["sums"])
@@ -130,7 +130,7 @@ class MergedBands:
             self._checksums.add((parent, tensor, first, size, crc))
 
     def summary(self) -> dict[str, Any]:
-        """This share's sums, and the CRC-32 of every tensor that it read of each parent."""
+        """This share's sums, and the CRC-32 of every tensor that it read from each parent."""
         crcs: dict[str, dict[str, int]] = {}
         for i in self._summed:
             tensors = self.parents[i].checkpoint.tensors
@@ -163,7 +163,7 @@ def content_hash(tensors: Mapping[str, Logical], crcs: Mapping[str, int]) -> str
 
 
 def _round(values: Tensor, out: Tensor, name: str) -> None:
-    """The one rounding, to nearest even."""
+    """Round to the output's type, to nearest even: the only rounding of a merge."""
     out.copy_(values)
     if out.dtype == torch.float16 and not bool(torch.isfinite(out).all()):
         raise MergeError(f"{name} has values that are too large for float16; choose out_dtype bfloat16 or float32")

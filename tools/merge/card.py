@@ -1,6 +1,6 @@
-"""What is written beside the merged weights: the model card, the recipe without local paths, the report, licences.
+"""Files written alongside the merged weights: the model card, the recipe without local paths, the report, licenses.
 
-None of it depends on the machine, the threads or the shards, so two merges of the same parents give equal folders.
+None of them depends on the machine, the threads or the shards, so two merges of the same parents give equal folders.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from .recipe import DARE, ModelEntry, ParentEntry, Recipe
 from .report import WORKING_RANGE, MergeReport, table
 
 CARD, RECIPE, REPORT = "README.md", "merge.yml", "merge_report.json"
-_LICENCE_FILE = re.compile(r"(licen[sc]e|notice|use_policy|copying)([._ -].*)?", re.IGNORECASE)
+_LICENSE_FILE = re.compile(r"(licen[sc]e|notice|use_policy|copying)([._ -].*)?", re.IGNORECASE)
 _FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*\n", re.DOTALL)
 
 
 def portable_recipe(recipe: Recipe) -> str:
-    """The recipe as YAML that names models by their labels: whoever has folders of these names can repeat the merge."""
+    """The recipe as YAML that names models by label: anyone with folders of these names can repeat the merge."""
     body: dict[str, Any] = {"merge_method": recipe.method}
     if recipe.name:
         body["name"] = recipe.name
@@ -77,8 +77,8 @@ def _plain(setting: Setting) -> Any:
     return [{"value": value} if name is None else {"filter": name, "value": value} for name, value in rows]
 
 
-def licence_of(parent: Parent) -> str | None:
-    """The licence's identifier: from the recipe, else from the front matter of the parent's own card."""
+def license_of(parent: Parent) -> str | None:
+    """The license's identifier: from the recipe, else from the front matter of the parent's own card."""
     if parent.entry.license:
         return parent.entry.license
     folder = parent.checkpoint.side_folder
@@ -96,12 +96,12 @@ def licence_of(parent: Parent) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def licence_files(parents: Sequence[Parent], side: Parent) -> dict[str, Path]:
-    """Licences and notices of all parents, under names that tell them apart; those of `side` travel by themselves."""
-    own = {path.read_bytes() for path in _licences(side).values()}
+def license_files(parents: Sequence[Parent], side: Parent) -> dict[str, Path]:
+    """Licenses and notices of all parents, under distinct names; those of `side` are copied with its other files."""
+    own = {path.read_bytes() for path in _licenses(side).values()}
     found: dict[str, Path] = {}
     for parent in parents:
-        for name, path in _licences(parent).items():
+        for name, path in _licenses(parent).items():
             text = path.read_bytes()
             if text in own:
                 continue
@@ -111,10 +111,10 @@ def licence_files(parents: Sequence[Parent], side: Parent) -> dict[str, Path]:
     return found
 
 
-def _licences(parent: Parent) -> dict[str, Path]:
+def _licenses(parent: Parent) -> dict[str, Path]:
     folder = parent.checkpoint.side_folder
     files = side_files(folder)[0] if folder is not None else {}
-    return {name: path for name, path in files.items() if _LICENCE_FILE.fullmatch(name)}
+    return {name: path for name, path in files.items() if _LICENSE_FILE.fullmatch(name)}
 
 
 def slug(label: str) -> str:
@@ -129,14 +129,14 @@ def model_card(
     hashes: Mapping[str, str],
     facts: Mapping[str, str],
 ) -> str:
-    """The README.md of a merged model. `facts` are further lines of the table of facts."""
-    licences = {label: licence_of(parent) for label, parent in parents.items()}
+    """The README.md of a merged model. `facts` are additional lines of its table of facts."""
+    licenses = {label: license_of(parent) for label, parent in parents.items()}
     name = recipe.name or "Merged model"
-    lines = ["---", *_front_matter(parents, licences), "---", "", f"# {name}", ""]
-    if any(licence and licence.lower().startswith("llama") for licence in licences.values()):
+    lines = ["---", *_front_matter(parents, licenses), "---", "", f"# {name}", ""]
+    if any(license and license.lower().startswith("llama") for license in licenses.values()):
         lines += ["Built with Llama.", ""]
     lines += [_summary(recipe), "", "## Parents", ""]
-    lines += _markdown(_parents_table(recipe, parents, hashes, licences))
+    lines += _markdown(_parents_table(recipe, parents, hashes, licenses))
     lines += ["", "SHA-256 of the parent's manifest, or over name, type, shape and CRC-32 of its tensors.", ""]
     lines += ["## How it was made", ""]
     lines += _markdown([["what", "value"], *([key, value] for key, value in facts.items())])
@@ -145,7 +145,7 @@ def model_card(
     lines += _markdown(table(report))
     lines += [
         "",
-        f"Delta: norm of the difference to {_reference(recipe)}. Cosine: between a model's delta and the merged one. "
+        f"Delta: norm of the difference from {_reference(recipe)}. Cosine: between a model's delta and the merged one. "
         "Conflicting signs: share of elements where two weighted deltas point in opposite directions.",
         "",
     ]
@@ -154,24 +154,24 @@ def model_card(
 
 
 def _reference(recipe: Recipe) -> str:
-    """What the report's deltas are taken from."""
+    """The model that the report's deltas are relative to."""
     if recipe.base is None:
         return f"`{recipe.models[0].parent.label}`"
     return "the base" if all(model.base is None for model in recipe.models) else "the base, or to the model's own base"
 
 
-def _front_matter(parents: Mapping[str, Parent], licences: Mapping[str, str | None]) -> list[str]:
-    known = sorted({licence for licence in licences.values() if licence})
+def _front_matter(parents: Mapping[str, Parent], licenses: Mapping[str, str | None]) -> list[str]:
+    known = sorted({license for license in licenses.values() if license})
     matter: dict[str, Any] = {
         "base_model": sorted(parents),
         "base_model_relation": "merge",
         "library_name": "transformers",
     }
-    if len(known) == 1 and all(licences.values()):
+    if len(known) == 1 and all(licenses.values()):
         matter["license"] = known[0]
     else:
         matter["license"] = "other"
-        matter["license_name"] = " and ".join([*known, *(["unknown"] if not all(licences.values()) else [])])
+        matter["license_name"] = " and ".join([*known, *(["unknown"] if not all(licenses.values()) else [])])
     matter["tags"] = ["merge"]
     return yaml.safe_dump(matter, sort_keys=False, allow_unicode=True).rstrip().splitlines()
 
@@ -183,9 +183,9 @@ def _summary(recipe: Recipe) -> str:
 
 
 def _parents_table(
-    recipe: Recipe, parents: Mapping[str, Parent], hashes: Mapping[str, str], licences: Mapping[str, str | None]
+    recipe: Recipe, parents: Mapping[str, Parent], hashes: Mapping[str, str], licenses: Mapping[str, str | None]
 ) -> list[list[str]]:
-    rows = [["model", "role", "weight", "density", "licence", "SHA-256"]]
+    rows = [["model", "role", "weight", "density", "license", "SHA-256"]]
     models = {model.parent.label: model for model in recipe.models}
     for label, parent in parents.items():
         model = models.get(label)
@@ -204,7 +204,7 @@ def _parents_table(
                 role,
                 weight,
                 density,
-                licences[label] or "unknown",
+                licenses[label] or "unknown",
                 f"`{digest}`" + (f", adapter `{adapter}`" if adapter else ""),
             ]
         )
@@ -221,7 +221,7 @@ def _markdown(rows: list[list[str]]) -> list[str]:
 
 
 def facts_of(recipe: Recipe, side: Parent, types: Sequence[str], command: str) -> dict[str, str]:
-    """The lines of the card's table that follow from the recipe."""
+    """The lines of the card's table that are derived from the recipe."""
     facts = {"method": f"`{recipe.method}`"}
     if recipe.method in DARE:
         facts["seed"] = str(recipe.seed)
@@ -231,7 +231,7 @@ def facts_of(recipe: Recipe, side: Parent, types: Sequence[str], command: str) -
             "l1": "to the sum of magnitudes before the mask, by tensor",
             "none": "none",
         }[recipe.rescale]
-        facts["working range that is warned about"] = str(WORKING_RANGE)
+        facts["working range for warnings"] = str(WORKING_RANGE)
     if recipe.method != "slerp":
         facts["normalized"] = "yes" if recipe.normalize else "no"
     facts["arithmetic"] = "fp32, models in the order of their labels, one rounding"
@@ -254,13 +254,13 @@ def report_json(recipe: Recipe, report: MergeReport, hashes: Mapping[str, str]) 
 
 
 def check_name(recipe: Recipe, parents: Mapping[str, Parent]) -> list[str]:
-    """Remarks about licences: unknown ones, and Llama's rule for names."""
-    licences = {label: licence_of(parent) for label, parent in parents.items()}
+    """Remarks about licenses: unknown ones, and Llama's naming rule."""
+    licenses = {label: license_of(parent) for label, parent in parents.items()}
     remarks = []
-    unknown = [label for label, licence in licences.items() if licence is None]
+    unknown = [label for label, license in licenses.items() if license is None]
     if unknown:
-        remarks.append(f"licence unknown of {', '.join(unknown)}: write `license: NAME` beside the model")
-    llama = any(licence and licence.lower().startswith("llama") for licence in licences.values())
+        remarks.append(f"unknown license of {', '.join(unknown)}: add `license: NAME` to the model's entry")
+    llama = any(license and license.lower().startswith("llama") for license in licenses.values())
     if llama and recipe.name and not recipe.name.lower().startswith("llama"):
-        remarks.append(f"Llama's licence wants the name of a derived model to begin with Llama; it is {recipe.name!r}")
+        remarks.append(f"Llama's license requires the name of a derived model to begin with Llama, not {recipe.name!r}")
     return remarks

@@ -28,11 +28,11 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python tools/merge",
-        description="Merge Llama models of one shape, tile by tile, with the same bits wherever it runs. Reads "
-        "mergekit's YAML for linear, task_arithmetic, ties, dare_linear, dare_ties and slerp, and averages checkpoints "
-        "of a run.",
+        description="Merge Llama models of the same shape, tile by tile, with identical bits on every machine. Reads "
+        "mergekit's YAML for linear, task_arithmetic, ties, dare_linear, dare_ties and slerp, and averages the "
+        "checkpoints of a run.",
     )
-    parser.add_argument("recipe", type=Path, metavar="merge.yml", help="what is merged, and how")
+    parser.add_argument("recipe", type=Path, metavar="merge.yml", help="the models to merge, and the method")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--output", type=Path, metavar="DIR", help="the folder to write; appears when complete")
     what.add_argument("--verify", type=Path, metavar="DIR", help="repeat the merge and compare it with this folder")
@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--shard", type=share, default=(1, 1), metavar="i/n", help="do share i of n; run one share on each of n hosts"
     )
-    parser.add_argument("--resume", action="store_true", help="continue a merge that was interrupted")
+    parser.add_argument("--resume", action="store_true", help="continue an interrupted merge")
     parser.add_argument("--force", action="store_true", help="replace a finished or interrupted output of this command")
     parser.add_argument("--plan", action="store_true", help="check everything, print the job and stop")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the report (.png, .svg, .pdf; matplotlib)")
@@ -63,7 +63,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
         check_report_picture(arguments.picture)
     if arguments.verify is not None and arguments.tp is not None:
-        raise UserError("--verify finds the format of its folder by itself; leave --tp out")
+        raise UserError("--verify detects the format of its folder; leave --tp out")
     recipe = read_recipe(arguments.recipe)
     request = MergeRequest(
         output=arguments.output or arguments.verify,
@@ -87,7 +87,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _portable_command(arguments: argparse.Namespace) -> str:
-    """The command for the card: what changes the files, without folders of this machine."""
+    """The command for the card: options that affect the output, without folders of this machine."""
     output = arguments.output or arguments.verify
     words = ["python", "tools/merge", arguments.recipe.name, "--output", Path(os.path.abspath(output)).name]
     for name in ("tp", "vocab_divisible_by", "shard_size"):
@@ -129,7 +129,7 @@ def _merge(job: MergeJob, arguments: argparse.Namespace) -> int:
     rate = f"{written:,} bytes in {seconds:.1f} s ({written / max(seconds, 1e-3) / 1e9:.2f} GB/s)"
     if not done:
         share_, count = job.request.shard
-        print(f"share {share_}/{count} is written, {rate}; {job.output.final} appears with the last share")
+        print(f"share {share_}/{count} is written, {rate}; {job.output.final} appears when all shares are done")
         return 0
     if job.report is not None:  # None where another host completed the folder
         print(text_table(job.report))
@@ -150,6 +150,6 @@ def _verify(job: MergeJob, arguments: argparse.Namespace) -> int:
     total = job.work(names)
     with progress_bar(total, arguments.quiet) as progress:
         lines = verify_merge(job, arguments.verify, progress)
-    print("\n".join(lines or [f"all {len(names)} tensors are what the recipe gives"]))
+    print("\n".join(lines or [f"all {len(names)} tensors match the recipe"]))
     print("DIFFERENT" if lines else "EQUAL")
     return 1 if lines else 0

@@ -1,4 +1,4 @@
-"""Whether parents can be merged at all, judged by their headers and small files."""
+"""Whether parents can be merged at all, according to their headers and small files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 
 
 def check_parents(parents: Mapping[str, Parent]) -> list[str]:
-    """MergeError if two parents differ in what a sum of weights takes for granted; returns remarks."""
+    """MergeError if parents differ in a way that makes a sum of weights meaningless; returns remarks."""
     first, *others = parents.values()
     remarks: list[str] = []
     for parent in parents.values():
@@ -33,7 +33,7 @@ def check_parents(parents: Mapping[str, Parent]) -> list[str]:
 
 
 def check_replicas(parents: Mapping[str, Parent]) -> None:
-    """What a NeoX checkpoint stores once for each rank must be equal; this reads those small tensors."""
+    """Check that tensors that a NeoX checkpoint stores once per rank are equal; this reads those small tensors."""
     for checkpoint in {id(p.checkpoint): p.checkpoint for p in parents.values()}.values():
         check_duplicates(checkpoint)
 
@@ -44,11 +44,11 @@ def _check_shapes(one: Parent, two: Parent) -> None:
         if getattr(a, name) != getattr(b, name):
             raise MergeError(
                 f"{name} is {getattr(a, name)} in {one.label} and {getattr(b, name)} in {two.label}; "
-                f"only models of one shape can be merged"
+                f"only models of the same shape can be merged"
             )
     if a.vocab_size != b.vocab_size:
         unknown = [p.label for p in (one, two) if p.checkpoint.config is None]
-        hint = f"; {', '.join(unknown)} has no config.json, give `hf_source: DIR` beside it" if unknown else ""
+        hint = f"; {', '.join(unknown)} has no config.json, add `hf_source: DIR` to its entry" if unknown else ""
         raise MergeError(
             f"the vocabulary has {a.vocab_size} tokens in {one.label} and {b.vocab_size} in {two.label}: rows of one "
             f"would be added to rows of other tokens{hint}"
@@ -65,19 +65,19 @@ def _check_tensors(one: Parent, two: Parent) -> None:
 
 
 def _check_own_settings(parent: Parent) -> None:
-    """What a NeoX checkpoint was trained with is known, and is what its config.json says."""
+    """Check that a NeoX checkpoint's training settings are known and agree with its config.json."""
     trained, written = parent.checkpoint.run_settings(), parent.checkpoint.config_settings()
     if trained is None:
         raise MergeError(
-            f"{parent.label}: nothing beside {parent.checkpoint.root} gives its epsilon and rotary settings; "
-            f"give `hf_source: DIR`, the folder it came from, beside it"
+            f"{parent.label}: no file at {parent.checkpoint.root} gives its epsilon and rotary settings; "
+            f"add `hf_source: DIR`, the folder it came from, to its entry"
         )
     if written is None:
         return
     for key, ours, theirs in trained.differences(written):
         raise MergeError(
             f"{parent.label}: {key} is {json.dumps(ours)} in {trained.origin}, but {json.dumps(theirs)} in "
-            f"{written.origin}; correct the wrong one of the two"
+            f"{written.origin}; correct whichever is wrong"
         )
 
 
@@ -113,7 +113,7 @@ def _check_tokenizers(one: Parent, two: Parent) -> list[str]:
     common = [name for name in _TOKENIZERS if name in a and name in b]
     if not common:
         missing = [p.label for p, files in ((one, a), (two, b)) if not files]
-        return [f"no tokenizer with {', '.join(missing) or two.label}: it is not compared with {one.label}'s"]
+        return [f"no tokenizer with {', '.join(missing) or two.label}: not compared with that of {one.label}"]
     for name in common:
         if _digest(a[name]) == _digest(b[name]):
             return []
@@ -125,8 +125,8 @@ def _check_tokenizers(one: Parent, two: Parent) -> list[str]:
     else:
         difference = "the files differ"
     raise MergeError(
-        f"{one.label} and {two.label} have different tokenizers ({name}): {difference}. Their embeddings do not stand "
-        f"for the same tokens"
+        f"{one.label} and {two.label} have different tokenizers ({name}): {difference}. Their embeddings do not "
+        f"represent the same tokens"
     )
 
 
@@ -147,7 +147,7 @@ def _tokenizer(path: Path) -> dict[str, Any]:
 
 
 def _token_difference(one: dict[str, Any], two: dict[str, Any]) -> str | None:
-    """What differs in how text becomes ids; not how ids are decorated afterwards (post-processor, padding)."""
+    """The difference in how text becomes ids, if any; later steps (post-processor, padding) are ignored."""
     a, b = _tokens(one), _tokens(two)
     different = sorted((t for t in a.keys() | b.keys() if a.get(t) != b.get(t)), key=str)
     if different:
@@ -163,13 +163,13 @@ def _token_difference(one: dict[str, Any], two: dict[str, Any]) -> str | None:
 
 def _tokens(tokenizer: dict[str, Any]) -> dict[str, Any]:
     vocabulary = tokenizer["model"].get("vocab")
-    if isinstance(vocabulary, list):  # unigram: pieces with scores, the id is the place
+    if isinstance(vocabulary, list):  # unigram: pieces with scores, whose index is the id
         vocabulary = {str(piece): i for i, piece in enumerate(vocabulary)}
     added = {t.get("content"): t.get("id") for t in tokenizer.get("added_tokens") or () if isinstance(t, dict)}
     return (vocabulary if isinstance(vocabulary, dict) else {}) | added
 
 
 def _merges(tokenizer: dict[str, Any]) -> list[str]:
-    """Merges in either of their spellings, "a b" or ["a", "b"]."""
+    """Merges in either notation, "a b" or ["a", "b"]."""
     merges = tokenizer["model"].get("merges") or ()
     return [m if isinstance(m, str) else " ".join(map(str, m)) for m in merges]

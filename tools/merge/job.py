@@ -1,4 +1,4 @@
-"""A merge from its recipe to its folder: everything is checked, then measured, then written by the converter's plan."""
+"""A merge from its recipe to its folder: it is checked, then measured, then written with the converter's plan."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..convert_hf.stream.publish import OutputFolder
 from ..convert_hf.stream.tensor_map import Logical, rows_and_columns
 from .arithmetic import TensorPlan, Term
 from .bands import TILE, MergedBands
-from .card import CARD, RECIPE, REPORT, check_name, facts_of, licence_files, model_card, report_json
+from .card import CARD, RECIPE, REPORT, check_name, facts_of, license_files, model_card, report_json
 from .card import portable_recipe as recipe_text
 from .compatibility import check_parents, check_replicas
 from .errors import MergeError
@@ -41,7 +41,7 @@ class MergeRequest:
     """The options of the command line."""
 
     output: Path
-    tp: int | None = None  # NeoX layer files for so many ranks; None: a Hugging Face folder
+    tp: int | None = None  # number of ranks of NeoX layer files; None: a Hugging Face folder
     divisible_by: int | None = None
     shard_size: int | None = None
     max_ram: int = 1 << 30
@@ -54,10 +54,10 @@ class MergeRequest:
 
 
 class MergeJob:
-    """An opened and checked merge. Nothing is read but headers and small files before `run` or `bands`."""
+    """An opened and checked merge. Only headers and small files are read before `run` or `bands`."""
 
     def __init__(self, recipe: Recipe, request: MergeRequest) -> None:
-        torch.set_num_threads(1)  # tiles are dealt to our own threads
+        torch.set_num_threads(1)  # the merge has its own threads for tiles
         self.recipe, self.request = recipe, request
         self.parents = open_parents(recipe)
         self.notes = [f"{p.label}: {note}" for p in self.parents.values() for note in p.checkpoint.notes]
@@ -69,13 +69,13 @@ class MergeJob:
         self.merged = self._merged_checkpoint()
         self.band, self.threads = self._memory()
         self._prefix = ""
-        self.report: MergeReport | None = None  # of all shares, where the last of them ended
+        self.report: MergeReport | None = None  # of all shares; set where the last share finished
         self.output = self._output_folder()
 
-    # --- what is merged
+    # --- inputs
 
     def _side_parent(self) -> Parent:
-        """Whose tokenizer, chat template and configuration the merged model gets."""
+        """The parent whose tokenizer, chat template and configuration the merged model gets."""
         if self.recipe.side_files is not None:
             return self.parents[self.recipe.side_files]
         chatting = [m for m in self.recipe.models if _has_chat_template(self.parents[m.parent.label])]
@@ -87,11 +87,11 @@ class MergeJob:
         return self.parents[max(chatting, key=lambda m: weights[m.parent.label]).parent.label]
 
     def final_norm_weights(self) -> tuple[float, ...]:
-        """The models' weights for one tensor, which stand for all where the recipe has neither filters nor lists."""
+        """The models' weights for the final norm, which apply to all tensors if the recipe has no filters or lists."""
         return self.recipe.tensor_settings("model.norm.weight", self.first.checkpoint.shape.num_layers).weights
 
     def _plans(self) -> dict[str, Wanted]:
-        """The plan of every tensor, as far as it is known before anything is read."""
+        """The plan of every tensor, as far as it is known before reading any weights."""
         recipe, tensors = self.recipe, self.first.checkpoint.tensors
         place = {label: i for i, label in enumerate(self.parents)}
         base = place[recipe.base.label] if recipe.base is not None else -1
@@ -121,7 +121,9 @@ class MergeJob:
                 t=settings.t if recipe.method == "slerp" else None,
             )
             if recipe.method == "linear" and recipe.normalize and abs(sum(settings.weights)) < 1e-8:
-                raise MergeError(f"tensor {name}: the weights add up to {sum(settings.weights):g}, which cannot divide")
+                raise MergeError(
+                    f"tensor {name}: the weights add up to {sum(settings.weights):g}, so they cannot be normalized"
+                )
         for model in recipe.models:
             if model.parent.label not in active:
                 raise MergeError(f"{model.parent.label}: its weight is 0 everywhere; leave the model out")
@@ -148,7 +150,7 @@ class MergeJob:
                     raise MergeError(f"{owner}: {key}: no tensor's name contains {unused!r}, such as {names[1]}")
 
     def _merged_checkpoint(self) -> Checkpoint:
-        """The merged model as a checkpoint whose bytes are still to be computed."""
+        """The merged model as a checkpoint whose bytes are yet to be computed."""
         side, reference = self.side.checkpoint, self.first.checkpoint
         dtype = self.recipe.out_dtype
         tensors = {
@@ -167,7 +169,7 @@ class MergeJob:
             given=side.given,
         )
 
-    # --- how it is written
+    # --- output
 
     def _memory(self) -> tuple[int, int]:
         """(bytes of a band, threads) that keep memory under the limit."""
@@ -193,8 +195,8 @@ class MergeJob:
         request, side = self.request, self.side
         if side.checkpoint.config is None and (request.tp is None or side.checkpoint.side_folder is None):
             raise MergeError(
-                f"{side.label} has no config.json (GPT-NeoX does not keep one); give `hf_source: DIR` beside it, or "
-                f"name another model with `side_files`"
+                f"{side.label} has no config.json (GPT-NeoX does not keep one); add `hf_source: DIR` to its "
+                f"entry, or name another model with `side_files`"
             )
         types = {t.dtype.name for t in self.merged.tensors.values()}
         if request.tp is not None and len(types) > 1:
@@ -214,7 +216,7 @@ class MergeJob:
         else:
             output = prepare_neox(self.merged, request.tp, request.divisible_by, conversion)
             self._prefix = f"{output.manifest_in}/{SIDE}/"
-        output.extras |= {self._prefix + n: p for n, p in licence_files(self._order, self.side).items()}
+        output.extras |= {self._prefix + n: p for n, p in license_files(self._order, self.side).items()}
         output.extras[self._prefix + RECIPE] = recipe_text(self.recipe).encode()
         output.provenance |= self._provenance()
         output.provenance.pop("source_kind", None)
@@ -226,7 +228,7 @@ class MergeJob:
         return {"written_by": WRITTEN_BY, "source": sorted(self.parents), "merge": merge}
 
     def _identity(self, targets: str) -> str:
-        """Identifies the merge down to the parents' files as they are on disk now, for --resume and --shard."""
+        """Identifies the merge, including the parents' files as they are on disk now, for --resume and --shard."""
         stamps = []
         for parent in self._order:
             for path in parent.weight_files():
@@ -237,27 +239,27 @@ class MergeJob:
 
     @property
     def bytes_read(self) -> int:
-        """What all parents hold of this share's tensors, times how often it is read."""
+        """Bytes of this share's tensors in all parents, times the number of passes over them."""
         total = 0
         for name in self.output.plan.sources:
             total += (1 + self.wanted[name].passes) * sum(p.checkpoint.tensors[name].nbytes for p in self._order)
         return total
 
     def work(self, names: list[str] | None = None) -> int:
-        """Units of progress: bytes of the output, and elements that are measured before."""
+        """Units of progress: bytes of the output, and elements measured beforehand."""
         sizes = {job.tensor.name for job in self.output.plan.jobs} if names is None else set(names)
         measured = sum(self.wanted[n].passes * _elements(self.merged.tensors[n]) for n in sizes)
         return measured + sum(job.nbytes for job in self.output.plan.jobs)
 
     def bands(self, names: list[str], progress: Callable[[int], None]) -> MergedBands:
-        """The merged bands of some tensors: reads what has to be measured."""
+        """The merged bands of some tensors; reads the tensors that have to be measured."""
         check_replicas(self.parents)
         plans = measure({n: self.wanted[n] for n in names}, self._order, self.threads, progress)
         labels = [model.parent.label for model in self.recipe.models]
         return MergedBands(self._order, plans, labels, self._last_files, self.request.tile)
 
     def check_output(self) -> None:
-        """Refuse, before anything is read or written, an output that cannot be, or that would replace a parent."""
+        """Reject an impossible output, or one that would replace a parent, before anything is read or written."""
         output = self.request.output.resolve()
         for parent in self._order:
             adapter = [parent.adapter.root] if parent.adapter else []
@@ -271,7 +273,7 @@ class MergeJob:
         self.output.check()
 
     def run(self, progress: Callable[[int], None]) -> bool:
-        """Write the output; False if other shares are still to be done. Sets `report` if it was completed here."""
+        """Write the output; False if other shares are not finished. Sets `report` if this call completed it."""
         self.check_output()
         self.output.source = self.bands(sorted(self.output.plan.sources), progress)
         return self.output.write(progress)

@@ -1,8 +1,8 @@
-"""Which elements DARE keeps: random masks in which every element is drawn by itself.
+"""The elements that DARE keeps: random masks in which every element is drawn independently.
 
-An element's draw depends on the seed, the tensor's Hugging Face name, the model's label and the element's index in the
-logical tensor, and on nothing else: not on the order of models or tensors, nor on tiles, threads, shards or the
-tensor-parallel size of an input or output.
+An element's draw depends only on the seed, the tensor's Hugging Face name, the model's label and the element's index in
+the logical tensor: not on the order of models or tensors, nor on tiles, threads, shards or the tensor-parallel size of
+an input or output.
 
 Scheme 1. The generator is Philox4x64-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), whose
 output is a function of a key and a counter. The key is the first 16 bytes of SHA-256("SEED\\0TENSOR\\0LABEL") as two
@@ -28,7 +28,7 @@ def mask_key(seed: int, tensor: str, label: str) -> np.ndarray:
 
 
 def threshold(density: float) -> int:
-    """Draws below it are kept; RESOLUTION keeps all."""
+    """The limit below which draws are kept; RESOLUTION keeps all."""
     return round(density * RESOLUTION)
 
 
@@ -36,7 +36,7 @@ def draws(key: np.ndarray, start: int, count: int) -> np.ndarray:
     """16-bit draws of elements `start` to `start + count`."""
     block, skipped = divmod(start, _PER_BLOCK)
     words = -(-(skipped + count) // 4)
-    # NumPy counts before it draws: from counter c its first block is that of c + 1.
+    # NumPy increments the counter before drawing: starting from c, its first block is that of c + 1.
     raw = np.random.Philox(key=key, counter=[block, 0, 0, 0]).random_raw(words)
     return raw.astype("<u8", copy=False).view("<u2")[skipped : skipped + count]
 

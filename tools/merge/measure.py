@@ -1,8 +1,8 @@
-"""What a method must know of a whole tensor before its first band can be merged.
+"""Statistics of a whole tensor that a method needs before its first band can be merged.
 
-TIES needs the magnitude above which the wanted share of a delta lies, `rescale: l1` the sums of magnitudes before and
-after the mask, slerp the angle between two tensors. The tensor is read in pieces of a fixed size, one thread to a
-tensor, and sums of pieces are added exactly, so the result depends on nothing but the parents.
+TIES needs the magnitude above which the requested share of a delta lies, `rescale: l1` the sums of magnitudes before
+and after the mask, slerp the angle between two tensors. The tensor is read in pieces of a fixed size, one thread per
+tensor, and sums of pieces are added exactly, so the result depends on the parents only.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from .arithmetic import TensorPlan, Term, Trim, slerp_coefficients
 from .masks import RESOLUTION, keep_mask
 from .parents import Parent
 
-_ELEMENTS = 1 << 16  # of a piece; part of the definition of the sums below
+_ELEMENTS = 1 << 16  # per piece; part of the definition of the sums below
 _LOW = 1 << 16
 _SMALLEST_SUM = 1e-7  # below it, l1 does not rescale (mergekit's constant)
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is asked of one tensor: the shares that TIES keeps (1: all), whether l1 factors, and slerp's t."""
+    """Statistics requested for one tensor: the shares that TIES keeps (1: all), l1 factors or not, and slerp's t."""
 
     plan: TensorPlan
     densities: tuple[float, ...] = ()
@@ -39,7 +39,7 @@ class Wanted:
 
     @property
     def passes(self) -> int:
-        """How often the parents are read."""
+        """Number of passes over the parents."""
         trims = any(density < 1 for density in self.densities)
         return (
             3 if trims else int(self.t is not None or (self.l1 and any(t.limit < RESOLUTION for t in self.plan.terms)))
@@ -49,7 +49,7 @@ class Wanted:
 def measure(
     wanted: dict[str, Wanted], parents: Sequence[Parent], threads: int, progress: Callable[[int], None]
 ) -> dict[str, TensorPlan]:
-    """Completed plans by tensor name; what needs no measuring is returned as it is."""
+    """Completed plans by tensor name; plans that need no measuring are returned unchanged."""
     pool = FilePool(os.O_RDONLY)
 
     def one(name: str) -> tuple[str, TensorPlan]:
@@ -64,7 +64,7 @@ def measure(
 
 
 class _Pieces:
-    """One tensor of all parents, piece by piece."""
+    """One tensor in all parents, read piece by piece."""
 
     def __init__(
         self,
@@ -137,8 +137,8 @@ class _Pieces:
         return result
 
     def _trims(self) -> list[Trim | None]:
-        """The exact k-th largest magnitude of every delta: a histogram of the upper 16 bits of its fp32 pattern, then
-        one of the lower 16 bits inside of the bin that holds it; equal magnitudes are kept in the order of elements."""
+        """The exact k-th largest magnitude of every delta, from a histogram of the upper 16 bits of the fp32 patterns,
+        then one of the lower 16 bits within the bin found; equal magnitudes are kept in the order of elements."""
         terms, count = self.plan.terms, math.prod(self.shape)
         wanted = {i: max(1, int(d * count)) for i, d in enumerate(self.wanted.densities) if d < 1}
         upper = {i: np.zeros(_LOW, np.int64) for i in wanted}
@@ -162,7 +162,7 @@ class _Pieces:
         return [Trim(magnitudes[i], last.get(i)) if i in wanted else None for i in range(len(terms))]
 
     def _last_kept(self, magnitudes: dict[int, float], left: dict[int, int]) -> dict[int, int]:
-        """The element at which as many of the equal magnitudes have been seen as are kept."""
+        """Index of the last element to keep among those with the threshold's magnitude."""
         found: dict[int, int] = {}
         if not any(left.values()):
             self.progress(math.prod(self.shape))
@@ -180,12 +180,12 @@ class _Pieces:
 
 
 def _sum(values: Tensor) -> float:
-    """NumPy's order of additions is the same on all processors; torch's follows the width of their vectors."""
+    """Sum with NumPy, whose order of additions is the same on all processors; torch's depends on the vector width."""
     return float(np.add.reduce(values.numpy(), axis=None))
 
 
 def _bits(magnitudes: Tensor) -> np.ndarray:
-    """Bit patterns, whose order is that of the magnitudes."""
+    """Bit patterns, which sort in the same order as the magnitudes."""
     return magnitudes.numpy().view(np.uint32)
 
 

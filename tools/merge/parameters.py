@@ -1,7 +1,7 @@
 """mergekit's parameter settings: a number, a gradient over depth, or either of them by tensor name.
 
 weight: 0.7
-weight: [0.2, 0.8]                  # first layer to last, linear between; tensors outside of layers get the first
+weight: [0.2, 0.8]                  # first layer to last, linear in between; tensors outside layers get the first
 weight:
   - {filter: mlp, value: [0, 1]}    # names that contain "mlp"
   - value: 0.5                      # all others
@@ -22,7 +22,7 @@ _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 @dataclass(frozen=True)
 class Choice:
-    """One line of a setting: it applies to names that contain `filter` (all, if None)."""
+    """One entry of a setting; applies to names that contain `filter` (None: to all)."""
 
     filter: str | None
     values: tuple[float, ...]
@@ -35,7 +35,7 @@ Setting = tuple[Choice, ...]
 
 
 def depth(tensor: str, num_layers: int) -> float:
-    """Where a tensor stands between the first layer (0) and the last (1); 0 for embedding, final norm and head."""
+    """Depth of a tensor between the first layer (0) and the last (1); 0 for embedding, final norm and head."""
     match = _LAYER.match(tensor)
     if match is None:
         return 0.0
@@ -43,7 +43,7 @@ def depth(tensor: str, num_layers: int) -> float:
 
 
 def parse_setting(value: Any, where: str) -> Setting:
-    """Understand a setting; MergeError names `where`."""
+    """Parse a setting; MergeError names `where`."""
     if isinstance(value, Mapping):
         value = [value]
     if isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
@@ -53,7 +53,7 @@ def parse_setting(value: Any, where: str) -> Setting:
 
 def _choice(item: Any, where: str) -> Choice:
     if not isinstance(item, Mapping) or "value" not in item or set(item) - {"filter", "value"}:
-        raise MergeError(f"{where}: {item!r} must be a number, or a mapping with `value` and perhaps `filter`")
+        raise MergeError(f"{where}: {item!r} must be a number, or a mapping with `value` and optionally `filter`")
     name = item.get("filter")
     if name is not None and not isinstance(name, str):
         raise MergeError(f"{where}: filter {name!r} must be a part of a tensor's name")
@@ -68,7 +68,7 @@ def _values(value: Any, where: str) -> tuple[float, ...]:
 
 
 def parse_number(value: Any, where: str) -> float:
-    """A finite number, also where YAML reads it as text (1e-3)."""
+    """A finite number, even if YAML reads it as text (1e-3)."""
     try:
         number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):

@@ -1,4 +1,4 @@
-"""The models that are merged, opened: any checkpoint that the converter reads, perhaps with an adapter."""
+"""The opened models of a merge: any checkpoint that the converter reads, optionally with an adapter."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Parent:
         return torch.frombuffer(band, dtype=getattr(torch, tensor.dtype.name))
 
     def widen(self, pool: FilePool, name: str, start: int, stop: int, stored: Tensor, out: Tensor) -> Tensor:
-        """Rows `start:stop`, given as stored, in fp32 with the adapter's part, written to `out`."""
+        """Convert rows `start:stop`, given as stored, to fp32, add the adapter, and write them to `out`."""
         out.copy_(stored)
         if self.adapter is not None:
             self.adapter.add(pool, name, start, stop, out)
@@ -59,12 +59,12 @@ class Parent:
         return sorted(files) + (self.adapter.files if self.adapter else [])
 
     def manifest_hash(self) -> str | None:
-        """SHA-256 of the manifest, which holds a checksum of every tensor; None for a model without one."""
+        """SHA-256 of the manifest, which holds a checksum of every tensor; None without a manifest."""
         path = self.checkpoint.root / MANIFEST_NAME
         return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
     def adapter_hash(self) -> str | None:
-        """SHA-256 of the adapter's two files; None without one."""
+        """SHA-256 of the adapter's two files; None without an adapter."""
         if self.adapter is None:
             return None
         digest = hashlib.sha256()
@@ -75,7 +75,7 @@ class Parent:
 
 
 def open_parents(recipe: Recipe) -> dict[str, Parent]:
-    """Every model of a recipe by label, from headers alone."""
+    """Open every model of a recipe, reading headers only; returned by label."""
     parents: dict[str, Parent] = {}
     opened: dict[tuple[str, str], Checkpoint] = {}
     for entry in recipe.parents:
@@ -105,7 +105,7 @@ def _open(entry: ParentEntry) -> Checkpoint:
     try:
         return open_checkpoint(entry.path, OpenOptions(entry.hf_source, json.loads(entry.given)))
     except ConvertError as error:
-        # The converter's options are keys of the recipe here.
+        # In a recipe, the converter's options are keys.
         text = re.sub(r"--set (\w+)=(.+)$", r"`set: {\1: \2}` beside the model", str(error))
         text = re.sub(r"--hf-source (\w+)", r"`hf_source: \1` beside the model", text)
         raise MergeError(f"{entry.label}: {text}") from None

@@ -1,4 +1,4 @@
-"""The report as a picture: how large each model's delta is, how far it points the merge's way, and where they conflict.
+"""The report as a picture: the size of each model's delta, its cosine with the merged delta, and conflicting signs.
 
 Needs matplotlib (`pip install .[picture]`).
 """
@@ -13,12 +13,12 @@ from .errors import MergeError
 from .report import WORKING_RANGE, MergeReport, cosine
 
 FORMATS = (".png", ".svg", ".pdf")
-# Okabe and Ito's palette, which stays apart for every kind of colour vision.
+# Okabe and Ito's palette, whose colors can be distinguished with any kind of color vision.
 _COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#f0e442", "#999999")
 
 
 def check_report_picture(path: Path) -> None:
-    """MergeError if a picture of this name cannot be written."""
+    """MergeError if a picture cannot be written to this path."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:

@@ -1,4 +1,4 @@
-"""What a merge is made of: models with their weights, a base, a method. Nothing here opens a file."""
+"""The recipe of a merge: models with their weights, a base, a method. Nothing here opens a file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ELECTS_SIGN = ("ties", "dare_ties")
 
 @dataclass(frozen=True)
 class ParentEntry:
-    """A model that is read: where it is, what it is called, and what its files do not say."""
+    """A model to read: its path, its label, and the information missing from its files."""
 
     path: Path
     label: str
@@ -24,7 +24,7 @@ class ParentEntry:
     adapter_base: str | None = None
     hf_source: Path | None = None
     license: str | None = None
-    given: str = "{}"  # fields that config.json lacks, as JSON
+    given: str = "{}"  # fields missing from config.json, as JSON
 
     @property
     def place(self) -> tuple[str, str]:
@@ -33,7 +33,7 @@ class ParentEntry:
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """A model that takes part: its delta is to `base`, or to the recipe's base model if that is None."""
+    """A model to merge: its delta is relative to `base`, or to the recipe's base model if that is None."""
 
     parent: ParentEntry
     settings: dict[str, Setting]
@@ -52,7 +52,7 @@ class TensorSettings:
 
 @dataclass
 class Recipe:
-    """A merge. `models` are in the order of their labels, which is the order of all sums, whatever the YAML's."""
+    """A merge. `models` are sorted by label, which fixes the order of all sums independently of the YAML's order."""
 
     method: str
     models: list[ModelEntry]
@@ -69,12 +69,12 @@ class Recipe:
 
     @property
     def parents(self) -> list[ParentEntry]:
-        """Every model that is read, once: the base, the models, and bases of their own."""
+        """Every model to read, once: the base, the models, and the models' own bases."""
         found = [self.base, *(m.parent for m in self.models), *(m.base for m in self.models)]
         return list(dict.fromkeys(p for p in found if p is not None))
 
     def tensor_settings(self, tensor: str, num_layers: int) -> TensorSettings:
-        """The numbers for one tensor; MergeError if one is missing or senseless."""
+        """The numbers for one tensor; MergeError if one is missing or invalid."""
         at = depth(tensor, num_layers)
         weights, densities = [], []
         for model in self.models:
@@ -82,7 +82,7 @@ class Recipe:
             scopes = (model.settings, self.settings)
             weight = resolve([s.get("weight") for s in scopes], tensor, at)
             if weight is None and self.method != "slerp":
-                raise MergeError(f"{where}: no weight; give `parameters: {{weight: ...}}` beside the model")
+                raise MergeError(f"{where}: no weight; add `parameters: {{weight: ...}}` to the model's entry")
             density = resolve([s.get("density") for s in scopes], tensor, at)
             if density is not None and not 0 < density <= 1:
                 raise MergeError(f"{where}: density {density:g} must be above 0 and at most 1")

@@ -1,8 +1,8 @@
 """Recipes from mergekit's YAML, with a few keys of our own.
 
 Keys beyond mergekit's: `random_seed`, `side_files` and `name` at the top; `label`, `license`, `hf_source`, `set`,
-`adapter`, `adapter_base` and `base` beside a model; `rescale: probability`; `merge_method: average` (see `averages`).
-What is not known is an error, because a key without effect changes a model without a word.
+`adapter`, `adapter_base` and `base` in a model's entry; `rescale: probability`; `merge_method: average` (see
+`averages`). Unknown keys are errors, because silently ignoring a key changes the model.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .parameters import parse_setting
 from .recipe import DARE, DELTA_METHODS, ModelEntry, ParentEntry, Recipe
 from .yaml_values import mapping, output_dtype, refuse_unknown, word
 
-# Parameters of each method: of the models, and of the whole.
+# Parameters of each method: per model, and global.
 PARAMETERS = {
     "linear": ({"weight"}, {"normalize"}),
     "task_arithmetic": ({"weight"}, {"normalize", "lambda"}),
@@ -38,16 +38,16 @@ _ELSEWHERE = (
 _TOP = {"merge_method", "models", "base_model", "parameters", "dtype", "out_dtype", "tokenizer_source"}
 _OURS = {"random_seed", "side_files", "name"}
 _REFUSED = {
-    "slices": "layers are not rearranged here; list whole models under `models`",
+    "slices": "layers cannot be rearranged; list whole models under `models`",
     "modules": "a Llama is one module; list whole models under `models`",
-    "tokenizer": "parents must have one tokenizer; `side_files: LABEL` says whose files are used",
-    "chat_template": "the template comes with the tokenizer's files: `side_files: LABEL` says whose",
+    "tokenizer": "parents must share one tokenizer; `side_files: LABEL` selects whose files are used",
+    "chat_template": "the template comes with the tokenizer's files; `side_files: LABEL` selects whose",
 }
 _PARENT = {"model", "label", "license", "hf_source", "adapter", "adapter_base", "set"}
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """YAML whose mappings may not repeat a key; the plain loader keeps the last of them without a word."""
+    """YAML whose mappings must not repeat a key; the plain loader silently keeps the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -56,13 +56,13 @@ class _UniqueKeys(yaml.SafeLoader):
             if isinstance(key, list | dict):
                 raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key_node.start_mark)
             if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key!r} stands twice", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} appears twice", key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
 
 def read_recipe(path: Path) -> Recipe:
-    """The recipe of a YAML file; MergeError names the key that is wrong."""
+    """Read the recipe in a YAML file; MergeError names the wrong key."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -78,7 +78,7 @@ def read_recipe(path: Path) -> Recipe:
 
 
 def parse_recipe(raw: Any, where: str) -> Recipe:
-    """Understand a recipe; MergeError names `where` and the key that is wrong."""
+    """Parse a recipe; MergeError names `where` and the wrong key."""
     raw = mapping(raw, where)
     method = raw.get("merge_method")
     if method == AVERAGE:
@@ -86,7 +86,7 @@ def parse_recipe(raw: Any, where: str) -> Recipe:
     if not isinstance(method, str) or method not in PARAMETERS:
         known = ", ".join((*PARAMETERS, AVERAGE))
         also = "; mergekit has it, this command does not" if method in _ELSEWHERE else ""
-        raise MergeError(f"{where}: merge_method {method!r} is none of {known}{also}")
+        raise MergeError(f"{where}: merge_method {method!r} is not one of {known}{also}")
     for key, reason in _REFUSED.items():
         if key in raw:
             raise MergeError(f"{where}: {key} is not supported: {reason}")
@@ -137,7 +137,7 @@ def _json(value: Any, where: str) -> str:
     try:
         return json.dumps(value, sort_keys=True, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise MergeError(f"{where} must hold what config.json may hold: {error}") from None
+        raise MergeError(f"{where} must be representable in config.json: {error}") from None
 
 
 def _model(raw: Any, where: str, method: str) -> ModelEntry:
@@ -161,7 +161,7 @@ def _model(raw: Any, where: str, method: str) -> ModelEntry:
 
 
 def _known_bases(models: list[ModelEntry], base: ParentEntry | None) -> list[ModelEntry]:
-    """A `base` that is only a path or a label stands for the model that is described under it elsewhere."""
+    """Resolve a `base` given only as a path or label to the model described elsewhere under it."""
     bases = [m.base for m in models if m.base is not None and not _is_bare(m.base)]
     described = [m.parent for m in models] + bases + ([base] if base is not None else [])
     result = []
@@ -175,28 +175,28 @@ def _known_bases(models: list[ModelEntry], base: ParentEntry | None) -> list[Mod
 
 
 def _is_bare(parent: ParentEntry) -> bool:
-    """Whether nothing but a path was given."""
+    """Whether only a path was given."""
     return parent == ParentEntry(parent.path, Path(os.path.abspath(parent.path)).name)
 
 
 def _roles(models: list[ModelEntry], base: ParentEntry | None, method: str, where: str) -> list[ModelEntry]:
-    """The models that take part beside the base, by label. mergekit lets the base stand in the list as well."""
+    """The models to merge other than the base, by label. mergekit allows the base in the list as well."""
     if method == "linear":
         if base is not None:
-            raise MergeError(f"{where}: base_model has no part in linear; list it under models, or leave it out")
+            raise MergeError(f"{where}: linear does not use base_model; list it under models, or leave it out")
         return sorted(models, key=lambda m: m.parent.label)
     if base is None:
         raise MergeError(f"{where}: {method} needs base_model, the model that deltas are taken from")
     for model in models:
         if model.parent.place == base.place and model.settings:
             raise MergeError(
-                f"{where}: {model.parent.label} is base_model: its delta is zero, parameters have no effect on it"
+                f"{where}: {model.parent.label} is base_model: its delta is zero, so parameters have no effect on it"
             )
     others = [model for model in models if model.parent.place != base.place]
     if method == "slerp" and len(others) != 1:
-        raise MergeError(f"{where}: slerp merges base_model and one other model, {len(others)} others are given")
+        raise MergeError(f"{where}: slerp merges base_model and one other model, but {len(others)} others are given")
     if not others:
-        raise MergeError(f"{where}: there is no model beside base_model")
+        raise MergeError(f"{where}: there is no model other than base_model")
     return sorted(others, key=lambda m: m.parent.label)
 
 
@@ -212,7 +212,7 @@ def _whole_parameters(recipe: Recipe, given: Mapping[str, Any], where: str) -> N
             raise MergeError(f"{where}: {key} must be true or false, not {str(given[key])[:60]!r}")
     recipe.normalize = given.get("normalize", recipe.normalize)
     if "int8_mask" in given:
-        recipe.notes.append("int8_mask has no effect: no mask of signs is kept in memory")
+        recipe.notes.append("int8_mask has no effect: no sign masks are kept in memory")
     if recipe.method in DARE:
         value = given.get("rescale", "probability")
         rescales = {"probability": "probability", "l1": "l1", True: "probability", False: "none"}
@@ -239,20 +239,20 @@ def _check_labels(recipe: Recipe, where: str) -> None:
         other = by_place.setdefault(parent.place, parent)
         if other.label != parent.label:
             raise MergeError(
-                f"{where}: {parent.path} is called {other.label!r} and {parent.label!r}; give it one `label`"
+                f"{where}: {parent.path} has the labels {other.label!r} and {parent.label!r}; give it one `label`"
             )
         other = by_label.setdefault(parent.label, parent)
         if other.place != parent.place:
             raise MergeError(
-                f"{where}: {other.path} and {parent.path} are both called {parent.label!r}; give one a `label` of its "
-                f"own (masks and the model card use it)"
+                f"{where}: {other.path} and {parent.path} both have the label {parent.label!r}; give one "
+                f"another `label` (masks and the model card use it)"
             )
         if other != parent:
             raise MergeError(f"{where}: {parent.label!r} is described twice, with different keys; describe it once")
     labels = [model.parent.label for model in recipe.models]
     twice = sorted({label for label in labels if labels.count(label) > 1})
     if twice:
-        raise MergeError(f"{where}: {', '.join(twice)} stands twice among the models")
+        raise MergeError(f"{where}: {', '.join(twice)} appears twice among the models")
     for model in recipe.models:
         if model.base is not None and model.base.place == model.parent.place:
             raise MergeError(f"{where}: {model.parent.label} is its own base; its delta would be zero")
@@ -277,17 +277,17 @@ def _side_files(recipe: Recipe, raw: Mapping[str, Any], where: str) -> str | Non
         if wanted == parent.label or os.path.abspath(wanted) == parent.place[0]:
             return parent.label
     known = ", ".join(parent.label for parent in recipe.parents)
-    raise MergeError(f"{where}: side_files {wanted!r} is none of the models; known are {known}")
+    raise MergeError(f"{where}: side_files {wanted!r} is not one of the models {known}")
 
 
 def _remarks(recipe: Recipe, raw: Mapping[str, Any]) -> None:
-    """What has an effect that the YAML does not show."""
+    """Note the defaults that take effect without appearing in the YAML."""
     sparse = "density" in PARAMETERS[recipe.method][0]
     unset = [m.parent.label for m in recipe.models if not (m.settings | recipe.settings).get("density")]
     if sparse and unset:
         what = "nothing is dropped" if recipe.method in DARE else "nothing is trimmed"
         recipe.notes.append(f"no density for {', '.join(unset)}: it is 1, {what}")
     if recipe.method in DARE and "random_seed" not in raw and unset != [m.parent.label for m in recipe.models]:
-        recipe.notes.append("no random_seed: it is 0")
+        recipe.notes.append("no random_seed: using 0")
     if recipe.method not in DARE and "random_seed" in raw:
-        recipe.notes.append(f"random_seed has no effect: {recipe.method} draws nothing")
+        recipe.notes.append(f"random_seed has no effect: {recipe.method} makes no random choices")

@@ -1,7 +1,7 @@
-"""What a merge does to its parents, by kind of tensor: sizes of deltas, conflicts, and who shaped the result.
+"""How a merge changes its parents, by kind of tensor: sizes of deltas, conflicts, and the share of each model.
 
-Sums run in float64 over every element. They are reported to six digits, where the order in which threads finish does
-not show.
+Sums are computed in float64 over every element. They are reported to six digits, so that the order in which threads
+finish is not visible.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class KindSums:
 
 
 class MergeReport:
-    """Sums by kind of tensor; `labels` are the models', in the order of the recipe."""
+    """Sums by kind of tensor; `labels` are those of the models, in the recipe's order."""
 
     def __init__(self, labels: list[str]) -> None:
         self.labels = labels
@@ -94,7 +94,7 @@ class MergeReport:
         self.kinds.setdefault(kind, KindSums()).add(row)
 
     def rows(self) -> dict[str, list[Any]]:
-        """What `add` takes, to be added to a report of another share."""
+        """Rows for `add`, to be added to the report of another share."""
         return {kind: sums.row() for kind, sums in self.kinds.items()}
 
     def by_kind(self) -> dict[str, KindSums]:
@@ -107,7 +107,7 @@ class MergeReport:
         return result | {ALL: total}
 
     def to_json(self) -> dict[str, Any]:
-        """Norms, shares and angles, rounded to six digits."""
+        """Norms, fractions and angles, rounded to six digits."""
         return {
             kind: {
                 "elements": sums.elements,
@@ -129,23 +129,23 @@ class MergeReport:
         }
 
     def warnings(self, dare: bool) -> list[str]:
-        """What a reader should know before using the model."""
+        """Warnings for users of the model."""
         lines = []
         whole = self.by_kind()[ALL]
         for label, sums in zip(self.labels, whole.parents, strict=True):
             if not sums.squares:
-                lines.append(f"{label} does not differ from what its delta is taken from: it has no effect")
+                lines.append(f"{label} is equal to the model that its delta is taken from, so it has no effect")
             elif dare and sums.extent > WORKING_RANGE:
                 lines.append(
                     f"{label}: its delta reaches {sums.extent:.3g}, and {sums.beyond / whole.elements:.2%} of it lies "
-                    f"beyond {WORKING_RANGE}, up to where DARE's authors saw dropping do no harm; compare with a merge "
-                    f"at density 1"
+                    f"beyond {WORKING_RANGE}, the limit up to which DARE's authors found dropping harmless; compare "
+                    f"with a merge at density 1"
                 )
         return lines
 
 
 def cosine(parent: ParentSums, kind: KindSums) -> float:
-    """Between a model's delta and the merged one; 0 if either is zero."""
+    """Cosine between a model's delta and the merged delta; 0 if either is zero."""
     scale = math.sqrt(parent.squares) * math.sqrt(kind.merged_squares)
     return parent.product / scale if scale else 0.0
 
@@ -172,7 +172,7 @@ def tile_sums(plan: TensorPlan, work: Workspace, count: int) -> list[Any]:
 
 
 def _count(flags: Tensor) -> int:
-    return int(np.count_nonzero(flags.numpy()))  # many times as fast as torch's
+    return int(np.count_nonzero(flags.numpy()))  # many times faster than torch's
 
 
 def _parent_row(delta: Tensor, merged: Tensor, wide: Tensor, zeros: int) -> list[float]:
@@ -183,7 +183,7 @@ def _parent_row(delta: Tensor, merged: Tensor, wide: Tensor, zeros: int) -> list
 
 
 def table(report: MergeReport) -> list[list[str]]:
-    """Header and rows of text: a row for each kind of tensor."""
+    """Header and rows of text, one row per kind of tensor."""
     header = ["tensors", "conflicting signs", "merged delta"]
     for label in report.labels:
         header += [f"{label}: delta", "cosine", "range"]
@@ -201,7 +201,7 @@ def table(report: MergeReport) -> list[list[str]]:
 
 
 def text_table(report: MergeReport) -> str:
-    """The report for a terminal: one block for each model, a line for each kind."""
+    """The report for a terminal: one block per model, one line per kind of tensor."""
     kinds = report.by_kind()
     lines = [f"{'tensors':<16}{'elements':>16}{'conflicting signs':>20}{'norm of merged delta':>24}"]
     for kind, sums in kinds.items():

@@ -1,4 +1,4 @@
-"""Repeating a merge without writing it: every tensor is computed again and compared with a folder, bit for bit."""
+"""Repeating a merge without writing it: every tensor is recomputed and compared with a folder, bit for bit."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class TensorDifference:
 
 
 def verify_merge(job: MergeJob, folder: Path, progress: Callable[[int], None]) -> list[str]:
-    """Lines about what differs; empty if every tensor of `folder` is what the recipe gives."""
+    """Lines that report differences; empty if every tensor of `folder` matches the recipe."""
     stored = open_checkpoint(folder)
     names = sorted(job.merged.tensors)
     for name in sorted(set(names) ^ set(stored.tensors)):

@@ -1,4 +1,4 @@
-"""Values of a recipe's YAML, each with its error."""
+"""Typed values of a recipe's YAML; MergeError names the key."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .errors import MergeError
 
 def mapping(value: Any, where: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        raise MergeError(f"{where} must be a mapping of words to values, not {str(value)[:60]!r}")
+        raise MergeError(f"{where} must be a mapping with text keys, not {str(value)[:60]!r}")
     return value
 
 
@@ -29,7 +29,7 @@ def word(raw: Mapping[str, Any], key: str, where: str) -> str | None:
 
 
 def output_dtype(raw: Mapping[str, Any], where: str) -> tuple[str | None, list[str]]:
-    """(type of the merged weights, None: as the parents'; remarks) from mergekit's `dtype` and `out_dtype`."""
+    """The merged weights' type (None: that of the parents) and remarks, from mergekit's `dtype` and `out_dtype`."""
     for key in ("dtype", "out_dtype"):
         value = raw.get(key)
         if value is not None and (not isinstance(value, str) or value not in ALIASES):

@@ -1,1 +1,1 @@
-"""Releases that can be checked: export, model card, provenance, and their verification on another machine."""
+"""Verifiable releases: export, model card, provenance, and their verification on another machine."""

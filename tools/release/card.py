@@ -1,4 +1,4 @@
-"""The model card: recipe, sources, evaluation with its protocol, compute, limitations, and how to check all of it."""
+"""The model card: recipe, sources, evaluation and its protocol, compute, limitations, and how to verify them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def model_card(recipe: ReleaseRecipe, provenance: Mapping[str, Any]) -> str:
     for stage in provenance["stages"]:
         parts += _stage(stage)
     if recipe.merge is not None:
-        parts += ["Then it was merged; `merge.yml` is the recipe and `merge_report.json` what the merge did.", ""]
+        parts += ["It was then merged; `merge.yml` is the recipe and `merge_report.json` the report of the merge.", ""]
     parts += ["## Data", "", *_data(provenance), ""]
     if recipe.evaluation:
         parts += ["## Evaluation", "", *_evaluation(provenance["evaluation"]), ""]
@@ -43,8 +43,8 @@ def model_card(recipe: ReleaseRecipe, provenance: Mapping[str, Any]) -> str:
             "",
         ),
         "`provenance.json` has the SHA-256 of every file here and of the training data, each stage's configuration, "
-        "and what every recorded step read. The command checks the files, and with the data at hand reads steps again "
-        f"and compares token ids and documents. Made by NeoX-Llama at commit {provenance['commit'] or 'unknown'}.",
+        "and the content of every recorded step. The command checks the files and, given the data, rereads steps and "
+        f"compares token ids and documents. Made by NeoX-Llama at commit {provenance['commit'] or 'unknown'}.",
         "",
     ]
     return "\n".join(parts)
@@ -80,7 +80,16 @@ def _data(provenance: Mapping[str, Any]) -> list[str]:
                     *(facts["license"] or "unknown", facts["origin"] or "-", f"`{sha[:16]}`"),
                 )
             )
-    head = ("stage", "source", "share", "documents", "tokens", "licence", "origin", "SHA-256 of the tokens, beginning")
+    head = (
+        "stage",
+        "source",
+        "share",
+        "documents",
+        "tokens",
+        "license",
+        "origin",
+        "SHA-256 of the tokens (first digits)",
+    )
     return _table(head, rows)
 
 
@@ -111,5 +120,5 @@ def _compute(stages: Sequence[Mapping[str, Any]], machine: str) -> list[str]:
         rows.append(
             (stage["name"], f"{one['steps']:,}", f"{one['tokens']:,}", f"{hours:.3g}", f"{one['model_flops']:.3g}")
         )
-    head = ("stage", "steps", "tokens, padding included", "rank-hours", "model FLOPs (Megatron formula)")
+    head = ("stage", "steps", "tokens (with padding)", "rank-hours", "model FLOPs (Megatron formula)")
     return [*_table(head, rows), *(["", f"Machine: {machine}."] if machine else [])]

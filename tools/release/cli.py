@@ -1,13 +1,13 @@
-"""A release that can be checked.
+"""Make and verify releases.
 
     python tools/release make RECIPE.yml --output FOLDER
     python tools/release verify FOLDER [--data FOLDER ...] [--steps N]
     python tools/release step FOLDER --stage NAME --step N --data FOLDER [--data FOLDER ...]
 
-`make` writes the weights as Hugging Face reads them, a model card, and `provenance.json`: every file's SHA-256, each
-stage's configuration, the data with their hashes and licences, and what every step read. `verify` checks all of it
-elsewhere; with the data at hand it reads steps again and compares token ids and documents, byte for byte. `step` shows
-what one step read. Exit code of `verify`: 0, or 1 with everything named that is missing or is not what was released.
+`make` writes the weights in Hugging Face format, a model card, and `provenance.json`: every file's SHA-256, each
+stage's configuration, the data with their hashes and licenses, and the content of every step. `verify` checks all of it
+on another machine; given the data, it rereads steps and compares token ids and documents, byte for byte. `step` shows
+the content of one step. Exit code of `verify`: 0, or 1 with a list of everything that is missing or was changed.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ def parser() -> argparse.ArgumentParser:
     )
     verbs = p.add_subparsers(title="verbs", required=True, metavar="VERB", dest="verb")
     made = verbs.add_parser("make", help="write a release")
-    made.add_argument("recipe", type=Path, help="what is released: docs/releasing.md lists the keys")
+    made.add_argument("recipe", type=Path, help="recipe of the release; docs/releasing.md lists the keys")
     made.add_argument("--output", type=Path, required=True, help="a folder that does not exist yet")
-    checked = verbs.add_parser("verify", help="check a release, and its data where they are at hand")
+    checked = verbs.add_parser("verify", help="check a release, and its data if available")
     checked.add_argument("release", type=Path)
     checked.add_argument("--data", type=Path, nargs="+", default=[], help="folders with the .bin, .idx and .json files")
-    checked.add_argument("--steps", type=int, default=20, help="how many steps of each stage are read again")
+    checked.add_argument("--steps", type=int, default=20, help="number of steps of each stage to reread")
     checked.add_argument("--seed", type=int, default=0, help="which ones")
     shown = verbs.add_parser("step", help="show the documents of a step")
     shown.add_argument("release", type=Path)
@@ -63,5 +63,5 @@ def _run(options: argparse.Namespace) -> int:
         print(line)
     for line in problems:
         print(f"problem: {line}")
-    print(f"{len(problems)} problems" if problems else "nothing is missing, and everything is what was released")
+    print(f"{len(problems)} problems" if problems else "complete and unchanged since the release")
     return 1 if problems else 0

@@ -1,4 +1,4 @@
-"""SHA-256 of files, of folders, and of a JSON document that carries its own."""
+"""SHA-256 of files, of folders, and of a JSON document that contains its own digest."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _CHUNK = 1 << 24
 
 
 def file_facts(path: Path) -> dict[str, Any]:
-    """bytes and sha256."""
+    """The size in bytes and the SHA-256 of a file."""
     total = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
@@ -25,18 +25,18 @@ def file_facts(path: Path) -> dict[str, Any]:
 
 
 def folder_facts(folder: Path) -> dict[str, dict[str, Any]]:
-    """`file_facts` of every file but the provenance itself, by path below the folder."""
+    """`file_facts` of every file except the provenance itself, by path relative to the folder."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / PROVENANCE)
     return {path.relative_to(folder).as_posix(): file_facts(path) for path in files}
 
 
 def sealed(content: Mapping[str, Any]) -> str:
-    """JSON text of `content` with a digest of itself, so that a changed byte in it does not go unnoticed."""
+    """JSON text of `content` with its own digest, so that any change to it is detected."""
     return json.dumps({**content, _DIGEST: _digest(content)}, indent=1, ensure_ascii=False) + "\n"
 
 
 def unsealed(path: Path) -> tuple[dict[str, Any], str | None]:
-    """(content without its digest, what is wrong with it). Raises ReleaseError for what is no provenance at all."""
+    """The content without its digest, and the problem if the digest is wrong. ReleaseError if it is no provenance."""
     try:
         text = path.read_text(encoding="utf-8")
         content = json.loads(text)
@@ -44,7 +44,7 @@ def unsealed(path: Path) -> tuple[dict[str, Any], str | None]:
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise ReleaseError(f"{path} is not the {PROVENANCE} of a release: {error!r}") from None
     if text != sealed(content) or given != _digest(content):
-        return content, f"{PROVENANCE} was changed: its content does not have the digest that it states"
+        return content, f"{PROVENANCE} was changed: its content does not match its digest"
     return content, None
 
 

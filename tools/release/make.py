@@ -1,4 +1,4 @@
-"""Make a release: weights, model card, licences and provenance, in a folder that appears when it is complete."""
+"""Make a release: weights, model card, licenses and provenance, in a folder that appears only when complete."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CARD = "README.md"
 
 
 def make_release(recipe_path: Path, output: Path) -> Iterator[str]:
-    """Lines on what was written. Raises ReleaseError, and leaves nothing, where something cannot be told or found."""
+    """Write a release and yield lines that report it. ReleaseError, and no folder, if anything needed is missing."""
     recipe = read_recipe(recipe_path)
     if output.exists():
         raise ReleaseError(f"{output} exists; a release is written once: give another folder, or remove it")
@@ -44,11 +44,11 @@ def make_release(recipe_path: Path, output: Path) -> Iterator[str]:
         yield f"stage {stage['name']}: {len(stage['steps'])} of {stage['train_iters']} steps recorded"
     unknown = [name for name, facts in provenance["data"].items() if facts["license"] is None]
     if unknown:
-        yield f"warning: no licence is given for {', '.join(unknown)}; add them under `data` in {recipe_path}"
+        yield f"warning: no license is given for {', '.join(unknown)}; add them under `data` in {recipe_path}"
 
 
 def _export(recipe: ReleaseRecipe, folder: Path) -> None:
-    """The model as a Hugging Face folder, without a card of its own."""
+    """Export the model as a Hugging Face folder, without its own model card."""
     model = recipe.model
     if not model.is_dir():
         raise ReleaseError(f"model: {model} is not a folder; give a Hugging Face folder or a checkpoint")
@@ -58,10 +58,10 @@ def _export(recipe: ReleaseRecipe, folder: Path) -> None:
         raise ReleaseError(f"model: {model} could not be exported")
     (folder / CARD).unlink(missing_ok=True)
     if not (folder / "tokenizer.json").exists():
-        raise ReleaseError(f"model: {model} has no tokenizer.json, without which no step can be read again")
+        raise ReleaseError(f"model: {model} has no tokenizer.json, which is needed to reread the steps")
     if recipe.merge is not None:
         for name in ("merge.yml", "merge_report.json"):
-            found = sorted(recipe.merge.rglob(name))  # beside the weights of a Hugging Face folder, below those of NeoX
+            found = sorted(recipe.merge.rglob(name))  # next to Hugging Face weights, in a subfolder of NeoX weights
             if not found:
                 raise ReleaseError(f"merge: {recipe.merge} has no {name}; give the folder that tools/merge wrote")
             shutil.copyfile(found[0], folder / name)
@@ -99,7 +99,7 @@ def _short(name: str) -> str:
 
 
 def _evaluation(path: Path) -> dict[str, Any]:
-    """What a test's file says, without paths of this machine."""
+    """The content of a test's result file, without paths of this machine."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

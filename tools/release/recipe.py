@@ -1,4 +1,4 @@
-"""The recipe of a release: what is released, and what only its maker knows."""
+"""The recipe of a release: the files to release, and facts that only the publisher knows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron.common.errors import UserError
 
 
 class ReleaseError(UserError):
-    """A release that cannot be made or read; the message says what to do."""
+    """A release that cannot be made or read; the message states what to do."""
 
 
 class _Part(BaseModel):
@@ -20,7 +20,7 @@ class _Part(BaseModel):
 
 
 class StageEntry(_Part):
-    """A training: its `save` folder, and its `log_dir` where the configuration names none that is still there."""
+    """A training stage: its `save` folder, and its `log_dir` if the one in the configuration no longer exists."""
 
     name: str
     checkpoint: Path
@@ -28,7 +28,7 @@ class StageEntry(_Part):
 
 
 class DataEntry(_Part):
-    """What the maker knows of a data source; its name is that of the prefix, without its folder."""
+    """Facts about a data source that only the publisher knows; its name is the last part of the prefix."""
 
     license: str
     origin: str = ""
@@ -37,7 +37,7 @@ class DataEntry(_Part):
 class TestEntry(_Part):
     """A test of the released model: `summary.json` of mcq.py, or `eval_results.json` of eval.py."""
 
-    __test__ = False  # no test of pytest's
+    __test__ = False  # not a test for pytest
     name: str
     summary: Path
 
@@ -45,10 +45,10 @@ class TestEntry(_Part):
 class ReleaseRecipe(_Part):
     name: str
     license: str
-    model: Path  # a Hugging Face folder, or a checkpoint that is exported
+    model: Path  # a Hugging Face folder, or a checkpoint to export
     base_models: list[str] = []
     stages: list[StageEntry] = Field(min_length=1)
-    merge: Path | None = None  # the folder that tools/merge wrote
+    merge: Path | None = None  # the folder written by tools/merge
     data: dict[str, DataEntry] = {}
     evaluation: list[TestEntry] = []
     machine: str = ""
@@ -57,7 +57,7 @@ class ReleaseRecipe(_Part):
 
 
 def read_recipe(path: Path) -> ReleaseRecipe:
-    """The recipe in a YAML file; paths in it are relative to where the command runs."""
+    """Read the recipe in a YAML file; its paths are relative to the working directory of the command."""
     try:
         content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
         return ReleaseRecipe.model_validate(content)

@@ -1,4 +1,4 @@
-"""What a release says of each training: configuration, position, data, compute, and what its steps read."""
+"""The provenance of each training stage: configuration, position, data, compute, and the content of its steps."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ DATA_FILES = (".bin", ".idx", ".json")
 
 
 def stage_facts(entry: StageEntry, vocab_file: Path, recorded: Literal["all"] | int) -> dict[str, Any]:
-    """Everything of one stage. Raises ReleaseError where the steps of the run cannot be read again."""
+    """All facts of one stage. ReleaseError if the steps of the run cannot be reread."""
     folder = find_checkpoint(entry.checkpoint)
     provenance = read_manifest(folder).provenance
     if provenance.get("written_by") != "training":
-        raise ReleaseError(f"{folder} was not written by a training; give the `save` folder of stage {entry.name}")
+        raise ReleaseError(f"{folder} was not written by a training run; give the `save` folder of stage {entry.name}")
     config, batch, end = provenance["config"], provenance["train_batch_size"], provenance["iteration"]
     logs = entry.logs or (Path(config["log_dir"]) if config.get("log_dir") else None)
     starts = list(_lines(logs / "starts.jsonl")) if logs is not None else []
@@ -57,7 +57,7 @@ def stage_facts(entry: StageEntry, vocab_file: Path, recorded: Literal["all"] | 
 
 
 def prefixes_of(config: Mapping[str, Any]) -> dict[str, Path]:
-    """Where each source of a run lies, by its name. Raises ReleaseError where two have one name."""
+    """The prefix of each source of a run, by name. ReleaseError if two have the same name."""
     entries = [entry for key in PATHS for entry in config.get(key) or []]
     found: dict[str, Path] = {}
     for entry in entries:
@@ -68,7 +68,7 @@ def prefixes_of(config: Mapping[str, Any]) -> dict[str, Path]:
 
 
 def data_facts(prefix: Path, known: DataEntry | None) -> dict[str, Any]:
-    """Files with their hashes, the header, and what the maker knows of a source."""
+    """Files with their hashes, the header, and the publisher's facts of a source."""
     header = read_header(prefix)
     files = {path.name: file_facts(path) for path in (bin_path(prefix), idx_path(prefix))}
     facts: dict[str, Any] = {"license": known.license if known else None, "origin": known.origin if known else ""}
@@ -81,7 +81,7 @@ def data_facts(prefix: Path, known: DataEntry | None) -> dict[str, Any]:
 
 
 def compute(logs: Path | None, starts: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Steps, tokens, hours and FLOPs of a run, from its logs; None without them."""
+    """Steps, tokens, hours and FLOPs of a run, from its logs; None without logs."""
     if logs is None or not starts or not (logs / "metrics.jsonl").exists():
         return None
     records = [record for record in _lines(logs / "metrics.jsonl") if "time" in record]
@@ -102,7 +102,7 @@ def compute(logs: Path | None, starts: list[dict[str, Any]]) -> dict[str, Any] |
 
 
 def _refuse_other_positions(logs: Path, batch: int, name: str) -> None:
-    """A run whose batch has changed on its way read other samples at a step than its configuration says."""
+    """ReleaseError if the batch changed during the run, so that its steps do not follow from its configuration."""
     path = logs / "metrics.jsonl"
     if not path.exists():
         return
@@ -110,8 +110,8 @@ def _refuse_other_positions(logs: Path, batch: int, name: str) -> None:
     for step, samples in consumed.items():
         if step - 1 in consumed and samples - consumed[step - 1] < batch:
             raise ReleaseError(
-                f"{path}: step {step} of stage {name} read {samples - consumed[step - 1]} samples, not {batch} as the "
-                f"last ones; steps of a run whose batch has changed cannot be read again from its configuration"
+                f"{path}: step {step} of stage {name} read {samples - consumed[step - 1]} samples, but the "
+                f"last ones {batch}; steps of a run whose batch has changed cannot be reread from its configuration"
             )
 
 

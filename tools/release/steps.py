@@ -1,7 +1,7 @@
-"""What each step of a training read, from its configuration and the data alone: token ids, labels, and documents.
+"""The content of each training step, from configuration and data alone: token ids, labels, and documents.
 
-The order of samples is a function of configuration and data (`megatron.data.build`), so any machine that has both reads
-the same. A document is named by its source and its number in it, `astronomy_text_document:812`.
+The order of samples is a function of configuration and data (`megatron.data.build`), so any machine with both reads the
+same. A document is named by its source and its number in that source, `astronomy_text_document:812`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from megatron.neox_arguments.keys.survival import SurvivalKeys
 from megatron.neox_arguments.load import canonical
 from tools.release.recipe import ReleaseError
 
-# Keys that say how a run was spread over ranks, where it wrote and how it was watched; none changes what a step reads.
+# Keys for a run's layout, output folders and monitoring; none of them affects what a step reads.
 _GROUPS = (ParallelKeys, RuntimeKeys, SurvivalKeys, CheckpointKeys, PrecisionKeys)
 _ELSEWHERE = {name for group in _GROUPS for name in group.model_fields} - {"skip_sample_ranges"}
 _ELSEWHERE |= {"train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "zero_optimization", "engine"}
@@ -50,17 +50,17 @@ class StepContent:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What is kept of the step: SHA-256 over ids and labels (int64, little endian) and over document names."""
+        """The recorded digests: SHA-256 over ids and labels (int64, little-endian) and over document names."""
         ids = hashlib.sha256(self.tokens.astype("<i8").tobytes() + self.labels.astype("<i8").tobytes()).hexdigest()
         names = "\n".join(" ".join(names) for names in self.documents)
         return {"step": self.step, "ids": ids, "documents": hashlib.sha256(names.encode()).hexdigest()}
 
 
 class StepReader:
-    """Reads the steps of a stage again.
+    """Rereads the steps of a stage.
 
-    `config` are the keys that the run was given, `batch` and `train_iters` what they came to; `prefixes` says where
-    each data source lies here, by its name.
+    `config` holds the keys given to the run, `batch` and `train_iters` the values derived from them; `prefixes` maps
+    the name of each data source to its location on this machine.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class StepReader:
         keys = portable(config)
         if keys.get("data_order") == "gpt-neox" or keys.get("data_path"):
             raise ReleaseError(
-                "steps of data_order: gpt-neox and of data_path with split cannot be read again from their "
+                "steps of data_order: gpt-neox and of data_path with split cannot be reread from their "
                 "configuration alone; use train_data_paths, or leave the stage out with record_steps: 0"
             )
         for name in PATHS:
@@ -98,7 +98,7 @@ class StepReader:
 
 
 def portable(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of a run without those that say where and on how many ranks; data paths become names."""
+    """The keys of a run without those for paths and layout; data paths are replaced by names."""
     given = {canonical(key): value for key, value in config.items()}
     keys = {key: value for key, value in given.items() if key not in _ELSEWHERE}
     for name in PATHS:
@@ -108,7 +108,7 @@ def portable(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def source_names(config: Mapping[str, Any]) -> list[str]:
-    """The data sources of a run by their names, label files included."""
+    """Names of a run's data sources, including label files."""
     entries = [entry for key in PATHS for entry in config.get(key) or []]
     return list(dict.fromkeys(Path(entry["path"] if isinstance(entry, dict) else entry).name for entry in entries))
 

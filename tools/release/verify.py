@@ -1,4 +1,4 @@
-"""Check a release on another machine, and read the steps of its trainings again."""
+"""Verify a release on another machine, and reread the steps of its training stages."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from tools.release.recipe import ReleaseError
 from tools.release.steps import StepReader
 
 Found = tuple[list[str], list[str]]
-"""(what was checked, what is wrong)"""
+"""The checks done, and the problems found."""
 
 
 def verify_release(folder: Path, data: Sequence[Path], steps: int, seed: int) -> Found:
-    """Everything that can be checked here. Raises ReleaseError for a folder that is no release."""
+    """Check everything that is available. ReleaseError if the folder is not a release."""
     content, damaged = _open(folder)
     checks, problems = [], [damaged] if damaged else []
     wrong = _compare(content["files"], folder_facts(folder), "")
     problems += wrong
     checks.append(f"{len(content['files'])} files of the release compared")
     if not data:
-        checks.append("data: not checked; --data names the folders that hold them")
+        checks.append("data: not checked; give the folders that hold them with --data")
         return checks, problems
     there, missing = _find_data(content, data)
     problems += missing
@@ -33,22 +33,22 @@ def verify_release(folder: Path, data: Sequence[Path], steps: int, seed: int) ->
     for stage in content["stages"]:
         lacking = sorted(set(stage["sources"]) - good)
         if lacking:
-            checks.append(f"stage {stage['name']}: steps not read again, for want of {', '.join(lacking)}")
+            checks.append(f"stage {stage['name']}: steps not reread, missing {', '.join(lacking)}")
             continue
         records = random.Random(seed).sample(stage["steps"], min(steps, len(stage["steps"])))
         try:
             reader = _reader(folder, stage, there)
             wrong = [line for record in records for line in _step_problems(reader, record, stage["name"])]
         except UserError as error:
-            problems.append(f"stage {stage['name']}: its steps cannot be read: {error}")
+            problems.append(f"stage {stage['name']}: its steps cannot be reread: {error}")
             continue
         problems += wrong
-        checks.append(f"stage {stage['name']}: {len(records)} of {len(stage['steps'])} recorded steps read again")
+        checks.append(f"stage {stage['name']}: {len(records)} of {len(stage['steps'])} recorded steps reread")
     return checks, problems
 
 
 def show_step(folder: Path, stage_name: str, number: int, data: Sequence[Path]) -> list[str]:
-    """Lines on what a step read: for each sample its documents, and the digests."""
+    """Lines that list the documents of each sample of a step, and the digests."""
     content, damaged = _open(folder)
     if damaged:
         raise ReleaseError(damaged)
@@ -69,7 +69,7 @@ def show_step(folder: Path, stage_name: str, number: int, data: Sequence[Path]) 
     recorded = next((record for record in stage["steps"] if record["step"] == number), None)
     if recorded is None:
         return [*lines, "this step was not recorded"]
-    return [*lines, "as recorded" if recorded == step.record else "NOT what was recorded"]
+    return [*lines, "as recorded" if recorded == step.record else "DIFFERENT from the record"]
 
 
 def _open(folder: Path) -> tuple[dict[str, Any], str | None]:
@@ -83,15 +83,15 @@ def _open(folder: Path) -> tuple[dict[str, Any], str | None]:
 
 
 def _compare(wanted: Mapping[str, Any], found: Mapping[str, Any], where: str) -> list[str]:
-    """What is missing, changed, exchanged or was not released."""
+    """Lines on files that are missing, changed, swapped or not part of the release."""
     by_hash = {facts["sha256"]: name for name, facts in wanted.items()}
     lines = [f"{where}{name} is missing" for name in wanted if name not in found]
     for name, facts in found.items():
         if name not in wanted:
-            lines.append(f"{where}{name} is no file of the release")
+            lines.append(f"{where}{name} is not a file of the release")
         elif facts["sha256"] != wanted[name]["sha256"]:
             other = by_hash.get(facts["sha256"])
-            what = f"holds what {other} should hold" if other else "was changed"
+            what = f"has the content of {other}" if other else "was changed"
             size = (
                 ""
                 if facts["bytes"] == wanted[name]["bytes"]
@@ -102,7 +102,7 @@ def _compare(wanted: Mapping[str, Any], found: Mapping[str, Any], where: str) ->
 
 
 def _find_data(content: Mapping[str, Any], folders: Iterable[Path]) -> tuple[dict[str, dict[str, Path]], list[str]]:
-    """Files of each source by name, and lines on what is missing."""
+    """Files of each source by name, and lines on missing files."""
     there: dict[str, dict[str, Path]] = {}
     missing = []
     listed = list(folders)
@@ -125,7 +125,7 @@ def _find_data(content: Mapping[str, Any], folders: Iterable[Path]) -> tuple[dic
 def _check_source(
     facts: Mapping[str, Any], files: Mapping[str, Path], content: Mapping[str, Any], problems: list[str]
 ) -> bool:
-    """Whether something is wrong with a source's files; it is added to `problems`."""
+    """Whether a source's files have problems; these are added to `problems`."""
     everything = {name: one for source in content["data"].values() for name, one in source["files"].items()}
     found = {name: file_facts(path) for name, path in files.items()}
     folders = {name: f"{path.parent}/" for name, path in files.items()}
@@ -151,7 +151,7 @@ def _step_problems(reader: StepReader, record: Mapping[str, Any], stage: str) ->
     found = reader.step(record["step"]).record
     names = {"ids": "token ids", "documents": "documents"}
     return [
-        f"stage {stage}, step {record['step']}: its {what} are not those that were recorded"
+        f"stage {stage}, step {record['step']}: its {what} differ from the record"
         for key, what in names.items()
         if found[key] != record[key]
     ]

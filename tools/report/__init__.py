@@ -1,1 +1,1 @@
-"""Pictures of training runs: one self-contained page, and a PNG of each figure."""
+"""Reports of training runs: one self-contained page, and a PNG of each figure."""

@@ -1,10 +1,10 @@
-"""A page of one or several runs.
+"""Report one or several runs on a single page.
 
     python tools/report RUN_DIR [RUN_DIR ...] [--output FOLDER]
 
-A run is a folder with one `metrics.jsonl` or several (its stages, in the order in which they began), or such a file.
-Beside them are read, where they are there: `starts.jsonl` (what trained, on what), `summary.json` of mcq.py, of
-clean_corpus.py and of decontaminate.py. The page holds everything in one file; each figure lies beside it as a PNG.
+A run is a folder with one or more `metrics.jsonl` (one per stage, in order of their start), or a single such file.
+Also read if present: `starts.jsonl` (configuration and machine of each start), and `summary.json` of mcq.py,
+clean_corpus.py and decontaminate.py. The page is a single file; each figure is also written as a PNG.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--output", type=Path, help="folder for page.html and the PNGs (default: RUN_DIR/report)")
     p.add_argument("--title", default="Training report")
     p.add_argument(
-        "--topic", help="accuracy in the last figure: that of this topic of mcq.py's questions (default: of all)"
+        "--topic", help="show accuracy on this topic of mcq.py's questions in the last figure (default: on all)"
     )
     p.add_argument(
         "--price-per-hour",
         type=float,
-        help="in USD, of the machine that answered: the last figure's cost (default: machine-hours)",
+        help="price of the machine that ran mcq.py, in USD, for the last figure's cost (default: machine-hours)",
     )
     return p
 
@@ -41,11 +41,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def make(options: argparse.Namespace) -> int:
-    """Read the runs, draw, and write; the page comes last."""
+    """Read the runs, draw the figures, and write the page last."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise UserError("matplotlib is missing, which draws the figures; pip install .[examples]") from None
+        raise UserError("the figures need matplotlib; pip install .[examples]") from None
     from tools.report.figures import draw_all
     from tools.report.page import write_page
     from tools.report.runs import read_run

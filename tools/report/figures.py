@@ -1,4 +1,4 @@
-"""The figures of the page, each a PNG: those of the AstroSage-70B paper, and what an operator looks at."""
+"""The figures of the page, each a PNG: those of the AstroSage-70B paper, and curves for operators."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from matplotlib.figure import Figure
 from megatron.evaluation.cost_picture import PricedScore, draw_costs
 from tools.report.runs import LOSS, NORM, RATE, SPEED, Curve, RecordedRun, TrainingStage
 
-# Okabe and Ito's palette, which stays apart for every kind of colour vision.
+# Okabe and Ito's palette, whose colors can be distinguished with any kind of color vision.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999")
 DPI = 120
-SMOOTHED = 25  # steps over which the loss is averaged where there are many
-TOKENS = 100_000  # whose cost is shown
+SMOOTHED = 25  # steps over which the loss is averaged in long runs
+TOKENS = 100_000  # number of tokens whose cost is shown
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG, its heading, and what one sees in it."""
+    """A PNG, its heading, and its caption."""
 
     path: Path
     title: str
@@ -33,7 +33,7 @@ class Picture:
 def draw_all(
     runs: Sequence[RecordedRun], folder: Path, *, topic: str | None = None, price_per_hour: float | None = None
 ) -> list[Picture]:
-    """Every figure that the runs have something for."""
+    """Every figure for which the runs have data."""
     found: list[Picture | None] = [
         dynamics(runs, folder / "figure1_dynamics.png"),
         composition(runs, folder / "figure2_composition.png"),
@@ -51,7 +51,7 @@ def draw_all(
 
 
 def dynamics(runs: Sequence[RecordedRun], path: Path) -> Picture | None:
-    """Loss above, learning rate below, all stages one after the other."""
+    """Loss above, learning rate below, for all stages in sequence."""
     figure = Figure(figsize=(9, 5.4), layout="constrained")
     losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     for number, run in enumerate(runs):
@@ -67,7 +67,7 @@ def dynamics(runs: Sequence[RecordedRun], path: Path) -> Picture | None:
         if number == 0:
             _mark_stages((losses, rates), run)
     losses.set(ylabel="training loss, nats per token")
-    rates.set(xlabel="optimizer step, stages one after the other", ylabel="learning rate")
+    rates.set(xlabel="optimizer step, stages in sequence", ylabel="learning rate")
     rates.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     if len(runs) > 1:
         handles, labels = losses.get_legend_handles_labels()
@@ -75,8 +75,8 @@ def dynamics(runs: Sequence[RecordedRun], path: Path) -> Picture | None:
         losses.legend(shown.values(), shown.keys(), fontsize=8)
     adjusted = sum(len(stage.overrides) for run in runs for stage in run.stages)
     caption = (
-        f"Loss (averaged over {SMOOTHED} steps where there are many; pale: each step) and learning rate. Dotted lines "
-        f"begin a stage; dashed ones are adjustments of the learning rate by hand ({adjusted} here)."
+        f"Loss (averaged over {SMOOTHED} steps in long runs; pale: each step) and learning rate. Dotted lines mark "
+        f"the start of a stage, dashed lines manual adjustments of the learning rate ({adjusted} here)."
     )
     return _saved(figure, path, "Training dynamics (Figure 1)", caption)
 
@@ -140,12 +140,12 @@ def composition(runs: Sequence[RecordedRun], path: Path) -> Picture | None:
             left += width
     axes.set(yticks=range(len(bars)), yticklabels=[name for name, _ in bars], xlim=(0, 100), xlabel="% of the samples")
     axes.invert_yaxis()
-    caption = "What each stage was trained on: the realised share of every source, from the order of the samples."
+    caption = "Training data of each stage: the actual share of every source, from the order of the samples."
     return _saved(figure, path, "Composition of the training data (Figure 2)", caption)
 
 
 def short_name(prefix: str) -> str:
-    """The name of a data source without what preprocessing puts behind it."""
+    """The name of a data source without the suffix added by preprocessing."""
     name = Path(prefix).name
     for ending in ("_text_document", "_document"):
         name = name.removesuffix(ending)
@@ -156,7 +156,7 @@ def short_name(prefix: str) -> str:
 
 
 def cost(runs: Sequence[RecordedRun], path: Path, topic: str | None, price_per_hour: float | None) -> Picture | None:
-    """Accuracy against what 0.1M tokens cost, as mcq.py measured it."""
+    """Accuracy against the cost of 0.1M tokens, as measured by mcq.py."""
     scores = []
     for run in runs:
         for score in run.scores:
@@ -171,15 +171,15 @@ def cost(runs: Sequence[RecordedRun], path: Path, topic: str | None, price_per_h
     label = "machine-hours per 0.1M tokens" if price_per_hour is None else "cost (USD per 0.1M tokens)"
     draw_costs(scores, path, cost_label=label, title=f"accuracy of {topic or 'all questions'}")
     caption = (
-        "Accuracy against the cost of answering, from the tokens and seconds that mcq.py measured. Dashed lines are "
-        "3.5 points for each tenfold of the cost, the paper's convention. Models of one size cost the same but for "
-        "what else the machine did."
+        "Accuracy against the cost of answering, from the tokens and seconds that mcq.py measured. Dashed lines: 3.5 "
+        "points per tenfold increase of cost, the paper's convention. Models of the same size cost the same, apart "
+        "from other load on the machine."
     )
     return Picture(path, "Accuracy against cost (Figure 3)", caption)
 
 
 def topic_bars(runs: Sequence[RecordedRun], path: Path) -> Picture | None:
-    """Accuracy of every test by topic, with Wilson's intervals."""
+    """Accuracy of every test by topic, with Wilson intervals."""
     scores = [(run, score) for run in runs for score in run.scores]
     if not scores:
         return None
@@ -209,7 +209,7 @@ def topic_bars(runs: Sequence[RecordedRun], path: Path) -> Picture | None:
     return _saved(figure, path, "Multiple choice after each stage", "Bars are 95 % Wilson intervals.")
 
 
-# --- curves of an operator
+# --- curves for operators
 
 
 def validation(runs: Sequence[RecordedRun], path: Path) -> Picture | None:
@@ -226,15 +226,15 @@ def validation(runs: Sequence[RecordedRun], path: Path) -> Picture | None:
                     *_moved(curve, offset), marker="o", markersize=3, linestyle=("-", "--", ":")[number % 3],
                     color=COLOURS[names.index(source) % len(COLOURS)], label=label,
                 )  # fmt: skip
-    axes.set(xlabel="optimizer step, stages one after the other", ylabel="loss, nats per token")
+    axes.set(xlabel="optimizer step, stages in sequence", ylabel="loss, nats per token")
     handles, labels = axes.get_legend_handles_labels()
     shown = dict(zip(labels, handles, strict=True))
     axes.legend(shown.values(), shown.keys(), fontsize=8)
-    return _saved(figure, path, "Validation of each source", "What is learned of the domain, what is kept of the rest.")
+    return _saved(figure, path, "Validation of each source", "How well the domain is learned and the rest retained.")
 
 
 def _one(runs: Sequence[RecordedRun], path: Path, name: str, title: str, label: str) -> Picture | None:
-    """One value over all steps; the axis is logarithmic where it spans more than two decades."""
+    """One value over all steps; the axis is logarithmic if the values span more than two decades."""
     if not any(stage.curve(name) for run in runs for stage in run.stages):
         return None
     figure = Figure(figsize=(9, 2.8), layout="constrained")
@@ -249,7 +249,7 @@ def _one(runs: Sequence[RecordedRun], path: Path, name: str, title: str, label: 
             _mark_stages((axes,), run)
     if values and math.log10(max(values) / min(values)) > 2:
         axes.set_yscale("log")
-    axes.set(xlabel="optimizer step, stages one after the other", ylabel=label)
+    axes.set(xlabel="optimizer step, stages in sequence", ylabel=label)
     if len(runs) > 1:
         handles, labels = axes.get_legend_handles_labels()
         shown = dict(zip(labels, handles, strict=True))
@@ -258,7 +258,7 @@ def _one(runs: Sequence[RecordedRun], path: Path, name: str, title: str, label: 
 
 
 def cleaning(runs: Sequence[RecordedRun], path: Path) -> Picture | None:
-    """Documents that each rule of the cleaning has dropped."""
+    """Documents dropped by each cleaning rule."""
     rows = [
         (f"{name}: {rule}", count, 100 * count / max(1, summary["documents"]))
         for run in runs

@@ -1,4 +1,4 @@
-"""The page: figures and tables in one HTML file that needs nothing else."""
+"""The page: figures and tables in one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def write_page(runs: Sequence[RecordedRun], figures: Sequence[Picture], folder: 
     parts += [_figure(figure) for figure in figures]
     parts += [_section("Accuracy", _scores(runs)), _section("Training data", _data(runs))]
     parts += [_section("Cleaning", _cleaning(runs)), _section("Questions in the corpus", _contamination(runs))]
-    parts += [_section("Provenance", _provenance(runs)), _section("What was left out", _problems(runs))]
+    parts += [_section("Provenance", _provenance(runs)), _section("Skipped", _problems(runs))]
     path = folder / "page.html"
     write_text(path, "\n".join(part for part in parts if part) + "\n</body></html>\n")
     return path
@@ -59,7 +59,7 @@ def _section(title: str, body: str) -> str:
 
 
 def _table(head: Row, rows: Sequence[Row]) -> str:
-    """Columns whose cells are all numbers, or begin with one, stand to the right."""
+    """An HTML table; columns whose cells all begin with a number are right-aligned."""
     if not rows:
         return ""
     cells = [[str(cell) for cell in row] for row in rows]
@@ -72,7 +72,7 @@ def _table(head: Row, rows: Sequence[Row]) -> str:
 
 
 def _stages(runs: Sequence[RecordedRun]) -> str:
-    head = ("run", "stage", "steps", "tokens", "loss at first", "loss at last", "tokens/s, median", "hours")
+    head = ("run", "stage", "steps", "tokens", "first loss", "last loss", "tokens/s, median", "hours")
     return _table(head, [_stage_row(run, stage) for run in runs for stage in run.stages])
 
 
@@ -147,7 +147,7 @@ def _contamination(runs: Sequence[RecordedRun]) -> str:
         for run in runs
         for name, one in run.contamination.items()
     ]
-    return _table(("run", "report", "questions", "documents", "threshold", "documents that hold one"), rows)
+    return _table(("run", "report", "questions", "documents", "threshold", "contaminated documents"), rows)
 
 
 def _provenance(runs: Sequence[RecordedRun]) -> str:

@@ -1,4 +1,4 @@
-"""What a run has left: metrics by step, what each stage was, what was measured around it."""
+"""The records of a run: metrics by step, the configuration of each stage, and results of other tools."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Curve = list[tuple[int, float]]
 
 @dataclass
 class TrainingStage:
-    """One `metrics.jsonl`. `values` has, by name, the value of each step; where a step was done twice, the later."""
+    """One `metrics.jsonl`. `values` has, by name, the value of each step; of repeated steps, the later value."""
 
     name: str
     path: Path
@@ -29,7 +29,7 @@ class TrainingStage:
     problems: list[str] = field(default_factory=list)
 
     def curve(self, name: str) -> Curve:
-        """(step, value), in the order of the steps."""
+        """(step, value) pairs in order of steps."""
         return sorted(self.values.get(name, {}).items())
 
     @property
@@ -49,13 +49,13 @@ class TrainingStage:
 
     @property
     def overrides(self) -> list[tuple[int, float]]:
-        """(step, factor) of the adjustments by hand, from the configuration of the last start."""
+        """(step, factor) of manual learning-rate adjustments, from the configuration of the last start."""
         given = self.starts[-1].get("lr_overrides") or [] if self.starts else []
         return [(int(one["at"]), float(one["scale"])) for one in given]
 
     @property
     def tokens(self) -> float | None:
-        """Tokens that went through the model, padding included; None where no start says how many a step has."""
+        """Tokens processed, including padding; None if no start records the number per step."""
         if not self.starts:
             return None
         steps = len(self.values.get(LOSS, {}))
@@ -64,7 +64,7 @@ class TrainingStage:
 
 @dataclass
 class Score:
-    """A test by mcq.py: overall and by topic, what `accuracy` of its report gives."""
+    """A test by mcq.py: `accuracy` of its report, overall and by topic."""
 
     name: str
     summary: dict[str, Any]
@@ -84,7 +84,7 @@ class RecordedRun:
     problems: list[str] = field(default_factory=list)
 
     def offsets(self) -> list[int]:
-        """Steps of all stages before each; a stage that goes on counting where another ended has no offset."""
+        """Number of steps in earlier stages, per stage; 0 for a stage that continues another's step numbers."""
         found, end = [], 0
         for stage in self.stages:
             offset = 0 if stage.first >= end > 0 else end
@@ -94,14 +94,14 @@ class RecordedRun:
 
 
 def read_run(path: Path, leave_out: Path | None = None) -> RecordedRun:
-    """A run from its folder or one metrics.jsonl. Raises UserError where there is nothing to draw."""
+    """Read a run from its folder or one metrics.jsonl. UserError if there is nothing to draw."""
     if path.is_file():
         return RecordedRun(path.parent.name, [_stage(path, path.parent.name)])
     if not path.is_dir():
         raise UserError(f"{path}: no such file or folder; give a run's folder or its {METRICS}")
     files = [file for file in sorted(path.rglob(METRICS)) if leave_out is None or leave_out not in file.parents]
     if not files:
-        raise UserError(f"{path} has no {METRICS}; it lies in a run's log_dir, which must be set")
+        raise UserError(f"{path} has no {METRICS}; runs write it to log_dir, which must be set")
     stages = [_stage(file, _name_below(file.parent, path)) for file in files]
     run = RecordedRun(path.resolve().name, sorted(stages, key=lambda stage: stage.began))
     for file in sorted(path.rglob("summary.json")):
@@ -131,12 +131,12 @@ def _stage(path: Path, name: str) -> TrainingStage:
                 values.setdefault(key, {})[step] = float(value)
     if not values:
         raise UserError(f"{path} has no record of a step; expected lines such as {{'iteration': 1, '{LOSS}': 2.3}}")
-    problems = [f"{strange} lines are no record of a step and were left out"] if strange else []
+    problems = [f"{strange} lines are not records of a step and were skipped"] if strange else []
     starts_path = path.with_name(STARTS)
     starts = list(_records(starts_path)) if starts_path.exists() else []
     known = [start for start in starts if isinstance(start, dict) and {"batch", "seq_length"} <= start.keys()]
     if len(known) < len(starts):
-        problems.append(f"{len(starts) - len(known)} lines of {STARTS} are no record of a start and were left out")
+        problems.append(f"{len(starts) - len(known)} lines of {STARTS} are not records of a start and were skipped")
     return TrainingStage(name, path, values, known, min(times, default=0.0), max(times, default=0.0), problems)
 
 
@@ -145,7 +145,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _records(path: Path) -> Iterator[Any]:
-    """The JSON lines of a file; None for one that is none, as the last of a run that was killed may be."""
+    """The JSON lines of a file; None for an invalid line, such as the truncated last line of a killed run."""
     with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
             if line.strip():
@@ -156,12 +156,12 @@ def _records(path: Path) -> Iterator[Any]:
 
 
 def _add_summary(run: RecordedRun, file: Path, root: Path) -> None:
-    """Sort a summary.json by what it holds; one that no known command has written is named."""
+    """Classify a summary.json by its content; files of unknown commands are reported."""
     name = _name_below(file.parent, root)
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        run.problems.append(f"{file} is not JSON ({error}) and was left out")
+        run.problems.append(f"{file} is not JSON ({error}) and was skipped")
         return
     if isinstance(content, dict) and "chosen_letters" in content and "accuracy" in content:
         content["finished"] = file.stat().st_mtime
@@ -171,4 +171,4 @@ def _add_summary(run: RecordedRun, file: Path, root: Path) -> None:
     elif isinstance(content, dict) and "contaminated" in content:
         run.contamination[name] = content
     else:
-        run.problems.append(f"{file} is of no command that is known here and was left out")
+        run.problems.append(f"{file} was not written by a known command and was skipped")

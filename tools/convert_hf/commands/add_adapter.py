@@ -1,7 +1,7 @@
-"""`to-hf --adapter`: the weights of a base with those of an adapter added, W + scale B A, rounded once.
+"""`to-hf --adapter`: the weights of a base plus those of an adapter, W + scale B A, rounded once.
 
-The sum is in float64, band by band. What its rounding to the type of the output costs is measured against the
-adapter's part alone, because that is what the rounding takes away.
+The sum is computed in float64, band by band. The error of rounding it to the output's type is reported relative to the
+adapter's contribution alone, because that is what rounding can destroy.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from ..stream.tensor_map import Logical, rows_and_columns
 from .convert import ConversionRequest, memory_plan, prepare_hf
 
 REPORT = "adapter_merge.json"
-_TILE = 1 << 16  # elements whose float64 values are held at once, by each thread
-_BUFFERS = 5 * 8  # bytes for each of them: the sum, its rounding, the adapter's part and what they take
+_TILE = 1 << 16  # elements that each thread holds in float64 at once
+_BUFFERS = 5 * 8  # bytes per element: the sum, its rounded copy, the adapter's part and temporaries
 
 
 class AddedBands:
-    """Bands of the weights with the adapter's part; tensors without one are passed on, in the output's type.
+    """Bands of the weights with the adapter added; other tensors are only converted to the output's type.
 
-    `losses` is by tensor, once all is written: |round(W + D) - (W + D)| / |D|, root sums of squares.
+    `losses`, by tensor, is set once everything is written: |round(W + D) - (W + D)| / |D|, root sums of squares.
     """
 
     def __init__(self, tensors: Mapping[str, Logical], adapter: Adapter) -> None:
@@ -102,7 +102,7 @@ class AddedBands:
         if not self.losses:
             return []
         width = max(map(len, self.losses))
-        lines = ["rounding, over the adapter's part (0 would lose nothing):"]
+        lines = ["rounding error relative to the adapter's part (0: nothing lost):"]
         lines += [f"  {name.ljust(width)}  {loss:.2e}" for name, loss in self.losses.items()]
         worst = max(self.losses, key=lambda name: self.losses[name])
         return [*lines, f"largest: {self.losses[worst]:.2e} in {worst}"]
@@ -113,7 +113,7 @@ def prepare_added(
 ) -> tuple[OutputFolder, AddedBands]:
     """Plan a Hugging Face folder of a base with an adapter; nothing is written yet.
 
-    `stated` is what the adapter calls the base where that is not the base's name here.
+    `stated` is the base's name as recorded in the adapter, if it differs from the name of the base's folder.
     """
     adapter = open_adapter(folder, source.tensors)
     names = {source.root.absolute().name, source.root.absolute().parent.name}
@@ -125,7 +125,7 @@ def prepare_added(
         wanted = BY_NAME[request.dtype]
         tensors = {name: Logical(name, t.shape, wanted, t.regions, t.replicas) for name, t in source.tensors.items()}
     widest = max(rows_and_columns(tensor.shape)[1] for tensor in tensors.values())
-    # A thread holds its band, that of the base, one tile in float64, and A.
+    # A thread holds its band, the base's band, one tile in float64, and A.
     own = request.threads * (max(_TILE, widest) * _BUFFERS + adapter.rank * widest * 8)
     band, threads = memory_plan(request.max_ram - own, request.threads, casting=True)
     plain = dataclasses.replace(request, dtype=None, band=band, threads=threads)
@@ -148,6 +148,6 @@ def _facts(adapter: Adapter) -> dict[str, Any]:
 
 
 def _identity(whole: str, adapter: Adapter) -> str:
-    """Identifies the job down to the adapter's files as they are on disk now, for --resume and --shard."""
+    """Identifies the job, including the adapter's files as they are on disk now, for --resume and --shard."""
     stamps = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in adapter.files]
     return hashlib.sha256(json.dumps([whole, stamps]).encode()).hexdigest()

@@ -34,13 +34,13 @@ if TYPE_CHECKING:
     from ..stream.optimizer import StateCopy
 
 WRITTEN_BY = "tools/convert_hf"
-PADDING = 128  # GPT-NeoX's default for make_vocab_size_divisible_by, used where the vocabulary has to be padded
+PADDING = 128  # GPT-NeoX's default for make_vocab_size_divisible_by, used if the vocabulary has to be padded
 DEFAULT_SHARD_SIZE = 5_000_000_000
 _MEMORY_BASE = 48 << 20  # interpreter and tables
-_MEMORY_TORCH = 256 << 20  # more, once torch is imported for a cast
+_MEMORY_TORCH = 256 << 20  # added once torch is imported for a cast
 _LARGEST_BAND = 4 << 20  # larger ones leave the cache between reading, checksum and writing
 _SMALLEST_BAND = 256 << 10
-_MEMORY_NUMPY = 32 << 20  # more, once numpy is imported for optimizer states
+_MEMORY_NUMPY = 32 << 20  # added once numpy is imported for optimizer states
 _OF_THE_RUN = ("consumed_samples", "precision", "optimizer", "data", "config", "train_batch_size")
 
 
@@ -57,12 +57,12 @@ class ConversionRequest:
     trained_settings: bool = False  # to-hf: write the training run's epsilon and rotary settings into config.json
     resume: bool = False
     force: bool = False
-    band: int | None = None  # bytes of a band; None: what max_ram allows
+    band: int | None = None  # bytes of a band; None: as large as max_ram allows
 
 
 @dataclass
 class StateRequest:
-    """That the optimizer's state goes with the weights, for `pp` stages and `dp` replicas (None: as they are)."""
+    """Request to convert the optimizer state too, for `pp` stages and `dp` replicas (None: unchanged)."""
 
     pp: int | None = None
     dp: int | None = None
@@ -77,7 +77,7 @@ def prepare_neox(
 ) -> OutputFolder:
     """Plan pipeline layer files for `tp` ranks from a checkpoint of any kind; nothing is written yet.
 
-    With `states` the optimizer files of a training checkpoint are planned, too.
+    With `states`, the optimizer files of a training checkpoint are planned as well.
     """
     if divisible_by is None:
         divisible_by = source.divisible_by or (1 if tp > 0 and source.shape.vocab_size % tp == 0 else PADDING)
@@ -116,12 +116,12 @@ def prepare_neox(
         "shape": dataclasses.asdict(shape),
         "config": {key: value for key, value in keys.items() if value is not None},
     }
-    # What a run that goes on from here compares itself with.
+    # A run that continues from this checkpoint compares its configuration with these.
     provenance |= {key: source.provenance[key] for key in ("data", "facts") if key in source.provenance}
     if states is not None:
         optimizer = _states(source, TensorSplit(shape, tp), request, states)
         layout |= {"pp": optimizer.pp, "dp": optimizer.dp}
-        # What a run that goes on from it compares itself with.
+        # A run that continues from this checkpoint compares its configuration with these.
         provenance |= {key: source.provenance[key] for key in _OF_THE_RUN if key in source.provenance}
     for rank in range(tp * layout.get("pp", 1)):
         name = f"mp_rank_{rank:02d}_model_states"
@@ -141,8 +141,8 @@ def _states(source: Checkpoint, split: TensorSplit, request: ConversionRequest, 
 
     if request.dtype is not None:
         raise ConvertError(
-            "--optimizer and --dtype cannot go together: optimizer states belong to weights of the type they were "
-            "trained in; leave one of them out"
+            "--optimizer and --dtype cannot go together: optimizer states belong to weights in the type "
+            "they were trained in; leave one of them out"
         )
     found = open_optimizer(source)
     saved = source.provenance["layout"]
@@ -151,7 +151,9 @@ def _states(source: Checkpoint, split: TensorSplit, request: ConversionRequest, 
     for option, size, most in (("--pp", pp, split.shape.num_layers), ("--dp", dp, None)):
         if size < 1 or (most is not None and size > most):
             raise ConvertError(f"{option} is {size}; expected 1 to {most or 'any number of replicas'}")
-    threads = min(request.threads, os.cpu_count() or 1)  # each block is summed twice: more of them wait for a core
+    threads = min(
+        request.threads, os.cpu_count() or 1
+    )  # each block is checksummed twice: more threads would wait for a core
     least = _MEMORY_BASE + _MEMORY_NUMPY + 2 * (threads + 2) * block_bytes()
     cached = (request.max_ram - least) // block_bytes() + threads
     if cached < threads:
@@ -177,7 +179,7 @@ def prepare_hf(source: Checkpoint, shard_size: int | None, request: ConversionRe
     """Plan a Hugging Face folder from a checkpoint of any kind; nothing is written yet."""
     if source.config is None or source.config_text is None:
         raise ConvertError(
-            f"{source.root} has no config.json with it (GPT-NeoX does not keep one), and none is invented; "
+            f"{source.root} has no config.json (GPT-NeoX does not keep one), and none is made up; "
             f"give the folder that the model came from: --hf-source HF_DIR"
         )
     if source.shape.tied != source.config.tied:
@@ -221,7 +223,7 @@ def prepare_hf(source: Checkpoint, shard_size: int | None, request: ConversionRe
 
 
 def execute(output: OutputFolder, progress: Callable[[int], None]) -> bool:
-    """Check that the output can be written, then write it; False if other shares are still to be done."""
+    """Check that the output can be written, then write it; False if other shares are not finished."""
     output.check()
     return output.write(progress)
 
@@ -255,7 +257,7 @@ def _output(
 
 
 def _side_files(source: Checkpoint) -> tuple[dict[str, Path], list[str]]:
-    """`side_files` of the checkpoint's folder of them; a training on images has none."""
+    """`side_files` of the checkpoint's side folder; a model trained on images has none."""
     return ({}, []) if source.side_folder is None else side_files(source.side_folder)
 
 
@@ -265,7 +267,7 @@ def _is_weight_file(name: str) -> bool:
 
 def memory_plan(max_ram: int, threads: int, casting: bool) -> tuple[int, int]:
     """(bytes of a band, threads) that keep anonymous memory under `max_ram` bytes."""
-    # A cast holds its band, the result (up to twice as large) and what is being checked.
+    # A cast holds its band, the result (up to twice as large) and the part being checked.
     factor = 4 if casting else 1
     budget = max_ram - _MEMORY_BASE - (_MEMORY_TORCH if casting else 0)
     for count in range(max(threads, 1), 0, -1):
@@ -290,7 +292,7 @@ def _dtype_of(source: Checkpoint, wanted: str | None) -> Callable[[str], DType]:
 def _meta(
     shape: LlamaShape, layout: Mapping[str, int], divisible_by: int, iteration: int, position: dict[str, Any]
 ) -> dict[str, Any]:
-    """What DeepSpeed expects beside the layer files. `module` must be None for a pipeline to read layer files."""
+    """The meta file that DeepSpeed expects next to layer files. A pipeline reads those only if `module` is None."""
     tp = layout["tp"]
     arguments = {
         "num_layers": shape.num_layers,
@@ -336,7 +338,7 @@ def _provenance(source: Checkpoint, request: ConversionRequest) -> dict[str, Any
 
 
 def _config(source: Checkpoint, request: ConversionRequest, types: set[str]) -> bytes:
-    """config.json byte for byte, unless the type of the weights or (if asked) the trained settings differ from it."""
+    """config.json byte for byte, unless the weights' type or (if requested) the trained settings differ from it."""
     assert source.config_text is not None
     assert source.config is not None
     before = json.loads(source.config_text)

@@ -1,4 +1,4 @@
-"""`inspect`: what a folder holds, from headers alone."""
+"""`inspect`: the contents of a checkpoint folder, from headers alone."""
 
 from __future__ import annotations
 

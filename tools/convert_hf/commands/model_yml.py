@@ -1,4 +1,4 @@
-"""`model.yml`: the model part of a training configuration, derived from `config.json` so that nobody types it."""
+"""`model.yml`: the model part of a training configuration, derived from `config.json` so that nobody has to type it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..sources.llama_config import LlamaConfig
 
 
 def model_keys(config: LlamaConfig, divisible_by: int) -> dict[str, Any]:
-    """The NeoX keys that describe the model; None for a key that is left out."""
+    """The NeoX keys that describe the model; keys whose value is None are omitted."""
     text = {
         "vocab_size": config.vocab_size,
         "make_vocab_size_divisible_by": divisible_by,
@@ -38,7 +38,7 @@ def model_keys(config: LlamaConfig, divisible_by: int) -> dict[str, Any]:
 
 
 def model_yml(keys: dict[str, Any], tokenizer: tuple[str, Path] | None) -> str:
-    """The YAML text. `tokenizer` is its type and the file that will hold it, None if the source has none."""
+    """The YAML text. `tokenizer` is its type and file, None if the source has no tokenizer."""
     if tokenizer:
         keys = keys | {"tokenizer_type": tokenizer[0], "vocab_file": str(tokenizer[1])}
     lines = ["# The model, as its config.json describes it. Use it with your run's own files:", "#"]
@@ -61,7 +61,7 @@ def _scalar(value: Any) -> str:
         return "true" if value else "false"
     if isinstance(value, float):
         text = repr(value)
-        # YAML 1.1 reads 1e-05 as a string: it wants a point in the mantissa.
+        # YAML 1.1 reads 1e-05 as a string: the mantissa needs a decimal point.
         return text if "e" not in text or "." in text else text.replace("e", ".0e")
     if isinstance(value, list):
         return f"[{', '.join(map(_scalar, value))}]"

@@ -1,6 +1,6 @@
-"""`inspect --serving`: whether vLLM, SGLang and llama.cpp find what they need in an exported folder.
+"""`inspect --serving`: whether an exported folder has what vLLM, SGLang and llama.cpp need.
 
-Nothing is loaded and no server is needed. Facts of the three programs are stated in docs/serving.md.
+No weights are loaded and no server is needed. docs/serving.md states what each program requires.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Verdict = Literal["ok", "warning", "missing"]
 
 @dataclass(frozen=True)
 class ServingCheck:
-    """One fact about a folder: what was looked at, how it is, and what to do about it."""
+    """One check of a folder: what was checked, its verdict, and what to do about it."""
 
     what: str
     verdict: Verdict
@@ -67,7 +67,7 @@ def _json(path: Path, needed: bool = False) -> dict[str, Any]:
     except FileNotFoundError:
         if needed:
             raise ConvertError(
-                f"{path} is missing; --serving checks a Hugging Face folder, export one by to-hf"
+                f"{path} is missing; --serving checks a Hugging Face folder, export one with to-hf"
             ) from None
         return {}
     except ValueError as error:
@@ -106,18 +106,18 @@ def _numbers(config: dict[str, Any]) -> ServingCheck:
 
 
 def _rotary(config: dict[str, Any]) -> ServingCheck:
-    """Programs of before transformers 5 read rope_theta and rope_scaling, later ones rope_parameters as well."""
+    """Programs written before transformers 5 read rope_theta and rope_scaling, later ones also rope_parameters."""
     old, new = config.get("rope_theta"), config.get("rope_parameters")
     if old is None and not isinstance(new, dict):
-        return ServingCheck("rotary", "missing", "neither rope_theta nor rope_parameters: 10000 would be taken")
+        return ServingCheck("rotary", "missing", "neither rope_theta nor rope_parameters: servers assume 10000")
     scaling = config.get("rope_scaling") if old is not None else new
     kind = (scaling or {}).get("rope_type") or (scaling or {}).get("type") or "default"
     if old is None:
         return ServingCheck(
             "rotary",
             "warning",
-            f"only rope_parameters ({kind}), which programs of before transformers 5 do not read: they take base 10000 "
-            "without scaling. Write rope_theta and rope_scaling as well",
+            f"only rope_parameters ({kind}), which programs written before transformers 5 do not read: they assume "
+            "base 10000 without scaling. Write rope_theta and rope_scaling as well",
         )
     if isinstance(new, dict) and new.get("rope_theta", old) != old:
         return ServingCheck("rotary", "missing", f"rope_theta {old:g} and rope_parameters contradict each other")
@@ -155,14 +155,14 @@ def _chat_template(template: str | None, special: dict[str, int]) -> ServingChec
     if template is not None:
         return ServingCheck("chat template", "ok", f"{len(template)} characters")
     verdict: Verdict = "warning"
-    text = "none: /v1/chat/completions is refused; right for a base model, wrong for a chat model"
+    text = "none: servers reject /v1/chat/completions; right for a base model, wrong for a chat model"
     return ServingCheck("chat template", verdict, text)
 
 
 def _stops(
     config: dict[str, Any], generation: dict[str, Any], special: dict[str, int], *, has_template: bool
 ) -> ServingCheck:
-    """A chat model that is told the base model's end token never stops: it has learned the end of a turn."""
+    """A chat model served with the base model's end token never stops: it has learned to end turns, not documents."""
     where = "generation_config.json" if "eos_token_id" in generation else "config.json"
     found = generation.get("eos_token_id", config.get("eos_token_id"))
     stops = set(found if isinstance(found, list) else [] if found is None else [found])

@@ -1,4 +1,4 @@
-"""What `--plan` prints: sources, targets and bytes of a whole job."""
+"""The output of `--plan`: sources, targets and bytes of a whole job."""
 
 from __future__ import annotations
 

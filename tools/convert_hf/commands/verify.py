@@ -1,4 +1,4 @@
-"""`verify`: settings, tensors and, with --forward, activations of two checkpoints; what differs first, and why."""
+"""`verify`: settings, tensors and, with --forward, activations of two checkpoints: what differs first, and why."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def verify(
     images = [checkpoint for checkpoint in (one, two) if checkpoint.shape.modality == PATCHES]
     if forward and images:
         raise ConvertError(
-            f"--forward runs a model of text, and {images[0].root} is one of images; without it all tensors and "
-            f"settings are compared"
+            f"--forward supports text models only, and {images[0].root} is an image model; without --forward all "
+            f"tensors and settings are compared"
         )
     settings, setting_causes, unknown = _settings(one, two)
     differences = compare(one, two, band, threads, progress)
@@ -63,22 +63,22 @@ def verify(
 
 def verification_band(max_ram: int, threads: int) -> int:
     """Bytes of a band so that reading two checkpoints with `threads` threads stays under `max_ram` bytes."""
-    # Each thread holds a band of both, the second perhaps in a type twice as wide, and a few MB where they differ.
+    # Each thread holds a band of both, the second possibly in a type twice as wide, and a few MB where they differ.
     budget = max_ram - (320 << 20) - threads * (8 << 20)
     return max(256 << 10, min(4 << 20, budget // (threads * 4)))
 
 
 def _settings(one: Checkpoint, two: Checkpoint) -> tuple[list[str], list[str], list[str]]:
-    """(differing settings, causes, remarks)."""
+    """Differing settings, their causes, and remarks."""
     a, b = one.run_settings(), two.run_settings()
     if a is None or b is None:
         missing = (one if a is None else two).root
-        return [], [], [f"nothing beside {missing} gives its epsilon and rotary settings: they are not compared"]
+        return [], [], [f"no file at {missing} gives its epsilon and rotary settings: they are not compared"]
     lines, causes = [], []
     patches = [checkpoint.config.patches if checkpoint.config else None for checkpoint in (one, two)]
     if patches[0] != patches[1] and None not in patches:
         lines.append(f"patches: {json.dumps(patches[0])} in {a.origin}, {json.dumps(patches[1])} in {b.origin}")
-        causes.append("images are cut, ordered or scaled differently")
+        causes.append("images are cut into patches, ordered or scaled differently")
     for key, first, second in a.differences(b):
         lines.append(f"{key}: {json.dumps(first)} in {a.origin}, {json.dumps(second)} in {b.origin}")
         if key == "rope_scaling" and (first is None or second is None):
@@ -107,12 +107,12 @@ def _forward(
     device: str,
     band: int,
 ) -> tuple[list[str], bool]:
-    """(lines, whether a layer diverges beyond the tolerance)."""
+    """The lines to print, and whether a layer diverges beyond the tolerance."""
     from ..verify.forward import compare_forward, default_tokens, read_tokens
 
     vocabulary = min(one.shape.vocab_size, two.shape.vocab_size)
     ids = list(read_tokens(tokens.read_text())) if tokens else default_tokens(vocabulary)
-    # A band is held as stored and once more in fp32, twice over while the next one is read.
+    # A band is held as stored and in fp32, and both again while the next band is read.
     report = compare_forward(one, two, ids, band // 4, tolerance, device)
     lines = [f"forward pass of {len(ids)} tokens", f"  {'':<12}{'max abs':>12}{'relative':>12}"]
     lines += [f"  {r.name:<12}{r.max_abs:>12.3g}{r.relative:>12.3g}" for r in report.layers]

@@ -1,4 +1,4 @@
-"""Element types under their three names: torch's (used everywhere here), safetensors' and the torch storage class."""
+"""Element types and their three names: torch's (used throughout), safetensors' and the torch storage class."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 class DType:
     name: str  # torch's name without the prefix
     safetensors: str
-    storage: str  # class of torch that a pickle names
+    storage: str  # torch class that a pickle names
     itemsize: int
 
 
@@ -29,5 +29,5 @@ BY_NAME = {d.name: d for d in _ALL}
 BY_SAFETENSORS = {d.safetensors: d for d in _ALL}
 BY_STORAGE = {d.storage: d for d in _ALL}
 
-WEIGHT_DTYPES = ("bfloat16", "float16", "float32")  # what a Llama may be stored in
+WEIGHT_DTYPES = ("bfloat16", "float16", "float32")  # types that a Llama may be stored in
 ALIASES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"} | {n: n for n in WEIGHT_DTYPES}

@@ -1,8 +1,8 @@
 """Pickles as data: a reader that cannot run code and a writer for a dict of tensors. Neither imports torch.
 
 The reader is a small interpreter of the opcodes that `torch.save` uses. A GLOBAL becomes a `Name`, never an import;
-only the names below may be applied, and applying one builds a description. Anything else is refused by name, so a
-pickle that carries code is an error and not an event.
+only the names below may be called, and a call builds a description. Anything else is rejected by name, so a pickle
+that carries code raises an error and executes nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MAX_STEPS = 5_000_000  # opcodes; a real state dict of a 405B model has fewer th
 
 @dataclass(frozen=True)
 class Name:
-    """A global that a pickle names; it is never looked up."""
+    """A global named by a pickle; it is never looked up."""
 
     module: str
     name: str
@@ -32,7 +32,7 @@ class Name:
 
 @dataclass(frozen=True)
 class Storage:
-    """Bytes of a torch file: record `data/{key}`, `numel` elements."""
+    """Storage of a torch file: record `data/{key}`, `numel` elements."""
 
     key: str
     dtype: DType
@@ -51,13 +51,13 @@ class TensorView:
 
 @dataclass
 class Inert:
-    """An object of a class that is not needed here (random state, arguments, ...): kept closed, never built."""
+    """An object of a class that the converter does not need (random state, arguments, ...): never constructed."""
 
     kind: Name
     state: Any = field(default=None, repr=False)
 
 
-# Classes that meta files of DeepSpeed and GPT-NeoX may hold beside tensors; they stay `Inert`.
+# Classes that meta files of DeepSpeed and GPT-NeoX may hold in addition to tensors; they stay `Inert`.
 _INERT_MODULES = ("numpy", "argparse", "deepspeed", "megatron", "_codecs", "torch")
 _INERT_NAMES = {
     Name("__builtin__", "set"),
@@ -73,10 +73,10 @@ _MARK = object()
 
 
 def read_pickle(data: bytes, where: str, inert: bool = False) -> Any:
-    """The object of a pickle, with `TensorView` for tensors; ConvertError names `where`.
+    """The object of a pickle, with `TensorView` for tensors. ConvertError names `where`.
 
-    With `inert`, objects of the classes that training frameworks store beside weights become `Inert`; without it the
-    pickle may hold containers, numbers, strings and tensors only.
+    With `inert`, objects of the classes that training frameworks store alongside weights become `Inert`; without it
+    the pickle may hold only containers, numbers, strings and tensors.
     """
     try:
         return _Reader(data, where, inert).run()
@@ -255,7 +255,7 @@ class _Reader:
             return name
         raise ConvertError(
             f"{self.where} names {name}, which is not data: a weight file must hold tensors only. "
-            f"Nothing of it was run; take the file from a source that you trust, as safetensors if there is one"
+            f"No code was run; get the file from a source that you trust, as safetensors if available"
         )
 
     def storage(self, identifier: Any) -> Storage:
@@ -285,11 +285,11 @@ class _Reader:
             return arguments[0]
         if self.inert and isinstance(function, Name):
             return Inert(function)
-        raise ConvertError(f"{self.where} applies {function}, which is not data; nothing of it was run")
+        raise ConvertError(f"{self.where} calls {function}, which is not data; no code was run")
 
 
 def tensors_pickle(tensors: list[tuple[str, DType, Shape]]) -> bytes:
-    """Pickle of a flat dict name -> tensor, tensor i being the whole of record `data/{i}`."""
+    """Pickle of a flat dict name -> tensor, where tensor i is the whole of record `data/{i}`."""
     out = bytearray(b"\x80\x02}(")
     for key, (name, dtype, shape) in enumerate(tensors):
         numel, stride = 1, []

@@ -1,7 +1,8 @@
-"""The safetensors format, read strictly and laid out for writing, without loading a tensor.
+"""The safetensors format: strict reading of headers and layout of new files, without loading a tensor.
 
-A file is: u64 length of the header, little-endian; the header, JSON; the data. Every header entry gives dtype, shape
-and the half-open byte range of one tensor within the data; ranges must cover the data without holes or overlaps.
+A file consists of the header's length (u64, little-endian), the header (JSON) and the data. Every header entry gives
+dtype, shape and the half-open byte range of one tensor within the data; ranges must cover the data without gaps or
+overlaps.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_json(text: str | bytes, where: str) -> Any:
-    """JSON with duplicate names refused; ConvertError that names `where`."""
+    """Parse JSON and reject duplicate names; ConvertError names `where`."""
     try:
         return json.loads(text, object_pairs_hook=_unique)
     except ConvertError as error:
@@ -47,7 +48,7 @@ def is_size(value: object) -> bool:
 
 
 def read_safetensors_header(path: Path) -> dict[str, Stored]:
-    """Every tensor of a safetensors file by name. ConvertError if any part of the header does not hold together."""
+    """Every tensor of a safetensors file by name. ConvertError if the header is inconsistent."""
     try:
         with open(path, "rb") as file:
             total = os.fstat(file.fileno()).st_size
@@ -73,7 +74,7 @@ def read_safetensors_header(path: Path) -> dict[str, Stored]:
     position = start
     for stored in sorted(tensors.values(), key=lambda s: (s.offset, s.nbytes)):
         if stored.offset != position:
-            kind = "overlaps its neighbour" if stored.offset < position else "leaves a hole before it"
+            kind = "overlaps its neighbor" if stored.offset < position else "leaves a gap before it"
             raise ConvertError(f"{path}: tensor {stored.name} {kind}; the file is corrupt, copy it again")
         position += stored.nbytes
     if position != total:
@@ -105,7 +106,7 @@ def _entry(path: Path, name: str, entry: Any, start: int, total: int) -> Stored:
 def file_layout(tensors: Iterable[tuple[str, DType, Shape]]) -> tuple[bytes, dict[str, int], int]:
     """Header bytes, byte offset of each tensor and total size of a file with these tensors in this order.
 
-    The data begin at a multiple of 64 bytes; metadata is `{"format": "pt"}`, which older `transformers` insist on.
+    The data begin at a multiple of 64 bytes; metadata is `{"format": "pt"}`, which older `transformers` require.
     """
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offsets, position = {}, 0

@@ -1,4 +1,4 @@
-"""Where one tensor's bytes lie in a file, whatever the file's format."""
+"""The location of one tensor's bytes in a file of any format."""
 
 from __future__ import annotations
 

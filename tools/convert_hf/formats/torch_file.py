@@ -2,7 +2,7 @@
 
 Records are stored without compression, payloads at multiples of 64 bytes: `data.pkl` (the object), `data/0`,
 `data/1`, ... (storages) and a few one-line records. Files are laid out with their final size first and filled in any
-order; CRCs come last, from the CRC of each storage, so every tool that checks them finds them right.
+order; CRCs come last, from the CRC of each storage, so tools that check them accept the file.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ _LIMIT = 0xFFFFFFFF
 MAX_PICKLE = 256_000_000
 _LOCAL = struct.Struct("<4s5H3I2H")
 _CENTRAL = struct.Struct("<4s6H3I5H2I")
-_DATE = (1 << 5) | 1  # 1980-01-01: files of equal content are equal
+_DATE = (1 << 5) | 1  # 1980-01-01, so that files with equal content are equal
 
 
 @dataclass
 class TorchFile:
-    """A torch file opened without loading: its object (tensors as `TensorView`) and its records."""
+    """A torch file opened without loading its tensors: its object (with `TensorView`) and its records."""
 
     path: Path
     value: Any
     records: dict[str, tuple[int, int]] = field(repr=False)  # name without prefix -> (offset of payload, bytes)
 
     def stored(self, name: str, view: TensorView) -> Stored:
-        """Where the bytes of `view` are; ConvertError if it is not contiguous or lies outside of its storage."""
+        """Location of the bytes of `view`; ConvertError if it is not contiguous or lies outside its storage."""
         where = f"{self.path}: tensor {name}"
         key = f"data/{view.storage.key}"
         if key not in self.records:
@@ -55,13 +55,13 @@ class TorchFile:
                 raise ConvertError(f"{where} is not contiguous (shape {view.shape}, stride {view.stride})")
             expected *= length
         if view.offset + math.prod(view.shape) > view.storage.numel:
-            raise ConvertError(f"{where} lies outside of its storage")
+            raise ConvertError(f"{where} lies outside its storage")
         return Stored(self.path, name, offset + view.offset * dtype.itemsize, dtype, view.shape)
 
     def tensors(self) -> dict[str, Stored]:
-        """Every tensor of a file that holds a flat dict of tensors; entries that are None are left out.
+        """Every tensor of a file that holds a flat dict of tensors; entries that are None are skipped.
 
-        ConvertError if it holds anything else, or a tensor is not contiguous.
+        ConvertError if the file holds anything else, or if a tensor is not contiguous.
         """
         if not isinstance(self.value, dict):
             raise ConvertError(f"{self.path} holds a {type(self.value).__name__}, not a dict of tensors")
@@ -72,9 +72,9 @@ class TorchFile:
 
 
 def open_torch(path: Path, inert: bool = False) -> TorchFile:
-    """Read the directory and the pickle of a torch file; ConvertError if either is not sound. No code can run.
+    """Read the directory and the pickle of a torch file; ConvertError if either is damaged. No code can run.
 
-    `inert` admits objects other than tensors, closed (see `read_pickle`).
+    `inert` admits objects other than tensors without building them (see `read_pickle`).
     """
     try:
         with open(path, "rb") as file:
@@ -86,7 +86,7 @@ def open_torch(path: Path, inert: bool = False) -> TorchFile:
                     raise ConvertError(f"{path}: a record appears twice; the file is corrupt")
                 pickles = [n for n in names if n.count("/") == 1 and n.endswith("/data.pkl")]
                 if len(pickles) != 1:
-                    raise ConvertError(f"{path} is a zip file without exactly one data.pkl: not a torch file")
+                    raise ConvertError(f"{path} is a zip file without exactly one data.pkl, so it is not a torch file")
                 prefix = pickles[0][: -len("data.pkl")]
                 records = {}
                 for info in infos:
@@ -108,7 +108,9 @@ def open_torch(path: Path, inert: bool = False) -> TorchFile:
             f"{path} is truncated, or not a torch file of torch 1.6 or newer ({error}); copy or save it again"
         ) from None
     if order not in (None, b"little"):
-        raise ConvertError(f"{path} was written on a machine with byte order {order!r}; only little is supported")
+        raise ConvertError(
+            f"{path} was written on a machine with byte order {order!r}; only little-endian is supported"
+        )
     return TorchFile(path, read_pickle(data, f"{path}: data.pkl", inert), records)
 
 
@@ -140,7 +142,7 @@ def _payload(path: Path, file: BinaryIO, info: zipfile.ZipInfo, total: int) -> t
 class _Record:
     name: str
     size: int
-    crc: int | None  # None until the data are known
+    crc: int | None  # None until the data are written
     header: int = 0
     payload: int = 0
 
@@ -166,7 +168,7 @@ class TorchLayout:
             _Record(f"data/{key}", math.prod(shape) * dtype.itemsize, None)
             for key, (_, dtype, shape) in enumerate(tensors)
         ]
-        self._records[-1:-1] = storages  # `version` stands last
+        self._records[-1:-1] = storages  # `version` comes last
         position = 0
         for record in self._records:
             record.header = position
@@ -181,7 +183,7 @@ class TorchLayout:
         return f"{self.stem}/{record.name}".encode()
 
     def blocks(self, crcs: dict[str, int]) -> list[tuple[int, bytes]]:
-        """(offset, bytes) of headers, small records and directory, given the CRC-32 of each tensor's bytes."""
+        """Offset and bytes of the headers, small records and directory, given the CRC-32 of each tensor's bytes."""
         result = []
         pending = [crcs[name] for name in self.names]
         values = iter(pending)

@@ -1,8 +1,8 @@
 """LoRA adapters in peft's format, added to the weights of their base: W + (alpha / r) B A.
 
-Only what `adapter_config.json` says in full is understood (`megatron.layout.peft_folder`). The product is summed over
-the rank in order, element by element, so that its bits do not depend on how many rows are computed at a time, as a
-matrix product's do.
+An `adapter_config.json` must be understood in full (`megatron.layout.peft_folder`). The product is summed over the
+rank in order, element by element, so that, unlike those of a matrix product, its bits do not depend on how many rows
+are computed at a time.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ class StoredFactors:
 
 @dataclass
 class Adapter:
-    """An opened adapter: `factors` by the Hugging Face name of the weight they change."""
+    """An opened adapter: `factors`, keyed by the Hugging Face name of the weight they modify."""
 
     root: Path
-    base_name: str | None  # what it says it was trained on
+    base_name: str | None  # the base recorded in its configuration
     factors: dict[str, StoredFactors]
     _held: threading.local = field(default_factory=threading.local, repr=False)
 
@@ -71,7 +71,7 @@ class Adapter:
         rows.add_(delta.mul_(factors.scale))
 
     def _a(self, pool: FilePool, name: str, factors: StoredFactors, dtype: torch.dtype) -> Tensor:
-        """The factor A of a weight, which this thread keeps until it asks for another."""
+        """Factor A of a weight, cached per thread until another weight is requested."""
         held: tuple[str, Tensor] | None = self._held.__dict__.get("a")
         if held is None or held[0] != name:
             held = (name, _read(pool, factors.a, 0, factors.rank).to(dtype))
@@ -86,9 +86,9 @@ def _read(pool: FilePool, tensor: Logical, start: int, stop: int) -> Tensor:
 
 
 def open_adapter(path: Path, tensors: dict[str, Logical]) -> Adapter:
-    """Read the headers of an adapter for a model with these `tensors`; ConvertError says what does not fit.
+    """Read the headers of an adapter for a model with these `tensors`; ConvertError states what does not fit.
 
-    `path` is a folder of peft, or the checkpoints of a LoRA run.
+    `path` is a peft folder, or the checkpoint folder of a LoRA run.
     """
     path = adapter_folder(path) or path
     for name in (CONFIG, WEIGHTS):
@@ -103,7 +103,9 @@ def open_adapter(path: Path, tensors: dict[str, Logical]) -> Adapter:
     for key, tensor in read_safetensors_header(path / WEIGHTS).items():
         factor = factor_of(key)
         if factor is None:
-            raise ConvertError(f"{path / WEIGHTS}: {key} is not a factor of a linear layer; only plain LoRA is read")
+            raise ConvertError(
+                f"{path / WEIGHTS}: {key} is not a factor of a linear layer; only plain LoRA is supported"
+            )
         stored.setdefault(factor[0] + ".weight", {})[factor[1]] = tensor
     if not stored:
         raise ConvertError(f"{path / WEIGHTS} holds no factors")
@@ -119,11 +121,11 @@ def _factors(
     if set(pair) != {"A", "B"}:
         raise ConvertError(f"{where} has only one of its two factors")
     if name not in tensors:
-        raise ConvertError(f"{where} is not a tensor of the model it is added to; this is an adapter of another base")
+        raise ConvertError(f"{where} is not a tensor of the model it is added to; the adapter belongs to another base")
     a, b, shape = pair["A"], pair["B"], tensors[name].shape
     if len(a.shape) != 2 or len(b.shape) != 2 or (b.shape[0], a.shape[1]) != shape or a.shape[0] != b.shape[1]:
         raise ConvertError(
-            f"{where}: factors {list(b.shape)} and {list(a.shape)} do not make {list(shape)}; this is an adapter of "
+            f"{where}: factors {list(b.shape)} and {list(a.shape)} do not make {list(shape)}; the adapter belongs to "
             f"another base"
         )
     for factor in (a, b):
@@ -141,15 +143,15 @@ def _logical(stored: Stored) -> Logical:
 
 
 def check_base(adapter: Adapter, base: str, names: set[str], stated: str | None, advice: str) -> None:
-    """An adapter names its base; shapes cannot tell a base from another model of its size.
+    """Check the base recorded in an adapter, because shapes cannot distinguish models of the same size.
 
-    ConvertError with `advice` unless that is one of `names`, or `stated`. `base` is what it is to be added to.
+    ConvertError with `advice` unless it is one of `names`, or `stated`. `base` is the model the adapter is added to.
     """
     if adapter.base_name is None:
         return
     named = adapter.base_name.rstrip("/").rsplit("/", 1)[-1]
     if named not in names and stated != adapter.base_name:
         raise ConvertError(
-            f"the adapter {adapter.root} says that it was trained on {adapter.base_name!r}, it would be added to "
+            f"the adapter {adapter.root} was trained on {adapter.base_name!r}, but would be added to "
             f"{base}. If that is the same model, {advice.format(name=adapter.base_name)}"
         )

@@ -1,8 +1,8 @@
 """The chat format of a fine-tuned model, from the data it was trained on to the files of a Hugging Face folder.
 
-The manifest of a training checkpoint records, for every source of conversations, the template that wrote them and the
-tokens that end a turn. A base model's own files end a document, and have no template or another one: text from a
-fine-tuned model would not stop.
+The manifest of a training checkpoint records, for every source of conversations, the template that formatted them and
+the tokens that end a turn. The files of a base model end generation at the end of a document, and have no template or a
+different one: with them, a fine-tuned model would not stop generating.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _GENERATION, _TOKENIZER, _MAP, _TEMPLATE = (
 
 @dataclass(frozen=True)
 class TrainedChat:
-    """`template` is Jinja text, None where the data had several by name; `end_of_turn` are tokens by name."""
+    """`template` is Jinja text, None if the data used several by name; `end_of_turn` maps token names to ids."""
 
     template: str | None
     end_of_turn: Mapping[str, int]
 
 
 def trained_chat(provenance: Mapping[str, Any]) -> TrainedChat | None:
-    """What a checkpoint was fine-tuned on; None without conversations. Raises ConvertError if sources disagree."""
+    """The chat format a checkpoint was fine-tuned on; None without conversations. ConvertError if sources differ."""
     data = provenance.get("data")
     found: dict[str, TrainedChat] = {}
     if isinstance(data, Mapping):
@@ -47,15 +47,15 @@ def trained_chat(provenance: Mapping[str, Any]) -> TrainedChat | None:
     first = next(iter(found.values()))
     if any(chat != first for chat in found.values()):
         raise ConvertError(
-            f"the checkpoint was trained on conversations of different chat templates: {', '.join(found)}; "
-            f"preprocess them with one, or export with --base-chat, which keeps the files of the base model"
+            f"the checkpoint was trained on conversations with different chat templates: {', '.join(found)}; "
+            f"preprocess them with one template, or export with --base-chat to keep the files of the base model"
         )
     return first
 
 
 def _trained_on(provenance: Mapping[str, Any]) -> set[str] | None:
-    """Last parts of the training sources' paths, None if no configuration says. A converted checkpoint has the
-    configuration of its training in the provenance of its source."""
+    """Last parts of the training sources' paths, None if no configuration is recorded. A converted checkpoint has its
+    training configuration in the provenance of its source."""
     config, earlier = provenance.get("config"), provenance.get("source_provenance")
     paths = config.get("train_data_paths") if isinstance(config, Mapping) else None
     if not isinstance(paths, list):
@@ -66,12 +66,10 @@ def _trained_on(provenance: Mapping[str, Any]) -> set[str] | None:
 def put_chat(
     files: dict[str, bytes | Path], config: dict[str, Any], chat: TrainedChat, vocab_size: int
 ) -> tuple[dict[str, Any], list[str]]:
-    """Change `files` and return (config.json with its end tokens, notes that say what was changed)."""
+    """Change `files`; return config.json with the end tokens, and notes that report the changes."""
     outside = {name: index for name, index in chat.end_of_turn.items() if not 0 <= index < vocab_size}
     if outside:
-        raise ConvertError(
-            f"the end tokens {outside} of the conversations are outside of the vocabulary of {vocab_size}"
-        )
+        raise ConvertError(f"the end tokens {outside} of the conversations are outside the vocabulary of {vocab_size}")
     notes = []
     generation = _read(files, _GENERATION)
     ends = _ids(generation.get("eos_token_id", config.get("eos_token_id")))
@@ -80,7 +78,7 @@ def put_chat(
         ends = [*ends, *new]
         files[_GENERATION] = _json({**generation, "eos_token_id": ends})
         config = {**config, "eos_token_id": ends}
-        notes.append(f"generation ends at {', '.join(chat.end_of_turn)} as well (eos_token_id {ends})")
+        notes.append(f"generation also ends at {', '.join(chat.end_of_turn)} (eos_token_id {ends})")
     if chat.end_of_turn:
         end = next(iter(chat.end_of_turn))
         for name in (_TOKENIZER, _MAP):
@@ -92,7 +90,7 @@ def put_chat(
                     files[name] = _json(content)
                     notes.append(f"{name}: eos_token is {end}")
     if chat.template is None:
-        notes.append("the conversations followed several chat templates by name; the files of the base model are kept")
+        notes.append("the conversations used several named chat templates; the files of the base model are kept")
         return config, notes
     if _TOKENIZER in files:
         content = _read(files, _TOKENIZER)
@@ -101,7 +99,7 @@ def put_chat(
     for name in [name for name in files if name.startswith("additional_chat_templates/")]:
         del files[name]
     files[_TEMPLATE] = chat.template.encode()
-    notes.append(f"{_TEMPLATE} is the template of the conversations that the model was trained on")
+    notes.append(f"{_TEMPLATE} is the template of the training conversations")
     return config, notes
 
 

@@ -1,4 +1,4 @@
-"""An opened checkpoint of any kind: where every logical tensor's bytes are, and what its files say about the model."""
+"""An opened checkpoint of any kind: the location of every logical tensor's bytes, and the metadata of the model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .settings import Settings, settings_of_config
 
 @dataclass
 class OpenOptions:
-    """What the command line adds to a checkpoint's own description."""
+    """Command-line additions to a checkpoint's own description."""
 
     hf_source: Path | None = None  # folder whose config.json and side files describe a NeoX checkpoint
     given: dict[str, Any] = field(default_factory=dict)  # config fields stated with --set
@@ -26,9 +26,9 @@ class OpenOptions:
 
 @dataclass
 class Checkpoint:
-    """An opened checkpoint. `tensors` maps Hugging Face names to logical tensors, unpadded where that is known."""
+    """An opened checkpoint. `tensors` maps Hugging Face names to logical tensors, unpadded if the padding is known."""
 
-    packed_by_rank: ClassVar[bool] = False  # each tensor-parallel rank has files of its own, with packed tensors
+    packed_by_rank: ClassVar[bool] = False  # each tensor-parallel rank has its own files, with packed tensors
 
     root: Path  # the folder that holds the weight files
     kind: str
@@ -36,10 +36,10 @@ class Checkpoint:
     shape: LlamaShape
     config: LlamaConfig | None = None
     config_text: bytes | None = None  # config.json, byte for byte (or as derived from params.json)
-    side_folder: Path | None = None  # where tokenizer, licence, ... lie
+    side_folder: Path | None = None  # folder of tokenizer, license, ...
     tp: int = 1
     divisible_by: int | None = None
-    position: dict[str, Any] = field(default_factory=dict)  # where training stands, as a training checkpoint records it
+    position: dict[str, Any] = field(default_factory=dict)  # training position recorded in a training checkpoint
     given: dict[str, Any] = field(default_factory=dict)  # config fields stated with --set, now or at conversion
     notes: list[str] = field(default_factory=list)
     duplicates: list[tuple[Logical, Logical, str]] = field(default_factory=list)  # must be bit-equal
@@ -56,13 +56,13 @@ class Checkpoint:
         return f"{self.root} ({self.kind}{split}, {len(self.tensors)} tensors, {total:,} bytes)"
 
     def config_settings(self) -> Settings | None:
-        """Epsilon and rotary settings of config.json; None without one."""
+        """Epsilon and rotary settings of config.json; None if there is none."""
         if self.config is None or self.side_folder is None:
             return None
         return settings_of_config(self.config, str(self.side_folder / "config.json"))
 
     def run_settings(self) -> Settings | None:
-        """Epsilon and rotary settings that the checkpoint would be run with; None if no file gives them."""
+        """Epsilon and rotary settings to run the checkpoint with; None if no file gives them."""
         return self.config_settings()
 
 
@@ -71,10 +71,10 @@ class CheckpointSource(Protocol):
 
     expected: str  # the files that make such a folder, for error messages
 
-    def recognises(self, path: Path, names: list[str]) -> bool: ...
+    def recognizes(self, path: Path, names: list[str]) -> bool: ...
 
     def open(self, path: Path, names: list[str], options: OpenOptions) -> Checkpoint:
-        """Read headers only. ConvertError says what is missing or wrong."""
+        """Read headers only. ConvertError states what is missing or wrong."""
         ...
 
 
@@ -84,7 +84,7 @@ def check_shape(tensor_shape: tuple[int, ...], expected: tuple[int, ...], where:
 
 
 def check_duplicates(checkpoint: Checkpoint, chunk: int = 1 << 22) -> None:
-    """Compare what is stored several times, byte by byte; nothing is averaged, a difference stops."""
+    """Compare all copies of a tensor byte by byte; ConvertError if they differ, nothing is averaged."""
     pool = FilePool(os.O_RDONLY)
     try:
         for tensor in checkpoint.tensors.values():
@@ -93,7 +93,7 @@ def check_duplicates(checkpoint: Checkpoint, chunk: int = 1 << 22) -> None:
                 if not bit_equal(pool, tensor, other, chunk):
                     raise ConvertError(
                         f"{copy.name} differs between tensor-parallel ranks: {tensor.regions[0].stored.path} and "
-                        f"{copy.path}. It must be the same on all; a rank diverged in training, nothing is averaged"
+                        f"{copy.path}. It must be the same on all: a rank diverged in training. Nothing is averaged"
                     )
         for one, two, message in checkpoint.duplicates:
             if not bit_equal(pool, one, two, chunk):

@@ -33,8 +33,8 @@ class HuggingFaceFolder:
 
     expected = "safetensors or pytorch_model*.bin with config.json"
 
-    def recognises(self, path: Path, names: list[str]) -> bool:
-        """Weights in one of the usual files, or safetensors whose index is missing."""
+    def recognizes(self, path: Path, names: list[str]) -> bool:
+        """True for weights in one of the usual files, or safetensors whose index is missing."""
         return any(n in names for n, _ in _LAYOUTS) or any(re.fullmatch(r"model-.*\.safetensors", n) for n in names)
 
     def open(self, path: Path, names: list[str], options: OpenOptions) -> Checkpoint:
@@ -44,15 +44,15 @@ class HuggingFaceFolder:
 def _open(path: Path, names: list[str], options: OpenOptions) -> Checkpoint:
     config_path = path / "config.json"
     if "config.json" not in names:
-        raise ConvertError(f"{config_path} is missing; it belongs to the model, copy it beside the weights")
+        raise ConvertError(f"{config_path} is missing; copy the model's config.json into this folder")
     raw = read_config_file(config_path)
     config = parse_config(raw, str(config_path), options.given)
     sets = [(n, kind) for n, kind in _LAYOUTS if n in names]
     if len(sets) > 1:
         both = " and ".join(n for n, _ in sets)
         raise ConvertError(
-            f"{path} holds weights more than once: {both}. Which of them is meant cannot be known (transformers may "
-            f"take another than you think): move all but one set to another folder"
+            f"{path} holds more than one set of weights: {both}. The intended one is ambiguous (transformers may "
+            f"load a different one than you expect): move all but one set to another folder"
         )
     found = sets[0] if sets else None
     if found is None:
@@ -63,7 +63,7 @@ def _open(path: Path, names: list[str], options: OpenOptions) -> Checkpoint:
     used = {s.path.name for s in stored.values()}
     unused = [n for n in names if _WEIGHTS.fullmatch(n) and n not in used]
     if unused:
-        notes.append(f"{len(unused)} weight files that {found[0]} does not use: {', '.join(unused[:3])}")
+        notes.append(f"{len(unused)} weight files not listed in {found[0]}: {', '.join(unused[:3])}")
     dropped = [name for name in stored if _DERIVED.fullmatch(name)]
     if dropped:
         notes.append(f"{len(dropped)} rotary_emb.inv_freq tensors are derived from config.json and not copied")
@@ -95,7 +95,7 @@ def _open(path: Path, names: list[str], options: OpenOptions) -> Checkpoint:
                 embedding,
                 copy,
                 f"{path}: tie_word_embeddings is true, but {head} differs from model.embed_tokens.weight; "
-                f"one of them is wrong, so nothing is dropped. Correct config.json if the model is not tied",
+                f"one of them is wrong, so neither is dropped. Correct config.json if the model is not tied",
             )
         )
         notes.append(f"{head} repeats the tied embedding and is not copied")
@@ -119,7 +119,7 @@ def _indexed(path: Path, index_name: str) -> dict[str, Stored]:
     listed: dict[str, set[str]] = {}
     for tensor, name in weight_map.items():
         if not plain_name(name):
-            raise ConvertError(f"{index_path}: {tensor} is said to be in {name!r}, which is not a plain file name")
+            raise ConvertError(f"{index_path}: the file of {tensor}, {name!r}, is not a plain file name")
         listed.setdefault(name, set()).add(tensor)
     for name in sorted(listed):
         if not (path / name).is_file():
@@ -135,7 +135,7 @@ def _indexed(path: Path, index_name: str) -> dict[str, Stored]:
 
 
 def plain_name(name: object) -> bool:
-    """A file name without a path: the only kind that an index may give."""
+    """Whether `name` is a file name without a path, as an index must give it."""
     return isinstance(name, str) and bool(name) and not set(name) & set("/\\\0") and name not in (".", "..")
 
 

@@ -1,7 +1,7 @@
-"""What `config.json` says about a Llama, read without defaults: a missing or unknown field stops the conversion.
+"""The fields of a Llama's `config.json`, read without defaults: a missing or unknown field stops the conversion.
 
 Both spellings of rotary scaling are read: `rope_theta` with `rope_scaling`, and the `rope_parameters` of newer
-`transformers`. The file itself travels untouched; this is only what has to be understood.
+`transformers`. The file itself is copied unchanged; only the fields needed for conversion are parsed here.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class LlamaConfig:
     rotary_emb_base: float
     rope_scaling: dict[str, Any] | None
     tied: bool
-    dtype: str | None  # what config.json says, if anything
-    patches: dict[str, Any] | None = None  # of a model of images, which has no vocabulary
+    dtype: str | None  # as config.json states it, if it does
+    patches: dict[str, Any] | None = None  # set for an image model, which has no vocabulary
 
     def shape(self, padded: int) -> LlamaShape:
         """Tensor sizes with a stored vocabulary of `padded` rows."""
@@ -53,7 +53,7 @@ class LlamaConfig:
         return LlamaShape(**decoder, vocab_size=self.vocab_size, padded_vocab_size=padded, tied=self.tied)
 
     def shape_for(self, divisible_by: int, tp: int) -> LlamaShape:
-        """Tensor sizes for `tp` ranks; ConvertError if the model cannot be split so."""
+        """Tensor sizes for `tp` ranks; ConvertError if the model cannot be split into that many."""
         if divisible_by < 1 or tp < 1:
             raise ConvertError(f"--tp {tp} and --vocab-divisible-by {divisible_by} must be at least 1")
         shape = self.shape(padded_vocab_size(self.vocab_size, divisible_by, tp))
@@ -79,10 +79,10 @@ def read_config_file(path: Path) -> dict[str, Any]:
 
 
 def parse_config(raw: dict[str, Any], where: str, given: dict[str, Any] | None = None) -> LlamaConfig:
-    """Understand an HF Llama configuration.
+    """Parse a Hugging Face Llama configuration.
 
-    `given` holds fields stated on the command line (`--set`); they may fill what is absent, never replace what is
-    there. ConvertError names `where` and the field.
+    `given` holds fields from the command line (`--set`); they may fill absent fields, never replace present ones.
+    ConvertError names `where` and the field.
     """
     raw = _with_given(raw, where, given or {})
     if raw.get("model_type") != "llama":
@@ -134,7 +134,7 @@ def _with_given(raw: dict[str, Any], where: str, given: dict[str, Any]) -> dict[
 
 def _missing(key: str, where: str, hint: str = "VALUE") -> ConvertError:
     return ConvertError(
-        f"{where}: the field {key} is missing and is not guessed; if you know it, say --set {key}={hint}"
+        f"{where}: the field {key} is missing and is not guessed; if you know it, add --set {key}={hint}"
     )
 
 
@@ -170,7 +170,7 @@ def _dtype(raw: dict[str, Any]) -> str | None:
 
 
 def _rope(raw: dict[str, Any], where: str) -> tuple[float, dict[str, Any] | None]:
-    """(theta, scaling) of either spelling; both must agree if both are there."""
+    """Theta and scaling from either spelling; if both are present, they must agree."""
     parameters = raw.get("rope_parameters")
     if parameters is not None:
         if not isinstance(parameters, dict):
@@ -205,12 +205,12 @@ def _scaling(value: Any, where: str) -> dict[str, Any] | None:
 
 
 def parse_given(pairs: list[str]) -> dict[str, Any]:
-    """`KEY=VALUE` options as a mapping; VALUE is JSON, or a plain string if it is not."""
+    """Parse `KEY=VALUE` options into a mapping; a VALUE that is not JSON is taken as a plain string."""
     result = {}
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not key or not equals:
-            raise ConvertError(f"--set {pair}: KEY=VALUE is expected")
+            raise ConvertError(f"--set {pair}: expected KEY=VALUE")
         try:
             result[key] = json.loads(text)
         except ValueError:

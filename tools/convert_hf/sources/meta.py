@@ -1,7 +1,7 @@
 """Meta's own checkpoints: `consolidated.*.pth` with `params.json`.
 
-Meta rotates adjacent pairs of a head, Hugging Face and GPT-NeoX rotate halves: rows of q and k are dealt anew, row
-2 i + j of a head becoming row j d/2 + i. The rest is tensor parallelism as Meta's model code splits it.
+Meta rotates adjacent pairs of a head, Hugging Face and GPT-NeoX rotate halves: rows of q and k are permuted, row
+2 i + j of a head becoming row j d/2 + i. All other tensors are split over ranks as in Meta's model code.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .llama_config import LlamaConfig, parse_config, read_config_file
 
 _FILE = re.compile(r"consolidated\.(\d{2})\.pth")
 _EMBEDDING, _HEAD = "tok_embeddings.weight", "output.weight"
-# Meta's name, Hugging Face's, dimension that is split (None: copied to all), whether rows are permuted.
+# Meta's name, Hugging Face's name, the dimension that is split (None: replicated), whether rows are permuted.
 _LAYER = (
     ("attention_norm.weight", "input_layernorm.weight", None, False),
     ("attention.wq.weight", "self_attn.q_proj.weight", 0, True),
@@ -36,7 +36,7 @@ _LAYER = (
     ("feed_forward.w2.weight", "mlp.down_proj.weight", 1, False),
 )
 # (width, layers) of the models with scaled rotary frequencies, and the factor in their config.json. Meta's reference
-# code has 8 in its source for all of them, which is wrong for 3.2; params.json does not say.
+# code hard-codes 8 for all of them, which is wrong for 3.2; params.json does not give it.
 _ROPE_FACTOR = {(4096, 32): 8.0, (8192, 80): 8.0, (16384, 126): 8.0, (2048, 16): 32.0, (3072, 28): 32.0}
 _TIED = {(2048, 16), (3072, 28)}
 
@@ -46,7 +46,7 @@ class MetaFolder:
 
     expected = "consolidated.*.pth with params.json"
 
-    def recognises(self, path: Path, names: list[str]) -> bool:
+    def recognizes(self, path: Path, names: list[str]) -> bool:
         return "params.json" in names and any(_FILE.fullmatch(n) for n in names)
 
     def open(self, path: Path, names: list[str], options: OpenOptions) -> Checkpoint:
@@ -56,7 +56,7 @@ class MetaFolder:
 def _open(path: Path, names: list[str], options: OpenOptions) -> Checkpoint:
     numbers = [int(m[1]) for n in names if (m := _FILE.fullmatch(n))]
     if numbers != list(range(len(numbers))):
-        raise ConvertError(f"{path}: consolidated files are missing, {numbers} are here")
+        raise ConvertError(f"{path}: consolidated files are missing; found {numbers}")
     ranks = [_read(path / f"consolidated.{number:02d}.pth") for number in numbers]
     params = read_config_file(path / "params.json")
     source = options.hf_source if options.hf_source else path if "config.json" in names else None
@@ -177,7 +177,7 @@ def _logical(
 
 
 def unpaired(stored: Stored, name: str, head_dim: int, to_row: int) -> list[Region]:
-    """Regions that bring rows of adjacent rotary pairs into half-split order, head by head."""
+    """Regions that reorder rows from adjacent rotary pairs to half-split order, head by head."""
     half = head_dim // 2
     return [
         Region(stored, name, head + j, 0, half, stored.shape[1], to_row=to_row + head + j * half, step=2)
@@ -189,7 +189,7 @@ def unpaired(stored: Stored, name: str, head_dim: int, to_row: int) -> list[Regi
 def _derive(
     params: dict[str, Any], ranks: list[dict[str, Stored]], path: Path, given: dict[str, Any]
 ) -> dict[str, Any]:
-    """`config.json` from `params.json`, with what Meta's code leaves to its own defaults."""
+    """`config.json` from `params.json`, with the values that Meta's code takes from its own defaults."""
     where = path / "params.json"
 
     def need(key: str) -> int:
@@ -201,7 +201,7 @@ def _derive(
     down = ranks[0].get("layers.0.feed_forward.w2.weight")
     norm_eps, embedding = params.get("norm_eps"), ranks[0].get(_EMBEDDING)
     if down is None or embedding is None or len(down.shape) != 2 or len(embedding.shape) != 2:
-        raise ConvertError(f"{path}: the embedding or the first layer is missing; not a Llama of Meta")
+        raise ConvertError(f"{path}: the embedding or the first layer is missing; this is not one of Meta's Llamas")
     rows = embedding.shape[0]
     vocabulary = rows if embedding.shape[1] * len(ranks) == dim else rows * len(ranks)
     stated = params.get("vocab_size", -1)
@@ -224,7 +224,7 @@ def _derive(
         "num_hidden_layers": layers,
         "num_key_value_heads": params.get("n_kv_heads") or heads,
         "rms_norm_eps": norm_eps,
-        "rope_theta": params.get("rope_theta", 10000.0),  # the constant of Meta's Llama-2 code, which states none
+        "rope_theta": params.get("rope_theta", 10000.0),  # hard-coded in Meta's Llama-2 code; params.json lacks it
         "tie_word_embeddings": _HEAD not in ranks[0] or (dim, layers) in _TIED,
         "torch_dtype": down.dtype.name,
         "use_cache": True,
@@ -255,7 +255,7 @@ def _derive(
 
 
 def _check_width(params: dict[str, Any], dim: int, intermediate: int, where: Path) -> None:
-    """Meta's rule for the MLP's width must give the width of the tensors."""
+    """Check that Meta's rule for the MLP's width gives the width of the tensors."""
     if "multiple_of" not in params:
         return
     multiple = params["multiple_of"]

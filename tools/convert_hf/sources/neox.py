@@ -41,7 +41,7 @@ _LAYER = re.compile(r"layer_(\d{2,4})-model_(\d{2,4})-model_states\.pt")
 _META = re.compile(r"mp_rank_(\d{2,5})_model_states\.pt")
 _SEQUENTIAL = re.compile(r"sequential\.(\d{1,4})\.(.+)")
 _TRAINING = "training"  # `written_by` of the trainer's manifests
-SIDE = "hf"  # sub-folder of config.json, tokenizer, ... that travel with the weights
+SIDE = "hf"  # subfolder of config.json, tokenizer, ... that are kept with the weights
 
 _QKV = next(row for row in DECODER_LAYER if row.packing is Packing.QKV)
 # Names of the MLP before 2024: separate gate, up and down.
@@ -60,13 +60,13 @@ _POSITION = (
     "skipped_steps",
     "skipped_in_a_row",
 )
-# Entries that other writers put beside weights and that carry none.
+# Entries without weights that other writers store among the weights.
 _EMPTY = re.compile(r"(.*\.)?(_extra_state|rotary_emb\.inv_freq)")
 
 
 @dataclass
 class _Files:
-    """The tensors of a checkpoint by layer-file number and rank, and what else its files say."""
+    """The tensors of a checkpoint by layer-file number and rank, and its other metadata."""
 
     folder: Path
     kind: str
@@ -79,7 +79,7 @@ class _Files:
 
 
 class NeoxCheckpoint(Checkpoint):
-    """A GPT-NeoX checkpoint: files of tensor-parallel ranks, with the training configuration that made them."""
+    """A GPT-NeoX checkpoint: files of tensor-parallel ranks, with the training configuration that produced them."""
 
     packed_by_rank = True
 
@@ -97,11 +97,11 @@ class NeoxCheckpoint(Checkpoint):
 
 
 class NeoxFolder:
-    """A folder with `latest`, or the folder of one step."""
+    """A folder with `latest`, or the folder of a single step."""
 
     expected = "GPT-NeoX layer files"
 
-    def recognises(self, path: Path, names: list[str]) -> bool:
+    def recognizes(self, path: Path, names: list[str]) -> bool:
         return LATEST in names or any(_LAYER.fullmatch(n) or _META.fullmatch(n) for n in names)
 
     def open(self, path: Path, names: list[str], options: OpenOptions) -> Checkpoint:
@@ -125,7 +125,7 @@ def _open(path: Path, names: list[str], options: OpenOptions) -> NeoxCheckpoint:
         notes.append("no manifest (a GPT-NeoX checkpoint?): read after full key, shape and shard-count checks")
     if (folder / FOLDER / CONFIG).is_file():
         raise ConvertError(
-            f"{folder} holds an adapter and no model: give its base as --input, and --adapter {folder} with to-hf"
+            f"{folder} holds an adapter, not a model: run to-hf with its base as --input and --adapter {folder}"
         )
     layers = [n for n in names if _LAYER.fullmatch(n)]
     if not layers and not any(_META.fullmatch(n) for n in names):
@@ -177,7 +177,7 @@ def _tag_folder(path: Path) -> Path:
 
 
 def _position(meta: dict[str, Any]) -> dict[str, Any]:
-    """What the meta file of a training checkpoint says about where training stands; plain values only."""
+    """The training position recorded in the meta file of a training checkpoint; plain values only."""
     return {key: meta[key] for key in _POSITION if key in meta and _plain(meta[key])}
 
 
@@ -218,7 +218,7 @@ def _pipeline(folder: Path, layers: list[str], names: list[str]) -> _Files:
     arguments = meta.get("args")
     recorded = arguments.get("model_parallel_size") if isinstance(arguments, dict) else None
     if recorded is not None and recorded != tp:
-        raise ConvertError(f"{folder}: written with model_parallel_size {recorded}, but files of {tp} ranks are here")
+        raise ConvertError(f"{folder}: written with model_parallel_size {recorded}, but there are files of {tp} ranks")
     ranks: list[dict[int, dict[str, Stored]]] = []
     for rank in range(tp):
         ranks.append({})
@@ -242,14 +242,16 @@ def _sequential(folder: Path, names: list[str]) -> _Files:
     metas = [n for n in names if _META.fullmatch(n)]
     numbers = [int(m[1]) for n in metas if (m := _META.fullmatch(n))]
     if numbers != list(range(len(numbers))):
-        raise ConvertError(f"{folder}: mp_rank files are missing, {numbers} are here")
+        raise ConvertError(f"{folder}: mp_rank files are missing; found {numbers}")
     ranks: list[dict[int, dict[str, Stored]]] = []
     meta: dict[str, Any] = {}
     for name in metas:
         file = open_torch(folder / name, inert=True)
         module = file.value.get("module") if isinstance(file.value, dict) else None
         if module is None:
-            raise ConvertError(f"{folder}: {name} holds no module, and there are no layer files: no weights are here")
+            raise ConvertError(
+                f"{folder}: {name} holds no module, and there are no layer files: the checkpoint has no weights"
+            )
         meta = meta or file.value
         layers: dict[int, dict[str, Stored]] = {}
         views = {n: v for n, v in module.items() if isinstance(v, TensorView)} if isinstance(module, dict) else {}
@@ -294,12 +296,12 @@ def _shape(files: _Files, config: LlamaConfig | None, provenance: dict[str, Any]
         try:
             return recorded_shape(recorded)
         except TypeError:
-            raise ConvertError(f"{files.folder}: the manifest's shape is not one that is known here") from None
+            raise ConvertError(f"{files.folder}: the manifest records an unknown model shape") from None
     return _guess_shape(files, embedding.shape[1], padded)
 
 
 def _guess_shape(files: _Files, hidden: int, padded: int) -> LlamaShape:
-    """Sizes from the tensors and the recorded arguments, for a checkpoint without config.json."""
+    """Infer sizes from the tensors and the recorded arguments, for a checkpoint without config.json."""
     first = files.ranks[0]
     norm = [i for i, tensors in first.items() if "norm.scale" in tensors]
     arguments = files.meta.get("args")
@@ -354,7 +356,7 @@ def _collect(files: _Files, shape: LlamaShape, checkpoint: Checkpoint) -> None:
         if legacy:
             _collect_legacy(files, shape, checkpoint, index, layer)
     if any("mlp.w1.weight" in t for t in files.ranks[0].values()):
-        checkpoint.notes.append("MLP tensors have the names of before 2024 (w1, w2, w3)")
+        checkpoint.notes.append("MLP tensors have their pre-2024 names (w1, w2, w3)")
     for tensor in checkpoint.tensors.values():
         if not tensor.covered():
             raise ConvertError(f"{files.folder}: the shards do not cover {tensor.name}")
@@ -402,7 +404,7 @@ def _collect_legacy(files: _Files, shape: LlamaShape, checkpoint: Checkpoint, in
 
 
 def _tie(files: _Files, shape: LlamaShape, checkpoint: Checkpoint) -> None:
-    """A separate head of a model that config.json calls tied: dropped if, and only if, it equals the embedding."""
+    """Drop the separate head of a model that config.json declares tied, if and only if it equals the embedding."""
     if checkpoint.config is None or not checkpoint.config.tied or shape.tied:
         return
     head = checkpoint.tensors.pop(HEAD[0].hf[0])

@@ -1,4 +1,4 @@
-"""The kinds of checkpoint that can be opened. A new kind is a `CheckpointSource` of its own and a line here."""
+"""The supported kinds of checkpoint. A new kind needs its own `CheckpointSource` and a line here."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ SOURCES: tuple[CheckpointSource, ...] = (HuggingFaceFolder(), MetaFolder(), Neox
 
 
 def open_checkpoint(path: Path, options: OpenOptions | None = None) -> Checkpoint:
-    """Recognise and open a checkpoint folder; ConvertError says what is missing or wrong."""
+    """Recognize and open a checkpoint folder; ConvertError states what is missing or wrong."""
     options = options or OpenOptions()
     try:
         if not path.is_dir():
             raise ConvertError(f"{path} is not a folder; give the folder that holds the checkpoint")
         names = sorted(os.listdir(path))
         for source in SOURCES:
-            if source.recognises(path, names):
+            if source.recognizes(path, names):
                 return source.open(path, names, options)
     except OSError as error:
         raise ConvertError(f"{error.filename or path} cannot be read: {error.strerror or error}") from None
     *others, last = [source.expected for source in SOURCES]
     raise ConvertError(
-        f"{path} holds no checkpoint that is known here: expected {', '.join(others)}, or {last} "
-        f"(perhaps one folder deeper or higher)"
+        f"{path} holds no checkpoint of a known kind: expected {', '.join(others)}, or {last} "
+        f"(perhaps one folder up or down)"
     )

@@ -1,4 +1,4 @@
-"""The optimizer's state of a training checkpoint: where every range of it lies, in our files or in DeepSpeed's."""
+"""The optimizer state of a training checkpoint: the location of every range, in our files or in DeepSpeed's."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from .checkpoint import Checkpoint
 
 @dataclass
 class OptimizerSource:
-    """The optimizer files of an opened checkpoint. `index` says where each range of its state lies.
+    """The optimizer files of an opened checkpoint. `index` locates each range of its state.
 
-    `unverified` are files without checksums of their blocks (version 1), with the checksum of each whole file.
+    `unverified` lists files without block checksums (version 1), with the checksum of each whole file.
     """
 
     folder: Path
@@ -33,27 +33,27 @@ class OptimizerSource:
     unverified: dict[str, str]
 
     def verify_whole_files(self) -> None:
-        """Read files whose blocks have no checksums, and compare each as a whole; ConvertError if one differs."""
+        """Verify files without block checksums as a whole; ConvertError if one differs."""
         for name, checksum in self.unverified.items():
             if (found := file_checksum(self.folder / name)) != checksum:
                 raise ConvertError(f"{self.folder / name} has checksum {found}, the manifest says {checksum}")
 
 
 def open_optimizer(checkpoint: Checkpoint) -> OptimizerSource:
-    """Find the optimizer's state of a checkpoint that training wrote; ConvertError says what is missing."""
+    """Find the optimizer state of a training checkpoint; ConvertError states what is missing."""
     folder = checkpoint.root
     if not (folder / MANIFEST_NAME).exists():
         raise ConvertError(
-            f"{folder} has no manifest: GPT-NeoX wrote it, and its optimizer states are not rewritten. A run goes on "
-            f"from them at any layout with --load {folder.parent} --data_order gpt-neox; leave out --optimizer to "
-            f"write the weights alone"
+            f"{folder} has no manifest: it was written by GPT-NeoX, whose optimizer states are not rewritten. A run "
+            f"resumes from them at any layout with --load {folder.parent} --data_order gpt-neox; leave out "
+            f"--optimizer to write the weights alone"
         )
     manifest, layout = read_manifest(folder), checkpoint.provenance.get("layout")
     files = sorted(filter(OPTIMIZER_FILE.fullmatch, manifest.files))
     if not files or not isinstance(layout, dict) or not {"tp", "pp", "dp"} <= layout.keys():
         raise ConvertError(
-            f"{folder} has no optimizer states (converted, or removed by keep_optimizer_last_n); leave out --optimizer "
-            "to write its weights alone"
+            f"{folder} has no optimizer states (it was converted, or keep_optimizer_last_n removed them); leave out "
+            "--optimizer to write its weights alone"
         )
     split = TensorSplit(checkpoint.shape, checkpoint.tp)
     unverified: dict[str, str] = {}

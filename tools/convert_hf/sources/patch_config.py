@@ -1,7 +1,7 @@
-"""The description of a model of image patches: a LlamaConfig without a vocabulary, and the mapping `patches`.
+"""The description of an image-patch model: a LlamaConfig without a vocabulary, and the mapping `patches`.
 
-There is no published model that such a run begins from, so an export writes `config.json` from what the training
-recorded in its manifest. It has the mapping `patches` in it, and the same beside it as `patches.json`.
+Such a run does not start from a published model, so an export writes `config.json` from what training recorded in the
+manifest. The mapping `patches` is part of it, and is also written to `patches.json`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _DTYPES = {"fp32": "float32", "bfloat16": "bfloat16", "fp16": "float16"}
 
 
 def check_patches(value: Any, where: str) -> dict[str, Any]:
-    """The mapping `patches` of a config.json. ConvertError if it is none."""
+    """Validate the mapping `patches` of a config.json. ConvertError if it is invalid."""
     if not isinstance(value, dict):
         raise ConvertError(f"{where}: patches must be a JSON object")
     for name in _SIZES:
@@ -35,7 +35,7 @@ def check_patches(value: Any, where: str) -> dict[str, Any]:
 
 
 def patch_sizes(patches: Mapping[str, Any], max_positions: int) -> dict[str, Any]:
-    """What `PatchShape` has beside the decoder's sizes."""
+    """The arguments of `PatchShape` other than the decoder's sizes."""
     return {
         "vocab_size": 0,
         "padded_vocab_size": 0,
@@ -47,7 +47,8 @@ def patch_sizes(patches: Mapping[str, Any], max_positions: int) -> dict[str, Any
 
 
 def trained_config(provenance: Mapping[str, Any], where: str) -> dict[str, Any] | None:
-    """`config.json` of a training run on images from its manifest; None if it was none. ConvertError if facts miss."""
+    """`config.json` of a training run on images, from its manifest; None for a text model. ConvertError if the manifest
+    is incomplete."""
     recorded = provenance.get("shape")
     if not isinstance(recorded, dict) or "patch_values" not in recorded:
         return None
@@ -66,7 +67,7 @@ def trained_config(provenance: Mapping[str, Any], where: str) -> dict[str, Any] 
             "num_attention_heads": shape.num_attention_heads,
             "num_key_value_heads": shape.num_kv_heads,
             "intermediate_size": shape.intermediate_size,
-            "vocab_size": 1,  # transformers has no model without one; no tensor has these rows
+            "vocab_size": 1,  # required by transformers; no tensor has these rows
             "bos_token_id": None,
             "eos_token_id": None,
             "max_position_embeddings": run["max_position_embeddings"],
@@ -79,7 +80,7 @@ def trained_config(provenance: Mapping[str, Any], where: str) -> dict[str, Any] 
             "patches": check_patches(model["patches"], where),
         }
     except (TypeError, KeyError, AttributeError):
-        raise ConvertError(f"{where}: the manifest does not say all of this model of images") from None
+        raise ConvertError(f"{where}: the manifest describes this image model incompletely") from None
 
 
 def as_json(value: Any) -> bytes:

@@ -1,8 +1,8 @@
-"""Epsilon and rotary settings, which no tensor shows, and how far those of training and of config.json agree.
+"""Epsilon and rotary settings, which cannot be seen in tensors, and whether those of training and config.json agree.
 
-For a Hugging Face folder they are in config.json. For GPT-NeoX they are the training configuration: what the manifest
-of a training checkpoint records, the model.yml that a conversion wrote, or the `configs/` that GPT-NeoX keeps beside
-its weights; only without any of these, the config.json that travelled along.
+For a Hugging Face folder they are in config.json. For GPT-NeoX they come from the training configuration: the manifest
+of a training checkpoint, the model.yml that a conversion wrote, or the `configs/` that GPT-NeoX keeps with its weights;
+only if none of these exists, from the config.json in the side folder.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position
 
 @dataclass(frozen=True)
 class Settings:
-    """Hyperparameters with the place they were read from; None where that place does not say."""
+    """Hyperparameters and the file they were read from; None for those that the file does not give."""
 
     origin: str
     rms_norm_epsilon: float | None
@@ -29,7 +29,7 @@ class Settings:
     rope_scaling: dict[str, float] | None  # None: no scaling
 
     def differences(self, other: Settings) -> list[tuple[str, Any, Any]]:
-        """(key, own value, other's value) of all that both know and that differs."""
+        """(key, own value, other's value) for every setting that both give and that differs."""
         pairs = [(name, getattr(self, name), getattr(other, name)) for name in ("rms_norm_epsilon", "rotary_emb_base")]
         found = [(n, a, b) for n, a, b in pairs if a is not None and b is not None and a != b]
         if self.rope_scaling != other.rope_scaling:
@@ -38,13 +38,13 @@ class Settings:
 
 
 def settings_of_config(config: LlamaConfig, origin: str) -> Settings:
-    """What a config.json says."""
+    """The settings in a config.json."""
     scaling = _scaling(config.rope_scaling, "config.json")
     return Settings(origin, config.rms_norm_epsilon, config.rotary_emb_base, scaling)
 
 
 def settings_of_keys(keys: Any, origin: str) -> Settings:
-    """What GPT-NeoX's keys say."""
+    """The settings in GPT-NeoX keys."""
     if not isinstance(keys, Mapping):
         raise ConvertError(f"{origin} does not record the configuration")
     epsilon = _number(keys.get("rms_norm_epsilon"), f"{origin}: rms_norm_epsilon")
@@ -53,7 +53,7 @@ def settings_of_keys(keys: Any, origin: str) -> Settings:
 
 
 def settings_of_files(paths: list[Path]) -> Settings | None:
-    """What GPT-NeoX's YAML files say together, later files winning; None if they do not describe a model."""
+    """The settings in several GPT-NeoX YAML files, later ones taking precedence; None if they describe no model."""
     keys: dict[str, Any] = {}
     for path in paths:
         keys |= _read_yaml(path)
@@ -94,19 +94,19 @@ def _scaling(value: Any, where: str) -> dict[str, float] | None:
 
 
 def refuse_differences(trained: Settings | None, written: Settings | None) -> None:
-    """Stop an export whose config.json (`written`) would describe another model than the one that was trained."""
+    """Stop an export whose config.json (`written`) would not describe the model that was trained."""
     if trained is None or written is None:
         return
     for key, ours, theirs in trained.differences(written):
         raise ConvertError(
             f"{key} is {json.dumps(ours)} in {trained.origin}, but {json.dumps(theirs)} in {written.origin}: the "
-            f"exported model would not be the trained one. Correct the wrong one of the two, or say "
-            f"--trained-settings to write what training used into the exported config.json"
+            f"exported model would not be the trained one. Correct whichever is wrong, or add --trained-settings "
+            f"to write the values used in training into the exported config.json"
         )
 
 
 def with_trained_settings(raw: dict[str, Any], trained: Settings | None, written: Settings | None) -> dict[str, Any]:
-    """`raw` (config.json, whose settings are `written`) with the settings of the training run, in its own spelling."""
+    """`raw` (config.json, with the settings `written`) with the settings of the training run, in `raw`'s spelling."""
     if trained is None or written is None:
         return raw
     changed = {key: ours for key, ours, _ in trained.differences(written)}

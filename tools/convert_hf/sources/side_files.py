@@ -1,4 +1,4 @@
-"""The small files of a model folder that travel with the weights, byte for byte: configuration, tokenizer, licence."""
+"""The small files of a model folder that are copied with the weights unchanged: configuration, tokenizer, license."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from .hf import SAFETENSORS_INDEX
 
 _WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz", ".partial")
 _NOT = {MANIFEST_NAME, "pytorch_model.bin.index.json", "params.json", "checklist.chk", "latest", "model.yml"}
-_CHAT_TEMPLATES = "additional_chat_templates"  # the one sub-folder that transformers keeps text in
+_CHAT_TEMPLATES = "additional_chat_templates"  # the only subfolder with text files that transformers writes
 MAX_BYTES = 128_000_000
 
 
 def side_files(folder: Path) -> tuple[dict[str, Path], list[str]]:
-    """(files that travel, by relative name; names of what is left behind)."""
+    """The files to copy, by relative name, and the names of those left behind."""
     found: dict[str, Path] = {}
     left = []
     for path in sorted(folder.iterdir()):
@@ -42,7 +42,7 @@ def tokenizer_of(files: dict[str, Path]) -> tuple[str, str] | None:
     if "tokenizer.model" in files:
         with open(files["tokenizer.model"], "rb") as file:
             first = file.readline(200)
-        # Meta's Llama-3 vocabulary is text, one base64 token and its rank a line; SentencePiece's is a binary.
+        # Meta's Llama-3 vocabulary is text, with a base64 token and its rank per line; SentencePiece's is binary.
         tiktoken = re.fullmatch(rb"[A-Za-z0-9+/=]+ \d+\r?\n", first) is not None
         return ("TiktokenTokenizer" if tiktoken else "SPMTokenizer"), "tokenizer.model"
     return None

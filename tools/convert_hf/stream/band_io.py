@@ -1,9 +1,9 @@
 """Moving bands of rows between files and memory with plain vectored reads and writes.
 
-A band is some rows of a logical tensor, all columns, row-major in a buffer. The runs of bytes that a region
-contributes to a band are sorted by file position and merged, so that contiguous bytes of a file become one system
-call however their rows are dealt in the band (a column shard, a permuted head). There is no mmap of files: on network
-file systems page faults are far slower than reads.
+A band is a range of rows of a logical tensor, with all columns, row-major in a buffer. The runs of bytes that a region
+contributes to a band are sorted by file position and merged, so that contiguous bytes of a file take one system call
+regardless of how their rows are arranged in the band (a column shard, a permuted head). Files are not mapped with mmap:
+on network file systems page faults are far slower than reads.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class FilePool:
 
 
 def region_runs(region: Region, start: int, stop: int, band_cols: int, itemsize: int) -> list[Run]:
-    """Runs of `region` for logical rows `start:stop`, a band of `band_cols` columns."""
+    """Runs of `region` that fall into logical rows `start:stop`, for a band of `band_cols` columns."""
     first, last = max(start, region.to_row), min(stop, region.to_row + region.rows)
     if first >= last:
         return []
@@ -83,7 +83,7 @@ def region_runs(region: Region, start: int, stop: int, band_cols: int, itemsize:
 
 
 def _batches(runs: list[Run], band: memoryview) -> Iterator[tuple[int, list[memoryview]]]:
-    """(file position, slices of the band in file order), each a contiguous stretch of the file."""
+    """File positions and the slices of the band in file order, one pair per contiguous part of the file."""
     runs.sort()
     vector: list[memoryview] = []
     position = end = -1
@@ -111,7 +111,7 @@ def read_runs(descriptor: int, path: Path, runs: list[Run], band: memoryview) ->
         while vector:
             done = os.preadv(descriptor, vector, position)
             if not done:
-                raise ConvertError(f"{path} ended at byte {position} while it was read; has it been changed?")
+                raise ConvertError(f"{path} ended at byte {position} while it was read; was it changed?")
             position += done
             vector = _skip(vector, done)
 

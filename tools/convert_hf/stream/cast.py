@@ -1,4 +1,4 @@
-"""The only arithmetic of the converter: an explicit change of type, band by band. This is where torch is needed."""
+"""The converter's only arithmetic: an explicit change of type, band by band. Only this module needs torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 from ..errors import ConvertError
 
-_CHECKED = 1 << 17  # elements at a time, because the check needs several copies of them
+_CHECKED = 1 << 17  # elements checked at a time: the check needs several copies of them
 
 
 def cast_band(band: memoryview, source: str, target: str, name: str) -> memoryview:

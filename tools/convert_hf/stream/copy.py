@@ -1,4 +1,4 @@
-"""Executing a plan: worker threads with one buffer each, CRCs on the way, and a journal that survives a kill."""
+"""Executing a plan: worker threads with one buffer each, CRCs on the fly, and a journal that survives a kill."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from .band_io import FilePool, read_band, region_runs, write_runs
 from .plan import CopyJob, CopyPlan, Destination
 from .tensor_map import rows_and_columns
 
-SYNC_SECONDS = 5.0  # between two syncs, the work that a crash of the machine may cost
+SYNC_SECONDS = 5.0  # between two syncs: a crash of the machine loses at most the work of this time
 
 Piece = tuple[int, int, int, int, int]  # file, tensor, first byte within the tensor, bytes, CRC-32
 
 
 class Checksums:
-    """CRCs of byte ranges that grow together: neighbours are joined at once, so memory does not follow the model."""
+    """CRCs of byte ranges. Adjacent ranges are joined immediately, so memory does not grow with the model."""
 
     def __init__(self) -> None:
         self._starts: dict[tuple[int, int, int], tuple[int, int]] = {}  # (file, tensor, start) -> (bytes, CRC-32)
@@ -49,25 +49,25 @@ class Checksums:
         self._ends[file, tensor, start + nbytes] = start
 
     def whole(self, file: int, tensor: int, nbytes: int) -> int | None:
-        """The CRC of a tensor of `nbytes` bytes if exactly these were added; None otherwise."""
+        """The CRC of a tensor of `nbytes` bytes if exactly its bytes were added; None otherwise."""
         found = self._starts.get((file, tensor, 0))
         return found[1] if found is not None and found[0] == nbytes else None
 
 
 class BandSource(Protocol):
-    """Where the bands of a plan come from: files as they are, or a computation over several checkpoints."""
+    """Source of a plan's bands: stored files, or a computation over several checkpoints."""
 
     def read(self, job: CopyJob, band: memoryview) -> Any:
-        """Fill `band`, called by several threads at once. What it returns (None, or JSON) is recorded with the job."""
+        """Fill `band`; called by several threads at once. The remark returned (None or JSON) goes into the journal."""
 
     def account(self, remark: Any) -> None:
-        """Take what `read` returned, once for every job, also for those that an earlier run had finished."""
+        """Receive the remark of `read`, once per job, including jobs that an earlier run finished."""
 
     def summary(self) -> Any:
-        """What this share has to say once all its jobs are done, as JSON."""
+        """Summary of this share once all its jobs are done, as JSON."""
 
     def files(self, summaries: list[Any]) -> Mapping[str, bytes | Path]:
-        """Small files, by name in the output folder, that need the summaries of all shares."""
+        """Small files, by name in the output folder, that depend on the summaries of all shares."""
 
     def close(self) -> None: ...
 
@@ -99,20 +99,20 @@ class Finished:
     job: int
     nbytes: int
     pieces: list[Piece]
-    remark: Any = None  # what the source said about the band
+    remark: Any = None  # returned by the source for the band
 
 
 class Sized(Protocol):
-    """A job: so many bytes to hold in memory at once."""
+    """A job that holds `nbytes` bytes in memory at once."""
 
     @property
     def nbytes(self) -> int: ...
 
 
 class JobRunner(ABC):
-    """Runs jobs on threads with a buffer each, and records what is finished and synced.
+    """Runs jobs on threads with a buffer each, and records finished jobs once they are synced.
 
-    `paths` are the files that jobs write; they exist with their final sizes.
+    `paths` are the files that jobs write; they already have their final sizes.
     """
 
     def __init__(self, jobs: Sequence[Sized], paths: Sequence[Path], threads: int) -> None:
@@ -124,14 +124,14 @@ class JobRunner(ABC):
 
     @abstractmethod
     def do(self, number: int, buffer: memoryview) -> tuple[list[Piece], Any]:
-        """Do job `number` with its bytes of buffer; returns what it has written, and a remark for the journal."""
+        """Do job `number` with its buffer; return the pieces written, and a remark for the journal."""
 
     def close(self) -> None:
         self.writing.close()
 
     def run(self, journal: CopyJournal, progress: Callable[[int], None]) -> None:
-        """Copy what the journal does not have yet. Work is synced, then recorded, every few seconds; the rest of it
-        is in memory only, because the caller completes and syncs all files next."""
+        """Run the jobs that the journal lacks. Work is synced and then recorded every few seconds; the last part is
+        recorded in memory only, because the caller completes and syncs all files next."""
         jobs = [i for i in range(len(self.jobs)) if i not in journal.finished]
         for i in jobs:
             self._todo.put(i)
@@ -181,7 +181,7 @@ class JobRunner(ABC):
 
 
 class Copier(JobRunner):
-    """Copies all bands of a plan into `folder`, whose files exist with their final sizes."""
+    """Copies all bands of a plan into `folder`, whose files already have their final sizes."""
 
     def __init__(self, plan: CopyPlan, folder: Path, threads: int, source: BandSource) -> None:
         super().__init__(plan.jobs, [folder / file.name for file in plan.files], threads)
@@ -223,9 +223,9 @@ class Copier(JobRunner):
 
 
 class CopyJournal:
-    """The finished jobs of a run, one JSON line each after a line that identifies the plan.
+    """The finished jobs of a run: a line that identifies the plan, then one JSON line per job.
 
-    `account` is told the remark of every job that has one.
+    `account` is called with every remark.
     """
 
     def __init__(
@@ -238,7 +238,7 @@ class CopyJournal:
         if resume and path.exists():
             self._read(digest)
         else:
-            write_text(path, json.dumps({"plan": digest}) + "\n")  # whole or absent, whenever the kill comes
+            write_text(path, json.dumps({"plan": digest}) + "\n")  # complete or absent, whenever the process is killed
         self._file = open(path, "a")  # noqa: SIM115 closed by close()
 
     def _read(self, digest: str) -> None:
@@ -246,13 +246,13 @@ class CopyJournal:
         whole = [line for line in lines if line.endswith("\n")]
         if not whole or json.loads(whole[0]) != {"plan": digest}:
             raise ConvertError(
-                f"{self.path.parent} was begun from other files or with other options; "
-                f"use the same ones, or start again with --force"
+                f"{self.path.parent} was started from other files or with other options; "
+                f"use the same ones, or start over with --force"
             )
         for line in whole[1:]:
             entry = json.loads(line)
             self._keep(entry["job"], entry["pieces"], entry.get("remark"))
-        if len(whole) != len(lines):  # the last line was cut off by the kill
+        if len(whole) != len(lines):  # the last line was truncated by a kill
             write_text(self.path, "".join(whole))
 
     def _keep(self, job: int, pieces: list[Piece], remark: Any) -> None:
@@ -264,7 +264,7 @@ class CopyJournal:
                 self._account(remark)
 
     def note(self, done: list[Finished]) -> None:
-        """Take jobs as done without recording them."""
+        """Mark jobs as done without recording them."""
         for item in done:
             self._keep(item.job, item.pieces, item.remark)
 
@@ -282,14 +282,14 @@ class CopyJournal:
 
 
 def tensor_crcs(plan: CopyPlan, checksums: Checksums) -> list[dict[str, int]]:
-    """CRC-32 of every tensor of every file, checking that its bytes were written exactly once."""
+    """CRC-32 of every tensor of every file; checks that its bytes were written exactly once."""
     result: list[dict[str, int]] = []
     for f, file in enumerate(plan.files):
         result.append({})
         for t, target in enumerate(file.tensors):
             row_bytes = rows_and_columns(target.stored.shape)[1] * target.stored.dtype.itemsize
             for region in target.regions:
-                if region.logical is None:  # padding: the file was made of zeros
+                if region.logical is None:  # padding: the file was created with zeros
                     nbytes = region.rows * row_bytes
                     checksums.add((f, t, region.row * row_bytes, nbytes, zeros(nbytes)))
             crc = checksums.whole(f, t, target.stored.nbytes)
@@ -300,7 +300,7 @@ def tensor_crcs(plan: CopyPlan, checksums: Checksums) -> list[dict[str, int]]:
 
 
 def preallocate(path: Path, size: int, keep: bool) -> None:
-    """A file of `size` bytes, all zero unless `keep` finds one of that size."""
+    """Create a file of `size` zero bytes; with `keep`, an existing file of that size is kept."""
     try:
         descriptor = os.open(path, os.O_CREAT | os.O_WRONLY, 0o666)
         try:

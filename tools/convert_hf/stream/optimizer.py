@@ -1,7 +1,7 @@
-"""Optimizer state of one layout written as the files of another: one job for each block of the output.
+"""Writing the optimizer state of one layout as the files of another, with one job per block of the output.
 
-A job reads its block's elements from whatever blocks of the source hold them, each of which is verified, and writes
-them with one call. Jobs are in the order of the source, so that a block that several of them need is read once.
+A job reads its block's elements from the blocks of the source that hold them, verifying each, and writes them with one
+call. Jobs follow the order of the source, so that a block that several of them need is read once.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from .copy import CopyJournal, JobRunner, Piece, preallocate
 
 @dataclass(frozen=True)
 class BlockJob:
-    """A block of the output, part `where` of array `array` of file `file`; `offset` is its first byte in the file."""
+    """A block of the output: part `where` of array `array` of file `file`; `offset` is its first byte in the file."""
 
     file: int
     array: int
@@ -48,10 +48,10 @@ class BlockJob:
 
 
 class StateCopy:
-    """The optimizer files of a layout, to be written from those that `index` finds in `source`.
+    """The optimizer files of a layout, to be written from the files that `index` locates in `source`.
 
     `files` names the files of the source; with `shard` (i, n) only a share of the output's files is written.
-    `verify_first` verifies what has no checksums of blocks.
+    `verify_first` verifies the files without block checksums.
     """
 
     def __init__(
@@ -93,19 +93,19 @@ class StateCopy:
         return sorted(jobs, key=self._position)
 
     def _position(self, job: BlockJob) -> tuple[Any, ...]:
-        """Where the first of a job's elements lies in the source."""
+        """Position of a job's first element in the source."""
         where = job.where
         row = row_of(where.layer, where.tensor, self.split.shape)
         first = next(transfers(row, self.split, where.tp_rank, where.start, where.stop, self.index.split), None)
-        if first is None:  # padding alone
+        if first is None:  # padding only
             return where.layer, where.tensor, job.kind, 0, 0, where.tp_rank
-        # Row by row over all ranks where columns are cut, rank after rank where rows are.
+        # Row by row over all ranks if columns are split, rank after rank if rows are.
         place = (first.source, first.tp_rank) if row.shard_dim == 1 else (first.tp_rank, first.source)
         return where.layer, where.tensor, job.kind, *place, where.tp_rank
 
     @cached_property
     def whole(self) -> str:
-        """Identifies the job of all shares: the source's files as they are now, and the output's."""
+        """Identifies the job of all shares: the source's files in their current state, and the output's files."""
         stamps = [[name, *_stamp(self.source / name)] for name in self.source_files]
         outputs = [[name, plan.size, [str(array) for array in plan.arrays]] for name, plan in sorted(self.all.items())]
         return hashlib.sha256(json.dumps([stamps, outputs, block_bytes()]).encode()).hexdigest()
@@ -113,7 +113,7 @@ class StateCopy:
     def write(
         self, folder: Path, journal_path: Path, resume: bool, progress: Callable[[int], None]
     ) -> dict[str, dict[str, Any]]:
-        """Write the files into `folder`; their entries for the manifest, by name. Continues a journal with `resume`."""
+        """Write the files into `folder` and return their manifest entries by name. `resume` continues a journal."""
         self.verify_first()
         folder.mkdir(parents=True, exist_ok=True)
         resume = resume and journal_path.exists()
@@ -135,7 +135,7 @@ class StateCopy:
         }
 
     def _finish(self, number: int, path: Path, plan: FilePlan, journal: CopyJournal) -> dict[str, Any]:
-        """Write the header, sync, and put the file's entry together from the checksums of its blocks."""
+        """Write the header, sync, and assemble the file's manifest entry from the checksums of its blocks."""
         with open(path, "r+b") as file:
             file.write(plan.header)
             file.flush()
@@ -157,7 +157,7 @@ class StateCopy:
 
 
 def _block_key(array: int, block: int) -> int:
-    """The journal joins neighbouring pieces of a tensor; blocks stay apart under numbers of their own."""
+    """A number per block: the journal joins adjacent pieces with equal numbers, and blocks must stay separate."""
     return array << 32 | block
 
 
@@ -180,11 +180,11 @@ class _BlockWriter(JobRunner):
 
 
 def rank_ranges(split: TensorSplit, pp: int, dp: int) -> dict[int, list[TensorRange]]:
-    """The ranges of every rank of a layout, by rank, as DeepSpeed's ZeRO-1 cuts them.
+    """The ranges of every rank of a layout, by rank, as DeepSpeed's ZeRO-1 partitions them.
 
-    Each stage has equally many decoder layers as far as they divide; what decays and what does not are flat partitions
-    of their own, each cut into `dp` equal parts. A run whose stages are others reads the files all the same, from more
-    of them.
+    Decoder layers are divided among stages as evenly as possible; parameters with and without weight decay form
+    separate flat partitions, each split into `dp` equal parts. A run with other stages can still read the files, but
+    each rank then reads from more of them.
     """
     result: dict[int, list[TensorRange]] = {}
     for pp_rank, layers in enumerate(_stages(split, pp)):
@@ -215,7 +215,7 @@ def _stages(split: TensorSplit, pp: int) -> list[list[tuple[int, tuple[TensorRow
 def _partition(
     split: TensorSplit, members: list[tuple[int, TensorRow]], tp_rank: int, dp_rank: int, dp: int
 ) -> list[TensorRange]:
-    """What one of `dp` equal parts of the members' elements, laid one after another, has of each of them."""
+    """The range of each member in one of `dp` equal parts of the members' concatenated elements."""
     sizes = [split.numel(row) for _, row in members]
     part = -(-sum(sizes) // (2 * dp)) * 2  # DeepSpeed aligns parts to four bytes of 16-bit weights
     result, position = [], 0

@@ -1,7 +1,7 @@
 """From two sets of regions to a list of copy jobs: which bands of which logical tensors go where. No file is read here.
 
-A job reads a band of one logical tensor once and writes it to every place that needs it, so each byte is read once and
-written once whatever the packings of source and target are.
+A job reads a band of one logical tensor once and writes it wherever it is needed, so each byte is read once and written
+once for any packing of source and target.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .tensor_map import Logical, Region, rows_and_columns
 
 @dataclass(frozen=True)
 class Destination:
-    """A region of a target tensor: file number, tensor number within it, and the region."""
+    """A region of a target tensor: file number, tensor number within the file, and the region."""
 
     file: int
     tensor: int
@@ -44,14 +44,14 @@ class CopyJob:
 
 @dataclass
 class CopyPlan:
-    """A whole conversion. `destinations` is by logical tensor; `band` is the bytes of a band in memory."""
+    """A whole conversion. `destinations` is keyed by logical tensor; `band` is the size of a band in bytes."""
 
     sources: dict[str, Logical]
     files: list[TargetFile]
     destinations: dict[str, list[Destination]]
     jobs: list[CopyJob]
     band: int
-    whole: str = ""  # identifies the job of all shares together
+    whole: str = ""  # identifies the complete job of all shares
 
     @property
     def bytes_read(self) -> int:
@@ -62,7 +62,7 @@ class CopyPlan:
         return sum(file.size for file in self.files)
 
     def digest(self) -> str:
-        """Identifies the job down to its bytes: sources as they are on disk now, targets, band size."""
+        """Identifies the exact job: sources as they are on disk now, targets, band size."""
         bands = [(job.tensor.name, job.start, job.stop) for job in self.jobs]
         return _digest([self.whole, [file.name for file in self.files], bands])
 
@@ -84,7 +84,7 @@ def _stamp(path: Path) -> tuple[str, int, int]:
 def plan_copies(
     sources: Mapping[str, Logical], files: list[TargetFile], band: int, shard: tuple[int, int] = (1, 1)
 ) -> CopyPlan:
-    """A plan of all files, or of share `shard` (i, n) of them: shares have about equal bytes and no file in common."""
+    """A plan of all files, or of share `shard` (i, n): shares have about equal bytes and no file in common."""
     destinations: dict[str, list[Destination]] = defaultdict(list)
     whole = _identify(sources.values(), files)
     files = _share(files, shard)
@@ -104,7 +104,7 @@ def plan_copies(
 
 
 def _check_target(name: str, regions: list[Region]) -> None:
-    """Targets are written as contiguous ranges that cover each tensor once."""
+    """Check that targets are written as contiguous ranges that cover each tensor once."""
     position = 0
     for region in regions:
         _, cols = rows_and_columns(region.stored.shape)

@@ -1,7 +1,7 @@
-"""An output folder that is complete or absent: built beside as `NAME.partial`, synced, then renamed.
+"""An output folder that is either complete or absent: built as `NAME.partial`, synced, then renamed.
 
-While a conversion runs, `NAME.partial` holds the files with their final sizes and one journal for each share of the
-work. The manifest is written last. With several hosts (`--shard i/n`) the one that finishes last completes the folder.
+While a conversion runs, `NAME.partial` holds the files with their final sizes and one journal per share of the work.
+The manifest is written last. With several hosts (`--shard i/n`), the last to finish completes the folder.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ..errors import ConvertError
 from .copy import BandSource, Copier, CopyJournal, StoredBands, preallocate, tensor_crcs
 from .plan import CopyPlan
 
-if TYPE_CHECKING:  # it needs numpy, which conversions do without
+if TYPE_CHECKING:  # needs numpy, which conversions do not import
     from .optimizer import StateCopy
 
 _WORK = ".convert"  # folder of journals and shares inside NAME.partial, removed before the rename
@@ -42,8 +42,8 @@ _WORK = ".convert"  # folder of journals and shares inside NAME.partial, removed
 class OutputFolder:
     """Everything that goes into the folder `final`.
 
-    `extras` are small files by relative name: bytes, or a file to copy. `manifest_in` is the sub-folder ("." for the
-    top) that the manifest describes; it lists files of that sub-folder only. `source` makes the bands and may add
+    `extras` are small files by relative name: bytes, or a file to copy. `manifest_in` is the subfolder ("." for the
+    top) that the manifest describes; it lists files of that subfolder only. `source` produces the bands and may add
     files that depend on all of them.
     """
 
@@ -52,7 +52,7 @@ class OutputFolder:
     extras: dict[str, bytes | Path]
     manifest_in: str
     provenance: dict[str, Any]
-    left_behind: list[str] = field(default_factory=list)  # files of the source that do not travel
+    left_behind: list[str] = field(default_factory=list)  # files of the source that are not copied
     shard: tuple[int, int] = (1, 1)
     threads: int = 4
     force: bool = False
@@ -70,7 +70,7 @@ class OutputFolder:
         return self.partial / _WORK
 
     def check(self) -> None:
-        """Refuse, before anything is written, what cannot end well."""
+        """Reject an output that cannot succeed, before anything is written."""
         if self.final.exists() and not self.final.is_dir():
             raise ConvertError(f"--output {self.final} is a file; give a folder")
         if self.final.is_dir() and any(self.final.iterdir()):
@@ -83,8 +83,8 @@ class OutputFolder:
                 )
         if self.partial.exists() and not self.resume and not self.force and self.shard[1] == 1:
             raise ConvertError(
-                f"{self.partial} is left from a run that did not finish: continue it with --resume, "
-                f"or start again with --force"
+                f"{self.partial} is left over from an unfinished run: continue it with --resume, "
+                f"or start over with --force"
             )
         parent = self.final.parent
         while not parent.is_dir():
@@ -103,24 +103,24 @@ class OutputFolder:
 
     @property
     def bytes_to_copy(self) -> int:
-        """What `write` reports as progress."""
+        """Total of the bytes that `write` reports as progress."""
         return sum(job.nbytes for job in (*self.plan.jobs, *(self.optimizer.jobs if self.optimizer else ())))
 
     @property
     def whole(self) -> str:
-        """Identifies the job of all shares together."""
+        """Identifies the complete job of all shares."""
         return self.plan.whole + (self.optimizer.whole if self.optimizer else "")
 
     def plan_paths(self) -> list[Path]:
         return [self.partial / file.name for file in self.plan.files]
 
     def all_paths(self) -> list[Path]:
-        """The files of this share that take space."""
+        """The files of this share that take up space."""
         folder, names = self.partial / self.manifest_in, self.optimizer.names if self.optimizer else []
         return self.plan_paths() + [folder / name for name in names]
 
     def write(self, progress: Callable[[int], None]) -> bool:
-        """Do the whole job. False if other shares (`--shard`) are still to be done; True when the folder is there."""
+        """Do the whole job. False if other shares (`--shard`) are not finished; True once the folder is complete."""
         if self.force and self.shard[1] == 1 and not self.resume and self.partial.exists():
             shutil.rmtree(self.partial)
         self._work.mkdir(parents=True, exist_ok=True)
@@ -128,7 +128,7 @@ class OutputFolder:
         journal_path = self._work / f"journal_{number}_of_{count}.jsonl"
         others = [p.name for p in self._work.glob("journal_*.jsonl") if not p.name.endswith(f"_of_{count}.jsonl")]
         if others:
-            raise ConvertError(f"{self.partial} was begun with another --shard count ({others[0]})")
+            raise ConvertError(f"{self.partial} was started with another --shard count ({others[0]})")
         with open(self._work / f"lock_{number}", "w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -141,13 +141,13 @@ class OutputFolder:
                 folder, journal = self.partial / self.manifest_in, self._work / f"optimizer_{number}_of_{count}.jsonl"
                 states = self.optimizer.write(folder, journal, self.resume, progress)
                 entries |= {self._prefix + name: entry for name, entry in states.items()}
-            # Other hosts read it while they look for the last share.
+            # Other hosts read it to find out which share is the last.
             share = {"plan": self.whole, "files": entries, "summary": self.source.summary()}
             write_text(self._share_path(number), json.dumps(share))
         return self._finish_if_last()
 
     def _copy(self, journal_path: Path, progress: Callable[[int], None]) -> dict[str, Any]:
-        """Write this share's files; returns their entries of the manifest."""
+        """Write this share's files; return their manifest entries."""
         resume = self.resume and journal_path.exists()
         journal = CopyJournal(journal_path, self.plan.digest(), resume, self.source.account)
         try:
@@ -190,7 +190,7 @@ class OutputFolder:
         summaries = []
         for path in shares:
             share = json.loads(path.read_text()) if path.exists() else {}
-            if share.get("plan") != self.whole:  # not done yet, or left from another job
+            if share.get("plan") != self.whole:  # not done yet, or left over from another job
                 return False
             entries |= share["files"]
             summaries.append(share["summary"])
@@ -210,7 +210,8 @@ class OutputFolder:
         while self.partial.exists():
             if time.monotonic() > limit:
                 raise ConvertError(
-                    f"another host began to complete {self.partial} and did not end; run this share with --resume"
+                    f"another host started to complete {self.partial} but did not finish; "
+                    f"rerun this share with --resume"
                 )
             time.sleep(0.2)
         return True

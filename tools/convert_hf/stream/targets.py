@@ -24,7 +24,7 @@ class TargetTensor:
 
 @dataclass
 class TargetFile:
-    """A file to write: its final size, its tensors, and the bytes around them once the CRCs are known."""
+    """A file to write: its final size, its tensors, and the other bytes, which depend on the tensors' CRCs."""
 
     name: str
     size: int
@@ -37,10 +37,10 @@ def neox_files(
 ) -> list[TargetFile]:
     """Pipeline layer files of `shape` for `tp` ranks. `dtype_of` gives a logical tensor's type in the output.
 
-    `vocabulary` is the number of rows that the source has; padding starts after `shape.vocab_size` rows.
+    `vocabulary` is the source's number of rows; padding starts after `shape.vocab_size` rows.
     """
     if vocabulary != shape.vocab_size:
-        raise ConvertError(f"the source has {vocabulary} vocabulary rows, {shape.vocab_size} are wanted")
+        raise ConvertError(f"the source has {vocabulary} vocabulary rows, {shape.vocab_size} are needed")
     result = []
     for index, layer, rows in layer_files(shape):
         for rank in range(tp):
@@ -86,7 +86,7 @@ def _just(header: bytes) -> Callable[[dict[str, int]], list[tuple[int, bytes]]]:
 
 
 def shards_by_size(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
-    """Tensor names in order, dealt to shards of at most `limit` bytes (a larger tensor has a shard of its own)."""
+    """Tensor names in order, split into shards of at most `limit` bytes (a larger tensor gets its own shard)."""
     shards: list[list[str]] = [[]]
     filled = 0
     for name, nbytes in sizes.items():
@@ -99,7 +99,7 @@ def shards_by_size(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
 
 
 def shards_like(weight_map: Mapping[str, str], names: list[str]) -> list[list[str]] | None:
-    """The shards of an existing index, or None if it does not fit: other tensors, or unusual file names."""
+    """The shards of an existing index, or None if it cannot be reused: other tensors, or unusual file names."""
     files = sorted(set(weight_map.values()))
     expected = [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
     if set(weight_map) != set(names) or files != expected or len(files) == 1:

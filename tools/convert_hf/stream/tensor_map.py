@@ -1,9 +1,9 @@
-"""The vocabulary of a plan: tensors stored in files, and the rectangles that tie them to logical (HF) tensors.
+"""The building blocks of a plan: tensors stored in files, and the rectangles that map them to logical (HF) tensors.
 
-A logical tensor is named and shaped as in a Hugging Face Llama. Every checkpoint, whatever its format, is a list of
-regions: rectangles of a stored tensor, each with its place in a logical tensor. Two checkpoints that cover the same
-logical tensors can be copied into one another, whatever their packing and tensor-parallel size; nothing here knows
-what a weight is, so optimizer states can be carried by the same plan.
+A logical tensor is named and shaped as in a Hugging Face Llama. A checkpoint of any format is a list of regions:
+rectangles of a stored tensor, each with its position in a logical tensor. Checkpoints that cover the same logical
+tensors can be converted into one another, for any packing and tensor-parallel size. Nothing here is specific to
+weights, so optimizer states can use the same plan.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from ..formats.stored import Shape, Stored
 
 
 def rows_and_columns(shape: Shape) -> tuple[int, int]:
-    """A tensor as a matrix: the first dimension, and all others together (1 for a vector)."""
+    """A tensor's shape as a matrix: the first dimension, and the product of all others (1 for a vector)."""
     return shape[0], math.prod(shape[1:])
 
 
 @dataclass(frozen=True)
 class Region:
-    """`rows` x `cols` elements of a stored tensor and their place in the logical tensor `logical`.
+    """`rows` x `cols` elements of a stored tensor and their position in the logical tensor `logical`.
 
     Stored row `row + i * step`, columns from `col`, is logical row `to_row + i`, columns from `to_col`. `logical` is
     None for zero padding, which has no source.
@@ -84,7 +84,7 @@ def chunk_region(stored: Stored, logical: str, dim: int, index: int) -> Region:
 def layout_regions(
     row: TensorRow, layer: int | None, shape: LlamaShape, tp: int, tp_rank: int, stored: Stored
 ) -> Iterator[Region]:
-    """Regions of one rank's tensor of a NeoX layer file, from the project's table (`megatron.layout`)."""
+    """Regions of one rank's tensor in a NeoX layer file, from the layout table (`megatron.layout`)."""
     names = [name.format(layer=layer) for name in row.hf]
     shapes = source_shapes(row, shape)
     position = 0

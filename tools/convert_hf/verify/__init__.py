@@ -1,1 +1,1 @@
-"""Whether two checkpoints are the same model, and why not."""
+"""Whether two checkpoints are the same model, and the cause if they are not."""

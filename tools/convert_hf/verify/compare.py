@@ -1,4 +1,4 @@
-"""Tensor by tensor comparison of two checkpoints, streamed: equal bits, or how far apart the values are."""
+"""Streamed, tensor-by-tensor comparison of two checkpoints: equal bits, or how far apart the values are."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..sources.checkpoint import Checkpoint, bit_equal
 from ..stream.band_io import FilePool, bands, read_band
 from ..stream.tensor_map import Logical, Region, rows_and_columns, whole_region
 
-_ELEMENTS = 1 << 17  # compared at a time in float64, several copies of them
+_ELEMENTS = 1 << 17  # compared at a time: the comparison needs several float64 copies
 _VOCABULARY = {EMBEDDING[0].hf[0], HEAD[0].hf[0]}
 
 
@@ -24,7 +24,7 @@ class Difference:
     """How one tensor differs. `count` elements differ, the first at `first` (row, column)."""
 
     name: str
-    problem: str = ""  # set if the values cannot be compared or a copy is wrong
+    problem: str = ""  # set if the values cannot be compared or copies disagree
     max_abs: float = 0.0
     max_rel: float = 0.0  # largest |a - b| over the largest |a|
     count: int = 0
@@ -44,14 +44,14 @@ class Difference:
 def compare(
     one: Checkpoint, two: Checkpoint, band: int, threads: int, progress: Callable[[int], None]
 ) -> list[Difference]:
-    """All differences, in the model's order; empty if every tensor of both is the same."""
+    """All differences, in the model's order; empty if all tensors are the same."""
     pool = FilePool(os.O_RDONLY)
     try:
         differences = list(_replicas(pool, one)) + list(_replicas(pool, two))
         for name in [*one.tensors, *(n for n in two.tensors if n not in one.tensors)]:
             if name not in one.tensors or name not in two.tensors:
                 if not _tied_head(one, two, name):
-                    differences.append(Difference(name, f"only {(one if name in one.tensors else two).root} has it"))
+                    differences.append(Difference(name, f"only in {(one if name in one.tensors else two).root}"))
                 continue
             found = _compare(pool, *_same_rows(one.tensors[name], two.tensors[name]), band, threads, progress)
             if found is not None:
@@ -73,12 +73,12 @@ def _replicas(pool: FilePool, checkpoint: Checkpoint) -> Iterator[Difference]:
 
 
 def _tied_head(one: Checkpoint, two: Checkpoint, name: str) -> bool:
-    """A head that only an untied checkpoint stores is judged by `duplicates` if the other says that it is tied."""
+    """Whether `name` is a head stored only by the untied checkpoint; `duplicates` compares it if the other is tied."""
     return name == HEAD[0].hf[0] and bool(one.duplicates or two.duplicates)
 
 
 def _same_rows(one: Logical, two: Logical) -> tuple[Logical, Logical]:
-    """Vocabulary matrices cut to the shorter of the two: a NeoX checkpoint without config.json keeps its padding."""
+    """Vocabulary matrices truncated to the shorter one: a NeoX checkpoint without config.json keeps its padding."""
     if one.name not in _VOCABULARY or one.shape[1:] != two.shape[1:]:
         return one, two
     rows = min(one.shape[0], two.shape[0])
@@ -168,11 +168,11 @@ def own_digests(checkpoint: Checkpoint, progress: Callable[[int], None]) -> list
         for name, entry in sorted(manifest.files.items()):
             path = checkpoint.root / name
             if not path.is_file() or path.stat().st_size != entry.bytes:
-                problems.append(Difference(name, f"{path} is missing or has another size than the manifest says"))
+                problems.append(Difference(name, f"{path} is missing or its size differs from the manifest"))
                 continue
             if not entry.tensors:
                 if entry.checksum is not None and file_checksum(path) != entry.checksum:
-                    problems.append(Difference(name, f"{path} has another checksum than the manifest says"))
+                    problems.append(Difference(name, f"{path}: checksum differs from the manifest"))
                 continue
             if path.suffix == ".safetensors":
                 stored = read_safetensors_header(path)
@@ -180,11 +180,11 @@ def own_digests(checkpoint: Checkpoint, progress: Callable[[int], None]) -> list
                 stored = open_torch(path, inert=True).tensors()
             for tensor, expected in entry.tensors.items():
                 if tensor not in stored:
-                    problems.append(Difference(tensor, f"{path} does not hold it, but the manifest lists it"))
+                    problems.append(Difference(tensor, f"listed in the manifest, but not in {path}"))
                     continue
                 crc = stored_crc(pool, path, stored[tensor].offset, stored[tensor].nbytes, progress)
                 if format_checksum(crc) != expected.checksum:
-                    problems.append(Difference(tensor, f"{path}: another checksum than the manifest says"))
+                    problems.append(Difference(tensor, f"{path}: checksum differs from the manifest"))
     finally:
         pool.close()
     return problems

@@ -1,8 +1,8 @@
-"""Why two checkpoints differ, where the pattern is one that converters have produced before.
+"""Why two checkpoints differ, if the pattern is a known converter bug.
 
-Each known mistake is a rearrangement: if the stored tensors of one checkpoint are read by the mistaken rule, the other
-checkpoint's values appear. That is tested on a few rows of each tensor of the layer, so it costs nothing, and a match
-cannot be chance.
+Each known bug is a rearrangement: reading the stored tensors of one checkpoint by the wrong rule yields the values of
+the other. This is tested on a few rows of each tensor of a layer, so it costs next to nothing, and a match cannot be
+chance.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..stream.tensor_map import Logical, Region, rows_and_columns
 _Q, _K, _V = (f"self_attn.{p}_proj.weight" for p in "qkv")
 _UP, _GATE = "mlp.up_proj.weight", "mlp.gate_proj.weight"
 _NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
-_UNLIKE = 0.3  # relative distance from which on a tensor counts as rearranged and not as trained or rounded
+_UNLIKE = 0.3  # relative distance above which a tensor is considered rearranged rather than trained or rounded
 _ALIKE = 0.02
 
 Order = Callable[[LlamaShape, int], list[Slice]]
@@ -29,12 +29,12 @@ Order = Callable[[LlamaShape, int], list[Slice]]
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """`order` lists what the ranks' rows hold one after another if the mistake was made."""
+    """A known bug. `order` lists the contents of the ranks' rows, in sequence, if it was made."""
 
     text: str
     sources: tuple[str, ...]
     order: Order
-    over_ranks: bool = False  # makes sense only with several ranks
+    over_ranks: bool = False  # applies only to several ranks
 
 
 def _naive(*sources: int, sizes: Callable[[LlamaShape], list[int]]) -> Order:
@@ -88,7 +88,7 @@ HYPOTHESES = (
 
 
 def weight_causes(one: Checkpoint, two: Checkpoint, names: list[str]) -> list[str]:
-    """Known mistakes that explain the differing tensors `names`, one sentence each."""
+    """Known bugs that explain the differing tensors `names`, one sentence each."""
     layers = sorted({int(n.split(".")[2]) for n in names if n.startswith("model.layers.")})
     pool = FilePool(os.O_RDONLY)
     try:
@@ -165,7 +165,7 @@ def _explains(pool: FilePool, suspect: Checkpoint, other: Checkpoint, prefix: st
 
 
 def _reread(checkpoint: Checkpoint, names: list[str], order: list[Slice]) -> dict[str, Logical] | None:
-    """The logical tensors as they come out of the same files if their rows follow `order` over all ranks."""
+    """The logical tensors read from the same files if their rows follow `order` across all ranks."""
     files: dict[tuple[str, int], Stored] = {}
     for name in names:
         for region in checkpoint.tensors[name].regions:
@@ -200,7 +200,7 @@ def _swapped(pool: FilePool, one: Checkpoint, two: Checkpoint, prefix: str, a: s
 
 
 def _permuted(pool: FilePool, one: Checkpoint, two: Checkpoint, prefix: str, differing: set[str]) -> Iterator[str]:
-    """q or k in Meta's order of rotary pairs in one checkpoint, in halves in the other."""
+    """Whether q or k follows Meta's order of rotary pairs in one checkpoint and is split in halves in the other."""
     half = one.shape.head_dim // 2
     for meta, halves in ((two, one), (one, two)):
         names = [n for n in (_Q, _K) if n in differing]

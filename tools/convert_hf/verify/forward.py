@@ -1,7 +1,7 @@
-"""The model's function, one matrix at a time from disk: two checkpoints side by side in bounded memory.
+"""The model's forward pass with weights streamed from disk: two checkpoints side by side in bounded memory.
 
-Norms, rotary embedding and SwiGLU are the project's PyTorch reference ops, so what runs here is what trains. A matrix
-is never whole in memory: a product is computed band by band of its rows, and only activations are kept.
+Norms, rotary embedding and SwiGLU are the PyTorch reference ops of training. A matrix is never entirely in memory:
+products are computed in bands of rows, and only activations are kept.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _EMBEDDING, _HEAD = EMBEDDING[0].hf[0], HEAD[0].hf[0]
 
 
 class StreamedLlama:
-    """A Llama whose weights stay on disk. `settings` are what the checkpoint would be run with."""
+    """A Llama whose weights stay on disk. `settings` are the settings to run the checkpoint with."""
 
     def __init__(self, checkpoint: Checkpoint, settings: Settings, pool: FilePool, band: int, device: str) -> None:
         if settings.rms_norm_epsilon is None or settings.rotary_emb_base is None:
@@ -96,7 +96,7 @@ class StreamedLlama:
 
 @dataclass
 class LayerReport:
-    """How far the hidden states are apart after a layer ("embedding", "layer 0", ...)."""
+    """How far apart the hidden states are after a layer ("embedding", "layer 0", ...)."""
 
     name: str
     max_abs: float
@@ -106,8 +106,8 @@ class LayerReport:
 @dataclass
 class ForwardReport:
     layers: list[LayerReport]
-    kl: float  # mean over positions, first checkpoint relative to the second, in nats
-    same_top: float  # share of positions where both rank the same token first
+    kl: float  # KL divergence of the first checkpoint from the second, mean over positions, in nats
+    same_top: float  # fraction of positions where both rank the same token first
     first: str | None  # the first layer beyond the tolerance
 
 
@@ -128,10 +128,12 @@ def compare_forward(
         for checkpoint in (one, two):
             settings = checkpoint.run_settings()
             if settings is None:
-                raise ConvertError(f"{checkpoint.root}: nothing says its epsilon and rotary settings; give --hf-source")
+                raise ConvertError(
+                    f"{checkpoint.root}: no file gives its epsilon and rotary settings; give --hf-source"
+                )
             models.append(StreamedLlama(checkpoint, settings, pool, band, device))
         if one.shape.num_layers != two.shape.num_layers or one.shape.hidden_size != two.shape.hidden_size:
-            raise ConvertError("the two checkpoints are models of different size; nothing can be compared")
+            raise ConvertError("the two checkpoints are models of different sizes and cannot be compared")
         vocabulary = min(one.shape.vocab_size, two.shape.vocab_size)
         if not tokens or min(tokens) < 0 or max(tokens) >= vocabulary:
             raise ConvertError(f"token ids must be between 0 and {vocabulary - 1}")
@@ -147,7 +149,9 @@ def compare_forward(
     finally:
         pool.close()
     kl = same = 0.0
-    for row_a, row_b in zip(a, b, strict=True):  # a row at a time: the whole, several times over, is hundreds of MB
+    for row_a, row_b in zip(
+        a, b, strict=True
+    ):  # a row at a time: several copies of the whole would take hundreds of MB
         log_a, log_b = row_a.log_softmax(-1), row_b.log_softmax(-1)
         kl += float((log_a.exp() * (log_a - log_b)).sum()) / len(a)
         same += float(row_a.argmax() == row_b.argmax()) / len(a)
@@ -166,16 +170,14 @@ def _report(name: str, a: Tensor, b: Tensor) -> LayerReport:
 
 
 def read_tokens(text: str) -> Iterator[int]:
-    """Token ids separated by white space or commas, with or without brackets."""
+    """Parse token ids separated by white space or commas, with or without brackets."""
     for word in text.replace("[", " ").replace("]", " ").replace(",", " ").split():
         try:
             yield int(word)
         except ValueError:
-            raise ConvertError(
-                f"--tokens: {word!r} is not a token id; numbers separated by spaces are expected"
-            ) from None
+            raise ConvertError(f"--tokens: {word!r} is not a token id; expected numbers separated by spaces") from None
 
 
 def default_tokens(vocabulary: int, count: int = 128) -> list[int]:
-    """The same pseudo-random ids everywhere."""
+    """The same pseudo-random ids on every machine."""
     return torch.randint(vocabulary, (count,), generator=torch.Generator().manual_seed(20)).tolist()
