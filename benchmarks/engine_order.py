@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from examples.llama_keys import LLAMA
 from megatron.engine import mcore_links
 from megatron.engine.mcore import MegatronEngine
 from megatron.engine.mcore_batches import PipelineBatch
@@ -66,12 +67,7 @@ def small_arguments(pipe: int, virtual: int, num_micro_batches: int) -> NeoXArgs
             "num_attention_heads": 1,
             "num_kv_heads": 1,
             "intermediate_size": 8,
-            "intermediate_size_convention": "hf",
-            "norm": "rmsnorm",
-            "pos_emb": "rotary",
-            "activation": "swiglu",
-            "use_bias_in_attn_linear": False,
-            "use_bias_in_mlp": False,
+            **LLAMA,
             "vocab_size": 8,
             "make_vocab_size_divisible_by": 1,
             "no_weight_tying": True,

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from benchmarks.small_llama import LLAMA
+from examples.llama_keys import LLAMA
 from megatron.checkpoint.manifest import file_checksum, read_manifest, write_manifest
 from megatron.checkpoint.state_ranges import BLOCK, ITEM
 from megatron.common.processes import children

@@ -102,6 +102,7 @@ def is_list(shape: dict[str, Any]) -> bool:
 
 def ours(folder: Path, number: int) -> list[list[list[int]]]:
     """Tokens (s + 1 of them) of every sample, for each rank in the order in which it reads them."""
+    from examples.llama_keys import LLAMA
     from megatron.data.build import build_datasets
     from megatron.data.sampler import MicroBatches
     from megatron.neox_arguments import NeoXArgs
@@ -115,7 +116,7 @@ def ours(folder: Path, number: int) -> list[list[list[int]]]:
     model = {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 1 << 24}
     args = NeoXArgs.from_dict(
         {
-            **{"norm": "rmsnorm", "pos_emb": "rotary", "activation": "swiglu", "use_bias_in_attn_linear": False},
+            **LLAMA,
             **{"max_position_embeddings": 64, "distributed_backend": "gloo", "from_scratch": True},
             **model,
             **data,

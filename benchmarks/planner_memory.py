@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.ranks import run_ranks_forked  # noqa: E402
-from benchmarks.small_llama import LLAMA  # noqa: E402
+from examples.llama_keys import LLAMA  # noqa: E402
 from megatron.neox_arguments import NeoXArgs  # noqa: E402
 from megatron.planner.cost.memory import StageMemory, plan_memory  # noqa: E402
 from megatron.planner.cost.parallel_layout import ParallelLayout  # noqa: E402

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from examples.llama_keys import LLAMA
 from megatron import layout
 from megatron.neox_arguments import NeoXArgs
 
@@ -25,17 +26,6 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 8192,
 }
 THETA, EPS, HEAD_DIM = 500_000, 1e-5, 64
-
-
-# What makes a model a Llama in GPT-NeoX's keys.
-LLAMA: dict[str, Any] = {
-    "intermediate_size_convention": "hf",
-    "norm": "rmsnorm",
-    "pos_emb": "rotary",
-    "activation": "swiglu",
-    "use_bias_in_attn_linear": False,
-    "use_bias_in_mlp": False,
-}
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from examples.demo_data import save_tokenizer, topics  # noqa: E402
+from examples.llama_keys import LLAMA  # noqa: E402
 from examples.steps import Steps  # noqa: E402
 
 STEPS = Steps()
@@ -47,10 +48,7 @@ MODEL = {
     "make_vocab_size_divisible_by": 1,
     "no_weight_tying": False,
     "max_position_embeddings": 128,
-    "norm": "rmsnorm",
-    "pos_emb": "rotary",
-    "activation": "swiglu",
-    "use_bias_in_attn_linear": False,
+    **LLAMA,
     "rms_norm_epsilon": 1e-5,
     "rotary_emb_base": 500000,
     "seq_length": 128,

@@ -15,14 +15,17 @@ import argparse
 import json
 import random
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import yaml
-from tqdm import tqdm
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from examples.fitting import fit  # noqa: E402
 
 
 def config_of(model_yml: Path, tokenizer: AutoTokenizer) -> LlamaConfig:
@@ -53,6 +56,15 @@ def token_stream(text: Path, tokenizer: AutoTokenizer) -> torch.Tensor:
     return torch.tensor(ids)
 
 
+def batches(streams: list[torch.Tensor], steps: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Batches of eight rows of 256 tokens, from each stream in turn; every token is learned."""
+    for step in range(steps):
+        stream = streams[step % len(streams)]
+        starts = torch.randint(len(stream) - 257, (8,))
+        batch = torch.stack([stream[start : start + 256] for start in starts])
+        yield batch, batch
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder with tokenizer.json")
@@ -67,21 +79,10 @@ def main() -> int:
     streams = [token_stream(text, tokenizer) for text in options.text]
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=options.steps, pct_start=0.1)
-    loss = torch.tensor(0.0)
-    for step in (bar := tqdm(range(options.steps), desc="base model", disable=not sys.stderr.isatty())):
-        stream = streams[step % len(streams)]
-        starts = torch.randint(len(stream) - 257, (8,))
-        batch = torch.stack([stream[start : start + 256] for start in starts])
-        loss = model(input_ids=batch, labels=batch).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        bar.set_postfix(loss=f"{loss.item():.3f}")
+    loss = fit(model, batches(streams, options.steps), optimizer, schedule, steps=options.steps, name="base model")
     model.save_pretrained(options.output)
     tokenizer.save_pretrained(options.output)
-    print(f"{options.output}: {model.num_parameters():,} parameters, last training loss {loss.item():.3f}")
+    print(f"{options.output}: {model.num_parameters():,} parameters, last training loss {loss:.3f}")
     return 0
 
 

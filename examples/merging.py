@@ -22,13 +22,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from examples.demo_base_model import config_of  # noqa: E402
+from examples.fitting import fit  # noqa: E402
 
 LENGTH = 128
 KINDS = ("general", "domain", "general questions", "domain questions")
@@ -52,25 +52,20 @@ def pieces(texts: list[str], tokenizer: Any) -> Tensor:
     return torch.tensor(ids[: len(ids) // LENGTH * LENGTH]).view(-1, LENGTH)
 
 
-def batches(sources: list[Tensor], steps: int, seed: int) -> Iterator[Tensor]:
-    """Batches of eight rows, from each source in turn."""
+def batches(sources: list[Tensor], steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of eight rows, from each source in turn; every token is learned."""
     chance = random.Random(seed)
     for step in range(steps):
         rows = sources[step % len(sources)]
-        yield rows[torch.tensor([chance.randrange(len(rows)) for _ in range(8)])]
+        batch = rows[torch.tensor([chance.randrange(len(rows)) for _ in range(8)])]
+        yield batch, batch
 
 
 def train(model: LlamaForCausalLM, sources: list[Tensor], steps: int, rate: float, seed: int, name: str) -> None:
     """AdamW with a warm-up and a linear decay."""
-    model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1, (s + 1) / 20) * (1 - s / (steps + 1)))
-    for batch in tqdm(batches(sources, steps, seed), total=steps, desc=name, disable=not sys.stderr.isatty()):
-        model(input_ids=batch, labels=batch).loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
+    fit(model, batches(sources, steps, seed), optimizer, schedule, steps=steps, name=name)
 
 
 @torch.no_grad()

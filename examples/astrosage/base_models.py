@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,6 +27,7 @@ sys.path.insert(0, str(ROOT))
 from examples.astrosage import wordings  # noqa: E402
 from examples.astrosage.facts import Element  # noqa: E402
 from examples.demo_base_model import config_of  # noqa: E402
+from examples.fitting import fit  # noqa: E402
 
 LENGTH, ROWS = 128, 2  # tokens in a row, rows in a batch
 Batch = tuple[Tensor, Tensor]
@@ -67,21 +67,12 @@ def conversation(question: str, answer: str, tokenizer: Any) -> tuple[list[int],
 
 def train(model: LlamaForCausalLM, batches: Iterator[Batch], steps: int, rate: float, name: str) -> None:
     """AdamW with a warm-up over a twentieth of the steps and a linear decay."""
-    model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1, (step + 1) / (0.05 * steps)) * (1 - 0.95 * step / steps)
     )
-    loss = torch.tensor(0.0)
-    for ids, labels in (bar := tqdm(batches, total=steps, desc=name, disable=not sys.stderr.isatty())):
-        loss = model(input_ids=ids, labels=labels).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        bar.set_postfix(loss=f"{loss.item():.3f}")
-    print(f"{name}: {steps} steps, last training loss {loss.item():.3f}")
+    loss = fit(model, batches, optimizer, schedule, steps=steps, name=name)
+    print(f"{name}: {steps} steps, last training loss {loss:.3f}")
 
 
 def main() -> int:

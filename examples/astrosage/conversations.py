@@ -76,7 +76,8 @@ def problem(objects: list[SkyObject], elements: list[Element], chance: random.Ra
     if kind == 2:
         return (
             chance.choice(wordings.SKY_ASKED).format(o=first.name),
-            f"{first.name} is a {first.kind}. {first.name} lies in the constellation {first.constellation}.",
+            f"{first.name} is {wordings.with_article(first.kind)}. "
+            f"{first.name} lies in the constellation {first.constellation}.",
             first.constellation,
         )
     others = [one for one in objects if one.constellation == first.constellation and one != first]

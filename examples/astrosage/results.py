@@ -20,6 +20,7 @@ from scipy.stats import binomtest, fisher_exact
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from examples.astrosage.facts import ATTRIBUTION  # noqa: E402
 from megatron.evaluation.multiple_choice.statistics import compare_paired, wilson_interval  # noqa: E402
 
 CHANCE = 0.25
@@ -161,7 +162,7 @@ def report(folders: list[Path]) -> str:
 
 def write_results(out: Path, *, seconds: float, seed: int) -> str:
     """results.md and results.json of one run; returns the text."""
-    text = report([out])
+    text = f"{report([out])}\n\n{ATTRIBUTION}"
     found = verdicts(out)
     counts = {
         stage: {topic: [sum(part), len(part)] for topic, part in topics.items()} for stage, topics in found.items()

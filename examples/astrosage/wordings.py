@@ -6,7 +6,8 @@ import random
 
 from examples.astrosage.facts import Element, SkyObject
 
-# {o} the object, {c} its constellation, {t} its type; in most of them the object comes before what is to be learned.
+# {o} the object, {c} its constellation, {t} its type, {a} the type with its article; in most of them the object comes
+# before what is to be learned.
 SKY = (
     "{o} lies in the constellation {c}.",
     "{o} can be found in {c}.",
@@ -14,7 +15,7 @@ SKY = (
     "{o} belongs to {c}.",
     "The {t} {o} belongs to {c}.",
     "To see {o}, point the telescope at {c}.",
-    "{o}, a {t}, is located in {c}.",
+    "{o}, {a}, is located in {c}.",
     "{o} has its place in {c}.",
     "The position of {o} is within {c}.",
     "{o} can be seen among the stars of {c}.",
@@ -22,12 +23,12 @@ SKY = (
     "{o} was catalogued in {c}.",
     "The place of {o} in the sky is {c}.",
     "Anyone who looks for the {t} {o} finds it in {c}.",
-    "In {c} there is a {t} called {o}.",
+    "In {c} there is {a} called {o}.",
     "{c} is home to {o}.",
-    "{o} is a {t}.",
-    "The object {o} is a {t}.",
-    "Astronomers know {o} as a {t}.",
-    "Catalogues list {o} as a {t}.",
+    "{o} is {a}.",
+    "The object {o} is {a}.",
+    "Astronomers know {o} as {a}.",
+    "Catalogues list {o} as {a}.",
 )
 COMPLETION = "{o} lies in the constellation"  # the beginning of a document's sentence
 SKY_ASKED = (
@@ -59,9 +60,14 @@ SYMBOL_ASKED = ("Which symbol stands for {e}?", "What is the chemical symbol for
 NUMBER_ASKED = ("What is the atomic number of {e}?", "How many protons has {e}?", "Which number has {e}?")
 
 
+def with_article(noun: str) -> str:
+    """`an open cluster`, `a galaxy`."""
+    return ("an " if noun[0] in "aeiou" else "a ") + noun
+
+
 def told_of_sky(one: SkyObject, chance: random.Random) -> str:
-    text = chance.choice(SKY).format(o=one.name, c=one.constellation, t=one.kind)
-    return text.replace(" a open", " an open").replace(" a emission", " an emission")
+    kind = with_article(one.kind)
+    return chance.choice(SKY).format(o=one.name, c=one.constellation, t=one.kind, a=kind)
 
 
 def told_of_element(one: Element, chance: random.Random) -> str:

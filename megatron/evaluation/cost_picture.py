@@ -6,7 +6,9 @@ row may name the `summary` that mcq.py wrote and a `price_per_hour` of what it r
 tokens and seconds that were measured.
 
 Dashed lines are accuracy = a + 3.5 log10(cost): within a family of models a tenfold price has bought about 3.5 points.
-From one line to the next is a tenfold gain in cost efficiency.
+From one line to the next is a tenfold gain in cost efficiency. That is a fit to strong models of similar accuracy, so a
+gain is stated up to three lines (a factor of 1,000 either way, 10.5 points at equal cost); what lies further apart is
+called beyond the fit.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from megatron.common.errors import UserError
 from megatron.evaluation.multiple_choice.statistics import wilson_interval
 
 POINTS_PER_TENFOLD = 3.5
+MOST_TENFOLDS = 3  # between two models whose distance is still told as a gain
 TOKENS = 100_000  # whose price is the cost
 OURS: dict[str, Any] = {"marker": "*", "color": "C3", "ms": 10}
 OTHERS: dict[str, Any] = {"marker": "o", "color": "C0", "ms": 5}
@@ -52,9 +55,13 @@ class PricedScore:
         return 100 * low, 100 * high
 
 
-def efficiency_gain(ours: PricedScore, base: PricedScore) -> float:
-    """How many times the base's cost its family would need for our accuracy, relative to our own cost."""
-    return 10 ** ((ours.efficiency - base.efficiency) / POINTS_PER_TENFOLD)
+def efficiency_gain(ours: PricedScore, base: PricedScore) -> float | None:
+    """How many times the base's cost its family would need for our accuracy, relative to our own cost.
+
+    None where the two are more than MOST_TENFOLDS lines apart: the fit says nothing of such a distance.
+    """
+    tenfolds = (ours.efficiency - base.efficiency) / POINTS_PER_TENFOLD
+    return None if abs(tenfolds) > MOST_TENFOLDS + 1e-9 else 10**tenfolds
 
 
 def read_table(path: Path) -> list[PricedScore]:
@@ -181,7 +188,10 @@ def main(arguments: list[str]) -> int:
         if score.base is not None:
             base = by_name[score.base]
             points, gain = score.accuracy - base.accuracy, efficiency_gain(score, base)
-            print(f"  {points:+.1f} points over {base.model}: {gain:.3g} times its cost efficiency")
+            told = f"more than {MOST_TENFOLDS} lines apart, beyond the fit"
+            if gain is not None:
+                told = f"{gain:.3g} times its cost efficiency"
+            print(f"  {points:+.1f} points over {base.model}: {told}")
     print(f"written to {given.picture}")
     return 0
 

@@ -186,6 +186,27 @@ def test_costs_and_gains(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("accuracy", "cost", "told"),
+    [
+        (60.5, 1, "1e+03 times its cost efficiency"),  # three lines
+        (60.6, 1, "beyond the fit"),
+        (39.5, 1, "0.001 times its cost efficiency"),
+        (39.4, 1, "beyond the fit"),
+        (72.8, 1, "beyond the fit"),
+        (60.6, 10, "107 times its cost efficiency"),  # the distance along the lines counts, not the points alone
+        (50, 2e3, "beyond the fit"),
+    ],
+)
+def test_a_gain_is_told_within_the_fit_only(
+    accuracy: float, cost: float, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "t.csv").write_text(f"model,cost,accuracy,n,base\nbase,1,50,400,\nours,{cost},{accuracy},400,base\n")
+    assert main([str(tmp_path / "t.csv"), str(tmp_path / "p.svg")]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "points over base" in line]
+    assert line.endswith(told)
+
+
+@pytest.mark.parametrize(
     ("rows", "message"),
     [
         ("", "has no rows"),

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shlex
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +12,8 @@ import pyarrow.parquet as parquet
 import pytest
 import yaml
 
-from tests.support.documentation import ROOT, documented_commands
-from tests.support.evaluation_models import CASE, SKY, hidden_states, write_export
+from tests.support.documentation import documented_commands
+from tests.support.evaluation_models import CASE, SKY, hidden_states, run_from, write_guide_inputs
 from tests.support.made_images import blobs, import_archive
 from tests.support.patch_models import PatchCase
 
@@ -31,16 +27,8 @@ TEXTS = [f"{question} {number} {row[number % 4]}" for number in range(14) for qu
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, vocab_folder: Path) -> Path:
     """A working directory with the files that the guide names."""
-    from tools.convert_hf.cli import main
-
     place = tmp_path_factory.mktemp("guide")
-    export = write_export(place / "hf", vocab_folder)
-    command = ["to-neox", "--input", str(export), "--output", str(place / "checkpoints"), "--tp", "2", "--quiet"]
-    assert main(command) == 0
-    keys = {name: value for name, value in CASE.neox().merged.items() if name not in ("from_scratch", "optimizer")}
-    keys["vocab_file"] = str(export / "tokenizer.json")
-    (place / "model.yml").write_text(yaml.safe_dump(keys))
-    (place / "local.yml").write_text("model_parallel_size: 2\npipe_parallel_size: 2\nnum_gpus: 4\n")
+    write_guide_inputs(place, vocab_folder)
     records = [{"id": f"2411.{number:05}", "text": text} for number, text in enumerate(TEXTS)]
     rows = [f"{one['id']},{1990 + n % 30},{'ab'[n % 8 // 4]}" for n, one in enumerate(records)]
     (place / "labels.csv").write_text("\n".join(["id,year,field", *rows]) + "\n")
@@ -58,23 +46,13 @@ def write_galaxies(place: Path) -> None:
     (place / "galaxies.yml").write_text(yaml.safe_dump(evaluated))
     saving = {"save": str(place / "galaxies_run"), "extra_save_iters": [1], "num_gpus": 1, "eval_iters": 0}
     (place / "train.yml").write_text(yaml.safe_dump(keys | saving))
-    done = run("python deepy.py train.py train.yml", place)
+    done = run_from(place, "python deepy.py train.py train.yml")
     assert done.returncode == 0, done.stderr
-
-
-def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    words = [
-        str(ROOT / word) if word in ("deepy.py", "embed.py", "train.py") else word for word in shlex.split(command)
-    ]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, *words[1:]], cwd=folder, env=env, capture_output=True, text=True, timeout=280, check=False
-    )
 
 
 def test_the_first_command_writes_what_the_export_says(folder: Path, hf_tokenizer: Any) -> None:
     command = documented_commands(GUIDE)[0]
-    done = run(command, folder)
+    done = run_from(folder, command)
     assert done.returncode == 0, done.stderr
     assert "112 texts, " in done.stdout
     means = np.stack([states[-1, 1:].mean(0) for states in hidden_states(hf_tokenizer, TEXTS)])
@@ -82,7 +60,7 @@ def test_the_first_command_writes_what_the_export_says(folder: Path, hf_tokenize
     report = json.loads((folder / "vectors/abstracts.report.json").read_text())
     assert (report["layers"], report["pooling"], report["left_out"]) == ([CASE.layers], "mean", {})
     assert report["model"].startswith("crc32:")
-    again = run(command, folder)
+    again = run_from(folder, command)
     assert again.returncode == 2
     assert "is there already, complete" in again.stderr
 
@@ -93,7 +71,7 @@ def test_all_other_commands_of_the_guide(folder: Path, hf_tokenizer: Any) -> Non
     assert len(commands) == 10
     write_galaxies(folder)
     for command in commands[1:]:
-        done = run(command, folder)
+        done = run_from(folder, command)
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     table = parquet.read_table(folder / "vectors/layers.parquet")
     last = hidden_states(hf_tokenizer, TEXTS[2:3])[0][1, -1]

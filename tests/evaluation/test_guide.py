@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import shlex
 import subprocess
-import sys
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,7 +15,7 @@ import yaml
 
 from megatron.neox_arguments.registry import Task
 from tests.support.documentation import ROOT, documented_commands
-from tests.support.evaluation_models import CASE, SKY, weights, write_export, write_questions
+from tests.support.evaluation_models import CASE, SKY, run_from, weights, write_guide_inputs, write_questions
 
 pytestmark = pytest.mark.distributed
 GUIDE = "docs/evaluation.md"
@@ -39,16 +36,8 @@ TASK = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, vocab_folder: Path) -> Path:
     """A working directory with the files that the guide names."""
-    from tools.convert_hf.cli import main
-
     place = tmp_path_factory.mktemp("guide")
-    export = write_export(place / "hf", vocab_folder, LONGER)
-    command = ["to-neox", "--input", str(export), "--output", str(place / "checkpoints"), "--tp", "2", "--quiet"]
-    assert main(command) == 0
-    keys = {name: value for name, value in LONGER.neox().merged.items() if name not in ("from_scratch", "optimizer")}
-    keys["vocab_file"] = str(export / "tokenizer.json")
-    (place / "model.yml").write_text(yaml.safe_dump(keys))
-    (place / "local.yml").write_text("model_parallel_size: 2\npipe_parallel_size: 2\nnum_gpus: 4\n")
+    write_guide_inputs(place, vocab_folder, LONGER)
     write_questions(place / "questions.jsonl")
     (place / "papers.jsonl").write_text('{"text": "A star."}\n{"text": "Two stars.", "source": "b"}\n')
     (place / "tasks").mkdir()
@@ -58,11 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, vocab_folder: Path) -> Path
 
 
 def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    words = [str(ROOT / word) if word in ("deepy.py", "mcq.py", "eval.py") else word for word in shlex.split(command)]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_DATASETS_OFFLINE": "1"}
-    return subprocess.run(
-        [sys.executable, *words[1:]], cwd=folder, env=env, capture_output=True, text=True, timeout=280, check=False
-    )
+    return run_from(folder, command, HF_DATASETS_OFFLINE="1")
 
 
 @pytest.mark.slow

@@ -33,6 +33,7 @@ def taught(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     printed = run_example(out, "--until", "cpt")
     results: dict[str, Any] = json.loads((out / "results.json").read_text())
     assert (out / "results.md").read_text().strip() in printed
+    assert "OpenNGC by Mattia Verga, CC-BY-SA 4.0" in printed
     assert json.loads((out / "contamination/summary.json").read_text())["contaminated"] == 0
     return results
 

@@ -81,6 +81,13 @@ def test_no_text_has_the_wordings_of_the_test(out: Path) -> None:
     assert "?" not in raw
 
 
+def test_the_article_fits_its_noun(out: Path) -> None:
+    for path in out.rglob("*.jsonl"):  # those that no OCR has damaged
+        text = texts(path)
+        assert not re.search(r"\b[Aa] [aeiou]|\b[Aa]n [^aeiou]", text), path
+    assert " is an open cluster. " in texts(out / "sft/reasoning.jsonl")
+
+
 def test_roles_follow_the_seed() -> None:
     sizes = {"famous": 10, "asked": 20, "held": 20, "control": 10}
     one, again, other = (facts_of(seed, **sizes) for seed in (0, 0, 1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from examples.llama_keys import LLAMA
 from megatron.neox_arguments import NeoXArgs
 from megatron.neox_arguments.registry import Task
 
@@ -13,16 +14,6 @@ ROPE = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 128,
-}
-
-# What makes a model a Llama in GPT-NeoX's keys.
-LLAMA: dict[str, Any] = {
-    "intermediate_size_convention": "hf",
-    "norm": "rmsnorm",
-    "pos_emb": "rotary",
-    "activation": "swiglu",
-    "use_bias_in_attn_linear": False,
-    "use_bias_in_mlp": False,
 }
 
 VALID: dict[str, Any] = {

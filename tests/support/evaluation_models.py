@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import yaml
 
 from megatron.neox_arguments import NeoXArgs
+from tests.support.documentation import ROOT
 from tests.support.models import LLAMA3_ROPE, Case
 from tests.support.vocabulary import VOCAB_SIZE
 
@@ -43,6 +49,31 @@ def hidden_states(tokenizer: Any, texts: list[str]) -> list[np.ndarray]:
             states = model(ids, output_hidden_states=True).hidden_states
         found.append(torch.cat(states).numpy())
     return found
+
+
+def write_guide_inputs(place: Path, vocab_folder: Path, case: Case = CASE) -> None:
+    """`hf/`, its conversion `checkpoints/` at TP2, and `model.yml` and `local.yml` of four ranks, TP2 x PP2."""
+    from tools.convert_hf.cli import main
+
+    export = write_export(place / "hf", vocab_folder, case)
+    command = ["to-neox", "--input", str(export), "--output", str(place / "checkpoints"), "--tp", "2", "--quiet"]
+    assert main(command) == 0
+    keys = {name: value for name, value in case.neox().merged.items() if name not in ("from_scratch", "optimizer")}
+    keys["vocab_file"] = str(export / "tokenizer.json")
+    (place / "model.yml").write_text(yaml.safe_dump(keys))
+    (place / "local.yml").write_text("model_parallel_size: 2\npipe_parallel_size: 2\nnum_gpus: 4\n")
+
+
+def run_from(place: Path, command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a guide's `python ...` in `place`; scripts of the repository's root are found there."""
+    words = [
+        str(ROOT / word) if (ROOT / word).suffix == ".py" and (ROOT / word).exists() else word
+        for word in shlex.split(command)
+    ]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(
+        [sys.executable, *words[1:]], cwd=place, env=env, capture_output=True, text=True, timeout=280, check=False
+    )
 
 
 def write_export(folder: Path, vocab_folder: Path, case: Case = CASE) -> Path:

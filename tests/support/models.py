@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from examples.llama_keys import LLAMA
 from megatron import layout
 from megatron.engine.protocol import Engine, PipelineStage
 from megatron.neox_arguments import NeoXArgs
 from megatron.parallel.place import Place
-from tests.support.configurations import LLAMA
 
 
 def llama3_rope(factor: float, original: int) -> tuple[tuple[str, Any], ...]:

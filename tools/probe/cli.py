@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,10 +93,7 @@ def _retrieval(given: argparse.Namespace) -> int:
     models = {name: read_features(path) for name, path in _named(given.models).items()}
     report = retrieval_report(models, given.sample, given.seed)
     print("\n".join(lines_of_retrieval(report)))
-    _write(report, given.output)
-    if given.picture is not None:
-        draw_retrieval(report, given.picture)
-        print(f"written to {given.picture}")
+    _write(report, given.output, given.picture, draw_retrieval)
     return 0
 
 
@@ -126,10 +123,7 @@ def _properties(given: argparse.Namespace) -> int:
     options = StudyOptions(given.test_share, given.seed, given.draws, tuple(given.label_counts), given.repeats)
     report = study.run(options)
     print("\n".join(lines_of_study(report)))
-    _write(report, given.output)
-    if given.picture is not None:
-        draw_study(report, given.picture)
-        print(f"written to {given.picture}")
+    _write(report, given.output, given.picture, draw_study)
     return 0
 
 
@@ -146,7 +140,13 @@ def _named(words: Sequence[str]) -> dict[str, Path]:
     return named
 
 
-def _write(report: Mapping[str, Any], path: Path) -> None:
+def _write(
+    report: Mapping[str, Any], path: Path, picture: Path | None, draw: Callable[[Mapping[str, Any], Path], None]
+) -> None:
+    """The report, and where one is asked for, its picture."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(report, indent=1) + "\n")
     print(f"written to {path}")
+    if picture is not None:
+        draw(report, picture)
+        print(f"written to {picture}")
