@@ -157,9 +157,17 @@ class IndexedWriter:
     def append(self, tokens: bytes, sizes: NDArray[np.int32]) -> None:
         """Add documents: their tokens as `dtype` bytes back to back, and how many tokens each has."""
         self._bin_file.write(tokens)
+        self.appended(len(tokens), sizes)
+
+    def appended(self, nbytes: int, sizes: NDArray[np.int32]) -> None:
+        """Add documents whose tokens are in the `.bin` already: other processes have written them through `fileno`."""
         self._sizes_file.write(sizes.tobytes())
-        self.bytes += len(tokens)
+        self.bytes += nbytes
         self.documents += len(sizes)
+
+    def fileno(self) -> int:
+        """The open `.bin`."""
+        return self._bin_file.fileno()
 
     def add(self, tokens: NDArray[np.integer]) -> None:
         """Add one document."""

@@ -78,6 +78,21 @@ class PatchShape(LlamaShape):
     table: ClassVar[tuple[TensorRow, ...]] = PATCH_TABLE
     modality: ClassVar[str] = PATCHES
 
+    @classmethod
+    def of(
+        cls, decoder: Mapping[str, int], *, size: int, channels: int, tokenizer: str, positions: str, max_positions: int
+    ) -> PatchShape:
+        """From the sizes of the decoder and what the mapping `patches` says; `positions` is none or learned."""
+        return cls(
+            **decoder,
+            vocab_size=0,
+            padded_vocab_size=0,
+            tied=False,
+            patch_values=size**2 * channels,
+            tokenizer=tokenizer,
+            num_positions=max_positions if positions == "learned" else 0,
+        )
+
     @property
     def patch_hidden_size(self) -> int:
         """Inner width of the patch tokenizer's MLP, and of the head's."""

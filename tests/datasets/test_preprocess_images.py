@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import io
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from megatron.data.header import file_crc32
 from megatron.data.images import image, open_images, read_image_header
+from megatron.data.indexed import DataError
 from tests.support.made_images import blobs
-from tools.datasets.imaging import importing
+from tools.datasets.imaging import importing, sources
+from tools.datasets.imaging.decode import BandMoments, ImageDecoder
 from tools.datasets.preprocess_images import main
 
 pytestmark = pytest.mark.unit
@@ -170,13 +174,23 @@ def test_swapped_axes_are_asked_about(tmp_path: Path, capsys: pytest.CaptureFixt
 
 def test_workers_and_kills_change_no_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed after every number of blocks, with a journal at each, and continued by two workers."""
+
+    class AtOnce(ThreadPoolExecutor):
+        def submit(self, *words: Any) -> Any:  # type: ignore[override]
+            done = super().submit(*words)
+            done.result()
+            return done
+
+    monkeypatch.setattr(importing, "ThreadPoolExecutor", AtOnce)
+    monkeypatch.setattr(sources, "BLOCK_BYTES", 4 * IMAGES[0].nbytes)
     many = [*shards(tmp_path / "hf"), pictures(tmp_path / "png"), pictures(tmp_path / "more", IMAGES[::-1])]
     options = ("--id-column", "dr8_id")
     expected = written(run(tmp_path, "whole", many, *options))
-    assert written(run(tmp_path, "two", many, *options, workers=2))[:3] == expected[:3]
+    for workers in (2, 5):
+        assert written(run(tmp_path, f"of{workers}", many, *options, workers=workers))[:3] == expected[:3]
     monkeypatch.setattr(importing, "JOURNAL_SECONDS", -1.0)
     real = importing.in_order
-    for stop in (1, 2, 3):
+    for stop in (1, 2, 5):
 
         def cut(*arguments: Any, stop: int = stop) -> Any:
             yield from itertools.islice(real(*arguments), stop)
@@ -188,7 +202,40 @@ def test_workers_and_kills_change_no_byte(tmp_path: Path, monkeypatch: pytest.Mo
         prefix = run(tmp_path, f"killed{stop}", many, *options, workers=2)
         assert written(prefix)[:3] == expected[:3]
         assert read_image_header(prefix).left_out == {"unreadable picture": 1}
+        assert file_crc32(Path(f"{prefix}.bin")).endswith(read_image_header(prefix).crc32)
         assert not list((tmp_path / "out").glob("*.partial*"))
+
+
+@pytest.mark.timeout(60)
+def test_a_failure_in_one_worker_stops_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The one that waits for the place where its block ends must not wait for ever."""
+    real = ImageDecoder.usable
+
+    def broken(self: ImageDecoder, block: Any, bad: Any) -> Any:
+        if block.first == len(IMAGES) - 2:
+            raise DataError("the disk is gone")
+        return real(self, block, bad)
+
+    monkeypatch.setattr(ImageDecoder, "usable", broken)
+    monkeypatch.setattr(sources, "BLOCK_BYTES", IMAGES[0].nbytes)
+    run(tmp_path, "x", [pictures(tmp_path / "png")], workers=3, expect=2)
+    assert "the disk is gone" in capsys.readouterr().err
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("shape", [(9, 7, 3), (40, 50, 2), (600, 600, 1)])
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_moments_are_those_of_the_values(shape: tuple[int, int, int], dtype: Any) -> None:
+    """600 x 600 values of 255: their squares add up to more than fp32 can count."""
+    image = np.random.default_rng(0).integers(0, 256, shape).astype(dtype)
+    if shape[-1] == 1:
+        image[:] = 255
+    moments, values = BandMoments.of(image), image.reshape(-1, shape[-1]).astype(np.float64)
+    assert moments.count == [len(values)] * shape[-1]
+    np.testing.assert_allclose(moments.mean, values.mean(0), rtol=1e-14)
+    np.testing.assert_allclose(moments.std(), values.std(0), rtol=1e-14)
 
 
 def test_a_missing_package_is_named(

@@ -56,7 +56,7 @@ def import_images(options: argparse.Namespace) -> None:
     from tools.datasets.imaging.importing import ImageImport, run_import
     from tools.datasets.imaging.joining import PropertyTable
     from tools.datasets.imaging.parquet import ParquetShard
-    from tools.datasets.imaging.sources import ID, Archive, find_sources, items_of
+    from tools.datasets.imaging.sources import ID, Archive, find_sources, items_of, per_block
 
     require("pyarrow", "writing properties")
     if options.workers < 1:
@@ -69,15 +69,14 @@ def import_images(options: argparse.Namespace) -> None:
         if isinstance(source, Archive) and options.axes is None:
             refuse_swapped_axes(source.image_shape)
     axes: Axes = options.axes or "hwc"
-    keeps_nan = options.nan == "mask"
-    decoder = None
     for item in items_of(sources):  # the first image that can be read says what all are to be like
         try:
-            decoder = ImageDecoder.like(read_image(item, axes), options.crop, axes, keeps_nan)
+            first = read_image(item, axes)
+            decoder = ImageDecoder.like(first, options.crop, axes, options.nan == "mask")
             break
         except ImageError:
             continue
-    if decoder is None:
+    else:
         raise DataError("none of the images can be read; is --input right?")
     count = decoder.shape[2]
     bands = options.bands or (["r", "g", "b"] if count == 3 else [f"band{number}" for number in range(count)])
@@ -97,6 +96,7 @@ def import_images(options: argparse.Namespace) -> None:
         options.input,
         sources,
         decoder,
+        per_block(first.nbytes),
         bands,
         options.output_prefix,
         options.workers,

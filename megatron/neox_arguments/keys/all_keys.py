@@ -103,14 +103,13 @@ class AllKeys(
             "intermediate_size": self.intermediate_size,
         }
         if self.patches is not None:
-            return PatchShape(
-                **decoder,
-                vocab_size=0,
-                padded_vocab_size=0,
-                tied=False,
-                patch_values=self.patches.channels * self.patches.size**2,
+            return PatchShape.of(
+                decoder,
+                size=self.patches.size,
+                channels=self.patches.channels,
                 tokenizer=self.patches.tokenizer,
-                num_positions=self.max_position_embeddings if self.patches.positions == "learned" else 0,
+                positions=self.patches.positions,
+                max_positions=self.max_position_embeddings,
             )
         if self.vocab_size is None:
             raise ConfigError(unknown_vocabulary(self))

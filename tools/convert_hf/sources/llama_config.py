@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron.layout import LlamaShape, PatchShape, padded_vocab_size
+from megatron.layout import LlamaShape, padded_vocab_size
 
 from ..errors import ConvertError
 from ..formats.safetensors_file import is_size, read_json
-from .patch_config import check_patches, patch_sizes
+from .patch_config import check_patches, patch_shape
 
 _LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 MAX_JSON = 64_000_000
@@ -49,7 +49,7 @@ class LlamaConfig:
             "intermediate_size": self.intermediate_size,
         }
         if self.patches is not None:
-            return PatchShape(**decoder, **patch_sizes(self.patches, self.max_position_embeddings))
+            return patch_shape(decoder, self.patches, self.max_position_embeddings)
         return LlamaShape(**decoder, vocab_size=self.vocab_size, padded_vocab_size=padded, tied=self.tied)
 
     def shape_for(self, divisible_by: int, tp: int) -> LlamaShape:

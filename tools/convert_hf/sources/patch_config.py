@@ -34,16 +34,10 @@ def check_patches(value: Any, where: str) -> dict[str, Any]:
     return value
 
 
-def patch_sizes(patches: Mapping[str, Any], max_positions: int) -> dict[str, Any]:
-    """The arguments of `PatchShape` other than the decoder's sizes."""
-    return {
-        "vocab_size": 0,
-        "padded_vocab_size": 0,
-        "tied": False,
-        "patch_values": patches["size"] ** 2 * patches["channels"],
-        "tokenizer": patches["tokenizer"],
-        "num_positions": max_positions if patches["positions"] == "learned" else 0,
-    }
+def patch_shape(decoder: Mapping[str, int], patches: Mapping[str, Any], max_positions: int) -> PatchShape:
+    """Tensor sizes, from those of the decoder and a mapping that `check_patches` has seen."""
+    said = {name: patches[name] for name in ("size", "channels", "tokenizer", "positions")}
+    return PatchShape.of(decoder, **said, max_positions=max_positions)
 
 
 def trained_config(provenance: Mapping[str, Any], where: str) -> dict[str, Any] | None:

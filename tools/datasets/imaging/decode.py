@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import io
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from megatron.common.errors import UserError
 from megatron.data.indexed import DataError
 
 PICTURES = (".png", ".jpg", ".jpeg")
+PIXELS = 1 << 18  # whose values are summed up together; a multiple of 256
 FITS = (".fits", ".fit", ".fits.gz", ".fits.fz")
 Item = Path | bytes | NDArray[Any]
 """An image that is still to be decoded: a file, the bytes of a picture, or its values."""
@@ -104,23 +105,31 @@ class BandMoments:
     squares: list[float]
 
     @classmethod
-    def of(cls, images: NDArray[Any]) -> BandMoments:
-        """Of [n, height, width, bands]; NaN does not count."""
-        counts, means, squares = [], [], []
-        for band in range(images.shape[-1]):
-            values = images[..., band]
-            if values.dtype == np.uint8:  # by its histogram, which is exact and fast
-                weights = np.bincount(values.reshape(-1), minlength=256).astype(np.float64)
-                levels = np.arange(256.0)
-            else:
-                levels = values[~np.isnan(values)].astype(np.float64)
-                weights = np.ones_like(levels)
-            total = weights.sum()
-            mean = float((levels * weights).sum() / total) if total else 0.0
-            counts.append(int(total))
-            means.append(mean)
-            squares.append(float((weights * (levels - mean) ** 2).sum()))
-        return cls(counts, means, squares)
+    def of(cls, image: NDArray[Any]) -> BandMoments:
+        """Of [height, width, bands]; NaN does not count."""
+        values = image.reshape(-1, image.shape[-1])
+        if values.dtype == np.uint8:
+            return cls._of_bytes(values)
+        known = [band[~np.isnan(band)].astype(np.float64) for band in values.T]
+        means = [float(band.mean()) if len(band) else 0.0 for band in known]
+        squares = [float(((band - mean) ** 2).sum()) for band, mean in zip(known, means, strict=True)]
+        return cls([len(band) for band in known], means, squares)
+
+    @classmethod
+    def _of_bytes(cls, values: NDArray[np.uint8]) -> BandMoments:
+        """Of [pixels, bands]. In fp32, which is fast; exact, for 256 squares of bytes add up to less than 2**24."""
+        pixels, bands = values.shape
+        whole = pixels - pixels % 256
+        parts = [values[start : min(start + PIXELS, whole)].reshape(256, -1) for start in range(0, whole, PIXELS)]
+        total, squares = np.zeros(bands), np.zeros(bands)
+        for part in (*parts, values[whole:]):
+            numbers = part.astype(np.float32)
+            total += numbers.sum(axis=0).reshape(-1, bands).sum(axis=0, dtype=np.float64)
+            squares += np.einsum("ij,ij->j", numbers, numbers).reshape(-1, bands).sum(axis=0, dtype=np.float64)
+        sums = [(int(one), int(two)) for one, two in zip(total, squares, strict=True)]
+        return cls(
+            [pixels] * bands, [one / pixels for one, _ in sums], [(pixels * two - one**2) / pixels for one, two in sums]
+        )
 
     def joined(self, other: BandMoments) -> BandMoments:
         """Of both together (Chan et al. 1983)."""
@@ -149,16 +158,6 @@ class ImageBlock:
     items: Sequence[Item]
 
 
-@dataclass
-class DecodedBlock:
-    """The images of a block that can be used, back to back; `rows` are theirs, `bad` is (rule, message) of others."""
-
-    pixels: bytes = b""
-    rows: list[tuple[int, int]] = field(default_factory=list)
-    moments: BandMoments = field(default_factory=lambda: BandMoments([], [], []))
-    bad: list[tuple[str, str]] = field(default_factory=list)
-
-
 @dataclass(frozen=True)
 class ImageDecoder:
     """What a worker knows: what the images must be like."""
@@ -175,22 +174,17 @@ class ImageDecoder:
         cut = cropped(first, crop)
         return cls((cut.shape[0], cut.shape[1], cut.shape[2]), cut.dtype, crop, axes, keeps_nan)
 
-    def __call__(self, block: ImageBlock) -> DecodedBlock:
-        result, images = DecodedBlock(), []
+    def usable(self, block: ImageBlock, bad: list[tuple[str, str]]) -> Iterator[tuple[int, NDArray[Any]]]:
+        """(place in the block, image) of those that are like the others; (rule, message) of what is not go to `bad`."""
         for place, (name, item) in enumerate(zip(block.names, block.items, strict=True)):
             try:
-                images.append(self.usable(item))
+                image = self._checked(item)
             except ImageError as error:
-                result.bad.append((error.rule, f"{name}: {error}"))
+                bad.append((error.rule, f"{name}: {error}"))
             else:
-                result.rows.append((block.source, block.first + place))
-        if images:
-            stacked = np.stack(images)
-            result.pixels, result.moments = stacked.tobytes(), BandMoments.of(stacked)
-        return result
+                yield place, image
 
-    def usable(self, item: Item) -> NDArray[Any]:
-        """The image if it is like the others. Raises ImageError."""
+    def _checked(self, item: Item) -> NDArray[Any]:
         image = cropped(read_image(item, self.axes), self.crop)
         if image.dtype != self.dtype:
             raise ImageError(f"values of type {image.dtype}", f"the first image has {self.dtype}")
@@ -201,7 +195,7 @@ class ImageDecoder:
                 raise ImageError("infinite values", "no picture has them")
             if not self.keeps_nan and np.isnan(image).any():
                 raise ImageError("NaN", "--nan mask keeps such images and leaves their patches with NaN unlearned")
-        return image
+        return np.ascontiguousarray(image)
 
 
 def cropped(image: NDArray[Any], side: int | None) -> NDArray[Any]:

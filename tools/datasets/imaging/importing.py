@@ -8,25 +8,27 @@ import json
 import os
 import sys
 import time
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
+from megatron.common import crc
 from megatron.common.atomic_files import write_text
 from megatron.data.header import header_path
 from megatron.data.images import ImageHeader, ImageInfo
 from megatron.data.indexed import DataError, IndexedWriter, bin_path, idx_path
 from tools.datasets.encoding.progress import Progress
 from tools.datasets.encoding.workers import in_order
-from tools.datasets.imaging.decode import BandMoments, DecodedBlock, ImageBlock, ImageDecoder
+from tools.datasets.imaging.decode import BandMoments, ImageBlock, ImageDecoder
 from tools.datasets.imaging.joining import PropertyTable
 from tools.datasets.imaging.properties import write_properties
 from tools.datasets.imaging.sources import ImageSourceFiles
+from tools.datasets.imaging.writing import Baton, BlockWriter, WrittenBlock
 
 JOURNAL_SECONDS = 10.0
 MAX_NAMED = 20  # images that are left out and named on the terminal; a file names all
@@ -57,8 +59,46 @@ class ImportState:
             return cls()
         return cls(**content | {"moments": BandMoments(**content["moments"])})
 
-    def save(self, path: Path, identity: str) -> None:
-        write_text(path, json.dumps({"identity": identity, **asdict(self)}))
+    def journal(self, identity: str) -> str:
+        return json.dumps({"identity": identity, **asdict(self)})
+
+
+class Settling:
+    """Puts what was written on the disk, and the journal that says so, in a thread of its own: the disk can take longer
+    than the workers have blocks to go on with."""
+
+    def __init__(self, journal: Path, identity: str, writer: IndexedWriter, files: Sequence[Any]) -> None:
+        self._journal, self._identity, self._writer, self._files = journal, identity, writer, files
+        self._thread = ThreadPoolExecutor(1)
+        self._last: Future[None] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._thread.shutdown()
+
+    def begin(self, state: ImportState) -> None:
+        """Unless it is still at the last one. Raises OSError where the last one did."""
+        if self._last is None or self._last.done():
+            self._wait()
+            self._last = self._thread.submit(self._settle, state.journal(self._identity))
+
+    def finish(self, state: ImportState) -> None:
+        self._wait()
+        self._settle(state.journal(self._identity))
+
+    def _wait(self) -> None:
+        if self._last is not None:
+            self._last.result()
+
+    def _settle(self, journal: str) -> None:
+        """The files may hold more by now than `journal` says: what goes on from it cuts them back."""
+        self._writer.sync()
+        for file in self._files:
+            file.flush()
+            os.fsync(file.fileno())
+        write_text(self._journal, journal)
 
 
 @dataclass(frozen=True)
@@ -68,6 +108,7 @@ class ImageImport:
     inputs: list[str]
     sources: Sequence[ImageSourceFiles]
     decoder: ImageDecoder
+    block_size: int
     bands: list[str]
     prefix: str
     workers: int
@@ -85,11 +126,14 @@ class ImageImport:
             for source in self.sources
             for path in source.files
         ]
-        return hashlib.sha256(json.dumps([self.settings, self.bands, stats], default=str).encode()).hexdigest()
+        return hashlib.sha256(
+            json.dumps([self.settings, self.block_size, self.bands, stats], default=str).encode()
+        ).hexdigest()
 
-    def blocks(self) -> Iterator[ImageBlock]:
-        for number, source in enumerate(self.sources):
-            yield from source.blocks(number)
+    def blocks(self, first: int) -> Iterator[tuple[int, ImageBlock]]:
+        """Blocks from number `first` on, numbered."""
+        found = chain.from_iterable(source.blocks(k, self.block_size) for k, source in enumerate(self.sources))
+        return islice(enumerate(found), first, None)
 
 
 def run_import(job: ImageImport) -> ImageHeader:
@@ -102,21 +146,15 @@ def run_import(job: ImageImport) -> ImageHeader:
         writer = IndexedWriter(job.partial, job.decoder.dtype, (state.bytes, state.documents))
         if state.blocks:
             print(f"going on after block {state.blocks} of a killed run", file=sys.stderr)
+        work = BlockWriter(job.decoder, Baton(job.workers, state.blocks, state.bytes), writer.fileno())
         with (
             _continued(rows, 16 * state.documents) as row_file,
             _continued(named, state.named_bytes) as named_file,
-            contextlib.closing(in_order(job.decoder, islice(job.blocks(), state.blocks, None), job.workers)) as results,
+            contextlib.closing(in_order(work, job.blocks(state.blocks), job.workers)) as results,
+            Settling(journal, identity, writer, (row_file, named_file)) as settling,
         ):
-
-            def sync() -> None:
-                writer.sync()
-                for file in (row_file, named_file):
-                    file.flush()
-                    os.fsync(file.fileno())
-                state.save(journal, identity)
-
-            _collect(job, results, state, (writer, row_file, named_file), sync)
-            sync()
+            _collect(job, results, state, (writer, row_file, named_file), settling)
+            settling.finish(state)
         header = _publish(job, state, writer, rows, named)
     except Exception:
         for ending in (".bin", ".idx", ".sizes", ".json", ".rows", ".left_out.txt", ".parquet"):
@@ -138,10 +176,10 @@ def _continued(path: Path, length: int) -> Iterator[Any]:
 
 def _collect(
     job: ImageImport,
-    results: Iterable[DecodedBlock],
+    results: Iterable[WrittenBlock],
     state: ImportState,
     files: tuple[IndexedWriter, Any, Any],
-    sync: Any,
+    settling: Settling,
 ) -> None:
     writer, row_file, named_file = files
     progress = Progress(sum(path.stat().st_size for source in job.sources for path in source.files))
@@ -158,15 +196,15 @@ def _collect(
             state.left_out[rule] = state.left_out.get(rule, 0) + 1
             state.named_bytes += named_file.write(f"{message}\n".encode())
         if result.rows:
-            writer.append(result.pixels, np.full(len(result.rows), values, np.int32))
+            writer.appended(result.nbytes, np.full(len(result.rows), values, np.int32))
             row_file.write(np.array(result.rows, np.int64).tobytes())
-            state.crc32 = zlib.crc32(result.pixels, state.crc32)
+            state.crc32 = crc.combine(state.crc32, result.crc32, result.nbytes)
             state.moments = state.moments.joined(result.moments)
         state.blocks += 1
         state.bytes, state.documents = writer.bytes, writer.documents
         now = time.monotonic()
         if now - last > JOURNAL_SECONDS:
-            sync()
+            settling.begin(state)
             last = now
         if progress.due(state.documents):
             print(

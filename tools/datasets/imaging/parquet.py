@@ -14,8 +14,6 @@ from megatron.data.indexed import DataError
 from tools.datasets.imaging.decode import ImageBlock
 from tools.datasets.imaging.sources import ID, id_column
 
-ROWS = 32  # pictures in a block
-
 
 @dataclass
 class ParquetShard:
@@ -59,11 +57,11 @@ class ParquetShard:
         if self.ids is not None and self.ids not in schema.names:
             raise DataError(f"{self.path}: no column {self.ids}, which --id-column names")
 
-    def blocks(self, number: int) -> Iterator[ImageBlock]:
+    def blocks(self, number: int, size: int) -> Iterator[ImageBlock]:
         with self._open() as file:
             self._check(file.schema_arrow)
             row = 0
-            for batch in file.iter_batches(batch_size=ROWS, columns=[self.column]):
+            for batch in file.iter_batches(batch_size=size, columns=[self.column]):
                 cells = batch.column(0).to_pylist()
                 pictures = [cell.get("bytes") if isinstance(cell, dict) else cell for cell in cells]
                 names = [f"{self.path}:{row + place}" for place in range(len(pictures))]

@@ -26,8 +26,11 @@ class ImageSourceFiles(Protocol):
     @property
     def files(self) -> list[Path]: ...
 
-    def blocks(self, number: int) -> Iterator[ImageBlock]:
-        """All images as blocks of source `number`. Raises DataError for a file that cannot be read."""
+    def blocks(self, number: int, size: int) -> Iterator[ImageBlock]:
+        """All images as blocks of source `number`, `size` in each but the last of a file.
+
+        Raises DataError for a file that cannot be read.
+        """
         ...
 
     def properties(self, rows: NDArray[np.int64]) -> Any:
@@ -36,14 +39,17 @@ class ImageSourceFiles(Protocol):
 
 
 def id_column(ids: Iterable[str]) -> Any:
+    """Texts as an Arrow array, made of its buffers: `pyarrow.array` imports pandas first, if there is one."""
     import pyarrow
 
-    return pyarrow.array(list(ids), pyarrow.string())
+    texts = [one.encode() for one in ids]
+    ends = np.cumsum([0, *map(len, texts)], dtype=np.int32)
+    return pyarrow.StringArray.from_buffers(len(texts), pyarrow.py_buffer(ends), pyarrow.py_buffer(b"".join(texts)))
 
 
-def per_block(values: int) -> int:
-    """Images of so many bytes in a block."""
-    return max(1, min(256, BLOCK_BYTES // max(values, 1)))
+def per_block(nbytes: int) -> int:
+    """How many images of so many bytes go into a block."""
+    return max(1, min(256, BLOCK_BYTES // max(nbytes, 1)))
 
 
 @dataclass
@@ -53,9 +59,9 @@ class LooseFiles:
     files: list[Path]
     ids: list[str]
 
-    def blocks(self, number: int) -> Iterator[ImageBlock]:
-        for start in range(0, len(self.files), 16):
-            part = self.files[start : start + 16]
+    def blocks(self, number: int, size: int) -> Iterator[ImageBlock]:
+        for start in range(0, len(self.files), size):
+            part = self.files[start : start + size]
             yield ImageBlock(number, start, [str(path) for path in part], part)
 
     def properties(self, rows: NDArray[np.int64]) -> Any:
@@ -103,17 +109,16 @@ class Archive:
     def image_shape(self) -> tuple[int, ...]:
         return self._members["images"][0][1:]
 
-    def blocks(self, number: int) -> Iterator[ImageBlock]:
+    def blocks(self, number: int, size: int) -> Iterator[ImageBlock]:
         (count, *shape), dtype = self._members["images"]
-        size = int(np.prod(shape)) * dtype.itemsize
-        step = per_block(size)
+        nbytes = int(np.prod(shape)) * dtype.itemsize
         with zipfile.ZipFile(self.path) as archive, archive.open("images.npy") as file:
             _array_header(file)
-            for start in range(0, count, step):
-                rows = min(step, count - start)
-                raw = file.read(rows * size)
-                if len(raw) < rows * size:
-                    raise DataError(f"{self.path}: images end after row {start + len(raw) // size} of {count}")
+            for start in range(0, count, size):
+                rows = min(size, count - start)
+                raw = file.read(rows * nbytes)
+                if len(raw) < rows * nbytes:
+                    raise DataError(f"{self.path}: images end after row {start + len(raw) // nbytes} of {count}")
                 images = np.frombuffer(raw, dtype).reshape(rows, *shape)
                 yield ImageBlock(number, start, [f"{self.path}:{start + row}" for row in range(rows)], list(images))
 
@@ -213,7 +218,7 @@ def _joined(sources: list[ImageSourceFiles]) -> list[ImageSourceFiles]:
 
 
 def items_of(sources: Sequence[ImageSourceFiles]) -> Iterator[Item]:
-    """Every image of all sources, as it is before it is decoded."""
+    """Every image of all sources, as it is before it is decoded, one read at a time."""
     for number, source in enumerate(sources):
-        for block in source.blocks(number):
+        for block in source.blocks(number, 1):
             yield from block.items
