@@ -4,7 +4,8 @@
 
 Cold: the system's cache of the files is dropped before each load (posix_fadvise), so that they come from the disk.
 Warm: they are in memory. One process, one thread of torch; the sums run in a thread of their own. The floor is one
-read of the same bytes from front to back.
+read of the same bytes from front to back. The CPU time, of all threads, says what the sums cost a machine whose other
+cores are busy; their wall time is then that of the load and the sums one behind the other.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -28,6 +30,7 @@ from torch import Tensor  # noqa: E402
 from megatron.checkpoint.manifest import FileEntry  # noqa: E402
 from megatron.checkpoint.torch_files import read_tensors, write_tensors  # noqa: E402
 from megatron.checkpoint.verified import verified_tensors  # noqa: E402
+from megatron.common.crc import crc32  # noqa: E402
 
 MARKER = "loading"
 
@@ -57,10 +60,11 @@ def drop_cache(paths: Sequence[Path]) -> None:
         os.close(descriptor)
 
 
-def seconds(function: Callable[[], None]) -> float:
-    begun = time.perf_counter()
+def seconds(function: Callable[[], None]) -> tuple[float, float]:
+    """(wall time, CPU time of all threads)."""
+    begun = time.perf_counter(), time.process_time()
     function()
-    return time.perf_counter() - begun
+    return time.perf_counter() - begun[0], time.process_time() - begun[1]
 
 
 def spread(values: Sequence[float]) -> str:
@@ -92,25 +96,33 @@ def main() -> int:
             "with": partial(load, paths, entries, targets),
             "floor": partial(read_through, paths),
         }
-        table = ["| cache | without checksums | with | ratio | one read of the bytes |", "|---|---|---|---|---|"]
+        table = [
+            "| cache | without checksums | with | ratio | one read of the bytes | CPU time without, with |",
+            "|---|---|---|---|---|---|",
+        ]
         for cache in ("cold", "warm"):
             taken: dict[str, list[float]] = {way: [] for way in ways}
+            busy: dict[str, list[float]] = {way: [] for way in ways}
             for _ in range(options.rounds):
                 for way, function in ways.items():
                     if cache == "cold":
                         drop_cache(paths)
-                    taken[way].append(seconds(function))
+                    wall, cpu = seconds(function)
+                    taken[way].append(wall)
+                    busy[way].append(cpu)
             ratio = statistics.median(taken["with"]) / statistics.median(taken["without"])
             cells = [cache, spread(taken["without"]), spread(taken["with"]), f"{ratio:.2f}", spread(taken["floor"])]
+            cells.append(", ".join(f"{statistics.median(busy[way]):.2f} s" for way in ("without", "with")))
             table.append(f"| {' | '.join(cells)} |")
-    print(f"{size / 1e9:.2f} GB in {options.files} files, {options.rounds} rounds, {os.cpu_count()} cores")
+    summed = "zlib" if crc32 is zlib.crc32 else "isal"
+    print(f"{size / 1e9:.2f} GB in {options.files} files, {options.rounds} rounds, {os.cpu_count()} cores, {summed}")
     print("\n".join(table))
     if options.write:
         text = options.write.read_text()
         begin, end = f"<!-- {MARKER}:begin -->", f"<!-- {MARKER}:end -->"
         head, rest = text.split(begin)
         what = f"{size / 1e9:.2f} GB in {options.files} files, medians and ranges of {options.rounds} rounds"
-        caption = f"{what}, {os.cpu_count()} cores:\n\n"
+        caption = f"{what}, {os.cpu_count()} cores, CRC-32 by {summed}:\n\n"
         options.write.write_text(f"{head}{begin}\n{caption}" + "\n".join(table) + f"\n{end}{rest.split(end)[1]}")
     return 0
 

@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import json
 import re
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -35,6 +34,7 @@ from typing import Any
 
 from megatron.checkpoint.state_ranges import StateRange, StoredBytes
 from megatron.common.atomic_files import write_text
+from megatron.common.crc import crc32
 from megatron.common.errors import CheckpointError
 
 FORMAT = "neox-llama-checkpoint"
@@ -56,14 +56,14 @@ def format_checksum(crc: int) -> str:
 
 def checksum(data: bytes | memoryview) -> str:
     """Checksum of raw bytes; for a tensor, of its contiguous storage (`tensor.view(torch.uint8).numpy()`)."""
-    return format_checksum(zlib.crc32(data))
+    return format_checksum(crc32(data))
 
 
 def file_checksum(path: Path) -> str:
     crc = 0
     with open(path, "rb") as file:
         while chunk := file.read(_CHUNK):
-            crc = zlib.crc32(chunk, crc)
+            crc = crc32(chunk, crc)
     return format_checksum(crc)
 
 

@@ -8,14 +8,13 @@ manifest names and never the header.
 from __future__ import annotations
 
 import os
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron.checkpoint.manifest import FileEntry, Manifest, format_checksum
 from megatron.checkpoint.state_ranges import ITEM, STATE_KINDS, StateRange, StoredArray, StoredBytes, block_bytes
-from megatron.common.crc import combine
+from megatron.common.crc import combine, crc32
 from megatron.common.errors import CheckpointError
 from megatron.common.safetensors_header import header_bytes
 from megatron.layout import TensorRange, TensorSplit, layer_files
@@ -121,7 +120,7 @@ def _write(descriptor: int, data: bytes | memoryview) -> int:
     view, done = memoryview(data), 0
     while done < len(view):
         done += os.write(descriptor, view[done:])
-    return zlib.crc32(view)
+    return crc32(view)
 
 
 # --- the index of a checkpoint

@@ -6,7 +6,6 @@ Nothing is gathered in memory: each range is read in blocks, straight into the e
 from __future__ import annotations
 
 import logging
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -26,6 +25,7 @@ from megatron.checkpoint.state_ranges import ITEM, block_bytes
 from megatron.checkpoint.torch_files import dtype_name, read_file
 from megatron.checkpoint.verified import damage
 from megatron.checkpoint.zero_files import StoredTensor, ZeroFile, all_ranges, describe, rank_of_file
+from megatron.common.crc import crc32
 from megatron.common.errors import CheckpointError
 from megatron.engine.protocol import Counters, LossScaleState
 from megatron.layout import TensorRange, TensorSplit
@@ -117,7 +117,7 @@ class SavedOptimizer:
         with open(self.folder / name, "rb") as file:
             file.seek(stored.offset)
             data = file.read(stored.size)
-        if (found_crc := zlib.crc32(data)) != stored.crc:
+        if (found_crc := crc32(data)) != stored.crc:
             raise CheckpointError(
                 f"{self.folder / name} is damaged: the random states have checksum crc32:{found_crc:08x}, the manifest "
                 f"says crc32:{stored.crc:08x}"

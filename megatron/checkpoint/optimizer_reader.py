@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import threading
-import zlib
 from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 
 from megatron.checkpoint.optimizer_files import OptimizerIndex, PlacedRange
 from megatron.checkpoint.state_ranges import ITEM, block_bytes
+from megatron.common.crc import crc32
 from megatron.common.errors import CheckpointError
 from megatron.layout import TensorRange, TensorSplit, Transfer, row_of, transfers
 
@@ -125,7 +125,7 @@ class StateReader:
         finally:
             self._release(file)
         stored = placed.state.arrays[kind]
-        if stored.checksums and (found := zlib.crc32(view)) != stored.checksums[number]:
+        if stored.checksums and (found := crc32(view)) != stored.checksums[number]:
             raise CheckpointError(
                 f"{path} is damaged: {kind} of layer {placed.state.where.layer} {placed.state.where.tensor}, elements "
                 f"[{first}, {end}) of tensor rank {placed.state.where.tp_rank}, has checksum crc32:{found:08x}, the "

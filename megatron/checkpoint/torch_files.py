@@ -8,7 +8,6 @@ import pickle
 import re
 import threading
 import zipfile
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron.checkpoint.manifest import FileEntry, TensorEntry, checksum, format_checksum
+from megatron.common.crc import crc32
 from megatron.common.errors import CheckpointError
 
 _REGISTRY = threading.Lock()  # torch's list of allowed classes is the process's, files are also written beside training
@@ -37,7 +37,7 @@ class _Sink:
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
-        self.crc = zlib.crc32(view, self.crc)
+        self.crc = crc32(view, self.crc)
         self.size += len(view)
         done = 0
         try:

@@ -1,12 +1,24 @@
-"""CRC-32 of a whole from the CRC-32s of its pieces, in whatever order these are finished. Standard library only.
+"""CRC-32 as zlib defines it: of bytes, and of a whole from the CRC-32s of its pieces, in whatever order these are
+finished.
 
-The arithmetic is that of polynomials over GF(2) modulo the CRC polynomial (bit-reflected, as in zlib): appending n
-bytes multiplies a CRC by x^(8 n).
+`crc32` is that of Intel's ISA-L where the package `isal` is installed, which sums some three times as fast, and zlib's
+otherwise. The values are the same, and both let other threads run.
+
+The arithmetic of pieces is that of polynomials over GF(2) modulo the CRC polynomial (bit-reflected): appending n bytes
+multiplies a CRC by x^(8 n).
 """
 
 from __future__ import annotations
 
+import zlib
 from functools import lru_cache
+
+try:
+    from isal.isal_zlib import crc32
+except ImportError:
+    crc32 = zlib.crc32
+
+__all__ = ["combine", "crc32", "zeros"]
 
 _POLYNOMIAL = 0xEDB88320
 _ONE = 1 << 31  # x^0; the highest bit is the lowest power

@@ -21,7 +21,8 @@ from megatron.data.blend import Mixture, shares
 from megatron.data.index_cache import Arrays, CachedIndex
 from megatron.data.indexed import open_indexed
 from megatron.data.sample import SampleForm
-from megatron.data.sources import Piece, TokenSource
+from megatron.data.sources import Piece, TokenSource, labels_identity
+from megatron.data.targets import StreamTargets, describe_silent, refuse_silent
 
 MARGIN = 1.005  # on the samples of each of several sources
 
@@ -45,6 +46,8 @@ class GptNeoxPack(TokenSource):
         self.epochs = max(1, -(-(samples * form.seq_length + 1) // self.tokens))
         self._length = (self.epochs * self.tokens - 1) // form.seq_length
         identity = {"order": "gpt-neox", "documents": self.documents, "seq_length": form.seq_length, "seed": seed}
+        if labels is not None:
+            identity |= {"labels": labels_identity(labels), "isolated": form.isolate_documents}
         self._index = CachedIndex(
             prefix, f"{form.seq_length}s_{self.epochs}ep_neox", {**identity, "epochs": self.epochs}, self.build_index
         )
@@ -54,7 +57,8 @@ class GptNeoxPack(TokenSource):
 
     def build_index(self) -> Arrays:
         """`order`: documents of all epochs in reading order; `ends`: where each ends in the stream, in tokens;
-        `samples`: for the i-th sample read, which sample of the stream it is."""
+        `samples`: for the i-th sample read, which sample of the stream it is. With labels, `silent`: how many samples
+        have no target, and how many there are."""
         start, stop = self.documents
         random = np.random.RandomState(self._seed)
         order = np.tile(np.arange(start, stop, dtype=np.int32), self.epochs)
@@ -62,7 +66,21 @@ class GptNeoxPack(TokenSource):
         ends = np.cumsum(np.array(open_indexed(self.prefix).sizes)[order], dtype=np.int64)
         samples = np.arange(self._length, dtype=np.uint32 if self._length < 2**32 - 2 else np.int64)
         random.shuffle(samples)
-        return {"order": order, "ends": ends, "samples": samples}
+        arrays: Arrays = {"order": order, "ends": ends, "samples": samples}
+        if self.labels is not None:
+            refuse_silent(self.prefix, self.labels, self.documents, self.form)
+            targets = StreamTargets(self.labels, self.form)
+            targets.add(order)
+            taught = len(targets.with_targets(0, self._length))
+            arrays["silent"] = np.array([self._length - taught, self._length])
+        return arrays
+
+    def describe_left_out(self) -> list[str]:
+        """Nothing is, for GPT-NeoX's order has it; but samples without a target are counted."""
+        if self.labels is None:
+            return []
+        why = "nothing to learn; data_order: gpt-neox leaves nothing out"
+        return describe_silent(self.prefix, self._index.arrays()["silent"], "are read in vain", why)
 
     def pieces(self, index: int) -> list[Piece]:
         arrays = self._index.arrays()

@@ -3,6 +3,8 @@
 A source is read in epochs: its documents in a new random order each time, and the samples of an epoch in a random
 order of their own. Everything is drawn epoch by epoch, so a longer run begins exactly like a shorter one. GPT-NeoX and
 megatron-core shuffle all epochs at once, and train_iters then changes the order from the first sample on.
+
+Where there are labels, samples without a target teach nothing: they are left out, and counted.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from megatron.data.header import fingerprint
 from megatron.data.index_cache import Arrays, CachedIndex
 from megatron.data.indexed import DataError, IndexedFile, open_indexed
 from megatron.data.sample import Sample, SampleForm, SampleSource
+from megatron.data.targets import StreamTargets, describe_silent, refuse_silent
 
 Piece = tuple[int, int, int]  # document, offset in it, length
 DOCUMENTS, SAMPLES = 0, 1  # the two uses of the seed
@@ -97,11 +100,14 @@ class RunningPack(TokenSource):
             "seq_length": form.seq_length,
             "seed": seed,
         }
-        if labels is not None:
-            identity["labels"] = labels_identity(labels)
-        self._index = CachedIndex(
-            prefix, f"{form.seq_length}s_{self.epochs}ep", {**identity, "epochs": self.epochs}, self.build_index
-        )
+        label = f"{form.seq_length}s_{self.epochs}ep"
+        if labels is None:
+            identity["epochs"] = self.epochs
+        else:
+            label = f"{form.seq_length}s_{samples}_labels"
+            identity |= {"samples": samples, "labels": labels_identity(labels), "isolated": form.isolate_documents}
+        self._index = CachedIndex(prefix, label, identity, self.build_index)
+        self.epochs = len(self._index.arrays()["order"])
 
     def __len__(self) -> int:
         return self._length
@@ -112,41 +118,62 @@ class RunningPack(TokenSource):
 
     def build_index(self) -> Arrays:
         """`order` [epochs, documents]: documents in reading order; `ends` [epochs, documents]: where each ends, in
-        tokens from the start of the epoch; `samples`: for the i-th sample read, which sample of the stream it is."""
-        start, stop = self.documents
-        sizes = np.array(open_indexed(self.prefix).sizes[start:stop])
-        order = np.empty((self.epochs, stop - start), np.int32 if stop < 2**31 else np.int64)
-        ends = np.empty(order.shape, np.int64)
+        tokens from the start of the epoch; `samples`: for the i-th sample read, which sample of the stream it is.
+        With labels, samples without a target are in none of them; `left_out`: how many these are, and how many samples
+        there are, in the first epoch."""
+        if self.labels is not None:
+            return self._build_taught(self.labels)
+        order = np.stack([self._documents_of(epoch) for epoch in range(self.epochs)])
         total = self.first_sample(self.epochs)
         samples: NDArray[np.integer] = np.empty(total, np.uint32 if total < 2**32 else np.int64)
         for epoch in range(self.epochs):
-            permutation = seeded_permutation(self._seed, epoch, DOCUMENTS, stop - start)
-            order[epoch] = permutation + start
-            np.cumsum(sizes[permutation], dtype=np.int64, out=ends[epoch])
             first, end = self.first_sample(epoch), self.first_sample(epoch + 1)
             samples[first:end] = first + seeded_permutation(self._seed, epoch, SAMPLES, end - first)
-        arrays: Arrays = {"order": order, "ends": ends, "samples": samples}
-        if self.labels is not None:
-            arrays["silent"] = np.array(self._count_silent(order[0]))
-        return arrays
+        return {"order": order, "ends": self._ends_of(order), "samples": samples}
 
-    def _count_silent(self, order: NDArray[np.integer]) -> list[int]:
-        """[samples without a target, samples] of the first epoch."""
-        assert self.labels is not None
-        file, s = open_indexed(self.labels), self.form.seq_length
-        learned = np.concatenate([file.document(int(document)) >= 0 for document in order])
-        targets = learned[1 : 1 + (len(learned) - 1) // s * s].reshape(-1, s)
-        return [int((~targets.any(axis=1)).sum()), len(targets)]
+    def _documents_of(self, epoch: int) -> NDArray[np.integer]:
+        start, stop = self.documents
+        order = seeded_permutation(self._seed, epoch, DOCUMENTS, stop - start) + start
+        return order.astype(np.int32 if stop < 2**31 else np.int64)
+
+    def _ends_of(self, order: NDArray[np.integer]) -> NDArray[np.int64]:
+        return np.cumsum(np.array(open_indexed(self.prefix).sizes)[order], axis=1, dtype=np.int64)
+
+    def _build_taught(self, labels: str) -> Arrays:
+        """As many epochs as it takes until enough samples have a target."""
+        refuse_silent(self.prefix, labels, self.documents, self.form)
+        targets, s = StreamTargets(labels, self.form), self.form.seq_length
+        orders: list[NDArray[np.integer]] = []
+        samples: list[NDArray[np.integer]] = []
+        count = 0
+        while count < max(self._length, 1):
+            epoch = len(samples)
+            first, end = self.first_sample(epoch), self.first_sample(epoch + 1)
+            while len(orders) <= epoch or targets.tokens <= end * s:  # the last sample reaches into the next epoch
+                orders.append(self._documents_of(len(orders)))
+                targets.add(orders[-1])
+            taught = targets.with_targets(first, end)
+            samples.append(taught[seeded_permutation(self._seed, epoch, SAMPLES, len(taught))])
+            count += len(taught)
+        left_out = [self.first_sample(1) - len(samples[0]), self.first_sample(1)]
+        order = np.stack(orders)
+        return {
+            "order": order,
+            "ends": self._ends_of(order),
+            "samples": np.concatenate(samples).astype(np.int64),
+            "left_out": np.array(left_out),
+        }
 
     def describe_left_out(self) -> list[str]:
-        """Nothing is left out; but where samples are cut anywhere, some may have no target."""
+        """Where samples are cut anywhere, some may have no target."""
         if self.labels is None:
             return []
-        silent, count = self._index.arrays()["silent"].tolist()
-        return [
-            f"{self.prefix}: {silent:,} samples of {count:,} in the first epoch have no target and teach nothing: "
-            f"pack_impl: packed cuts documents anywhere"
-        ]
+        return describe_silent(
+            self.prefix,
+            self._index.arrays()["left_out"],
+            "in the first epoch left out",
+            "nothing to learn; pack_impl: packed cuts documents anywhere",
+        )
 
     def pieces(self, index: int) -> list[Piece]:
         arrays = self._index.arrays()
@@ -173,8 +200,8 @@ class RunningPack(TokenSource):
 class OncePacked(TokenSource):
     """Validation: the documents once, in the order of the file, cut every s tokens; the last sample is padded.
 
-    Every token is there exactly once. The samples are read in a fixed random order, so that the first few of them are
-    a fair choice.
+    Every token is there exactly once; with labels, every target. The samples are read in a fixed random order, so that
+    the first few of them are a fair choice.
     """
 
     def __init__(
@@ -186,8 +213,41 @@ class OncePacked(TokenSource):
         labels: str | None = None,
     ) -> None:
         super().__init__(prefix, form, documents, labels)
-        self._order = seeded_permutation(seed, 0, SAMPLES, -(-(self.tokens - 1) // form.seq_length))
+        self._seed = seed
+        self._left_out = np.zeros(2, np.int64)  # samples without a target, and samples
+        if labels is None:
+            self._order = seeded_permutation(seed, 0, SAMPLES, self._samples)
+        else:
+            identity: dict[str, object] = {
+                "pack": "once",
+                "documents": self.documents,
+                "seq_length": form.seq_length,
+                "seed": seed,
+                "labels": labels_identity(labels),
+                "isolated": form.isolate_documents,
+            }
+            index = CachedIndex(prefix, f"{form.seq_length}s_once_labels", identity, self.build_index).arrays()
+            self._order, self._left_out = index["samples"], index["left_out"]
         self.samples_per_epoch = len(self._order)
+
+    @property
+    def _samples(self) -> int:
+        return -(-(self.tokens - 1) // self.form.seq_length)
+
+    def build_index(self) -> Arrays:
+        """`samples`: those with a target, in the order of reading; `left_out`: how many have none, of how many."""
+        assert self.labels is not None
+        refuse_silent(self.prefix, self.labels, self.documents, self.form)
+        targets = StreamTargets(self.labels, self.form)
+        targets.add(range(*self.documents))
+        taught = targets.with_targets(0, self._samples)
+        order = taught[seeded_permutation(self._seed, 0, SAMPLES, len(taught))]
+        return {"samples": order, "left_out": np.array([self._samples - len(taught), self._samples])}
+
+    def describe_left_out(self) -> list[str]:
+        """Samples without a target."""
+        why = "nothing to measure; pack_impl: packed cuts documents anywhere"
+        return describe_silent(self.prefix, self._left_out, "left out", why)
 
     def __len__(self) -> int:
         return len(self._order)

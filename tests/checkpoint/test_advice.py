@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import re
+import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron.checkpoint.choice import StartChoice, choose_start, own_options
-from megatron.checkpoint.discovery import find_checkpoint
-from megatron.checkpoint.load import ways_out
+from megatron.checkpoint.discovery import find_checkpoint, meta_file_name
+from megatron.checkpoint.layer_set import set_problems
+from megatron.checkpoint.load import load_weights, ways_out
 from megatron.checkpoint.owner import OWNER, FolderOwner, FolderTakenError
-from megatron.checkpoint.start import Start
+from megatron.checkpoint.start import Start, find_start
 from megatron.checkpoint.verified import damage
 from megatron.common.errors import CheckpointError
 from megatron.neox_arguments import NeoXArgs
 from megatron.neox_arguments.load import apply_overrides, parse_overrides
+from tests.support.checkpoints import SHAPE, write_weights
 from tests.support.configurations import keys
 from tests.support.step_folders import write_step
+from tools.convert_hf.cli import main as convert
 
 pytestmark = pytest.mark.unit
 
@@ -101,3 +109,80 @@ def test_another_folder_or_a_removed_claim(folder: Path) -> None:
     assert removed == str(folder / "own" / OWNER)
     Path(removed).unlink()
     FolderOwner(folder / "own").acquire()
+
+
+class Alone:
+    """The one rank of a run, without a process group."""
+
+    rank = 0
+
+    @contextlib.contextmanager
+    def together(self, what: str) -> Iterator[None]:
+        yield
+
+    def broadcast(self, value: Any) -> Any:
+        return value
+
+
+def without_iteration(root: Path) -> None:
+    write_weights(root, manifest=False)
+    (root / "global_step0").rename(root / "weights")
+    (root / "latest").write_text("weights")
+
+
+def without_position(root: Path) -> None:
+    write_step(root, 10)
+    torch.save({"iteration": 10}, root / "global_step10" / meta_file_name(0))
+
+
+@pytest.mark.parametrize(
+    ("write", "said"),
+    [(without_iteration, "its name says no iteration"), (without_position, "the run's position is unknown")],
+)
+def test_weights_without_a_position_are_taken_alone(folder: Path, write: Any, said: str) -> None:
+    write(folder / "loaded")
+    first = {"from_scratch": None, "load": "loaded"}
+    ranks: Any = Alone()
+    elsewhere = f"--save {folder / 'new'}"
+    with pytest.raises(CheckpointError, match=said) as caught:
+        find_start(ranks, configured(folder, first, elsewhere))
+    advice = re.search(r"with `(finetune): (true)`", str(caught.value))
+    assert advice
+    start = find_start(ranks, configured(folder, first, f"{elsewhere} --{advice[1]} {advice[2]}"))
+    assert (start.restored, start.position.iteration, start.restores_optimizer) == ("weights", 0, False)
+
+
+def test_the_other_tensor_parallel_size(tmp_path: Path) -> None:
+    """Both ways out: the size of the files, and files of the size."""
+    step = write_weights(tmp_path / "two", tp=2)
+    (tmp_path / "hf").mkdir()
+    config = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 16, "num_hidden_layers": 2}
+    config |= {"intermediate_size": 24, "vocab_size": 30, "rms_norm_eps": 1e-5, "model_type": "llama"}
+    config |= {"rope_theta": 1e4, "rope_scaling": None, "max_position_embeddings": 64, "tie_word_embeddings": False}
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+    (said,) = set_problems({path.name for path in step.iterdir()}, SHAPE, 1)
+    assert set_problems({path.name for path in step.iterdir()}, SHAPE, int(said.partition("set it to ")[2][0])) == []
+    command = re.search(r"`python tools/convert_hf (.*)`", said)
+    assert command
+    words = [*shlex.split(command[1]), "--input", str(tmp_path / "two"), "--output", str(tmp_path / "one")]
+    assert convert([*words, "--hf-source", str(tmp_path / "hf")]) == 0
+    assert set_problems({path.name for path in (tmp_path / "one" / step.name).iterdir()}, SHAPE, 1) == []
+
+
+def test_weights_are_loaded_from_a_folder_that_is_given(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`load` is set to what the message calls for: the folder is looked into."""
+    looked: list[Path] = []
+
+    def locate(ranks: Any, root: Path, *rest: Any) -> None:
+        looked.append(root)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("megatron.checkpoint.load.RankGroup", type("Ranks", (), {"world": lambda device: Alone()}))
+    monkeypatch.setattr("megatron.checkpoint.load.locate", locate)
+    engine: Any = type("Engine", (), {"place": type("Place", (), {"device": None})})
+    with pytest.raises(CheckpointError, match="`load` is not set; give the folder that holds `latest`"):
+        load_weights(engine, configured(folder, FIRST_STARTS[0]))
+    with pytest.raises(KeyboardInterrupt):
+        load_weights(engine, configured(folder, {"from_scratch": None, "load": "own"}))
+    assert looked == [folder / "own"]
+    assert (looked[0] / "latest").is_file()

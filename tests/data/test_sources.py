@@ -1,7 +1,10 @@
 """Samples of one source: the running pack, whole documents, one pass, labels, isolation."""
 
 import itertools
+import re
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ import torch
 from megatron.common.labels import IGNORE_INDEX
 from megatron.data.build import build_datasets
 from megatron.data.document_packing import WholeDocuments
+from megatron.data.gpt_neox_order import GptNeoxPack
 from megatron.data.indexed import DataError
 from megatron.data.sample import SampleForm
 from megatron.data.sources import OncePacked, RunningPack
@@ -244,3 +248,44 @@ def test_label_data(tmp_path: Path, prefix: str) -> None:
     wrong = write(tmp_path / "w", [*documents[:-1], documents[-1][:-1]])
     with pytest.raises(DataError, match="do not go with text"):
         RunningPack(prefix, SampleForm(S), 3, 30, labels=wrong)
+
+
+def test_packed_samples_without_a_target_are_left_out_and_counted(tmp_path: Path) -> None:
+    """Every target is still there, once an epoch, and a longer run begins like a shorter one."""
+    documents = numbered([30, 41, 26, 39, 20])
+    labels = [np.full(len(document), IGNORE_INDEX) for document in documents]
+    labels[1][20:24], labels[3][5] = documents[1][20:24], documents[3][5]
+    prefix, targets = write(tmp_path / "t", documents), write(tmp_path / "l", labels)
+    expected = sorted([*documents[1][20:24].tolist(), int(documents[3][5])])
+
+    def learned(source: Any, samples: int) -> list[list[int]]:
+        found = [source[i]["labels"] for i in range(samples)]
+        return [row[row != IGNORE_INDEX].tolist() for row in found]
+
+    form = SampleForm(S)
+    source = RunningPack(prefix, form, 3, 40, labels=targets)
+    read = learned(source, 40)
+    assert all(read)
+    counts = Counter(itertools.chain(*read))
+    assert sorted(counts) == expected
+    assert max(counts.values()) - min(counts.values()) <= 1
+    assert learned(RunningPack(prefix, form, 3, 7, labels=targets), 7) == read[:7]
+    (line,) = source.describe_left_out()
+    assert re.search(
+        r"t: [5-8] samples of 10 \([5-8]0\.00% of the tokens\) in the first epoch left out: no target", line
+    )
+    once = OncePacked(prefix, form, 3, labels=targets)
+    assert sorted(itertools.chain(*learned(once, len(once)))) == expected
+    assert all(learned(once, len(once)))
+    (line,) = once.describe_left_out()
+    assert f"{10 - len(once)} samples of 10 " in line
+    kept = GptNeoxPack(prefix, form, 3, 20, labels=targets)
+    silent = sum(not row for row in learned(kept, len(kept)))
+    (line,) = kept.describe_left_out()
+    assert f"{silent} samples of {len(kept)} " in line
+    nothing = write(tmp_path / "n", [np.full(len(document), IGNORE_INDEX) for document in documents])
+    for make in (RunningPack, GptNeoxPack):
+        with pytest.raises(DataError, match="have no target"):
+            make(prefix, form, 3, 5, labels=nothing)
+    with pytest.raises(DataError, match="have no target"):
+        OncePacked(prefix, form, 3, labels=nothing)

@@ -13,20 +13,23 @@ pytestmark = pytest.mark.unit
 OWN = "checkpoint/test_advice.py::test_own_options_take_a_run_s_own_steps"
 MODEL = "checkpoint/test_facts.py::test_all_differences_are_named_at_once_and_the_advice_works"
 RULES = "neox_arguments/test_advice.py::test_a_rule_s_advice_works"
+POSITION = "checkpoint/test_advice.py::test_weights_without_a_position_are_taken_alone"
+INPUT = "launcher/test_advice.py::test_what_a_program_reads_is_given_as_its_message_says"
+SLURM = "slurm/test_allocation.py::test_what_is_said_of_keys_that_slurm_decides_is_done"
 ADVICE_TESTS = {
     # a part of the message: the test that follows it
     "leave it out, or add --load FOLDER --from_scratch false": (
         "neox_arguments/test_advice.py::test_options_named_by_a_rule_can_be_typed"
     ),
-    "nothing is logged there without pip install wandb": "neox_arguments/test_rules.py",
-    "expected `key: value` lines": "neox_arguments/test_loading.py",
-    "expected `--key value` here": "neox_arguments/test_loading.py",
-    "`kernels` chooses fused operations": "neox_arguments/test_loading.py",
-    "--dry-run --search ranks the layouts": "planner/test_dry_run.py",
-    "`enabled` says it": "neox_arguments/test_loading.py",
-    "--nodelist and --exclude": "slurm/test_allocation.py",
-    "the job has them from sbatch or salloc": "slurm/test_allocation.py",
-    "starts all nodes by srun itself": "slurm/test_training.py",
+    "nothing is logged there without pip install wandb": "launcher/test_advice.py::test_a_library_that_is_missing",
+    "expected `key: value` lines": "launcher/test_advice.py::test_a_file_holds_keys_with_their_values",
+    "expected `--key value` here": "launcher/test_advice.py::test_files_come_before_the_first_option",
+    "`kernels` chooses fused operations": "launcher/test_advice.py::test_kernels_choose_what_fusions_would",
+    "--dry-run --search ranks the layouts": "launcher/test_advice.py::test_layouts_are_ranked_by_a_search",
+    "`enabled` says it": "launcher/test_advice.py::test_enabled_says_the_precision",
+    "--nodelist and --exclude": SLURM,
+    "the job has them from sbatch or salloc": SLURM,
+    "starts all nodes by srun itself": SLURM,
     "to go back to one of its own: {} --iteration N": OWN,
     "of its own checkpoints in {}, as `iteration` says": "checkpoint/test_choice.py::test_what_a_run_begins_from",
     "--load {}": OWN,
@@ -47,10 +50,10 @@ ADVICE_TESTS = {
     "python tools/convert_hf to-neox": "launcher/test_boundary.py::test_a_foreign_folder_is_recognised",
     "python tools/convert_hf reshard": "launcher/test_boundary.py::test_a_foreign_folder_is_recognised",
     "the folder above them with `latest`": "launcher/test_boundary.py::test_a_foreign_folder_is_recognised",
-    "`python tools/convert_hf reshard --tp {}`": ("checkpoint/test_layouts.py"),
+    "`python tools/convert_hf reshard --tp {}`": "checkpoint/test_advice.py::test_the_other_tensor_parallel_size",
     "--no_load_optim true": "checkpoint/test_advice.py::test_ways_out_of_an_unfit_optimizer",
     " --finetune true": "checkpoint/test_advice.py::test_ways_out_of_an_unfit_optimizer",
-    "`load` is not set": "checkpoint/test_load.py",
+    "`load` is not set": "checkpoint/test_advice.py::test_weights_are_loaded_from_a_folder_that_is_given",
     "go back to an earlier one with --iteration N": "checkpoint/test_advice.py::test_an_earlier_step_is_taken_instead",
     "Go back to an earlier checkpoint with --iteration N": (
         "checkpoint/test_advice.py::test_an_earlier_step_is_taken_instead"
@@ -61,21 +64,21 @@ ADVICE_TESTS = {
     "continue the run in another folder with --save": (
         "checkpoint/test_advice.py::test_another_folder_or_a_removed_claim"
     ),
-    "start from its weights with `finetune: true`": "trainer/test_gpt_neox_run.py",
-    "start from the weights with `finetune: true`": "checkpoint/test_load.py",
-    "--dry-run plans a training": "planner/test_plan.py",
+    "start from its weights with `finetune: true`": POSITION,
+    "start from the weights with `finetune: true`": POSITION,
+    "--dry-run plans a training": "launcher/test_advice.py::test_a_dry_run_is_of_a_training",
     "(--paths-on-nodes)": "planner/test_dry_run.py::test_the_commands_of_the_guide",
     "--paths-on-nodes leaves this check": "launch/test_render.py::test_what_is_not_there_is_named_before_it_queues",
-    "or give --num_nodes {}": "slurm/test_allocation.py",
-    "srun is not on PATH": "slurm/test_allocation.py",
+    "or give --num_nodes {}": "slurm/test_allocation.py::test_an_allocation_of_another_size_is_refused",
+    "srun is not on PATH": "launcher/test_advice.py::test_deepy_is_called_where_srun_is",
     "Raise it with --train_iters N": "trainer/test_schedule.py::test_a_run_shorter_than_its_checkpoint",
-    "--allow-high-initial-loss true": "trainer/test_runs.py",
-    "unset RANK, WORLD_SIZE and LOCAL_RANK": "parallel/test_rank_env.py",
-    "start the ranks by srun": "parallel/test_rank_env.py",
-    "export MASTER_ADDR": "parallel/test_rank_env.py",
-    "python deepy.py {} model.yml run.yml": "parallel/test_handover.py",
+    "--allow-high-initial-loss true": "trainer/test_runs.py::test_a_continued_run_that_knows_nothing_stops",
+    "unset RANK, WORLD_SIZE and LOCAL_RANK": "launcher/test_advice.py::test_variables_of_another_launcher_are_unset",
+    "start the ranks by srun": "launcher/test_advice.py::test_a_step_keeps_slurm_s_variables",
+    "export MASTER_ADDR": "launcher/test_advice.py::test_an_address_is_exported",
+    "python deepy.py {} model.yml run.yml": "launcher/test_advice.py::test_files_are_given_to_deepy",
     "start it by python deepy.py, srun or to": "launcher/test_launcher.py::test_ranks_know_their_place",
-    "submit it by: sbatch": "slurm/test_guide.py",
+    "submit it by: sbatch": "slurm/test_guide.py::test_commands_of_the_guide",
     "or other sizes behind `--`": "launch/test_render.py::test_what_cannot_run_is_refused",
     "give --account": "launch/test_render.py::test_the_longest_time_is_the_default",
     "--signal-seconds {}": "launch/test_render.py::test_what_cannot_run_is_refused",
@@ -83,10 +86,10 @@ ADVICE_TESTS = {
     "--env {}: expected NAME=VALUE": "launch/test_render.py::test_a_script_with_secrets_is_its_owners_alone",
     "--time {}: expected HOURS": "launch/test_render.py::test_what_cannot_run_is_refused",
     "give --time HOURS:MINUTES:SECONDS": "launch/test_render.py::test_what_is_not_there_is_named_before_it_queues",
-    "eval_tasks needs lm-eval": "neox_arguments/test_evaluation_keys.py",
-    "the file of questions (--mcq.items FILE)": "neox_arguments/test_evaluation_keys.py",
-    "the file of texts (--embed.input FILE)": "neox_arguments/test_embedding_keys.py",
-    "the prefix of the images to continue (--completion.path PREFIX)": "neox_arguments/test_patch_keys.py",
+    "eval_tasks needs lm-eval": "launcher/test_advice.py::test_a_library_that_is_missing",
+    "the file of questions (--mcq.items FILE)": INPUT,
+    "the file of texts (--embed.input FILE)": INPUT,
+    "the prefix of the images to continue (--completion.path PREFIX)": INPUT,
     "it is requeued at its limit": "launch/test_render.py::test_time_limits_of_frontier",
 }
 # Text of other kinds: parts of scripts, usage, patterns of warnings.
@@ -114,5 +117,5 @@ def test_no_entry_is_left_over() -> None:
 @pytest.mark.parametrize("name", sorted(set(ADVICE_TESTS.values())))
 def test_the_tests_exist(name: str) -> None:
     file, _, function = name.partition("::")
-    text = (ROOT / "tests" / file).read_text()
-    assert re.search(rf"^def {function}\(", text, re.MULTILINE) if function else text
+    assert function, f"{name}: name the test that follows the advice, not its file"
+    assert re.search(rf"^def {function}\(", (ROOT / "tests" / file).read_text(), re.MULTILINE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,11 +18,15 @@ from tests.support.slurm_jobs import ODD, configure, light_project
 pytestmark = pytest.mark.slurm
 
 
-def allocated(cluster: Cluster, folder: Path, *options: str, plan: str = "done") -> subprocess.CompletedProcess[str]:
+def allocated(
+    cluster: Cluster, folder: Path, *options: str, plan: str = "done", typed: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess[str]:
     """deepy.py with the light program on 2 x 2 ranks, in an allocation with these options of salloc."""
-    project = light_project(folder / "project")
+    project = folder / "project"
+    if not project.exists():
+        light_project(project)
     deepy = [sys.executable, str(project / "deepy.py"), str(project / "train.py"), *configure(folder)]
-    deepy.append("--paths-on-nodes")
+    deepy += ["--paths-on-nodes", *typed]
     return subprocess.run(
         ["salloc", *options, *deepy],
         cwd=folder,
@@ -46,6 +51,22 @@ def test_one_srun_starts_all_ranks(cluster: Cluster, tmp_path: Path) -> None:
     assert not list(tmp_path.rglob(".neox_run_*"))
 
 
+def test_what_is_said_of_keys_that_slurm_decides_is_done(cluster: Cluster, tmp_path: Path) -> None:
+    """Nodes by --nodelist and --exclude, a comment by salloc, all nodes by deepy.py whatever `launcher` names."""
+    refused = allocated(cluster, tmp_path, "--nodes=2", typed=("--include", "n2@n3"))
+    assert refused.returncode == 2
+    (options,) = re.findall(r"Slurm's (--\w+ and --\w+)", refused.stderr)
+    assert options == "--nodelist and --exclude"
+    asked = ("--nodes=2", "--nodelist=n[2-3]", "--exclude=n0", "--comment=stars")
+    result = allocated(cluster, tmp_path, *asked, typed=("--launcher", "pdsh", "--comment", "stars"))
+    assert result.returncode == 0, result.stderr
+    said = result.stdout + result.stderr
+    assert "starts all nodes by srun itself" in said
+    assert "the job has them from sbatch or salloc" in said
+    seen = [json.loads((tmp_path / f"seen-0-{rank}.json").read_text())["env"] for rank in range(4)]
+    assert [env["SLURMD_NODENAME"] for env in seen] == ["n2", "n2", "n3", "n3"]
+
+
 @pytest.mark.parametrize(
     ("plan", "code", "said"),
     [
@@ -65,6 +86,9 @@ def test_an_allocation_of_another_size_is_refused(cluster: Cluster, tmp_path: Pa
     assert result.returncode == 2
     assert "the allocation has 1 nodes, the configuration is made for num_nodes 2" in result.stderr
     assert not list(tmp_path.glob("seen-*"))
+    (option,) = re.findall(r"or give (--num_nodes \d)", result.stderr)
+    assert allocated(cluster, tmp_path, "--nodes=1", typed=tuple(option.split())).returncode == 0
+    assert len(list(tmp_path.glob("seen-*"))) == 2
 
 
 def test_no_allocation_at_all(tmp_path: Path) -> None:
