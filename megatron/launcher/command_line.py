@@ -33,7 +33,7 @@ those of this machine or, in a Slurm allocation, all ranks of the job by one sru
   CONFIG            YAML files, merged; `.yml` may be omitted; a key must not be in two files
   -d, --conf_dir    folder that is prepended to every CONFIG
   -i, -o FILE       sample_input_file and sample_output_file
-  -H FILE           hostfile, as GPT-NeoX takes it; in a Slurm allocation all its nodes are started anyway
+  -H FILE           hostfile, as in GPT-NeoX; in a Slurm allocation all its nodes are started anyway
   --KEY VALUE       set any key after merging: --train_iters 10 --optimizer.params.lr 1e-5 --from_scratch
   --print-config    print the merged and derived configuration and what DeepSpeed gets, and start nothing
   --paths-on-nodes  what the run reads and writes is seen by the compute nodes alone: do not look for it here, and keep
@@ -54,7 +54,7 @@ Keys: docs/configuration.md. The exit code is the job's; 2 means that the config
 """
 
 _SHORT = {"-i": "--sample_input_file", "-o": "--sample_output_file", "-H": "--hostfile"}
-# GPT-NeoX's own options, which may stand before the files: each takes one value, `--eval_tasks` all up to the next.
+# GPT-NeoX's own options, which may precede the files: each takes one value, `--eval_tasks` all up to the next option.
 _BEFORE_FILES = (
     *("-H", "--hostfile", "-i", "--sample_input_file", "-o", "--sample_output_file", "--wandb_group"),
     *("--wandb_run_name", "--wandb_team", "--iteration", "--eval_results_prefix", "--autotuning"),
@@ -69,7 +69,7 @@ class Invocation:
     script: Path
     configs: list[Path]
     overrides: dict[str, Any] = field(default_factory=dict)
-    options: list[str] = field(default_factory=list)  # the overrides as typed
+    options: list[str] = field(default_factory=list)  # the overrides, as typed
     print_config: bool = False
     plan: PlanOptions | None = None  # --dry-run
     paths_on_nodes: bool = False
@@ -116,7 +116,8 @@ def _program(name: str) -> Path:
 
 
 def _options_last(words: list[str]) -> list[str]:
-    """The same words with GPT-NeoX's options behind the script and the files: argparse takes them anywhere."""
+    """The same arguments with GPT-NeoX's options moved behind the script and the files: argparse takes them
+    anywhere."""
     front: list[str] = []
     moved: list[str] = []
     rest = list(words)
@@ -132,7 +133,7 @@ def _options_last(words: list[str]) -> list[str]:
 
 
 def _as_overrides(words: list[str]) -> list[str]:
-    """Options in the one form that overrides have: short names written out, several values as one YAML list."""
+    """Options in the form of overrides: short names written out, several values as one YAML list."""
     result: list[str] = []
     rest = list(words)
     while rest:
@@ -151,7 +152,7 @@ def _as_overrides(words: list[str]) -> list[str]:
 
 
 def _take(words: list[str], names: tuple[str, ...]) -> str | None:
-    """Remove `NAME VALUE` or `NAME=VALUE` from the words."""
+    """Remove `NAME VALUE` or `NAME=VALUE` from the arguments."""
     for index, word in enumerate(words):
         name, equals, value = word.partition("=")
         if name in names:
@@ -175,7 +176,7 @@ def configuration_as_yaml(args: NeoXArgs) -> str:
     derived = {
         "data_parallel_size": args.data_parallel_size,
         "head_dim": args.head_dim,
-        # Unknown while the tokenizer is elsewhere.
+        # Unknown if the tokenizer is not on this machine.
         "padded_vocab_size": args.padded_vocab_size if args.vocabulary_is_known else None,
         "num_parameters": args.shape.num_parameters if args.vocabulary_is_known else None,
     }
@@ -224,9 +225,9 @@ def _main(arguments: list[str]) -> int:
 
 
 def report_inputs(args: NeoXArgs, paths_on_nodes: bool) -> int:
-    """For a dry run: what the run will read is there, or what is wrong with it; the exit code."""
+    """For a dry run: report whether the run's inputs exist, or what is wrong with them; returns the exit code."""
     if paths_on_nodes:
-        print("inputs: not looked at (--paths-on-nodes)", file=sys.stderr)
+        print("inputs: not checked (--paths-on-nodes)", file=sys.stderr)
         return 0
     try:
         refuse_wrong_inputs(args)

@@ -27,7 +27,7 @@ from megatron.launcher.local import GRACE_SECONDS
 from megatron.parallel.rank_env import TYPED, node_name
 from megatron.supervision.failures import LOST, REQUEUE, claim_failure
 
-FAILURE_GRACE_SECONDS = 10.0  # how long the other ranks may run on after the first failure
+FAILURE_GRACE_SECONDS = 10.0  # how long the other ranks may keep running after the first failure
 PRELOAD = ("torch", "deepspeed", "megatron.core.tensor_parallel")
 
 Rank = multiprocessing.context.ForkProcess
@@ -41,7 +41,7 @@ def _rank(rank: int, ranks: int, folder: Path, command: list[str], parent: int) 
     """Body of a forked rank: run the script as `__main__`."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    # A warning during start-up is held back until StopRequest handles it; it does not kill a program that never does.
+    # A warning signal during start-up is blocked until StopRequest handles it; it never kills a program that does not.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     signal.signal(signal.SIGUSR1, signal.SIG_DFL)
     die_with_parent(parent, signal.SIGKILL)
@@ -56,7 +56,7 @@ def _rank(rank: int, ranks: int, folder: Path, command: list[str], parent: int) 
     try:
         runpy.run_path(command[0], run_name="__main__")
     finally:
-        atexit._run_exitfuncs()  # multiprocessing ends by os._exit, which skips exit handlers of libraries
+        atexit._run_exitfuncs()  # multiprocessing ends with os._exit, which skips the exit handlers of libraries
 
 
 def _preload(script: str) -> None:
@@ -92,7 +92,7 @@ def main(arguments: list[str]) -> int:
     try:
         sys.path.insert(0, str(Path(command[0]).resolve().parent))
         _preload(command[0])
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})  # deepy.py and the script hold back earlier ones
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})  # deepy.py and the script block earlier ones
         assert threading.active_count() == 1, f"threads before the fork: {threading.enumerate()}"
         context = multiprocessing.get_context("fork")
         for rank in range(ranks):
@@ -145,10 +145,10 @@ def _watch(running: dict[int, Rank], failed: list[int], folder: Path, deadline: 
             code = process.exitcode or 0
             if code and not failed and not kill_next:
                 end = f"rank {rank} on {node_name(os.environ)} {how_it_ended(code)}"
-                # So that the others do not report it as lost; deepy.py says it at the end.
+                # So that the others do not report it as lost; deepy.py reports it at the end.
                 claim_failure(folder, shell_code(code), f"{end}; the other ranks were stopped")
                 deadline = time.monotonic() + FAILURE_GRACE_SECONDS
-                kill_next = code == LOST  # ranks that can end by themselves do so; hung ones ignore SIGTERM
+                kill_next = code == LOST  # ranks that can end on their own do so; hung ones ignore SIGTERM
             if code:
                 failed.append(code)
 

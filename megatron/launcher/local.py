@@ -1,4 +1,4 @@
-"""Start all ranks of this machine, wait for them, and leave no process and no file."""
+"""Start all ranks of this machine, wait for them, and leave no process or file behind."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from megatron.parallel.rank_env import IGNORED_WARNINGS
 from megatron.supervision.failures import REQUEUE, USER_ERROR, recorded_reason
 from megatron.supervision.signals import signal_name
 
-GRACE_SECONDS = 30.0  # from ctrl-C or SIGTERM until ranks that have not ended are killed
+GRACE_SECONDS = 30.0  # from Ctrl-C or SIGTERM until ranks that have not ended are killed
 
 _ROOT = Path(__file__).resolve().parents[2]
 
@@ -44,13 +44,16 @@ def start_local(script: Path, args: NeoXArgs) -> int:
 
 
 def say_end(folder: Path, code: int) -> None:
-    """The last line of a run that did not end well: why, whatever libraries have printed since it was known."""
+    """The last line of a run that failed: the reason, printed after whatever libraries have printed in the meantime."""
     if code == 0:
         return
     why = recorded_reason(folder)
     if why is None and code > 128:
-        why = f"by {signal_name(code - 128)}, before the run could save; it goes on from its last complete checkpoint"
-    why = why or f"the ranks ended with exit code {code}; what they said is above"
+        why = (
+            f"by {signal_name(code - 128)}, before the run could save; rerun it to resume from its last "
+            f"complete checkpoint"
+        )
+    why = why or f"the ranks ended with exit code {code}; their messages are above"
     print(f"deepy.py: {'' if code == USER_ERROR else 'stopped: '}{why}", file=sys.stderr, flush=True)
 
 
@@ -60,7 +63,7 @@ def local_ranks(args: NeoXArgs) -> int:
 
 
 def reads_input(args: NeoXArgs) -> bool:
-    """Whether rank 0 reads what is typed."""
+    """Whether rank 0 reads from the terminal."""
     return args.text_gen_type == "interactive"
 
 
@@ -75,13 +78,13 @@ def _command(args: NeoXArgs, folder: Path) -> list[str]:
 
 
 def rank_environment(args: NeoXArgs) -> dict[str, str]:
-    """Environment variables of the ranks; the user's own settings win."""
+    """Environment variables of the ranks; the user's own settings take precedence."""
     # The project's folder comes first, so that `megatron` is found from any working directory.
     paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     result = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     result["PYTHONWARNINGS"] = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), *IGNORED_WARNINGS]))
     result["NEOX_STARTED"] = str(time.time())  # for the breakdown of the start-up time
-    result.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # c10d's pages about peers that are gone
+    result.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # c10d's long messages about peers that are gone
     result.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # megatron-core: TP all-reduces start before the next GEMM
     if args.device == "cpu":
         threads = max(1, (os.cpu_count() or 1) // local_ranks(args))
@@ -97,12 +100,12 @@ def supervise(
     with_input: bool = False,
     interrupt: signal.Signals = signal.SIGINT,
 ) -> int:
-    """Run `command` in a session of its own, pass signals on, end all its processes; returns its exit code.
+    """Run `command` in a session of its own, forward signals, end all its processes; returns its exit code.
 
-    It reads what is typed only `with_input`. Ctrl-C is passed on as `interrupt`. SIGUSR1 may be blocked by the caller;
-    `command` starts as the caller is.
+    It reads from the terminal only `with_input`. Ctrl-C is forwarded as `interrupt`. SIGUSR1 may be blocked by the
+    caller; `command` inherits that.
     """
-    # A session of its own: the terminal's ctrl-C reaches deepy.py alone, which then ends the ranks in order. Even if
+    # A session of its own: the terminal's Ctrl-C reaches only deepy.py, which then ends the ranks in order. Even if
     # deepy.py is killed, `command` ends: an srun that outlives a requeued job would end a step of its next start.
     process = subprocess.Popen(
         command,
@@ -114,7 +117,7 @@ def supervise(
     received: list[int] = []
 
     def forward(number: int, frame: FrameType | None) -> None:
-        if received:  # the second request: do not wait any longer
+        if received:  # the second request: stop waiting
             kill_group(process.pid)
         received.append(number)
         process.send_signal(interrupt if number == signal.SIGINT else signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""A rank's main function: run a program with the rank's configuration, report how it ended once per run."""
+"""A rank's main function: run a program with the rank's configuration, and report once per run how it ended."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ from megatron.supervision.failures import (
     run_folder,
 )
 
-AFTER_FIRST_FAILURE_SECONDS = 0.5  # ranks that fail in its wake end later, so that the launcher names the first
+AFTER_FIRST_FAILURE_SECONDS = 0.5  # ranks that fail as a consequence end later, so that the launcher names the first
 
 
 def _first_reason(folder: Path | None) -> str | None:
-    """The words of the rank that failed first, which may be about to write them."""
+    """The message of the rank that failed first, which may still be writing it."""
     deadline = time.monotonic() + AFTER_FIRST_FAILURE_SECONDS
     while folder is not None and time.monotonic() < deadline:
         if (reason := recorded_reason(folder)) is not None:
@@ -54,7 +54,7 @@ def run(program: Callable[[NeoXArgs], object], task: Task = "train") -> NoReturn
 
     Exit codes: 0; 2 for a UserError, whose text is printed once per run, without a traceback; `Stopped.code` for an
     orderly early end; 76 (LOST) if other ranks died or hang; 1 for any other exception. The first rank to fail prints
-    its traceback; ranks that fail because it is gone print nothing. Under deepy.py the first reason is left in the
+    its traceback; ranks that fail because it is gone print nothing. Under deepy.py the first reason is stored in the
     run's folder, and deepy.py prints it last.
     """
     code, folder = FAILURE, run_folder(sys.argv[1:])
@@ -76,7 +76,7 @@ def run(program: Callable[[NeoXArgs], object], task: Task = "train") -> NoReturn
         first = claim_failure(folder, code, str(stop))
         if first and not launched and (folder is not None or _rank() == 0):
             print(f"stopped: {stop}", file=sys.stderr)
-        _close_process_group()  # safe: all ranks stop together, none has failed
+        _close_process_group()  # safe, since all ranks stop together and none has failed
     except LostRanks as lost:
         if claim_loss(folder, lost):
             code = LOST
@@ -116,7 +116,7 @@ def _unexpected(error: Exception, folder: Path | None) -> int:
 
 
 def _rank() -> int:
-    with contextlib.suppress(ConfigError):  # contradicting variables, reported already
+    with contextlib.suppress(ConfigError):  # contradictory variables, already reported
         started = find_started_rank(os.environ)
         return 0 if started is None else started.rank
     return 0

@@ -28,7 +28,7 @@ def uses_srun(args: NeoXArgs, env: Mapping[str, str]) -> bool:
     """Whether deepy.py starts the ranks by srun. Raises ConfigError if it should and there is no allocation."""
     if args.launcher == "slurm" and not in_allocation(env):
         raise ConfigError(
-            "launcher: slurm outside of a Slurm allocation; submit a job (docs/launching.md) or open one with salloc"
+            "launcher: slurm outside a Slurm allocation; submit a job (docs/launching.md) or get one with salloc"
         )
     chosen = args.launcher == "slurm" or (args.launcher == "auto" and in_allocation(env))
     if not chosen and args.num_nodes > 1:
@@ -57,7 +57,7 @@ def hosts_of(hostfile: str | None) -> list[str]:
 def srun_command(args: NeoXArgs, env: Mapping[str, str]) -> list[str]:
     """The srun that starts all ranks, numbered node by node.
 
-    It passes on the whole environment, because `--export=A=b` cuts values at commas. Raises ConfigError if the
+    It passes the whole environment, because `--export=A=b` splits values at commas. Raises ConfigError if the
     allocation and the configuration differ in their number of nodes.
     """
     nodes = int(env.get("SLURM_JOB_NUM_NODES") or env.get("SLURM_NNODES") or "1")
@@ -75,9 +75,11 @@ def srun_command(args: NeoXArgs, env: Mapping[str, str]) -> list[str]:
         "--kill-on-bad-exit=1",
         "--export=ALL",
     ]
-    if in_step(env):  # a shell that srun has started: without this, its resources would be waited for, by their holder
+    if in_step(
+        env
+    ):  # in a shell started by srun: without this, the new srun would wait for resources that the shell itself holds
         command.append("--overlap")
-    if env.get("SLURM_CPUS_PER_TASK"):  # since 22.05 srun no longer takes it from the job
+    if env.get("SLURM_CPUS_PER_TASK"):  # since 22.05 srun no longer inherits it from the job
         command.append(f"--cpus-per-task={env['SLURM_CPUS_PER_TASK']}")
     return command
 
@@ -85,11 +87,11 @@ def srun_command(args: NeoXArgs, env: Mapping[str, str]) -> list[str]:
 def start_by_srun(script: Path, args: NeoXArgs) -> int:
     """Run `script` on all ranks of the allocation; returns the exit code of the rank that failed first.
 
-    The ranks read the configuration from a file that all nodes must see: it is written to the checkpoints' folder, or
-    to the working directory.
+    The ranks read the configuration from a file that all nodes must see: it is written to the checkpoint folder, or to
+    the working directory.
     """
     if shutil.which("srun") is None:
-        raise ConfigError("this is a Slurm job, but srun is not on PATH; call deepy.py outside of the container")
+        raise ConfigError("this is a Slurm job, but srun is not on PATH; call deepy.py outside the container")
     _ = args.shape  # whether the vocabulary is known
     command = srun_command(args, os.environ)
     inside = in_step(os.environ)
@@ -98,14 +100,14 @@ def start_by_srun(script: Path, args: NeoXArgs) -> int:
     folder = Path(tempfile.mkdtemp(prefix=f".neox_run_{os.environ['SLURM_JOB_ID']}_", dir=parent)).resolve()
     try:
         handover = write_handover(args, folder)
-        # Slurm's warning would kill a rank during start-up: it is held back until StopRequest handles it.
+        # Slurm's warning signal would kill a rank during start-up: it is blocked until StopRequest handles it.
         python = ["env", "--block-signal=USR1", sys.executable, "-u", str(script.resolve())]
         words, env = [*command, *python, "--neox-args", str(handover)], rank_environment(args)
         for name in [name for name in env if inside and name.startswith("SLURM_CPU_BIND")]:
-            del env[name]  # the cores of the step that this shell is, which is one task
-        # srun's answer to Ctrl-C is a question; on SIGTERM it ends the ranks.
+            del env[name]  # the cores of the step that this shell runs in, which is one task
+        # On Ctrl-C srun only asks for a second one; on SIGTERM it ends the ranks.
         code = supervise(words, env, with_input=reads_input(args), interrupt=signal.SIGTERM)
-        # srun returns the highest code of all tasks, often that of a rank which it killed after another had failed.
+        # srun returns the highest code of all tasks, often that of a rank that it killed after another had failed.
         code = code and (recorded_code(folder) or code)
         say_end(folder, code)
         return code

@@ -1,7 +1,7 @@
 """`python -m megatron.launcher.torchrun RANKS FOLDER SCRIPT [ARGUMENT ...]`: `torch.distributed.run` on one machine.
 
-The same as `torchrun --standalone --nproc-per-node RANKS SCRIPT ...`, without a port that other machines reach, and
-without its page of tracebacks when a rank fails: the rank itself has reported the error.
+The same as `torchrun --standalone --nproc-per-node RANKS SCRIPT ...`, but without a port that other machines can reach,
+and without its page of tracebacks when a rank fails: the rank itself has reported the error.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def main(arguments: list[str]) -> int:
 def _pass_on() -> None:
     """Pass Slurm's warnings to the ranks; torch's agent would exit at once.
 
-    This thread waits for the signal, which is blocked in all others, so that the ranks start with it held back.
+    This thread waits for the signal, which is blocked in all others, so that the ranks start with it blocked.
     """
     while True:
         number = signal.sigwait({signal.SIGUSR1})

@@ -22,4 +22,4 @@ if __name__ == "__main__":
         traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # without destructors: those of process groups would wait for each other
+    os._exit(code)  # without destructors, since those of process groups would wait for each other

@@ -23,20 +23,20 @@ median.
 
   CONFIG                   the training's configuration files, merged as by deepy.py
   --timeout SECONDS        for each phase, after which ranks that did not arrive are named (default 180)
-  --no-inputs              do not look whether checkpoint, data, tokenizer and room are there
+  --no-inputs              do not check that checkpoint, data, tokenizer and disk space exist
   --no-screen              do not measure devices and links
   --slow-nodes fail|warn   whether slow nodes end the preflight with exit code 4 (default: fail on GPUs, warn on CPUs)
   --exclude-file FILE      write the slow nodes to FILE, as in nid001,nid002; empty if there are none
   --KEY VALUE              set any key of the configuration, as for deepy.py
 
 Exit code, the same on all ranks: 0 all is well, 2 the configuration or the placement cannot be right, 3 ranks or groups
-do not start, do not finish or sum wrongly, 4 slow nodes, 5 RCCL uses TCP sockets.
+do not start, do not finish or compute a wrong sum, 4 slow nodes, 5 RCCL uses TCP sockets.
 """
 
 
 @dataclass(frozen=True)
 class PreflightOptions:
-    """What was asked for on the command line."""
+    """The parsed command line."""
 
     configuration: list[str]  # files and overrides, as `rank_args` takes them
     timeout: float  # seconds, for each phase
@@ -82,7 +82,7 @@ def main(arguments: list[str]) -> int:
     except ConfigError as error:
         print(f"preflight: {error}", file=sys.stderr)
         return CONFIGURATION
-    # The phase store ends the process with one message; NCCL's own watchdog would abort it with a page of addresses.
+    # The phase store ends the process with one message; NCCL's own watchdog would abort it with a long stack trace.
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     store = PhaseStore(started, os.environ, roster, options.timeout)
     Preflight(started, store, options.configuration, options.inputs).run(

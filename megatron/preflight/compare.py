@@ -28,7 +28,7 @@ class Screen:
     nodes: dict[str, float]
     shares: dict[str, float]
     limit: float
-    worst: dict[str, str]  # where on the node its value comes from: a rank, a pair of ranks, another node
+    worst: dict[str, str]  # which part of the node its value comes from: a rank, a pair of ranks, another node
     slow_links: list[str] = field(default_factory=list)
 
     @property

@@ -1,4 +1,4 @@
-"""Why a phase failed, and which ranks or groups are the cause: pure functions of what the phase store holds."""
+"""Why a phase failed, and which ranks or groups are the cause: pure functions of the contents of the phase store."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron.parallel.gpu_placement import Seat, coordinates
 
 CONFIGURATION, STALLED, SLOW, SOCKETS = 2, 3, 4, 5  # exit codes, docs/preflight.md
 
-_SHOWN = 8  # groups, or ranks, that are named one by one
+_SHOWN = 8  # number of groups, or ranks, that are named one by one
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,8 @@ class Group:
 
 
 class Roster:
-    """Which rank is on which node: Slurm's plan (`planned`, by rank), and the seats that the ranks have reported."""
+    """Which rank is on which node: Slurm's plan (`planned`, by rank), and the locations that the ranks have
+    reported."""
 
     def __init__(self, world_size: int, local_world_size: int | None = None, planned: Sequence[str] = ()) -> None:
         self.world_size, self._local_world_size, self._planned = world_size, local_world_size, planned
@@ -35,7 +36,7 @@ class Roster:
         self.sizes: tuple[int, int, int] | None = None  # pipe, data, tensor, once the configuration is read
 
     def node(self, rank: int) -> str:
-        """Node of a rank, also of one that never arrived: from Slurm's plan, or from its neighbours."""
+        """Node of a rank, even of one that never arrived: from Slurm's plan, or from its neighbors."""
         if rank in self.seats:
             return self.seats[rank].node
         size = self._local_world_size
@@ -84,7 +85,7 @@ def numbers(ranks: Collection[int]) -> str:
 
 @dataclass(frozen=True)
 class PhaseFailure:
-    """What all processes end with: an exit code and the text that rank 0 prints."""
+    """How all processes end: an exit code and the text that rank 0 prints."""
 
     code: int
     text: str
@@ -100,8 +101,8 @@ def phase_failure(
 ) -> PhaseFailure | None:
     """Why a phase has failed, None if it has not.
 
-    `arrived` are the ranks that began the phase. `outcomes` holds those that ended it, by rank: {"result": ...}, or
-    {"error": text, "code": exit code}. `seconds` is the time that they had.
+    `arrived` are the ranks that began the phase. `outcomes` holds the results of those that finished it, by rank:
+    {"result": ...}, or {"error": text, "code": exit code}. `seconds` is the time limit of the phase.
     """
     errors = {rank: outcome for rank, outcome in outcomes.items() if "error" in outcome}
     if not errors and len(outcomes) == roster.world_size:

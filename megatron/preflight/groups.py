@@ -17,9 +17,9 @@ from megatron.preflight.measurements import payload_pattern, synchronize
 if TYPE_CHECKING:
     from megatron.engine.mcore_groups import Links
 
-# A payload is as large as the training's own message, but no larger than this: more bytes would not show more.
+# A payload is as large as the training's own message, but at most this: more bytes would show nothing new.
 _MOST = {"cuda": 128 << 20, "cpu": 1 << 20}
-_TIMED = 3  # collectives after the first one, which connects
+_TIMED = 3  # number of collectives after the first one, which connects
 
 
 def layout_sizes(args: NeoXArgs) -> tuple[int, int, int]:
@@ -51,7 +51,7 @@ def world_group(world_size: int) -> Group:
 
 @dataclass(frozen=True)
 class TrainingGroups:
-    """This rank's groups by kind, None for the world; and its links to neighbouring stages, None under DeepSpeed."""
+    """This rank's groups by kind, None for the world; and its links to neighboring stages, None under DeepSpeed."""
 
     by_kind: dict[str, dist.ProcessGroup | None]
     links: Links | None = None
@@ -59,7 +59,7 @@ class TrainingGroups:
 
 def form_training_groups(args: NeoXArgs) -> TrainingGroups:
     """The groups that this rank is in, as the training forms them. Collective."""
-    # What the layout alone says needs no megatron-core.
+    # Groups that follow from the layout alone need no megatron-core.
     from megatron.parallel.process_groups import form_groups
 
     place = form_groups(args)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from megatron.ops.bandwidth import Clock
 
-# Long enough for a GPU's clocks and temperature to settle, short enough for a preflight of minutes.
+# Long enough for a GPU's clocks and temperature to settle, short enough for a preflight of a few minutes.
 _SECONDS = {"cuda": 2.0, "cpu": 0.2}
 _GEMM = {"cuda": (8192, torch.bfloat16), "cpu": (512, torch.float32)}
 _BURST = 8  # multiplications between two readings of the clock
@@ -21,7 +21,7 @@ _EXCHANGES = 5
 def gemm_rate(device: torch.device) -> float:
     """FLOP/s of continuous square matrix multiplications: the median burst, on a CPU the best one.
 
-    A CPU is shared with other processes, so its best burst says more about it than the median.
+    A CPU is shared with other processes, so its best burst is more representative than the median.
     """
     size, dtype = _GEMM[device.type]
     generator = torch.Generator(device).manual_seed(0)
@@ -40,7 +40,7 @@ def gemm_rate(device: torch.device) -> float:
 
 
 def memory_copy_rate(device: torch.device) -> float:
-    """Bytes read and written per second by a plain copy of a tensor that no cache holds."""
+    """Bytes read and written per second by a plain copy of a tensor too large for any cache."""
     return Clock(device).copy_bandwidth()
 
 
@@ -64,12 +64,12 @@ def measured_link_rate(partner: int, device: torch.device) -> float:
         seconds.append(time.perf_counter() - started)
     wrong = int((received != expected).sum())
     if wrong:
-        raise RuntimeError(f"{wrong} of {size // 4} elements that rank {partner} sent arrived as something else")
+        raise RuntimeError(f"{wrong} of {size // 4} elements sent by rank {partner} arrived with wrong values")
     return size / min(seconds[1:])  # the first one connects
 
 
 def payload_pattern(size: int, device: torch.device) -> torch.Tensor:
-    """A message of `size` bytes: fp32 that holds small whole numbers."""
+    """A message of `size` bytes: small whole numbers in fp32."""
     return (torch.arange(size // 4, device=device) % 3 + 1).float()
 
 

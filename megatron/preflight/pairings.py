@@ -1,4 +1,4 @@
-"""Which ranks exchange with which, in rounds in which each has one partner. Pure functions."""
+"""Pairings of ranks, in rounds in which each has at most one partner. Pure functions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ Pair = tuple[int, int]
 
 
 def tournament(count: int) -> list[list[Pair]]:
-    """Rounds in which each of `count` meets every other once (the circle method); if odd, one rests in each round."""
+    """Rounds in which each of `count` meets every other once (the circle method); if `count` is odd, one pauses in each
+    round."""
     places = list(range(count + count % 2))
     rounds = []
     for _ in range(len(places) - 1):
@@ -20,10 +21,10 @@ def tournament(count: int) -> list[list[Pair]]:
 
 
 def ring_and_across(count: int) -> list[list[Pair]]:
-    """Rounds in which each of `count` meets its two neighbours in a ring, and one half of the ring away.
+    """Rounds in which each of `count` meets its two neighbors in a ring, and the one on the opposite side.
 
-    Several partners tell a slow node (slow with all of them) from a slow link (slow with one). For any number of nodes,
-    these are at most four rounds.
+    Several partners distinguish a slow node (slow with all of them) from a slow link (slow with one). For any number of
+    nodes there are at most four rounds.
     """
     rounds = [
         [(first, first + 1) for first in range(0, count - 1, 2)],

@@ -1,8 +1,8 @@
 """The phases of the preflight in rank 0's store: every rank writes that it arrived at a phase, and its outcome.
 
-A collective that hangs cannot report itself. Here it need not: a thread of rank 0 reads the store and knows, when the
-time of a phase is up, which ranks have not arrived and which have not finished. A thread of every other rank waits for
-rank 0's verdict and ends the process, even if its main thread is stuck.
+A collective that hangs cannot report itself. Instead a thread of rank 0 reads the store and knows, when a phase times
+out, which ranks have not arrived and which have not finished. A thread of every other rank waits for rank 0's verdict
+and ends the process, even if its main thread is stuck.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from megatron.parallel.rank_env import StartedRank
 from megatron.preflight.diagnosis import CONFIGURATION, STALLED, Group, PhaseFailure, Roster, phase_failure
 
 MARGIN_SECONDS = 10.0  # how much longer than the phase's timeout the other ranks wait for rank 0's verdict
-GOODBYE_SECONDS = 3.0  # how long rank 0 stays so that the others can read its last verdict
+GOODBYE_SECONDS = 3.0  # how long rank 0 waits before it ends, so that the others can read its last verdict
 AFTER_AN_ERROR_SECONDS = 3.0  # how long the others have to finish after the first failure
-_POLL_SECONDS = 0.05  # between two reads of rank 0 from its own store
-_RETRY_SECONDS, _CONNECT_SECONDS = 0.2, 5.0  # of a rank that connects to rank 0
-_LONGEST = 200  # characters of an error's text
+_POLL_SECONDS = 0.05  # between two reads by rank 0 of its own store
+_RETRY_SECONDS, _CONNECT_SECONDS = 0.2, 5.0  # timeout of a rank that connects to rank 0
+_LONGEST = 200  # maximum length of an error message in characters
 
 
 class PhaseStore:
-    """One rank's access to the store. `timeout`, in seconds, holds for each phase."""
+    """One rank's access to the store. `timeout`, in seconds, applies to each phase."""
 
     def __init__(self, started: StartedRank, env: Mapping[str, str], roster: Roster, timeout: float) -> None:
         """Connect. If rank 0 does not arrive within the timeout, the process ends with STALLED."""
@@ -70,10 +70,10 @@ class PhaseStore:
             threading.Thread(target=self._follow_verdicts, daemon=True).start()
 
     def phase(self, name: str, groups: Sequence[Group], work: Callable[[], Any]) -> list[Any]:
-        """Do `work` on all ranks at once; returns its results by rank on rank 0, [] on the others. Collective.
+        """Run `work` on all ranks at once; returns its results by rank on rank 0, [] on the others. Collective.
 
         `groups` are the groups that communicate in `work`; they are named if they fail. If `work` raises on any rank or
-        is not done in time, all processes end: with CONFIGURATION after a UserError, else with STALLED.
+        does not finish in time, all processes end: with CONFIGURATION after a UserError, else with STALLED.
         """
         number, self._name = self._phase, name
         # The last resort, until the next phase begins: it works even if a library holds the interpreter's lock.
@@ -148,11 +148,12 @@ class PhaseStore:
             number += 1
 
     def _watch(self, number: int, name: str, groups: Sequence[Group]) -> None:
-        """Rank 0's thread of one phase. If it fails, nobody would notice a hang: the preflight ends with the reason."""
+        """Rank 0's thread of one phase. If it fails, a hang would go unnoticed, so the preflight ends with the
+        reason."""
         try:
             self._judge(number, name, groups)
         except Exception as error:
-            text = f"preflight: FAILED at {name}: its watch failed ({type(error).__name__}: {_first_line(error)})"
+            text = f"preflight: FAILED at {name}: its watchdog failed ({type(error).__name__}: {_first_line(error)})"
             self._end(number, PhaseFailure(STALLED, text))
 
     def _judge(self, number: int, name: str, groups: Sequence[Group]) -> None:
@@ -187,7 +188,8 @@ class PhaseStore:
         return [rank for rank, key in enumerate(keys) if self._second_store.check([key])]
 
     def _wait(self, keys: list[str], deadline: float) -> bool:
-        """Whether all keys are in the store by the deadline. Polls: the store's `wait` prints a page if it fails."""
+        """Whether all keys are in the store by the deadline. Polls, because the store's `wait` prints a long message if
+        it fails."""
         while not self._second_store.check(keys):
             if time.monotonic() > deadline:
                 return False
@@ -217,7 +219,7 @@ class PhaseStore:
 def _connect(host: str, port: int, world_size: int, serve: bool, timeout: float) -> dist.TCPStore:
     """Raises OSError or RuntimeError if nothing listens there within `timeout` seconds."""
     deadline = time.monotonic() + timeout
-    while not serve:  # a store that cannot connect prints a page of errors
+    while not serve:  # a store that cannot connect prints pages of errors
         try:
             socket.create_connection((host, port), _CONNECT_SECONDS).close()
             break

@@ -1,4 +1,4 @@
-"""The preflight's phases in their order. All ranks go through them together; rank 0 judges and prints."""
+"""The preflight's phases in order. All ranks run them together; rank 0 evaluates the results and prints."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Preflight:
         self.begun = time.monotonic()
 
     def run(self, screen: bool, slow_nodes: str | None, exclude_file: Path | None) -> None:
-        """All phases. Returns if all is well, otherwise the phase store ends the process."""
+        """Run all phases. Returns if all is well; otherwise the phase store ends the process."""
         self.take_seats()
         self.form_groups()
         screening = Screening(self.store, self.started.rank, self.device)
@@ -122,7 +122,7 @@ class Preflight:
             store=dist.PrefixStore("world", self.store.torch_store),
             rank=self.started.rank,
             world_size=self.started.world_size,
-            timeout=timedelta(seconds=2 * self.store.timeout + 60),  # so that the phase store is first
+            timeout=timedelta(seconds=2 * self.store.timeout + 60),  # so that the phase store times out first
             device_id=self.device if self.device.type == "cuda" else None,
         )
 
@@ -147,7 +147,8 @@ class Preflight:
             print(text, flush=True)
 
     def exchange_between_stages(self) -> None:
-        """The pipeline's messages between all pairs of neighbouring stages, and what a communicator of a pair takes."""
+        """The pipeline's messages between all pairs of neighboring stages, and the memory of a two-rank
+        communicator."""
         rounds = stage_links.stage_rounds(self.args)
         if not rounds:
             return
@@ -202,7 +203,8 @@ class Preflight:
         return asdict(transport.parse_rccl_log(transport.take_rccl_log(self.rccl_log)))
 
     def judge(self, screened: list[Screen], slow_nodes: str | None, exclude_file: Path | None) -> None:
-        """On rank 0: print the results of the screens, write the list for --exclude, fail if slow nodes must."""
+        """On rank 0: print the results of the screens, write the list for --exclude, and fail on slow nodes if so
+        configured."""
         nodes = list(dict.fromkeys(self.store.roster.nodes()))
         print("\n".join(report.overview(screened)), flush=True)
         rows = report.by_node(screened, report.worst_first(screened, nodes))
@@ -214,7 +216,7 @@ class Preflight:
             print(f"all {len(nodes)} nodes are in {path}", flush=True)
         for screen in screened:
             for link in screen.slow_links:
-                print(f"slow link, neither of its nodes is slow with others: {link}", flush=True)
+                print(f"slow link between nodes that are not slow with others: {link}", flush=True)
         slow = report.slow_nodes(screened, nodes)
         if exclude_file:
             exclude_file.parent.mkdir(parents=True, exist_ok=True)
@@ -224,7 +226,7 @@ class Preflight:
             text.append(
                 f"preflight: {len(slow)} of {len(nodes)} nodes are slow; leave them out: --exclude={','.join(slow)}"
             )
-            # CPUs are shared: how fast they are in this minute says little about the next hours.
+            # CPUs are shared: their current speed says little about the next hours.
             if slow_nodes == "fail" or (slow_nodes is None and self.device.type == "cuda"):
                 self.store.fail(SLOW, "\n".join(text))
             print("\n".join(text), flush=True)

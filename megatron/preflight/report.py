@@ -11,7 +11,7 @@ NODES_SHOWN = 16
 
 
 def overview(screens: Sequence[Screen]) -> list[str]:
-    """A line for each screen: median, lowest and highest of all devices or links, and where the slowest is."""
+    """A line for each screen: median, minimum and maximum of all devices or links, and the location of the slowest."""
     rows: list[tuple[str, ...]] = [("screen", "unit", "median", "min", "max", "slow below", "slowest")]
     for screen in screens:
         slowest = min(screen.shares, key=lambda node: screen.shares[node])

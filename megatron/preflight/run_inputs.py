@@ -1,6 +1,7 @@
-"""Is what a run will read there, does it fit, and is there room for what it will write? Without torch, in a second.
+"""Checks that a run's inputs exist and fit the model, and that there is space for its output. Without torch, in a
+second.
 
-`deepy.py`, its `--dry-run`, `launch/render.py` and the preflight ask this before anything waits in a queue or starts.
+Used by `deepy.py`, its `--dry-run`, `launch/render.py` and the preflight before anything is queued or started.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _ABSENT = ("no such file", "is not there", "is not a folder", "cannot be written
 def refuse_wrong_inputs(args: NeoXArgs, directory: Path | None = None, *, starts: bool = False) -> None:
     """ConfigError that names everything `input_problems` finds. The run's paths are relative to `directory`.
 
-    A run that `starts` now needs its save folder for itself; a job that is only made ready may wait for the one before.
+    A run that `starts` now needs its save folder for itself; a job that is only prepared may wait for the previous one.
     """
     _ = args.shape  # whether the vocabulary is known; nothing fits a model without one
     with contextlib.chdir(directory or Path.cwd()):
@@ -81,7 +82,7 @@ def _checkpoint(args: NeoXArgs) -> Iterator[str]:
         found = saved_base(found, args)
     folder, manifest = found.folder, found.manifest
     names = {path.name for path in folder.iterdir()} if manifest is None else set(manifest.files)
-    # Weights are cut anew for another TP; the files are those of the TP that wrote them.
+    # Weights are split anew for another TP; the files are those of the TP that wrote them.
     problems = set_problems(names, args.shape, found.layout.get("tp", args.model_parallel_size))
     if problems:
         yield f"{folder}: {first_problems(problems)}"
@@ -150,7 +151,7 @@ def _prefixes(args: NeoXArgs) -> list[tuple[str, str | None]]:
 
 
 def _damaged_indices(prefix: Path) -> Iterator[str]:
-    """Cached orders of samples beside the data whose arrays are not there."""
+    """Cached sample orders next to the data whose arrays are missing."""
     from megatron.data.index_cache import CACHE_FOLDER
 
     for folder in (prefix.parent / CACHE_FOLDER).glob(f"{prefix.name}_*"):
@@ -178,7 +179,7 @@ def _save_folder(args: NeoXArgs) -> Iterator[str]:
     free = shutil.disk_usage(parent).free
     if free < needed:
         yield (
-            f"save: {parent} has room for {free / 1e9:,.3g} GB, one checkpoint of this model needs "
+            f"save: {parent} has {free / 1e9:,.3g} GB free, one checkpoint of this model needs "
             f"{needed / 1e9:,.3g} GB; free some, or give another folder"
         )
 
@@ -213,7 +214,7 @@ def _texts(args: NeoXArgs) -> Iterator[str]:
         yield f"embed.input: {args.embed.input} is not there"
     output = Path(args.embed.output)
     if output.exists():
-        yield f"embed.output: {output} is there already, complete; remove it, or give another name"
+        yield f"embed.output: {output} already exists and is complete; remove it, or give another name"
     yield from _unwritable("embed.output", output.parent)
 
 

@@ -1,4 +1,4 @@
-"""The software of a rank: what is installed, by name and version, without importing it; and ranks that differ."""
+"""The software of a rank: names and versions of what is installed, without importing it; and ranks that differ."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import torch
 from megatron.preflight.diagnosis import Roster
 
 _PACKAGES = {"DeepSpeed": "deepspeed", "megatron-core": "megatron-core"}
-_PLUGINS = ("librccl-net.so", "libnccl-net.so")  # RCCL looks for either on the loader's path
+_PLUGINS = ("librccl-net.so", "libnccl-net.so")  # RCCL looks for both on the loader's path
 
 
 def installed_software(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Name and version of what a training runs on, "none" where there is nothing."""
+    """Names and versions of the software that a training uses, "none" if not installed."""
     found = {"Python": platform.python_version(), "torch": torch.__version__}
     if torch.version.hip is not None:
         found["ROCm"] = torch.version.hip
@@ -47,7 +47,7 @@ def network_plugin(environment: Mapping[str, str]) -> str:
 
 
 def apex_kind() -> str:
-    """Which apex is installed. The package of that name on PyPI is another one, which has none of its modules."""
+    """Which apex is installed. The package of that name on PyPI is unrelated and has none of its modules."""
     spec = importlib.util.find_spec("apex")
     if spec is None:
         return "none"
@@ -65,7 +65,7 @@ def software_line(found: Mapping[str, str]) -> str:
 
 
 def different_software(by_rank: Sequence[Mapping[str, str]], roster: Roster) -> list[str]:
-    """One line for each name whose version is not that of most ranks: which ranks have what."""
+    """One line for each name and version that differs from that of most ranks, with the ranks that have it."""
     lines = []
     names = dict.fromkeys(name for found in by_rank for name in found)
     for name in names:

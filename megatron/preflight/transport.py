@@ -1,7 +1,7 @@
-"""Which network RCCL (or NCCL) really uses, from its own log: without its plugin it silently falls back to TCP.
+"""Which network RCCL (or NCCL) actually uses, from its own log: without its plugin it silently falls back to TCP.
 
-Lines of NCCL 2.4 to 2.28, RCCL and aws-ofi-nccl as they appear in public logs. A good log contains "Loaded net plugin
-AWS Libfabric" (HPE's documentation) and "NET/OFI Selected Provider is cxi" (LUMI's).
+The patterns match NCCL 2.4 to 2.28, RCCL and aws-ofi-nccl as they appear in public logs. A good log contains "Loaded
+net plugin AWS Libfabric" (HPE's documentation) and "NET/OFI Selected Provider is cxi" (LUMI's).
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ _PROVIDER = re.compile(r"NET/OFI Selected [Pp]rovider is ([^\s,]+)")
 _CHANNEL = re.compile(r"via NET/([^/\n]+)/[^\s/]+(/GDRDMA)?")
 _SOCKET = re.compile(r"NET/Socket ?: Using")
 _PLUGIN = re.compile(r"(NET/Plugin ?:.*(?:[Nn]o plugin found|Could not find|Plugin load|cannot open|Failed to).*)")
-_SOCKET_PROVIDERS = ("tcp", "sockets", "udp", "net")  # libfabric's own ways over TCP and UDP; `tcp;ofi_rxm` as well
+_SOCKET_PROVIDERS = ("tcp", "sockets", "udp", "net")  # libfabric's providers over TCP and UDP; also `tcp;ofi_rxm`
 
 ADVICE = (
     "RCCL would run at a fraction of the network's speed. Load the site's plugin after rocm (Frontier: module load "
     "rccl-net-plugin; LUMI: module load aws-ofi-rccl, or a container that has it), so that librccl-net.so is on "
-    'LD_LIBRARY_PATH, and export NCCL_NET="AWS Libfabric", with which RCCL stops where it is missing'
+    'LD_LIBRARY_PATH, and export NCCL_NET="AWS Libfabric", with which RCCL stops if it is missing'
 )
 
 
@@ -62,7 +62,8 @@ def take_rccl_log(path: Path) -> str:
 
 
 def parse_rccl_log(log: str) -> Transport:
-    """Read a log. What the channels use outweighs what was announced: several plugins can announce themselves."""
+    """Parse a log. What the channels use takes precedence over announcements, since several plugins can announce
+    themselves."""
     channels = _CHANNEL.findall(log)
     networks = [first or second for first, second in _NETWORK.findall(log)]
     network: str | None = networks[-1] if networks else None

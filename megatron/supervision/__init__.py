@@ -1,1 +1,1 @@
-"""What watches a run: signs of life, watchdog, signals, step times, comparison of replicas, profiler."""
+"""Supervision of a run: heartbeats, watchdog, signals, step times, comparison of replicas, profiler."""

@@ -1,9 +1,9 @@
-"""A key-value store between the ranks in which only they are heard.
+"""A key-value store between the ranks that accepts only their own messages.
 
-torch's TCPStore answers whoever connects. On one machine ours listens on the loopback interface alone. Everywhere each
-value carries a keyed hash (HMAC-SHA256) of its key and content under a secret of the run, which rank 0 draws and the
-process group hands to the others: it is in no file, no environment and no command line. What does not verify is not
-ours: it is ignored and counted. The secret also names the keys, so that nobody can guess which to overwrite.
+torch's TCPStore answers anyone who connects. On one machine this one listens only on the loopback interface. In all
+cases each value carries a keyed hash (HMAC-SHA256) of its key and content under a secret of the run, which rank 0 draws
+and the process group distributes: it is in no file, no environment and no command line. Values that do not verify are
+ignored and counted. The names of the keys also contain the secret, so that nobody can guess which to overwrite.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class StoreAddress:
 
 
 class AuthenticatedStore:
-    """`ignored` counts the values that were not this run's; `report` is called with a line at the first of them."""
+    """`ignored` counts the values that were not this run's; `report` is called with a message for the first of them."""
 
     def __init__(self, store: TCPStore, secret: bytes, report: Callable[[str], None] = lambda line: None) -> None:
         self._store = PrefixStore(hmac.digest(secret, b"keys", "sha256").hex(), store)
@@ -73,7 +73,8 @@ class AuthenticatedStore:
         return bool(self._store.check([key]))
 
     def set_first(self, key: str, value: str) -> bool:
-        """Set a key that no rank has set before; whether this value is the first. Foreign values do not count."""
+        """Set a key unless another rank has set it already; returns whether this value is the first. Foreign values do
+        not count."""
         sealed, expected = self._sealed(key, value), ""
         for _ in range(10):
             present = self._store.compare_set(key, expected, sealed)
@@ -81,7 +82,7 @@ class AuthenticatedStore:
                 return True
             if self._opened(key, present) is not None:
                 return False
-            expected = cast(str, present)  # any bytes at all; the store takes them as they are
+            expected = cast(str, present)  # arbitrary bytes; the store takes them as they are
         return False
 
     def _sealed(self, key: str, value: str) -> str:
@@ -93,7 +94,7 @@ class AuthenticatedStore:
             return content.decode()
         self.ignored += 1
         if self.ignored == 1:
-            self._report("a message that is not of this run was ignored; somebody else writes to its status store")
+            self._report("a message from outside this run was ignored; somebody else writes to its status store")
         return None
 
     def _hash(self, key: str, content: bytes) -> bytes:

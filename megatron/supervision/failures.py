@@ -1,6 +1,6 @@
 """Which rank failed first, and why: files in the run's folder, so that only the first failure is reported.
 
-A rank that fails writes them before it ends; its peers notice only afterwards that it is gone. The batch script prints
+A rank that fails writes them before it ends, so before its peers can notice that it is gone. The batch script prints
 `why` last.
 """
 
@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 
 # Exit codes. REQUEUE is sysexits.h's EX_TEMPFAIL: the checkpoint is saved, and the same command resumes from it. LOST:
-# ranks died or hung; the same command resumes from the last checkpoint, better without their nodes (LOST_NODES names
-# them, one per line).
+# ranks died or hung; the same command resumes from the last checkpoint, preferably without their nodes (LOST_NODES
+# names them, one per line).
 FAILURE, USER_ERROR, REQUEUE, LOST = 1, 2, 75, 76
 LOST_PEER_SECONDS = 2.0  # how long a rank that lost a peer waits for the peer's own report
 
@@ -21,7 +21,7 @@ _FAILED, WHY, LOST_NODES = "failed", "why", "lost-nodes"
 
 
 class Stopped(Exception):
-    """The run ends early, in order and on all ranks. The text says why, `code` is the exit code."""
+    """The run ends early, in an orderly way on all ranks. The text says why, `code` is the exit code."""
 
     def __init__(self, why: str, code: int = REQUEUE) -> None:
         super().__init__(why)
@@ -29,7 +29,7 @@ class Stopped(Exception):
 
 
 class LostRanks(Exception):
-    """Ranks died, or did not arrive where the others wait. The text names them and their nodes.
+    """Ranks died, or did not arrive where the others wait. The message names them and their nodes.
 
     `first` is True on the one rank that reports it.
     """
@@ -61,10 +61,10 @@ def claim(folder: Path | None, name: str, text: str = "") -> bool:
     draft = folder / f"{name}.{os.getpid()}"
     try:
         draft.write_text(text)
-        os.link(draft, folder / name)  # fails if it exists, and no process reads it half-written
+        os.link(draft, folder / name)  # fails if it exists, and no process can read it half-written
     except FileExistsError:
         return False
-    except OSError:  # the folder is gone: better to report twice than not at all
+    except OSError:  # the folder is gone: reporting twice is better than not at all
         return True
     finally:
         with contextlib.suppress(OSError):
@@ -97,14 +97,14 @@ def recorded_code(folder: Path) -> int | None:
 
 
 def recorded_reason(folder: Path) -> str | None:
-    """The words of the rank that failed or stopped first; None if it left none."""
+    """The message of the rank that failed or stopped first; None if it left none."""
     with contextlib.suppress(OSError):
         return (folder / WHY).read_text(errors="replace").strip() or None
     return None
 
 
 def reported_by_launcher(arguments: list[str]) -> bool:
-    """Whether deepy.py has started this rank, and says the first failure itself, as the last line of the run."""
+    """Whether deepy.py has started this rank, and itself reports the first failure as the last line of the run."""
     return arguments[:1] == ["--neox-args"]
 
 
@@ -115,7 +115,8 @@ def code_after(folder: Path | None) -> int:
 
 
 def code_of_first_failure(folder: Path | None) -> int | None:
-    """Exit code of the rank that failed first, None if none has; waits LOST_PEER_SECONDS for one about to write it."""
+    """Exit code of the rank that failed first, None if none has; waits LOST_PEER_SECONDS for a rank about to write
+    it."""
     deadline = time.monotonic() + LOST_PEER_SECONDS
     while folder is not None and folder.exists() and time.monotonic() < deadline:
         code = recorded_code(folder)
@@ -129,5 +130,5 @@ _LOST_PEER = ("closed by peer", "reset by peer", "Connection refused", "Broken p
 
 
 def is_about_a_lost_peer(error: Exception) -> bool:
-    """Whether an exception is what gloo, NCCL or the store raise when another rank is gone."""
+    """Whether gloo, NCCL or the store raise this exception when another rank is gone."""
     return isinstance(error, RuntimeError | OSError) and any(sign in str(error) for sign in _LOST_PEER)

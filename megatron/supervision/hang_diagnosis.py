@@ -1,4 +1,4 @@
-"""Which ranks keep a run from going on: pure functions of heartbeats and time limits.
+"""Which ranks block a run: pure functions of heartbeats and time limits.
 
 `watchdog` collects the heartbeats and acts on the verdicts. Ranks are named by their titles (`gather_titles`).
 """
@@ -15,9 +15,9 @@ from megatron.supervision.failures import LostRanks
 from megatron.supervision.status_store import Beat, Whereabouts, nodes_of, titled
 
 RANKS_SHOWN = 8
-RANK_0_HEAD_START = 5  # heartbeats that the other ranks wait so that rank 0 reports first
+RANK_0_HEAD_START = 5  # number of heartbeats that the other ranks wait so that rank 0 reports first
 
-# Of each rank: the number of its last heartbeat, and when that arrived (seconds).
+# For each rank: the number of its last heartbeat, and when that arrived (seconds).
 Arrivals = Mapping[int, tuple[int, float]]
 
 
@@ -26,13 +26,13 @@ class Limits:
     """Times after which a run counts as hanging, in seconds."""
 
     silence: float  # without a heartbeat of a rank
-    step: float  # without progress inside of a training step
+    step: float  # without progress inside a training step
     other: float  # without progress anywhere else; below the collectives' own timeout, so that the watchdog is first
     interval: float  # between two heartbeats
 
     @classmethod
     def of_run(cls, args: NeoXArgs, world_size: int) -> Limits:
-        """The limits that the configuration sets; a silence of 0 means that nothing is watched."""
+        """The limits that the configuration sets; a silence of 0 turns the watchdog off."""
         silence = args.heartbeat_timeout_seconds
         interval = min(silence / 6, 1 + world_size / 500)  # thousands of ranks share one store
         return cls(silence, 60 * args.step_timeout_minutes, 60 * 0.9 * args.distributed_timeout_minutes, interval)
@@ -42,8 +42,8 @@ class Limits:
 class RunVerdict:
     """Why the run ends.
 
-    `lost` are the ranks that are dead or did not arrive, none if no rank stands out. `by` is the rank that judged. With
-    `own_error` rank `by` has failed, and reports that itself.
+    `lost` are the ranks that are dead or did not arrive, none if no rank stands out. `by` is the rank that reached this
+    verdict. With `own_error` rank `by` has failed, and reports that itself.
     """
 
     why: str
@@ -74,7 +74,7 @@ def is_stuck(where: Whereabouts, limits: Limits, rank: int) -> bool:
 
 
 def with_arrivals(known: Arrivals, beats: Sequence[Beat], now: float) -> dict[int, tuple[int, float]]:
-    """`known`, with the heartbeats that are new at the time `now`."""
+    """`known`, updated with the heartbeats that are new at time `now`."""
     return {
         rank: known[rank] if rank in known and known[rank][0] == beat.number else (beat.number, now)
         for rank, beat in enumerate(beats)
@@ -82,7 +82,7 @@ def with_arrivals(known: Arrivals, beats: Sequence[Beat], now: float) -> dict[in
 
 
 def silent_ranks(arrivals: Arrivals, now: float, limits: Limits) -> list[int]:
-    """Ranks whose last heartbeat came too long ago."""
+    """Ranks whose last heartbeat is too old."""
     return [rank for rank, (_, arrived) in arrivals.items() if now - arrived > limits.silence]
 
 
@@ -107,10 +107,10 @@ def rank_0_verdict(what: str, titles: Sequence[str], by: int) -> RunVerdict:
 
 
 def hang_verdict(beats: Sequence[Beat], where: Whereabouts, titles: Sequence[str], by: int) -> RunVerdict:
-    """All ranks are alive: those that are in no collective keep the others waiting there.
+    """All ranks are alive: those outside any collective keep the others waiting in one.
 
-    `where` is the position of the rank that judges, `beats` are the last ones of all ranks. If all of them are in a
-    collective, or none is, no rank is lost, and the one that fell behind first is named.
+    `where` is the position of the judging rank, `beats` are the last heartbeats of all ranks. If all of them are in a
+    collective, or none is, no rank is lost, and the first one to fall behind is named.
     """
     hang = f"no progress for {where.seconds:.0f} s in {where.phase} of iteration {where.iteration}"
     absent = [rank for rank, beat in enumerate(beats) if not beat.waits]

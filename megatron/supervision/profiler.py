@@ -1,4 +1,4 @@
-"""Traces of torch's profiler: of steps that the YAML names, or that a file beside a running job asks for.
+"""Traces of torch's profiler, of steps given in the YAML or requested by a file while the job runs.
 
 `log_dir/profile.request` may be empty (two steps, rank 0) or say more:
 
@@ -32,7 +32,7 @@ from megatron.parallel.place import Place
 logger = logging.getLogger(__name__)
 
 REQUEST, REFUSED, FOLDER = "profile.request", "profile.request.refused", "profile"
-LOOK_SECONDS = 1.0  # a look at a parallel file system costs more than nothing
+LOOK_SECONDS = 1.0  # checking a parallel file system has a cost
 MOST_STEPS = 100  # a trace holds every operation: gigabytes
 
 
@@ -46,7 +46,7 @@ class ProfileRequest:
 
 
 class RequestError(ValueError):
-    """A request that cannot be followed."""
+    """A request that cannot be honored."""
 
 
 def parse_request(text: str, iteration: int, world_size: int) -> ProfileRequest:
@@ -79,7 +79,7 @@ class Profiler:
         self._looked = 0.0
 
     def wanted(self) -> bool:
-        """Whether somebody has dropped a request; on rank 0 alone."""
+        """Whether there is a request; on rank 0 only."""
         if self.place.rank != 0 or self.folder is None or self._profile is not None:
             return False
         if time.monotonic() - self._looked < LOOK_SECONDS:
@@ -88,13 +88,13 @@ class Profiler:
         return (self.folder / REQUEST).exists()
 
     def take(self, iteration: int) -> None:
-        """Take over the dropped request for the steps from `iteration` on. Collective."""
+        """Take over the request for the steps from `iteration` on. Collective."""
         request = RankGroup.world(self.place.device).broadcast(self._read(iteration) if self.place.rank == 0 else None)
         if request is not None:
             self._stop()
             self.request = request
             steps, ranks = f"{request.first} to {request.end - 1}", list(request.ranks)
-            logger.info(f"profile: iterations {steps} on ranks {ranks}, as asked")
+            logger.info(f"profile: iterations {steps} on ranks {ranks}, as requested")
 
     def _read(self, iteration: int) -> ProfileRequest | None:
         assert self.folder is not None
@@ -121,7 +121,7 @@ class Profiler:
             self._stop()
 
     def close(self) -> None:
-        """The run ends: write the trace that is being made."""
+        """The run ends: write the unfinished trace."""
         self._stop()
 
     def _start(self, request: ProfileRequest) -> None:
@@ -134,7 +134,8 @@ class Profiler:
         self._profile.start()
 
     def _stop(self) -> None:
-        """End the trace and write it: beside, then renamed. A failed write is reported and kills nothing."""
+        """End the trace and write it to a temporary file, which is renamed. A failed write is reported and does not end
+        the run."""
         request, self.request = self.request, None
         running, self._profile = self._profile, None
         if running is None or request is None or self.folder is None:
@@ -157,7 +158,7 @@ class Profiler:
 
 @contextlib.contextmanager
 def named(phase: str) -> Iterator[None]:
-    """`phase` as a span in a trace, if one is being made."""
+    """`phase` as a span in the trace, if one is being recorded."""
     if not torch.autograd._profiler_enabled():
         yield
         return

@@ -1,8 +1,8 @@
-"""Parameters that several ranks hold must be the same on all of them, bit for bit: looked at from time to time.
+"""Periodic check that replicated parameters are bit-identical on all ranks that hold them.
 
 Data-parallel replicas hold the same stage, tensor-parallel ranks the same norms, and two stages a tied embedding. A
-faulty GPU, or a wrong reduction, makes them drift apart without a sign in the loss (and an export that averages would
-hide it). Each tensor's bits are summed up; the sums of a group are compared by one small all-reduce.
+faulty GPU, or a wrong reduction, makes them diverge without showing in the loss (and an export that averages would hide
+it). Each tensor's bits are summed; the sums of a group are compared by one small all-reduce.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Replicas:
 
     def check(self, iteration: int) -> None:
         """Collective over all ranks. Raises ReplicasDifferError on all of them."""
-        self._layers()  # an engine may still be collecting the weights of the last step until they are asked for
+        self._layers()  # an engine may gather the weights of the last step only when they are accessed
         sums = torch.stack([bit_sum(parameter) for _, parameter in self.tensors])
         differs = torch.zeros((), dtype=torch.int64, device=self.device)
         for group, which in self.groups:
@@ -92,8 +92,8 @@ class Replicas:
         more = f"; and {len(found) - TENSORS_SHOWN} more tensors" if len(found) > TENSORS_SHOWN else ""
         guilty = {rank for _, odd, others in found if len(odd) < len(others) for rank in odd}
         return ReplicasDifferError(
-            f"iteration {iteration}: copies of a parameter are not the same any more: {'; '.join(lines)}{more}. The "
-            f"run stops before it saves them; go on from the last checkpoint, without the node if one is to blame",
+            f"iteration {iteration}: replicated parameters have diverged: {'; '.join(lines)}{more}. The run stops "
+            f"before it saves them; resume from the last checkpoint, without the node if one is to blame",
             nodes_of(guilty, self.titles),
             first=dist.get_rank() == 0,
         )

@@ -3,7 +3,7 @@
 Slurm warns a job before its time limit (SIGUSR1, `--signal`) and before it is cancelled or preempted (SIGTERM); a user
 presses Ctrl-C (SIGINT). A rank that stopped at once would leave the others in a collective, so a signal is only
 recorded, and the ranks agree on it after the step (`step_sync`). Then all of them save the same step and end with the
-code on which a batch script requeues.
+exit code that makes a batch script requeue.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ STOPPING = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
 
 def signal_name(number: int) -> str:
-    """`SIGTERM`, `SIGUSR1`, ... and `Ctrl-C`, as a user knows it."""
+    """`SIGTERM`, `SIGUSR1`, ..., and `Ctrl-C` for SIGINT."""
     return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
 
 
@@ -29,7 +29,7 @@ class StopRequest:
         """From here on record SIGUSR1, SIGTERM and SIGINT instead of ending."""
         for number in STOPPING:
             signal.signal(number, self._note)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)  # the launchers hold back earlier ones
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)  # the launchers block earlier ones until now
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = self.received or number

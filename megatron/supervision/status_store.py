@@ -1,4 +1,4 @@
-"""Heartbeats: every second or few, each rank writes its position to a store that rank 0 serves.
+"""Heartbeats: every few seconds each rank writes its position to a store that rank 0 serves.
 
 The store does not depend on the collectives: it works while all of them hang. If rank 0 ends, the others notice at
 once; if it freezes, after a while.
@@ -30,7 +30,7 @@ from megatron.supervision.authenticated_store import AuthenticatedStore
 logger = logging.getLogger(__name__)
 
 _ROOT = Path(__file__).resolve().parents[2]
-# A rank with a frame in these files waits for others.
+# A rank with a stack frame in one of these files is waiting for others.
 _WAITING_IN = ("/torch/distributed/", "/deepspeed/comm/", "/megatron/engine/mcore_links.py")
 
 
@@ -48,7 +48,7 @@ class Whereabouts:
         self.since = self.clock()
 
     def at(self, phase: str) -> None:
-        """The main thread has come to `phase`: progress."""
+        """Record that the main thread has reached `phase`, which counts as progress."""
         self.phase, self.since = phase, self.clock()
 
     @property
@@ -59,7 +59,7 @@ class Whereabouts:
 
 @dataclass(frozen=True)
 class Beat:
-    """A rank's own position. `waits`: it is inside a collective, so it has arrived there."""
+    """A rank's own position. `waits`: it is inside a collective, so it has arrived."""
 
     number: int
     phase: str
@@ -75,7 +75,7 @@ class Beat:
 
 
 def current_beat(number: int, whereabouts: Whereabouts, main: int) -> Beat:
-    """The heartbeat of this process now; `main` is the identifier of its main thread."""
+    """The current heartbeat of this process; `main` is the identifier of its main thread."""
     frames = sys._current_frames()
     # On a GPU autograd runs backward functions in threads of its own: any thread but this one may be in a collective.
     own = threading.get_ident()
@@ -87,8 +87,8 @@ def current_beat(number: int, whereabouts: Whereabouts, main: int) -> Beat:
 def _frames(frame: object) -> list[FrameType]:
     """A frame and those that called it.
 
-    CPython 3.11 has given, as the caller of a frame that another thread was leaving, an object that is no frame. The
-    walk ends there; the next heartbeat tells more.
+    For a frame that another thread was just leaving, CPython 3.11 may return a caller that is not a frame object. The
+    walk ends there; the next heartbeat will show more.
     """
     found = []
     while isinstance(frame, FrameType):
@@ -128,24 +128,24 @@ class StatusStore:
 
     @property
     def ignored(self) -> int:
-        """How many messages that were not this run's this rank has read."""
+        """Number of messages from outside this run that this rank has read."""
         return self.store.ignored
 
     def beat(self, beat: Beat) -> None:
         self.store.set(f"beat/{self.rank}", json.dumps(asdict(beat)))
 
     def beats(self) -> list[Beat]:
-        """The last heartbeat of every rank, by rank; of a rank whose last one is not authentic, the one before."""
+        """The last heartbeat of every rank, by rank; if a rank's last one is not authentic, the one before it."""
         found = self.store.get([f"beat/{rank}" for rank in range(self.world_size)])
         for rank, text in enumerate(found):
             beat = Beat(0, "start-up", 0, 0.0, False, "") if text is None else Beat(**json.loads(text))
             known = self._known.get(rank)
-            if known is None or beat.number > known.number:  # an old one that somebody has kept is no sign of life
+            if known is None or beat.number > known.number:  # a replayed old heartbeat is not a sign of life
                 self._known[rank] = beat
         return [self._known[rank] for rank in range(self.world_size)]
 
     def verdict(self) -> str | None:
-        """The text that a rank has published first, None if none has."""
+        """The first text published by any rank, None if there is none."""
         return self.store.get(["verdict"])[0] if self.store.has("verdict") else None
 
     def publish(self, verdict: str) -> bool:
@@ -166,7 +166,7 @@ def on_one_machine(place: Place) -> bool:
 
 
 def _boot() -> str:
-    """Two machines may have one name; a network namespace of its own is a machine of its own here."""
+    """Machines may share a hostname, and a separate network namespace counts as a separate machine here."""
     parts = []
     with contextlib.suppress(OSError):
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())

@@ -1,4 +1,4 @@
-"""What observes a run's steps: the exchange between two of them, step times, comparison of replicas, profiles."""
+"""Monitoring of a run's steps: the exchange between two steps, step times, comparison of replicas, profiles."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 class StepMonitor:
-    """The observers of a run's steps. Collective to make."""
+    """The monitors of a run's steps. Construction is collective."""
 
     def __init__(self, engine: Engine, args: NeoXArgs, timers: StepTimers) -> None:
         self.args, self.place, self.timers = args, engine.place, timers
@@ -29,9 +29,9 @@ class StepMonitor:
         self._first: int | None = None
 
     def between_steps(self, stop: int, iteration: int) -> StepSync:
-        """Exchange what the ranks must agree on after `iteration` steps; report what is odd about the last one.
+        """Exchange what the ranks must agree on after `iteration` steps; report anomalies of the last one.
 
-        Collective. The times of a run's first step are left out: it compiles, allocates and connects.
+        Collective. The times of a run's first step, which compiles, allocates and connects, are ignored.
         """
         self._first = iteration if self._first is None else self._first
         self.timers.whereabouts.at("agreement")
@@ -48,7 +48,7 @@ class StepMonitor:
         return sync
 
     def after_step(self, iteration: int, saving: bool) -> None:
-        """Compare replicated parameters where it is time to, or the state is about to be saved. Collective."""
+        """Compare replicated parameters if a check is due, or the state is about to be saved. Collective."""
         if saving or (self.args.replica_check_interval and iteration % self.args.replica_check_interval == 0):
             self.check_replicas(iteration)
 

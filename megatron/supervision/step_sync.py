@@ -1,8 +1,8 @@
-"""The one small all-reduce between two steps: all that the ranks must agree on or want to know of each other.
+"""The one small all-reduce between two steps: everything that the ranks must agree on or report to each other.
 
-A signal to stop, a request for a profile, and how long each phase of the last step took and where it took longest:
-some eighty bytes, reduced by MAX. A time travels as microseconds with the rank in its lowest bits, so that the highest
-brings along whose it is.
+A signal to stop, a request for a profile, and how long each phase of the last step took and on which rank it took
+longest: some eighty bytes, reduced by MAX. A time is encoded as microseconds with the rank in its lowest bits, so that
+the maximum also identifies its rank.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _RANK_BITS = 20
 
 @dataclass(frozen=True)
 class StepSync:
-    """What all ranks know after the exchange: the same everywhere.
+    """The result of the exchange, the same on all ranks.
 
-    `slowest` is, by phase of the step before, (seconds, rank): the longest, for phases of waiting the shortest; empty
-    before the first step.
+    `slowest` gives (seconds, rank) by phase of the previous step: the longest time, or for phases of waiting the
+    shortest; empty before the first step.
     """
 
     stop: signal.Signals | None
@@ -33,7 +33,8 @@ class StepSync:
 
 
 def synchronize_step(device: torch.device, stop: int, profile: bool, seconds: Mapping[str, float]) -> StepSync:
-    """Collective over all ranks; `seconds` are this rank's of the step before, empty on all ranks before the first."""
+    """Collective over all ranks; `seconds` are this rank's times of the previous step, empty on all ranks before the
+    first."""
     rank = dist.get_rank()
     times = [_packed(seconds[phase], rank) * _sign(phase) for phase in TIMED if seconds]
     vector = torch.tensor([stop, int(profile), *times], dtype=torch.int64, device=device)

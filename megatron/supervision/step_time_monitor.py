@@ -1,7 +1,7 @@
-"""Step times that jump or creep: a step far above the running median, and medians that grow from window to window.
+"""Detection of slow steps and gradual slowdowns: a step far above the running median, and medians that grow over time.
 
-Only the slow rank itself computes longer; all others wait for it, in the exchanges. That is why the series hold the
-longest computation and the shortest exchange among ranks (`pulse`).
+Only the slow rank itself computes longer; all others wait for it in the exchanges. That is why the series hold the
+longest computation and the shortest exchange among ranks (`step_sync`).
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from statistics import median
 
 from megatron.supervision.step_timers import WAITING
 
-WINDOW = 20  # steps whose median is compared with that of others
+WINDOW = 20  # steps in each of the windows whose medians are compared
 QUIET = 50  # steps after a report of a slow one in which others are only counted
-MEMORY = 50  # steps behind the running median
+MEMORY = 50  # steps in the running median
 Times = Mapping[str, tuple[float, int]]  # phase -> (seconds, rank); "step" is the whole
 
 
 class StepTimes:
-    """Fed with every step; what it returns is to be said. 0 turns a check off. `name(rank)` includes the node."""
+    """Takes the times of every step and returns what to report. 0 turns a check off. `name(rank)` includes the node."""
 
     def __init__(self, slow_factor: float, drift_factor: float, name: Callable[[int], str]) -> None:
         self.slow_factor, self.drift_factor, self.name = slow_factor, drift_factor, name
@@ -28,7 +28,7 @@ class StepTimes:
         self._best: dict[str, float] | None = None
         self._best_steps = ""
         self._quiet_until, self._held = 0, 0
-        self._told = 1.0  # the growth that was reported last
+        self._told = 1.0  # the last growth reported
 
     def add(self, iteration: int, times: Times) -> list[str]:
         """`times` of the step that ended with `iteration`."""
@@ -37,7 +37,8 @@ class StepTimes:
         return lines
 
     def _at_most_one(self, iteration: int, lines: list[str]) -> list[str]:
-        """The first slow step is reported at once; those of the next QUIET steps are counted, and reported after."""
+        """The first slow step is reported at once; those among the next QUIET steps are counted and reported
+        afterwards."""
         if iteration < self._quiet_until:
             self._held += len(lines)
             return []

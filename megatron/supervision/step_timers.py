@@ -1,7 +1,7 @@
-"""What a rank is doing, and how long each phase of a step takes it.
+"""What a rank is doing, and how long each phase of a step takes.
 
-Phases are those that the engine reports (`engine.protocol.Around`) and of what the run does around them. On a GPU they
-are measured by events on the stream, read after the step's loss has been: nothing waits for them.
+Phases are reported by the engine (`engine.protocol.Around`) and by the run around it. On a GPU they are measured by
+events on the stream, which are read after the step's loss, so that nothing waits for them.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import torch
 from megatron.supervision.profiler import named
 from megatron.supervision.status_store import Whereabouts
 
-# In these a rank waits for others: the shortest time among ranks is what the exchange itself takes. In all others the
-# longest is what the step waits for.
+# In these a rank waits for others: the shortest time among ranks is that of the exchange itself. In all others the step
+# waits for the longest.
 WAITING = ("pipeline", "reduce")
 TIMED = ("step", "data", "forward", "backward", "pipeline", "reduce", "optimizer")
 
 
 class StepTimers:
-    """Whereabouts and timers of this rank's main thread."""
+    """Position and timers of this rank's main thread."""
 
     def __init__(self, whereabouts: Whereabouts, device: torch.device) -> None:
         self.whereabouts = whereabouts
@@ -45,7 +45,7 @@ class StepTimers:
 
     @contextlib.contextmanager
     def step(self, iteration: int, first: bool) -> Iterator[None]:
-        """A training step. The first one may compile kernels: the limit of a step does not hold for it."""
+        """A training step. The first one may compile kernels, so the time limit of a step does not apply to it."""
         self._spans.clear()
         self._timed = True
         self.whereabouts.iteration, self.whereabouts.under_step_timeout = iteration, not first
@@ -62,13 +62,13 @@ class StepTimers:
 
     @contextlib.contextmanager
     def without_step_limit(self, phase: str) -> Iterator[None]:
-        """Something that takes a time of its own: a save."""
+        """An operation with a time limit of its own, such as a save."""
         self.whereabouts.at(phase)
         yield
         self.whereabouts.at("between steps")
 
     def seconds(self) -> dict[str, float]:
-        """Seconds of the last step by phase. Waits for the device to come to the step's end, if it has not."""
+        """Seconds of the last step by phase. Waits until the device has reached the end of the step."""
         sums: dict[str, float] = defaultdict(float)
         if self._spans and isinstance(last := self._spans[-1][2], torch.cuda.Event):
             last.synchronize()

@@ -1,6 +1,6 @@
-"""A run whose ranks die or hang ends in bounded time, and names them.
+"""Ends a run whose ranks die or hang within bounded time, and names them.
 
-Two threads run in the background of the training. One exchanges heartbeats (`status_store`), judges them with
+Two threads run in the background of the training. One exchanges heartbeats (`status_store`), evaluates them with
 `hang_diagnosis`, and may block on the network. The other does nothing that can block, and ends the process once there
 is a verdict: a rank has sent no heartbeat for `heartbeat_timeout_seconds`; a rank has made no progress for the time
 limit of its phase; a rank has failed by itself, and the others wait for it in a collective that does not end.
@@ -55,7 +55,7 @@ from megatron.supervision.status_store import Beat, StatusStore, Whereabouts, cu
 
 logger = logging.getLogger(__name__)
 
-VICTIM_SECONDS = 10.0  # how long a rank may run on that waits for one which has failed by itself
+VICTIM_SECONDS = 10.0  # how long a rank may keep waiting for one that has failed with an error
 TICK_SECONDS = 0.2  # of the thread that ends the process
 
 
@@ -74,7 +74,7 @@ class Watchdog:
         self._verdict: RunVerdict | None = None
         self._answered = self._awake()  # when the store last answered
         self._disconnected = False
-        self._broken: str | None = None  # why the exchanging thread has ended before its time
+        self._broken: str | None = None  # why the exchanging thread has ended early
         self._stacks_written = False
         self._beats_sent = 0
 
@@ -105,7 +105,7 @@ class Watchdog:
             self._run_ended.set()
 
     def _end_together(self) -> None:
-        """Rank 0's end closes the store: all ranks arrive first, then all release it, then they part."""
+        """The store closes when rank 0 ends: all ranks arrive first, then all release it, then they end."""
         self.whereabouts.at("the end")
         self.whereabouts.under_step_timeout = False
         dist.barrier()
@@ -114,7 +114,7 @@ class Watchdog:
         self._exchanging.join()
         if self.store.ignored:
             logger.warning(
-                f"watchdog: {self.store.ignored} messages that were not of this run were ignored", extra=EVERY_RANK
+                f"watchdog: {self.store.ignored} messages from outside this run were ignored", extra=EVERY_RANK
             )
         dist.barrier()
 
@@ -164,7 +164,7 @@ class Watchdog:
         self._verdict = RunVerdict.from_json(text)
 
     def _awake(self) -> float:
-        """Seconds that this process has been running for, without those in which it was suspended."""
+        """Seconds for which this process has been running, excluding those in which it was suspended."""
         return self._awake_seconds
 
     # --- the thread that ends the process
@@ -176,8 +176,8 @@ class Watchdog:
             self._end_unprotected(f"{type(error).__name__}: {error}")
 
     def _end_unprotected(self, why: str) -> NoReturn:
-        """A thread of the watchdog has failed. Nothing would notice a hang any more: end this process, and say why."""
-        text = f"the watchdog of {titled(self.rank, self.titles)} failed, and the run would go on unprotected: {why}"
+        """A thread of the watchdog has failed, so that nothing would notice a hang: end this process and report why."""
+        text = f"the watchdog of {titled(self.rank, self.titles)} failed, and the run would continue unprotected: {why}"
         if claim_failure(self.folder, FAILURE, text) and not reported_by_launcher(sys.argv[1:]):
             print(f"stopped: {text}", file=sys.stderr, flush=True)
         os._exit(FAILURE)
@@ -194,7 +194,7 @@ class Watchdog:
                 what = f"its store has not answered for {unanswered:.0f} s"
                 self._end_process(rank_0_verdict(what, self.titles, self.rank))
             if self._store_released.is_set():
-                continue  # the main thread is ending, in order or with the lost ranks' names
+                continue  # the main thread is ending, either normally or with the lost ranks' names
             if self._disconnected and self._verdict is None:
                 if self._store_released.wait(2 * self.limits.interval + 1):  # the main thread may have noticed as well
                     continue
@@ -217,11 +217,11 @@ class Watchdog:
         os._exit(LOST if first else code_after(self.folder))
 
     def _linger(self) -> None:
-        """Let all ranks read the verdict and write their stacks; rank 0 serves the store, so it stays longest."""
+        """Let all ranks read the verdict and write their stacks; rank 0 serves the store, so it ends last."""
         time.sleep((4 if self.rank == 0 else 2) * self.limits.interval)
 
     def _write_stacks(self) -> None:
-        """Write where every thread of this process is; once, before the end of other ranks changes it."""
+        """Write the stacks of all threads of this process, once, before the end of other ranks changes them."""
         if self.stacks is None or self._stacks_written:
             return
         self._stacks_written = True
@@ -237,7 +237,7 @@ class Watchdog:
     def _name_the_lost(self, error: Exception) -> None:
         """Raise LostRanks for the ranks that no longer send heartbeats; return if there is another reason.
 
-        The neighbours of a dead rank notice within milliseconds; that its heartbeats stop shows after a few intervals.
+        The neighbors of a dead rank notice within milliseconds, but missing heartbeats show only after a few intervals.
         """
         self._store_released.set()
         self._exchanging.join()

@@ -1,1 +1,1 @@
-"""A training run: `run` is the page to read first; schedule, batches, saves and metrics are what it drives."""
+"""A training run: read `run` first; it drives schedule, batches, saves and metrics."""

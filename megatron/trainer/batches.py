@@ -1,4 +1,4 @@
-"""The batches of training, from a position in the order of samples on."""
+"""The batches of training, starting from a position in the order of samples."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 class TrainingBatches:
-    """Global batches in the run's order; ranks of stages that read no data only take part in the count of tokens."""
+    """Global batches in the run's order; ranks of stages that read no data only take part in counting tokens."""
 
     def __init__(self, args: NeoXArgs, place: Place, dataset: SampleDataset, consumed_samples: int) -> None:
         self.args, self.place = args, place
@@ -38,14 +38,14 @@ class TrainingBatches:
             )
 
     def announce_skipped_ranges(self) -> None:
-        """At the start: which `skip_sample_ranges` are still to come, and which have no effect any more."""
+        """At the start: which `skip_sample_ranges` are still ahead, and which no longer have an effect."""
         position = self.consumed_samples
         for first, end in self._skip.ranges:
             if end <= position:
-                logger.info(f"skip_sample_ranges: [{first}, {end}) lies behind position {position} and changes nothing")
+                logger.info(f"skip_sample_ranges: [{first}, {end}) ends before position {position} and has no effect")
             else:
                 logger.info(
-                    f"skip_sample_ranges: [{max(first, position)}, {end}) lies ahead, its samples will be left out"
+                    f"skip_sample_ranges: [{max(first, position)}, {end}) is ahead, its samples will be skipped"
                 )
 
     def next(self, iteration: int, timers: StepTimers) -> StepBatch:
@@ -56,9 +56,9 @@ class TrainingBatches:
         return assemble_step(micro_batches, accumulation, self.place, f"training step {iteration}")
 
     def advance(self) -> tuple[int, int]:
-        """The samples [first, end) of the step just done, those left out included; the position moves past them."""
+        """The samples [first, end) of the step just finished, including skipped ones; the position moves past them."""
         first = self.consumed_samples
         self.consumed_samples = self._skip.after(first, self.args.train_batch_size)
         for start, end in self._skip.between(first, self.consumed_samples):
-            logger.info(f"skip_sample_ranges: {end - start} samples left out, [{start}, {end})")
+            logger.info(f"skip_sample_ranges: {end - start} samples skipped, [{start}, {end})")
         return first, self.consumed_samples

@@ -1,8 +1,8 @@
-"""A run that goes on with another number of data-parallel replicas keeps its global batch.
+"""A run that continues with a different number of data-parallel replicas keeps its global batch.
 
-Micro-batch and accumulation say what one replica does, so the same file would mean another batch, another number of
-steps and another learning rate for each of its samples when a node is missing. The checkpoint knows the batch; how it
-is split follows.
+Micro-batch and accumulation describe one replica, so that with a node missing the same file would mean a different
+batch, a different number of steps and a different learning rate for each sample. The checkpoint stores the batch; its
+split follows.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 def keep_global_batch(args: NeoXArgs, start: Start) -> NeoXArgs:
     """The configuration with the accumulation that makes the saved run's global batch, for a run that continues.
 
-    A configuration that asks for another batch, by `train_batch_size` or by another accumulation than before, has it.
+    A configuration that asks for a different batch, by `train_batch_size` or by a changed accumulation, gets it.
     ConfigError, the same on all ranks, if the batch cannot be split over these replicas.
     """
     if start.checkpoint is None or start.restored == "weights":
@@ -41,7 +41,7 @@ def keep_global_batch(args: NeoXArgs, start: Start) -> NeoXArgs:
             f"{start.checkpoint.folder} was saved with a global batch of {saved} sequences, which is not a multiple of "
             f"micro-batch {micro} x data_parallel_size {replicas} = {micro * replicas}. Change the number of ranks, "
             f"pipe_parallel_size or model_parallel_size so that data_parallel_size is one of "
-            f"{', '.join(map(str, fitting[-6:]))}, or change train_micro_batch_size_per_gpu; to go on with another "
+            f"{', '.join(map(str, fitting[-6:]))}, or change train_micro_batch_size_per_gpu; to continue with another "
             "batch, set train_batch_size"
         )
     stages, virtual = args.pipe_parallel_size, args.virtual_pipe_parallel_size
@@ -62,9 +62,9 @@ def keep_global_batch(args: NeoXArgs, start: Start) -> NeoXArgs:
 
 
 def saved_batch_size(provenance: Mapping[str, Any]) -> int | None:
-    """Sequences in a step of the run that saved a checkpoint; None if its manifest does not say.
+    """Sequences in a step of the run that saved a checkpoint; None if its manifest does not contain it.
 
-    Older manifests have the keys that it followed from, and the layout.
+    Older manifests contain the keys that determined it, and the layout.
     """
     config = provenance.get("config", {})
     found = provenance.get("train_batch_size") or config.get("train_batch_size")

@@ -11,10 +11,10 @@ _UNITS = ("", "KFLOPS", "MFLOPS", "GFLOPS", "TFLOPS", "PFLOPS")
 
 
 def flops_per_second(args: NeoXArgs, seconds: float) -> float:
-    """FLOP/s of a rank by GPT-NeoX's formula (Narayanan et al. 2021, equation 3), recomputation counted.
+    """FLOP/s of a rank by GPT-NeoX's formula (Narayanan et al. 2021, equation 3), including recomputation.
 
-    It takes every model for one with an MLP of 4 x hidden_size and as many key/value heads as query heads. Beside an
-    adapter, which GPT-NeoX does not know, the weights' own gradients are not counted.
+    It assumes an MLP of 4 x hidden_size and as many key/value heads as query heads. With an adapter, which GPT-NeoX
+    does not have, the weights' own gradients are not included.
     """
     hidden, layers, length = args.hidden_size, args.num_layers, args.seq_length
     passes = (4 if args.checkpoint_activations else 3) - (args.lora is not None)
@@ -24,7 +24,7 @@ def flops_per_second(args: NeoXArgs, seconds: float) -> float:
 
 
 def interval_scalars(args: NeoXArgs, seconds: float) -> dict[str, float]:
-    """`runtime/*` of GPT-NeoX for steps of `seconds`, as far as this project's own values lack them."""
+    """`runtime/*` of GPT-NeoX for steps of `seconds`, except those that this project also records itself."""
     return {
         "runtime/samples_per_sec": args.train_batch_size / seconds,
         "runtime/steps_per_sec": 1 / seconds,
@@ -57,7 +57,7 @@ def interval_fields(
 
 
 def validation_scalars(args: NeoXArgs, result: Evaluation, prefix: str) -> dict[str, float]:
-    """A validation loss, and of text its perplexity, by GPT-NeoX's names."""
+    """A validation loss, and for text its perplexity, under GPT-NeoX's names."""
     name = f"{prefix}{args.loss_name}"
     return {name: result.loss} | ({} if args.reads_images else {f"{name}_ppl": result.perplexity})
 

@@ -1,4 +1,4 @@
-"""The guard against a continued run that starts as a random model."""
+"""The guard against a continued run that starts from what is effectively a random model."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from megatron.neox_arguments import NeoXArgs
 from megatron.parallel.place import Place
 
 MARGIN_NATS = 2.0
-MARGIN_SHARE = 0.01  # of the Huber loss; AstroPT's recipe ends 5 % below the loss of knowing nothing
+MARGIN_SHARE = 0.01  # of the Huber loss; AstroPT's recipe ends 5 % below the loss of an untrained model
 
 
 def check_initial_loss(loss: float, args: NeoXArgs, of_the_mean: float | None = None) -> None:
-    """Refuse a continued run whose first loss is near that of a model which knows nothing.
+    """Refuse a continued run whose first loss is near that of an untrained model.
 
-    That is ln(vocabulary) for text: Llama-3.1 starts near 2 on English text; a wrong packing order or a misplaced
-    epsilon shows as 10 to 12. For images it is `of_the_mean`, what `loss_of_predicting_the_mean` has found.
+    For text that is ln(vocabulary): Llama-3.1 starts near 2 on English text; a wrong packing order or a misplaced
+    epsilon gives 10 to 12. For images it is `of_the_mean`, the result of `loss_of_predicting_the_mean`.
     """
     if args.from_scratch or args.allow_high_initial_loss:
         return
     if of_the_mean is not None:
         limit, digits = of_the_mean * (1 - MARGIN_SHARE), 4
         what = f"the mean Huber loss {of_the_mean:.4f} of predicting the mean"
-        likely = "patches that are cut, ordered or scaled otherwise"
+        likely = "patches that are cut, ordered or scaled differently"
     else:
         ignorant = math.log(args.vocab_size)
         limit, digits = ignorant - MARGIN_NATS, 2

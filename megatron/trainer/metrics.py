@@ -1,4 +1,4 @@
-"""What a run reports while it runs: a line for people, JSONL for scripts, TensorBoard and (if asked) wandb for curves.
+"""What a run reports: a console line, JSONL for scripts, TensorBoard and (on request) wandb for curves.
 
 Only global rank 0 writes.
 """
@@ -24,7 +24,7 @@ from megatron.trainer.gpt_neox_log import interval_fields, interval_scalars
 
 logger = logging.getLogger(__name__)
 
-STARTED = "NEOX_STARTED"  # set by the launcher: time.time() when deepy.py began
+STARTED = "NEOX_STARTED"  # set by the launcher: time.time() when deepy.py started
 
 
 class Metrics:
@@ -56,7 +56,8 @@ class Metrics:
             self._wandb = self._open_wandb()
 
     def _open_wandb(self) -> Any:
-        """The run in Weights & Biases; as in GPT-NeoX a run goes on without it where package or API key is missing."""
+        """The run in Weights & Biases; as in GPT-NeoX a run continues without it if the package or API key is
+        missing."""
         try:
             import wandb
         except ImportError:
@@ -97,7 +98,7 @@ class Metrics:
 
     @contextlib.contextmanager
     def off_the_clock(self) -> Iterator[None]:
-        """Leave what happens inside (an evaluation, a save) out of the step time."""
+        """Exclude what happens inside (an evaluation, a save) from the step time."""
         start = time.perf_counter()
         yield
         self._interval_start += time.perf_counter() - start
@@ -156,7 +157,7 @@ class Metrics:
             )
             self._interval_iterations, self._interval_losses, self._counted = 0, [], counters
             self._interval_start = time.perf_counter()
-        # JSON has no NaN, and a curve no place for one.
+        # JSON has no NaN, and a curve cannot show one.
         self.record(iteration, {name: value for name, value in values.items() if math.isfinite(value)})
 
     def close(self) -> None:
@@ -168,13 +169,13 @@ class Metrics:
 
 
 def _clock(seconds: float) -> str:
-    """`1:02:03`, with days in front where there are any."""
+    """`1:02:03`, preceded by the days if there are any."""
     days, rest = divmod(round(seconds), 86400)
     return (f"{days} d " if days else "") + f"{rest // 3600}:{rest // 60 % 60:02d}:{rest % 60:02d}"
 
 
 class StartUpClock:
-    """Where the time from the command line to the first optimizer step goes: spans that follow without a gap."""
+    """Breakdown of the time from the command line to the first optimizer step, into contiguous spans."""
 
     def __init__(self, whereabouts: Whereabouts) -> None:
         self._whereabouts = whereabouts
@@ -182,7 +183,7 @@ class StartUpClock:
         self.spans: dict[str, float] = {}
 
     def done(self, what: str) -> None:
-        """The span that ends now is called `what`."""
+        """End the current span and name it `what`."""
         now = time.time()
         self.spans[what] = now - self._last
         self._last = now

@@ -1,4 +1,4 @@
-"""A training run from its configuration to its last checkpoint: set up, step, between steps, end.
+"""A training run from its configuration to its last checkpoint: setup, step, between steps, end.
 
 position -> data -> engine -> weights      `set_up`: where the run begins decides what is read and built
 batch -> step -> guards                    `step`: one optimizer step, and what must be true of it
@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 def train(args: NeoXArgs) -> None:
     """Train to the configured length. Collective: every rank that was started calls it.
 
-    Raises Stopped on all ranks, everything saved, after SIGUSR1 or SIGTERM to one of them.
+    Raises Stopped on all ranks, with everything saved, after SIGUSR1 or SIGTERM to one of them.
     """
     stop = StopRequest()
     stop.install()
@@ -57,7 +57,7 @@ def train(args: NeoXArgs) -> None:
 
 
 class Run:
-    """A training run on this rank, in a world that is initialised. All methods are collective."""
+    """A training run on this rank, in an initialized world. All methods are collective."""
 
     def __init__(
         self, args: NeoXArgs, place: Place, stop: StopRequest | None = None, whereabouts: Whereabouts | None = None
@@ -88,7 +88,7 @@ class Run:
     # --- set up
 
     def set_up(self) -> None:
-        """Find the position, open the data there, build the engine, fill it, and validate a run that begins."""
+        """Find the position, open the data there, build the engine, load weights, and validate if the run begins."""
         self.startup.done("start, imports and groups")
         start = find_start(RankGroup.world(self.place.device), self.args)
         self.args = args = keep_global_batch(self.args, start)
@@ -140,7 +140,7 @@ class Run:
     # --- step
 
     def step(self) -> None:
-        """One optimizer step, timed, in a trace if one is asked for, and its replicas compared if it is time."""
+        """One optimizer step, timed, traced if requested, and with a comparison of replicas if one is due."""
         iteration = self.state.iteration + 1
         with self.monitor.profiler.step(iteration), self.timers.step(iteration, first=iteration == self.first + 1):
             self.train_step()
@@ -149,10 +149,10 @@ class Run:
     def train_step(self) -> None:
         """Batch, engine, guards, log; the state moves on by one iteration.
 
-        Where the loss or the gradient is not finite the update is skipped, up to a bound; the data move on regardless.
+        If the loss or the gradient is not finite the update is skipped, up to a limit; the data move on regardless.
         """
         state, iteration = self.state, self.state.iteration + 1
-        # As in GPT-NeoX, a step that overflowed does not move the schedule.
+        # As in GPT-NeoX, a step that overflowed does not advance the schedule.
         rate = self.schedule.learning_rate(state.iteration - self.engine.counters.overflows)
         self.engine.set_learning_rate(rate)
         batch = self.batches.next(iteration, self.timers)
@@ -196,7 +196,7 @@ class Run:
     # --- between steps
 
     def between_steps(self) -> None:
-        """Evaluate and save where it is time to, then agree on what comes next."""
+        """Evaluate and save if due, then agree on whether to continue."""
         state, args = self.state, self.args
         with self.metrics.off_the_clock():
             if state.iteration == self.first + 1:
@@ -210,7 +210,7 @@ class Run:
         self.agree()
 
     def is_interrupted(self) -> bool:
-        """Whether `exit_interval` ends the run here, everything saved. Collective."""
+        """Whether `exit_interval` ends the run here, with everything saved. Collective."""
         every, iteration = self.args.exit_interval, self.state.iteration
         if not every or iteration % every or iteration >= self.schedule.train_iters:
             return False
@@ -223,7 +223,7 @@ class Run:
     def agree(self) -> None:
         """Exchange step times, requests for profiles and signals; stop on all ranks if any received a signal.
 
-        Raises Stopped after everything is saved; a run that is at its end anyway just ends.
+        Raises Stopped after everything is saved; a run that is at its end just ends.
         """
         state = self.state
         sync = self.monitor.between_steps(self.stop.received, state.iteration)
@@ -239,7 +239,7 @@ class Run:
         for name, result in results.items():
             logger.info(f"validation at iteration {iteration} | {name} | {result.text(self.args, digits=4)}")
             self.metrics.record(iteration, validation_scalars(self.args, result, f"validation/{name}/"))
-        if results:  # of all sources by their weights, as GPT-NeoX blends them
+        if results:  # over all sources by their weights, as GPT-NeoX blends them
             weights = self.args.valid_data_weights or [1.0] * len(results)
             losses = [result.loss for result in results.values()]
             blended = Evaluation(sum(w * x for w, x in zip(weights, losses, strict=True)) / sum(weights), 0, 0)
@@ -250,6 +250,6 @@ class Run:
     # --- end
 
     def end(self) -> None:
-        """Write what is still open."""
+        """Flush and close all outputs."""
         self.monitor.profiler.close()
         self.metrics.close()

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: when they are due, how they are written, and whether the present state is in one."""
+"""The checkpoints of a run: when they are due, how they are written, and whether the current state is saved."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Saves:
         saved: int | None,
         resumed: int | None = None,
     ) -> None:
-        """`saved` is the iteration that `args.save` holds, `resumed` the one in it that the run goes on from.
+        """`saved` is the iteration that `args.save` holds, `resumed` the one in it that the run continues from.
 
         Collective if the run saves.
         """
@@ -44,7 +44,7 @@ class Saves:
         return is_save_point(self.args, iteration, self.train_iters)
 
     def if_due(self, state: TrainState) -> None:
-        """After every step: take note of what was written since, and save if it is time. Collective."""
+        """After every step: register finished background saves, and save if one is due. Collective."""
         if self.background is not None:
             self.background.poll()
         if not self.is_due(state.iteration):
@@ -57,7 +57,8 @@ class Saves:
     def now(self, state: TrainState) -> None:
         """Save unless this state is saved already; when it returns, the checkpoint is complete. Collective.
 
-        A save in flight is finished before. CheckpointError if this one fails; that of a save in flight is reported.
+        A save in flight is finished first. CheckpointError if this one fails; an error of the save in flight is only
+        reported.
         """
         self.finish()
         if state.iteration != self.saved:
@@ -75,7 +76,7 @@ class Saves:
     def stop(self, received: Signals, state: TrainState) -> None:
         """After a signal to any rank: save what is not saved yet, then raise Stopped on all ranks. Collective.
 
-        Without a save folder there is nothing to continue from, and the exit code is the signal's.
+        Without a save folder there is nothing to resume from, and the exit code is the signal's.
         """
         where = f"{signal_name(received)} at iteration {state.iteration} of {self.train_iters}"
         if not self.args.save:

@@ -1,4 +1,5 @@
-"""Length and learning rate of a run: pure functions of the iteration, with nothing to save and to restore wrongly."""
+"""Length and learning rate of a run: pure functions of the iteration, without state that could be restored
+incorrectly."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ logger = logging.getLogger(__name__)
 
 
 def check_length(iteration: int, train_iters: int, args: NeoXArgs) -> None:
-    """ConfigError if the run is shorter than what it continues; a line if it is done already. Every rank calls it."""
+    """ConfigError if the run is shorter than the one it continues; a log line if it is already finished. Called by
+    every rank."""
     if iteration > train_iters:
         raise ConfigError(
             f"the checkpoint stands at iteration {iteration}, train_iters is {train_iters}: there is nothing to train. "
@@ -27,19 +29,19 @@ def check_length(iteration: int, train_iters: int, args: NeoXArgs) -> None:
             f"--save NEW"
         )
     if iteration == train_iters and iteration:
-        logger.info(f"the checkpoint stands at iteration {iteration}, which is train_iters: the run is done")
+        logger.info(f"the checkpoint stands at iteration {iteration}, which is train_iters: the run is finished")
 
 
 def check_schedule(schedule: Schedule, iteration: int) -> None:
-    """ConfigError if warm-up and cooldown do not fit, or begin behind the first step. Every rank calls it.
+    """ConfigError if warm-up and cooldown do not fit, or begin after the first step. Called by every rank.
 
-    The length of a run in epochs is known only with its data, so that the configuration could not tell.
+    The length of a run in epochs is known only once its data are open, so the configuration cannot check this.
     """
     problem = schedule_problem(schedule.args, schedule.lr_decay_iters)
     begin = schedule.args.lr_restart_iter
     if problem is None and iteration < begin:
         problem = (
-            f"lr_restart_iter {begin} is where the schedule of a continued run begins anew, and this one begins at "
+            f"lr_restart_iter {begin} is where the schedule of a continued run restarts, but this one begins at "
             f"iteration {iteration}; continue a checkpoint of iteration {begin} or later (without finetune), or leave "
             f"it out"
         )
@@ -51,7 +53,7 @@ def check_schedule(schedule: Schedule, iteration: int) -> None:
 class Schedule:
     """How many optimizer steps a run takes, and the learning rate of each.
 
-    `train_iters` is the configuration's, or what its `train_epochs` come to with the data at hand.
+    `train_iters` is the configuration's, or follows from its `train_epochs` and the size of the data.
     """
 
     args: NeoXArgs
@@ -66,7 +68,7 @@ class Schedule:
         """Learning rate of the step that follows `iteration` finished ones.
 
         Warm-up is linear over `lr_warmup_iters` or `warmup * lr_decay_iters`, then follows the decay style. After the
-        decay's end the rate stays at its last value, where GPT-NeoX's cosine climbs again. With `lr_restart_iter` the
+        decay's end the rate stays at its last value, whereas GPT-NeoX's cosine rises again. With `lr_restart_iter` the
         schedule counts from there and rises from `min_lr`. `lr_overrides` multiply the rate from an iteration on, as an
         operator does by hand after a loss spike; several multiply together.
         """
@@ -82,11 +84,11 @@ class Schedule:
         warmup_iters = warmup_length(args, end)
         since = iteration - args.lr_restart_iter
         if since <= warmup_iters and warmup_iters > 0:
-            share = min(1.0, max(1, since) / warmup_iters)  # a share of less than one step is no warm-up
+            share = min(1.0, max(1, since) / warmup_iters)  # a warm-up of less than one step is none
             return floor + (peak - floor) * share if args.lr_restart_iter else peak * share
         begin = args.lr_restart_iter + warmup_iters
         if args.lr_decay_style == "wsd":
-            # From the run's end, not from the warm-up's: until then two runs of other lengths have the same rates.
+            # Counted from the run's end, so that until the cooldown runs of different lengths have the same rates.
             cooldown = cooldown_length(args, end)
             past = iteration - (end - cooldown)
             return peak if past <= 0 or not cooldown else floor + (peak - floor) * self._cooled(past / cooldown)
@@ -102,7 +104,7 @@ class Schedule:
         raise ValueError(f"unknown lr_decay_style {args.lr_decay_style!r}")
 
     def _cooled(self, x: float) -> float:
-        """What is left of the way from peak to floor after a share `x` of the cooldown: from 1 to 0."""
+        """The remaining distance from peak to floor, from 1 to 0, after a fraction `x` of the cooldown."""
         x = min(1.0, x)
         style = self.args.lr_wsd_decay_style
         if style == "cosine":

@@ -62,7 +62,7 @@ def test_the_first_command_writes_what_the_export_says(folder: Path, hf_tokenize
     assert report["model"].startswith("crc32:")
     again = run_from(folder, command)
     assert again.returncode == 2
-    assert "is there already, complete" in again.stderr
+    assert "already exists and is complete" in again.stderr
 
 
 @pytest.mark.slow

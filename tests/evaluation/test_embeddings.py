@@ -136,7 +136,7 @@ def test_a_killed_run_goes_on_where_it_was(export: Path, tmp_path: Path) -> None
     said = run_ranks(_interrupted, 1, export, tmp_path)[0]
     for other, complete in (said[:2], said[2:]):
         assert "is of another run: pooling was mean, now last" in other
-        assert "is there already, complete" in complete
+        assert "already exists and is complete" in complete
     for name in ("npy", "ids.jsonl", "parquet"):
         whole = (tmp_path / f"whole.{name}").read_bytes()
         assert whole == (tmp_path / f"killed.{name}").read_bytes()

@@ -98,7 +98,7 @@ def test_no_allocation_at_all(tmp_path: Path) -> None:
     env = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
     for more, said in (
         ([], "num_nodes is 2, but this is not a Slurm allocation"),
-        (["--launcher", "slurm"], "launcher: slurm outside of a Slurm allocation"),
+        (["--launcher", "slurm"], "launcher: slurm outside a Slurm allocation"),
     ):
         result = subprocess.run([*deepy, *more], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=100)
         assert result.returncode == 2

@@ -67,7 +67,7 @@ def test_what_is_not_the_runs_is_ignored_and_counted(server: Any) -> None:
     ours.set("b", "2")
     ours._store.set("a", ours._store.get("b").decode())
     assert ours.get(["a"]) == [None], "another key's message"
-    assert said == ["a message that is not of this run was ignored; somebody else writes to its status store"]
+    assert said == ["a message from outside this run was ignored; somebody else writes to its status store"]
 
 
 def test_a_foreign_verdict_neither_counts_nor_blocks_ours(server: Any) -> None:

@@ -100,7 +100,7 @@ def test_a_flipped_bit_stops_the_run(
     outcome = run_ranks(_run, world, run_keys, {"iteration": 4, "rank": rank, "tensor": tensor})
     assert outcome == [outcome[0]] * world
     message, nodes = outcome[0]
-    assert message.startswith("iteration 4: copies of a parameter are not the same any more: layer ")
+    assert message.startswith("iteration 4: replicated parameters have diverged: layer ")
     assert tensor in message
     assert said in message
     assert nodes == ([NODE] if world == 4 and pp == 1 else []), "of two, nobody can say who is right"
