@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 
+import torch
+
 from megatron.model.attention import document_attention_on
 from megatron.model.pipeline import PARAMETER_DTYPES
 from megatron.neox_arguments import NeoXArgs
@@ -17,6 +19,9 @@ def choose_operations(args: NeoXArgs, place: Place) -> None:
     """Of the fused operations, and of attention within isolated documents. KernelsUnavailable as `ops.configure`."""
     logger.info(configure(args.kernels, place.device))
     if args.isolate_documents:
-        heads, kv_heads = args.num_attention_heads // place.tp, args.num_kv_heads // place.tp
-        dtype = PARAMETER_DTYPES[args.precision]
-        logger.info(document_attention_on(place.device.type, dtype, heads, kv_heads, args.head_dim).description)
+        logger.info(f"isolated documents on {place.device.type}: {how_documents_are_attended_to(args, place.device)}")
+
+
+def how_documents_are_attended_to(args: NeoXArgs, device: torch.device) -> str:
+    heads, kv_heads = (number // args.model_parallel_size for number in (args.num_attention_heads, args.num_kv_heads))
+    return document_attention_on(device.type, PARAMETER_DTYPES[args.precision], heads, kv_heads, args.head_dim).how

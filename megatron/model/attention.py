@@ -85,10 +85,10 @@ class Varlen:
 
 @dataclass(frozen=True)
 class DocumentAttention:
-    """How isolated documents are attended to, and a sentence for the log about it."""
+    """A way to attend to isolated documents, and how that is, for the log."""
 
     attend: Attend
-    description: str
+    how: str
 
 
 @functools.cache
@@ -109,8 +109,8 @@ def document_attention_on(kind: str, dtype: torch.dtype, heads: int, kv_heads: i
         varlen = Varlen(function)
         why_not = _failure(varlen, torch.device(kind), dtype, heads, kv_heads, head_dim)
     if why_not is None:
-        return DocumentAttention(varlen, f"isolated documents on {kind}: all in one call of torch.nn.attention.varlen")
-    return DocumentAttention(one_by_one, f"isolated documents on {kind}: a call of attention for each ({why_not})")
+        return DocumentAttention(varlen, "all in one call of torch.nn.attention.varlen")
+    return DocumentAttention(one_by_one, f"a call of attention for each ({why_not})")
 
 
 def _varlen_function() -> Callable[..., Any] | None:

@@ -131,27 +131,27 @@ def _fresh() -> Any:
 
 def chosen(kind: str = "cuda", dtype: torch.dtype = torch.bfloat16) -> tuple[Any, str]:
     found = document_attention_on(kind, dtype, 4, 2, 16)
-    return found.attend, found.description
+    return found.attend, found.how
 
 
 @pytest.mark.usefixtures("_fresh")
 def test_what_is_chosen_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
     each = "a call of attention for each"
-    assert chosen("cpu") == (one_by_one, f"isolated documents on cpu: {each} (varlen attention needs a GPU)")
+    assert chosen("cpu") == (one_by_one, f"{each} (varlen attention needs a GPU)")
     assert chosen(dtype=torch.float32) == (
         one_by_one,
-        f"isolated documents on cuda: {each} (varlen attention computes in bfloat16 or float16, not float32)",
+        f"{each} (varlen attention computes in bfloat16 or float16, not float32)",
     )
     on_host: Callable[..., str | None] = attention._failure
     monkeypatch.setattr(attention, "_failure", lambda way, device, *rest: on_host(way, torch.device("cpu"), *rest))
     monkeypatch.setattr(attention, "_varlen_function", Newer)
-    way, description = chosen(dtype=torch.float16)
+    way, how = chosen(dtype=torch.float16)
     assert isinstance(way, Varlen)
-    assert description == "isolated documents on cuda: all in one call of torch.nn.attention.varlen"
+    assert how == "all in one call of torch.nn.attention.varlen"
     monkeypatch.setattr(attention, "_varlen_function", lambda: None)
     assert chosen() == (
         one_by_one,
-        f"isolated documents on cuda: {each} (torch {torch.__version__} has no torch.nn.attention.varlen)",
+        f"{each} (torch {torch.__version__} has no torch.nn.attention.varlen)",
     )
 
 
