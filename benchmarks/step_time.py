@@ -2,6 +2,7 @@
 
     python benchmarks/step_time.py [--json FILE] [--hidden 512 ...]
     python benchmarks/step_time.py --device cuda --hidden 2048 --layers 16 --vocab 128256 --seq 4096 --batch 1
+    python benchmarks/step_time.py --documents 1 4 32 [--device cuda ...]
 
 Each round runs all in turn: forward, loss, backward, clipping and AdamW. On the CPU in fp32; on a GPU ours in bf16
 with fp32 masters and fp32 gradients, transformers under bf16 autocast of fp32 weights, which is what its Trainer does
@@ -9,6 +10,9 @@ and has the same master precision; `compiled` is its model under `torch.compile`
 of each, and the ratios of the medians (above 1: ours is faster). The engines (`engine: deepspeed` and `engine:
 megatron`) are part of ours, as in a run. On the CPU `deepy.py` then starts the tiny model on eight processes (TP2 x PP2
 x DP2), and the run says where the time from the command line to the end of its first step went.
+
+With `--documents` one of our engines runs alone, on samples of so many isolated documents of equal length, and on
+samples whose documents are not isolated.
 """
 
 from __future__ import annotations
@@ -30,7 +34,8 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from benchmarks.small_llama import SmallLlama, start_engine, train_step  # noqa: E402
+from benchmarks.small_llama import HEAD_DIM, SmallLlama, start_engine, train_step  # noqa: E402
+from megatron.neox_arguments import NeoXArgs  # noqa: E402
 
 
 def main() -> int:
@@ -46,28 +51,22 @@ def main() -> int:
     parser.add_argument("--kernels", default="auto", help="our fused operations: auto, reference or required")
     parser.add_argument("--engines", nargs="+", choices=("deepspeed", "megatron"), default=["deepspeed", "megatron"])
     parser.add_argument("--no-compile", action="store_true", help="leave out transformers under torch.compile")
+    parser.add_argument("--documents", type=int, nargs="+", help="isolated documents in a sample, instead of the peers")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--no-startup", action="store_true", help="leave out the start of deepy.py")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     case = SmallLlama(options.hidden, options.layers, options.vocab, options.seq)
     device = torch.device(options.device)
+    if options.documents:
+        return documents(case, options, device)
     peers = {"transformers": transformers_step(case, options.batch, device)}
     if not options.no_compile:
         peers["compiled"] = transformers_step(case, options.batch, device, compiled=True)
     start_world(device)
     ours = {engine: neox_step(case, options.batch, device, options.kernels, engine) for engine in options.engines}
     steps = peers | ours
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    cpu: dict[str, list[float]] = {name: [] for name in steps}
-    losses: dict[str, list[float]] = {name: [] for name in steps}
-    for round_number in range(options.rounds + 2):
-        for name in sorted(steps, reverse=bool(round_number % 2)):
-            start, cpu_start = time.perf_counter(), time.process_time()
-            losses[name].append(steps[name](round_number))
-            if round_number >= 2:  # two rounds to warm up
-                times[name].append(time.perf_counter() - start)
-                cpu[name].append(time.process_time() - cpu_start)
+    times, cpu, losses = in_turn(steps, options.rounds)
     difference = max(max(row) / min(row) - 1 for row in zip(*losses.values(), strict=True))
     if difference > (1e-3 if device.type == "cpu" else 1e-2):  # bf16 rounds differently in each
         raise SystemExit(f"they do not train alike (relative loss difference {difference:.1e}); times mean nothing")
@@ -77,12 +76,7 @@ def main() -> int:
         f"batch {options.batch} x {case.seq}, {where(device, options)}; largest relative loss difference "
         f"{difference:.1e}"
     )
-    for name, values in times.items():
-        print(
-            f"{name:>12}: median {medians[name] * 1e3:8.1f} ms  range {min(values) * 1e3:.1f} to "
-            f"{max(values) * 1e3:.1f} ms  {options.batch * case.seq / medians[name]:,.0f} tokens/s  "
-            f"CPU {statistics.median(cpu[name]) * 1e3:.1f} ms"
-        )
+    print_times(times, cpu, options.batch * case.seq)
     ratios = {f"{peer} / {engine}": medians[peer] / medians[engine] for engine in ours for peer in peers}
     cpu_medians = {name: statistics.median(values) for name, values in cpu.items()}
     for engine in ours:
@@ -96,6 +90,76 @@ def main() -> int:
         print(f"deepy.py, 8 processes on {os.cpu_count()} cores: {startup}")
     if options.json:
         report = {"ratios": ratios, "seconds": times, "cpu_seconds": cpu, "startup": startup}
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    return 0
+
+
+def in_turn(steps: dict[str, Any], rounds: int) -> tuple[dict[str, list[float]], ...]:
+    """By name of each step its times and CPU times in seconds, of `rounds` rounds behind two to warm up, and its losses
+    of all rounds."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    cpu: dict[str, list[float]] = {name: [] for name in steps}
+    losses: dict[str, list[float]] = {name: [] for name in steps}
+    for round_number in range(rounds + 2):
+        for name in sorted(steps, reverse=bool(round_number % 2)):
+            start, cpu_start = time.perf_counter(), time.process_time()
+            losses[name].append(steps[name](round_number))
+            if round_number >= 2:
+                times[name].append(time.perf_counter() - start)
+                cpu[name].append(time.process_time() - cpu_start)
+    return times, cpu, losses
+
+
+def print_times(times: dict[str, list[float]], cpu: dict[str, list[float]], tokens: int) -> None:
+    for name, values in times.items():
+        median = statistics.median(values)
+        print(
+            f"{name:>12}: median {median * 1e3:8.1f} ms  range {min(values) * 1e3:.1f} to {max(values) * 1e3:.1f} ms  "
+            f"{tokens / median:,.0f} tokens/s  CPU {statistics.median(cpu[name]) * 1e3:.1f} ms"
+        )
+
+
+def documents(case: SmallLlama, options: argparse.Namespace, device: torch.device) -> int:
+    """Steps of one engine on samples of isolated documents, against those of samples that are one document."""
+    from megatron.model.attention import document_attention_on
+
+    start_world(device)
+    args = arguments(case, options.batch, device, options.kernels, options.engines[0])
+    engine = start_engine(args, device)
+
+    def step(count: int | None) -> Any:
+        lengths = [
+            case.seq * (part + 1) // (count or 1) - case.seq * part // (count or 1) for part in range(count or 1)
+        ]
+        positions = torch.cat([torch.arange(length) for length in lengths])
+        beside = {} if count is None else {"positions": positions}
+
+        def run(number: int) -> float:
+            tokens = batch(case, options.batch, number)
+            samples = [{"tokens": row[:-1], "labels": row[1:].clone(), **beside} for row in tokens]
+            return train_step(engine, args, samples)
+
+        return run
+
+    steps = {"not isolated": step(None)} | {f"{count} in each": step(count) for count in options.documents}
+    times, cpu, _ = in_turn(steps, options.rounds)
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    print(f"isolated documents: {document_attention_on(device.type, dtype, case.heads, case.kv_heads, HEAD_DIM).how}")
+    print(
+        f"{case.layers} layers, hidden {case.hidden}, {case.heads}/{case.kv_heads} heads, vocabulary {case.vocab}, "
+        f"batch {options.batch} x {case.seq}, {where(device, options)}"
+    )
+    print_times(times, cpu, options.batch * case.seq)
+    first = f"{options.documents[0]} in each"
+    ratios = {
+        name: [statistics.median(values[name]) / statistics.median(values[first]) for values in (times, cpu)]
+        for name in times
+        if name != first
+    }
+    for name, (clock, processor) in ratios.items():
+        print(f"ratio {name} / {first}: {clock:.3f} by the clock, {processor:.3f} in CPU time")
+    if options.json:
+        report = {"ratios": ratios, "seconds": times, "cpu_seconds": cpu}
         options.json.write_text(json.dumps(report, indent=1) + "\n")
     return 0
 
@@ -170,15 +234,19 @@ def start_world(device: torch.device) -> None:
     torch.distributed.init_process_group(backend, init_method=f"file://{store}", rank=0, world_size=1)
 
 
-def neox_step(case: SmallLlama, size: int, device: torch.device, kernels: str, engine_name: str) -> Any:
-    """One step of a real engine."""
-    args = case.arguments(
-        engine=engine_name,
+def arguments(case: SmallLlama, size: int, device: torch.device, kernels: str, engine: str) -> NeoXArgs:
+    return case.arguments(
+        engine=engine,
         train_micro_batch_size_per_gpu=size,
         distributed_backend="gloo" if device.type == "cpu" else "nccl",
         precision="fp32" if device.type == "cpu" else "bfloat16",
         kernels=kernels,
     )
+
+
+def neox_step(case: SmallLlama, size: int, device: torch.device, kernels: str, engine_name: str) -> Any:
+    """One step of a real engine."""
+    args = arguments(case, size, device, kernels, engine_name)
     engine = start_engine(args, device, weights=dict(case.transformers_model().state_dict()))
 
     def step(number: int) -> float:

@@ -37,6 +37,7 @@ from megatron.engine.deepspeed_module import LlamaPipelineModule
 from megatron.engine.deepspeed_optimizer import load_shards, optimizer_shards
 from megatron.engine.deepspeed_scores import pipeline_scores
 from megatron.engine.nonfinite import propagate
+from megatron.engine.operations import choose_operations
 from megatron.engine.optimizer import (
     REPLICATED_GROUPS,
     adapter_and_slice_lines,
@@ -51,11 +52,8 @@ from megatron.model.features import PooledTokens, run_pooled
 from megatron.model.sequence_parallel import sum_over_slices
 from megatron.neox_arguments import NeoXArgs
 from megatron.neox_arguments.deepspeed_config import pipeline_messages
-from megatron.ops import configure
 from megatron.parallel.place import Place
 from megatron.parallel.process_groups import ModelGroups, set_timeouts
-
-logger = logging.getLogger(__name__)
 
 EXPECTED_OPTIMIZER = {
     "fp32": "DeepSpeedZeroOptimizer",
@@ -294,7 +292,7 @@ class DeepSpeedEngine:
 
 
 def _module(args: NeoXArgs, place: Place) -> LlamaPipelineModule:
-    logger.info(configure(args.kernels, place.device))
+    choose_operations(args, place)
     return LlamaPipelineModule(args, place)
 
 

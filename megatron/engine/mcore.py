@@ -6,7 +6,6 @@ global state is not used.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -32,6 +31,7 @@ from megatron.engine.mcore_optimizer import GuardedOptimizer, HeldParameter, bui
 from megatron.engine.mcore_phases import PhaseTimers
 from megatron.engine.mcore_settings import bucket_config, description, transformer_config
 from megatron.engine.nonfinite import poisoned
+from megatron.engine.operations import choose_operations
 from megatron.engine.optimizer import mark_sharded
 from megatron.engine.optimizer_shards import OptimizerShard, ReadShard
 from megatron.engine.protocol import Around, Counters, StepResult, no_phases
@@ -43,10 +43,7 @@ from megatron.model.parallel import TensorParallel
 from megatron.model.pipeline import PARAMETER_DTYPES, training_loss
 from megatron.model.scores import TokenScores
 from megatron.neox_arguments import NeoXArgs
-from megatron.ops import configure
 from megatron.parallel.place import Place
-
-logger = logging.getLogger(__name__)
 
 OnOutput = Callable[[Tensor, MicroBatch], Tensor]
 """What the last virtual stage does with the logits of a micro-batch when nothing is learned."""
@@ -56,7 +53,7 @@ class MegatronEngine:
     """`megatron.engine.protocol.Engine` on megatron-core."""
 
     def __init__(self, args: NeoXArgs, place: Place, around: Around, virtual: int) -> None:
-        logger.info(configure(args.kernels, place.device))
+        choose_operations(args, place)
         self.args, self.place, self._around = args, place, around
         tied, timeout = args.shape.tied, args.distributed_timeout_minutes
         self._groups = EngineGroups.make(place, tied, virtual > 1, timeout)
@@ -256,16 +253,16 @@ class MegatronEngine:
         if chunks > 1 and not train:  # whose schedule takes whole groups of micro-batches
             batch = batch.filled_up(pp)
 
-        def forward(source: Iterator[MicroBatch], chunk: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
-            micro_batch = next(source)
+        def forward(source: Iterator[Any], chunk: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+            micro_batch, documents = next(source)
 
             def finish(output: Tensor, non_loss_data: bool = False) -> Any:
                 result = on_output(output, micro_batch)
                 return result if non_loss_data else (result, result.detach().clone())
 
-            return chunk(micro_batch), finish
+            return chunk(micro_batch, documents), finish
 
-        sources = [iter(batch.micro_batches) for _ in self.model]
+        sources = [zip(batch.micro_batches, batch.documents, strict=True) for _ in self.model]
         schedule: Callable[..., Any] = forward_backward_pipelining_with_interleaving
         if chunks == 1:
             schedule = forward_backward_pipelining_without_interleaving if pp > 1 else forward_backward_no_pipelining

@@ -14,21 +14,31 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron.engine.batches import PADDING, MicroBatch, padded, sequence
+from megatron.model.documents import Documents
 from megatron.parallel.place import Place
 
 
 @dataclass(frozen=True)
 class PipelineBatch:
-    """One call's micro-batches of b sequences of s tokens: what this rank's stage needs of them, on its device."""
+    """One call's micro-batches of b sequences of s tokens: what this rank's stage needs of them, on its device.
+
+    `documents` are those of each micro-batch, None where they are not isolated.
+    """
 
     micro_batches: list[MicroBatch]
+    documents: list[Documents | None]
     b: int
     s: int
 
     def filled_up(self, multiple: int) -> PipelineBatch:
         """With the last micro-batch again, until their number is a multiple of `multiple`."""
         again = -len(self.micro_batches) % multiple
-        return PipelineBatch(self.micro_batches + self.micro_batches[-1:] * again, self.b, self.s)
+        return PipelineBatch(
+            self.micro_batches + self.micro_batches[-1:] * again,
+            self.documents + self.documents[-1:] * again,
+            self.b,
+            self.s,
+        )
 
 
 def on_all_stages(
@@ -53,19 +63,24 @@ def on_all_stages(
         if not own:
             b, s, with_positions = (int(value) for value in header.tolist())
     length = padded_length(s)
-    own = [_padded_to(micro_batch, length, place.device) for micro_batch in own]
-    if with_positions and has_middle:
-        shape = (count, b, length)
-        positions = torch.empty(shape, dtype=torch.int64, device=place.device)
-        if own:
-            torch.stack([micro_batch["positions"] for micro_batch in own], out=positions)
-        dist.broadcast(positions, group=pipe, group_src=0)
-        own = own or [{"positions": part} for part in positions]
-    return PipelineBatch(list(own) or [{} for _ in range(count)], b, length)
+    on_host = [padded(_sequences(micro_batch), length) for micro_batch in own]
+    own = [
+        {name: tensor.to(place.device, non_blocking=True) for name, tensor in {**micro_batch, **sequences}.items()}
+        for micro_batch, sequences in zip(own, on_host, strict=True)
+    ]
+    if not with_positions:
+        return PipelineBatch(own or [{} for _ in range(count)], [None] * count, b, length)
+    positions = [micro_batch["positions"] for micro_batch in own]
+    read = [sequences["positions"] for sequences in on_host]
+    if has_middle:
+        whole = torch.stack(positions) if own else torch.empty(count, b, length, dtype=torch.int64, device=place.device)
+        dist.broadcast(whole, group=pipe, group_src=0)
+        if not own:
+            positions, read = list(whole), list(whole.cpu())  # the only wait for the device
+    documents = [Documents.at(*pair) for pair in zip(positions, read, strict=True)]
+    return PipelineBatch(own or [{} for _ in range(count)], list(documents), b, length)
 
 
-def _padded_to(micro_batch: Mapping[str, Tensor], length: int, device: torch.device) -> MicroBatch:
-    """On `device`, with sequences of `length`; what is no sequence stays as it is."""
-    sequences = {name: tensor for name, tensor in micro_batch.items() if name in PADDING}
-    whole = {**micro_batch, **padded(sequences, length)}
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in whole.items()}
+def _sequences(micro_batch: Mapping[str, Tensor]) -> MicroBatch:
+    """Without what is no sequence."""
+    return {name: tensor for name, tensor in micro_batch.items() if name in PADDING}

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron import layout
 from megatron.engine.batches import sequence
+from megatron.model.documents import Documents
 from megatron.model.llama import TransformerLayer
 from megatron.model.parallel import TensorParallel
 from megatron.model.pipeline import Layer, llama_layers
@@ -57,7 +58,7 @@ class Chunk(nn.Module):
         self.held = nn.ModuleDict()
         self.before_tied_head: Callable[[], None] = lambda: None
         self._steps: list[tuple[int, Any]] = []
-        self._last_with_positions = args.num_layers + 2
+        self._last_with_documents = args.num_layers + 2
         self._input: Tensor | None = None
         for number, layer in layers.items():
             self._steps.append((number, self._step(number, layer)))
@@ -81,12 +82,11 @@ class Chunk(nn.Module):
 
         return apply
 
-    def forward(self, micro_batch: Mapping[str, Tensor]) -> Tensor:
+    def forward(self, micro_batch: Mapping[str, Tensor], documents: Documents | None) -> Tensor:
         """Hidden states [s, b, h], or of the model's last run this rank's logits [b, s, V / tp]."""
-        positions = micro_batch.get("positions")
         stream: Any = sequence(micro_batch) if self.pre_process else self._input
-        if positions is not None and self._steps[0][0] <= self._last_with_positions:
-            stream = (stream, positions)
+        if documents is not None and self._steps[0][0] <= self._last_with_documents:
+            stream = (stream, documents)
         again = self.recompute if torch.is_grad_enabled() else frozenset[int]()
         for number, step in self._steps:
             if number in again:

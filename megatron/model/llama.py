@@ -5,21 +5,18 @@ and value heads of d dimensions, and f of the MLP's inner features. Between laye
 sequence parallelism over t ranks they are this rank's slice, [s/t, b, h], and so is what norms and additions see.
 
 Where documents are isolated, stages pass (hidden, positions): int64 [b, s] that restart at 0 with each document.
-Attention then stops at the restarts. Masks are never built: causal is a flag of the attention kernel, and a
-document is a slice of the sequence.
+Within a stage layers pass (hidden, documents), which are the positions with what the host has read from them.
 """
 
 from __future__ import annotations
 
-import itertools
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron import layout
+from megatron.model.attention import causal_attention, document_attention
 from megatron.model.cache import CachedTokens
-from megatron.model.documents import document_edges
+from megatron.model.documents import Documents
 from megatron.model.lora import add_adapters
 from megatron.model.parallel import TensorParallel
 from megatron.model.rotary import RotaryTable
@@ -27,9 +24,9 @@ from megatron.model.selective import Recomputed, product
 from megatron.neox_arguments import NeoXArgs
 from megatron.ops import add_rms_norm, apply_rotary, rms_norm, swiglu
 
-Positions = Tensor | CachedTokens
-Stream = Tensor | tuple[Tensor, Positions]
-"""What layers pass: hidden states, or (hidden states, positions) where documents are isolated or tokens are cached."""
+Beside = Documents | CachedTokens
+Stream = Tensor | tuple[Tensor, Beside]
+"""What layers pass: hidden states, or (hidden states, what is beside them): isolated documents, or cached tokens."""
 
 
 class RMSNorm(nn.Module):
@@ -62,18 +59,18 @@ class Attention(nn.Module):
         self.query_key_value = tp.column(args.hidden_size, qkv_features)
         self.dense = tp.row(args.hidden_size, args.hidden_size)
 
-    def forward(self, x: Tensor, positions: Positions | None) -> Tensor:
-        return self.dense(self.core(self.query_key_value(x), positions))
+    def forward(self, x: Tensor, beside: Beside | None) -> Tensor:
+        return self.dense(self.core(self.query_key_value(x), beside))
 
-    def core(self, qkv: Tensor, positions: Positions | None) -> Tensor:
+    def core(self, qkv: Tensor, beside: Beside | None) -> Tensor:
         """What lies between the two products: the heads' contexts [s, b, n * d] of this rank's q, k and v."""
         q, k, v = layout.split_qkv(qkv, self.heads, self.kv_heads, self.head_dim)
         cos, sin = self.rotary.on(qkv.device)
-        if isinstance(positions, CachedTokens):
-            q, k = positions.rotate(q, k, cos, sin)
-            return positions.attend(self, q, k, v).flatten(-2)
-        q, k = apply_rotary(q, k, cos, sin, positions)  # [s, b, heads, d]
-        context = causal_attention(q, k, v) if positions is None else document_attention(q, k, v, positions)
+        if isinstance(beside, CachedTokens):
+            q, k = beside.rotate(q, k, cos, sin)
+            return beside.attend(self, q, k, v).flatten(-2)
+        q, k = apply_rotary(q, k, cos, sin, None if beside is None else beside.positions)  # [s, b, heads, d]
+        context = causal_attention(q, k, v) if beside is None else document_attention(q, k, v, beside)
         return context.flatten(-2)
 
 
@@ -103,21 +100,21 @@ class TransformerLayer(nn.Module):
             add_adapters(self, args, tp)
 
     # DeepSpeed's recomputation spreads a tuple over the arguments, its plain forward passes the tuple.
-    def forward(self, stream: Stream, positions: Positions | None = None) -> Stream:
-        x, positions = stream if isinstance(stream, tuple) else (stream, positions)
+    def forward(self, stream: Stream, beside: Beside | None = None) -> Stream:
+        x, beside = stream if isinstance(stream, tuple) else (stream, beside)
         if self.selective and torch.is_grad_enabled():
-            y = self.keeping_products(x, positions)
-            return y if positions is None else (y, positions)
-        attended = self.attention(self.input_layernorm(x), positions)
+            y = self.keeping_products(x, beside)
+            return y if beside is None else (y, beside)
+        attended = self.attention(self.input_layernorm(x), beside)
         h, normed = self.post_attention_layernorm.after_add(attended, x)
         y = h + self.mlp(normed)
-        return y if positions is None else (y, positions)
+        return y if beside is None else (y, beside)
 
-    def keeping_products(self, x: Tensor, positions: Positions | None) -> Tensor:
+    def keeping_products(self, x: Tensor, beside: Beside | None) -> Tensor:
         """The same, storing nothing but x, h and the outputs of the products that the backward pass needs."""
         attention, mlp = self.attention, self.mlp
         qkv = product(attention.query_key_value, Recomputed(self.input_layernorm, x))
-        h = x + product(attention.dense, Recomputed(lambda heads: attention.core(heads, positions), qkv))
+        h = x + product(attention.dense, Recomputed(lambda heads: attention.core(heads, beside), qkv))
         up = product(mlp.linear1, Recomputed(self.post_attention_layernorm, h))
         return h + product(mlp.linear2, Recomputed(swiglu, up))
 
@@ -161,44 +158,16 @@ def sequence_first(stream: Stream) -> Stream:
     What a frozen embedding gives asks for no gradient, and recomputation takes a layer with such an input as one that
     has nothing to learn: in training the decoder's input always asks for one.
     """
-    hidden, positions = stream if isinstance(stream, tuple) else (stream, None)
+    hidden, beside = stream if isinstance(stream, tuple) else (stream, None)
     hidden = hidden.transpose(0, 1).contiguous()
     if torch.is_grad_enabled() and not hidden.requires_grad:
         hidden.requires_grad_()
-    return hidden if positions is None else (hidden, positions)
+    return hidden if beside is None else (hidden, beside)
 
 
 def batch_first(stream: Stream) -> Tensor:
-    """[s, b, h] -> [b, s, h]; positions have done their work. Of cached tokens, those whose logits are wanted."""
-    hidden, positions = stream if isinstance(stream, tuple) else (stream, None)
-    if isinstance(positions, CachedTokens):
-        return positions.at_outputs(hidden)
+    """[s, b, h] -> [b, s, h]; documents have done their work. Of cached tokens, those whose logits are wanted."""
+    hidden, beside = stream if isinstance(stream, tuple) else (stream, None)
+    if isinstance(beside, CachedTokens):
+        return beside.at_outputs(hidden)
     return hidden.transpose(0, 1).contiguous()
-
-
-def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v, each position seeing itself and what is before it.
-
-    q [s, b, n, d], k and v [s, b, m, d] with m dividing n; returns [s, b, n, d].
-    """
-    q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
-    context = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-    return context.permute(2, 0, 1, 3)
-
-
-def document_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
-    """`causal_attention` within each document; a document starts where `positions` [b, s] is 0.
-
-    Memory stays linear in s: each document is one call on a slice.
-    """
-    rows = []
-    for row, edges in enumerate(document_edges(positions)):
-        rows.append(
-            torch.cat(
-                [
-                    causal_attention(*(x[start:stop, row : row + 1] for x in (q, k, v)))
-                    for start, stop in itertools.pairwise(edges)
-                ]
-            )
-        )
-    return torch.cat(rows, dim=1)

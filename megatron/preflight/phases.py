@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron.engine.operations import how_documents_are_attended_to
 from megatron.neox_arguments import ConfigError
 from megatron.neox_arguments.registry import as_one_message
 from megatron.parallel.cpu_binding import Cpus, check_cpus, far_from_gpu, own_cpus
@@ -78,7 +79,10 @@ class Preflight:
         self.groups = groups.layout_groups(self.args)
         self.device = take_device(self.args, self.started)
         seat, numa = find_seat(self.args, self.started, self.device)
-        return asdict(seat), numa, asdict(own_cpus()), software.installed_software(), self.args.digest
+        installed = software.installed_software()
+        if self.args.isolate_documents:
+            installed["isolated documents"] = how_documents_are_attended_to(self.args, self.device)
+        return asdict(seat), numa, asdict(own_cpus()), installed, self.args.digest
 
     def _check_seats(self, reports: list[Any]) -> None:
         seats = [(Seat(**seat), numa) for seat, numa, *_ in reports]

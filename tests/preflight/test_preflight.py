@@ -267,10 +267,11 @@ def failed_with(code: int, results: list[tuple[int, str]], *gone: int) -> str:
 
 
 def test_all_is_well(tmp_path: Path) -> None:
-    results = preflight(tmp_path, "all are alike", "--exclude-file", str(tmp_path / "exclude"))
+    results = preflight(tmp_path, "all are alike", "--exclude-file", str(tmp_path / "exclude"), isolate_documents=True)
     report = failed_with(0, results)
     assert report == results[0][1], "rank 0 alone speaks"
     for line in (
+        "isolated documents a call of attention for each (varlen attention needs a GPU)",
         "ranks: 8 on 4 nodes (n0, n1, n2, n3), 2 on each",
         "TP groups: 4 of 2 ranks, all-reduce of 0.25 MiB right",
         "PP groups: 4 of 2 ranks",
