@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import struct
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from benchmarks.foreign_messages import is_store, send_raw
 from examples.llama_keys import LLAMA
 from megatron.checkpoint.manifest import file_checksum, read_manifest, write_manifest
 from megatron.checkpoint.state_ranges import BLOCK, ITEM
@@ -237,39 +237,13 @@ def listening_ports(pids: list[int]) -> list[tuple[bool, int]]:
     return sorted(set(found))
 
 
-def send_everything_foreign(ports: list[int]) -> int:
-    """Garbage, JSON, HTTP and well-formed messages of torch's store to every port; how many messages were sent."""
-    messages = [
-        b"\x00" * 4096,
-        b'{"why": "a foreign verdict", "lost": [0], "by": 1, "own_error": false}\n',
-        b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
-        b"not JSON\n",
-        os.urandom(4096),
-    ]
-    sent = 0
-    for port in ports:
-        for message in messages:
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 2) as connection:
-                connection.sendall(message)
-                sent += 1
-                time.sleep(0.05)
-        with contextlib.suppress(subprocess.TimeoutExpired):  # gloo's ports take no such client
-            client = [sys.executable, "-c", _FOREIGN_CLIENT, str(port), messages[1].decode()]
-            done = subprocess.run(client, capture_output=True, text=True, timeout=8)
-            sent += int(done.stdout or 0)
-    return sent
-
-
-_FOREIGN_CLIENT = """
-import sys
-from datetime import timedelta
-from torch.distributed import TCPStore
-store = TCPStore("127.0.0.1", int(sys.argv[1]), wait_for_workers=False, timeout=timedelta(seconds=3))
-for key in ("verdict", "beat/0", "beat/1"):
-    store.set(key, sys.argv[2])
-    store.set(key, "not JSON")
-print(6)
-"""
+def send_everything_foreign(ports: list[int]) -> tuple[int, int]:
+    """Everything of `foreign_messages` to every port; how many messages no protocol knows, and how many are forged."""
+    raw = sum(send_raw(port) for port in ports)
+    stores = [str(port) for port in ports if is_store(port)]
+    client = [sys.executable, "-m", "benchmarks.foreign_messages", *stores]
+    done = subprocess.run(client, capture_output=True, text=True, timeout=BOUND_SECONDS, cwd=ROOT)
+    return raw, int(done.stdout or 0)
 
 
 def write_nan(path: Path) -> None:

@@ -289,7 +289,7 @@ def _(place: Workplace) -> Observed:
     run = LiveRun(place)
     ports = listening_ports(run.everything())
     beyond = [port for loopback, port in ports if not loopback]
-    sent = send_everything_foreign([port for _, port in ports])
+    raw, forged = send_everything_foreign([port for _, port in ports])
     before = place.done()
     deadline = time.monotonic() + 30
     while place.done() < before + 3 and run.process.poll() is None and time.monotonic() < deadline:
@@ -297,7 +297,14 @@ def _(place: Workplace) -> Observed:
     if run.process.poll() is not None or place.done() < before + 3:
         return replace(run.end(), last_line="the run did not go on")
     ended = run.inject(run.process.terminate)
-    text = f"{sent} messages to {len(ports)} ports, {len(beyond)} beyond loopback; the run went on: {ended.last_line}"
+    ignored = re.findall(r"watchdog: (\d+) messages that were not of this run were ignored", ended.output)
+    if not forged or not ignored:
+        return replace(ended, last_line="no forged message was noticed")
+    readings = sum(map(int, ignored))
+    text = (
+        f"{raw} malformed messages to {len(ports)} ports, {len(beyond)} beyond loopback; of {forged} forged or "
+        f"replayed ones {readings} readings ignored; the run went on: {ended.last_line.removeprefix('deepy.py: ')}"
+    )
     return replace(ended, last_line=text)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from torch.distributed import TCPStore
 
+from benchmarks.foreign_messages import HASH, forged
 from megatron.parallel.loopback import on_one_node, serve_on_loopback
 from megatron.parallel.rank_env import StartedRank
 from megatron.supervision import watchdog as watchdog_module
@@ -68,6 +69,28 @@ def test_what_is_not_the_runs_is_ignored_and_counted(server: Any) -> None:
     ours._store.set("a", ours._store.get("b").decode())
     assert ours.get(["a"]) == [None], "another key's message"
     assert said == ["a message from outside this run was ignored; somebody else writes to its status store"]
+
+
+def test_no_message_of_the_forger_s_counts(server: Any) -> None:
+    """Without its hash, under another secret, cut, changed, another key's: those that the benchmark sends."""
+    ours = AuthenticatedStore(connected(server), SECRET)
+    store = StatusStore(ours, 0, 2)
+    beats = [Beat(7, "step", rank, 0.0, False, "") for rank in range(2)]
+    for rank, beat in enumerate(beats):
+        StatusStore(ours, rank, 2).beat(beat)
+    assert store.beats() == beats
+    own, other = (ours._store.get(f"beat/{rank}") for rank in range(2))
+    messages = list(forged("beat/0", own, [other]))
+    assert len(messages) > 9
+    for number, message in enumerate(messages, 1):
+        ours._store.set("beat/0", message.decode())
+        assert ours.get(["beat/0"]) == [None], message
+        assert ours.ignored == number
+        assert store._known[0] == beats[0]
+    foreign = AuthenticatedStore(connected(server), b"x" * 32)
+    assert foreign._sealed("beat/0", "content").encode() == next(
+        message for message in forged("beat/0", b"-" * HASH + b"content", []) if message[HASH:] == b"content"
+    ), "the forger's format is the store's"
 
 
 def test_a_foreign_verdict_neither_counts_nor_blocks_ours(server: Any) -> None:
