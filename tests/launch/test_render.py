@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
 import shutil
+import stat
 import subprocess
 from pathlib import Path
 
@@ -292,3 +294,26 @@ def test_variables_in_paths_reach_the_job(
 if __name__ == "__main__":
     for name in ARGUMENTS:
         (GOLDEN / f"{name}.sh").write_text(render(name))
+
+
+def test_a_node_s_folder_is_this_user_s_alone(tmp_path: Path) -> None:
+    """Names in /tmp can be guessed: what somebody else has put there is not used."""
+    script = (ROOT / "launch" / "job.sh").read_text()
+    function = script[script.index("make_folders() {") :].partition("\n}\n")[0].replace("@NODE_DISK@", str(tmp_path))
+    program = f'{function}\n}}\nhere() {{ echo "{tmp_path}/neox-7/rank"; }}\nmake_folders'
+    env = {**os.environ, "SLURM_JOB_ID": "7", "SLURMD_NODENAME": "n1"}
+
+    def made() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["bash", "-c", program], env=env, capture_output=True, text=True, timeout=60)
+
+    (tmp_path / "neox-7").mkdir(mode=0o777)
+    assert made().returncode == 0
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "neox-7").rglob("*")} == {0o700}
+    assert stat.S_IMODE((tmp_path / "neox-7").stat().st_mode) == 0o700
+    shutil.rmtree(tmp_path / "neox-7")
+    (tmp_path / "neox-7").symlink_to(tmp_path / "theirs")
+    (tmp_path / "theirs").mkdir()
+    refused = made()
+    assert refused.returncode == 1
+    assert f"{tmp_path}/neox-7 belongs to somebody else" in refused.stderr
+    assert not list((tmp_path / "theirs").iterdir())
