@@ -227,7 +227,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "'images' changes what is learned": {"messages": GOOD, "images": ["a.png"]},
     "'weight' is 0.5": {"messages": [GOOD[0], {**GOOD[1], "weight": 0.5}]},
     "'weight' of a whole record": {"messages": GOOD, "weight": 0},
-    "wants the words of the user learned": {"messages": [{**GOOD[0], "train": True}, GOOD[1]]},
+    "marks a user turn as learned": {"messages": [{**GOOD[0], "train": True}, GOOD[1]]},
     "'mask' changes what is said or learned": {"messages": [GOOD[0], {**GOOD[1], "mask": True}]},
     "'refusal' changes what is said or learned": {"messages": [GOOD[0], {"role": "assistant", "refusal": "No."}]},
     "'is_trainable' is not known, and looks like a switch": {"messages": [GOOD[0], {**GOOD[1], "is_trainable": False}]},

@@ -35,7 +35,7 @@ def test_an_engine_with_other_instructions_is_refused() -> None:
 def test_an_optimizer_with_gradients_elsewhere_is_refused() -> None:
     from megatron.engine.deepspeed import reduced_gradients
 
-    with pytest.raises(RuntimeError, match="SimpleNamespace keeps its gradients where this project does not know"):
+    with pytest.raises(RuntimeError, match="SimpleNamespace keeps its gradients in a place unknown to this project"):
         reduced_gradients(SimpleNamespace(param_groups=[]), 0)
 
 

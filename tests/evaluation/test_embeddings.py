@@ -195,7 +195,7 @@ def test_bad_records_are_named_and_counted(export: Path, tmp_path: Path) -> None
     assert report["left_out"] == {
         "not JSON": 2,
         "no text": 2,
-        "text is no text": 1,
+        "text is not text": 1,
         "empty text": 1,
         "bad id": 1,
         "too long": 1,

@@ -180,5 +180,5 @@ def test_what_is_not_understood_is_refused(messages: Any, fields: dict[str, Any]
 
 def test_tools_need_a_format_that_has_a_place_for_them(hf_tokenizer: Tokenizer) -> None:
     chat = ChatPrompts.load(None, hf_tokenizer, None, None)
-    with pytest.raises(UserError, match="the record has tools, which Meta's format has no place for"):
+    with pytest.raises(UserError, match="the record has tools, which Meta's format does not support"):
         chat.ids(read_request(CALLED, {"tools": [SEARCH]}))

@@ -137,7 +137,7 @@ def test_adapters_that_are_not_understood_are_refused_by_name(
 def test_folders_that_are_no_adapter(tmp_path: Path) -> None:
     folder = write_adapter(tmp_path / "a")
     (folder / WEIGHTS).write_bytes(b"not safetensors")
-    with pytest.raises(PeftError, match="is no safetensors file"):
+    with pytest.raises(PeftError, match="is not a safetensors file"):
         read_adapter(folder)
     (folder / WEIGHTS).rename(folder / "adapter_model.bin")
     with pytest.raises(PeftError, match="save it again with safe_serialization=True"):

@@ -403,9 +403,7 @@ def test_a_slow_link_is_named_and_excludes_nobody(tmp_path: Path) -> None:
     report = failed_with(
         0, preflight(tmp_path, "a slow link", "--slow-nodes", "fail", "--exclude-file", f"{tmp_path}/exclude")
     )
-    assert "slow link between nodes that are not slow with others: n0 - n1: 12 GB/s, 0.30 of the median" in report, (
-        report
-    )
+    assert "slow link between nodes that are not slow with others: n0 - n1: 12 GB/s, 0.30 of the median" in report
     assert "slow node" not in report
     assert (tmp_path / "exclude").read_text() == ""
 

@@ -54,11 +54,11 @@ def dry_run(args: NeoXArgs, options: PlanOptions) -> int:
 
 
 def _true_model(args: NeoXArgs) -> tuple[list[range], int]:
-    """Layers of every virtual stage, in the model's order, and parameters in all, of the model that the trainer would
+    """Layers of every virtual stage, in the model's order, and the total parameters of the model that the trainer would
     build."""
-    os.environ["DS_ACCELERATOR"] = "cpu"  # nothing is allocated, and a GPU of this machine is left alone
+    os.environ["DS_ACCELERATOR"] = "cpu"  # nothing is allocated, and a GPU of this machine is not used
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about libraries that megatron-core would like to have
+        warnings.simplefilter("ignore")  # about optional libraries of megatron-core
         from megatron.planner.cost.stages import true_stages
 
         stages = true_stages(args)

@@ -1,4 +1,4 @@
-"""A plan as a picture: the pipeline's schedule of one step with its bubble, and the memory of every stage.
+"""A plan as a figure: the pipeline's schedule of one step with its bubble, and the memory of every stage.
 
 Needs matplotlib (`pip install .[picture]`).
 """
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 FORMATS = (".png", ".svg", ".pdf")
 
-# Okabe and Ito's palette, which stays apart for every kind of colour vision.
+# Okabe and Ito's palette, which is distinguishable with every kind of color vision.
 _FORWARD, _AGAIN, _BACKWARD, _IDLE, _END = "#0072b2", "#56b4e9", "#e69f00", "#eeeeee", "#009e73"
 _COLOURS = dict(
     zip(
@@ -72,7 +72,7 @@ def _schedule(plan: Plan, axes) -> None:  # type: ignore[no-untyped-def]  # matp
     from megatron.planner.cost.schedule import idle_share
 
     stages = len(plan.stages)
-    # a backward pass takes twice a forward one, and before it what is recomputed of one
+    # a backward pass takes twice as long as a forward pass, plus the recomputed part of one
     again = [plan.layout.recomputed(stage.layers) / max(1, stage.layers) for stage in plan.time.stages]
     slower = plan.time.waiting
     forward = [slower * stage.total / (3 + more) for stage, more in zip(plan.time.stages, again, strict=True)]
