@@ -59,7 +59,7 @@ def test_training_only_reads_afterwards(yml: Path, capsys: pytest.CaptureFixture
     model = str(ROOT / "configs/tiny/model.yml")
     assert main([model, str(yml), "--world-size", "2", "--check-content"]) == 0
     out = capsys.readouterr().out
-    assert "a_text_document: offsets, ids and checksum are right" in out
+    assert "a_text_document: offsets, ids and checksum are correct" in out
     assert "25.00% of the run" in out
     assert "2 sources are ready" in out
 

@@ -183,15 +183,15 @@ def test_rules_from_a_file_and_flags_over_it(tmp_path: Path, capsys: pytest.Capt
     assert clean(tmp_path / "out.jsonl", source, rules=rules, min_characters=50) == 0
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 2
     for text, message in {
-        "min_charcters: 3": "no rule is called min_charcters",
+        "min_charcters: 3": "unknown rule min_charcters",
         "- 3": "expected lines of `rule: threshold`",
         "{": "not YAML",
         "min_characters: many": "'many' is not a number",
         "exact_duplicate: 1": "1 is not true or false",
         "max_loops: 30": "30 is more than 1",
         "max_loops: -1": "less than 0",
-        "near_duplicate: 0.1": "0.3 is the least",
-        "loop_repeats: 1": "2 is the least",
+        "near_duplicate: 0.1": "the minimum is 0.3",
+        "loop_repeats: 1": "the minimum is 2",
         "max_perplexity: 10": "needs --perplexity-model",
     }.items():
         rules.write_text(text)

@@ -231,7 +231,7 @@ def test_a_cell_too_many_is_an_error_and_not_left_out(tmp_path: Path) -> None:
     ("benchmark", "more", "said"),
     [
         ('{"text": "x"}\n', [], "no question; expected text in one of question, prompt, input, the fields are text"),
-        ('{"question": "Why is the sky of Mars red at noon?", "options": 3}\n', [], "options are expected as a list"),
+        ('{"question": "Why is the sky of Mars red at noon?", "options": 3}\n', [], "expected options as a list"),
         ('{"question": "Why?"}\n', [], "no question is long enough"),
         (None, ["--threshold", "0.1"], "--threshold 0.1: expected 0.3 to 1"),
         (None, [], "3 documents are too few to choose a threshold"),
