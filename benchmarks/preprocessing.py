@@ -4,9 +4,9 @@
 
 Measured in alternation, median and range over the rounds: a loop over `tokenizers`' own `encode`, document by document;
 its batch call on one core and on all cores, the ceiling of that library; this project's encoder on one core; the whole
-command (including start-up, reading JSON, encoding, writing and checksums) on all cores; and `datasets.map` with the same
-number of processes. The command on a single document gives the start-up time. The last line compares the peak memory of the
-command (its largest process) on the input and on twice the input.
+command (including start-up, reading JSON, encoding, writing and checksums) on all cores; and `datasets.map` with the
+same number of processes. The command on a single document gives the start-up time. The last line compares the peak
+memory of the command (its largest process) on the input and on twice the input.
 Without --vocab-file, the vocabulary of Meta's `llama-models` is used, written as tokenizer.json by `transformers`.
 """
 

@@ -47,7 +47,7 @@ class _Written(Way):
         return self.left < 0
 
 
-def test_slowed_is_what_the_steps_during_the_write_took_too_long() -> None:
+def test_slowed_is_the_excess_time_of_steps_during_a_write() -> None:
     steps = iter([2.0, 1.5, 3.0, 99.0])
     _, slowed, _ = cost_of(_Written(3), lambda: next(steps), usual=1.0)
     assert slowed == 3.5

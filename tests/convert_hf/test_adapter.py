@@ -100,7 +100,7 @@ def test_a_neox_base_and_any_split_of_the_work_give_the_same_bits(tmp_path: Path
     assert (tmp_path / "one" / REPORT).read_text() == (tmp_path / "three" / REPORT).read_text()
 
 
-def test_as_peft_merges_it(tmp_path: Path) -> None:
+def test_merged_weights_equal_peft(tmp_path: Path) -> None:
     import peft
     from transformers import LlamaForCausalLM
 
@@ -126,7 +126,7 @@ def test_as_peft_merges_it(tmp_path: Path) -> None:
         (("--adapter", "nothing"), {}, "is missing; an adapter is a folder that peft's save_pretrained wrote"),
     ],
 )
-def test_what_is_refused(
+def test_invalid_input_is_rejected(
     words: tuple[str, ...],
     config: dict[str, Any],
     message: str,

@@ -143,7 +143,7 @@ def test_config(changes: dict[str, Any], message: str, tmp_path: Path, capsys: p
     assert message in refused(tmp_path, capsys)
 
 
-def test_set_does_not_replace_what_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_set_cannot_replace_existing_fields(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_hf(tmp_path / "in", MODEL)
     assert "may only fill an absent field" in refused(tmp_path, capsys, "--set", "rms_norm_eps=1e-6")
 
@@ -241,7 +241,7 @@ def test_old_pickle_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "not a torch file of torch 1.6 or newer" in refused(tmp_path, capsys)
 
 
-def test_memory_is_not_taken_on_a_pickle_s_word(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_pickle_cannot_make_the_reader_allocate_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A memo index of four billion makes the standard unpickler ask for tens of gigabytes."""
     write_hf(tmp_path / "in", MODEL)
     (tmp_path / "in" / "model.safetensors").unlink()

@@ -95,7 +95,7 @@ def test_meta_llama2(tmp_path: Path) -> None:
     assert (config["rope_theta"], config["rope_scaling"], config["num_key_value_heads"]) == (10000.0, None, 8)
 
 
-def test_meta_permutation_is_what_rotary_needs(tmp_path: Path) -> None:
+def test_meta_permutation_matches_half_split_rotation(tmp_path: Path) -> None:
     """Scores q.k of Meta's adjacent-pair rotation on its weights equal those of half-split rotation on ours."""
     model = Model(heads=2, kv_heads=2, head_dim=8, dtype=torch.float32)
     state = model.state()
@@ -188,7 +188,7 @@ def test_config_of_newer_transformers(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == config
 
 
-def test_llama2_config_states_what_it_lacks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_llama2_config_reports_missing_fields(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Llama-2's published config has no rope_theta: it is asked for, recorded, and not asked for again."""
     write_hf(tmp_path / "hf", Model(kv_heads=8))
     config = {k: v for k, v in Model(kv_heads=8).config().items() if k != "rope_theta"}

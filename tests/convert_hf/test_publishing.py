@@ -313,7 +313,7 @@ def test_a_share_left_from_another_job_is_not_used(tmp_path: Path) -> None:
     assert same(read_hf(tmp_path / "back"), state)
 
 
-def test_what_travels_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_copied_and_skipped_files_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_hf(tmp_path / "hf", MODEL)
     (tmp_path / "hf" / "original").mkdir()
     (tmp_path / "hf" / "training_args.bin").write_bytes(b"x")

@@ -76,7 +76,7 @@ def test_the_state_is_the_same_to_the_bit(saved: tuple, wanted: tuple, tied: boo
     assert (meta["consumed_samples"], meta["global_steps"], meta["skipped_in_a_row"]) == (8 * STEP, STEP, 0)
 
 
-def test_there_and_back_is_where_it_began(tmp_path: Path) -> None:
+def test_resharding_there_and_back_restores_the_state(tmp_path: Path) -> None:
     write_training_checkpoint(tmp_path / "saved", shape(2), 2, 1, 1)
     first = reshard(tmp_path / "saved", tmp_path / "first", (2, 2, 2))
     reshard(tmp_path / "first", tmp_path / "other", (4, 4, 1))
@@ -160,7 +160,7 @@ def _discard(_: Any) -> None:
 
 
 @pytest.mark.usefixtures("small_blocks")
-def test_resume_does_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resume_does_only_the_remaining_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron.checkpoint.optimizer_reader import StateReader
 
     root = tmp_path / "saved"
@@ -220,7 +220,7 @@ def test_shares_of_several_hosts(tmp_path: Path) -> None:
         (("--optimizer", "--tp", 2, "--max-ram", "60MiB"), "60 MiB is too little for --optimizer with"),
     ],
 )
-def test_what_cannot_be_is_refused(
+def test_impossible_requests_are_rejected(
     arguments: tuple, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_training_checkpoint(tmp_path / "saved", shape(2), 2, 1, 1)

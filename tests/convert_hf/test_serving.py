@@ -68,7 +68,7 @@ CASES: list[tuple[str, str, Callable[[dict[str, Any]], Any], str, str]] = [
 
 
 @pytest.mark.parametrize(("file", "what", "change", "verdict", "text"), CASES)
-def test_what_is_missing_is_named(
+def test_missing_items_are_reported(
     file: str, what: str, change: Callable[[dict[str, Any]], Any], verdict: str, text: str, folder: Path
 ) -> None:
     edit(folder / file, change)

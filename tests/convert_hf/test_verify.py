@@ -173,7 +173,7 @@ def test_a_bit_flipped_on_one_rank_only(tmp_path: Path, capsys: pytest.CaptureFi
         ("rotary_emb_base: 500000", "rotary_emb_base: 10000", "rotary base differs: 500000.0 and 10000.0"),
     ],
 )
-def test_settings_that_no_tensor_shows(
+def test_settings_that_are_not_visible_in_tensors(
     old: str, new: str, cause: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_hf(tmp_path / "hf", MODEL)

@@ -63,7 +63,7 @@ def test_any_number_of_workers_writes_the_same(tmp_path: Path, monkeypatch: pyte
     assert results[0] == results[1]
 
 
-def test_what_is_not_kept_is_listed_with_its_rule(tmp_path: Path) -> None:
+def test_dropped_documents_are_listed_with_their_rule(tmp_path: Path) -> None:
     corpus = real_corpus()
     kept, dropped = cleaned(tmp_path, *corpus)
     lines = [entry["line"] for entry in dropped]
@@ -105,7 +105,7 @@ def test_unicode_is_repaired_and_other_fields_stay(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out.jsonl").read_text())["text"] == broken.replace("\ud800", "?")
 
 
-def test_only_the_turns_of_a_loop_behind_the_first_are_cut(tmp_path: Path) -> None:
+def test_one_repetition_of_each_loop_is_kept(tmp_path: Path) -> None:
     unit = "of the outer disc of the"
     kept, dropped = cleaned(tmp_path, f"{PROSE} Also {unit}{' ' + unit * 1} end. " + PROSE, **ANY_SHARE)
     assert not dropped

@@ -265,7 +265,7 @@ REFUSED: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def test_what_changes_meaning_and_is_not_understood_is_refused(
+def test_unsupported_fields_that_change_meaning_are_rejected(
     vocab_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for message, record in REFUSED.items():

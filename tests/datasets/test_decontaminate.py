@@ -142,7 +142,7 @@ def test_the_threshold_is_chosen_and_judged_on_different_cases(
     assert "found of planted questions, OCR: 100.00% of" in capsys.readouterr().out
 
 
-def test_a_contaminated_corpus_does_not_hide_itself(tmp_path: Path) -> None:
+def test_contamination_does_not_raise_the_threshold_without_limit(tmp_path: Path) -> None:
     """Two documents in a hundred hold a question: the threshold that one in a thousand reaches would be above 1."""
     made, texts, chance = questions(60), documents(2400), random.Random(7)
     for number in range(0, 2400, 50):
@@ -164,7 +164,7 @@ def test_options_may_stand_in_any_order_and_the_question_alone_counts() -> None:
     assert (alone.question, alone.score) == (4, 1.0)
 
 
-def test_what_is_spread_over_a_document_is_no_question() -> None:
+def test_scattered_fragments_do_not_match_a_question() -> None:
     """The same runs of letters far from each other: a bag of shingles would find them."""
     made = questions(30)
     words = made[0].question.split()
@@ -173,7 +173,7 @@ def test_what_is_spread_over_a_document_is_no_question() -> None:
     assert not [found for found in QuestionIndex(made).find(spread, 0.6) if found.question == 0]
 
 
-def test_what_all_questions_share_is_no_evidence() -> None:
+def test_phrases_shared_by_all_questions_are_no_evidence() -> None:
     made = [
         BenchmarkQuestion(str(n), f"Which of the following statements is correct about object number {n * 7919}?")
         for n in range(50)
@@ -190,7 +190,7 @@ def test_folding_keeps_letters_and_digits_of_any_script() -> None:
     assert fold("... \n --") == b""
 
 
-def test_the_excerpt_is_the_place() -> None:
+def test_the_excerpt_is_the_matching_text() -> None:
     made = questions(5)
     text = f"{documents(1)[0]} {made[2].question} {documents(1, 9)[0]}"
     (found,) = QuestionIndex(made).find(text, 0.6)
@@ -221,7 +221,7 @@ def test_questions_of_every_form(tmp_path: Path) -> None:
     assert len({q.name for q in read_benchmark([str(tmp_path / name) for name in forms])}) == 4
 
 
-def test_a_cell_too_many_is_an_error_and_not_left_out(tmp_path: Path) -> None:
+def test_an_extra_csv_cell_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "letters.csv").write_text("question,A,B\nWhy, then?,a,b\n")
     with pytest.raises(UserError, match="line 2: more cells than the header has names; quote the commas"):
         read_benchmark([str(tmp_path / "letters.csv")])

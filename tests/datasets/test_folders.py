@@ -158,7 +158,7 @@ def test_progress_comes_by_time(
         assert len(lines) == expected, lines
 
 
-def test_work_is_not_lost_late(
+def test_problems_are_detected_before_the_work_is_done(
     vocab_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A source of duplicates alone is left out of the mix; impossible shares are refused before anything is read."""

@@ -74,7 +74,7 @@ def test_the_table_at_the_end_and_in_inspect_data(
     assert f"longer than a sample of {SAMPLE} tokens: {long} of 28 documents ({long / 28:.1%})" in out
 
 
-def test_nothing_is_cut_unless_asked_and_all_is_counted(prefix: str) -> None:
+def test_conversations_are_cut_only_on_request_and_counted(prefix: str) -> None:
     sizes = IndexedFile(prefix).sizes
     long = sizes > SAMPLE + 1
     datasets = build_datasets(args(prefix))

@@ -32,7 +32,7 @@ def test_its_configuration_is_accepted() -> None:
 
 
 @pytest.mark.slow
-def test_its_table_is_what_the_engine_gives() -> None:
+def test_its_table_matches_the_engine() -> None:
     from benchmarks.engine_idle import simulated
 
     text = (Path(__file__).resolve().parents[2] / GUIDE).read_text()

@@ -54,7 +54,7 @@ def test_memory_does_not_grow_with_the_micro_batches(virtual: int) -> None:
         assert few == pytest.approx(more, rel=0.01)
 
 
-def test_what_is_recomputed_is_not_held() -> None:
+def test_recomputed_activations_are_not_stored() -> None:
     """Whole layers hold least, then all but matrix products, then everything."""
     kinds: list[dict[str, Any]] = [{"recompute": "full"}, {"recompute": "selective"}, {"recompute": "none"}]
     full, selective, none = ([peak for (peak,) in run_ranks(_peaks, 2, 2, (4,), kind)] for kind in kinds)

@@ -68,13 +68,13 @@ POISONS = [
 
 
 @pytest.mark.parametrize("poison", POISONS)
-def test_nobody_applies_it(poison: dict[str, Any]) -> None:
+def test_no_rank_applies_a_nonfinite_gradient(poison: dict[str, Any]) -> None:
     for rank in run_ranks(_stepped, 4, poison, ""):
         assert rank == {"skipped": 1, "unchanged": True, "finite": True, "steps": {1}}
 
 
 @pytest.mark.parametrize("mutation", ["megatron-core's own step", "only what is counted"])
-def test_without_the_guard_it_is_applied(mutation: str) -> None:
+def test_without_the_guard_a_nonfinite_gradient_is_applied(mutation: str) -> None:
     """megatron-core's step asks nobody, and its norm does not see what replicated parameters have on other ranks."""
     ranks = run_ranks(_stepped, 4, POISONS[0].values[0], mutation)
     assert not all(rank["finite"] for rank in ranks)

@@ -50,7 +50,7 @@ def write_galaxies(place: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_the_first_command_writes_what_the_export_says(folder: Path, hf_tokenizer: Any) -> None:
+def test_vectors_of_the_first_command_match_the_export(folder: Path, hf_tokenizer: Any) -> None:
     command = documented_commands(GUIDE)[0]
     done = run_from(folder, command)
     assert done.returncode == 0, done.stderr

@@ -63,7 +63,7 @@ def embedded(layout: str, export: Path, folder: Path, runs: dict[str, dict[str, 
     "layout",
     ["dp2", "tp2pp2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("tp1", "tp2", "pp2"))],
 )
-def test_vectors_are_those_of_transformers(layout: str, export: Path, tmp_path: Path, hf_tokenizer: Any) -> None:
+def test_vectors_equal_transformers(layout: str, export: Path, tmp_path: Path, hf_tokenizer: Any) -> None:
     forward, backward = write_texts(tmp_path / "a.jsonl", TEXTS), write_texts(tmp_path / "b.jsonl", TEXTS[::-1])
     runs = {name: {**keys, "input": str(forward)} for name, keys in RUNS.items()}
     runs["reversed"] = {"layers": "all", "input": str(backward)}
@@ -131,7 +131,7 @@ def _error(function: Any, *given: Any) -> str:
     return str(caught.value)
 
 
-def test_a_killed_run_goes_on_where_it_was(export: Path, tmp_path: Path) -> None:
+def test_a_killed_run_resumes_where_it_stopped(export: Path, tmp_path: Path) -> None:
     write_texts(tmp_path / "a.jsonl", TEXTS)
     said = run_ranks(_interrupted, 1, export, tmp_path)[0]
     for other, complete in (said[:2], said[2:]):

@@ -49,7 +49,7 @@ def model() -> Any:
 @pytest.mark.parametrize(
     "layout", ["tp2pp2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("megatron", "dp2"))]
 )
-def test_vectors_of_images_are_those_of_transformers(layout: str, tmp_path: Path) -> None:
+def test_vectors_of_images_equal_transformers(layout: str, tmp_path: Path) -> None:
     """Mean over the patches that are read, in their spiral order: all of them where the last one is."""
     from megatron.data.patch_form import cut_patches
 

@@ -169,7 +169,7 @@ def _mcq(rank: int, world_size: int, export: Path, split: dict[str, int], keys: 
     return driven(world_size, export, ask_and_write, split, mcq=keys)
 
 
-def test_mcq_scores_are_those_of_the_hf_backend(
+def test_mcq_scores_equal_the_hf_backend(
     tasks: Path, export: Path, tmp_path: Path, hf_choices: tuple[Any, list[Any]]
 ) -> None:
     """Item by item: what mcq.py scored, lm-eval's `hf` backend has scored as well, with the same sums."""

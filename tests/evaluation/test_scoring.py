@@ -103,7 +103,7 @@ LAYOUTS = [
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(("ranks", "split"), LAYOUTS)
-def test_scores_are_those_of_transformers(ranks: int, split: dict[str, int]) -> None:
+def test_scores_equal_transformers(ranks: int, split: dict[str, int]) -> None:
     case = TIED if split else CASE
     given = [*pairs(case), likeliest(case, (1, 2, 3), 5), likeliest(case, (4,) * 70, 1)]
     expected = reference(case, given)
@@ -128,7 +128,7 @@ def test_scores_are_those_of_transformers(ranks: int, split: dict[str, int]) -> 
         (Pair((1,), (95,)), "holds token 95, the model's vocabulary ends at 94"),
     ],
 )
-def test_what_cannot_be_scored_is_named(pair: Pair, message: str) -> None:
+def test_unscorable_pairs_are_reported(pair: Pair, message: str) -> None:
     with pytest.raises(ScoringError, match=message):
         score_pairs(None, CASE.neox(world_size=1), [pair])  # type: ignore[arg-type]  # before an engine is needed
 

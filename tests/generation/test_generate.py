@@ -63,7 +63,7 @@ ALL = [(tp, pp, case) for tp in (1, 2, 4) for pp in (1, 2, 4) for case in (UNTIE
         for point in ALL
     ],
 )
-def test_greedy_is_that_of_transformers(tp: int, pp: int, case: Case) -> None:
+def test_greedy_tokens_equal_transformers(tp: int, pp: int, case: Case) -> None:
     """Nine ragged prompts in groups of four slots, read eight tokens at a time.
 
     Four stages have borders inside of what surrounds the decoder layers.

@@ -26,7 +26,7 @@ def _feed(sequence: Continuation, ids: list[int], endings: Endings, context: int
     return rest
 
 
-def test_end_tokens_are_no_part_of_the_text(hf_tokenizer: Tokenizer) -> None:
+def test_end_tokens_are_not_part_of_the_text(hf_tokenizer: Tokenizer) -> None:
     endings = endings_of(Case(vocab=1024).neox(world_size=1, stop_token_ids=[5]), hf_tokenizer, None)
     for end in (5, *(hf_tokenizer.token_id(f"<|{name}|>") for name in ("end_of_text", "eot_id", "eom_id"))):
         sequence = _sequence()
@@ -90,7 +90,9 @@ TEXTS = [
 
 
 @pytest.mark.parametrize(("text", "stops", "trace"), TEXTS)
-def test_what_is_shown_is_the_text(hf_tokenizer: Tokenizer, text: str, stops: tuple[str, ...], trace: bool) -> None:
+def test_streamed_text_equals_the_final_text(
+    hf_tokenizer: Tokenizer, text: str, stops: tuple[str, ...], trace: bool
+) -> None:
     """Piece by piece and never taken back, no half characters, nothing of a stop string."""
     endings = Endings(frozenset(), stops, hf_tokenizer.decode)
     sequence = _sequence(trace=trace)

@@ -35,7 +35,7 @@ def test_megatron_is_a_namespace() -> None:
     assert not loose, f"modules directly under megatron/ can clash with another distribution's: {loose}"
 
 
-def test_our_names_are_nobody_else_s() -> None:
+def test_our_package_names_are_not_claimed_by_others() -> None:
     files = distribution("megatron-core").files or []
     installed = {file.parts[1] for file in files if len(file.parts) > 2 and file.parts[0] == "megatron"}
     assert "core" in installed

@@ -57,7 +57,7 @@ def _run(site: Path, folder: Path, *command: str) -> subprocess.CompletedProcess
     return subprocess.run(arguments, cwd=folder, env=env, capture_output=True, text=True)
 
 
-def test_nothing_stands_where_others_look(site: Path) -> None:
+def test_no_generic_top_level_package_is_installed(site: Path) -> None:
     names = {path.name for path in site.iterdir() if not path.name.endswith(".dist-info")}
     assert names == {"megatron", "neox_tools", "bin"}
     assert not (site / "megatron" / "__init__.py").exists()

@@ -60,7 +60,7 @@ def code(script: str) -> str:
     return "\n".join(line for line in script.splitlines() if not line.startswith("# "))
 
 
-def test_frontier_and_lumi_bind_in_their_own_way() -> None:
+def test_frontier_and_lumi_have_different_binding_schemes() -> None:
     """Two schemes, either right by itself: one visible GCD per task, or all of them and masks of cores."""
     frontier, lumi = code(render("frontier")), code(render("lumi"))
     for flag in (
@@ -191,7 +191,7 @@ def test_times_are_read_as_slurm_reads_them(text: str, expected: int) -> None:
         (["generic_slurm", "--time=60", "--", "--train_itres", "3"], "train_iters"),
     ],
 )
-def test_what_cannot_run_is_refused(
+def test_impossible_jobs_are_rejected(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: list[str], said: str
 ) -> None:
     files = run_files(tmp_path, 2, 8, model_parallel_size=2)
@@ -240,7 +240,7 @@ def test_profiles_are_read_strictly(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         read_site("mine")
 
 
-def test_what_is_not_there_is_named_before_it_queues(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_missing_inputs_are_reported_before_queueing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Load, data, tokenizer and room, all in one message; with --paths-on-nodes the nodes look."""
     files = run_files(
         tmp_path, 1, 2, load=str(tmp_path / "gone"), from_scratch=None, vocab_file=str(tmp_path / "tokenizer.json"),

@@ -119,7 +119,7 @@ def test_pip_leaves_the_sites_torch_alone(tmp_path: Path, site: str) -> None:
     assert resolved(tmp_path)["torch"] == pins["torch"]
 
 
-def test_the_sites_torch_is_what_make_tests() -> None:
+def test_make_test_site_uses_the_torch_of_the_site() -> None:
     """`make test-site`, whose commands make prints; nothing is installed here."""
     number = torch_of("frontier").partition("+")[0]
     printed = subprocess.run(

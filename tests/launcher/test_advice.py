@@ -50,7 +50,7 @@ def test_a_dry_run_is_of_a_training() -> None:
 
 
 @pytest.mark.parametrize("key", ["te_mha", "rope_fusion"])
-def test_kernels_choose_what_fusions_would(key: str) -> None:
+def test_kernels_replaces_the_fusion_keys(key: str) -> None:
     """Said of keys that are refused and of those that have no effect."""
     advice = "`kernels` chooses fused operations"
     try:
@@ -102,7 +102,7 @@ INPUTS: list[tuple[Task, dict[str, Any]]] = [("mcq", TEXT), ("embed", TEXT), ("g
 
 
 @pytest.mark.parametrize(("task", "changes"), INPUTS)
-def test_what_a_program_reads_is_given_as_its_message_says(task: Task, changes: dict[str, Any]) -> None:
+def test_missing_program_inputs_are_given_as_advised(task: Task, changes: dict[str, Any]) -> None:
     base = keys(**{"from_scratch": None, "load": "runs/a", **changes})
     with pytest.raises(ConfigError) as missing:
         NeoXArgs.from_dict(base, task=task)

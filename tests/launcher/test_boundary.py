@@ -130,7 +130,7 @@ WRONG: list[tuple[str, dict[str, Any], list[str], str]] = [
 
 
 @pytest.mark.parametrize(("what", "env", "words", "said"), WRONG, ids=[case[0] for case in WRONG])
-def test_one_message_for_what_was_a_traceback(
+def test_former_tracebacks_are_a_single_message(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -174,7 +174,7 @@ def test_a_missing_configuration_of_a_job_is_named(tmp_path: Path, capsys: pytes
     ],
 )
 @pytest.mark.parametrize("inside", [True, False], ids=["named by latest", "given itself"])
-def test_a_foreign_folder_is_recognised(tmp_path: Path, files: list[str], said: str, inside: bool) -> None:
+def test_a_foreign_folder_is_recognized(tmp_path: Path, files: list[str], said: str, inside: bool) -> None:
     folder = tmp_path / "global_step5"
     folder.mkdir()
     for name in files:

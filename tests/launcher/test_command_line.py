@@ -167,7 +167,7 @@ def test_ranks_are_forked_on_cpus_only_unless_asked() -> None:
 
 
 @pytest.mark.parametrize(("kind", "shown"), [("interactive", "typed"), ("unconditional", "")])
-def test_only_an_interactive_program_gets_what_is_typed(kind: str, shown: str) -> None:
+def test_only_interactive_programs_get_standard_input(kind: str, shown: str) -> None:
     args = NeoXArgs.from_dict(keys(from_scratch=None, load="x", vocab_file="x", text_gen_type=kind), task="generate")
     assert reads_input(args) == (kind == "interactive")
     program = (
@@ -178,7 +178,7 @@ def test_only_an_interactive_program_gets_what_is_typed(kind: str, shown: str) -
     assert (result.returncode, result.stdout) == (0, shown)
 
 
-def test_what_deepy_starts_ends_with_it_even_if_it_is_killed(tmp_path: Path) -> None:
+def test_children_of_deepy_end_with_it_even_if_it_is_killed(tmp_path: Path) -> None:
     """Also what does not see to that itself, such as srun."""
     started = tmp_path / "started"
     child = ["bash", "-c", f"echo $$ >{started}.part && mv {started}.part {started} && exec sleep 600"]

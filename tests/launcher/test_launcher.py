@@ -99,7 +99,7 @@ def test_ranks_know_their_place(tmp_path: Path, launcher: str) -> None:
         ("code", 7, ["ended with exit code 7"], ["Traceback", "rank 0"]),
     ],
 )
-def test_a_failure_is_said_once(tmp_path: Path, mode: str, code: int, said: list[str], unsaid: list[str]) -> None:
+def test_a_failure_is_reported_once(tmp_path: Path, mode: str, code: int, said: list[str], unsaid: list[str]) -> None:
     result = launch(tmp_path, mode)
     assert result.returncode == code, result.stderr
     for text in said:
@@ -110,7 +110,7 @@ def test_a_failure_is_said_once(tmp_path: Path, mode: str, code: int, said: list
     assert said[-1] in result.stderr.splitlines()[-1]
 
 
-def test_torchrun_s_page_of_errors_is_not_printed(tmp_path: Path) -> None:
+def test_the_error_page_of_torchrun_is_not_printed(tmp_path: Path) -> None:
     result = launch(tmp_path, "user-one", launcher="torchrun")
     assert result.returncode == 2, result.stderr
     assert result.stderr.count("the sky is too cloudy") == 1
@@ -237,7 +237,7 @@ def _deepspeed_reads(rank: int, world_size: int, precision: str) -> dict[str, An
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bfloat16"])
-def test_deepspeed_reads_what_we_meant(precision: str) -> None:
+def test_deepspeed_accepts_every_key_of_our_config(precision: str) -> None:
     """DeepSpeed 0.19 refuses unknown keys inside its mappings, so that a misspelt one shows here."""
     assert run_ranks(_deepspeed_reads, 1, precision) == [
         {

@@ -205,7 +205,7 @@ def test_the_planner_counts_another_modality() -> None:
     assert found == [text[0] - ends[0] + PLAIN.hidden_size * CHANNELS, text[1] - ends[1] + CHANNELS // 2]
 
 
-def test_weight_decay_is_the_rows_and_not_the_dimensions() -> None:
+def test_weight_decay_follows_rows_and_not_dimensions() -> None:
     """Padding of the two parameter groups shows what is in them: an undecayed matrix goes with the norms."""
     one = replace(PLAIN, num_layers=1)
     many = ParallelLayout(tensor=1, pipe=1, data=256, micro_batch=1, num_micro_batches=1)

@@ -116,7 +116,7 @@ def test_a_factor_is_cut_where_its_source_is() -> None:
         DECODER_LAYER[0].low_rank_factor(0, 0, 5, "lora", Initialization.NORMAL)
 
 
-def test_what_cannot_be_cut_equally_is_refused() -> None:
+def test_unequal_splits_are_rejected() -> None:
     with pytest.raises(ValueError, match=r"attention\.query_key_value\.weight: 8 cannot be cut into 16 equal parts"):
         layout.rank_shape(QKV, SMALL, 16)
 

@@ -104,7 +104,7 @@ def test_recipes(change: Change, message: str, folders: Path, capsys: pytest.Cap
     refused(folders, body, message, capsys)
 
 
-def test_the_recipe_that_is_changed_is_good(folders: Path) -> None:
+def test_the_unmodified_recipe_is_valid(folders: Path) -> None:
     run_merge(write_recipe(folders / "merge.yml", good_recipe(folders)), "--output", folders / "out")
 
 
@@ -188,7 +188,7 @@ def change_config(folder: Path, **fields: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
-def test_parents_that_do_not_fit(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_incompatible_parents_are_rejected(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
     body = good_recipe(folders)
 
     def other(message: str, model: Model = PARENTS_MODEL, **config: Any) -> None:
@@ -302,7 +302,7 @@ def test_tokenizers(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("label", ["base", "b"])
-def test_a_parent_with_a_number_that_is_none(
+def test_a_parent_with_a_nonfinite_value_is_rejected(
     value: float, label: str, folders: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Found while it is merged; the output is not there, and the message says where to look."""

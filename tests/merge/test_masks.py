@@ -44,7 +44,7 @@ def test_the_oracle_gives_the_known_answers(
     assert philox(counter, key) == output
 
 
-def test_draws_are_those_of_the_scheme() -> None:
+def test_draws_follow_the_scheme() -> None:
     """Element i: 16 bits of Philox at counter i // 16 + 1, under the first half of a SHA-256."""
     digest = hashlib.sha256(b"7\0model.norm.weight\0org/name").digest()
     key = (int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:16], "little"))
@@ -55,7 +55,7 @@ def test_draws_are_those_of_the_scheme() -> None:
     assert draws(mask_key(7, "model.norm.weight", "org/name"), 0, 640).tolist() == expected
 
 
-def test_any_piece_is_a_piece_of_the_whole() -> None:
+def test_a_piece_equals_the_slice_of_the_whole() -> None:
     key = mask_key(3, "t", "m")
     whole = draws(key, 0, 5000)
     chance = np.random.default_rng(0)
@@ -65,7 +65,7 @@ def test_any_piece_is_a_piece_of_the_whole() -> None:
         assert np.array_equal(draws(key, start, count), whole[start : start + count])
 
 
-def test_a_far_piece_starts_where_it_should() -> None:
+def test_a_distant_piece_needs_no_earlier_draws() -> None:
     """The 70B's embedding has 1.05e9 elements; nothing before a piece is drawn."""
     at = 1_050_673_151
     words = [w >> s & 0xFFFF for w in philox((at // 16 + 1, 0, 0, 0), (5, 9)) for s in (0, 16, 32, 48)]
@@ -73,7 +73,7 @@ def test_a_far_piece_starts_where_it_should() -> None:
 
 
 @pytest.mark.parametrize("density", [0.9, 0.53, 0.5, 0.1, 0.001])
-def test_the_share_that_is_kept_is_the_density(density: float) -> None:
+def test_the_kept_fraction_equals_the_density(density: float) -> None:
     count = 1 << 20
     kept = keep_mask(mask_key(1, "t", "m"), 0, count, threshold(density)).mean()
     assert abs(kept - density) < 5 * (density * (1 - density) / count) ** 0.5 + 0.5 / RESOLUTION

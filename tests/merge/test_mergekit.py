@@ -136,7 +136,7 @@ def test_random_masks_agree_in_distribution() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_mergekit_still_says_so(tmp_path: Path) -> None:
+def test_committed_results_equal_those_of_mergekit(tmp_path: Path) -> None:
     """The committed results, made again by mergekit itself."""
     here = importlib.util.find_spec("mergekit") is not None
     python = sys.executable if here else os.environ.get("NEOX_MERGEKIT", "")

@@ -196,7 +196,7 @@ def test_adapters_are_base_and_delta(rslora: bool, tmp_path: Path) -> None:
     assert all(torch.equal(small[n], large[n]) for n in small)
 
 
-def test_an_adapter_as_peft_merges_it(tmp_path: Path) -> None:
+def test_merging_an_adapter_equals_peft(tmp_path: Path) -> None:
     """The base with its adapter alone, against peft's merge_and_unload."""
     try:
         import peft

@@ -170,7 +170,7 @@ def test_card(folders: Path) -> None:
     convert("verify", out)
 
 
-def test_whose_tokenizer(folders: Path) -> None:
+def test_the_tokenizer_comes_from_the_right_model(folders: Path) -> None:
     """The heaviest model with a chat template, unless the recipe says whose."""
     for name in ("base", "b"):
         (folders / name / "chat_template.jinja").unlink()

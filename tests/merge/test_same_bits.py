@@ -90,7 +90,7 @@ def test_threads_tiles_shards_and_order(method: str, tmp_path: Path, monkeypatch
     assert tag_files(turned) == expected
 
 
-def test_the_pieces_of_measuring_are_part_of_the_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_piece_sizes_agree_within_rounding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is measured of a whole tensor is exact: other pieces give the same sums to within fp32's rounding."""
     write_models(tmp_path)
     folders = [str(tmp_path / name) for name in ("base", "a", "b", "c")]

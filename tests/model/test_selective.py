@@ -81,7 +81,7 @@ def test_memory_is_free_until_the_gradient_comes() -> None:
     assert held.nbytes() == x.nbytes
 
 
-def test_what_is_read_before_it_is_filled_again_would_be_seen() -> None:
+def test_reading_freed_memory_would_be_detected() -> None:
     """The product's own backward pass needs it: without the filling it fails instead of using what is not there."""
     chain = Chain()
     x = torch.randn(5, 16, requires_grad=True)

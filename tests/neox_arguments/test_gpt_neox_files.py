@@ -18,7 +18,7 @@ from tests.support.gpt_neox_files import LLAMA, MACHINE, TRAINING
 pytestmark = pytest.mark.unit
 
 
-def test_a_llama_s_files_are_taken_as_they_are() -> None:
+def test_llama_files_are_accepted_unchanged() -> None:
     args = NeoXArgs.from_dict({**LLAMA, **TRAINING, **MACHINE})
     assert (args.pipe_parallel_size, args.zero_optimization.stage, args.launcher) == (1, 1, "auto")
     assert (args.precision, args.tokenizer_type, args.rotary_emb_base) == ("fp16", "GPT2BPETokenizer", 10000)
@@ -169,7 +169,7 @@ OTHERS: list[tuple[dict[str, Any], str, str]] = [
 
 
 @pytest.mark.parametrize(("changes", "kind", "reason"), OTHERS)
-def test_another_model_is_told_so_first_with_all_reasons(changes: dict, kind: str, reason: str) -> None:
+def test_another_model_is_rejected_first_with_all_reasons(changes: dict, kind: str, reason: str) -> None:
     wrong = {"min_lr": 1.0, "train_iters": "10", "te_mha": True, "gas": 4}
     with pytest.raises(ConfigError) as caught:
         NeoXArgs.from_dict(keys(**changes, **wrong))
@@ -182,7 +182,7 @@ def test_another_model_is_told_so_first_with_all_reasons(changes: dict, kind: st
 
 
 @pytest.mark.parametrize("name", DECIDING)
-def test_what_makes_a_llama_is_never_taken_for_granted(name: str) -> None:
+def test_keys_that_define_a_llama_have_no_defaults(name: str) -> None:
     """GPT-NeoX would build another model from the same file."""
     llama, default = DECIDING[name]
     with pytest.raises(ConfigError) as caught:
@@ -226,7 +226,7 @@ def test_files_without_a_model_are_not_called_another_model() -> None:
         ({"rope_theta": 500000.0}, "write rotary_emb_base: 500000.0"),
     ],
 )
-def test_old_words_are_answered_with_today_s_key_and_value(changes: dict, answer: str) -> None:
+def test_old_keys_are_answered_with_the_current_key_and_value(changes: dict, answer: str) -> None:
     with pytest.raises(ConfigError) as caught:
         NeoXArgs.from_dict(keys(**changes))
     name = next(iter(changes))

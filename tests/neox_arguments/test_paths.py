@@ -26,7 +26,7 @@ pytestmark = pytest.mark.unit
         ("cost 5$", "cost 5$"),
     ],
 )
-def test_what_a_path_becomes(text: str, expected: str) -> None:
+def test_paths_are_expanded(text: str, expected: str) -> None:
     assert expand_path(text, {"SCRATCH": "/scratch"}) == expected
 
 

@@ -103,7 +103,7 @@ def test_only_the_1b_is_tied() -> None:
 
 
 @pytest.mark.parametrize("files", RUNS.values(), ids=RUNS)
-def test_runs_are_valid_and_hold_no_surprise(files: list[Path]) -> None:
+def test_shipped_runs_are_valid_without_surprises(files: list[Path]) -> None:
     """No key without effect, no uneven stages, no run that saves nothing; `auto` may say what it chose."""
     notes = NeoXArgs.from_ymls(files).notes
     assert [note for note in notes if not note.startswith("precision auto: ")] == []

@@ -196,7 +196,7 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("rule", "changes", "message"), BROKEN)
-def test_a_broken_rule_is_said_alone(rule: str, changes: dict, message: str) -> None:
+def test_only_the_broken_rule_is_reported(rule: str, changes: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)) as caught:
         NeoXArgs.from_dict(keys(**changes))
     assert "things are wrong" not in str(caught.value), "the case should break one rule"
@@ -273,7 +273,7 @@ NOTED_GENERATION: list[tuple[str, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("rule", "changes", "message"), BROKEN_GENERATION)
-def test_a_broken_rule_of_generation_is_said(
+def test_a_broken_generation_rule_is_reported(
     rule: str, changes: dict, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = keys(**GENERATION | changes)
@@ -312,7 +312,7 @@ def test_every_rule_and_warning_has_a_case() -> None:
     assert {entry.name for entry in REGISTRY.warnings} == noted
 
 
-def test_what_a_key_file_registers_is_run() -> None:
+def test_registered_rules_are_run() -> None:
     """A file of keys whose registry is not joined would have rules that never run."""
     modules = [
         importlib.import_module(f"{key_files.__name__}.{found.name}")
@@ -332,7 +332,7 @@ def test_valid_keys_pass() -> None:
     assert args.notes == ("save is not given: this run writes no checkpoint",)
 
 
-def test_all_broken_rules_are_said_at_once() -> None:
+def test_all_broken_rules_are_reported_at_once() -> None:
     """Unknown keys, wrong values, contradictions and broken rules, in one round."""
     changes = {"min_lr": 1.0, "seq_length": 4096, "zero_optimization": {"stage": 2}, "hiden_size": 3, "seed": "a"}
     with pytest.raises(ConfigError, match="6 things are wrong") as caught:
@@ -341,7 +341,7 @@ def test_all_broken_rules_are_said_at_once() -> None:
     assert all(word in str(caught.value) for word in words)
 
 
-def test_what_depends_on_a_wrong_key_is_not_judged() -> None:
+def test_rules_that_depend_on_a_wrong_key_are_skipped() -> None:
     """The first mistake alone is reported, not what would follow from a guess at its value."""
     with pytest.raises(ConfigError) as caught:
         NeoXArgs.from_dict(keys(hidden_size="128", num_kv_heads=None))

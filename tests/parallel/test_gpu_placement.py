@@ -136,7 +136,7 @@ def test_device_index_of_the_sites_binding_schemes(env: dict, local: int, visibl
         (3, 8, 1, {"HIP_VISIBLE_DEVICES": "3", "CUDA_VISIBLE_DEVICES": "4"}, "contradict each other"),
     ],
 )
-def test_what_cannot_be_right_stops(local: int, ranks: int | None, visible: int, env: dict, said: str) -> None:
+def test_impossible_settings_are_rejected(local: int, ranks: int | None, visible: int, env: dict, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         device_index(local, ranks, visible, env)
 

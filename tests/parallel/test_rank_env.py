@@ -60,7 +60,7 @@ def test_sources(env: dict[str, str], expected: StartedRank | None) -> None:
         ({"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, "without SLURM_NTASKS"),
     ],
 )
-def test_what_cannot_be_right_stops(env: dict[str, str], said: str) -> None:
+def test_impossible_settings_are_rejected(env: dict[str, str], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         find_started_rank(env)
 
@@ -80,7 +80,7 @@ def test_host_lists(hostlist: str, hosts: list[str]) -> None:
 
 
 @pytest.mark.parametrize("hostlist", ["", "n[", "n]0[", "n[3-1]", "n[a-b]", "n[1,]", ",", "a,,b"])
-def test_what_is_no_host_list_stops(hostlist: str) -> None:
+def test_invalid_host_lists_are_rejected(hostlist: str) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
         expand_hosts(hostlist)
 
