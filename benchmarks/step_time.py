@@ -11,7 +11,7 @@ of each, and the ratios of the medians (above 1: ours is faster). Ours includes 
 `engine: megatron`), as in a run. On the CPU, `deepy.py` then starts the tiny model on eight processes (TP2 x PP2 x
 DP2), and the run reports how the time from the command line to the end of its first step was spent.
 
-With `--documents`, one of our engines runs alone, on samples of the given numbers of isolated documents of equal length,
+With `--documents`, one of our engines runs alone, on samples of the given numbers of equally long isolated documents,
 and on samples whose documents are not isolated.
 """
 

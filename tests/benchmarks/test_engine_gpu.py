@@ -1,4 +1,4 @@
-"""The script that decides about `engine: megatron` on GPUs: on CPUs all of its cases run, and its verdicts follow."""
+"""benchmarks/engine_gpu.py on CPUs: all of its cases run, and its verdicts follow from the figures."""
 
 from __future__ import annotations
 

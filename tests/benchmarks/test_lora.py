@@ -1,4 +1,4 @@
-"""benchmarks/lora.py runs, and counts the optimizer's bytes; times go untested."""
+"""benchmarks/lora.py runs and counts the optimizer's bytes; times are not tested."""
 
 from __future__ import annotations
 

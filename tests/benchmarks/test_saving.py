@@ -1,4 +1,4 @@
-"""benchmarks/saving.py runs all three ways, on a folder that it leaves empty; times go untested."""
+"""benchmarks/saving.py runs all three methods and leaves its folder empty; times are not tested."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_every_way_is_measured(tmp_path: Path) -> None:
 
 
 class _Written(Way):
-    """A save that is complete after so many steps."""
+    """A save that completes after a number of steps."""
 
     def __init__(self, steps: int) -> None:
         self.left = steps

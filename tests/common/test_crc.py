@@ -1,4 +1,4 @@
-"""CRC-32 as zlib defines it, whoever sums."""
+"""CRC-32 equals zlib's with every implementation."""
 
 from __future__ import annotations
 

@@ -200,7 +200,7 @@ def test_link_loops(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_links_of_a_download_cache_are_followed(tmp_path: Path) -> None:
-    """The Hugging Face cache keeps files elsewhere and links to them."""
+    """The Hugging Face cache stores files elsewhere and links to them."""
     write_hf(tmp_path / "blobs", MODEL)
     (tmp_path / "in").mkdir()
     for path in (tmp_path / "blobs").iterdir():
@@ -325,7 +325,7 @@ def test_truncated_layer_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_pickle_protocols_of_plain_values() -> None:
-    """Every protocol's way of writing plain values is read, and only as data."""
+    """Plain values written with any protocol are read, and only as data."""
     from tools.convert_hf.errors import ConvertError
     from tools.convert_hf.formats.pickles import read_pickle
 

@@ -1,4 +1,4 @@
-"""`inspect --serving`: what a server would miss in an exported folder is named."""
+"""`inspect --serving` reports whatever a server would miss in an exported folder."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TOKENIZER = {
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """An export of a chat model that lacks nothing."""
+    """A complete export of a chat model."""
     path = tmp_path / "hf"
     write_hf(path, Model())
     (path / "tokenizer.json").write_text(json.dumps(TOKENIZER))

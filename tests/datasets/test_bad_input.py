@@ -1,4 +1,4 @@
-"""What a user can get wrong, for each command: one clear message, exit code 2, nothing half-written."""
+"""User errors of each command: one clear message, exit code 2, no partial output."""
 
 import json
 from collections.abc import Callable

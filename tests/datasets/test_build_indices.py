@@ -1,4 +1,4 @@
-"""build_indices.py: what it prepares is what a run then reads, and what it refuses."""
+"""build_indices.py: a run reads exactly what it prepared, and it reports damage and mistakes."""
 
 from pathlib import Path
 
@@ -51,7 +51,7 @@ def yml(vocab_folder: Path, tmp_path: Path) -> Path:
 
 
 def indices(folder: Path) -> dict[Path, int]:
-    """Every array of every index below a folder, with the time when it was written."""
+    """Every array of every index below a folder, with its modification time."""
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*.npy")}
 
 

@@ -1,4 +1,4 @@
-"""clean_corpus.py: what is repaired, cut and dropped, by which rule, and that the report says so."""
+"""clean_corpus.py: repairs, cuts and drops by each rule, and the report on them."""
 
 import json
 import random

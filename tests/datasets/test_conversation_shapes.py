@@ -1,4 +1,4 @@
-"""preprocess_sft.py understands conversations in every common shape, or says what it does not understand."""
+"""preprocess_sft.py reads conversations in every common shape, and reports what it does not support."""
 
 import json
 from pathlib import Path
@@ -191,7 +191,7 @@ ENDS = {"eot": "<|eot_id|>", "eom": "<|eom_id|>"}
 
 
 def expected_text(expected: list[Turn]) -> tuple[str, str]:
-    """(all of it, what is learned), written by hand from the published format."""
+    """(whole text, learned text), written by hand from the published format."""
     text, learned = "<|begin_of_text|>", ""
     for number, (role, words, learns) in enumerate(expected):
         waits = role == "assistant" and [*(r for r, _, _ in expected), ""][number + 1] == "ipython"
@@ -202,7 +202,7 @@ def expected_text(expected: list[Turn]) -> tuple[str, str]:
 
 
 def written(folder: Path, tokenizer: Tokenizer, number: int = 0) -> tuple[str, str]:
-    """(text, what is learned) of a conversation."""
+    """(text, learned text) of a conversation."""
     ids = IndexedFile(folder / "sft_a_document").document(number)
     labels = IndexedFile(folder / "sft_a_label_document").document(number)
     learned = labels[labels != IGNORE_INDEX]
@@ -309,7 +309,7 @@ def test_unknown_keys_are_named_and_counted_once_per_source(
 def test_rows_of_parquet_are_the_records_that_they_were_made_of(
     vocab_folder: Path, hf_tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    """A table fills every call up with the arguments of all others, as null."""
+    """A table gives every call the arguments of all others, as null."""
     records = [
         {"messages": called(tool_calls=[{"function": {"name": name, "arguments": arguments}}])}
         for name, arguments in (("simbad", {"object": "M31"}), ("weather", {"place": "Paranal", "hours": 3}))

@@ -1,4 +1,4 @@
-"""decontaminate.py: planted questions are found however they are damaged, and nothing else is."""
+"""decontaminate.py finds planted questions despite damage, and nothing else."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def documents(count: int, seed: int = 0) -> list[str]:
 
 
 def questions(count: int, seed: int = 1) -> list[BenchmarkQuestion]:
-    """Of the same words as the documents, with a beginning that all share."""
+    """Questions from the vocabulary of the documents, with a common beginning."""
     chance = random.Random(seed)
     made = []
     for number in range(count):
@@ -143,7 +143,7 @@ def test_the_threshold_is_chosen_and_judged_on_different_cases(
 
 
 def test_contamination_does_not_raise_the_threshold_without_limit(tmp_path: Path) -> None:
-    """Two documents in a hundred hold a question: the threshold that one in a thousand reaches would be above 1."""
+    """Two documents in a hundred contain a question: a threshold reached by one in a thousand would be above 1."""
     made, texts, chance = questions(60), documents(2400), random.Random(7)
     for number in range(0, 2400, 50):
         texts[number] += "\n" + PLANTS["verbatim"](chance.choice(made), chance)
@@ -165,7 +165,7 @@ def test_options_may_stand_in_any_order_and_the_question_alone_counts() -> None:
 
 
 def test_scattered_fragments_do_not_match_a_question() -> None:
-    """The same runs of letters far from each other: a bag of shingles would find them."""
+    """The same letter sequences, but far apart: a bag of shingles would find them."""
     made = questions(30)
     words = made[0].question.split()
     filler = " ".join(documents(20))

@@ -1,4 +1,4 @@
-"""Folders: every kind of file is read or named, one bad file stops nothing that was asked to go on, names are kept."""
+"""Folders: every kind of file is read or reported, bad files can be skipped, and names of files are kept."""
 
 import gzip
 import json
@@ -161,7 +161,7 @@ def test_progress_comes_by_time(
 def test_problems_are_detected_before_the_work_is_done(
     vocab_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A source of duplicates alone is left out of the mix; impossible shares are refused before anything is read."""
+    """A source of duplicates only is dropped from the mix; impossible shares are rejected before anything is read."""
     a = write_records(tmp_path / "a.jsonl", conversations(5, "stars"))
     b = write_records(tmp_path / "b.jsonl", conversations(5, "stars"))
     assert preprocess_chats(vocab_folder, tmp_path / "sft", f"a:0.5={a}", f"b:0.5={b}") == 0

@@ -36,7 +36,7 @@ def turns(conversation: list[tuple[str, str]]) -> list[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def folder(vocab_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer as Hugging Face keeps it, and conversations."""
+    """A Hugging Face tokenizer folder, and conversations."""
     made = tmp_path_factory.mktemp("chat")
     shutil.copy(vocab_folder / "tokenizer.json", made)
     config = {
@@ -57,7 +57,7 @@ def run(folder: Path, out: Path, *flags: str, source: str = "in.jsonl") -> int:
 
 
 def expected(folder: Path, conversation: list[tuple[str, str]], only_last: bool = False) -> tuple[list[int], list[int]]:
-    """What `transformers` makes of the whole, and of what each turn of the assistant adds to what called for it."""
+    """Ids of `transformers` for the whole conversation, and for each assistant turn beyond its prompt."""
     from transformers import AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)

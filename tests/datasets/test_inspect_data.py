@@ -1,4 +1,4 @@
-"""inspect_data.py shows what is there, and marks exactly what is learned."""
+"""inspect_data.py shows the content, and marks exactly the learned tokens."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What `inspect_data.py` and `build_indices.py` say of images."""
+"""Output of `inspect_data.py` and `build_indices.py` for images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Perplexity: a KenLM n-gram by hand, a Hugging Face model against transformers, and the filter that uses them."""
+"""Perplexity: a KenLM n-gram computed by hand, a Hugging Face model against transformers, and the filter using them."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""preprocess_sft.py: tokens and labels side by side, duplicates out, and the run that its YAML describes."""
+"""preprocess_sft.py: tokens and labels, removal of duplicates, and the run described by its YAML."""
 
 from pathlib import Path
 

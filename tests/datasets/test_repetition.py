@@ -1,4 +1,4 @@
-"""Loops and Gopher's shares, against hand counts and a plain reading of the definitions."""
+"""Loops and Gopher's measures, compared with hand counts and a literal implementation of the definitions."""
 
 from collections import Counter
 

@@ -1,4 +1,4 @@
-"""Conversations in a run: whole, with their labels, and everything that is left out is counted where a user sees it."""
+"""Conversations in a run are whole and labeled, and everything skipped is counted in visible output."""
 
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ SAMPLE = 64
 
 @pytest.fixture
 def prefix(vocab_folder: Path, tmp_path: Path) -> str:
-    """Conversations of which every third is longer than a sample; two have no target."""
+    """Conversations, every third longer than a sample, and two without a target."""
     records = conversations(30, "stars")
     for record in records[::3]:
         record["messages"][0]["content"] += " and on and on" * 30
@@ -115,7 +115,7 @@ def test_conversations_without_labels_and_cut_ones_are_refused(prefix: str) -> N
 
 
 def test_switches_of_turns_and_train_on_last(vocab_folder: Path, tmp_path: Path) -> None:
-    """The record's switches win over --train-on, which decides where there are none."""
+    """Switches in the record take precedence over --train-on, which applies if there are none."""
     records = [{"messages": [dict(turn) for turn in r["messages"]]} for r in conversations(3, "dust")]
     records[0]["messages"][1]["weight"] = 1
     records[1]["messages"][3]["train"] = False

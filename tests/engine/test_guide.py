@@ -1,4 +1,4 @@
-"""docs/engines.md: its configuration is accepted, its table is what the engine gives today."""
+"""docs/engines.md: its configuration is accepted, and its table matches the current engine."""
 
 from __future__ import annotations
 

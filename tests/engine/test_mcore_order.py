@@ -1,4 +1,4 @@
-"""What engine: megatron does in a step: no order of messages can deadlock, and ranks wait as long as theory says."""
+"""The schedule of engine: megatron: no order of messages deadlocks, and idle time agrees with theory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SLOW = [pytest.param(*sizes, marks=pytest.mark.slow) for sizes in GRID if sizes 
 
 @pytest.mark.parametrize(("p", "v", "m"), [*FAST, *SLOW])
 def test_every_schedule_finishes(p: int, v: int, m: int) -> None:
-    """Each pass is done once by its rank; messages of any length arrive; idle time is that of 1F1B over v p stages.
+    """Each rank does each of its passes once; messages of any length arrive; idle time is that of 1F1B over v p stages.
 
     With instant messages a step takes v m passes of a rank and (p - 1) of each kind to fill and empty the pipeline
     (Narayanan et al. 2021, section 2.2).
@@ -43,7 +43,7 @@ def test_every_schedule_finishes(p: int, v: int, m: int) -> None:
 
 
 def test_mutual_waiting_is_detected() -> None:
-    """Two ranks that send what the other has asked for only after their own has arrived."""
+    """Two ranks, each of which sends only after its own receive has completed."""
     there, back = ("hidden", 0), ("hidden", 1)
     one = [
         Event("receive", link=back, number=0),

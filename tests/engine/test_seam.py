@@ -1,4 +1,4 @@
-"""A run, its checkpoints, evaluation and generation on an engine that is not DeepSpeed's: the seam suffices."""
+"""A run, its checkpoints, evaluation and generation on a fake engine: the engine protocol is sufficient."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_saving_and_resuming_keeps_every_bit(data: str, tmp_path: Path) -> None:
 
 
 def test_a_deepspeed_checkpoint_continues_on_another_engine(data: str, tmp_path: Path) -> None:
-    """And back: masters, moments and steps lie in files that belong to neither."""
+    """And back: masters, moments and steps are in engine-independent files."""
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     run_ranks(_run, 1, CASE, keys(data, whole, replica_check_interval=None), False)
     split = {"model_parallel_size": 2, "replica_check_interval": None}

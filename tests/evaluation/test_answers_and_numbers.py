@@ -1,4 +1,4 @@
-"""Reading questions and answers, and the numbers of a test, without a model."""
+"""Reading questions and answers, and computing the statistics of a test, without a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Vectors of texts: `transformers`' hidden states, at every layout, whatever is read beside them."""
+"""Vectors of texts equal the hidden states of `transformers` at every layout, independent of the rest of the batch."""
 
 from __future__ import annotations
 
@@ -78,12 +78,12 @@ def test_vectors_equal_transformers(layout: str, export: Path, tmp_path: Path, h
     assert np.abs(found["embedding"] - means[:, 0]).max() < 1e-5
     assert np.abs(found["reversed"][::-1] - found["all"]).max() < 1e-6
     assert np.abs(found["alone"][0] - found["all"][3]).max() < 1e-6
-    # What the limits are worth: the begin-of-text token, or padding to the next text's length, would be seen.
+    # Sensitivity of the limits: a missing begin-of-text token, or padding to the next text's length, would be detected.
     assert np.abs(np.stack([one.mean(1) for one in states]) - means).max() > 1e-3
 
 
 def _interrupted(rank: int, world_size: int, export: Path, folder: Path) -> list[str]:
-    """Runs that end in the middle of the third window, and then go on."""
+    """Runs that end in the middle of the third window, and then resume."""
     from megatron.evaluation.embeddings import run
 
     run.WINDOW = 4  # several windows in a few texts

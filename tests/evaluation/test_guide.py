@@ -35,7 +35,7 @@ TASK = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, vocab_folder: Path) -> Path:
-    """A working directory with the files that the guide names."""
+    """A working directory with the files used in the guide."""
     place = tmp_path_factory.mktemp("guide")
     write_guide_inputs(place, vocab_folder, LONGER)
     write_questions(place / "questions.jsonl")

@@ -1,4 +1,4 @@
-"""mcq.py's program: scores at every layout against `transformers`, generated answers, files."""
+"""The program of mcq.py: scores at every layout compared with `transformers`, generated answers, files."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def model() -> Any:
 
 
 def transformers_scores(model: Any, asked: dict[str, Any]) -> list[list[float]]:
-    """Log-probability of each continuation token, each continuation by itself."""
+    """Log-probability of each continuation token, with every continuation run separately."""
     found = []
     for continuation in asked["continuations"]:
         ids = torch.tensor([asked["prompt_ids"] + continuation])

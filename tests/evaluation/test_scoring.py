@@ -1,4 +1,4 @@
-"""Scores of continuations: those of `transformers`, at every layout, whatever is scored beside them."""
+"""Scores of continuations equal those of `transformers` at every layout, independent of the rest of the batch."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_scores_equal_transformers(ranks: int, split: dict[str, int]) -> None:
         assert difference(reversed_, in_order) < 1e-5
         assert difference(alone, in_order[:8]) < 1e-5
     assert 2 <= sum(score.is_greedy for score in expected) < len(expected)
-    # What the limits are worth: the score of the token beside the right one is far outside of them.
+    # Sensitivity of the limits: the score of a neighboring token is far outside them.
     shifted = [Pair(pair.context, (*pair.continuation[:-1], pair.continuation[-1] ^ 1)) for pair in given[:8]]
     assert difference(reference(case, shifted), expected[:8]) > 0.1
 

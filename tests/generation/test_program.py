@@ -1,4 +1,4 @@
-"""generate.py: a thousand prompts with a bad line among them, and a conversation that is typed."""
+"""generate.py: a thousand prompts including a bad line, and a typed conversation."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ COUNT = 1000
 
 
 def _continue(rank: int, world_size: int, keys: dict[str, Any]) -> str:
-    """The error that a run of generate.py ends with, on this rank."""
+    """The final error of a run of generate.py on this rank."""
     from megatron.generation.generate import Batching, Generator
     from megatron.generation.prompts import continue_all, endings_of, read_requests
     from megatron.generation.requests import PromptReader
@@ -49,7 +49,7 @@ def _continue(rank: int, world_size: int, keys: dict[str, Any]) -> str:
 
 
 def test_no_prompt_is_lost_to_a_bad_line(vocab_folder: Path, tmp_path: Path) -> None:
-    """Two replicas of two stages, prompts of 1 to 40 words, texts of other lengths."""
+    """Two replicas of two stages, prompts of 1 to 40 words, texts of varying length."""
     lines = [json.dumps({"prompt": "word " * (1 + number % 40 // 2), "id": number}) for number in range(COUNT)]
     lines[BAD] = lines[BAD][:-3]
     (tmp_path / "p.jsonl").write_text("\n".join(lines) + "\n")

@@ -1,4 +1,4 @@
-"""Choice of tokens: the distributions of `transformers`, random numbers that depend on nothing else, ties and NaN."""
+"""Choice of tokens: distributions of `transformers`, reproducible random numbers, ties and NaN."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def _chosen(rank: int, world_size: int, logits: torch.Tensor, limits: dict[str, 
 
 @pytest.mark.distributed
 def test_shards_choose_the_same_tokens() -> None:
-    """Over four ranks, of which the last holds rows that only fill the vocabulary up: ties, NaN, the same draws."""
+    """Four ranks, the last with padding rows of the vocabulary: ties, NaN, the same draws."""
     logits = torch.randn(8, 40, generator=torch.Generator().manual_seed(2))
     logits[:, 27:] = 50.0  # not in the vocabulary
     logits[0, [3, 13, 23]] = 9.0

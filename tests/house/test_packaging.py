@@ -1,4 +1,4 @@
-"""What `pip install .` installs, used from an empty folder: the commands, and nothing that is in everybody's way."""
+"""The result of `pip install .`, used from an empty folder: the commands, and no generic top-level packages."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ train_data_paths: [nowhere]
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the installed project alone."""
+    """A folder with only the installed project."""
     folder = tmp_path_factory.mktemp("package")
     source = folder / "source"
     source.mkdir()

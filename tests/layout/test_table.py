@@ -1,4 +1,4 @@
-"""The table of tensors: complete, without contradiction, and the published numbers of parameters."""
+"""The table of tensors: complete, consistent, and with the published numbers of parameters."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_a_shape_with_other_tensors_is_another_shape() -> None:
 
 
 def test_standard_library_only() -> None:
-    """A login node converts without torch's being imported for a table."""
+    """A login node can convert without importing torch for the table."""
     code = (
         "import sys; before = set(sys.modules); import megatron.layout; "
         "new = {name.split('.')[0] for name in set(sys.modules) - before}; "

@@ -1,4 +1,4 @@
-"""DARE's masks: the published generator, and an element's draw that depends on nothing but its own place."""
+"""DARE's masks: the published generator, and draws that depend only on the element's position."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ KNOWN = [
 
 
 def philox(counter: tuple[int, ...], key: tuple[int, ...]) -> tuple[int, ...]:
-    """Philox4x64-10 in whole numbers, after the paper."""
+    """Philox4x64-10 in Python integers, following the paper."""
     x, (k0, k1) = list(counter), key
     for _ in range(10):
         first, second = 0xD2E7470EE14C6C93 * x[0], 0xCA5A826395121157 * x[2]
@@ -66,7 +66,7 @@ def test_a_piece_equals_the_slice_of_the_whole() -> None:
 
 
 def test_a_distant_piece_needs_no_earlier_draws() -> None:
-    """The 70B's embedding has 1.05e9 elements; nothing before a piece is drawn."""
+    """The 70B's embedding has 1.05e9 elements; no elements before a piece are drawn."""
     at = 1_050_673_151
     words = [w >> s & 0xFFFF for w in philox((at // 16 + 1, 0, 0, 0), (5, 9)) for s in (0, 16, 32, 48)]
     assert draws(np.array([5, 9], "<u8"), at, 1)[0] == words[at % 16]

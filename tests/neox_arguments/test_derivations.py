@@ -32,7 +32,7 @@ pytestmark = pytest.mark.unit
     ],
 )
 def test_the_neox_convention_equals_gpt_neox(given_width: int, multiple: int, true_width: int) -> None:
-    """Pairs that were computed by GPT-NeoX itself; 14336 with mlp_multiple_of 14336 is its users' trick."""
+    """Pairs computed by GPT-NeoX itself; 14336 with mlp_multiple_of 14336 is a trick of its users."""
     args = NeoXArgs.from_dict(
         keys(
             hidden_size=16384,
@@ -65,7 +65,7 @@ def test_kv_heads_default_to_heads() -> None:
     ],
 )
 def test_world_size(changes: dict, argument: int | None, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The launcher's number is handed in; variables that a batch script exports for somebody else are not read."""
+    """The launcher's number is passed in; variables that a batch script exports for other programs are not read."""
     monkeypatch.setenv("WORLD_SIZE", "12")
     args = NeoXArgs.from_dict(keys(**{"model_parallel_size": 2, "pipe_parallel_size": 2} | changes), argument)
     assert args.global_num_gpus == expected
@@ -185,7 +185,7 @@ def test_contradicting_precisions_stop(changes: dict, message: str) -> None:
 
 
 def test_deepspeed_always_gets_clipping_and_fp32_accumulation() -> None:
-    """GPT-NeoX leaves out values equal to its defaults, and so turned clipping off (gpt-neox #1432)."""
+    """GPT-NeoX omits values equal to its defaults, and thereby turned clipping off (gpt-neox #1432)."""
     config = NeoXArgs.from_dict(keys(precision="bfloat16")).deepspeed_config
     assert config["gradient_clipping"] == 1.0
     assert config["data_types"] == {"grad_accum_dtype": "fp32"}
@@ -242,7 +242,7 @@ def test_overlap_follows_the_engine() -> None:
 
 
 def test_other_programs_read_the_files_of_an_interleaved_run() -> None:
-    """At their own layout: the rules of virtual stages are training's."""
+    """At their own layout: the rules on virtual stages apply to training only."""
     given = keys(engine="megatron", virtual_pipe_parallel_size=2, from_scratch=None, load="runs/a")
     assert NeoXArgs.from_dict(given, task="eval").virtual_pipe_parallel_size == 2
 
@@ -304,7 +304,7 @@ def test_json_brings_back_the_same_object() -> None:
 
 
 def test_no_heavy_import() -> None:
-    """A login node checks a configuration without torch; --help and --print-config are instant because of it."""
+    """A login node can check a configuration without torch, which also makes --help and --print-config fast."""
     code = (
         "import sys, deepy, megatron.launcher, megatron.neox_arguments.schema\n"
         "heavy = {'torch', 'deepspeed', 'megatron.core', 'numpy', 'transformers'} & set(sys.modules)\n"

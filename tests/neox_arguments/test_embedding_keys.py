@@ -1,4 +1,4 @@
-"""Rules of the keys of embed.py: each stops what it should, and without it the case passes."""
+"""Rules of the keys of embed.py: each rejects its case, which passes without the rule."""
 
 from __future__ import annotations
 

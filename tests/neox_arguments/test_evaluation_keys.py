@@ -1,4 +1,4 @@
-"""Rules of the evaluation keys: each stops what it should, and without it the case passes."""
+"""Rules of the evaluation keys: each rejects its case, which passes without the rule."""
 
 from __future__ import annotations
 

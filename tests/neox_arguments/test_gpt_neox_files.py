@@ -1,4 +1,4 @@
-"""Files that were written for GPT-NeoX: a Llama's is read as GPT-NeoX reads it, another model's is told so first."""
+"""Files written for GPT-NeoX: a Llama is read as by GPT-NeoX, and another model is rejected as such first."""
 
 from __future__ import annotations
 
@@ -99,14 +99,14 @@ def test_an_expansion_factor_is_a_width() -> None:
 
 
 def test_three_times_a_width_is_that_width() -> None:
-    """What the messages tell people to write, for every published width."""
+    """The value advised by the messages, for every published width."""
     for width, _ in PUBLISHED.values():
         assert gpt_neox_matrices(3 * width, 1) == (2 * width, width)
         assert gpt_neox_matrices(3 * width, 256) == (2 * width, width)
 
 
 def test_a_width_that_is_not_the_published_one_is_named() -> None:
-    """GPT-NeoX's file for Code Llama 34B leaves the width out."""
+    """GPT-NeoX's file for Code Llama 34B omits the width."""
     sizes = {"num_layers": 48, "hidden_size": 8192, "num_attention_heads": 64, "num_kv_heads": 8}
     changes = {"intermediate_size": None, "intermediate_size_convention": None, "mlp_multiple_of": 256}
     note = next(

@@ -1,4 +1,4 @@
-"""The key `lora`: what an adapter's folder says is derived, what contradicts it or is not supported is refused."""
+"""The key `lora`: values are derived from the adapter's folder; contradictions and unsupported values are rejected."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LAYERS = 4
 
 
 def write_adapter(folder: Path, targets: tuple[str, ...] = ("q_proj", "v_proj"), rank: int = 2, **config: Any) -> Path:
-    """An adapter of peft for the valid keys' model; with other tensors by `extra`, `without` and `ranks`."""
+    """A peft adapter for the model of the valid keys; `extra`, `without` and `ranks` modify its tensors."""
     folder.mkdir(parents=True, exist_ok=True)
     extra, without, ranks = config.pop("extra", []), config.pop("without", []), config.pop("ranks", {})
     given = {"peft_type": "LORA", "r": rank, "lora_alpha": 4, "bias": "none", "target_modules": list(targets)}

@@ -1,4 +1,4 @@
-"""CPUs of ranks against their GPUs, with the map of the MI250X node."""
+"""CPUs of ranks compared with their GPUs, using the map of the MI250X node."""
 
 from __future__ import annotations
 

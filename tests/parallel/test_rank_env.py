@@ -1,4 +1,4 @@
-"""Who a process is: Slurm's variables, torchrun's, both, half of them, none."""
+"""The identity of a process from Slurm's variables, torchrun's, both, an incomplete set, or none."""
 
 from __future__ import annotations
 
@@ -116,6 +116,6 @@ def test_nobody_says_where_to_meet() -> None:
 
 
 def test_nodes_have_slurm_s_name() -> None:
-    """Virtual nodes share a host, and `--exclude` wants Slurm's name."""
+    """Virtual nodes share a host, and `--exclude` needs Slurm's name."""
     assert node_name({"SLURMD_NODENAME": "n3"}) == "n3"
     assert node_name({}) != ""
