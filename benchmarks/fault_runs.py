@@ -1,4 +1,4 @@
-"""Small real runs on CPU ranks into which `faults.py` injects faults, and what is observed of them."""
+"""Small real runs on CPU ranks, into which `faults.py` injects faults, and the observed outcome."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ ENGINES: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Observed:
-    """How a run ended. `lost` are the iterations that its restart has to do again."""
+    """How a run ended. `lost` is the number of iterations that its restart has to repeat."""
 
     code: int
     last_line: str
@@ -105,7 +105,7 @@ class Workplace:
         return cls(folder, MODEL | RUN | keys | ENGINES[engine])
 
     def copy(self, name: str) -> Workplace:
-        """The same in another folder, paths included."""
+        """A copy in another folder, with adapted paths."""
         target = self.folder.with_name(name)
         shutil.copytree(self.folder, target, ignore=shutil.ignore_patterns("log"))
         text = json.dumps(self.keys).replace(str(self.folder), str(target))
@@ -145,7 +145,7 @@ def write_tokens(prefix: Path, seed: int) -> None:
 
 
 class LiveRun:
-    """A run that would go on for long, started by deepy.py."""
+    """A long run started by deepy.py."""
 
     def __init__(self, place: Workplace, *words: str, wait: int = 6) -> None:
         self.place = place
@@ -175,7 +175,7 @@ class LiveRun:
         return [self.process.pid, *children(self.process.pid), *self.ranks()]
 
     def end(self) -> Observed:
-        """Wait for it. The fault was injected when `begun` was set."""
+        """Wait for the end of the run. `begun` is the time of the fault."""
         try:
             code = self.process.wait(timeout=BOUND_SECONDS)
         except subprocess.TimeoutExpired:
@@ -194,7 +194,7 @@ class LiveRun:
 
 
 def start(place: Workplace, *words: str, before: Callable[[], None] | None = None) -> Observed:
-    """A run from beginning to end."""
+    """Run a command to its end."""
     begun = time.monotonic()
     done = subprocess.run(
         place.command(*words),
@@ -219,7 +219,7 @@ def last_line(text: str) -> str:
 
 
 def listening_ports(pids: list[int]) -> list[tuple[bool, int]]:
-    """(whether it is loopback, port) of every TCP socket on which one of these processes listens."""
+    """(bound to loopback, port) of every TCP socket on which one of these processes listens."""
     inodes = set()
     for pid in pids:
         for link in Path(f"/proc/{pid}/fd").glob("*"):
@@ -238,7 +238,7 @@ def listening_ports(pids: list[int]) -> list[tuple[bool, int]]:
 
 
 def send_everything_foreign(ports: list[int]) -> tuple[int, int]:
-    """Everything of `foreign_messages` to every port; how many messages no protocol knows, and how many are forged."""
+    """Send everything of `foreign_messages` to every port; returns the numbers of unknown and of forged messages."""
     raw = sum(send_raw(port) for port in ports)
     stores = [str(port) for port in ports if is_store(port)]
     client = [sys.executable, "-m", "benchmarks.foreign_messages", *stores]
@@ -247,7 +247,7 @@ def send_everything_foreign(ports: list[int]) -> tuple[int, int]:
 
 
 def write_nan(path: Path) -> None:
-    """A NaN in an optimizer file that the manifest knows of: written, not damaged on the way."""
+    """Write a NaN into an optimizer file and update the manifest: wrong data, but not a damaged file."""
     manifest = read_manifest(path.parent)
     entry = manifest.files[path.name]
     first = entry.ranges[0]

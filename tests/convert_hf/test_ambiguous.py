@@ -1,4 +1,4 @@
-"""Folders that could be read in two ways stop, folders of others are named, and provenance travels."""
+"""Ambiguous folders are rejected, folders of other trainers are recognized, and provenance is carried over."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Conversations in a run: whole, with their labels, and everything that is left out is counted where a user sees it."""
+"""Conversations in a run are whole and labeled, and everything skipped is counted in visible output."""
 
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ SAMPLE = 64
 
 @pytest.fixture
 def prefix(vocab_folder: Path, tmp_path: Path) -> str:
-    """Conversations of which every third is longer than a sample; two have no target."""
+    """Conversations, every third longer than a sample, and two without a target."""
     records = conversations(30, "stars")
     for record in records[::3]:
         record["messages"][0]["content"] += " and on and on" * 30
@@ -60,7 +60,7 @@ def test_the_table_at_the_end_and_in_inspect_data(
     assert 0 < long < 28
     assert rows == {
         "records read": "31",
-        "understood as messages": "31",
+        "shape messages": "31",
         "dropped: duplicate": "1",
         "dropped: nothing to learn": "2",
         "conversations written": "28",
@@ -74,7 +74,7 @@ def test_the_table_at_the_end_and_in_inspect_data(
     assert f"longer than a sample of {SAMPLE} tokens: {long} of 28 documents ({long / 28:.1%})" in out
 
 
-def test_nothing_is_cut_unless_asked_and_all_is_counted(prefix: str) -> None:
+def test_conversations_are_cut_only_on_request_and_counted(prefix: str) -> None:
     sizes = IndexedFile(prefix).sizes
     long = sizes > SAMPLE + 1
     datasets = build_datasets(args(prefix))
@@ -115,7 +115,7 @@ def test_conversations_without_labels_and_cut_ones_are_refused(prefix: str) -> N
 
 
 def test_switches_of_turns_and_train_on_last(vocab_folder: Path, tmp_path: Path) -> None:
-    """The record's switches win over --train-on, which decides where there are none."""
+    """Switches in the record take precedence over --train-on, which applies if there are none."""
     records = [{"messages": [dict(turn) for turn in r["messages"]]} for r in conversations(3, "dust")]
     records[0]["messages"][1]["weight"] = 1
     records[1]["messages"][3]["train"] = False

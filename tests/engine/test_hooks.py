@@ -1,4 +1,4 @@
-"""What surrounds the engine's instructions: refusals of an engine that is not the one this project knows."""
+"""Hooks around the engine's instructions, and the rejection of unknown versions of the engine."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_an_optimizer_with_gradients_elsewhere_is_refused() -> None:
 
 
 def test_the_class_of_the_engine_stays_as_it_is() -> None:
-    """Only this engine's instructions run inside; they get their arguments, and end when they raise."""
+    """Only this engine's instructions are wrapped; they get their arguments, and the context ends when they raise."""
     from deepspeed.runtime.pipe import schedule
     from deepspeed.runtime.pipe.engine import PipelineEngine
 

@@ -1,4 +1,4 @@
-"""Rendered scripts of 256 nodes: golden files, bash, shellcheck; and what a site does not allow is refused."""
+"""Rendered scripts for 256 nodes: golden files, bash, shellcheck; jobs that a site does not allow are rejected."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def render(site: str, *more: str) -> str:
 
 @pytest.mark.parametrize("site", sorted(ARGUMENTS))
 def test_golden_files(site: str) -> None:
-    """A change of these files is a change for every user of the site: read the difference, then
-    `python -m tests.launch.test_render` writes them anew."""
+    """A change of these files affects every user of the site: read the difference, then rewrite them with
+    `python -m tests.launch.test_render`."""
     assert render(site) == (GOLDEN / f"{site}.sh").read_text()
 
 
@@ -62,8 +62,8 @@ def code(script: str) -> str:
     return "\n".join(line for line in script.splitlines() if not line.startswith("# "))
 
 
-def test_frontier_and_lumi_bind_in_their_own_way() -> None:
-    """Two schemes, either right by itself: one visible GCD per task, or all of them and masks of cores."""
+def test_frontier_and_lumi_have_different_binding_schemes() -> None:
+    """Two schemes, each correct by itself: one visible GCD per task, or all GCDs and masks of cores."""
     frontier, lumi = code(render("frontier")), code(render("lumi"))
     for flag in (
         "--gpus-per-task=1",
@@ -80,7 +80,7 @@ def test_frontier_and_lumi_bind_in_their_own_way() -> None:
     assert masks
     assert "gpu-bind" not in lumi
     assert "gpus-per-task" not in lumi
-    # Local rank r takes GCD r; its mask holds the cores behind that GCD, without the first of their L3 region.
+    # Local rank r takes GCD r; its mask has the cores of that GCD, without the first of their L3 region.
     first_core = {0: 48, 1: 56, 2: 16, 3: 24, 4: 0, 5: 8, 6: 32, 7: 40}  # Frontier user guide; LUMI has the same node
     expected = [sum(1 << core for core in range(first_core[gcd] + 1, first_core[gcd] + 8)) for gcd in range(8)]
     assert [int(mask, 16) for mask in masks[1].split(",")] == expected
@@ -193,7 +193,7 @@ def test_times_are_read_as_slurm_reads_them(text: str, expected: int) -> None:
         (["generic_slurm", "--time=60", "--", "--train_itres", "3"], "train_iters"),
     ],
 )
-def test_what_cannot_run_is_refused(
+def test_impossible_jobs_are_rejected(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: list[str], said: str
 ) -> None:
     files = run_files(tmp_path, 2, 8, model_parallel_size=2)
@@ -242,8 +242,8 @@ def test_profiles_are_read_strictly(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         read_site("mine")
 
 
-def test_what_is_not_there_is_named_before_it_queues(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """Load, data, tokenizer and room, all in one message; with --paths-on-nodes the nodes look."""
+def test_missing_inputs_are_reported_before_queueing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Load, data, tokenizer and disk space, all in one message; with --paths-on-nodes the nodes check."""
     files = run_files(
         tmp_path, 1, 2, load=str(tmp_path / "gone"), from_scratch=None, vocab_file=str(tmp_path / "tokenizer.json"),
         train_data_paths=[str(tmp_path / "data")], save="/proc/checkpoints", checkpoint_factor=1,
@@ -282,7 +282,7 @@ def test_a_missing_folder_for_the_script_is_named(capsys: pytest.CaptureFixture[
 def test_variables_in_paths_reach_the_job(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, save: str, value: str
 ) -> None:
-    """The shell of the job reads back what the ranks expand."""
+    """The job's shell passes on what the ranks expand."""
     files = run_files(tmp_path, 1, 2, save=save, checkpoint_factor=1)
     assert main(["generic_slurm", "--nodes=1", "--time=60", "--paths-on-nodes", *files]) == 0
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("save="))

@@ -25,7 +25,7 @@ EDGES = ((0, 3, 5, 8), (0, 8), (0, 7, 8))
 
 
 def positions() -> Tensor:
-    """Three documents, one, and one of a token at the end, in samples of 8."""
+    """Samples of 8 tokens with three documents, with one, and with a one-token document at the end."""
     return torch.tensor([[0, 1, 2, 0, 1, 0, 1, 2], [0, 1, 2, 3, 4, 5, 6, 7], [0, 1, 2, 3, 4, 5, 6, 0]])
 
 

@@ -1,4 +1,4 @@
-"""Rules of the keys of embed.py: each stops what it should, and without it the case passes."""
+"""Rules of the keys of embed.py: each rejects its case, which passes without the rule."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("rule", "changes", "message"), BROKEN)
-def test_a_broken_rule_is_said(
+def test_a_broken_rule_is_reported(
     rule: str, changes: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)) as caught:

@@ -65,7 +65,7 @@ def test_a_plan_for_people_and_a_picture_as_text(tmp_path: Path) -> None:
         assert label in picture
 
 
-def test_what_does_not_fit_is_refused_with_what_would() -> None:
+def test_an_oversized_plan_is_rejected_with_alternatives() -> None:
     words = [*ASTROSAGE, "--checkpoint_activations", "false"]
     done = dry_run(*words)
     assert done.returncode == 2

@@ -79,7 +79,7 @@ def test_an_option_of_the_plan_alone_is_an_unknown_key(monkeypatch: pytest.Monke
         NeoXArgs.from_ymls(request.configs, request.overrides)
 
 
-def test_what_is_not_asked_for_is_not_imported() -> None:
+def test_unused_modules_are_not_imported() -> None:
     program = (
         "import sys; from megatron.launcher.command_line import main; "
         f"code = main(['train.py', *{TINY}, '--print-config']); "
@@ -130,7 +130,7 @@ def test_a_refusal_says_where_how_much_and_what_would_fit() -> None:
     assert f"What would fit: {fitting[0]} (" in message
 
 
-def test_what_is_said_to_fit_does() -> None:
+def test_suggested_layouts_do_fit() -> None:
     refused = plan(checkpoint_activations=False)
     said = dict(remedies(refused))
     assert said["checkpoint_activations: true"] == plan().fullest.peak

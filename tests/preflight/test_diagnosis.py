@@ -48,12 +48,12 @@ def report(groups: list[Group], absent: set[int], silent: set[int], errors: dict
     return found.text
 
 
-def test_a_phase_that_all_have_done_is_no_failure() -> None:
+def test_a_phase_finished_by_all_is_not_a_failure() -> None:
     outcomes = {rank: {"result": None} for rank in range(WORLD)}
     assert phase_failure("the collectives", TP, roster(), range(WORLD), outcomes, 60) is None
 
 
-def test_one_rank_that_is_not_there() -> None:
+def test_a_missing_rank_is_reported() -> None:
     text = report(TP, {1037}, set(range(1032, 1040)))
     assert text.splitlines() == [
         "preflight: FAILED at the collectives: 8 of 2048 ranks not done within 60 s",
@@ -62,7 +62,7 @@ def test_one_rank_that_is_not_there() -> None:
     ]
 
 
-def test_a_node_that_is_not_there() -> None:
+def test_a_missing_node_is_reported() -> None:
     node = set(range(1032, 1040))
     waiting = {rank for one in DP if set(one.ranks) & node for rank in one.ranks}
     text = report(DP, node, waiting)

@@ -365,7 +365,7 @@ def test_ranks_that_do_not_start_are_named(tmp_path: Path, fault: str, gone: lis
 
 
 @pytest.mark.parametrize(("fault", "gone", "expected"), STALLS)
-def test_what_stalls_is_named(
+def test_stalls_are_reported(
     stalled: Callable[[str], list[tuple[int, str]]], fault: str, gone: list[int], expected: list[str]
 ) -> None:
     report = failed_with(3, stalled(fault), *gone)
@@ -376,7 +376,7 @@ def test_what_stalls_is_named(
 
 
 @pytest.mark.slow  # the other ranks wait longer than rank 0
-def test_rank_0_that_stays_away_is_named(tmp_path: Path) -> None:
+def test_a_missing_rank_0_is_reported(tmp_path: Path) -> None:
     report = failed_with(
         3, preflight(tmp_path, "rank 0 stays away from TP", "--no-screen", timeout=TIMEOUT, grace=10), 0
     )
@@ -446,7 +446,7 @@ def test_the_plugin_on_all_nodes_passes(tmp_path: Path) -> None:
         ({"hidden_siz": 128}, "unknown key hidden_siz"),
     ],
 )
-def test_what_cannot_be_right_stops_with_2_on_all_ranks(tmp_path: Path, changes: dict[str, int], said: str) -> None:
+def test_impossible_input_stops_all_ranks_with_code_2(tmp_path: Path, changes: dict[str, int], said: str) -> None:
     report = failed_with(2, preflight(tmp_path, "none", "--no-screen", **changes))
     assert report.count(said) == 1, report
 

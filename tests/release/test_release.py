@@ -262,7 +262,7 @@ def _other_recorded_step(release: Path) -> None:
         (_other_recorded_step, ["stage cpt, step 4: its token ids", "stage cpt, step 6: its documents"]),
     ],
 )
-def test_what_is_wrong_is_named(
+def test_problems_are_reported(
     release: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], None], said: list[str]
 ) -> None:
     damage(release)

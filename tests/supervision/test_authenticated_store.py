@@ -52,7 +52,7 @@ def test_only_this_machine_reaches_it(server: Any) -> None:
     assert listens_on(everywhere.port) != {"0100007F"}, "torch's own listens everywhere, and this test would see it"
 
 
-def test_what_is_not_the_runs_is_ignored_and_counted(server: Any) -> None:
+def test_foreign_messages_are_ignored_and_counted(server: Any) -> None:
     said: list[str] = []
     ours = AuthenticatedStore(connected(server), SECRET, said.append)
     foreign = AuthenticatedStore(connected(server), b"x" * 32)
@@ -104,7 +104,7 @@ def test_a_foreign_verdict_neither_counts_nor_blocks_ours(server: Any) -> None:
         assert store.verdict() == "first"
 
 
-def test_heartbeats_survive_foreign_ones_and_old_ones_are_no_sign_of_life(server: Any) -> None:
+def test_replayed_and_foreign_heartbeats_are_ignored(server: Any) -> None:
     ours = AuthenticatedStore(connected(server), SECRET)
     store = StatusStore(ours, 0, 1)
     beats = [Beat(number, "step", number, 0.0, False, "") for number in range(3)]

@@ -237,7 +237,7 @@ BAD = {
         "messages": [{"role": "user", "content": "x"}, {"role": "robot", "content": "x"}]
     },
     "the first turn is the assistant's": {"messages": [{"role": "assistant", "content": "x"}]},
-    "a system turn that is not the first": {
+    "a system turn is not the first turn": {
         "messages": [{"role": "user", "content": "x"}, {"role": "system", "content": "x"}]
     },
     "turn 2: the assistant says nothing": {

@@ -35,7 +35,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", ["GPT2BPETokenizer", "HFGPT2Tokenizer"])
-def test_the_ids_are_those_of_transformers(files: Path, name: str) -> None:
+def test_ids_equal_transformers(files: Path, name: str) -> None:
     from transformers import GPT2Tokenizer as Theirs
 
     ours = build_tokenizer(name, files)

@@ -39,7 +39,7 @@ def test_accumulation_follows_from_the_saved_batch(dp: int, steps: int, restored
         assert args.merged == arguments(dp).merged
 
 
-def test_it_is_kept_a_second_time() -> None:
+def test_the_recorded_batch_is_kept_on_a_second_resume() -> None:
     """What was recorded, not what the keys would make at the layout that saved it."""
     args = keep_global_batch(arguments(2), saved(dp=3, train_batch_size=48))
     assert (args.train_batch_size, args.gradient_accumulation_steps) == (48, 12)

@@ -53,7 +53,7 @@ def _run(rank: int, world_size: int, run_keys: dict[str, Any]) -> None:
     run_case(CASE, world_size, run_keys)
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(data: dict[str, str], tmp_path: Path) -> None:
+def test_a_resumed_run_equals_the_uninterrupted_one(data: dict[str, str], tmp_path: Path) -> None:
     """At TP2 x PP2 with slices of the sequence; the last of 16 patches is read and not learned."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run_ranks(_run, 4, keys(data, whole))
