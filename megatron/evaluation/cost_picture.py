@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.common.errors import UserError
+from megatron.common.picture_files import ENDINGS
 from megatron.evaluation.multiple_choice.statistics import wilson_interval
 
 POINTS_PER_TENFOLD = 3.5
@@ -171,7 +172,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--title", help="title of the figure, which should state the source of the numbers")
     given = parser.parse_args(arguments)
     try:
-        if given.picture.suffix not in (".png", ".svg", ".pdf"):
+        if given.picture.suffix not in ENDINGS:
             raise UserError(f"{given.picture}: expected a name that ends in .png, .svg or .pdf")
         scores = read_table(given.table)
         draw_costs(scores, given.picture, cost_label=given.cost_label, title=given.title)

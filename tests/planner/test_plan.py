@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from megatron.common.picture_files import check_picture
 from megatron.launcher import command_line
 from megatron.neox_arguments import ConfigError, NeoXArgs
 from megatron.planner.cost.machines import FRONTIER, GIB, LUMI
 from megatron.planner.cost.memory import default_stages
 from megatron.planner.front import report
 from megatron.planner.front.options import PlanOptions, take_options
-from megatron.planner.front.picture import check_picture
 from megatron.planner.plan import Plan, find_machine, make_plan, refusal, remedies
 
 pytestmark = pytest.mark.unit
@@ -57,9 +57,9 @@ def test_a_machine_or_a_picture_that_cannot_be() -> None:
     with pytest.raises(ConfigError, match="'summit' is not known; known: frontier, lumi"):
         find_machine("summit")
     with pytest.raises(ConfigError, match=r"plan.jpg must end in one of .png, .svg, .pdf"):
-        check_picture(Path("plan.jpg"))
+        check_picture(Path("plan.jpg"), ConfigError)
     with pytest.raises(ConfigError, match="there is no folder"):
-        check_picture(Path("nowhere/plan.png"))
+        check_picture(Path("nowhere/plan.png"), ConfigError)
 
 
 def test_only_a_training_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:

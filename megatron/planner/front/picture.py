@@ -8,15 +8,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron.neox_arguments import ConfigError
 from megatron.planner.cost.machines import GIB
 from megatron.planner.cost.memory import KINDS
 from megatron.planner.plan import Plan
 
 if TYPE_CHECKING:
     from megatron.planner.cost.schedule import Work
-
-FORMATS = (".png", ".svg", ".pdf")
 
 # Okabe and Ito's palette, which is distinguishable with every kind of color vision.
 _FORWARD, _AGAIN, _BACKWARD, _IDLE, _END = "#0072b2", "#56b4e9", "#e69f00", "#eeeeee", "#009e73"
@@ -27,18 +24,6 @@ _COLOURS = dict(
         strict=True,
     )
 )
-
-
-def check_picture(path: Path) -> None:
-    """Raises ConfigError if a picture of this name cannot be written."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise ConfigError("--picture needs matplotlib; pip install matplotlib, or leave --picture out") from None
-    if path.suffix not in FORMATS:
-        raise ConfigError(f"--picture: {path} must end in one of {', '.join(FORMATS)}")
-    if not path.absolute().parent.is_dir():
-        raise ConfigError(f"--picture: there is no folder {path.absolute().parent}")
 
 
 def draw_plan(plan: Plan, path: Path) -> None:
