@@ -297,7 +297,7 @@ def _(place: Workplace) -> Observed:
     if run.process.poll() is not None or place.done() < before + 3:
         return replace(run.end(), last_line="the run did not go on")
     ended = run.inject(run.process.terminate)
-    ignored = re.findall(r"watchdog: (\d+) messages that were not of this run were ignored", ended.output)
+    ignored = re.findall(r"watchdog: (\d+) messages from outside this run were ignored", ended.output)
     if not forged or not ignored:
         return replace(ended, last_line="no forged message was noticed")
     readings = sum(map(int, ignored))

@@ -1,17 +1,11 @@
 """The phases of the preflight in rank 0's store: every rank writes that it arrived at a phase, and its outcome.
 
-<<<<<<< HEAD
 A collective that hangs cannot report itself. Instead a thread of rank 0 reads the store and knows, when a phase times
 out, which ranks have not arrived and which have not finished. A thread of every other rank waits for rank 0's verdict
 and ends the process, even if its main thread is stuck.
-=======
-A collective that hangs cannot report itself. Here it need not: a thread of rank 0 reads the store and knows, when the
-time of a phase is up, which ranks have not arrived and which have not finished. A thread of every other rank waits for
-rank 0's verdict and ends the process, even if its main thread is stuck.
 
 Where the launcher gives all ranks a secret in the environment (SECRET; job.sh does), every message is sealed with it,
 and what is not sealed so is ignored and counted. There is no process group yet that could hand one out.
->>>>>>> 6aa6333 (The preflight's messages carry a secret of the job: job.sh draws it, others are ignored and counted)
 """
 
 from __future__ import annotations
@@ -40,16 +34,10 @@ from megatron.preflight.diagnosis import CONFIGURATION, STALLED, Group, PhaseFai
 MARGIN_SECONDS = 10.0  # how much longer than the phase's timeout the other ranks wait for rank 0's verdict
 GOODBYE_SECONDS = 3.0  # how long rank 0 waits before it ends, so that the others can read its last verdict
 AFTER_AN_ERROR_SECONDS = 3.0  # how long the others have to finish after the first failure
-<<<<<<< HEAD
 _POLL_SECONDS = 0.05  # between two reads by rank 0 of its own store
 _RETRY_SECONDS, _CONNECT_SECONDS = 0.2, 5.0  # timeout of a rank that connects to rank 0
 _LONGEST = 200  # maximum length of an error message in characters
-=======
-_POLL_SECONDS = 0.05  # between two reads of rank 0 from its own store
-_RETRY_SECONDS, _CONNECT_SECONDS = 0.2, 5.0  # of a rank that connects to rank 0
-_LONGEST = 200  # characters of an error's text
 SECRET = "NEOX_SECRET"  # the variable
->>>>>>> 6aa6333 (The preflight's messages carry a secret of the job: job.sh draws it, others are ignored and counted)
 
 
 class PhaseStore:
@@ -235,18 +223,13 @@ class PhaseStore:
         if text is None:
             self.ignored += 1
             if self.ignored == 1:
-                print("preflight: a message that is not of this preflight was ignored", file=sys.stderr, flush=True)
+                print("preflight: a message from outside this preflight was ignored", file=sys.stderr, flush=True)
         return text
 
     def _wait(self, keys: list[str], deadline: float) -> bool:
-<<<<<<< HEAD
         """Whether all keys are in the store by the deadline. Polls, because the store's `wait` prints a long message if
         it fails."""
-        while not self._second_store.check(keys):
-=======
-        """Whether all keys are in the store by the deadline. Polls: the store's `wait` prints a page if it fails."""
         while not self._all_there(keys):
->>>>>>> 6aa6333 (The preflight's messages carry a secret of the job: job.sh draws it, others are ignored and counted)
             if time.monotonic() > deadline:
                 return False
             time.sleep(_POLL_SECONDS)

@@ -78,7 +78,7 @@ def test_forged_outcomes_and_verdicts_are_ignored(pair: Any, capsys: pytest.Capt
         thread.join(20)
     assert sorted(map(str, results)) == ["['zero', 'one']", "went on"]
     assert not ended
-    assert capsys.readouterr().err.count("a message that is not of this preflight was ignored") == WORLD
+    assert capsys.readouterr().err.count("a message from outside this preflight was ignored") == WORLD
     assert zero.ignored > 8
 
 
