@@ -188,7 +188,7 @@ def test_adapters_are_trained_as_peft_trains_them(split: tuple[int, int, int]) -
     model: Any = get_peft_model(plain, config)
     assert not set_peft_model_state_dict(model, adapter_state(MLP)).unexpected_keys
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
     expected = [_step_of(model, plain, optimizer, parameters, MLP, iteration) for iteration in range(STEPS)]
     for history in run_ranks(_adapted, math.prod(split), split):
         for (loss, norm), (loss_wanted, norm_wanted) in zip(history, expected, strict=True):
