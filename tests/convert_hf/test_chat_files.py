@@ -96,7 +96,7 @@ def test_export_follows_the_data(
         text = tokenizer.apply_chat_template(record["messages"], tokenize=False)
         assert text == hf_tokenizer.decode(written.document(number).tolist())
     for line in (
-        "note: generation ends at",
+        "note: generation also ends at",
         "note: tokenizer_config.json: eos_token is <|eot_id|>",
         "is the template of",
     ):

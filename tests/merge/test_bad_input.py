@@ -152,7 +152,7 @@ def test_roles(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
     refused(folders, linear, "linear does not use base_model", capsys)
     slerp = {"merge_method": "slerp", "base_model": str(folders / "base"), "parameters": {"t": 0.5}}
     both = [str(folders / "a"), str(folders / "b")]
-    refused(folders, slerp | {"models": both}, "slerp merges base_model and one other model, 2 others", capsys)
+    refused(folders, slerp | {"models": both}, "slerp merges base_model and one other model, but 2 others", capsys)
     refused(folders, slerp | {"models": both[:1], "parameters": {"t": 1.5}}, "slerp's t is 1.5", capsys)
     refused(folders, slerp | {"models": both[:1], "parameters": {}}, "slerp's t is missing", capsys)
     opposite = [
@@ -169,7 +169,7 @@ def test_averages(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
     body: dict[str, Any] = {"merge_method": "average", "checkpoints": str(run)}
     refused(folders, body, "needs either steps", capsys)
     refused(folders, body | {"last": 2, "steps": [10, 20]}, "needs either steps", capsys)
-    refused(folders, body | {"last": 3}, "2 checkpoints are there", capsys)
+    refused(folders, body | {"last": 3}, "at most the 2 checkpoints found", capsys)
     refused(folders, body | {"last": 1}, "expected 2 or more", capsys)
     refused(folders, body | {"steps": [10, 30]}, r"no checkpoint of step 30; found: \[10, 20\]", capsys)
     refused(folders, body | {"steps": [10, 10]}, "two different iterations", capsys)
@@ -231,7 +231,7 @@ def test_fields_that_config_json_lacks(folders: Path, capsys: pytest.CaptureFixt
     scaling = fields.pop("rope_scaling")
     path.write_text(json.dumps(fields))
     body = good_recipe(folders)
-    refused(folders, body, "b: .*rope_scaling is missing .*say `set: {rope_scaling: null .*}` beside the model", capsys)
+    refused(folders, body, "b: .*rope_scaling is missing .*add `set: {rope_scaling: null .*}` beside the model", capsys)
     body["models"][1]["set"] = {"rope_scaling": scaling}
     run_merge(write_recipe(folders / "merge.yml", body), "--output", folders / "out")
     body["models"][1]["set"] = {"rope_scaling": {1, 2}}
