@@ -108,7 +108,11 @@ def run(engine: MegatronEngine, num_micro_batches: int) -> None:
     """Run the schedule of a step with the layers of `passes`; gradients are neither reduced nor applied."""
     engine.config.finalize_model_grads_func = None
     micro_batches: list[Any] = [{"number": number} for number in range(num_micro_batches)]
-    engine._run(PipelineBatch(micro_batches, 1, engine.args.seq_length), lambda output, _: output.sum(), train=True)
+    engine._run(
+        PipelineBatch(micro_batches, [None] * num_micro_batches, 1, engine.args.seq_length),
+        lambda output, _: output.sum(),
+        train=True,
+    )
 
 
 @contextmanager

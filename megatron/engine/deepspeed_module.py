@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from megatron import layout
 from megatron.engine.nonfinite import poisoned
 from megatron.engine.optimizer import mark_sharded, require_training, rows_of_parameters
-from megatron.model.documents import as_message, read_documents
+from megatron.model.documents import as_message, from_message
 from megatron.model.initialize import initialize_layers
 from megatron.model.llama import TransformerLayer
 from megatron.model.lora import freeze_base
@@ -85,7 +85,7 @@ class LlamaPipelineModule(PipelineModule):
     def forward(self, message: Any) -> Any:
         """A micro-batch through the stage. Documents are read from the device here: once for all layers, which get them
         as an object, because what DeepSpeed's recomputation gives a layer are other tensors."""
-        return as_message(super().forward(read_documents(message)))
+        return as_message(super().forward(from_message(message)))
 
     def _is_checkpointable(self, funcs: list[Any]) -> bool:
         """Called by DeepSpeed for each layer: whether it is recomputed.

@@ -1,5 +1,6 @@
 """Conversations in a run are whole and labeled, and everything skipped is counted in visible output."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -104,14 +105,17 @@ def test_conversations_without_labels_and_cut_ones_are_refused(prefix: str) -> N
         build_datasets(args(prefix, pack_impl="packed"))
     packed = build_datasets(args(prefix, pack_impl="packed", allow_chopped=True))
     assert len(packed.train) == 160
-    epoch = int(IndexedFile(prefix).num_tokens - 1) // SAMPLE
-    silent = next(int(note.split()[2]) for note in packed.notes if "have no target and teach nothing" in note)
+    (note,) = [note for note in packed.notes if "no target in them" in note]
+    found = re.search(r"([\d,]+) samples of ([\d,]+) ", note)
+    assert found is not None
+    silent, count = (int(number.replace(",", "")) for number in found.groups())
     assert packed.blend is not None
-    source = packed.blend.sources[0]
-    places = source._index.arrays()["samples"][: source.first_sample(1)].tolist()  # type: ignore[attr-defined]
-    read = [packed.train[i]["labels"] for i, place in enumerate(places) if place < epoch]
-    assert len(read) == epoch
-    assert 0 < silent == sum(not (labels != IGNORE_INDEX).any() for labels in read)
+    order = packed.blend.sources[0]._index.arrays()["order"]  # type: ignore[attr-defined]
+    labels = IndexedFile(prefix.replace("_document", "_label_document"))
+    stream = np.concatenate([np.array(labels.document(int(number))) for number in order[:2].reshape(-1)])
+    taught = [(stream[start * SAMPLE + 1 : (start + 1) * SAMPLE + 1] >= 0).any() for start in range(count)]
+    assert 0 < silent == taught.count(False)
+    assert all((packed.train[i]["labels"] != IGNORE_INDEX).any() for i in range(len(packed.train)))
 
 
 def test_switches_of_turns_and_train_on_last(vocab_folder: Path, tmp_path: Path) -> None:

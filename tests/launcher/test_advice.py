@@ -167,7 +167,7 @@ def test_deepy_is_called_where_srun_is(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(slurm, "supervise", lambda *words, **options: 0)
     args = NeoXArgs.from_dict(keys())
-    with pytest.raises(ConfigError, match=r"srun is not on PATH; call deepy\.py outside of the container"):
+    with pytest.raises(ConfigError, match=r"srun is not on PATH; call deepy\.py outside the container"):
         slurm.start_by_srun(ROOT / "train.py", args)
     (tmp_path / "srun").write_text("#!/bin/sh\n")
     os.chmod(tmp_path / "srun", 0o700)

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron.model import attention
 from megatron.model.attention import Varlen, causal_attention, document_attention, document_attention_on, one_by_one
-from megatron.model.documents import Documents, as_message, read_documents
+from megatron.model.documents import Documents, as_message, from_message
 from tests.support.varlen import Newer, Older, attended
 
 pytestmark = pytest.mark.unit
@@ -56,10 +56,10 @@ def test_edges_offsets_and_the_longest() -> None:
 
 def test_between_stages_positions_are_a_tensor() -> None:
     hidden, given = torch.zeros(2), positions()
-    stream = read_documents((hidden, given))
+    stream = from_message((hidden, given))
     assert stream[1].edges == EDGES
     assert as_message(stream)[1] is given
-    assert as_message(read_documents(hidden)) is hidden
+    assert as_message(from_message(hidden)) is hidden
 
 
 @pytest.mark.parametrize("way", [one_by_one, document_attention, None], ids=["one by one", "chosen", "varlen"])
