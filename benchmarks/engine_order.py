@@ -120,7 +120,7 @@ def passes(engine: MegatronEngine, note: Any) -> Iterator[None]:
     """Replace layers by stubs that call `note("forward" or "backward", chunk, micro-batch)`."""
     first = torch.ones(engine.args.seq_length, 1, engine.args.hidden_size)
 
-    def forward(chunk: Chunk, micro_batch: Any) -> Tensor:
+    def forward(chunk: Chunk, micro_batch: Any, documents: None) -> Tensor:
         place, given = chunk.vp_stage or 0, chunk._input
         note("forward", place, micro_batch["number"])
         weight = next(chunk.parameters()).view(-1)[0]
