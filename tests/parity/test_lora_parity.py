@@ -1,4 +1,4 @@
-"""Adapters at any TP x PP x DP train as peft trains them on `transformers`' Llama, and the base stays as it is."""
+"""Training adapters at any TP x PP x DP equals training with peft on `transformers`' Llama; the base is unchanged."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ def test_splits_give_equal_gradients(split: str, samples: list[Any], whole_batch
 
 
 def test_learning_the_user_s_words_too_would_be_seen(samples: list[Any], whole_batch: list[Tensor]) -> None:
-    """The masks matter to these gradients: without them they are others."""
+    """The masks affect these gradients: without the masks they differ."""
     unmasked = []
     for sample in samples:
         labels = torch.cat([sample["tokens"][1:], torch.tensor([IGNORE_INDEX])])

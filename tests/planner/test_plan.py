@@ -1,4 +1,4 @@
-"""The plan as text, JSON and refusal, from the formulas alone, and the options that follow --dry-run."""
+"""The plan as text, JSON and error, computed from formulas only, and the options after --dry-run."""
 
 from __future__ import annotations
 

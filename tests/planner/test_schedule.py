@@ -1,4 +1,4 @@
-"""The timeline is DeepSpeed's schedule: every pass once, in a possible order, with the bubble of the textbook."""
+"""The timeline is DeepSpeed's schedule: every pass once, in a valid order, with the textbook bubble."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The search over layouts: legal as NeoXArgs sees it, complete, ordered, with reasons; and the guide's tables."""
+"""The search over layouts: valid according to NeoXArgs, complete, ordered, with reasons; and the guide's tables."""
 
 from __future__ import annotations
 

@@ -267,7 +267,7 @@ def test_where_stages_and_replicas_meet() -> None:
 
 
 def test_ranks_fill_nodes_as_the_launcher_numbers_them() -> None:
-    """The model's neighbours, rank + 1 within a tensor group and rank + t d to the next stage, are the launcher's."""
+    """The model's neighbors, rank + 1 within a tensor group and rank + t d to the next stage, are the launcher's."""
     t, p, d = 2, 4, 4
     for rank in range(t * p * d):
         pipe, data, tensor = coordinates(rank, p, d, t)

@@ -1,4 +1,4 @@
-"""Who exchanges with whom, and who is slow."""
+"""Pairing of ranks for measurements, and detection of slow devices, links and nodes."""
 
 from __future__ import annotations
 

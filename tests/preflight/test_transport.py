@@ -1,4 +1,4 @@
-"""Which network RCCL uses, from its log."""
+"""The network used by RCCL, according to its log."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""deepy.py without the template: in an allocation of salloc's or of one's own batch script."""
+"""deepy.py without the template: in an allocation from salloc or from a custom batch script."""
 
 from __future__ import annotations
 

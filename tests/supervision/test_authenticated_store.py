@@ -1,4 +1,4 @@
-"""The store that the watchdogs talk through: nothing beyond loopback on one machine, and only the run is heard."""
+"""The store used by the watchdogs: loopback only on a single machine, and only messages of the run are accepted."""
 
 from __future__ import annotations
 

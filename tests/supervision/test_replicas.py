@@ -1,4 +1,4 @@
-"""One bit of one parameter on one rank: the run stops, and names the tensor, the rank and its node."""
+"""A flipped bit of one parameter on one rank stops the run, which names the tensor, the rank and its node."""
 
 from __future__ import annotations
 

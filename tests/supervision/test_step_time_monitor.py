@@ -1,4 +1,4 @@
-"""Series of step times: what is flagged, what is not, and who is named."""
+"""Series of step times: which are flagged, and which rank is named."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hang diagnosis without processes: limits, which ranks are named, what counts as waiting; the files of a loss."""
+"""Hang diagnosis without processes: limits, which ranks are named, what is considered waiting; the files of a loss."""
 
 from __future__ import annotations
 

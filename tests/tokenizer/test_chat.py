@@ -1,4 +1,4 @@
-"""Conversations: ids as Meta's ChatFormat, golden spans written by hand, and templates that may not be trusted."""
+"""Conversations: ids equal Meta's ChatFormat, golden spans written by hand, and untrusted templates."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""GPT-2's two files: the ids of `transformers`, and what is wrong with files that cannot be used."""
+"""GPT-2's two files: ids equal those of `transformers`, and unusable files are reported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a template writes becomes data unchanged, and what is learned of it is what the assistant would generate."""
+"""Data equal a template's rendering, and the learned part is what the assistant would generate."""
 
 import json
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Warm-up, stable part, cooldown: what is branched from a checkpoint of the stable part is the run that went straight.
+"""Warm-up, stable phase, cooldown: a branch from a checkpoint of the stable phase equals the straight run.
 
 The same bits at the same layout, the same samples at another one. A stage of another mix keeps its shares, also where
 it is resumed on other ranks.

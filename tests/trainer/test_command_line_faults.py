@@ -1,4 +1,4 @@
-"""Resume, going back, damage and ownership as a user meets them: by deepy.py, its last line and its exit code."""
+"""Resuming, going back, damage and ownership as seen by users of deepy.py: last line and exit code."""
 
 from __future__ import annotations
 

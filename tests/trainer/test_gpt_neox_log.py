@@ -1,4 +1,4 @@
-"""What dashboards of GPT-NeoX read: its numbers, its fields, its names."""
+"""Log output for GPT-NeoX dashboards: the same numbers, fields and names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole runs with `lora`: killed while they save, evaluated, and what they refuse at their start."""
+"""Whole runs with `lora`: killed during saves, evaluated, and invalid inputs rejected at the start."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Steps that are not finite, and samples that are taken out: what remains is the run without them, bit for bit."""
+"""Non-finite steps and skipped samples: the rest equals a run without them, bit for bit."""
 
 from __future__ import annotations
 

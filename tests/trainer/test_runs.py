@@ -121,7 +121,7 @@ def test_evaluating_the_saved_weights_equals_the_run(
 
 
 def test_a_continued_run_that_knows_nothing_stops(data: dict[str, str], whole_run: Path, tmp_path: Path) -> None:
-    """The six steps above taught next to nothing: continuing from them is what a broken conversion looks like."""
+    """After the six steps above the model knows next to nothing: continuing from it resembles a broken conversion."""
     continued = keys(data, tmp_path, load=str(whole_run / "checkpoints"), finetune=True, from_scratch=False)
     for code, output in run_ranks(_run, 8, continued, expect_failure=True):
         assert code == 1

@@ -193,7 +193,7 @@ def show(file: IndexedFile, labels: IndexedFile | None, tokenizer: Tokenizer, op
     if chosen is None:
         count = min(options.samples, len(file))
         chosen = np.random.RandomState(options.seed).choice(len(file), count, replace=False).tolist()
-    colour = options.color == "always" or (options.color == "auto" and sys.stdout.isatty())
+    color = options.color == "always" or (options.color == "auto" and sys.stdout.isatty())
     for number in chosen:
         if not 0 <= number < len(file):
             raise DataError(f"--document {number}: {file.prefix} has documents 0 to {len(file) - 1}")
@@ -205,7 +205,7 @@ def show(file: IndexedFile, labels: IndexedFile | None, tokenizer: Tokenizer, op
                 f"{tokenizer.path} only 0 to {tokenizer.vocab_size - 1}; it is not the tokenizer of this data"
             )
         mask = labels.document(number) >= 0 if labels is not None else np.zeros(len(ids), bool)
-        text = marked(ids, mask, tokenizer, ("\x1b[32m", "\x1b[0m") if colour else ("[[", "]]"), options.max_chars)
+        text = marked(ids, mask, tokenizer, ("\x1b[32m", "\x1b[0m") if color else ("[[", "]]"), options.max_chars)
         print(text)
 
 

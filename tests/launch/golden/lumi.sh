@@ -6,7 +6,7 @@
 #SBATCH --time=48:00:00
 #SBATCH --chdir=/project/project_465000001/neox-llama
 #SBATCH --output=neox-%j.log
-# no neighbours on the node's network cards
+# no neighbors on the node's network cards
 #SBATCH --exclusive
 # all memory of the node: /tmp is in it (LUG)
 #SBATCH --mem=0
