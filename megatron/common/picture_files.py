@@ -9,7 +9,7 @@ from megatron.common.errors import UserError
 ENDINGS = (".png", ".svg", ".pdf")
 
 
-def check_picture(path: Path, error: type[UserError]) -> None:
+def check_picture_file(path: Path, error: type[UserError]) -> None:
     """Raises `error` if matplotlib is missing, or cannot write a picture to where `--picture` says."""
     try:
         import matplotlib  # noqa: F401

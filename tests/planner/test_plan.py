@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.common.picture_files import check_picture
+from megatron.common.picture_files import check_picture_file
 from megatron.launcher import command_line
 from megatron.neox_arguments import ConfigError, NeoXArgs
 from megatron.planner.cost.machines import FRONTIER, GIB, LUMI
@@ -57,9 +57,9 @@ def test_a_machine_or_a_picture_that_cannot_be() -> None:
     with pytest.raises(ConfigError, match="'summit' is not known; known: frontier, lumi"):
         find_machine("summit")
     with pytest.raises(ConfigError, match=r"plan.jpg must end in one of .png, .svg, .pdf"):
-        check_picture(Path("plan.jpg"), ConfigError)
+        check_picture_file(Path("plan.jpg"), ConfigError)
     with pytest.raises(ConfigError, match="there is no folder"):
-        check_picture(Path("nowhere/plan.png"), ConfigError)
+        check_picture_file(Path("nowhere/plan.png"), ConfigError)
 
 
 def test_only_a_training_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import sys
 import warnings
 from typing import TYPE_CHECKING
 
-from megatron.common.picture_files import check_picture
+from megatron.common.picture_files import check_picture_file
 from megatron.neox_arguments import ConfigError, NeoXArgs
 from megatron.planner.cost.machines import GIB
 from megatron.planner.front import report
@@ -29,7 +29,7 @@ def dry_run(args: NeoXArgs, options: PlanOptions) -> int:
     machine = find_machine(options.machine)
     usable = None if options.usable_gib is None else int(options.usable_gib * GIB)
     if options.picture is not None:
-        check_picture(options.picture, ConfigError)
+        check_picture_file(options.picture, ConfigError)
     layers, parameters = _true_model(args)
     plan = make_plan(args, layers, parameters, machine, usable, options.token_budget)
     found = _search(plan) if options.search else None
