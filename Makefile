@@ -31,15 +31,16 @@ test-slow: venv
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
 # The torch that a site documents (launch/frontier/software/torch.txt), here without ROCm: the program and the tests must
-# run on it, too. A venv of its own, with the other versions of constraints.txt.
+# run on it, too. A venv of its own, with the other versions of constraints.txt. pip prefers PyTorch's CPU wheel, 2.10.0+cpu;
+# where only PyPI can be reached it takes the CUDA build, gigabytes of it, which runs on CPUs as well.
 SITE_TORCH := 2.10.0
 SITE := .venv-site
 
 $(SITE)/.complete: requirements-dev.txt constraints.txt
 	$(PYTHON) -m venv $(SITE)
-	$(SITE)/bin/pip install --quiet --index-url https://download.pytorch.org/whl/cpu torch==$(SITE_TORCH)
+	$(SITE)/bin/pip install --quiet --extra-index-url https://download.pytorch.org/whl/cpu torch==$(SITE_TORCH)
 	grep -v '^torch==' constraints.txt > $(SITE)/constraints.txt
-	echo "torch==$(SITE_TORCH)+cpu" >> $(SITE)/constraints.txt
+	echo "torch==$(SITE_TORCH)" >> $(SITE)/constraints.txt
 	$(SITE)/bin/pip install --quiet --constraint $(SITE)/constraints.txt --requirement requirements-dev.txt
 	touch $@
 

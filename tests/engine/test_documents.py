@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from megatron.engine.operations import choose_operations
 from megatron.model.documents import Documents
@@ -32,27 +31,33 @@ def samples(count: int) -> list[dict[str, Tensor]]:
     return made
 
 
-class Reads(TorchFunctionMode):
-    """Names of what brings positions [b, s], or those of all micro-batches, to the host."""
+def reads_of_positions() -> list[str]:
+    """From now on the names of what brings positions [b, s], or those of all micro-batches, to the host.
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
+    Methods are replaced for the rest of the process: a mode of torch does not see what is computed again in `backward`.
+    """
+    names: list[str] = []
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", "")
-        if name in TO_HOST and args[0].dtype == torch.int64 and args[0].dim() > 1 and args[0].shape[-1] == CASE.seq:
-            self.names.append(name)
-        return func(*args, **(kwargs or {}))
+    def watched(name: str, method: Any) -> Any:
+        def call(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if tensor.dtype == torch.int64 and tensor.dim() > 1 and tensor.shape[-1] == CASE.seq:
+                names.append(name)
+            return method(tensor, *args, **kwargs)
+
+        return call
+
+    for name in TO_HOST:
+        setattr(torch.Tensor, name, watched(name, getattr(torch.Tensor, name)))
+    return names
 
 
 def _reads(rank: int, world_size: int, engine: str, recompute: str) -> list[str]:
     keys = {"isolate_documents": True, "engine": engine, "recompute": recompute, "gradient_accumulation_steps": 2}
     args = CASE.neox(world_size=world_size, pipe_parallel_size=world_size, **keys)
     built = build(args, CASE)
-    with Reads() as reads:
-        step(built, args, Samples(samples(4)))
-    return reads.names
+    names = reads_of_positions()
+    step(built, args, Samples(samples(4)))
+    return names
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,23 @@ def test_make_test_site_uses_the_torch_of_the_site() -> None:
     printed = subprocess.run(
         ["make", "--dry-run", "--always-make", "test-site"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
-    assert f"--index-url https://download.pytorch.org/whl/cpu torch=={number}" in printed
-    assert f"torch=={number}+cpu" in printed
+    assert f"--extra-index-url https://download.pytorch.org/whl/cpu torch=={number}" in printed
+    assert f'echo "torch=={number}" >>' in printed
     for tier in ('-m "unit and not slow"', "tests/parity", "tests/checkpoint"):
         assert tier in printed
+
+
+@pytest.mark.parametrize("reachable", [["2.10.0", "2.10.0+cpu"], ["2.10.0"]], ids=["with CPU wheels", "PyPI alone"])
+def test_pip_prefers_the_wheel_for_cpus_and_does_without(tmp_path: Path, reachable: list[str]) -> None:
+    """What `make test-site` asks of pip, from an index of stand-ins. Mutation: ask for 2.10.0+cpu."""
+    for version in (*reachable, "2.13.0+cpu"):
+        wheel(tmp_path, "torch", version)
+    asked = re.search(r"torch==[^\s\"]+", (ROOT / "Makefile").read_text().partition("\n$(SITE)/.complete:")[2])
+    assert asked
+    requirement = asked[0].replace("$(SITE_TORCH)", torch_of("frontier").partition("+")[0])
+    report = tmp_path / "report.json"
+    command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--no-index", "--quiet"]
+    command += ["--find-links", str(tmp_path), "--report", str(report), requirement]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    (found,) = json.loads(report.read_text())["install"]
+    assert found["metadata"]["version"] == reachable[-1]
