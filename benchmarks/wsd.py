@@ -1,10 +1,10 @@
-"""One trunk with a cooldown at each of several lengths, beside a cosine of each length, on the demo's data.
+"""One trunk with a cooldown at each of several lengths, beside a cosine of each length, on real text.
 
     python benchmarks/wsd.py --output wsd_out --seeds 0 1 2
 
-The base model is that of the demo. For every seed the trunk trains at a constant rate, and from its checkpoints branch
-cooldowns; the cosines start anew for each length. Batches are the same in order wherever two runs are at the same step.
-Printed are validation losses of both sources, and the steps that each way took.
+The texts are those of examples/demo_data.py, the base model reads both. For every seed the trunk trains at a constant
+rate, and from its checkpoints branch cooldowns; the cosines start anew for each length. Batches are the same in order
+wherever two runs are at the same step. Printed are validation losses of both sources, and the steps that each way took.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def python(*words: object) -> None:
 
 
 def prepare(out: Path) -> None:
-    """The demo's texts, tokens and base model."""
+    """Texts, tokens and a base model."""
     python("examples/demo_data.py", "--output", out)
     for source in SOURCES:
         for part in ("train", "valid"):
