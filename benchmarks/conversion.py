@@ -1,15 +1,15 @@
-"""Conversion against `cp` of the same bytes, and against loading everything, in one run on one disk.
+"""Conversion compared with `cp` of the same bytes and with loading the whole model, in one run on one disk.
 
     python benchmarks/conversion.py --work DIR [--size 1b] [--rounds 5] [--tp 2]
 
-Makes a random Llama-3.1 of the chosen size, then runs the tools in turn, round after round, each in a process of its
-own and with the input's pages dropped from the cache before. Time is from start to the last byte on the disk: every
-output file is synced, for `cp` by `sync`, for the others by themselves and again by `sync`. Memory is the peak of
-anonymous pages over the process tree, so the page cache does not count. Absolute times say little on a shared
-machine; the ratio to `cp` of the same round is what to read.
+Creates a random Llama-3.1 of the chosen size, then runs the tools in turn for several rounds, each in its own process
+and with the input's pages dropped from the cache first. Time is from start to the last byte on disk: every output file
+is synced, by `sync` for `cp`, by the tool itself and again by `sync` for the others. Memory is the peak of anonymous
+pages over the process tree, so the page cache is not included. Absolute times mean little on a shared machine; compare
+the ratio to `cp` in the same round.
 
-The load-everything tools are what one would write with `transformers` and `torch.save`: model into memory, tensors
-regrouped, one file after another.
+The load-everything tools are the straightforward scripts with `transformers` and `torch.save`: load the model into
+memory, regroup the tensors, write one file after another.
 """
 
 from __future__ import annotations
@@ -192,7 +192,7 @@ def make_fixture(folder: Path, size: str) -> None:
 
 
 def forget(folder: Path) -> None:
-    """Drop a folder's pages from the cache, without touching anybody else's."""
+    """Drop only this folder's pages from the cache."""
     for path in folder.rglob("*"):
         if path.is_file():
             with open(path, "rb") as file:
@@ -207,7 +207,7 @@ def sync_files(folder: Path) -> None:
 
 
 def anonymous_mib(pid: int) -> float:
-    """Anonymous memory, private and shared, of a process and its children now."""
+    """Current anonymous memory, private and shared, of a process and its children."""
     total, waiting = 0.0, [pid]
     while waiting:
         current = waiting.pop()
@@ -223,7 +223,7 @@ def anonymous_mib(pid: int) -> float:
 
 
 def run_tool(tool: str, command: list[str], source: Path, target: Path) -> Run:
-    """Run a command that writes `target`, from a cold input, and sync what it wrote."""
+    """Run a command that writes `target`, with a cold input, and sync its output."""
     if target.exists():
         shutil.rmtree(target)
     forget(source)
@@ -259,7 +259,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tp", type=int, default=2)
     parser.add_argument("--threads", type=int, default=4, help="copying threads of the converter")
-    parser.add_argument("--no-baseline", action="store_true", help="leave the load-everything tools out")
+    parser.add_argument("--no-baseline", action="store_true", help="skip the load-everything tools")
     parser.add_argument("--json", type=Path, help="write every run to this file")
     options = parser.parse_args()
     work: Path = options.work
@@ -290,7 +290,7 @@ def main() -> int:
     runs: dict[tuple[str, str], list[Run]] = {(task, tool): [] for task, tool, _, _ in tools}
     check(out, hf, neox, [*to_hf, "--output", str(out)])
     for number in range(options.rounds):
-        # Another order each round: on virtual machines some places in the order cost twice the system time.
+        # A different order each round: on virtual machines some positions cost twice the system time.
         order = random.Random(number).sample(tools, len(tools))
         done = {(task, tool): run_tool(tool, command, source, out) for task, tool, command, source in order}
         for task, tool, _, _ in tools:
@@ -307,7 +307,7 @@ def main() -> int:
 
 
 def check(out: Path, hf: Path, neox: Path, command: list[str]) -> None:
-    """A figure counts only for a right result: both directions are compared with the source, bit for bit."""
+    """Compare both directions with the source, bit for bit: figures are reported only for correct results."""
     from tools.convert_hf.cli import main as convert_hf
 
     shutil.rmtree(out, ignore_errors=True)

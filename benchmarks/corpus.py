@@ -1,4 +1,4 @@
-"""Real text that is on every machine this project runs on: what came with Python and the installed packages."""
+"""Real text available on every machine: files of Python and of the installed packages."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ ENDINGS = {".py", ".md", ".rst", ".txt", ".pyi", ".h", ".html", ".tex", ".css", 
 
 
 def real_documents(total_bytes: int) -> Iterator[str]:
-    """Library sources, documentation and licenses, each file a document, until `total_bytes` of UTF-8 are given.
+    """Library sources, documentation and licenses, one document per file, up to `total_bytes` of UTF-8 in total.
 
     The order is the same on every machine with the same packages. Raises RuntimeError if there is not enough.
     """
@@ -29,4 +29,4 @@ def real_documents(total_bytes: int) -> Iterator[str]:
             given += len(text.encode())
             if given >= total_bytes:
                 return
-    raise RuntimeError(f"only {given} bytes of text are installed here, {total_bytes} were asked for")
+    raise RuntimeError(f"only {given} bytes of text are installed, but {total_bytes} were requested")

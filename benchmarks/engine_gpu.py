@@ -1,21 +1,21 @@
-"""What decides about `engine: megatron` on a machine with GPUs, on one or two nodes in ten minutes.
+"""Measurements for deciding on `engine: megatron` on a machine with GPUs, on one or two nodes in ten minutes.
 
     srun --nodes 2 --ntasks-per-node 8 --gpus-per-task 1 python benchmarks/engine_gpu.py [--json FILE]
     torchrun --nproc-per-node 2 benchmarks/engine_gpu.py --device cpu --small
 
-Two pipeline stages, the first half of the ranks and the second, exchange messages as the 70B's do (16.8 MB both ways)
+Two pipeline stages, the first and the second half of the ranks, exchange messages of the 70B's size (16.8 MB both ways)
 over the engine's directed links. Probes, each with 4 and with 8 hardware queues (GPU_MAX_HW_QUEUES) and with and
 without a device bound to the process group (`device_id`):
 
     links           GB/s of every pair while all send and receive
-    held up         how much longer products take behind a receive whose message comes late; it should be nothing
-    slowed down     how much longer products take while messages travel
-    communicator    device memory that one of two ranks takes
+    held up         delay of matrix products queued after a receive whose message is late; should be zero
+    slowed down     slowdown of matrix products while messages are in flight
+    communicator    device memory of a communicator of two ranks
 
-Then training steps of layers of the 70B, tensor-parallel inside a stage, under DeepSpeed and under megatron-core with
-one and two runs of layers a rank, the latter also with 4 queues and without a bound device. Each case runs in
-processes of its own, because queues are made when a device is first used, and has a time limit: one that hangs is
-reported and the next one begins. Rank 0 prints.
+Then training steps of layers of the 70B, tensor-parallel within a stage, under DeepSpeed and under megatron-core with
+one and two virtual stages per rank, the latter also with 4 queues and without a bound device. Each case runs in its own
+processes, because queues are created when a device is first used, and has a time limit: a case that hangs is reported
+and the next one starts. Rank 0 prints.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ sys.path.insert(0, str(ROOT))
 
 QUEUES = "GPU_MAX_HW_QUEUES"
 RESULT = "RESULT "
-LATE = 0.3  # seconds by which the message of "held up" comes late
+LATE = 0.3  # delay of the message in "held up", in seconds
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is run in one set of processes; `engine` "" means the probes."""
+    """A case that runs in its own processes; `engine` "" means the probes."""
 
     queues: int = 8
     bound: bool = True
@@ -70,7 +70,7 @@ STEPS = [
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of the model of the steps, and of the products beside which messages travel: [n, n] x [n, n]."""
+    """Sizes of the model for the steps, and of the matrix products that overlap messages: [n, n] x [n, n]."""
 
     hidden: int
     layers: int
@@ -88,8 +88,8 @@ SMALL = Sizes(256, 4, 32, 128, 64, 65_536, 2)
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--small", action="store_true", help="a tiny model and messages, to try the script itself")
-    parser.add_argument("--limit", type=float, default=100.0, help="seconds for each case")
+    parser.add_argument("--small", action="store_true", help="a tiny model and messages, to test the script itself")
+    parser.add_argument("--limit", type=float, default=100.0, help="time limit per case, in seconds")
     parser.add_argument("--json", type=Path, help="also write the figures there, on rank 0")
     parser.add_argument("--case", help=argparse.SUPPRESS)  # a process of one case
     options = parser.parse_args()
@@ -118,7 +118,7 @@ def main() -> int:
 
 
 def _start_case(case: Case, number: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Run a case in a process beside this one; on rank 0 its figures, or what became of it."""
+    """Run a case in a separate process; returns its figures on rank 0, or the reason of its failure."""
     port = 1024 + (int(os.environ["MASTER_PORT"]) - 1024 + 1 + number) % 60_000
     environment = os.environ | {QUEUES: str(case.queues), "MASTER_PORT": str(port)}
     environment.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # torchrun's own store serves one world
@@ -173,7 +173,7 @@ def _run_case(case: Case, options: argparse.Namespace) -> int:
 
 
 def _together(by_rank: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:
-    """Median over ranks; of links the slowest too."""
+    """Median over ranks; for links also the slowest."""
     found: dict[str, float | None] = {}
     for name in by_rank[0]:
         values = [value for rank in by_rank if (value := rank[name]) is not None]
@@ -212,7 +212,7 @@ def _probe(sizes: Sizes, device: Any) -> dict[str, float | None]:
             torch.mm(a, a)
 
     def timed(before: Callable[[], Any]) -> float:
-        """Seconds of the products behind what `before` posts."""
+        """Seconds of the matrix products queued after the operations of `before`."""
         dist.barrier()
         synchronize(device)
         work = before()
@@ -272,7 +272,7 @@ def _can_split(device: Any) -> bool:
 
 
 def _arguments(case: Case, sizes: Sizes, device: Any, world: int) -> Any:
-    """Two stages, tensor-parallel over the ranks of one as far as heads and a node of eight allow."""
+    """Two stages, each tensor-parallel over its ranks as far as the heads and a node of eight allow."""
     from benchmarks.small_llama import SmallLlama
 
     model = SmallLlama(sizes.hidden, sizes.layers, sizes.vocab, sizes.seq)
@@ -293,7 +293,7 @@ def _arguments(case: Case, sizes: Sizes, device: Any, world: int) -> Any:
 
 
 def _steps(case: Case, sizes: Sizes, device: Any) -> dict[str, float | None]:
-    """Seconds of a step, after two that are not timed: megatron-core's first is not overlapped."""
+    """Seconds per step, after two untimed steps: megatron-core's first step does not overlap communication."""
     import torch.distributed as dist
 
     from benchmarks.small_llama import random_samples, start_engine, train_step
@@ -314,7 +314,7 @@ def _steps(case: Case, sizes: Sizes, device: Any) -> dict[str, float | None]:
     return {"step_seconds": statistics.median(seconds), "loss": loss}
 
 
-# --- what is said
+# --- output
 
 
 def _said(figures: Mapping[str, Any]) -> str:
@@ -331,7 +331,7 @@ def _said(figures: Mapping[str, Any]) -> str:
 
 
 def verdict(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """What follows for a configuration; one line for each question."""
+    """Conclusions for a configuration, one line per question."""
     ok = {name: figures for name, figures in found.items() if figures and "failed" not in figures}
     lines = []
     probes = {case: ok.get(case.name) for case in PROBES}

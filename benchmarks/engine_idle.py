@@ -1,11 +1,10 @@
-"""How much of a step the ranks of a pipeline wait under engine: megatron: simulated from its real order, and measured.
+"""Idle time of pipeline ranks under engine: megatron, simulated from the engine's real order and measured.
 
 python benchmarks/engine_idle.py                   both tables
 python benchmarks/engine_idle.py --write docs/engines.md
 
-The simulation plays what the engine does (`benchmarks.engine_order`) with passes of equal length. The measurement runs
-it on four gloo ranks that sleep where they would compute: what they wait for each other is real, what they compute is
-not.
+The simulation replays the recorded order (`benchmarks.engine_order`) with passes of equal length. The measurement runs
+the engine on four gloo ranks that sleep instead of computing: waiting times are real, computation is not.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ ROUNDS = 3
 
 
 def simulated() -> list[str]:
-    """Idle share of the ranks' time by p, v and m, beside (p - 1) / (v m + p - 1)."""
+    """Idle fraction of the ranks' time for each p, v and m, next to (p - 1) / (v m + p - 1)."""
     from benchmarks.engine_order import play, record
 
     lines = ["| p | v | m | idle, simulated | from (p - 1) / (v m) |", "|---|---|---|---|---|"]
@@ -44,7 +43,7 @@ def simulated() -> list[str]:
 
 
 def measure(rank: int, world_size: int, virtual: int, num_micro_batches: int) -> list[float]:
-    """(seconds of the step, seconds of this rank's passes) of some steps, one after the other."""
+    """(seconds of the step, seconds of this rank's passes) for several consecutive steps."""
     import torch
     import torch.distributed as dist
 
@@ -74,7 +73,7 @@ def measure(rank: int, world_size: int, virtual: int, num_micro_batches: int) ->
 
 
 def measured() -> Iterator[str]:
-    """The same of real ranks, beside the simulation with their own times."""
+    """The same for real ranks, next to a simulation with their own times."""
     from benchmarks.engine_order import play, record
 
     yield "| p | v | m | idle, measured (median and range) | simulated | difference |"

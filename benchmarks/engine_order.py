@@ -1,11 +1,11 @@
-"""What engine: megatron really does in a step, rank by rank, and how long the ranks wait: recorded, then played.
+"""The operations of a step under engine: megatron, rank by rank, recorded, and then replayed to find waiting times.
 
-    record(pipe, virtual, m) -> [[Event]]         one process plays every rank in turn, under torch's "fake" group
-    play(orders, forward, backward, message)      raises DeadlockError; else the step's time and what ranks compute
+    record(pipe, virtual, m) -> [[Event]]         one process acts as every rank in turn, under torch's "fake" group
+    play(orders, forward, backward, message)      raises DeadlockError, or gives the step's time and compute times
 
-The engine is the real one: its groups, its links, megatron-core's schedule and autograd. Only its layers are replaced,
-by one multiplication each, and messages by notes of them. On a link messages follow each other; each begins when both
-ends have posted it and the one before is through.
+The engine is real: its groups, its links, megatron-core's schedule and autograd. Only layers are replaced, by one
+multiplication each, and messages, by records of them. Messages on a link are sequential; each starts when both ends
+have posted it and the previous one has arrived.
 """
 
 from __future__ import annotations
@@ -47,19 +47,19 @@ class Event(NamedTuple):
 
 
 class DeadlockError(RuntimeError):
-    """Ranks wait for each other."""
+    """Ranks wait for each other forever."""
 
 
 # --- recorded
 
 
 def record(pipe: int, virtual: int, num_micro_batches: int) -> list[list[Event]]:
-    """What every rank of a pipeline does in one training step, in order."""
+    """The operations of every rank of a pipeline in one training step, in order."""
     return [_record_rank(rank, pipe, virtual, num_micro_batches) for rank in range(pipe)]
 
 
 def small_arguments(pipe: int, virtual: int, num_micro_batches: int) -> NeoXArgs:
-    """A model with one layer a virtual stage."""
+    """A model with one layer per virtual stage."""
     return NeoXArgs.from_dict(
         {
             "num_layers": pipe * virtual,
@@ -105,18 +105,22 @@ def _record_rank(rank: int, pipe: int, virtual: int, num_micro_batches: int) -> 
 
 
 def run(engine: MegatronEngine, num_micro_batches: int) -> None:
-    """The schedule of a step whose layers are those of `passes`; nothing is reduced or applied."""
+    """Run the schedule of a step with the layers of `passes`; gradients are neither reduced nor applied."""
     engine.config.finalize_model_grads_func = None
     micro_batches: list[Any] = [{"number": number} for number in range(num_micro_batches)]
-    engine._run(PipelineBatch(micro_batches, 1, engine.args.seq_length), lambda output, _: output.sum(), train=True)
+    engine._run(
+        PipelineBatch(micro_batches, [None] * num_micro_batches, 1, engine.args.seq_length),
+        lambda output, _: output.sum(),
+        train=True,
+    )
 
 
 @contextmanager
 def passes(engine: MegatronEngine, note: Any) -> Iterator[None]:
-    """Layers that call `note("forward" or "backward", chunk, micro-batch)` and do next to nothing else."""
+    """Replace layers by stubs that call `note("forward" or "backward", chunk, micro-batch)`."""
     first = torch.ones(engine.args.seq_length, 1, engine.args.hidden_size)
 
-    def forward(chunk: Chunk, micro_batch: Any) -> Tensor:
+    def forward(chunk: Chunk, micro_batch: Any, documents: None) -> Tensor:
         place, given = chunk.vp_stage or 0, chunk._input
         note("forward", place, micro_batch["number"])
         weight = next(chunk.parameters()).view(-1)[0]
@@ -174,21 +178,21 @@ def _noted_messages(engine: MegatronEngine, rank: int, pipe: int, events: list[E
 
 @dataclass(frozen=True)
 class Played:
-    """A step: seconds from its first pass to its last, and seconds that each rank computes."""
+    """A replayed step: seconds from its first pass to its last, and compute seconds of each rank."""
 
     seconds: float
     busy: tuple[float, ...]
 
     @property
     def idle(self) -> float:
-        """Part of the ranks' time in which they wait."""
+        """Fraction of the ranks' time spent waiting."""
         return 1.0 - sum(self.busy) / (len(self.busy) * self.seconds)
 
 
 def play(orders: Sequence[Sequence[Event]], forward: float, backward: float, message: float = 0.0) -> Played:
-    """The step's time if a pass takes `forward` or `backward` and a message `message` seconds.
+    """Replay a step in which a pass takes `forward` or `backward` seconds and a message `message` seconds.
 
-    DeadlockError if the ranks cannot come to an end, or if a link's ends disagree about how many messages it carries.
+    DeadlockError if the ranks cannot finish, or if a link's ends disagree about the number of messages.
     """
     clocks, busy, at = [0.0] * len(orders), [0.0] * len(orders), [0] * len(orders)
     posted: dict[tuple[tuple[str, int], int], list[float]] = defaultdict(list)
@@ -224,7 +228,7 @@ def play(orders: Sequence[Sequence[Event]], forward: float, backward: float, mes
 def _deliver(
     posted: Any, through: Any, delivered: dict[tuple[str, int], int], link: tuple[str, int], message: float
 ) -> None:
-    """All messages of a link whose ends are both there and whose predecessors are through."""
+    """Deliver all messages of a link that both ends have posted and whose predecessors have arrived."""
     number = delivered[link]
     while len(posted.get((link, number), ())) == 2:
         before = through.get((link, number - 1), 0.0)

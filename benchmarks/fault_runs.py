@@ -1,4 +1,4 @@
-"""Small real runs on CPU ranks into which `faults.py` injects faults, and what is observed of them."""
+"""Small real runs on CPU ranks, into which `faults.py` injects faults, and the observed outcome."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import struct
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from benchmarks.foreign_messages import is_store, send_raw
 from examples.llama_keys import LLAMA
 from megatron.checkpoint.manifest import file_checksum, read_manifest, write_manifest
 from megatron.checkpoint.state_ranges import BLOCK, ITEM
@@ -70,7 +70,7 @@ ENGINES: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Observed:
-    """How a run ended. `lost` are the iterations that its restart has to do again."""
+    """How a run ended. `lost` is the number of iterations that its restart has to repeat."""
 
     code: int
     last_line: str
@@ -105,7 +105,7 @@ class Workplace:
         return cls(folder, MODEL | RUN | keys | ENGINES[engine])
 
     def copy(self, name: str) -> Workplace:
-        """The same in another folder, paths included."""
+        """A copy in another folder, with adapted paths."""
         target = self.folder.with_name(name)
         shutil.copytree(self.folder, target, ignore=shutil.ignore_patterns("log"))
         text = json.dumps(self.keys).replace(str(self.folder), str(target))
@@ -145,7 +145,7 @@ def write_tokens(prefix: Path, seed: int) -> None:
 
 
 class LiveRun:
-    """A run that would go on for long, started by deepy.py."""
+    """A long run started by deepy.py."""
 
     def __init__(self, place: Workplace, *words: str, wait: int = 6) -> None:
         self.place = place
@@ -175,7 +175,7 @@ class LiveRun:
         return [self.process.pid, *children(self.process.pid), *self.ranks()]
 
     def end(self) -> Observed:
-        """Wait for it. The fault was injected when `begun` was set."""
+        """Wait for the end of the run. `begun` is the time of the fault."""
         try:
             code = self.process.wait(timeout=BOUND_SECONDS)
         except subprocess.TimeoutExpired:
@@ -194,7 +194,7 @@ class LiveRun:
 
 
 def start(place: Workplace, *words: str, before: Callable[[], None] | None = None) -> Observed:
-    """A run from beginning to end."""
+    """Run a command to its end."""
     begun = time.monotonic()
     done = subprocess.run(
         place.command(*words),
@@ -219,7 +219,7 @@ def last_line(text: str) -> str:
 
 
 def listening_ports(pids: list[int]) -> list[tuple[bool, int]]:
-    """(whether it is loopback, port) of every TCP socket on which one of these processes listens."""
+    """(bound to loopback, port) of every TCP socket on which one of these processes listens."""
     inodes = set()
     for pid in pids:
         for link in Path(f"/proc/{pid}/fd").glob("*"):
@@ -237,43 +237,17 @@ def listening_ports(pids: list[int]) -> list[tuple[bool, int]]:
     return sorted(set(found))
 
 
-def send_everything_foreign(ports: list[int]) -> int:
-    """Garbage, JSON, HTTP and well-formed messages of torch's store to every port; how many messages were sent."""
-    messages = [
-        b"\x00" * 4096,
-        b'{"why": "a foreign verdict", "lost": [0], "by": 1, "own_error": false}\n',
-        b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
-        b"not JSON\n",
-        os.urandom(4096),
-    ]
-    sent = 0
-    for port in ports:
-        for message in messages:
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 2) as connection:
-                connection.sendall(message)
-                sent += 1
-                time.sleep(0.05)
-        with contextlib.suppress(subprocess.TimeoutExpired):  # gloo's ports take no such client
-            client = [sys.executable, "-c", _FOREIGN_CLIENT, str(port), messages[1].decode()]
-            done = subprocess.run(client, capture_output=True, text=True, timeout=8)
-            sent += int(done.stdout or 0)
-    return sent
-
-
-_FOREIGN_CLIENT = """
-import sys
-from datetime import timedelta
-from torch.distributed import TCPStore
-store = TCPStore("127.0.0.1", int(sys.argv[1]), wait_for_workers=False, timeout=timedelta(seconds=3))
-for key in ("verdict", "beat/0", "beat/1"):
-    store.set(key, sys.argv[2])
-    store.set(key, "not JSON")
-print(6)
-"""
+def send_everything_foreign(ports: list[int]) -> tuple[int, int]:
+    """Send everything of `foreign_messages` to every port; returns the numbers of unknown and of forged messages."""
+    raw = sum(send_raw(port) for port in ports)
+    stores = [str(port) for port in ports if is_store(port)]
+    client = [sys.executable, "-m", "benchmarks.foreign_messages", *stores]
+    done = subprocess.run(client, capture_output=True, text=True, timeout=BOUND_SECONDS, cwd=ROOT)
+    return raw, int(done.stdout or 0)
 
 
 def write_nan(path: Path) -> None:
-    """A NaN in an optimizer file that the manifest knows of: written, not damaged on the way."""
+    """Write a NaN into an optimizer file and update the manifest: wrong data, but not a damaged file."""
     manifest = read_manifest(path.parent)
     entry = manifest.files[path.name]
     first = entry.ranges[0]

@@ -1,11 +1,11 @@
-"""What happens when something breaks: each fault injected into a real run of four CPU ranks, as a table.
+"""Fault injection: each fault is injected into a real run of four CPU ranks; the outcome is printed as a table.
 
     python benchmarks/faults.py [--only WORDS] [--write docs/reliability.md]
     python benchmarks/faults.py --engine megatron [--write docs/engines.md]
 
-Every fault has an expectation: what must be said, and the exit code. A fault that goes undetected, or with other words
-or another code, is marked, and the exit code is 1. Needs what a training run needs; as root, a full disk is a small
-file system of its own (tmpfs), otherwise a limit on the size of files.
+Every fault has an expected message and exit code. A fault that is undetected, or has a different message or code, is
+marked, and the exit code is 1. Has the requirements of a training run; a full disk is a small tmpfs when run as root,
+otherwise a limit on the size of files.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class Fault:
     run: Callable[[Workplace], Observed]
     said: str
     code: int
-    warns: bool = False  # legal on purpose: a line, and the run goes on
-    ends: bool = True  # whether what is said must be the last line
+    warns: bool = False  # deliberately allowed: prints a line, and the run continues
+    ends: bool = True  # whether the message must be the last line
 
 
 FAULTS: list[Fault] = []
@@ -142,7 +142,7 @@ def _(place: Workplace) -> Observed:
 
 @contextlib.contextmanager
 def small_disk(folder: Path, kib: int) -> Iterator[bool]:
-    """A file system of `kib` KiB, if this user may mount one; a checkpoint here takes about 900."""
+    """A file system of `kib` KiB, if this user may mount one; a checkpoint takes about 900 KiB."""
     folder.mkdir(parents=True, exist_ok=True)
     mount = ["mount", "-t", "tmpfs", "-o", f"size={kib}K", "tmpfs", str(folder)]
     mounted = os.geteuid() == 0 and subprocess.run(mount, capture_output=True).returncode == 0
@@ -285,11 +285,11 @@ def _(place: Workplace) -> Observed:
 
 @fault("foreign and malformed messages to every port", r"SIGTERM at iteration .* all is saved", 75)
 def _(place: Workplace) -> Observed:
-    """The run must go on; then it is stopped in order."""
+    """The run must continue; it is then stopped normally."""
     run = LiveRun(place)
     ports = listening_ports(run.everything())
     beyond = [port for loopback, port in ports if not loopback]
-    sent = send_everything_foreign([port for _, port in ports])
+    raw, forged = send_everything_foreign([port for _, port in ports])
     before = place.done()
     deadline = time.monotonic() + 30
     while place.done() < before + 3 and run.process.poll() is None and time.monotonic() < deadline:
@@ -297,7 +297,14 @@ def _(place: Workplace) -> Observed:
     if run.process.poll() is not None or place.done() < before + 3:
         return replace(run.end(), last_line="the run did not go on")
     ended = run.inject(run.process.terminate)
-    text = f"{sent} messages to {len(ports)} ports, {len(beyond)} beyond loopback; the run went on: {ended.last_line}"
+    ignored = re.findall(r"watchdog: (\d+) messages from outside this run were ignored", ended.output)
+    if not forged or not ignored:
+        return replace(ended, last_line="no forged message was noticed")
+    readings = sum(map(int, ignored))
+    text = (
+        f"{raw} malformed messages to {len(ports)} ports, {len(beyond)} beyond loopback; of {forged} forged or "
+        f"replayed ones {readings} readings ignored; the run went on: {ended.last_line.removeprefix('deepy.py: ')}"
+    )
     return replace(ended, last_line=text)
 
 
@@ -310,7 +317,7 @@ def judged(fault_: Fault, seen: Observed) -> bool:
 
 
 def message(fault_: Fault, seen: Observed, place: Workplace) -> str:
-    """The line that says it, without what differs between machines."""
+    """The line with the message, without machine-dependent parts."""
     lines = [line for line in seen.output.splitlines() if re.search(fault_.said, line)]
     text = seen.last_line if fault_.ends or not lines else lines[-1]
     for path in (place.folder, place.folder.parent):
@@ -324,9 +331,9 @@ def message(fault_: Fault, seen: Observed, place: Workplace) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", help="faults whose name holds these words")
+    parser.add_argument("--only", help="run only faults whose name contains these words")
     parser.add_argument("--engine", choices=list(ENGINES), default="deepspeed", help="with virtual stages for megatron")
-    parser.add_argument("--write", type=Path, help="a page with markers, whose table is replaced")
+    parser.add_argument("--write", type=Path, help="replace the table between the markers of this page")
     options = parser.parse_args()
     rows = ["| fault | detected | message | work lost | ends after | exit code |", "|---|---|---|---|---|---|"]
     undetected = 0

@@ -1,11 +1,10 @@
-"""Generation against its peers: python benchmarks/generation.py [recomputing] [transformers] [pipeline] [layouts]
+"""Generation speed: python benchmarks/generation.py [recomputing] [transformers] [pipeline] [layouts]
 
-A small Llama with random weights on CPU ranks of one thread, fp32, greedy. `recomputing` is what a generator without a
-cache costs: every token runs the whole sequence through the engine (256 new tokens). `transformers` is its `generate`
-on the same weights, 8 ragged prompts left-padded, in the same process, in alternation. `pipeline` runs two stages and
-tells which share of the time both of them compute. `layouts` samples the same 1,000 tokens at four layouts in fp32 and
-bf16, and tells how many agree. Ratios of CPU time stand beside those of wall time, which other work on the machine
-disturbs.
+A small Llama with random weights on single-threaded CPU ranks, fp32, greedy. `recomputing` measures generation without
+a cache: every token runs the whole sequence through the engine (256 new tokens). `transformers` runs its `generate` on
+the same weights, with 8 ragged left-padded prompts, in the same process, in alternation. `pipeline` runs two stages and
+reports the fraction of time in which both compute. `layouts` samples the same 1,000 tokens at four layouts in fp32 and
+bf16, and reports how many agree. CPU-time ratios are given as well as wall-time ratios, which other load disturbs.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ def main() -> int:
 
 
 class Sides:
-    """Seconds of each measured side, wall and CPU."""
+    """Wall and CPU seconds of each measured implementation."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, list[tuple[float, float]]] = {}
@@ -126,7 +125,7 @@ def _against_recomputing(rank: int, world_size: int, case: SmallLlama) -> str:
 
 
 def _recomputed(engine: Any, args: Any, prompt: list[int], new: int) -> list[int]:
-    """Greedy without a cache: for each token the whole sequence, padded to `seq_length`, runs through the engine."""
+    """Greedy generation without a cache: each token runs the whole sequence, padded to `seq_length`."""
     ids = list(prompt)
     for _ in range(new):
         tokens = torch.zeros(1, args.seq_length, dtype=torch.int64)
@@ -143,7 +142,7 @@ def _against_transformers(rank: int, world_size: int, case: SmallLlama, rounds: 
     sides = Sides()
     own: list[list[int]] = []
     theirs = ids
-    for _ in range(rounds + 1):  # the first one is left out
+    for _ in range(rounds + 1):  # the first one is not counted
         own = sides.measure("this", lambda: _continued(generator, prompts, NEW))
         theirs = sides.measure(
             "transformers.generate",
@@ -203,7 +202,7 @@ def _stage(
 
 
 def _print_layouts() -> None:
-    """Ids of the same ten samples of 100 tokens, layout by layout, against those on one rank."""
+    """Compare the ids of the same ten samples of 100 tokens at each layout with those on one rank."""
     case = SmallLlama(512, 4, 1024, 256)
     for precision in ("fp32", "bfloat16"):
         single = run_ranks_forked(_samples, 1, case, precision, 1, 1)[0]

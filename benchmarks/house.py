@@ -1,12 +1,12 @@
-"""Figures of the code itself: sizes, package edges, names that mean two things, time to collect the tests.
+"""Code metrics: sizes, import edges between packages, ambiguous names, time to collect the tests.
 
     python benchmarks/house.py [ROOT] [--json FILE] [--details] [--no-collection]
 
-Works on any checkout of this repository, older ones too, without importing any of it. The library is megatron/, tools/,
-launch/ and the programs at the root. An edge goes from one package to another; it is an upward one if ORDER names the
-imported package before the importing one. Two classes of the library collide if they have one public name; two
-functions at the top level of modules do if, besides, one of them is imported from another package; all that repeat are
-counted too.
+Works on any checkout of this repository, including older ones, without importing it. The library is megatron/, tools/,
+launch/ and the programs at the root. An edge is an import from one package to another; it points upward if ORDER lists
+the imported package before the importing one. Two classes of the library collide if they share a public name; two
+top-level functions collide if, in addition, one of them is imported by another package. All repeated function names
+are counted as well.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class Source:
 
     @cached_property
     def imports(self) -> list[Import]:
-        """All imports, those inside functions and for types too."""
+        """All imports, including those inside functions and for type checking."""
         found = []
         for node in ast.walk(self.tree):
             if isinstance(node, ast.Import):
@@ -110,7 +110,7 @@ class Source:
 
     @cached_property
     def code_lines(self) -> int:
-        """Lines with code on them: no comment, no docstring, no blank line."""
+        """Number of lines with code, excluding comments, docstrings and blank lines."""
         docstrings: set[int] = set()
         for node in ast.walk(self.tree):
             body = getattr(node, "body", None)
@@ -140,7 +140,7 @@ def library(root: Path) -> list[Source]:
 
 
 def upward_edges(files: list[Source]) -> dict[str, list[str]]:
-    """`importing -> imported` for packages of megatron, each with the places of its imports."""
+    """`importing -> imported` for packages of megatron, each with the locations of its imports."""
     rank = {f"megatron.{name}": number for number, name in enumerate(ORDER)}
     edges: dict[str, list[str]] = defaultdict(list)
     for source in files:
@@ -170,7 +170,7 @@ def class_collisions(files: list[Source]) -> dict[str, list[str]]:
 
 
 def function_collisions(files: list[Source]) -> dict[str, list[str]]:
-    """Those of them that one of the modules defines for other packages."""
+    """The repeated functions that one of the modules defines for other packages."""
     repeated = repeated_functions(files)
     imported = {name for source, name in _used_elsewhere(files) if str(source.path) in repeated.get(name, [])}
     return {name: paths for name, paths in repeated.items() if name in imported}
@@ -210,7 +210,7 @@ def _used_elsewhere(files: list[Source]) -> Iterator[tuple[Source, str]]:
 
 
 def _definers(source: Source | None, name: str, by_module: dict[str, Source]) -> Iterator[Source]:
-    """The file itself, or the one that it takes the name from."""
+    """The file itself, or the file from which it imports the name."""
     if source is None:
         return
     again = [one.module for one in source.imports if one.name == name]
@@ -221,7 +221,7 @@ def _definers(source: Source | None, name: str, by_module: dict[str, Source]) ->
 
 
 def collection_seconds(root: Path, rounds: int = 3) -> float:
-    """Median time of `pytest --collect-only` once a first run, which does not count, has written compiled files."""
+    """Median time of `pytest --collect-only` after an uncounted first run, which writes compiled files."""
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     seconds = []
@@ -249,7 +249,7 @@ def sizes(files: list[Source]) -> dict[str, Any]:
 
 
 def figures(root: Path, collection: bool) -> tuple[dict[str, Any], dict[str, dict[str, list[str]]]]:
-    """(figures by heading, details of those that count something wrong)."""
+    """Metrics by heading, and details of those that count problems."""
     ours = library(root)
     found: dict[str, Any] = {"library": sizes(ours)}
     for group in ("tests", "benchmarks and examples"):

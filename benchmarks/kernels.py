@@ -1,10 +1,10 @@
-"""Bandwidth of the fused ops at Llama-3.1 shapes, side by side with what else is installed.
+"""Bandwidth of the fused ops at Llama-3.1 shapes, compared with other installed implementations.
 
     python benchmarks/kernels.py [--device auto] [--json F] [--plot F.png]
 
-Useful bytes (the least an operation must read and write) over time, as a fraction of the copy bandwidth measured in the
-same run, caches cold, median of many runs with the quartiles. Without a GPU it measures the PyTorch reference path
-against torch's own operations, in fp32, on fewer tokens, and says so.
+Useful bytes (the minimum an operation must read and write) over time, as a fraction of the copy bandwidth measured in
+the same run, with cold caches; median of many runs with quartiles. Without a GPU it compares the PyTorch reference path
+with torch's own operations, in fp32, on fewer tokens, and says so.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ MODELS = {"8B": Model(4096, 14336, 32, 8), "70B": Model(8192, 28672, 64, 8)}
 
 @dataclass(frozen=True)
 class Goal:
-    """Forward and backward: bytes per 16-bit element that must move, and targets as a fraction of copy."""
+    """Forward and backward: minimum bytes moved per 16-bit element, and targets as a fraction of copy bandwidth."""
 
     least: tuple[int, int]
     h100: tuple[float, float]
@@ -64,7 +64,7 @@ GOALS = {
 
 @dataclass(frozen=True)
 class Problem:
-    """Inputs of one operation at one shape; `elements` of the main tensor, `leaves` are what gets a gradient."""
+    """Inputs of one operation at one shape; `elements` of the main tensor; `leaves` receive gradients."""
 
     op: str
     elements: int
@@ -92,7 +92,7 @@ def problems(model: Model, tp: int, tokens: int, dtype: torch.dtype, device: tor
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, device=device, dtype=dtype).requires_grad_()
 
-    # Norms work on whole rows: under sequence parallelism a rank has 1/tp of the tokens.
+    # Norms operate on whole rows: under sequence parallelism a rank has 1/tp of the tokens.
     rows = tokens // tp
     x, residual, weight = random(rows, 1, model.hidden), random(rows, 1, model.hidden), random(model.hidden)
     contenders: dict[str, Function] = {
@@ -137,7 +137,7 @@ def problems(model: Model, tp: int, tokens: int, dtype: torch.dtype, device: tor
     yield Problem("swiglu", fused.numel() // 2, (fused,), (fused,), contenders)
     del fused
 
-    # One rank's columns, as if they were the whole vocabulary: the collective between the passes is not timed here.
+    # One rank's columns, treated as the whole vocabulary: the collective between the passes is not timed.
     columns = VOCABULARY // tp
     logits, labels = random(tokens, columns), torch.randint(0, columns, (tokens,), device=device)
     contenders = {
@@ -219,7 +219,7 @@ def measure(problem: Problem, clock: Clock, runs: int, compiled: bool) -> Iterat
                 timing = clock.time(work, runs)
                 useful = problem.elements * size * GOALS[problem.op].least[DIRECTIONS.index(direction)]
                 yield direction, who, [timing.median, timing.low, timing.high], useful / timing.median
-        except Exception as error:  # a contender that does not run here is a line, not the end
+        except Exception as error:  # report an implementation that does not run here, and continue
             if who == "ours":
                 raise
             print(f"{problem.op}: {who} does not run here: {type(error).__name__}: {str(error)[:200]}")
@@ -269,12 +269,12 @@ def table(results: list[Result], targets: bool) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
-    parser.add_argument("--json", type=Path, help="write the results there")
-    parser.add_argument("--plot", type=Path, help="write a picture (PNG) there")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
+    parser.add_argument("--plot", type=Path, help="write a figure (PNG) to this file")
     parser.add_argument("--tokens", type=int, help="tokens of a micro-batch; 8192, on the CPU 256")
     parser.add_argument("--runs", type=int, help="runs of each function; 50, on the CPU 7")
     parser.add_argument("--models", default="8B,70B")
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--no-compile", action="store_true", help="skip torch.compile")
     args = parser.parse_args()
     kind = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     device, on_cpu = torch.device(kind), kind == "cpu"

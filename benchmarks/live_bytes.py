@@ -1,4 +1,4 @@
-"""Counts the bytes of tensors that are alive: what a GPU's allocator would report, on a device that has no counter."""
+"""Counts the bytes of live tensors, as a GPU's allocator does, on devices without such a counter."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """While it is entered: `now`, the bytes of all storages made since and still alive, and their `peak`.
+    """While active: `now`, the bytes of all live storages created since entry, and their `peak`.
 
-    A storage counts once however many tensors view it, from the operation that makes it until nothing holds it.
-    One that is resized counts as what it has become. Temporaries inside one operation are not seen; a GPU's caching
-    allocator sees those, and rounds each block up to 512 bytes.
+    A storage is counted once regardless of the number of views, from its creation until its last reference is gone, and
+    with its current size if it was resized. Temporaries inside an operation are not seen; a GPU's caching allocator
+    sees them, and rounds each block up to 512 bytes.
     """
 
     def __init__(self) -> None:

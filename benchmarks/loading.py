@@ -1,10 +1,10 @@
-"""What verifying checksums costs a load: layer files into a model's tensors, with the sums and without, in alternation.
+"""The cost of verifying checksums on load: layer files into a model's tensors, alternating with and without checksums.
 
     python benchmarks/loading.py [--folder DIR] [--files 4] [--mebibytes 128] [--rounds 5] [--write PAGE]
 
-Cold: the system's cache of the files is dropped before each load (posix_fadvise), so that they come from the disk.
-Warm: they are in memory. One process, one thread of torch; the sums run in a thread of their own. The floor is one
-read of the same bytes from front to back. The CPU time, of all threads, says what the sums cost a machine whose other
+Cold: the files' pages are dropped from the cache before each load (posix_fadvise), so that they are read from disk.
+Warm: they are in memory. One process, one torch thread; checksums run in a separate thread. The floor is one
+sequential read of the same bytes. The CPU time, of all threads, says what the sums cost a machine whose other
 cores are busy; their wall time is then that of the load and the sums one behind the other.
 """
 
@@ -36,7 +36,7 @@ MARKER = "loading"
 
 
 def load(paths: Sequence[Path], entries: Sequence[FileEntry | None], targets: Sequence[dict[str, Tensor]]) -> None:
-    """As `load_layers` does it."""
+    """Load as `load_layers` does."""
     for path, entry, target in zip(paths, entries, targets, strict=True):
         stored = read_tensors(path)
         with verified_tensors(path, entry, stored):
@@ -73,11 +73,13 @@ def spread(values: Sequence[float]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, help="on the file system to measure (default: the temporary one)")
+    parser.add_argument(
+        "--folder", type=Path, help="folder on the file system to measure (default: a temporary folder)"
+    )
     parser.add_argument("--files", type=int, default=4)
-    parser.add_argument("--mebibytes", type=int, default=128, help="of each file")
+    parser.add_argument("--mebibytes", type=int, default=128, help="size of each file")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--write", type=Path, help="a page with markers, whose table is replaced")
+    parser.add_argument("--write", type=Path, help="replace the table between the markers of this page")
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows = 4

@@ -1,9 +1,9 @@
-"""LoRA against training all weights of the same model: optimizer memory, and the time of a step.
+"""LoRA compared with training all weights of the same model: optimizer memory and step time.
 
     python benchmarks/lora.py [--rank 16] [--recompute] [--device cpu|cuda] [--json FILE]
 
-Both engines live in one process and take their steps in turn, so that a busy machine slows both. Bytes are those of
-masters and moments, counted in the engines. Random weights and tokens: nothing depends on what is learned.
+Both engines live in one process and alternate steps, so that other load slows both. Bytes are those of masters and
+moments, counted in the engines. Weights and tokens are random: the results do not depend on what is learned.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def main() -> int:
     parser.add_argument("--seq", type=int, default=256)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--recompute", action="store_true", help="every layer, in both")
+    parser.add_argument("--recompute", action="store_true", help="recompute every layer, in both")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -60,7 +60,7 @@ def main() -> int:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Both trainings, step by step in turn."""
+    """Run both trainings with alternating steps."""
     from megatron.core import parallel_state
 
     model = SmallLlama(options.hidden, options.layers, options.vocab, options.seq)

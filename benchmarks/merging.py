@@ -1,11 +1,11 @@
-"""Merging against reading all parents and copying one, and against mergekit, in one run on one disk.
+"""Merging compared with reading all parents and copying one, and with mergekit, in one run on one disk.
 
     python benchmarks/merging.py --work DIR [--size 1b] [--rounds 3] [--threads 2] [--mergekit PYTHON]
 
-Makes a random Llama-3.1 of the chosen size and four models near it, then merges them by DARE-TIES at density 0.5. Each
-tool runs in a process of its own with the parents' pages dropped from the cache before, and is timed to the last byte
-on the disk. The floor is `cat` of all five models and `cp` of one. Memory is the peak of anonymous pages over the
-process tree. PYTHON is an interpreter that has mergekit; without one that tool is left out.
+Creates a random Llama-3.1 of the chosen size and four models close to it, then merges them by DARE-TIES at density 0.5.
+Each tool runs in its own process, with the parents' pages dropped from the cache first, and is timed to the last byte
+on disk. The floor is `cat` of all five models and `cp` of one. Memory is the peak of anonymous pages over the process
+tree. PYTHON is an interpreter with mergekit installed; without it, mergekit is skipped.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def main() -> int:
     parser.add_argument("--size", choices=SIZES, default="1b")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2, help="threads of tools/merge")
-    parser.add_argument("--mergekit", metavar="PYTHON", help="an interpreter that has mergekit")
+    parser.add_argument("--mergekit", metavar="PYTHON", help="an interpreter with mergekit installed")
     parser.add_argument("--json", type=Path, help="write every run to this file")
     options = parser.parse_args()
     root, out, recipe = options.work / f"parents_{options.size}", options.work / "out", options.work / "merge.yml"
@@ -102,7 +102,7 @@ def main() -> int:
         for tool in random.Random(number).sample(list(tools), len(tools)):
             done[tool] = run_tool(tool, tools[tool], root, out)
             if tool == "tools/merge" and number == 0:
-                # A figure counts only for a right result.
+                # Figures are reported only for correct results.
                 subprocess.run([*merge, "--verify", str(out)], check=True, stdout=subprocess.DEVNULL)
         for tool, run in done.items():
             run.ratio = run.seconds / done["floor"].seconds

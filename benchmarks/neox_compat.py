@@ -1,17 +1,18 @@
-"""Every configuration of a GPT-NeoX checkout, read by GPT-NeoX and by this project.
+"""Reading every configuration of a GPT-NeoX checkout with GPT-NeoX and with this project.
 
     python benchmarks/neox_compat.py --upstream DIR [--python PYTHON] [FILE ...] [--tests] [--details] [--json OUT]
 
 DIR is a checkout of EleutherAI/gpt-neox, PYTHON the interpreter of an environment that can import it (DeepSpeed 0.16.5,
-transformers 4.38, numpy 1.26, setuptools < 81); without it the columns of GPT-NeoX are empty. FILE are further files of
-the same kind, all others than the checkout's own.
+transformers 4.38, numpy 1.26, setuptools < 81); without it, the columns of GPT-NeoX are empty. FILE are additional
+configuration files that are not part of the checkout.
 
-A file that describes a part of a run is completed, untouched, with GPT-NeoX's own: `llama/7B.yml` for the model,
-`llama/train_config.yml` for the training, `local_setup.yml` for the data, whichever it lacks; paths that are still
-missing are given like `--load checkpoints`. What is printed for each: what GPT-NeoX and this project say, the rounds
-that a user needs who obeys every message (writes the value that it gives, or removes the key that it names), its lines,
-and every derived value in which the two differ. The exit code is 1 if a dense Llama that GPT-NeoX itself accepts is
-refused, or another model is not told so in the first line of one round.
+A file that describes only a part of a run is completed, without changing it, with GPT-NeoX's own files for the missing
+parts: `llama/7B.yml` for the model, `llama/train_config.yml` for the training, `local_setup.yml` for the data; paths
+that are still missing are given on the command line, such as `--load checkpoints`. Printed for each file: the verdicts
+of GPT-NeoX and of this project, the number of rounds needed by a user who follows every message (writes the value that
+it gives, or removes the key that it names), the lines of messages, and every derived value that differs. The exit code
+is 1 if a dense Llama that GPT-NeoX accepts is refused, or if another model is not refused as such in the first line of
+one round.
 """
 
 from __future__ import annotations
@@ -44,11 +45,11 @@ MOST_ROUNDS = 6
 
 @dataclass
 class Verdict:
-    """What both say of one file with what completes it."""
+    """Both verdicts on a file and the files that complete it."""
 
     file: str
     with_files: list[str]
-    overrides: dict[str, Any]  # what is given besides: paths, and for GPT-NeoX the number of ranks
+    overrides: dict[str, Any]  # additional keys: paths, and for GPT-NeoX the number of ranks
     kind: str  # "dense Llama", "other", "old words" or "fails upstream"
     upstream: str = "not run"
     accepted: bool = False
@@ -58,7 +59,7 @@ class Verdict:
 
 
 def completed(file: Path, root: Path) -> list[Path]:
-    """The file with the parts of a run that it lacks; a part that would give a key twice is left out."""
+    """The file and those for the missing parts of a run; a part that would repeat a key is omitted."""
     files, keys = [file], set(read_yaml(file)[0])
     wanted = [
         (MODEL, bool(keys & {"num_layers", "hidden_size"})),
@@ -75,7 +76,7 @@ def completed(file: Path, root: Path) -> list[Path]:
 
 
 def ranks_of(keys: dict[str, Any]) -> int:
-    """The smallest number of ranks that the sizes and the batch ask for."""
+    """The smallest number of ranks required by the sizes and the batch."""
     model = max(1, keys.get("pipe_parallel_size") or 0) * max(1, keys.get("model_parallel_size") or 1)
     batch, micro = keys.get("train_batch_size"), keys.get("train_micro_batch_size_per_gpu")
     steps = keys.get("gradient_accumulation_steps") or 1
@@ -83,7 +84,7 @@ def ranks_of(keys: dict[str, Any]) -> int:
 
 
 def obeyed(keys: dict[str, Any], lines: list[str]) -> dict[str, Any]:
-    """The keys after their owner did what each line says: wrote the value it gives, else removed the key it names."""
+    """The keys after following each line: writing the value it gives, else removing the key it names."""
     result = dict(keys)
     for line in lines:
         advice = line.partition("; ")[2]
@@ -96,7 +97,7 @@ def obeyed(keys: dict[str, Any], lines: list[str]) -> dict[str, Any]:
 
 
 def judge(file: Path, root: Path) -> Verdict:
-    """This project's answer."""
+    """This project's verdict."""
     files = completed(file, root)
     try:
         keys, _ = merge_files(files)
@@ -131,7 +132,7 @@ def judge(file: Path, root: Path) -> Verdict:
 
 
 def ours(args: NeoXArgs) -> dict[str, Any]:
-    """The values that GPT-NeoX has as well, under its names."""
+    """The values that exist in GPT-NeoX as well, under its names."""
     return args.model_dump() | {
         "lr": args.lr,
         "betas": args.optimizer.params.betas,
@@ -141,7 +142,7 @@ def ours(args: NeoXArgs) -> dict[str, Any]:
 
 
 def ask_upstream(verdicts: list[Verdict], root: Path, python: str) -> None:
-    """Fill in what GPT-NeoX says, and where an accepted file's values differ."""
+    """Fill in GPT-NeoX's verdicts, and the differing values of accepted files."""
     requests = [{"files": verdict.with_files, "overrides": verdict.overrides} for verdict in verdicts]
     script = Path(__file__).with_name("neox_upstream.py")
     with tempfile.TemporaryDirectory() as folder:  # GPT-NeoX opens its logs as soon as it reads a configuration
@@ -189,7 +190,7 @@ def table(verdicts: list[Verdict], details: bool) -> str:
 
 
 def wrong(verdict: Verdict) -> bool:
-    """Whether this project's answer is not what it promises."""
+    """Whether this project's verdict is wrong."""
     if verdict.kind == "dense Llama":
         return not verdict.accepted and verdict.upstream in ("parses", "not run")
     if verdict.kind == "other":
@@ -199,9 +200,10 @@ def wrong(verdict: Verdict) -> bool:
 
 
 def run_its_tests(root: Path) -> int:
-    """What `tests/neox_args/test_neoxargs_load.py` loads, and every Llama and Mistral likewise; returns failures.
+    """Load the files of `tests/neox_args/test_neoxargs_load.py`, and every Llama and Mistral; returns failures.
 
-    As there, every key of the files must be found in the result. A GPT passes by being told so first, in one round.
+    As in that test, every key of the files must be found in the result. A GPT passes if it is refused as such in the
+    first line of one round.
     """
     source = ast.parse((root / "tests/neox_args/test_neoxargs_load.py").read_text())
     calls = [
@@ -231,7 +233,7 @@ def run_its_tests(root: Path) -> int:
 
 
 def _is_kept(name: str, value: Any, args: NeoXArgs) -> bool:
-    """Whether a key of a file is in the configuration, in a note, or is one that changes nothing."""
+    """Whether a key of a file is in the configuration, is mentioned in a note, or has no effect."""
     if name in UNSUPPORTED or name in WITHOUT_EFFECT:
         return True
     held = getattr(args, name)
@@ -243,12 +245,12 @@ def _is_kept(name: str, value: Any, args: NeoXArgs) -> bool:
 
 def main(arguments: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("files", nargs="*", type=Path, help="further configuration files")
+    p.add_argument("files", nargs="*", type=Path, help="additional configuration files")
     p.add_argument("--upstream", type=Path, required=True, help="a checkout of GPT-NeoX")
     p.add_argument("--python", help="interpreter that can import it")
-    p.add_argument("--tests", action="store_true", help="also the configurations that its tests load")
-    p.add_argument("--details", action="store_true", help="every line of every refusal")
-    p.add_argument("--json", type=Path, help="write everything here")
+    p.add_argument("--tests", action="store_true", help="also load the configurations of its tests")
+    p.add_argument("--details", action="store_true", help="print every line of every refusal")
+    p.add_argument("--json", type=Path, help="write all results to this file")
     options = p.parse_args(arguments)
     root = options.upstream.resolve()
     own = [

@@ -1,13 +1,13 @@
-"""Going on from a checkpoint of GPT-NeoX: our next losses against its own, from its weights, optimizer states and data.
+"""Continuing a GPT-NeoX checkpoint: our next losses against its own, from its weights, optimizer states and data.
 
     python benchmarks/neox_continue.py --upstream DIR --python PYTHON
 
 DIR is a checkout of EleutherAI/gpt-neox, PYTHON an interpreter that can import it (see neox_compat.py). GPT-NeoX trains
-a tiny Llama on the CPU (gloo; `neox_upstream_train.py` stands in for CUDA) and saves at every step. Then this program
-goes on from its step 4, at the same layout and at another, and the losses of the steps after it are compared. Besides,
-both train eight steps from one conversion of a Hugging Face model. The exit code is 1 if an fp32 loss differs by more
-than 1e-5. `--record FOLDER` writes the checkpoint and the losses that
-`tests/checkpoint/test_gpt_neox_run.py` goes on from, and ends.
+a tiny Llama on the CPU (gloo; `neox_upstream_train.py` replaces CUDA) and saves at every step. This program then
+continues from step 4, at the same layout and at another, and compares the losses of the following steps. In addition,
+both train for eight steps from one conversion of a Hugging Face model. The exit code is 1 if an fp32 loss differs by
+more than 1e-5. `--record FOLDER` only writes the checkpoint and the losses that
+`tests/checkpoint/test_gpt_neox_run.py` uses.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from benchmarks.ranks import run_ranks_forked
 
 STEPS, SAVED = 8, 4
 MICRO_BATCHES = 2
-# precision, (TP, PP, DP) of GPT-NeoX's run, layouts that go on from it
+# precision, (TP, PP, DP) of GPT-NeoX's run, layouts that continue it
 CASES: list[tuple[str, tuple[int, int, int], list[tuple[int, int, int]]]] = [
     ("fp32", (1, 2, 1), [(1, 2, 1), (2, 1, 1)]),
     ("fp32", (2, 2, 2), [(2, 2, 2), (1, 4, 1)]),
@@ -43,11 +43,11 @@ CASES: list[tuple[str, tuple[int, int, int], list[tuple[int, int, int]]]] = [
 MEDIUM = {"num_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "num_kv_heads": 2, "intermediate_size": 96}
 SMALL = {**MEDIUM, "num_layers": 2, "hidden_size": 16, "intermediate_size": 48}
 RECORDED_LAYOUT = (1, 2, 2)
-VOCABULARY = 32  # GPT-NeoX's loss counts the padding of the vocabulary; a multiple of 16 x TP needs none
+VOCABULARY = 32  # GPT-NeoX's loss includes the padding of the vocabulary; a multiple of 16 x TP needs none
 
 
 def common_keys(folder: Path, precision: str, tp: int, pp: int, sizes: Mapping[str, int] = MEDIUM) -> dict[str, Any]:
-    """What both programs read; the model, its data, and how it learns."""
+    """Keys for both programs: the model, its data, and the optimizer."""
     model = {
         **{"norm": "rmsnorm", "rms_norm_epsilon": 1e-5, "pos_emb": "rotary", "rotary_pct": 1, "activation": "swiglu"},
         **{"no_weight_tying": True, "use_bias_in_attn_linear": False, "use_bias_in_mlp": False, "mlp_multiple_of": 1},
@@ -78,7 +78,7 @@ def common_keys(folder: Path, precision: str, tp: int, pp: int, sizes: Mapping[s
 
 
 def make_inputs(folder: Path) -> None:
-    """Random documents, the same every time, and a vocabulary of single letters."""
+    """Write reproducible random documents and a vocabulary of single letters."""
     import numpy as np
 
     from megatron.data.indexed import IndexedWriter
@@ -141,7 +141,7 @@ def train_theirs(
 
 
 def go_on(keys: dict[str, Any], layout: tuple[int, int, int]) -> list[float]:
-    """Our losses of the steps after the one that `keys` begin at."""
+    """Our losses of the steps after the checkpoint given by `keys`."""
     tp, pp, dp = layout
     run_ranks_forked(_train, tp * pp * dp, keys | {"model_parallel_size": tp, "pipe_parallel_size": pp})
     records = [json.loads(line) for line in Path(keys["log_dir"], "metrics.jsonl").read_text().splitlines()]
@@ -166,7 +166,7 @@ def _train(rank: int, size: int, keys: dict[str, Any]) -> None:
 def our_keys(
     folder: Path, out: Path, precision: str, theirs: tuple[int, int, int], dp: int, sizes: Mapping[str, int] = MEDIUM
 ) -> dict[str, Any]:
-    """Keys of a run that goes on from GPT-NeoX's step 4: its own, and the four that docs/from-gpt-neox.md names."""
+    """Keys of a run that continues from GPT-NeoX's step 4: its own, and the four named in docs/from-gpt-neox.md."""
     batches = MICRO_BATCHES * theirs[2] // dp  # the same global batch
     ours = {"load": str(folder / "theirs"), "iteration": SAVED, "save": str(out), "data_order": "gpt-neox"}
     return {
@@ -214,7 +214,7 @@ def record(options: argparse.Namespace) -> None:
         losses = train_theirs(folder, options, "fp32", RECORDED_LAYOUT, SMALL)
         target = options.record / f"global_step{SAVED}"
         shutil.rmtree(options.record, ignore_errors=True)
-        # Not its own files about the run, which hold paths and arrays of numpy, and are not read.
+        # Skips GPT-NeoX's files about the run, which contain paths and numpy arrays and are not read.
         shutil.copytree(folder / "theirs" / target.name, target, ignore=shutil.ignore_patterns("mp_rank_*"))
         (options.record / "latest").write_text(target.name)
         (options.record / "losses.json").write_text(json.dumps(losses[SAVED:]) + "\n")
@@ -224,7 +224,7 @@ def main() -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--upstream", type=Path, required=True, help="a checkout of GPT-NeoX")
     p.add_argument("--python", required=True, help="interpreter that can import it")
-    p.add_argument("--record", type=Path, metavar="FOLDER", help="write what the tests go on from")
+    p.add_argument("--record", type=Path, metavar="FOLDER", help="write the test inputs and stop")
     options = p.parse_args()
     if options.record:
         record(options)

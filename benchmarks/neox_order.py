@@ -3,9 +3,9 @@
     python benchmarks/neox_order.py --upstream DIR --python PYTHON
 
 DIR is a checkout of EleutherAI/gpt-neox whose `megatron/data/helpers.cpp` is compiled, PYTHON an interpreter that can
-import it (see neox_compat.py). For ten shapes (one divided file or several, weights, documents, epochs, lengths,
-batches, data-parallel ranks) both programs read the same files, whose tokens are numbered, and every token of every
-micro-batch of every rank is compared. The exit code is 1 if any differs.
+import it (see neox_compat.py). For ten setups (one split file or several, weights, documents, epochs, lengths, batches,
+data-parallel ranks), both programs read the same files with numbered tokens, and every token of every micro-batch of
+every rank is compared. The exit code is 1 if any differs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-# keys of the run; `documents`: of each file; `length`: of a document, at most; `dp`: data-parallel ranks.
+# Keys of the run; `documents` per file; `length`: maximum of a document; `dp`: data-parallel ranks.
 SHAPES: list[dict[str, Any]] = [
     {"documents": [60], "length": 40, "seq_length": 16, "train_iters": 12, "micro": 2, "steps": 1, "dp": 1},
     {"documents": [60], "length": 40, "seq_length": 16, "train_iters": 12, "micro": 2, "steps": 2, "dp": 2, "seed": 7},
@@ -76,7 +76,7 @@ SHAPES: list[dict[str, Any]] = [
 
 
 def make_files(folder: Path) -> None:
-    """One pair of files for each source of each shape; token i of a file is i, so that a sample names its place."""
+    """One pair of files for each source of each setup; token i of a file is i, so that samples reveal their origin."""
     import numpy as np
 
     from megatron.data.indexed import IndexedWriter
@@ -101,7 +101,7 @@ def is_list(shape: dict[str, Any]) -> bool:
 
 
 def ours(folder: Path, number: int) -> list[list[list[int]]]:
-    """Tokens (s + 1 of them) of every sample, for each rank in the order in which it reads them."""
+    """The s + 1 tokens of every sample, per rank and in reading order."""
     from examples.llama_keys import LLAMA
     from megatron.data.build import build_datasets
     from megatron.data.sampler import MicroBatches

@@ -1,8 +1,8 @@
-"""Runs inside an environment of GPT-NeoX: what it makes of configuration files. Called by `neox_compat.py`.
+"""Runs inside an environment of GPT-NeoX and parses configuration files there. Called by `neox_compat.py`.
 
 Reads JSON from standard input, `[{"files": [...], "overrides": {...}}, ...]`, with GPT-NeoX's checkout in PYTHONPATH;
-writes one JSON object a request: `{"error": ...}` or `{"values": {...}}`. The width of the MLP is what its module
-builds.
+writes one JSON object per request: `{"error": ...}` or `{"values": {...}}`. The width of the MLP is that of the module
+built by GPT-NeoX.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import os
 import sys
 from typing import Any
 
-FLASH = "2.5.6"  # its configuration asks for the version of flash-attn, which only GPUs have
+FLASH = "2.5.6"  # its configuration queries the version of flash-attn, which exists for GPUs only
 VALUES = (
     *("num_layers", "hidden_size", "num_attention_heads", "num_kv_heads", "max_position_embeddings", "seq_length"),
     *("rms_norm_epsilon", "rotary_emb_base", "no_weight_tying", "model_parallel_size", "make_vocab_size_divisible_by"),
@@ -37,7 +37,7 @@ VALUES = (
 
 
 def mlp_width(args: Any) -> Any:
-    """Columns of the second matrix that GPT-NeoX's MLP asks for, or a sentence if they do not fit the first."""
+    """Columns of the second matrix of GPT-NeoX's MLP, or a sentence if they do not match the first matrix."""
     from megatron.model import transformer
 
     asked: list[tuple[int, int]] = []
@@ -79,7 +79,7 @@ def main() -> None:
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 answers.append({"values": values_of(request["files"], request["overrides"])})
-        except Exception as error:  # whatever it raises is its answer
+        except Exception as error:  # any exception is its verdict
             answers.append({"error": f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"})
     os.write(out, json.dumps(answers).encode())
 

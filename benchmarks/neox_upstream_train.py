@@ -1,9 +1,9 @@
-"""Runs inside an environment of GPT-NeoX: its training on the CPU, a stand-in for what it asks of CUDA.
+"""Runs inside an environment of GPT-NeoX: its training on the CPU, with a replacement for CUDA.
 
     python neox_upstream_train.py CONFIG.json
 
-Called by `neox_continue.py`, once for each rank, with GPT-NeoX's checkout in PYTHONPATH and `DS_ACCELERATOR=cpu`. Only
-devices are replaced, and the fused Adam, by torch's AdamW, whose steps are the same.
+Called by `neox_continue.py`, once per rank, with GPT-NeoX's checkout in PYTHONPATH and `DS_ACCELERATOR=cpu`. Only
+devices are replaced, and the fused Adam by torch's AdamW, which makes the same steps.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class OnCpu(TorchFunctionMode):
-    """Tensors that are asked for on CUDA are made on the CPU; `.cuda()` returns the tensor."""
+    """Creates tensors requested on CUDA on the CPU instead; `.cuda()` returns the tensor."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -61,7 +61,7 @@ def main() -> None:
     from megatron import training
     from megatron.neox_arguments import NeoXArgs
 
-    # Its evaluation at the end does not go through the pipeline.
+    # Its final evaluation does not use the pipeline.
     training.evaluate_and_print_results = lambda *_, **__: None
     with open(sys.argv[1]) as file:
         args = NeoXArgs.from_dict(json.load(file))

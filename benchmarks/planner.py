@@ -1,10 +1,10 @@
-"""The planner's time model against published runs, and its search for the 70B on 2,048 GCDs.
+"""The planner's time model compared with published runs, and its search for the 70B on 2,048 GCDs.
 
     python benchmarks/planner.py [--json FILE] [--write docs/planning.md]
 
-Prints predicted against published speed of every run in `published_runs.py`, the median and the worst error, the same
-with each run left out of the calibration, and the layouts that `megatron.planner.search` finds. `--write` puts the
-tables between the markers of a Markdown file. Nothing is measured: it takes a few seconds on any machine.
+Prints predicted and published speed of every run in `published_runs.py`, the median and the worst error, the same with
+each run left out of the calibration, and the layouts found by `megatron.planner.search`. `--write` puts the tables
+between the markers of a Markdown file. Nothing is measured: it takes a few seconds on any machine.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from megatron.planner.cost.machines import FRONTIER, MACHINES  # noqa: E402
 from megatron.planner.cost.reliability import budget, reliability  # noqa: E402
 from megatron.planner.search import HEADER, Candidate, SearchResult, row, search  # noqa: E402
 
-# The constants that no source gives, and the values a calibration may choose from.
+# The constants that no source gives, and the values among which calibration chooses.
 FREE: dict[str, Sequence[float]] = {
     "sustained": [share / 100 for share in range(60, 101)],
     "collective": [share / 20 for share in range(8, 21)],
@@ -66,7 +66,7 @@ def sections() -> dict[str, str]:
 
 
 def fill(text: str) -> str:
-    """`text` with every section between its markers; raises ValueError where a marker is missing."""
+    """`text` with every section between its markers; ValueError if a marker is missing."""
     for name, block in sections().items():
         begin, end = BEGIN.format(name), END.format(name)
         if text.count(begin) != 1 or text.count(end) != 1:
@@ -115,7 +115,7 @@ def _sharded_seconds(planned: Estimate) -> float:
 
 
 def _flops_per_token(run: PublishedRun) -> float:
-    """TFLOPs by the run's own formula; 1 where it gives tokens."""
+    """TFLOPs by the run's own formula; 1 if it reports tokens."""
     if run.metric == "tokens":
         return 1.0
     if run.metric == "neox":
@@ -152,7 +152,7 @@ def left_out(runs: Sequence[PublishedRun]) -> list[Replay]:
 
 
 def figures() -> dict[str, Any]:
-    """What `--json` writes."""
+    """The content of `--json`."""
     return {
         "constants": {name: getattr(FRONTIER, name) for name in FREE},
         "runs": [
@@ -171,7 +171,7 @@ def figures() -> dict[str, Any]:
 
 
 def published_section() -> str:
-    """Every run, predicted with the planner's constants and with constants that have not seen it."""
+    """Every run, predicted with the planner's constants and with constants calibrated without it."""
     results, outside = [replay(run) for run in RUNS], left_out(RUNS)
     rows = [("run", "GCDs", "layout", "unit", "published", "predicted", "error", "error when left out")]
     notes = []
@@ -254,7 +254,7 @@ def _spread(results: Sequence[Replay]) -> str:
 
 @lru_cache
 def searched(batch: int) -> SearchResult:
-    """All layouts of the 70B at so many sequences a step."""
+    """All layouts of the 70B at `batch` sequences per step."""
     return search(LLAMA_70B, WORLD, batch, SEQ, FRONTIER)
 
 

@@ -1,11 +1,11 @@
-"""The planner's memory against the real engine: peak bytes of tensors in a training step, predicted and counted.
+"""The planner's memory model compared with the real engine: predicted and measured peak bytes in a training step.
 
     python benchmarks/planner_memory.py [--device cuda|cpu] [--json FILE] [--write docs/planning.md]
 
-On a CPU every storage that is alive is counted by a dispatch mode, on forked gloo ranks in several layouts (TP, PP, DP,
-micro-batch, recomputation, precision, tied, isolated documents). On a GPU, one rank, `torch.cuda.max_memory_allocated`
-says it, for models of several sizes. Both run the trainer's engine for four steps and read the third and fourth. Needs
-what a training run needs and nothing more.
+On a CPU, a dispatch mode counts every live storage, on forked gloo ranks in several layouts (TP, PP, DP, micro-batch,
+recomputation, precision, tied, isolated documents). On a GPU, with one rank, `torch.cuda.max_memory_allocated` gives
+it, for models of several sizes. Both run the trainer's engine for four steps and use the third and fourth. Has the
+requirements of a training run.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ if TYPE_CHECKING:
     from megatron.planner.cost.activations import Ops
 
 MIB = 1 << 20
-MARKERS = {"cpu": "memory", "cuda": "memory-gpu"}  # of the page, by device
+MARKERS = {"cpu": "memory", "cuda": "memory-gpu"}  # markers of the page, by device
 STEPS = 4
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model and a layout; `recompute` of whole layers, `recompute_layers` of each stage or all."""
+    """A model and a layout; `recompute` whole layers, `recompute_layers` of each stage (None: all)."""
 
     tensor: int = 1
     pipe: int = 1
@@ -67,9 +67,9 @@ class Case:
     sequence_parallel: bool = False
     engine: str = "deepspeed"
     virtual: int = 1
-    selective: bool = False  # recomputation of all but matrix products
-    lora: int | None = None  # rank of an adapter of all projections; the rest is frozen
-    patch: int = 0  # side of the patches of a model of images, in three bands
+    selective: bool = False  # recompute everything except matrix products
+    lora: int | None = None  # rank of an adapter for all projections; the rest is frozen
+    patch: int = 0  # side of the patches of an image model, with three bands
     affine: bool = False
 
     @property
@@ -101,7 +101,7 @@ class Case:
         )
 
     def _ends(self) -> dict[str, Any]:
-        """Keys of what the model reads and predicts."""
+        """Keys for the model's input and output."""
         if not self.patch:
             return {
                 "vocab_size": self.vocab,
@@ -207,7 +207,7 @@ GPU_CASES = (
 
 @dataclass(frozen=True)
 class Measured:
-    """One rank; `moments` are the peaks of each phase of a step."""
+    """Measurements of one rank; `moments` are the peaks of each phase of a step."""
 
     stage: int
     peak: int
@@ -216,7 +216,7 @@ class Measured:
 
 
 def measure(rank: int, world_size: int, case: Case, device: str = "cpu") -> Measured:
-    """Peak bytes of the tensors that a training step of `case` has on this rank, of an initialised world."""
+    """Peak tensor bytes of a training step of `case` on this rank; needs an initialized world."""
     import torch
     from megatron.core import parallel_state
 
@@ -269,7 +269,7 @@ def predict(case: Case, device: str, ops: Ops) -> list[StageMemory]:
 
 
 def _batch(case: Case, place: Place) -> StepBatch:
-    """A global batch whose micro-batches come into being one by one."""
+    """A global batch whose micro-batches are created one by one."""
     import torch
 
     from megatron.engine.batches import StepBatch
@@ -301,7 +301,7 @@ def _micro_batches(case: Case, device: Any) -> Iterator[dict[str, Any]]:
 
 
 class _Cuda:
-    """Peak of the allocator above what was there before, which are the libraries' own workspaces."""
+    """Peak of the allocator above its initial state, which consists of library workspaces."""
 
     def __init__(self) -> None:
         import torch
@@ -345,12 +345,12 @@ def _counter(device: str) -> Iterator[Any]:
 
 
 def run_on_cpu(case: Case) -> list[Measured]:
-    """All ranks of a case, forked from this process, which has imported everything."""
+    """Run all ranks of a case, forked from this process, which has imported everything."""
     return run_ranks_forked(measure, case.world_size, case)
 
 
 def run_on_gpu(case: Case) -> list[Measured]:
-    """One rank in this process: a GPU does not outlive a fork. The process group serves all cases."""
+    """Run one rank in this process, because CUDA does not survive a fork. All cases share the process group."""
     import torch
     import torch.distributed as dist
 
@@ -366,7 +366,7 @@ def run_on_gpu(case: Case) -> list[Measured]:
 
 
 def _free(device: str) -> None:
-    """Give back the memory of every tensor: something in DeepSpeed keeps an engine that nobody uses any more."""
+    """Release the memory of every tensor: something in DeepSpeed keeps unused engines alive."""
     import torch
 
     gc.collect()
@@ -422,7 +422,7 @@ def _gpu() -> str:
 
 
 def fill(text: str, block: str, device: str) -> str:
-    """`text` with `block` between the markers of the device's table; raises ValueError where one is missing."""
+    """`text` with `block` between the markers of the device's table; ValueError if one is missing."""
     begin, end = (f"<!-- {MARKERS[device]}:{edge} -->" for edge in ("begin", "end"))
     if text.count(begin) != 1 or text.count(end) != 1:
         raise ValueError(f"{begin} and {end} must each stand in the file once")
@@ -432,8 +432,8 @@ def fill(text: str, block: str, device: str) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
-    parser.add_argument("--json", type=Path, help="also write every moment's bytes there")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if available")
+    parser.add_argument("--json", type=Path, help="also write the bytes of every phase to this file")
     parser.add_argument("--write", type=Path, help="put the table between its markers in this Markdown file")
     options = parser.parse_args()
     import torch

@@ -1,13 +1,13 @@
-"""preprocess_data.py against a one-process loop over the same tokenizer, on real text, in one run.
+"""preprocess_data.py compared with a one-process loop over the same tokenizer, on real text, in one run.
 
     python benchmarks/preprocessing.py [--vocab-file Meta-Llama-3.1-8B/tokenizer.json] [--megabytes 64]
 
-Measured in alternation, median and range over the rounds: a loop over `tokenizers`' own `encode`, document by
-document; its batch call on one core and on all of them, the ceiling of that library; this project's encoder on one
-core; the whole command (reading JSON, encoding, writing, checksums, start-up included) with all cores; and
-`datasets.map` with as many processes. A command on one document tells how long the start takes. The last line
-compares the peak memory of the command (its largest process) on the input and on twice the input.
-Without --vocab-file the vocabulary is the one in Meta's `llama-models`, written as tokenizer.json by `transformers`.
+Measured in alternation, median and range over the rounds: a loop over `tokenizers`' own `encode`, document by document;
+its batch call on one core and on all cores, the ceiling of that library; this project's encoder on one core; the whole
+command (including start-up, reading JSON, encoding, writing and checksums) on all cores; and `datasets.map` with the
+same number of processes. The command on a single document gives the start-up time. The last line compares the peak
+memory of the command (its largest process) on the input and on twice the input.
+Without --vocab-file, the vocabulary of Meta's `llama-models` is used, written as tokenizer.json by `transformers`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def main() -> int:
     parser.add_argument("--megabytes", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--json", type=Path, help="write the figures there, too")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -75,7 +75,7 @@ def measure(folder: Path, vocab: Path, documents: list[str], options: argparse.N
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(options.rounds):
         for name, run in runs.items():
-            os.sync()  # what the run before left to write is not this one's
+            os.sync()  # finish pending writes of the previous run
             start = time.perf_counter()
             run()
             seconds[name].append(time.perf_counter() - start)
@@ -102,7 +102,7 @@ def measure(folder: Path, vocab: Path, documents: list[str], options: argparse.N
 
 
 def on_all_cores(library: tokenizers.Tokenizer, documents: list[str], workers: int) -> None:
-    """What the library can do at most: every process encodes its part and throws the result away."""
+    """The maximum of the library: every process encodes its part and discards the result."""
     children = []
     for worker in range(workers):
         child = os.fork()

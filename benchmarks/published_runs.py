@@ -1,7 +1,7 @@
-"""Training runs on MI250X whose layout and speed are public: what the planner's time model is held against.
+"""Training runs on MI250X with published layout and speed, used to validate the planner's time model.
 
-Numbers are per GCD. A row keeps what its source states; `assumed` is what had to be added, `caution` why the number may
-mean something else. Rows that cannot be replayed are in `EXCLUDED`.
+Numbers are per GCD. A row has the values stated by its source; `assumed` lists added assumptions, `caution` states why
+the number may mean something else. Rows that cannot be replayed are in `EXCLUDED`.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""What a checkpoint costs training: saves that it waits for, `async_save`, and torch's own asynchronous save.
+"""The cost of checkpoints for training: blocking saves, `async_save`, and torch's own asynchronous save.
 
     python benchmarks/saving.py [--folder DIR] [--json FILE] [--rounds 5]
     python benchmarks/saving.py --device cuda --hidden 2048 --layers 2 --vocab 16384 --seq 2048 --rounds 3
 
-One process trains a random model through the real engine. In each round every way saves the same state once, in turn.
-Measured are the time until training goes on (blocked), the time by which the steps during the write were slower than
-the median step without one (slowed), and the time until the checkpoint is complete (written). Blocked and slowed
-together are lost. torch's `distributed.checkpoint.async_save` saves the same tensors in a format of its own, without
-checksums or a sync to disk. The two floors are one copy of as many bytes to host memory, and one plain file of as many
-bytes with fsync, in the same folder and run.
+One process trains a random model with the real engine. In each round, every method saves the same state once, in turn.
+Measured are the time until training continues (blocked), the slowdown of steps during the write relative to the median
+step without one (slowed), and the time until the checkpoint is complete (written). Blocked plus slowed is lost.
+torch's `distributed.checkpoint.async_save` saves the same tensors in its own format, without checksums or a sync to
+disk. The two floors are one copy of the same number of bytes to host memory, and one plain file of that size with
+fsync, in the same folder and run.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ ALONE, CHUNK = 8, 1 << 24
 
 @dataclass
 class Cost:
-    """Seconds of each save of one way, in the order of the rounds."""
+    """Seconds of each save with one method, in order of rounds."""
 
     blocked: list[float] = field(default_factory=list)
     slowed: list[float] = field(default_factory=list)
@@ -110,7 +110,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 class Way:
-    """One way to save the present state: `save` returns when training may go on, `over` says when all is written."""
+    """A method of saving the state: `save` returns when training may continue, `over` is true once all is written."""
 
     def save(self) -> None:
         raise NotImplementedError
@@ -137,7 +137,7 @@ class Ours(Way):
     def over(self) -> bool:
         self.saver.poll()
         if not self.saver.in_flight and self.saver.completed != self.state.iteration:
-            raise SystemExit("a save failed; times mean nothing")
+            raise SystemExit("a save failed; times would be meaningless")
         return not self.saver.in_flight
 
 
@@ -159,7 +159,7 @@ class Torch(Way):
 
 
 def cost_of(way: Way, step: Step, usual: float) -> tuple[float, float, float]:
-    """(blocked, slowed, written) of one save, with training steps until it is over; `usual` is a step without one."""
+    """(blocked, slowed, written) of a save, with training steps until it completes; `usual` is a step without one."""
     start = time.perf_counter()
     way.save()
     blocked = time.perf_counter() - start
@@ -253,12 +253,12 @@ def own_tensors(engine: Any, args: Any, state: TrainState) -> dict[str, Tensor]:
 
 
 def training(options: argparse.Namespace, folder: Path) -> tuple[Any, Any, Step]:
-    """The engine of a random model on this process alone, its arguments, and a step on a batch of its own."""
+    """A single-process engine of a random model, its arguments, and a function that runs a training step."""
     os.environ.update({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"})
     cuda = options.device == "cuda"
     if cuda:
         torch.cuda.set_device(0)
-    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"  # torch's asynchronous save wants gloo beside
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"  # torch's asynchronous save needs gloo as well
     store = f"file://{folder}/store"
     torch.distributed.init_process_group(backend, init_method=store, rank=0, world_size=1)
     model = SmallLlama(options.hidden, options.layers, options.vocab, options.seq)

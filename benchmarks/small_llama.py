@@ -1,6 +1,6 @@
-"""What the benchmarks of training share: a Llama of a chosen size, random samples, and steps of the real engine.
+"""Shared parts of the training benchmarks: a Llama of a chosen size, random samples, and steps of the real engine.
 
-All that they ask of the engine is here. Importing this module imports torch only.
+All their uses of the engine are in this module. Importing it imports torch only.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ THETA, EPS, HEAD_DIM = 500_000, 1e-5, 64
 
 @dataclass(frozen=True)
 class SmallLlama:
-    """Heads of 64, a quarter as many for keys and values, an MLP of 3.5 hidden sizes, Llama-3's rotary scaling."""
+    """Heads of size 64, a quarter as many for keys and values, an MLP of 3.5 x hidden, Llama-3's rotary scaling."""
 
     hidden: int
     layers: int
@@ -50,7 +50,7 @@ class SmallLlama:
         return self.hidden * 7 // 2
 
     def arguments(self, world_size: int = 1, **keys: Any) -> NeoXArgs:
-        """A run of `world_size` ranks; `keys` are GPT-NeoX's."""
+        """Arguments for a run of `world_size` ranks; `keys` are additional GPT-NeoX keys."""
         own = {
             "num_layers": self.layers,
             "hidden_size": self.hidden,
@@ -79,7 +79,7 @@ class SmallLlama:
         return NeoXArgs.from_dict(own | keys, world_size=world_size)
 
     def transformers_model(self) -> Any:
-        """The same model as transformers builds it, fp32, with its random weights."""
+        """The same model built by transformers, in fp32 with random weights."""
         from transformers import LlamaConfig, LlamaForCausalLM
 
         config = LlamaConfig(
@@ -108,9 +108,9 @@ def random_samples(vocab: int, seq: int, count: int, seed: int = 7) -> list[dict
 def start_engine(
     args: NeoXArgs, device: torch.device, weights: dict[str, Tensor] | None = None, *, training: bool = True
 ) -> Engine:
-    """This rank's engine with random weights, or on one rank with those of a transformers model.
+    """This rank's engine with random weights, or, on a single rank, with those of a transformers model.
 
-    Needs the default process group; forms the others.
+    Needs the default process group; creates the others.
     """
     from megatron.engine.build import build_engine, build_inference_engine
     from megatron.parallel.process_groups import form_groups

@@ -4,15 +4,15 @@
     python benchmarks/step_time.py --device cuda --hidden 2048 --layers 16 --vocab 128256 --seq 4096 --batch 1
     python benchmarks/step_time.py --documents 1 4 32 [--device cuda ...]
 
-Each round runs all in turn: forward, loss, backward, clipping and AdamW. On the CPU in fp32; on a GPU ours in bf16
-with fp32 masters and fp32 gradients, transformers under bf16 autocast of fp32 weights, which is what its Trainer does
-and has the same master precision; `compiled` is its model under `torch.compile`. Reported are the median and the range
-of each, and the ratios of the medians (above 1: ours is faster). The engines (`engine: deepspeed` and `engine:
-megatron`) are part of ours, as in a run. On the CPU `deepy.py` then starts the tiny model on eight processes (TP2 x PP2
-x DP2), and the run says where the time from the command line to the end of its first step went.
+Each round runs all implementations in turn: forward, loss, backward, clipping and AdamW. On the CPU in fp32; on a GPU,
+ours in bf16 with fp32 masters and fp32 gradients, transformers with fp32 weights under bf16 autocast, as in its Trainer
+and with the same master precision; `compiled` is its model under `torch.compile`. The report has the median and range
+of each, and the ratios of the medians (above 1: ours is faster). Ours includes the engines (`engine: deepspeed` and
+`engine: megatron`), as in a run. On the CPU, `deepy.py` then starts the tiny model on eight processes (TP2 x PP2 x
+DP2), and the run reports how the time from the command line to the end of its first step was spent.
 
-With `--documents` one of our engines runs alone, on samples of so many isolated documents of equal length, and on
-samples whose documents are not isolated.
+With `--documents`, one of our engines runs alone, on samples of the given numbers of equally long isolated documents,
+and on samples whose documents are not isolated.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ def main() -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--kernels", default="auto", help="our fused operations: auto, reference or required")
     parser.add_argument("--engines", nargs="+", choices=("deepspeed", "megatron"), default=["deepspeed", "megatron"])
-    parser.add_argument("--no-compile", action="store_true", help="leave out transformers under torch.compile")
+    parser.add_argument("--no-compile", action="store_true", help="skip transformers under torch.compile")
     parser.add_argument("--documents", type=int, nargs="+", help="isolated documents in a sample, instead of the peers")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--no-startup", action="store_true", help="leave out the start of deepy.py")
+    parser.add_argument("--no-startup", action="store_true", help="skip the start of deepy.py")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     case = SmallLlama(options.hidden, options.layers, options.vocab, options.seq)
@@ -69,7 +69,7 @@ def main() -> int:
     times, cpu, losses = in_turn(steps, options.rounds)
     difference = max(max(row) / min(row) - 1 for row in zip(*losses.values(), strict=True))
     if difference > (1e-3 if device.type == "cpu" else 1e-2):  # bf16 rounds differently in each
-        raise SystemExit(f"they do not train alike (relative loss difference {difference:.1e}); times mean nothing")
+        raise SystemExit(f"their losses differ (relative difference {difference:.1e}); times would be meaningless")
     medians = {name: statistics.median(values) for name, values in times.items()}
     print(
         f"{case.layers} layers, hidden {case.hidden}, {case.heads}/{case.kv_heads} heads, vocabulary {case.vocab}, "
@@ -174,7 +174,7 @@ def where(device: torch.device, options: argparse.Namespace) -> str:
 
 
 def first_step_line() -> str:
-    """What a run of the tiny model says of its start."""
+    """The line on start-up time from a run of the tiny model."""
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
     with tempfile.TemporaryDirectory() as folder:
@@ -200,7 +200,7 @@ def batch(case: SmallLlama, size: int, number: int) -> torch.Tensor:
 
 
 def transformers_step(case: SmallLlama, size: int, device: torch.device, compiled: bool = False) -> Any:
-    """One step as the Hugging Face Trainer makes it, without its bookkeeping."""
+    """One step as in the Hugging Face Trainer, without its bookkeeping."""
     model = case.transformers_model().to(device).train()
     forward = torch.compile(model) if compiled else model
     decays = [p for p in model.parameters() if p.dim() > 1]
@@ -214,7 +214,7 @@ def transformers_step(case: SmallLlama, size: int, device: torch.device, compile
 
     def step(number: int) -> float:
         tokens = batch(case, size, number).to(device)
-        # Labels equal the inputs: transformers shifts them itself, so the last position teaches nothing.
+        # Labels equal the inputs: transformers shifts them itself, so the last position has no target.
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             loss = forward(input_ids=tokens[:, :-1], labels=tokens[:, :-1], use_cache=False).loss
         loss.backward()
@@ -252,7 +252,7 @@ def neox_step(case: SmallLlama, size: int, device: torch.device, kernels: str, e
     def step(number: int) -> float:
         tokens = batch(case, size, number)
         labels = tokens[:, 1:].clone()
-        labels[:, -1] = -100  # what transformers' own shift leaves out
+        labels[:, -1] = -100  # not a target in transformers either
         samples = [{"tokens": ids, "labels": targets} for ids, targets in zip(tokens[:, :-1], labels, strict=True)]
         return train_step(engine, args, samples)
 

@@ -1,13 +1,12 @@
-"""What the watchdogs cost a step: everything at its defaults against everything off, on the tiny model.
+"""The cost of monitoring per step: everything at its defaults compared with everything off, on the tiny model.
 
     python benchmarks/watching.py [--ranks 8] [--rounds 12] [--steps 10]
 
-One run of gloo ranks (TP2 x PP2, the rest data parallel) takes blocks of steps in alternation. Off is the engine as
-DeepSpeed makes it and the one-number all-reduce for signals that a run has anyway; on is the engine with phases, the
-exchange between steps, the monitor of step times, and the heartbeat. The comparison of
-replicas is timed by itself and counted once in `replica_check_interval` steps. Printed are the medians over blocks with
-their range, wall time and CPU time of rank 0 (which other work on the machine disturbs less), and the ratios (above 1:
-watching costs).
+One run of gloo ranks (TP2 x PP2, the rest data parallel) alternates blocks of steps. Off is DeepSpeed's plain engine
+and the one-number all-reduce for signals that every run has; on is the engine with phases, the exchange between steps,
+the monitor of step times, and the heartbeat. The comparison of replicas is timed separately and included once per
+`replica_check_interval` steps. Printed are the medians over blocks with their range, wall time and CPU time of rank 0
+(less disturbed by other load), and the ratios (above 1: monitoring costs time).
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from benchmarks.small_llama import random_samples, train_step  # noqa: E402
 
 
 class Around:
-    """What surrounds the phases of a step, exchangeable while the engine lives."""
+    """Context around the phases of a step, replaceable during the lifetime of the engine."""
 
     def __init__(self) -> None:
         self.inner: Callable[[str], AbstractContextManager[Any]] = nullcontext
@@ -39,7 +38,7 @@ class Around:
 
 
 def measure(rank: int, world_size: int, rounds: int, steps: int) -> dict[str, list[float]]:
-    """Seconds a step by block, for `off` and `on`, and seconds of a comparison of replicas."""
+    """Seconds per step of each block, for `off` and `on`, and seconds per comparison of replicas."""
     import torch
     import torch.distributed as dist
 

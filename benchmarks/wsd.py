@@ -1,10 +1,10 @@
-"""One trunk with a cooldown at each of several lengths, beside a cosine of each length, on real text.
+"""One trunk with cooldowns at several lengths, compared with a cosine schedule of each length, on real text.
 
     python benchmarks/wsd.py --output wsd_out --seeds 0 1 2
 
-The texts are those of examples/demo_data.py, the base model reads both. For every seed the trunk trains at a constant
-rate, and from its checkpoints branch cooldowns; the cosines start anew for each length. Batches are the same in order
-wherever two runs are at the same step. Printed are validation losses of both sources, and the steps that each way took.
+The texts are those of examples/demo_data.py, and the base model reads both sources. For every seed the trunk trains at a constant rate, and cooldowns branch off its
+checkpoints; each cosine run starts from the beginning. Two runs at the same step read the same batches. Printed are the
+validation losses of both sources, and the total steps of each method.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LENGTHS = (120, 240, 360)
-COOLDOWN = 0.2  # of a length
+COOLDOWN = 0.2  # fraction of the length
 WARMUP = 12
 MODEL = "configs/tiny/model.yml"
 SOURCES = ("domain", "general")

@@ -52,20 +52,20 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("site", metavar="SITE", help=f"one of {', '.join(SITES)}")
     p.add_argument("configs", nargs="+", metavar="CONFIG", help="YAML files, as for deepy.py")
-    p.add_argument("--nodes", type=int, required=True, help="must be what num_nodes says")
-    p.add_argument("--account", help="the project that is charged")
-    p.add_argument("--time", help="wall-clock limit, HOURS:MINUTES:SECONDS (default: the most the site allows)")
-    p.add_argument("--job-name", default="neox-llama", help="jobs of one name run one after the other")
-    p.add_argument("--partition", help="default: the first of the site's profile")
+    p.add_argument("--nodes", type=int, required=True, help="number of nodes; must equal num_nodes")
+    p.add_argument("--account", help="allocation to charge")
+    p.add_argument("--time", help="wall-clock limit, HOURS:MINUTES:SECONDS (default: the site's maximum)")
+    p.add_argument("--job-name", default="neox-llama", help="jobs with the same name run one at a time")
+    p.add_argument("--partition", help="default: the first in the site's profile")
     p.add_argument("--qos")
     p.add_argument("--exclude", metavar="NODES", help="nodes to avoid, such as frontier[00012,04711]")
     p.add_argument(
-        "--sbatch", action="append", default=[], metavar="FLAG", help="one more flag, such as --sbatch=--mem=0"
+        "--sbatch", action="append", default=[], metavar="FLAG", help="additional flag, such as --sbatch=--mem=0"
     )
     p.add_argument("--environment", metavar="ARCHIVE", help="packed software, unpacked on every node")
-    p.add_argument("--container", metavar="IMAGE", help="Singularity image that has the software")
+    p.add_argument("--container", metavar="IMAGE", help="Singularity image with the software")
     p.add_argument("--bind", action="append", default=[], metavar="SPEC", help="folder to bind into the container")
-    p.add_argument("--python", help="interpreter of a shared file system, instead of packed software or a container")
+    p.add_argument("--python", help="interpreter on a shared file system, instead of packed software or a container")
     p.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help="a variable for all ranks")
     p.add_argument("--signal-seconds", type=int, default=600, help="warning before the time limit (default: 600)")
     p.add_argument("--restarts", type=int, default=2, help="restarts in a row without a new save (default: 2)")
@@ -75,8 +75,8 @@ def parser() -> argparse.ArgumentParser:
         help="load, data and the like are seen by compute nodes alone: do not look for them here, and leave ~ and "
         "$VARIABLES in paths to the job",
     )
-    p.add_argument("--no-preflight", action="store_true", help="leave out the check of the machine")
-    p.add_argument("-o", "--output", metavar="FILE", help="default: the standard output")
+    p.add_argument("--no-preflight", action="store_true", help="skip the check of the machine")
+    p.add_argument("-o", "--output", metavar="FILE", help="default: standard output")
     return p
 
 
@@ -102,7 +102,7 @@ def _main(options: argparse.Namespace, overrides: Sequence[str], project: Path, 
 
 
 def write_private(path: Path, text: str) -> None:
-    """Write a file that its owner alone can read: what `--env` was given may be a secret."""
+    """Write a file that only its owner can read, because values of `--env` may be secrets."""
     path.unlink(missing_ok=True)  # an older one keeps its mode
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         file.write(text)
@@ -142,7 +142,7 @@ def render(options: argparse.Namespace, overrides: Sequence[str], project: Path,
 
 
 def _without_nodes(overrides: Sequence[str]) -> list[str]:
-    """The overrides but for num_nodes, which the script takes from the job: one may submit it with other `--nodes`."""
+    """The overrides without num_nodes, which the script takes from the job: `sbatch --nodes` may override it."""
     kept, words = [], iter(overrides)
     for word in words:
         name, equals, _ = word.partition("=")
@@ -154,13 +154,13 @@ def _without_nodes(overrides: Sequence[str]) -> list[str]:
 
 
 def _filled(match: re.Match[str], parts: dict[str, str]) -> str:
-    """A part, without its line's end where the part is empty."""
+    """The text of a part, without the line break if it is empty."""
     end = match[0][len(match[1]) + 2 :]
     return parts[match[1]] + end if parts[match[1]] else ""
 
 
 def checked_ranks_per_node(nodes: int, args: NeoXArgs, site: Site) -> int:
-    """Ranks on each node. Raises ConfigError if the configuration is made for another number of nodes or ranks."""
+    """Ranks per node. ConfigError if the configuration is for a different number of nodes or ranks."""
     if nodes != args.num_nodes:
         raise ConfigError(
             f"--nodes is {nodes}, the configuration is made for num_nodes {args.num_nodes} ({args.global_num_gpus} "
@@ -181,7 +181,7 @@ def checked_ranks_per_node(nodes: int, args: NeoXArgs, site: Site) -> int:
 
 
 def choose_software(options: argparse.Namespace, site: Site) -> Software:
-    """Where the interpreter is: what was asked for, else the site's, else the one that runs this program."""
+    """The software to use: as requested, else the site's, else the interpreter that runs this program."""
     given = {name: getattr(options, name) for name in ("environment", "container", "python")}
     asked = {name: value for name, value in given.items() if value is not None}
     if asked.keys() == {"container", "python"}:  # the interpreter inside of the image
@@ -252,7 +252,7 @@ def value_lines(
 
 
 def shell_path(path: str, on_nodes: bool) -> str:
-    """A path as a word of the shell; where the job is to expand it, its `~` and `$VARIABLES` stay alive."""
+    """A path as a word of the shell; if the job expands it, `~` and `$VARIABLES` are left unquoted."""
     if not on_nodes or not re.search(r"[$~]", path):
         return shlex.quote(path)
     text = re.sub(r'([\\"`])', r"\\\1", path).replace("$$", r"\$")
@@ -260,7 +260,7 @@ def shell_path(path: str, on_nodes: bool) -> str:
 
 
 def environment_lines(options: argparse.Namespace, args: NeoXArgs, site: Site) -> list[str]:
-    """The site's profile as it stands, then what the program needs everywhere, then the user's variables."""
+    """The site's profile unchanged, then variables needed at every site, then the user's variables."""
     lines = (folder_of(options.site) / "environment.sh").read_text().rstrip("\n").split("\n")
     lines += ["", "# What deepy.py sets for the ranks that it starts."]
     lines.append("# megatron-core: tensor-parallel all-reduces start before the next matrix product.")
@@ -278,7 +278,7 @@ def environment_lines(options: argparse.Namespace, args: NeoXArgs, site: Site) -
 
 
 def checks_before_training(options: argparse.Namespace, args: NeoXArgs, site: Site) -> str:
-    """What runs before the training: the plan (the configuration alone where the machine is unknown), the preflight."""
+    """Checks before the training: the plan (only the configuration if the machine is unknown), and the preflight."""
     deepy = '(run_here deepy.py "$(here)/code/train.py" "${configuration[@]}"'
     if site.machine:
         lines = ["# Does every stage fit into memory? The plan stands in the log."]
@@ -287,7 +287,7 @@ def checks_before_training(options: argparse.Namespace, args: NeoXArgs, site: Si
         lines = ["# The configuration files may have changed since this script was rendered."]
         lines += [f"{deepy} --print-config) >/dev/null ||", '    stop 2 "the configuration cannot be right, see above"']
     if not options.no_preflight:
-        # Cores that a CPU's ranks share with others say nothing about a node.
+        # Ranks on shared CPU cores give no information about a node.
         screen = " --no-screen" if args.device == "cpu" else ""
         lines += ["", *PREFLIGHT.replace(" --exclude-file", f"{screen} --exclude-file").splitlines()]
     return "\n".join(lines)

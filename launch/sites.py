@@ -1,4 +1,4 @@
-"""What differs between machines: `launch/SITE/site.yml`, checked."""
+"""Machine-specific settings: `launch/SITE/site.yml`, validated."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ class _Strict(BaseModel):
 
 
 class Flag(_Strict):
-    """A flag of sbatch and why it is there."""
+    """A flag of sbatch and its reason."""
 
     flag: str
     why: str
 
 
 class Limit(_Strict):
-    """The longest job of up to so many nodes."""
+    """The maximum duration of a job with up to `nodes` nodes."""
 
     nodes: int
     hours: int
 
 
 class Software(_Strict):
-    """Where Python and its packages are: an archive that every node unpacks, an image, or an interpreter."""
+    """Location of Python and its packages: an archive unpacked on every node, an image, or an interpreter."""
 
     environment: str | None = None
     container: str | None = None
@@ -43,12 +43,12 @@ class Software(_Strict):
     bind: list[str] = []
 
     def command(self, directory: str) -> str:
-        """The shell's words that run Python with "$@" on a node, where `$here` is the node's folder."""
+        """The shell command that runs Python with "$@" on a node; `$here` is the node's folder."""
         if self.environment:
             return '"$here/software/bin/python" -u "$@"'
         if self.container:
             bind = " ".join(f"--bind {shlex.quote(spec)}" for spec in [directory, *self.bind])
-            # Images of LUMI's support team say in WITH_CONDA how their Python is entered.
+            # Images of LUMI's support team give the command that activates their Python in WITH_CONDA.
             enter = """bash -c 'eval "${WITH_CONDA:-}"; exec "$0" -u "$@"'"""
             image, python = shlex.quote(self.container), shlex.quote(self.python or "python")
             return f'singularity exec --bind "$here" {bind} \\\n        {image} {enter} {python} "$@"'
@@ -61,10 +61,10 @@ class Software(_Strict):
 
 
 class Site(_Strict):
-    """A place to run.
+    """A machine to run on.
 
-    `time_limits` is by partition, each ascending in nodes, empty where nothing is known; `machine` is the planner's
-    name of the hardware.
+    `time_limits` is keyed by partition, each ascending in nodes, empty if unknown; `machine` is the planner's name for
+    the hardware.
     """
 
     title: str
@@ -88,7 +88,7 @@ def folder_of(name: str) -> Path:
 
 
 def read_site(name: str) -> Site:
-    """Raises ConfigError for an unknown site or a profile that is not one."""
+    """Read a site's profile. ConfigError for an unknown site or an invalid profile."""
     path = folder_of(name) / "site.yml"
     if name not in SITES:
         raise ConfigError(f"{name}: no such site; there are {', '.join(SITES)} (docs/launching.md says how to add one)")
@@ -99,7 +99,7 @@ def read_site(name: str) -> Site:
 
 
 def seconds(time: str) -> int:
-    """Slurm's times: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]]."""
+    """Parse Slurm's times: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]]."""
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)
     if match is None:
         raise ConfigError(f"--time {time}: expected HOURS:MINUTES:SECONDS")
@@ -112,7 +112,7 @@ def seconds(time: str) -> int:
 
 
 def time_limit(time: str | None, nodes: int, partition: str | None, site: Site) -> str:
-    """The time limit of a job: what was asked for, or the most. Raises ConfigError above the site's limit."""
+    """The time limit of a job: as requested, or the maximum. ConfigError above the site's limit."""
     if not site.time_limits:
         if time is None:
             raise ConfigError(f"{site.title} has no known limit: give --time HOURS:MINUTES:SECONDS")

@@ -1,4 +1,4 @@
-"""Settings of every test process, made before torch is imported, and fixtures that several folders share."""
+"""Settings of every test process, made before torch is imported, and fixtures shared by several folders."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytest_plugins = ["tests.support.vocabulary"]
 
 
 class Files(LoadFileScheduling):
-    """A file's tests stay on one worker, and so do all of Slurm's: they share one cluster."""
+    """Keep the tests of a file on one worker, and all Slurm tests too, because they share one cluster."""
 
     def _split_scope(self, nodeid: str) -> str:
         return "tests/slurm" if nodeid.startswith("tests/slurm/") else super()._split_scope(nodeid)
@@ -36,7 +36,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> LoadFileS
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slurm's tests first: they take longest and wait most. Unit tests last: small files keep both workers busy."""
+    """Run Slurm tests first: they take longest and mostly wait. Run unit tests last: small files keep workers busy."""
     items.sort(key=lambda item: (item.path.parent.name != "slurm", item.get_closest_marker("unit") is not None))
 
 

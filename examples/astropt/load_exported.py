@@ -1,7 +1,5 @@
 """A model of image patches as `convert_hf to-hf` writes it, loaded with transformers and torch alone."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -16,27 +14,22 @@ class PatchLlama(nn.Module):
 
     def __init__(self, config: LlamaConfig, patches: dict) -> None:
         super().__init__()
-        self.settings, h, values = patches, config.hidden_size, patches["size"] ** 2 * patches["channels"]
-        self.model = LlamaModel(config)
+        self.settings, self.model, h = patches, LlamaModel(config), config.hidden_size
         self.model.embed_tokens = nn.Identity()  # there is no vocabulary
-        ends = {"embed": (values, h), "head": (h, values)}
-        self.patches = nn.ModuleDict({name: nn.ModuleDict(self._matrices(*sizes, h)) for name, sizes in ends.items()})
+        self.patches, values = nn.ModuleDict(), patches["size"] ** 2 * patches["channels"]
+        for end, widths in {"embed": (values, 4 * h, h), "head": (h, 4 * h, values)}.items():
+            names = {"linear1": widths[:2], "linear2": widths[1:]}
+            if patches["tokenizer"] == "affine":
+                names = {"project": widths[::2]}
+            self.patches[end] = nn.ModuleDict({name: nn.Linear(*sizes, bias=False) for name, sizes in names.items()})
         if patches["positions"] == "learned":
-            positions = nn.Embedding(config.max_position_embeddings, h)
-            self.patches["embed"]["position_embeddings"] = positions
-
-    def _matrices(self, inputs: int, outputs: int, h: int) -> dict[str, nn.Module]:
-        if self.settings["tokenizer"] == "affine":
-            return {"project": nn.Linear(inputs, outputs, bias=False)}
-        return {"linear1": nn.Linear(inputs, 4 * h, bias=False), "linear2": nn.Linear(4 * h, outputs, bias=False)}
+            self.patches["embed"]["position_embeddings"] = nn.Embedding(config.max_position_embeddings, h)
 
     def scale(self, raw: Tensor) -> Tensor:
-        x = raw.float()
+        x = raw.float().unflatten(-1, (-1, self.settings["channels"]))
         if self.settings["normalise"] == "patch":
-            return (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1e-8)
-        mean, std = (torch.tensor(self.settings[name]) for name in ("mean", "std"))
-        bands = x.unflatten(-1, (-1, self.settings["channels"]))
-        return ((bands - mean) / std).flatten(-2)
+            return ((x - x.mean((-2, -1), keepdim=True)) / (x.std((-2, -1), keepdim=True) + 1e-8)).flatten(-2)
+        return ((x - torch.tensor(self.settings["mean"])) / torch.tensor(self.settings["std"])).flatten(-2)
 
     def end(self, name: str, x: Tensor) -> Tensor:
         part = self.patches[name]

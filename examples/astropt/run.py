@@ -77,10 +77,14 @@ class Run(Steps):
         out = self.out
         self.title("vectors of every layer: trained, and untrained as the training began")
         loaded = ("--load", out / "checkpoints", "--from_scratch", "false")
-        for name, words in (("untrained", ()), ("trained", loaded)):
+        for name, data, words in (
+            ("untrained", "probe", ()),
+            ("trained", "probe", loaded),
+            ("hubble", "hubble", loaded),
+        ):
             self.python(
                 *("deepy.py", "embed.py", f"{HERE}/train.yml", *self.run_keys, *words, "--embed.layers", "all"),
-                *("--embed.input", out / "data/probe", "--embed.output", out / f"vectors/{name}.npy"),
+                *("--embed.input", out / "data" / data, "--embed.output", out / f"vectors/{name}.npy"),
             )
         self.title("exported, and loaded by transformers and torch alone: the same vectors, and the pixels")
         exported = out / "hf/exported"
@@ -95,6 +99,8 @@ class Run(Steps):
             *("--labels", out / "data/probe.parquet", "--targets", *NAMES, "--test-share", 0.5),
             *("--output", out / "probe.json", "--picture", out / "probe.png"),
         )
+        self.title("what the same probes say about real galaxies")
+        self.python(f"{HERE}/predictions.py", out)
 
     def complete(self) -> None:
         out = self.out

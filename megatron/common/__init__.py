@@ -1,1 +1,1 @@
-"""What every package may use: user errors, atomic files, processes. Standard library only."""
+"""Utilities for every package: user errors, atomic files, processes. Standard library only."""

@@ -1,4 +1,5 @@
-"""Writes that survive a power cut: data synced before the name appears, folders synced after. Standard library only."""
+"""Writes that survive a power failure: data synced before the name appears, folders synced after. Standard library
+only."""
 
 from __future__ import annotations
 
@@ -30,8 +31,8 @@ def sync_file(path: Path) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """Write a new version of `path`: yields the path of a temporary file in the same folder for the body to write.
 
-    When the body ends, `path` is replaced by that file in one step: readers see the old content or the whole new one,
-    also after a crash. When it raises, the temporary file is removed and `path` stays as it was.
+    When the body ends, `path` is atomically replaced by that file: readers see either the old content or all of the new
+    one, even after a crash. If it raises, the temporary file is removed and `path` is unchanged.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:

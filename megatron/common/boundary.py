@@ -1,10 +1,9 @@
-"""The top of every command: how its errors become a last line and an exit code.
+"""The outermost function of every command: turns its errors into a last line and an exit code.
 
 | what happened | last line | code |
 |---|---|---|
-| a user's error (`UserError`), or the system refused a file | `COMMAND: ` and its text | 2 |
-| Ctrl-C, or SIGTERM where a command asks for it | `COMMAND: interrupted` | 130 |
-| the reader of the output has gone, as `head` does | nothing | 0 |
+| a user error (`UserError`), or the system refused a file | `COMMAND: ` and its text | 2 | | Ctrl-C, or SIGTERM where a
+command asks for it | `COMMAND: interrupted` | 130 | | the reader of the output has gone, as `head` does | nothing | 0 |
 | anything else is a defect of this program | a traceback, then one line | 1 |
 """
 
@@ -43,7 +42,7 @@ def guarded(command: str, main: Callable[[], int | None], interrupted: str = "in
 
 
 def guarded_from_sigterm(command: str, main: Callable[[], int | None], interrupted: str) -> int:
-    """`guarded` for a command that can go on later: SIGTERM interrupts it as Ctrl-C does."""
+    """`guarded` for a command that can be resumed: SIGTERM interrupts it like Ctrl-C."""
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         return guarded(command, main, interrupted)

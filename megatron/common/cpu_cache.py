@@ -1,4 +1,5 @@
-"""How much of a tensor the CPU references treat at once; here because the planner counts with it and needs no torch."""
+"""How much of a tensor the CPU references process at once; here because the planner, which does not need torch, uses
+it."""
 
 from __future__ import annotations
 

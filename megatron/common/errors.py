@@ -1,4 +1,4 @@
-"""User errors: reported by their text alone, without a traceback, with exit code 2."""
+"""User errors: reported by their message only, without a traceback, with exit code 2."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 class UserError(Exception):
-    """Says what was given, what was expected and what to do."""
+    """An error that the user can fix; its message says what was given, what was expected and what to do."""
 
 
 class ConfigError(UserError, ValueError):

@@ -1,4 +1,4 @@
-"""What every part of training knows about labels: the data that write them, the tokenizers of chats, and the loss."""
+"""Conventions about labels shared by data tools, chat formats and the loss."""
 
 from __future__ import annotations
 

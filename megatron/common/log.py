@@ -1,4 +1,4 @@
-"""What a run prints: standard logging, of which global rank 0 alone reaches the console.
+"""The output of a run: standard logging, of which only global rank 0's reaches the console.
 
 Every module logs through `logging.getLogger(__name__)` on every rank. INFO is a line on standard output, WARNING a line
 with `warning:` on standard error. A record with `extra=EVERY_RANK` is printed on whichever rank it was made.
@@ -13,7 +13,7 @@ EVERY_RANK = {"every_rank": True}
 
 
 class RankFilter(logging.Filter):
-    """Passes the records of rank 0, and those that are meant for every rank."""
+    """Passes the records of rank 0, and those marked for every rank."""
 
     def __init__(self, rank: int) -> None:
         super().__init__()
@@ -24,7 +24,7 @@ class RankFilter(logging.Filter):
 
 
 class Console(logging.Handler):
-    """Writes to the process's present standard streams and flushes every line."""
+    """Writes to the process's current standard streams and flushes every line."""
 
     def emit(self, record: logging.LogRecord) -> None:
         text = record.getMessage()

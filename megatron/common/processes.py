@@ -1,4 +1,4 @@
-"""Ends of processes: nothing that was started may outlive what started it."""
+"""Termination of processes: no process may outlive the one that started it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _PR_SET_PDEATHSIG = 1
 def die_with_parent(parent: int, deadly: signal.Signals) -> None:
     """Have Linux send this process a signal when its parent (process id `parent`) ends, even by kill -9.
 
-    Elsewhere than on Linux nothing happens, and only orderly ends are followed.
+    On other systems nothing happens, and only orderly ends propagate.
     """
     if not sys.platform.startswith("linux"):
         return
@@ -34,7 +34,7 @@ def children(parent: int) -> list[int]:
 
 
 def kill_group(leader: int) -> None:
-    """Kill what is left of a process group; that none is left is the usual case."""
+    """Kill what is left of a process group; usually nothing is."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(leader, signal.SIGKILL)
 
@@ -45,5 +45,5 @@ def how_it_ended(code: int) -> str:
 
 
 def shell_code(code: int) -> int:
-    """Exit code as a shell shows it: 128 + the signal's number for a killed process."""
+    """Exit code as reported by a shell: 128 + the signal's number for a killed process."""
     return 128 - code if code < 0 else code

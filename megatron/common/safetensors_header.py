@@ -1,4 +1,4 @@
-"""The first bytes of a safetensors file, which place every tensor before any of them is there.
+"""The header of a safetensors file, which fixes the position of every tensor before any is written.
 
 The library itself writes only tensors that are in memory; files here are written range by range, by several ranks.
 """

@@ -1,1 +1,1 @@
-"""What trains a pipeline stage: DeepSpeed behind the project's own seam."""
+"""The engines that train a pipeline stage, behind one interface: DeepSpeed and megatron-core."""

@@ -1,7 +1,7 @@
-"""The micro-batches of one engine call, with the weight of their losses known before the forward.
+"""The micro-batches of one engine call, with the weight of their losses known before the forward pass.
 
 Only the first stage reads tokens and only the last reads labels, but every rank must learn how many tokens of the
-global batch have a target: the last stage's data-parallel replicas count theirs and all ranks add them up. A batch
+global batch have a target: the last stage's data-parallel replicas count theirs and all ranks sum the counts. A batch
 without a target is refused on all ranks at once.
 """
 
@@ -35,14 +35,14 @@ def sequence(micro_batch: MicroBatch) -> Tensor:
 
 
 def model_inputs(micro_batch: MicroBatch) -> Tensor | tuple[Tensor, Tensor]:
-    """What the first layer reads."""
+    """The input of the first layer."""
     if "positions" in micro_batch:
         return sequence(micro_batch), micro_batch["positions"]
     return sequence(micro_batch)
 
 
 def loss_targets(micro_batch: MicroBatch, weight: Tensor) -> tuple[Tensor, ...]:
-    """What `megatron.model.pipeline.training_loss` compares the last layer's outputs with."""
+    """The targets with which `megatron.model.pipeline.training_loss` compares the last layer's outputs."""
     if "targets" in micro_batch:
         return micro_batch["targets"], micro_batch["mask"], weight
     return micro_batch["labels"], weight
@@ -58,7 +58,7 @@ def num_learned(micro_batch: MicroBatch) -> int:
 def padded(micro_batch: MicroBatch, length: int) -> MicroBatch:
     """`micro_batch` with sequences of `length` tokens, filled up on the right.
 
-    What is added has no target, and no token before it attends to it. A position of 0 begins a document.
+    The padding has no target, and no token before it attends to it. A position of 0 begins a document.
     """
     missing = length - sequence(micro_batch).shape[1]
     if missing == 0:

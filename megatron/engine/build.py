@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def build_engine(args: NeoXArgs, place: Place, around: Around = no_phases) -> Engine:
-    """The engine of a training run; its weights are not initialised. Collective."""
+    """The engine of a training run; its weights are not initialized. Collective."""
     if args.engine == "megatron":
         return _megatron_engine().for_training(args, place, around)
     from megatron.engine.deepspeed import DeepSpeedEngine
@@ -33,7 +33,7 @@ def build_inference_engine(args: NeoXArgs, place: Place, around: Around = no_pha
 
 
 def _megatron_engine() -> type[MegatronEngine]:
-    """The class; megatron-core's remarks about packages that are not installed stay out of the log."""
+    """The class, imported without megatron-core's warnings about packages that are not installed."""
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core\.")
     logging.getLogger("megatron.core").setLevel(logging.WARNING)
     from megatron.engine.mcore import MegatronEngine
@@ -42,7 +42,7 @@ def _megatron_engine() -> type[MegatronEngine]:
 
 
 def build_stage(args: NeoXArgs, place: Place) -> PipelineStage:
-    """This rank's part of the model alone, on `place.device`; torch's "meta" device takes no memory. Collective."""
+    """Only this rank's part of the model, on `place.device`; torch's "meta" device takes no memory. Collective."""
     if args.engine == "megatron":
         return _megatron_engine().stage_of(args, place)
     from megatron.engine.deepspeed_module import LlamaPipelineModule

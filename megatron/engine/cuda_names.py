@@ -1,8 +1,8 @@
-"""Lets megatron-core, which names "cuda" where it allocates, run on a CPU or on torch's "meta" device.
+"""Lets megatron-core, which hard-codes "cuda" in allocations, run on a CPU or on torch's "meta" device.
 
-On a GPU nothing is changed. Elsewhere, and only inside `on_device`, torch's functions take "cuda" for the device at
-hand, and a tensor's type is called by CUDA's name, which is what megatron-core's optimizer compares with. A schedule
-names "cuda" once, for its counter of tokens: `schedule_on` leaves everything else that runs in it alone.
+On a GPU nothing is changed. Elsewhere, and only inside `on_device`, torch's functions interpret "cuda" as the current
+device, and a tensor's type has CUDA's name, with which megatron-core's optimizer compares. A schedule names "cuda"
+once, for its token counter: `schedule_on` leaves everything else that runs in it unchanged.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def on_device(device: torch.device) -> Iterator[None]:
 
 
 class _TorchOfSchedules:
-    """The module `torch` as megatron-core's schedules see it, with a `zeros` on the device at hand."""
+    """The module `torch` as seen by megatron-core's schedules, with a `zeros` on the current device."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

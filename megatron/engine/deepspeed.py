@@ -1,4 +1,4 @@
-"""DeepSpeed's pipeline engine with ZeRO-1 behind the project's seam, checked against what was asked for.
+"""DeepSpeed's pipeline engine with ZeRO-1 behind the project's interface, checked against the configuration.
 
 GPT-NeoX passes DeepSpeed only the values that differ from its own defaults, so that gradient clipping was off in
 nearly every shipped configuration. Here the engine is read back.
@@ -58,12 +58,12 @@ from megatron.parallel.process_groups import ModelGroups, set_timeouts
 EXPECTED_OPTIMIZER = {
     "fp32": "DeepSpeedZeroOptimizer",
     "bfloat16": "BF16_Optimizer",  # the one that keeps fp32 masters and accumulates in fp32
-    "fp16": "DeepSpeedZeroOptimizer",  # so does this one with grad_accum_dtype
+    "fp16": "DeepSpeedZeroOptimizer",  # as does this one with grad_accum_dtype
 }
 
 
 class EngineMismatchError(RuntimeError):
-    """The engine does not have what the configuration asks for."""
+    """The engine's settings are not those of the configuration."""
 
 
 class DeepSpeedEngine:
@@ -175,7 +175,7 @@ class DeepSpeedEngine:
     def logits(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor | None:
         given = {"tokens": tokens} if positions is None else {"tokens": tokens, "positions": positions}
         inputs = model_inputs(self._fitting(given))
-        self.pipeline_engine.total_loss = None  # it would add these logits to the losses of an evaluation before
+        self.pipeline_engine.total_loss = None  # it would add these logits to the losses of a previous evaluation
         _, logits = self.pipeline_engine.eval_batch(
             iter([(inputs, tokens)]) if self.place.reads_data else None,
             return_logits=True,
@@ -215,7 +215,7 @@ class DeepSpeedEngine:
         return ((model_inputs(mb), loss_targets(mb, batch.weight)) for mb in batch.micro_batches)
 
     def complete_gradients(self) -> None:
-        """What the reduced gradients lack before their norm is taken."""
+        """The additions to the reduced gradients that are missing before their norm is computed."""
         gradients: dict[bool, list[Tensor]] = {True: [], False: []}
         for number, group in enumerate(self.pipeline_engine.optimizer.param_groups):
             gradients[group["name"] in REPLICATED_GROUPS] += reduced_gradients(self.pipeline_engine.optimizer, number)
@@ -260,11 +260,12 @@ class DeepSpeedEngine:
     # --- read back
 
     def check_messages(self) -> None:
-        """EngineMismatchError if the engine would take a slice of the sequence for the whole and divide it again.
+        """EngineMismatchError if the engine would mistake a slice of the sequence for a whole tensor and split it
+        again.
 
-        By default DeepSpeed divides every message between stages over the tensor-parallel ranks, and puts the parts of
-        one tensor together behind it. Under sequence parallelism these are parts of different tensors: the run would
-        train something else and say nothing.
+        By default DeepSpeed partitions every message between stages over the tensor-parallel ranks, and reassembles the
+        parts of the tensor after it. Under sequence parallelism these are parts of different tensors: the run would
+        silently train a different model.
         """
         engine = self.pipeline_engine
         divided = engine.is_pipe_partitioned or engine.is_grad_partitioned
@@ -276,7 +277,7 @@ class DeepSpeedEngine:
             )
 
     def check(self) -> None:
-        """EngineMismatchError unless the engine has what the configuration asks for."""
+        """EngineMismatchError unless the engine's settings are those of the configuration."""
         engine, args = self.pipeline_engine, self.args
         found = {
             "optimizer": (type(engine.optimizer).__name__, EXPECTED_OPTIMIZER[args.precision]),
@@ -302,7 +303,7 @@ def _initialize(
     config: dict[str, Any],
     optimizer: torch.optim.Optimizer | None = None,
 ) -> PipelineEngine:
-    """`deepspeed.initialize` without its chatter: memory readings go to stdout, everything else to its logger.
+    """`deepspeed.initialize` without its messages: memory readings go to stdout, everything else to its logger.
 
     Raises UserError for a device that does not compute in fp16 where that is asked for.
     """
@@ -325,7 +326,7 @@ def reduced_gradients(optimizer: Any, group: int) -> list[Tensor]:
         return list(optimizer.averaged_gradients[group] or [])
     if hasattr(optimizer, "fp32_groups_gradients"):  # BF16_Optimizer
         return list(optimizer.fp32_groups_gradients[group])
-    raise RuntimeError(f"{type(optimizer).__name__} keeps its gradients where this project does not know")
+    raise RuntimeError(f"{type(optimizer).__name__} keeps its gradients in a place unknown to this project")
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -1,4 +1,5 @@
-"""DeepSpeed's own files of a checkpoint: the meta file of a stage's tensor rank, and how its engine may touch files.
+"""DeepSpeed's own files of a checkpoint: the meta file of a stage's tensor rank, and a safe way to read and write
+files.
 
 The meta file's content is what DeepSpeed's engine writes, so that its tools read it. DeepSpeed's save and load are not
 used: they wait in barriers for ranks that failed, and load with `weights_only=False`.
@@ -16,10 +17,10 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
-# All that an optimizer file of DeepSpeed's may hold besides tensors and plain values; none of them does anything when
-# it is made.
+# All classes that DeepSpeed's optimizer files may contain in addition to tensors and plain values; constructing them
+# has no side effects.
 OPTIMIZER_CLASSES: tuple[type, ...] = (
-    fragment_address,  # where a parameter lies in the flat fp32 partition
+    fragment_address,  # position of a parameter in the flat fp32 partition
     LossScaler,  # the loss scale, in fp32 too
     DynamicLossScaler,  # and one that moves
     ZeroStageEnum,  # an int with a name
@@ -27,12 +28,12 @@ OPTIMIZER_CLASSES: tuple[type, ...] = (
 
 
 def meta_content(engine: PipelineEngine) -> dict[str, Any]:
-    """What DeepSpeed puts into `mp_rank_KK_model_states.pt` of a pipeline with ZeRO; `module` is None."""
+    """The content that DeepSpeed puts into `mp_rank_KK_model_states.pt` of a pipeline with ZeRO; `module` is None."""
     return engine._common_checkpoint_state(None, zero_optimizer_state=True, save_frozen_param=False)
 
 
 class SafeCheckpointEngine(CheckpointEngine):
-    """Makes a DeepSpeed engine's own `save_checkpoint` and `load_checkpoint` sync what they write and load no code.
+    """Makes a DeepSpeed engine's own `save_checkpoint` and `load_checkpoint` sync their files and load no code.
 
     Assign it to `engine.checkpoint_engine` after `deepspeed.initialize`; no configuration key does it.
     """

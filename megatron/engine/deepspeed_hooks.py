@@ -1,7 +1,7 @@
-"""Around the instructions of DeepSpeed's pipeline schedule: the only place that reaches into how it runs a step.
+"""Hooks around the instructions of DeepSpeed's pipeline schedule: the only place that changes how it runs a step.
 
-DeepSpeed looks each instruction up in a table of its class. An engine gets its own copy of the table here, with
-something done around some of them; the class stays as it is.
+DeepSpeed looks up each instruction in a table of its class. An engine gets its own copy of the table here, in which
+some instructions are wrapped; the class is unchanged.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ def run_optimizer_after(engine: PipelineEngine, action: Callable[[], None]) -> N
 
 
 def take_norm_of_all_groups(optimizer: Any, names: Sequence[str]) -> None:
-    """Let every rank add up the norms of all parameter groups that the model has, in the order of `names`.
+    """Have every rank reduce the norms of all parameter groups of the model, in the order of `names`.
 
-    ZeRO reduces over all stages once for each group that the rank has. A stage without the group of another (the
-    replicated matrix at the end of a pipeline) would wait there for ever.
+    ZeRO reduces over all stages once for each group that the rank has. If a stage lacks a group of another (the
+    replicated matrix at the end of a pipeline) the ranks would wait forever.
     """
     if not hasattr(optimizer, "scaled_global_norm"):  # BF16_Optimizer reduces once for all
         return

@@ -1,8 +1,8 @@
-"""Loss scaling of fp16 on DeepSpeed's ZeRO optimizer: when the scale moves, what a skipped step was, what is saved.
+"""fp16 loss scaling on DeepSpeed's ZeRO optimizer: when the scale changes, why a step was skipped, what is saved.
 
-DeepSpeed raises the scale before it divides the gradients by it: in a step in which the scale doubles the gradients
-count half. Here the scale moves when the step is done. At its lowest scale DeepSpeed ends the run with an exception;
-here an overflow at that scale counts as a step that is not finite, whose bound is the configuration's.
+DeepSpeed raises the scale before it divides the gradients by it, so that in a step in which the scale doubles the
+gradients are halved. Here the scale changes after the step. At its lowest scale DeepSpeed ends the run with an
+exception; here an overflow at that scale counts as a non-finite step, whose number is limited by the configuration.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class LossScale:
         return float(self._scaler.cur_scale)
 
     def after_step(self, loss_is_finite: bool) -> bool:
-        """Move the scale; whether the step just done was skipped for an overflow that a lower scale may avoid."""
+        """Update the scale; returns whether the last step was skipped for an overflow that a lower scale may avoid."""
         overflow, self._overflow = self._overflow, None
         if overflow is None:
             raise RuntimeError("DeepSpeed's optimizer made a step without moving its loss scale")

@@ -1,4 +1,4 @@
-"""The numbered layers of the decoder as a DeepSpeed pipeline module, one stage a rank."""
+"""The numbered layers of the decoder as a DeepSpeed pipeline module, one stage per rank."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from megatron import layout
 from megatron.engine.nonfinite import poisoned
 from megatron.engine.optimizer import mark_sharded, require_training, rows_of_parameters
-from megatron.model.documents import as_message, read_documents
+from megatron.model.documents import as_message, from_message
 from megatron.model.initialize import initialize_layers
 from megatron.model.llama import TransformerLayer
 from megatron.model.lora import freeze_base
@@ -28,7 +28,7 @@ from megatron.parallel.place import Place
 
 
 def connect(args: NeoXArgs, place: Place) -> PipeModelDataParallelTopology:
-    """DeepSpeed's communication within an initialised world, and its topology of the ranks.
+    """DeepSpeed's communication within an initialized world, and its topology of the ranks.
 
     Pipeline outermost, then data, tensor innermost, as in megatron-core's `tp-dp-pp`. RuntimeError if DeepSpeed gives
     this rank other coordinates than `place`.
@@ -48,9 +48,9 @@ def connect(args: NeoXArgs, place: Place) -> PipeModelDataParallelTopology:
 class LlamaPipelineModule(PipelineModule):
     """This rank's pipeline stage, with its tensor-parallel part of every layer.
 
-    Parameters are allocated on `place.device` (torch's "meta" plans without memory) and not initialised. Each is marked
-    as replicated or sharded over tensor-parallel ranks as the layout table says: DeepSpeed's gradient norm counts a
-    replicated one once.
+    Parameters are allocated on `place.device` (torch's "meta" plans without memory) and not initialized. Each is marked
+    as replicated or sharded over tensor-parallel ranks according to the layout table: DeepSpeed's gradient norm counts
+    a replicated one once.
     """
 
     def __init__(self, args: NeoXArgs, place: Place) -> None:
@@ -85,13 +85,13 @@ class LlamaPipelineModule(PipelineModule):
     def forward(self, message: Any) -> Any:
         """A micro-batch through the stage. Documents are read from the device here: once for all layers, which get them
         as an object, because what DeepSpeed's recomputation gives a layer are other tensors."""
-        return as_message(super().forward(read_documents(message)))
+        return as_message(super().forward(from_message(message)))
 
     def _is_checkpointable(self, funcs: list[Any]) -> bool:
-        """DeepSpeed's question, layer by layer: is this one recomputed?
+        """Called by DeepSpeed for each layer: whether it is recomputed.
 
-        The first `recompute_layers` decoder layers of the stage are. Their backward passes come last, when the layers
-        that are stored have given their memory back.
+        The first `recompute_layers` decoder layers of the stage are. Their backward passes come last, when the stored
+        layers have released their memory.
         """
         if not super()._is_checkpointable(funcs):
             return False
@@ -115,7 +115,7 @@ class LlamaPipelineModule(PipelineModule):
                 yield layout.EMBEDDING_INDEX, tied
 
     def get_tied_weights_and_groups(self) -> list[tuple[nn.Parameter, Any]]:
-        """The tied weights whose gradients DeepSpeed adds up, and would look for in vain on a frozen one."""
+        """The tied weights whose gradients DeepSpeed sums; a frozen one has none."""
         return [(weight, group) for weight, group in super().get_tied_weights_and_groups() if weight.requires_grad]
 
     def tied_group(self) -> Any:
@@ -127,15 +127,15 @@ class LlamaPipelineModule(PipelineModule):
         return rows_of_parameters([*self.numbered_layers(), *self.tied_copies()], self.args.whole_shape)
 
     def load_state_dir(self, load_dir: str, checkpoint_engine: Any, strict: bool = True) -> None:
-        """Refused: DeepSpeed's loader gives a rank another rank's shard where one is missing, without a word."""
+        """Refused: if a shard is missing, DeepSpeed's loader silently gives a rank another rank's shard."""
         raise NotImplementedError("layer files are read by megatron.checkpoint.load, not by the engine")
 
     def stage_layers(self, stage: int, virtual: int = 0) -> range:
-        """Layer numbers of a stage, which is one run here."""
+        """Layer numbers of a stage, which is one contiguous run here."""
         return range(self.parts[stage], self.parts[stage + 1])
 
     def initialize_weights(self) -> None:
-        """Draw all weights; the same model for every TP x PP x DP split."""
+        """Initialize all weights; the same model for every TP x PP x DP split."""
         initialize_layers(self.numbered_layers(), self.args, self.tensor_parallel.size, self.tensor_parallel.rank)
         self.synchronize_tied()
 

@@ -1,7 +1,7 @@
 """The state of DeepSpeed's two ZeRO-1 optimizers as ranges of parameters, read and filled in place.
 
-Both keep one flat fp32 partition for each parameter group, over which a torch AdamW runs; DeepSpeed notes on every
-parameter which part of it lies where in the rank's partition (`_hp_mapping`).
+Both keep one flat fp32 partition for each parameter group, over which a torch AdamW runs; DeepSpeed records on every
+parameter the position of its part in the rank's partition (`_hp_mapping`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The order in which DeepSpeed's pipeline engine works through a training step, without an engine."""
+"""The order of instructions in a training step of DeepSpeed's pipeline engine, without an engine."""
 
 from __future__ import annotations
 

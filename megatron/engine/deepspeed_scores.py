@@ -28,7 +28,7 @@ def pipeline_scores(
         return logits.new_zeros(())  # the engine adds losses up, which scores of different widths do not allow
 
     def fitting(tokens: Tensor) -> Tensor:
-        """Padded on the right to what the slices of sequence parallelism divide."""
+        """Padded on the right to a length divisible into the slices of sequence parallelism."""
         return F.pad(tokens, (0, module.tensor_parallel.padded_length(tokens.shape[1]) - tokens.shape[1]))
 
     data = None if batches is None else ((fitting(batch.tokens), (batch.at, batch.queried)) for batch in batches)
@@ -43,6 +43,7 @@ def pipeline_scores(
 
 
 def _forget_shapes(engine: PipelineEngine) -> None:
-    """Shapes are exchanged with a call's first message only, and what ends the pipeline is summed from call to call."""
+    """Reset state between calls: shapes are exchanged only with a call's first message, and outputs are summed across
+    calls."""
     engine.reset_activation_shape()
     engine.total_loss = None

@@ -1,4 +1,4 @@
-"""megatron-core's pipeline schedules, gradient buckets and distributed optimizer behind the project's seam.
+"""megatron-core's pipeline schedules, gradient buckets and distributed optimizer behind the project's interface.
 
 Process groups, messages, partition, parameter groups and the decision to step are this project's; megatron-core's
 global state is not used.
@@ -84,7 +84,7 @@ class MegatronEngine:
 
     @classmethod
     def for_inference(cls, args: NeoXArgs, place: Place, around: Around = no_phases) -> MegatronEngine:
-        """Every rank has one run of layers: more of them only fill a pipeline that trains."""
+        """Every rank has one run of layers; several runs would only help training."""
         return cls(args, place, around, virtual=1)
 
     @staticmethod
@@ -281,10 +281,11 @@ class MegatronEngine:
             )
         return list(results)[:count]
 
-    # --- weights under way
+    # --- weights being gathered
 
     def _start_gathers(self) -> None:
-        """Begin to collect the updated weights of all buckets, first those that the next forward pass needs first."""
+        """Start gathering the updated weights of all buckets, in the order in which the next forward pass needs
+        them."""
         if not self.args.overlap_param_gather:
             return
         for chunk in self._wrapped:
@@ -330,6 +331,6 @@ class MegatronEngine:
 
 
 def _finish_gather(group: Any) -> None:
-    """Wait for the weights of a group of buckets, if they are under way."""
+    """Wait for the weights of a group of buckets, if they are being gathered."""
     if group.param_gather_handle is not None:
         group.finish_param_sync(skip_next_bucket_dispatch=True)

@@ -82,5 +82,5 @@ def on_all_stages(
 
 
 def _sequences(micro_batch: Mapping[str, Tensor]) -> MicroBatch:
-    """Without what is no sequence."""
+    """Only the fields that are sequences."""
     return {name: tensor for name, tensor in micro_batch.items() if name in PADDING}

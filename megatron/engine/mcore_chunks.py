@@ -25,7 +25,7 @@ from megatron.parallel.place import Place
 def runs_of_layers(num_layers: int, pieces: int) -> list[range]:
     """Layer file numbers of every run, in the order of the model; the longer runs come first.
 
-    Decoder layers are dealt evenly; what is before them is in the first run, what is behind them in the last.
+    Decoder layers are distributed evenly; the layers before them are in the first run, those after them in the last.
     """
     sizes = [num_layers // pieces + (piece < num_layers % pieces) for piece in range(pieces)]
     edges = [0] + [2 + sum(sizes[: piece + 1]) for piece in range(pieces)]
@@ -36,8 +36,8 @@ def runs_of_layers(num_layers: int, pieces: int) -> list[range]:
 class Chunk(nn.Module):
     """A run of layers. Its forward takes a micro-batch, and the hidden states that `set_input_tensor` gave it.
 
-    `recompute` are the numbers of the layers that the backward pass computes again. The other public names are those
-    that megatron-core reads: `pre_process` and `post_process` say whether it is the model's first and last run.
+    `recompute` are the numbers of the layers that the backward pass recomputes. The other public names are those that
+    megatron-core reads: `pre_process` and `post_process` say whether it is the model's first and last run.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Chunk(nn.Module):
         function, shared = layer.function, self.held[owner]
 
         def apply(hidden: Tensor) -> Tensor:
-            self.before_tied_head()  # which reads the matrix past its module, and so past the module's hooks
+            self.before_tied_head()  # which reads the matrix directly, bypassing its module's hooks
             output: Tensor = function(shared, hidden)
             return output
 
@@ -98,7 +98,7 @@ class Chunk(nn.Module):
         return output
 
     def callables(self) -> list[Any]:
-        """Modules and functions in order, for a forward pass outside of the pipeline."""
+        """Modules and functions in order, for a forward pass outside the pipeline."""
         return [step for _, step in self._steps]
 
     def set_input_tensor(self, tensors: Any) -> None:
@@ -121,7 +121,7 @@ class Chunk(nn.Module):
 
 
 class ChunkedStage:
-    """This rank's part of the model, on `place.device` and not initialised; as `PipelineStage`.
+    """This rank's part of the model, on `place.device` and not initialized; like `PipelineStage`.
 
     With `virtual` stages per rank, rank p of P has the runs p, p + P, p + 2P, ... of the model.
     """

@@ -1,4 +1,4 @@
-"""The process groups of engine: megatron, made once and handed to megatron-core.
+"""The process groups of engine: megatron, created once and passed to megatron-core.
 
 megatron-core's own `initialize_model_parallel` makes every group by a call of every rank: 6,161 calls at 2,048 ranks,
 each of which splits a communicator under NCCL or RCCL with a bound device. Here one call makes a whole kind of groups,
@@ -25,7 +25,7 @@ Coordinates = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Link:
-    """A group of two ranks of which one only sends and the other only receives; `peer` is the other's global rank."""
+    """A group of two ranks, one of which only sends and the other only receives; `peer` is the other's global rank."""
 
     group: dist.ProcessGroup
     peer: int
@@ -33,7 +33,7 @@ class Link:
 
 @dataclass(frozen=True)
 class Links:
-    """A rank's links to its neighbours in the pipeline; None where there is no neighbour.
+    """A rank's links to its neighbors in the pipeline; None where there is no neighbor.
 
     Hidden states come from the stage before and go to the next, gradients the other way. With virtual stages the last
     stage's next is the first.
@@ -47,7 +47,8 @@ class Links:
 
 @dataclass(frozen=True)
 class EngineGroups:
-    """Groups of this rank, and a group of it alone; `tied` joins the stages that hold a tied embedding, if two do."""
+    """Groups of this rank, and a group of this rank only; `tied` joins the stages that hold a tied embedding, if two
+    do."""
 
     tensor: dist.ProcessGroup
     data: dist.ProcessGroup
@@ -79,7 +80,8 @@ class EngineGroups:
         return ModelGroups(self.tensor, self.data, self.pipe, self.tied)
 
     def as_mcore(self) -> ProcessGroupCollection:
-        """What megatron-core's schedules, DistributedDataParallel and DistributedOptimizer ask for."""
+        """The groups in the form expected by megatron-core's schedules, DistributedDataParallel and
+        DistributedOptimizer."""
         return ProcessGroupCollection(
             tp=self.tensor,
             pp=self.pipe,
@@ -97,7 +99,7 @@ class EngineGroups:
 
 def whole_world() -> dist.ProcessGroup:
     world = dist.group.WORLD
-    assert world is not None, "no process group is initialised"
+    assert world is not None, "no process group is initialized"
     return world
 
 
@@ -138,8 +140,8 @@ class _Maker:
                 parent_pg=self.world, split_ranks=[sorted(part) for part in parts], timeout=self.timeout
             )
             return group
-        # Members alone make a group, and find each other by a name in which torch counts the groups that a rank has
-        # made. So that all ranks count alike, one that is in none makes one for itself.
+        # Only members create a group, and find each other by a name in which torch counts the groups created by a rank.
+        # To keep the counts equal, a rank that is in none creates one for itself.
         own = next((part for part in parts if self.place.rank in part), None)
         made = dist.new_group(sorted(own or [self.place.rank]), timeout=self.timeout, use_local_synchronization=True)
         return made if own else None

@@ -1,9 +1,9 @@
 """Messages between pipeline stages over directed links, for megatron-core's schedules.
 
 megatron-core sends both directions over one group. Where a group has one communicator (torch with a bound device), a
-receive that waits holds up the sends behind it; and at two stages with virtual ones, both neighbours are one rank, so
-that a batched exchange takes hidden states for gradients. On a link one rank only sends and the other only receives, in
-the order of the schedule: no order of posting can deadlock, and nothing can be taken for something else.
+waiting receive blocks the sends after it; and with two stages and virtual stages, both neighbors are the same rank, so
+that a batched exchange mistakes hidden states for gradients. On a link one rank only sends and the other only receives,
+in the order of the schedule: no order of posting can deadlock, and no message can be mistaken for another.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megatron.engine.protocol import Around
 
 
 class _Arrival:
-    """A message under way; waiting for it is the phase `pipeline`."""
+    """A message in flight; waiting for it is the phase `pipeline`."""
 
     def __init__(self, work: Any, around: Around) -> None:
         self._work, self._around = work, around
@@ -55,9 +55,10 @@ class LinkP2P(P2PCommunicator):
         tensor_shape: Any,
         wait_on_reqs: bool = True,
     ) -> tuple[Tensor | None, Tensor | None, dict[str, _Arrival] | None]:
-        """Post what is asked for; (hidden states, gradient, handles), without handles if they have been waited for.
+        """Post the requested messages; (hidden states, gradient, handles), without handles if they have been waited
+        for.
 
-        What is sent is detached: the schedule empties its output while the message is under way.
+        Sent tensors are detached, because the schedule frees its output while the message is in flight.
         """
         hidden, gradient = (
             torch.empty(tensor_shape, dtype=self.config.pipeline_dtype, device=self.device, requires_grad=True)

@@ -1,4 +1,5 @@
-"""megatron-core's distributed optimizer: its parameters, a step that a gradient can refuse, its state as ranges.
+"""megatron-core's distributed optimizer: its parameters, a step that is skipped for non-finite gradients, its state as
+ranges.
 
 Every data-parallel rank owns a contiguous part of each bucket of parameters, and for each parameter in it a shard: the
 master weights (in fp32 runs a view of the weights themselves), two moments and the number of updates.
@@ -87,8 +88,8 @@ class GuardedOptimizer:
     ) -> None:
         self.args, self.place, self.optimizer = args, place, optimizer
         self.shards = list(_own_shards(optimizer, {one.parameter: one for one in held}))
-        # A parameter that several ranks hold whole counts once. The others' copies are multiplied by 0, which lets
-        # through what is not finite: a NaN that one rank alone has (a faulty GPU) is in every rank's norm.
+        # A replicated parameter counts once. The other ranks' copies are multiplied by 0, which keeps non-finite
+        # values: a NaN on a single rank (a faulty GPU) is in every rank's norm.
         self._counted = torch.tensor(
             [float(not shard.of.copy and (place.tp_rank == 0 or not shard.of.row.replicated)) for shard in self.shards],
             dtype=torch.float64,
@@ -124,7 +125,7 @@ class GuardedOptimizer:
         return loss, norm, True
 
     def renew_masters(self) -> None:
-        """Take the masters from the weights."""
+        """Set the masters from the weights."""
         self.optimizer.reload_model_params()
 
     def ranges(self) -> list[OptimizerShard]:

@@ -1,4 +1,4 @@
-"""The phases of a step under megatron-core's schedules, by the timers that they start and stop."""
+"""The phases of a step under megatron-core's schedules, derived from the timers that they start and stop."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PHASE_OF = {
 
 
 class PhaseTimers:
-    """What megatron-core takes for its timers: every one that belongs to a phase runs inside `around(phase)`."""
+    """An object used by megatron-core as its timers: each one that belongs to a phase runs inside `around(phase)`."""
 
     def __init__(self, around: Around) -> None:
         self._timers = {name: _PhaseTimer(around, phase) for name, phase in PHASE_OF.items()}

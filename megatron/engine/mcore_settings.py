@@ -1,4 +1,5 @@
-"""What megatron-core's schedules, buckets and optimizer are told of a configuration, and how an engine describes it."""
+"""The settings of megatron-core's schedules, buckets and optimizer for a configuration, and their description in the
+log."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from megatron.parallel.place import Place
 
 
 def transformer_config(args: NeoXArgs, place: Place, virtual: int) -> TransformerConfig:
-    """What the schedules read of the model and the layout."""
+    """The settings of model and layout that the schedules read."""
     dtype = PARAMETER_DTYPES[args.precision]
     return TransformerConfig(
         num_layers=args.num_layers,
@@ -43,7 +44,7 @@ def bucket_config(args: NeoXArgs) -> DistributedDataParallelConfig:
         use_distributed_optimizer=True,
         overlap_grad_reduce=args.overlap_grad_reduce,
         overlap_param_gather=args.overlap_param_gather,
-        align_param_gather=True,  # the engine starts all gathers itself, behind the optimizer
+        align_param_gather=True,  # the engine starts all gathers itself, after the optimizer
     )
 
 

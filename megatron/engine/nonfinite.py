@@ -1,12 +1,12 @@
-"""A step whose loss or gradient is not finite: what becomes of it, from the loss to the end of the run.
+"""Handling of a step whose loss or gradient is not finite, from the loss to the end of the run.
 
 1. **Poison.** An overflow in the loss alone leaves gradients that look right. `poisoned` turns them into NaN, so that
-   the gradients alone decide, on all ranks alike and without asking before the optimizer.
-2. **Propagate.** An engine decides by the norm of all gradients, which counts a parameter that tensor-parallel ranks
-   replicate on the first of them alone. A NaN in another rank's copy (a faulty GPU: the others' copies are right) would
-   be applied. `propagate` carries it into that rank's sharded gradients, which the norm counts.
+only the gradients decide, identically on all ranks and without extra communication before the optimizer. 2.
+**Propagate.** An engine decides by the norm of all gradients, which includes a parameter replicated on tensor-parallel
+ranks only on the first of them. A NaN in another rank's copy (a faulty GPU: the others' copies are right) would be
+applied. `propagate` copies it into that rank's sharded gradients, which are in the norm.
 3. **Refuse.** The engine leaves weights, moments and step count as they are; `StepResult.applied` says so.
-4. **Count.** `report_skipped` names the samples and the replica, and ends the run past a bound.
+4. **Count.** `report_skipped` names the samples and the replica, and ends the run beyond a limit.
 5. **Stop.** `check_finite` ends the run if a step that was applied reports a loss or norm that is not finite: then one
    of the above has failed.
 """
@@ -43,7 +43,7 @@ def poisoned(loss: Tensor) -> Tensor:
 def propagate(replicated: Sequence[Tensor], sharded: Sequence[Tensor]) -> None:
     """Make this rank's sharded gradients NaN if one of its replicated gradients is not finite.
 
-    No rank asks another, and nothing waits for the GPU.
+    There is no communication, and nothing waits for the GPU.
     """
     if not replicated or not sharded:
         return

@@ -1,4 +1,4 @@
-"""AdamW and its parameter groups, which follow the layout table: a row says whether its tensor decays."""
+"""AdamW and its parameter groups, which follow the layout table: a row defines whether its tensor decays."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ REPLICATED_GROUPS = frozenset(name for (_, replicated), name in GROUP_NAMES.item
 
 
 def group_names(shape: layout.LlamaShape) -> list[str]:
-    """The groups that a model has, on whatever stage."""
+    """The parameter groups of a model, over all stages."""
     kinds = {(row.decays, row.replicated) for _, _, rows in layout.layer_files(shape) for row in rows}
     return [name for kind, name in GROUP_NAMES.items() if kind in kinds]
 
@@ -51,14 +51,14 @@ def mark_sharded(parameters: Iterable[tuple[nn.Parameter, layout.TensorRow]]) ->
 def require_training(stages: Sequence[range], args: NeoXArgs) -> None:
     """ConfigError unless every stage, given by its layer file numbers, has a parameter to train with `lora`.
 
-    DeepSpeed refuses a stage without one, while the others wait for it until their time is up.
+    DeepSpeed refuses a stage without one, while the others wait for it until they time out.
     """
     decoder = layout.file_indices(layout.LayerFile.DECODER, args.num_layers)
     for number, layers in enumerate(stages):
         if not set(layers) & set(decoder):
             raise ConfigError(
                 f"stage {number} holds layers {layers.start} to {layers.stop - 1} and no decoder layer: with lora it "
-                f"has nothing to train; write pipe_partition_method: type:transformer|mlp, or fewer stages"
+                f"has nothing to train; write pipe_partition_method: type:transformer|mlp, or use fewer stages"
             )
 
 
@@ -85,8 +85,8 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """One group for each kind of parameter that this rank trains, parameters in their order; `rows` is by `id`.
 
-    Frozen ones are in none. Matrices (embedding and head included) decay, norms do not: GPT-NeoX's grouping. Empty
-    groups are left out, which the ranks of a pipeline must tolerate: a stage may hold an embedding and nothing else.
+    Frozen ones are in none. Matrices (including embedding and head) decay, norms do not: GPT-NeoX's grouping. Empty
+    groups are omitted, which the ranks of a pipeline must tolerate: a stage may hold only an embedding.
     """
     groups: dict[str, list[nn.Parameter]] = {name: [] for name in GROUP_NAMES.values()}
     decays = {name: decayed for (decayed, _), name in GROUP_NAMES.items()}

@@ -1,7 +1,7 @@
-"""The optimizer's state of a rank as ranges of its tensors: what every engine gives to a save and takes from a load.
+"""The optimizer state of a rank as ranges of its tensors, the interface of every engine for saving and loading.
 
-An engine may keep its masters and moments however it likes: flat, sharded over data-parallel ranks, one virtual stage
-after another. What it shows of them are views, one for each contiguous part of a parameter.
+An engine may store its masters and moments in any way: flat, sharded over data-parallel ranks, by virtual stage. It
+exposes them as views, one for each contiguous part of a parameter.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from megatron.layout import TensorRange
 class OptimizerShard:
     """The state of one range on this rank: live fp32 views [stop - start] named master, exp_avg and exp_avg_sq.
 
-    The next step changes them. `step` counts the updates done. `copy` marks a tied matrix that another stage owns, and
-    whose state that stage saves.
+    The next step changes them. `step` counts the updates so far. `copy` marks a tied matrix that another stage owns,
+    and whose state that stage saves.
     """
 
     where: TensorRange

@@ -1,10 +1,10 @@
-"""The seam: all that trainer, evaluation, generation, checkpoint and supervision see of an engine.
+"""The engine interface: all that trainer, evaluation, generation, checkpoint and supervision see of an engine.
 
 An engine owns this rank's pipeline stage, moves micro-batches through the pipeline, reduces gradients and applies the
-optimizer. It is built by `megatron.engine.build` with weights that are not initialised: fill them from a checkpoint or
-with `initialize_weights`, and call `weights_changed` after writing to a parameter.
+optimizer. It is built by `megatron.engine.build` with uninitialized weights: fill them from a checkpoint or with
+`initialize_weights`, and call `weights_changed` after writing to a parameter.
 
-All methods but the properties, `numbered_layers`, `tied_copies` and what a checkpoint holds are collective: every rank
+All methods except the properties, `numbered_layers`, `tied_copies` and those for checkpoints are collective: every rank
 calls them in the same order.
 """
 
@@ -35,12 +35,12 @@ def no_phases(phase: str) -> AbstractContextManager[Any]:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step gave; the same on all ranks but for `replica_loss`.
+    """The result of one optimizer step; the same on all ranks except for `replica_loss`.
 
     `loss` is the mean over the learned tokens of the global batch, in nats; `replica_loss` this data-parallel replica's
-    part of it, known on the last stage alone. `applied` is False if the weights were left as they are because the
-    gradient norm is not finite; `overflow` says that this was the loss scale's doing, which falls. `loss_scale` is the
-    scale of the step, None without one.
+    part of it, known only on the last stage. `applied` is False if the weights are unchanged because the gradient norm
+    is not finite; `overflow` if the cause was the loss scale, which is then lowered. `loss_scale` is the scale of the
+    step, None without one.
     """
 
     loss: float
@@ -53,7 +53,8 @@ class StepResult:
 
 @dataclass(frozen=True)
 class LossScaleState:
-    """fp16's loss scale, and what moves it: steps so far, the last that overflowed, overflows until it falls."""
+    """The fp16 loss scale and the state that determines it: steps so far, the last overflow, overflows left before it
+    is lowered."""
 
     scale: float
     steps: int = 0
@@ -63,7 +64,7 @@ class LossScaleState:
 
 @dataclass(frozen=True)
 class Counters:
-    """What an engine counts over the life of a run: optimizer steps tried, samples read, steps not applied.
+    """Counters of an engine over a whole run: optimizer steps attempted, samples read, steps not applied.
 
     `overflows` are those of the steps not applied in which fp16's gradients overflowed, `loss_scale` its scale.
     """
@@ -86,8 +87,8 @@ class PipelineStage(Protocol):
     def numbered_layers(self) -> Iterator[tuple[int, nn.Module]]:
         """(layer file number, module) of every layer with parameters that this stage owns, their weights up to date.
 
-        Between steps an engine may still be collecting weights until this or `tied_copies` is called: whoever keeps a
-        module calls one of them before reading from it again.
+        Between steps an engine may still be gathering weights until this or `tied_copies` is called: code that keeps a
+        module must call one of them before reading from it again.
         """
         ...
 
@@ -101,22 +102,23 @@ class PipelineStage(Protocol):
 
 
 class Engine(PipelineStage, Protocol):
-    """One rank's engine. `place` and `groups` say where it stands; `counters` may be set when a run is continued."""
+    """One rank's engine. `place` and `groups` are its position and groups; `counters` may be set when a run is
+    continued."""
 
     place: Place
     groups: ModelGroups
     counters: Counters
 
     def describe(self) -> list[str]:
-        """What the engine reports of itself, for the start of the log."""
+        """The engine's description of itself, for the start of the log."""
         ...
 
     def initialize_weights(self) -> None:
-        """Draw all weights, the same model for every layout."""
+        """Initialize all weights, the same model for every layout."""
         ...
 
     def weights_changed(self) -> None:
-        """Renew what is derived from the parameters: fp32 masters, other stages' copies of a tied embedding."""
+        """Update what is derived from the parameters: fp32 masters, other stages' copies of a tied embedding."""
         ...
 
     def set_learning_rate(self, rate: float) -> None: ...
@@ -126,7 +128,7 @@ class Engine(PipelineStage, Protocol):
         ...
 
     def evaluate(self, batch: StepBatch) -> float:
-        """Mean loss of a batch; the training state stays as it is."""
+        """Mean loss of a batch; the training state is unchanged."""
         ...
 
     def logits(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor | None:
@@ -143,7 +145,7 @@ class Engine(PipelineStage, Protocol):
         ...
 
     def forward_pooled(self, inputs: Tensor, work: PooledTokens) -> tuple[Tensor, dict[int, Tensor]]:
-        """`megatron.model.features.run_pooled` on this stage's layers: what the next stage gets, and pooled vectors.
+        """`megatron.model.features.run_pooled` on this stage's layers: the input of the next stage, and pooled vectors.
 
         `inputs` are what enters the model, or the hidden states of the stage before. Without sequence parallelism.
         Collective over the tensor-parallel group alone, as `forward_cached`.
@@ -151,14 +153,15 @@ class Engine(PipelineStage, Protocol):
         ...
 
     def token_scores(self, batches: Iterable[ScoreBatch] | None, num_micro_batches: int) -> list[Tensor] | None:
-        """Of each micro-batch what `megatron.model.scores` says of its queries, on the last stage; None on the others.
+        """The results of `megatron.model.scores` for the queries of each micro-batch, on the last stage; None on the
+        others.
 
         `batches` are this data-parallel rank's, None on stages that read no data. Those of one call have one shape
         [b, s], the same on all ranks; the next call may have another.
         """
         ...
 
-    # --- what a checkpoint holds besides weights
+    # --- contents of a checkpoint other than weights
 
     def meta_content(self) -> dict[str, Any]:
         """Plain values of `mp_rank_KK_model_states.pt`, which data-parallel rank 0 writes."""
@@ -171,6 +174,6 @@ class Engine(PipelineStage, Protocol):
     def load_shards(self, read: ReadShard) -> None:
         """Fill the optimizer's state: call `read` for each of this rank's ranges. Not collective.
 
-        The weights have been loaded before. CheckpointError if what was read does not belong to them.
+        The weights must be loaded already. CheckpointError if the state does not belong to them.
         """
         ...

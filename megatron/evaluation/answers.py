@@ -1,4 +1,4 @@
-"""Generated answers: the one place where evaluation meets `megatron.generation`."""
+"""Generated answers: the only place where evaluation uses `megatron.generation`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron.tokenizer import Tokenizer, build_tokenizer
 
 @dataclass(frozen=True)
 class TextLimits:
-    """Where a text ends: a number of tokens, one of several end tokens, or a text that it comes to contain."""
+    """Where a text ends: a number of tokens, one of several end tokens, or a stop text."""
 
     max_tokens: int
     stop_ids: tuple[int, ...]
@@ -26,16 +26,16 @@ class TextLimits:
 
 @dataclass(frozen=True)
 class AnswerText:
-    """New token ids without the end token; `ended` says that an end token or a stop text came, not a limit."""
+    """New token ids without the end token; `ended`: by an end token or a stop text, not by a limit."""
 
     ids: tuple[int, ...]
     ended: bool
 
 
 class AnswerWriter:
-    """Continues prompts on an engine. The generator is made with the first of them, and then kept.
+    """Continues prompts on an engine. The generator is created with the first prompt, and then kept.
 
-    Making it is collective, and so is `close`, because a pipeline's stages have links of their own for it.
+    Creating it is collective, and so is `close`, because pipeline stages have separate links for it.
     """
 
     def __init__(self, engine: Engine, args: NeoXArgs) -> None:

@@ -1,4 +1,4 @@
-"""What `eval.py` does on every rank: load a checkpoint, evaluate what the keys ask for, report."""
+"""`eval.py` on every rank: load a checkpoint, evaluate what the keys request, report."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _evaluate_validation_sets(args: NeoXArgs) -> None:
         datasets = build_datasets(args)
         for note in datasets.notes:
             logger.info(note)
-        # The phases are progress, for the watchdog.
+        # The phases count as progress for the watchdog.
         engine = build_inference_engine(args, place, StepTimers(watchdog.whereabouts, place.device).during)
         folder = load_weights(engine, args)
         results = evaluate_all(engine, args, datasets.valid)

@@ -1,9 +1,9 @@
 """Accuracy against cost, as in the AstroSage-70B paper: `python -m megatron.evaluation.cost_picture TABLE PICTURE`.
 
 TABLE is a CSV with a row per model: `model`; `cost` in USD per 0.1M tokens; `accuracy` in percent and `n`, or `correct`
-and `n`; optionally `base`, the model that it was made from, from which an arrow starts. Instead of cost and accuracy a
-row may name the `summary` that mcq.py wrote and a `price_per_hour` of what it ran on, in USD: the cost follows from the
-tokens and seconds that were measured.
+and `n`; optionally `base`, the model it was made from, where its arrow starts. Instead of cost and accuracy a row may
+name the `summary` that mcq.py wrote and the `price_per_hour` of the machine, in USD: the cost is computed from the
+measured tokens and seconds.
 
 Dashed lines are accuracy = a + 3.5 log10(cost): within a family of models a tenfold price has bought about 3.5 points.
 From one line to the next is a tenfold gain in cost efficiency. That is a fit to strong models of similar accuracy, so a
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.common.errors import UserError
+from megatron.common.picture_files import ENDINGS
 from megatron.evaluation.multiple_choice.statistics import wilson_interval
 
 POINTS_PER_TENFOLD = 3.5
@@ -56,9 +57,9 @@ class PricedScore:
 
 
 def efficiency_gain(ours: PricedScore, base: PricedScore) -> float | None:
-    """How many times the base's cost its family would need for our accuracy, relative to our own cost.
+    """The cost that the base's family would need for this accuracy, relative to this model's own cost.
 
-    None where the two are more than MOST_TENFOLDS lines apart: the fit says nothing of such a distance.
+    None if the two are more than MOST_TENFOLDS lines apart: the fit does not extend that far.
     """
     tenfolds = (ours.efficiency - base.efficiency) / POINTS_PER_TENFOLD
     return None if abs(tenfolds) > MOST_TENFOLDS + 1e-9 else 10**tenfolds
@@ -112,7 +113,7 @@ def _measured(summary: Path, price_per_hour: float) -> tuple[float, float, int]:
 
 
 def draw_costs(scores: Sequence[PricedScore], path: Path, *, cost_label: str, title: str | None = None) -> None:
-    """Write the picture; its ending (.png, .svg, .pdf) says how."""
+    """Write the figure; its extension (.png, .svg, .pdf) determines the format."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -168,10 +169,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("table", type=Path)
     parser.add_argument("picture", type=Path, help="where to write it: .png, .svg or .pdf")
     parser.add_argument("--cost-label", default="cost (USD per 0.1M tokens)", help="label of the cost axis")
-    parser.add_argument("--title", help="title of the picture: say where the numbers come from")
+    parser.add_argument("--title", help="title of the figure, which should state the source of the numbers")
     given = parser.parse_args(arguments)
     try:
-        if given.picture.suffix not in (".png", ".svg", ".pdf"):
+        if given.picture.suffix not in ENDINGS:
             raise UserError(f"{given.picture}: expected a name that ends in .png, .svg or .pdf")
         scores = read_table(given.table)
         draw_costs(scores, given.picture, cost_label=given.cost_label, title=given.title)

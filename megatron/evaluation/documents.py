@@ -1,4 +1,4 @@
-"""Perplexity document by document: per token, and in bits per byte, which tokenizers cannot change."""
+"""Perplexity document by document: per token, and in bits per byte, which do not depend on the tokenizer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DOCUMENTS_PER_REQUEST = 256
 
 @dataclass(frozen=True)
 class TextDocument:
-    """A text without frame: its tokens, and its length in UTF-8 bytes."""
+    """A text without begin- and end-of-text tokens: its tokens, and its length in UTF-8 bytes."""
 
     source: str
     number: int
@@ -116,7 +116,7 @@ def _texts(path: Path, encoder: PromptEncoder) -> Iterator[TextDocument]:
             except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
                 raise UserError(f"{path}, line {line_number}: expected a JSON object with a text") from None
             if not isinstance(text, str) or not text or not isinstance(source, str):
-                raise UserError(f"{path}, line {line_number}: text is empty, or text or source is no string")
+                raise UserError(f"{path}, line {line_number}: text is empty, or text or source is not a string")
             yield TextDocument(
                 source, number, tuple(encoder.tokenizer.encode(text)), len(text.encode(errors="replace"))
             )

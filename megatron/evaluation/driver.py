@@ -1,11 +1,11 @@
-"""Rank 0 drives, the others serve: one program asks a model that is spread over many ranks.
+"""Rank 0 runs a program that uses a model spread over many ranks; the others serve its requests.
 
-lm-eval, a multiple-choice test or any other program runs on rank 0 alone, as if the model were in its process. The
-other ranks wait for requests, which rank 0 broadcasts, and take part in answering them. Nothing of the program has to
-run in lockstep, and no library has to know about ranks.
+lm-eval, a multiple-choice test or any other program runs on rank 0 only, as if the model were in its process. The other
+ranks wait for requests, which rank 0 broadcasts, and take part in answering them. The program need not run in lockstep,
+and no library needs to know about ranks.
 
-While rank 0 is busy with its own work (reading questions, bootstrapping an error bar), a thread of it tells the others
-every minute to go on waiting: neither the collective's time limit nor the watchdog takes that for a hang.
+While rank 0 is busy with its own work (reading questions, bootstrapping an error bar), one of its threads tells the
+others every minute to keep waiting, so that neither the collective timeout nor the watchdog takes this for a hang.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ T = TypeVar("T")
 
 
 class _Request(Protocol):
-    """What rank 0 sends; `answer` is collective."""
+    """A request of rank 0; `answer` is collective."""
 
     def answer(self, writer: AnswerWriter) -> Any: ...
 
@@ -80,13 +80,13 @@ class _Wait:
 
 @dataclass(frozen=True)
 class _End:
-    """No more requests; `error` is what rank 0 ends with if the user can mend it."""
+    """The end of requests; `error` is set if rank 0 ends with a user error."""
 
     error: str | None
 
 
 class DrivenModel:
-    """The model, as the program on rank 0 sees it."""
+    """The model as seen by the program on rank 0."""
 
     def __init__(self, engine: Engine, args: NeoXArgs, whereabouts: Whereabouts) -> None:
         self.args = args
@@ -123,7 +123,7 @@ class DrivenModel:
         return texts
 
     def embed(self, texts: Sequence[np.ndarray], wanted: WantedVectors) -> np.ndarray:
-        """`pooled_vectors` of texts that are few enough for one request."""
+        """`pooled_vectors` for as many texts as fit into one request."""
         vectors = self._ask(_Vectors(texts, wanted))
         self.tokens += sum(map(len, texts))
         return vectors.cpu().numpy()
@@ -158,7 +158,7 @@ class DrivenModel:
                     self._whereabouts.at("the program of rank 0")
 
     def end(self, error: BaseException | None) -> None:
-        """Let the other ranks go. With a user error they end with the same one."""
+        """Release the other ranks. After a user error they end with the same error."""
         self._ended.set()
         if self._waiting.is_alive():
             self._waiting.join()

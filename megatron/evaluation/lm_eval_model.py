@@ -1,7 +1,7 @@
 """lm-eval's view of the model: text in, log-probabilities and text out. The only file that imports lm-eval.
 
-lm-eval runs on rank 0 alone, as one process; `DrivenModel` brings the other ranks in. Every input has exactly one
-begin-of-text token, in front: two of them, or none, have cost others several points without a word.
+lm-eval runs on rank 0 only, as one process; `DrivenModel` involves the other ranks. Every input has exactly one
+begin-of-text token, at the start: two of them, or none, are known to cost several points silently.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from megatron.tokenizer.conversation import Message
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_NEW_TOKENS = 256  # lm-eval's own, where a task says nothing
+DEFAULT_NEW_TOKENS = 256  # lm-eval's default for tasks without one
 BOOTSTRAP_DRAWS = 1000  # for metrics whose error has no closed form
 
 
@@ -57,7 +57,7 @@ class EngineLM(TemplateLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Ids with one begin-of-text token in front, or without any for `add_special_tokens=False`."""
         bos = self._encoder.tokenizer.bos
-        # Names of special tokens are tokens in what the chat template wrote; elsewhere text is text.
+        # Names of special tokens are tokens in the output of the chat template; elsewhere text is text.
         encode = self._encoder.tokenizer.encode if self._encoder.chat is None else self._encoder.with_special_tokens
         ids = list(encode(string))
         if add_special_tokens is False or bos is None:
@@ -125,7 +125,7 @@ class EngineLM(TemplateLM):
         temperature = float(given.get("temperature") or 0.0) if given.get("do_sample") else 0.0
         known = {"until", "max_gen_toks", "max_new_tokens", "temperature", "do_sample"}
         if temperature == 0:
-            known |= {"top_p", "top_k"}  # they choose nothing where the most likely token is taken
+            known |= {"top_p", "top_k"}  # they have no effect where the most likely token is taken
         unknown = sorted(set(given) - known)
         if unknown:
             raise UserError(f"generation_kwargs {', '.join(unknown)} of a task are not supported; remove them")

@@ -61,8 +61,8 @@ def evaluation_micro_batches(
 ) -> list[MicroBatch]:
     """The first `samples` samples of a data set, each exactly once over the data-parallel ranks.
 
-    What does not fill the last micro-batches is filled with samples that have no targets, so the mean is over the
-    same tokens for every split.
+    The last micro-batches are filled up with samples that have no targets, so that the mean is over the same tokens for
+    every split.
     """
     batches: list[MicroBatch] = []
     for index in range(_rounds(samples, micro_batch, dp_size)):

@@ -1,4 +1,4 @@
-"""Prompts as token ids: plain text with one begin-of-text token, or a conversation up to where the model answers."""
+"""Prompts as token ids: plain text with one begin-of-text token, or a conversation up to the model's answer."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class PromptEncoder:
 
     @property
     def ends(self) -> tuple[int, ...]:
-        """The tokens after which nothing more is said: the end of the document, and in a conversation of a turn."""
+        """The tokens that end a text: the end of the document, and in a conversation the end of a turn."""
         return (self.tokenizer.eod, *(() if self.chat is None else self.chat.end_of_turn))
 
     def text(self, text: str) -> Ids:

@@ -1,8 +1,8 @@
-"""Log-probabilities of continuations at any TP x PP x DP, independent of what else is scored with them.
+"""Log-probabilities of continuations at any TP x PP x DP, independent of the other items in a batch.
 
-Every input is padded on the right to a length that follows from its own alone, and every micro-batch has
-`train_micro_batch_size_per_gpu` rows: an item is computed by the same kernels in the same shapes whatever stands beside
-it. Continuations after one input, such as four letters after one question, share its forward pass.
+Every input is padded on the right to a length that depends only on its own, and every micro-batch has
+`train_micro_batch_size_per_gpu` rows: an item is computed by the same kernels in the same shapes whatever else is in
+the batch. Continuations after one input, such as four letters after one question, share its forward pass.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A program on rank 0 with a checkpoint's model behind it: what eval.py, mcq.py and embed.py have in common."""
+"""A program on rank 0 that uses a checkpoint's model: the common part of eval.py, mcq.py and embed.py."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def with_checkpoint(args: NeoXArgs, program: Callable[[DrivenModel, Path], T]) -
 
 
 def with_model(args: NeoXArgs, program: Callable[[DrivenModel, Path | None], T]) -> T | None:
-    """`with_checkpoint`; without `load` and with no folder the model that a training `from_scratch` begins with."""
+    """`with_checkpoint`; without `load`, the initial model of a `from_scratch` training, and no folder."""
     place = initialize(args)
     log_on_rank_0(place.rank)
     with Watchdog(args, place) as watchdog:

@@ -1,7 +1,7 @@
 """Conversations as prompts: the ids that a chat model has learned to answer after.
 
-The format is asked for a conversation with an answer in it; what stands before that answer is the prompt. So a prompt
-is how the training conversation begins, whatever the format.
+A conversation is formatted with a placeholder answer, and everything before that answer is the prompt. So a prompt is a
+prefix of the training conversation, whatever the format.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class ChatPrompts:
 
     @property
     def closing(self) -> tuple[int, ...]:
-        """What closes a trace."""
+        """The tokens that close a trace."""
         return tuple(self.tokenizer.encode(THINK_CLOSING))
 
     def _with_system(self, messages: Sequence[Message]) -> list[Message]:
@@ -81,7 +81,7 @@ def read_request(messages: Any, fields: dict[str, Any]) -> Conversation:
     """A conversation to be answered, of turns in OpenAI's shape or ShareGPT's, tool calls and reasoning included.
 
     Takes `tools`, `documents` and `chat_template_kwargs` out of the record's other `fields`, as training data have
-    them. Raises UserError for what is not understood: a key that nobody reads could change what is asked.
+    them. Raises UserError for unknown keys, since a key that is ignored could change the meaning.
     """
     if not isinstance(messages, list) or not messages:
         raise UserError("messages: expected a list of turns, each with role and content")

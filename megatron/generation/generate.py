@@ -1,6 +1,6 @@
 """Continuations of many prompts at any TP x PP x DP, with a key/value cache.
 
-Data-parallel replicas share the sequences out. In a pipeline as many groups of sequences are in flight as there are
+Sequences are divided among data-parallel replicas. In a pipeline there are as many groups of sequences in flight as
 stages: while the last stage chooses tokens for one group, the others work on the next ones.
 """
 
@@ -37,10 +37,11 @@ class Batching:
 
 
 class Generator:
-    """Continues sequences on an engine. Collective over all ranks to make; so is `close`.
+    """Continues sequences on an engine. Construction and `close` are collective over all ranks.
 
-    Between calls, which must see the same weights, it holds the links between stages, and keys and values: of the next
-    turn of a conversation only what is new is read. `around(phase)` surrounds what a rank does and waits for.
+    Between calls, which must use the same weights, it keeps the links between stages, and keys and values, so that in
+    the next turn of a conversation only the new part is processed. `around(phase)` surrounds what a rank does and waits
+    for.
     """
 
     def __init__(self, engine: Engine, args: NeoXArgs, batching: Batching, around: Around = no_phases) -> None:
@@ -61,7 +62,7 @@ class Generator:
         return sum(group.cache.bytes for group in self._groups)
 
     def own_share(self, sequences: Sequence[Continuation]) -> list[Continuation]:
-        """What this data-parallel replica continues of the sequences of a run."""
+        """The sequences of a run that this data-parallel replica continues."""
         return list(sequences[self.place.dp_rank :: self.place.dp])
 
     @torch.inference_mode()

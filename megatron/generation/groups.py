@@ -1,7 +1,7 @@
-"""Groups of sequences that are decoded together, and what a group does next.
+"""Groups of sequences that are decoded together, and the next forward of each.
 
-Every rank of a pipeline plans by itself. All have the same sequences and learn the same tokens, so they come to the
-same plans, and no plan is ever sent. Sequences in flight have the slots 0, 1, ... of their group's cache: when one
+Every rank of a pipeline plans independently. All have the same sequences and receive the same tokens, so they make the
+same plans, and no plan needs to be sent. Sequences in flight have the slots 0, 1, ... of their group's cache: when one
 ends, the last one takes its slot, and new ones join behind.
 """
 
@@ -36,7 +36,7 @@ class SequenceGroup:
         self.running: list[Continuation] = []  # by slot
         self._reading: list[Continuation] = []  # the last ones of `running`, whose prompts are not read yet
         self._read = 0  # how many tokens of each of them
-        self._held: list[int] = []  # what the first slot still holds of a sequence that has left an idle group
+        self._held: list[int] = []  # tokens of a finished sequence that the first slot of an idle group still holds
 
     @property
     def idle(self) -> bool:

@@ -1,7 +1,7 @@
-"""What is typed and answered on the screen: single prompts, or a conversation.
+"""Interactive generation on the terminal: single prompts, or a conversation.
 
-Rank 0 reads and writes; the others wait for the next prompt in short broadcasts, so that a user may think for as long
-as they like and no collective times out.
+Rank 0 reads and writes; the others wait for the next prompt in short broadcasts, so that no collective times out
+however long the user takes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from megatron.parallel.rank_env import TYPED
 from megatron.supervision.status_store import Whereabouts
 from megatron.tokenizer.conversation import THINK_BEGIN, THINK_END, Conversation, Message
 
-STOP = "stop"  # GPT-NeoX's word
+STOP = "stop"  # as in GPT-NeoX
 IDLE_SECONDS = 5.0  # between two broadcasts while nothing is typed
 _CHAT_HELP = "/exit ends, /reset begins a new conversation"
 
@@ -43,7 +43,7 @@ class Dialogue:
         self.sampling, self.endings, self.whereabouts = sampling, endings, whereabouts
         self.ranks = RankGroup.world(generator.place.device, UserError)
         self.messages: list[Message] = []  # of the conversation so far
-        self._asked = False  # the sign that something may be typed stands on the screen
+        self._asked = False  # the input prompt is on the screen
         self._typed = _lines() if self.ranks.rank == 0 else None
 
     def hold(self) -> None:
@@ -117,7 +117,7 @@ class Dialogue:
 
 
 class _Screen:
-    """Shows a text while it grows."""
+    """Streams a text to the screen."""
 
     def __init__(self, endings: Endings, trace: bool, show_thinking: bool) -> None:
         assert endings.decode is not None

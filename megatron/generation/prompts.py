@@ -1,4 +1,4 @@
-"""What `generate.py` does on every rank: load a checkpoint, continue every prompt, write JSON lines."""
+"""`generate.py` on every rank: load a checkpoint, continue every prompt, write JSON lines."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from megatron.supervision.step_timers import StepTimers
 from megatron.supervision.watchdog import Watchdog
 from megatron.tokenizer import Tokenizer, build_tokenizer
 
-PRINTED = 8  # texts of a run that are printed; a longer one says how far it is
+PRINTED = 8  # texts that are printed; a longer run prints its progress
 PROGRESS_SECONDS = 30.0
 
 
 def generate_text(args: NeoXArgs) -> None:
     """Continue every prompt (or start from the beginning-of-text token), or what is typed; or images.
 
-    The prompts are read before the model is loaded. Raises UserError when all that can be has been written, if a prompt
-    could not be continued.
+    The prompts are read before the model is loaded. If a prompt could not be continued, raises UserError after all
+    others have been written.
     """
     if args.reads_images:
         complete_images(args)
@@ -109,7 +109,7 @@ def sequences_of(requests: list[Request], args: NeoXArgs) -> list[Continuation]:
 
 
 def continue_all(generator: Generator, requests: list[Request], endings: Endings) -> None:
-    """Continue the prompts and write what comes. Collective over all ranks."""
+    """Continue the prompts and write the results. Collective over all ranks."""
     args, place = generator.args, generator.place
     ranks = RankGroup.world(place.device, UserError)
     bad = [request for request in requests if request.error is not None]

@@ -24,9 +24,9 @@ _PROMPT, _MESSAGES = "prompt", "messages"
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt of a run: its number and line, what was given, its ids; or why it cannot be continued.
+    """A prompt of a run: its number and line, the input, its ids; or why it cannot be continued.
 
-    `context` is the text, or the last turn of a conversation; `fields` is what else a JSON record holds.
+    `context` is the text, or the last turn of a conversation; `fields` are the other fields of a JSON record.
     """
 
     number: int
@@ -38,7 +38,7 @@ class Request:
 
 
 class PromptReader:
-    """Makes requests of what a user gives."""
+    """Makes requests from user input."""
 
     def __init__(self, args: NeoXArgs, tokenizer: Tokenizer, chat: ChatPrompts | None) -> None:
         self.args, self._tokenizer, self._chat = args, tokenizer, chat

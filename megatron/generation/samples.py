@@ -1,4 +1,4 @@
-"""The output file: JSON lines with GPT-NeoX's fields, written as they come and put in the order of the prompts."""
+"""The output file: JSON lines with GPT-NeoX's fields, written as they are finished and finally sorted by prompt."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from megatron.tokenizer.conversation import THINK_END
 
 
 def record_of(request: Request, sequence: Continuation, endings: Endings, show_thinking: bool) -> dict[str, Any]:
-    """What is written of a sequence that has ended.
+    """The record of a finished sequence.
 
     GPT-NeoX's fields: `context`, `text`, `length` (new tokens), `finished` (by itself), `message`, `duration_seconds`.
     """
@@ -45,7 +45,7 @@ def record_of(request: Request, sequence: Continuation, endings: Endings, show_t
 
 
 def record_of_error(request: Request) -> dict[str, Any]:
-    """What is written of a prompt that was not continued."""
+    """The record of a prompt that was not continued."""
     return {
         "index": request.number,
         "sample": 0,

@@ -1,9 +1,9 @@
-"""Which token comes next: greedy, or drawn after temperature, top-k, top-p, min-p and a repetition penalty.
+"""Choice of the next token: greedy, or sampled with temperature, top-k, top-p, min-p and a repetition penalty.
 
 The limits are applied in the order of `transformers`: penalty, temperature, top-k, top-p, min-p. A token is drawn by
 inverting the cumulative distribution in the vocabulary's order with one random number, so that rounding (another layout
-or batch) changes a token only where the number falls within rounding of a border. The number depends on seed, prompt,
-sample and position alone.
+or batch) changes a token only if the number falls within rounding error of a boundary. The number depends only on seed,
+prompt, sample and position.
 """
 
 from __future__ import annotations

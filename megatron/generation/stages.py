@@ -1,8 +1,7 @@
-"""What pipeline stages send each other while text is generated: hidden states onwards, tokens back.
+"""Messages between pipeline stages during generation: hidden states forward, tokens back.
 
-Sends return at once, and what is sent is kept until it has left. Tokens have a group of their own: on a GPU the
-operations of a group run in order, and a stage that sends hidden states while its neighbour sends tokens would wait for
-it, which waits for them.
+Sends return at once, and buffers are kept until they have been sent. Tokens use a separate group: on a GPU the
+operations of a group run in order, so that a stage sending hidden states and a neighbor sending tokens would deadlock.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from megatron.engine.protocol import Around, Engine, no_phases
 
-_IN_FLIGHT = 64  # messages; one that is older has been received, or the run does not go on
+_IN_FLIGHT = 64  # number of messages; older ones must have been received, or the run would have stalled
 
 
 class HiddenLinks:

@@ -1,8 +1,8 @@
 """Names, shapes and packings of every tensor on disk: the base layer, standard library only.
 
-`row` says what is known of one tensor, `table` has the rows and the files that hold them, `shape` the sizes of a
-model, `packing` what each tensor-parallel rank stores, `ranges` where its elements lie at another tensor-parallel
-size. Nothing here imports torch or anything of this project: a login node can use it.
+`row` describes one tensor, `table` has the rows and the files that hold them, `shape` the sizes of a model, `packing`
+what each tensor-parallel rank stores, `ranges` where its elements are at another tensor-parallel size. Nothing here
+imports torch or any other package of this project, so it can be used on a login node.
 """
 
 from megatron.layout.adapter import (

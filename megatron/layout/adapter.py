@@ -1,8 +1,8 @@
 """Low-rank adapters (LoRA): rows of the table beside those of their base, and the names that peft gives them.
 
 An adapter adds scale * B A to a Hugging Face projection W [out, in]: A is [rank, in], B [out, rank] (Hu et al. 2021).
-Each projection has a pair of its own, also where several of them share a fused matrix here, so that any peft adapter of
-a Llama can be read and what is trained here is one. Standard library only.
+Each projection has a pair of its own, even where several of them share a fused matrix here, so that any peft adapter of
+a Llama can be read and every trained adapter is one. Standard library only.
 """
 
 from __future__ import annotations

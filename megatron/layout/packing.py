@@ -50,8 +50,8 @@ def rank_shape(row: TensorRow, shape: LlamaShape, tp: int) -> tuple[int, ...]:
 def rank_slices(row: TensorRow, shape: LlamaShape, tp: int, tp_rank: int) -> list[Slice]:
     """What rank `tp_rank` of `tp` stores, as source slices to be concatenated in order along `shard_dim`.
 
-    A replicated tensor is one slice, all of its source (along dimension 0). The inverse is the same list read the
-    other way; nothing else is needed to convert, export or reshard.
+    A replicated tensor is one slice, all of its source (along dimension 0). The inverse is the same list read
+    backwards; nothing else is needed to convert, export or reshard.
     """
     sources = source_shapes(row, shape)
     if row.shard_dim is None:

@@ -1,7 +1,7 @@
-"""What a folder of peft holds: read from `adapter_config.json` and the header of the weights, written the same way.
+"""The contents of a peft folder, read from and written to `adapter_config.json` and the header of the weights.
 
-Understood is plain LoRA on linear layers. Everything that would make the factors mean something else (DoRA, other
-scales for some layers, trained whole modules, ...) is a problem with a name. No tensor is read here.
+Only plain LoRA on linear layers is supported. Anything that would change the meaning of the factors (DoRA, other scales
+for some layers, fully trained modules, ...) is refused by name. No tensor is read here.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ _LARGEST_HEADER = 1 << 27
 
 
 class PeftError(UserError):
-    """A folder that is no peft adapter, or one that is not understood."""
+    """A folder that is not a peft adapter, or not a supported one."""
 
 
 @dataclass(frozen=True)
 class PeftAdapter:
     """A plain LoRA of a Llama with the same projections, at the same rank, in every decoder layer.
 
-    `shapes` are those of the factors by their names in the file; `base_name` is what it says it was trained on.
+    `shapes` are those of the factors by their names in the file; `base_name` is the base named in the configuration.
     """
 
     rank: int
@@ -54,7 +54,7 @@ class PeftAdapter:
 
 
 def scale_of(alpha: float, rank: int, rslora: bool) -> float:
-    """What B A is multiplied with: alpha / r, or alpha / sqrt(r) (Kalajdzievski 2023)."""
+    """The factor on B A: alpha / r, or alpha / sqrt(r) (Kalajdzievski 2023)."""
     return alpha / (math.sqrt(rank) if rslora else rank)
 
 
@@ -65,7 +65,7 @@ def factor_of(key: str) -> tuple[str, str] | None:
 
 
 def config_problem(config: Mapping[str, Any]) -> str | None:
-    """What of an adapter's configuration is not understood, in one sentence."""
+    """The unsupported part of an adapter's configuration, in one sentence."""
     if config.get("peft_type") != "LORA":
         return f"peft_type is {config.get('peft_type')!r}; only LORA is read"
     if config.get("bias", "none") != "none":
@@ -100,7 +100,7 @@ def _latest(root: Path) -> str:
 
 
 def read_adapter(folder: Path) -> PeftAdapter:
-    """What an adapter's folder says, from its two files; PeftError names the file and what does not fit."""
+    """An adapter's description from the two files of its folder; PeftError names the file and what does not fit."""
     config = _config(folder)
     problem = config_problem(config)
     if problem is not None:
@@ -198,4 +198,4 @@ def _header(path: Path) -> dict[str, tuple[int, ...]]:
             header = json.loads(file.read(size))
         return {str(key): tuple(value["shape"]) for key, value in header.items() if key != "__metadata__"}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise PeftError(f"{path} is no safetensors file: {error}") from error
+        raise PeftError(f"{path} is not a safetensors file: {error}") from error

@@ -1,8 +1,8 @@
-"""Ranges of elements of a tensor-parallel rank's tensors, and where they lie when the model is cut otherwise.
+"""Ranges of elements of a tensor-parallel rank's tensors, and their location when the model is split differently.
 
-Optimizer state is kept by ranges, so that whoever needs a part of it, at whatever tensor-, pipeline- and data-parallel
-size, can say so. Elements are counted in the rank's own tensor, flattened row by row. Ranges of one tensor-parallel
-size map on those of another through the Hugging Face tensors that both are cut from.
+Optimizer state is stored by ranges, so that any part of it can be addressed at any tensor-, pipeline- and data-parallel
+size. Elements are counted in the rank's own tensor, flattened row by row. Ranges of one tensor-parallel size map to
+those of another through the Hugging Face tensors that both are slices of.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Transfer:
 def transfers(
     row: TensorRow, here: TensorSplit, tp_rank: int, start: int, stop: int, there: TensorSplit
 ) -> Iterator[Transfer]:
-    """Where the elements `start:stop` of rank `tp_rank`'s tensor under the split `here` lie under the split `there`.
+    """Location under the split `there` of the elements `start:stop` of rank `tp_rank`'s tensor under the split `here`.
 
     Elements that no transfer covers are vocabulary padding that `there` does not have: zeros.
     """

@@ -1,4 +1,4 @@
-"""What the layout table says of one tensor."""
+"""The layout table's description of one tensor."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class LayerFile(Enum):
 
 
 class Packing(Enum):
-    """How the rows (or columns) of the source tensors are dealt to the tensor-parallel ranks."""
+    """How the rows (or columns) of the source tensors are distributed over the tensor-parallel ranks."""
 
     REPLICATED = "replicated"  # one source, and every rank holds the whole of it
     SPLIT = "split"  # one source, contiguous equal chunks
@@ -41,7 +41,7 @@ class Packing(Enum):
 
 
 class Initialization(Enum):
-    """The values that a tensor starts from scratch with."""
+    """The initial values of a tensor in a from-scratch run."""
 
     ONES = "ones"
     ZEROS = "zeros"

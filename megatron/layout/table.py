@@ -1,12 +1,12 @@
 """The one table of Llama tensors: NeoX name, Hugging Face sources, shard dimension, packing, file, modality.
 
 The model splits its fused projections with it, the converter plans byte ranges from it, checkpoints are checked
-against it, the planner counts with it. Nothing else in this project knows a packing order, so the two can never move
-apart (gpt-neox #1337: model and converter each held a convention, one of them moved, and a 70B run started at a loss
-of 12). Whether a tensor is replicated, decays, and how it starts is read from its row, never guessed from its
-dimensions: a bias is a vector and may be cut, an adapter's matrix may be replicated.
+against it, and the planner uses it. Nothing else in this project knows a packing order, so model and converter cannot
+diverge (gpt-neox #1337: each had its own convention, one of them changed, and a 70B run started at a loss of 12).
+Whether a tensor is replicated, decays, and how it is initialized is read from its row, never guessed from its
+dimensions: a bias is a vector and may be split, an adapter's matrix may be replicated.
 
-A shape names its table (`LlamaShape.table`), so all who are given a shape follow it.
+A shape names its table (`LlamaShape.table`), so that any code given a shape uses the right table.
 
 Facts (GPT-NeoX checkpoint format, `docs/checkpoints.md`):
 

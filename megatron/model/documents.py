@@ -47,7 +47,7 @@ class Documents:
         )
 
 
-def read_documents(message: Any) -> Any:
+def from_message(message: Any) -> Any:
     """What enters a stage, hidden states or (hidden states, positions), with the positions read."""
     return (message[0], Documents.at(message[1])) if isinstance(message, tuple) else message
 

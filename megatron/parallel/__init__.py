@@ -1,1 +1,1 @@
-"""A process among the ranks: environment, devices, CPUs, process groups, errors raised on all ranks together."""
+"""A process as one of the ranks: environment, devices, CPUs, process groups, errors raised on all ranks together."""

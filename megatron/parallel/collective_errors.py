@@ -1,4 +1,4 @@
-"""All ranks go on, or all stop with the same message: no rank waits for one that has failed."""
+"""All ranks continue, or all stop with the same message: no rank waits for one that has failed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron.common.errors import CheckpointError, UserError, one_line
 
 T = TypeVar("T")
-_SHOWN = 5  # reasons in a message; a full disk fails on every rank of a node at once
+_SHOWN = 5  # number of reasons in a message; a full disk fails on every rank of a node at once
 
 
 def gather_by_rank(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
@@ -55,7 +55,7 @@ class RankGroup:
         self.agree(what, failure)
 
     def agree(self, what: str, failure: BaseException | None) -> None:
-        """Raise one `error` on all ranks if any of them comes with a failure. Collective."""
+        """Raise one `error` on all ranks if any of them reports a failure. Collective."""
         if not self.total(failure is not None):
             return
         reasons = gather_by_rank(None if failure is None else one_line(failure), self.group)
@@ -81,7 +81,7 @@ class RankGroup:
         return int(count)
 
     def where(self, true: bool) -> str:
-        """Names of the ranks for which it is true. Collective."""
+        """Names of the ranks for which the condition is true. Collective."""
         return _name([rank for rank, answer in enumerate(gather_by_rank(true, self.group)) if answer])
 
     def broadcast(self, value: T) -> T:

@@ -1,4 +1,4 @@
-"""Which CPUs a rank may run on, and whether they are enough and near its GPU."""
+"""Which CPUs a rank may run on, and whether they are sufficient and close to its GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which GPU a rank takes, and the placement of all ranks of a run: node, GCD, NUMA domain, coordinates.
+"""Which GPU a rank uses, and the placement of all ranks of a run: node, GCD, NUMA domain, place.
 
 Pure functions over plain values, so that 2,048 ranks of a 70B can be checked without starting any. Numbers of the
 MI250X node: OLCF's Frontier user guide; LUMI's blade is the same.
@@ -33,14 +33,14 @@ class Seat:
 
 
 def coordinates(rank: int, pipe_size: int, data_size: int, tensor_size: int) -> tuple[int, int, int]:
-    """(pipe, data, tensor) of a rank: tensor-parallel ranks are neighbours, pipeline stages are furthest apart."""
+    """(pipe, data, tensor) of a rank: tensor-parallel ranks are adjacent, pipeline stages are furthest apart."""
     if not 0 <= rank < pipe_size * data_size * tensor_size:
         raise ValueError(f"rank {rank} is not one of {pipe_size} x {data_size} x {tensor_size}")
     return rank // (data_size * tensor_size), rank // tensor_size % data_size, rank % tensor_size
 
 
 def device_index(local_rank: int, local_world_size: int | None, visible: int, env: Mapping[str, str]) -> int:
-    """Number, among the visible GPUs, of the one that a local rank takes.
+    """Index, among the visible GPUs, of the one that a local rank uses.
 
     If one GPU is visible, it is the task's own (`--gpus-per-task=1`, or a wrapper that sets ROCR_VISIBLE_DEVICES): 0.
     If all GPUs of a node are visible (LUMI), it is the local rank. Raises ConfigError for anything in between, and if

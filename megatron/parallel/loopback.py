@@ -1,4 +1,4 @@
-"""Where all ranks are on one machine, nothing of theirs listens beyond its loopback interface."""
+"""If all ranks are on one machine, they listen only on its loopback interface."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ LOOPBACK = "127.0.0.1"
 
 
 def serve_on_loopback(port: int = 0, timeout: timedelta = timedelta(seconds=300)) -> TCPStore:
-    """A store that only this machine reaches; torch's own listens on every interface. OSError if the port is taken."""
+    """A store that only this machine can reach; torch's own listens on every interface. OSError if the port is in
+    use."""
     listener = socket.socket()
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind((LOOPBACK, port))
@@ -28,7 +29,7 @@ def serve_on_loopback(port: int = 0, timeout: timedelta = timedelta(seconds=300)
 
 
 def on_one_node(started: StartedRank, env: Mapping[str, str]) -> bool:
-    """Whether the launcher has put all ranks on this node, as far as it says so.
+    """Whether the launcher has put all ranks on this node, if its variables say so.
 
     With torchrun's agent the answer is no: it serves the rendezvous itself.
     """

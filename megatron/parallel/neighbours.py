@@ -1,4 +1,4 @@
-"""Neighbouring stages of the pipeline, in rounds that can be worked off at the same time."""
+"""Pairs of neighboring pipeline stages, in rounds whose pairs can communicate at the same time."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ Pair = tuple[int, int]
 def neighbour_rounds(stages: int, ranks_per_stage: int, closed: bool) -> list[list[Pair]]:
     """Rounds of pairs in which each rank has one partner at most: the next stage's rank, or that of the stage before.
 
-    `closed`: the last stage is followed by the first, as with virtual stages; two stages are then neighbours twice,
-    once in each direction. Two rounds are enough, and a closed ring of an odd number of stages needs three.
+    `closed`: the last stage is followed by the first, as with virtual stages; two stages are then neighbors twice, once
+    in each direction. Two rounds are enough, and a closed ring of an odd number of stages needs three.
     """
     rounds: dict[int, list[Pair]] = {}
     for stage in range(0 if stages == 1 else stages if closed else stages - 1):  # those that have a next stage

@@ -1,4 +1,4 @@
-"""A rank's coordinates in the TP x PP x DP grid, and what follows from them."""
+"""A rank's coordinates in the TP x PP x DP grid, and properties derived from them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a process that was started as a rank to one that knows its groups, its device and its neighbours."""
+"""Setup of a rank: its process groups, its device and its neighbors."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from megatron.parallel.rank_env import StartedRank, find_started_rank, node_name
 # By torch's names: built for ROCm, it calls AMD's libraries by those of NVIDIA's that they stand for.
 GEMM_LIBRARIES = {"hipBLASLt": "cublaslt", "rocBLAS": "cublas"}
 
-ROWS_SHOWN = 64  # ranks; the table of a larger run goes to a file alone
+ROWS_SHOWN = 64  # number of ranks; the table of a larger run is only written to a file
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,9 @@ def initialize(args: NeoXArgs) -> Place:
     """Process group, device and megatron-core's groups, for a rank that was started.
 
     Reads who it is from the environment (`rank_env`), and MASTER_ADDR and MASTER_PORT unless the launcher gave a
-    rendezvous of its own. Raises ConfigError if the ranks do not hold the same configuration, are not as many as it
-    says, tear a tensor-parallel group apart or share a GPU, and RuntimeError if megatron-core numbers ranks otherwise.
+    rendezvous of its own. Raises ConfigError if the ranks do not have the same configuration, do not match its number
+    of ranks, split a tensor-parallel group over nodes or share a GPU, and RuntimeError if megatron-core numbers ranks
+    differently.
     """
     started = started_ranks(args)
     rank, world_size, local_rank = started.rank, started.world_size, started.local_rank
@@ -80,7 +81,7 @@ def initialize(args: NeoXArgs) -> Place:
 
 
 def form_groups(args: NeoXArgs, device: torch.device | None = None, local_rank: int | None = None) -> Place:
-    """megatron-core's groups within an initialised world; returns this rank's place, by default one on the CPU.
+    """megatron-core's groups within an initialized world; returns this rank's place, by default one on the CPU.
 
     RuntimeError if megatron-core gives a rank other coordinates than `Place`.
     """
@@ -117,11 +118,11 @@ def set_timeouts(minutes: int) -> None:
 
 
 def started_ranks(args: NeoXArgs) -> StartedRank:
-    """Who this process is. Raises ConfigError if nobody started it, or as one of too many or too few."""
+    """The rank of this process. Raises ConfigError if it was not started as a rank, or the number of ranks is wrong."""
     started = find_started_rank(os.environ)
     if started is None:
         raise ConfigError(
-            "nobody started this process as a rank (neither RANK, WORLD_SIZE and LOCAL_RANK nor Slurm's variables are "
+            "this process was not started as a rank (neither RANK, WORLD_SIZE and LOCAL_RANK nor Slurm's variables are "
             "set); start it by python deepy.py, srun or torchrun"
         )
     if started.world_size != args.global_num_gpus:
@@ -142,7 +143,7 @@ def take_device(args: NeoXArgs, started: StartedRank) -> torch.device:
 
 
 def choose_gemm_library(args: NeoXArgs) -> None:
-    """Have torch multiply with the configured library. Raises ConfigError where torch is not built for ROCm."""
+    """Have torch use the configured library for matrix products. Raises ConfigError if torch is not built for ROCm."""
     if args.gemm_library == "default":
         return
     if torch.version.hip is None:
@@ -154,7 +155,7 @@ def choose_gemm_library(args: NeoXArgs) -> None:
 
 
 def report_seats(args: NeoXArgs, started: StartedRank, device: torch.device) -> None:
-    """Gather where all ranks sit, check it on all of them, and say it on rank 0. Collective."""
+    """Gather the placement of all ranks, check it on all of them, and print it on rank 0. Collective."""
     seats = gather_by_rank(find_seat(args, started, device))
     check_seats([seat for seat, _ in seats])
     if started.rank == 0:
@@ -176,7 +177,8 @@ def check_seats(seats: Sequence[Seat]) -> None:
 
 
 def print_seats(args: NeoXArgs, told: Sequence[tuple[Seat, int | None]]) -> None:
-    """Say where all ranks sit, unless that is this machine's CPU; a large table goes to `log_dir/ranks.txt`."""
+    """Print the placement of all ranks, unless they run on this machine's CPU; a large table goes to
+    `log_dir/ranks.txt`."""
     seats = [seat for seat, _ in told]
     if args.device == "cpu" and len({seat.node for seat in seats}) == 1:
         return

@@ -1,7 +1,7 @@
 """The environment of a rank: its number and the number of ranks, its node, where the ranks rendezvous.
 
 A rank is started by `srun` (SLURM_PROCID, SLURM_NTASKS, SLURM_LOCALID) or by torchrun or deepy.py (RANK, WORLD_SIZE,
-LOCAL_RANK). Contradicting variables are an error: DeepSpeed and mpi4py guess, and after a wrong guess every process is
+LOCAL_RANK). Contradictory variables are an error: DeepSpeed and mpi4py guess, and after a wrong guess every process is
 rank 0 of 1. Standard library only, no ssh, no hostfile.
 """
 
@@ -17,7 +17,7 @@ from megatron.common.errors import ConfigError
 
 # Warnings that every rank would print: megatron-core's about libraries that this project does not need, torch's about a
 # name that DeepSpeed and megatron-core still use.
-TYPED = "NEOX_TYPED"  # file descriptor of what is typed, where it is not 0
+TYPED = "NEOX_TYPED"  # file descriptor of the terminal input, if it is not 0
 
 IGNORED_WARNINGS = (
     "ignore:Transformer Engine and Apex are not installed",
@@ -35,7 +35,7 @@ class StartedRank:
     rank: int
     world_size: int
     local_rank: int
-    local_world_size: int | None  # None where the source does not say
+    local_world_size: int | None  # None if the source does not provide it
     source: str  # the variable that rank was read from, for messages
 
 
@@ -90,7 +90,7 @@ def _from_slurm(env: Mapping[str, str]) -> StartedRank | None:
 
 
 def in_step(env: Mapping[str, str]) -> bool:
-    """Whether this process runs inside a step that srun has started, also in a shell that is one."""
+    """Whether this process runs inside a step started by srun, including an interactive shell."""
     step = env.get("SLURM_STEP_ID", env.get("SLURM_STEPID", ""))
     return step.isdigit() and int(step) < 0xFFFFFFF0  # higher numbers are the batch script, an interactive shell, ...
 
@@ -112,7 +112,8 @@ def _tasks_per_node(env: Mapping[str, str]) -> list[int]:
 
 
 def planned_nodes(env: Mapping[str, str]) -> list[str]:
-    """By rank, the node that Slurm planned for it, also for ranks that never start; empty if Slurm does not say.
+    """By rank, the node that Slurm planned for it, including ranks that never start; empty if Slurm does not provide
+    it.
 
     Ranks must be numbered node by node. Raises ConfigError for a node list that cannot be read.
     """
@@ -140,7 +141,7 @@ def _checked(started: StartedRank) -> StartedRank:
 
 
 def node_name(env: Mapping[str, str]) -> str:
-    """This node's name as the batch system, and so `--exclude`, spells it."""
+    """This node's name as spelled by the batch system, and so by `--exclude`."""
     return env.get("SLURMD_NODENAME") or socket.gethostname()
 
 

@@ -1,4 +1,4 @@
-"""A run's plan: what its stages are and hold, how long a step takes, how large a checkpoint is."""
+"""A run's plan: its stages and their memory, the time of a step, the size of a checkpoint."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def find_machine(name: str) -> Machine:
 
 
 def refusal(plan: Plan) -> str:
-    """Why a plan does not fit, and what would."""
+    """Why a plan does not fit, and what would fit."""
     stage, limit = plan.fullest, plan.usable_bytes / GIB
     over = sum(stage.peak > plan.usable_bytes for stage in plan.stages)
     where = f"stage {stage.stage} needs {stage.peak / GIB:.1f} GiB a GCD"
@@ -182,7 +182,7 @@ def refusal(plan: Plan) -> str:
     )
     return (
         f"this run does not fit: {where}, of which {limit:.1f} GiB can be used on {plan.machine.name}{others}. Most of "
-        f"it: {most} GiB. {advice[0].upper()}{advice[1:]}. --allow-memory goes on all the same"
+        f"it: {most} GiB. {advice[0].upper()}{advice[1:]}. Pass --allow-memory to continue anyway"
     )
 
 
@@ -199,7 +199,7 @@ def _fewest(plan: Plan, layout: ParallelLayout) -> int | None:
 
 
 def faster(plan: Plan) -> list[str]:
-    """What would take less time and fit: recomputing no more than memory demands, also with sequence parallelism.
+    """Faster alternatives that fit: recomputing no more than memory requires, also with sequence parallelism.
 
     One line each, with its gain; none for a plan that does not fit or recomputes nothing.
     """

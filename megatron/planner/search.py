@@ -1,4 +1,4 @@
-"""Every layout that a number of GCDs and a global batch allow, by predicted tokens per second, and why losers lose.
+"""All layouts that a number of GCDs and a global batch allow, by predicted tokens per second, with what limits each.
 
     result = search(shape, world_size, global_batch, seq_length, machine)
     result.ranked        candidates that fit, fastest first
@@ -33,7 +33,7 @@ RECOMPUTE: tuple[Recompute, ...] = ("none", "full")
 
 @dataclass(frozen=True)
 class Candidate:
-    """A layout, what it takes, and in `reason` what holds it back."""
+    """A layout, its cost, and in `reason` what limits it."""
 
     layout: ParallelLayout
     estimate: Estimate
@@ -146,7 +146,7 @@ def search(
 
 @dataclass(frozen=True)
 class _Planner:
-    """What stays the same while layouts are tried."""
+    """What is common to all layouts that are tried."""
 
     shape: LlamaShape
     seq_length: int
@@ -256,7 +256,7 @@ def _too_large(candidate: Candidate, limit: int) -> str:
 
 
 def _behind(candidate: Candidate, best: Candidate | None) -> str:
-    """What costs a layout most against the best one, in seconds of a step."""
+    """What slows a layout down most compared with the best one, in seconds of a step."""
     if best is None or candidate.layout == best.layout:
         return "the fastest that fits"
     mine, theirs = candidate.estimate.parts, best.estimate.parts

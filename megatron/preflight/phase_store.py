@@ -3,6 +3,9 @@
 A collective that hangs cannot report itself. Instead a thread of rank 0 reads the store and knows, when a phase times
 out, which ranks have not arrived and which have not finished. A thread of every other rank waits for rank 0's verdict
 and ends the process, even if its main thread is stuck.
+
+Where the launcher gives all ranks a secret in the environment (SECRET; job.sh does), every message is sealed with it,
+and what is not sealed so is ignored and counted. There is no process group yet that could hand one out.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from typing import Any, NoReturn
 import torch.distributed as dist
 
 from megatron.common.errors import UserError
+from megatron.common.sealing import Seal
 from megatron.parallel.loopback import LOOPBACK, on_one_node, serve_on_loopback, talk_over_loopback
 from megatron.parallel.rank_env import StartedRank
 from megatron.preflight.diagnosis import CONFIGURATION, STALLED, Group, PhaseFailure, Roster, phase_failure
@@ -33,6 +37,7 @@ AFTER_AN_ERROR_SECONDS = 3.0  # how long the others have to finish after the fir
 _POLL_SECONDS = 0.05  # between two reads by rank 0 of its own store
 _RETRY_SECONDS, _CONNECT_SECONDS = 0.2, 5.0  # timeout of a rank that connects to rank 0
 _LONGEST = 200  # maximum length of an error message in characters
+SECRET = "NEOX_SECRET"  # the variable
 
 
 class PhaseStore:
@@ -45,6 +50,8 @@ class PhaseStore:
         self._phase, self._name, self._finished = 0, "the start", False
         self._passed: queue.Queue[None] = queue.Queue()
         self._results: list[Any] = []
+        self._seal = Seal(env[SECRET].encode()) if env.get(SECRET) else None
+        self.ignored = 0  # messages read that were not this preflight's
         _allow_open_files()
         host, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
         local = on_one_node(started, env)
@@ -64,7 +71,7 @@ class PhaseStore:
                 f"should listen at {host}:{port}; reported by rank {self._rank} on {roster.node(self._rank)} "
                 f"({_first_line(error)})",
             )
-        prefix = f"preflight{env.get('TORCHELASTIC_RESTART_COUNT', '')}"
+        prefix = f"preflight{env.get('TORCHELASTIC_RESTART_COUNT', '')}" + (self._seal.name if self._seal else "")
         self.torch_store, self._second_store = (dist.PrefixStore(prefix, store) for store in stores)
         if self._rank != 0:
             threading.Thread(target=self._follow_verdicts, daemon=True).start()
@@ -81,7 +88,7 @@ class PhaseStore:
         if self._rank == 0:
             threading.Thread(target=self._watch, args=(number, name, groups), daemon=True).start()
         try:
-            self.torch_store.set(f"{number}/at/{self._rank}", "")
+            self._send(self.torch_store, f"{number}/at/{self._rank}", "")
             outcome = {"result": work()}
         except UserError as error:
             outcome = {"error": str(error), "code": CONFIGURATION}
@@ -94,19 +101,22 @@ class PhaseStore:
 
     def _write(self, number: int, outcome: dict[str, Any]) -> None:
         try:
-            self.torch_store.set(f"{number}/done/{self._rank}", json.dumps(outcome))
+            self._send(self.torch_store, f"{number}/done/{self._rank}", json.dumps(outcome))
             if "error" in outcome:
-                self.torch_store.set(f"{number}/error", "")
+                self._send(self.torch_store, f"{number}/error", "")
         except RuntimeError:  # rank 0 is gone: the other thread reports it
             return
 
     def publish(self, name: str, value: Any) -> None:
         """On rank 0: write a value for all other ranks."""
-        self.torch_store.set(name, json.dumps(value))
+        self._send(self.torch_store, name, json.dumps(value))
 
     def read(self, name: str) -> Any:
         """A value that rank 0 has published in an earlier phase."""
-        return json.loads(self.torch_store.get(name))
+        text = self._opened(name, self.torch_store.get(name))
+        if text is None:
+            raise UserError(f"{name} in rank 0's store is not what rank 0 wrote; somebody else writes to its store")
+        return json.loads(text)
 
     def fail(self, code: int, text: str) -> NoReturn:
         """On rank 0, between two phases: print `text` and end all processes with `code`."""
@@ -117,7 +127,7 @@ class PhaseStore:
         self.phase("the end", (), lambda: None)
         faulthandler.cancel_dump_traceback_later()
         self._finished = True
-        self.torch_store.set(f"gone/{self._rank}", "")
+        self._send(self.torch_store, f"gone/{self._rank}", "")
         if self._rank == 0:
             self._await_the_others()
 
@@ -126,8 +136,7 @@ class PhaseStore:
         number = 0
         while True:
             try:
-                self._second_store.wait([f"{number}/verdict"], timedelta(seconds=self.timeout + MARGIN_SECONDS))
-                code = int(self._second_store.get(f"{number}/verdict"))
+                code = int(self._verdict(f"{number}/verdict"))
             except ValueError:
                 zero = self.roster.named(0)
                 text = f"preflight: FAILED: {zero} did not write this verdict; somebody else writes to its store"
@@ -142,10 +151,20 @@ class PhaseStore:
                     f"({_first_line(error)})",
                 )
             if code:
-                self._second_store.set(f"gone/{self._rank}", "")
+                self._send(self._second_store, f"gone/{self._rank}", "")
                 self._leave(code, "")
             self._passed.put(None)
             number += 1
+
+    def _verdict(self, key: str) -> str:
+        """Rank 0's word on a phase, once it is there. ValueError if somebody else's stands in its place."""
+        deadline = time.monotonic() + self.timeout + MARGIN_SECONDS
+        self._second_store.wait([key], timedelta(seconds=self.timeout + MARGIN_SECONDS))
+        while (text := self._opened(key, self._second_store.get(key))) is None:
+            if time.monotonic() > deadline:
+                raise ValueError(key)
+            time.sleep(_RETRY_SECONDS)
+        return text
 
     def _watch(self, number: int, name: str, groups: Sequence[Group]) -> None:
         """Rank 0's thread of one phase. If it fails, a hang would go unnoticed, so the preflight ends with the
@@ -164,33 +183,53 @@ class PhaseStore:
         deadline = started + self.timeout
         error = [f"{number}/error"]
         # Until all ranks are done, one has failed, or the time is up.
-        while not self._second_store.check(done) and not self._second_store.check(error):
+        while not self._all_there(done) and not self._all_there(error):
             if time.monotonic() >= deadline:
                 break
             time.sleep(_POLL_SECONDS)
         # After a failure the other ranks may still finish, and report their own errors.
         self._wait(done, min(deadline, time.monotonic() + AFTER_AN_ERROR_SECONDS))
-        finished = self._ranks_with(done)
-        values = self._second_store.multi_get([done[rank] for rank in finished]) if finished else []
-        outcomes = {rank: json.loads(value) for rank, value in zip(finished, values, strict=True)}
-        arrived = self._ranks_with([f"{number}/at/{rank}" for rank in world])
+        outcomes = {rank: json.loads(text) for rank, text in self._by_rank(done).items()}
+        arrived = list(self._by_rank([f"{number}/at/{rank}" for rank in world]))
         failed = phase_failure(name, groups, self.roster, arrived, outcomes, time.monotonic() - started)
         if failed is not None:
             self._end(number, failed)
         self._results = [outcomes[rank]["result"] for rank in world]
-        self._second_store.set(f"{number}/verdict", "0")
+        self._send(self._second_store, f"{number}/verdict", "0")
         self._passed.put(None)
 
-    def _ranks_with(self, keys: list[str]) -> list[int]:
-        """The ranks whose keys are in the store; `keys` is by rank."""
-        if self._second_store.check(keys):
-            return list(range(len(keys)))
-        return [rank for rank, key in enumerate(keys) if self._second_store.check([key])]
+    def _by_rank(self, keys: list[str]) -> dict[int, str]:
+        """What the ranks have written; `keys` is by rank."""
+        everyone = self._second_store.check(keys)
+        there = [rank for rank, key in enumerate(keys) if everyone or self._second_store.check([key])]
+        texts = self._texts([keys[rank] for rank in there])
+        return {rank: text for rank, text in zip(there, texts, strict=True) if text is not None}
+
+    def _all_there(self, keys: list[str]) -> bool:
+        return self._second_store.check(keys) and None not in self._texts(keys)
+
+    def _texts(self, keys: list[str]) -> list[str | None]:
+        """The messages under keys that exist; None for those that are not this preflight's."""
+        values = self._second_store.multi_get(keys) if keys else []
+        return [self._opened(key, value) for key, value in zip(keys, values, strict=True)]
+
+    def _send(self, store: dist.Store, key: str, text: str) -> None:
+        store.set(key, text if self._seal is None else self._seal.sealed(key, text))
+
+    def _opened(self, key: str, message: bytes) -> str | None:
+        if self._seal is None:
+            return message.decode()
+        text = self._seal.opened(key, message)
+        if text is None:
+            self.ignored += 1
+            if self.ignored == 1:
+                print("preflight: a message from outside this preflight was ignored", file=sys.stderr, flush=True)
+        return text
 
     def _wait(self, keys: list[str], deadline: float) -> bool:
         """Whether all keys are in the store by the deadline. Polls, because the store's `wait` prints a long message if
         it fails."""
-        while not self._second_store.check(keys):
+        while not self._all_there(keys):
             if time.monotonic() > deadline:
                 return False
             time.sleep(_POLL_SECONDS)
@@ -199,12 +238,12 @@ class PhaseStore:
     def _end(self, number: int, failed: PhaseFailure) -> NoReturn:
         """On rank 0: publish a failure to all ranks that ever arrived, and end."""
         print(failed.text, file=sys.stderr, flush=True)
-        self._second_store.set(f"{number}/verdict", str(failed.code))
+        self._send(self._second_store, f"{number}/verdict", str(failed.code))
         self._await_the_others()
         self._leave(failed.code, "")
 
     def _await_the_others(self) -> None:
-        arrived = self._ranks_with([f"0/at/{rank}" for rank in range(self._world)])
+        arrived = self._by_rank([f"0/at/{rank}" for rank in range(self._world)])
         self._wait([f"gone/{rank}" for rank in arrived if rank != 0], time.monotonic() + GOODBYE_SECONDS)
 
     def _leave(self, code: int, text: str) -> NoReturn:

@@ -8,8 +8,6 @@ ignored and counted. The names of the keys also contain the secret, so that nobo
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,12 +16,13 @@ from typing import Self, cast
 
 from torch.distributed import PrefixStore, TCPStore
 
+from megatron.common.sealing import Seal
 from megatron.parallel.collective_errors import RankGroup
 from megatron.parallel.loopback import LOOPBACK, serve_on_loopback
 from megatron.parallel.place import Place
 
 CONNECT_SECONDS = 60
-_HASH_BYTES = 32
+_SECRET_BYTES = 32
 
 
 @dataclass(frozen=True, repr=False)
@@ -39,8 +38,8 @@ class AuthenticatedStore:
     """`ignored` counts the values that were not this run's; `report` is called with a message for the first of them."""
 
     def __init__(self, store: TCPStore, secret: bytes, report: Callable[[str], None] = lambda line: None) -> None:
-        self._store = PrefixStore(hmac.digest(secret, b"keys", "sha256").hex(), store)
-        self._secret, self._report = secret, report
+        self._seal, self._report = Seal(secret), report
+        self._store = PrefixStore(self._seal.name, store)
         self.ignored = 0
 
     @classmethod
@@ -53,7 +52,7 @@ class AuthenticatedStore:
         store: TCPStore | None = None
         if place.rank == 0:
             store = serve_on_loopback() if host is None else serve_everywhere()
-            address = StoreAddress(host or LOOPBACK, store.port, secrets.token_bytes(_HASH_BYTES))
+            address = StoreAddress(host or LOOPBACK, store.port, secrets.token_bytes(_SECRET_BYTES))
         address = RankGroup.world(place.device).broadcast(address)
         assert address is not None
         if store is None:
@@ -86,19 +85,15 @@ class AuthenticatedStore:
         return False
 
     def _sealed(self, key: str, value: str) -> str:
-        return self._hash(key, value.encode()).hex() + value
+        return self._seal.sealed(key, value)
 
     def _opened(self, key: str, sealed: bytes) -> str | None:
-        found, content = sealed[: 2 * _HASH_BYTES], sealed[2 * _HASH_BYTES :]
-        if hmac.compare_digest(found, self._hash(key, content).hex().encode()):
-            return content.decode()
-        self.ignored += 1
-        if self.ignored == 1:
-            self._report("a message from outside this run was ignored; somebody else writes to its status store")
-        return None
-
-    def _hash(self, key: str, content: bytes) -> bytes:
-        return hmac.digest(self._secret, key.encode() + b"\0" + content, hashlib.sha256)
+        content = self._seal.opened(key, sealed)
+        if content is None:
+            self.ignored += 1
+            if self.ignored == 1:
+                self._report("a message from outside this run was ignored; somebody else writes to its status store")
+        return content
 
 
 def serve_everywhere() -> TCPStore:

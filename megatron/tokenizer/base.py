@@ -1,8 +1,8 @@
-"""What a tokenizer is to this project: text to ids and back, and the ids that frame a document.
+"""The tokenizer interface: text to ids and back, and the ids that frame a document.
 
-Two rules hold for every format. Text is text: a special token's name inside a document is encoded letter by letter
-and never becomes the token (a corpus that quotes `<|end_of_text|>` must not end a document). Nothing is added: no
-BOS and no EOS unless the caller puts its id there.
+Two rules hold for every format. Text is text: a special token's name inside a document is encoded as ordinary
+characters and never becomes the token (a corpus that quotes `<|end_of_text|>` must not end a document). Nothing is
+added: no BOS or EOS unless the caller adds its id.
 """
 
 from __future__ import annotations
@@ -44,12 +44,13 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids`; special tokens appear by name, bytes that are no UTF-8 as U+FFFD."""
+        """Text of `ids`; special tokens appear by name, invalid UTF-8 as U+FFFD."""
 
     @property
     @abstractmethod
     def fingerprint(self) -> str:
-        """Hash of all that decides which ids a text gets. Data carries it; training compares it with its own."""
+        """Hash of everything that determines the ids of a text. It is stored with the data; training compares it with
+        its own."""
 
     def _encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [self._encode(text) for text in texts]
@@ -66,7 +67,7 @@ class Tokenizer(ABC):
         return self._encode_batch([_valid_unicode(text) for text in texts])
 
     def encode_arrays(self, texts: Sequence[str]) -> list[NDArray[np.integer]]:
-        """`encode_batch` as numpy arrays, which saves preprocessing the making of a Python object per token."""
+        """`encode_batch` as numpy arrays, which avoids creating a Python object per token."""
         return self._encode_arrays([_valid_unicode(text) for text in texts])
 
     def token_id(self, name: str) -> int:

@@ -43,7 +43,7 @@ TOKENIZER_TYPES = tuple(_BUILDERS)
 
 
 def build_tokenizer(tokenizer_type: str, vocab_file: str | Path, merge_file: str | Path | None = None) -> Tokenizer:
-    """The tokenizer of `vocab_file`, a file or the model folder that holds it under its usual name.
+    """The tokenizer of `vocab_file`, a file or the model folder that contains it under its usual name.
 
     `merge_file` is read by GPT-2's tokenizers only. Raises TokenizerError for an unknown type, a missing or unreadable
     file, and a vocabulary without an end-of-document token.

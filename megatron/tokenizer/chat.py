@@ -2,8 +2,8 @@
 
 `Llama3Chat` is the format that Llama 3 was tuned with (Meta's `llama-models`): begin-of-text once, then for every turn
 its role between header tokens, two newlines, the content and an end token. `TemplateChat` (in `template_chat`) follows
-a Jinja template of Hugging Face instead. Both give segments, from which ids and labels follow without comparing lengths
-of prefixes: content is always text, whatever it quotes, and what is learned is the assistant's words and the token that
+a Hugging Face Jinja template instead. Both give segments, from which ids and labels follow without comparing lengths of
+prefixes: content is always text, whatever it quotes, and the learned part is the assistant's text and the token that
 ends its turn.
 """
 
@@ -28,7 +28,7 @@ from megatron.tokenizer.conversation import (
     learned_turns,
 )
 
-QUERY_TOOLS = ("brave_search", "wolfram_alpha", "photogen")  # Llama's own tools, which are called with one query
+QUERY_TOOLS = ("brave_search", "wolfram_alpha", "photogen")  # Llama's built-in tools, which are called with one query
 CODE_TOOL = "code_interpreter"
 
 
@@ -42,10 +42,10 @@ class Segment:
 
 
 class Chat(ABC):
-    """A way to write conversations.
+    """A format of conversations.
 
-    `name` says which, in the header of the data; `template` is a Jinja template that writes the same, None where there
-    are several; `end_of_turn` are the ids that may end what the assistant says.
+    `name` identifies it in the header of the data; `template` is an equivalent Jinja template, None if there are
+    several; `end_of_turn` are the ids that may end an assistant turn.
     """
 
     name: str
@@ -80,7 +80,7 @@ class Llama3Chat(Chat):
         ):
             if given:
                 raise ChatError(
-                    f"the record has {what}, which Meta's format has no place for; follow a template that writes them: "
+                    f"the record has {what}, which Meta's format does not support; use a template that writes them: "
                     f"--chat-template llama3.1, or the model's own folder",
                     f"{what} without a template",
                 )
@@ -94,7 +94,7 @@ class Llama3Chat(Chat):
         return segments
 
     def _said(self, message: Message, turn: int) -> list[Segment]:
-        """What stands between header and end token. Meta encodes each part of a content, and the call, by itself."""
+        """The segments between header and end token. Meta encodes each part of a content, and the call, separately."""
         if len(message.calls) > 1:
             raise ChatError(
                 f"turn {turn + 1}: {len(message.calls)} tool calls in one turn; Llama 3 makes one at a time. Split the "
@@ -113,7 +113,7 @@ class Llama3Chat(Chat):
 
 
 def _call_text(call: ChatToolCall, turn: int) -> str:
-    """A call as Llama 3 writes it: JSON, but a query to one of its own tools and code as such."""
+    """A call as written by Llama 3: JSON, except for queries to its built-in tools and code."""
     argument = {CODE_TOOL: "code", **dict.fromkeys(QUERY_TOOLS, "query")}.get(call.name)
     if argument is None:
         body = {"type": "function", "name": call.name, "parameters": call.arguments}

@@ -1,8 +1,8 @@
 """Jinja chat templates, rendered byte for byte as `transformers.apply_chat_template` renders them.
 
 The environment is that of `transformers`: a sandbox, `tojson` that leaves non-ASCII letters alone, `raise_exception`,
-`strftime_now`, `{% generation %}` blocks, loop controls. Turns lose their null fields, reasoning is there under both of
-its names, and one of several named templates is chosen as `transformers` chooses it.
+`strftime_now`, `{% generation %}` blocks, loop controls. Null fields of turns are removed, reasoning is available under
+both of its names, and one of several named templates is chosen as in `transformers`.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from megatron.tokenizer.base import Tokenizer
 from megatron.tokenizer.conversation import ChatError
 
 TEMPLATE_FOLDER = Path(__file__).with_name("chat_templates")
-GENERATED = ("\ue0fe", "\ue0ff")  # around what {% generation %} blocks write, while their places are looked for
+GENERATED = ("\ue0fe", "\ue0ff")  # markers around the output of {% generation %} blocks, used to locate it
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _CONFIG, _SINGLE, _NAMED = "tokenizer_config.json", "chat_template.jinja", "additional_chat_templates"
 
 
 class GenerationBlocks(jinja2.ext.Extension):
-    """`{% generation %}`: what the assistant says. Nothing to see in the text, unless `mark` is set."""
+    """`{% generation %}`: the assistant's text. Leaves no trace in the output, unless `mark` is set."""
 
     tags = {"generation"}
     mark = False
@@ -110,7 +110,7 @@ class ChatTemplate:
     """One template, or several by name of which `default` and `tool_use` (for conversations with tools) are used."""
 
     def __init__(self, source: str | Mapping[str, str], special_tokens: Mapping[str, str]) -> None:
-        """`special_tokens` are variables such as `bos_token`. Raises ChatError for what is not Jinja."""
+        """`special_tokens` are variables such as `bos_token`. Raises ChatError for invalid Jinja."""
         self.sources = {"default": source} if isinstance(source, str) else dict(source)
         self.named = not isinstance(source, str)
         self.special_tokens = dict(special_tokens)
@@ -152,8 +152,8 @@ class ChatTemplate:
         name: str | None = None,
         arguments: Mapping[str, Any] | None = None,
     ) -> str:
-        """The conversation as text; `prompt` adds what stands before an answer, `mark` puts `GENERATED` around what
-        generation blocks write. Raises ChatError where the template (or `transformers`) refuses."""
+        """The conversation as text; `prompt` adds the generation prompt, `mark` puts `GENERATED` around the output of
+        generation blocks. Raises ChatError where the template (or `transformers`) refuses."""
         if not messages:
             raise ChatError("the conversation is empty", "empty")
         if not all(isinstance(item, Mapping) for item in (*messages, *(tools or ()), *(documents or ()))):
@@ -170,7 +170,7 @@ class ChatTemplate:
                 documents=documents,
                 add_generation_prompt=prompt,
             )
-        except Exception as error:  # a template is a program: whatever it raises, it refuses the conversation
+        except Exception as error:  # a template is a program: any exception means that it refuses the conversation
             reason = str(error) or type(error).__name__
             raise ChatError(f"the chat template refuses the conversation: {reason}", "template refuses") from error
         finally:
@@ -190,9 +190,9 @@ def shipped_templates() -> list[str]:
 
 
 def load_chat_template(given: str, tokenizer: Tokenizer) -> ChatTemplate:
-    """The template of a model folder, of a tokenizer_config.json, in a Jinja file, or shipped under a name.
+    """The template of a model folder, of a tokenizer_config.json, in a Jinja file, or a built-in one by name.
 
-    The special tokens are those of the tokenizer_config.json in the same folder or beside the vocabulary; without one
+    The special tokens are those of the tokenizer_config.json in the same folder or next to the vocabulary; without one
     the vocabulary's own begin-of-text and end-of-document tokens. Raises ChatError.
     """
     path = Path(given)
@@ -239,7 +239,7 @@ def _token(value: Any) -> str | None:
 
 
 def _of_folder(folder: Path) -> str | dict[str, str] | None:
-    """Files of their own win over an entry of tokenizer_config.json, as in `transformers`."""
+    """Separate files take precedence over an entry of tokenizer_config.json, as in `transformers`."""
     named = {path.stem: _text(path) for path in sorted((folder / _NAMED).glob("*.jinja"))}
     if (folder / _SINGLE).is_file():
         single = _text(folder / _SINGLE)

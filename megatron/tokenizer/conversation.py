@@ -1,4 +1,4 @@
-"""A conversation: what every reader of records gives, and what every chat format writes."""
+"""A conversation: the output of every reader of records, and the input of every chat format."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from megatron.common.errors import UserError
 Role = Literal["system", "user", "assistant", "tool"]
 TrainOn = Literal["all", "last"]
 
-# A reasoning trace as Llama-Nemotron writes it: the system line that asks for one or none, and what is around it.
+# A reasoning trace as in Llama-Nemotron: the system line that turns it on or off, and its delimiters.
 THINKING_LINES = {True: "detailed thinking on", False: "detailed thinking off"}
-THINK_BEGIN = "<think>\n"  # with its newline, as the training data have it: one token may hold both
+THINK_BEGIN = "<think>\n"  # with its newline, as in the training data: one token may contain both
 THINK_END = "</think>"
 THINK_CLOSING = f"\n{THINK_END}\n\n"  # from the trace to the answer
 
@@ -22,7 +22,7 @@ THINK_CLOSING = f"\n{THINK_END}\n\n"  # from the trace to the answer
 class ChatError(UserError, ValueError):
     """A conversation or template that cannot be used for training; the message says why.
 
-    `rule` is the reason in a few words, the same for all records that it concerns: what is counted.
+    `rule` is the reason in a few words, the same for all records that it applies to, used for counting.
     """
 
     def __init__(self, message: str, rule: str = "cannot be understood") -> None:
@@ -31,7 +31,7 @@ class ChatError(UserError, ValueError):
 
 
 class NothingToLearn(ChatError):
-    """A conversation without a turn that is learned: no mistake, but no sample either."""
+    """A conversation without a learned turn: valid, but it gives no sample."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message, "nothing to learn")
@@ -50,8 +50,8 @@ class Message:
     """One turn.
 
     `learned` is the record's own switch for this turn; None leaves it to `train_on`. `waits_for_tool`: the assistant
-    stops to call a tool and will go on with its result. `fields` is the turn as the record has it, which is what a
-    template sees; None where the record has another shape than OpenAI's.
+    stops to call a tool and will continue with its result. `fields` is the turn as in the record, which is passed to a
+    template; None if the record is not in OpenAI's format.
     """
 
     role: Role
@@ -64,12 +64,12 @@ class Message:
 
     @property
     def parts(self) -> list[str]:
-        """The content in the pieces in which the record has it."""
+        """The content in the parts of the record."""
         content = None if self.fields is None else self.fields.get("content")
         return [part["text"] for part in content] if isinstance(content, list) else [self.content]
 
     def as_fields(self) -> Mapping[str, Any]:
-        """The turn in OpenAI's shape."""
+        """The turn in OpenAI's format."""
         if self.fields is not None:
             return self.fields
         fields: dict[str, Any] = {"role": self.role, "content": self.content}
@@ -106,8 +106,8 @@ def _function(call: Any) -> Mapping[str, Any]:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns, and what a record says beside them: the tools that the assistant may call, documents that it may read,
-    and arguments for the chat template."""
+    """Turns, and the other fields of a record: tools that the assistant may call, documents that it may read, and
+    arguments for the chat template."""
 
     messages: Sequence[Message]
     tools: list[dict[str, Any]] | None = None
@@ -116,7 +116,7 @@ class Conversation:
 
 
 def learned_turns(messages: Sequence[Message], train_on: TrainOn) -> set[int]:
-    """Numbers of the turns whose words are learned: where the record has switches, those; else as `train_on` says.
+    """Indices of the learned turns: by the record's switches if it has any, else by `train_on`.
 
     Raises NothingToLearn if there are none.
     """

@@ -1,4 +1,4 @@
-"""GPT-2's two files, `vocab.json` and `merges.txt`, as GPT-NeoX's GPT2BPETokenizer and HFGPT2Tokenizer read them."""
+"""GPT-2's two files, `vocab.json` and `merges.txt`, read like GPT-NeoX's GPT2BPETokenizer and HFGPT2Tokenizer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class GPT2Tokenizer(Tokenizer):
     """Byte-level BPE with GPT-2's splitting rule. `<|endoftext|>` is its only special token."""
 
     def __init__(self, path: Path, merges: Path | None = None) -> None:
-        """`path` is vocab.json or a folder with both files; without `merges` they are looked for beside it."""
+        """`path` is vocab.json or a folder with both files; `merges` defaults to the file in the same folder."""
         vocabulary, merges = _files(path, merges)
         super().__init__(vocabulary)
         try:
@@ -49,7 +49,7 @@ class GPT2Tokenizer(Tokenizer):
         parts: list[str] = []
         run: list[int] = []
         for index in map(int, ids):
-            if index in self._names:  # letters of its name are not bytes of a text
+            if index in self._names:  # a special token's name is not byte-encoded
                 parts += [self._tokenizer.decode(run, skip_special_tokens=False), self._names[index]]
                 run = []
             else:
@@ -77,7 +77,7 @@ def _files(path: Path, merges: Path | None) -> tuple[Path, Path]:
 
 
 def _pairs(merges: Path) -> list[tuple[str, str]]:
-    """The merges in their order; the first line may say the version. Raises ValueError for another line."""
+    """The merges in order; the first line may contain the version. Raises ValueError for any other line."""
     lines = merges.read_text(encoding="utf-8").split("\n")
     pairs = []
     for number, line in enumerate(lines, 1):

@@ -1,8 +1,8 @@
-"""Hugging Face `tokenizer.json`, through the `tokenizers` library, or through tiktoken where that is the same.
+"""Hugging Face `tokenizer.json`, through the `tokenizers` library, or through tiktoken if that is equivalent.
 
-tiktoken encodes several times as fast. It is used for files that are a byte-level BPE with Llama 3's splitting rule
-whose merges are those that the vocabulary implies, as Llama 3's own file; `equivalent_encoding` checks that. Very long
-texts, for which tiktoken would run out of stack, always go through `tokenizers`.
+tiktoken encodes several times as fast. It is used for byte-level BPE files with Llama 3's splitting rule whose merges
+are implied by the vocabulary, such as Llama 3's own file; `equivalent_encoding` checks that. Very long texts, for which
+tiktoken would run out of stack, always go through `tokenizers`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class HFTokenizer(Tokenizer):
         super().__init__(path)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception for whatever is wrong with the file
+        except Exception as error:  # the library raises bare Exception for any problem with the file
             raise TokenizerError(f"{path}: not a Hugging Face tokenizer.json ({error})") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -42,7 +42,7 @@ class HFTokenizer(Tokenizer):
 
     @cached_property
     def _derived(self) -> tuple[tiktoken.Encoding | None, str]:
-        """What the file says, read once and not kept: a tiktoken encoding if one gives the same ids, and a hash."""
+        """Facts from the parsed file, which is not kept: a tiktoken encoding if one gives the same ids, and a hash."""
         content = json.loads(self._tokenizer.to_str())
         text = json.dumps({key: content.get(key) for key in _DECIDES_IDS}, sort_keys=True)
         return equivalent_encoding(content), "sha256:" + hashlib.sha256(text.encode()).hexdigest()
@@ -77,15 +77,16 @@ class HFTokenizer(Tokenizer):
 
     @property
     def fingerprint(self) -> str:
-        """Over the parts of the file that decide ids: a copy re-saved with another post-processor is the same."""
+        """Hash of the parts of the file that determine ids: a copy re-saved with another post-processor has the
+        same."""
         return self._derived[1]
 
 
 def equivalent_encoding(content: dict[str, Any]) -> tiktoken.Encoding | None:
     """A tiktoken encoding that gives the ids of a parsed tokenizer.json, or None if it would not.
 
-    tiktoken merges whatever gives the lowest id, `tokenizers` whatever merge is listed first. The two agree if ids are
-    counted up in the order of the list and every pair of tokens that makes a token is in it.
+    tiktoken prefers the merge with the lowest id, `tokenizers` the merge listed first. The two agree if ids ascend in
+    the order of the list and it contains every pair of tokens that forms a token.
     """
     model, split = content["model"], content["pre_tokenizer"]
     plain = (
@@ -131,8 +132,8 @@ def _is_llama3_split(content: dict[str, Any] | None) -> bool:
 
 
 def byte_letters() -> dict[int, str]:
-    """The letter that stands for each byte in a byte-level vocabulary: itself if it is visible in Latin-1, else the
-    next unused one from U+0100 on (GPT-2's rule)."""
+    """The character that represents each byte in a byte-level vocabulary: itself if it is printable in Latin-1, else
+    the next unused one from U+0100 on (GPT-2's rule)."""
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in visible]
     return {byte: chr(byte) for byte in visible} | {byte: chr(0x100 + place) for place, byte in enumerate(hidden)}

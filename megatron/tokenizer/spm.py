@@ -30,7 +30,7 @@ class SPMTokenizer(Tokenizer):
         return self._model.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """SentencePiece drops control tokens; they are put back by name so that a decoded document shows its frame."""
+        """SentencePiece drops control tokens; they are restored by name so that a decoded document shows its frame."""
         parts: list[str] = []
         run: list[int] = []
         for index in ids:

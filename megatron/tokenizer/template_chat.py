@@ -1,12 +1,12 @@
-"""Conversations as a Jinja template writes them, and which of it is learned.
+"""Conversations as written by a Jinja template, and which parts are learned.
 
-A template is a program that writes one text; where in it the assistant speaks has to be found. It says so itself if it
-has `{% generation %}` blocks. Otherwise what is learned at a turn begins where the prompt for that turn ends, and that
-prompt has to be how the finished conversation begins. Whatever would make labels or content uncertain is refused: a
-turn that changes as the conversation goes on, words, tools or reasoning that are left out, no end token.
+A template is a program that writes one text, in which the assistant's parts have to be located. `{% generation %}`
+blocks mark them, if there are any. Otherwise the learned part of a turn begins where the prompt for that turn ends, and
+that prompt must be a prefix of the finished conversation. Anything that would make labels or content uncertain is
+refused: a turn that changes as the conversation grows, omitted text, tools or reasoning, a missing end token.
 
-Special tokens that a record quotes are text. So that they can be told from those that the template writes, quoted ones
-are put between guards, two letters that occur nowhere else, and the text without the guards has to be the same.
+Special tokens that a record quotes are text. To distinguish them from those that the template writes, quoted ones are
+enclosed in guards, two characters that occur nowhere else, and the text without the guards must be the same.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class TemplateChat(Chat):
     def __init__(
         self, template: ChatTemplate, tokenizer: Tokenizer, arguments: Mapping[str, Any] | None = None
     ) -> None:
-        """`arguments` are variables of the template, which a record's own win over."""
+        """`arguments` are variables of the template; a record's own take precedence."""
         self._template, self._arguments, self._bos = template, dict(arguments or {}), tokenizer.bos
         self._ids = tokenizer.special_tokens
         names = sorted(self._ids, key=len, reverse=True)
@@ -52,8 +52,8 @@ class TemplateChat(Chat):
         try:
             return self._segments(conversation, train_on)
         except ChatError:
-            # Arguments that are JSON in a text, and contents in parts, are written by some templates as a quoted
-            # string or a Python list: such a template gets them as what they are.
+            # Some templates write arguments given as JSON text as a quoted string, and content given in parts as a
+            # Python list: such a template gets them as an object and as one text.
             if all(a is b for a, b in zip(plain.messages, conversation.messages, strict=True)):
                 raise
             return self._segments(plain, train_on)
@@ -79,7 +79,8 @@ class TemplateChat(Chat):
             count = sum(segment.ids == (self._bos,) for segment in segments)
             if count > 1 or (count == 1 and segments[0].ids != (self._bos,)):
                 raise ChatError(
-                    f"the chat template writes {count} begin-of-text tokens; one, in front, is right", "begin-of-text"
+                    f"the chat template writes {count} begin-of-text tokens; expected one, at the start",
+                    "begin-of-text",
                 )
             if count == 0:
                 segments.insert(0, Segment((self._bos,)))
@@ -126,10 +127,10 @@ class TemplateChat(Chat):
             return {self._guard(key): self._guard(item) for key, item in value.items()}
         return [self._guard(item) for item in value] if isinstance(value, list) else value
 
-    # --- where the assistant speaks
+    # --- locating the assistant's text
 
     def _generated(self, text: str, conversation: Conversation, learned: set[int]) -> dict[int, Span]:
-        """What the generation blocks write, and the special token behind it if the block does not hold it."""
+        """The output of the generation blocks, and the special token after it if the block does not contain it."""
         marked = self._render(conversation, mark=True)
         if _GENERATION_MARKS.sub("", marked) != text:
             raise ChatError("the chat template treats what its generation blocks write as text", "generation blocks")
@@ -234,7 +235,7 @@ class TemplateChat(Chat):
         for turn, message in enumerate(conversation.messages):
             found = _behind(rest if message.role != "system" else everything, message.parts)
             if found is None and message.role == "assistant":
-                # Templates may take the thoughts out of answers that lie back.
+                # Templates may remove the reasoning from earlier answers.
                 found = _behind(rest, [_THOUGHT.sub("", part) for part in message.parts])
             if _is_quoted(message, everything):
                 found = None
@@ -262,13 +263,13 @@ class TemplateChat(Chat):
 
 
 def _common(first: str, second: str) -> str:
-    """How both begin."""
+    """The common prefix of both."""
     differ = (place for place, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
     return first[: next(differ, min(len(first), len(second)))]
 
 
 def _missing(message: Message, said: str) -> str:
-    """What of a turn is not in a text, white space aside; empty if all is."""
+    """The parts of a turn that are missing from a text, ignoring white space; empty if none is."""
     said = _squeezed(_unguarded(said))
     for part in message.parts:
         if _squeezed(_unguarded(part)) not in said:
@@ -297,7 +298,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _behind(text: str, words: Sequence[str]) -> str | None:
-    """What follows the words, which have to come in this order; None if they do not."""
+    """The text after the given words, which must occur in this order; None if they do not."""
     place = 0
     for word in words:
         for form in _forms(word):
@@ -336,11 +337,11 @@ def _unguarded(text: str) -> str:
 
 
 def _no_end(behind: str) -> ChatError:
-    return ChatError(f"the chat template puts no end token behind the assistant's words but {behind!r}", "no end token")
+    return ChatError(f"the chat template puts no end token after the assistant's text but {behind!r}", "no end token")
 
 
 def load_chat(given: str | None, tokenizer: Tokenizer, arguments: Mapping[str, Any] | None = None) -> Chat:
-    """Meta's format for Llama 3, or the Jinja template in a file or folder, or shipped under a name.
+    """Meta's format for Llama 3, the Jinja template in a file or folder, or a built-in one by name.
 
     Raises ChatError or TokenizerError.
     """

@@ -1,6 +1,6 @@
-"""One turn of a conversation, in OpenAI's shape (role, content, tool_calls) or ShareGPT's (from, value).
+"""One turn of a conversation, in OpenAI's format (role, content, tool_calls) or ShareGPT's (from, value).
 
-A key that changes what is said or learned is understood or refused. One that is not known is named, for counting.
+A key that affects the content or the loss is either understood or refused. Other unknown keys are named, for counting.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def read_turn(number: int, turn: Any) -> tuple[Message, list[str]]:
 
 
 def looks_like(key: str, value: Any) -> str | None:
-    """What a key that is not known seems to mean, None if nothing that matters."""
+    """What an unknown key seems to mean, None if nothing relevant."""
     for pattern, kinds, looks in _LOOKS:
         if pattern.search(key.lower()) and isinstance(value, kinds) and value not in ("", []):
             return looks
@@ -122,7 +122,7 @@ def looks_like(key: str, value: Any) -> str | None:
 
 
 def _fields(turn: Mapping[str, Any], name: str, role: Role, value: Any, calls: list[Any]) -> Mapping[str, Any] | None:
-    """The turn as a template sees it: as it is if it has OpenAI's shape, else in that shape."""
+    """The turn as passed to a template: unchanged if it is in OpenAI's format, else converted to it."""
     known = turn.get("role") in _AS_TEMPLATES_KNOW
     if known and not any(key in turn for key in ("value", "text", "function_call")):
         return turn
@@ -138,7 +138,7 @@ def _fields(turn: Mapping[str, Any], name: str, role: Role, value: Any, calls: l
 
 
 def _one_of(number: int, turn: Mapping[str, Any], names: tuple[str, ...]) -> Any:
-    """The value of the one key that is there. Raises ChatError where two disagree."""
+    """The value of whichever key is present. Raises ChatError if two disagree."""
     values = [turn[name] for name in names if name in turn]
     if any(value != values[0] for value in values):
         given = " and ".join(name for name in names if name in turn)
@@ -192,7 +192,7 @@ def _switch(number: int, turn: Mapping[str, Any], role: Role) -> bool | None:
         return learned
     if learned:
         raise _error(
-            number, f"{next(iter(values))!r} wants the words of the {role} learned; only the assistant's are", "switch"
+            number, f"{next(iter(values))!r} marks a {role} turn as learned; only assistant turns can be", "switch"
         )
     return None
 

@@ -1,4 +1,4 @@
-"""benchmarks/conversion.py runs, refuses wrong results, and at the 8B size stays in its memory; times go untested."""
+"""benchmarks/conversion.py runs, rejects wrong results, and bounds memory at the 8B size; times are not tested."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def benchmark(work: Path, *options: str) -> dict[str, list[dict[str, Any]]]:
-    """Every run by tool; the script itself compares the converted folders bit for bit first."""
+    """All runs by tool; the script first compares the converted folders bit for bit."""
     command = [sys.executable, ROOT / "benchmarks" / "conversion.py", "--work", work, "--json", work / "runs.json"]
     done = subprocess.run([*map(str, command), *options], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""The script that decides about `engine: megatron` on GPUs: on CPUs all of its cases run, and its verdicts follow."""
+"""benchmarks/engine_gpu.py on CPUs: all of its cases run, and its verdicts follow from the figures."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def figures(**changed: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.unit
-def test_every_case_has_a_name_of_its_own() -> None:
+def test_case_names_are_unique() -> None:
     assert len({case.name for case in [*PROBES, *STEPS]}) == len(PROBES) + len(STEPS)
     assert {(case.queues, case.bound) for case in PROBES} == {(8, True), (8, False), (4, True), (4, False)}
 
 
 @pytest.mark.unit
-def test_what_is_well_and_what_is_not() -> None:
+def test_good_and_bad_results_have_their_verdicts() -> None:
     well = verdict(figures(step_2={"step_seconds": 1.6}))
     assert "a late message holds up computation in no case" in well
     assert "two virtual stages: 1.25 times as fast as DeepSpeed on the same ranks" in well
@@ -47,7 +47,7 @@ def test_what_is_well_and_what_is_not() -> None:
 
 
 @pytest.mark.unit
-def test_a_case_that_hangs_is_named_and_nothing_follows_from_it() -> None:
+def test_a_hanging_case_is_reported_without_a_verdict() -> None:
     found = figures()
     found[STEPS[2].name] = {"failed": "not done within 100 s"}
     lines = verdict(found)

@@ -1,4 +1,4 @@
-"""benchmarks/house.py on a tree whose figures are counted by hand."""
+"""benchmarks/house.py on a source tree with hand-counted figures."""
 
 from __future__ import annotations
 

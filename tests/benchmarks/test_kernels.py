@@ -1,4 +1,4 @@
-"""benchmarks/kernels.py runs where there is no GPU, says so, and measures every operation both ways."""
+"""benchmarks/kernels.py runs without a GPU, says so, and measures every operation forward and backward."""
 
 from __future__ import annotations
 

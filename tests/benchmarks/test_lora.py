@@ -1,4 +1,4 @@
-"""benchmarks/lora.py runs, and counts the optimizer's bytes; times go untested."""
+"""benchmarks/lora.py runs and counts the optimizer's bytes; times are not tested."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.slow
-def test_the_optimizer_is_the_adapter_s(tmp_path: Path) -> None:
+def test_optimizer_states_cover_the_adapter_only(tmp_path: Path) -> None:
     sizes = ["--hidden", "128", "--layers", "1", "--vocab", "256", "--seq", "32", "--batch", "1", "--steps", "2"]
     command = [sys.executable, ROOT / "benchmarks/lora.py", *sizes, "--threads", "1", "--json", tmp_path / "out.json"]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""The benchmark that reads all files of a GPT-NeoX checkout notices a Llama that is refused and a GPT that is not."""
+"""benchmarks/neox_compat.py detects a Llama that is refused and a GPT that is accepted."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_a_llama_that_is_refused_fails(checkout: Path, capsys: pytest.CaptureFix
 
 
 def test_a_gpt_that_is_accepted_fails(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The mutation: nothing asks what model it is."""
+    """Mutation: the kind of model is not checked."""
     from megatron.neox_arguments import review
 
     monkeypatch.setattr(review, "other_model", lambda keys: None)

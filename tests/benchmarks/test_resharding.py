@@ -1,4 +1,4 @@
-"""benchmarks/resharding.py runs and checks what was written before it prints a figure; times go untested."""
+"""benchmarks/resharding.py runs and verifies its output before it prints figures; times are not tested."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""benchmarks/saving.py runs all three ways, on a folder that it leaves empty; times go untested."""
+"""benchmarks/saving.py runs all three methods and leaves its folder empty; times are not tested."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_every_way_is_measured(tmp_path: Path) -> None:
 
 
 class _Written(Way):
-    """A save that is complete after so many steps."""
+    """A save that completes after a number of steps."""
 
     def __init__(self, steps: int) -> None:
         self.left = steps
@@ -47,7 +47,7 @@ class _Written(Way):
         return self.left < 0
 
 
-def test_slowed_is_what_the_steps_during_the_write_took_too_long() -> None:
+def test_slowed_is_the_excess_time_of_steps_during_a_write() -> None:
     steps = iter([2.0, 1.5, 3.0, 99.0])
     _, slowed, _ = cost_of(_Written(3), lambda: next(steps), usual=1.0)
     assert slowed == 3.5

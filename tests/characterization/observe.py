@@ -1,6 +1,6 @@
-"""What the program does for fixed inputs, seen from outside alone: commands, files and printed text.
+"""Observable behavior of the program for fixed inputs: commands, files and printed text.
 
-Nothing of the program is imported, so the same observations can be made of any version of it.
+Nothing of the program is imported, so the same observations can be made with any version of it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LAYOUTS = {
 FIRST_HALF, STEPS = 10, 20
 LOSS, NORM = "train/lm_loss", "train/grad_norm"
 
-# Files that make a run together; every YAML file is also read alone.
+# Files that form a run together; every YAML file is also read alone.
 RUNS = {
     "70b_cpt_frontier": ["llama31_70b/model.yml", "llama31_70b/cpt.yml", "llama31_70b/frontier.yml"],
     "70b_cpt_lumi": ["llama31_70b/model.yml", "llama31_70b/cpt.yml", "llama31_70b/lumi.yml"],
@@ -43,7 +43,7 @@ RUNS = {
 
 
 def command(*words: object, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    """Run `python WORDS` with one thread a process, so that sums have one order."""
+    """Run `python WORDS` with one thread per process, so that the order of sums is fixed."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(
         [sys.executable, *map(str, words)], cwd=folder, env=environment, capture_output=True, text=True, check=False
@@ -61,9 +61,9 @@ def succeed(*words: object, folder: Path = ROOT) -> str:
 
 
 def printed_configurations() -> dict[str, Any]:
-    """`--print-config` of every shipped YAML file alone, and of the files that make a run, as one mapping each.
+    """`--print-config` of every shipped YAML file alone, and of the files that form a run, as one mapping each.
 
-    A file that is no training by itself is refused; only its exit code is observed.
+    A file that is not a complete training configuration is refused; only its exit code is recorded.
     """
     configs = ROOT / "configs"
     sets = {name: [configs / file for file in files] for name, files in RUNS.items()}
@@ -182,7 +182,7 @@ def train(folder: Path, layout: str, *arguments: object) -> dict[str, list[float
 
 
 def manifest_keys(checkpoint: Path) -> dict[str, Any]:
-    """What a manifest says, by key: names of files, keys of an entry of each kind, keys of the provenance."""
+    """The structure of a manifest: names of files, keys of an entry of each kind, keys of the provenance."""
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     files = manifest.pop("files")
     layer = next(entry for name, entry in files.items() if name.startswith("layer_"))
@@ -207,14 +207,14 @@ def hashes(folder: Path, *names: str) -> dict[str, str]:
 
 
 def weight_hashes(folder: Path) -> dict[str, str]:
-    """Of layer files and safetensors below `folder`, by path."""
+    """Hashes of layer files and safetensors below `folder`, by path."""
     found = (*folder.rglob("layer_*.pt"), *folder.rglob("*.safetensors"))
     paths = sorted(path for path in found if "optim_states" not in path.name)
     return hashes(folder, *(str(path.relative_to(folder)) for path in paths))
 
 
 def machine() -> dict[str, str]:
-    """What the bits of a run depend on."""
+    """The software and CPU features that the bits of a run depend on."""
     import torch
 
     cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""

@@ -1,7 +1,7 @@
-"""`python -m tests.characterization.record`: write `recorded/` anew, from the program as it is.
+"""`python -m tests.characterization.record`: rewrite `recorded/` with the current program.
 
-Do this only for a change that is meant to change what is recorded, and say so in the commit. `recorded/checkpoints`
-stays: it is a checkpoint of version 1 of the manifest, which this program reads and no longer writes.
+Do this only for an intended change of recorded values, and mention it in the commit. `recorded/checkpoints` is kept: it
+is a checkpoint with version 1 of the manifest, which this program reads but no longer writes.
 """
 
 from __future__ import annotations

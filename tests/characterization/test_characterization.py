@@ -1,7 +1,7 @@
-"""What the program did at commit bcef1de, before its packages were drawn anew, it still does.
+"""The program behaves as at commit bcef1de, before its packages were restructured.
 
-`recorded/` was written by `python -m tests.characterization.record` at that commit. A change that is meant to change a
-recorded value records it anew and says so in its commit.
+`recorded/` was written by `python -m tests.characterization.record` at that commit. A commit with an intended change of
+a recorded value records it again and says so.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ def recorded(name: str) -> Any:
 
 @pytest.fixture(scope="module")
 def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the tokens that all runs read; their bytes are the recorded ones."""
+    """A folder with the tokens for all runs, checked against the recorded bytes."""
     folder = tmp_path_factory.mktemp("tokens")
     assert observe.make_tokens(folder) == recorded("tokens")
     return folder
 
 
 def assert_same_steps(found: dict[str, Any], expected: dict[str, Any], first: int = 0) -> None:
-    """Losses and norms within 1e-6; bit for bit where the software and the CPU are those of the recording."""
+    """Losses and norms within 1e-6; bit for bit if software and CPU are those of the recording."""
     exact = observe.machine() == recorded("runs")["machine"]
     for key in (LOSS, NORM):
         wanted = expected[key][first:]
@@ -43,7 +43,7 @@ def assert_same_steps(found: dict[str, Any], expected: dict[str, Any], first: in
 
 
 def test_configurations_resolve_as_before() -> None:
-    """Keys that did not exist then may have been added."""
+    """Keys that were added since then are allowed."""
     found = observe.printed_configurations()
     for name, expected in recorded("configurations").items():
         if isinstance(expected, int):

@@ -1,4 +1,4 @@
-"""Atomic files: the old content or the whole new one, and nothing beside it."""
+"""Atomic files: either the old or the complete new content, and no leftover files."""
 
 from __future__ import annotations
 

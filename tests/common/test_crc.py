@@ -1,4 +1,4 @@
-"""CRC-32 as zlib defines it, whoever sums."""
+"""CRC-32 equals zlib's with every implementation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.unit
 
 
 @pytest.mark.parametrize("installed", [True, False])
-def test_the_values_are_zlib_s(installed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_values_equal_zlib(installed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not installed:
         monkeypatch.setitem(sys.modules, "isal", None)
         monkeypatch.setitem(sys.modules, "isal.isal_zlib", None)

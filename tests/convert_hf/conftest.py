@@ -1,4 +1,4 @@
-"""Converter tests write small folders and sync them; in memory, where there is such a file system, syncing is free."""
+"""Converter tests write small folders and sync them; in a memory file system, if available, syncing is free."""
 
 from __future__ import annotations
 

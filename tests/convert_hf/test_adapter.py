@@ -1,4 +1,4 @@
-"""`to-hf --adapter`: the base with its adapter against float64 and peft, what rounding takes, and what is refused."""
+"""`to-hf --adapter`: the merged weights against float64 and peft, the reported rounding error, and invalid input."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_the_sum_is_rounded_once_and_the_loss_is_printed(
 
 
 def test_float32_loses_nothing_that_float32_can_hold(tmp_path: Path) -> None:
-    """A change far below half an ulp of bf16 vanishes in bf16, and is there in float32."""
+    """A change far below half an ulp of bf16 vanishes in bf16, but is present in float32."""
     state = write_hf(tmp_path / "base", MODEL)
     changes = write_adapter(tmp_path / "lora", MODEL, size=1e-3)
     words = ("to-hf", "--input", tmp_path / "base", "--adapter", tmp_path / "lora")
@@ -100,7 +100,7 @@ def test_a_neox_base_and_any_split_of_the_work_give_the_same_bits(tmp_path: Path
     assert (tmp_path / "one" / REPORT).read_text() == (tmp_path / "three" / REPORT).read_text()
 
 
-def test_as_peft_merges_it(tmp_path: Path) -> None:
+def test_merged_weights_equal_peft(tmp_path: Path) -> None:
     import peft
     from transformers import LlamaForCausalLM
 
@@ -126,7 +126,7 @@ def test_as_peft_merges_it(tmp_path: Path) -> None:
         (("--adapter", "nothing"), {}, "is missing; an adapter is a folder that peft's save_pretrained wrote"),
     ],
 )
-def test_what_is_refused(
+def test_invalid_input_is_rejected(
     words: tuple[str, ...],
     config: dict[str, Any],
     message: str,

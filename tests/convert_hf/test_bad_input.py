@@ -143,7 +143,7 @@ def test_config(changes: dict[str, Any], message: str, tmp_path: Path, capsys: p
     assert message in refused(tmp_path, capsys)
 
 
-def test_set_does_not_replace_what_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_set_cannot_replace_existing_fields(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_hf(tmp_path / "in", MODEL)
     assert "may only fill an absent field" in refused(tmp_path, capsys, "--set", "rms_norm_eps=1e-6")
 
@@ -200,7 +200,7 @@ def test_link_loops(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_links_of_a_download_cache_are_followed(tmp_path: Path) -> None:
-    """The Hugging Face cache keeps files elsewhere and links to them."""
+    """The Hugging Face cache stores files elsewhere and links to them."""
     write_hf(tmp_path / "blobs", MODEL)
     (tmp_path / "in").mkdir()
     for path in (tmp_path / "blobs").iterdir():
@@ -241,7 +241,7 @@ def test_old_pickle_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "not a torch file of torch 1.6 or newer" in refused(tmp_path, capsys)
 
 
-def test_memory_is_not_taken_on_a_pickle_s_word(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_pickle_cannot_make_the_reader_allocate_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A memo index of four billion makes the standard unpickler ask for tens of gigabytes."""
     write_hf(tmp_path / "in", MODEL)
     (tmp_path / "in" / "model.safetensors").unlink()
@@ -325,7 +325,7 @@ def test_truncated_layer_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_pickle_protocols_of_plain_values() -> None:
-    """Every protocol's way of writing plain values is read, and only as data."""
+    """Plain values written with any protocol are read, and only as data."""
     from tools.convert_hf.errors import ConvertError
     from tools.convert_hf.formats.pickles import read_pickle
 

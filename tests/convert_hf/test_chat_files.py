@@ -1,4 +1,4 @@
-"""to-hf after supervised fine-tuning: end tokens and chat template are those of the data, and it says so."""
+"""to-hf after supervised fine-tuning: end tokens and chat template come from the data, and this is reported."""
 
 import dataclasses
 import json
@@ -28,7 +28,7 @@ CHATML = (
 
 @pytest.fixture
 def checkpoint(vocab_folder: Path, tmp_path: Path) -> Path:
-    """A base model as GPT-NeoX layer files, with a real tokenizer; nothing of it is about conversations."""
+    """A base model as GPT-NeoX layer files, with a real tokenizer and no chat format."""
     write_hf(tmp_path / "hf", Model(vocab=1024))
     (tmp_path / "hf/chat_template.jinja").unlink()
     (tmp_path / "hf/tokenizer.json").write_bytes((vocab_folder / "tokenizer.json").read_bytes())
@@ -44,7 +44,7 @@ def checkpoint(vocab_folder: Path, tmp_path: Path) -> Path:
 
 
 def as_trained_on(checkpoint: Path, **data: str) -> None:
-    """Make its manifest that of a run that was trained on these prefixes."""
+    """Change its manifest to that of a run trained on these prefixes."""
     folder = checkpoint / "global_step0"
     manifest = read_manifest(folder)
     provenance = manifest.provenance | {
@@ -96,7 +96,7 @@ def test_export_follows_the_data(
         text = tokenizer.apply_chat_template(record["messages"], tokenize=False)
         assert text == hf_tokenizer.decode(written.document(number).tolist())
     for line in (
-        "note: generation ends at",
+        "note: generation also ends at",
         "note: tokenizer_config.json: eos_token is <|eot_id|>",
         "is the template of",
     ):

@@ -1,4 +1,4 @@
-"""The readers against 4,000 damaged files: each is read or refused with a `ConvertError`, and never anything else."""
+"""The readers on 4,000 damaged files: each is either read or rejected with a `ConvertError`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _NUMBERS = (0, 1, 0x7F, 0x80, 0xFF)
 
 
 def mutate(data: bytes, chance: random.Random, within: int) -> bytes:
-    """One to four damages among the first or last `within` bytes."""
+    """One to four corruptions in the first or last `within` bytes."""
     out = bytearray(data)
     for _ in range(chance.randint(1, 4)):
         if not out:

@@ -1,4 +1,4 @@
-"""Every command of docs/converting.md, in the order a reader types them, on a small model under the guide's names."""
+"""Every command of docs/converting.md, in the guide's order, on a small model with the guide's names."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_commands_of_the_guide(
 
 
 def test_causes_of_the_guide_are_those_of_the_program() -> None:
-    """The table quotes messages; a reader must find what was printed."""
+    """The table quotes messages; they must be exactly those that are printed."""
     quoted = [q.replace("\\|", "|") for q in re.findall(r"`([^`\n]+)`", TEXT) if len(q) > 10]
     for hypothesis in HYPOTHESES:
         assert any(q in hypothesis.text for q in quoted), hypothesis.text

@@ -48,7 +48,7 @@ def test_pytorch_bin(shards: int, tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_bin_with_parameters_and_views(tmp_path: Path) -> None:
-    """Parameters, and tensors that are parts of one storage, as older scripts saved them."""
+    """Parameters, and tensors that share a storage, as saved by older scripts."""
     state = _bin_folder(tmp_path / "bin", Model(), 1)
     q, k = (f"model.layers.0.self_attn.{p}_proj.weight" for p in "qk")
     joined = torch.cat([state[q], state[k]])
@@ -95,7 +95,7 @@ def test_meta_llama2(tmp_path: Path) -> None:
     assert (config["rope_theta"], config["rope_scaling"], config["num_key_value_heads"]) == (10000.0, None, 8)
 
 
-def test_meta_permutation_is_what_rotary_needs(tmp_path: Path) -> None:
+def test_meta_permutation_matches_half_split_rotation(tmp_path: Path) -> None:
     """Scores q.k of Meta's adjacent-pair rotation on its weights equal those of half-split rotation on ours."""
     model = Model(heads=2, kv_heads=2, head_dim=8, dtype=torch.float32)
     state = model.state()
@@ -188,8 +188,8 @@ def test_config_of_newer_transformers(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == config
 
 
-def test_llama2_config_states_what_it_lacks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Llama-2's published config has no rope_theta: it is asked for, recorded, and not asked for again."""
+def test_llama2_config_reports_missing_fields(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Llama-2's published config has no rope_theta: it is required once, recorded, and not required again."""
     write_hf(tmp_path / "hf", Model(kv_heads=8))
     config = {k: v for k, v in Model(kv_heads=8).config().items() if k != "rope_theta"}
     (tmp_path / "hf" / "config.json").write_text(json.dumps(config | {"rope_scaling": None}))
@@ -217,7 +217,7 @@ def test_tied_model_that_stores_its_head(tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_tied_model_with_a_neox_head_file(tmp_path: Path) -> None:
-    """GPT-NeoX's converter writes a head for tied models; it goes if it equals the embedding."""
+    """GPT-NeoX's converter writes a head for tied models; it is dropped if it equals the embedding."""
     model = Model(tied=True)
     state = write_hf(tmp_path / "hf", model)
     untied = state | {"lm_head.weight": state["model.embed_tokens.weight"].clone()}
@@ -248,7 +248,7 @@ def test_exported_shards_follow_the_source_or_the_size(tmp_path: Path) -> None:
 
 
 def test_position_survives_resharding(tmp_path: Path) -> None:
-    """A resharded training checkpoint can be continued with `no_load_optim`: it still says where it stands."""
+    """A resharded training checkpoint can be continued with `no_load_optim`: it keeps the training position."""
     model = Model()
     files = neox_files(model.state(), model.heads, model.kv_heads, 2, 1)
     tag = write_neox_pipeline(tmp_path / "neox", files, model, 2)
@@ -274,7 +274,7 @@ def test_position_survives_resharding(tmp_path: Path) -> None:
 
 
 def test_folder_of_a_trainer_that_also_has_latest(tmp_path: Path) -> None:
-    """Hugging Face's trainer with DeepSpeed leaves `latest` beside safetensors; the safetensors are the model."""
+    """Hugging Face's trainer with DeepSpeed leaves `latest` next to safetensors; the safetensors are the model."""
     state = write_hf(tmp_path / "hf", Model())
     (tmp_path / "hf" / "latest").write_text("global_step5")
     (tmp_path / "hf" / "global_step5").mkdir()

@@ -1,4 +1,4 @@
-"""A model of images: saved, resumed at another layout, exported, loaded by transformers and torch, and taken back."""
+"""An image model: saved, resumed at another layout, exported, loaded by transformers and torch, and imported again."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_from_a_checkpoint_to_a_folder_and_back(
     with torch.no_grad():
         each = F.huber_loss(model(patches), model.scale(targets), reduction="none", delta=case.delta)
     assert float(each[mask].mean()) == pytest.approx(went_on[0][0], rel=1e-6)
-    # And back, for other ranks; both ways are compared by the program itself.
+    # And back, for other ranks; the program itself compares both directions.
     convert("to-neox", "--input", exported, "--output", back, "--tp", 4)
     convert("reshard", "--input", first, "--output", tmp_path / "resharded", "--tp", 4)
     for other in (back, tmp_path / "resharded", exported):
@@ -75,7 +75,7 @@ def test_from_a_checkpoint_to_a_folder_and_back(
     model_yml = (back / "model.yml").read_text()
     assert "modality: 'patches'" in model_yml
     assert "vocab_size" not in model_yml
-    # A folder that scales its patches otherwise is another model.
+    # A folder with a different scaling of patches is a different model.
     config = json.loads((exported / "config.json").read_text())
     config["patches"]["order"] = "raster"
     (exported / "config.json").write_text(json.dumps(config))

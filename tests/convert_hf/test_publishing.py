@@ -1,4 +1,4 @@
-"""An output is complete or absent: refusals, kills, resumption, shares on several hosts, full disks."""
+"""An output is either complete or absent: rejected requests, kills, resuming, shares on several hosts, full disks."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_resume_refuses_another_job(
 
 @pytest.mark.parametrize("when", [0.0, 0.03, 0.1, 0.2])
 def test_a_killed_process_leaves_nothing_that_looks_complete(when: float, tmp_path: Path) -> None:
-    """SIGKILL at several moments; whatever is there afterwards, --resume gives the right bytes."""
+    """SIGKILL at several points; from any state left behind, --resume gives the right bytes."""
     model = Model(layers=12, heads=16, kv_heads=2, head_dim=16, intermediate=512, vocab=1000)
     write_hf(tmp_path / "hf", model)
     expected = files_of(to_neox(tmp_path, "whole", "--max-ram", "52MiB"))
@@ -163,7 +163,7 @@ def test_a_killed_process_leaves_nothing_that_looks_complete(when: float, tmp_pa
 
 @pytest.mark.parametrize("count", [2, 3, 7])
 def test_shares_on_several_hosts(count: int, tmp_path: Path) -> None:
-    """Any order; the last share completes the folder, whose bytes are those of one run."""
+    """Shares in any order: the last one completes the folder, with the bytes of a single run."""
     write_hf(tmp_path / "hf", MODEL)
     expected = files_of(to_neox(tmp_path, "whole"))
     for number in range(count, 0, -1):
@@ -215,7 +215,7 @@ def test_a_source_that_shrinks_while_it_is_read_stops(tmp_path: Path, monkeypatc
 
 
 def test_manifest_and_zip_checksums(tmp_path: Path) -> None:
-    """Every checksum is that of the bytes; strict zip tools accept the files; torch reads them both ways."""
+    """Every checksum matches the bytes; strict zip tools accept the files; torch reads them, with and without mmap."""
     write_hf(tmp_path / "hf", MODEL)
     tag = to_neox(tmp_path, "out", "--vocab-divisible-by", 64) / "global_step0"
     manifest = read_manifest(tag)
@@ -313,7 +313,7 @@ def test_a_share_left_from_another_job_is_not_used(tmp_path: Path) -> None:
     assert same(read_hf(tmp_path / "back"), state)
 
 
-def test_what_travels_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_copied_and_skipped_files_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_hf(tmp_path / "hf", MODEL)
     (tmp_path / "hf" / "original").mkdir()
     (tmp_path / "hf" / "training_args.bin").write_bytes(b"x")

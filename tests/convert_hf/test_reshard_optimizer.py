@@ -1,4 +1,4 @@
-"""`reshard --optimizer`: the same state at another layout, to the bit; kills, damage, resumption, shares."""
+"""`reshard --optimizer`: the same state at another layout, bit for bit; kills, damage, resuming, shares."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def reshard(root: Path, output: Path, layout: tuple[int, int, int], *more: Any, 
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of 300 elements, which no row ends with, and a journal that records each."""
+    """Blocks of 300 elements, which do not coincide with rows, and a journal that records each."""
     monkeypatch.setattr(state_ranges, "BLOCK", 300)
     monkeypatch.setattr(copy, "SYNC_SECONDS", 0.0)
 
@@ -76,7 +76,7 @@ def test_the_state_is_the_same_to_the_bit(saved: tuple, wanted: tuple, tied: boo
     assert (meta["consumed_samples"], meta["global_steps"], meta["skipped_in_a_row"]) == (8 * STEP, STEP, 0)
 
 
-def test_there_and_back_is_where_it_began(tmp_path: Path) -> None:
+def test_resharding_there_and_back_restores_the_state(tmp_path: Path) -> None:
     write_training_checkpoint(tmp_path / "saved", shape(2), 2, 1, 1)
     first = reshard(tmp_path / "saved", tmp_path / "first", (2, 2, 2))
     reshard(tmp_path / "first", tmp_path / "other", (4, 4, 1))
@@ -87,7 +87,7 @@ def test_there_and_back_is_where_it_began(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_of_version_1(tmp_path: Path) -> None:
-    """Recorded before there were ranges, at TP2 x PP2 x DP2: what its flat partitions hold, against torch alone."""
+    """Recorded at TP2 x PP2 x DP2 before ranges existed: its flat partitions, compared using torch alone."""
     old = RECORDED / "checkpoints/global_step10"
     one = ("--tp", 1, "--pp", 1, "--dp", 1)
     convert("reshard", "--optimizer", "--input", old.parent, "--output", tmp_path / "new", *one)
@@ -126,7 +126,7 @@ def _class(name: str) -> tuple[type, str]:
 
 @pytest.mark.usefixtures("small_blocks")
 def test_kill_9_at_ten_moments_loses_nothing(tmp_path: Path) -> None:
-    """The source is as it was, the output whole or absent; the same command with --resume ends with the same bytes."""
+    """The source is unchanged, the output complete or absent; the same command with --resume gives the same bytes."""
     root = tmp_path / "saved"
     write_training_checkpoint(root, shape(2), 2, 2, 1)
     source = tag_files(root)
@@ -160,7 +160,7 @@ def _discard(_: Any) -> None:
 
 
 @pytest.mark.usefixtures("small_blocks")
-def test_resume_does_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resume_does_only_the_remaining_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron.checkpoint.optimizer_reader import StateReader
 
     root = tmp_path / "saved"
@@ -220,7 +220,7 @@ def test_shares_of_several_hosts(tmp_path: Path) -> None:
         (("--optimizer", "--tp", 2, "--max-ram", "60MiB"), "60 MiB is too little for --optimizer with"),
     ],
 )
-def test_what_cannot_be_is_refused(
+def test_impossible_requests_are_rejected(
     arguments: tuple, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_training_checkpoint(tmp_path / "saved", shape(2), 2, 1, 1)

@@ -1,4 +1,4 @@
-"""Memory does not grow with the model; nothing beyond torch's few is imported; it runs from anywhere."""
+"""Memory does not grow with the model; few libraries are imported; the command runs from any directory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.unit
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = ROOT / "tools" / "convert_hf"
 
-# Runs the command in a process of its own and prints the peak of its anonymous memory in MiB.
+# Runs the command in its own process and prints the peak of its anonymous memory in MiB.
 MEASURE = """
 import runpy, sys, threading, time
 peak, stop = 0, False
@@ -76,7 +76,7 @@ def large(tmp_path: Path) -> Path:
 
 
 def test_memory_is_bounded(large: Path) -> None:
-    """Each direction stays under the limit that it was given, which is less than the model."""
+    """Each direction stays under the given limit, which is smaller than the model."""
     size = sum(p.stat().st_size for p in (large / "hf").glob("*.safetensors"))
     assert size > 110 << 20
     limit = ("--max-ram", "80MiB")
@@ -96,7 +96,7 @@ def test_too_little_memory_is_refused(tmp_path: Path, capsys: pytest.CaptureFixt
     convert("to-neox", *common, "--max-ram", "49MiB")
 
 
-# What the command may need; everything else must be absent from the environment that the test builds.
+# The permitted requirements of the command; the test's environment has nothing else.
 ALLOWED = (
     "torch",
     "safetensors",
@@ -113,7 +113,7 @@ ALLOWED += ("markupsafe", "filelock", "fsspec", "torchgen", "functorch", "numpy"
 
 
 def test_runs_in_an_environment_without_the_vendor_stack(tmp_path: Path) -> None:
-    """A virtual environment with torch, safetensors, PyYAML and tqdm only; from another directory; all verbs."""
+    """All verbs, from another directory, in a virtual environment with only torch, safetensors, PyYAML and tqdm."""
     site = Path(torch.__file__).parents[1]
     venv.create(tmp_path / "bare", symlinks=True, with_pip=False)
     bare = next((tmp_path / "bare" / "lib").glob("python*")) / "site-packages"
@@ -147,7 +147,7 @@ def test_runs_in_an_environment_without_the_vendor_stack(tmp_path: Path) -> None
 
 
 def test_copying_needs_no_torch(tmp_path: Path) -> None:
-    """Bit copies import neither torch nor numpy: the command starts at once."""
+    """Bit copies import neither torch nor numpy, so the command starts immediately."""
     write_hf(tmp_path / "hf", Model())
     guard = "import sys; sys.modules['torch'] = sys.modules['numpy'] = sys.modules['safetensors'] = None\n"
     verbs = (

@@ -1,7 +1,7 @@
 """HF -> NeoX -> HF and NeoX -> HF -> NeoX keep every bit, for every legal split, and the layout is the published one.
 
 A round trip alone would pass with any bijection, so the layer files are compared with a second implementation of the
-layout (`neox_oracle.py`), and each way of getting the layout wrong is shown to fail that comparison.
+layout (`neox_oracle.py`), and each layout mistake is shown to fail that comparison.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def test_round_trip_of_random_shapes(tmp_path: Path, chosen: tuple[Model, int, i
 
 
 def test_small_bands_give_the_same_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Band limits fall inside heads, ranks and chunks; the files are those of one band per tensor."""
+    """Band limits fall inside heads, ranks and chunks; the files equal those of one band per tensor."""
     write_hf(tmp_path / "hf", Model(kv_heads=8))
     convert("to-neox", "--input", tmp_path / "hf", "--output", tmp_path / "whole", "--tp", 4, "--vocab-divisible-by", 7)
     monkeypatch.setattr(convert_command, "memory_plan", lambda *_: (3 * 64, 3))

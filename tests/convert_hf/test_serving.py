@@ -1,4 +1,4 @@
-"""`inspect --serving`: what a server would miss in an exported folder is named."""
+"""`inspect --serving` reports whatever a server would miss in an exported folder."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TOKENIZER = {
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """An export of a chat model that lacks nothing."""
+    """A complete export of a chat model."""
     path = tmp_path / "hf"
     write_hf(path, Model())
     (path / "tokenizer.json").write_text(json.dumps(TOKENIZER))
@@ -68,7 +68,7 @@ CASES: list[tuple[str, str, Callable[[dict[str, Any]], Any], str, str]] = [
 
 
 @pytest.mark.parametrize(("file", "what", "change", "verdict", "text"), CASES)
-def test_what_is_missing_is_named(
+def test_missing_items_are_reported(
     file: str, what: str, change: Callable[[dict[str, Any]], Any], verdict: str, text: str, folder: Path
 ) -> None:
     edit(folder / file, change)

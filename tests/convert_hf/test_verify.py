@@ -1,4 +1,4 @@
-"""`verify` says that equal checkpoints are equal, and names each known mistake, its layer and its cause."""
+"""`verify` accepts equal checkpoints, and names each known converter bug, its layer and its cause."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LAYER = "model.layers.1."
 
 
 def broken(tmp_path: Path, change: Callable[[LayerFiles, dict[str, Tensor]], Any], model: Model = MODEL) -> None:
-    """An HF folder and a NeoX checkpoint at TP2 whose layer 1 (file 3) was changed."""
+    """An HF folder, and a NeoX checkpoint at TP2 with a modified layer 1 (file 3)."""
     state = write_hf(tmp_path / "hf", model)
     files = neox_files(state, model.heads, model.kv_heads, 2, 1)
     change(files, state)
@@ -173,7 +173,7 @@ def test_a_bit_flipped_on_one_rank_only(tmp_path: Path, capsys: pytest.CaptureFi
         ("rotary_emb_base: 500000", "rotary_emb_base: 10000", "rotary base differs: 500000.0 and 10000.0"),
     ],
 )
-def test_settings_that_no_tensor_shows(
+def test_settings_that_are_not_visible_in_tensors(
     old: str, new: str, cause: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_hf(tmp_path / "hf", MODEL)
@@ -245,7 +245,7 @@ def test_tokens_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_streamed_forward_equals_transformers(tmp_path: Path) -> None:
-    """The functional block is itself held against the yardstick, in fp32."""
+    """The streamed forward pass equals transformers in fp32."""
     import os
 
     from transformers import LlamaForCausalLM

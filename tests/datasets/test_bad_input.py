@@ -1,4 +1,4 @@
-"""What a user can get wrong, for each command: one clear message, exit code 2, nothing half-written."""
+"""User errors of each command: one clear message, exit code 2, no partial output."""
 
 import json
 from collections.abc import Callable
@@ -53,7 +53,7 @@ SFT_LINES: dict[str, Any] = {
     "turn 2: the assistant says nothing": [{"role": "user", "content": "x"}, {"role": "assistant", "content": " "}],
     "turn 2: the content is not text but int": [{"role": "user", "content": "x"}, {"role": "assistant", "content": 3}],
     "turn 1: expected an object": ["hello"],
-    "a system turn that is not the first": [{"role": "user", "content": "x"}, {"role": "system", "content": "y"}],
+    "a system turn is not the first turn": [{"role": "user", "content": "x"}, {"role": "system", "content": "y"}],
 }
 
 

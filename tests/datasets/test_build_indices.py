@@ -1,4 +1,4 @@
-"""build_indices.py: what it prepares is what a run then reads, and what it refuses."""
+"""build_indices.py: a run reads exactly what it prepared, and it reports damage and mistakes."""
 
 from pathlib import Path
 
@@ -51,7 +51,7 @@ def yml(vocab_folder: Path, tmp_path: Path) -> Path:
 
 
 def indices(folder: Path) -> dict[Path, int]:
-    """Every array of every index below a folder, with the time when it was written."""
+    """Every array of every index below a folder, with its modification time."""
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*.npy")}
 
 
@@ -59,7 +59,7 @@ def test_training_only_reads_afterwards(yml: Path, capsys: pytest.CaptureFixture
     model = str(ROOT / "configs/tiny/model.yml")
     assert main([model, str(yml), "--world-size", "2", "--check-content"]) == 0
     out = capsys.readouterr().out
-    assert "a_text_document: offsets, ids and checksum are right" in out
+    assert "a_text_document: offsets, ids and checksum are correct" in out
     assert "25.00% of the run" in out
     assert "2 sources are ready" in out
 

@@ -1,4 +1,4 @@
-"""clean_corpus.py: what is repaired, cut and dropped, by which rule, and that the report says so."""
+"""clean_corpus.py: repairs, cuts and drops by each rule, and the report on them."""
 
 import json
 import random
@@ -63,7 +63,7 @@ def test_any_number_of_workers_writes_the_same(tmp_path: Path, monkeypatch: pyte
     assert results[0] == results[1]
 
 
-def test_what_is_not_kept_is_listed_with_its_rule(tmp_path: Path) -> None:
+def test_dropped_documents_are_listed_with_their_rule(tmp_path: Path) -> None:
     corpus = real_corpus()
     kept, dropped = cleaned(tmp_path, *corpus)
     lines = [entry["line"] for entry in dropped]
@@ -105,7 +105,7 @@ def test_unicode_is_repaired_and_other_fields_stay(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out.jsonl").read_text())["text"] == broken.replace("\ud800", "?")
 
 
-def test_only_the_turns_of_a_loop_behind_the_first_are_cut(tmp_path: Path) -> None:
+def test_one_repetition_of_each_loop_is_kept(tmp_path: Path) -> None:
     unit = "of the outer disc of the"
     kept, dropped = cleaned(tmp_path, f"{PROSE} Also {unit}{' ' + unit * 1} end. " + PROSE, **ANY_SHARE)
     assert not dropped
@@ -183,15 +183,15 @@ def test_rules_from_a_file_and_flags_over_it(tmp_path: Path, capsys: pytest.Capt
     assert clean(tmp_path / "out.jsonl", source, rules=rules, min_characters=50) == 0
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 2
     for text, message in {
-        "min_charcters: 3": "no rule is called min_charcters",
+        "min_charcters: 3": "unknown rule min_charcters",
         "- 3": "expected lines of `rule: threshold`",
         "{": "not YAML",
         "min_characters: many": "'many' is not a number",
         "exact_duplicate: 1": "1 is not true or false",
         "max_loops: 30": "30 is more than 1",
         "max_loops: -1": "less than 0",
-        "near_duplicate: 0.1": "0.3 is the least",
-        "loop_repeats: 1": "2 is the least",
+        "near_duplicate: 0.1": "the minimum is 0.3",
+        "loop_repeats: 1": "the minimum is 2",
         "max_perplexity: 10": "needs --perplexity-model",
     }.items():
         rules.write_text(text)

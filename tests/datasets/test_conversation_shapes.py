@@ -1,4 +1,4 @@
-"""preprocess_sft.py understands conversations in every common shape, or says what it does not understand."""
+"""preprocess_sft.py reads conversations in every common shape, and reports what it does not support."""
 
 import json
 from pathlib import Path
@@ -146,7 +146,7 @@ UNDERSTOOD: dict[str, tuple[dict[str, Any], list[Turn], str]] = {
         "prompt",
     ),
     "texts": ({"id": "1", "data": [QUESTION, ANSWER]}, ASKED, "texts"),
-    "reasoning beside": (
+    "reasoning in a separate field": (
         {"question": QUESTION, "reasoning": "Think.", "answer": ANSWER},
         [ASKED[0], ("assistant", "<think>\nThink.\n</think>\n\nM31", True)],
         "question",
@@ -191,7 +191,7 @@ ENDS = {"eot": "<|eot_id|>", "eom": "<|eom_id|>"}
 
 
 def expected_text(expected: list[Turn]) -> tuple[str, str]:
-    """(all of it, what is learned), written by hand from the published format."""
+    """(whole text, learned text), written by hand from the published format."""
     text, learned = "<|begin_of_text|>", ""
     for number, (role, words, learns) in enumerate(expected):
         waits = role == "assistant" and [*(r for r, _, _ in expected), ""][number + 1] == "ipython"
@@ -202,7 +202,7 @@ def expected_text(expected: list[Turn]) -> tuple[str, str]:
 
 
 def written(folder: Path, tokenizer: Tokenizer, number: int = 0) -> tuple[str, str]:
-    """(text, what is learned) of a conversation."""
+    """(text, learned text) of a conversation."""
     ids = IndexedFile(folder / "sft_a_document").document(number)
     labels = IndexedFile(folder / "sft_a_label_document").document(number)
     learned = labels[labels != IGNORE_INDEX]
@@ -222,12 +222,12 @@ def test_every_common_shape_is_understood(vocab_folder: Path, hf_tokenizer: Toke
 
 GOOD = turns(QUESTION, ANSWER)
 REFUSED: dict[str, dict[str, Any]] = {
-    "'chosen' changes what is learned": {"prompt": "x", "chosen": "a", "rejected": "b"},
-    "'label' judges the completion": {"prompt": "x", "completion": "y", "label": False},
-    "'images' changes what is learned": {"messages": GOOD, "images": ["a.png"]},
+    "'chosen' changes which tokens are learned": {"prompt": "x", "chosen": "a", "rejected": "b"},
+    "'label' rates the completion": {"prompt": "x", "completion": "y", "label": False},
+    "'images' changes which tokens are learned": {"messages": GOOD, "images": ["a.png"]},
     "'weight' is 0.5": {"messages": [GOOD[0], {**GOOD[1], "weight": 0.5}]},
     "'weight' of a whole record": {"messages": GOOD, "weight": 0},
-    "wants the words of the user learned": {"messages": [{**GOOD[0], "train": True}, GOOD[1]]},
+    "marks a user turn as learned": {"messages": [{**GOOD[0], "train": True}, GOOD[1]]},
     "'mask' changes what is said or learned": {"messages": [GOOD[0], {**GOOD[1], "mask": True}]},
     "'refusal' changes what is said or learned": {"messages": [GOOD[0], {"role": "assistant", "refusal": "No."}]},
     "'is_trainable' is not known, and looks like a switch": {"messages": [GOOD[0], {**GOOD[1], "is_trainable": False}]},
@@ -235,7 +235,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "'thoughts' is not known, and looks like reasoning": {"messages": [GOOD[0], {**GOOD[1], "thoughts": "hm"}]},
     "'available_tools' is not known, and looks like tools": {"messages": GOOD, "available_tools": [{"name": "f"}]},
     "'sysprompt' is not known, and looks like a system prompt": {"messages": GOOD, "sysprompt": "Be brief."},
-    "the lists in 'messages' are not of one length": {"messages": {"role": ["user"], "content": []}},
+    "the lists in 'messages' differ in length": {"messages": {"role": ["user"], "content": []}},
     "a part of the content is not text but image_url": {
         "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, GOOD[1]]
     },
@@ -246,17 +246,17 @@ REFUSED: dict[str, dict[str, Any]] = {
     },
     "the record has tools": {"messages": GOOD, "tools": [{"type": "function", "function": {"name": "f"}}]},
     "field 'tools' is text that is not JSON": {"messages": GOOD, "tools": "[{"},
-    "the system prompt beside the turns is not that of the first turn": {
+    "the record's system prompt differs from that of the first turn": {
         "messages": [{"role": "system", "content": "A"}, *GOOD], "system": "B"
     },
-    "output and response could both be meant": {"instruction": "x", "output": "a", "response": "b"},
-    "messages and conversations could both be meant": {"messages": GOOD, "conversations": share_gpt("x", "y")},
-    "two fields are called 'output'": {"instruction": "x", "output": "a", "Output": "a"},
+    "output and response are alternatives": {"instruction": "x", "output": "a", "response": "b"},
+    "messages and conversations are alternatives": {"messages": GOOD, "conversations": share_gpt("x", "y")},
+    "two fields are named 'output'": {"instruction": "x", "output": "a", "Output": "a"},
     "role and from say different things": {"messages": [{**GOOD[0], "from": "gpt"}, GOOD[1]]},
     "reasoning in a field of its own and in <think>": {
         "messages": [GOOD[0], {"role": "assistant", "content": "<think>a</think>b", "reasoning": "c"}]
     },
-    "which turn's it is cannot be known": {"messages": GOOD, "thinking": "hm"},
+    "its turn is ambiguous": {"messages": GOOD, "thinking": "hm"},
     "no answer": {"instruction": "x", "input": "y"},
     "the user says nothing": {"input": "", "output": "x"},
     "'history' is not a list of pairs": {"instruction": "x", "output": "y", "history": [["a"]]},
@@ -265,7 +265,7 @@ REFUSED: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def test_what_changes_meaning_and_is_not_understood_is_refused(
+def test_unsupported_fields_that_change_meaning_are_rejected(
     vocab_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for message, record in REFUSED.items():
@@ -303,13 +303,13 @@ def test_unknown_keys_are_named_and_counted_once_per_source(
         ("a", "unknown key: score"): 5,
         ("a", "unknown key: emotion (of a turn)"): 3,
     }
-    assert rows["b", "understood as alpaca"] == "1"
+    assert rows["b", "shape alpaca"] == "1"
 
 
 def test_rows_of_parquet_are_the_records_that_they_were_made_of(
     vocab_folder: Path, hf_tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    """A table fills every call up with the arguments of all others, as null."""
+    """A table gives every call the arguments of all others, as null."""
     records = [
         {"messages": called(tool_calls=[{"function": {"name": name, "arguments": arguments}}])}
         for name, arguments in (("simbad", {"object": "M31"}), ("weather", {"place": "Paranal", "hours": 3}))

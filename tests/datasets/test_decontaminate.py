@@ -1,4 +1,4 @@
-"""decontaminate.py: planted questions are found however they are damaged, and nothing else is."""
+"""decontaminate.py finds planted questions despite damage, and nothing else."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def documents(count: int, seed: int = 0) -> list[str]:
 
 
 def questions(count: int, seed: int = 1) -> list[BenchmarkQuestion]:
-    """Of the same words as the documents, with a beginning that all share."""
+    """Questions from the vocabulary of the documents, with a common beginning."""
     chance = random.Random(seed)
     made = []
     for number in range(count):
@@ -142,8 +142,8 @@ def test_the_threshold_is_chosen_and_judged_on_different_cases(
     assert "found of planted questions, OCR: 100.00% of" in capsys.readouterr().out
 
 
-def test_a_contaminated_corpus_does_not_hide_itself(tmp_path: Path) -> None:
-    """Two documents in a hundred hold a question: the threshold that one in a thousand reaches would be above 1."""
+def test_contamination_does_not_raise_the_threshold_without_limit(tmp_path: Path) -> None:
+    """Two documents in a hundred contain a question: a threshold reached by one in a thousand would be above 1."""
     made, texts, chance = questions(60), documents(2400), random.Random(7)
     for number in range(0, 2400, 50):
         texts[number] += "\n" + PLANTS["verbatim"](chance.choice(made), chance)
@@ -164,8 +164,8 @@ def test_options_may_stand_in_any_order_and_the_question_alone_counts() -> None:
     assert (alone.question, alone.score) == (4, 1.0)
 
 
-def test_what_is_spread_over_a_document_is_no_question() -> None:
-    """The same runs of letters far from each other: a bag of shingles would find them."""
+def test_scattered_fragments_do_not_match_a_question() -> None:
+    """The same letter sequences, but far apart: a bag of shingles would find them."""
     made = questions(30)
     words = made[0].question.split()
     filler = " ".join(documents(20))
@@ -173,7 +173,7 @@ def test_what_is_spread_over_a_document_is_no_question() -> None:
     assert not [found for found in QuestionIndex(made).find(spread, 0.6) if found.question == 0]
 
 
-def test_what_all_questions_share_is_no_evidence() -> None:
+def test_phrases_shared_by_all_questions_are_no_evidence() -> None:
     made = [
         BenchmarkQuestion(str(n), f"Which of the following statements is correct about object number {n * 7919}?")
         for n in range(50)
@@ -190,7 +190,7 @@ def test_folding_keeps_letters_and_digits_of_any_script() -> None:
     assert fold("... \n --") == b""
 
 
-def test_the_excerpt_is_the_place() -> None:
+def test_the_excerpt_is_the_matching_text() -> None:
     made = questions(5)
     text = f"{documents(1)[0]} {made[2].question} {documents(1, 9)[0]}"
     (found,) = QuestionIndex(made).find(text, 0.6)
@@ -221,7 +221,7 @@ def test_questions_of_every_form(tmp_path: Path) -> None:
     assert len({q.name for q in read_benchmark([str(tmp_path / name) for name in forms])}) == 4
 
 
-def test_a_cell_too_many_is_an_error_and_not_left_out(tmp_path: Path) -> None:
+def test_an_extra_csv_cell_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "letters.csv").write_text("question,A,B\nWhy, then?,a,b\n")
     with pytest.raises(UserError, match="line 2: more cells than the header has names; quote the commas"):
         read_benchmark([str(tmp_path / "letters.csv")])
@@ -231,7 +231,7 @@ def test_a_cell_too_many_is_an_error_and_not_left_out(tmp_path: Path) -> None:
     ("benchmark", "more", "said"),
     [
         ('{"text": "x"}\n', [], "no question; expected text in one of question, prompt, input, the fields are text"),
-        ('{"question": "Why is the sky of Mars red at noon?", "options": 3}\n', [], "options are expected as a list"),
+        ('{"question": "Why is the sky of Mars red at noon?", "options": 3}\n', [], "expected options as a list"),
         ('{"question": "Why?"}\n', [], "no question is long enough"),
         (None, ["--threshold", "0.1"], "--threshold 0.1: expected 0.3 to 1"),
         (None, [], "3 documents are too few to choose a threshold"),

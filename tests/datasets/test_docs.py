@@ -1,4 +1,4 @@
-"""Every command of docs/data.md and docs/sft.md runs as it is written there."""
+"""Every command of docs/data.md and docs/sft.md runs as written."""
 
 import json
 import os
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.unit
 
 @pytest.fixture
 def workplace(vocab_folder: Path, tmp_path: Path) -> Path:
-    """The files that the pages speak of."""
+    """The files used on these pages."""
     texts = real_texts()
     for name, part in (("domain", texts[:20]), ("general", texts[40:60])):
         write_texts(tmp_path / f"{name}.jsonl", part)

@@ -1,4 +1,4 @@
-"""Folders: every kind of file is read or named, one bad file stops nothing that was asked to go on, names are kept."""
+"""Folders: every kind of file is read or reported, bad files can be skipped, and names of files are kept."""
 
 import gzip
 import json
@@ -52,7 +52,7 @@ def test_every_kind_of_file_is_read_or_named(
     expected = ["jsonl", "ndjson", "ndjson gz", "ndjson zst", "a list", "of records", "json lines", "packed list"]
     assert texts_of(tmp_path / "out_text_document", hf_tokenizer) == [*expected, "packed text"]
     error = capsys.readouterr().err
-    assert f"{folder}: 3 files are not read" in error
+    assert f"{folder}: 3 files are ignored" in error
     assert "i.csv, j.md, k.jsonl.xz" in error
 
 
@@ -104,7 +104,7 @@ def test_bad_files_are_left_out_and_listed_at_the_end(
     )
     assert preprocess(vocab_folder, tmp_path / "o", tmp_path / "in", on_bad_record="skip") == 0
     lines = capsys.readouterr().err.splitlines()
-    first = lines.index("7 of 9 files could not be read and were left out:")
+    first = lines.index("7 of 9 files could not be read and were skipped:")
     assert len(lines[first + 1 :]) == 7
     assert all(any(str(path) in line for line in lines[first + 1 :]) for path in [*bad, late])
     texts = texts_of(tmp_path / "o_text_document", hf_tokenizer)
@@ -117,7 +117,7 @@ def test_bad_files_are_left_out_and_listed_at_the_end(
     assert preprocess_chats(vocab_folder, tmp_path / "s", f"a={tmp_path / 'in'}", on_bad_record="skip") == 0
     out, error = capsys.readouterr()
     assert table_rows(out)["a", "conversations written"] == "6"
-    assert error.count("could not be read and were left out") == 1
+    assert error.count("could not be read and were skipped") == 1
     assert clean(tmp_path / "o.jsonl", tmp_path / "in", on_bad_record="skip", min_characters=1) == 0
     assert "6 of 8 files could not be read" in capsys.readouterr().err
     for path in (tmp_path / "in").iterdir():
@@ -158,15 +158,15 @@ def test_progress_comes_by_time(
         assert len(lines) == expected, lines
 
 
-def test_work_is_not_lost_late(
+def test_problems_are_detected_before_the_work_is_done(
     vocab_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A source of duplicates alone is left out of the mix; impossible shares are refused before anything is read."""
+    """A source of duplicates only is dropped from the mix; impossible shares are rejected before anything is read."""
     a = write_records(tmp_path / "a.jsonl", conversations(5, "stars"))
     b = write_records(tmp_path / "b.jsonl", conversations(5, "stars"))
     assert preprocess_chats(vocab_folder, tmp_path / "sft", f"a:0.5={a}", f"b:0.5={b}") == 0
     out, error = capsys.readouterr()
-    assert "warning: source b has no conversation left, it is not in" in error
+    assert "warning: source b has no conversations left, so it is not in" in error
     assert table_rows(out)["b", "dropped: duplicate"] == "5"
     assert "sft_b" not in (tmp_path / "sft_train.yml").read_text()
     assert not list(tmp_path.glob("sft_b*")) + list(tmp_path.glob("*partial*"))
@@ -176,7 +176,7 @@ def test_work_is_not_lost_late(
     (tmp_path / "k.jsonl").write_text('{"a": "one", "b": ""}\n')
     monkeypatch.undo()
     assert preprocess(vocab_folder, tmp_path / "k", tmp_path / "k.jsonl", jsonl_keys=["a", "b"]) == 0
-    assert "k_b_document: no documents, nothing is written; 1 empty" in capsys.readouterr().err
+    assert "k_b_document: no documents, nothing written; 1 empty" in capsys.readouterr().err
     assert not list(tmp_path.glob("k_b*"))
 
 
@@ -186,7 +186,7 @@ def test_fields_that_are_not_used_are_named(
     source = write_records(tmp_path / "in.jsonl", [{"text": "x", "url": 1}] * 3 + [{"text": "  ", "url": 1, "id": 2}])
     assert preprocess(vocab_folder, tmp_path / "o", source) == 0
     error = capsys.readouterr().err
-    assert "fields that were not used, and how many records have them: url (4), id (1)" in error
+    assert "unused fields, and the number of records that have them: url (4), id (1)" in error
     assert "3 documents" in error
     assert "1 empty" in error
     header = read_header(tmp_path / "o_text_document")

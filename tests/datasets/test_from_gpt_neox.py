@@ -1,4 +1,4 @@
-"""Every command of docs/from-gpt-neox.md runs as it is written there; the second line of its first block is parsed."""
+"""Every command of docs/from-gpt-neox.md runs as written; the second line of its first block is parsed only."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PAGE = "docs/from-gpt-neox.md"
 
 @pytest.fixture
 def workplace(vocab_folder: Path, tmp_path: Path) -> Path:
-    """The files that the page speaks of."""
+    """The files used on this page."""
     for name, keys in (("llama2/7B", LLAMA), ("llama/train_config", TRAINING), ("local_setup", MACHINE)):
         path = tmp_path / "configs" / f"{name}.yml"
         path.parent.mkdir(parents=True, exist_ok=True)

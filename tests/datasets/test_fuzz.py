@@ -1,4 +1,4 @@
-"""Whatever the data commands are given, they answer with one message and exit code 2, or do their work."""
+"""The data commands either process damaged input or stop with one message and exit code 2."""
 
 import json
 import random
@@ -30,7 +30,7 @@ KEYS = [
 
 
 def mutated(value: Any, chance: random.Random) -> Any:
-    """A record with something in it changed, taken away, added or repeated."""
+    """A record with a part changed, removed, added or repeated."""
     if isinstance(value, dict) and value and chance.random() < 0.9:
         key = chance.choice(list(value))
         action = chance.random()

@@ -36,7 +36,7 @@ def turns(conversation: list[tuple[str, str]]) -> list[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def folder(vocab_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer as Hugging Face keeps it, and conversations."""
+    """A Hugging Face tokenizer folder, and conversations."""
     made = tmp_path_factory.mktemp("chat")
     shutil.copy(vocab_folder / "tokenizer.json", made)
     config = {
@@ -57,7 +57,7 @@ def run(folder: Path, out: Path, *flags: str, source: str = "in.jsonl") -> int:
 
 
 def expected(folder: Path, conversation: list[tuple[str, str]], only_last: bool = False) -> tuple[list[int], list[int]]:
-    """What `transformers` makes of the whole, and of what each turn of the assistant adds to what called for it."""
+    """Ids of `transformers` for the whole conversation, and for each assistant turn beyond its prompt."""
     from transformers import AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
@@ -80,7 +80,7 @@ def expected(folder: Path, conversation: list[tuple[str, str]], only_last: bool 
 
 
 @pytest.mark.parametrize(("flags", "only_last"), [((), False), (("--only-last", "--workers", "2"), True)])
-def test_ids_and_labels_are_those_of_transformers(
+def test_ids_and_labels_equal_transformers(
     folder: Path, tmp_path: Path, flags: tuple[str, ...], only_last: bool
 ) -> None:
     assert run(folder, tmp_path / "sft", *flags) == 0
@@ -116,7 +116,7 @@ def test_without_a_mask_there_are_no_labels(folder: Path, tmp_path: Path) -> Non
         ("[]", "expected an object, found list"),
     ],
 )
-def test_a_line_that_cannot_be_used_is_named_and_nothing_is_left(
+def test_a_bad_line_is_reported_and_leaves_no_output(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str, message: str
 ) -> None:
     good = json.dumps({"messages": turns(CONVERSATIONS[0])})
@@ -187,7 +187,7 @@ def test_headers_are_added_up_and_must_belong_together(tmp_path: Path, capsys: p
     assert capsys.readouterr().err.count("they do not belong into one file; preprocess them alike") == 4
 
 
-def test_what_cannot_be_merged_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unmergeable_pairs_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, out = tmp_path / "in", ["--output-prefix", str(tmp_path / "out/all")]
     assert merge_datasets.main(["--input", str(source), *out]) == 2
     source.mkdir()

@@ -1,4 +1,4 @@
-"""inspect_data.py shows what is there, and marks exactly what is learned."""
+"""inspect_data.py shows the content, and marks exactly the learned tokens."""
 
 from pathlib import Path
 
@@ -45,7 +45,7 @@ def test_the_mask_is_marked(vocab_folder: Path, tmp_path: Path, capsys: pytest.C
     arguments = [str(tmp_path / "sft_a_document"), "--vocab-file", str(vocab_folder), "--document", "1", "--show-mask"]
     assert main(arguments) == 0
     out = capsys.readouterr().out
-    assert "0 documents teach nothing" in out
+    assert "0 documents have no learned token" in out
     assert out.endswith(
         "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nQuestion 1 about stars?<|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\n[[Answer 1. Answer 1. <|eot_id|>]]"

@@ -1,4 +1,4 @@
-"""What `inspect_data.py` and `build_indices.py` say of images."""
+"""Output of `inspect_data.py` and `build_indices.py` for images."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_damage_is_found_before_a_job(tmp_path: Path, capsys: pytest.CaptureFixt
     run = tmp_path / "run.yml"
     run.write_text(yaml.safe_dump(keys(**IMAGES, train_data_paths=[prefix], seq_length=3)))
     assert build_indices.main([str(run), "--check-content"]) == 0
-    assert "offsets and checksum are right" in capsys.readouterr().out
+    assert "offsets and checksum are correct" in capsys.readouterr().out
     damaged = Path(f"{prefix}.bin")
     damaged.write_bytes(b"\x01" + damaged.read_bytes()[1:])
     assert build_indices.main([str(run), "--check-content"]) == 2

@@ -1,4 +1,4 @@
-"""Peak memory of the commands does not grow with their input: by their bookkeeping here, by the bytes marked slow."""
+"""Peak memory does not grow with the input: checked by bookkeeping here, by measurement in tests marked slow."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def peak(script: str, *arguments: object) -> float:
 
 
 def corpora(folder: Path, megabytes: int) -> tuple[Path, Path]:
-    """A file of so many megabytes, and one of twice as many."""
+    """A file of a given size in megabytes, and one twice as large."""
     lines = [json.dumps({"text": text}) + "\n" for text in real_documents(megabytes * MB) if len(text) < 200_000]
     once, twice = folder / "once.jsonl", folder / "twice.jsonl"
     once.write_text("".join(lines))

@@ -1,4 +1,4 @@
-"""Perplexity: a KenLM n-gram by hand, a Hugging Face model against transformers, and the filter that uses them."""
+"""Perplexity: a KenLM n-gram computed by hand, a Hugging Face model against transformers, and the filter using them."""
 
 import json
 import math
@@ -119,7 +119,7 @@ def test_a_hugging_face_model(vocab_folder: Path, tmp_path: Path) -> None:
     assert not dropped
 
 
-def test_what_is_no_model(tmp_path: Path) -> None:
+def test_invalid_perplexity_models_are_rejected(tmp_path: Path) -> None:
     (tmp_path / "latest").write_text("global_step1")
     with pytest.raises(DataError, match="NeoX checkpoint; convert it first: python tools/convert_hf to-hf"):
         load_perplexity(tmp_path)

@@ -1,4 +1,4 @@
-"""preprocess_data.py: what it writes, that workers do not matter, that a kill does not either, and what it refuses."""
+"""preprocess_data.py: its output, which neither the number of workers nor kills change, and rejected input."""
 
 import gzip
 import json

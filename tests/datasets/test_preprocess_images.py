@@ -134,6 +134,30 @@ def test_what_cannot_be_used_is_named_and_counted(tmp_path: Path, capsys: pytest
     assert not list((tmp_path / "out").glob("fatal*")), "nothing is left behind"
 
 
+def test_a_damaged_fits_file_is_left_out(tmp_path: Path) -> None:
+    """astropy raises zlib's own error over the second, which is no OSError."""
+    from astropy.io import fits
+
+    folder = tmp_path / "fits"
+    folder.mkdir()
+    for number, values in enumerate(IMAGES):
+        fits.writeto(folder / f"g{number:02d}.fits.gz", values.transpose(2, 0, 1).astype(">f4"))
+    content = bytearray((folder / "g01.fits.gz").read_bytes())
+    content[40:80] = b"\xff" * 40
+    (folder / "g01.fits.gz").write_bytes(content)
+    assert read_image_header(run(tmp_path, "fits", [folder])).left_out == {"unreadable FITS file": 1}
+
+
+def test_a_damaged_archive_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.savez(tmp_path / "a.npz", images=IMAGES)
+    content = bytearray((tmp_path / "a.npz").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "a.npz").write_bytes(content)
+    run(tmp_path, "x", [tmp_path / "a.npz"], expect=2)
+    assert "a.npz: no readable .npz archive: BadZipFile" in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("x*"))
+
+
 def test_nan_is_refused_or_masked(tmp_path: Path) -> None:
     images = IMAGES.astype(np.float32)
     images[3, 5, 5] = np.nan

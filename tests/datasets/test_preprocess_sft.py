@@ -1,4 +1,4 @@
-"""preprocess_sft.py: tokens and labels side by side, duplicates out, and the run that its YAML describes."""
+"""preprocess_sft.py: tokens and labels, removal of duplicates, and the run described by its YAML."""
 
 from pathlib import Path
 
@@ -126,7 +126,7 @@ def test_bad_records_and_arguments(vocab_folder: Path, tmp_path: Path, capsys: p
         assert message in capsys.readouterr().err
     other = write_records(tmp_path / "b.jsonl", conversations(1, "y"))
     assert preprocess_chats(vocab_folder, tmp_path / "out", f"a:0.5={source}", f"b={other}") == 2
-    assert "a share, or none" in capsys.readouterr().err
+    assert "shares to all sources or to none" in capsys.readouterr().err
     only_user = write_records(tmp_path / "u.jsonl", [{"messages": [{"role": "user", "content": "x"}]}])
     assert preprocess_chats(vocab_folder, tmp_path / "out", f"u={only_user}") == 2
     assert "nothing to learn" in capsys.readouterr().err

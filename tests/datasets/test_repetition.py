@@ -1,4 +1,4 @@
-"""Loops and Gopher's shares, against hand counts and a plain reading of the definitions."""
+"""Loops and Gopher's measures, compared with hand counts and a literal implementation of the definitions."""
 
 from collections import Counter
 
@@ -62,7 +62,7 @@ def test_spans_cover_what_is_counted() -> None:
 
 
 @given(st.lists(st.sampled_from("abc"), min_size=1, max_size=12), st.integers(2, 30), st.integers(2, 9))
-def test_a_loop_is_said_once(unit: list[str], turns: int, repeats: int) -> None:
+def test_one_copy_of_a_loop_is_kept(unit: list[str], turns: int, repeats: int) -> None:
     loop = " ".join(unit * turns)
     text = f"Before it {loop} behind it."
     shorter = cut(text, find_loops(text, repeats, 0))

@@ -1,5 +1,6 @@
-"""Conversations in a run: whole, with their labels, and everything that is left out is counted where a user sees it."""
+"""Conversations in a run are whole and labeled, and everything skipped is counted in visible output."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ SAMPLE = 64
 
 @pytest.fixture
 def prefix(vocab_folder: Path, tmp_path: Path) -> str:
-    """Conversations of which every third is longer than a sample; two have no target."""
+    """Conversations, every third longer than a sample, and two without a target."""
     records = conversations(30, "stars")
     for record in records[::3]:
         record["messages"][0]["content"] += " and on and on" * 30
@@ -60,7 +61,7 @@ def test_the_table_at_the_end_and_in_inspect_data(
     assert 0 < long < 28
     assert rows == {
         "records read": "31",
-        "understood as messages": "31",
+        "shape messages": "31",
         "dropped: duplicate": "1",
         "dropped: nothing to learn": "2",
         "conversations written": "28",
@@ -74,7 +75,7 @@ def test_the_table_at_the_end_and_in_inspect_data(
     assert f"longer than a sample of {SAMPLE} tokens: {long} of 28 documents ({long / 28:.1%})" in out
 
 
-def test_nothing_is_cut_unless_asked_and_all_is_counted(prefix: str) -> None:
+def test_conversations_are_cut_only_on_request_and_counted(prefix: str) -> None:
     sizes = IndexedFile(prefix).sizes
     long = sizes > SAMPLE + 1
     datasets = build_datasets(args(prefix))
@@ -104,18 +105,21 @@ def test_conversations_without_labels_and_cut_ones_are_refused(prefix: str) -> N
         build_datasets(args(prefix, pack_impl="packed"))
     packed = build_datasets(args(prefix, pack_impl="packed", allow_chopped=True))
     assert len(packed.train) == 160
-    epoch = int(IndexedFile(prefix).num_tokens - 1) // SAMPLE
-    silent = next(int(note.split()[2]) for note in packed.notes if "have no target and teach nothing" in note)
+    (note,) = [note for note in packed.notes if "no target in them" in note]
+    found = re.search(r"([\d,]+) samples of ([\d,]+) ", note)
+    assert found is not None
+    silent, count = (int(number.replace(",", "")) for number in found.groups())
     assert packed.blend is not None
-    source = packed.blend.sources[0]
-    places = source._index.arrays()["samples"][: source.first_sample(1)].tolist()  # type: ignore[attr-defined]
-    read = [packed.train[i]["labels"] for i, place in enumerate(places) if place < epoch]
-    assert len(read) == epoch
-    assert 0 < silent == sum(not (labels != IGNORE_INDEX).any() for labels in read)
+    order = packed.blend.sources[0]._index.arrays()["order"]  # type: ignore[attr-defined]
+    labels = IndexedFile(prefix.replace("_document", "_label_document"))
+    stream = np.concatenate([np.array(labels.document(int(number))) for number in order[:2].reshape(-1)])
+    taught = [(stream[start * SAMPLE + 1 : (start + 1) * SAMPLE + 1] >= 0).any() for start in range(count)]
+    assert 0 < silent == taught.count(False)
+    assert all((packed.train[i]["labels"] != IGNORE_INDEX).any() for i in range(len(packed.train)))
 
 
 def test_switches_of_turns_and_train_on_last(vocab_folder: Path, tmp_path: Path) -> None:
-    """The record's switches win over --train-on, which decides where there are none."""
+    """Switches in the record take precedence over --train-on, which applies if there are none."""
     records = [{"messages": [dict(turn) for turn in r["messages"]]} for r in conversations(3, "dust")]
     records[0]["messages"][1]["weight"] = 1
     records[1]["messages"][3]["train"] = False

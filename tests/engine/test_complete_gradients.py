@@ -1,4 +1,4 @@
-"""Which gradients are summed over tensor-parallel ranks before a step: those that the layout calls replicated."""
+"""Gradients of parameters that the layout marks as replicated are summed over tensor-parallel ranks before a step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""fp16 with dynamic loss scaling: a plain loop with torch's scaler, skipped steps apart from broken ones, resume."""
+"""fp16 with dynamic loss scaling: equality with a plain loop using torch's scaler, skipped and broken steps, resume."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _steps(rank: int, world_size: int, split: dict[str, Any]) -> Any:
 
     allow_fp16()
     data = world_size // (split.get("model_parallel_size", 1) * split.get("pipe_parallel_size", 1))
-    # A replica's part of the global mean is multiplied by their number before the average: so much less room in fp16.
+    # A replica's part of the global mean is first multiplied by the number of replicas, which costs fp16 range.
     scaling = SCALING | {"initial_scale_power": POWER - data.bit_length() + 1}
     keys = FP16 | {"fp16": scaling, "train_micro_batch_size_per_gpu": 4 // data}
     args = CASE.neox(world_size=world_size, **split, **keys)
@@ -44,7 +44,7 @@ def _steps(rank: int, world_size: int, split: dict[str, Any]) -> Any:
 
 
 def run(ranks: int, **split: Any) -> tuple[list[Any], Any, dict[str, torch.Tensor]]:
-    """What all ranks agree on, the counters, and the weights after the last step."""
+    """The history common to all ranks, the counters, and the weights after the last step."""
     from tests.support.engine_runs import whole_model
 
     results = run_ranks(_steps, ranks, split)
@@ -64,7 +64,7 @@ def plain() -> tuple[list[tuple[float, float, bool]], dict[str, torch.Tensor]]:
 
 
 def distance(ours: dict[str, torch.Tensor], masters: dict[str, torch.Tensor]) -> float:
-    """Of all weights from the plain loop's, relative to how far it moved them."""
+    """Distance of all weights from those of the plain loop, relative to how far it moved them."""
     start = {name: p.detach() for name, p in CASE.hugging_face().named_parameters()}
     far = sum(float((ours[name].double() - masters[name].double()).square().sum()) for name in masters)
     moved = sum(float((start[name].double() - masters[name].double()).square().sum()) for name in masters)
@@ -82,7 +82,7 @@ LAYOUTS = [
 
 @pytest.mark.parametrize(("ranks", "split"), LAYOUTS)
 def test_a_plain_loop_with_torch_s_scaler(plain: Any, ranks: int, split: dict[str, Any]) -> None:
-    """The same scale at every step, the same steps left out, losses to 2e-3, weights to 3 % of how far they moved."""
+    """The same scale at every step, the same skipped steps, losses to 2e-3, weights to 3 % of their total change."""
     expected, masters = plain
     records, counters, weights_after = run(ranks, **split)
     assert [(scale, applied) for _, scale, applied, _ in records] == [
@@ -98,7 +98,7 @@ def test_a_plain_loop_with_torch_s_scaler(plain: Any, ranks: int, split: dict[st
 
 
 def _divisors(rank: int, world_size: int) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
-    """(scale of the backward pass, scale that the gradients are divided by) of each step: with LossScale, without."""
+    """(scale of the backward pass, scale by which gradients are divided) of each step, with and without LossScale."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
     from megatron.engine.deepspeed_loss_scale import LossScale
@@ -131,7 +131,7 @@ def _divisors(rank: int, world_size: int) -> tuple[list[tuple[float, float]], li
 
 
 def test_gradients_are_divided_by_the_scale_that_multiplied_the_loss() -> None:
-    """Left to itself DeepSpeed divides by twice the scale in the step in which it doubles."""
+    """By default DeepSpeed divides by twice the scale in the step in which the scale doubles."""
     [(ours, theirs)] = run_ranks(_divisors, 1)
     assert all(before == divisor for before, divisor in ours)
     assert [divisor / before for before, divisor in theirs if divisor != before] == [2.0, 2.0]
@@ -144,7 +144,7 @@ def _train(rank: int, world_size: int, run_keys: dict[str, Any]) -> None:
 
 
 def test_a_run_that_continues_is_bit_equal_with_its_scale(tmp_path: Path) -> None:
-    """The run is cut where the hysteresis of 2 is half used up and the window half full."""
+    """The run is interrupted with the hysteresis of 2 half used up and the window half full."""
     data = random_documents(tmp_path / "train", CASE.vocab)
     scaling = {**SCALING, "hysteresis": 2, "consecutive_hysteresis": False}
     common = {**FP16, "fp16": scaling, "train_data_paths": [data], "log_interval": 1, "lr_decay_iters": 14}

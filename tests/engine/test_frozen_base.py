@@ -1,6 +1,6 @@
-"""Three traps of DeepSpeed's pipeline with frozen weights: each is shown with its guard taken away, and with it.
+"""Three pitfalls of DeepSpeed's pipeline with frozen weights, each with and without its guard.
 
-`docs/lora.md` names them. In a fork of ranks of its own each, for a trap leaves the others waiting.
+`docs/lora.md` describes them. Each case uses its own fork of ranks, because a failure leaves other ranks waiting.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.distributed
 
 
 def _first_step(rank: int, world_size: int, case: Case, split: tuple, overrides: dict, trap: str | None) -> Any:
-    """(loss, gradient norm, which factors have seen a gradient) of one step; `trap` takes a guard away."""
+    """(loss, gradient norm, factors that got a gradient) of one step; `trap` removes a guard."""
     from megatron.engine import deepspeed_module
     from megatron.model import pipeline
 
@@ -46,7 +46,7 @@ def first_step(case: Case, split: tuple[int, int, int], trap: str | None, **over
 
 
 def test_recomputed_layers_behind_a_frozen_embedding_learn() -> None:
-    """Reentrant recomputation leaves out a layer whose input asks for no gradient: no error, the loss is right."""
+    """Reentrant recomputation skips a layer whose input requires no gradient: no error, and the loss is correct."""
     expected = first_step(GQA, (1, 1, 1), None, checkpoint_activations=False)[0]
     found = first_step(GQA, (1, 1, 1), None, recompute_layers=2)[0]
     assert found[0] == pytest.approx(expected[0], abs=1e-6)
@@ -70,7 +70,7 @@ def test_the_frozen_tied_embedding_s_gradient_is_not_looked_for() -> None:
 
 
 def test_a_stage_with_nothing_to_train_is_refused_on_all_ranks() -> None:
-    """`type:` takes any expression; one that fits the norm alone puts all decoder layers on one stage."""
+    """`type:` accepts any expression; one that matches only the norm puts all decoder layers on one stage."""
     keys = {"pipe_partition_method": "type:finalnorm"}
     refused = run_ranks(_first_step, 2, GQA, (1, 2, 1), keys, None, timeout=60, grace=2.0, expect_failure=True)
     for code, output in refused:

@@ -1,4 +1,4 @@
-"""docs/engines.md: its configuration is accepted, its table is what the engine gives today."""
+"""docs/engines.md: its configuration is accepted, and its table matches the current engine."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_its_configuration_is_accepted() -> None:
 
 
 @pytest.mark.slow
-def test_its_table_is_what_the_engine_gives() -> None:
+def test_its_table_matches_the_engine() -> None:
     from benchmarks.engine_idle import simulated
 
     text = (Path(__file__).resolve().parents[2] / GUIDE).read_text()

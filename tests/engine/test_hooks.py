@@ -1,4 +1,4 @@
-"""What surrounds the engine's instructions: refusals of an engine that is not the one this project knows."""
+"""Hooks around the engine's instructions, and the rejection of unknown versions of the engine."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def test_an_engine_with_other_instructions_is_refused() -> None:
 def test_an_optimizer_with_gradients_elsewhere_is_refused() -> None:
     from megatron.engine.deepspeed import reduced_gradients
 
-    with pytest.raises(RuntimeError, match="SimpleNamespace keeps its gradients where this project does not know"):
+    with pytest.raises(RuntimeError, match="SimpleNamespace keeps its gradients in a place unknown to this project"):
         reduced_gradients(SimpleNamespace(param_groups=[]), 0)
 
 
 def test_the_class_of_the_engine_stays_as_it_is() -> None:
-    """Only this engine's instructions run inside; they get their arguments, and end when they raise."""
+    """Only this engine's instructions are wrapped; they get their arguments, and the context ends when they raise."""
     from deepspeed.runtime.pipe import schedule
     from deepspeed.runtime.pipe.engine import PipelineEngine
 

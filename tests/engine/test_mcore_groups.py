@@ -1,4 +1,4 @@
-"""The groups of engine: megatron: members agree about each, few calls make them, and links have one direction."""
+"""The groups of engine: megatron: members agree on each, few calls create them, and links have one direction."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Split = tuple[int, int, int]  # TP, PP, DP
 
 @dataclass(frozen=True)
 class Made:
-    """A group as `new_group` was asked for it: its members, and how many groups this rank had made before."""
+    """A group requested from `new_group`: its members, and the number of groups this rank created before."""
 
     ranks: tuple[int, ...]
     turn: int
@@ -36,7 +36,7 @@ def place_of(rank: int, split: Split) -> Place:
 
 
 def groups_of(rank: int, split: Split, tied: bool, virtual: bool) -> tuple[EngineGroups, list[Made]]:
-    """What one rank gets, and all that it made."""
+    """The groups one rank gets, and all groups it created."""
     made: list[Made] = []
 
     def new_group(ranks: list[int], **options: Any) -> Made:
@@ -59,7 +59,7 @@ SPLITS = [(2, 2, 2), (1, 2, 1), (1, 3, 1), (1, 4, 2), (2, 5, 1), (1, 8, 1), (2, 
 @pytest.mark.parametrize("split", SPLITS, ids=str)
 @pytest.mark.parametrize(("tied", "virtual"), [(False, False), (True, False), (True, True)])
 def test_members_make_a_group_in_the_same_turn(split: Split, tied: bool, virtual: bool) -> None:
-    """torch names a group by its members and the turn; ranks that disagree would wait for each other for ever."""
+    """torch names a group by its members and a counter; ranks that disagree would wait for each other forever."""
     world = split[0] * split[1] * split[2]
     turns = [groups_of(rank, split, tied, virtual)[1] for rank in range(world)]
     assert len({len(made) for made in turns}) == 1
@@ -71,7 +71,7 @@ def test_members_make_a_group_in_the_same_turn(split: Split, tied: bool, virtual
 @pytest.mark.parametrize("split", SPLITS, ids=str)
 @pytest.mark.parametrize("virtual", [False, True])
 def test_a_link_has_one_sender_and_one_receiver(split: Split, virtual: bool) -> None:
-    """Hidden states go to the next stage, gradients to the one before; both ends name each other."""
+    """Hidden states go to the next stage, gradients to the previous one; both ends refer to each other."""
     tp, pp, dp = split
     ends: dict[tuple[Any, str], set[tuple[int, int]]] = {}
     for rank in range(tp * pp * dp):

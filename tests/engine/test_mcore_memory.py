@@ -1,4 +1,4 @@
-"""What engine: megatron holds of a step's activations, in live bytes: it does not grow with the micro-batches."""
+"""Activation memory of engine: megatron in live bytes does not grow with the number of micro-batches."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STEPS = 2
 
 
 def _peaks(rank: int, world_size: int, virtual: int, counts: tuple[int, ...], keys: dict[str, Any]) -> list[int]:
-    """Bytes at the peak of the last of some steps above what is held between them, by number of micro-batches."""
+    """Peak bytes of the last of several steps above the level between steps, by number of micro-batches."""
     from benchmarks.live_bytes import LiveBytes
     from megatron.engine.mcore import MegatronEngine
     from tests.support.engine_runs import build, make_samples, step
@@ -54,8 +54,8 @@ def test_memory_does_not_grow_with_the_micro_batches(virtual: int) -> None:
         assert few == pytest.approx(more, rel=0.01)
 
 
-def test_what_is_recomputed_is_not_held() -> None:
-    """Whole layers hold least, then all but matrix products, then everything."""
+def test_recomputed_activations_are_not_stored() -> None:
+    """Recomputing whole layers stores least, then everything but matrix products, then nothing."""
     kinds: list[dict[str, Any]] = [{"recompute": "full"}, {"recompute": "selective"}, {"recompute": "none"}]
     full, selective, none = ([peak for (peak,) in run_ranks(_peaks, 2, 2, (4,), kind)] for kind in kinds)
     for rank in range(2):

@@ -1,4 +1,4 @@
-"""What engine: megatron does in a step: no order of messages can deadlock, and ranks wait as long as theory says."""
+"""The schedule of engine: megatron: no order of messages deadlocks, and idle time agrees with theory."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ SLOW = [pytest.param(*sizes, marks=pytest.mark.slow) for sizes in GRID if sizes 
 
 
 @pytest.mark.parametrize(("p", "v", "m"), [*FAST, *SLOW])
-def test_every_step_comes_to_its_end(p: int, v: int, m: int) -> None:
-    """Each pass is done once by its rank; messages of any length arrive; idle time is that of 1F1B over v p stages.
+def test_every_schedule_finishes(p: int, v: int, m: int) -> None:
+    """Each rank does each of its passes once; messages of any length arrive; idle time is that of 1F1B over v p stages.
 
     With instant messages a step takes v m passes of a rank and (p - 1) of each kind to fill and empty the pipeline
     (Narayanan et al. 2021, section 2.2).
@@ -42,8 +42,8 @@ def test_every_step_comes_to_its_end(p: int, v: int, m: int) -> None:
     assert found.idle == pytest.approx(simulate(p, v, m, [1.0] * p * v, [2.0] * p * v).idle)
 
 
-def test_ends_that_wait_for_each_other_are_found() -> None:
-    """Two ranks that send what the other has asked for only after their own has arrived."""
+def test_mutual_waiting_is_detected() -> None:
+    """Two ranks, each of which sends only after its own receive has completed."""
     there, back = ("hidden", 0), ("hidden", 1)
     one = [
         Event("receive", link=back, number=0),
@@ -61,6 +61,6 @@ def test_ends_that_wait_for_each_other_are_found() -> None:
     play([one, other], 1.0, 2.0)
 
 
-def test_a_message_that_nobody_takes_is_found() -> None:
+def test_an_unreceived_message_is_detected() -> None:
     with pytest.raises(DeadlockError, match="messages with one end"):
         play([[Event("send", link=("hidden", 0), number=0)], []], 1.0, 2.0)

@@ -1,4 +1,4 @@
-"""A gradient that is not finite is refused by all ranks of engine: megatron, whoever has it; its state is as before."""
+"""All ranks of engine: megatron reject a non-finite gradient on any rank, and keep their state."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SPLIT = (2, 1, 2)  # TP, PP, DP
 
 
 def _stepped(rank: int, world_size: int, poison: dict[str, Any], mutation: str) -> dict[str, Any]:
-    """Two steps, the second with a spoiled gradient on one rank: what it did to this rank."""
+    """Two steps, the second with a corrupted gradient on one rank; returns its effect on this rank."""
     from megatron.engine import mcore_optimizer
     from tests.support.engine_runs import build, step
 
@@ -68,13 +68,13 @@ POISONS = [
 
 
 @pytest.mark.parametrize("poison", POISONS)
-def test_nobody_applies_it(poison: dict[str, Any]) -> None:
+def test_no_rank_applies_a_nonfinite_gradient(poison: dict[str, Any]) -> None:
     for rank in run_ranks(_stepped, 4, poison, ""):
         assert rank == {"skipped": 1, "unchanged": True, "finite": True, "steps": {1}}
 
 
 @pytest.mark.parametrize("mutation", ["megatron-core's own step", "only what is counted"])
-def test_without_the_guard_it_is_applied(mutation: str) -> None:
-    """megatron-core's step asks nobody, and its norm does not see what replicated parameters have on other ranks."""
+def test_without_the_guard_a_nonfinite_gradient_is_applied(mutation: str) -> None:
+    """megatron-core's step does not synchronize this, and its norm ignores replicated parameters on other ranks."""
     ranks = run_ranks(_stepped, 4, POISONS[0].values[0], mutation)
     assert not all(rank["finite"] for rank in ranks)

@@ -1,4 +1,4 @@
-"""Loss and gradients that are not finite: poison, propagation and the last check, on plain tensors."""
+"""Non-finite losses and gradients: poison, propagation and the final check, on plain tensors."""
 
 from __future__ import annotations
 

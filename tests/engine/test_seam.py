@@ -1,4 +1,4 @@
-"""A run, its checkpoints, evaluation and generation on an engine that is not DeepSpeed's: the seam suffices."""
+"""A run, its checkpoints, evaluation and generation on a fake engine: the engine protocol is sufficient."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _run(rank: int, world_size: int, case: Case, run_keys: dict[str, Any], fake:
 
 
 @pytest.mark.parametrize("case", [pytest.param(CASE, id="untied"), pytest.param(TIED, id="tied")])
-def test_a_run_on_the_fake_engine_is_that_on_deepspeed(data: str, tmp_path: Path, case: Case) -> None:
+def test_a_run_on_the_fake_engine_equals_one_on_deepspeed(data: str, tmp_path: Path, case: Case) -> None:
     """Losses, norms, validation and weights; one step is not finite and is skipped by both."""
     for name, fake in (("fake", True), ("deepspeed", False)):
         run_ranks(_run, 1, case, keys(data, tmp_path / name), fake, 2)
@@ -84,7 +84,7 @@ def test_a_run_on_the_fake_engine_is_that_on_deepspeed(data: str, tmp_path: Path
         torch.testing.assert_close(tensor, theirs[name], rtol=1e-5, atol=1e-6)
 
 
-def test_it_is_saved_and_resumed_to_the_same_bits(data: str, tmp_path: Path) -> None:
+def test_saving_and_resuming_keeps_every_bit(data: str, tmp_path: Path) -> None:
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     run_ranks(_run, 1, CASE, keys(data, whole), True)
     run_ranks(_run, 1, CASE, keys(data, halves, train_iters=3, lr_decay_iters=6), True)
@@ -96,8 +96,8 @@ def test_it_is_saved_and_resumed_to_the_same_bits(data: str, tmp_path: Path) -> 
     assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(halves, 6).items())
 
 
-def test_what_deepspeed_saved_goes_on_with_another_engine(data: str, tmp_path: Path) -> None:
-    """And back: masters, moments and steps lie in files that belong to neither."""
+def test_a_deepspeed_checkpoint_continues_on_another_engine(data: str, tmp_path: Path) -> None:
+    """And back: masters, moments and steps are in engine-independent files."""
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     run_ranks(_run, 1, CASE, keys(data, whole, replica_check_interval=None), False)
     split = {"model_parallel_size": 2, "replica_check_interval": None}
@@ -135,7 +135,7 @@ def _loss_and_text(rank: int, world_size: int, run_keys: dict[str, Any]) -> tupl
     return evaluate(engine, args, source, args.train_batch_size).loss, text
 
 
-def test_evaluation_and_generation_read_what_it_saved(data: str, tmp_path: Path) -> None:
+def test_evaluation_and_generation_read_its_checkpoints(data: str, tmp_path: Path) -> None:
     run_ranks(_run, 1, CASE, keys(data, tmp_path), True)
     loaded = keys(data, tmp_path, load=str(tmp_path / "checkpoints"), save=None, from_scratch=False)
     loss, text = run_ranks(_loss_and_text, 1, loaded)[0]

@@ -1,4 +1,4 @@
-"""The tests of what a run does besides training, as they are, with engine: megatron in place of DeepSpeed's."""
+"""The existing tests of a run's other functions, with engine: megatron in place of DeepSpeed."""
 
 from __future__ import annotations
 

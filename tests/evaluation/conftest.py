@@ -1,4 +1,4 @@
-"""The exported model that the tests of this folder evaluate."""
+"""The exported model evaluated by the tests of this folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading questions and answers, and the numbers of a test, without a model."""
+"""Reading questions and answers, and computing the statistics of a test, without a model."""
 
 from __future__ import annotations
 
@@ -197,7 +197,7 @@ def test_costs_and_gains(tmp_path: Path) -> None:
         (50, 2e3, "beyond the fit"),
     ],
 )
-def test_a_gain_is_told_within_the_fit_only(
+def test_gains_are_reported_only_within_the_fit(
     accuracy: float, cost: float, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "t.csv").write_text(f"model,cost,accuracy,n,base\nbase,1,50,400,\nours,{cost},{accuracy},400,base\n")

@@ -1,4 +1,4 @@
-"""Perplexity of documents: `transformers`' losses, whatever the layout and the file."""
+"""Perplexity of documents equals the losses of `transformers` for any layout and file."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _documents(rank: int, world_size: int, export: Path, split: dict[str, int], 
 
 
 def reference(ids: list[int], bos: int) -> float:
-    """Sum of losses of a document in pieces of `seq`: the first after BOS, the others after what fits before them."""
+    """Sum of losses of a document in pieces of `seq`: the first after BOS, the others after as much context as fits."""
     model = CASE.hugging_face()
     model.load_state_dict(weights())
     total = 0.0
@@ -42,7 +42,7 @@ def reference(ids: list[int], bos: int) -> float:
 
 
 @pytest.mark.parametrize("layout", ["tp2pp2", pytest.param("dp2", marks=pytest.mark.slow)])
-def test_losses_are_those_of_transformers(layout: str, export: Path, tmp_path: Path, hf_tokenizer: Any) -> None:
+def test_losses_equal_transformers(layout: str, export: Path, tmp_path: Path, hf_tokenizer: Any) -> None:
     bos, eod = hf_tokenizer.bos, hf_tokenizer.eod
     encoded = [hf_tokenizer.encode(text) for text in TEXTS]
     assert len(encoded[1]) > 2 * CASE.seq
@@ -78,7 +78,7 @@ def _refused(rank: int, world_size: int, export: Path, keys: dict[str, Any]) -> 
     return str(caught.value)
 
 
-def test_lines_that_are_no_documents_are_named(export: Path, tmp_path: Path) -> None:
+def test_lines_without_a_document_are_reported(export: Path, tmp_path: Path) -> None:
     path = tmp_path / "t.jsonl"
     path.write_text('{"text": "a"}\n{"txt": "b"}\n')
     keys = {"eval_documents": [str(path)], "eval_results_prefix": f"{tmp_path}/out/"}

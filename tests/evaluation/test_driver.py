@@ -1,4 +1,4 @@
-"""Rank 0 drives: the others wait as long as it takes, and end as it ends."""
+"""Rank 0 drives: the other ranks wait as long as necessary, and end the same way as rank 0."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _busy(rank: int, world_size: int) -> tuple[Any, int]:
     return _drive(rank, program, whereabouts), whereabouts.moves
 
 
-def test_a_busy_rank_0_is_no_hang() -> None:
+def test_a_busy_rank_0_is_not_a_hang() -> None:
     (result, _), *others = run_ranks(_busy, 3, timeout=60)
     assert result == "done"
     assert all(nothing is None and moves >= 6 for nothing, moves in others)

@@ -26,7 +26,7 @@ TEXTS = [f"{question} {number} {row[number % 4]}" for number in range(14) for qu
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, vocab_folder: Path) -> Path:
-    """A working directory with the files that the guide names."""
+    """A working directory with the files used in the guide."""
     place = tmp_path_factory.mktemp("guide")
     write_guide_inputs(place, vocab_folder)
     records = [{"id": f"2411.{number:05}", "text": text} for number, text in enumerate(TEXTS)]
@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, vocab_folder: Path) -> Path
 
 
 def write_galaxies(place: Path) -> None:
-    """Images, and a model of patches that is saved before its first step changes much."""
+    """Images, and a patch model saved before its first step changes much."""
     import_archive(place, "galaxies", blobs(IMAGES, 16), ids=np.arange(IMAGES).astype(str))
     keys = dict(PATCHES.neox().merged) | {"train_data_paths": [str(place / "galaxies")], "train_iters": 1}
     evaluated = {name: value for name, value in keys.items() if name not in ("from_scratch", "optimizer")}
@@ -50,7 +50,7 @@ def write_galaxies(place: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_the_first_command_writes_what_the_export_says(folder: Path, hf_tokenizer: Any) -> None:
+def test_vectors_of_the_first_command_match_the_export(folder: Path, hf_tokenizer: Any) -> None:
     command = documented_commands(GUIDE)[0]
     done = run_from(folder, command)
     assert done.returncode == 0, done.stderr

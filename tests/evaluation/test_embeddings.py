@@ -1,4 +1,4 @@
-"""Vectors of texts: `transformers`' hidden states, at every layout, whatever is read beside them."""
+"""Vectors of texts equal the hidden states of `transformers` at every layout, independent of the rest of the batch."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def embedded(layout: str, export: Path, folder: Path, runs: dict[str, dict[str, 
     "layout",
     ["dp2", "tp2pp2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("tp1", "tp2", "pp2"))],
 )
-def test_vectors_are_those_of_transformers(layout: str, export: Path, tmp_path: Path, hf_tokenizer: Any) -> None:
+def test_vectors_equal_transformers(layout: str, export: Path, tmp_path: Path, hf_tokenizer: Any) -> None:
     forward, backward = write_texts(tmp_path / "a.jsonl", TEXTS), write_texts(tmp_path / "b.jsonl", TEXTS[::-1])
     runs = {name: {**keys, "input": str(forward)} for name, keys in RUNS.items()}
     runs["reversed"] = {"layers": "all", "input": str(backward)}
@@ -78,12 +78,12 @@ def test_vectors_are_those_of_transformers(layout: str, export: Path, tmp_path: 
     assert np.abs(found["embedding"] - means[:, 0]).max() < 1e-5
     assert np.abs(found["reversed"][::-1] - found["all"]).max() < 1e-6
     assert np.abs(found["alone"][0] - found["all"][3]).max() < 1e-6
-    # What the limits are worth: the begin-of-text token, or padding to the next text's length, would be seen.
+    # Sensitivity of the limits: a missing begin-of-text token, or padding to the next text's length, would be detected.
     assert np.abs(np.stack([one.mean(1) for one in states]) - means).max() > 1e-3
 
 
 def _interrupted(rank: int, world_size: int, export: Path, folder: Path) -> list[str]:
-    """Runs that end in the middle of the third window, and then go on."""
+    """Runs that end in the middle of the third window, and then resume."""
     from megatron.evaluation.embeddings import run
 
     run.WINDOW = 4  # several windows in a few texts
@@ -131,7 +131,7 @@ def _error(function: Any, *given: Any) -> str:
     return str(caught.value)
 
 
-def test_a_killed_run_goes_on_where_it_was(export: Path, tmp_path: Path) -> None:
+def test_a_killed_run_resumes_where_it_stopped(export: Path, tmp_path: Path) -> None:
     write_texts(tmp_path / "a.jsonl", TEXTS)
     said = run_ranks(_interrupted, 1, export, tmp_path)[0]
     for other, complete in (said[:2], said[2:]):
@@ -195,7 +195,7 @@ def test_bad_records_are_named_and_counted(export: Path, tmp_path: Path) -> None
     assert report["left_out"] == {
         "not JSON": 2,
         "no text": 2,
-        "text is no text": 1,
+        "text is not text": 1,
         "empty text": 1,
         "bad id": 1,
         "too long": 1,

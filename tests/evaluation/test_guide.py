@@ -35,7 +35,7 @@ TASK = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, vocab_folder: Path) -> Path:
-    """A working directory with the files that the guide names."""
+    """A working directory with the files used in the guide."""
     place = tmp_path_factory.mktemp("guide")
     write_guide_inputs(place, vocab_folder, LONGER)
     write_questions(place / "questions.jsonl")
@@ -69,7 +69,7 @@ def test_all_commands_of_the_guide(folder: Path) -> None:
         assert report["wilson"]["sky_letters"]["correct"] == letter["correct"]
 
 
-def test_the_first_command_scores_what_the_export_says(folder: Path) -> None:
+def test_scores_of_the_first_command_match_the_export(folder: Path) -> None:
     """From the converted checkpoint, by deepy.py, at TP2 x PP2: `transformers` on the folder it came from."""
     done = run(documented_commands(GUIDE)[0], folder)
     assert done.returncode == 0, done.stderr

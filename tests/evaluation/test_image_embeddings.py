@@ -1,4 +1,4 @@
-"""Vectors of images: the hidden states of a plain `transformers` model, under both engines and at every layout."""
+"""Vectors of images equal the hidden states of a plain `transformers` model, on both engines and at every layout."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def model() -> Any:
 @pytest.mark.parametrize(
     "layout", ["tp2pp2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("megatron", "dp2"))]
 )
-def test_vectors_of_images_are_those_of_transformers(layout: str, tmp_path: Path) -> None:
-    """Mean over the patches that are read, in their spiral order: all of them where the last one is."""
+def test_vectors_of_images_equal_transformers(layout: str, tmp_path: Path) -> None:
+    """Mean over the patches read, in spiral order; the last patch is included if it is read."""
     from megatron.data.patch_form import cut_patches
 
     images = blobs(IMAGES, 16)
@@ -70,7 +70,7 @@ def test_vectors_of_images_are_those_of_transformers(layout: str, tmp_path: Path
         f"g{n}" for n in range(IMAGES)
     ]
     assert (report["rows"], report["patches"], report["patch_settings"]["size"]) == (IMAGES, IMAGES * read, CASE.size)
-    # What the limit is worth: raster order, or one patch more or less, would be seen.
+    # Sensitivity of the limit: raster order, or one patch more or less, would be detected.
     raster = torch.from_numpy(np.stack([cut_patches(image, CASE.size, "raster")[:read] for image in images]))
     with torch.no_grad():
         other = model().hidden_states(raster)[-1].mean(1).numpy()

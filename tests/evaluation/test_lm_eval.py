@@ -1,4 +1,4 @@
-"""lm-eval on the ranks against its own `hf` backend on the export: the same ids are scored, the same numbers come."""
+"""lm-eval on the ranks, compared with its own `hf` backend on the export: same scored ids, same results."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def offline() -> None:
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of tasks with their questions beside them; one text is longer than the model's context."""
+    """A folder of tasks and their questions; one text is longer than the model's context."""
     folder = tmp_path_factory.mktemp("tasks")
     questions = str(write_questions(folder / "sky.jsonl"))
     texts = folder / "texts.jsonl"
@@ -169,10 +169,10 @@ def _mcq(rank: int, world_size: int, export: Path, split: dict[str, int], keys: 
     return driven(world_size, export, ask_and_write, split, mcq=keys)
 
 
-def test_mcq_scores_are_those_of_the_hf_backend(
+def test_mcq_scores_equal_the_hf_backend(
     tasks: Path, export: Path, tmp_path: Path, hf_choices: tuple[Any, list[Any]]
 ) -> None:
-    """Item by item: what mcq.py scored, lm-eval's `hf` backend has scored as well, with the same sums."""
+    """Item by item, lm-eval's `hf` backend scores the same continuations as mcq.py, with the same sums."""
     scored = {(tuple(context), tuple(continuation)): total for context, continuation, total in hf_choices[1]}
     for method in ("letter", "text"):
         ranks, split = LAYOUTS["tp2pp2"]

@@ -1,4 +1,4 @@
-"""mcq.py's program: scores at every layout against `transformers`, generated answers, files."""
+"""The program of mcq.py: scores at every layout compared with `transformers`, generated answers, files."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def model() -> Any:
 
 
 def transformers_scores(model: Any, asked: dict[str, Any]) -> list[list[float]]:
-    """Log-probability of each continuation token, each continuation by itself."""
+    """Log-probability of each continuation token, with every continuation run separately."""
     found = []
     for continuation in asked["continuations"]:
         ids = torch.tensor([asked["prompt_ids"] + continuation])
@@ -64,7 +64,7 @@ def transformers_scores(model: Any, asked: dict[str, Any]) -> list[list[float]]:
 
 
 @pytest.mark.parametrize("layout", PARAMS)
-def test_item_scores_are_those_of_transformers(layout: str, export: Path, tmp_path: Path, model: Any) -> None:
+def test_item_scores_equal_transformers(layout: str, export: Path, tmp_path: Path, model: Any) -> None:
     items = str(write_questions(tmp_path / "sky.jsonl"))
     tests = {
         "letter": {"items": items, "topic_field": "topic", "cyclic_orders": True},
@@ -95,7 +95,7 @@ def test_item_scores_are_those_of_transformers(layout: str, export: Path, tmp_pa
     assert summaries["letter"]["topics"].keys() == {"what", "where"}
 
 
-def test_prompts_are_what_they_should_be(export: Path, tmp_path: Path, hf_tokenizer: Any) -> None:
+def test_prompts_have_the_expected_tokens(export: Path, tmp_path: Path, hf_tokenizer: Any) -> None:
     items = str(write_questions(tmp_path / "sky.jsonl"))
     shots = str(write_questions(tmp_path / "shots.jsonl"))
     Path(shots).write_text(Path(shots).read_text().replace("Messier", "NGC"))
@@ -147,7 +147,7 @@ def test_prompts_are_what_they_should_be(export: Path, tmp_path: Path, hf_tokeni
     assert "accuracy" not in summaries["withheld"]
 
 
-def test_generated_answers_are_those_of_transformers(export: Path, tmp_path: Path, model: Any) -> None:
+def test_generated_answers_equal_transformers(export: Path, tmp_path: Path, model: Any) -> None:
     items = str(write_questions(tmp_path / "sky.jsonl"))
     keys = {"items": items, "method": "generate", "chat": True, "max_answer_tokens": 12, "limit": 3}
     ask("tp2pp2", export, {"a": {**keys, "output": str(tmp_path / "a")}})
@@ -184,7 +184,7 @@ def _bad(rank: int, world_size: int, export: Path, split: dict[str, int], keys: 
     return str(caught.value)
 
 
-def test_an_error_of_rank_0_is_every_rank_s(export: Path, tmp_path: Path) -> None:
+def test_an_error_on_rank_0_reaches_every_rank(export: Path, tmp_path: Path) -> None:
     items = str(write_questions(tmp_path / "sky.jsonl"))
     ranks, split = LAYOUTS["tp2pp2"]
     keys = {"items": items, "shots": 8, "shots_file": items, "output": str(tmp_path / "x")}

@@ -1,4 +1,4 @@
-"""Scores of continuations: those of `transformers`, at every layout, whatever is scored beside them."""
+"""Scores of continuations equal those of `transformers` at every layout, independent of the rest of the batch."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ LAYOUTS = [
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(("ranks", "split"), LAYOUTS)
-def test_scores_are_those_of_transformers(ranks: int, split: dict[str, int]) -> None:
+def test_scores_equal_transformers(ranks: int, split: dict[str, int]) -> None:
     case = TIED if split else CASE
     given = [*pairs(case), likeliest(case, (1, 2, 3), 5), likeliest(case, (4,) * 70, 1)]
     expected = reference(case, given)
@@ -113,7 +113,7 @@ def test_scores_are_those_of_transformers(ranks: int, split: dict[str, int]) -> 
         assert difference(reversed_, in_order) < 1e-5
         assert difference(alone, in_order[:8]) < 1e-5
     assert 2 <= sum(score.is_greedy for score in expected) < len(expected)
-    # What the limits are worth: the score of the token beside the right one is far outside of them.
+    # Sensitivity of the limits: the score of a neighboring token is far outside them.
     shifted = [Pair(pair.context, (*pair.continuation[:-1], pair.continuation[-1] ^ 1)) for pair in given[:8]]
     assert difference(reference(case, shifted), expected[:8]) > 0.1
 
@@ -128,7 +128,7 @@ def test_scores_are_those_of_transformers(ranks: int, split: dict[str, int]) -> 
         (Pair((1,), (95,)), "holds token 95, the model's vocabulary ends at 94"),
     ],
 )
-def test_what_cannot_be_scored_is_named(pair: Pair, message: str) -> None:
+def test_unscorable_pairs_are_reported(pair: Pair, message: str) -> None:
     with pytest.raises(ScoringError, match=message):
         score_pairs(None, CASE.neox(world_size=1), [pair])  # type: ignore[arg-type]  # before an engine is needed
 

@@ -52,6 +52,14 @@ def test_transformers_computes_the_same_vectors(example: Path) -> None:
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
 
 
+def test_real_galaxies_are_put_in_order(example: Path) -> None:
+    """Brightness at least is told of images from another telescope: their light is in them, whatever the scale."""
+    correlations = json.loads((example / "hubble/predictions.json").read_text())
+    assert set(correlations) == {"mag_r", "g_r", "log_re", "axis_ratio"}
+    assert correlations["mag_r"] > 0.5
+    assert (example / "hubble/predictions.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_images_are_continued(example: Path) -> None:
     for folder in ("completions", "hubble"):
         with np.load(example / folder / "completions.npz") as archive:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -46,3 +48,21 @@ def test_stamps_hold_sources_and_lie_inside() -> None:
     found = stamps(picture.clip(0, 255).astype(np.uint8))
     assert found.shape == (2, SIDE, SIDE, 3)
     assert all(one[26:38, 26:38].mean() > 100 for one in found)
+
+
+def test_stamps_are_measured() -> None:
+    """An ellipse: its axis ratio, and the order of brightness, colour and size."""
+    from examples.astropt.predictions import measured
+
+    y, x = np.indices((64, 64)) - 31.5
+
+    def stamp(sigma: float, ratio: float, light: float, blue: float = 1.0) -> Any:
+        profile = light * np.exp(-(x**2 + (y / ratio) ** 2) / (2 * sigma**2))
+        return (30 + np.stack([profile, profile, blue * profile], axis=-1)).astype(np.uint8)
+
+    thin, round_, faint, blue = stamp(4, 0.5, 200), stamp(4, 1, 200), stamp(4, 1, 100), stamp(4, 1, 200, 1.1)
+    assert abs(measured(thin)[3] - 0.5) < 0.05
+    assert measured(round_)[3] > 0.98
+    assert measured(faint)[0] > measured(round_)[0]
+    assert measured(blue)[1] < measured(round_)[1]
+    assert measured(stamp(6, 1, 200))[2] > measured(round_)[2]

@@ -1,4 +1,4 @@
-"""Prompts of conversations: what a training conversation begins with, in every format; and bad lines of a file."""
+"""Prompts of conversations equal the beginning of a training conversation in every format; bad lines of a file."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_prompt_begins_the_training_conversation(
 
 
 def test_the_prefill_has_the_newline_in_it(hf_tokenizer: Tokenizer) -> None:
-    """`<think>` without it may end in a token that no training conversation has there: the mutation shows it."""
+    """Without it, `<think>` may end in a token that never occurs there in training: the mutation shows it."""
     whole = hf_tokenizer.encode("<think>\nA letter.")
     assert whole[: len(hf_tokenizer.encode(THINK_BEGIN))] == hf_tokenizer.encode(THINK_BEGIN)
     assert hf_tokenizer.decode(hf_tokenizer.encode(THINK_BEGIN)) == "<think>\n"
@@ -109,7 +109,7 @@ def test_bad_lines_are_requests_with_an_error(hf_tokenizer: Tokenizer, tmp_path:
 
 
 def test_a_text_from_nothing_begins_with_one_token(hf_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Begin-of-text, or end-of-document where the vocabulary has no such token (GPT-2)."""
+    """Begin-of-text, or end-of-document if the vocabulary has no such token (GPT-2)."""
     reader = PromptReader(Case(vocab=1024).neox(world_size=1), hf_tokenizer, None)
     assert [request.ids for request in reader.unconditional()] == [[hf_tokenizer.bos]]
     monkeypatch.setattr(hf_tokenizer, "bos", None)
@@ -140,7 +140,7 @@ CALLED: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize(("template", "tools"), [("llama3.1", [SEARCH]), ("llama3.1", None), (None, None)])
 def test_tool_calls_are_written_as_in_training(template: str | None, tools: Any, hf_tokenizer: Tokenizer) -> None:
-    """The prompt is how the training conversation begins; with a template, what it renders (as `transformers` does)."""
+    """The prompt is the beginning of the training conversation; with a template, its rendering by `transformers`."""
     from tools.datasets.encoding.conversations import read_conversation
 
     chat = ChatPrompts.load(template, hf_tokenizer, None, None)
@@ -180,5 +180,5 @@ def test_what_is_not_understood_is_refused(messages: Any, fields: dict[str, Any]
 
 def test_tools_need_a_format_that_has_a_place_for_them(hf_tokenizer: Tokenizer) -> None:
     chat = ChatPrompts.load(None, hf_tokenizer, None, None)
-    with pytest.raises(UserError, match="the record has tools, which Meta's format has no place for"):
+    with pytest.raises(UserError, match="the record has tools, which Meta's format does not support"):
         chat.ids(read_request(CALLED, {"tools": [SEARCH]}))

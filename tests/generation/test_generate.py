@@ -1,4 +1,4 @@
-"""Continuations at any layout: the tokens of `transformers`, whatever the batch, the chunks and the slots."""
+"""Continuations at any layout equal those of `transformers`, independent of batch, chunks and slots."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _greedy(rank: int, world_size: int, case: Case, split: dict[str, int], lengt
 
 
 def _few(rank: int, world_size: int, case: Case, split: dict[str, int]) -> Any:
-    """The second time one replica is without a prompt, the third time each group has one for many slots."""
+    """In the second run one replica has no prompt, in the third each group has one prompt for many slots."""
     from tests.support.engine_runs import inference
 
     args = case.neox(world_size=world_size, **split)
@@ -63,10 +63,10 @@ ALL = [(tp, pp, case) for tp in (1, 2, 4) for pp in (1, 2, 4) for case in (UNTIE
         for point in ALL
     ],
 )
-def test_greedy_is_that_of_transformers(tp: int, pp: int, case: Case) -> None:
+def test_greedy_tokens_equal_transformers(tp: int, pp: int, case: Case) -> None:
     """Nine ragged prompts in groups of four slots, read eight tokens at a time.
 
-    Four stages have borders inside of what surrounds the decoder layers.
+    With four stages, some boundaries fall between non-decoder layers.
     """
     expected = by_transformers(case, prompts(case, LENGTHS), NEW)
     method = {"pipe_partition_method": "uniform"} if pp == 4 else {}
@@ -84,7 +84,7 @@ def test_replicas_share_the_prompts() -> None:
 
 
 def _alone(rank: int, world_size: int, case: Case) -> dict[str, Any]:
-    """Everything that needs one engine without a split."""
+    """All checks that need a single engine without a split."""
     from tests.support.engine_runs import inference
 
     args = case.neox(world_size=world_size)
@@ -148,7 +148,7 @@ def _turns(engine: Any, args: Any, case: Case) -> list[tuple[list[int], list[int
 
 @torch.inference_mode()
 def _cut_at_every_layer(engine: Any, args: Any, case: Case) -> list[str]:
-    """What is wrong if a stage's border falls before this layer; with and without outputs."""
+    """Errors if a stage boundary precedes this layer, with and without outputs."""
     layers, wrong = engine.module.forward_funcs, []
     ids = torch.tensor(prompts(case, [7, 7, 7]))
     for outputs in ([(0, 6), (2, 3)], []):
@@ -167,8 +167,8 @@ def _cut_at_every_layer(engine: Any, args: Any, case: Case) -> list[str]:
 def _cached_and_recomputed(engine: Any, args: Any, case: Case) -> dict[str, float]:
     """Largest difference of logits at all positions of three ragged rows: whole against cached.
 
-    The cached ones come in chunks of 16 tokens and then one by one at different positions. With wrong positions, or a
-    neighbour's slot, the difference must show.
+    The cached rows are read in chunks of 16 tokens and then one by one at different positions. Wrong positions, or a
+    neighbor's slot, must make a difference.
     """
     lengths = [40, 33, 37]
     rows = prompts(case, lengths, seed=9)

@@ -1,4 +1,4 @@
-"""Images continued by the pipeline with its cache are those that plain torch continues without one."""
+"""Images completed by the pipeline with a cache equal those completed by plain torch without one."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_completion_equals_plain_torch(tp: int, pp: int) -> None:
 def test_the_nearest_patch_is_that_of_the_image_not_of_the_sequence() -> None:
     order = patch_order("spiral", 4, 4).tolist()
     assert order[:5] == [5, 6, 10, 9, 8]
-    # Raster place 0 is the corner above and left of place 5, the first of the spiral.
+    # Raster position 0 is the corner above and left of position 5, the first of the spiral.
     assert nearest_given("spiral", 4, 4, order.index(0), 5) == 0
     assert nearest_given("spiral", 4, 4, order.index(12), 5) == 4
 

@@ -1,4 +1,4 @@
-"""Prompts that are typed: which lines are prompts, what a conversation remembers, who gets what is typed."""
+"""Typed prompts: which lines are prompts, what a conversation remembers, which process reads the input."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Alone:
 
 
 def asked(typed: bytes, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, *, chat: bool) -> list[str]:
-    """Text of each prompt that a dialogue gives to the model, which answers "Ja.", when this is typed."""
+    """Text of each prompt given to the model, which answers "Ja.", for this typed input."""
     args = Case(vocab=1024, seq=128).neox(world_size=1, chat=chat)
     format_ = ChatPrompts.load(None, tokenizer, None, None) if chat else None
     found: list[str] = []

@@ -1,4 +1,4 @@
-"""generate.py: a thousand prompts with a bad line among them, and a conversation that is typed."""
+"""generate.py: a thousand prompts including a bad line, and a typed conversation."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ COUNT = 1000
 
 
 def _continue(rank: int, world_size: int, keys: dict[str, Any]) -> str:
-    """The error that a run of generate.py ends with, on this rank."""
+    """The final error of a run of generate.py on this rank."""
     from megatron.generation.generate import Batching, Generator
     from megatron.generation.prompts import continue_all, endings_of, read_requests
     from megatron.generation.requests import PromptReader
@@ -48,8 +48,8 @@ def _continue(rank: int, world_size: int, keys: dict[str, Any]) -> str:
     return ""
 
 
-def test_of_a_thousand_prompts_with_a_bad_line_none_is_lost(vocab_folder: Path, tmp_path: Path) -> None:
-    """Two replicas of two stages, prompts of 1 to 40 words, texts of other lengths."""
+def test_no_prompt_is_lost_to_a_bad_line(vocab_folder: Path, tmp_path: Path) -> None:
+    """Two replicas of two stages, prompts of 1 to 40 words, texts of varying length."""
     lines = [json.dumps({"prompt": "word " * (1 + number % 40 // 2), "id": number}) for number in range(COUNT)]
     lines[BAD] = lines[BAD][:-3]
     (tmp_path / "p.jsonl").write_text("\n".join(lines) + "\n")
@@ -99,7 +99,7 @@ def _generated(rank: int, world_size: int, keys: dict[str, Any]) -> None:
     prompts.generate_text(CASE.neox(world_size=world_size, heartbeat_timeout_seconds=0, **keys))
 
 
-def test_a_training_s_sequence_parallelism_does_not_change_texts(vocab_folder: Path, tmp_path: Path) -> None:
+def test_sequence_parallelism_in_training_does_not_change_texts(vocab_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("word\nword word word\n")
     texts = []
     for sequence_parallel in (False, True):

@@ -1,4 +1,4 @@
-"""Choice of tokens: the distributions of `transformers`, random numbers that depend on nothing else, ties and NaN."""
+"""Choice of tokens: distributions of `transformers`, reproducible random numbers, ties and NaN."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _by_transformers(logits: torch.Tensor, limits: dict[str, Any]) -> torch.Tens
 
 @pytest.mark.unit
 @pytest.mark.parametrize("limits", LIMITS, ids=lambda limits: "-".join(limits))
-def test_distributions_are_those_of_transformers(limits: dict[str, Any]) -> None:
+def test_distributions_equal_transformers(limits: dict[str, Any]) -> None:
     logits = torch.randn(6, 50, generator=torch.Generator().manual_seed(0)) * 3
     found = distribution(logits, Sampling(**limits))
     found = found / found.sum(-1, keepdim=True)
@@ -59,7 +59,7 @@ def test_distributions_are_those_of_transformers(limits: dict[str, Any]) -> None
 
 
 @pytest.mark.unit
-def test_the_penalty_is_that_of_transformers() -> None:
+def test_the_penalty_equals_transformers() -> None:
     from transformers import RepetitionPenaltyLogitsProcessor
 
     logits = torch.randn(2, 20, generator=torch.Generator().manual_seed(1))
@@ -70,7 +70,7 @@ def test_the_penalty_is_that_of_transformers() -> None:
 
 
 @pytest.mark.unit
-def test_tokens_are_drawn_in_their_shares() -> None:
+def test_tokens_are_drawn_with_their_probabilities() -> None:
     probabilities = torch.tensor([[0.0, 0.5, 0.0, 0.3, 0.2, 0.0]], dtype=torch.float64)
     numbers = torch.from_numpy(numbers_of(1, 0, 0, 20_000))
     tokens = draw(probabilities.expand(len(numbers), -1), numbers)
@@ -102,8 +102,8 @@ def _chosen(rank: int, world_size: int, logits: torch.Tensor, limits: dict[str, 
 
 
 @pytest.mark.distributed
-def test_shards_choose_together() -> None:
-    """Over four ranks, of which the last holds rows that only fill the vocabulary up: ties, NaN, the same draws."""
+def test_shards_choose_the_same_tokens() -> None:
+    """Four ranks, the last with padding rows of the vocabulary: ties, NaN, the same draws."""
     logits = torch.randn(8, 40, generator=torch.Generator().manual_seed(2))
     logits[:, 27:] = 50.0  # not in the vocabulary
     logits[0, [3, 13, 23]] = 9.0

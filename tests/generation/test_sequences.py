@@ -1,4 +1,4 @@
-"""Ends of texts: ids, strings that span tokens, traces with a budget; and text that is shown while it grows."""
+"""Ends of texts: ids, strings that span tokens, traces with a budget; and streaming of text."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def _sequence(limit: int = 200, trace: bool = False) -> Continuation:
 
 
 def _feed(sequence: Continuation, ids: list[int], endings: Endings, context: int = CONTEXT) -> list[int]:
-    """Give the ids as the model's until the sequence ends; returns those that were not taken."""
+    """Feed the ids as the model's output until the sequence ends; returns the unused ones."""
     rest = list(ids)
     while rest and sequence.end is None:
         endings.advance(sequence, rest.pop(0), context)
     return rest
 
 
-def test_end_tokens_are_no_part_of_the_text(hf_tokenizer: Tokenizer) -> None:
+def test_end_tokens_are_not_part_of_the_text(hf_tokenizer: Tokenizer) -> None:
     endings = endings_of(Case(vocab=1024).neox(world_size=1, stop_token_ids=[5]), hf_tokenizer, None)
     for end in (5, *(hf_tokenizer.token_id(f"<|{name}|>") for name in ("end_of_text", "eot_id", "eom_id"))):
         sequence = _sequence()
@@ -90,8 +90,10 @@ TEXTS = [
 
 
 @pytest.mark.parametrize(("text", "stops", "trace"), TEXTS)
-def test_what_is_shown_is_the_text(hf_tokenizer: Tokenizer, text: str, stops: tuple[str, ...], trace: bool) -> None:
-    """Piece by piece and never taken back, no half characters, nothing of a stop string."""
+def test_streamed_text_equals_the_final_text(
+    hf_tokenizer: Tokenizer, text: str, stops: tuple[str, ...], trace: bool
+) -> None:
+    """Text appears piece by piece, is never retracted, and has no partial characters or parts of a stop string."""
     endings = Endings(frozenset(), stops, hf_tokenizer.decode)
     sequence = _sequence(trace=trace)
     stream = TextStream(hf_tokenizer.decode, stops, trace)

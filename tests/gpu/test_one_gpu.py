@@ -1,6 +1,6 @@
-"""On a real GPU (CUDA or ROCm, one is enough): the kernels, the model on them, and a whole run by deepy.py.
+"""On a single real GPU (CUDA or ROCm): the kernels, the model using them, and a whole run by deepy.py.
 
-These run where a GPU is at hand; elsewhere they skip. Build the kernels first:
+These tests are skipped without a GPU. Build the kernels first:
 `python setup.py build_ext --inplace`, then `python -m pytest -m gpu`.
 """
 
@@ -65,7 +65,7 @@ def batch() -> tuple[Tensor, Tensor]:
 
 
 def ours(mode: str, precision: str) -> tuple[str, list[Tensor]]:
-    """What was chosen; logits, losses, gradients of the embedding and of the first norm."""
+    """The chosen implementations; logits, losses, gradients of the embedding and of the first norm."""
     from megatron.engine.deepspeed_module import LlamaPipelineModule
 
     args = CASE.neox(world_size=1, distributed_backend="nccl", kernels=mode, precision=precision)
@@ -85,7 +85,7 @@ def ours(mode: str, precision: str) -> tuple[str, list[Tensor]]:
 
 
 def truth(rounded: bool) -> list[Tensor]:
-    """The same of transformers in fp64, with the weights that the model has."""
+    """The same from transformers in fp64, with the model's weights."""
     model = CASE.hugging_face()
     model = (model.bfloat16() if rounded else model).double().cuda()
     ids, labels = (t.cuda() for t in batch())
@@ -183,7 +183,7 @@ def test_a_run_on_the_gpu_follows_the_cpu_and_resumes(tmp_path: Path, engine: st
 
 
 def test_fp16_on_the_gpu_follows_fp32_and_resumes_with_its_scale(tmp_path: Path) -> None:
-    """A scale that begins far too high falls until steps are applied; resumed in the middle, the bits are the same."""
+    """A loss scale that starts far too high falls until steps are applied; a resumed run has the same bits."""
     plain, whole, half = (tmp_path / name for name in ("plain", "whole", "half"))
     on_gpu = {"distributed_backend": "nccl", "kernels": "required"}
     done = deepy(plain, **on_gpu, save=None, checkpoint_factor=None)

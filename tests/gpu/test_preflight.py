@@ -1,4 +1,4 @@
-"""On a real GPU: the whole preflight with NCCL (RCCL), and a log that NCCL itself has written."""
+"""On a real GPU: the whole preflight with NCCL (RCCL), and a log written by NCCL itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""On a real GPU: what is written beside training is the saved step's state, from pinned copies."""
+"""On a real GPU: a background save writes the state of its step, from pinned copies."""
 
 from __future__ import annotations
 

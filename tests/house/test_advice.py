@@ -14,8 +14,8 @@ OWN = "checkpoint/test_advice.py::test_own_options_take_a_run_s_own_steps"
 MODEL = "checkpoint/test_facts.py::test_all_differences_are_named_at_once_and_the_advice_works"
 RULES = "neox_arguments/test_advice.py::test_a_rule_s_advice_works"
 POSITION = "checkpoint/test_advice.py::test_weights_without_a_position_are_taken_alone"
-INPUT = "launcher/test_advice.py::test_what_a_program_reads_is_given_as_its_message_says"
-SLURM = "slurm/test_allocation.py::test_what_is_said_of_keys_that_slurm_decides_is_done"
+INPUT = "launcher/test_advice.py::test_missing_program_inputs_are_given_as_advised"
+SLURM = "slurm/test_allocation.py::test_advice_on_keys_decided_by_slurm_works"
 ADVICE_TESTS = {
     # a part of the message: the test that follows it
     "leave it out, or add --load FOLDER --from_scratch false": (
@@ -24,7 +24,7 @@ ADVICE_TESTS = {
     "nothing is logged there without pip install wandb": "launcher/test_advice.py::test_a_library_that_is_missing",
     "expected `key: value` lines": "launcher/test_advice.py::test_a_file_holds_keys_with_their_values",
     "expected `--key value` here": "launcher/test_advice.py::test_files_come_before_the_first_option",
-    "`kernels` chooses fused operations": "launcher/test_advice.py::test_kernels_choose_what_fusions_would",
+    "`kernels` chooses fused operations": "launcher/test_advice.py::test_kernels_replaces_the_fusion_keys",
     "--dry-run --search ranks the layouts": "launcher/test_advice.py::test_layouts_are_ranked_by_a_search",
     "`enabled` says it": "launcher/test_advice.py::test_enabled_says_the_precision",
     "--nodelist and --exclude": SLURM,
@@ -34,9 +34,7 @@ ADVICE_TESTS = {
     "of its own checkpoints in {}, as `iteration` says": "checkpoint/test_choice.py::test_what_a_run_begins_from",
     "--load {}": OWN,
     "--save {}": "trainer/test_lora_runs.py::test_going_back_and_what_the_message_advises",
-    "holds an adapter and no model": (
-        "trainer/test_lora_runs.py::test_an_adapter_is_evaluated_beside_its_base_and_no_other_way"
-    ),
+    "holds an adapter and no model": ("trainer/test_lora_runs.py::test_an_adapter_is_evaluated_only_with_its_base"),
     "--from_scratch false": OWN,
     "--finetune false": OWN,
     "(choose one with {} --iteration {})": (
@@ -47,9 +45,9 @@ ADVICE_TESTS = {
     ),
     "`iteration` asks for it": "checkpoint/test_discovery.py::test_a_wrong_path_is_an_error_that_says_what_there_is",
     "--allow_model_changes [{}]": MODEL,
-    "python tools/convert_hf to-neox": "launcher/test_boundary.py::test_a_foreign_folder_is_recognised",
-    "python tools/convert_hf reshard": "launcher/test_boundary.py::test_a_foreign_folder_is_recognised",
-    "the folder above them with `latest`": "launcher/test_boundary.py::test_a_foreign_folder_is_recognised",
+    "python tools/convert_hf to-neox": "launcher/test_boundary.py::test_a_foreign_folder_is_recognized",
+    "python tools/convert_hf reshard": "launcher/test_boundary.py::test_a_foreign_folder_is_recognized",
+    "the folder above them with `latest`": "launcher/test_boundary.py::test_a_foreign_folder_is_recognized",
     "`python tools/convert_hf reshard --tp {}`": "checkpoint/test_advice.py::test_the_other_tensor_parallel_size",
     "--no_load_optim true": "checkpoint/test_advice.py::test_ways_out_of_an_unfit_optimizer",
     " --finetune true": "checkpoint/test_advice.py::test_ways_out_of_an_unfit_optimizer",
@@ -68,7 +66,7 @@ ADVICE_TESTS = {
     "start from the weights with `finetune: true`": POSITION,
     "--dry-run plans a training": "launcher/test_advice.py::test_a_dry_run_is_of_a_training",
     "(--paths-on-nodes)": "planner/test_dry_run.py::test_the_commands_of_the_guide",
-    "--paths-on-nodes leaves this check": "launch/test_render.py::test_what_is_not_there_is_named_before_it_queues",
+    "--paths-on-nodes leaves this check": "launch/test_render.py::test_missing_inputs_are_reported_before_queueing",
     "or give --num_nodes {}": "slurm/test_allocation.py::test_an_allocation_of_another_size_is_refused",
     "srun is not on PATH": "launcher/test_advice.py::test_deepy_is_called_where_srun_is",
     "Raise it with --train_iters N": "trainer/test_schedule.py::test_a_run_shorter_than_its_checkpoint",
@@ -79,13 +77,13 @@ ADVICE_TESTS = {
     "python deepy.py {} model.yml run.yml": "launcher/test_advice.py::test_files_are_given_to_deepy",
     "start it by python deepy.py, srun or to": "launcher/test_launcher.py::test_ranks_know_their_place",
     "submit it by: sbatch": "slurm/test_guide.py::test_commands_of_the_guide",
-    "or other sizes behind `--`": "launch/test_render.py::test_what_cannot_run_is_refused",
+    "or other sizes behind `--`": "launch/test_render.py::test_impossible_jobs_are_rejected",
     "give --account": "launch/test_render.py::test_the_longest_time_is_the_default",
-    "--signal-seconds {}": "launch/test_render.py::test_what_cannot_run_is_refused",
-    "sbatch reads it from one line": "launch/test_render.py::test_what_cannot_run_is_refused",
+    "--signal-seconds {}": "launch/test_render.py::test_impossible_jobs_are_rejected",
+    "sbatch reads it from one line": "launch/test_render.py::test_impossible_jobs_are_rejected",
     "--env {}: expected NAME=VALUE": "launch/test_render.py::test_a_script_with_secrets_is_its_owners_alone",
-    "--time {}: expected HOURS": "launch/test_render.py::test_what_cannot_run_is_refused",
-    "give --time HOURS:MINUTES:SECONDS": "launch/test_render.py::test_what_is_not_there_is_named_before_it_queues",
+    "--time {}: expected HOURS": "launch/test_render.py::test_impossible_jobs_are_rejected",
+    "give --time HOURS:MINUTES:SECONDS": "launch/test_render.py::test_missing_inputs_are_reported_before_queueing",
     "eval_tasks needs lm-eval": "launcher/test_advice.py::test_a_library_that_is_missing",
     "the file of questions (--mcq.items FILE)": INPUT,
     "the file of texts (--embed.input FILE)": INPUT,

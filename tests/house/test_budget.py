@@ -1,4 +1,4 @@
-"""The table of minutes: both reports added up, and what is over its budget or has none marked."""
+"""The table of minutes: both reports are summed, and folders over or without a budget are marked."""
 
 from __future__ import annotations
 

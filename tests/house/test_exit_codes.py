@@ -1,4 +1,4 @@
-"""The table of exit codes in docs/reliability.md is what the program has."""
+"""The table of exit codes in docs/reliability.md matches the program."""
 
 from __future__ import annotations
 

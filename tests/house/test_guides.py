@@ -1,4 +1,4 @@
-"""What the guides for developers name is there, and stands in one place."""
+"""Everything named in the guides for developers exists, and is defined once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rules of CONTRIBUTING.md that lint-imports does not see: sizes, names, and what tests may import."""
+"""The rules of CONTRIBUTING.md that lint-imports cannot check: sizes, names, and imports of tests."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_no_test_imports_a_test() -> None:
 
 
 def test_no_test_file_imports_the_training_stack_at_its_top() -> None:
-    """DeepSpeed, megatron-core and transformers cost seconds: a test file imports them inside of what uses them."""
+    """DeepSpeed, megatron-core and transformers take seconds to import: test files import them only where used."""
     heavy = {"deepspeed", "megatron.core", "transformers"}
     found = []
     for source in files("tests"):

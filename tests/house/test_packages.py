@@ -1,4 +1,4 @@
-"""The shared namespace `megatron`: our folders are in the package list and belong to nobody else."""
+"""The shared namespace `megatron`: our folders are in the package list and claimed by no other project."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.unit
 ROOT = Path(__file__).resolve().parents[2]
 OURS = {path.name for path in (ROOT / "megatron").iterdir() if path.is_dir() and path.name != "__pycache__"}
 
-# Sub-packages of `megatron` that Megatron-LM's, Megatron-Bridge's and Energon's distributions install or have claimed.
+# Subpackages of `megatron` that the distributions of Megatron-LM, Megatron-Bridge and Energon install or have claimed.
 TAKEN = {
     "core",
     "training",
@@ -35,7 +35,7 @@ def test_megatron_is_a_namespace() -> None:
     assert not loose, f"modules directly under megatron/ can clash with another distribution's: {loose}"
 
 
-def test_our_names_are_nobody_else_s() -> None:
+def test_our_package_names_are_not_claimed_by_others() -> None:
     files = distribution("megatron-core").files or []
     installed = {file.parts[1] for file in files if len(file.parts) > 2 and file.parts[0] == "megatron"}
     assert "core" in installed
@@ -43,7 +43,7 @@ def test_our_names_are_nobody_else_s() -> None:
 
 
 def test_the_import_contract_names_every_package_in_one_order() -> None:
-    """A package that is missing there may import what it likes, and lint-imports says nothing."""
+    """lint-imports does not check a package that is missing there."""
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
     order = [f"megatron.{name}" for name in ORDER]
     assert {name.removeprefix("megatron.") for name in order} == OURS

@@ -1,4 +1,4 @@
-"""What `pip install .` installs, used from an empty folder: the commands, and nothing that is in everybody's way."""
+"""The result of `pip install .`, used from an empty folder: the commands, and no generic top-level packages."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ train_data_paths: [nowhere]
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the installed project alone."""
+    """A folder with only the installed project."""
     folder = tmp_path_factory.mktemp("package")
     source = folder / "source"
     source.mkdir()
@@ -57,7 +57,7 @@ def _run(site: Path, folder: Path, *command: str) -> subprocess.CompletedProcess
     return subprocess.run(arguments, cwd=folder, env=env, capture_output=True, text=True)
 
 
-def test_nothing_stands_where_others_look(site: Path) -> None:
+def test_no_generic_top_level_package_is_installed(site: Path) -> None:
     names = {path.name for path in site.iterdir() if not path.name.endswith(".dist-info")}
     assert names == {"megatron", "neox_tools", "bin"}
     assert not (site / "megatron" / "__init__.py").exists()

@@ -1,11 +1,13 @@
-"""Rendered scripts of 256 nodes: golden files, bash, shellcheck; and what a site does not allow is refused."""
+"""Rendered scripts for 256 nodes: golden files, bash, shellcheck; jobs that a site does not allow are rejected."""
 
 from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
 import shutil
+import stat
 import subprocess
 from pathlib import Path
 
@@ -39,8 +41,8 @@ def render(site: str, *more: str) -> str:
 
 @pytest.mark.parametrize("site", sorted(ARGUMENTS))
 def test_golden_files(site: str) -> None:
-    """A change of these files is a change for every user of the site: read the difference, then
-    `python -m tests.launch.test_render` writes them anew."""
+    """A change of these files affects every user of the site: read the difference, then rewrite them with
+    `python -m tests.launch.test_render`."""
     assert render(site) == (GOLDEN / f"{site}.sh").read_text()
 
 
@@ -60,8 +62,8 @@ def code(script: str) -> str:
     return "\n".join(line for line in script.splitlines() if not line.startswith("# "))
 
 
-def test_frontier_and_lumi_bind_in_their_own_way() -> None:
-    """Two schemes, either right by itself: one visible GCD per task, or all of them and masks of cores."""
+def test_frontier_and_lumi_have_different_binding_schemes() -> None:
+    """Two schemes, each correct by itself: one visible GCD per task, or all GCDs and masks of cores."""
     frontier, lumi = code(render("frontier")), code(render("lumi"))
     for flag in (
         "--gpus-per-task=1",
@@ -78,7 +80,7 @@ def test_frontier_and_lumi_bind_in_their_own_way() -> None:
     assert masks
     assert "gpu-bind" not in lumi
     assert "gpus-per-task" not in lumi
-    # Local rank r takes GCD r; its mask holds the cores behind that GCD, without the first of their L3 region.
+    # Local rank r takes GCD r; its mask has the cores of that GCD, without the first of their L3 region.
     first_core = {0: 48, 1: 56, 2: 16, 3: 24, 4: 0, 5: 8, 6: 32, 7: 40}  # Frontier user guide; LUMI has the same node
     expected = [sum(1 << core for core in range(first_core[gcd] + 1, first_core[gcd] + 8)) for gcd in range(8)]
     assert [int(mask, 16) for mask in masks[1].split(",")] == expected
@@ -191,7 +193,7 @@ def test_times_are_read_as_slurm_reads_them(text: str, expected: int) -> None:
         (["generic_slurm", "--time=60", "--", "--train_itres", "3"], "train_iters"),
     ],
 )
-def test_what_cannot_run_is_refused(
+def test_impossible_jobs_are_rejected(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: list[str], said: str
 ) -> None:
     files = run_files(tmp_path, 2, 8, model_parallel_size=2)
@@ -240,8 +242,8 @@ def test_profiles_are_read_strictly(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         read_site("mine")
 
 
-def test_what_is_not_there_is_named_before_it_queues(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """Load, data, tokenizer and room, all in one message; with --paths-on-nodes the nodes look."""
+def test_missing_inputs_are_reported_before_queueing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Load, data, tokenizer and disk space, all in one message; with --paths-on-nodes the nodes check."""
     files = run_files(
         tmp_path, 1, 2, load=str(tmp_path / "gone"), from_scratch=None, vocab_file=str(tmp_path / "tokenizer.json"),
         train_data_paths=[str(tmp_path / "data")], save="/proc/checkpoints", checkpoint_factor=1,
@@ -280,7 +282,7 @@ def test_a_missing_folder_for_the_script_is_named(capsys: pytest.CaptureFixture[
 def test_variables_in_paths_reach_the_job(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, save: str, value: str
 ) -> None:
-    """The shell of the job reads back what the ranks expand."""
+    """The job's shell passes on what the ranks expand."""
     files = run_files(tmp_path, 1, 2, save=save, checkpoint_factor=1)
     assert main(["generic_slurm", "--nodes=1", "--time=60", "--paths-on-nodes", *files]) == 0
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("save="))
@@ -292,3 +294,26 @@ def test_variables_in_paths_reach_the_job(
 if __name__ == "__main__":
     for name in ARGUMENTS:
         (GOLDEN / f"{name}.sh").write_text(render(name))
+
+
+def test_a_node_s_folder_is_this_user_s_alone(tmp_path: Path) -> None:
+    """Names in /tmp can be guessed: what somebody else has put there is not used."""
+    script = (ROOT / "launch" / "job.sh").read_text()
+    function = script[script.index("make_folders() {") :].partition("\n}\n")[0].replace("@NODE_DISK@", str(tmp_path))
+    program = f'{function}\n}}\nhere() {{ echo "{tmp_path}/neox-7/rank"; }}\nmake_folders'
+    env = {**os.environ, "SLURM_JOB_ID": "7", "SLURMD_NODENAME": "n1"}
+
+    def made() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["bash", "-c", program], env=env, capture_output=True, text=True, timeout=60)
+
+    (tmp_path / "neox-7").mkdir(mode=0o777)
+    assert made().returncode == 0
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "neox-7").rglob("*")} == {0o700}
+    assert stat.S_IMODE((tmp_path / "neox-7").stat().st_mode) == 0o700
+    shutil.rmtree(tmp_path / "neox-7")
+    (tmp_path / "neox-7").symlink_to(tmp_path / "theirs")
+    (tmp_path / "theirs").mkdir()
+    refused = made()
+    assert refused.returncode == 1
+    assert f"{tmp_path}/neox-7 belongs to somebody else" in refused.stderr
+    assert not list((tmp_path / "theirs").iterdir())

@@ -1,4 +1,4 @@
-"""Recipes of the sites' software: shellcheck reads them, their pins agree, and pip leaves a site's torch alone."""
+"""Software recipes of the sites: shellcheck accepts them, their pins agree, and pip keeps a site's torch."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def section(name: str) -> str:
 
 
 def test_what_the_image_copies_is_in_the_checkout() -> None:
-    """All that setup.py reads among it."""
+    """Including everything that setup.py reads."""
     sources = [line.split()[0] for line in section("files").splitlines() if line.strip()]
     assert all((ROOT / source).exists() for source in sources)
     read = set(re.findall(r'requirements\("(.*?)"\)', (ROOT / "setup.py").read_text()))
@@ -53,7 +53,7 @@ def test_what_the_image_copies_is_in_the_checkout() -> None:
 
 @pytest.mark.parametrize("site", sorted(RECIPES))
 def test_pins_agree(site: str) -> None:
-    """torch is installed in the version that the constraint keeps, and kernels are for the MI250X."""
+    """torch is installed in the version pinned by the constraint, and kernels are built for the MI250X."""
     text, version = RECIPES[site].read_text(), torch_of(site)
     number, local = version.split("+")
     assert f"--index-url https://download.pytorch.org/whl/{local} torch=={number}" in text
@@ -87,7 +87,7 @@ def wheel(folder: Path, name: str, version: str) -> None:
 
 
 def resolved(folder: Path, *words: str) -> dict[str, str]:
-    """What pip would install of requirements.txt from an index of stand-ins, by name."""
+    """What pip would install for requirements.txt from an index of empty packages, by name."""
     report = folder / "report.json"
     command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--no-index", "--quiet"]
     command += ["--find-links", str(folder), "--report", str(report), "-r", str(ROOT / "requirements.txt"), *words]
@@ -98,7 +98,7 @@ def resolved(folder: Path, *words: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("site", sorted(RECIPES))
 def test_pip_leaves_the_sites_torch_alone(tmp_path: Path, site: str) -> None:
-    """With the constraint that the recipe makes; without it the newer one of the index would come."""
+    """With the recipe's constraint; without it, the index's newer version would be installed."""
     pins = dict(
         line.split("==")
         for line in (ROOT / "constraints.txt").read_text().splitlines()
@@ -119,8 +119,8 @@ def test_pip_leaves_the_sites_torch_alone(tmp_path: Path, site: str) -> None:
     assert resolved(tmp_path)["torch"] == pins["torch"]
 
 
-def test_the_sites_torch_is_what_make_tests() -> None:
-    """`make test-site`, whose commands make prints; nothing is installed here."""
+def test_make_test_site_uses_the_torch_of_the_site() -> None:
+    """`make test-site`, whose commands are only printed by make; nothing is installed."""
     number = torch_of("frontier").partition("+")[0]
     printed = subprocess.run(
         ["make", "--dry-run", "--always-make", "test-site"], cwd=ROOT, capture_output=True, text=True, check=True

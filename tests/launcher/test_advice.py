@@ -1,4 +1,4 @@
-"""What messages of the command line and of the start of ranks advise is done, literally, and the program goes on."""
+"""Following the advice in messages of the command line and of the start of ranks, literally, fixes the problem."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def test_a_dry_run_is_of_a_training() -> None:
 
 
 @pytest.mark.parametrize("key", ["te_mha", "rope_fusion"])
-def test_kernels_choose_what_fusions_would(key: str) -> None:
-    """Said of keys that are refused and of those that have no effect."""
+def test_kernels_replaces_the_fusion_keys(key: str) -> None:
+    """Advice on rejected keys and on keys without effect."""
     advice = "`kernels` chooses fused operations"
     try:
         said = "\n".join(NeoXArgs.from_dict(keys(**{key: True})).notes)
@@ -102,7 +102,7 @@ INPUTS: list[tuple[Task, dict[str, Any]]] = [("mcq", TEXT), ("embed", TEXT), ("g
 
 
 @pytest.mark.parametrize(("task", "changes"), INPUTS)
-def test_what_a_program_reads_is_given_as_its_message_says(task: Task, changes: dict[str, Any]) -> None:
+def test_missing_program_inputs_are_given_as_advised(task: Task, changes: dict[str, Any]) -> None:
     base = keys(**{"from_scratch": None, "load": "runs/a", **changes})
     with pytest.raises(ConfigError) as missing:
         NeoXArgs.from_dict(base, task=task)
@@ -161,13 +161,13 @@ def test_files_are_given_to_deepy(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_deepy_is_called_where_srun_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Outside of the container: with a PATH on which srun is."""
+    """Outside the container, with srun in PATH."""
     for name, value in {"SLURM_JOB_ID": "1", "SLURM_JOB_NUM_NODES": "1", "PATH": str(tmp_path)}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(slurm, "supervise", lambda *words, **options: 0)
     args = NeoXArgs.from_dict(keys())
-    with pytest.raises(ConfigError, match=r"srun is not on PATH; call deepy\.py outside of the container"):
+    with pytest.raises(ConfigError, match=r"srun is not on PATH; call deepy\.py outside the container"):
         slurm.start_by_srun(ROOT / "train.py", args)
     (tmp_path / "srun").write_text("#!/bin/sh\n")
     os.chmod(tmp_path / "srun", 0o700)

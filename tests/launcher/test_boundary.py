@@ -1,4 +1,4 @@
-"""The boundary for user errors: whatever a file holds, a command answers with one message and the right exit code."""
+"""The boundary for user errors: for any content of a file, a command gives one message and the right exit code."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def answer(capsys: pytest.CaptureFixture[str], main: Callable[[list[str]], int], *words: str) -> tuple[int, str]:
-    """Exit code and what was said on standard error, without notes."""
+    """Exit code and standard error, without notes."""
     try:
         code = main(list(words))
     except SystemExit as stop:  # argparse
@@ -79,7 +79,7 @@ def test_mutated_manifests_are_read_or_refused(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_mutated_layer_files_are_read_or_refused(tmp_path: Path) -> None:
-    """Headers alone, as before a load: another exception than the list of problems fails here."""
+    """Headers only, as before a load: any exception other than the list of problems fails the test."""
     chance, refused = random.Random(4), 0
     folder = write_weights(tmp_path, tp=1, manifest=False)
     path = sorted(folder.glob("layer_*"))[1]
@@ -130,7 +130,7 @@ WRONG: list[tuple[str, dict[str, Any], list[str], str]] = [
 
 
 @pytest.mark.parametrize(("what", "env", "words", "said"), WRONG, ids=[case[0] for case in WRONG])
-def test_one_message_for_what_was_a_traceback(
+def test_former_tracebacks_are_a_single_message(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -174,7 +174,7 @@ def test_a_missing_configuration_of_a_job_is_named(tmp_path: Path, capsys: pytes
     ],
 )
 @pytest.mark.parametrize("inside", [True, False], ids=["named by latest", "given itself"])
-def test_a_foreign_folder_is_recognised(tmp_path: Path, files: list[str], said: str, inside: bool) -> None:
+def test_a_foreign_folder_is_recognized(tmp_path: Path, files: list[str], said: str, inside: bool) -> None:
     folder = tmp_path / "global_step5"
     folder.mkdir()
     for name in files:

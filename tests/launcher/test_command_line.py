@@ -27,7 +27,7 @@ def deepy(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_shell_of_srun_s_own_step_overlaps() -> None:
-    """`srun --pty bash`, then deepy.py: a plain srun would wait for the step that it is in."""
+    """`srun --pty bash`, then deepy.py: a plain srun would wait for its own step to end."""
     args = NeoXArgs.from_dict(keys(num_gpus=2))
     batch = {"SLURM_JOB_ID": "1", "SLURM_JOB_NUM_NODES": "1"}
     inside = batch | {"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0"}
@@ -111,7 +111,7 @@ def test_a_folder_is_put_in_front(spelling: list[str], monkeypatch: pytest.Monke
 def test_the_forms_of_gpt_neox_are_understood(
     words: list[str], overrides: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Options in front of, between and behind the files; several values of one option."""
+    """Options before, between and after the files; several values of one option."""
     monkeypatch.chdir(ROOT)
     invocation = parse_command_line(["train.py", *words])
     assert invocation.overrides == overrides
@@ -130,7 +130,7 @@ def test_a_hostfile_of_several_machines_needs_slurm(tmp_path: Path) -> None:
 
 
 def test_a_vocabulary_elsewhere_prints_but_does_not_start() -> None:
-    """deepy.py on a login node: the tokenizer is where the job runs."""
+    """deepy.py on a login node, while the tokenizer exists only where the job runs."""
     words = ("train.py", *TINY, "--vocab_size", "null", "--vocab_file", "nowhere/tokenizer.json")
     printed = deepy(*words, "--print-config")
     assert printed.returncode == 0, printed.stderr
@@ -167,7 +167,7 @@ def test_ranks_are_forked_on_cpus_only_unless_asked() -> None:
 
 
 @pytest.mark.parametrize(("kind", "shown"), [("interactive", "typed"), ("unconditional", "")])
-def test_only_an_interactive_program_gets_what_is_typed(kind: str, shown: str) -> None:
+def test_only_interactive_programs_get_standard_input(kind: str, shown: str) -> None:
     args = NeoXArgs.from_dict(keys(from_scratch=None, load="x", vocab_file="x", text_gen_type=kind), task="generate")
     assert reads_input(args) == (kind == "interactive")
     program = (
@@ -178,8 +178,8 @@ def test_only_an_interactive_program_gets_what_is_typed(kind: str, shown: str) -
     assert (result.returncode, result.stdout) == (0, shown)
 
 
-def test_what_deepy_starts_ends_with_it_even_if_it_is_killed(tmp_path: Path) -> None:
-    """Also what does not see to that itself, such as srun."""
+def test_children_of_deepy_end_with_it_even_if_it_is_killed(tmp_path: Path) -> None:
+    """Including programs that do not do so by themselves, such as srun."""
     started = tmp_path / "started"
     child = ["bash", "-c", f"echo $$ >{started}.part && mv {started}.part {started} && exec sleep 600"]
     program = f"import os\nfrom megatron.launcher.local import supervise\nsupervise({child!r}, dict(os.environ))"

@@ -1,4 +1,4 @@
-"""deepy.py with real ranks: they find their place, failures are said once, and nothing is left running."""
+"""deepy.py with real ranks: they find their place, failures are reported once, and no process is left running."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ if __name__ == "__main__":
 
 
 def prepare(folder: Path, **changes: Any) -> list[str]:
-    """A script and its configuration in `folder`; returns the deepy command. The script's MODE is a variable."""
+    """Write a script and its configuration to `folder`; returns the deepy command. MODE is an environment variable."""
     (folder / "train.py").write_text(SCRIPT)
     settings = keys(log_dir=str(folder), num_gpus=2, **changes)
     (folder / "run.yml").write_text(yaml.safe_dump(settings))
@@ -72,7 +72,7 @@ def prepare(folder: Path, **changes: Any) -> list[str]:
 
 
 def launch(folder: Path, mode: str, **changes: Any) -> subprocess.CompletedProcess[str]:
-    """Run deepy from another working directory than the project's."""
+    """Run deepy from a working directory outside the project."""
     (folder / "tmp").mkdir()
     env = os.environ | {"TMPDIR": str(folder / "tmp"), "MODE": mode}
     result = subprocess.run(
@@ -99,7 +99,7 @@ def test_ranks_know_their_place(tmp_path: Path, launcher: str) -> None:
         ("code", 7, ["ended with exit code 7"], ["Traceback", "rank 0"]),
     ],
 )
-def test_a_failure_is_said_once(tmp_path: Path, mode: str, code: int, said: list[str], unsaid: list[str]) -> None:
+def test_a_failure_is_reported_once(tmp_path: Path, mode: str, code: int, said: list[str], unsaid: list[str]) -> None:
     result = launch(tmp_path, mode)
     assert result.returncode == code, result.stderr
     for text in said:
@@ -110,7 +110,7 @@ def test_a_failure_is_said_once(tmp_path: Path, mode: str, code: int, said: list
     assert said[-1] in result.stderr.splitlines()[-1]
 
 
-def test_torchrun_s_page_of_errors_is_not_printed(tmp_path: Path) -> None:
+def test_the_error_page_of_torchrun_is_not_printed(tmp_path: Path) -> None:
     result = launch(tmp_path, "user-one", launcher="torchrun")
     assert result.returncode == 2, result.stderr
     assert result.stderr.count("the sky is too cloudy") == 1
@@ -193,7 +193,7 @@ def test_every_library_s_numbering_of_the_ranks_is_checked(library: str) -> None
 
 
 def _disagreeing(rank: int, world_size: int, library: str) -> str:
-    """Groups whose ranks are numbered in another order than this project counts; the error."""
+    """The error for groups whose ranks are numbered in another order than this project's."""
     from functools import partial
 
     import torch.distributed as dist
@@ -237,8 +237,8 @@ def _deepspeed_reads(rank: int, world_size: int, precision: str) -> dict[str, An
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bfloat16"])
-def test_deepspeed_reads_what_we_meant(precision: str) -> None:
-    """DeepSpeed 0.19 refuses unknown keys inside its mappings, so that a misspelt one shows here."""
+def test_deepspeed_accepts_every_key_of_our_config(precision: str) -> None:
+    """DeepSpeed 0.19 rejects unknown keys inside its mappings, so a misspelled key fails here."""
     assert run_ranks(_deepspeed_reads, 1, precision) == [
         {
             "clipping": 0.7,

@@ -1,4 +1,4 @@
-"""A table with other rows, and nobody else edited: initialization, layer files, converter and planner follow it."""
+"""A table with invented rows, without other changes: initialization, layer files, converter and planner follow it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CASE = Case(heads=8, kv_heads=4, head_dim=4, vocab=150, intermediate=24)
 
 
 def _started(kind: type[LlamaShape], tp: int) -> tuple[dict[str, Tensor], NeoXArgs]:
-    """A model's weights from scratch on `tp` ranks, put together under their Hugging Face names."""
+    """A model's initial weights from `tp` ranks, assembled under their Hugging Face names."""
     args = CASE.neox(
         model_parallel_size=tp,
         world_size=tp,
@@ -205,8 +205,8 @@ def test_the_planner_counts_another_modality() -> None:
     assert found == [text[0] - ends[0] + PLAIN.hidden_size * CHANNELS, text[1] - ends[1] + CHANNELS // 2]
 
 
-def test_weight_decay_is_the_rows_and_not_the_dimensions() -> None:
-    """Padding of the two parameter groups shows what is in them: an undecayed matrix goes with the norms."""
+def test_weight_decay_follows_rows_and_not_dimensions() -> None:
+    """The padding of the two parameter groups reveals their content: an undecayed matrix is grouped with the norms."""
     one = replace(PLAIN, num_layers=1)
     many = ParallelLayout(tensor=1, pipe=1, data=256, micro_batch=1, num_micro_batches=1)
     multiple = 2 * many.data

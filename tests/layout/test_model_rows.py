@@ -1,4 +1,4 @@
-"""The model that is built has the table's tensors, and tells engines which of them are parts."""
+"""The built model has the tensors of the table, and marks for the engines which of them are shards."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _fake_group(tp: int) -> Any:
 
 
 def _is_part(parameter: torch.nn.Parameter) -> bool:
-    """As DeepSpeed and megatron-core ask for their gradient norms."""
+    """As DeepSpeed and megatron-core query it for their gradient norms."""
     return bool(getattr(parameter, "tensor_model_parallel", False))
 
 
@@ -68,7 +68,7 @@ def test_every_parameter_has_one_row_with_its_shape(case: str, tp: int) -> None:
 
 
 def _marks(rank: int, world_size: int, case: Case, tp: int) -> dict[str, Any]:
-    """{invented parameter: is it a part}, their groups for the optimizer, and the error without a row."""
+    """{invented parameter: whether it is a shard}, their optimizer groups, and the error without a row."""
     from megatron.engine.optimizer import mark_sharded, parameter_groups, rows_of_parameters
     from megatron.model.llama import TransformerLayer
     from megatron.model.parallel import TensorParallel

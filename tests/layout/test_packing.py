@@ -1,4 +1,4 @@
-"""What the ranks hold together is each source, once; a replicated tensor's source, on every rank."""
+"""Together, the ranks hold each source exactly once, or once per rank for replicated tensors."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_slices_of_all_ranks_cover_each_source_once(chosen: tuple[LlamaShape, in
 @settings(max_examples=50, deadline=None, derandomize=True)
 @given(splits())
 def test_ranks_hold_whole_heads(chosen: tuple[LlamaShape, int]) -> None:
-    """A rank's key and value heads are those that its query heads attend to."""
+    """A rank has the key and value heads that its query heads attend to."""
     shape, tp = chosen
     (row,) = (row for row in file_rows(LayerFile.DECODER, shape) if row.packing is Packing.QKV)
     d, queries_per_kv = shape.head_dim, shape.num_attention_heads // shape.num_kv_heads

@@ -1,4 +1,4 @@
-"""Ranges of a rank's tensors found again at another tensor-parallel size, against tensors cut by plain slicing."""
+"""Locating ranges of a rank's tensors at another tensor-parallel size, compared with tensors cut by plain slicing."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def split(shape: LlamaShape, tp: int) -> TensorSplit:
 
 
 def cut(row: TensorRow, split: TensorSplit) -> list[np.ndarray]:
-    """Every rank's flat tensor, cut from whole ones as the packing's name says; elements are numbered from 1."""
+    """Every rank's flat tensor, cut from whole ones according to the packing's name; elements are numbered from 1."""
     shape, tp = split.shape, split.tp
     sizes = [tuple(getattr(shape, name) for name in names) for names in row.sizes]
     wholes, first = [], 1
@@ -65,7 +65,7 @@ def moved(
     there: TensorSplit,
     stored: TensorRow | None = None,
 ) -> np.ndarray:
-    """The range, put together from the other split's tensors, which are cut as `stored` says (default: `row`)."""
+    """The range, assembled from the other split's tensors, which are cut according to `stored` (default: `row`)."""
     sources, out = cut(stored or row, there), np.zeros(stop - start, dtype=np.float32)
     for part in transfers(row, here, rank, start, stop, there):
         for run in range(part.count):
@@ -96,7 +96,7 @@ def test_every_range_is_found_at_every_other_size(shape: LlamaShape) -> None:
 
 
 def test_a_range_at_its_own_size_is_one_run_with_its_padding() -> None:
-    """Nothing is interpreted, so that what was saved comes back bit for bit."""
+    """Data are not interpreted, so that saved state comes back bit for bit."""
     here = split(GROUPED, 4)
     for _, _, rows in layer_files(GROUPED):
         for row in rows:
@@ -105,7 +105,7 @@ def test_a_range_at_its_own_size_is_one_run_with_its_padding() -> None:
 
 
 def test_a_wrong_packing_is_seen() -> None:
-    """Mutation: heads that lie one after another are taken for three blocks."""
+    """Mutation: interleaved heads are read as three blocks."""
     (qkv,) = [row for _, _, rows in layer_files(MULTI_HEAD) for row in rows if row.packing is Packing.QKV]
     here, there = split(MULTI_HEAD, 1), split(MULTI_HEAD, 2)
     whole = cut(qkv, here)[0]

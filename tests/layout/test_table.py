@@ -1,4 +1,4 @@
-"""The table of tensors: complete, without contradiction, and the published numbers of parameters."""
+"""The table of tensors: complete, consistent, and with the published numbers of parameters."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_a_factor_is_cut_where_its_source_is() -> None:
         DECODER_LAYER[0].low_rank_factor(0, 0, 5, "lora", Initialization.NORMAL)
 
 
-def test_what_cannot_be_cut_equally_is_refused() -> None:
+def test_unequal_splits_are_rejected() -> None:
     with pytest.raises(ValueError, match=r"attention\.query_key_value\.weight: 8 cannot be cut into 16 equal parts"):
         layout.rank_shape(QKV, SMALL, 16)
 
@@ -138,7 +138,7 @@ def test_a_shape_with_other_tensors_is_another_shape() -> None:
 
 
 def test_standard_library_only() -> None:
-    """A login node converts without torch's being imported for a table."""
+    """A login node can convert without importing torch for the table."""
     code = (
         "import sys; before = set(sys.modules); import megatron.layout; "
         "new = {name.split('.')[0] for name in set(sys.modules) - before}; "

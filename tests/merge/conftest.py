@@ -1,4 +1,4 @@
-"""Merge tests write small folders and sync them; in memory, where there is such a file system, syncing is free."""
+"""Merge tests write small folders and sync them; in a memory file system, if available, syncing is free."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What cannot be merged stops with one message, before anything is written."""
+"""Impossible merges stop with one message, before anything is written."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_recipes(change: Change, message: str, folders: Path, capsys: pytest.Cap
     refused(folders, body, message, capsys)
 
 
-def test_the_recipe_that_is_changed_is_good(folders: Path) -> None:
+def test_the_unmodified_recipe_is_valid(folders: Path) -> None:
     run_merge(write_recipe(folders / "merge.yml", good_recipe(folders)), "--output", folders / "out")
 
 
@@ -152,7 +152,7 @@ def test_roles(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
     refused(folders, linear, "linear does not use base_model", capsys)
     slerp = {"merge_method": "slerp", "base_model": str(folders / "base"), "parameters": {"t": 0.5}}
     both = [str(folders / "a"), str(folders / "b")]
-    refused(folders, slerp | {"models": both}, "slerp merges base_model and one other model, 2 others", capsys)
+    refused(folders, slerp | {"models": both}, "slerp merges base_model and one other model, but 2 others", capsys)
     refused(folders, slerp | {"models": both[:1], "parameters": {"t": 1.5}}, "slerp's t is 1.5", capsys)
     refused(folders, slerp | {"models": both[:1], "parameters": {}}, "slerp's t is missing", capsys)
     opposite = [
@@ -169,7 +169,7 @@ def test_averages(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
     body: dict[str, Any] = {"merge_method": "average", "checkpoints": str(run)}
     refused(folders, body, "needs either steps", capsys)
     refused(folders, body | {"last": 2, "steps": [10, 20]}, "needs either steps", capsys)
-    refused(folders, body | {"last": 3}, "2 checkpoints are there", capsys)
+    refused(folders, body | {"last": 3}, "at most the 2 checkpoints found", capsys)
     refused(folders, body | {"last": 1}, "expected 2 or more", capsys)
     refused(folders, body | {"steps": [10, 30]}, r"no checkpoint of step 30; found: \[10, 20\]", capsys)
     refused(folders, body | {"steps": [10, 10]}, "two different iterations", capsys)
@@ -188,7 +188,7 @@ def change_config(folder: Path, **fields: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
-def test_parents_that_do_not_fit(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_incompatible_parents_are_rejected(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
     body = good_recipe(folders)
 
     def other(message: str, model: Model = PARENTS_MODEL, **config: Any) -> None:
@@ -208,7 +208,7 @@ def test_parents_that_do_not_fit(folders: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_settings_of_training(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A NeoX parent that was trained with another epsilon than its config.json says, or that says none."""
+    """A NeoX parent trained with an epsilon that differs from its config.json, or without a recorded one."""
     convert("to-neox", "--input", folders / "b", "--output", folders / "neox", "--tp", 2)
     body = good_recipe(folders)
     body["models"][1]["model"] = str(folders / "neox")
@@ -225,13 +225,13 @@ def test_settings_of_training(folders: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_fields_that_config_json_lacks(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The converter's --set is a key here, and its message says so."""
+    """The converter's --set is a key of the recipe, and the message says so."""
     path = folders / "b" / "config.json"
     fields = json.loads(path.read_text())
     scaling = fields.pop("rope_scaling")
     path.write_text(json.dumps(fields))
     body = good_recipe(folders)
-    refused(folders, body, "b: .*rope_scaling is missing .*say `set: {rope_scaling: null .*}` beside the model", capsys)
+    refused(folders, body, "b: .*rope_scaling is missing .*add `set: {rope_scaling: null .*}` beside the model", capsys)
     body["models"][1]["set"] = {"rope_scaling": scaling}
     run_merge(write_recipe(folders / "merge.yml", body), "--output", folders / "out")
     body["models"][1]["set"] = {"rope_scaling": {1, 2}}
@@ -250,7 +250,7 @@ def test_types_that_neox_keeps_in_one_tensor(folders: Path, capsys: pytest.Captu
 
 
 def test_a_base_by_path_or_label(folders: Path) -> None:
-    """A model's own base may be one that is described elsewhere."""
+    """A model's own base may be described elsewhere in the recipe."""
     described = {"model": str(folders / "b"), "label": "org/b", "license": "llama3.1"}
     for short in (str(folders / "b"), "org/b"):
         body = good_recipe(folders)
@@ -276,7 +276,7 @@ def tokenizer(**changes: Any) -> dict[str, Any]:
 
 
 def test_tokenizers(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Another spelling or post-processor is the same tokenizer; another id is not."""
+    """A different notation or post-processor is the same tokenizer; a different id is not."""
     body = good_recipe(folders)
     files = {name: folders / name / "tokenizer.json" for name in ("base", "a", "b")}
     for path in files.values():
@@ -302,10 +302,10 @@ def test_tokenizers(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("label", ["base", "b"])
-def test_a_parent_with_a_number_that_is_none(
+def test_a_parent_with_a_nonfinite_value_is_rejected(
     value: float, label: str, folders: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Found while it is merged; the output is not there, and the message says where to look."""
+    """Found during the merge; there is no output, and the message gives the location."""
     for path in (folders / label).glob("*.safetensors"):
         state = load_file(path)
         if "model.layers.1.mlp.up_proj.weight" in state:

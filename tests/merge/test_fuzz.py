@@ -1,4 +1,4 @@
-"""Recipes that are damaged in a thousand ways: each is understood, or refused by one line."""
+"""Recipes damaged in a thousand ways: each is either parsed or rejected with one line."""
 
 from __future__ import annotations
 

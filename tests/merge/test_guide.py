@@ -1,4 +1,4 @@
-"""Every command and recipe of docs/merging.md, in the order a reader types them, on small models."""
+"""Every command and recipe of docs/merging.md, in the guide's order, on small models."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MODEL = Model(heads=8, kv_heads=4, head_dim=4)
 
 
 def write_models(root: Path) -> None:
-    """What the guide's and AstroSage's recipes name, and checkpoints of a run."""
+    """The models named in the recipes of the guide and of AstroSage, and checkpoints of a run."""
     names = ["cpt", "sft", "Llama-3.1-8B", "Llama-3.1-8B-Instruct", "Llama-3.1-70B-Instruct", "Llama-3.3-70B-Instruct"]
     names.append("Llama-3.1-Nemotron-70B-Instruct-HF")
     for seed, name in enumerate(names):
@@ -86,7 +86,7 @@ def test_the_methods_of_the_guide_are_those_of_the_program() -> None:
 
 
 def test_the_recipe_of_astrosage() -> None:
-    """The paper's weights, which add up to 1; everything that is not the paper's is marked."""
+    """The paper's weights, which add up to 1; everything not from the paper is marked."""
     recipe = read_recipe(ROOT / ASTROSAGE)
     settings = recipe.tensor_settings("model.norm.weight", 80)
     weights = dict(zip((m.parent.label for m in recipe.models), settings.weights, strict=True))
@@ -110,7 +110,7 @@ def test_the_recipe_of_astrosage() -> None:
 
 
 def read_with_base(text: str) -> str:
-    """The label of Nemotron's own base once its line is no comment."""
+    """The label of Nemotron's own base once its line is uncommented."""
     recipe = parse_recipe(yaml.safe_load(text), "recipe")
     (base,) = [m.base for m in recipe.models if m.base is not None]
     return base.label

@@ -1,4 +1,4 @@
-"""DARE's masks: the published generator, and an element's draw that depends on nothing but its own place."""
+"""DARE's masks: the published generator, and draws that depend only on the element's position."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ KNOWN = [
 
 
 def philox(counter: tuple[int, ...], key: tuple[int, ...]) -> tuple[int, ...]:
-    """Philox4x64-10 in whole numbers, after the paper."""
+    """Philox4x64-10 in Python integers, following the paper."""
     x, (k0, k1) = list(counter), key
     for _ in range(10):
         first, second = 0xD2E7470EE14C6C93 * x[0], 0xCA5A826395121157 * x[2]
@@ -44,7 +44,7 @@ def test_the_oracle_gives_the_known_answers(
     assert philox(counter, key) == output
 
 
-def test_draws_are_those_of_the_scheme() -> None:
+def test_draws_follow_the_scheme() -> None:
     """Element i: 16 bits of Philox at counter i // 16 + 1, under the first half of a SHA-256."""
     digest = hashlib.sha256(b"7\0model.norm.weight\0org/name").digest()
     key = (int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:16], "little"))
@@ -55,7 +55,7 @@ def test_draws_are_those_of_the_scheme() -> None:
     assert draws(mask_key(7, "model.norm.weight", "org/name"), 0, 640).tolist() == expected
 
 
-def test_any_piece_is_a_piece_of_the_whole() -> None:
+def test_a_piece_equals_the_slice_of_the_whole() -> None:
     key = mask_key(3, "t", "m")
     whole = draws(key, 0, 5000)
     chance = np.random.default_rng(0)
@@ -65,15 +65,15 @@ def test_any_piece_is_a_piece_of_the_whole() -> None:
         assert np.array_equal(draws(key, start, count), whole[start : start + count])
 
 
-def test_a_far_piece_starts_where_it_should() -> None:
-    """The 70B's embedding has 1.05e9 elements; nothing before a piece is drawn."""
+def test_a_distant_piece_needs_no_earlier_draws() -> None:
+    """The 70B's embedding has 1.05e9 elements; no elements before a piece are drawn."""
     at = 1_050_673_151
     words = [w >> s & 0xFFFF for w in philox((at // 16 + 1, 0, 0, 0), (5, 9)) for s in (0, 16, 32, 48)]
     assert draws(np.array([5, 9], "<u8"), at, 1)[0] == words[at % 16]
 
 
 @pytest.mark.parametrize("density", [0.9, 0.53, 0.5, 0.1, 0.001])
-def test_the_share_that_is_kept_is_the_density(density: float) -> None:
+def test_the_kept_fraction_equals_the_density(density: float) -> None:
     count = 1 << 20
     kept = keep_mask(mask_key(1, "t", "m"), 0, count, threshold(density)).mean()
     assert abs(kept - density) < 5 * (density * (1 - density) / count) ** 0.5 + 0.5 / RESOLUTION

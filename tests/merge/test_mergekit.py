@@ -1,7 +1,7 @@
-"""Against mergekit: bits of linear, task_arithmetic and DARE with the same masks; TIES and slerp by value.
+"""Comparison with mergekit: bits of linear, task_arithmetic and DARE with the same masks; TIES and slerp by value.
 
-mergekit's results are committed (tests/support/mergekit_golden.py wrote them). Where mergekit is found, they are made
-again: in this interpreter, or in the one that NEOX_MERGEKIT names.
+mergekit's results are committed (written by tests/support/mergekit_golden.py). If mergekit is available in this
+interpreter, or in the one named by NEOX_MERGEKIT, they are recomputed.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ def test_results_of_mergekit(name: str, tmp_path: Path) -> None:
 
 
 def on_the_threshold(name: str, tensor: str, density: float) -> Tensor:
-    """Elements whose fate is open in some model: their magnitude is the smallest that is kept, and only some of the
-    elements of that magnitude are."""
+    """Elements with ties in some model: their magnitude is the smallest one kept, and only some elements of that
+    magnitude are kept."""
     base = parent_state(name, 0)[tensor].float()
     result = torch.zeros(base.shape, dtype=torch.bool)
     for number in range(1, SETS[name][1] + 1):
@@ -87,7 +87,7 @@ def on_the_threshold(name: str, tensor: str, density: float) -> Tensor:
 
 
 def test_another_processor_gives_the_same_bits(tmp_path: Path) -> None:
-    """Without vector instructions, and so without fused multiply-adds, which torch's own kernels use where they can."""
+    """Without vector instructions, and thus without fused multiply-adds, which torch's kernels use if available."""
     write_set(tmp_path, "mha")
     (tmp_path / "recipes.json").write_text(json.dumps(recipes(tmp_path, "mha")))
     command = [sys.executable, "-m", "tests.support.merges", str(tmp_path / "recipes.json"), str(SEED)]
@@ -104,7 +104,7 @@ def test_another_processor_gives_the_same_bits(tmp_path: Path) -> None:
 
 
 def test_a_wrong_mask_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The comparison can fail: masks of another seed, and sums in another order, give other bits."""
+    """The comparison can fail: masks with another seed, and sums in another order, give different bits."""
     digests = json.loads((GOLDEN / DIGESTS).read_text())["six-models"]
     key = merge_job.mask_key
     monkeypatch.setattr(merge_job, "mask_key", lambda seed, *rest: key(seed + 1, *rest))
@@ -136,8 +136,8 @@ def test_random_masks_agree_in_distribution() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_mergekit_still_says_so(tmp_path: Path) -> None:
-    """The committed results, made again by mergekit itself."""
+def test_committed_results_equal_those_of_mergekit(tmp_path: Path) -> None:
+    """The committed results equal those recomputed by mergekit."""
     here = importlib.util.find_spec("mergekit") is not None
     python = sys.executable if here else os.environ.get("NEOX_MERGEKIT", "")
     need("mergekit", bool(python), "pip install mergekit, or name an interpreter that has it in NEOX_MERGEKIT")

@@ -1,4 +1,4 @@
-"""Methods against float64: bases of their own, averages of a run, exact trimming, l1, adapters."""
+"""Methods compared with float64: models with their own base, averages of a run, exact trimming, l1, adapters."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_a_model_with_its_own_base(tmp_path: Path) -> None:
     ],
 )
 def test_averages_of_a_run(parameters: dict[str, Any], weights: tuple[float, ...], tmp_path: Path) -> None:
-    """Checkpoints of steps 20, 100 and 1000, whose names do not sort as their numbers do."""
+    """Checkpoints of steps 20, 100 and 1000, whose names do not sort numerically."""
     run = tmp_path / "run"
     states = {}
     for number, step in enumerate((20, 100, 1000)):
@@ -84,7 +84,7 @@ def test_averages_of_a_run(parameters: dict[str, Any], weights: tuple[float, ...
 
 
 def test_l1_gives_back_the_sum_of_magnitudes(tmp_path: Path) -> None:
-    """`rescale: l1` against float64, with masks drawn again here."""
+    """`rescale: l1` compared with float64, with independently drawn masks."""
     write_set(tmp_path, NAME)
     body = recipes(tmp_path, NAME)["dare_linear 0.53"] | {"random_seed": 3, "out_dtype": "float32"}
     body["parameters"] = {"rescale": "l1"}
@@ -196,7 +196,7 @@ def test_adapters_are_base_and_delta(rslora: bool, tmp_path: Path) -> None:
     assert all(torch.equal(small[n], large[n]) for n in small)
 
 
-def test_an_adapter_as_peft_merges_it(tmp_path: Path) -> None:
+def test_merging_an_adapter_equals_peft(tmp_path: Path) -> None:
     """The base with its adapter alone, against peft's merge_and_unload."""
     try:
         import peft
@@ -226,7 +226,7 @@ def test_an_adapter_as_peft_merges_it(tmp_path: Path) -> None:
 
 
 def test_bf16_parents_are_merged_in_fp32(tmp_path: Path) -> None:
-    """The merged delta of bf16 parents is within a rounding of the float64 result, which bf16 arithmetic is not."""
+    """The merged delta of bf16 parents is within one rounding of the float64 result; bf16 arithmetic is not."""
     root = tmp_path
     write_set(root, "gqa")
     body = recipes(root, "gqa")["task_arithmetic"]

@@ -1,4 +1,4 @@
-"""What a merge leaves: a folder that transformers loads, a NeoX checkpoint that eval.py reads, a card, a report."""
+"""Outputs of a merge: a folder that transformers loads, a NeoX checkpoint that eval.py reads, a card, a report."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_transformers_loads_the_merged_model(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_eval_gives_the_same_loss_on_both_ways_to_neox(tmp_path: Path) -> None:
-    """Merge, convert, eval.py at TP 2; and merge straight to NeoX, eval.py at TP 1."""
+    """Merge, convert, eval.py at TP 2; and merge directly to NeoX, eval.py at TP 1."""
     case = Case(heads=4, kv_heads=2, head_dim=8, layers=2, intermediate=48, vocab=96, seq=16, rope=LLAMA3_ROPE)
     for seed, name in enumerate(("base", "a", "b")):
         case.hugging_face(seed).save_pretrained(tmp_path / name)
@@ -131,7 +131,7 @@ def test_warnings(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_card(folders: Path) -> None:
-    """Names, licences, seed, scheme and hashes; no path of this machine; the recipe in it repeats the merge."""
+    """Names, licenses, seed, scheme and hashes; no local paths; its recipe reproduces the merge."""
     body = good_recipe(folders) | {"name": "Llama-Test"}
     body["models"][0] |= {"label": "org/a-model", "license": "llama3.1"}
     (folders / "b" / "README.md").write_text("---\nlicense: other\nlicense_name: llama3.3\n---\n# b\n")
@@ -170,8 +170,8 @@ def test_card(folders: Path) -> None:
     convert("verify", out)
 
 
-def test_whose_tokenizer(folders: Path) -> None:
-    """The heaviest model with a chat template, unless the recipe says whose."""
+def test_the_tokenizer_comes_from_the_right_model(folders: Path) -> None:
+    """The model with a chat template and the largest weight, unless the recipe names another."""
     for name in ("base", "b"):
         (folders / name / "chat_template.jinja").unlink()
         (folders / name / "tokenizer_config.json").write_text("{}")

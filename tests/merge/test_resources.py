@@ -1,4 +1,4 @@
-"""A login node is enough: memory does not grow with the models, and nothing beyond torch's few is imported."""
+"""A login node is sufficient: memory does not grow with the models, and few libraries are imported."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_runs_from_anywhere_with_few_imports(folders: Path) -> None:
 
 
 def test_memory_is_bounded(tmp_path: Path) -> None:
-    """Models of 117 MB, one tensor 33 MB: beside what torch needs, the merge needs less than one of them."""
+    """Models of 117 MB with a 33 MB tensor: apart from torch itself, the merge needs less than one model."""
     model = Model(layers=3, heads=16, kv_heads=4, head_dim=64, intermediate=2048, vocab=16000)
     state = model.state()
     for name in ("base", "a", "b"):
@@ -83,7 +83,7 @@ def test_memory_is_bounded(tmp_path: Path) -> None:
 
 
 def test_a_70b_and_twenty_parents_fit_the_default(tmp_path: Path) -> None:
-    """What the plan takes for memory at the sizes of Llama-3.1-70B: bands shrink, the limit stays."""
+    """Planned memory at the sizes of Llama-3.1-70B: bands shrink so that the limit holds."""
     wide = Model(layers=1, heads=8, kv_heads=8, head_dim=128, intermediate=28672, vocab=64)
     state = wide.state()
     for number in range(21):

@@ -1,4 +1,4 @@
-"""The same bits for any number of threads, tile, band, shard, TP of inputs and output, order of models, and kill."""
+"""The same bits for any threads, tiles, bands, shards, TP of inputs and output, order of models, and kills."""
 
 from __future__ import annotations
 
@@ -90,8 +90,8 @@ def test_threads_tiles_shards_and_order(method: str, tmp_path: Path, monkeypatch
     assert tag_files(turned) == expected
 
 
-def test_the_pieces_of_measuring_are_part_of_the_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is measured of a whole tensor is exact: other pieces give the same sums to within fp32's rounding."""
+def test_other_piece_sizes_agree_within_rounding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measurements of a whole tensor are exact: other pieces give the same sums within fp32 rounding."""
     write_models(tmp_path)
     folders = [str(tmp_path / name) for name in ("base", "a", "b", "c")]
     results = []
@@ -103,7 +103,7 @@ def test_the_pieces_of_measuring_are_part_of_the_result(tmp_path: Path, monkeypa
 
 
 def test_a_mask_that_depends_on_the_tile_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The comparisons above can fail: an index that counts from the tile's start, and not the tensor's."""
+    """The comparisons above can fail: with an index relative to the tile instead of the tensor."""
     write_models(tmp_path)
     body = recipe_of("dare_ties", [str(tmp_path / name) for name in ("base", "a", "b", "c")]) | {"parameters": {}}
     assert same(merged_state(body, tile=16), merged_state(body, tile=1 << 16))
@@ -114,7 +114,7 @@ def test_a_mask_that_depends_on_the_tile_is_noticed(tmp_path: Path, monkeypatch:
 
 @pytest.mark.parametrize("tp", [1, 2, 8])
 def test_any_tensor_parallel_size(tp: int, tmp_path: Path) -> None:
-    """Parents as NeoX checkpoints and the output as one: the model is the one from Hugging Face folders."""
+    """With NeoX checkpoints as parents and output, the model equals that from Hugging Face folders."""
     write_models(tmp_path)
     names = ("base", "a", "b", "c")
     for name in names:
@@ -135,7 +135,7 @@ def test_any_tensor_parallel_size(tp: int, tmp_path: Path) -> None:
 
 
 def test_killed_and_resumed_at_ten_moments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """SIGKILL before some change to the file system, and --resume: the folder of an undisturbed run, or none yet."""
+    """SIGKILL before a change to the file system, then --resume: the folder equals that of an undisturbed run."""
     monkeypatch.setattr(job, "_LARGEST_BAND", 512)
     monkeypatch.setattr(job, "_SMALLEST_BAND", 512)
     monkeypatch.setattr(copy, "SYNC_SECONDS", 0.0)

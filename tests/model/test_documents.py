@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron.model import attention
 from megatron.model.attention import Varlen, causal_attention, document_attention, document_attention_on, one_by_one
-from megatron.model.documents import Documents, as_message, read_documents
+from megatron.model.documents import Documents, as_message, from_message
 from tests.support.varlen import Newer, Older, attended
 
 pytestmark = pytest.mark.unit
@@ -25,7 +25,7 @@ EDGES = ((0, 3, 5, 8), (0, 8), (0, 7, 8))
 
 
 def positions() -> Tensor:
-    """Three documents, one, and one of a token at the end, in samples of 8."""
+    """Samples of 8 tokens with three documents, with one, and with a one-token document at the end."""
     return torch.tensor([[0, 1, 2, 0, 1, 0, 1, 2], [0, 1, 2, 3, 4, 5, 6, 7], [0, 1, 2, 3, 4, 5, 6, 0]])
 
 
@@ -56,10 +56,10 @@ def test_edges_offsets_and_the_longest() -> None:
 
 def test_between_stages_positions_are_a_tensor() -> None:
     hidden, given = torch.zeros(2), positions()
-    stream = read_documents((hidden, given))
+    stream = from_message((hidden, given))
     assert stream[1].edges == EDGES
     assert as_message(stream)[1] is given
-    assert as_message(read_documents(hidden)) is hidden
+    assert as_message(from_message(hidden)) is hidden
 
 
 @pytest.mark.parametrize("way", [one_by_one, document_attention, None], ids=["one by one", "chosen", "varlen"])

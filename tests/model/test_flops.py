@@ -1,4 +1,4 @@
-"""FLOPs beside an adapter: no gradients of frozen weights, everything of the adapter's."""
+"""FLOPs with an adapter: no gradients for frozen weights, all passes for the adapter."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ EVERY = tuple(PROJECTIONS)
 
 
 def test_frozen_weights_count_four_times_and_the_adapter_six() -> None:
-    """161,792 parameters a layer and unit of rank: the sum of in and out of the seven projections."""
+    """161,792 parameters per layer and unit of rank: the sum of in and out features of the seven projections."""
     seq, shape = 8192, adapted(LLAMA_70B, 16, EVERY)
     assert adapter_alone(LLAMA_70B, 16, EVERY).num_parameters == 161_792 * 16 * 80
     whole = megatron_flops_per_token(LLAMA_70B, seq)
@@ -35,7 +35,7 @@ def test_a_shape_without_an_adapter_trains_all_of_its_rows() -> None:
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 def test_the_planner_leaves_out_what_frozen_weights_do_not_cost(sequence_parallel: bool) -> None:
-    """A step is shorter than one of all weights, and longer than two of its three passes."""
+    """A step is shorter than when training all weights, and longer than two of its three passes."""
     layout = ParallelLayout(8, 2, 2, 1, 32, recompute="full", sequence_parallel=sequence_parallel)
     full, lora = (estimate(s, layout, 8192, FRONTIER) for s in (LLAMA_70B, adapted(LLAMA_70B, 16, EVERY)))
     assert 0.6 * full.step_seconds < lora.step_seconds < 0.95 * full.step_seconds

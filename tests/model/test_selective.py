@@ -1,4 +1,4 @@
-"""What is computed again has the gradients of what is stored, and its memory is free in between."""
+"""Recomputation gives the same gradients as storing, and frees memory in between."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.unit
 
 
 class Chain:
-    """norm -> matrix -> activation -> matrix, with a residual, as a layer has them; `calls` counts both kinds."""
+    """norm -> matrix -> activation -> matrix, with a residual, as in a layer; `calls` counts both kinds."""
 
     def __init__(self) -> None:
         torch.manual_seed(0)
@@ -41,7 +41,7 @@ class Chain:
         return x + product(self.matrices[1], Recomputed(self.activation, up))
 
     def gradients(self, recomputed: bool, calls: int = 2) -> list[Tensor]:
-        """Of the input and all parameters, after `calls` passes forward and then as many backward."""
+        """Gradients of the input and all parameters, after `calls` forward and as many backward passes."""
         x = torch.randn(calls, 5, 16, generator=torch.Generator().manual_seed(1), requires_grad=True)
         parameters = [*self.norm.parameters(), *self.matrices.parameters()]
         for parameter in parameters:
@@ -55,7 +55,7 @@ class Chain:
 
 
 def test_gradients_are_the_same() -> None:
-    """But for the order in which the parts of an input's gradient are added up."""
+    """Except for the order in which parts of an input's gradient are summed."""
     chain = Chain()
     expected = chain.gradients(recomputed=False)
     for found, other in zip(chain.gradients(recomputed=True), expected, strict=True):
@@ -81,8 +81,8 @@ def test_memory_is_free_until_the_gradient_comes() -> None:
     assert held.nbytes() == x.nbytes
 
 
-def test_what_is_read_before_it_is_filled_again_would_be_seen() -> None:
-    """The product's own backward pass needs it: without the filling it fails instead of using what is not there."""
+def test_reading_freed_memory_would_be_detected() -> None:
+    """The product's backward pass needs the data: without recomputation it fails instead of using freed memory."""
     chain = Chain()
     x = torch.randn(5, 16, requires_grad=True)
     call = Recomputed(chain.norm_of, x)

@@ -1,4 +1,4 @@
-"""The products with gathered and scattered sequences, against plain torch; their collectives, counted and timed."""
+"""Products with gathered and scattered sequences compared with plain torch; count and order of their collectives."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SEQ, BATCH, IN, OUT, ROWS = 8, 3, 6, 12, 20
 
 
 def _slice(x: Tensor, dim: int) -> Tensor:
-    """This rank's slice of the sequence, with a gradient of its own."""
+    """This rank's slice of the sequence, with its own gradient."""
     return x.chunk(dist.get_world_size(), dim)[dist.get_rank()].clone().requires_grad_()
 
 
@@ -166,7 +166,7 @@ def collectives(names: list[str]) -> list[str]:
 
 
 def beside_products(names: list[str]) -> int:
-    """Collectives between whose launch and end a product is."""
+    """Collectives that overlap with a product."""
     spans = [
         (start, names.index(f"end of {kind}", start)) for start, kind in enumerate(names) if kind in collectives(names)
     ]

@@ -1,4 +1,4 @@
-"""What the message of a broken rule tells the user to do is done, literally, and the configuration is right."""
+"""Following the message of a broken rule literally makes the configuration valid."""
 
 from __future__ import annotations
 
@@ -217,7 +217,7 @@ def test_a_rule_s_advice_works(rule: str, broken: dict[str, Any], advice: str, d
 
 
 def test_no_rule_is_left_out() -> None:
-    """Of training's; some of the other tasks' follow."""
+    """All rules of training; some rules of other tasks follow."""
     assert {entry.name for entry in REGISTRY.rules if "train" in entry.tasks} == {rule for rule, *_ in FOLLOWED}
     for task in ("eval", "generate"):
         with pytest.raises(ConfigError, match="give load, the folder of a checkpoint"):
@@ -265,7 +265,7 @@ def test_all_problems_are_named_at_once() -> None:
 
 
 def test_a_wrong_key_does_not_make_others_look_wrong() -> None:
-    """The rules that read it are silent: only the key itself is named."""
+    """Rules that read it are skipped: only the key itself is reported."""
     for name in VALID:
         with pytest.raises(ConfigError) as caught:
             NeoXArgs.from_dict(keys(**{name: {"no": "such"}}))

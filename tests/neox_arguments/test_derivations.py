@@ -31,8 +31,8 @@ pytestmark = pytest.mark.unit
         (14336, 14336, 14336),
     ],
 )
-def test_the_neox_convention_is_gpt_neox_s(given_width: int, multiple: int, true_width: int) -> None:
-    """Pairs that were computed by GPT-NeoX itself; 14336 with mlp_multiple_of 14336 is its users' trick."""
+def test_the_neox_convention_equals_gpt_neox(given_width: int, multiple: int, true_width: int) -> None:
+    """Pairs computed by GPT-NeoX itself; 14336 with mlp_multiple_of 14336 is a trick of its users."""
     args = NeoXArgs.from_dict(
         keys(
             hidden_size=16384,
@@ -65,7 +65,7 @@ def test_kv_heads_default_to_heads() -> None:
     ],
 )
 def test_world_size(changes: dict, argument: int | None, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The launcher's number is handed in; variables that a batch script exports for somebody else are not read."""
+    """The launcher's number is passed in; variables that a batch script exports for other programs are not read."""
     monkeypatch.setenv("WORLD_SIZE", "12")
     args = NeoXArgs.from_dict(keys(**{"model_parallel_size": 2, "pipe_parallel_size": 2} | changes), argument)
     assert args.global_num_gpus == expected
@@ -185,7 +185,7 @@ def test_contradicting_precisions_stop(changes: dict, message: str) -> None:
 
 
 def test_deepspeed_always_gets_clipping_and_fp32_accumulation() -> None:
-    """GPT-NeoX leaves out values equal to its defaults, and so turned clipping off (gpt-neox #1432)."""
+    """GPT-NeoX omits values equal to its defaults, and thereby turned clipping off (gpt-neox #1432)."""
     config = NeoXArgs.from_dict(keys(precision="bfloat16")).deepspeed_config
     assert config["gradient_clipping"] == 1.0
     assert config["data_types"] == {"grad_accum_dtype": "fp32"}
@@ -201,7 +201,7 @@ def test_deepspeed_s_timers_have_an_interval() -> None:
     assert "steps_per_print" not in NeoXArgs.from_dict(VALID).deepspeed_config
 
 
-def test_sequence_parallelism_of_one_tensor_rank_is_none_and_said() -> None:
+def test_sequence_parallelism_on_one_tensor_rank_is_disabled_with_a_note() -> None:
     alone = NeoXArgs.from_dict(keys(sequence_parallel=True))
     assert not alone.sequence_parallel
     assert "pipeline" not in alone.deepspeed_config
@@ -212,7 +212,7 @@ def test_sequence_parallelism_of_one_tensor_rank_is_none_and_said() -> None:
     assert not any("sequence_parallel" in note for note in two.notes)
 
 
-def test_what_is_recomputed_is_said_by_either_key() -> None:
+def test_either_key_selects_recomputation() -> None:
     assert NeoXArgs.from_dict(VALID).recompute == "none"
     assert NeoXArgs.from_dict(keys(checkpoint_activations=True)).recompute == "full"
     assert NeoXArgs.from_dict(keys(recompute="full")).checkpoint_activations
@@ -230,7 +230,7 @@ def test_gpt_neox_s_recompute_of_generation_is_not_ours() -> None:
     assert NeoXArgs.from_dict(keys(recompute=False, checkpoint_activations=True)).recompute == "full"
 
 
-def test_what_is_overlapped_follows_the_engine() -> None:
+def test_overlap_follows_the_engine() -> None:
     def overlapped(**changes: Any) -> tuple[bool, bool]:
         args = NeoXArgs.from_dict(keys(**changes))
         return args.overlap_grad_reduce, args.overlap_param_gather
@@ -242,7 +242,7 @@ def test_what_is_overlapped_follows_the_engine() -> None:
 
 
 def test_other_programs_read_the_files_of_an_interleaved_run() -> None:
-    """At their own layout: the rules of virtual stages are training's."""
+    """At their own layout: the rules on virtual stages apply to training only."""
     given = keys(engine="megatron", virtual_pipe_parallel_size=2, from_scratch=None, load="runs/a")
     assert NeoXArgs.from_dict(given, task="eval").virtual_pipe_parallel_size == 2
 
@@ -271,14 +271,14 @@ def test_the_old_spelling_of_rope_type_is_read() -> None:
     assert NeoXArgs.from_dict(keys(rope_scaling=old)).rope_scaling == NeoXArgs.from_dict(VALID).rope_scaling
 
 
-def test_everything_that_may_be_left_out_is_filled() -> None:
+def test_optional_keys_are_filled_in() -> None:
     args = NeoXArgs.from_dict(VALID)
     for name, field in NeoXArgs.model_fields.items():
         if isinstance(field.json_schema_extra, dict) and "x-derived" in field.json_schema_extra:
             assert getattr(args, name) is not None, name
 
 
-def test_merged_holds_what_the_user_gave() -> None:
+def test_merged_contains_the_keys_of_the_user() -> None:
     args = NeoXArgs.from_dict({"vocab-file": "t.json", **VALID})
     assert args.merged == {"vocab_file": "t.json", **VALID}
 
@@ -304,7 +304,7 @@ def test_json_brings_back_the_same_object() -> None:
 
 
 def test_no_heavy_import() -> None:
-    """A login node checks a configuration without torch; --help and --print-config are instant because of it."""
+    """A login node can check a configuration without torch, which also makes --help and --print-config fast."""
     code = (
         "import sys, deepy, megatron.launcher, megatron.neox_arguments.schema\n"
         "heavy = {'torch', 'deepspeed', 'megatron.core', 'numpy', 'transformers'} & set(sys.modules)\n"

@@ -1,4 +1,4 @@
-"""Rules of the keys of embed.py: each stops what it should, and without it the case passes."""
+"""Rules of the keys of embed.py: each rejects its case, which passes without the rule."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
     ("embedded_with_some_weights", {"embed": ASKED, "load": None}, "embed.py needs load, the folder of a checkpoint"),
     ("texts_to_embed_are_given", {}, "embed.input is missing"),
     ("texts_to_embed_have_a_tokenizer", {"embed": ASKED, "vocab_file": None}, "embed.py reads texts: give vocab_file"),
-    ("images_are_read_whole", {**IMAGES, "embed": {**ASKED, "text_field": "x"}}, "embed.text_field is of texts"),
+    ("images_are_read_whole", {**IMAGES, "embed": {**ASKED, "text_field": "x"}}, "embed.text_field applies to texts"),
     ("vectors_have_a_format", {"embed": {**ASKED, "output": "a.txt"}}, "ends in .npy or .parquet"),
     ("embedded_layers_exist", {"embed": {**ASKED, "layers": [0, 99]}}, "embed.layers [99]: expected numbers from 0"),
     ("embedded_layers_exist", {"embed": {**ASKED, "layers": []}}, "embed.layers []: expected numbers from 0"),
@@ -34,7 +34,7 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("rule", "changes", "message"), BROKEN)
-def test_a_broken_rule_is_said(
+def test_a_broken_rule_is_reported(
     rule: str, changes: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)) as caught:

@@ -1,4 +1,4 @@
-"""Rules of the evaluation keys: each stops what it should, and without it the case passes."""
+"""Rules of the evaluation keys: each rejects its case, which passes without the rule."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ BROKEN: list[tuple[str, Task, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("rule", "task", "changes", "message"), BROKEN)
-def test_a_broken_rule_is_said(
+def test_a_broken_rule_is_reported(
     rule: str, task: Task, changes: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(evaluation, "find_spec", lambda name: None)  # as if lm-eval were missing

@@ -1,4 +1,4 @@
-"""Files that were written for GPT-NeoX: a Llama's is read as GPT-NeoX reads it, another model's is told so first."""
+"""Files written for GPT-NeoX: a Llama is read as by GPT-NeoX, and another model is rejected as such first."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.gpt_neox_files import LLAMA, MACHINE, TRAINING
 pytestmark = pytest.mark.unit
 
 
-def test_a_llama_s_files_are_taken_as_they_are() -> None:
+def test_llama_files_are_accepted_unchanged() -> None:
     args = NeoXArgs.from_dict({**LLAMA, **TRAINING, **MACHINE})
     assert (args.pipe_parallel_size, args.zero_optimization.stage, args.launcher) == (1, 1, "auto")
     assert (args.precision, args.tokenizer_type, args.rotary_emb_base) == ("fp16", "GPT2BPETokenizer", 10000)
@@ -99,14 +99,14 @@ def test_an_expansion_factor_is_a_width() -> None:
 
 
 def test_three_times_a_width_is_that_width() -> None:
-    """What the messages tell people to write, for every published width."""
+    """The value advised by the messages, for every published width."""
     for width, _ in PUBLISHED.values():
         assert gpt_neox_matrices(3 * width, 1) == (2 * width, width)
         assert gpt_neox_matrices(3 * width, 256) == (2 * width, width)
 
 
 def test_a_width_that_is_not_the_published_one_is_named() -> None:
-    """GPT-NeoX's file for Code Llama 34B leaves the width out."""
+    """GPT-NeoX's file for Code Llama 34B omits the width."""
     sizes = {"num_layers": 48, "hidden_size": 8192, "num_attention_heads": 64, "num_kv_heads": 8}
     changes = {"intermediate_size": None, "intermediate_size_convention": None, "mlp_multiple_of": 256}
     note = next(
@@ -169,7 +169,7 @@ OTHERS: list[tuple[dict[str, Any], str, str]] = [
 
 
 @pytest.mark.parametrize(("changes", "kind", "reason"), OTHERS)
-def test_another_model_is_told_so_first_with_all_reasons(changes: dict, kind: str, reason: str) -> None:
+def test_another_model_is_rejected_first_with_all_reasons(changes: dict, kind: str, reason: str) -> None:
     wrong = {"min_lr": 1.0, "train_iters": "10", "te_mha": True, "gas": 4}
     with pytest.raises(ConfigError) as caught:
         NeoXArgs.from_dict(keys(**changes, **wrong))
@@ -182,7 +182,7 @@ def test_another_model_is_told_so_first_with_all_reasons(changes: dict, kind: st
 
 
 @pytest.mark.parametrize("name", DECIDING)
-def test_what_makes_a_llama_is_never_taken_for_granted(name: str) -> None:
+def test_keys_that_define_a_llama_have_no_defaults(name: str) -> None:
     """GPT-NeoX would build another model from the same file."""
     llama, default = DECIDING[name]
     with pytest.raises(ConfigError) as caught:
@@ -226,7 +226,7 @@ def test_files_without_a_model_are_not_called_another_model() -> None:
         ({"rope_theta": 500000.0}, "write rotary_emb_base: 500000.0"),
     ],
 )
-def test_old_words_are_answered_with_today_s_key_and_value(changes: dict, answer: str) -> None:
+def test_old_keys_are_answered_with_the_current_key_and_value(changes: dict, answer: str) -> None:
     with pytest.raises(ConfigError) as caught:
         NeoXArgs.from_dict(keys(**changes))
     name = next(iter(changes))

@@ -1,4 +1,4 @@
-"""Reading, merging and overriding: numbers are numbers, and nothing is given twice or swallowed."""
+"""Reading, merging and overriding: numbers are parsed as numbers, and duplicate or ignored keys are errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The key `lora`: what an adapter's folder says is derived, what contradicts it or is not supported is refused."""
+"""The key `lora`: values are derived from the adapter's folder; contradictions and unsupported values are rejected."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LAYERS = 4
 
 
 def write_adapter(folder: Path, targets: tuple[str, ...] = ("q_proj", "v_proj"), rank: int = 2, **config: Any) -> Path:
-    """An adapter of peft for the valid keys' model; with other tensors by `extra`, `without` and `ranks`."""
+    """A peft adapter for the model of the valid keys; `extra`, `without` and `ranks` modify its tensors."""
     folder.mkdir(parents=True, exist_ok=True)
     extra, without, ranks = config.pop("extra", []), config.pop("without", []), config.pop("ranks", {})
     given = {"peft_type": "LORA", "r": rank, "lora_alpha": 4, "bias": "none", "target_modules": list(targets)}
@@ -42,7 +42,7 @@ def arguments(lora: dict[str, Any]) -> NeoXArgs:
     return NeoXArgs.from_dict(keys(lora=lora, from_scratch=None, load="runs/base"))
 
 
-def test_the_adapter_says_what_it_is(tmp_path: Path) -> None:
+def test_adapter_settings_come_from_its_folder(tmp_path: Path) -> None:
     args = arguments({"load": str(write_adapter(tmp_path / "a", use_rslora=True))})
     assert args.lora is not None
     assert (args.lora.rank, args.lora.alpha, args.lora.rslora) == (2, 4.0, True)
@@ -53,7 +53,7 @@ def test_the_adapter_says_what_it_is(tmp_path: Path) -> None:
     assert (again.lora, again.trained_shape) == (args.lora, args.trained_shape)
 
 
-def test_what_is_given_besides_must_agree(tmp_path: Path) -> None:
+def test_additional_keys_must_agree_with_the_adapter(tmp_path: Path) -> None:
     folder = str(write_adapter(tmp_path / "a"))
     assert arguments({"load": folder, "rank": 2, "targets": ["v_proj", "q_proj"]}).lora is not None
     for name, value in (("rank", 3), ("alpha", 8), ("targets", ["q_proj"]), ("rslora", True)):
@@ -89,18 +89,18 @@ def test_a_folder_that_only_the_nodes_see() -> None:
         ({"rank": 2, "alpha": 4, "quantization": "nf4"}, "raise model_parallel_size"),
     ],
 )
-def test_what_is_refused(lora: dict[str, Any], message: str) -> None:
+def test_invalid_input_is_rejected(lora: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         arguments(lora)
 
 
-def test_neutral_words_change_nothing() -> None:
+def test_neutral_values_have_no_effect() -> None:
     plain = arguments({"rank": 2, "alpha": 4}).lora
     assert arguments({"rank": 2, "alpha": 4, "dropout": 0.0, "bias": "none", "load_in_4bit": False}).lora == plain
 
 
 @pytest.mark.parametrize("name", ["load_in_4bit", "load_in_8bit", "quantization_config"])
-def test_a_quantised_base_is_refused_where_hugging_face_says_it(name: str) -> None:
+def test_a_quantized_base_is_rejected(name: str) -> None:
     with pytest.raises(ConfigError, match=rf"{name}: .* raise model_parallel_size"):
         NeoXArgs.from_dict(keys(**{name: {"bits": 4} if name == "quantization_config" else True}))
 
@@ -134,10 +134,10 @@ def test_adapters_that_are_not_understood_are_refused_by_name(
         arguments({"load": str(folder)})
 
 
-def test_folders_that_are_no_adapter(tmp_path: Path) -> None:
+def test_folders_without_an_adapter_are_rejected(tmp_path: Path) -> None:
     folder = write_adapter(tmp_path / "a")
     (folder / WEIGHTS).write_bytes(b"not safetensors")
-    with pytest.raises(PeftError, match="is no safetensors file"):
+    with pytest.raises(PeftError, match="is not a safetensors file"):
         read_adapter(folder)
     (folder / WEIGHTS).rename(folder / "adapter_model.bin")
     with pytest.raises(PeftError, match="save it again with safe_serialization=True"):

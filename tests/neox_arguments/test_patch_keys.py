@@ -1,4 +1,4 @@
-"""Keys of images: what follows from the data's header, the shape of the model, and what the programs ask for."""
+"""Keys for images: values derived from the data's header, the shape of the model, and requirements of the programs."""
 
 from __future__ import annotations
 

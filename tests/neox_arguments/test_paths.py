@@ -26,7 +26,7 @@ pytestmark = pytest.mark.unit
         ("cost 5$", "cost 5$"),
     ],
 )
-def test_what_a_path_becomes(text: str, expected: str) -> None:
+def test_paths_are_expanded(text: str, expected: str) -> None:
     assert expand_path(text, {"SCRATCH": "/scratch"}) == expected
 
 
@@ -59,9 +59,9 @@ def test_the_nodes_expand_what_is_left_to_them(tmp_path: Path) -> None:
 
 
 def test_no_path_is_forgotten() -> None:
-    """Every key that says that it is a path, a file, a folder or a prefix."""
+    """Every key described as a path, a file, a folder or a prefix."""
     sounds = re.compile(r"\b(folder|path|prefix(es)?|label files|file\.)\b|^where generated|^prompts", re.IGNORECASE)
-    # These speak of the paths of other keys.
+    # These mention paths of other keys.
     exceptions = {"data_impl", "data_order", "profile", "iteration", "split", "chat", "text_gen_type", "show_thinking"}
     for name, field in NeoXArgs.model_fields.items():
         if sounds.search(field.description or "") and name not in exceptions:

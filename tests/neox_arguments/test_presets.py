@@ -1,4 +1,4 @@
-"""The shipped YAML files: loaded, counted, and known to editors; the schema and the table of keys are current."""
+"""The shipped YAML files are valid, have the right sizes and name the schema; schema and table of keys are current."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_presets_have_the_published_number_of_parameters(model: str, parameters:
 
 @pytest.mark.parametrize(("size", "parameters"), ASTROPT.items())
 def test_sizes_of_astropt_say_how_many_parameters_they_have(size: str, parameters: int) -> None:
-    """Counted once more by hand: four attention matrices and three of the MLP, two MLPs for the patches, norms."""
+    """Counted by hand: four attention matrices and three of the MLP, two MLPs for the patches, norms."""
     args = NeoXArgs.from_ymls(RUNS[f"astropt-{size}"])
     h, f, layers = args.hidden_size, args.intermediate_size, args.num_layers
     by_hand = layers * (4 * h * h + 3 * h * f + 2 * h) + h + 2 * 4 * h * (16 * 16 * 3 + h)
@@ -103,8 +103,8 @@ def test_only_the_1b_is_tied() -> None:
 
 
 @pytest.mark.parametrize("files", RUNS.values(), ids=RUNS)
-def test_runs_are_valid_and_hold_no_surprise(files: list[Path]) -> None:
-    """No key without effect, no uneven stages, no run that saves nothing; `auto` may say what it chose."""
+def test_shipped_runs_are_valid_without_surprises(files: list[Path]) -> None:
+    """No key without effect, no uneven stages, no run without saves; a note on the choice of `auto` is allowed."""
     notes = NeoXArgs.from_ymls(files).notes
     assert [note for note in notes if not note.startswith("precision auto: ")] == []
 
@@ -116,7 +116,7 @@ def test_every_file_is_part_of_a_model_or_a_run_above() -> None:
 
 @pytest.mark.parametrize("run", ["cpt", "sft"])
 def test_virtual_stages_keep_the_layout_of_astrosage(run: str) -> None:
-    """With what its first lines say of the run file's recomputation, and not without."""
+    """With the change of recomputation given in its first lines, and not without it."""
     files = [CONFIGS / "llama31_70b" / f"{name}.yml" for name in ("model", run)]
     args = NeoXArgs.from_ymls([*files, INTERLEAVED], {"checkpoint_activations": False})
     assert (args.engine, args.virtual_pipe_parallel_size, args.recompute) == ("megatron", 5, "none")
@@ -137,7 +137,7 @@ def test_the_70b_has_the_layout_of_astrosage(run: str, machine: str) -> None:
 
 
 def test_the_fine_tune_continues_the_pre_training() -> None:
-    """It loads what the other saves, and the hyperparameters that the paper leaves unchanged are the same."""
+    """It loads the other's checkpoints, and hyperparameters that are unchanged in the paper are the same."""
     cpt, sft = (read_yaml(CONFIGS / "llama31_70b" / f"{name}.yml")[0] for name in ("cpt", "sft"))
     assert sft["load"] == cpt["save"]
     same = ["optimizer", "train_batch_size", "gradient_clipping", "lr_decay_style", "warmup", "min_lr", "precision"]

@@ -1,4 +1,4 @@
-"""Every rule and warning of the keys: a configuration that breaks this one alone, and what the user reads."""
+"""Every rule and warning of the keys: a configuration that breaks only this one, and its message."""
 
 from __future__ import annotations
 
@@ -196,7 +196,7 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("rule", "changes", "message"), BROKEN)
-def test_a_broken_rule_is_said_alone(rule: str, changes: dict, message: str) -> None:
+def test_only_the_broken_rule_is_reported(rule: str, changes: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)) as caught:
         NeoXArgs.from_dict(keys(**changes))
     assert "things are wrong" not in str(caught.value), "the case should break one rule"
@@ -206,7 +206,7 @@ def test_a_broken_rule_is_said_alone(rule: str, changes: dict, message: str) -> 
 def test_without_the_rule_the_case_passes(
     rule: str, changes: dict, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The case is caught by its own rule: taking the rule away lets it through."""
+    """The case is caught by its own rule: without that rule it passes."""
     monkeypatch.setattr(REGISTRY, "rules", [entry for entry in REGISTRY.rules if entry.name != rule])
     NeoXArgs.from_dict(keys(**changes))
 
@@ -273,7 +273,7 @@ NOTED_GENERATION: list[tuple[str, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("rule", "changes", "message"), BROKEN_GENERATION)
-def test_a_broken_rule_of_generation_is_said(
+def test_a_broken_generation_rule_is_reported(
     rule: str, changes: dict, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = keys(**GENERATION | changes)
@@ -312,8 +312,8 @@ def test_every_rule_and_warning_has_a_case() -> None:
     assert {entry.name for entry in REGISTRY.warnings} == noted
 
 
-def test_what_a_key_file_registers_is_run() -> None:
-    """A file of keys whose registry is not joined would have rules that never run."""
+def test_registered_rules_are_run() -> None:
+    """Rules in a key file whose registry is not included would never run."""
     modules = [
         importlib.import_module(f"{key_files.__name__}.{found.name}")
         for found in pkgutil.iter_modules(key_files.__path__)
@@ -332,7 +332,7 @@ def test_valid_keys_pass() -> None:
     assert args.notes == ("save is not given: this run writes no checkpoint",)
 
 
-def test_all_broken_rules_are_said_at_once() -> None:
+def test_all_broken_rules_are_reported_at_once() -> None:
     """Unknown keys, wrong values, contradictions and broken rules, in one round."""
     changes = {"min_lr": 1.0, "seq_length": 4096, "zero_optimization": {"stage": 2}, "hiden_size": 3, "seed": "a"}
     with pytest.raises(ConfigError, match="6 things are wrong") as caught:
@@ -341,8 +341,8 @@ def test_all_broken_rules_are_said_at_once() -> None:
     assert all(word in str(caught.value) for word in words)
 
 
-def test_what_depends_on_a_wrong_key_is_not_judged() -> None:
-    """The first mistake alone is reported, not what would follow from a guess at its value."""
+def test_rules_that_depend_on_a_wrong_key_are_skipped() -> None:
+    """Only the first mistake is reported, not consequences of a guessed value."""
     with pytest.raises(ConfigError) as caught:
         NeoXArgs.from_dict(keys(hidden_size="128", num_kv_heads=None))
     assert (
@@ -366,13 +366,13 @@ def test_evaluation_needs_no_optimizer() -> None:
 
 
 def test_the_historic_width_of_the_70b_is_refused_with_the_right_number() -> None:
-    """Where the convention says that the number is the width itself."""
+    """Under the convention in which the number is the width itself."""
     with pytest.raises(ConfigError, match="Write intermediate_size: 28672"):
         NeoXArgs.from_dict(keys(hidden_size=8192, num_attention_heads=64, num_kv_heads=8, intermediate_size=86016))
 
 
 def test_problems_are_reported_in_the_order_of_the_groups() -> None:
-    """The model first: what is wrong with it often explains the rest."""
+    """The model first, because its problems often explain the rest."""
     changes = {"save": "x", "skip_sample_ranges": [[1]], "train_data_paths": None, "min_lr": 1.0, "num_nodes": 2}
     with pytest.raises(ConfigError) as caught:
         NeoXArgs.from_dict(keys(**changes, rope_scaling={**ROPE, "low_freq_factor": 4.0}))

@@ -1,4 +1,4 @@
-"""CPUs of ranks against their GPUs, with the map of the MI250X node."""
+"""CPUs of ranks compared with their GPUs, using the map of the MI250X node."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_mixed_schemes_are_far() -> None:
     assert [seat.local_rank for seat in far] == [0, 1, 4, 5, 6, 7]
 
 
-def test_a_kernel_that_does_not_tell_is_not_far() -> None:
+def test_a_rank_without_numa_information_is_not_far() -> None:
     ranks = seats([0, 1])
     assert far_from_gpu(ranks, {0: None, 1: 3}, {0: Cpus((1,), (0,)), 1: Cpus((9,), ())}) == []
 
@@ -83,7 +83,7 @@ def test_ranks_on_one_core_stop() -> None:
     check_cpus([Seat(n, f"n{n}", 0, 0, 0, n, "gcd0") for n in range(8)], crowded)  # one on each node
 
 
-def test_own_cpus_are_the_kernel_s(tmp_path: Path) -> None:
+def test_own_cpus_come_from_the_kernel(tmp_path: Path) -> None:
     mine = os.sched_getaffinity(0)
     for domain, text in ((0, f"{min(mine)}"), (1, "4000-4003"), (2, "4100,4102-4103")):
         (tmp_path / f"node{domain}").mkdir()

@@ -34,7 +34,7 @@ def seats(
     cyclic: bool = False,
     gcds: Sequence[int] = CLOSEST_GCDS,
 ) -> list[Seat]:
-    """Ranks numbered node by node, or (cyclic) dealt out one to each node in turn; `gcds` is by local rank."""
+    """Ranks numbered node by node, or (cyclic) assigned to the nodes in turn; `gcds` is indexed by local rank."""
     world = pipe * data * tensor
     nodes = world // per_node
     places = []
@@ -71,7 +71,7 @@ LUMI_GCDS = tuple(range(8))  # all visible, and local rank n takes GCD n
 
 @pytest.mark.parametrize("gcds", [CLOSEST_GCDS, LUMI_GCDS])
 def test_2048_ranks_with_either_binding(gcds: Sequence[int]) -> None:
-    """Every GCD of every node once, a TP group on one node, pipeline neighbours 32 nodes apart."""
+    """Every GCD of every node once, a TP group on one node, pipeline neighbors 32 nodes apart."""
     all_seats = seats(gcds=gcds)
     check_tensor_groups(all_seats)
     check_devices(all_seats)
@@ -106,7 +106,7 @@ def test_nodes_of_six_ranks_tear_groups_apart() -> None:
 
 
 def test_two_ranks_with_one_device_stop() -> None:
-    """What `--gpu-bind=closest` does to a program that takes device LOCAL_RANK modulo what it sees."""
+    """The effect of `--gpu-bind=closest` on a program that uses device LOCAL_RANK modulo the visible devices."""
     wrong = [Seat(rank, "n0", rank, 0, 0, rank, "0000:d1:00.0") for rank in range(2)]
     with pytest.raises(ConfigError, match=r"ranks 0 and 1 on n0 have taken the same GPU 0000:d1:00\.0"):
         check_devices(wrong)
@@ -136,7 +136,7 @@ def test_device_index_of_the_sites_binding_schemes(env: dict, local: int, visibl
         (3, 8, 1, {"HIP_VISIBLE_DEVICES": "3", "CUDA_VISIBLE_DEVICES": "4"}, "contradict each other"),
     ],
 )
-def test_what_cannot_be_right_stops(local: int, ranks: int | None, visible: int, env: dict, said: str) -> None:
+def test_impossible_settings_are_rejected(local: int, ranks: int | None, visible: int, env: dict, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         device_index(local, ranks, visible, env)
 
@@ -154,7 +154,7 @@ def test_masks_that_fit_each_other_pass(env: dict) -> None:
 
 
 def test_the_map_of_the_node_is_olcf_s() -> None:
-    """Two GCDs a NUMA domain, the four domains in the order of the cores, and so of the local ranks."""
+    """Two GCDs per NUMA domain, the four domains in the order of the cores, and thus of the local ranks."""
     assert sorted(CLOSEST_GCDS) == list(range(8))
     assert [NUMA_OF_GCD[gcd] for gcd in CLOSEST_GCDS] == [0, 0, 1, 1, 2, 2, 3, 3]
     assert Counter(NUMA_OF_GCD.values()) == {0: 2, 1: 2, 2: 2, 3: 2}

@@ -1,4 +1,4 @@
-"""The configuration as it reaches the ranks: whole or not at all."""
+"""The configuration reaches the ranks completely or not at all."""
 
 from __future__ import annotations
 

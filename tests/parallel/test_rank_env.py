@@ -1,4 +1,4 @@
-"""Who a process is: Slurm's variables, torchrun's, both, half of them, none."""
+"""The identity of a process from Slurm's variables, torchrun's, both, an incomplete set, or none."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_sources(env: dict[str, str], expected: StartedRank | None) -> None:
         ({"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, "without SLURM_NTASKS"),
     ],
 )
-def test_what_cannot_be_right_stops(env: dict[str, str], said: str) -> None:
+def test_impossible_settings_are_rejected(env: dict[str, str], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         find_started_rank(env)
 
@@ -80,7 +80,7 @@ def test_host_lists(hostlist: str, hosts: list[str]) -> None:
 
 
 @pytest.mark.parametrize("hostlist", ["", "n[", "n]0[", "n[3-1]", "n[a-b]", "n[1,]", ",", "a,,b"])
-def test_what_is_no_host_list_stops(hostlist: str) -> None:
+def test_invalid_host_lists_are_rejected(hostlist: str) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
         expand_hosts(hostlist)
 
@@ -116,6 +116,6 @@ def test_nobody_says_where_to_meet() -> None:
 
 
 def test_nodes_have_slurm_s_name() -> None:
-    """Virtual nodes share a host, and `--exclude` wants Slurm's name."""
+    """Virtual nodes share a host, and `--exclude` needs Slurm's name."""
     assert node_name({"SLURMD_NODENAME": "n3"}) == "n3"
     assert node_name({}) != ""

@@ -1,7 +1,7 @@
 """From a Hugging Face folder through the converter into this project's model, and from its checkpoint back.
 
-The whole way a user goes, files only: `to-neox`, the model.yml it wrote, the trainer's own loader, logits against
-`transformers`; then the trainer's own save, `to-hf`, and the same bits as at the start.
+The complete path of a user, through files only: `to-neox`, its model.yml, the trainer's loader, logits compared with
+`transformers`; then the trainer's save, `to-hf`, and the same bits as at the start.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def test_a_training_checkpoint_goes_back_bit_for_bit(tied: bool, tmp_path: Path)
 
 
 def _load_with_deepspeed(rank: int, world_size: int, folder: Path, tp: int, pp: int) -> list[tuple[int, str, bytes]]:
-    """Weights after DeepSpeed's own `load_checkpoint`, the one that GPT-NeoX calls."""
+    """Weights after DeepSpeed's own `load_checkpoint`, which GPT-NeoX calls."""
     from deepspeed.pipe import PipelineModule
 
     from megatron.engine.deepspeed_module import LlamaPipelineModule
@@ -148,7 +148,7 @@ def _load_with_deepspeed(rank: int, world_size: int, folder: Path, tp: int, pp: 
 
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (2, 2)])
 def test_files_are_what_deepspeed_itself_reads(tp: int, pp: int, tmp_path: Path) -> None:
-    """GPT-NeoX loads layer files and mp_rank files by DeepSpeed's pipeline engine."""
+    """GPT-NeoX loads layer files and mp_rank files with DeepSpeed's pipeline engine."""
     hugging_face_folder(tmp_path / "hf", CASES["gqa"])
     folder = tmp_path / "neox"
     convert("to-neox", "--input", tmp_path / "hf", "--output", folder, "--tp", tp)

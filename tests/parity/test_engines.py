@@ -71,7 +71,7 @@ SLOW: list[Any] = [
 
 
 def assert_equals_one_process(variants: tuple[Variant, ...], split: Split, sliced: bool, keys: Keys) -> None:
-    """Within a few roundings of fp32 (a loss of 5 has steps of 1e-7) of one process with the same micro-batches."""
+    """Within a few fp32 roundings (1e-7 relative for a loss of 5) of one process with the same micro-batches."""
     micro_batch = tuple(key for key in keys if key[0] == "train_micro_batch_size_per_gpu")
     reference = trained(variants, ONE, False, micro_batch)
     for variant, found, one in zip(variants, trained(variants, split, sliced, keys), reference, strict=True):
@@ -129,7 +129,7 @@ def test_bf16_is_as_near_to_one_process_as_deepspeed_is() -> None:
 
 
 def _disturbed(rank: int, world_size: int, split: Split, trap: str) -> list[tuple[float, float]]:
-    """The history of a training with one safeguard taken away."""
+    """The history of a training run with one safeguard removed."""
     from megatron.engine import mcore, mcore_links, mcore_optimizer
 
     variant, keys = PLAIN, virtual(2, **AT_ONCE) if split[1] > 1 else MEGATRON
@@ -149,7 +149,7 @@ def _disturbed(rank: int, world_size: int, split: Split, trap: str) -> list[tupl
 
 
 def _with_late_messages(rank: int, world_size: int, split: Split) -> list[tuple[float, float]]:
-    """A training in which every end of a message is posted some milliseconds late, other ones on every rank."""
+    """A training run in which each end of a message is posted some milliseconds late, differently on every rank."""
     from megatron.engine import mcore_links
 
     delays = random.Random(rank)
@@ -174,7 +174,7 @@ def test_late_messages_change_nothing(split: Split) -> None:
 
 
 def _use_batched_messages(mcore: Any) -> None:
-    """megatron-core's own exchange, batched: both neighbours of a stage are one rank where there are two."""
+    """megatron-core's own exchange, batched: both neighbors of a stage are one rank where there are two."""
     from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
     configured = mcore.transformer_config
@@ -236,7 +236,7 @@ def norm_differences(history: list[tuple[float, float]], reference: Training) ->
     ],
 )
 def test_without_its_safeguard_another_model_is_trained(trap: str, split: Split, least: float) -> None:
-    """The norms of three steps are off by what is known of each trap; with all safeguards they are equal."""
+    """Without a safeguard, the norms of three steps are wrong by a known amount; with all of them they are equal."""
     reference = trained((PLAIN,), ONE)[0]
     history = run_ranks(_disturbed, split[1], split, trap)[0]
     off = max(norm_differences(history, reference))
@@ -248,6 +248,6 @@ def test_without_its_safeguard_another_model_is_trained(trap: str, split: Split,
 
 
 def test_a_tied_matrix_is_waited_for() -> None:
-    """The last stage's head reads it past the hooks that wait; then the next gather finds one that never ended."""
+    """The last stage's head reads it without the hooks that wait; the next gather then finds an unfinished one."""
     outcome = run_ranks(_disturbed, 4, (1, 2, 2), "a tied matrix that nobody waits for", expect_failure=True)
     assert any("assert self.param_gather_handle is None" in output for _, output in outcome)

@@ -1,4 +1,4 @@
-"""bf16 runs add their gradients up in fp32, over micro-batches and over data-parallel ranks alike."""
+"""bf16 runs accumulate gradients in fp32, over micro-batches as well as over data-parallel ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""With `isolate_documents` a packed sample is its documents, each as if it were alone."""
+"""With `isolate_documents`, the documents of a packed sample are processed as if each were alone."""
 
 from __future__ import annotations
 

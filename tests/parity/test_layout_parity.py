@@ -91,7 +91,7 @@ def test_every_layout_trains_the_same_model(case: Case, split: tuple[int, int, i
 
 
 def _recomputed(rank: int, world_size: int, recompute: int | None) -> tuple[Any, dict[int, int]]:
-    """The training of stages of two layers, and how often each layer number ran in one step of two micro-batches."""
+    """Train stages of two layers; also returns how often each layer ran in a step of two micro-batches."""
     from megatron.model.llama import TransformerLayer
 
     args = arguments(UNTIED, (1, 2, 1), recompute_layers=recompute, gradient_accumulation_steps=2)
@@ -136,7 +136,7 @@ def test_bf16_layouts_agree_within_its_rounding(split: tuple[int, int, int]) -> 
 
 
 def transformers_loop(case: Case) -> tuple[list[tuple[float, float]], dict[str, torch.Tensor]]:
-    """The same training as a reader of the PyTorch tutorial would write it."""
+    """The same training as a straightforward PyTorch loop."""
     import torch.nn.functional as F
 
     model = case.hugging_face().train()

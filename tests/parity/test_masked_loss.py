@@ -1,4 +1,4 @@
-"""A learned token weighs the same wherever it stands: micro-batch, accumulation and data-parallel splits agree."""
+"""A learned token has the same weight in every position: micro-batch, accumulation and data-parallel splits agree."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_splits_give_equal_gradients(split: str, samples: list[Any], whole_batch
 
 
 def test_means_of_means_would_be_seen(samples: list[Any], whole_batch: list[Tensor]) -> None:
-    """The bound above can fail: the masks are uneven enough that GPT-NeoX's normalisation misses it widely."""
+    """The bound above can fail: the masks are so uneven that GPT-NeoX's normalization exceeds it by far."""
     quarters = [whole_gradients(CASE, 1, 8, 1, samples[start : start + 8]) for start in range(0, SAMPLES, 8)]
     averaged = [torch.stack(parts).mean(0) for parts in zip(*quarters, strict=True)]
     assert relative_difference(averaged[0], whole_batch[0]) > 1e-3

@@ -62,7 +62,7 @@ def test_the_batch_is_packed_isolated_and_unevenly_masked(keys: dict[str, Any], 
     assert max(learned) > 1.2 * min(learned)
 
 
-def test_what_is_learned_is_what_the_assistant_says(keys: dict[str, Any], samples: list[Any]) -> None:
+def test_only_assistant_text_is_learned(keys: dict[str, Any], samples: list[Any]) -> None:
     tokenizer = build_tokenizer("HFTokenizer", keys["vocab_file"])
     said = {f"{m['content']}<|eot_id|>" for tag in ("stars", "gardens") for record in conversations(90, tag)
             for m in record["messages"] if m["role"] == "assistant"}  # fmt: skip
@@ -90,7 +90,7 @@ def test_splits_give_equal_gradients(split: str, samples: list[Any], whole_batch
 
 
 def test_learning_the_user_s_words_too_would_be_seen(samples: list[Any], whole_batch: list[Tensor]) -> None:
-    """The masks matter to these gradients: without them they are others."""
+    """The masks affect these gradients: without the masks they differ."""
     unmasked = []
     for sample in samples:
         labels = torch.cat([sample["tokens"][1:], torch.tensor([IGNORE_INDEX])])

@@ -72,7 +72,7 @@ def trained(runs: list[tuple[PatchCase, tuple[int, int, int], dict]]) -> list[An
 
 @cache
 def reference(case: PatchCase) -> tuple[list[tuple[float, float]], dict[str, Tensor]]:
-    """The same training as a reader of the PyTorch tutorial would write it, around transformers' LlamaModel."""
+    """The same training as a straightforward PyTorch loop around transformers' LlamaModel."""
     model = case.hugging_face().train()
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() == 1]
@@ -155,7 +155,7 @@ def test_bf16_stays_within_its_rounding() -> None:
 
 
 def _norm_without_the_others(rank: int, world_size: int) -> None:
-    """A stage whose group of parameters the next one lacks, without what waits for it."""
+    """A stage with a parameter group that the next stage lacks, without the synchronization for it."""
     from megatron.engine import deepspeed
 
     deepspeed.take_norm_of_all_groups = lambda optimizer, names: None
@@ -164,7 +164,7 @@ def _norm_without_the_others(rank: int, world_size: int) -> None:
 
 @pytest.mark.slow
 def test_the_norm_needs_every_stage() -> None:
-    """The middle stage holds no replicated matrix: without its part in the sum, ranks wait for each other for ever."""
+    """The middle stage has no replicated matrix: unless it takes part in the sum, ranks wait for each other forever."""
     outcome = run_ranks(_norm_without_the_others, 3, timeout=40, expect_failure=True)
     assert any(code != 0 for code, _ in outcome)
     trained([(AFFINE, (1, 3, 1), {})])
@@ -188,7 +188,7 @@ def test_adapters_are_trained_as_peft_trains_them(split: tuple[int, int, int]) -
     model: Any = get_peft_model(plain, config)
     assert not set_peft_model_state_dict(model, adapter_state(MLP)).unexpected_keys
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
     expected = [_step_of(model, plain, optimizer, parameters, MLP, iteration) for iteration in range(STEPS)]
     for history in run_ranks(_adapted, math.prod(split), split):
         for (loss, norm), (loss_wanted, norm_wanted) in zip(history, expected, strict=True):
@@ -197,7 +197,7 @@ def test_adapters_are_trained_as_peft_trains_them(split: tuple[int, int, int]) -
 
 
 def test_another_order_of_values_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The comparison is not blind: a scale of the wrong band moves the loss."""
+    """The comparison is sensitive: scaling with the wrong band changes the loss."""
     from examples.astropt.load_exported import PatchLlama
 
     right = reference(AFFINE)[0][0][0]

@@ -1,4 +1,4 @@
-"""The 70B run's model, all 64 (pipe, tensor) coordinates of 2,048 ranks, without a byte of weights."""
+"""The 70B run's model at all 64 (pipe, tensor) coordinates of 2,048 ranks, without allocating weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sequence parallelism trains the model that one process trains, and what would silently train another is caught."""
+"""Sequence parallelism trains the same model as one process, and silent deviations are detected."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_a_whole_run_reports_what_it_does_without(tmp_path: Path) -> None:
 
 
 def _disturbed(rank: int, world_size: int, split: Split, trap: str) -> Any:
-    """A training with one of the three safeguards taken away: history, and this rank's parameters."""
+    """A training run with one of the three safeguards removed: history, and this rank's parameters."""
     from megatron.engine import deepspeed
 
     if trap in ("messages divided", "check taken away"):
@@ -166,7 +166,7 @@ def test_norm_gradients_that_are_not_summed_are_seen() -> None:
 
 
 def _poisoned(rank: int, world_size: int) -> Any:
-    """A step in which one rank's slice gives a norm a gradient that is not finite: the result, and what changed."""
+    """A step in which one rank's slice gives a norm a non-finite gradient: the result, and the changes."""
     from tests.support.engine_runs import batch_of, build
 
     args = PLAIN.arguments((2, 1, 1), True)

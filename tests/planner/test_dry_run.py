@@ -1,4 +1,4 @@
-"""`deepy.py --dry-run`: stages of the true model, a plan without hardware or data, and a refusal that helps."""
+"""`deepy.py --dry-run`: stages of the real model, a plan without hardware or data, and helpful errors."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_a_plan_for_people_and_a_picture_as_text(tmp_path: Path) -> None:
         assert label in picture
 
 
-def test_what_does_not_fit_is_refused_with_what_would() -> None:
+def test_an_oversized_plan_is_rejected_with_alternatives() -> None:
     words = [*ASTROSAGE, "--checkpoint_activations", "false"]
     done = dry_run(*words)
     assert done.returncode == 2
@@ -198,7 +198,7 @@ def test_a_checkpoint_has_the_predicted_size_within_1_percent(
 
 
 def test_the_commands_of_the_guide(tmp_path: Path) -> None:
-    """Those of docs/planning.md that plan; its benchmarks have tests of their own."""
+    """The planning commands of docs/planning.md; its benchmarks have their own tests."""
     guide = (ROOT / "docs" / "planning.md").read_text()
     commands = [line for block in re.findall(r"```bash\n(.*?)```", guide, re.DOTALL) for line in block.splitlines()]
     planned = [command for command in commands if command.startswith("python deepy.py train.py ")]

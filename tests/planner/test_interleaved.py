@@ -24,7 +24,7 @@ def orders(p: int, v: int, m: int) -> list[list[ChunkPass]]:
 
 @dataclass
 class _Group:
-    """As much of a pipeline's process group as megatron-core's counting of micro-batches asks for."""
+    """The part of a pipeline's process group that megatron-core needs to count micro-batches."""
 
     ranks: int
     own: int
@@ -62,7 +62,7 @@ def test_the_order_is_megatron_cores(p: int, v: int, m: int) -> None:
 
 @pytest.mark.parametrize(("p", "v", "m"), [(4, 2, 16), (8, 5, 16), (8, 2, 32)])
 def test_the_order_is_torchs_too(p: int, v: int, m: int) -> None:
-    """torch's Interleaved1F1B, which was written from the same paper by others."""
+    """torch's Interleaved1F1B, an independent implementation of the same paper."""
     from torch.distributed.pipelining._schedule_visualizer import get_schedule_ops
 
     names = {"FORWARD": "forward", "FULL_BACKWARD": "backward"}
@@ -147,7 +147,7 @@ def test_no_more_is_in_flight_than_the_paper_says() -> None:
 
 @pytest.mark.parametrize(("p", "v", "m"), [(4, 1, 8), (4, 2, 8), (2, 2, 4)])
 def test_the_order_is_the_engines(p: int, v: int, m: int) -> None:
-    """What its ranks really execute, recorded."""
+    """Compared with the recorded operations of its ranks."""
     from benchmarks.engine_order import record
 
     for order, events in zip(orders(p, v, m), record(p, v, m), strict=True):

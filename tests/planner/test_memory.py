@@ -124,7 +124,7 @@ def test_gradients_of_a_small_stage_are_copied_for_their_reduction() -> None:
 
 
 def test_communicators_of_a_middle_rank() -> None:
-    """World, tensor, data, gradient norm, pipeline, two neighbours: 1 GiB, and about 0.65 GiB for each further one."""
+    """World, tensor, data, gradient norm, pipeline, two neighbors: 1 GiB, and about 0.65 GiB for each further one."""
     assert [communicators(ASTROSAGE, stage) for stage in range(8)] == [6, 7, 7, 7, 7, 7, 7, 6]
     assert plan()[1].communicators / GIB == pytest.approx(1 + 0.65 * 6, rel=0.03)
     alone = ParallelLayout(tensor=1, pipe=1, data=1, micro_batch=1, num_micro_batches=1)

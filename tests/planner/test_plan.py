@@ -1,4 +1,4 @@
-"""The plan as text, JSON and refusal, from the formulas alone, and the options that follow --dry-run."""
+"""The plan as text, JSON and error, computed from formulas only, and the options after --dry-run."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from megatron.common.picture_files import check_picture_file
 from megatron.launcher import command_line
 from megatron.neox_arguments import ConfigError, NeoXArgs
 from megatron.planner.cost.machines import FRONTIER, GIB, LUMI
 from megatron.planner.cost.memory import default_stages
 from megatron.planner.front import report
 from megatron.planner.front.options import PlanOptions, take_options
-from megatron.planner.front.picture import check_picture
 from megatron.planner.plan import Plan, find_machine, make_plan, refusal, remedies
 
 pytestmark = pytest.mark.unit
@@ -57,9 +57,9 @@ def test_a_machine_or_a_picture_that_cannot_be() -> None:
     with pytest.raises(ConfigError, match="'summit' is not known; known: frontier, lumi"):
         find_machine("summit")
     with pytest.raises(ConfigError, match=r"plan.jpg must end in one of .png, .svg, .pdf"):
-        check_picture(Path("plan.jpg"))
+        check_picture_file(Path("plan.jpg"), ConfigError)
     with pytest.raises(ConfigError, match="there is no folder"):
-        check_picture(Path("nowhere/plan.png"))
+        check_picture_file(Path("nowhere/plan.png"), ConfigError)
 
 
 def test_only_a_training_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,7 +79,7 @@ def test_an_option_of_the_plan_alone_is_an_unknown_key(monkeypatch: pytest.Monke
         NeoXArgs.from_ymls(request.configs, request.overrides)
 
 
-def test_what_is_not_asked_for_is_not_imported() -> None:
+def test_unused_modules_are_not_imported() -> None:
     program = (
         "import sys; from megatron.launcher.command_line import main; "
         f"code = main(['train.py', *{TINY}, '--print-config']); "
@@ -130,7 +130,7 @@ def test_a_refusal_says_where_how_much_and_what_would_fit() -> None:
     assert f"What would fit: {fitting[0]} (" in message
 
 
-def test_what_is_said_to_fit_does() -> None:
+def test_suggested_layouts_do_fit() -> None:
     refused = plan(checkpoint_activations=False)
     said = dict(remedies(refused))
     assert said["checkpoint_activations: true"] == plan().fullest.peak

@@ -1,4 +1,4 @@
-"""The timeline is DeepSpeed's schedule: every pass once, in a possible order, with the bubble of the textbook."""
+"""The timeline is DeepSpeed's schedule: every pass once, in a valid order, with the textbook bubble."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_equal_stages_have_the_textbooks_bubble(p: int, m: int) -> None:
 
 
 @pytest.mark.parametrize(("p", "m"), [(1, 3), (4, 8), (8, 16), (8, 3)])
-def test_what_is_in_flight_is_what_the_planner_says(p: int, m: int) -> None:
+def test_micro_batches_in_flight_match_the_planner(p: int, m: int) -> None:
     passes, _ = run_ranks(_timeline, 1, m, [1.0] * p, [2.0] * p)[0]
     layout = ParallelLayout(tensor=1, pipe=p, data=1, micro_batch=1, num_micro_batches=m)
     for stage in range(p):

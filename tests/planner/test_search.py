@@ -1,4 +1,4 @@
-"""The search over layouts: legal as NeoXArgs sees it, complete, ordered, with reasons; and the guide's tables."""
+"""The search over layouts: valid according to NeoXArgs, complete, ordered, with reasons; and the guide's tables."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_ranked_fit_and_stand_in_order(found: SearchResult) -> None:
     assert {candidate.layout.world_size for candidate in found.ranked + found.lost} == {2048}
 
 
-def test_everybody_has_a_reason(found: SearchResult) -> None:
+def test_every_layout_has_a_reason(found: SearchResult) -> None:
     assert found.best is found.ranked[0]
     assert found.best.reason == "the fastest that fits"
     assert all(candidate.reason for candidate in found.ranked)

@@ -90,7 +90,7 @@ def test_time_of_a_layer_and_of_the_head() -> None:
     assert compute.head_seconds(LLAMA_70B, ASTROSAGE, 8192, machine).total == pytest.approx(42.19e-3, rel=1e-3)
 
 
-def test_bytes_that_only_move() -> None:
+def test_bytes_of_elementwise_operations() -> None:
     """One token, h = 2, f = 5, two bytes an element. Forward: norms and additions 9 h = 18 elements, q and k there and
     back 8, SwiGLU 3 f = 15; backward: 8 h = 16, again 8, 5 f = 25."""
     tiny = LlamaShape(1, 2, 1, 1, 5, 8, 8, tied=False)
@@ -125,7 +125,7 @@ def test_sequence_parallelism_has_ten_half_collectives_a_layer() -> None:
     assert [first, middle, last] == pytest.approx([102 * 1.7713e-3, 100 * 1.7713e-3, 103 * 1.7713e-3], rel=1e-3)
 
 
-def test_what_products_could_hide() -> None:
+def test_communication_that_products_can_hide() -> None:
     """A layer's half-collectives of 1.7713 ms, one beside each of the qkv's two products, which are shorter, and of the
     MLP's; without sequence parallelism all-reduces of twice that, beside the products for the weights alone."""
     layout = replace(ASTROSAGE, recompute="none")
@@ -267,7 +267,7 @@ def test_where_stages_and_replicas_meet() -> None:
 
 
 def test_ranks_fill_nodes_as_the_launcher_numbers_them() -> None:
-    """The model's neighbours, rank + 1 within a tensor group and rank + t d to the next stage, are the launcher's."""
+    """The model's neighbors, rank + 1 within a tensor group and rank + t d to the next stage, are the launcher's."""
     t, p, d = 2, 4, 4
     for rank in range(t * p * d):
         pipe, data, tensor = coordinates(rank, p, d, t)
@@ -299,7 +299,7 @@ def test_the_hop_comes_from_huginns_slowdown() -> None:
 @pytest.mark.parametrize(
     ("layers", "pipe"), [(80, 8), (80, 16), (80, 32), (10, 4), (12, 5), (7, 2), (5, 4), (32, 7), (4, 1)]
 )
-def test_layers_are_dealt_as_deepspeed_deals_them(layers: int, pipe: int) -> None:
+def test_layers_are_assigned_as_in_deepspeed(layers: int, pipe: int) -> None:
     from deepspeed.runtime.utils import partition_balanced
 
     weights = [0, 0, *[1] * layers, 0, 0, 0]
@@ -348,7 +348,7 @@ def simulate(times: list[tuple[float, float]], micro_batches: int) -> float:
 
 
 @pytest.mark.parametrize(("stages", "micro_batches"), [(1, 4), (2, 1), (4, 2), (4, 9), (8, 16), (8, 32)])
-def test_pipeline_time_is_that_of_deepspeeds_schedule(stages: int, micro_batches: int) -> None:
+def test_pipeline_time_equals_that_of_deepspeeds_schedule(stages: int, micro_batches: int) -> None:
     layout = ParallelLayout(8, stages, 1, 1, micro_batches)
     time = planned(layout)
     totals = [stage.total for stage in time.stages]

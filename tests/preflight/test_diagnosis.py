@@ -1,4 +1,4 @@
-"""Who is named for a phase that did not end; 2,048 ranks of 256 nodes, TP8 x PP8 x DP32."""
+"""Which ranks are blamed for an unfinished phase, with 2,048 ranks on 256 nodes, TP8 x PP8 x DP32."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ def report(groups: list[Group], absent: set[int], silent: set[int], errors: dict
     return found.text
 
 
-def test_a_phase_that_all_have_done_is_no_failure() -> None:
+def test_a_phase_finished_by_all_is_not_a_failure() -> None:
     outcomes = {rank: {"result": None} for rank in range(WORLD)}
     assert phase_failure("the collectives", TP, roster(), range(WORLD), outcomes, 60) is None
 
 
-def test_one_rank_that_is_not_there() -> None:
+def test_a_missing_rank_is_reported() -> None:
     text = report(TP, {1037}, set(range(1032, 1040)))
     assert text.splitlines() == [
         "preflight: FAILED at the collectives: 8 of 2048 ranks not done within 60 s",
@@ -62,7 +62,7 @@ def test_one_rank_that_is_not_there() -> None:
     ]
 
 
-def test_a_node_that_is_not_there() -> None:
+def test_a_missing_node_is_reported() -> None:
     node = set(range(1032, 1040))
     waiting = {rank for one in DP if set(one.ranks) & node for rank in one.ranks}
     text = report(DP, node, waiting)
@@ -71,7 +71,7 @@ def test_a_node_that_is_not_there() -> None:
 
 
 def test_every_group_that_stalls_is_named_up_to_a_number() -> None:
-    """A node whose network is dead stalls the eight groups that its ranks are in."""
+    """A node with a failed network stalls the eight groups of its ranks."""
     bad = [one for one in DP if 1032 <= one.ranks[1] < 1040]
     text = report(DP, set(), {rank for one in bad for rank in one.ranks})
     assert "DP group (pipe 4, tensor 0) stalls: ranks 1024, 1032, 1040, ... 1272 on 32 nodes (frontier00128" in text

@@ -1,4 +1,4 @@
-"""hipBLASLt or rocBLAS: the products are the layer's, the choice follows the times, torch is told."""
+"""hipBLASLt or rocBLAS: the products are those of a layer, the choice follows the times, and torch is configured."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The groups of 2,048 ranks, and what is said of their sums."""
+"""The groups of 2,048 ranks, and the report on their sums."""
 
 from __future__ import annotations
 

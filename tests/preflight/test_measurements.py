@@ -1,4 +1,4 @@
-"""Who exchanges with whom, and who is slow."""
+"""Pairing of ranks for measurements, and detection of slow devices, links and nodes."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_slow_device_makes_its_node_slow() -> None:
     assert screen.reason("n2") == "GEMM 0.85 of the median (rank 21)"
 
 
-def test_what_is_a_little_slower_is_not_slow() -> None:
+def test_a_slightly_slower_device_is_not_slow() -> None:
     values = [140.0] * 63 + [127.0]
     assert compare_devices("GEMM", "TFLOP/s", values, NODES, 0.9).slow == []
 

@@ -365,7 +365,7 @@ def test_ranks_that_do_not_start_are_named(tmp_path: Path, fault: str, gone: lis
 
 
 @pytest.mark.parametrize(("fault", "gone", "expected"), STALLS)
-def test_what_stalls_is_named(
+def test_stalls_are_reported(
     stalled: Callable[[str], list[tuple[int, str]]], fault: str, gone: list[int], expected: list[str]
 ) -> None:
     report = failed_with(3, stalled(fault), *gone)
@@ -376,7 +376,7 @@ def test_what_stalls_is_named(
 
 
 @pytest.mark.slow  # the other ranks wait longer than rank 0
-def test_rank_0_that_stays_away_is_named(tmp_path: Path) -> None:
+def test_a_missing_rank_0_is_reported(tmp_path: Path) -> None:
     report = failed_with(
         3, preflight(tmp_path, "rank 0 stays away from TP", "--no-screen", timeout=TIMEOUT, grace=10), 0
     )
@@ -403,9 +403,7 @@ def test_a_slow_link_is_named_and_excludes_nobody(tmp_path: Path) -> None:
     report = failed_with(
         0, preflight(tmp_path, "a slow link", "--slow-nodes", "fail", "--exclude-file", f"{tmp_path}/exclude")
     )
-    assert "slow link between nodes that are not slow with others: n0 - n1: 12 GB/s, 0.30 of the median" in report, (
-        report
-    )
+    assert "slow link between nodes that are not slow with others: n0 - n1: 12 GB/s, 0.30 of the median" in report
     assert "slow node" not in report
     assert (tmp_path / "exclude").read_text() == ""
 
@@ -448,7 +446,7 @@ def test_the_plugin_on_all_nodes_passes(tmp_path: Path) -> None:
         ({"hidden_siz": 128}, "unknown key hidden_siz"),
     ],
 )
-def test_what_cannot_be_right_stops_with_2_on_all_ranks(tmp_path: Path, changes: dict[str, int], said: str) -> None:
+def test_impossible_input_stops_all_ranks_with_code_2(tmp_path: Path, changes: dict[str, int], said: str) -> None:
     report = failed_with(2, preflight(tmp_path, "none", "--no-screen", **changes))
     assert report.count(said) == 1, report
 

@@ -1,4 +1,4 @@
-"""What a run needs on its disk, in every precision."""
+"""The disk space that a run needs, in every precision."""
 
 from __future__ import annotations
 

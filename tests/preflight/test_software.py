@@ -1,4 +1,4 @@
-"""What a rank runs on: versions by name, PyPI's apex by what it is, and ranks that differ."""
+"""The software of a rank: versions by name, detection of PyPI's unrelated apex, and differing ranks."""
 
 from __future__ import annotations
 

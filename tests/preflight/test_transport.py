@@ -1,4 +1,4 @@
-"""Which network RCCL uses, from its log."""
+"""The network used by RCCL, according to its log."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ pytestmark = pytest.mark.unit
         ("", None, None, None),
     ],
 )
-def test_what_a_log_says(log: str, network: str | None, provider: str | None, direct: bool | None) -> None:
+def test_transport_is_read_from_the_log(
+    log: str, network: str | None, provider: str | None, direct: bool | None
+) -> None:
     found = parse_rccl_log(log)
     assert (found.network, found.provider, found.direct) == (network, provider, direct)
 
@@ -56,7 +58,7 @@ def test_fast_networks_pass(log: str) -> None:
         ("", "does not say which network"),
     ],
 )
-def test_anything_else_does_not(log: str, said: str) -> None:
+def test_other_networks_fail(log: str, said: str) -> None:
     text = transport_problem(parse_rccl_log(log))
     assert text is not None
     assert said in text

@@ -106,7 +106,7 @@ def test_the_command_writes_a_report_and_a_picture(tmp_path: Path, capsys: pytes
         (["a=a.npy"], ["d0#1", "d0#2", "d1#1"], "expected one row an id"),
         (["a=a.npy"], None, "a.ids.jsonl: No such file"),
         (["a=b.npy"], None, "b.npy: No such file"),
-        (["a=a.npy", "--picture", "x.txt"], ["d0#1", "d0#2", "d1#1", "d1#2"], "expected a name that ends in .png"),
+        (["a=a.npy", "--picture", "x.txt"], ["d0#1", "d0#2", "d1#1", "d1#2"], "must end in one of .png"),
     ],
 )
 def test_what_cannot_be_compared_is_one_error(

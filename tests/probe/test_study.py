@@ -208,7 +208,7 @@ def test_the_command_writes_tables_and_plots(
         ({"--test-share": "1.5"}, "expected a share between 0 and 1"),
         ({"--test-share": "0.99"}, "items to fit and"),
         ({"--inputs": "few.jsonl"}, "has no input of"),
-        ({"--picture": "x.gif"}, "expected a name that ends in .png"),
+        ({"--picture": "x.gif"}, "must end in one of .png"),
     ],
 )
 def test_what_cannot_be_probed_is_one_error(

@@ -1,4 +1,4 @@
-"""A release is checked elsewhere: what was trained is read again, and whatever is not what was released is named."""
+"""A release is verified on another machine: training steps are reread, and every difference is reported."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CASE = Case(heads=2, kv_heads=2, head_dim=8, layers=1, intermediate=16, vocab=VO
 
 
 def _train(rank: int, world_size: int, stages: list[dict[str, Any]], out: str) -> None:
-    """Train the stages and keep every batch that the engine was given."""
+    """Train the stages and record every batch given to the engine."""
     from megatron.core import parallel_state
 
     from megatron.trainer.run import Run
@@ -122,7 +122,7 @@ def folder(vocab_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture
 def release(folder: Path, tmp_path: Path) -> Path:
-    """Copies of the release and its data on another machine: none of the folders of its making is there."""
+    """Copies of the release and its data, without any of the original folders."""
     shutil.copytree(folder / "made", tmp_path / "made")
     (tmp_path / "elsewhere").mkdir()
     for file in (folder / "data").iterdir():
@@ -232,7 +232,7 @@ def _swapped_sources(release: Path) -> None:
 
 
 def _other_recorded_step(release: Path) -> None:
-    """A provenance that is whole and says another step than the data give."""
+    """A valid provenance with step records that do not match the data."""
     path = release / "provenance.json"
     content = json.loads(path.read_text())
     del content["digest"]
@@ -262,7 +262,7 @@ def _other_recorded_step(release: Path) -> None:
         (_other_recorded_step, ["stage cpt, step 4: its token ids", "stage cpt, step 6: its documents"]),
     ],
 )
-def test_what_is_wrong_is_named(
+def test_problems_are_reported(
     release: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], None], said: list[str]
 ) -> None:
     damage(release)

@@ -1,4 +1,4 @@
-"""The page of a run: complete, self-contained, and honest about what could not be read."""
+"""The page of a run: complete, self-contained, with a list of everything that could not be read."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def write_stage(folder: Path, steps: int, began: float, sources: dict[str, int],
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """Two stages, a test, a cleaning and a look for the test's questions, as the commands leave them."""
+    """Outputs of two stages, a test, a cleaning and a decontamination, as written by the commands."""
     out = tmp_path / "my <run>"
     write_stage(out / "logs/sft", 20, 2000.0, {"reasoning": 42, "astronomy": 31, "general": 27})
     overrides = [{"at": 100, "scale": 0.5}]

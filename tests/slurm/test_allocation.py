@@ -1,4 +1,4 @@
-"""deepy.py without the template: in an allocation of salloc's or of one's own batch script."""
+"""deepy.py without the template: in an allocation from salloc or from a custom batch script."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_one_srun_starts_all_ranks(cluster: Cluster, tmp_path: Path) -> None:
     assert not list(tmp_path.rglob(".neox_run_*"))
 
 
-def test_what_is_said_of_keys_that_slurm_decides_is_done(cluster: Cluster, tmp_path: Path) -> None:
+def test_advice_on_keys_decided_by_slurm_works(cluster: Cluster, tmp_path: Path) -> None:
     """Nodes by --nodelist and --exclude, a comment by salloc, all nodes by deepy.py whatever `launcher` names."""
     refused = allocated(cluster, tmp_path, "--nodes=2", typed=("--include", "n2@n3"))
     assert refused.returncode == 2
@@ -75,7 +75,9 @@ def test_what_is_said_of_keys_that_slurm_decides_is_done(cluster: Cluster, tmp_p
         ("bug", 1, "failed: KeyError: 'telescope'"),
     ],
 )
-def test_the_ranks_exit_code_is_deepy_s(cluster: Cluster, tmp_path: Path, plan: str, code: int, said: str) -> None:
+def test_deepy_returns_the_exit_code_of_the_ranks(
+    cluster: Cluster, tmp_path: Path, plan: str, code: int, said: str
+) -> None:
     result = allocated(cluster, tmp_path, "--nodes=2", plan=plan)
     assert result.returncode == code, result.stderr
     assert result.stderr.count(said) == 1, result.stderr

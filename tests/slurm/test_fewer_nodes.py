@@ -1,4 +1,4 @@
-"""Nodes that are missing this morning: the job of yesterday goes on with those that are left."""
+"""Nodes are missing: the same job continues with the remaining nodes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The store that the watchdogs talk through: nothing beyond loopback on one machine, and only the run is heard."""
+"""The store used by the watchdogs: loopback only on a single machine, and only messages of the run are accepted."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from torch.distributed import TCPStore
 
+from benchmarks.foreign_messages import HASH, forged
 from megatron.parallel.loopback import on_one_node, serve_on_loopback
 from megatron.parallel.rank_env import StartedRank
 from megatron.supervision import watchdog as watchdog_module
@@ -51,7 +52,7 @@ def test_only_this_machine_reaches_it(server: Any) -> None:
     assert listens_on(everywhere.port) != {"0100007F"}, "torch's own listens everywhere, and this test would see it"
 
 
-def test_what_is_not_the_runs_is_ignored_and_counted(server: Any) -> None:
+def test_foreign_messages_are_ignored_and_counted(server: Any) -> None:
     said: list[str] = []
     ours = AuthenticatedStore(connected(server), SECRET, said.append)
     foreign = AuthenticatedStore(connected(server), b"x" * 32)
@@ -70,6 +71,28 @@ def test_what_is_not_the_runs_is_ignored_and_counted(server: Any) -> None:
     assert said == ["a message from outside this run was ignored; somebody else writes to its status store"]
 
 
+def test_no_message_of_the_forger_s_counts(server: Any) -> None:
+    """Without its hash, under another secret, cut, changed, another key's: those that the benchmark sends."""
+    ours = AuthenticatedStore(connected(server), SECRET)
+    store = StatusStore(ours, 0, 2)
+    beats = [Beat(7, "step", rank, 0.0, False, "") for rank in range(2)]
+    for rank, beat in enumerate(beats):
+        StatusStore(ours, rank, 2).beat(beat)
+    assert store.beats() == beats
+    own, other = (ours._store.get(f"beat/{rank}") for rank in range(2))
+    messages = list(forged("beat/0", own, [other]))
+    assert len(messages) > 9
+    for number, message in enumerate(messages, 1):
+        ours._store.set("beat/0", message.decode())
+        assert ours.get(["beat/0"]) == [None], message
+        assert ours.ignored == number
+        assert store._known[0] == beats[0]
+    foreign = AuthenticatedStore(connected(server), b"x" * 32)
+    assert foreign._sealed("beat/0", "content").encode() == next(
+        message for message in forged("beat/0", b"-" * HASH + b"content", []) if message[HASH:] == b"content"
+    ), "the forger's format is the store's"
+
+
 def test_a_foreign_verdict_neither_counts_nor_blocks_ours(server: Any) -> None:
     ours, other = (AuthenticatedStore(connected(server), SECRET) for _ in range(2))
     for message in (b'{"why": "x"}', b"\xff\x00"):
@@ -81,7 +104,7 @@ def test_a_foreign_verdict_neither_counts_nor_blocks_ours(server: Any) -> None:
         assert store.verdict() == "first"
 
 
-def test_heartbeats_survive_foreign_ones_and_old_ones_are_no_sign_of_life(server: Any) -> None:
+def test_replayed_and_foreign_heartbeats_are_ignored(server: Any) -> None:
     ours = AuthenticatedStore(connected(server), SECRET)
     store = StatusStore(ours, 0, 1)
     beats = [Beat(number, "step", number, 0.0, False, "") for number in range(3)]

@@ -1,4 +1,4 @@
-"""One bit of one parameter on one rank: the run stops, and names the tensor, the rank and its node."""
+"""A flipped bit of one parameter on one rank stops the run, which names the tensor, the rank and its node."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_every_bit_counts(dtype: torch.dtype) -> None:
     assert int(bit_sum(tensor.t().contiguous().t())) == before
 
 
-def test_the_odd_one_is_found() -> None:
+def test_the_deviating_replica_is_found() -> None:
     """Two groups; three of four agree in the first, two differ in the second."""
     held = {0: 5, 1: 5, 2: 6, 3: 5}
     told: list[Any] = [[((0, 1, 2, 3), {"norm": held[rank]})] for rank in range(4)]
@@ -107,7 +107,7 @@ def test_a_flipped_bit_stops_the_run(
     assert list(tmp_path.glob("global_step*")) == []
 
 
-def test_what_is_not_replicated_may_differ(data: str, tmp_path: Path) -> None:
+def test_shards_may_differ(data: str, tmp_path: Path) -> None:
     """A tensor-parallel shard of a matrix has no copy where there is no data parallelism."""
     flip = {"iteration": 4, "rank": 1, "tensor": "linear"}
     assert run_ranks(_run, 2, keys(data, tmp_path, model_parallel_size=2), flip) == [("", [])] * 2

@@ -1,4 +1,4 @@
-"""A signal to one rank, or to deepy.py: all ranks save the same step, and the same command goes on bit for bit."""
+"""A signal to one rank or to deepy.py: all ranks save the same step, and the same command resumes bit for bit."""
 
 from __future__ import annotations
 

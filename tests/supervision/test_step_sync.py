@@ -1,4 +1,4 @@
-"""The exchange between two steps: what one rank says all ranks know, and slow phases find their rank."""
+"""The exchange between two steps: all ranks get every rank's information, and slow phases are attributed to a rank."""
 
 from __future__ import annotations
 

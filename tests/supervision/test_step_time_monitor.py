@@ -1,4 +1,4 @@
-"""Series of step times: what is flagged, what is not, and who is named."""
+"""Series of step times: which are flagged, and which rank is named."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_one_percent_a_step_is_flagged_with_its_phase(phase: str) -> None:
     assert "in iterations 1 to 20 (+" in creeping[0]
 
 
-def test_the_network_is_nobody_s_fault() -> None:
+def test_network_time_is_not_attributed_to_a_rank() -> None:
     watch, lines = watcher(), []
     for i in range(40):
         lines += watch.add(i + 1, times(reduce=0.1 + 0.03 * i))
@@ -75,7 +75,7 @@ def test_many_slow_steps_are_one_line_and_a_count() -> None:
     assert len(reported) + sum(counts) == len(slow)
 
 
-def test_a_creep_is_said_again_only_when_it_has_grown_again() -> None:
+def test_a_creep_is_reported_again_only_after_further_growth() -> None:
     watch, lines = watcher(slow=0), []
     for i in range(400):
         lines += watch.add(i + 1, times(forward=0.9 if i < 20 else 1.5))

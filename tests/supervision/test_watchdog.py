@@ -1,4 +1,4 @@
-"""Hang diagnosis without processes: limits, which ranks are named, what counts as waiting; the files of a loss."""
+"""Hang diagnosis without processes: limits, which ranks are named, what is considered waiting; the files of a loss."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def hang(beats: list[Beat]) -> RunVerdict:
     return hang_verdict(beats, Whereabouts(lambda: 0.0, "forward", 12), TITLES, by=0)
 
 
-def test_those_who_did_not_arrive_are_named() -> None:
+def test_ranks_that_did_not_arrive_are_reported() -> None:
     verdict = hang([beat(), beat(), beat(waits=False, phase="data"), beat()])
     assert verdict.lost == [2]
     assert "1 rank did not arrive: rank 2 on n1 (pipe 1, data 0, tensor 0), in data of iteration 12" in verdict.why
@@ -140,7 +140,7 @@ def test_a_rank_inside_a_collective_waits() -> None:
         thread.join()
 
 
-def test_a_frame_that_is_none_ends_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_frame_does_not_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """What CPython 3.11 has given for a frame that a thread was leaving; the watchdog ended a healthy run of it."""
     main = threading.main_thread().ident or 0
     monkeypatch.setattr(sys, "_current_frames", lambda: {main: str.join, main + 1: str.join})

@@ -186,7 +186,9 @@ def plain_ranks(folder: Path, data: str, whom: int, fault: int | None, silence: 
 
 
 @pytest.mark.parametrize(("whom", "number"), [(1, signal.SIGKILL), (0, signal.SIGKILL), (1, signal.SIGSTOP)])
-def test_plain_ranks_name_it_themselves(data: str, tmp_path: Path, whom: int, number: signal.Signals) -> None:
+def test_ranks_without_a_launcher_report_the_failure(
+    data: str, tmp_path: Path, whom: int, number: signal.Signals
+) -> None:
     code, output = plain_ranks(tmp_path, data, whom, number, silence=2.0)[1 - whom]
     assert code == LOST, output
     (line,) = [line for line in output.splitlines() if line.startswith("stopped: ")]
@@ -261,7 +263,7 @@ def test_the_timeout_reaches_every_group() -> None:
         assert set(timeouts.values()) == {timedelta(minutes=7)}
 
 
-def test_by_itself_it_would_not() -> None:
+def test_the_timeout_would_not_reach_every_group_by_itself() -> None:
     """The reason for `set_timeouts`: groups that DeepSpeed makes have torch's own timeout, 30 minutes with gloo."""
     for timeouts in run_ranks(_timeouts, 4, False):
         assert timedelta(minutes=30) in timeouts.values()

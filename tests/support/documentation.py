@@ -1,4 +1,4 @@
-"""What the pages of the documentation tell a reader to type."""
+"""The commands and code blocks in the documentation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An engine of a page: one process, plain torch, no pipeline. It shows that the seam is all that a run needs."""
+"""A minimal engine: one process, plain torch, no pipeline. It shows that a run needs only the engine protocol."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""fp16 on this CPU, for tests of tiny models: DeepSpeed asks one question first, which torch answers with no."""
+"""fp16 on the CPU for tests of tiny models: overrides a query by DeepSpeed that torch answers negatively."""
 
 from __future__ import annotations
 

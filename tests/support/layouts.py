@@ -1,4 +1,4 @@
-"""Trainings that are saved at one layout and go on at another, and what a checkpoint holds as a whole."""
+"""Training runs saved at one layout and continued at another, and the complete content of a checkpoint."""
 
 from __future__ import annotations
 

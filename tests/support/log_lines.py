@@ -1,4 +1,4 @@
-"""What a piece of the program logs, as lists of lines."""
+"""The log output of a part of the program, as lists of lines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapters for tests: random factors under peft's names, peft's own training of them, and an engine that holds them."""
+"""Adapters for tests: random factors under peft's names, their training by peft, and an engine with them."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ minute on two cores, eight forked ones half a second. The forking process is a s
 that no thread and no process group exists when it forks.
 
 Use: `run_ranks(function, world_size, *args)`. `function(rank, world_size, *args)` runs with the default gloo group
-initialised; arguments and results travel by pickle. The first failing rank's output becomes the test's failure; a
+initialized; arguments and results travel by pickle. The first failing rank's output becomes the test's failure; a
 rank that outlives the time limit is killed with all its children.
 """
 

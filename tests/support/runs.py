@@ -1,4 +1,4 @@
-"""Whole training runs inside forked ranks, and what they leave behind."""
+"""Whole training runs inside forked ranks, and their outputs."""
 
 from __future__ import annotations
 

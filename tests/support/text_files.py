@@ -29,7 +29,7 @@ BAD_FILES = {
     "no column": "no column text; the columns are id",
     "damaged parquet": "damaged Parquet",
     "latin-1": "not UTF-8 text",
-    "unknown ending": "unknown kind of file",
+    "unknown ending": "unknown file type",
     "no text at all": "no documents with text",
     "absent": "no such file",
 }

@@ -1,9 +1,11 @@
-"""Conversations: ids as Meta's ChatFormat, golden spans written by hand, and templates that may not be trusted."""
+"""Conversations: ids equal Meta's ChatFormat, golden spans written by hand, and untrusted templates."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import llama_models
 import pytest
 from llama_models.datatypes import RawMessage, RawTextItem, StopReason, ToolCall
 from llama_models.llama3.chat_format import ChatFormat
@@ -13,7 +15,7 @@ from examples.demo_tokenizer import CHAT_TEMPLATE
 from megatron.common.labels import IGNORE_INDEX
 from megatron.tokenizer import Tokenizer, TokenizerError, build_tokenizer
 from megatron.tokenizer.chat import Chat, Llama3Chat
-from megatron.tokenizer.chat_template import ChatTemplate
+from megatron.tokenizer.chat_template import ChatTemplate, load_chat_template
 from megatron.tokenizer.conversation import ChatError, Conversation, Message
 from megatron.tokenizer.template_chat import TemplateChat, load_chat
 from tests.support.conversations import random_records
@@ -235,7 +237,7 @@ BAD = {
         "messages": [{"role": "user", "content": "x"}, {"role": "robot", "content": "x"}]
     },
     "the first turn is the assistant's": {"messages": [{"role": "assistant", "content": "x"}]},
-    "a system turn that is not the first": {
+    "a system turn is not the first turn": {
         "messages": [{"role": "user", "content": "x"}, {"role": "system", "content": "x"}]
     },
     "turn 2: the assistant says nothing": {
@@ -266,6 +268,66 @@ def test_digest() -> None:
     assert digest(first) == digest([Message("user", " U u"), Message("assistant", "A")])
     assert digest(first) != digest([Message("user", "U u"), Message("assistant", "B")])
     assert digest(first) != digest([Message("user", "A"), Message("assistant", "U u")])
+
+
+DATE = "21 September 2024"
+
+
+def as_llama31(messages: list[Message]) -> list[Message]:
+    """What the templates from Llama 3.1 on write: dates in front of the system prompt, texts trimmed."""
+    system = messages[0].content.strip() if messages[0].role == "system" else ""
+    dates = f"Cutting Knowledge Date: December 2023\nToday Date: {DATE}\n\n"
+    turns = messages[1:] if messages[0].role == "system" else messages
+    return [Message("system", dates + system), *(Message(m.role, m.content.strip()) for m in turns)]
+
+
+@pytest.mark.parametrize("name", ["llama3", "llama3.1", "llama3.2", "llama3.3"])
+def test_shipped_templates_equal_metas_chat_format(name: str, vocab_folder: Path) -> None:
+    """Token by token, on what both can express: turns of one text each, for Meta's package encodes texts apart that a
+    template joins; from 3.1 on without calls, which the package writes in another form than Meta's templates."""
+    tokenizer = build_tokenizer("TiktokenTokenizer", vocab_folder)
+    meta = ChatFormat(MetaTokenizer(vocab_folder / "tokenizer.model"))
+    header = len(meta._encode_header("assistant"))
+    chat = load_chat(name, tokenizer, {} if name == "llama3" else {"date_string": DATE})
+    compared = with_calls = 0
+    for record in expressible(seed=17):
+        if name != "llama3":
+            turns = [turn for turn in record["messages"] if turn["role"] != "tool" and not turn.get("tool_calls")]
+            record = {"messages": [{"role": turn["role"], "content": turn["content"]} for turn in turns]}
+        for turn in record["messages"]:
+            turn["role"] = {"developer": "system"}.get(turn["role"], turn["role"])  # a role that Meta has not
+        try:
+            messages = messages_in(record)
+            ids, _ = encode_chat(chat, tokenizer, messages)
+        except ChatError:
+            continue  # a turn that says nothing
+        if any(sum(map(bool, message.parts)) + len(message.calls) > 1 for message in messages):
+            continue
+        expected = raw(messages if name == "llama3" else as_llama31(messages))
+        assert ids == meta.encode_dialog_prompt(expected).tokens[:-header]
+        compared += 1
+        with_calls += any(message.calls for message in messages)
+    assert compared > 80
+    assert with_calls > 20 or name != "llama3"
+
+
+@pytest.mark.parametrize("name", ["llama3.1", "llama3.3"])
+def test_a_call_of_llama_s_own_tools_is_as_meta_publishes_it(name: str, hf_tokenizer: Tokenizer) -> None:
+    """The example of a search on Meta's page about the format, white space aside, which the templates trim."""
+    page = (Path(llama_models.__file__).parent / "llama3_1" / "prompt_format.md").read_text()
+    blocks = re.findall(r"```\n(.*?)```", page.partition("conversation using brave search")[2], re.DOTALL)
+    published = "".join("".join(blocks[:2]).split())
+    question, query = re.findall(r'Search the web for ([^<]*)<|query="([^"]*)"', "".join(blocks[:2]))
+    call = {"name": "brave_search", "arguments": {"query": query[1]}}
+    rendered = load_chat_template(name, hf_tokenizer).render(
+        [
+            {"role": "system", "content": "You are a helpful assistant."},
+            {"role": "user", "content": f"Search the web for {question[0]}"},
+            {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]},
+        ],
+        arguments={"builtin_tools": ["brave_search", "wolfram_alpha"], "date_string": DATE},
+    )
+    assert "".join(rendered.split()) == published
 
 
 def expressible(seed: int) -> list[dict[str, Any]]:

@@ -86,7 +86,7 @@ def test_the_comparison_sees_another_environment(
     assert compare(name, vocab_folder)[2] > 0
 
 
-def test_refusals_of_what_is_no_conversation(vocab_folder: Path) -> None:
+def test_non_conversations_are_refused(vocab_folder: Path) -> None:
     theirs = transformers_tokenizer(vocab_folder, SINGLE["tools"])
     ours = ChatTemplate(SINGLE["tools"], SPECIAL)
     good = [{"role": "user", "content": "x"}]

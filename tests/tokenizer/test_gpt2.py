@@ -1,4 +1,4 @@
-"""GPT-2's two files: the ids of `transformers`, and what is wrong with files that cannot be used."""
+"""GPT-2's two files: ids equal those of `transformers`, and unusable files are reported."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", ["GPT2BPETokenizer", "HFGPT2Tokenizer"])
-def test_the_ids_are_those_of_transformers(files: Path, name: str) -> None:
+def test_ids_equal_transformers(files: Path, name: str) -> None:
     from transformers import GPT2Tokenizer as Theirs
 
     ours = build_tokenizer(name, files)

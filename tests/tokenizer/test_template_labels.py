@@ -1,4 +1,4 @@
-"""What a template writes becomes data unchanged, and what is learned of it is what the assistant would generate."""
+"""Data equal a template's rendering, and the learned part is what the assistant would generate."""
 
 import json
 from collections.abc import Mapping
@@ -68,7 +68,7 @@ def with_bos(text: str) -> str:
 
 
 @pytest.mark.parametrize("name", LEAST)
-def test_data_is_what_transformers_renders(
+def test_data_equals_the_rendering_of_transformers(
     name: str, vocab_folder: Path, hf_tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     theirs = transformers_tokenizer(vocab_folder, template_of(name))
@@ -119,7 +119,7 @@ def check_labels(
         assert all(call.name in said for call in message.calls)
 
 
-def test_generation_blocks_are_the_mask_of_transformers(vocab_folder: Path, hf_tokenizer: Tokenizer) -> None:
+def test_generation_blocks_give_the_mask_of_transformers(vocab_folder: Path, hf_tokenizer: Tokenizer) -> None:
     theirs = transformers_tokenizer(vocab_folder, GENERATION)
     chat = TemplateChat(ChatTemplate(GENERATION, SPECIAL), hf_tokenizer)
     compared = 0
@@ -174,7 +174,7 @@ LEFT_OUT: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("message", LEFT_OUT)
-def test_what_a_template_leaves_out_is_refused(message: str, hf_tokenizer: Tokenizer) -> None:
+def test_content_dropped_by_a_template_is_rejected(message: str, hf_tokenizer: Tokenizer) -> None:
     source, more = LEFT_OUT[message]
     record: Mapping[str, Any] = {"question": "Name a galaxy.", "answer": "M31", **more}
     chat = TemplateChat(ChatTemplate(source, SPECIAL), hf_tokenizer)
@@ -195,7 +195,7 @@ def test_tools_choose_the_template(hf_tokenizer: Tokenizer) -> None:
     assert '<tools>\n{"type": "function", "function": {"name": "simbad", "parameters": {"größe": 1}}}' in with_tools
 
 
-def test_arguments_as_text_and_contents_in_parts_are_written_as_what_they_are(hf_tokenizer: Tokenizer) -> None:
+def test_arguments_as_text_and_contents_in_parts_are_rendered_unchanged(hf_tokenizer: Tokenizer) -> None:
     arguments = {"object": "Ångström", "radius": 2}
     call = {"function": {"name": "simbad", "arguments": json.dumps(arguments, ensure_ascii=False)}}
     record = {

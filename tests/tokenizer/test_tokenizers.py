@@ -155,7 +155,7 @@ def test_hf_equals_tiktoken_on_one_vocabulary(converted: Path, vocab_folder: Pat
     assert [ids.tolist() for ids in tiktoken.encode_arrays(texts)] == tiktoken.encode_batch(texts)
 
 
-def test_the_fast_way_is_taken_only_where_it_is_the_same(converted: Path, vocab_folder: Path) -> None:
+def test_the_fast_path_is_used_only_if_equivalent(converted: Path, vocab_folder: Path) -> None:
     content = json.loads(converted.read_text())
     assert equivalent_encoding(content) is not None
     trained = json.loads((vocab_folder / "tokenizer.json").read_text())
@@ -181,7 +181,7 @@ def test_the_letters_of_bytes() -> None:
     assert byte_letters() == bytes_to_unicode()
 
 
-def test_fingerprint_follows_what_decides_ids(vocab_folder: Path, tmp_path: Path) -> None:
+def test_the_fingerprint_covers_everything_that_affects_ids(vocab_folder: Path, tmp_path: Path) -> None:
     original = build_tokenizer("HFTokenizer", vocab_folder).fingerprint
     content = json.loads((vocab_folder / "tokenizer.json").read_text())
     content["post_processor"] = None

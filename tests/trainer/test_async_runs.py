@@ -1,4 +1,4 @@
-"""Whole runs that save beside their training: killed, stopped by a signal, with a disk that fails now and then."""
+"""Whole runs with background saves: killed, stopped by a signal, and with an unreliable disk."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def _run_until_killed(rank: int, world_size: int, run_keys: dict[str, Any], step
 
 
 def test_ten_kills_lose_nothing_that_was_reported_and_change_nothing(data: str, tmp_path: Path) -> None:
-    """A run that is killed ten times ends as the run that never was: every loss, and the last checkpoint to the bit."""
+    """A run killed ten times equals an uninterrupted one: every loss, and the last checkpoint bit for bit."""
     steps = 240
     whole, chain = tmp_path / "whole", tmp_path / "chain"
     run_ranks(_run, 2, keys(data, whole, train_iters=steps, checkpoint_factor=steps))

@@ -1,4 +1,4 @@
-"""Warm-up, stable part, cooldown: what is branched from a checkpoint of the stable part is the run that went straight.
+"""Warm-up, stable phase, cooldown: a branch from a checkpoint of the stable phase equals the straight run.
 
 The same bits at the same layout, the same samples at another one. A stage of another mix keeps its shares, also where
 it is resumed on other ranks.
@@ -104,7 +104,7 @@ def runs(data: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict
 
 
 @pytest.mark.parametrize(("branch", "straight", "end"), [("early", "straight", 8), ("late", "short", 7)])
-def test_a_branch_is_the_straight_run(runs: dict[str, Path], branch: str, straight: str, end: int) -> None:
+def test_a_branch_equals_the_straight_run(runs: dict[str, Path], branch: str, straight: str, end: int) -> None:
     for key in SAMPLES:
         one, other = metrics(runs[branch], key), metrics(runs[straight], key)
         assert sorted(one) == list(range(5, end + 1))

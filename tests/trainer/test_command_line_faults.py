@@ -1,4 +1,4 @@
-"""Resume, going back, damage and ownership as a user meets them: by deepy.py, its last line and its exit code."""
+"""Resuming, going back, damage and ownership as seen by users of deepy.py: last line and exit code."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_a_flipped_byte_of_a_layer_stops_the_run(run: Path) -> None:
     assert f"{LAYER} is damaged" in refused(deepy(run, "--train_iters", "8")).splitlines()[-1]
 
 
-def test_a_second_run_is_told_who_has_the_folder(run: Path) -> None:
+def test_a_second_run_is_told_the_owner_of_the_folder(run: Path) -> None:
     claim = FolderOwner(run / "checkpoints")
     claim.acquire()
     assert f"belongs to another run: process {os.getpid()} on" in refused(deepy(run, "--train_iters", "8"))

@@ -58,7 +58,7 @@ def _run(rank: int, world_size: int, run_keys: dict[str, Any]) -> None:
     run_case(CASE, world_size, run_keys)
 
 
-def test_a_whole_run_is_deepspeeds_and_resumes_to_the_bit(data: str, tmp_path: Path) -> None:
+def test_a_whole_run_equals_deepspeed_and_resumes_bit_exactly(data: str, tmp_path: Path) -> None:
     """With evaluation, replica checks, a profile and saves between steps, all of which read weights under way."""
     theirs, whole, half = (tmp_path / name for name in ("deepspeed", "whole", "half"))
     run_ranks(_run, 4, keys(data, theirs, save=None, checkpoint_factor=None))

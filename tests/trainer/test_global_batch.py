@@ -1,4 +1,4 @@
-"""The global batch of a run that goes on with other replicas: kept, asked for, or impossible."""
+"""The global batch of a run that continues with other replicas: kept, requested, or impossible."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def test_accumulation_follows_from_the_saved_batch(dp: int, steps: int, restored
         assert args.merged == arguments(dp).merged
 
 
-def test_it_is_kept_a_second_time() -> None:
-    """What was recorded, not what the keys would make at the layout that saved it."""
+def test_the_recorded_batch_is_kept_on_a_second_resume() -> None:
+    """The recorded batch, not the one that the keys give at the layout that saved it."""
     args = keep_global_batch(arguments(2), saved(dp=3, train_batch_size=48))
     assert (args.train_batch_size, args.gradient_accumulation_steps) == (48, 12)
 

@@ -1,4 +1,4 @@
-"""What dashboards of GPT-NeoX read: its numbers, its fields, its names."""
+"""Log output for GPT-NeoX dashboards: the same numbers, fields and names."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def args(**changes: object) -> NeoXArgs:
     return NeoXArgs.from_dict(keys(**batch, **changes), world_size=8)
 
 
-def test_flops_are_gpt_neox_s() -> None:
+def test_flops_equal_gpt_neox() -> None:
     """Its `get_actual_flops` and `human_readable_flops` gave these for the same sizes, a batch of 32 on 8 ranks."""
     assert flops_per_second(args(checkpoint_activations=True), 0.25) == 47244640256.0
     assert flops_per_second(args(), 0.25) == 35433480192.0

@@ -1,4 +1,4 @@
-"""Whole runs with `lora`: killed while they save, evaluated, and what they refuse at their start."""
+"""Whole runs with `lora`: killed during saves, evaluated, and invalid inputs rejected at the start."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def _run(rank: int, world_size: int, run_keys: dict[str, Any], killed_after: int
     return training.engine.describe()
 
 
-def test_a_killed_run_goes_on_as_if_it_had_not_been(data: str, base: str, tmp_path: Path) -> None:
+def test_a_killed_run_continues_as_if_uninterrupted(data: str, base: str, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     described = run_ranks(_run, 2, keys(data, base, whole))[0]
     (line,) = [line for line in described if line.startswith("lora: ")]
@@ -136,7 +136,7 @@ def _evaluate(rank: int, world_size: int, run_keys: dict[str, Any]) -> float:
     return engine.evaluate(batch_of(engine, args, make_samples(CASE, 4)))
 
 
-def test_an_adapter_is_evaluated_beside_its_base_and_no_other_way(data: str, base: str, tmp_path: Path) -> None:
+def test_an_adapter_is_evaluated_only_with_its_base(data: str, base: str, tmp_path: Path) -> None:
     run_ranks(_run, 2, keys(data, base, tmp_path, train_iters=2, async_save=False))
     folder = tmp_path / "checkpoints"
     given = {"load": base, "from_scratch": False, "gradient_accumulation_steps": 1}
@@ -152,7 +152,7 @@ def test_an_adapter_is_evaluated_beside_its_base_and_no_other_way(data: str, bas
     assert "holds an adapter and no model: give its base, load: " in refused
 
 
-def test_what_does_not_go_together_is_found_before_the_start(data: str, base: str, tmp_path: Path) -> None:
+def test_contradictory_inputs_are_found_before_the_start(data: str, base: str, tmp_path: Path) -> None:
     run_ranks(_run, 2, keys(data, base, tmp_path, train_iters=2))
     again = keys(data, base, tmp_path)
     assert input_problems(CASE.neox(**again, world_size=2)) == []

@@ -1,4 +1,4 @@
-"""Steps that are not finite, and samples that are taken out: what remains is the run without them, bit for bit."""
+"""Non-finite steps and skipped samples: the rest equals a run without them, bit for bit."""
 
 from __future__ import annotations
 
@@ -204,7 +204,7 @@ def test_the_replica_whose_loss_is_broken_is_named(data: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("layout", [(2, 1), (1, 2), (1, 1)], ids=lambda s: "tp{}pp{}".format(*s))
-def test_left_out_samples_are_left_out_on_every_layout(data: str, tmp_path: Path, layout: tuple[int, int]) -> None:
+def test_skipped_samples_are_skipped_on_every_layout(data: str, tmp_path: Path, layout: tuple[int, int]) -> None:
     """The same losses as from a run over DP2 with another micro-batch; ranges cut through global batches."""
     ranges = [[3, 9], [20, 21], [18, 21]]
     losses = {}

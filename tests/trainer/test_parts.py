@@ -1,4 +1,4 @@
-"""The guard against a random start, save points and metrics: the trainer's parts that need no ranks."""
+"""Parts of the trainer that need no ranks: the guard against a random start, save points and metrics."""
 
 from __future__ import annotations
 

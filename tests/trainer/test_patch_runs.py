@@ -1,4 +1,4 @@
-"""Whole runs on images: resumed to the bit, guarded against a random start, and able to learn a few by heart."""
+"""Whole runs on images: resumed bit for bit, guarded against a random start, and able to overfit a few images."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _run(rank: int, world_size: int, run_keys: dict[str, Any]) -> None:
     run_case(CASE, world_size, run_keys)
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(data: dict[str, str], tmp_path: Path) -> None:
+def test_a_resumed_run_equals_the_uninterrupted_one(data: dict[str, str], tmp_path: Path) -> None:
     """At TP2 x PP2 with slices of the sequence; the last of 16 patches is read and not learned."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run_ranks(_run, 4, keys(data, whole))
@@ -73,7 +73,7 @@ ALONE = {"model_parallel_size": 1, "pipe_parallel_size": 1, "sequence_parallel":
 
 
 def test_a_continued_run_that_knows_nothing_stops(data: dict[str, str], tmp_path: Path) -> None:
-    """A step at no rate to speak of leaves a random model: what a broken conversion looks like. A real one goes on."""
+    """A step with a tiny learning rate leaves a random model, like a broken conversion. A trained model continues."""
     for name, rate in (("random", 1e-9), ("learned", 3e-3)):
         folder = tmp_path / name
         optimizer = {"type": "Adam", "params": {"lr": rate}}

@@ -86,7 +86,7 @@ def whole_run(data: dict[str, str], tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.mark.parametrize("how", ["by load", "by the same command"])
-def test_a_resumed_run_is_the_uninterrupted_one(
+def test_a_resumed_run_equals_the_uninterrupted_one(
     data: dict[str, str], whole_run: Path, tmp_path: Path, how: str
 ) -> None:
     first = keys(data, tmp_path, train_iters=4, lr_decay_iters=6, eval_interval=100)
@@ -108,7 +108,7 @@ def test_validation_reports_each_source(whole_run: Path) -> None:
 
 
 @pytest.mark.parametrize("split", [(2, 1), (2, 2)], ids=lambda s: "tp{}pp{}".format(*s))
-def test_evaluation_of_the_saved_weights_is_that_of_the_run(
+def test_evaluating_the_saved_weights_equals_the_run(
     data: dict[str, str], whole_run: Path, split: tuple[int, int]
 ) -> None:
     """At another pipeline and data-parallel size: layer files do not depend on them."""
@@ -121,7 +121,7 @@ def test_evaluation_of_the_saved_weights_is_that_of_the_run(
 
 
 def test_a_continued_run_that_knows_nothing_stops(data: dict[str, str], whole_run: Path, tmp_path: Path) -> None:
-    """The six steps above taught next to nothing: continuing from them is what a broken conversion looks like."""
+    """After the six steps above the model knows next to nothing: continuing from it resembles a broken conversion."""
     continued = keys(data, tmp_path, load=str(whole_run / "checkpoints"), finetune=True, from_scratch=False)
     for code, output in run_ranks(_run, 8, continued, expect_failure=True):
         assert code == 1

@@ -1,4 +1,4 @@
-"""Learning rate: warm-up, decay, a floor that stays, and an operator's overrides; values worked out by hand."""
+"""Learning rate: warm-up, decay, constant floor, and an operator's overrides; values computed by hand."""
 
 import pytest
 

@@ -1,10 +1,10 @@
-"""Build and check the data of a run before its job starts, on one CPU: training then only reads.
+"""Build and check the data of a run before its job starts, on one CPU, so that training only has to read it.
 
     python tools/datasets/build_indices.py configs/llama31_8b/model.yml my_run.yml --world-size 64
 
-takes the YAML files of the run, opens every source, compares the tokenizer with the one that made the data, and
-writes the index of every source beside it. `--check-content` also reads all tokens, compares their checksums and looks
-for ids outside the vocabulary. The number of ranks matters because it fixes how many samples a step takes.
+takes the YAML files of the run, opens every source, compares the tokenizer with the one that produced the data, and
+writes each source's index next to it. `--check-content` also reads all tokens, verifies their checksums and looks for
+ids outside the vocabulary. The number of ranks matters because it determines the number of samples per step.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("yml", nargs="+", help="the YAML files of the run, as for deepy.py")
-    p.add_argument("--world-size", type=int, help="ranks of the run, where the files do not say")
-    p.add_argument("--check-content", action="store_true", help="read everything: checksums, and ids out of range")
+    p.add_argument("--world-size", type=int, help="ranks of the run, if the files do not give it")
+    p.add_argument(
+        "--check-content", action="store_true", help="read everything: verify checksums and the range of ids"
+    )
     return p
 
 
@@ -29,11 +31,11 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     from megatron.common.boundary import guarded
 
-    return guarded("build_indices.py", lambda: build(options), "stopped; what is complete stays")
+    return guarded("build_indices.py", lambda: build(options), "stopped; completed files are kept")
 
 
 def build(options: argparse.Namespace) -> None:
-    """Raises UserError, OSError."""
+    """Build and check every source. Raises UserError, OSError."""
     from megatron.data.build import build_datasets
     from megatron.neox_arguments import NeoXArgs
 
@@ -56,7 +58,7 @@ def build(options: argparse.Namespace) -> None:
 
 
 def check_images_content(prefix: str) -> str:
-    """Read all images of a source; a line that says what was compared. Raises DataError where something disagrees."""
+    """Read all images of a source; returns a line that states what was compared. DataError on any mismatch."""
     from megatron.data.header import file_crc32
     from megatron.data.images import open_images, read_image_header
     from megatron.data.indexed import DataError, bin_path
@@ -66,13 +68,13 @@ def check_images_content(prefix: str) -> str:
     found, said = file_crc32(bin_path(prefix)), read_image_header(prefix).crc32
     if found != said:
         raise DataError(
-            f"{bin_path(prefix)}: checksum {found}, its header says {said}; the file is damaged, copy it again"
+            f"{bin_path(prefix)}: checksum {found}, but {said} in its header; the file is damaged, copy it again"
         )
-    return f"{prefix}: offsets and checksum are right"
+    return f"{prefix}: offsets and checksum are correct"
 
 
 def check_content(prefix: str, vocab_size: int, labels: bool = False) -> str:
-    """Read a whole source; a line that says what was compared. Raises DataError where something disagrees."""
+    """Read a whole source; returns a line that states what was compared. DataError on any mismatch."""
     from megatron.data.header import file_crc32, read_header
     from megatron.data.indexed import DataError, IndexedFile, bin_path
     from megatron.data.token_ids import refuse_outside, scan_ids
@@ -90,13 +92,14 @@ def check_content(prefix: str, vocab_size: int, labels: bool = False) -> str:
     refuse_outside(prefix, *scan_ids(file, read), vocab_size, labels=labels)
     header = read_header(prefix)
     if header is None:
-        return f"{prefix}: offsets are right, ids are in the vocabulary; no header, so no checksum"
+        return f"{prefix}: offsets are correct, ids are in the vocabulary; no header, so no checksum"
     found = file_crc32(bin_path(prefix), read)
     if found != header.crc32:
         raise DataError(
-            f"{bin_path(prefix)}: checksum {found}, its header says {header.crc32}; the file is damaged, copy it again"
+            f"{bin_path(prefix)}: checksum {found}, but {header.crc32} in its header; "
+            f"the file is damaged, copy it again"
         )
-    return f"{prefix}: offsets, ids and checksum are right"
+    return f"{prefix}: offsets, ids and checksum are correct"
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 
 def main(arguments: list[str]) -> int:
-    """The exit code is 2 if a pair could not be read; the others are counted all the same."""
+    """Exit code 2 if a pair could not be read; the others are still counted."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__, file=sys.stdout if arguments else sys.stderr)
         return 0 if arguments else 2

@@ -1,14 +1,14 @@
-"""What is in a `.bin/.idx`: counts, lengths, decoded documents, and what of them is learned.
+"""The contents of a `.bin/.idx` pair: counts, lengths, decoded documents, and which tokens are learned.
 
     python tools/datasets/inspect_data.py data/corpus_text_document --vocab-file tokenizer.json --samples 2
     python tools/datasets/inspect_data.py data/sft_general_document --vocab-file tokenizer.json --show-mask
 
-Without a tokenizer only counts are shown. `--histogram lengths.png` draws the lengths. With `--show-mask` what the
-model learns to say is green (or in [[ ]] where the output is no terminal).
+Without a tokenizer, only counts are shown. `--histogram lengths.png` draws the lengths. With `--show-mask`, text that
+the model learns is green (or in [[ ]] if the output is not a terminal).
 
     python tools/datasets/inspect_data.py data/galaxies --samples 12 --grid galaxies.png --patch-size 8 --order spiral
 
-Of images the grid shows some, and with a patch size where each is cut, and the number of each patch in the sequence.
+For images, the grid shows a selection; with a patch size, also the patch boundaries and each patch's sequence number.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("prefix", help="path without .bin or .idx")
     p.add_argument("--tokenizer-type", default="HFTokenizer")
     p.add_argument("--vocab-file", help="tokenizer file, to decode documents")
-    p.add_argument("--samples", type=int, default=3, help="how many documents, chosen at random")
+    p.add_argument("--samples", type=int, default=3, help="number of documents to show, chosen at random")
     p.add_argument("--document", type=int, action="append", help="show this document (from 0; may be repeated)")
-    p.add_argument("--seed", type=int, default=0, help="of the choice")
-    p.add_argument("--max-chars", type=int, default=2000, help="of each document shown; 0 shows all")
-    p.add_argument("--show-mask", action="store_true", help="mark what is learned, from the label file beside")
+    p.add_argument("--seed", type=int, default=0, help="seed of the random choice")
+    p.add_argument("--max-chars", type=int, default=2000, help="characters shown per document; 0 shows all")
+    p.add_argument("--show-mask", action="store_true", help="mark the learned text, according to the label file")
     p.add_argument("--labels", help="prefix of the label file (default: PREFIX with _label before _document)")
-    p.add_argument("--seq-length", type=int, help="of the run: count the documents that do not fit into a sample")
+    p.add_argument("--seq-length", type=int, help="of the run: count documents longer than a sample")
     p.add_argument("--histogram", type=Path, help="draw the lengths of the documents as PNG")
-    p.add_argument("--grid", type=Path, help="of images: draw those chosen as PNG")
-    p.add_argument("--patch-size", type=int, help="of images: show how they are cut into patches")
-    p.add_argument("--order", choices=["spiral", "raster"], default="spiral", help="of the patches")
+    p.add_argument("--grid", type=Path, help="images: draw the chosen ones as PNG")
+    p.add_argument("--patch-size", type=int, help="images: show how they are cut into patches")
+    p.add_argument("--order", choices=["spiral", "raster"], default="spiral", help="order of the patches")
     p.add_argument("--color", choices=["auto", "always", "never"], default="auto")
     return p
 
@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def inspect(options: argparse.Namespace) -> None:
-    """Raises UserError, OSError."""
+    """Print and draw what the options ask for. Raises UserError, OSError."""
     from megatron.data.header import check_header, holds_images, read_header
     from megatron.data.indexed import DataError, IndexedFile
     from megatron.tokenizer import TokenizerError, build_tokenizer
@@ -90,12 +90,12 @@ def inspect(options: argparse.Namespace) -> None:
 
 
 def label_prefix(prefix: str) -> str:
-    """GPT-NeoX's name of the label file that goes with a text file."""
+    """GPT-NeoX's name for the label file of a text file."""
     return prefix.removesuffix("_document") + "_label_document"
 
 
 def data_summary(file: IndexedFile, seq_length: int | None = None) -> list[str]:
-    """Counts, quantiles of the lengths, the header, what does not fit into a sample, and a histogram."""
+    """Counts, quantiles of the lengths, the header, documents longer than a sample, and a histogram."""
     import numpy as np
 
     from megatron.data.header import read_header
@@ -111,20 +111,20 @@ def data_summary(file: IndexedFile, seq_length: int | None = None) -> list[str]:
     ]
     header = read_header(file.prefix)
     if header is None:
-        lines.append("no header beside the index: tokenizer and document frame are not known")
+        lines.append("no header for this index: tokenizer and document frame are unknown")
     else:
         made_by = header.tokenizer
         lines.append(
             f"tokenizer {made_by.type}, {made_by.vocab_size} ids, {made_by.fingerprint[:19]}; "
-            f"BOS {header.bos}, EOD {header.eod}; {header.empty} empty and {header.skipped} unreadable left out"
+            f"BOS {header.bos}, EOD {header.eod}; {header.empty} empty and {header.skipped} unreadable skipped"
         )
         if header.input_bytes and header.tokens:
             lines.append(f"{header.input_bytes / header.tokens:.2f} bytes of text per token")
         for reason in header.bad_files:
-            lines.append(f"a file that could not be read and was left out: {reason}")
+            lines.append(f"unreadable file, skipped: {reason}")
         if header.unknown_keys:
             fields = ", ".join(f"{key} ({count:,})" for key, count in header.unknown_keys.items())
-            lines.append(f"fields that were not used, and how many records have them: {fields}")
+            lines.append(f"unused fields, and the number of records that have them: {fields}")
         if header.chat is not None:
             lines.append(
                 f"chat template {header.chat.template}, trained on {header.chat.train_on} assistant turns: "
@@ -139,7 +139,7 @@ def data_summary(file: IndexedFile, seq_length: int | None = None) -> list[str]:
         share = int(sizes[longer].sum(dtype=np.int64)) / max(file.num_tokens, 1)
         lines.append(
             f"longer than a sample of {seq_length:,} tokens: {int(longer.sum()):,} of {len(file):,} documents "
-            f"({longer.mean():.1%}), which have {share:.1%} of the tokens"
+            f"({longer.mean():.1%}), with {share:.1%} of the tokens"
         )
     powers = np.bincount(np.ceil(np.log2(np.maximum(sizes, 1))).astype(int))
     for power, count in enumerate(powers.tolist()):
@@ -151,16 +151,15 @@ def data_summary(file: IndexedFile, seq_length: int | None = None) -> list[str]:
 
 
 def learned_share(labels: IndexedFile) -> str:
-    """Read all labels and count."""
+    """Read all labels; a line with the count of learned tokens."""
     learned = sum(int((document >= 0).sum()) for document in labels)
     silent = sum(1 for document in labels if not (document >= 0).any())
-    return (
-        f"{learned} of {labels.num_tokens} tokens ({learned / labels.num_tokens:.1%}); {silent} documents teach nothing"
-    )
+    share = f"{learned} of {labels.num_tokens} tokens ({learned / labels.num_tokens:.1%})"
+    return f"{share}; {silent} documents have no learned token"
 
 
 def draw_lengths(file: IndexedFile, path: Path) -> None:
-    """Histogram of the lengths, logarithmic."""
+    """Draw a histogram of the lengths on a logarithmic axis."""
     import numpy as np
 
     from megatron.data.indexed import DataError
@@ -189,12 +188,12 @@ def show(file: IndexedFile, labels: IndexedFile | None, tokenizer: Tokenizer, op
     from megatron.data.indexed import DataError
 
     if labels is not None and not np.array_equal(file.sizes, labels.sizes):
-        raise DataError(f"{labels.prefix}: these labels do not go with {file.prefix}, the lengths differ")
+        raise DataError(f"{labels.prefix}: these labels do not belong to {file.prefix}, the lengths differ")
     chosen = options.document
     if chosen is None:
         count = min(options.samples, len(file))
         chosen = np.random.RandomState(options.seed).choice(len(file), count, replace=False).tolist()
-    colour = options.color == "always" or (options.color == "auto" and sys.stdout.isatty())
+    color = options.color == "always" or (options.color == "auto" and sys.stdout.isatty())
     for number in chosen:
         if not 0 <= number < len(file):
             raise DataError(f"--document {number}: {file.prefix} has documents 0 to {len(file) - 1}")
@@ -202,11 +201,11 @@ def show(file: IndexedFile, labels: IndexedFile | None, tokenizer: Tokenizer, op
         print(f"\n--- document {number}, {len(ids)} tokens")
         if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= tokenizer.vocab_size):
             raise DataError(
-                f"{file.prefix}: document {number} has ids from {ids.min()} to {ids.max()}, the tokenizer "
-                f"{tokenizer.path} only 0 to {tokenizer.vocab_size - 1}; it is not the one of this data"
+                f"{file.prefix}: document {number} has ids from {ids.min()} to {ids.max()}, but the tokenizer "
+                f"{tokenizer.path} only 0 to {tokenizer.vocab_size - 1}; it is not the tokenizer of this data"
             )
         mask = labels.document(number) >= 0 if labels is not None else np.zeros(len(ids), bool)
-        text = marked(ids, mask, tokenizer, ("\x1b[32m", "\x1b[0m") if colour else ("[[", "]]"), options.max_chars)
+        text = marked(ids, mask, tokenizer, ("\x1b[32m", "\x1b[0m") if color else ("[[", "]]"), options.max_chars)
         print(text)
 
 
@@ -217,7 +216,7 @@ def marked(
     marks: tuple[str, str],
     max_chars: int,
 ) -> str:
-    """The text of `ids` with `marks` around what `mask` says, cut after about `max_chars` characters (0: never)."""
+    """The text of `ids` with `marks` around masked tokens, cut off after about `max_chars` characters (0: never)."""
     import numpy as np
 
     if len(ids) == 0:

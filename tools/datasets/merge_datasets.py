@@ -1,9 +1,9 @@
-"""Several `.bin/.idx` pairs of a folder as one, with GPT-NeoX's flags.
+"""Merge the `.bin/.idx` pairs of a folder into one, with GPT-NeoX's flags.
 
     python tools/datasets/merge_datasets.py --input data/shards --output-prefix data/corpus_text_document
 
-The documents of all pairs in the folder stand one after the other, pairs in the order of their names. All pairs must
-hold tokens of one type and, where they have headers (`.json`), of one tokenizer; the output's header adds them up.
+The documents of all pairs are concatenated in the order of the pairs' names. All pairs must hold tokens of the same
+type and, if they have headers (`.json`), from the same tokenizer; the output's header has the totals.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def merge(folder: Path, output: Path) -> None:
-    """Raises DataError or OSError; nothing is left behind then."""
+    """Merge all pairs of `folder`. Raises DataError or OSError and then leaves nothing behind."""
     from megatron.common.atomic_files import write_text
     from megatron.data.header import file_crc32, header_path, read_header
     from megatron.data.indexed import DataError, IndexedFile, IndexedWriter, bin_path
@@ -40,7 +40,7 @@ def merge(folder: Path, output: Path) -> None:
     stems = {suffix: {path.stem for path in folder.glob(f"*{suffix}")} for suffix in (".bin", ".idx")}
     alone = sorted(stems[".bin"] ^ stems[".idx"])
     if alone:
-        raise DataError(f"{folder / alone[0]}: one of .bin and .idx is missing; copy the pair again or take it away")
+        raise DataError(f"{folder / alone[0]}: one of .bin and .idx is missing; copy the pair again or remove it")
     parts = [IndexedFile(str(folder / stem)) for stem in sorted(stems[".bin"])]
     if not parts:
         raise DataError(f"--input {folder}: no .bin/.idx pair in it")
@@ -53,7 +53,7 @@ def merge(folder: Path, output: Path) -> None:
     if output.parent.resolve() == folder.resolve() and output.name in stems[".bin"]:
         raise DataError(f"--output-prefix {output} is one of the inputs; give another name")
     headers = [(str(part.prefix), read_header(part.prefix)) for part in parts]
-    joined_header(headers, crc32="")  # refuses what does not belong together, before anything is copied
+    joined_header(headers, crc32="")  # rejects incompatible pairs before anything is copied
     output.parent.mkdir(parents=True, exist_ok=True)
     aside = output.with_name(f"{output.name}.partial")
     writer = IndexedWriter(aside, parts[0].dtype)

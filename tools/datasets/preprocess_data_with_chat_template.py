@@ -4,8 +4,8 @@
         --output-prefix data/sft --tokenizer-path Meta-Llama-3.1-8B-Instruct
 
 writes `data/sft_messages_document` and `data/sft_messages_label_document`, for `train_data_paths` and
-`train_label_data_paths`. A line holds `{"messages": [{"role": ..., "content": ...}, ...]}`. For conversations in other
-shapes, deduplication and shares use `preprocess_sft.py`, whose ids differ by the end token that GPT-NeoX adds.
+`train_label_data_paths`. A line holds `{"messages": [{"role": ..., "content": ...}, ...]}`. For other formats of
+conversations, deduplication and shares, use `preprocess_sft.py`, whose ids differ by the end token that GPT-NeoX adds.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--input", required=True, help="JSON lines; several files are separated by commas")
     p.add_argument("--jsonl-keys", nargs="+", default=["conversation"], help="fields to encode, one output each")
-    p.add_argument("--no-mask", action="store_true", help="learn everything; no label files, no end token")
-    p.add_argument("--generation-role", default="assistant", help="whose turns are learned")
-    p.add_argument("--only-last", action="store_true", help="learn the last turn only")
+    p.add_argument("--no-mask", action="store_true", help="learn all tokens; write no label files and no end token")
+    p.add_argument("--generation-role", default="assistant", help="role whose turns are learned")
+    p.add_argument("--only-last", action="store_true", help="learn only the last turn")
     p.add_argument("--tokenizer-path", required=True, help="folder of tokenizer.json and tokenizer_config.json")
     p.add_argument(
         "--output-prefix", required=True, help="outputs are PREFIX_KEY_document and PREFIX_KEY_label_document"
@@ -44,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--workers", type=int, default=1, help="processes")
     p.add_argument("--num-docs", type=int, help="number of input documents, for a percentage in the progress lines")
     p.add_argument("--log-interval", type=int, default=10_000, help="documents between progress lines")
-    p.add_argument("--ftfy", action="store_true", help="accepted from GPT-NeoX, which does not use it here either")
+    p.add_argument("--ftfy", action="store_true", help="accepted for GPT-NeoX compatibility; no effect, as in GPT-NeoX")
     for name in ("--for-rm", "--binary-reward"):
         p.add_argument(name, action="store_true", help=f"refused: {_REWARDS}")
     p.add_argument("--reward-key", help=f"refused: {_REWARDS}")
@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def convert(options: argparse.Namespace) -> None:
-    """Raises UserError or OSError; nothing is left behind then."""
+    """Run the preprocessing. Raises UserError or OSError and then leaves nothing behind."""
     import numpy as np
 
     from megatron.data.indexed import IndexedWriter
@@ -97,7 +97,7 @@ def _aside(path: Path) -> Path:
 
 
 def _write(options: argparse.Namespace, chat: PrefixChat, writers: dict[str, IndexedWriter]) -> dict[str, int]:
-    """Encode all lines in their order; returns the number of learned tokens by key."""
+    """Encode all lines in order; returns the number of learned tokens by key."""
     import numpy as np
 
     from megatron.common.labels import IGNORE_INDEX
@@ -122,7 +122,7 @@ def _write(options: argparse.Namespace, chat: PrefixChat, writers: dict[str, Ind
 
 
 def _lines(files: list[str]) -> Iterator[tuple[str, str]]:
-    """(file and line number, text) of every line that is not blank."""
+    """(file and line number, text) of every non-blank line."""
     for name in files:
         with open(name, encoding="utf-8", errors="surrogateescape") as file:
             for number, line in enumerate(file, 1):
@@ -138,7 +138,7 @@ def _start(chat: PrefixChat, options: argparse.Namespace) -> None:
 
 
 def _encode(item: tuple[str, str]) -> dict[str, Pair] | str:
-    """The pairs of a line by key, or what is wrong with it."""
+    """The pairs of a line by key, or the problem with it."""
     from tools.datasets.encoding.growing_prefixes import ChatFileError
 
     place, line = item

@@ -5,9 +5,9 @@
         --source reasoning:0.418=nemotron.jsonl --source astronomy:0.308=astro.jsonl --source general:0.274=hermes.jsonl
 
 writes `data/sft_reasoning_document.{bin,idx,json}` and `data/sft_reasoning_label_document.{bin,idx}` and so on, and
-`data/sft_train.yml`, the keys for training on them in these shares. Only what the assistant says is learned, and the
-token that ends its turn. A conversation that was seen before, in any source, is left out and counted. A table at the
-end says what became of the records of each source; the header of the data keeps it.
+`data/sft_train.yml`, the keys for training on them in these shares. Only the assistant's text and the token that ends
+its turn are learned. Conversations that occurred before, in any source, are skipped and counted. A table at the end
+accounts for the records of each source; it is also kept in the header of the data.
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--train-on", choices=["all", "last"], default="all", help="which assistant turns are learned")
     p.add_argument(
         "--chat-template",
-        help="a Jinja template instead of Meta's format for Llama 3: a model folder, a tokenizer_config.json, a Jinja "
-        "file, or llama3.1, llama3.2, llama3.3",
+        help="Jinja template to use instead of Meta's format for Llama 3: a model folder, a tokenizer_config.json, a "
+        "Jinja file, or llama3.1, llama3.2, llama3.3",
     )
     p.add_argument("--template-arguments", metavar="JSON", help="variables of the template, such as a date_string")
-    p.add_argument("--seq-length", type=int, help="of the run: conversations that do not fit into a sample are counted")
+    p.add_argument("--seq-length", type=int, help="of the run: count conversations longer than a sample")
     p.add_argument(
         "--thinking-prompt",
         action="store_true",
-        help="give conversations without a system turn 'detailed thinking on' or 'off', as they have <think> or not",
+        help="give conversations without a system turn 'detailed thinking on' if they have <think>, else '... off'",
     )
     p.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: all cores)")
     p.add_argument(
-        "--log-interval", type=int, help="conversations between progress lines (one comes every ten seconds)"
+        "--log-interval", type=int, help="conversations between progress lines (default: one every ten seconds)"
     )
-    p.add_argument("--on-bad-record", choices=["fatal", "skip"], default="fatal", help="stop, or leave out and count")
+    p.add_argument("--on-bad-record", choices=["fatal", "skip"], default="fatal", help="stop, or skip and count")
     return p
 
 
@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
     from tools.datasets.encoding.sft import preprocess_conversations
 
     return guarded(
-        "preprocess_sft.py", lambda: preprocess_conversations(options), "stopped; the same command goes on from here"
+        "preprocess_sft.py", lambda: preprocess_conversations(options), "stopped; the same command continues from here"
     )
 
 

@@ -1,11 +1,10 @@
-"""Train a Kneser-Ney n-gram on text that is trusted, for `clean_corpus.py --perplexity-model`.
+"""Train a Kneser-Ney n-gram model on trusted text, for `clean_corpus.py --perplexity-model`.
 
     python tools/datasets/train_ngram.py --input wikipedia.jsonl.zst --output wikipedia.arpa
 
-Counting and smoothing are `kaldingram`'s; words are prepared as `clean_corpus.py` prepares them. A word that is not in
-the text costs what Good and Turing say: the share of words seen once, spread over as many words as were seen. All
-counts are held in memory: some hundred megabytes of text are plenty. For more, KenLM's own `lmplz` writes the same
-format.
+Counting and smoothing use `kaldingram`; words are prepared as in `clean_corpus.py`. Unknown words get their Good-Turing
+probability: the fraction of words seen once, spread over as many words as were seen. All counts are held in memory, so
+use at most a few hundred megabytes of text. For more, KenLM's own `lmplz` writes the same format.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--input", nargs="+", required=True, help="as in clean_corpus.py")
     p.add_argument("--output", type=Path, required=True, help="the .arpa file")
-    p.add_argument("--text-key", default="text", help="the field that is read")
+    p.add_argument("--text-key", default="text", help="the field to read")
     p.add_argument("--order", type=int, default=3, help="words in the longest sequence, at most 6 (default: 3)")
     return p
 
@@ -48,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def write_ngram(inputs: list[str], output: Path, key: str, order: int) -> None:
-    """Raises DataError, SourceError, OSError; the output is complete or it is not there."""
+    """Train and write the model. Raises DataError, SourceError, OSError; the output is either complete or absent."""
     from megatron.common.atomic_files import replacing
     from megatron.data.indexed import DataError
     from tools.datasets.encoding.records import find_inputs
@@ -66,7 +65,7 @@ def write_ngram(inputs: list[str], output: Path, key: str, order: int) -> None:
     counts = Counter(word for line in _lines(files, key) for word in line.split(" "))
     once = sum(1 for count in counts.values() if count == 1)
     if once == len(counts):
-        raise DataError(f"{', '.join(inputs)}: no word comes twice; this is no corpus")
+        raise DataError(f"{', '.join(inputs)}: no word occurs twice; this is not a corpus")
     unknown = math.log10(max(1, once) / counts.total() / len(counts))
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".partial.") as folder:
@@ -82,11 +81,11 @@ def write_ngram(inputs: list[str], output: Path, key: str, order: int) -> None:
                 target.write(line)
                 if line.startswith(b"\\1-grams:"):
                     target.write(b"%.7f\t<unk>\n" % unknown)
-    print(f"{output}: {order}-gram of {counts.total()} words, {len(counts)} different, from {len(files.files)} files")
+    print(f"{output}: {order}-gram of {counts.total()} words, {len(counts)} distinct, from {len(files.files)} files")
 
 
 def _lines(files: InputFiles, key: str) -> Iterator[str]:
-    """Lines of words of all records. Raises DataError for a record without text."""
+    """Lines of words from all records. DataError for a record without text."""
     from megatron.data.indexed import DataError
     from tools.datasets.cleaning.perplexity import word_lines
     from tools.datasets.encoding.progress import Progress

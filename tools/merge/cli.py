@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING
 
 from megatron.common.boundary import guarded_from_sigterm
 from megatron.common.errors import UserError
+from megatron.common.picture_files import check_picture_file
 
 from ..convert_hf.cli import progress_bar, share, size
+from .errors import MergeError
 
 if TYPE_CHECKING:
     from .job import MergeJob
@@ -59,9 +61,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from .recipe_file import read_recipe
 
     if arguments.picture is not None:
-        from .picture import check_report_picture
-
-        check_report_picture(arguments.picture)
+        check_picture_file(arguments.picture, MergeError)
     if arguments.verify is not None and arguments.tp is not None:
         raise UserError("--verify detects the format of its folder; leave --tp out")
     recipe = read_recipe(arguments.recipe)

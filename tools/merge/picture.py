@@ -9,24 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from .errors import MergeError
 from .report import WORKING_RANGE, MergeReport, cosine
 
-FORMATS = (".png", ".svg", ".pdf")
-# Okabe and Ito's palette, whose colors can be distinguished with any kind of color vision.
+# Okabe and Ito's palette, which is distinguishable with every kind of color vision.
 _COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#f0e442", "#999999")
-
-
-def check_report_picture(path: Path) -> None:
-    """MergeError if a picture cannot be written to this path."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise MergeError("--picture needs matplotlib; pip install matplotlib, or leave --picture out") from None
-    if path.suffix not in FORMATS:
-        raise MergeError(f"--picture: {path} must end in one of {', '.join(FORMATS)}")
-    if not path.absolute().parent.is_dir():
-        raise MergeError(f"--picture: there is no folder {path.absolute().parent}")
 
 
 def draw_report(report: MergeReport, path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron.common.atomic_files import write_text
 from megatron.common.boundary import guarded
+from megatron.common.picture_files import check_picture
 from tools.probe.errors import ProbeError
 
 
@@ -83,11 +84,11 @@ def _halves(given: argparse.Namespace) -> int:
 
 def _retrieval(given: argparse.Namespace) -> int:
     from tools.probe.features import read_features
-    from tools.probe.pictures import check_picture, draw_retrieval
+    from tools.probe.pictures import draw_retrieval
     from tools.probe.retrieval import lines_of_retrieval, retrieval_report
 
     if given.picture is not None:
-        check_picture(given.picture)
+        check_picture(given.picture, ProbeError)
     if given.sample < 2:
         raise ProbeError(f"--sample {given.sample}: at least 2 documents are compared")
     models = {name: read_features(path) for name, path in _named(given.models).items()}
@@ -101,14 +102,14 @@ def _properties(given: argparse.Namespace) -> int:
     from tools.probe.features import read_features
     from tools.probe.inputs import read_inputs
     from tools.probe.labels import read_properties
-    from tools.probe.pictures import check_picture, draw_study
+    from tools.probe.pictures import draw_study
     from tools.probe.study import Study, StudyOptions
     from tools.probe.tables import lines_of_study
 
     if importlib.util.find_spec("sklearn") is None:
         raise ProbeError("probes need scikit-learn; pip install .[examples]")
     if given.picture is not None:
-        check_picture(given.picture)
+        check_picture(given.picture, ProbeError)
     if not given.targets and not given.classes:
         raise ProbeError("nothing to probe: give --targets (columns of numbers) or --classes (columns of classes)")
     if not 0 < given.test_share < 1:

@@ -8,21 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from tools.probe.errors import ProbeError
 from tools.probe.retrieval import VIEWS
 
-SUFFIXES = (".png", ".svg", ".pdf")
 _COLOURS = {"trained": "C0", "untrained": "0.55", "inputs": "C1"}
-
-
-def check_picture(path: Path) -> None:
-    """ProbeError unless a picture can be written under this name; for before the work is done."""
-    if path.suffix not in SUFFIXES:
-        raise ProbeError(f"{path}: expected a name that ends in {', '.join(SUFFIXES)}")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise ProbeError("a picture needs matplotlib; pip install .[examples]") from None
 
 
 def draw_retrieval(report: Mapping[str, Any], path: Path) -> None:

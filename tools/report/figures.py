@@ -15,7 +15,7 @@ from megatron.evaluation.cost_picture import PricedScore, draw_costs
 from tools.report.runs import LOSS, NORM, RATE, SPEED, Curve, RecordedRun, TrainingStage
 
 # Okabe and Ito's palette, whose colors can be distinguished with any kind of color vision.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999")
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999")
 DPI = 120
 SMOOTHED = 25  # steps over which the loss is averaged in long runs
 TOKENS = 100_000  # number of tokens whose cost is shown
@@ -55,14 +55,14 @@ def dynamics(runs: Sequence[RecordedRun], path: Path) -> Picture | None:
     figure = Figure(figsize=(9, 5.4), layout="constrained")
     losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     for number, run in enumerate(runs):
-        colour = COLOURS[number % len(COLOURS)]
+        color = COLORS[number % len(COLORS)]
         for stage, offset in zip(run.stages, run.offsets(), strict=True):
             loss = stage.curve(LOSS)
             if len(loss) > 4 * SMOOTHED:
-                losses.plot(*_moved(loss, offset), color=colour, linewidth=0.5, alpha=0.25)
+                losses.plot(*_moved(loss, offset), color=color, linewidth=0.5, alpha=0.25)
                 loss = smoothed(loss)
-            losses.plot(*_moved(loss, offset), color=colour, linewidth=1.2, label=_label(runs, run, stage))
-            rates.plot(*_moved(stage.curve(RATE), offset), color=colour, linewidth=1.2)
+            losses.plot(*_moved(loss, offset), color=color, linewidth=1.2, label=_label(runs, run, stage))
+            rates.plot(*_moved(stage.curve(RATE), offset), color=color, linewidth=1.2)
             _mark_adjustments(losses, rates, stage, offset)
         if number == 0:
             _mark_stages((losses, rates), run)
@@ -132,8 +132,8 @@ def composition(runs: Sequence[RecordedRun], path: Path) -> Picture | None:
         left, total = 0.0, sum(samples for _, samples in parts)
         for number, (name, samples) in enumerate(parts):
             width = 100 * samples / max(1, total)
-            colour = COLOURS[number % len(COLOURS)]
-            axes.barh(row, width, left=left, color=colour, edgecolor="white")
+            color = COLORS[number % len(COLORS)]
+            axes.barh(row, width, left=left, color=color, edgecolor="white")
             if width > 4:
                 text = f"{name}\n{width:.1f} %"
                 axes.text(left + width / 2, row, text, ha="center", va="center", fontsize=8, color="white")
@@ -200,7 +200,7 @@ def topic_bars(runs: Sequence[RecordedRun], path: Path) -> Picture | None:
                 below.append(value - low)
                 above.append(high - value)
         axes.bar(
-            places, heights, width, yerr=[below, above], label=name, color=COLOURS[number % len(COLOURS)],
+            places, heights, width, yerr=[below, above], label=name, color=COLORS[number % len(COLORS)],
             error_kw={"elinewidth": 0.8, "ecolor": "0.2"},
         )  # fmt: skip
     axes.set(ylabel="% right", ylim=(0, 105), xticks=range(len(topics)))
@@ -224,7 +224,7 @@ def validation(runs: Sequence[RecordedRun], path: Path) -> Picture | None:
                 label = short_name(source) if len(runs) == 1 else f"{run.name} {short_name(source)}"
                 axes.plot(
                     *_moved(curve, offset), marker="o", markersize=3, linestyle=("-", "--", ":")[number % 3],
-                    color=COLOURS[names.index(source) % len(COLOURS)], label=label,
+                    color=COLORS[names.index(source) % len(COLORS)], label=label,
                 )  # fmt: skip
     axes.set(xlabel="optimizer step, stages in sequence", ylabel="loss, nats per token")
     handles, labels = axes.get_legend_handles_labels()
@@ -244,7 +244,7 @@ def _one(runs: Sequence[RecordedRun], path: Path, name: str, title: str, label: 
         for stage, offset in zip(run.stages, run.offsets(), strict=True):
             curve = stage.curve(name)
             values += [value for _, value in curve if value > 0]
-            axes.plot(*_moved(curve, offset), color=COLOURS[number % len(COLOURS)], linewidth=0.8, label=run.name)
+            axes.plot(*_moved(curve, offset), color=COLORS[number % len(COLORS)], linewidth=0.8, label=run.name)
         if number == 0:
             _mark_stages((axes,), run)
     if values and math.log10(max(values) / min(values)) > 2:
@@ -269,7 +269,7 @@ def cleaning(runs: Sequence[RecordedRun], path: Path) -> Picture | None:
         return None
     figure = Figure(figsize=(9, 1 + 0.28 * len(rows)), layout="constrained")
     axes = figure.subplots()
-    axes.barh([name for name, _, _ in rows], [count for _, count, _ in rows], color=COLOURS[0])
+    axes.barh([name for name, _, _ in rows], [count for _, count, _ in rows], color=COLORS[0])
     for number, (_, count, share) in enumerate(rows):
         axes.text(count, number, f" {count} ({share:.1f} %)", va="center", fontsize=8)
     axes.set(xlabel="documents dropped")

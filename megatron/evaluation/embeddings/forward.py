@@ -1,8 +1,8 @@
-"""Pooled vectors at any TP x PP x DP, independent of what else is read with them.
+"""Pooled vectors at any TP x PP x DP, independent of the other texts in a batch.
 
-Every input is padded on the right to a length that follows from its own alone, and every micro-batch has
-`train_micro_batch_size_per_gpu` rows. A causal model does not see what follows, and the padding is not pooled.
-Replicas share the micro-batches out; in a pipeline each stage goes on with the next one as soon as it has sent its own.
+Every input is padded on the right to a length that depends only on its own, and every micro-batch has
+`train_micro_batch_size_per_gpu` rows. A causal model does not see the padding, and it is not pooled. Micro-batches are
+divided among replicas; in a pipeline each stage continues with the next one as soon as it has sent its own.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from megatron.model.pipeline import PARAMETER_DTYPES
 from megatron.neox_arguments import NeoXArgs
 
 LENGTH_STEP = 64  # inputs are padded to multiples of it
-_IN_FLIGHT = 4  # micro-batches whose hidden states a stage keeps until they have left
+_IN_FLIGHT = 4  # micro-batches whose hidden states a stage keeps until they are sent
 
 
 @dataclass(frozen=True)

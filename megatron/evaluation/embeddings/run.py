@@ -1,4 +1,4 @@
-"""What `embed.py` does: a checkpoint, texts or images, a file of vectors."""
+"""`embed.py`: from a checkpoint and texts or images to a file of vectors."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def embed_and_write(model: DrivenModel, checkpoint: Path | None) -> dict[str, An
     identity = _identity(args, checkpoint, wanted) | form
     file = VectorFile(Path(keys.output), wanted.layers, args.hidden_size, identity)
     if file.progress.records:
-        logger.info(f"going on with {file.partial}: {file.progress.rows} rows of {file.progress.records} records")
+        logger.info(f"resuming {file.partial}: {file.progress.rows} rows of {file.progress.records} records")
     inputs = reader.read(file.progress.records)
     while window := _next(inputs):
         _embed_window(model, wanted, file, window)
@@ -77,7 +77,8 @@ def embed_and_write(model: DrivenModel, checkpoint: Path | None) -> dict[str, An
 
 
 def _reader(args: NeoXArgs) -> tuple[TextReader | ImageReader, int, dict[str, Any]]:
-    """(what reads the inputs, how many positions before them belong to none, what decides how they are read)."""
+    """(reader of the inputs, number of leading positions that are not pooled, the settings that determine how they are
+    read)."""
     keys = args.embed
     if args.patches is not None:
         return ImageReader(args), 0, {"patch_settings": args.patches.model_dump()}
@@ -91,7 +92,7 @@ def _reader(args: NeoXArgs) -> tuple[TextReader | ImageReader, int, dict[str, An
 
 
 def _identity(args: NeoXArgs, checkpoint: Path | None, wanted: WantedVectors) -> dict[str, Any]:
-    """What decides the vectors: a file that was begun with anything else is not gone on with."""
+    """The settings that determine the vectors: a file started with other settings is not continued."""
     keys = args.embed
     assert keys.input is not None
     read = Path(f"{keys.input}.bin" if args.reads_images else keys.input).stat()
@@ -117,7 +118,7 @@ def _unit(args: NeoXArgs) -> str:
 
 
 def _fingerprint(args: NeoXArgs, checkpoint: Path | None) -> str:
-    """Of the weights: the checksum of a checkpoint's manifest, which holds those of all tensors."""
+    """Fingerprint of the weights: the checksum of a checkpoint's manifest, which contains those of all tensors."""
     if checkpoint is None:
         return f"untrained, seed {args.seed}"
     manifest = checkpoint / MANIFEST_NAME

@@ -1,4 +1,4 @@
-"""Texts of a file as token ids, one after another; what cannot be used is named and counted, never dropped silently."""
+"""Texts of a file as token ids, one after another; unusable records are named and counted, never dropped silently."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron.neox_arguments.keys.embeddings import EmbedKeys
 
 @dataclass(frozen=True)
 class EncodedInput:
-    """An id, and what the model reads: tokens with the begin-of-text token, or patches; `cut`: these are not all."""
+    """An id, and the model's input: tokens with the begin-of-text token, or patches; `cut`: the input was truncated."""
 
     id: str | int
     values: np.ndarray
@@ -26,7 +26,8 @@ class EncodedInput:
 
 @dataclass(frozen=True)
 class BadText:
-    """A record without a usable text: where it is and what is wrong, and that in two words, which are counted."""
+    """A record without a usable text: its location and the problem, which is also given as a short rule for
+    counting."""
 
     message: str
     rule: str
@@ -61,7 +62,7 @@ class TextReader:
             return BadText(f"{where}: expected a record with {name}, found {found or 'an empty one'}", f"no {name}")
         text = record[name]
         if not isinstance(text, str):
-            return BadText(f"{where}: {name} is of type {type(text).__name__}, expected a text", f"{name} is no text")
+            return BadText(f"{where}: {name} is of type {type(text).__name__}, expected a text", f"{name} is not text")
         if not text.strip():
             return BadText(f"{where}: {name} is empty", f"empty {name}")
         identity = number if self._keys.id_field is None else record.get(self._keys.id_field, number)

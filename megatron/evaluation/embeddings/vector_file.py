@@ -1,11 +1,11 @@
-"""The file of vectors while it grows: killed at any moment, it goes on where the last whole window ended.
+"""The growing file of vectors: if killed at any moment, it is continued from the end of the last complete window.
 
     vectors.npy.partial             an .npy file with room for its header, rows of one size
     vectors.npy.partial.ids.jsonl   a line for each row
     vectors.npy.partial.json        the journal: of what it is, and how far
 
-The journal is replaced after rows and ids have been synced; what lies behind it is written again. At the end the ids
-and the report get their names first, and the vectors last: a file of vectors is complete or is not there.
+The journal is replaced after rows and ids have been synced; anything after that point is written again. At the end the
+ids and the report are renamed first, and the vectors last: a file of vectors is either complete or absent.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _COPIED_BYTES = 1 << 24  # at a time, from rows into Parquet
 
 @dataclass
 class WrittenSoFar:
-    """How far a file of vectors is; `named` are the first records that were left out."""
+    """Progress of a file of vectors; `named` are the first records that were left out."""
 
     records: int = 0
     rows: int = 0
@@ -44,7 +44,7 @@ class VectorFile:
     """fp32 [rows, width...] with an id each. `identity` is what all rows have in common: another one is refused."""
 
     def __init__(self, path: Path, layers: Sequence[int], hidden_size: int, identity: dict[str, Any]) -> None:
-        """Begins a file or goes on with one. Raises UserError if it is complete already, or of something else."""
+        """Start a file or continue one. Raises UserError if it is already complete, or belongs to a different job."""
         self.path, self.layers, self.identity = path, tuple(layers), identity
         self._row_shape = (hidden_size,) if len(self.layers) == 1 else (len(self.layers), hidden_size)
         self._row_bytes = 4 * len(self.layers) * hidden_size
@@ -52,7 +52,7 @@ class VectorFile:
         self._ids = path.with_name(path.name + ".partial.ids.jsonl")
         self._journal = path.with_name(path.name + ".partial.json")
         if path.exists():
-            raise UserError(f"embed.output {path} is there already, complete; remove it, or give another name")
+            raise UserError(f"embed.output {path} already exists and is complete; remove it, or give another name")
         self.progress = self._read_journal()
         self._rows_file: BinaryIO | None = None  # opened with the first row
 
@@ -75,7 +75,7 @@ class VectorFile:
             content = json.loads(self._journal.read_text())
             before, progress = content["identity"], WrittenSoFar(**content["progress"])
         except (ValueError, KeyError, TypeError):
-            raise UserError(f"{self._journal} is damaged; remove it and {self.partial} to begin anew") from None
+            raise UserError(f"{self._journal} is damaged; remove it and {self.partial} to start over") from None
         other = [
             f"{name} was {before.get(name)}, now {self.identity.get(name)}"
             for name in {**before, **self.identity}
@@ -84,7 +84,7 @@ class VectorFile:
         if other:
             raise UserError(
                 f"{self.partial} is of another run: {'; '.join(other)}. Give another embed.output, or remove it and "
-                f"{self._journal} to begin anew"
+                f"{self._journal} to start over"
             )
         return progress
 

@@ -22,7 +22,7 @@ MAX_THINKING_TOKENS = 2048  # where the configuration has no limit
 
 
 def ask_all(model: DrivenModel, writer: PromptWriter, items: Sequence[Item]) -> list[ItemResult]:
-    """Every item with its answer. Raises UserError if a prompt does not fit into `seq_length`; nothing is cut."""
+    """Every item with its answer. Raises UserError if a prompt does not fit into `seq_length`; nothing is truncated."""
     keys = writer.keys
     questions = [question for item in items for question in orders_of(item, keys.cyclic_orders)]
     if keys.method == "generate":
@@ -36,7 +36,7 @@ def ask_all(model: DrivenModel, writer: PromptWriter, items: Sequence[Item]) -> 
 
 
 def _result(item: Item, asked: Sequence[Asked]) -> ItemResult:
-    """Several orders are one answer: the highest mean probability, or the option that most texts gave."""
+    """Combine several orders into one answer: the highest mean probability, or the option chosen by most texts."""
     if len(asked) == 1:
         return ItemResult(item, tuple(asked), asked[0].choice)
     if asked[0].scores:
@@ -78,7 +78,7 @@ def ask_by_scores(model: DrivenModel, writer: PromptWriter, questions: Sequence[
 
 
 def calibrated(asked: Asked) -> tuple[float, ...]:
-    """Log-probability of each text minus that after an empty question, by letter: what the question adds."""
+    """Log-probability of each text minus that after an empty question, by letter."""
     return tuple(told - alone for told, alone in zip(asked.sums, asked.alone, strict=True))
 
 
@@ -94,7 +94,7 @@ def _check_room(question: Question, pairs: Sequence[Pair], args: NeoXArgs) -> No
 
 @dataclass
 class _Text:
-    """A text in the making."""
+    """A text that is being generated."""
 
     prompt: tuple[int, ...]
     ids: tuple[int, ...] = ()

@@ -1,6 +1,6 @@
-"""Questions and options from JSONL, CSV or Parquet; what cannot be used is named before anything runs.
+"""Questions and options from JSONL, CSV or Parquet; unusable rows are named before anything runs.
 
-AstroMLab-1's form has the columns question, A, B, C, D, and answer where it is not withheld. `options` may also be one
+AstroMLab-1's format has the columns question, A, B, C, D, and answer if it is not withheld. `options` may also be one
 column that holds a list. The answer is a letter, an index from 0, or the option's text.
 """
 

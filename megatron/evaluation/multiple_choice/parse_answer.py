@@ -1,4 +1,4 @@
-"""The letter in a generated answer: from its JSON object, else from its last words about an answer."""
+"""The letter in a generated answer: from its JSON object, else from the last phrase that states an answer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class ParsedAnswer:
 
 
 def without_thinking(text: str) -> str:
-    """What follows the last end of a reasoning trace; all of it where there is none."""
+    """The text after the last end of a reasoning trace; the whole text if there is none."""
     return text.rpartition(THINK_END)[2]
 
 
@@ -36,7 +36,7 @@ def parse_answer(text: str, letters: str, options: Sequence[str]) -> ParsedAnswe
         return ParsedAnswer(from_json[-1], "json")
     named = rf"answer\W{{0,12}}(?:(?:is|would be|:)\W{{0,8}})?([{letters}])(?![A-Za-z'])"
     said = re.findall(named, text, re.IGNORECASE)
-    said = [letter for letter in said if letter.isupper()]  # "the answer a physicist gives" is no letter
+    said = [letter for letter in said if letter.isupper()]  # "the answer a physicist gives" contains no letter
     if not said:
         alone = re.fullmatch(rf"\W*([{letters}])(?:[.:)]\s.*|\W*)", text, re.DOTALL)
         said = [alone[1]] if alone else []

@@ -1,4 +1,4 @@
-"""What the model sees of a question, by method and kind of prompt."""
+"""Prompts for a question, by method and kind of prompt."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ASK_FOR_JSON = (
 
 @dataclass(frozen=True)
 class Question:
-    """An item in one order of its options: `order[i]` is the item's option that stands at letter i."""
+    """An item in one order of its options: `order[i]` is the item's option under letter i."""
 
     item: Item
     order: tuple[int, ...]
@@ -30,7 +30,7 @@ class Question:
 
 
 def orders_of(item: Item, cyclic: bool) -> list[Question]:
-    """The item as given, or in all cyclic orders, so that every option stands at every letter once."""
+    """The item as given, or in all cyclic orders, so that every option appears under every letter once."""
     n = len(item.options)
     shifts = range(n) if cyclic else range(1)
     return [Question(item, tuple((place + shift) % n for place in range(n))) for shift in shifts]

@@ -1,4 +1,4 @@
-"""What is kept of every item: one JSON line, enough to score it again or to compare two checkpoints."""
+"""The record of every item: one JSON line, sufficient to score it again or to compare two checkpoints."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Asked:
     continuations: tuple[tuple[int, ...], ...] = ()
     log_probs: tuple[tuple[float, ...], ...] = ()
     alone: tuple[float, ...] = ()  # log-probability of each text after an empty question
-    scores: tuple[float, ...] = ()  # what decided: log-probabilities, calibrated ones if so chosen
+    scores: tuple[float, ...] = ()  # the deciding scores: log-probabilities, or calibrated ones if so configured
     generated_ids: tuple[int, ...] = ()
     generated: str = ""
     parsed_by: str = ""  # json, regex or unparsed
@@ -41,7 +41,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class ItemResult:
-    """An item, every time that it was asked, and the option that it comes to: None if no answer could be read."""
+    """An item, each time that it was asked, and the resulting option: None if no answer could be parsed."""
 
     item: Item
     asked: tuple[Asked, ...]

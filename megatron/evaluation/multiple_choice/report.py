@@ -1,4 +1,4 @@
-"""What a multiple-choice test came to: numbers with their uncertainty, as JSON and as text."""
+"""The results of a multiple-choice test: numbers with their uncertainty, as JSON and as text."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def accuracy(correct: Iterable[bool]) -> dict[str, Any]:
 
 
 def summarize(results: Sequence[ItemResult]) -> dict[str, Any]:
-    """All numbers of a test. Without answers: what was chosen, and what could not be read."""
+    """All numbers of a test. Without answers: what was chosen, and what could not be parsed."""
     asked = [one for result in results for one in result.asked]
     chosen = Counter(None if r.choice is None else LETTERS[r.choice] for r in results)
     letters = Counter(LETTERS[one.order.index(one.choice)] for one in asked if one.choice is not None)
@@ -102,7 +102,7 @@ def comparison_facts(comparison: PairedComparison) -> dict[str, Any]:
 
 
 def lines_of(summary: dict[str, Any]) -> list[str]:
-    """What is printed of a summary."""
+    """A summary as printed."""
     lines = []
     if "accuracy" in summary:
         lines.append(f"accuracy {share_text(summary)}")

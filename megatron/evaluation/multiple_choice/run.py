@@ -1,4 +1,4 @@
-"""What `mcq.py` does: a checkpoint, a file of questions, results in a folder."""
+"""`mcq.py`: from a checkpoint and a file of questions to a folder of results."""
 
 from __future__ import annotations
 

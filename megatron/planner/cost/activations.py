@@ -1,4 +1,4 @@
-"""Bytes of one micro-batch on one rank: what a decoder layer stores, and what its backward pass needs besides.
+"""Bytes of one micro-batch on one rank: what a decoder layer stores, and what its backward pass needs in addition.
 
 Follows the modules of `megatron.model.llama` tensor by tensor. T = sequence x micro-batch tokens; t tensor-parallel
 ranks; h, f, V as in the model; kv = key/value heads x head_dim. Elements per token that autograd keeps of a layer:
@@ -15,8 +15,8 @@ the residual sum and what the first product of each block gives: norms, attentio
 product is. Sequence parallelism divides by t what stands without it: a column-parallel matrix keeps its slice of the
 input and gathers it again.
 
-Beside an adapter a frozen matrix keeps no input; A keeps it instead, where there is one. Of each fused matrix with n
-projections that have one, n r are kept between A and B, and a copy of their A's that are multiplied as one.
+With an adapter, a frozen matrix keeps no input; its A keeps it instead, if it has one. For each fused matrix with n
+adapted projections, n r elements are kept between A and B, and a copy of their A's, which are multiplied as one.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class PatchEnds:
     embedding: int  # kept until the embedding's backward pass
     embedding_backward: int
     head: int  # kept until the loss is differentiated
-    prediction: int  # which DeepSpeed's engine holds on to
-    loss: int  # what comes and goes beside them
+    prediction: int  # which DeepSpeed's engine keeps
+    loss: int  # temporaries in addition to them
     targets: int
 
     @classmethod
@@ -90,10 +90,10 @@ class Activations:
     several: bool  # sequences in a micro-batch: [s, b, h] <-> [b, s, h] then needs copies
     documents: bool
     on_host: bool  # a CPU's memory
-    frozen: bool  # an adapter is trained beside the weights
-    adapters: int  # what its factors keep of a layer
-    unread: int  # of what is kept without an adapter, inputs of matrices that have none
-    ends: PatchEnds | None = None  # of a model of images
+    frozen: bool  # an adapter is trained on frozen weights
+    adapters: int  # elements its factors keep for a layer
+    unread: int  # part of what is kept without an adapter: inputs of matrices that have none
+    ends: PatchEnds | None = None  # for a model of images
 
     @classmethod
     def of(
@@ -105,7 +105,7 @@ class Activations:
         share = t if layout.sequence_parallel else 1
 
         def block(width: int) -> int:
-            """Elements that a reference treats at once."""
+            """Elements that a reference processes at once."""
             if ops == "kernels" or not width:
                 return 0
             return tokens * width if ops == "torch" else min(tokens, max(1, BLOCK_ELEMENTS // width)) * width

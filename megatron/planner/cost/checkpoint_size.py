@@ -1,4 +1,4 @@
-"""Bytes of a checkpoint: the tensors of its files, beside which all else in it is small (docs/checkpoints.md)."""
+"""Bytes of a checkpoint: the tensors of its files; everything else in it is negligible (docs/checkpoints.md)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _STATE_BYTES = 3 * 4  # of one element
 def checkpoint_size(shape: LlamaShape, tp: int, precision: str) -> CheckpointSize:
     """Size of a checkpoint, which pipeline and data-parallel sizes do not change."""
     one_rank = sum(prod(rank_shape(row, shape, tp)) for _, _, rows in layer_files(shape) for row in rows)
-    # Of an adapter there is one file, with each tensor once.
+    # An adapter is one file, which contains each tensor once.
     stored = shape.num_parameters if shape.frozen_base else tp * one_rank
     return CheckpointSize(
         weights=ELEMENT[precision] * stored,

@@ -1,4 +1,4 @@
-"""What one decoder layer and the two ends of the model cost one rank in FLOPs, bytes through memory, and time.
+"""Cost of one decoder layer and of the two ends of the model on one rank: FLOPs, memory traffic and time.
 
 Formulas follow the modules in `megatron/model/llama.py`: s sequence, b micro-batch, h hidden, f the MLP's width, t
 tensor-parallel ranks; 2-byte activations. Times are those of one micro-batch on one GCD.
@@ -36,7 +36,7 @@ class Seconds:
 
 
 def gemm_seconds(m: int, k: int, n: int, machine: Machine) -> float:
-    """[m, k] x [k, n]: arithmetic at the kernels' rate, and the operands' way through memory beside it."""
+    """[m, k] x [k, n]: arithmetic at the kernels' rate, and the memory traffic of the operands."""
     arithmetic = 2.0 * m * k * n / machine.gemm_flops
     traffic = BF16 * (m * k + k * n + m * n) / machine.hbm_rate
     return (arithmetic + traffic) / machine.sustained
@@ -51,7 +51,7 @@ def linear_seconds(tokens: int, features_in: int, features_out: int, machine: Ma
 
 
 def frozen_linear_seconds(tokens: int, features_in: int, features_out: int, machine: Machine) -> tuple[float, float]:
-    """The same of a frozen matrix: no gradient of the weight."""
+    """The same for a frozen matrix, which has no weight gradient."""
     forward = gemm_seconds(tokens, features_in, features_out, machine)
     return forward, gemm_seconds(tokens, features_out, features_in, machine)
 

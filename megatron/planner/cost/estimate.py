@@ -1,11 +1,11 @@
-"""What a layout costs in time: one step of training, predicted without hardware.
+"""The time of a layout: one training step, predicted without hardware.
 
     estimate(shape, layout, seq_length, machine) -> Estimate
 
 Pure arithmetic on the model's sizes (`compute`), on who sends what to whom (`traffic`) and on one machine's constants
-(`machines`); no torch. What it takes for granted: bf16, 1F1B; communication overlapped with nothing in DeepSpeed's
-pipeline engine, but for collectives of tensor parallelism beside a product (`hideable_seconds`), and in megatron-core's
-what `pipeline_time` says. What it does not know: `docs/planning.md`.
+(`machines`); no torch. Assumptions: bf16, 1F1B; no overlapped communication in DeepSpeed's pipeline engine, except for
+tensor-parallel collectives during a product (`hideable_seconds`), and in megatron-core's as described in
+`pipeline_time`. For what it does not model see `docs/planning.md`.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class StageTime:
     parameters: float  # of one rank
     compute: Seconds
     tensor_parallel: float
-    hideable: float  # part of `tensor_parallel` that products beside it are long enough to hide
-    messages: float  # waited for; with virtual stages the simulation says how long
+    hideable: float  # part of `tensor_parallel` that concurrent products are long enough to hide
+    messages: float  # exposed time; with virtual stages it comes from the simulation
     accumulation: float  # adding the micro-batch's gradients to the fp32 ones
 
     @property
@@ -68,22 +68,22 @@ class Estimate:
 
     @property
     def reduction_seconds(self) -> float:
-        """Data-parallel gradients, as far as nothing hides them."""
+        """Exposed reduction of data-parallel gradients."""
         return self.pipeline.reduction
 
     @property
     def gather_seconds(self) -> float:
-        """Data-parallel weights, likewise."""
+        """Exposed gather of data-parallel weights."""
         return self.pipeline.gather
 
     @property
     def hidden_seconds(self) -> float:
-        """Of reduction and gather, what is taken to hide behind computation."""
+        """The part of reduction and gather assumed to be hidden by computation."""
         return self.pipeline.hidden
 
     @property
     def exposed_step_seconds(self) -> float:
-        """`step_seconds` if nothing of reduction and gather hid behind computation."""
+        """`step_seconds` if no part of reduction and gather were hidden by computation."""
         return self.step_seconds + self.hidden_seconds * self.waiting
 
     @property
@@ -92,8 +92,8 @@ class Estimate:
 
     @property
     def hideable_seconds(self) -> float:
-        """What a step would gain if every collective that is launched beside a product ran behind it and did not slow
-        it down. Not taken off: a collective takes compute units from the product, and how many is not known."""
+        """What a step would gain if every collective launched during a product were hidden by it without slowing it
+        down. Not subtracted: a collective takes compute units from the product, and how many is unknown."""
         return self.slowest.hideable * self.layout.num_micro_batches * self.waiting
 
     @property
@@ -134,7 +134,7 @@ class Estimate:
 
     @property
     def recomputed_share(self) -> float:
-        """Of the model's decoder layers, those that are computed again."""
+        """Fraction of the model's decoder layers that are recomputed."""
         return sum(self.layout.recomputed(stage.layers) for stage in self.stages) / self.shape.num_layers
 
     @property
@@ -182,10 +182,10 @@ def estimate(
     *,
     layers: Sequence[int] | None = None,
 ) -> Estimate:
-    """The step of `layout`; `layers` are the decoder layers of each virtual stage in the model's order, default an even
-    deal.
+    """The step of `layout`; `layers` are the decoder layers of each virtual stage in the model's order, by default
+    distributed evenly.
 
-    Legality and memory are not looked at: `megatron.planner.search` and `megatron.planner.cost.memory` do.
+    Legality and memory are not checked here but by `megatron.planner.search` and `megatron.planner.cost.memory`.
     """
     virtual = layout.virtual_stages
     dealt = layers or decoders_by_stage(shape.num_layers, layout.pipe * virtual)
@@ -270,7 +270,7 @@ def _stages(
 
 @dataclass(frozen=True)
 class _Passes:
-    """A micro-batch's way through layers: computation, and half-collectives of tensor-parallel ranks."""
+    """A micro-batch's pass through layers: computation, and half-collectives of tensor-parallel ranks."""
 
     forward: Seconds
     backward: Seconds
@@ -302,7 +302,7 @@ def _layer(shape: LlamaShape, layout: ParallelLayout, seq_length: int, machine: 
 def _ends(
     shape: LlamaShape, layout: ParallelLayout, seq_length: int, machine: Machine, first: bool, last: bool
 ) -> _Passes:
-    """What the first and the last virtual stage have besides decoder layers: the embedding, and the head."""
+    """What the first and the last virtual stage have in addition to decoder layers: the embedding, and the head."""
     found = _Passes(Seconds(), Seconds(), 0, 0)
     if first:
         one = compute.embedding_seconds(shape, layout, seq_length, machine) * 0.5
@@ -334,7 +334,7 @@ def _hideable_seconds(
 
 
 def _accumulation_seconds(parameters: float, layout: ParallelLayout, machine: Machine) -> float:
-    """What a micro-batch's gradients take beyond their products.
+    """The time for a micro-batch's gradients beyond their products.
 
     `BF16_Optimizer` zeroes the bf16 ones, converts them (2 read, 4 written) and adds them to the fp32 ones (8 read, 4
     written); megatron-core adds them as they come (6 read, 4 written).

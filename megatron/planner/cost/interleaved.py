@@ -1,14 +1,14 @@
-"""The order in which megatron-core's schedules work through a step, and how long it takes: 1F1B over virtual stages.
+"""The order of passes in megatron-core's schedules, and the time of a step: 1F1B over virtual stages.
 
     pass_order(pipe, virtual, m, rank) -> [ChunkPass]                  what one rank computes, in order
     dependencies(orders, virtual)                                 raises ScheduleError if it cannot be executed
     simulate(pipe, virtual, m, forward, backward, message)        the step's time, and when each chunk is done
 
-A model of p x v virtual stages: stage k is chunk k // p of rank k % p. Ranks send to their neighbours over directed
-links, of activations and of gradients, in each direction one: what arrives on a link belongs to the next receive that
-the other end has posted there. So both ends of every link must list the same messages in the same order. That and a
-first-come order of all passes are what `dependencies` checks; then no distance at which receives are posted ahead, and
-no delay, can make ranks wait for each other.
+A model of p x v virtual stages: stage k is chunk k // p of rank k % p. Ranks send to their neighbors over directed
+links, one for activations and one for gradients in each direction: a message on a link matches the next receive posted
+at the other end. So both ends of every link must list the same messages in the same order. `dependencies` checks this
+and that all passes can be ordered; then ranks cannot deadlock, however far ahead receives are posted and however late
+messages arrive.
 
 Standard library only. The engine's tests compare `pass_order` with what megatron-core executes.
 """
@@ -66,7 +66,7 @@ class Step(NamedTuple):
 
 
 def dependencies(orders: Sequence[Sequence[ChunkPass]], virtual: int) -> list[Step]:
-    """All ranks' passes, each behind the ones that it needs.
+    """All ranks' passes, each after those that it needs.
 
     Raises ScheduleError if ranks wait for each other, or if the two ends of a link disagree about its next message.
     """
@@ -131,7 +131,8 @@ def _check_links(orders: Sequence[Sequence[ChunkPass]], virtual: int) -> None:
 
 
 class _Row(NamedTuple):
-    """A `Step` as the loop over thousands of them wants it: numbers of the virtual stage and of links, -1 for none."""
+    """A `Step` in a form suited to a loop over thousands of them: indices of the virtual stage and of links, -1 for
+    none."""
 
     rank: int
     stage: int
@@ -171,7 +172,7 @@ class Simulation:
 
     @property
     def idle(self) -> float:
-        """Part of the ranks' time in which they wait."""
+        """Fraction of the ranks' time spent waiting."""
         return 1.0 - sum(self.busy) / (len(self.busy) * self.seconds)
 
     @property
@@ -225,7 +226,7 @@ def timeline(
     message: Sequence[float] | float = 0.0,
     ready: Sequence[Sequence[float]] | None = None,
 ) -> list[Work]:
-    """All passes of a step, each behind the ones that it needs; arguments as for `simulate`."""
+    """All passes of a step, each after those that it needs; arguments as for `simulate`."""
     program = _program(pipe, virtual, num_micro_batches)
     ends = _ends(program, pipe, forward, backward, message, ready)
     done = []

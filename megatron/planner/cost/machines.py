@@ -1,8 +1,8 @@
-"""What the planner knows of machines: every constant once, with its source.
+"""Machine constants of the planner, each defined once, with its source.
 
-Marks: [S] read in the source, [D] derived from such numbers, [A] an assumption of ours, named so that it can be
-argued with. FUG is OLCF's Frontier user guide, OSU-LUMI a published OSU benchmark of a LUMI-G node, HUGINN
-arXiv 2502.05171, ORHAN eminorhan/frontier-torchtitan, LAB aniskhan25/lumi-apptainer-bench.
+Marks: [S] read in the source, [D] derived from such numbers, [A] an assumption of ours, marked so that it can be
+challenged. FUG is OLCF's Frontier user guide, OSU-LUMI a published OSU benchmark of a LUMI-G node, HUGINN arXiv
+2502.05171, ORHAN eminorhan/frontier-torchtitan, LAB aniskhan25/lumi-apptainer-bench.
 
 A "GPU" is a GCD throughout: half an MI250X, what software sees as a device.
 """
@@ -43,9 +43,9 @@ LINK_NAMES = {
 
 @lru_cache
 def ring_rate(gcds: tuple[int, ...]) -> float:
-    """Slowest link, bytes per second, of the best ring through some GCDs of a node.
+    """Bandwidth of the slowest link, bytes per second, in the best ring through some GCDs of a node.
 
-    A ring of direct links is taken where there is one, as RCCL does; else routed pairs close it.
+    A ring of direct links is used if there is one, as in RCCL; otherwise routed pairs close it.
     """
     first, *rest = sorted(gcds)
     rings = [(first, *order, first) for order in itertools.permutations(rest)]
@@ -56,10 +56,10 @@ def ring_rate(gcds: tuple[int, ...]) -> float:
 
 @lru_cache
 def cut_rate(gcds: tuple[int, ...]) -> float:
-    """Least that the links between two parts of a group carry one way, bytes per second, over all ways to part it.
+    """Smallest one-way bandwidth between two parts of a group, bytes per second, over all bipartitions.
 
-    Every ring crosses every cut, so this bounds all rings together. Only where no direct link crosses does a routed
-    pair.
+    Every ring crosses every cut, so this bounds all rings together. A routed pair counts only if no direct link crosses
+    the cut.
     """
     cuts = []
     for size in range(1, len(gcds) // 2 + 1):

@@ -1,4 +1,5 @@
-"""The moments of a training step in which a rank of one stage can be fullest, under megatron-core's engine."""
+"""The moments of a training step at which a rank of one stage may reach its peak memory, under megatron-core's
+engine."""
 
 from __future__ import annotations
 
@@ -13,8 +14,8 @@ from megatron.planner.cost.parallel_layout import Recompute
 
 
 class MegatronMoments(DeepSpeedMoments):
-    """The same under megatron-core: an fp32 gradient for every parameter, to which each is added as it comes; outputs
-    are let go once they are sent, logits once the loss has been differentiated."""
+    """The same under megatron-core: an fp32 gradient for every parameter, into which gradients are accumulated as they
+    arrive; outputs are freed once they are sent, logits once the loss has been differentiated."""
 
     @property
     def buffers(self) -> int:
@@ -33,7 +34,7 @@ class MegatronMoments(DeepSpeedMoments):
         return (2 if self.optimizer.precision == "fp32" else 3) * FP32 * padded // self.layout.data
 
     def moments(self) -> list[Moment]:
-        """Any backward pass behind the warm-up, and the optimizer's."""
+        """Any backward pass after the warm-up, and the optimizer step."""
         return [*self._backward(done=0), Moment("optimizer", 0, 0, FP32 * self.parameters.largest, 0)]
 
     def _backward(self, done: int) -> list[Moment]:
@@ -53,7 +54,7 @@ class MegatronMoments(DeepSpeedMoments):
         ]
         # What is stored when a chunk is differentiated, at most.
         stored = [0] * len(chunks)
-        few = min(layout.num_micro_batches, 3 * layout.pipe)  # all that follows repeats what was
+        few = min(layout.num_micro_batches, 3 * layout.pipe)  # everything after that repeats
         for number, counts in in_flight_by_chunk(layout.pipe, layout.virtual_stages, few, self.stage):
             held = sum(count * one for count, one in zip(counts, of_chunk, strict=True))
             stored[number] = max(stored[number], held + raw)

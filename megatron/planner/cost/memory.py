@@ -1,7 +1,8 @@
-"""Bytes of every pipeline stage, by kind, at the moment of a training step that needs most.
+"""Bytes of every pipeline stage, by kind, at the peak of a training step.
 
-Pure arithmetic, no torch: the search calls it for thousands of layouts. It describes what this trainer and the pinned
-DeepSpeed and megatron-core really hold, read from their source and checked against measured runs (docs/planning.md).
+Pure arithmetic, no torch: the search calls it for thousands of layouts. It models what this trainer and the pinned
+DeepSpeed and megatron-core actually allocate, taken from their source and checked against measured runs
+(docs/planning.md).
 
 DeepSpeed (`moments`):
 
@@ -59,7 +60,7 @@ KINDS = (
 
 @dataclass(frozen=True)
 class StageMemory:
-    """What one rank of a pipeline stage holds at its fullest moment, bytes.
+    """Bytes held by one rank of a pipeline stage at its peak.
 
     `chunks` are layer-file numbers, of the stage, or of each of its virtual stages.
     """
@@ -76,8 +77,8 @@ class StageMemory:
     logits: int
     pipeline: int  # what the engine keeps to receive and send
     tables: int  # rotary cos and sin
-    communicators: int  # outside of torch's allocator
-    moment: str  # which moment that is
+    communicators: int  # outside torch's allocator
+    moment: str  # the moment of the peak
     moments: dict[str, int]  # bytes of tensors at each moment that can be the fullest
 
     @property
@@ -115,10 +116,10 @@ def plan_memory(
     """One entry per pipeline stage, or for those of `only`.
 
     `precision` is `bfloat16`, `fp16` (alike) or `fp32`; `stage_layers` the layer-file numbers of every stage, or of
-    every virtual stage in the model's order, default an even deal of decoder layers; `ops` says how the fused
-    operations run; `machine` what a communicator takes (on a CPU none takes any). `reduce_bucket_size` and
-    `contiguous_gradients` are ZeRO's keys, without effect in bf16.
-    Attention is a flash kernel. Raises ValueError where the shape does not fit the tensor-parallel size.
+    every virtual stage in the model's order, by default distributed evenly; `ops` says how the fused operations run;
+    `machine` what a communicator takes (on a CPU none takes any). `reduce_bucket_size` and `contiguous_gradients` are
+    ZeRO's keys, without effect in bf16. Attention is a flash kernel. Raises ValueError where the shape does not fit the
+    tensor-parallel size.
     """
     shape.check_tensor_parallel(layout.tensor)
     chunks = stage_layers or default_stages(shape.num_layers, layout.pipe * layout.virtual_stages)
@@ -137,10 +138,11 @@ def candidates_for_fullest(pipe: int) -> list[int]:
 
 
 def fewest_recomputed(layout: ParallelLayout, most: int, fits: Callable[[ParallelLayout], bool]) -> int | None:
-    """The least `recompute_layers` below `most`, the layers of the longest stage, with which a layout fits.
+    """The smallest `recompute_layers` below `most`, the number of layers of the longest stage, with which a layout
+    fits.
 
-    None if it fits only with all of them recomputed, or not at all. `fits` asks for the memory of a layout, which
-    grows with every layer that is stored.
+    None if it fits only with all of them recomputed, or not at all. `fits` tests the memory of a layout, which grows
+    with every layer that is stored.
     """
 
     def enough(layers: int) -> bool:
@@ -153,8 +155,8 @@ def fewest_recomputed(layout: ParallelLayout, most: int, fits: Callable[[Paralle
 def default_stages(num_layers: int, pipe: int) -> list[range]:
     """Layer-file numbers of each stage under `pipe_partition_method: type:transformer`, or of each virtual stage.
 
-    Decoder layers are dealt evenly, the first stages take one more where they do not divide; the embedding goes with
-    the first and the norm and head with the last.
+    Decoder layers are distributed evenly, the first stages taking one more if they do not divide; the embedding is on
+    the first stage, norm and head are on the last.
     """
     edges = itertools.accumulate(decoders_by_stage(num_layers, pipe), initial=0)
     starts = [tensors.decoder_index(edge) for edge in edges]

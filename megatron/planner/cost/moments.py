@@ -1,7 +1,7 @@
-"""The moments of a training step in which a rank of one stage can be fullest, under DeepSpeed's engine.
+"""The moments of a training step at which a rank of one stage may reach its peak memory, under DeepSpeed's engine.
 
-megatron-core's: `megatron.planner.cost.megatron_moments`. Of a moment: what is there besides weights, optimizer states
-and what the engine always keeps.
+megatron-core's: `megatron.planner.cost.megatron_moments`. A moment lists what is allocated in addition to weights,
+optimizer states and what the engine always keeps.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ELEMENT = {"fp32": 4, "bfloat16": 2, "fp16": 2}
 
 @dataclass(frozen=True)
 class StageParameters:
-    """Elements on one tensor-parallel rank that are trained; beside an adapter the others are `frozen`."""
+    """Trained elements on one tensor-parallel rank; with an adapter the others are `frozen`."""
 
     decayed: int
     undecayed: int
@@ -94,7 +94,8 @@ class GradientHandling:
         return ELEMENT[self.precision]
 
     def gradients_always(self, padded: int) -> int:
-        """Bytes of gradients that are there in every moment: fp32 ones of 16 bits, the contiguous bucket of fp32."""
+        """Bytes of gradients that are allocated at every moment: fp32 accumulators for 16-bit training, the contiguous
+        bucket for fp32."""
         if self.precision != "fp32":
             return FP32 * padded
         return FP32 * self.bucket * self.contiguous
@@ -114,7 +115,7 @@ class GradientHandling:
 
 @dataclass(frozen=True)
 class Moment:
-    """Bytes that come and go; `gradients` are those of the weights, in the weights' dtype."""
+    """Bytes of temporaries; `gradients` are those of the weights, in the weights' dtype."""
 
     name: str
     gradients: int
@@ -139,7 +140,7 @@ def in_flight(layout: ParallelLayout, stage: int, done: int) -> int:
 
 @dataclass(frozen=True)
 class DeepSpeedMoments:
-    """The moments of a training step in which a rank of one stage can be fullest."""
+    """The moments of a training step at which a rank of one stage may reach its peak memory."""
 
     shape: LlamaShape
     layout: ParallelLayout
@@ -173,7 +174,7 @@ class DeepSpeedMoments:
         return 3 * FP32 * padded // self.layout.data
 
     def _mode(self, again: bool) -> Recompute:
-        """What happens to a layer that is recomputed (`again`), and to one that is not although others are."""
+        """The cost of a layer that is recomputed (`again`), and of one that is not although others are."""
         return "none" if self.layout.recompute == "full" and not again else self.layout.recompute
 
     def moments(self) -> list[Moment]:

@@ -1,4 +1,4 @@
-"""How a model is spread over ranks and a batch over micro-batches: what all of the planner's formulas take."""
+"""How a model is split over ranks and a batch into micro-batches: the input of all of the planner's formulas."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ EngineName = Literal["deepspeed", "megatron"]
 
 
 def decoders_by_stage(num_layers: int, pipe: int) -> list[int]:
-    """Decoder layers of each stage, or of each virtual stage: dealt evenly, the longer ones first, as DeepSpeed does by
-    `type:transformer|mlp`."""
+    """Decoder layers of each stage, or of each virtual stage: distributed evenly, the longer ones first, as in
+    DeepSpeed with `type:transformer|mlp`."""
     return [num_layers // pipe + (stage < num_layers % pipe) for stage in range(pipe)]
 
 
@@ -22,9 +22,9 @@ def decoders_by_stage(num_layers: int, pipe: int) -> list[int]:
 class ParallelLayout:
     """One way to run a model on `world_size` ranks.
 
-    `recompute` is what the backward pass computes again: nothing, all but the matrix products (selective), or decoder
-    layers (full), `recompute_layers` of each stage or all of them. What stands below `engine` is megatron-core's alone,
-    selective recomputation too.
+    `recompute` is what the backward pass recomputes: nothing, everything except matrix products (selective), or decoder
+    layers (full), `recompute_layers` of each stage or all of them. The fields after `engine`, and selective
+    recomputation, apply only to megatron-core.
     """
 
     tensor: int
@@ -68,7 +68,7 @@ class ParallelLayout:
         return self.micro_batch * self.num_micro_batches * self.data
 
     def recomputed(self, decoder_layers: int) -> int:
-        """How many of a stage's decoder layers the backward pass computes again."""
+        """How many of a stage's decoder layers the backward pass recomputes."""
         if self.recompute != "full":
             return 0
         return decoder_layers if self.recompute_layers is None else min(self.recompute_layers, decoder_layers)

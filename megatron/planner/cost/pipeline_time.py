@@ -1,10 +1,10 @@
-"""How long all micro-batches of a step take through all stages, and what of reduction and gather is left beside them.
+"""The time of all micro-batches of a step through all stages, and the exposed part of reduction and gather.
 
 DeepSpeed's 1F1B, and megatron-core's without virtual stages, by formula: the first micro-batch passes every stage,
 forwards and backwards, and each further one waits for the longest; messages are waited for, communication of
 data-parallel ranks comes before and after. With virtual stages megatron-core's order is simulated
 (`megatron.planner.cost.interleaved`), with messages beside computation, and with `overlap_grad_reduce` and
-`overlap_param_gather` the communication of each chunk beside that of the others.
+`overlap_param_gather` the communication of each chunk overlaps with the computation of the others.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class ChunkTime:
 
     parameters: float  # of one rank
     forward: float
-    backward: float  # what is computed again and adding to the fp32 gradients included
+    backward: float  # including recomputation and adding to the fp32 gradients
 
     @property
     def total(self) -> float:
@@ -40,9 +40,9 @@ class PipelineTime:
     computing: float  # all micro-batches, one after the other
     bubble: float  # waiting because other stages compute
     messages: float  # waiting for messages
-    reduction: float  # of gradients, what no computation hides
-    gather: float  # of weights, likewise
-    hidden: float = 0.0  # of both, beside computation
+    reduction: float  # exposed reduction of gradients
+    gather: float  # exposed gather of weights
+    hidden: float = 0.0  # hidden part of both
 
 
 def formula_time(
@@ -64,7 +64,7 @@ def formula_time(
 
 
 def reduction_and_gather(parameters: float, layout: ParallelLayout, machine: Machine) -> tuple[float, float]:
-    """Seconds, hidden by nothing: all of the gradients, and of the weights."""
+    """Seconds without any overlap: for all of the gradients, and of the weights."""
     by_engine = traffic.scatter_seconds if layout.engine == "megatron" else traffic.reduction_seconds
     return by_engine(parameters, layout, machine), traffic.gather_seconds(parameters, layout, machine)
 
@@ -102,7 +102,7 @@ def simulated_time(
 
 
 def _gathered(seconds: Sequence[float]) -> list[float]:
-    """When the weights of each of a rank's chunks are there: one after the other, from the start of the step on."""
+    """When the weights of each of a rank's chunks have arrived: one after the other, from the start of the step on."""
     ready, now = [], 0.0
     for one in seconds:
         now += one

@@ -1,4 +1,4 @@
-"""What saves and failures cost a run, and a number of tokens in days and node-hours.
+"""The cost of saves and failures, and the days and node-hours for a number of tokens.
 
 reliability(estimate) -> Reliability
 budget(estimate, tokens) -> Budget
@@ -14,13 +14,13 @@ from megatron.planner.cost.estimate import Estimate
 
 @dataclass(frozen=True)
 class Reliability:
-    """What saving and failing cost, seconds; the share is of all time."""
+    """The cost of saves and failures in seconds; shares refer to the total time."""
 
     mean_time_to_interrupt: float  # of the whole job: an assumption, see `Machine.node_mtbf_seconds`
     save_seconds: float
-    save_interval: float  # the one that loses least (Young 1974, Daly 2006, first order): sqrt(2 save interrupt)
+    save_interval: float  # the interval that loses least (Young 1974, Daly 2006, first order): sqrt(2 save interrupt)
     lost_to_saves: float  # shares
-    lost_to_failures: float  # half an interval is computed again, and the restart
+    lost_to_failures: float  # half an interval of repeated work, and the restart
 
     @property
     def useful(self) -> float:

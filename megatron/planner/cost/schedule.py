@@ -1,7 +1,7 @@
-"""When each stage computes what in one step under DeepSpeed's pipeline engine, from the instructions that it executes.
+"""The timing of each stage in one step under DeepSpeed's pipeline engine, from the instructions that it executes.
 
-The engine lists a stage's instructions in order; here each gets its time: a receive waits for the send it belongs to,
-everything else follows what is before it. megatron-core's order: `megatron.planner.cost.interleaved`.
+The engine lists a stage's instructions in order; here each is assigned a time: a receive waits for its matching send,
+everything else follows its predecessor. megatron-core's order: `megatron.planner.cost.interleaved`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Work:
 
 
 class ScheduleError(RuntimeError):
-    """The schedule cannot be executed: stages wait for each other, or for another message than the one sent."""
+    """The schedule cannot be executed: stages wait for each other, or for a different message from the one sent."""
 
 
 def timeline(num_micro_batches: int, forward: Sequence[float], backward: Sequence[float]) -> list[Work]:
@@ -71,7 +71,7 @@ _PASSES: dict[str, Kind] = {"ForwardPass": "forward", "BackwardPass": "backward"
 
 
 def idle_share(work: Sequence[Work], stages: int) -> float:
-    """Part of the stages' time, from the first pass to the last, in which they wait."""
+    """Fraction of the stages' time, from the first pass to the last, spent waiting."""
     end = max(one.stop for one in work)
     busy = sum(one.stop - one.start for one in work)
     return 1.0 - busy / (stages * end)

@@ -1,7 +1,7 @@
-"""The stages that a run would really have: the trainer's own model, built without memory and without other ranks.
+"""The actual stages of a run: the trainer's own model, built without memory and without other ranks.
 
 Torch's "fake" process group stands in for the world at its true size, the "meta" device for the weights. One rank of
-every stage is built, and on the first and the last stage its neighbour at the other end of the tensor-parallel group,
+every stage is built, and on the first and the last stage also the rank at the other end of the tensor-parallel group,
 which must hold the same shapes. Tensors are compared with the layout table on the way.
 
 Importing this module imports torch, DeepSpeed and megatron-core: seconds.
@@ -42,8 +42,8 @@ class Stage:
 def true_stages(args: NeoXArgs) -> list[Stage]:
     """Every pipeline stage of a resolved configuration, first to last.
 
-    Must be called outside of any process group; leaves none behind. Raises StageMismatchError if a parameter's shape
-    is not the layout table's.
+    Must be called outside any process group; leaves none behind. Raises StageMismatchError if a parameter's shape is
+    not the layout table's.
     """
     return [_stage(args, stage) for stage in range(args.pipe_parallel_size)]
 

@@ -1,4 +1,4 @@
-"""What ranks send each other in a step: bytes by the textbook's counts, seconds by where the groups lie.
+"""Communication between ranks in a step: bytes by textbook formulas, seconds from the location of the groups.
 
 Ranks are numbered tensor-parallel innermost, then data, then pipeline (`megatron.parallel.gpu_placement`), and filled
 into nodes in order, so that a tensor-parallel group stays inside a node.
@@ -38,7 +38,7 @@ def group_rate(machine: Machine, local_ranks: Sequence[int]) -> float:
 class HalfCollectives:
     """Gathers and reduce-scatters of a hidden state over tensor-parallel ranks; an all-reduce is one of each.
 
-    `beside` of the backward ones are launched beside a product that needs no result of theirs.
+    `beside` of the backward ones run concurrently with a product that does not need their result.
     """
 
     forward: int
@@ -72,7 +72,7 @@ def end_collectives(layout: ParallelLayout, first: bool, last: bool) -> int:
 
 
 def half_bytes(shape: LlamaShape, layout: ParallelLayout, seq_length: int) -> float:
-    """What a rank sends in a gather or a reduce-scatter of a micro-batch's hidden state."""
+    """Bytes that a rank sends in a gather or a reduce-scatter of a micro-batch's hidden state."""
     return ring_bytes(layout.tensor, BF16 * layout.micro_batch * seq_length * shape.hidden_size) / 2
 
 

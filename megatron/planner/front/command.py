@@ -8,6 +8,7 @@ import sys
 import warnings
 from typing import TYPE_CHECKING
 
+from megatron.common.picture_files import check_picture_file
 from megatron.neox_arguments import ConfigError, NeoXArgs
 from megatron.planner.cost.machines import GIB
 from megatron.planner.front import report
@@ -28,9 +29,7 @@ def dry_run(args: NeoXArgs, options: PlanOptions) -> int:
     machine = find_machine(options.machine)
     usable = None if options.usable_gib is None else int(options.usable_gib * GIB)
     if options.picture is not None:
-        from megatron.planner.front.picture import check_picture
-
-        check_picture(options.picture)
+        check_picture_file(options.picture, ConfigError)
     layers, parameters = _true_model(args)
     plan = make_plan(args, layers, parameters, machine, usable, options.token_budget)
     found = _search(plan) if options.search else None
@@ -54,11 +53,11 @@ def dry_run(args: NeoXArgs, options: PlanOptions) -> int:
 
 
 def _true_model(args: NeoXArgs) -> tuple[list[range], int]:
-    """Layers of every virtual stage, in the model's order, and parameters in all, of the model that the trainer would
+    """Layers of every virtual stage, in the model's order, and the total parameters of the model that the trainer would
     build."""
-    os.environ["DS_ACCELERATOR"] = "cpu"  # nothing is allocated, and a GPU of this machine is left alone
+    os.environ["DS_ACCELERATOR"] = "cpu"  # nothing is allocated, and a GPU of this machine is not used
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about libraries that megatron-core would like to have
+        warnings.simplefilter("ignore")  # about optional libraries of megatron-core
         from megatron.planner.cost.stages import true_stages
 
         stages = true_stages(args)

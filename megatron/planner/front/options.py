@@ -20,7 +20,7 @@ VALUES = {
 @dataclass(frozen=True)
 class PlanOptions:
     json: bool = False
-    allow_memory: bool = False  # a plan that does not fit is no error
+    allow_memory: bool = False  # a plan that does not fit is not an error
     search: bool = False
     machine: str = "frontier"
     usable_gib: float | None = None  # of a GCD's memory, default the machine's

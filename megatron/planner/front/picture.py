@@ -1,4 +1,4 @@
-"""A plan as a picture: the pipeline's schedule of one step with its bubble, and the memory of every stage.
+"""A plan as a figure: the pipeline's schedule of one step with its bubble, and the memory of every stage.
 
 Needs matplotlib (`pip install .[picture]`).
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron.neox_arguments import ConfigError
 from megatron.planner.cost.machines import GIB
 from megatron.planner.cost.memory import KINDS
 from megatron.planner.plan import Plan
@@ -16,9 +15,7 @@ from megatron.planner.plan import Plan
 if TYPE_CHECKING:
     from megatron.planner.cost.schedule import Work
 
-FORMATS = (".png", ".svg", ".pdf")
-
-# Okabe and Ito's palette, which stays apart for every kind of colour vision.
+# Okabe and Ito's palette, which is distinguishable with every kind of color vision.
 _FORWARD, _AGAIN, _BACKWARD, _IDLE, _END = "#0072b2", "#56b4e9", "#e69f00", "#eeeeee", "#009e73"
 _COLOURS = dict(
     zip(
@@ -27,18 +24,6 @@ _COLOURS = dict(
         strict=True,
     )
 )
-
-
-def check_picture(path: Path) -> None:
-    """Raises ConfigError if a picture of this name cannot be written."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise ConfigError("--picture needs matplotlib; pip install matplotlib, or leave --picture out") from None
-    if path.suffix not in FORMATS:
-        raise ConfigError(f"--picture: {path} must end in one of {', '.join(FORMATS)}")
-    if not path.absolute().parent.is_dir():
-        raise ConfigError(f"--picture: there is no folder {path.absolute().parent}")
 
 
 def draw_plan(plan: Plan, path: Path) -> None:
@@ -72,7 +57,7 @@ def _schedule(plan: Plan, axes) -> None:  # type: ignore[no-untyped-def]  # matp
     from megatron.planner.cost.schedule import idle_share
 
     stages = len(plan.stages)
-    # a backward pass takes twice a forward one, and before it what is recomputed of one
+    # a backward pass takes twice as long as a forward pass, plus the recomputed part of one
     again = [plan.layout.recomputed(stage.layers) / max(1, stage.layers) for stage in plan.time.stages]
     slower = plan.time.waiting
     forward = [slower * stage.total / (3 + more) for stage, more in zip(plan.time.stages, again, strict=True)]

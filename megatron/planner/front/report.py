@@ -1,4 +1,4 @@
-"""A plan as text for people."""
+"""A plan as human-readable text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron.planner.cost.machines import GIB
 from megatron.planner.cost.memory import StageMemory
 from megatron.planner.plan import Plan, faster
 
-WIDTH = 138  # columns; a log file has no terminal to ask
+WIDTH = 138  # columns; a log file has no terminal width
 
 
 def text(plan: Plan, width: int = WIDTH) -> str:

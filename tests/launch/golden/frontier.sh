@@ -336,6 +336,9 @@ mkdir -p "$run"
 forget() { rm -f "$run"/failed "$run"/why "$run"/said-* "$run"/lost-nodes "$run"/exclude; }
 forget # of the start before: a requeued job has its number again
 export NEOX_RUN_FOLDER="$run"
+# Known to the ranks of this start alone: what they write to the preflight's store is sealed with it.
+NEOX_SECRET=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
+export NEOX_SECRET
 
 # `sbatch --nodes=N job.sh` on the day on which nodes are missing: as many ranks on each node, another data-parallel size,
 # the same global batch, from the last save.

@@ -1,1 +1,1 @@
-"""What clean_corpus.py does to a document."""
+"""Document cleaning for clean_corpus.py."""

@@ -1,4 +1,4 @@
-"""The part of cleaning that runs once: duplicates, counts, the output and the report, both or neither."""
+"""The part of cleaning that runs in one process: duplicates, counts, the output and the report."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class CleaningJob:
 
 
 def run_cleaning(job: CleaningJob) -> Report:
-    """Write the output and the report, both or neither. Raises BadRecord, DataError, SourceError, OSError."""
+    """Write both the output and the report, or neither. Raises BadRecord, DataError, SourceError, OSError."""
     check_output(job.output, job.inputs)
     job.inputs.check([job.key])
     job.output.parent.mkdir(parents=True, exist_ok=True)
@@ -64,13 +64,13 @@ def run_cleaning(job: CleaningJob) -> Report:
             write_cleaning_report(report, job.report)
     except BaseException:
         with contextlib.suppress(OSError):
-            job.report.rmdir()  # if it is empty, this run made it
+            job.report.rmdir()  # if empty, it was created by this run
         raise
     return report
 
 
 def check_output(output: Path, inputs: InputFiles) -> None:
-    """Raise DataError for a corpus that cannot be written under this name."""
+    """DataError if a corpus cannot be written to this path."""
     if not output.name.endswith(OUTPUT_SUFFIXES):
         raise DataError(f"--output {output}: expected a name that ends in {', '.join(OUTPUT_SUFFIXES)}")
     if output.resolve() in [file.resolve() for file in inputs.files]:
@@ -80,7 +80,7 @@ def check_output(output: Path, inputs: InputFiles) -> None:
 def _collect(
     job: CleaningJob, report: Report, results: Iterator[Cleaned], log: IO[str], progress: Progress
 ) -> Iterator[bytes]:
-    """Lines for the output. Here, in the order of the corpus, duplicates are found and everything is counted."""
+    """Yield the lines of the output. Finds duplicates and counts everything, in the order of the corpus."""
     index = Index(job.rules.exact_duplicate, job.rules.near_duplicate)
     places: list[tuple[str, str, int]] = []  # of the documents in the index
     for cleaned in results:
@@ -133,7 +133,7 @@ def _collect(
 
 
 def _find_earlier(job: CleaningJob, report: Report) -> None:
-    """Read the texts that the examples of duplicates are like once more, for the page."""
+    """Reread the earlier texts of the example duplicates, for the page."""
     wanted: dict[str, dict[int, list[Example]]] = {}
     for example in (example for lot in report.examples.values() for example in lot):
         if example.drop is not None and example.drop.like is not None:
@@ -152,7 +152,7 @@ def _find_earlier(job: CleaningJob, report: Report) -> None:
 
 @contextlib.contextmanager
 def writer(path: Path, suffix: str) -> Iterator[IO[bytes]]:
-    """A file for writing, compressed as `suffix` says. Equal content makes equal files."""
+    """Open a file for writing, compressed according to `suffix`. Equal content gives equal files."""
     with path.open("wb") as raw:
         if suffix == ".gz":
             with gzip.GzipFile("", "wb", 6, raw, mtime=0) as stream:
@@ -169,7 +169,7 @@ def writer(path: Path, suffix: str) -> Iterator[IO[bytes]]:
 
 
 def write_cleaning_report(report: Report, folder: Path) -> None:
-    """summary.json and page.html."""
+    """Write summary.json and page.html."""
     for name, text in (
         ("summary.json", json.dumps(report.summary(), indent=1, ensure_ascii=False) + "\n"),
         ("page.html", page(report)),

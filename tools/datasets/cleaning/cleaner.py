@@ -1,4 +1,4 @@
-"""The part of cleaning that runs in every worker: a block of records to repaired documents, each kept or dropped."""
+"""The part of cleaning that runs in every worker: turns a block of records into repaired documents, kept or dropped."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tools.datasets.cleaning.report import EXAMPLES, Document, Drop
 from tools.datasets.cleaning.rules import Rules
 from tools.datasets.encoding.records import Block, RecordError, read_record, text_of
 
-_STRANGE = re.compile("[\ufffd\ue000-\uf8ff]")  # the replacement character, and the private use of PDF fonts
+_STRANGE = re.compile("[\ufffd\ue000-\uf8ff]")  # the replacement character, and private-use characters from PDF fonts
 
 
 @dataclass
@@ -29,7 +29,7 @@ class Cleaned:
 
 @dataclass(frozen=True)
 class Cleaner:
-    """What a worker knows. Called with a block of records."""
+    """The cleaning of one worker; called with a block of records."""
 
     rules: Rules
     key: str
@@ -102,17 +102,17 @@ class Cleaner:
 
 
 def _with_file(record: dict[str, Any], file: str | None) -> dict[str, Any]:
-    """Records of a folder keep the name of their file, unless they have a field of that name."""
+    """Add the file's name to records from a folder, unless they have a field of that name."""
     return record if file is None or "file" in record else {**record, "file": file}
 
 
 def luck(source: str, number: int) -> bytes:
-    """Orders documents at random, the same way in every run: the examples are those with the least."""
+    """A reproducible random key of a document; the documents with the smallest keys become examples."""
     return hashlib.blake2b(f"{source}\0{number}".encode(errors="replace"), digest_size=8).digest()
 
 
 def keep_examples(source: str, documents: list[Document]) -> None:
-    """Forget the texts of all but a few documents of each kind, which could be examples."""
+    """Keep the texts of a few possible examples of each kind, and drop all others to save memory."""
     kinds: dict[str, list[tuple[bytes, int]]] = {}
     for i, document in enumerate(documents):
         if document.kind is not None:

@@ -1,7 +1,7 @@
-"""Exact and near duplicates over a whole corpus: the first of its kind stays.
+"""Exact and near duplicates in a whole corpus: the first occurrence is kept.
 
-Signatures are made in the workers; the index is asked in the order of the corpus, by one process, so the answer does
-not depend on their number. Near duplicates are found by MinHash and locality-sensitive hashing (`datasketch`).
+Signatures are computed in the workers; one process queries the index in the order of the corpus, so the result does not
+depend on the number of workers. Near duplicates are found by MinHash and locality-sensitive hashing (`datasketch`).
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _WORD = re.compile(r"\w+")
 
 @dataclass(frozen=True)
 class Signature:
-    """What the index needs to know of a text."""
+    """The signature of a text in the index."""
 
     digest: bytes  # of its words
     minhash: NDArray[np.unsignedinteger] | None  # [PERMUTATIONS]; None without near-duplicate detection
 
 
 def signature(text: str, near: bool) -> Signature:
-    """Of the words of a text, lower-cased, without punctuation."""
+    """Signature of a text's words, in lower case and without punctuation."""
     words = _WORD.findall(text.lower())
     digest = hashlib.blake2b(" ".join(words).encode("utf-8", "surrogatepass"), digest_size=16).digest()
     if not near:
@@ -41,7 +41,7 @@ def signature(text: str, near: bool) -> Signature:
 
 
 def _minhash(values: NDArray[np.uint64] | None = None, signature: NDArray[Any] | None = None) -> Any:
-    """datasketch's MinHash of 32-bit values, or around a signature made before."""
+    """datasketch's MinHash of 32-bit values, or one that wraps an existing signature."""
     try:
         from datasketch import MinHash
     except ImportError as error:
@@ -54,7 +54,7 @@ def _minhash(values: NDArray[np.uint64] | None = None, signature: NDArray[Any] |
 
 @dataclass
 class Index:
-    """The texts that stayed so far, by number. About 4 KB each with near-duplicate detection, 0.2 KB without."""
+    """The texts kept so far, by number. About 4 KB each with near-duplicate detection, 0.2 KB without."""
 
     exact: bool
     similarity: float  # Jaccard; 0 turns near-duplicate detection off
@@ -69,7 +69,7 @@ class Index:
             self._lsh = MinHashLSH(self.similarity, PERMUTATIONS, hashfunc=_band)
 
     def find(self, text: Signature) -> tuple[str, float, int] | None:
-        """(rule, similarity, number of the earlier text) if this one was there before."""
+        """(rule, similarity, number of the earlier text) if this text is a duplicate."""
         if self.exact and text.digest in self._digests:
             return "exact_duplicate", 1.0, self._digests[text.digest]
         if self._lsh is None:

@@ -1,4 +1,4 @@
-"""A page that shows what cleaning did: the figures, the rules, and documents before and after."""
+"""A page that shows the effect of cleaning: counts, rules, and documents before and after."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tools.datasets.cleaning.rules import Rules
 
 SHOWN = 900  # characters of a text
 CONTEXT = 60  # characters around a change
-CHANGES = 6  # shown of one document
+CHANGES = 6  # changes shown per document
 LONGEST = 300  # characters of one deletion that are shown
 _PIECE = re.compile(r"\w+|\s+|[^\w\s]")
 STYLE = """
@@ -34,13 +34,13 @@ mark { background: var(--mark); color: inherit }
 .gap { color: #888 } a { color: inherit }
 """
 TITLES = {
-    "unicode": ("Unicode repaired", "before, and after; white space at the edges apart"),
-    "loops": ("Loops cut", "one turn of each loop stays; what is struck out is gone"),
+    "unicode": ("Unicode repaired", "before and after, except for white space at the edges"),
+    "loops": ("Loops cut", "one repetition of each loop is kept; struck-out text was removed"),
 }
 
 
 def page(report: Report) -> str:
-    """One HTML file without anything outside it."""
+    """One self-contained HTML file."""
     inputs = ", ".join(report.inputs[:3]) + (f" and {len(report.inputs) - 3} more" if len(report.inputs) > 3 else "")
     parts = [
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>",
@@ -72,8 +72,8 @@ def _figures(report: Report) -> str:
     ]
     notes = [
         f"{report.documents:,} documents with {report.characters:,} characters were read.",
-        f"The Unicode of {report.repaired:,} was repaired; {report.loop_characters:,} characters of loops were cut out "
-        f"of {report.looping:,}.",
+        f"Unicode was repaired in {report.repaired:,}; {report.loop_characters:,} characters of loops were cut from "
+        f"{report.looping:,}.",
     ]
     if report.unreadable:
         notes.append(f"{report.unreadable:,} records could not be read and are listed in dropped.jsonl.")
@@ -81,14 +81,14 @@ def _figures(report: Report) -> str:
     if quantiles:
         cells = "".join(f"<th class=n>{mark} %" for mark in quantiles)
         values = "".join(f"<td class=n>{value:,.6g}" for value in quantiles.values())
-        notes.append("Percentiles of the perplexity of what the rules before it left:")
+        notes.append("Percentiles of perplexity, over the documents kept by the preceding rules:")
         notes.append(f"<table><tr>{cells}<tr>{values}</table>")
     head = "<tr><th>rule<th><th class=n>documents<th class=n><th class=n>characters<th>"
     return f"<table>{head}{''.join(lines)}</table>" + "".join(f"<p>{note}" for note in notes)
 
 
 def report_table(report: Report) -> str:
-    """The figures as text."""
+    """The counts as text."""
     rows = [("read", report.documents, report.characters), ("kept", report.kept, report.kept_characters)]
     rows += [
         (f"dropped by {rule}", count, report.dropped_characters[rule]) for rule, count in report.dropped.most_common()
@@ -136,12 +136,12 @@ def _text(text: str) -> str:
 
 
 def _visible(text: str) -> str:
-    """Escaped, with control characters as pictures of themselves."""
+    """HTML-escaped text with visible symbols for control characters."""
     return _text("".join(chr(0x2400 + ord(c)) if ord(c) < 32 and c not in "\n\t" else c for c in text))
 
 
 def _marked(text: str, spans: Sequence[tuple[int, int]]) -> str:
-    """The beginning of a text, or what is around the first span, with the spans marked."""
+    """The beginning of a text, or the text around the first span, with the spans marked."""
     start = max(0, spans[0][0] - 200) if spans and spans[0][0] > SHOWN // 2 else 0
     end = start + SHOWN
     parts, at = ["<span class=gap>&hellip; </span>" if start else ""], start
@@ -159,7 +159,7 @@ def _more(characters: int) -> str:
 
 
 def _loops(text: str, rules: Rules) -> str:
-    """The loops of a text with a little around each, as they were cut."""
+    """The loops of a text with some context, showing the cuts."""
     if rules.unicode:
         import ftfy
 
@@ -180,7 +180,7 @@ def _loops(text: str, rules: Rules) -> str:
 
 
 def _changes(before: str, after: str) -> str:
-    """Two columns: the first places where two texts differ, with what was there and what is there."""
+    """Two columns with the first differences between two texts, old on the left and new on the right."""
     shortest = min(len(before), len(after))
     same = next((i for i in range(shortest) if before[i] != after[i]), shortest)
     skip = max(0, same - CONTEXT)

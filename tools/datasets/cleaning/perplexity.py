@@ -1,8 +1,9 @@
 """Perplexity of a text under a language model: a KenLM n-gram, or a causal model in a Hugging Face folder.
 
-Perplexity is exp(-log probability / units). The units are words for KenLM, the end of a line counting as one (its own
-convention, and CCNet's); they are UTF-8 bytes for a Hugging Face model (2 to the bits per byte of The Pile). Per token
-would not do there: letter soup is split into single letters, each of which is easy to guess.
+Perplexity is exp(-log probability / units). For KenLM, units are words, and the end of a line counts as one (its own
+convention, and CCNet's); for a Hugging Face model they are UTF-8 bytes (2 to the power of The Pile's bits per byte).
+Perplexity per token would be misleading there: random letters are split into single letters, each of them easy to
+guess.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ WINDOW = 2048  # tokens a Hugging Face model sees at once, if its own context is
 
 
 class Perplexity(Protocol):
-    """Is made in the parent; what is large is loaded at the first use, in each worker."""
+    """Created in the parent process; large data are loaded at the first use, in each worker."""
 
     name: str
 
@@ -26,7 +27,7 @@ class Perplexity(Protocol):
 
 
 def load_perplexity(path: Path) -> Perplexity:
-    """By the kind of path. Raises DataError."""
+    """Choose the model by the kind of path. Raises DataError."""
     if path.is_file() and path.name.endswith(NGRAM_SUFFIXES):
         return Ngram(path)
     if (path / "config.json").is_file():
@@ -42,7 +43,7 @@ def load_perplexity(path: Path) -> Perplexity:
 
 
 def word_lines(text: str) -> list[str]:
-    """Lines of lower-case words with one space between, as n-grams see a text."""
+    """Lines of lower-case words separated by single spaces: the form of a text for n-grams."""
     lines = [" ".join(line.lower().split()) for line in text.splitlines()]
     return [line for line in lines if line]
 
@@ -71,7 +72,7 @@ class Ngram:
 
 
 class HuggingFace:
-    """A causal language model through `transformers`; each worker has its own copy, on a GPU if there are any."""
+    """A causal language model through `transformers`; each worker has its own copy, on a GPU if available."""
 
     def __init__(self, path: Path) -> None:
         try:

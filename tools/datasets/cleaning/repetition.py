@@ -1,6 +1,6 @@
-"""What repeats itself in a text: loops, which are cut, and shares of it that were there before, which are measured.
+"""Repetition in a text: loops, which are cut, and the fraction of repeated text, which is measured.
 
-Everything works on hashes of words in numpy arrays, so a document of n words costs a few hundred passes of length n
+Everything operates on hashes of words in numpy arrays, so a document of n words takes a few hundred passes of length n
 and no Python loop over its words.
 """
 
@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 _WORD = re.compile(r"\S+")
 _LINES = re.compile(r"\n+")
 _PARAGRAPHS = re.compile(r"\n\s*\n")
-LOOP_WORDS = 100  # longest stretch, in words, whose loops are looked for
-LOOP_CHARACTERS = 32  # the same within text that has no spaces
+LOOP_WORDS = 100  # longest period of a loop, in words
+LOOP_CHARACTERS = 32  # longest period, in characters, within text without spaces
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -42,8 +42,9 @@ def ngram_hashes(words: NDArray[np.uint64], n: int) -> NDArray[np.uint64]:
 
 
 def find_loops(text: str, repeats: int, characters: int) -> list[tuple[int, int]]:
-    """Spans to cut so that each loop is said once: a stretch of up to LOOP_WORDS words (or LOOP_CHARACTERS characters)
-    that comes at least `repeats` times in a row and then fills at least `characters`. Sorted, not overlapping.
+    """Spans to cut so that one repetition of each loop is kept. A loop is a sequence of up to LOOP_WORDS words (or
+    LOOP_CHARACTERS characters) repeated at least `repeats` times in a row, at least `characters` long in total.
+    Spans are sorted and do not overlap.
     """
     if not repeats:
         return []
@@ -52,7 +53,7 @@ def find_loops(text: str, repeats: int, characters: int) -> list[tuple[int, int]
     ends = np.array([m.end() for m in matches], np.int64)
     words = word_hashes([m.group() for m in matches])
     letters = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
-    inside = letters.copy()  # no two white spaces are equal here: what is said with spaces is the words' business
+    inside = letters.copy()  # no two white spaces are equal here: repetitions with spaces are found as words
     inside[_spaces(begins, ends, len(text))] = np.arange(0x110000, 0x110000 + len(text) - int((ends - begins).sum()))
     runs = [
         (int(begins[first]), int(ends[kept - 1]), int(ends[stop - 1]))
@@ -63,14 +64,16 @@ def find_loops(text: str, repeats: int, characters: int) -> list[tuple[int, int]
     spans: list[tuple[int, int]] = []
     taken = np.zeros(len(text), bool)
     for first, kept, stop in sorted(runs, key=lambda run: (run[0] - run[2], run[1] - run[0])):
-        if stop - first >= characters and not taken[first:stop].any():  # the longest wins, then the shortest period
+        if (
+            stop - first >= characters and not taken[first:stop].any()
+        ):  # prefer the longest span, then the shortest period
             taken[first:stop] = True
             spans.append((kept, stop))
     return sorted(spans)
 
 
 def _spaces(begins: NDArray[np.int64], ends: NDArray[np.int64], length: int) -> NDArray[np.bool_]:
-    """Where a text has no word."""
+    """Mask of the characters that are not part of a word."""
     edges = np.zeros(length + 1, np.int64)
     edges[begins] += 1
     edges[ends] -= 1
@@ -78,7 +81,7 @@ def _spaces(begins: NDArray[np.int64], ends: NDArray[np.int64], length: int) -> 
 
 
 def _runs(items: NDArray[np.unsignedinteger], periods: range, repeats: int) -> Iterator[tuple[int, int, int]]:
-    """(first, end of the first turn, end of the last whole turn) of each run that repeats with some period."""
+    """(start, end of the first repetition, end of the last whole repetition) of each run with some period."""
     for period in periods:
         if period * repeats > len(items):
             return
@@ -112,7 +115,7 @@ def cut(text: str, spans: Sequence[tuple[int, int]]) -> str:
 def repeated_shares(text: str) -> dict[str, float]:
     """Gopher's measures (Rae et al. 2021, appendix A.1.1), by the names of `Rules` without `max_`.
 
-    A line, paragraph or sequence is a duplicate where it was in the text before; its first place does not count.
+    A line, paragraph or sequence is a duplicate if it occurred earlier in the text; the first one does not count.
     """
     shares = {}
     for name, pattern in (("line", _LINES), ("paragraph", _PARAGRAPHS)):
@@ -131,7 +134,7 @@ def repeated_shares(text: str) -> dict[str, float]:
 
 
 def repeated_spans(text: str, name: str) -> list[tuple[int, int]]:
-    """What one of the measures counts, as spans of the text."""
+    """The text counted by one of the measures, as spans."""
     if name.endswith("gram"):
         words = list(_WORD.finditer(text))
         places = _in_repeated(word_hashes([word.group() for word in words]), int(name.split("_")[-1][:-4]))
@@ -146,26 +149,26 @@ def repeated_spans(text: str, name: str) -> list[tuple[int, int]]:
 
 
 def _in_repeated(words: NDArray[np.uint64], n: int) -> NDArray[np.bool_]:
-    """Which words are in the most frequent sequence of n words (below 5) or in any that was there before."""
+    """Mask of the words in the most frequent sequence of n words (n below 5), or in any repeated one (n from 5)."""
     grams = ngram_hashes(words, n)
     if len(grams) < 2:
         return np.zeros(len(words), bool)
     where = _most_frequent(grams) if n < 5 else _again(grams)
-    edges = np.zeros(len(words) + 1, np.int64)  # +1 where a sequence begins, -1 behind its end
+    edges = np.zeros(len(words) + 1, np.int64)  # +1 at the start of a sequence, -1 after its end
     edges[:-n][where] += 1
     edges[n:][where] -= 1
     return np.cumsum(edges[:-1]) > 0
 
 
 def _again(hashes: NDArray[np.uint64]) -> NDArray[np.bool_]:
-    """Where a value was there before."""
+    """Mask of values that occurred earlier."""
     again = np.ones(len(hashes), bool)
     again[np.unique(hashes, return_index=True)[1]] = False
     return again
 
 
 def _most_frequent(hashes: NDArray[np.uint64]) -> NDArray[np.bool_]:
-    """Where the most frequent value is; nowhere if each comes once."""
+    """Mask of the most frequent value; all false if every value occurs once."""
     values, counts = np.unique(hashes, return_counts=True)
     most = counts.argmax()
     return hashes == values[most] if counts[most] > 1 else np.zeros(len(hashes), bool)

@@ -1,4 +1,4 @@
-"""What cleaning did: why a document was dropped, the counts of a corpus, and a few examples of each kind."""
+"""The report of a cleaning: why each document was dropped, counts for the corpus, and examples of each kind."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 from tools.datasets.cleaning.duplicates import Signature
 from tools.datasets.cleaning.rules import Rules
 
-EXAMPLES = 4  # of each rule and each kind of repair on the page
+EXAMPLES = 4  # per rule and kind of repair on the page
 
 
 @dataclass(frozen=True)
 class Drop:
-    """Why a document is not in the output: the rule, what was measured and what the rule allows."""
+    """Why a document was dropped: the rule, the measured value and the limit."""
 
     rule: str
     value: float
@@ -24,7 +24,7 @@ class Drop:
 
 @dataclass
 class Document:
-    """One record, after the work of a worker."""
+    """One record after cleaning by a worker."""
 
     number: int  # of the record in its file, from 1
     start: str  # its first characters
@@ -32,15 +32,15 @@ class Document:
     after: int
     repaired: bool  # ftfy changed something
     loops: int  # characters cut
-    line: bytes | None  # what goes to the output; None if dropped
+    line: bytes | None  # for the output; None if dropped
     drop: Drop | None
     signature: Signature | None
     perplexity: float | None
-    texts: tuple[str, str] | None  # before and after, where this is one of the block's examples
+    texts: tuple[str, str] | None  # before and after, if this is one of the block's examples
 
     @property
     def kind(self) -> str | None:
-        """What it could be an example of."""
+        """The kind of example that this document could be."""
         if self.drop is not None:
             return self.drop.rule
         return "loops" if self.loops else "unicode" if self.repaired else None
@@ -53,12 +53,12 @@ class Example:
     before: str = field(compare=False)
     after: str = field(compare=False)
     drop: Drop | None = field(compare=False)
-    earlier: str | None = field(default=None, compare=False)  # the text that a duplicate is like
+    earlier: str | None = field(default=None, compare=False)  # the earlier text of a duplicate
 
 
 @dataclass
 class Report:
-    """What happened to a corpus. Counts of documents unless named otherwise."""
+    """Statistics of a cleaned corpus; counts of documents unless named otherwise."""
 
     rules: Rules
     inputs: list[str]

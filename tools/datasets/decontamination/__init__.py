@@ -1,1 +1,1 @@
-"""Finds the questions of a benchmark in a corpus."""
+"""Finding the questions of a benchmark in a corpus."""

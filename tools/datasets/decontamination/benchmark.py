@@ -1,4 +1,4 @@
-"""The questions of a benchmark from its files."""
+"""Reading the questions of a benchmark from its files."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ class BenchmarkError(UserError, ValueError):
 
 
 def read_benchmark(inputs: Sequence[str]) -> list[BenchmarkQuestion]:
-    """Questions of JSON lines, JSON, Parquet (a record each, all as in the data tools) or CSV with a header.
+    """Questions from JSON lines, JSON, Parquet (one per record, as in the data tools) or CSV with a header.
 
     A record has its question in `question`, `prompt` or `input`, and its options as a list or an object in `options` or
-    `choices`, or as fields `A`, `B`, ...; none for a question that is answered freely. BenchmarkError names a record
-    that has no question.
+    `choices`, or as fields `A`, `B`, ...; an open-ended question has none. BenchmarkError names a record without a
+    question.
     """
     questions = []
     for where, record in _records(inputs):
         questions.append(_question(where, record))
     names = [question.name for question in questions]
-    if len(set(names)) != len(names):  # names of several files, or none unique
+    if len(set(names)) != len(names):  # names from several files, or not unique
         questions = [
             BenchmarkQuestion(f"{number}: {q.name}", q.question, q.options) for number, q in enumerate(questions, 1)
         ]
@@ -44,7 +44,7 @@ def read_benchmark(inputs: Sequence[str]) -> list[BenchmarkQuestion]:
 
 
 def _records(inputs: Sequence[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(place for messages, record); CSV files are given by name."""
+    """(location for messages, record) of every record."""
     others = []
     for entry in inputs:
         path = Path(entry).expanduser()
@@ -90,5 +90,5 @@ def _options(where: str, record: Mapping[str, Any]) -> tuple[str, ...]:
         given = {letter: record[letter] for letter in string.ascii_uppercase if record.get(letter)}
     options = list(given.values()) if isinstance(given, dict) else given
     if not isinstance(options, list) or not all(isinstance(option, (str, int, float)) for option in options):
-        raise BenchmarkError(f"{where}: options are expected as a list or an object of texts, got {given!r:.80}")
+        raise BenchmarkError(f"{where}: expected options as a list or an object of texts, got {given!r:.80}")
     return tuple(map(str, options))

@@ -1,12 +1,12 @@
-"""How much of each question of a benchmark stands in one place of a document.
+"""How much of each benchmark question occurs in one place of a document.
 
 Text is folded to lower-case letters and digits, so that case, punctuation, spaces, line breaks, hyphenation and
-ligatures make no difference, and characters that OCR confuses are one. What is compared are runs of eight bytes
-(shingles) of the folded text: damage of one character costs at most eight of them, where n-grams of words lose words.
+ligatures make no difference, and characters that OCR confuses are mapped to one. The comparison uses runs of eight
+bytes (shingles) of the folded text: a damaged character affects at most eight of them, whereas word n-grams lose words.
 
-A question's score in a document is the share of its shingles that occur within one window of the document, weighted by
-how rare they are among the questions: "which of the following" says nothing. The window is little longer than the
-question, and the order inside of it is free, so that shuffled options count in full.
+A question's score in a document is the fraction of its shingles that occur within one window of the document, weighted
+by how rare they are among the questions: "which of the following" carries no information. The window is slightly longer
+than the question, and order within it does not matter, so that shuffled options count in full.
 """
 
 from __future__ import annotations
@@ -21,8 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 SHINGLE = 8  # bytes: one uint64
-LEAST_SHINGLES = 16  # a shorter text is no evidence
-_WINDOW, _WINDOW_EXTRA = 1.25, 48  # of a question's folded bytes: labels of options, what a page puts between
+LEAST_SHINGLES = 16  # shorter texts are no evidence
+_WINDOW, _WINDOW_EXTRA = (
+    1.25,
+    48,
+)  # relative to a question's folded bytes; leaves room for option labels and page breaks
 _FILTER_BITS = 22
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 
@@ -31,7 +34,7 @@ _CONFUSED = str.maketrans({"0": "o", "1": "l", "i": "l", "j": "l", "5": "s", "8"
 
 
 def fold(text: str) -> bytes:
-    """Lower-case letters and digits of a text in UTF-8, look-alikes as one."""
+    """Lower-case letters and digits of a text in UTF-8, with look-alikes mapped to one character."""
     plain = unicodedata.normalize("NFKD", text).casefold()
     return _NOT_ALPHANUMERIC.sub("", plain).translate(_CONFUSED).encode()
 
@@ -50,7 +53,7 @@ def shingles(folded: bytes) -> NDArray[np.uint64]:
 
 @dataclass(frozen=True)
 class BenchmarkQuestion:
-    """A question as it is asked; `name` identifies it in reports."""
+    """A benchmark question; `name` identifies it in reports."""
 
     name: str
     question: str
@@ -59,7 +62,7 @@ class BenchmarkQuestion:
 
 @dataclass(frozen=True)
 class Overlap:
-    """A question found in a document: `score` in [0, 1], and where the window lies in the folded text."""
+    """A question found in a document: `score` in [0, 1], and the window's position in the folded text."""
 
     question: int
     score: float
@@ -69,7 +72,7 @@ class Overlap:
 
 @dataclass(frozen=True)
 class _Text:
-    """One text of a question that is looked for: the question alone, or with its options."""
+    """One text to search for: a question alone, or with its options."""
 
     question: int
     window: int  # folded bytes
@@ -77,7 +80,7 @@ class _Text:
 
 
 class QuestionIndex:
-    """Looks for many questions in a document at once."""
+    """Searches a document for many questions at once."""
 
     def __init__(self, questions: Sequence[BenchmarkQuestion]) -> None:
         self.questions = list(questions)
@@ -94,7 +97,7 @@ class QuestionIndex:
         self._build(contents)
 
     def _build(self, contents: list[NDArray[np.uint64]]) -> None:
-        """Sorted shingles, for each the texts that hold it, its weight, and a filter that most misses fail."""
+        """Build the sorted shingles, the texts and weight of each, and a filter that rejects most non-matches."""
         flat = np.concatenate(contents) if contents else np.empty(0, np.uint64)
         owner = np.repeat(np.arange(len(contents)), [len(content) for content in contents])
         order = np.argsort(flat, kind="stable")
@@ -112,7 +115,7 @@ class QuestionIndex:
         self._filter[_slot(self._shingles)] = True
 
     def find(self, text: str, least: float) -> list[Overlap]:
-        """Questions whose score in a document is at least `least`, the best place of each, best first."""
+        """Questions whose score in a document is at least `least`, each at its best position, best first."""
         found = shingles(fold(text))
         positions = np.flatnonzero(self._filter[_slot(found)])
         places = np.searchsorted(self._shingles, found[positions])
@@ -121,7 +124,7 @@ class QuestionIndex:
         positions, places = positions[known], places[known]
         if not len(positions):
             return []
-        # One row for each (occurrence, text that holds the shingle), grouped by text.
+        # One row per (occurrence, text with that shingle), grouped by text.
         repeats = self._first[places + 1] - self._first[places]
         rows = np.repeat(np.arange(len(places)), repeats)
         within = np.arange(len(rows)) - np.repeat(np.cumsum(repeats) - repeats, repeats)
@@ -142,7 +145,7 @@ class QuestionIndex:
         return sorted(best.values(), key=lambda overlap: (-overlap.score, overlap.question))
 
     def _best_window(self, text: _Text, positions: NDArray[np.int64], places: NDArray[np.int64]) -> Overlap:
-        """The window that holds the most of a text; a shingle that comes twice counts once."""
+        """The window with the largest part of a text; repeated shingles count once."""
         inside: dict[int, int] = {}
         weight = best = 0.0
         start, span = 0, (0, 0)
@@ -164,9 +167,9 @@ class QuestionIndex:
 
 
 def _searchable_texts(question: BenchmarkQuestion) -> list[tuple[int, NDArray[np.uint64]]]:
-    """(window, shingles) of the question alone and of it with its options, as far as they are long enough.
+    """(window, shingles) of the question alone and of the question with its options, if they are long enough.
 
-    No shingle reaches from one part into another: options may stand in any order.
+    No shingle spans two parts, because options may be in any order.
     """
     parts = [fold(part) for part in (question.question, *question.options)]
     texts = []
@@ -178,7 +181,7 @@ def _searchable_texts(question: BenchmarkQuestion) -> list[tuple[int, NDArray[np
 
 
 def _rarity(questions_with_it: int, questions: int) -> float:
-    """Weight of a shingle: 1 if one question holds it, 0 if all do."""
+    """Weight of a shingle: 1 if it occurs in one question, 0 if in all."""
     if questions < 2:
         return 1.0
     return math.log(questions / questions_with_it) / math.log(questions)

@@ -1,4 +1,4 @@
-"""Questions planted in documents, as they come into a corpus: word for word, through OCR, with shuffled options."""
+"""Questions planted in documents in the ways they get into a corpus: verbatim, through OCR, with shuffled options."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Callable
 
 from tools.datasets.decontamination.overlap import BenchmarkQuestion
 
-OCR_RATE = 0.05  # characters that are damaged
+OCR_RATE = 0.05  # fraction of damaged characters
 _LOOK_ALIKES = {"m": "rn", "w": "vv", "d": "cl", "h": "b", "e": "c", "o": "0", "l": "1", "i": "j", "s": "5", "fi": "ﬁ"}
 
 
 def verbatim(question: BenchmarkQuestion, chance: random.Random) -> str:
-    """The question and its options, lettered, on lines of their own."""
+    """The question and its lettered options, each on its own line."""
     return _laid_out(question, list(question.options))
 
 
@@ -25,7 +25,7 @@ def shuffled(question: BenchmarkQuestion, chance: random.Random) -> str:
 
 
 def scanned(question: BenchmarkQuestion, chance: random.Random) -> str:
-    """The question through a poor OCR: look-alikes, lost and doubled characters, words broken at the ends of lines."""
+    """The question after poor OCR: look-alikes, lost and doubled characters, words hyphenated at line ends."""
     out: list[str] = []
     column = 0
     for character in verbatim(question, chance):
@@ -52,7 +52,7 @@ PLANTS: dict[str, Callable[[BenchmarkQuestion, random.Random], str]] = {
 
 
 def plant(text: str, planted: str, chance: random.Random) -> str:
-    """A document with a text put between two of its words."""
+    """A document with a text inserted between two of its words."""
     spaces = [place for place, character in enumerate(text) if character == " "]
     place = chance.choice(spaces) if spaces else len(text)
     return f"{text[:place]}\n{planted}\n{text[place:]}"

@@ -1,4 +1,4 @@
-"""What a search found, as lines of text and as summary.json."""
+"""The results of a search, as lines of text and as summary.json."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ _SHOWN = 10  # questions
 
 
 def summary_lines(job: SearchJob, result: Contamination) -> list[str]:
-    """The threshold and how good it is, what was found, and what could not be looked for."""
+    """Lines on the threshold and its quality, the findings, and questions that could not be searched for."""
     lines = []
     if result.chosen is None:
         lines.append(f"threshold {result.threshold:g}, as given")
     else:
-        why = f"at most {FALSE_POSITIVES:.1%} of the documents that chose it reach it"
+        why = f"at most {FALSE_POSITIVES:.1%} of the documents used to choose it reach it"
         if result.chosen.limited:
             why = (
-                "the highest that still finds damaged questions: more documents reach it than may by chance, read them"
+                "the highest that still finds damaged questions; too many documents reach it to be chance, so read them"
             )
         lines.append(f"threshold {result.threshold:g}: {why}")
         lines += [f"  found of planted questions, {way}: {share}" for way, share in result.chosen.recall.items()]
         lines.append(f"  other documents that reach it: {result.chosen.reached}")
     questions = job.index.questions
     lines.append(
-        f"{result.contaminated:,} of {result.documents:,} documents hold {len(result.found):,} of {len(questions):,} "
-        f"questions; {job.report}/contaminated.jsonl lists them"
+        f"{result.contaminated:,} of {result.documents:,} documents contain {len(result.found):,} of "
+        f"{len(questions):,} questions; {job.report}/contaminated.jsonl lists them"
     )
     for number, count in sorted(result.found.items(), key=lambda item: (-item[1], item[0]))[:_SHOWN]:
         lines.append(f"  {questions[number].name}: {count:,} documents, score up to {result.best[number]:.2f}")
@@ -37,9 +37,9 @@ def summary_lines(job: SearchJob, result: Contamination) -> list[str]:
         lines.append(f"  and {len(result.found) - _SHOWN:,} more questions")
     if job.index.unsearchable:
         names = ", ".join(questions[number].name for number in job.index.unsearchable[:_SHOWN])
-        lines.append(f"{len(job.index.unsearchable):,} questions are too short to be looked for: {names}")
+        lines.append(f"{len(job.index.unsearchable):,} questions are too short to search for: {names}")
     if result.unreadable:
-        lines.append(f"{result.unreadable:,} records could not be read and were left out")
+        lines.append(f"{result.unreadable:,} unreadable records were skipped")
     lines += job.inputs.describe_bad()
     if job.output is not None:
         lines.append(f"{job.output}: {result.documents - result.contaminated:,} documents")

@@ -22,7 +22,7 @@ from tools.datasets.encoding.progress import Progress
 from tools.datasets.encoding.records import Block, InputFiles, RecordError, read_record, text_of
 from tools.datasets.encoding.workers import in_order
 
-SAMPLE = 4000  # documents that choose the threshold
+SAMPLE = 4000  # documents used to choose the threshold
 FEWEST = 2000
 _LONGEST_EXCERPT = 2000
 
@@ -40,7 +40,7 @@ class SearchJob:
 
 @dataclass
 class Contamination:
-    """What was found."""
+    """The results of a search."""
 
     threshold: float
     chosen: ChosenThreshold | None
@@ -53,7 +53,7 @@ class Contamination:
 
 @dataclass(frozen=True)
 class _Document:
-    """`line` is its record for the output, empty if none is written; `entry` is what is said of one with a question."""
+    """`line` is the record for the output, empty if none is written; `entry` reports a contaminated document."""
 
     line: bytes
     overlaps: list[Overlap]
@@ -67,7 +67,7 @@ class _Searched:
 
 
 def search_corpus(job: SearchJob) -> Contamination:
-    """Write `contaminated.jsonl`, and the output if one is wanted, both or neither.
+    """Write `contaminated.jsonl` and, if requested, the output; both or neither.
 
     Raises DataError, BadRecord, SourceError, OSError.
     """
@@ -99,14 +99,14 @@ def _choose(job: SearchJob) -> ChosenThreshold:
     documents = _sample(job)
     if len(documents) < FEWEST:
         raise DataError(
-            f"{len(documents):,} documents are too few to choose a threshold that one in a thousand reaches by chance; "
+            f"{len(documents):,} documents are too few to choose a threshold that one in a thousand reaches by chance: "
             f"{FEWEST:,} are needed. Give --threshold, such as 0.45, and read what it finds"
         )
     return choose_threshold(job.index, documents)
 
 
 def _sample(job: SearchJob) -> list[str]:
-    """Texts of SAMPLE documents that a hash of their places chooses."""
+    """Texts of SAMPLE documents, chosen by a hash of their positions."""
     kept: list[tuple[int, str]] = []  # a heap with the highest hash on top
     for block in job.inputs.blocks([job.key], [job.key]):
         for position in range(len(block)):
@@ -122,7 +122,7 @@ def _sample(job: SearchJob) -> list[str]:
 
 
 def _search(job: SearchJob, result: Contamination) -> Iterator[_Document]:
-    """Every document in the order of the corpus; counts what is found."""
+    """Yield every document in the order of the corpus, and count the findings."""
     progress = Progress(job.inputs.bytes)
 
     def look(block: Block) -> _Searched:

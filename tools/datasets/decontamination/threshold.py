@@ -1,10 +1,10 @@
-"""The score from which a document counts as contaminated: chosen on one half of planted cases, judged on the other.
+"""The minimum score of a contaminated document: chosen on one half of planted cases, evaluated on the other.
 
-A case is a document of the corpus with a question planted in it, by each of the ways in `planted.py`; the documents as
-they are show what scores without one. Questions and documents are halved by a hash of what they are. On the first half
-the threshold is the smallest score that at most `FALSE_POSITIVES` of the documents reach. A corpus that does hold
-questions would raise it without limit, so it is never above the score that all but `MISSED` of the scanned plants
-reach. The second half gives the figures that are reported.
+A case is a document of the corpus with a question planted in it, in each of the ways in `planted.py`; the unchanged
+documents show the scores without one. Questions and documents are split in halves by a hash of their content. On the
+first half, the threshold is the smallest score that at most `FALSE_POSITIVES` of the documents reach. A corpus that
+does contain questions would raise it without limit, so it is capped at the score that all but `MISSED` of the scanned
+plants reach. The reported figures come from the second half.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tools.datasets.decontamination.planted import PLANTS, plant
 
 FALSE_POSITIVES = 0.001
 MISSED = 0.05
-LEAST = 0.3  # scores below are not looked at
+LEAST = 0.3  # lower scores are ignored
 _GRAIN = 1000  # thresholds are multiples of 1 / _GRAIN
 
 
@@ -47,16 +47,18 @@ class Proportion:
 
 @dataclass(frozen=True)
 class ChosenThreshold:
-    """A threshold and what it does on cases that did not choose it."""
+    """A threshold and its performance on cases that were not used to choose it."""
 
     value: float
-    limited: bool  # by the plants: more of the corpus scores higher than may by chance
+    limited: bool  # capped by the plants: more documents score higher than chance allows
     recall: dict[str, Proportion]  # by way of planting
     reached: Proportion  # documents without a plant that reach it: false positives, or true finds
 
 
 def choose_threshold(index: QuestionIndex, documents: Sequence[str], seed: int = 0) -> ChosenThreshold:
-    """`documents` are a sample of the corpus: 2,000 or more, so that each half can show one false positive in 1,000."""
+    """Choose the threshold on `documents`, a sample of the corpus: at least 2,000, so that each half can show one false
+    positive in 1,000.
+    """
     searchable = [n for n in range(len(index.questions)) if n not in set(index.unsearchable)]
     first = [n for n in searchable if _in_first_half(index.questions[n].name)]
     second = [n for n in searchable if n not in set(first)]
@@ -88,7 +90,7 @@ def _best(index: QuestionIndex, document: str) -> float:
 def _planted(
     index: QuestionIndex, numbers: Sequence[int], documents: Sequence[str], way: str, seed: int
 ) -> list[float]:
-    """The score of each of some questions in a document in which it was planted."""
+    """Scores of some questions, each in a document in which it was planted."""
     chance = random.Random(f"{seed} {way}")
     scores = []
     for number in numbers:
@@ -100,7 +102,7 @@ def _planted(
 
 
 def _quantile(scores: Sequence[float], share: float) -> float:
-    """The smallest multiple of 1 / _GRAIN above which at most 1 - `share` of the scores are; LEAST if that is lower."""
+    """The smallest multiple of 1 / _GRAIN exceeded by at most 1 - `share` of the scores, but at least LEAST."""
     allowed = int(len(scores) * (1 - share) + 1e-9)
     ordered = sorted(scores, reverse=True)
     if allowed >= len(ordered):

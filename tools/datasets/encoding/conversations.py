@@ -1,4 +1,4 @@
-"""Records to conversations that are checked, and what of the records was not understood."""
+"""Converting records to validated conversations, and reporting unknown parts of the records."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _TRACE = re.compile(r"<think>.*\S.*", re.DOTALL)
 
 @dataclass(frozen=True)
 class ReadConversation:
-    """A conversation, the shape that it had, and the keys of its record and its turns that are not known."""
+    """A conversation, the shape of its record, and the unknown keys of the record and its turns."""
 
     conversation: Conversation
     shape: str
@@ -27,10 +27,10 @@ class ReadConversation:
 
 
 def read_conversation(record: Mapping[str, Any], thinking_prompt: bool = False) -> ReadConversation:
-    """The conversation of a record, checked. Raises ChatError with what is wrong.
+    """The validated conversation of a record. ChatError states what is wrong.
 
-    With `thinking_prompt`, empty `<think></think>` pairs are taken out of assistant turns, and a conversation without a
-    system turn gets "detailed thinking on" or "detailed thinking off", as its answers have a trace or not.
+    With `thinking_prompt`, empty `<think></think>` pairs are removed from assistant turns, and a conversation without a
+    system turn gets "detailed thinking on" if its answers have a trace, else "detailed thinking off".
     """
     shaped = shape_record(record)
     messages: list[Message] = []
@@ -63,10 +63,10 @@ def _check(messages: Sequence[Message]) -> None:
     if not messages:
         raise ChatError("the conversation is empty", "empty conversation")
     if any(message.role == "system" for message in messages[1:]):
-        raise ChatError("a system turn that is not the first", "system turn in the middle")
+        raise ChatError("a system turn is not the first turn", "system turn in the middle")
     first = messages[1:2] if messages[0].role == "system" else messages[:1]
     if first and first[0].role != "user":
-        raise ChatError(f"the first turn is the {first[0].role}'s; a user turn is expected", "no user turn first")
+        raise ChatError(f"the first turn is the {first[0].role}'s; expected a user turn", "no user turn first")
     for turn, message in enumerate(messages, start=1):
         if message.role in ("user", "assistant") and not message.content.strip() and not message.calls:
             raise ChatError(f"turn {turn}: the {message.role} says nothing", f"the {message.role} says nothing")
@@ -81,7 +81,7 @@ def _without_empty_trace(message: Message) -> Message:
 
 
 def digest(messages: Sequence[Message]) -> bytes:
-    """Equal for conversations whose user and assistant say the same, up to white space; system prompts do not count."""
+    """Equal for conversations with the same user and assistant turns, up to white space; system prompts are ignored."""
     said = [
         (m.role, *(" ".join(text.split()) for text in (m.content, m.reasoning or "")), [repr(call) for call in m.calls])
         for m in messages

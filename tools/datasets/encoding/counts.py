@@ -1,4 +1,4 @@
-"""One table of what became of the records of each source: the end of `preprocess_sft.py`, and `inspect_data.py`."""
+"""A table that accounts for the records of each source, printed by `preprocess_sft.py` and `inspect_data.py`."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class SourceSummary:
     learned: int
 
     def rows(self) -> list[tuple[str, str]]:
-        """(what, how many) in the order in which a record meets it."""
+        """(description, count) rows in the order of processing."""
         counts = self.counts
         rows = [("records read", f"{counts.records:,}")]
-        rows += [(f"understood as {shape}", f"{count:,}") for shape, count in counts.shapes.items()]
+        rows += [(f"shape {shape}", f"{count:,}") for shape, count in counts.shapes.items()]
         rows += [(f"dropped: {rule}", f"{count:,}") for rule, count in counts.dropped.items()]
         unknown = list(counts.unknown_keys.items())
         rows += [(f"unknown key: {key}", f"{count:,}") for key, count in unknown[:MAX_KEYS]]
@@ -43,14 +43,14 @@ class SourceSummary:
 
 
 def summary_of(name: str, header: DataHeader) -> SourceSummary | None:
-    """What a header says, None if it is not of conversations or from before there were counts."""
+    """The counts in a header; None if it has none, or the data are not conversations."""
     if header.chat is None or header.chat.counts is None:
         return None
     return SourceSummary(name, header.chat.counts, header.documents, header.tokens, header.chat.learned_tokens)
 
 
 def summary_table(sources: Sequence[SourceSummary]) -> str:
-    """All sources, one fact a line."""
+    """All sources in one table, one fact per line."""
     rows = [(source.name, what, number) for source in sources for what, number in source.rows()]
     widths = [max(len(row[column]) for row in [("source", "", ""), *rows]) for column in range(3)]
     lines = [f"{'source':<{widths[0]}}  {'':<{widths[1]}}  {'':>{widths[2]}}".rstrip()]

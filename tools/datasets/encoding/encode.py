@@ -1,4 +1,4 @@
-"""One block of records -> token bytes. This is the part of preprocessing that runs in every worker."""
+"""The part of preprocessing that runs in every worker: a block of records -> token bytes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tools.datasets.encoding.records import Block, RecordError, read_record, tex
 
 
 class BadEntry(NamedTuple):
-    """A record that cannot be used: the rule that it breaks, for counting, and a message with file and line."""
+    """An unusable record: the rule it breaks, for counting, and a message with file and line."""
 
     rule: str
     message: str
@@ -29,17 +29,17 @@ class Encoded:
     sizes: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
     max_token: int = -1
     text_bytes: int = 0
-    learned: int = 0  # supervised tokens, where the document has labels
+    learned: int = 0  # supervised tokens, if the document has labels
     empty: int = 0
     bad: list[BadEntry] = field(default_factory=list)
-    dropped: Counter[str] = field(default_factory=Counter)  # records that are no mistake and no sample, by rule
-    unknown: Counter[str] = field(default_factory=Counter)  # fields that were not used
-    longer: Counter[str] = field(default_factory=Counter)  # documents that are longer than a sample of so many tokens
+    dropped: Counter[str] = field(default_factory=Counter)  # valid records without a sample, by rule
+    unknown: Counter[str] = field(default_factory=Counter)  # unused fields
+    longer: Counter[str] = field(default_factory=Counter)  # documents longer than a sample, by its length in tokens
 
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """What a worker knows: the tokenizer, which fields to read and how a document is framed."""
+    """The encoder of one worker: tokenizer, fields to read, and the framing of documents."""
 
     tokenizer: Tokenizer
     keys: Sequence[str]

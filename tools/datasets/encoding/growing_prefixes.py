@@ -1,8 +1,8 @@
-"""Conversations as GPT-NeoX's `preprocess_data_with_chat_template.py` encodes them: by prefixes that grow turn by turn.
+"""Encoding conversations like GPT-NeoX's `preprocess_data_with_chat_template.py`: by prefixes that grow turn by turn.
 
-The chat template is applied to the first turn, the first two, and so on; what a turn adds to the ids is its own. If
-the next turn is the model's, the header that calls for it belongs to the turn before, and is not learned. The
-tokenizer's end token follows at the end, learned if the last turn is.
+The chat template is applied to the first turn, the first two, and so on; the ids that a turn adds belong to it. If the
+next turn is the model's, its header belongs to the preceding turn, and is not learned. The tokenizer's end token comes
+last, and is learned if the last turn is.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ class PrefixChat:
 
         config = _read_json(folder / "tokenizer_config.json")
         template = config.get("chat_template")
-        beside = folder / "chat_template.jinja"  # where transformers 5 keeps it
+        beside = folder / "chat_template.jinja"  # location since transformers 5
         if template is None and beside.is_file():
             template = beside.read_text(encoding="utf-8")
         if not isinstance(template, str):
             raise ChatFileError(f"{folder}: no chat_template in tokenizer_config.json and no chat_template.jinja")
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-        except Exception as error:  # the library raises bare Exception for whatever is wrong with the file
+        except Exception as error:  # the library raises bare Exception for any problem with the file
             raise ChatFileError(f"{folder / 'tokenizer.json'}: not a Hugging Face tokenizer.json ({error})") from None
         self._names = {name: _token(config.get(name)) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
         eos = self._names["eos_token"]
@@ -57,7 +57,7 @@ class PrefixChat:
             raise ChatFileError(f"{folder}: the chat template is not valid Jinja: {error}") from None
 
     def encode(self, turns: Sequence[Mapping[str, Any]], prompt: bool = False) -> list[int]:
-        """Ids of the template's text for `turns`, the names of special tokens in it read as these tokens."""
+        """Ids of the template's text for `turns`; names of special tokens in it become these tokens."""
         import jinja2
 
         names = {name: value for name, value in self._names.items() if value is not None}
@@ -70,9 +70,9 @@ class PrefixChat:
     def ids_and_labels(
         self, turns: Any, generation_role: str = "assistant", only_last: bool = False, mask: bool = True
     ) -> tuple[list[int], list[int]]:
-        """Ids of a conversation and their labels, -100 where nothing is learned; without `mask` all is.
+        """Ids of a conversation and their labels, -100 for tokens that are not learned; without `mask` all are learned.
 
-        Raises ChatFileError for what is no conversation, quotes a special token, or is rewritten by the template.
+        ChatFileError if `turns` is not a conversation, quotes a special token, or if the template rewrites turns.
         """
         self._check(turns)
         ids: list[int] = []
@@ -82,7 +82,7 @@ class PrefixChat:
             called_for = not last and turns[place + 1]["role"] == generation_role
             prefix = self.encode(turns[: place + 1], prompt=called_for)
             if prefix[: len(ids)] != ids:
-                raise ChatFileError(f"turn {place + 1}: the chat template rewrites the turns before it")
+                raise ChatFileError(f"turn {place + 1}: the chat template rewrites earlier turns")
             added = prefix[len(ids) :]
             learned = not mask or (turn["role"] == generation_role and (last or not only_last))
             ids += added

@@ -1,4 +1,4 @@
-"""The parallel part of preprocessing: blocks out to workers, results back in order, a journal to go on from."""
+"""The parallel part of preprocessing: blocks go to workers, results come back in order, a journal allows resuming."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ MAX_SHOWN = 20  # skipped records printed in full; all are counted
 
 
 class BadRecord(UserError, ValueError):
-    """An unreadable record under the policy `fatal`."""
+    """An unreadable record, with `--on-bad-record fatal`."""
 
 
 class Encoder(Protocol):
-    """Runs in the workers: a block -> what it adds to each output, in the order of `EncodingJob.outputs`."""
+    """Runs in the workers: encodes a block for each output, in the order of `EncodingJob.outputs`."""
 
     def __call__(self, block: Block) -> list[Encoded]: ...
 
 
 @dataclass
 class State:
-    """Where one output stands."""
+    """Progress of one output."""
 
     bytes: int = 0
     documents: int = 0
@@ -54,19 +54,19 @@ class State:
     learned: int = 0
     empty: int = 0
     skipped: int = 0
-    dropped: dict[str, int] = field(default_factory=dict)  # records by the rule that left them out
-    unknown: dict[str, int] = field(default_factory=dict)  # fields that were not used
-    longer: dict[str, int] = field(default_factory=dict)  # documents longer than a sample of so many tokens
+    dropped: dict[str, int] = field(default_factory=dict)  # skipped records by rule
+    unknown: dict[str, int] = field(default_factory=dict)  # unused fields
+    longer: dict[str, int] = field(default_factory=dict)  # documents longer than a sample, by its length in tokens
 
     @property
     def left_out(self) -> str:
         rules = "".join(f", {rule} {count}" for rule, count in self.dropped.items())
-        return f"{self.empty} empty and {self.skipped} unreadable left out{rules}"
+        return f"{self.empty} empty and {self.skipped} unreadable skipped{rules}"
 
 
 @dataclass(frozen=True)
 class IndexedOutput:
-    """One `.bin/.idx` to write. `header` makes what goes beside it, None if nothing does."""
+    """One `.bin/.idx` to write. `header` makes its header file; None for no header."""
 
     prefix: str
     dtype: np.dtype
@@ -79,7 +79,7 @@ class IndexedOutput:
 
 @dataclass(frozen=True)
 class HeaderMaker:
-    """Makes `IndexedOutput.header`: what is known of an output before it is written, and the counts at the end."""
+    """Makes `IndexedOutput.header` from facts known before writing, and the counts at the end."""
 
     tokenizer: Tokenizer
     dtype: np.dtype
@@ -111,13 +111,12 @@ class HeaderMaker:
 
 @dataclass(frozen=True)
 class EncodingJob:
-    """What is to be done. Two jobs with equal `identity` must give the same output: one goes on where the other was
-    killed."""
+    """An encoding job. Jobs with equal `identity` must give the same output: one resumes where another was killed."""
 
     identity: str
     encoder: Encoder
     blocks: Iterable[Block]
-    progress: Progress  # counts what the blocks have read
+    progress: Progress  # counts the bytes read
     outputs: list[IndexedOutput]
     journal: Path
     workers: int
@@ -127,7 +126,7 @@ class EncodingJob:
 
 @dataclass
 class EncodingJournal:
-    """What a later run needs to go on: how many blocks are in the outputs, and how long the files then were."""
+    """State for resuming: the number of blocks in the outputs, and the length of the files at that point."""
 
     identity: str
     blocks: int
@@ -138,7 +137,7 @@ class EncodingJournal:
 
     @classmethod
     def load(cls, path: Path, identity: str) -> EncodingJournal | None:
-        """The journal of a killed run of the same job, None if there is none."""
+        """The journal of a killed run of the same job; None if there is none."""
         try:
             content = json.loads(path.read_text())
         except (FileNotFoundError, ValueError):
@@ -149,14 +148,14 @@ class EncodingJournal:
 
 
 def identity_of(tokenizer: Tokenizer, files: list[Path], settings: list[object]) -> str:
-    """Equal for two runs over the same files with the same settings."""
+    """A digest that is equal for runs over the same files with the same settings."""
     stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     text = json.dumps([tokenizer.fingerprint, settings, stats])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def run_encoding(job: EncodingJob) -> list[State]:
-    """Do it. Raises BadRecord, DataError, SourceError, OSError; nothing is left behind then, except after a kill."""
+    """Run the job. Raises BadRecord, DataError, SourceError, OSError; a failed job leaves nothing behind."""
     if job.workers < 1:
         raise DataError(f"--workers {job.workers}: at least one is needed")
     job.journal.parent.mkdir(parents=True, exist_ok=True)
@@ -169,7 +168,7 @@ def run_encoding(job: EncodingJob) -> list[State]:
             for output, state in zip(job.outputs, journal.states, strict=True)
         ]
         if journal.blocks:
-            print(f"going on after block {journal.blocks} of a killed run", file=sys.stderr)
+            print(f"resuming after block {journal.blocks} of a killed run", file=sys.stderr)
         todo = islice(job.blocks, journal.blocks, None)
         with contextlib.closing(in_order(job.encoder, todo, job.workers)) as results:
             _collect(job, results, journal, writers)
@@ -212,17 +211,17 @@ def _collect(
 
 
 def _done(states: list[State]) -> int:
-    """Bytes of text that were encoded."""
+    """Bytes of encoded text."""
     return sum(state.text_bytes for state in states)
 
 
 def report_bad(messages: Sequence[str], skip: bool, shown: int) -> int:
-    """Print what is wrong with records that are left out, up to MAX_SHOWN with the `shown` before; how many there are.
+    """Print the problems of skipped records, up to MAX_SHOWN including the `shown` earlier ones; returns their number.
 
-    BadRecord unless they may be skipped.
+    BadRecord unless `skip`.
     """
     if messages and not skip:
-        raise BadRecord(f"{messages[0]} (--on-bad-record skip leaves such records out and counts them)")
+        raise BadRecord(f"{messages[0]} (--on-bad-record skip skips and counts such records)")
     for message in messages[: max(0, MAX_SHOWN - shown)]:
         print(f"skipped: {message}", file=sys.stderr)
     return len(messages)
@@ -249,7 +248,7 @@ def _add(counts: dict[str, int], more: Counter[str]) -> None:
 
 
 def _publish(job: EncodingJob, states: list[State], writers: list[IndexedWriter]) -> None:
-    """Every output that has documents, or DataError if none has."""
+    """Publish every output that has documents; DataError if none has."""
     parts = list(zip(job.outputs, states, writers, strict=True))
     if not any(writer.documents for _, _, writer in parts):
         raise DataError(
@@ -259,14 +258,14 @@ def _publish(job: EncodingJob, states: list[State], writers: list[IndexedWriter]
         writer.finish()
         if output.header is not None:
             write_text(header_path(output.partial), output.header(state).model_dump_json(indent=2) + "\n")
-    for output, _, writer in parts:  # a reader sees the old set, none, or the new one; never a mixture
+    for output, _, writer in parts:  # readers see the old set, none, or the new set, never a mixture
         if writer.documents:
             idx_path(output.prefix).unlink(missing_ok=True)
     for output, state, writer in parts:
         if not writer.documents:
             for path in (bin_path(output.partial), idx_path(output.partial), header_path(output.partial)):
                 path.unlink(missing_ok=True)
-            print(f"{output.prefix}: no documents, nothing is written; {state.left_out}", file=sys.stderr)
+            print(f"{output.prefix}: no documents, nothing written; {state.left_out}", file=sys.stderr)
             continue
         os.replace(bin_path(output.partial), bin_path(output.prefix))
         if output.header is not None:

@@ -1,4 +1,4 @@
-"""Progress lines by time: nobody has to wait minutes for the first."""
+"""Progress lines at regular time intervals, so that the first one comes soon."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ SECONDS = 10.0  # between lines
 
 
 class Progress:
-    """Says when a line is due, what share of the input has been read, and how long the rest will take."""
+    """Decides when a line is due, and gives the fraction of the input read and the estimated time left."""
 
     def __init__(self, total: int, every: int | None = None) -> None:
-        """`total` is the size of the input in bytes; `every` asks for lines after so many items, too."""
+        """`total` is the size of the input in bytes; `every` also asks for a line after this many items."""
         self.total, self.every, self.read = total, every, 0
         self.start = self._last = time.monotonic()
         self._next = every or 0
@@ -20,7 +20,7 @@ class Progress:
     def due(self, items: int) -> bool:
         """Whether to print now; `items` are done."""
         now = time.monotonic()
-        if self._read_before is None:  # what a run that goes on skipped is no measure of its speed
+        if self._read_before is None:  # blocks skipped on resuming must not count toward the speed
             self._read_before = self.read
         if now - self._last < SECONDS and (self.every is None or items < self._next):
             return False

@@ -1,7 +1,7 @@
-"""Records of files: JSON lines, JSON lists, plain text (each plain, .gz or .zst) and Parquet, in blocks of about a MiB.
+"""Records of files: JSON lines, JSON lists, plain text (each plain, .gz or .zst) and Parquet, in blocks of about 1 MiB.
 
-A block is what one worker handles at a time. The cut into blocks depends on the files alone, never on the number of
-workers, so the output does not either.
+A block is the unit of work of a worker. The division into blocks depends on the files only, never on the number of
+workers, and therefore neither does the output.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class SourceError(UserError, ValueError):
 
 
 class RecordError(UserError, ValueError):
-    """A record that cannot be used; `rule` is the reason in a few words, which is what is counted."""
+    """A record that cannot be used; `rule` is the reason in a few words, used for counting."""
 
     def __init__(self, message: str, rule: str) -> None:
         super().__init__(message)
@@ -43,15 +43,15 @@ class RecordError(UserError, ValueError):
 
 @dataclass(frozen=True)
 class Block:
-    """Consecutive records of one file: JSON lines, or whole values by key where the format is not lines."""
+    """Consecutive records of one file: JSON lines, or whole values by key for other formats."""
 
     source: str
     first: int  # number of the first record in its file, counted from 1
-    unit: str  # what a record is in messages
+    unit: str  # name of a record in messages
     lines: list[bytes] | None = None
     records: list[Any] | None = None
-    bytes: int = 0  # of the file, which hold these records
-    file: str | None = None  # the file's name below the folder that was given
+    bytes: int = 0  # size of these records in the file
+    file: str | None = None  # the file's name relative to the given folder
 
     def __len__(self) -> int:
         return len(self.lines if self.lines is not None else self.records or ())
@@ -63,11 +63,11 @@ class Block:
 
 @dataclass
 class InputFiles:
-    """The files of a job. With `skip_bad` one that cannot be read is put into `bad` with the reason, else it stops."""
+    """The files of a job. With `skip_bad`, unreadable files go into `bad` with the reason, else they are errors."""
 
     files: list[Path]
     skip_bad: bool = False
-    names: dict[Path, str] = field(default_factory=dict)  # below the folder that was given
+    names: dict[Path, str] = field(default_factory=dict)  # relative to the given folder
     bad: dict[Path, str] = field(default_factory=dict)
 
     @property
@@ -75,8 +75,8 @@ class InputFiles:
         return sum(file.stat().st_size for file in self.files)
 
     def check(self, keys: Sequence[str] | None) -> None:
-        """Open every file and read its beginning (text files whole), so that all that is wrong is said before work
-        begins. Raises SourceError, naming all files that cannot be read."""
+        """Open every file and read its beginning (text files completely), so that all problems are reported before work
+        begins. SourceError names all files that cannot be read."""
         problems = {}
         for file in self.files:
             reason = _problem(file, keys)
@@ -91,13 +91,13 @@ class InputFiles:
         if len(problems) > 1:
             more = f"\n  and {len(problems) - MAX_NAMED} more" if len(problems) > MAX_NAMED else ""
             named = [f"{len(problems)} of {len(self.files)} files cannot be read:\n  " + "\n  ".join(named) + more]
-        hint = "" if self.skip_bad else " (--on-bad-record skip leaves such files out and lists them)"
+        hint = "" if self.skip_bad else " (--on-bad-record skip skips and lists such files)"
         raise SourceError(named[0] + hint)
 
     def blocks(
         self, keys: Sequence[str] | None, columns: Sequence[str] | None, progress: Progress | None = None
     ) -> Iterator[Block]:
-        """All records that can be read; `keys` have to be there, `columns` of Parquet are read (None: all)."""
+        """All readable records; `keys` are required, and `columns` are read from Parquet (None: all)."""
         for file in self.files:
             if file in self.bad:
                 continue
@@ -112,18 +112,18 @@ class InputFiles:
                 self.bad[file] = str(error)
 
     def describe_bad(self) -> list[str]:
-        """Lines that list the files that were left out."""
+        """Lines that list the skipped files."""
         if not self.bad:
             return []
-        return [f"{len(self.bad)} of {len(self.files)} files could not be read and were left out:"] + [
+        return [f"{len(self.bad)} of {len(self.files)} files could not be read and were skipped:"] + [
             f"  {reason}" for reason in self.bad.values()
         ]
 
 
 def find_inputs(inputs: Sequence[str], skip_bad: bool = False) -> InputFiles:
-    """Files behind commas, globs and folders, sorted within each; what of a folder is not read is named.
+    """Files matched by comma-separated names, globs and folders, sorted within each; reports unread files of a folder.
 
-    Raises SourceError for an entry that matches nothing.
+    SourceError for an entry that matches nothing.
     """
     found = InputFiles([], skip_bad)
     for entry in (part for item in inputs for part in item.split(",") if part):
@@ -141,7 +141,7 @@ def find_inputs(inputs: Sequence[str], skip_bad: bool = False) -> InputFiles:
             raise SourceError(f"--input {entry}: no such file; a folder or glob must hold one of {', '.join(SUFFIXES)}")
         found.files += files
     if not found.files:
-        raise SourceError(f"--input {' '.join(inputs)}: names no file")
+        raise SourceError(f"--input {' '.join(inputs)}: does not name a file")
     if len(set(found.files)) != len(found.files):
         twice = next(f for f in found.files if found.files.count(f) > 1)
         raise SourceError(f"{twice}: given twice; its documents would count double")
@@ -153,16 +153,16 @@ def _name_unread(folder: Path, files: list[Path]) -> None:
         names = [str(file.relative_to(folder)) for file in files[:MAX_NAMED]]
         more = f" and {len(files) - MAX_NAMED} more" if len(files) > MAX_NAMED else ""
         print(
-            f"{folder}: {len(files)} files are not read, for their ending is none of {', '.join(SUFFIXES)}: "
+            f"{folder}: {len(files)} files are ignored, because their suffix is not one of {', '.join(SUFFIXES)}: "
             f"{', '.join(names)}{more}",
             file=sys.stderr,
         )
 
 
 def _problem(file: Path, keys: Sequence[str] | None) -> str | None:
-    """Why a file cannot be read, as far as its beginning tells."""
+    """Why a file cannot be read, judging by its beginning; None if it can."""
     if not file.name.endswith(SUFFIXES):
-        return f"{file}: unknown kind of file; expected one of {', '.join(SUFFIXES)}"
+        return f"{file}: unknown file type; expected one of {', '.join(SUFFIXES)}"
     try:
         if file.stat().st_size == 0 or next(read_blocks(file, keys, keys), None) is None:
             return f"{file}: the file is empty"
@@ -174,16 +174,16 @@ def _problem(file: Path, keys: Sequence[str] | None) -> str | None:
 
 
 def _kind(path: Path) -> str:
-    """The ending without compression."""
+    """The suffix without that of the compression."""
     return Path(path.name.removesuffix(".gz").removesuffix(".zst")).suffix
 
 
 def read_blocks(
     path: Path, keys: Sequence[str] | None, columns: Sequence[str] | None = None, name: str | None = None
 ) -> Iterator[Block]:
-    """All records of a file in order. `keys` have to be columns of Parquet, of which `columns` are read (None: all).
+    """All records of a file in order. Parquet must have the columns `keys`; `columns` are read from it (None: all).
 
-    Raises SourceError for damaged compression and foreign Parquet.
+    SourceError for damaged compression or an unsuitable Parquet file.
     """
     try:
         if path.name.endswith(".parquet"):
@@ -198,7 +198,7 @@ def read_blocks(
 
 
 def read_record(block: Block, position: int) -> dict[str, Any] | None:
-    """One record as an object, None for a blank line. Raises RecordError with the reason it cannot be used."""
+    """One record as an object, None for a blank line. RecordError states why it cannot be used."""
     record: Any
     if block.lines is None:
         record = (block.records or [])[position]
@@ -218,7 +218,7 @@ def read_record(block: Block, position: int) -> dict[str, Any] | None:
 
 
 def text_of(record: dict[str, Any], key: str) -> str:
-    """A field that must be there and be text. Raises RecordError."""
+    """A required text field. RecordError if it is missing or not text."""
     if key not in record:
         fields = ", ".join(list(record)[:8]) or "none"
         raise RecordError(f"no field {key!r}; the fields are {fields}", f"no field {key}")
@@ -229,7 +229,7 @@ def text_of(record: dict[str, Any], key: str) -> str:
 
 
 def _json(path: Path, name: str | None) -> Iterator[Block]:
-    """JSON lines; or one JSON list of records, as many sets of conversations come."""
+    """JSON lines, or a single JSON list of records, a common format of conversation datasets."""
     with path.open("rb") as raw:
         stream = _decompress(path, raw)
         number, read = 1, 0
@@ -254,7 +254,7 @@ def _list(path: Path, content: bytes) -> list[Any]:
     except UnicodeDecodeError as error:
         raise SourceError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from None
     except (ValueError, RecursionError) as error:
-        raise SourceError(f"{path}: begins like a JSON list and is not JSON: {error}") from None
+        raise SourceError(f"{path}: begins like a JSON list but is not valid JSON: {error}") from None
     return records if isinstance(records, list) else [records]
 
 
@@ -277,7 +277,7 @@ def _decompress(path: Path, raw: IO[bytes]) -> IO[bytes]:
             raise SourceError(f"{path}: reading .zst needs the package zstandard (pip install .[data])") from error
 
         class Reader(io.RawIOBase):
-            """zstandard ends silently in the middle of a frame; this says so."""
+            """Reports a file that ends in the middle of a frame, which zstandard ignores."""
 
             def __init__(self) -> None:
                 self._chunks = self._read()
@@ -316,7 +316,7 @@ def _decompress(path: Path, raw: IO[bytes]) -> IO[bytes]:
 
 
 def _whole_text(path: Path, keys: Sequence[str], name: str | None) -> Block:
-    """A text file is one document; every key gets it, and `file` says where it is from."""
+    """A text file as one document, available under every key; `file` is its origin."""
     with path.open("rb") as raw:
         content = _decompress(path, raw).read()
     try:

@@ -1,4 +1,4 @@
-"""The work of `preprocess_sft.py`: sources, deduplication, and blocks of conversations to tokens and labels."""
+"""The implementation of `preprocess_sft.py`: sources, deduplication, and conversations to tokens and labels."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ from tools.datasets.encoding.records import Block, InputFiles, RecordError, Sour
 _SOURCE = re.compile(r"(?P<name>[A-Za-z0-9_.-]+)(:(?P<share>[0-9.eE+-]+))?=(?P<files>.+)")
 LABEL_DTYPE = np.dtype(np.int32)
 DUPLICATE = "duplicate"
-SAMPLE_LENGTHS = tuple(1 << power for power in range(10, 18))  # for which too long conversations are counted
+SAMPLE_LENGTHS = tuple(
+    1 << power for power in range(10, 18)
+)  # sample lengths for which longer conversations are counted
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class SftSource:
 
 
 def parse_sources(entries: Sequence[str], skip_bad: bool = False) -> list[SftSource]:
-    """`NAME[:SHARE]=FILES` entries. Raises SourceError."""
+    """Parse `NAME[:SHARE]=FILES` entries. Raises SourceError."""
     sources = []
     for entry in entries:
         match = _SOURCE.fullmatch(entry)
@@ -64,7 +66,7 @@ def parse_sources(entries: Sequence[str], skip_bad: bool = False) -> list[SftSou
         if twice:
             raise SourceError(f"--source: the {kind} {twice.pop()} is given twice")
     if len({source.share is None for source in sources}) > 1:
-        raise SourceError("--source: give every source a share, or none")
+        raise SourceError("--source: give shares to all sources or to none")
     for source in sources:
         source.inputs.check(None)
     return sources
@@ -72,7 +74,7 @@ def parse_sources(entries: Sequence[str], skip_bad: bool = False) -> list[SftSou
 
 @dataclass
 class RecordCounts:
-    """What the reader found in a source."""
+    """Counts of the reader for one source."""
 
     records: int = 0
     shapes: Counter[str] = field(default_factory=Counter)
@@ -80,7 +82,7 @@ class RecordCounts:
     unknown: Counter[str] = field(default_factory=Counter)
 
     def of(self, state: State) -> ConversationCounts:
-        """With what the encoder left out."""
+        """These counts combined with those of the encoder."""
         duplicates = {DUPLICATE: self.duplicates} if self.duplicates else {}
         return ConversationCounts(
             records=self.records,
@@ -93,7 +95,7 @@ class RecordCounts:
 
 @dataclass
 class ConversationBlocks:
-    """Blocks of conversations, without those that were there before. Runs in the parent, so that the order decides."""
+    """Blocks of conversations without duplicates. Runs in the parent, so that the first occurrence is kept."""
 
     sources: list[SftSource]
     thinking_prompt: bool
@@ -111,7 +113,7 @@ class ConversationBlocks:
     def _read(
         self, block: Block, position: int, seen: set[bytes], counts: RecordCounts
     ) -> Conversation | BadEntry | None:
-        """A conversation, what is wrong with the record, or None if it is blank or was there before."""
+        """A conversation, the problem of the record, or None if it is blank or a duplicate."""
         try:
             record: dict[str, Any] | None = read_record(block, position)
             if record is None:
@@ -133,7 +135,7 @@ class ConversationBlocks:
 
 
 def without_nulls(value: Any) -> Any:
-    """A row of a table without null fields at any depth: a table gives every call the arguments of all others."""
+    """A table row without null fields at any depth: a table gives every tool call the arguments of all others."""
     if isinstance(value, dict):
         return {key: without_nulls(item) for key, item in value.items() if item is not None}
     return [without_nulls(item) for item in value] if isinstance(value, list) else value
@@ -147,7 +149,7 @@ class ChatEncoder:
     chat: Chat
     train_on: TrainOn
     dtype: np.dtype
-    place: dict[str, int]  # file -> number of its source
+    place: dict[str, int]  # file -> index of its source
     outputs: int
     lengths: Sequence[int]  # of samples; longer conversations are counted
 
@@ -191,7 +193,7 @@ class ChatEncoder:
 
 
 def preprocess_conversations(options: argparse.Namespace) -> None:
-    """Run the job that the command line describes."""
+    """Run the job described by the command line."""
     skip_bad = options.on_bad_record == "skip"
     sources = parse_sources(options.source, skip_bad)
     tokenizer = build_tokenizer(options.tokenizer_type, options.vocab_file)
@@ -279,7 +281,10 @@ def preprocess_conversations(options: argparse.Namespace) -> None:
         if not state.documents:
             grow = "; the shares of the others grow" if source.share is not None else ""
             keys = f"{options.output_prefix}_train.yml"
-            print(f"warning: source {source.name} has no conversation left, it is not in {keys}{grow}", file=sys.stderr)
+            print(
+                f"warning: source {source.name} has no conversations left, so it is not in {keys}{grow}",
+                file=sys.stderr,
+            )
     write_keys(Path(f"{options.output_prefix}_train.yml"), kept)
 
 
@@ -298,7 +303,7 @@ def _template_arguments(given: str | None) -> dict[str, Any]:
 
 
 def write_keys(path: Path, written: list[tuple[SftSource, str]]) -> None:
-    """The YAML keys that train on the outputs: whole conversations, each by itself, in the shares of the mix."""
+    """Write the YAML keys for training on the outputs: whole, isolated conversations in the shares of the mix."""
     lines = [
         "# Written by preprocess_sft.py: the data keys of a run on its outputs.",
         f"train_data_paths: {json.dumps([f'{prefix}_document' for _, prefix in written])}",

@@ -1,4 +1,4 @@
-"""The shapes in which data sets keep conversations: which fields of a record are turns, and what the others mean.
+"""The shapes of conversations in data sets: which fields of a record are turns, and what the others mean.
 
 | shape | fields |
 |---|---|
@@ -45,7 +45,7 @@ _REFUSED = {
 
 @dataclass
 class Shaped:
-    """Turns as the record has them, and what the rest of the record says. `unknown` keys were not understood."""
+    """The turns of a record as stored, and the meaning of its other fields. `unknown` lists unrecognized keys."""
 
     shape: str
     turns: list[Any]
@@ -56,14 +56,14 @@ class Shaped:
 
 
 class RecordFields:
-    """The fields of a record that are not null, under lower-case names, taken one by one: what is left is not known."""
+    """The non-null fields of a record, under lower-case names, taken one by one; those left at the end are unknown."""
 
     def __init__(self, record: Mapping[str, Any]) -> None:
         self.left: dict[str, Any] = {}
         for key, value in record.items():
             if value is not None:
                 if key.lower() in self.left:
-                    raise ChatError(f"two fields are called {key.lower()!r}; keep one", "two keys for one thing")
+                    raise ChatError(f"two fields are named {key.lower()!r}; keep one", "two keys for one thing")
                 self.left[key.lower()] = value
         self.all = list(record)
 
@@ -71,32 +71,32 @@ class RecordFields:
         return key in self.left
 
     def take(self, *keys: str) -> Any:
-        """The value of the one of these keys that is there, None if none is. Raises ChatError if several differ."""
+        """The value of the key that is present, None if none is. ChatError if several are and their values differ."""
         found = [key for key in keys if key in self.left]
         values = [self.left.pop(key) for key in found]
         if any(value != values[0] for value in values):
             raise ChatError(
-                f"{' and '.join(found)} could both be meant, and they differ; keep one", "two keys for one thing"
+                f"{' and '.join(found)} are alternatives, but their values differ; keep one", "two keys for one thing"
             )
         return values[0] if values else None
 
 
 def shape_record(record: Mapping[str, Any]) -> Shaped:
-    """Find the shape of a record. Raises ChatError for one that is none, and for fields that cannot be honoured."""
+    """Find the shape of a record. ChatError if it has none, or has fields that cannot be respected."""
     fields = RecordFields(record)
     for key, reason in _REFUSED.items():
         if fields.take(key) not in (None, "", [], {}):
-            raise ChatError(f"{key!r} changes what is learned, and is not understood: {reason}", f"key {key}")
+            raise ChatError(f"{key!r} changes which tokens are learned, and is not supported: {reason}", f"key {key}")
     for key in SWITCHES:
         if fields.take(key) not in (None, 1):
             raise ChatError(
-                f"{key!r} of a whole record is not understood; leave the record out, or give its turns the switch",
+                f"{key!r} of a whole record is not supported; remove the record, or set the key in its turns",
                 f"key {key}",
             )
     shaped = _shape(fields)
     _say_more(fields, shaped)
     for key, value in fields.left.items():
-        # Numbers and texts beside a whole conversation are mostly facts about it, such as used_in_training: yes.
+        # Numbers and texts next to a conversation are mostly metadata, such as used_in_training: yes.
         looks = looks_like(key, value) if isinstance(value, (bool, list, dict)) or key.startswith("sys") else None
         if looks is not None:
             raise ChatError(f"{key!r} is not known, and looks like {looks}; or take it out", f"key {key}")
@@ -114,7 +114,7 @@ def _shape(fields: RecordFields) -> Shaped:
     if "prompt" in fields:
         prompt = [*_history(fields), *_turns_or_text("prompt", fields.take("prompt"), "user")]
         if isinstance(fields.left.get("label"), bool):
-            raise ChatError("'label' judges the completion: this is data for preference training", "key label")
+            raise ChatError("'label' rates the completion: this is data for preference training", "key label")
         return Shaped("prompt", [*prompt, *_answer(fields)])
     if any(key in fields for key in _QUESTIONS):
         question = _turn("user", fields.take(*_QUESTIONS))
@@ -143,14 +143,14 @@ def _list_of_turns(fields: RecordFields) -> Shaped:
 
 
 def _rows(name: str, columns: dict[str, list[Any]]) -> list[dict[str, Any]]:
-    """Turns that are kept as one list for each of their fields."""
+    """Turns that are stored as one list per field."""
     if len({len(column) for column in columns.values()}) != 1:
-        raise ChatError(f"the lists in {name!r} are not of one length", "lists of several lengths")
+        raise ChatError(f"the lists in {name!r} differ in length", "lists of several lengths")
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def _pair(item: Any) -> list[Any]:
-    """The two turns of an item that holds a question and its answer; any other item as it is."""
+    """The two turns of an item with a question and its answer; other items unchanged."""
     if isinstance(item, dict):
         for asks, answers in _PAIRS:
             if {asks, answers} == {key for key, value in item.items() if value is not None}:
@@ -167,7 +167,7 @@ def _alpaca(fields: RecordFields) -> Shaped:
 
 
 def _history(fields: RecordFields) -> list[Any]:
-    """Turns before the question: pairs of texts, or turns."""
+    """Turns that precede the question: pairs of texts, or turns."""
     history = _parsed("history", fields.take("history"))
     if history in (None, ""):
         return []
@@ -185,7 +185,7 @@ def _history(fields: RecordFields) -> list[Any]:
 
 
 def _answer(fields: RecordFields) -> list[Any]:
-    """The last turn or turns, with the reasoning that is a field beside it."""
+    """The last turn or turns, with the reasoning from a separate field."""
     if not any(key in fields for key in _ANSWERS):
         raise ChatError(
             f"no answer: expected one of {', '.join(_ANSWERS)}; the fields are {', '.join(fields.all[:8])}", "no answer"
@@ -198,20 +198,20 @@ def _answer(fields: RecordFields) -> list[Any]:
     }
     if thoughts:
         if not isinstance(turns[-1], dict):
-            raise ChatError("reasoning beside an answer that is no turn", "reasoning")
+            raise ChatError("reasoning in a separate field, but the answer is not a single turn", "reasoning")
         turns[-1] = {**turns[-1], **thoughts}
     return turns
 
 
 def _say_more(fields: RecordFields, shaped: Shaped) -> None:
-    """System prompt, tools, documents and arguments of the template: fields that may stand beside any shape."""
+    """System prompt, tools, documents and arguments of the template: fields that may accompany any shape."""
     system = fields.take(*_SYSTEM)
     reasoning = fields.left.get("reasoning")
     if reasoning in ("on", "off", True, False):
         fields.take("reasoning")
         system = system or THINKING[reasoning in ("on", True)]
     elif any(fields.left.get(key) for key in REASONING):
-        raise ChatError("reasoning beside a list of turns: which turn's it is cannot be known", "reasoning")
+        raise ChatError("reasoning in a separate field next to a list of turns: its turn is ambiguous", "reasoning")
     if system is not None and not isinstance(system, str):
         raise ChatError(f"the system prompt is not text but {type(system).__name__}", "content is not text")
     if system:
@@ -235,11 +235,11 @@ def _say_more(fields: RecordFields, shaped: Shaped) -> None:
 
 
 def _put_system(turns: list[Any], system: str, asked: bool) -> None:
-    """In front, unless the turns begin with a system prompt: then both have to say the same."""
+    """Put the system prompt first, unless the turns begin with one: then both must be equal."""
     first = turns[0] if turns and isinstance(turns[0], dict) else {}
     if first.get("role", first.get("from")) in ("system", "developer"):
         if asked and first.get("content", first.get("value")) != system:
-            raise ChatError("the system prompt beside the turns is not that of the first turn", "two system prompts")
+            raise ChatError("the record's system prompt differs from that of the first turn", "two system prompts")
     else:
         turns.insert(0, _turn("system", system))
 
@@ -264,7 +264,7 @@ def _turn(role: str, text: Any) -> dict[str, Any]:
 
 
 def _parsed(name: str, value: Any) -> Any:
-    """Data sets in tables keep lists as JSON in a text."""
+    """Parse a list stored as JSON text, as in tabular data sets."""
     if not isinstance(value, str) or not value.strip().startswith(("[", "{")):
         return value
     try:

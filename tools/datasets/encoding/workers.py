@@ -1,4 +1,4 @@
-"""A function over a stream of items on all cores; the results come in the order of the items."""
+"""Applying a function to a stream of items on all cores; results keep the order of the items."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from megatron.data.indexed import DataError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-_work: Callable[[Any], Any] | None = None  # set before the workers are forked, which inherit it
+_work: Callable[[Any], Any] | None = None  # set before forking, and inherited by the workers
 
 
 def in_order(work: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Generator[Result, None, None]:
-    """`work` of every item, by that many processes. Only a few items per worker are under way, so memory does not grow.
+    """Apply `work` to every item in `workers` processes. A few items per worker are in flight, which bounds memory.
 
-    `work` and what it holds are inherited by fork, never pickled. Raises what `work` raises, and DataError when a
+    `work` and its state are inherited by fork, never pickled. Raises the exceptions of `work`, and DataError if a
     worker is killed.
     """
     global _work
     if workers < 1:
         raise DataError(f"--workers {workers}: at least one is needed")
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process a core; threads inside them would only compete
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process per core; threads inside them would only compete
     _work = work
     context = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(os.getpid(),)) as pool:
@@ -50,7 +50,7 @@ def in_order(work: Callable[[Item], Result], items: Iterable[Item], workers: int
 
 
 def _start_worker(parent: int) -> None:
-    """ctrl-C is the parent's to handle; and when the parent is killed, so is the worker, which would wait for ever."""
+    """Leave Ctrl-C to the parent, and die with it, because an orphaned worker would wait forever."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with_parent(parent, signal.SIGKILL)
 

@@ -73,8 +73,8 @@ def _fits(path: Path) -> NDArray[Any]:
             for unit in units:
                 if unit.data is not None and getattr(unit, "is_image", False):
                     return np.asarray(unit.data)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ImageError("unreadable FITS file", str(error)) from error
+    except Exception as error:  # a damaged file meets astropy anywhere: AttributeError and zlib.error were seen
+        raise ImageError("unreadable FITS file", f"{type(error).__name__}: {error}") from error
     raise ImageError("FITS file without an image", "expected 1 or more planes")
 
 

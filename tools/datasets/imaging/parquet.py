@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from megatron.data.indexed import DataError
 from tools.datasets.imaging.decode import ImageBlock
-from tools.datasets.imaging.sources import ID, id_column
+from tools.datasets.imaging.sources import ID, id_column, reading
 
 
 @dataclass
@@ -30,14 +31,12 @@ class ParquetShard:
     def files(self) -> list[Path]:
         return [self.path]
 
-    def _open(self) -> Any:
-        import pyarrow
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[Any]:
         import pyarrow.parquet
 
-        try:
-            return pyarrow.parquet.ParquetFile(self.path)
-        except (OSError, pyarrow.ArrowInvalid) as error:
-            raise DataError(f"{self.path}: no readable Parquet file: {error}") from error
+        with reading(self.path, "Parquet file"), pyarrow.parquet.ParquetFile(self.path) as file:
+            yield file
 
     def _check(self, schema: Any) -> None:
         import pyarrow
@@ -78,12 +77,12 @@ class ParquetShard:
                 table = schema.empty_table().select(names)
             else:
                 table = file.read(columns=names).take(pyarrow.array(rows))
-        chosen = self.ids or (ID if ID in names else None)
-        if chosen is None:
-            ids = id_column(f"{self.path.name}:{row}" for row in rows.tolist())
-        else:
-            ids = id_column(map(str, table.column(chosen).to_pylist()))
-            table = table.drop_columns([chosen])
+            chosen = self.ids or (ID if ID in names else None)
+            if chosen is None:
+                ids = id_column(f"{self.path.name}:{row}" for row in rows.tolist())
+            else:
+                ids = id_column(map(str, table.column(chosen).to_pylist()))
+                table = table.drop_columns([chosen])
         return table.add_column(0, ID, ids)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,11 +13,13 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron.common.errors import UserError
 from megatron.data.indexed import DataError
 from tools.datasets.imaging.decode import FITS, PICTURES, ImageBlock, Item
 
 BLOCK_BYTES = 16 << 20  # of values in a block, so that memory does not grow with the images
 ID = "id"
+ARCHIVE = ".npz archive"
 Columns = dict[str, Sequence[Any] | NDArray[Any]]
 
 
@@ -45,6 +48,17 @@ def id_column(ids: Iterable[str]) -> Any:
     texts = [one.encode() for one in ids]
     ends = np.cumsum([0, *map(len, texts)], dtype=np.int32)
     return pyarrow.StringArray.from_buffers(len(texts), pyarrow.py_buffer(ends), pyarrow.py_buffer(b"".join(texts)))
+
+
+@contextlib.contextmanager
+def reading(path: Path, kind: str) -> Iterator[None]:
+    """DataError for whatever a library raises over a damaged file, which may be anything."""
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        raise DataError(f"{path}: no readable {kind}: {type(error).__name__}: {error}") from error
 
 
 def per_block(nbytes: int) -> int:
@@ -87,16 +101,13 @@ class Archive:
     def _members(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         """Shape and type of every array, without reading it."""
         found = {}
-        try:
-            with zipfile.ZipFile(self.path) as archive:
-                for member in archive.namelist():
-                    with archive.open(member) as file:
-                        shape, fortran, dtype = _array_header(file)
-                        if member == "images.npy" and fortran:
-                            raise DataError(f"{self.path}: images are stored column by column; save them in C order")
-                        found[member.removesuffix(".npy")] = (shape, dtype)
-        except (OSError, ValueError, zipfile.BadZipFile) as error:
-            raise DataError(f"{self.path}: no readable .npz archive: {error}") from error
+        with reading(self.path, ARCHIVE), zipfile.ZipFile(self.path) as archive:
+            for member in archive.namelist():
+                with archive.open(member) as file:
+                    shape, fortran, dtype = _array_header(file)
+                    if member == "images.npy" and fortran:
+                        raise DataError(f"{self.path}: images are stored column by column; save them in C order")
+                    found[member.removesuffix(".npy")] = (shape, dtype)
         shape = found.get("images", ((), None))[0]
         if len(shape) not in (3, 4):
             raise DataError(
@@ -112,7 +123,7 @@ class Archive:
     def blocks(self, number: int, size: int) -> Iterator[ImageBlock]:
         (count, *shape), dtype = self._members["images"]
         nbytes = int(np.prod(shape)) * dtype.itemsize
-        with zipfile.ZipFile(self.path) as archive, archive.open("images.npy") as file:
+        with reading(self.path, ARCHIVE), zipfile.ZipFile(self.path) as archive, archive.open("images.npy") as file:
             _array_header(file)
             for start in range(0, count, size):
                 rows = min(size, count - start)
@@ -127,7 +138,7 @@ class Archive:
 
         count = self._members["images"][0][0]
         columns: Columns = {ID: [f"{self.path.name}:{row}" for row in rows.tolist()]}
-        with np.load(self.path, allow_pickle=False) as archive:
+        with reading(self.path, ARCHIVE), np.load(self.path, allow_pickle=False) as archive:
             names = archive["names"].tolist() if "names" in archive else []
             for name, (shape, dtype) in self._members.items():
                 if name == "images" or not shape or shape[0] != count or len(shape) > 2 or dtype.kind not in "biufU":
