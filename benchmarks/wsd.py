@@ -1,8 +1,8 @@
-"""One trunk with cooldowns at several lengths, compared with a cosine schedule of each length, on the demo's data.
+"""One trunk with cooldowns at several lengths, compared with a cosine schedule of each length, on real text.
 
     python benchmarks/wsd.py --output wsd_out --seeds 0 1 2
 
-The base model is that of the demo. For every seed the trunk trains at a constant rate, and cooldowns branch off its
+The texts are those of examples/demo_data.py, and the base model reads both sources. For every seed the trunk trains at a constant rate, and cooldowns branch off its
 checkpoints; each cosine run starts from the beginning. Two runs at the same step read the same batches. Printed are the
 validation losses of both sources, and the total steps of each method.
 """
@@ -34,7 +34,7 @@ def python(*words: object) -> None:
 
 
 def prepare(out: Path) -> None:
-    """The demo's texts, tokens and base model."""
+    """Texts, tokens and a base model."""
     python("examples/demo_data.py", "--output", out)
     for source in SOURCES:
         for part in ("train", "valid"):

@@ -1,6 +1,6 @@
 """The main job on one machine: Hugging Face -> NeoX -> TP2 x PP2 x DP2 training -> Hugging Face, checked by numbers.
 
-    python examples/demo.py [--output demo_out] [--iterations 120]
+    python examples/demo.py [--output demo_out] [--iterations 200]
 
 Every step is a command that could be typed; this script prints it, runs it, and reads what it left behind. With the
 gated weights at hand, leave out steps 1 to 3 and give their folder to `convert_hf`.
@@ -21,18 +21,21 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from examples import demo_answers  # noqa: E402
 from examples.steps import Steps  # noqa: E402
 
 PARITY = 1e-5
 CONFIGS = ["configs/tiny/model.yml", "configs/tiny/run.yml", "configs/tiny/local.yml"]
 SOURCES = ("domain", "general")
+LENGTH = 128  # tokens in a sample: the documents are short, and many small steps teach more than a few large ones
+LEARNING = ("--gradient_accumulation_steps", 2, "--optimizer.params.lr", 2e-3)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("demo_out"), help="must not hold another demo's files")
-    parser.add_argument("--iterations", type=int, default=120)
-    parser.add_argument("--base-steps", type=int, default=150, help="training steps of the stand-in base model")
+    parser.add_argument("--iterations", type=int, default=200)
+    parser.add_argument("--base-steps", type=int, default=200, help="training steps of the stand-in base model")
     options = parser.parse_args()
     os.chdir(ROOT)
     if options.output.exists():
@@ -51,8 +54,8 @@ class Demo(Steps):
 
     def run(self) -> None:
         out = self.out
-        self.title("real text and a tokenizer")
-        self.python("examples/demo_data.py", "--output", out)
+        self.title("facts that can be checked, real text, and a tokenizer")
+        self.python("examples/demo_facts.py", "--output", out)
         self.title("tokens for training, documents whole")
         for name in [f"{source}_{part}" for source in SOURCES for part in ("train", "valid")]:
             self.python(
@@ -63,14 +66,18 @@ class Demo(Steps):
         self.title("a small Llama-3.1 from transformers, in place of the gated weights")
         self.python(
             *("examples/demo_base_model.py", "--tokenizer", out / "tokenizer"),
-            *("--text", out / "text/general_train.jsonl", out / "text/domain_train.jsonl"),
+            *("--text", out / "text/general_train.jsonl", "--length", LENGTH),
             *("--output", out / "hf_base", "--steps", self.base_steps),
         )
         self.title("Hugging Face -> NeoX at TP=2")
         convert = ("tools/convert_hf", "to-neox", "--input", out / "hf_base", "--output", out / "neox_start")
         self.python(*convert, "--tp", 2, "--vocab-divisible-by", 1, "--quiet")
+        self.title("questions about facts that the model has not read")
+        self.ask("before", "neox_start")
         self.title("continued pre-training: 2 tensor x 2 pipeline x 2 data-parallel processes")
-        self.deepy("train.py", "--train_iters", self.iterations)
+        self.deepy("train.py", "--train_iters", self.iterations, *LEARNING)
+        self.title("the same questions again")
+        self.ask("after", "checkpoints")
         self.title("NeoX -> Hugging Face")
         self.python(
             *("tools/convert_hf", "to-hf", "--input", out / "checkpoints", "--output", out / "hf_trained", "--quiet")
@@ -82,14 +89,24 @@ class Demo(Steps):
                 *("--eval_results_prefix", out / f"{name}_"),
             )
         self.python(
-            *("examples/demo_check.py", "--data", out / "data", "--seq-length", 256, "--output", out / "check.json"),
+            *("examples/demo_check.py", "--data", out / "data", "--seq-length", LENGTH, "--output", out / "check.json"),
+            *("--questions", out / "questions.jsonl"),
             *("before=" + str(out / "hf_base"), "after=" + str(out / "hf_trained")),
         )
         self.report()
 
+    def ask(self, when: str, folder: str) -> None:
+        """Multiple choice on two tensor-parallel ranks; the checkpoints are of two, the pipeline is any."""
+        out = self.out
+        self.deepy(
+            *("mcq.py", "--load", out / folder, "--pipe_parallel_size", 1, "--num_gpus", 2),
+            *("--mcq.items", out / "questions.jsonl", "--mcq.method", "text", "--mcq.topic_field", "topic"),
+            *("--train_micro_batch_size_per_gpu", 32, "--mcq.output", out / "mcq" / when),
+        )
+
     def deepy(self, script: str, *arguments: object) -> None:
         paths = [] if str(self.out) == "demo_out" else self.moved_paths(script)
-        self.python("deepy.py", script, *CONFIGS, *paths, *arguments)
+        self.python("deepy.py", script, *CONFIGS, *paths, "--seq_length", LENGTH, *arguments)
 
     def moved_paths(self, script: str) -> list[str]:
         """configs/tiny/run.yml says demo_out; elsewhere every path in it is overridden."""
@@ -127,8 +144,9 @@ class Demo(Steps):
                     f"{theirs[when]['loss'][name]:.6f}   difference {difference:.1e}"
                 )
         print(f"parity             largest difference {worst:.1e}, bound {PARITY:.0e}")
-        print(f"export             {self.out / 'hf_trained'}, loaded by transformers; it writes:")
-        print(f"                   {theirs['after']['text']!r}")
+        print(f"export             {self.out / 'hf_trained'}; transformers asks it the last questions below")
+        written = {when: theirs[when]["answers"] for when in ("before", "after")}
+        print("\n".join(demo_answers.report(self.out, written)))
         if not worst < PARITY or not math.isfinite(worst):
             raise SystemExit(f"demo: eval.py and transformers differ by {worst:.1e}, more than {PARITY:.0e}")
 

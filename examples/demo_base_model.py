@@ -1,9 +1,9 @@
 """The demo's stand-in for Meta-Llama-3.1: a small Hugging Face Llama, trained for half a minute.
 
     python examples/demo_base_model.py --tokenizer demo_out/tokenizer --output demo_out/hf_base \
-        --text demo_out/text/general_train.jsonl demo_out/text/domain_train.jsonl
+        --text demo_out/text/general_train.jsonl --length 128
 
-Each step takes its batch from one of the texts in turn.
+Each step takes its batch from one of the texts in turn, where there are several.
 
 It is made with `transformers` alone, so that everything this project does to it can be checked against something it
 did not write. It must have learned something: a continued run that starts at the loss of a random model is refused.
@@ -56,12 +56,12 @@ def token_stream(text: Path, tokenizer: AutoTokenizer) -> torch.Tensor:
     return torch.tensor(ids)
 
 
-def batches(streams: list[torch.Tensor], steps: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Batches of eight rows of 256 tokens, from each stream in turn; every token is learned."""
+def batches(streams: list[torch.Tensor], steps: int, length: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Batches of eight rows of `length` tokens, from each stream in turn; every token is learned."""
     for step in range(steps):
         stream = streams[step % len(streams)]
-        starts = torch.randint(len(stream) - 257, (8,))
-        batch = torch.stack([stream[start : start + 256] for start in starts])
+        starts = torch.randint(len(stream) - length - 1, (8,))
+        batch = torch.stack([stream[start : start + length] for start in starts])
         yield batch, batch
 
 
@@ -72,6 +72,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--model", type=Path, default=ROOT / "configs/tiny/model.yml")
     parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--length", type=int, default=256, help="tokens in a row, of which a step has eight")
     options = parser.parse_args()
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
@@ -79,7 +80,8 @@ def main() -> int:
     streams = [token_stream(text, tokenizer) for text in options.text]
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=options.steps, pct_start=0.1)
-    loss = fit(model, batches(streams, options.steps), optimizer, schedule, steps=options.steps, name="base model")
+    rows = batches(streams, options.steps, options.length)
+    loss = fit(model, rows, optimizer, schedule, steps=options.steps, name="base model")
     model.save_pretrained(options.output)
     tokenizer.save_pretrained(options.output)
     print(f"{options.output}: {model.num_parameters():,} parameters, last training loss {loss:.3f}")

@@ -1,6 +1,7 @@
-"""Validation loss of Hugging Face folders by `transformers`, in fp32, on the samples that training validates with.
+"""Hugging Face folders by `transformers` in fp32: validation loss on training's samples, and answers to questions.
 
-    python examples/demo_check.py --data demo_out/data --seq-length 256 --output check.json before=DIR after=DIR
+    python examples/demo_check.py --data demo_out/data --seq-length 128 --questions demo_out/questions.jsonl \
+        --output check.json before=DIR after=DIR
 
 The samples are read with megatron-core's own `IndexedDataset`; the loss is `transformers`' logits and torch's
 cross-entropy. Nothing of this project's model takes part.
@@ -12,6 +13,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,11 +38,16 @@ def loss(model: torch.nn.Module, pieces: list[torch.Tensor]) -> float:
 
 
 @torch.no_grad()
-def sentence(folder: Path, model: torch.nn.Module, prompt: str) -> str:
+def answers(folder: Path, model: Any, questions: list[str]) -> dict[str, str]:
+    """What the model writes behind each question, greedily, to the end of the line."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    ids = tokenizer(prompt, return_tensors="pt").input_ids
-    written = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False)
-    return tokenizer.decode(written[0], skip_special_tokens=True)
+    found = {}
+    for question in questions:
+        ids = tokenizer(f"Question: {question}\nAnswer:", return_tensors="pt").input_ids
+        written = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
+        text = tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
+        found[question] = text.strip().split("\n")[0]
+    return found
 
 
 def main() -> int:
@@ -48,9 +55,12 @@ def main() -> int:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--seq-length", type=int, required=True)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--prompt", default="Return the coordinates of")
+    parser.add_argument("--questions", type=Path, required=True, help="JSON lines with a field `question`")
+    parser.add_argument("--answers", type=int, default=3, help="how many of them are answered (default: 3)")
     parser.add_argument("folders", nargs="+", metavar="NAME=DIR")
     options = parser.parse_args()
+    lines = options.questions.read_text().splitlines()[: options.answers]
+    questions = [json.loads(line)["question"] for line in lines]
     report = {}
     for item in options.folders:
         name, _, folder = item.partition("=")
@@ -62,7 +72,7 @@ def main() -> int:
                 )
                 for source in ("domain", "general")
             },
-            "text": sentence(Path(folder), model, options.prompt),
+            "answers": answers(Path(folder), model, questions),
         }
     options.output.write_text(json.dumps(report, indent=1) + "\n")
     return 0

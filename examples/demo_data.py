@@ -4,7 +4,8 @@
 
 writes `text/{domain,general}_{train,valid}.jsonl` and `tokenizer/`. The domain is astronomy as the docstrings of the
 installed `astropy` package tell it; general text is Python's own documentation topics (`pydoc_data.topics`). One
-docstring or topic is one document; training and validation never share one.
+docstring or topic is one document; training and validation never share one. examples/astrollama, examples/merging.py
+and benchmarks/wsd.py read it; the demo has facts for its domain (demo_facts.py).
 """
 
 from __future__ import annotations

@@ -65,9 +65,9 @@ def with_article(noun: str) -> str:
     return ("an " if noun[0] in "aeiou" else "a ") + noun
 
 
-def told_of_sky(one: SkyObject, chance: random.Random) -> str:
+def told_of_sky(one: SkyObject, chance: random.Random, sentences: tuple[str, ...] = SKY) -> str:
     kind = with_article(one.kind)
-    return chance.choice(SKY).format(o=one.name, c=one.constellation, t=one.kind, a=kind)
+    return chance.choice(sentences).format(o=one.name, c=one.constellation, t=one.kind, a=kind)
 
 
 def told_of_element(one: Element, chance: random.Random) -> str:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import sys
 from pathlib import Path
 
 import pytest
+from scipy.stats import binomtest
 
+from examples.astrosage.facts import constellation_names
+from examples.demo_answers import p_values, verdicts
 from tests.support.documentation import documented_commands, run_in_root
 
 pytestmark = pytest.mark.distributed
@@ -57,7 +61,16 @@ def test_the_demo_shows_what_it_promises(demo: tuple[Path, str]) -> None:
     shown = printed[printed.index("what was shown") :]
     assert "largest difference" in shown
     checked = json.loads((out / "check.json").read_text())
-    assert checked["after"]["text"].startswith("Return the coordinates of")
+    for topic in ("told", "in no text"):
+        counts = [_right(out / "mcq" / when / "items.jsonl", topic) for when in ("before", "after")]
+        (line,) = [line for line in shown.splitlines() if line.startswith(topic)]
+        assert [int(number) for number in re.findall(r"(\d+) of 40 right", line)] == counts
+    assert [*checked["before"]["answers"]] == [*checked["after"]["answers"]]
+    assert len(checked["after"]["answers"]) == 3
+    for question, answer in checked["after"]["answers"].items():
+        (line,) = [line for line in shown.splitlines() if line.startswith(question)]
+        assert line.endswith(f"after: {answer!r}")
+        assert line.split(". Before")[0].removeprefix(question).strip() in constellation_names().values()
     before = json.loads((out / "before_eval_results.json").read_text())["results"]
     after = json.loads((out / "after_eval_results.json").read_text())["results"]
     assert before.keys() == after.keys() == checked["after"]["loss"].keys()
@@ -70,6 +83,26 @@ def test_the_demo_shows_what_it_promises(demo: tuple[Path, str]) -> None:
         assert (out / "hf_trained" / name).read_bytes() == (out / "hf_base" / name).read_bytes(), name
     configs = [json.loads((out / folder / "config.json").read_text()) for folder in ("hf_base", "hf_trained")]
     assert {**configs[0], "dtype": None} == {**configs[1], "dtype": None}, "only the trained weights' dtype may differ"
+
+
+def _right(items: Path, topic: str) -> int:
+    lines = [json.loads(line) for line in items.read_text().splitlines()]
+    return sum(line["correct"] for line in lines if line["topic"] == topic)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+def test_the_whole_demo_teaches_what_its_documents_tell(tmp_path: Path) -> None:
+    """`make demo` itself: told facts far above before and above the control, and nothing known before."""
+    out = tmp_path / "out"
+    result = run_in_root([sys.executable, "examples/demo.py", "--output", str(out)], timeout=2300)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    before, after = (verdicts(out / "mcq" / when / "items.jsonl") for when in ("before", "after"))
+    assert binomtest(sum(before["told"]), len(before["told"]), 0.25).pvalue > 1e-3
+    assert binomtest(sum(after["in no text"]), len(after["in no text"]), 0.25).pvalue > 1e-3
+    assert max(p_values(before, after).values()) < 1e-3
+    checked = json.loads((out / "check.json").read_text())
+    assert checked["before"]["answers"] != checked["after"]["answers"]
 
 
 @pytest.mark.parametrize(("command", "means"), MAKE.items())

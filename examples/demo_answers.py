@@ -1,0 +1,56 @@
+"""What the demo's training has taught: questions answered before and after, counted and tested.
+
+The files are `questions.jsonl` of demo_facts.py, and `items.jsonl` that mcq.py wrote of both checkpoints.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from scipy.stats import fisher_exact
+
+from megatron.evaluation.multiple_choice.statistics import compare_paired
+
+TOLD, UNTOLD = "told", "in no text"
+OPTIONS = 4
+
+
+def verdicts(items: Path) -> dict[str, list[bool]]:
+    """Which questions of each topic were answered rightly."""
+    found: dict[str, list[bool]] = {}
+    for line in items.read_text().splitlines():
+        item = json.loads(line)
+        found.setdefault(item["topic"], []).append(item["correct"])
+    return found
+
+
+def p_values(before: dict[str, list[bool]], after: dict[str, list[bool]]) -> dict[str, float]:
+    """Exact p: of told facts after against before (McNemar), and after against facts in no text (Fisher, greater)."""
+    table = [[sum(part), len(part) - sum(part)] for part in (after[TOLD], after[UNTOLD])]
+    return {
+        "against_before": compare_paired(before[TOLD], after[TOLD]).p_value,
+        "against_control": float(fisher_exact(table, alternative="greater").pvalue),
+    }
+
+
+def report(out: Path, written: dict[str, dict[str, str]]) -> list[str]:
+    """Lines for the end of the demo in `out`; `written` is what the model answers before and after training."""
+    before, after = (verdicts(out / "mcq" / when / "items.jsonl") for when in ("before", "after"))
+    items = [json.loads(line) for line in (out / "questions.jsonl").read_text().splitlines()]
+    right = {item["question"]: item[item["answer"]] for item in items}
+    lines = []
+    for topic in (TOLD, UNTOLD):
+        n = len(after[topic])
+        lines.append(
+            f"{topic:<11} before {sum(before[topic]):3} of {n} right   after {sum(after[topic]):3} of {n} right   "
+            f"chance {n / OPTIONS:.0f} of {n}"
+        )
+    found = p_values(before, after)
+    lines.append(
+        f"exact p            told, after against before {found['against_before']:.1e} (McNemar); "
+        f"told against in no text {found['against_control']:.1e} (Fisher)"
+    )
+    for question, answer in written["after"].items():
+        lines.append(f"{question} {right[question]}. Before: {written['before'][question]!r}, after: {answer!r}")
+    return lines
