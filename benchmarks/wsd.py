@@ -2,9 +2,9 @@
 
     python benchmarks/wsd.py --output wsd_out --seeds 0 1 2
 
-The texts are those of examples/demo_data.py, and the base model reads both sources. For every seed the trunk trains at a constant rate, and cooldowns branch off its
-checkpoints; each cosine run starts from the beginning. Two runs at the same step read the same batches. Printed are the
-validation losses of both sources, and the total steps of each method.
+The texts are those of examples/demo_data.py, and the base model reads both sources. For every seed the trunk trains at
+a constant rate, and cooldowns branch off its checkpoints; each cosine run starts from the beginning. Two runs at the
+same step read the same batches. Printed are the validation losses of both sources, and the total steps of each method.
 """
 
 from __future__ import annotations
