@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron.common.atomic_files import write_text
 from megatron.common.boundary import guarded
-from megatron.common.picture_files import check_picture
+from megatron.common.picture_files import check_picture_file
 from tools.probe.errors import ProbeError
 
 
@@ -88,7 +88,7 @@ def _retrieval(given: argparse.Namespace) -> int:
     from tools.probe.retrieval import lines_of_retrieval, retrieval_report
 
     if given.picture is not None:
-        check_picture(given.picture, ProbeError)
+        check_picture_file(given.picture, ProbeError)
     if given.sample < 2:
         raise ProbeError(f"--sample {given.sample}: at least 2 documents are compared")
     models = {name: read_features(path) for name, path in _named(given.models).items()}
@@ -109,7 +109,7 @@ def _properties(given: argparse.Namespace) -> int:
     if importlib.util.find_spec("sklearn") is None:
         raise ProbeError("probes need scikit-learn; pip install .[examples]")
     if given.picture is not None:
-        check_picture(given.picture, ProbeError)
+        check_picture_file(given.picture, ProbeError)
     if not given.targets and not given.classes:
         raise ProbeError("nothing to probe: give --targets (columns of numbers) or --classes (columns of classes)")
     if not 0 < given.test_share < 1:
