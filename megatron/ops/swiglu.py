@@ -8,11 +8,8 @@ import torch
 from torch import Tensor
 
 from megatron.layout import split_up_gate
-from megatron.ops.cpu_blocks import compute_dtype, rows_per_block
+from megatron.ops.cpu_blocks import by_blocks, compute_dtype
 from megatron.ops.library import use_kernels
-
-_silu = torch.ops.aten.silu.out
-_silu_backward = torch.ops.aten.silu_backward.grad_input
 
 
 def swiglu(fused: Tensor) -> Tensor:
@@ -23,51 +20,32 @@ def swiglu(fused: Tensor) -> Tensor:
     if fused.dim() == 0 or fused.shape[-1] % 2:
         raise ValueError(f"swiglu: the last dimension of {tuple(fused.shape)} must hold up and gate, two equal halves")
     if use_kernels("swiglu", fused):
-        out: Tensor = torch.ops.neox.swiglu(fused)
+        out: Tensor = torch.ops.neox.swiglu.default(fused)
         return out
-    if not torch.is_grad_enabled():
-        rows = fused.reshape(-1, fused.shape[-1])
-        if fused.dtype == compute_dtype(fused) and 2 * len(rows) <= rows_per_block(rows):
-            up, gate = split_up_gate(fused)  # a few rows: the loop over blocks would cost as much as they do
-            return torch.nn.functional.silu(gate).mul_(up)
-        return reference_swiglu(rows).view(*fused.shape[:-1], -1)
+    if not torch.is_grad_enabled():  # an autograd function costs as much as a few rows
+        return reference_swiglu(fused.reshape(-1, fused.shape[-1])).view(*fused.shape[:-1], -1)
     return _SwiGlu.apply(fused)
 
 
 def reference_swiglu(fused: Tensor) -> Tensor:
     """[rows, F] of a matrix `fused` [rows, 2 F]."""
-    dtype = compute_dtype(fused)
-    out = fused.new_empty(fused.shape[0], fused.shape[1] // 2)
-    block = rows_per_block(out)
-    for fs, os in zip(fused.split(block), out.split(block), strict=True):
-        up, gate = split_up_gate(fs.to(dtype))
-        if os.dtype == dtype:
-            _silu(gate, out=os).mul_(up)
-        else:
-            os.copy_(torch.nn.functional.silu(gate).mul_(up))
-    return out
+
+    def formula(fused: Tensor) -> tuple[Tensor]:
+        up, gate = split_up_gate(fused.to(compute_dtype(fused)))
+        return ((up * torch.nn.functional.silu(gate)).to(fused.dtype),)
+
+    return by_blocks(formula, fused)[0]
 
 
 def reference_swiglu_backward(dout: Tensor, fused: Tensor) -> Tensor:
     """Gradient [rows, 2 F] of `fused`: dup = dout silu(gate), dgate = dout up silu'(gate)."""
-    dtype = compute_dtype(fused)
-    if torch.compiler.is_compiling():  # Dynamo refuses strided `out=`, and fuses this by itself
-        up, gate = split_up_gate(fused.to(dtype))
-        s = torch.sigmoid(gate)
-        ds = dout.to(dtype) * s
-        return torch.cat((ds * gate, ds * up * (1 + gate * (1 - s))), -1).to(fused.dtype)
-    grad = torch.empty_like(fused, memory_format=torch.contiguous_format)
-    block = rows_per_block(dout)
-    for fs, gs, os in zip(fused.split(block), grad.split(block), dout.split(block), strict=True):
-        up, gate = split_up_gate(fs.to(dtype))
-        of = os.to(dtype)
-        work = gs if gs.dtype == dtype else torch.empty_like(fs, dtype=dtype)
-        dup, dgate = split_up_gate(work)
-        _silu(gate, out=dup).mul_(of)
-        _silu_backward(of * up, gate, grad_input=dgate)
-        if work is not gs:
-            gs.copy_(work)
-    return grad
+
+    def formula(fused: Tensor, dout: Tensor) -> tuple[Tensor]:
+        up, gate = split_up_gate(fused.to(compute_dtype(fused)))
+        dgate = torch.ops.aten.silu_backward(dout * up, gate)
+        return (torch.cat((dout * torch.nn.functional.silu(gate), dgate), -1).to(fused.dtype),)
+
+    return by_blocks(formula, fused, dout)[0]
 
 
 class _SwiGlu(torch.autograd.Function):
@@ -83,7 +61,7 @@ class _SwiGlu(torch.autograd.Function):
         return reference_swiglu_backward(dout.reshape(rows.shape[0], -1), rows).view(fused.shape)
 
 
-# The compiled operators (csrc/rocm_kernels/swiglu.cu): schema, shapes for tracing, gradients.
+# The compiled operators (csrc/rocm_kernels/swiglu.cu): schema and shapes for tracing; gradients are in autograd.cpp.
 
 torch.library.define("neox::swiglu", "(Tensor fused) -> Tensor")
 torch.library.define("neox::swiglu_backward", "(Tensor dout, Tensor fused) -> Tensor")
@@ -97,15 +75,3 @@ def _(fused: Tensor) -> Tensor:
 @torch.library.register_fake("neox::swiglu_backward")
 def _(dout: Tensor, fused: Tensor) -> Tensor:
     return torch.empty_like(fused, memory_format=torch.contiguous_format)
-
-
-def _save_fused(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _fused_gradient(ctx: Any, dout: Tensor) -> Tensor:
-    grad: Tensor = torch.ops.neox.swiglu_backward(dout, *ctx.saved_tensors)
-    return grad
-
-
-torch.library.register_autograd("neox::swiglu", _fused_gradient, setup_context=_save_fused)
