@@ -91,7 +91,7 @@ extern "C" int neox_rotary(void* stream, int type, void* q_out, void* k_out, con
   if (s <= 0 || b <= 0 || q_heads <= 0 || d <= 0 || d % 2 != 0)
     return refuse("rotary: sizes must be positive and a head made of two halves");
   for (const int64_t step : {q_strides[2], k_strides[2], d})
-    if (step * (q_heads + k_heads) >= int64_t{1} << 31) return refuse("rotary: the heads of one token are too far apart");
+    if (step * (q_heads + k_heads) >= int64_t{1} << 30) return refuse("rotary: the heads of one token are too far apart");
   return with_type(type, [&](auto element) {
     using T = decltype(element);
     const int64_t half = d / 2;
