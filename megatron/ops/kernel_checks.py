@@ -73,15 +73,15 @@ def norm_checks(
     plain_y, plain_rstd = reference_norm(total, weight, eps, False)
     exact_y, exact_rstd = reference_norm(x64, w64, eps, False)
     yield Check("y", y, plain_y, exact_y, exact_y.abs())
-    yield Check("rstd", rstd[:, None], plain_rstd, exact_rstd, exact_rstd)
+    yield Check("rstd", rstd[:, None], plain_rstd[:, None], exact_rstd[:, None], exact_rstd[:, None])
     dx, dw = kernels.rms_norm_backward(dy, total, weight, rstd, dsum, False)
     plain = reference_norm_backward(dy, total, weight, plain_rstd, dsum, False)
     exact = reference_norm_backward(dy64, x64, w64, exact_rstd, None if dsum is None else dsum.double(), False)
-    product = (dy64 * x64 * exact_rstd).abs()
-    straight = (dy64 * w64).abs() * exact_rstd
+    product = (dy64 * x64 * exact_rstd[:, None]).abs()
+    straight = (dy64 * w64).abs() * exact_rstd[:, None]
     mean = (product * w64.abs()).mean(1, keepdim=True)
     extra = 0 if dsum is None else dsum.double().abs()
-    yield Check("dx", dx, plain[0], exact[0], straight + (x64 * exact_rstd**2).abs() * mean + extra)
+    yield Check("dx", dx, plain[0], exact[0], straight + (x64 * exact_rstd[:, None] ** 2).abs() * mean + extra)
     columns = (t[:, None] for t in (dw, plain[1], exact[1], product.sum(0)))  # each is judged by itself
     yield Check("dweight", *columns)
     again = kernels.rms_norm_backward(dy, total, weight, rstd, dsum, False)[1]
@@ -118,7 +118,7 @@ def cross_entropy_checks(
         stats = reference_stats(x, local, width)
         loss, lse = combine_stats(stats[None], labels, ignore_index)
         scale = dloss.to(lse.dtype).masked_fill(labels == ignore_index, 0)
-        return loss, lse, reference_gradient(x, local, lse, scale, width)
+        return loss, lse, reference_gradient(x, local, lse, scale, width, torch.empty_like(x))
 
     stats = kernels.cross_entropy_stats(logits, labels, vocab_start, width)
     loss, lse = kernels.cross_entropy(logits, stats[None], labels, vocab_start, width, ignore_index, False)

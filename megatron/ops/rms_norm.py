@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.ops.cpu_blocks import by_blocks, compute_dtype
+from megatron.ops.cpu_blocks import compute_dtype, rows_per_block
 from megatron.ops.library import use_kernels
 
 
@@ -25,7 +25,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, hf_rounding: bool = False) -
         y: Tensor = torch.ops.neox.rms_norm.default(x, weight, eps, hf_rounding)[0]
         return y
     if not torch.is_grad_enabled():  # an autograd function costs as much as a norm of a few rows
-        return reference_norm(x.reshape(-1, x.shape[-1]), weight, eps, hf_rounding)[0].view(x.shape)
+        rows = x.reshape(-1, x.shape[-1])
+        if not hf_rounding and len(rows) <= rows_per_block(rows):  # and so do the loops over blocks
+            return _norm_of_one_block(rows, weight, eps).view(x.shape)
+        return reference_norm(rows, weight, eps, hf_rounding)[0].view(x.shape)
     return _RmsNorm.apply(x, weight, eps, hf_rounding)
 
 
@@ -60,18 +63,35 @@ def _check(x: Tensor, weight: Tensor) -> None:
         )
 
 
+def _norm_of_one_block(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`reference_norm` of [rows, width] without its loop: the same operations in the same order."""
+    dtype = compute_dtype(x)
+    xf = x.to(dtype)
+    rstd = torch.linalg.vector_norm(xf, dim=-1, keepdim=True).square_().div_(x.shape[1]).add_(eps).rsqrt_()
+    return torch.mul(xf, rstd).mul_(weight.to(dtype)).to(x.dtype)
+
+
 def reference_norm(x: Tensor, weight: Tensor, eps: float, hf_rounding: bool) -> tuple[Tensor, Tensor]:
-    """(y [rows, width], rstd [rows, 1]) of a matrix `x`; rstd in the compute dtype."""
-
-    def formula(x: Tensor) -> tuple[Tensor, Tensor]:
-        xf = x.to(compute_dtype(x))
-        rstd = torch.rsqrt(xf.pow(2).mean(-1, keepdim=True) + eps)
+    """(y [rows, width], rstd [rows]) of a matrix `x`; rstd in the compute dtype."""
+    dtype = compute_dtype(x)
+    w = weight.to(dtype)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    rstd = x.new_empty(x.shape[0], 1, dtype=dtype)
+    block = rows_per_block(x)
+    for xs, ys, rs in zip(x.split(block), y.split(block), rstd.split(block), strict=True):
+        xf = xs.to(dtype)
         if hf_rounding:
-            return (weight * (xf * rstd).to(x.dtype)).to(x.dtype), rstd
-        return (xf * rstd * weight.to(xf.dtype)).to(x.dtype), rstd
-
-    y, rstd = by_blocks(formula, x)
-    return y, rstd
+            # The reduction HF uses: another order of summation could flip the last bit of a bf16 result.
+            torch.rsqrt(xf.pow(2).mean(-1, keepdim=True) + eps, out=rs)
+            torch.mul(weight, (xf * rs).to(x.dtype).to(torch.promote_types(x.dtype, weight.dtype)), out=ys)
+            continue
+        norm = torch.linalg.vector_norm(xf, dim=-1, keepdim=True)
+        torch.rsqrt(norm.square_().div_(x.shape[1]).add_(eps), out=rs)
+        if ys.dtype == dtype:
+            torch.mul(xf, rs, out=ys).mul_(w)
+        else:
+            ys.copy_((xf * rs).mul_(w))
+    return y, rstd[:, 0]
 
 
 def reference_norm_backward(
@@ -79,19 +99,31 @@ def reference_norm_backward(
 ) -> tuple[Tensor, Tensor]:
     """(dx [rows, width] in x's dtype, dW [width] in the compute dtype) for matrices; `dsum` is added to dx.
 
-    With xhat = x rstd and c = mean(xhat w dy): dx = rstd (w dy - xhat c), dW = sum over rows of dy xhat. On the CPU
-    several times as fast as what autograd makes of the forward pass.
+    With xhat = x rstd and c = mean(xhat w dy): dx = rstd (w dy - xhat c), dW = sum over rows of dy xhat. Written by
+    blocks and in place, because on the CPU that is ten times as fast as autograd through the forward pass.
     """
-    w = weight.to(rstd.dtype)
-
-    def formula(x: Tensor, dy: Tensor, rstd: Tensor, *dsum: Tensor) -> tuple[Tensor, Tensor]:
-        xhat = x * rstd
-        dw = (dy * (xhat.to(x.dtype).to(xhat.dtype) if hf_rounding else xhat)).sum(0)
-        dxhat = dy * w
-        c = (xhat * dxhat).mean(-1, keepdim=True)
-        return sum(dsum, dxhat.sub_(xhat * c).mul_(rstd)).to(x.dtype), dw
-
-    dx, dw = by_blocks(formula, x, dy, rstd, *(() if dsum is None else (dsum,)), sums=1)
+    dtype = compute_dtype(x)
+    w = weight.to(dtype)
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    dw = torch.zeros_like(w)
+    block = rows_per_block(x)
+    dsums = dx.split(block) if dsum is None else dsum.split(block)
+    for xs, gs, rs, ds, out in zip(
+        x.split(block), dy.split(block), rstd.split(block), dsums, dx.split(block), strict=True
+    ):
+        xf, gf = xs.to(dtype), gs.to(dtype)
+        t = torch.mul(xf, gf, out=out) if out.dtype == dtype else xf * gf
+        c = torch.mv(t, w).mul_(rs.pow(3)).div_(-x.shape[1])
+        if hf_rounding and x.dtype != dtype:
+            dw += ((xf * rs[:, None]).to(x.dtype).to(dtype) * gf).sum(0)
+        else:
+            dw.addmv_(t.t(), rs)
+        torch.mul(gf, w, out=t)
+        t.mul_(rs[:, None]).addcmul_(xf, c[:, None])
+        if dsum is not None:
+            t.add_(ds)
+        if out.dtype != dtype:
+            out.copy_(t)
     return dx, dw
 
 

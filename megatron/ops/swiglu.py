@@ -8,8 +8,11 @@ import torch
 from torch import Tensor
 
 from megatron.layout import split_up_gate
-from megatron.ops.cpu_blocks import by_blocks, compute_dtype
+from megatron.ops.cpu_blocks import compute_dtype, rows_per_block
 from megatron.ops.library import use_kernels
+
+_silu = torch.ops.aten.silu.out
+_silu_backward = torch.ops.aten.silu_backward.grad_input
 
 
 def swiglu(fused: Tensor) -> Tensor:
@@ -22,30 +25,52 @@ def swiglu(fused: Tensor) -> Tensor:
     if use_kernels("swiglu", fused):
         out: Tensor = torch.ops.neox.swiglu.default(fused)
         return out
-    if not torch.is_grad_enabled():  # an autograd function costs as much as a few rows
-        return reference_swiglu(fused.reshape(-1, fused.shape[-1])).view(*fused.shape[:-1], -1)
+    if not torch.is_grad_enabled():
+        rows = fused.reshape(-1, fused.shape[-1])
+        if fused.dtype == compute_dtype(fused) and 2 * len(rows) <= rows_per_block(rows):
+            up, gate = split_up_gate(fused)  # a few rows: the loop over blocks would cost as much as they do
+            return torch.nn.functional.silu(gate).mul_(up)
+        return reference_swiglu(rows).view(*fused.shape[:-1], -1)
     return _SwiGlu.apply(fused)
 
 
 def reference_swiglu(fused: Tensor) -> Tensor:
     """[rows, F] of a matrix `fused` [rows, 2 F]."""
-
-    def formula(fused: Tensor) -> tuple[Tensor]:
-        up, gate = split_up_gate(fused.to(compute_dtype(fused)))
-        return ((up * torch.nn.functional.silu(gate)).to(fused.dtype),)
-
-    return by_blocks(formula, fused)[0]
+    dtype = compute_dtype(fused)
+    out = fused.new_empty(fused.shape[0], fused.shape[1] // 2)
+    block = rows_per_block(out)
+    for fs, os in zip(fused.split(block), out.split(block), strict=True):
+        up, gate = split_up_gate(fs.to(dtype))
+        if os.dtype == dtype:
+            _silu(gate, out=os).mul_(up)
+        else:
+            os.copy_(torch.nn.functional.silu(gate).mul_(up))
+    return out
 
 
 def reference_swiglu_backward(dout: Tensor, fused: Tensor) -> Tensor:
-    """Gradient [rows, 2 F] of `fused`: dup = dout silu(gate), dgate = dout up silu'(gate)."""
+    """Gradient [rows, 2 F] of `fused`: dup = dout silu(gate), dgate = dout up silu'(gate).
 
-    def formula(fused: Tensor, dout: Tensor) -> tuple[Tensor]:
-        up, gate = split_up_gate(fused.to(compute_dtype(fused)))
-        dgate = torch.ops.aten.silu_backward(dout * up, gate)
-        return (torch.cat((dout * torch.nn.functional.silu(gate), dgate), -1).to(fused.dtype),)
-
-    return by_blocks(formula, fused, dout)[0]
+    Into its place, a block of rows at a time: on the CPU two to three times as fast as autograd's.
+    """
+    dtype = compute_dtype(fused)
+    if torch.compiler.is_compiling():  # Dynamo refuses strided `out=`, and fuses this by itself
+        up, gate = split_up_gate(fused.to(dtype))
+        s = torch.sigmoid(gate)
+        ds = dout.to(dtype) * s
+        return torch.cat((ds * gate, ds * up * (1 + gate * (1 - s))), -1).to(fused.dtype)
+    grad = torch.empty_like(fused, memory_format=torch.contiguous_format)
+    block = rows_per_block(dout)
+    for fs, gs, os in zip(fused.split(block), grad.split(block), dout.split(block), strict=True):
+        up, gate = split_up_gate(fs.to(dtype))
+        of = os.to(dtype)
+        work = gs if gs.dtype == dtype else torch.empty_like(fs, dtype=dtype)
+        dup, dgate = split_up_gate(work)
+        _silu(gate, out=dup).mul_(of)
+        _silu_backward(of * up, gate, grad_input=dgate)
+        if work is not gs:
+            gs.copy_(work)
+    return grad
 
 
 class _SwiGlu(torch.autograd.Function):

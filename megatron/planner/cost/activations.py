@@ -110,7 +110,7 @@ class Activations:
                 return 0
             return tokens * width if ops == "torch" else min(tokens, max(1, BLOCK_ELEMENTS // width)) * width
 
-        upcast = element < FP32
+        upcast = element < FP32  # fp32 inputs are worked on in place
         return cls(
             hidden=tokens * h * element // share,
             gathered=tokens * h * element,
@@ -123,10 +123,10 @@ class Activations:
             inverse_rms=tokens * FP32 // share,
             logits=tokens * vocabulary * element,
             tokens=tokens * (shape.patch_values if isinstance(shape, PatchShape) else INT64),
-            # fp32: up, gate, both gradients, and these side by side; or both gradients
-            swiglu_temporaries=block(f // t) * FP32 * (6 if upcast else 2),
-            norm_temporaries=block(h) * FP32 * (3 if upcast else 2),
-            loss_temporaries=block(vocabulary) * FP32 * (2 if upcast else 1),
+            # fp32 copies of up, gate, dout, of both gradients, and one product; or the product alone
+            swiglu_temporaries=block(f // t) * FP32 * (6 if upcast else 1),
+            norm_temporaries=block(h) * FP32 * (3 if upcast else 0),
+            loss_temporaries=block(vocabulary) * FP32 * (2 if upcast else 0),
             sliced=layout.sequence_parallel and t > 1,
             several=layout.micro_batch > 1,
             documents=documents,
