@@ -2,7 +2,7 @@
 
     python benchmarks/kernels.py [--device auto] [--json F] [--plot F.png]
 
-Useful bytes (the minimum an operation must read and write) over time, as a fraction of the copy bandwidth measured in the
+Useful bytes (the minimum an operation must read and write) over time, as a fraction of the copy bandwidth of the
 same run, with cold caches; median of many runs with quartiles. Layouts: TP 1, TP 8, and TP 8 with sequence parallelism,
 where a rank's norms have an eighth of the rows. Without a GPU it measures the PyTorch reference path against torch's
 own operations, in fp32, on fewer tokens, and says so. The optimizer step is torch's in every run; apex's is beside it.

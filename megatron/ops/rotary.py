@@ -45,19 +45,26 @@ def apply_rotary(
 
 
 def tables_of_tokens(cos: Tensor, sin: Tensor, positions: Tensor | None, s: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """(cos, sin) of every token, broadcastable to [s, b, heads, d/2]."""
-    dtype = compute_dtype(like)
+    """(cos twice side by side, sin) for every token, broadcastable to [s, b, heads, .]."""
     if positions is None:
-        return cos[:s, None, None].to(dtype), sin[:s, None, None].to(dtype)
-    index = positions.t()
-    return cos[index][:, :, None].to(dtype), sin[index][:, :, None].to(dtype)
+        c, sn = cos[:s, None, None], sin[:s, None, None]
+    else:
+        index = positions.t()
+        c, sn = cos[index][:, :, None], sin[index][:, :, None]
+    dtype = compute_dtype(like)
+    return torch.cat((c, c), -1).to(dtype), sn.to(dtype)
 
 
-def reference_rotate(x: Tensor, cos: Tensor, sin: Tensor, conjugate: bool) -> Tensor:
+def reference_rotate(x: Tensor, cos2: Tensor, sin: Tensor, conjugate: bool) -> Tensor:
     """Rotate `x` [s, b, heads, d] by the token's angle, or back with `conjugate`."""
+    sign = -1.0 if conjugate else 1.0
     x1, x2 = x.to(sin.dtype).chunk(2, -1)
-    sin = -sin if conjugate else sin
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), -1).to(x.dtype)
+    # One pass over whole heads, then one over each half: a CPU likes few and long inner loops.
+    out = x.to(sin.dtype) * cos2
+    y1, y2 = out.chunk(2, -1)
+    y1.addcmul_(x2, sin, value=-sign)
+    y2.addcmul_(x1, sin, value=sign)
+    return out.to(x.dtype).contiguous()
 
 
 class _Rotary(torch.autograd.Function):
