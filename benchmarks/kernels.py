@@ -2,17 +2,19 @@
 
     python benchmarks/kernels.py [--device auto] [--json F] [--plot F.png]
 
-Useful bytes (the minimum an operation must read and write) over time, as a fraction of the copy bandwidth measured in
-the same run, with cold caches; median of many runs with quartiles. Without a GPU it compares the PyTorch reference path
-with torch's own operations, in fp32, on fewer tokens, and says so.
+Useful bytes (the minimum an operation must read and write) over time, as a fraction of the copy bandwidth of the
+same run, with cold caches; median of many runs with quartiles. Layouts: TP 1, TP 8, and TP 8 with sequence parallelism,
+where a rank's norms have an eighth of the rows. Without a GPU it measures the PyTorch reference path against torch's
+own operations, in fp32, on fewer tokens, and says so. The optimizer step is torch's in every run; apex's is beside it.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,14 +24,15 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks import kernels_peers as peers
+from benchmarks.kernels_peers import EPS, Function
+from benchmarks.kernels_picture import draw
 from megatron import ops
 from megatron.ops.bandwidth import Clock
 from megatron.ops.kernel_checks import rotary_tables
 
-EPS = 1e-5
 VOCABULARY = 128256
 DIRECTIONS = ("forward", "backward")
-Function = Callable[..., Tensor | tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
@@ -45,12 +48,27 @@ MODELS = {"8B": Model(4096, 14336, 32, 8), "70B": Model(8192, 28672, 64, 8)}
 
 
 @dataclass(frozen=True)
+class Layout:
+    tensor_parallel: int
+    sequence_parallel: bool = False
+
+    def __str__(self) -> str:
+        return f"TP {self.tensor_parallel}" + (" with sequence parallelism" if self.sequence_parallel else "")
+
+
+LAYOUTS = (Layout(1), Layout(8), Layout(8, sequence_parallel=True))
+
+
+@dataclass(frozen=True)
 class Goal:
     """Forward and backward: minimum bytes moved per 16-bit element, and targets as a fraction of copy bandwidth."""
 
     least: tuple[int, int]
     h100: tuple[float, float]
     mi250x: tuple[float, float]
+
+    def target(self, direction: str, on_amd: object) -> float:
+        return (self.mi250x if on_amd else self.h100)[DIRECTIONS.index(direction)]
 
 
 GOALS = {
@@ -60,6 +78,8 @@ GOALS = {
     "swiglu": Goal((6, 10), (0.95, 0.90), (0.92, 0.90)),
     "cross_entropy": Goal((2, 4), (0.95, 0.95), (0.85, 0.85)),
 }
+ADAM_BYTES = 28  # a parameter: weight, gradient and two moments read, weight and moments written, in fp32
+ADAM_PARAMETERS = {"cuda": 1 << 28, "cpu": 1 << 20}
 
 
 @dataclass(frozen=True)
@@ -78,7 +98,7 @@ class Result:
     op: str
     direction: str
     model: str
-    tensor_parallel: int
+    layout: str
     tokens: int
     who: str
     milliseconds: float
@@ -86,19 +106,20 @@ class Result:
     high: float
     gigabytes_per_second: float
     of_copy: float
+    target: float | None
 
 
-def problems(model: Model, tp: int, tokens: int, dtype: torch.dtype, device: torch.device) -> Iterator[Problem]:
+def problems(model: Model, layout: Layout, tokens: int, dtype: torch.dtype, device: torch.device) -> Iterator[Problem]:
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, device=device, dtype=dtype).requires_grad_()
 
-    # Norms operate on whole rows: under sequence parallelism a rank has 1/tp of the tokens.
-    rows = tokens // tp
+    tp = layout.tensor_parallel
+    rows = tokens // tp if layout.sequence_parallel else tokens
     x, residual, weight = random(rows, 1, model.hidden), random(rows, 1, model.hidden), random(model.hidden)
     contenders: dict[str, Function] = {
         "ours": lambda x, w: ops.rms_norm(x, w, EPS),
         "torch": lambda x, w: F.rms_norm(x, (x.shape[-1],), w, EPS),
-        **other_norms(model.hidden, weight),
+        **peers.norms(model.hidden, weight),
     }
     yield Problem("rms_norm", x.numel(), (x, weight), (x, weight), contenders)
 
@@ -109,6 +130,8 @@ def problems(model: Model, tp: int, tokens: int, dtype: torch.dtype, device: tor
     contenders = {"ours": lambda x, r, w: ops.add_rms_norm(x, r, w, EPS), "torch": add_norm}
     yield Problem("add_rms_norm", x.numel(), (x, residual, weight), (x, residual, weight), contenders)
     del x, residual
+    if layout.sequence_parallel:
+        return  # between the matrices a rank has what it has without
 
     heads, kv_heads, d = model.heads // tp, max(1, model.kv_heads // tp), model.head_dim
     packed = random(tokens, 1, (heads + 2 * kv_heads) * d).detach()
@@ -124,6 +147,7 @@ def problems(model: Model, tp: int, tokens: int, dtype: torch.dtype, device: tor
     contenders = {
         "ours": lambda q, k: ops.apply_rotary(q, k, cos, sin),
         "torch": lambda q, k: (turn(q), turn(k)),
+        **peers.rotary(torch.cat((torch.atan2(sin, cos),) * 2, -1)[:, None, None]),
     }
     yield Problem("rotary", q.numel() + k.numel(), (q, k), (q, k), contenders)
     del packed, q, k
@@ -133,7 +157,7 @@ def problems(model: Model, tp: int, tokens: int, dtype: torch.dtype, device: tor
         return F.silu(gate) * up
 
     fused = random(tokens, 1, 2 * model.ffn // tp)
-    contenders = {"ours": ops.swiglu, "torch": torch_swiglu, **other_swiglu()}
+    contenders = {"ours": ops.swiglu, "torch": torch_swiglu, **peers.swiglu()}
     yield Problem("swiglu", fused.numel() // 2, (fused,), (fused,), contenders)
     del fused
 
@@ -143,57 +167,9 @@ def problems(model: Model, tp: int, tokens: int, dtype: torch.dtype, device: tor
     contenders = {
         "ours": lambda x, labels: ops.vocab_parallel_cross_entropy(x, labels, None, 0, columns),
         "torch": lambda x, labels: F.cross_entropy(x.float(), labels, reduction="none"),
-        **other_cross_entropy(),
+        **peers.cross_entropy(),
     }
     yield Problem("cross_entropy", logits.numel(), (logits, labels), (logits,), contenders)
-
-
-def other_norms(hidden: int, weight: Tensor) -> dict[str, Function]:
-    found: dict[str, Function] = {}
-    try:
-        from liger_kernel.ops.rms_norm import LigerRMSNormFunction
-
-        found["liger"] = lambda x, w: LigerRMSNormFunction.apply(x, w, EPS, 0.0, "llama", False)
-    except ImportError:
-        pass
-    try:
-        from apex.normalization.fused_layer_norm import fused_rms_norm_affine
-
-        found["apex"] = lambda x, w: fused_rms_norm_affine(x, w, (hidden,), EPS)
-    except ImportError:
-        pass
-    try:
-        import transformer_engine.pytorch as te
-
-        module = te.RMSNorm(hidden, eps=EPS, params_dtype=weight.dtype, device=weight.device)
-        module.weight = torch.nn.Parameter(weight.detach())
-        found["transformer engine"] = lambda x, w: torch.func.functional_call(module, {"weight": w}, (x,))
-    except ImportError:
-        pass
-    return found
-
-
-def other_swiglu() -> dict[str, Function]:
-    try:
-        from liger_kernel.ops.swiglu import LigerSiLUMulFunction
-    except ImportError:
-        return {}
-
-    def liger(fused: Tensor) -> Tensor:
-        up, gate = fused.chunk(2, -1)
-        out: Tensor = LigerSiLUMulFunction.apply(gate.contiguous(), up.contiguous())
-        return out
-
-    return {"liger": liger}
-
-
-def other_cross_entropy() -> dict[str, Function]:
-    try:
-        from liger_kernel.transformers.cross_entropy import LigerCrossEntropyLoss
-    except ImportError:
-        return {}
-    loss = LigerCrossEntropyLoss(reduction="none")
-    return {"liger": lambda x, labels: loss(x.clone(), labels)}  # it overwrites its input
 
 
 def measure(problem: Problem, clock: Clock, runs: int, compiled: bool) -> Iterator[tuple[str, str, list[float], float]]:
@@ -225,43 +201,27 @@ def measure(problem: Problem, clock: Clock, runs: int, compiled: bool) -> Iterat
             print(f"{problem.op}: {who} does not run here: {type(error).__name__}: {str(error)[:200]}")
 
 
-def plot(results: list[Result], path: Path, title: str) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    first = results[0]
-    shown = [r for r in results if (r.model, r.tensor_parallel) == (first.model, first.tensor_parallel)]
-    groups = list(dict.fromkeys((r.op, r.direction) for r in shown))
-    contenders = list(dict.fromkeys(r.who for r in shown))
-    figure, axes = pyplot.subplots(figsize=(11, 4.5))
-    width = 0.8 / len(contenders)
-    for i, who in enumerate(contenders):
-        values = {(r.op, r.direction): r.of_copy for r in shown if r.who == who}
-        places = [j + (i - (len(contenders) - 1) / 2) * width for j, g in enumerate(groups) if g in values]
-        axes.bar(places, [values[g] for g in groups if g in values], width, label=who)
-    axes.axhline(1, color="black", linewidth=0.8)
-    axes.set_xticks(range(len(groups)), [f"{op}\n{direction}" for op, direction in groups], fontsize=7)
-    axes.set_ylabel("useful bytes per second, fraction of copy")
-    axes.set_title(f"Llama-3.1-{first.model}, TP {first.tensor_parallel}, {first.tokens} tokens\n{title}", fontsize=9)
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+def adam_steps(clock: Clock, runs: int) -> dict[str, float]:
+    """Useful bytes per second of one fp32 optimizer step, by whose it is."""
+    makers = {"torch": lambda p: torch.optim.AdamW(p, weight_decay=0.1, fused=True), **peers.adam()}
+    rates = {}
+    for who, make in makers.items():
+        parameter = torch.zeros(ADAM_PARAMETERS[clock.device.type], device=clock.device).requires_grad_()
+        parameter.grad = torch.ones_like(parameter)
+        rates[who] = ADAM_BYTES * parameter.numel() / clock.time(make([parameter]).step, runs).median
+    return rates
 
 
-def table(results: list[Result], targets: bool) -> str:
+def table(results: list[Result]) -> str:
     lines = [
-        "| op | direction | model | TP | who | ms (quartiles) | GB/s | of copy | target H100 / MI250X |",
+        "| op | direction | model | layout | who | ms (quartiles) | GB/s | of copy | target |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for r in results:
-        goal, which = GOALS[r.op], DIRECTIONS.index(r.direction)
-        target = f"{goal.h100[which]:.2f} / {goal.mi250x[which]:.2f}" if targets and r.who == "ours" else ""
         times = f"{r.milliseconds:.3f} ({r.low:.3f}-{r.high:.3f})"
         lines.append(
-            f"| {r.op} | {r.direction} | {r.model} | {r.tensor_parallel} | {r.who} | {times} "
-            f"| {r.gigabytes_per_second:.1f} | {r.of_copy:.2f} | {target} |"
+            f"| {r.op} | {r.direction} | {r.model} | {r.layout} | {r.who} | {times} "
+            f"| {r.gigabytes_per_second:.1f} | {r.of_copy:.2f} | {'' if r.target is None else f'{r.target:.2f}'} |"
         )
     return "\n".join(lines)
 
@@ -288,21 +248,26 @@ def main() -> int:
     if on_cpu:
         print("no GPU: this measures the PyTorch references against torch's own operations, not the kernels")
     results = []
-    for model in args.models.split(","):
-        for tp in (1, 8):
-            for problem in problems(MODELS[model], tp, tokens, dtype, device):
-                for direction, who, seconds, rate in measure(problem, clock, runs, not args.no_compile):
-                    times = [1e3 * t for t in seconds]
-                    results.append(
-                        Result(problem.op, direction, model, tp, tokens, who, *times, rate / 1e9, rate / copy)
+    for model, layout in itertools.product(args.models.split(","), LAYOUTS):
+        for problem in problems(MODELS[model], layout, tokens, dtype, device):
+            for direction, who, seconds, rate in measure(problem, clock, runs, not args.no_compile):
+                target = None if on_cpu or who != "ours" else GOALS[problem.op].target(direction, torch.version.hip)
+                times = [1e3 * t for t in seconds]
+                results.append(
+                    Result(
+                        problem.op, direction, model, str(layout), tokens, who, *times, rate / 1e9, rate / copy, target
                     )
-                torch.compiler.reset()
-    print(table(results, targets=not on_cpu))
+                )
+            torch.compiler.reset()
+    print(table(results))
+    adam = {who: rate / copy for who, rate in adam_steps(clock, runs).items()}
+    print("optimizer step, fraction of copy:", ", ".join(f"{who} {rate:.2f}" for who, rate in adam.items()))
+    report = {"device": name, "dtype": str(dtype), "copy_gb_per_s": copy / 1e9, "choice": said, "adam_of_copy": adam}
+    report["results"] = [asdict(r) for r in results]
     if args.json:
-        facts = {"device": name, "dtype": str(dtype), "copy_gb_per_s": copy / 1e9, "choice": said}
-        args.json.write_text(json.dumps(facts | {"results": [asdict(r) for r in results]}, indent=1) + "\n")
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
     if args.plot:
-        plot(results, args.plot, f"{name}: {said}")
+        draw(report, args.plot)
     return 0
 
 

@@ -1,8 +1,7 @@
 // torch operators over the C interface of kernels.h. Plain C++: compiled by the host compiler on every platform.
 //
 // The schemas live beside the references in megatron/ops/*.py; this file gives their implementation for one dispatch
-// key. The regular TORCH_LIBRARY interface is used and not the stable ABI: AMD sites carry torch 2.3 to 2.7, the stable
-// ABI is complete from 2.10 on. Autograd is in Python, where the reference has the same backward functions.
+// key, autograd.cpp their gradients.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -132,32 +131,34 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& dy, const Tensor& x, 
   TORCH_CHECK(dy.sizes() == x.sizes() && (!dsum || dsum->sizes() == x.sizes()),
               "neox kernels: gradients and input differ in shape");
   const Tensor rows = as_rows(x), grads = as_rows(dy), w = weight.contiguous();
-  Tensor dx = dense_like(x), dweight = new_floats(x, {rows.size(1)}), extra;
+  Tensor dx = dense_like(x), dweight = dense_like(w), extra;
   if (x.numel() == 0) return {dx, dweight.zero_()};
   if (dsum) {
     check_same(x, *dsum, "the gradient of the sum");
     extra = as_rows(*dsum);
   }
   const int type = type_of(x);
+  Launch launch(x);  // before the number of partial rows, which is that of the current device
   Tensor partial = new_floats(x, {neox_rms_norm_partial_rows(type, rows.size(0), rows.size(1)), rows.size(1)});
-  Launch launch(x);
-  check(neox_rms_norm_backward(launch.stream(), type, launch.out(dx), launch.out<float>(dweight),
-                               launch.out<float>(partial), launch.in(grads), launch.in(rows), launch.in(w),
-                               launch.in<float>(rstd), dsum ? launch.in(extra) : nullptr, rows.size(0), rows.size(1),
+  check(neox_rms_norm_backward(launch.stream(), type, launch.out(dx), launch.out(dweight), launch.out<float>(partial),
+                               launch.in(grads), launch.in(rows), launch.in(w), launch.in<float>(rstd),
+                               dsum ? launch.in(extra) : nullptr, rows.size(0), rows.size(1), partial.size(0),
                                row_stride(grads), row_stride(rows), dsum ? row_stride(extra) : 0, hf_rounding));
   return {dx, dweight};
 }
 
 Tensor dense_heads(const Tensor& t) { return t.stride(3) == 1 || t.size(3) <= 1 ? t : t.contiguous(); }
 
-void rotate(const Tensor& q, const Tensor& k, const Tensor& q_out, const Tensor& k_out, const Tensor& cos,
-            const Tensor& sin, const std::optional<Tensor>& positions, bool conjugate) {
+std::tuple<Tensor, Tensor> rotary(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin,
+                                  const std::optional<Tensor>& positions, bool conjugate) {
   TORCH_CHECK(q.dim() == 4 && k.dim() == 4, "neox kernels: q and k are [s, b, heads, d]");
-  TORCH_CHECK(cos.scalar_type() == at::kFloat && sin.scalar_type() == at::kFloat && cos.sizes() == sin.sizes(),
-              "neox kernels: cos and sin are fp32 tables of one shape");
+  TORCH_CHECK(cos.scalar_type() == at::kFloat && sin.scalar_type() == at::kFloat && cos.sizes() == sin.sizes() &&
+                  2 * cos.size(1) == q.size(3),
+              "neox kernels: cos and sin are fp32 tables of one shape, half a head wide");
   check_same(q, k, "k");
-  if (q.numel() == 0) return;
-  const Tensor c = cos.contiguous(), s = sin.contiguous();
+  Tensor q_out = dense_like(q), k_out = dense_like(k);
+  if (q.numel() == 0) return {q_out, k_out};
+  const Tensor from_q = dense_heads(q), from_k = dense_heads(k), c = cos.contiguous(), s = sin.contiguous();
   Tensor where;
   int64_t position_strides[2] = {0, 0};
   if (positions) {
@@ -166,23 +167,11 @@ void rotate(const Tensor& q, const Tensor& k, const Tensor& q_out, const Tensor&
     position_strides[1] = where.stride(1);
   }
   Launch launch(q);
-  check(neox_rotary(launch.stream(), type_of(q), launch.out(q_out), launch.out(k_out), launch.in(q), launch.in(k),
-                    launch.in<float>(c), launch.in<float>(s), positions ? launch.in<int64_t>(where) : nullptr, q.size(0),
-                    q.size(1), q.size(2), k.size(2), q.size(3), c.size(1), q.strides().data(), k.strides().data(),
-                    q_out.strides().data(), k_out.strides().data(), position_strides, conjugate));
-}
-
-std::tuple<Tensor, Tensor> rotary(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin,
-                                  const std::optional<Tensor>& positions, bool conjugate) {
-  Tensor q_out = dense_like(q), k_out = dense_like(k);
-  rotate(dense_heads(q), dense_heads(k), q_out, k_out, cos, sin, positions, conjugate);
+  check(neox_rotary(launch.stream(), type_of(q), launch.out(q_out), launch.out(k_out), launch.in(from_q),
+                    launch.in(from_k), launch.in<float>(c), launch.in<float>(s),
+                    positions ? launch.in<int64_t>(where) : nullptr, q.size(0), q.size(1), q.size(2), k.size(2),
+                    q.size(3), from_q.strides().data(), from_k.strides().data(), position_strides, conjugate));
   return {q_out, k_out};
-}
-
-void rotary_(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin,
-             const std::optional<Tensor>& positions, bool conjugate) {
-  TORCH_CHECK(q.stride(3) == 1 && k.stride(3) == 1, "neox kernels: heads must be dense to be rotated in place");
-  rotate(q, k, q, k, cos, sin, positions, conjugate);
 }
 
 Tensor swiglu(const Tensor& fused) {
@@ -231,10 +220,13 @@ Tensor cross_entropy_stats(const Tensor& logits, const Tensor& labels, int64_t v
   return stats;
 }
 
-std::tuple<Tensor, Tensor> cross_entropy_combine(const Tensor& stats, const Tensor& labels, int64_t ignore_index) {
-  TORCH_CHECK(stats.dim() == 3 && stats.size(1) == 3 && labels.dim() == 1 && labels.size(0) == stats.size(2) &&
-                  labels.scalar_type() == at::kLong && stats.scalar_type() == at::kFloat,
-              "neox kernels: statistics are fp32 [ranks, 3, rows], labels int64 [rows]");
+std::tuple<Tensor, Tensor> cross_entropy(const Tensor& logits, const Tensor& stats, const Tensor& labels,
+                                         int64_t vocab_start, int64_t width, int64_t ignore_index, bool overwrite_logits) {
+  check_labels(logits, labels, width);
+  TORCH_CHECK(stats.dim() == 3 && stats.size(1) == 3 && labels.size(0) == stats.size(2) &&
+                  stats.scalar_type() == at::kFloat,
+              "neox kernels: statistics are fp32 [ranks, 3, rows]");
+  TORCH_CHECK(!overwrite_logits || logits.is_contiguous(), "neox kernels: logits must be dense to be overwritten");
   const Tensor all = stats.contiguous(), where = labels.contiguous();
   Tensor loss = new_floats(stats, {stats.size(2)}), lse = dense_like(loss);
   if (loss.numel() > 0) {
@@ -286,11 +278,10 @@ TORCH_LIBRARY_IMPL(neox, NEOX_DISPATCH_KEY, library) {
   library.impl("add_rms_norm", add_rms_norm);
   library.impl("rms_norm_backward", rms_norm_backward);
   library.impl("rotary", rotary);
-  library.impl("rotary_", rotary_);
   library.impl("swiglu", swiglu);
   library.impl("swiglu_backward", swiglu_backward);
   library.impl("cross_entropy_stats", cross_entropy_stats);
-  library.impl("cross_entropy_combine", cross_entropy_combine);
+  library.impl("cross_entropy", cross_entropy);
   library.impl("cross_entropy_gradient", cross_entropy_gradient);
   library.impl("cross_entropy_gradient_", cross_entropy_gradient_);
 }

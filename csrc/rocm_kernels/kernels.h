@@ -15,6 +15,7 @@ enum { NEOX_BF16 = 0, NEOX_FP16 = 1, NEOX_FP32 = 2 };
 
 const char* neox_last_error(void);
 int neox_wave_size(void);            /* lanes per wave the library was built for */
+int neox_compute_units(void);        /* of the current device: compute units (AMD), multiprocessors (NVIDIA) */
 const char* neox_architectures(void); /* "gfx90a,gfx942", "sm_90", or "host emulator" */
 
 /* y = x rstd weight with rstd = rsqrt(mean(x^2) + eps), rows of `width`; y, rstd and sum are dense. With `residual`,
@@ -23,20 +24,21 @@ int neox_rms_norm_forward(void* stream, int type, void* y, float* rstd, void* su
                           const void* weight, int64_t rows, int64_t width, int64_t x_stride, int64_t residual_stride,
                           float eps, int hf_rounding);
 
-/* dx = rstd (w dy - x c) [+ dsum], c = rstd^2 mean(x w dy). dweight [width] fp32 is summed over `partial` [partial_rows,
- * width] in a fixed order; partial_rows comes from neox_rms_norm_partial_rows() and depends on the shape alone. */
+/* dx = rstd (w dy - x c) [+ dsum], c = rstd^2 mean(x w dy). dweight [width] is summed in fp32 over `partial`
+ * [partial_rows, width] in a fixed order and rounded once. neox_rms_norm_partial_rows() says how many rows keep the
+ * current device busy: by the shape and the device's compute units. Two launches. */
 int64_t neox_rms_norm_partial_rows(int type, int64_t rows, int64_t width);
-int neox_rms_norm_backward(void* stream, int type, void* dx, float* dweight, float* partial, const void* dy,
+int neox_rms_norm_backward(void* stream, int type, void* dx, void* dweight, float* partial, const void* dy,
                            const void* x, const void* weight, const float* rstd, const void* dsum, int64_t rows,
-                           int64_t width, int64_t dy_stride, int64_t x_stride, int64_t dsum_stride, int hf_rounding);
+                           int64_t width, int64_t partial_rows, int64_t dy_stride, int64_t x_stride,
+                           int64_t dsum_stride, int hf_rounding);
 
-/* Half-split rotation of q [s, b, q_heads, d] and k [s, b, k_heads, d] by strides into q_out, k_out, which may be the
- * inputs themselves. Strides are given as {s, b, head}. cos and sin are fp32 [max_pos, half], 2 half <= d; elements from
- * 2 half on are copied. positions [b, s] int64 by strides {b, s}, or null for 0..s-1. conjugate turns back. */
+/* Half-split rotation of q [s, b, q_heads, d] and k [s, b, k_heads, d] by strides {s, b, head} into dense q_out, k_out.
+ * cos and sin are fp32 [max_pos, d / 2]. positions [b, s] int64 by strides {b, s}, or null for 0..s-1. conjugate turns
+ * back. */
 int neox_rotary(void* stream, int type, void* q_out, void* k_out, const void* q, const void* k, const float* cos,
                 const float* sin, const int64_t* positions, int64_t s, int64_t b, int64_t q_heads, int64_t k_heads,
-                int64_t d, int64_t half, const int64_t q_strides[3], const int64_t k_strides[3],
-                const int64_t q_out_strides[3], const int64_t k_out_strides[3], const int64_t position_strides[2],
+                int64_t d, const int64_t q_strides[3], const int64_t k_strides[3], const int64_t position_strides[2],
                 int conjugate);
 
 /* out = up silu(gate), fused = [up | gate], each `width` wide. */
@@ -62,10 +64,12 @@ int neox_cross_entropy_gradient(void* stream, int type, void* gradient, const vo
                                 int64_t rows, int64_t width, int64_t columns, int64_t stride, int64_t gradient_stride);
 
 #ifdef NEOX_HOST_EMULATOR
-/* What a launch may touch, and the wave size of the next launches. */
+/* What a launch may touch; wave size and compute units of the machine from now on; how many launches there were. */
 void neox_emulator_allow(const void* begin, int64_t bytes, int writable);
 void neox_emulator_forget(void);
 int neox_emulator_set_wave(int wave);
+int neox_emulator_set_compute_units(int units);
+int64_t neox_emulator_launches(void);
 #endif
 
 #ifdef __cplusplus

@@ -15,6 +15,7 @@ extern "C" const char* neox_last_error(void) { return neox::last_error().c_str()
 #if defined(NEOX_HOST_EMULATOR)
 
 extern "C" int neox_wave_size(void) { return emulator::machine().wave; }
+extern "C" int neox_compute_units(void) { return emulator::machine().compute_units; }
 extern "C" const char* neox_architectures(void) { return "host emulator"; }
 
 extern "C" void neox_emulator_allow(const void* begin, int64_t bytes, int writable) {
@@ -27,6 +28,12 @@ extern "C" int neox_emulator_set_wave(int wave) {
   emulator::machine().wave = wave;
   return 0;
 }
+extern "C" int neox_emulator_set_compute_units(int units) {
+  if (units < 1) return neox::refuse("the emulator has at least one compute unit");
+  emulator::machine().compute_units = units;
+  return 0;
+}
+extern "C" int64_t neox_emulator_launches(void) { return emulator::machine().launches; }
 
 #else
 
@@ -34,6 +41,17 @@ extern "C" int neox_emulator_set_wave(int wave) {
 #define NEOX_STRING(...) NEOX_STRING_OF(__VA_ARGS__)
 
 extern "C" int neox_wave_size(void) { return NEOX_WAVE; }
+extern "C" int neox_compute_units(void) {
+  int device = 0, units = 0;
+#if defined(__HIP__)
+  const bool known = hipGetDevice(&device) == hipSuccess &&
+                     hipDeviceGetAttribute(&units, hipDeviceAttributeMultiprocessorCount, device) == hipSuccess;
+#else
+  const bool known = cudaGetDevice(&device) == cudaSuccess &&
+                     cudaDeviceGetAttribute(&units, cudaDevAttrMultiProcessorCount, device) == cudaSuccess;
+#endif
+  return known && units > 0 ? units : 1;
+}
 extern "C" const char* neox_architectures(void) { return NEOX_STRING(NEOX_ARCHITECTURES); }
 
 #endif

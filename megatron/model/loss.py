@@ -29,13 +29,19 @@ class GlobalMeanLoss:
 
     def __call__(self, logits: Tensor, targets: tuple[Tensor, Tensor]) -> Tensor:
         labels, weight = targets
-        return self.token_losses(logits, labels).sum() * weight
+        # Nobody reads logits behind their loss: the gradient takes their memory.
+        return self.token_losses(logits, labels, overwrite_logits=True).sum() * weight
 
-    def token_losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def token_losses(self, logits: Tensor, labels: Tensor, overwrite_logits: bool = False) -> Tensor:
         """fp32 loss per token [b, s], 0 where the label is -100; `logits` [b, s, V / tp] of this rank."""
-        start = self.group.rank() * logits.shape[-1]
         return vocab_parallel_cross_entropy(
-            logits, labels, self.group, vocab_start=start, true_vocab_size=self.vocab_size, ignore_index=IGNORE_INDEX
+            logits,
+            labels,
+            self.group,
+            vocab_start=self.group.rank() * logits.shape[-1],
+            true_vocab_size=self.vocab_size,
+            ignore_index=IGNORE_INDEX,
+            overwrite_logits=overwrite_logits,
         )
 
 

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "rocm_kernels"
-KERNEL_FILES = ("cross_entropy", "library", "rms_norm", "rotary", "swiglu")
+BINDING_FILES = ("autograd", "bindings")
+KERNEL_FILES = ("cross_entropy", "library", "rms_norm", "rms_norm_backward", "rotary", "swiglu")
 LIBRARY_NAME = "libneox_kernels.so"
 DEFAULT_ARCHITECTURES = {"rocm": ("gfx90a", "gfx942"), "cuda": ("sm_80", "sm_90")}
 
@@ -124,8 +125,9 @@ def _ninja_file(target: Target) -> str:
     ]
     objects = [f"{name}.o" for name in KERNEL_FILES]
     lines += [f"build {name}.o: kernel {SOURCES / name}.cu" for name in KERNEL_FILES]
-    lines.append(f"build bindings.o: binding {SOURCES / 'bindings.cpp'}")
-    lines.append(f"build {LIBRARY_NAME}: link {' '.join(objects)} bindings.o")
+    lines += [f"build {name}.o: binding {SOURCES / name}.cpp" for name in BINDING_FILES]
+    objects += [f"{name}.o" for name in BINDING_FILES]
+    lines.append(f"build {LIBRARY_NAME}: link {' '.join(objects)}")
     return "\n".join(lines) + "\n"
 
 

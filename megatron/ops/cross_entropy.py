@@ -42,7 +42,16 @@ def vocab_parallel_cross_entropy(
         )
     if overwrite_logits and not logits.is_contiguous():
         raise ValueError(f"cross entropy: logits with strides {logits.stride()} must be contiguous to be overwritten")
-    return _CrossEntropy.apply(logits, labels, group, vocab_start, true_vocab_size, ignore_index, overwrite_logits)
+    rows, flat = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
+    width = min(max(true_vocab_size - vocab_start, 0), rows.shape[1])
+    numbers = vocab_start, width, ignore_index, overwrite_logits
+    if use_kernels("vocab_parallel_cross_entropy", logits):
+        stats = torch.ops.neox.cross_entropy_stats.default(rows.detach(), flat, vocab_start, width)
+        loss = torch.ops.neox.cross_entropy.default(rows, gather_stats(stats, group), flat, *numbers)[0]
+    else:
+        stats = reference_stats(rows.detach(), flat - vocab_start, width)
+        loss = _CrossEntropy.apply(rows, gather_stats(stats, group), flat, *numbers)
+    return loss.view(labels.shape)
 
 
 def reference_stats(logits: Tensor, target: Tensor, width: int) -> Tensor:
@@ -88,7 +97,8 @@ def gather_stats(stats: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 def reference_gradient(logits: Tensor, target: Tensor, lse: Tensor, dloss: Tensor, width: int, grad: Tensor) -> Tensor:
     """dloss (softmax - onehot), rounded once, into `grad` [rows, local vocabulary]; 0 from column `width` on.
 
-    `grad` has the dtype of `logits` and may be `logits` itself.
+    `grad` has the dtype of `logits` and may be `logits` itself, which halves the time on the CPU: nothing of their
+    size is allocated.
     """
     dtype = compute_dtype(logits)
     grad[:, width:] = 0
@@ -115,61 +125,47 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any,
         logits: Tensor,
+        stats: Tensor,
         labels: Tensor,
-        group: dist.ProcessGroup | None,
         vocab_start: int,
-        true_vocab_size: int,
+        width: int,
         ignore_index: int,
         overwrite_logits: bool,
     ) -> Tensor:
-        rows, flat = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
-        width = min(max(true_vocab_size - vocab_start, 0), rows.shape[1])
-        ctx.kernels = use_kernels("vocab_parallel_cross_entropy", logits)
-        if ctx.kernels:
-            stats = torch.ops.neox.cross_entropy_stats(rows, flat, vocab_start, width)
-            loss, lse = torch.ops.neox.cross_entropy_combine(gather_stats(stats, group), flat, ignore_index)
-        else:
-            stats = reference_stats(rows, flat - vocab_start, width)
-            loss, lse = combine_stats(gather_stats(stats, group), flat, ignore_index)
-        ctx.save_for_backward(logits, flat, lse)
-        ctx.numbers = vocab_start, width, ignore_index
-        ctx.overwrite_logits = overwrite_logits
-        return loss.view(labels.shape)
+        loss, lse = combine_stats(stats, labels, ignore_index)
+        ctx.save_for_backward(logits, labels, lse)
+        ctx.numbers = vocab_start, width, ignore_index, overwrite_logits
+        return loss
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         logits, labels, lse = ctx.saved_tensors
-        vocab_start, width, ignore_index = ctx.numbers
-        rows, scale = logits.reshape(-1, logits.shape[-1]), dloss.reshape(-1)
-        if ctx.overwrite_logits:
+        vocab_start, width, ignore_index, overwrite_logits = ctx.numbers
+        logits = logits.detach()
+        if overwrite_logits:
             # Saved tensors carry a version: whoever else needs these logits for a gradient, and a second backward
             # through this node, fail with torch's own message instead of reading gradients as logits.
-            rows = logits.detach().view(rows.shape)
             torch.autograd.graph.increment_version(logits)
-        if not ctx.kernels:
-            out = rows if ctx.overwrite_logits else torch.empty_like(rows, memory_format=torch.contiguous_format)
-            scale = scale.masked_fill(labels == ignore_index, 0)
-            grad = reference_gradient(rows, labels - vocab_start, lse, scale, width, out)
-        elif ctx.overwrite_logits:
-            torch.ops.neox.cross_entropy_gradient_(rows, labels, lse, scale, vocab_start, width, ignore_index)
-            grad = rows
-        else:
-            grad = torch.ops.neox.cross_entropy_gradient(rows, labels, lse, scale, vocab_start, width, ignore_index)
-        return grad.view(logits.shape), None, None, None, None, None, None
+        out = logits if overwrite_logits else torch.empty_like(logits, memory_format=torch.contiguous_format)
+        scale = dloss.masked_fill(labels == ignore_index, 0)
+        grad = reference_gradient(logits, labels - vocab_start, lse, scale, width, out)
+        return grad, None, None, None, None, None, None
 
 
-# The compiled operators (csrc/rocm_kernels/cross_entropy.cu): schema and shapes for tracing. They are steps of the
-# function above, which owns the gradient: a collective lies between them.
+# The compiled operators (csrc/rocm_kernels/cross_entropy.cu): schema and shapes for tracing. The collective lies
+# between the statistics, which are constants to autograd, and the loss, whose gradient is in autograd.cpp.
 
-_ROWS = "Tensor labels, Tensor lse, Tensor dloss, int vocab_start, int width, int ignore_index"
+_NUMBERS = "int vocab_start, int width, int ignore_index"
+_GRADIENT = f"Tensor labels, Tensor lse, Tensor dloss, {_NUMBERS}"
 torch.library.define(
     "neox::cross_entropy_stats", "(Tensor logits, Tensor labels, int vocab_start, int width) -> Tensor"
 )
 torch.library.define(
-    "neox::cross_entropy_combine", "(Tensor stats, Tensor labels, int ignore_index) -> (Tensor, Tensor)"
+    "neox::cross_entropy",
+    f"(Tensor logits, Tensor stats, Tensor labels, {_NUMBERS}, bool overwrite_logits) -> (Tensor, Tensor)",
 )
-torch.library.define("neox::cross_entropy_gradient", f"(Tensor logits, {_ROWS}) -> Tensor")
-torch.library.define("neox::cross_entropy_gradient_", f"(Tensor(a!) logits, {_ROWS}) -> ()")
+torch.library.define("neox::cross_entropy_gradient", f"(Tensor logits, {_GRADIENT}) -> Tensor")
+torch.library.define("neox::cross_entropy_gradient_", f"(Tensor(a!) logits, {_GRADIENT}) -> ()")
 
 
 @torch.library.register_fake("neox::cross_entropy_stats")
@@ -177,8 +173,8 @@ def _(logits: Tensor, labels: Tensor, vocab_start: int, width: int) -> Tensor:
     return logits.new_empty(3, logits.shape[0], dtype=torch.float32)
 
 
-@torch.library.register_fake("neox::cross_entropy_combine")
-def _(stats: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+@torch.library.register_fake("neox::cross_entropy")
+def _(logits: Tensor, stats: Tensor, labels: Tensor, *_: int) -> tuple[Tensor, Tensor]:
     return stats.new_empty(stats.shape[2]), stats.new_empty(stats.shape[2])
 
 

@@ -22,7 +22,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, hf_rounding: bool = False) -
     """
     _check(x, weight)
     if use_kernels("rms_norm", x, weight):
-        y: Tensor = torch.ops.neox.rms_norm(x, weight, eps, hf_rounding)[0]
+        y: Tensor = torch.ops.neox.rms_norm.default(x, weight, eps, hf_rounding)[0]
         return y
     if not torch.is_grad_enabled():  # an autograd function costs as much as a norm of a few rows
         rows = x.reshape(-1, x.shape[-1])
@@ -47,7 +47,7 @@ def add_rms_norm(
             f"give two tensors of one shape and dtype"
         )
     if use_kernels("add_rms_norm", x, residual, weight):
-        total, y, _ = torch.ops.neox.add_rms_norm(x, residual, weight, eps, hf_rounding)
+        total, y, _ = torch.ops.neox.add_rms_norm.default(x, residual, weight, eps, hf_rounding)
         return total, y
     if not torch.is_grad_enabled():
         total = x + residual
@@ -99,7 +99,8 @@ def reference_norm_backward(
 ) -> tuple[Tensor, Tensor]:
     """(dx [rows, width] in x's dtype, dW [width] in the compute dtype) for matrices; `dsum` is added to dx.
 
-    With xhat = x rstd and c = mean(xhat w dy): dx = rstd (w dy - xhat c), dW = sum over rows of dy xhat.
+    With xhat = x rstd and c = mean(xhat w dy): dx = rstd (w dy - xhat c), dW = sum over rows of dy xhat. Written by
+    blocks and in place, because on the CPU that is ten times as fast as autograd through the forward pass.
     """
     dtype = compute_dtype(x)
     w = weight.to(dtype)
@@ -167,7 +168,7 @@ class _AddRmsNorm(torch.autograd.Function):
         return dx, dx, dw.to(weight.dtype), None, None
 
 
-# The compiled operators (csrc/rocm_kernels/rms_norm.cu): schema, shapes for tracing, gradients.
+# The compiled operators (csrc/rocm_kernels/rms_norm*.cu): schema and shapes for tracing; gradients are in autograd.cpp.
 
 torch.library.define("neox::rms_norm", "(Tensor x, Tensor weight, float eps, bool hf_rounding) -> (Tensor, Tensor)")
 torch.library.define(
@@ -198,38 +199,4 @@ def _(x: Tensor, residual: Tensor, weight: Tensor, eps: float, hf_rounding: bool
 def _(
     dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, dsum: Tensor | None, hf_rounding: bool
 ) -> tuple[Tensor, Tensor]:
-    return _dense_like(x), weight.new_empty(weight.shape, dtype=torch.float32)
-
-
-def _save_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, _, ctx.hf_rounding = inputs
-    ctx.save_for_backward(x, weight, output[1])
-    ctx.set_materialize_grads(False)
-
-
-def _norm_gradients(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    if dy is None:
-        return None, None, None, None
-    x, weight, rstd = ctx.saved_tensors
-    dx, dw = torch.ops.neox.rms_norm_backward(dy, x, weight, rstd, None, ctx.hf_rounding)
-    return dx, dw.to(weight.dtype), None, None
-
-
-def _save_add_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    _, _, weight, _, ctx.hf_rounding = inputs
-    ctx.save_for_backward(output[0], weight, output[2])
-    ctx.set_materialize_grads(False)
-
-
-def _add_norm_gradients(
-    ctx: Any, dsum: Tensor | None, dy: Tensor | None, _: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    if dy is None:
-        return dsum, dsum, None, None, None
-    total, weight, rstd = ctx.saved_tensors
-    dx, dw = torch.ops.neox.rms_norm_backward(dy, total, weight, rstd, dsum, ctx.hf_rounding)
-    return dx, dx, dw.to(weight.dtype), None, None
-
-
-torch.library.register_autograd("neox::rms_norm", _norm_gradients, setup_context=_save_norm)
-torch.library.register_autograd("neox::add_rms_norm", _add_norm_gradients, setup_context=_save_add_norm)
+    return _dense_like(x), _dense_like(weight)

@@ -23,7 +23,7 @@ def swiglu(fused: Tensor) -> Tensor:
     if fused.dim() == 0 or fused.shape[-1] % 2:
         raise ValueError(f"swiglu: the last dimension of {tuple(fused.shape)} must hold up and gate, two equal halves")
     if use_kernels("swiglu", fused):
-        out: Tensor = torch.ops.neox.swiglu(fused)
+        out: Tensor = torch.ops.neox.swiglu.default(fused)
         return out
     if not torch.is_grad_enabled():
         rows = fused.reshape(-1, fused.shape[-1])
@@ -49,7 +49,10 @@ def reference_swiglu(fused: Tensor) -> Tensor:
 
 
 def reference_swiglu_backward(dout: Tensor, fused: Tensor) -> Tensor:
-    """Gradient [rows, 2 F] of `fused`: dup = dout silu(gate), dgate = dout up silu'(gate)."""
+    """Gradient [rows, 2 F] of `fused`: dup = dout silu(gate), dgate = dout up silu'(gate).
+
+    Into its place, a block of rows at a time: on the CPU two to three times as fast as autograd's.
+    """
     dtype = compute_dtype(fused)
     if torch.compiler.is_compiling():  # Dynamo refuses strided `out=`, and fuses this by itself
         up, gate = split_up_gate(fused.to(dtype))
@@ -83,7 +86,7 @@ class _SwiGlu(torch.autograd.Function):
         return reference_swiglu_backward(dout.reshape(rows.shape[0], -1), rows).view(fused.shape)
 
 
-# The compiled operators (csrc/rocm_kernels/swiglu.cu): schema, shapes for tracing, gradients.
+# The compiled operators (csrc/rocm_kernels/swiglu.cu): schema and shapes for tracing; gradients are in autograd.cpp.
 
 torch.library.define("neox::swiglu", "(Tensor fused) -> Tensor")
 torch.library.define("neox::swiglu_backward", "(Tensor dout, Tensor fused) -> Tensor")
@@ -97,15 +100,3 @@ def _(fused: Tensor) -> Tensor:
 @torch.library.register_fake("neox::swiglu_backward")
 def _(dout: Tensor, fused: Tensor) -> Tensor:
     return torch.empty_like(fused, memory_format=torch.contiguous_format)
-
-
-def _save_fused(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _fused_gradient(ctx: Any, dout: Tensor) -> Tensor:
-    grad: Tensor = torch.ops.neox.swiglu_backward(dout, *ctx.saved_tensors)
-    return grad
-
-
-torch.library.register_autograd("neox::swiglu", _fused_gradient, setup_context=_save_fused)

@@ -46,9 +46,9 @@ def test_add_norm_with_one_result_unused(used: int) -> None:
 
 
 @pytest.mark.parametrize("heads", [(4, 2), (3, 3)])
-@pytest.mark.parametrize("half", [1, 3, 4])
+@pytest.mark.parametrize("half", [1, 4])
 def test_rotary_gradients(heads: tuple[int, int], half: int) -> None:
-    q, k = double(5, 2, heads[0], 8), double(5, 2, heads[1], 8)
+    q, k = double(5, 2, heads[0], 2 * half), double(5, 2, heads[1], 2 * half)
     cos, sin = (t.double() for t in tables(9, half))
     positions = torch.randint(0, 9, (2, 5))
     for where in (None, positions):
@@ -106,14 +106,6 @@ def test_rotary_is_that_of_transformers() -> None:
     plain = apply_rotary(q, k, cos, sin)
     assert torch.equal(plain[0], apply_rotary(q, k, cos, sin, torch.arange(6).expand(2, 6))[0])
     assert not torch.equal(plain[0], turned[0])
-
-
-def test_rotary_leaves_the_unrotated_part_alone() -> None:
-    q = torch.randn(4, 1, 2, 16)
-    cos, sin = tables(4, 4)
-    turned, _ = apply_rotary(q, q, cos, sin)
-    assert torch.equal(turned[..., 8:], q[..., 8:])
-    assert not torch.equal(turned[1:, ..., :8], q[1:, ..., :8])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -187,6 +179,7 @@ def test_gradient_of_a_confident_bf16_row_is_rounded_once() -> None:
         lambda: swiglu(torch.ones(2, 3)),
         lambda: apply_rotary(torch.ones(4, 1, 1, 8), torch.ones(4, 1, 1, 8), *tables(3, 4)),
         lambda: apply_rotary(torch.ones(2, 1, 1, 8), torch.ones(2, 1, 1, 8), *tables(3, 8)),
+        lambda: apply_rotary(torch.ones(2, 1, 1, 8), torch.ones(2, 1, 1, 8), *tables(3, 3)),
         lambda: apply_rotary(torch.ones(2, 1, 1, 8), torch.ones(2, 1, 1, 8), *tables(3, 4), torch.zeros(2, 1)),
         lambda: vocab_parallel_cross_entropy(torch.ones(2, 3), torch.zeros(3), None, 0, 3),
     ],

@@ -123,13 +123,13 @@ def _budget_share(name: str, body: str) -> float | None:
     elif arguments[-1] == "1":
         return None  # scalar variants for odd shapes
     elif op == "rotary":
-        elements, size_each, code = 2 * vector, 4, loop
+        elements, size_each, code = 2 * 2 * vector, 4, loop  # two heads at once
     elif op in ("swiglu_forward", "swiglu_backward"):
         elements, size_each, code = vector, 6 if op == "swiglu_forward" else 10, instructions
     elif op == "cross_entropy_stats":
         elements, size_each, code = 4 * vector, 2, loop
     elif op == "cross_entropy_gradient":
-        elements, size_each, code = vector, 4, instructions
+        elements, size_each, code = 2 * vector, 4, instructions
     else:
         return None
     slots = sum(4 if QUARTER_RATE.match(text) else 1 for _, text in code if text.startswith("v_"))

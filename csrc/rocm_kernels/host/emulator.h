@@ -53,6 +53,8 @@ struct Range {
 
 struct Machine {
   int wave = 64;
+  int compute_units = 110;
+  int64_t launches = 0;
   int threads = 0;
   int thread = 0;             // running fibre
   int64_t block = 0;          // running block, counted over the grid
@@ -199,6 +201,7 @@ inline int launch(Grid grid, int threads, const std::function<void()>& body) {
     m.error = "a block of " + std::to_string(threads) + " threads is not made of whole waves of " + std::to_string(m.wave);
     return 1;
   }
+  ++m.launches;
   m.threads = threads;
   m.body = &body;
   for (m.block = 0; m.block < grid.x * grid.y * grid.z; ++m.block) {

@@ -76,17 +76,14 @@ class MegatronMoments(DeepSpeedMoments):
         return [range(start, stop) for start, stop in pairwise(edges)]
 
     def _loss(self, stored: int) -> list[Moment]:
-        """First the logits beside their gradient, then that beside the gradients of the head and of its input."""
+        """The gradient takes the logits' memory; then it is beside the gradients of the head and of its input."""
         sizes = self.sizes
         kept = stored + 2 * sizes.hidden + sizes.inverse_rms  # the norm's input and output
         of_head = sizes.column_backward + self.parameters.head * self.element
         if sizes.ends is not None:
             kept += sizes.ends.head + sizes.ends.prediction
             return [Moment("loss", 0, kept, max(sizes.ends.loss, of_head), 0)]
-        return [
-            Moment("loss", 0, kept, sizes.loss_temporaries, 2 * sizes.logits),
-            Moment("loss", 0, kept, of_head, sizes.logits),
-        ]
+        return [Moment("loss", 0, kept, max(sizes.loss_temporaries, of_head), sizes.logits)]
 
     def _layers(self, chunk: range, modes: Sequence[Recompute], stored: int, last_chunk: bool) -> list[Moment]:
         """The last layer of each kind in a chunk: those behind it have let go of what they stored."""

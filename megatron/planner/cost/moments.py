@@ -239,7 +239,8 @@ class DeepSpeedMoments:
             if ends is not None:
                 after += ends.head
                 gradient = max(ends.loss, gradient)
-            moments.append(Moment("loss", done * everything, stored + before + after, gradient, logits + sizes.logits))
+            # The gradient of the logits takes their memory.
+            moments.append(Moment("loss", done * everything, stored + before + after, gradient, logits))
         # The last layer of each kind has most stored besides, the first has most gradients already.
         for number in sorted({self.decoders - 1, again - 1, 0} - {-1}) if self.decoders else []:
             work = restored + sizes.layer_backward(
