@@ -61,8 +61,8 @@ def _run(rank: int, world_size: int, run_keys: dict[str, Any], poison: dict[str,
             else:  # the loss alone: its gradient stays finite
                 token_losses = GlobalMeanLoss.token_losses
 
-                def overflowing(loss: GlobalMeanLoss, *arguments: torch.Tensor) -> torch.Tensor:
-                    return token_losses(loss, *arguments) + (poison["value"] if self.now() else 0.0)
+                def overflowing(loss: GlobalMeanLoss, *arguments: torch.Tensor, **keywords: Any) -> torch.Tensor:
+                    return token_losses(loss, *arguments, **keywords) + (poison["value"] if self.now() else 0.0)
 
                 GlobalMeanLoss.token_losses = overflowing  # type: ignore[method-assign]
 
