@@ -17,6 +17,7 @@ from megatron.engine.optimizer_shards import OptimizerShard, ReadShard
 from megatron.engine.protocol import Around, Counters, StepResult, no_phases
 from megatron.layout import TensorRange
 from megatron.model.cache import CachedTokens, run_cached
+from megatron.model.documents import from_message
 from megatron.model.initialize import initialize_layers
 from megatron.model.loss import GlobalMeanLoss
 from megatron.model.parallel import TensorParallel
@@ -60,7 +61,8 @@ class FakeEngine:
     def _parameters(self) -> list[nn.Parameter]:
         return [parameter for _, layer in self.numbered_layers() for parameter in layer.parameters()]
 
-    def _forward(self, inputs: Any) -> Tensor:
+    def _forward(self, message: Any) -> Tensor:
+        inputs = from_message(message)
         for _, apply in self._layers:
             inputs = apply(inputs)
         return inputs
