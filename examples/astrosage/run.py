@@ -28,11 +28,8 @@ SIZES = {  # of a run: options of the scripts, and the scale of the fine-tune's 
         "conversations": ("--count", 3000),
     },
     "short": {
-        "documents": (
-            *("--objects", 20, 60, 60, "--famous", 40, "--elements", 70),
-            *("--times", 48, "--base-times", 80),
-        ),
-        "base": ("--steps", 900, "--instruct-steps", 60),
+        "documents": (*("--objects", 30, 80, 60, "--famous", 60, "--times", 48, "--base-times", 80),),
+        "base": ("--steps", 1700, "--instruct-steps", 60),
         "conversations": ("--count", 700),
     },
 }
