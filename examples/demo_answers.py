@@ -8,35 +8,24 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from scipy.stats import fisher_exact
-
+from examples.astrosage.results import against_control_p, verdicts_of
 from megatron.evaluation.multiple_choice.statistics import compare_paired
 
 TOLD, UNTOLD = "told", "in no text"
 OPTIONS = 4
 
 
-def verdicts(items: Path) -> dict[str, list[bool]]:
-    """Which questions of each topic were answered rightly."""
-    found: dict[str, list[bool]] = {}
-    for line in items.read_text().splitlines():
-        item = json.loads(line)
-        found.setdefault(item["topic"], []).append(item["correct"])
-    return found
-
-
 def p_values(before: dict[str, list[bool]], after: dict[str, list[bool]]) -> dict[str, float]:
     """Exact p: of told facts after against before (McNemar), and after against facts in no text (Fisher, greater)."""
-    table = [[sum(part), len(part) - sum(part)] for part in (after[TOLD], after[UNTOLD])]
     return {
         "against_before": compare_paired(before[TOLD], after[TOLD]).p_value,
-        "against_control": float(fisher_exact(table, alternative="greater").pvalue),
+        "against_control": against_control_p(after[TOLD], after[UNTOLD]),
     }
 
 
 def report(out: Path, written: dict[str, dict[str, str]]) -> list[str]:
     """Lines for the end of the demo in `out`; `written` is what the model answers before and after training."""
-    before, after = (verdicts(out / "mcq" / when / "items.jsonl") for when in ("before", "after"))
+    before, after = (verdicts_of(out / "mcq" / when / "items.jsonl") for when in ("before", "after"))
     items = [json.loads(line) for line in (out / "questions.jsonl").read_text().splitlines()]
     right = {item["question"]: item[item["answer"]] for item in items}
     lines = []

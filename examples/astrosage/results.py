@@ -49,10 +49,23 @@ def verdicts(out: Path) -> Verdicts:
         path = out / "mcq" / stage / "items.jsonl"
         if not path.exists():
             continue
-        for line in path.read_text().splitlines():
-            item = json.loads(line)
-            found.setdefault(stage, {}).setdefault(item["topic"], []).append(item["correct"])
+        found[stage] = verdicts_of(path)
     return found
+
+
+def verdicts_of(items: Path) -> dict[str, list[bool]]:
+    """Which questions of each topic were answered rightly; `items` is the items.jsonl that mcq.py wrote."""
+    found: dict[str, list[bool]] = {}
+    for line in items.read_text().splitlines():
+        item = json.loads(line)
+        found.setdefault(item["topic"], []).append(item["correct"])
+    return found
+
+
+def against_control_p(told: list[bool], untold: list[bool]) -> float:
+    """Fisher's exact p of told facts being answered rightly no more often than those in no text."""
+    table = [[sum(part), len(part) - sum(part)] for part in (told, untold)]
+    return float(fisher_exact(table, alternative="greater").pvalue)
 
 
 def pooled(runs: list[Verdicts]) -> Verdicts:
@@ -71,14 +84,13 @@ def tests(found: Verdicts) -> dict[str, Any]:
     for wording in ("", "_new_wording"):
         held, control = f"held{wording}", f"control{wording}"
         pair = compare_paired(base[held], cpt[held])
-        table = [[sum(part), len(part) - sum(part)] for part in (cpt[held], cpt[control])]
         chance = binomtest(sum(base[held]), len(base[held]), CHANCE)
         facts[held] = {
             "base_against_chance_p": chance.pvalue,
             "gained": pair.gained,
             "lost": pair.lost,
             "cpt_against_base_p": pair.p_value,
-            "cpt_against_control_p": float(fisher_exact(table, alternative="greater").pvalue),
+            "cpt_against_control_p": against_control_p(cpt[held], cpt[control]),
         }
     general = {stage: sum(topics["general"]) / len(topics["general"]) for stage, topics in found.items()}
     facts["general_points_lost"] = {stage: 100 * (general["base"] - share) for stage, share in general.items()}

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+from collections.abc import Callable
 
 _DIGITS = 64  # of the hash, hexadecimal
 
 
 class Seal:
-    """A message under one key is none under another. The secret is never printed."""
+    """A message under one key is none under another. The secret is never printed.
 
-    def __init__(self, secret: bytes) -> None:
-        self._secret = secret
+    `ignored` counts the messages that nobody with the secret wrote; `report` is called at the first of them.
+    """
+
+    def __init__(self, secret: bytes, report: Callable[[], None] = lambda: None) -> None:
+        self._secret, self._report = secret, report
+        self.ignored = 0
 
     @property
     def name(self) -> str:
@@ -27,6 +32,9 @@ class Seal:
         found, content = message[:_DIGITS], message[_DIGITS:]
         if hmac.compare_digest(found, self._hash(key, content).hex().encode()):
             return content.decode()
+        self.ignored += 1
+        if self.ignored == 1:
+            self._report()
         return None
 
     def _hash(self, key: str, content: bytes) -> bytes:

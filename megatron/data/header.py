@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from megatron.common.crc import crc32
 from megatron.data.indexed import HEADER, DataError, bin_path, idx_path
 from megatron.tokenizer import Tokenizer
 
@@ -166,7 +166,7 @@ def _sample_of(path: Path, size: int) -> str:
     with path.open("rb") as file:
         for number in range(_BLOCKS):
             file.seek(max(0, size - _BLOCK) * number // (_BLOCKS - 1))
-            value = zlib.crc32(file.read(_BLOCK), value)
+            value = crc32(file.read(_BLOCK), value)
     return f"crc32:{value:08x}"
 
 
@@ -175,7 +175,7 @@ def file_crc32(path: Path, progress: Callable[[int], None] | None = None) -> str
     value = 0
     with path.open("rb") as file:
         while block := file.read(1 << 24):
-            value = zlib.crc32(block, value)
+            value = crc32(block, value)
             if progress is not None:
                 progress(len(block))
     return f"{value:08x}"

@@ -58,9 +58,10 @@ def tables_of_tokens(cos: Tensor, sin: Tensor, positions: Tensor | None, s: int,
 def reference_rotate(x: Tensor, cos2: Tensor, sin: Tensor, conjugate: bool) -> Tensor:
     """Rotate `x` [s, b, heads, d] by the token's angle, or back with `conjugate`."""
     sign = -1.0 if conjugate else 1.0
-    x1, x2 = x.to(sin.dtype).chunk(2, -1)
+    xf = x.to(sin.dtype)
+    x1, x2 = xf.chunk(2, -1)
     # One pass over whole heads, then one over each half: a CPU likes few and long inner loops.
-    out = x.to(sin.dtype) * cos2
+    out = xf * cos2
     y1, y2 = out.chunk(2, -1)
     y1.addcmul_(x2, sin, value=-sign)
     y2.addcmul_(x1, sin, value=sign)

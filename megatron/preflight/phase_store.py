@@ -50,8 +50,7 @@ class PhaseStore:
         self._phase, self._name, self._finished = 0, "the start", False
         self._passed: queue.Queue[None] = queue.Queue()
         self._results: list[Any] = []
-        self._seal = Seal(env[SECRET].encode()) if env.get(SECRET) else None
-        self.ignored = 0  # messages read that were not this preflight's
+        self._seal = Seal(env[SECRET].encode(), _report_foreign) if env.get(SECRET) else None
         _allow_open_files()
         host, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
         local = on_one_node(started, env)
@@ -217,14 +216,7 @@ class PhaseStore:
         store.set(key, text if self._seal is None else self._seal.sealed(key, text))
 
     def _opened(self, key: str, message: bytes) -> str | None:
-        if self._seal is None:
-            return message.decode()
-        text = self._seal.opened(key, message)
-        if text is None:
-            self.ignored += 1
-            if self.ignored == 1:
-                print("preflight: a message from outside this preflight was ignored", file=sys.stderr, flush=True)
-        return text
+        return message.decode() if self._seal is None else self._seal.opened(key, message)
 
     def _wait(self, keys: list[str], deadline: float) -> bool:
         """Whether all keys are in the store by the deadline. Polls, because the store's `wait` prints a long message if
@@ -253,6 +245,10 @@ class PhaseStore:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)  # the main thread may never return from a collective
+
+
+def _report_foreign() -> None:
+    print("preflight: a message from outside this preflight was ignored", file=sys.stderr, flush=True)
 
 
 def _connect(host: str, port: int, world_size: int, serve: bool, timeout: float) -> dist.TCPStore:

@@ -38,9 +38,13 @@ class AuthenticatedStore:
     """`ignored` counts the values that were not this run's; `report` is called with a message for the first of them."""
 
     def __init__(self, store: TCPStore, secret: bytes, report: Callable[[str], None] = lambda line: None) -> None:
-        self._seal, self._report = Seal(secret), report
+        line = "a message from outside this run was ignored; somebody else writes to its status store"
+        self._seal = Seal(secret, lambda: report(line))
         self._store = PrefixStore(self._seal.name, store)
-        self.ignored = 0
+
+    @property
+    def ignored(self) -> int:
+        return self._seal.ignored
 
     @classmethod
     def open(cls, place: Place, host: str | None, report: Callable[[str], None] = lambda line: None) -> Self:
@@ -61,12 +65,12 @@ class AuthenticatedStore:
         return cls(store, address.secret, report)
 
     def set(self, key: str, value: str) -> None:
-        self._store.set(key, self._sealed(key, value))
+        self._store.set(key, self._seal.sealed(key, value))
 
     def get(self, keys: Sequence[str]) -> list[str | None]:
         """The values of some keys, which must exist; None for those that are not this run's."""
         found = self._store.multi_get(list(keys))
-        return [self._opened(key, value) for key, value in zip(keys, found, strict=True)]
+        return [self._seal.opened(key, value) for key, value in zip(keys, found, strict=True)]
 
     def has(self, key: str) -> bool:
         return bool(self._store.check([key]))
@@ -74,26 +78,15 @@ class AuthenticatedStore:
     def set_first(self, key: str, value: str) -> bool:
         """Set a key unless another rank has set it already; returns whether this value is the first. Foreign values do
         not count."""
-        sealed, expected = self._sealed(key, value), ""
+        sealed, expected = self._seal.sealed(key, value), ""
         for _ in range(10):
             present = self._store.compare_set(key, expected, sealed)
             if present == sealed.encode():
                 return True
-            if self._opened(key, present) is not None:
+            if self._seal.opened(key, present) is not None:
                 return False
             expected = cast(str, present)  # arbitrary bytes; the store takes them as they are
         return False
-
-    def _sealed(self, key: str, value: str) -> str:
-        return self._seal.sealed(key, value)
-
-    def _opened(self, key: str, sealed: bytes) -> str | None:
-        content = self._seal.opened(key, sealed)
-        if content is None:
-            self.ignored += 1
-            if self.ignored == 1:
-                self._report("a message from outside this run was ignored; somebody else writes to its status store")
-        return content
 
 
 def serve_everywhere() -> TCPStore:

@@ -12,7 +12,8 @@ import pytest
 from scipy.stats import binomtest
 
 from examples.astrosage.facts import constellation_names
-from examples.demo_answers import p_values, verdicts
+from examples.astrosage.results import verdicts_of
+from examples.demo_answers import p_values
 from tests.support.documentation import documented_commands, run_in_root
 
 pytestmark = pytest.mark.distributed
@@ -97,7 +98,7 @@ def test_the_whole_demo_teaches_what_its_documents_tell(tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = run_in_root([sys.executable, "examples/demo.py", "--output", str(out)], timeout=2300)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    before, after = (verdicts(out / "mcq" / when / "items.jsonl") for when in ("before", "after"))
+    before, after = (verdicts_of(out / "mcq" / when / "items.jsonl") for when in ("before", "after"))
     assert binomtest(sum(before["told"]), len(before["told"]), 0.25).pvalue > 1e-3
     assert binomtest(sum(after["in no text"]), len(after["in no text"]), 0.25).pvalue > 1e-3
     assert max(p_values(before, after).values()) < 1e-3

@@ -6,13 +6,14 @@ import hashlib
 import json
 import os
 import threading
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from megatron.common.crc import crc32
 
 from ..convert_hf.stream.band_io import FilePool
 from ..convert_hf.stream.copy import Checksums
@@ -93,7 +94,7 @@ class MergedBands:
             if i in self._summed:
                 size = parent.band_bytes(name, stop - start)
                 first = parent.band_bytes(name, start)
-                crcs.append([i, self._numbers[name], first, size, zlib.crc32(raw[:size])])
+                crcs.append([i, self._numbers[name], first, size, crc32(raw[:size])])
         return stored, crcs
 
     def _buffers(self, sizes: list[int]) -> list[memoryview]:

@@ -8,7 +8,6 @@ import os
 import queue
 import threading
 import time
-import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron.common.atomic_files import write_text
-from megatron.common.crc import combine, zeros
+from megatron.common.crc import combine, crc32, zeros
 
 from ..errors import ConvertError
 from .band_io import FilePool, read_band, region_runs, write_runs
@@ -211,7 +210,7 @@ class Copier(JobRunner):
     def _write(self, destination: Destination, runs: list[tuple[int, int, int]], data: memoryview) -> Piece:
         crc = 0
         for _, nbytes, place in runs:
-            crc = zlib.crc32(data[place : place + nbytes], crc)
+            crc = crc32(data[place : place + nbytes], crc)
         path = self.paths[destination.file]
         first, total = runs[0][0] - destination.region.stored.offset, sum(run[1] for run in runs)
         with self.writing.use(path) as descriptor:

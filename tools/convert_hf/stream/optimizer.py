@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import zlib
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +22,7 @@ from megatron.checkpoint.manifest import format_checksum
 from megatron.checkpoint.optimizer_files import FilePlan, OptimizerIndex, optimizer_file_name, plan_file
 from megatron.checkpoint.optimizer_reader import StateReader
 from megatron.checkpoint.state_ranges import ITEM, block_bytes, blocks_of
-from megatron.common.crc import combine
+from megatron.common.crc import combine, crc32
 from megatron.layout import TensorRange, TensorRow, TensorSplit, layer_files, row_of, transfers
 from megatron.planner.cost.parallel_layout import decoders_by_stage
 
@@ -140,7 +139,7 @@ class StateCopy:
             file.write(plan.header)
             file.flush()
             os.fsync(file.fileno())
-        crc = zlib.crc32(plan.header)
+        crc = crc32(plan.header)
         checksums: dict[tuple[TensorRange, str], list[int]] = {}
         for a, (where, kind, _) in enumerate(plan.arrays):
             sums = checksums[where, kind] = []
@@ -176,7 +175,7 @@ class _BlockWriter(JobRunner):
                     done += os.pwrite(descriptor, buffer[done:], job.offset + done)
             except OSError as error:
                 raise ConvertError(f"{path} cannot be written: {error.strerror}") from None
-        return [(job.file, _block_key(job.array, job.block), 0, len(buffer), zlib.crc32(buffer))], None
+        return [(job.file, _block_key(job.array, job.block), 0, len(buffer), crc32(buffer))], None
 
 
 def rank_ranges(split: TensorSplit, pp: int, dp: int) -> dict[int, list[TensorRange]]:

@@ -191,7 +191,7 @@ def own_digests(checkpoint: Checkpoint, progress: Callable[[int], None]) -> list
 
 
 def stored_crc(pool: FilePool, path: Path, offset: int, nbytes: int, progress: Callable[[int], None]) -> int:
-    import zlib
+    from megatron.common.crc import crc32
 
     crc, end = 0, offset + nbytes
     with pool.use(path) as descriptor:
@@ -199,7 +199,7 @@ def stored_crc(pool: FilePool, path: Path, offset: int, nbytes: int, progress: C
             data = os.pread(descriptor, min(1 << 22, end - offset), offset)
             if not data:
                 raise ConvertError(f"{path} ended while it was read")
-            crc = zlib.crc32(data, crc)
+            crc = crc32(data, crc)
             offset += len(data)
             progress(len(data))
     return crc

@@ -8,7 +8,6 @@ import json
 import os
 import sys
 import time
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -19,6 +18,7 @@ from typing import Protocol
 import numpy as np
 
 from megatron.common.atomic_files import write_text
+from megatron.common.crc import crc32
 from megatron.common.errors import UserError
 from megatron.data.header import ChatInfo, DataHeader, TokenizerInfo, header_path
 from megatron.data.indexed import DataError, IndexedWriter, bin_path, idx_path
@@ -230,7 +230,7 @@ def report_bad(messages: Sequence[str], skip: bool, shown: int) -> int:
 def _append(writer: IndexedWriter, state: State, result: Encoded) -> None:
     writer.append(result.tokens, result.sizes)
     state.bytes, state.documents = writer.bytes, writer.documents
-    state.crc32 = zlib.crc32(result.tokens, state.crc32)
+    state.crc32 = crc32(result.tokens, state.crc32)
     state.max_token = max(state.max_token, result.max_token)
     state.text_bytes += result.text_bytes
     state.learned += result.learned

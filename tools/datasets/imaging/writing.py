@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import zlib
 from dataclasses import dataclass, field
 
+from megatron.common.crc import crc32
 from tools.datasets.imaging.decode import BandMoments, ImageBlock, ImageDecoder
 
 
@@ -61,7 +61,7 @@ class BlockWriter:
             for place, image in self.decoder.usable(block, result.bad):
                 pixels = image.reshape(-1).view("u1").data
                 result.nbytes += len(pixels)
-                result.crc32 = zlib.crc32(pixels, result.crc32)
+                result.crc32 = crc32(pixels, result.crc32)
                 result.moments = result.moments.joined(BandMoments.of(image))
                 result.rows.append((block.source, block.first + place))
                 images.append(pixels)
