@@ -21,7 +21,7 @@ from megatron.data.blend import Mixture, shares
 from megatron.data.index_cache import Arrays, CachedIndex
 from megatron.data.indexed import open_indexed
 from megatron.data.sample import SampleForm
-from megatron.data.sources import Piece, TokenSource, labels_identity
+from megatron.data.sources import Piece, TokenSource
 from megatron.data.targets import StreamTargets, describe_silent, refuse_silent
 
 MARGIN = 1.005  # on the samples of each of several sources
@@ -45,12 +45,8 @@ class GptNeoxPack(TokenSource):
         # The last sample of the last epoch needs one token more than it learns.
         self.epochs = max(1, -(-(samples * form.seq_length + 1) // self.tokens))
         self._length = (self.epochs * self.tokens - 1) // form.seq_length
-        identity = {"order": "gpt-neox", "documents": self.documents, "seq_length": form.seq_length, "seed": seed}
-        if labels is not None:
-            identity |= {"labels": labels_identity(labels), "isolated": form.isolate_documents}
-        self._index = CachedIndex(
-            prefix, f"{form.seq_length}s_{self.epochs}ep_neox", {**identity, "epochs": self.epochs}, self.build_index
-        )
+        identity = self.index_identity(seed, order="gpt-neox", epochs=self.epochs)
+        self._index = CachedIndex(prefix, f"{form.seq_length}s_{self.epochs}ep_neox", identity, self.build_index)
 
     def __len__(self) -> int:
         return self._length

@@ -52,6 +52,13 @@ class TokenSource(SampleSource):
                 f"{prefix}: documents {start} to {stop} hold {self.tokens} tokens; nothing can be learned from them"
             )
 
+    def index_identity(self, seed: int, **more: object) -> dict[str, object]:
+        """What a cached index depends on besides its data: `more`, and with labels which these are."""
+        found = {"documents": self.documents, "seq_length": self.form.seq_length, "seed": seed, **more}
+        if self.labels is not None:
+            found |= {"labels": labels_identity(self.labels), "isolated": self.form.isolate_documents}
+        return found
+
     @abstractmethod
     def pieces(self, index: int) -> list[Piece]:
         """What sample `index` in reading order is made of: at most s + 1 tokens, every piece another document."""
@@ -94,18 +101,10 @@ class RunningPack(TokenSource):
         last_epoch = max(samples - 1, 0) * form.seq_length // self.tokens
         last_token = self.first_sample(last_epoch + 1) * form.seq_length  # of the last sample that begins in it
         self.epochs = last_token // self.tokens + 1
-        identity: dict[str, object] = {
-            "pack": "packed",
-            "documents": self.documents,
-            "seq_length": form.seq_length,
-            "seed": seed,
-        }
-        label = f"{form.seq_length}s_{self.epochs}ep"
-        if labels is None:
-            identity["epochs"] = self.epochs
-        else:
-            label = f"{form.seq_length}s_{samples}_labels"
-            identity |= {"samples": samples, "labels": labels_identity(labels), "isolated": form.isolate_documents}
+        label, length = f"{form.seq_length}s_{self.epochs}ep", {"epochs": self.epochs}
+        if labels is not None:  # how many epochs it takes is known when the index is built
+            label, length = f"{form.seq_length}s_{samples}_labels", {"samples": samples}
+        identity = self.index_identity(seed, pack="packed", **length)
         self._index = CachedIndex(prefix, label, identity, self.build_index)
         self.epochs = len(self._index.arrays()["order"])
 
@@ -218,14 +217,7 @@ class OncePacked(TokenSource):
         if labels is None:
             self._order = seeded_permutation(seed, 0, SAMPLES, self._samples)
         else:
-            identity: dict[str, object] = {
-                "pack": "once",
-                "documents": self.documents,
-                "seq_length": form.seq_length,
-                "seed": seed,
-                "labels": labels_identity(labels),
-                "isolated": form.isolate_documents,
-            }
+            identity = self.index_identity(seed, pack="once")
             index = CachedIndex(prefix, f"{form.seq_length}s_once_labels", identity, self.build_index).arrays()
             self._order, self._left_out = index["samples"], index["left_out"]
         self.samples_per_epoch = len(self._order)
