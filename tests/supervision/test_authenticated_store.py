@@ -88,7 +88,7 @@ def test_no_message_of_the_forger_s_counts(server: Any) -> None:
         assert ours.ignored == number
         assert store._known[0] == beats[0]
     foreign = AuthenticatedStore(connected(server), b"x" * 32)
-    assert foreign._sealed("beat/0", "content").encode() == next(
+    assert foreign._seal.sealed("beat/0", "content").encode() == next(
         message for message in forged("beat/0", b"-" * HASH + b"content", []) if message[HASH:] == b"content"
     ), "the forger's format is the store's"
 
