@@ -75,6 +75,11 @@ class PhaseStore:
         if self._rank != 0:
             threading.Thread(target=self._follow_verdicts, daemon=True).start()
 
+    @property
+    def ignored(self) -> int:
+        """Messages read that were not this preflight's."""
+        return 0 if self._seal is None else self._seal.ignored
+
     def phase(self, name: str, groups: Sequence[Group], work: Callable[[], Any]) -> list[Any]:
         """Run `work` on all ranks at once; returns its results by rank on rank 0, [] on the others. Collective.
 
