@@ -5,7 +5,7 @@
 writes `text/{domain,general}_{train,valid}.jsonl`, `questions.jsonl` and `tokenizer/`:
 
 - the domain is observing notes on objects of the sky, as examples/astrosage makes them (`facts.py` there names sources
-  and licences): in which constellation each lies, under invented names, so that nobody knows it who has not read it;
+  and licenses): in which constellation each lies, under invented names, so that nobody knows it who has not read it;
 - general text is Python's own documentation topics, with notes, questions and answers on other objects beside them. The
   base model has read it: it knows how a question is answered, and nothing of the domain;
 - some of the domain's objects are asked about in its documents, too. The questions of the test are about the others

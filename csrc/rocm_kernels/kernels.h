@@ -19,7 +19,7 @@ int neox_compute_units(void);        /* of the current device: compute units (AM
 const char* neox_architectures(void); /* "gfx90a,gfx942", "sm_90", or "host emulator" */
 
 /* y = x rstd weight with rstd = rsqrt(mean(x^2) + eps), rows of `width`; y, rstd and sum are dense. With `residual`,
- * x + residual rounded to the element type goes to `sum` and is what is normalised; both null otherwise. */
+ * x + residual rounded to the element type goes to `sum` and is what is normalized; both null otherwise. */
 int neox_rms_norm_forward(void* stream, int type, void* y, float* rstd, void* sum, const void* x, const void* residual,
                           const void* weight, int64_t rows, int64_t width, int64_t x_stride, int64_t residual_stride,
                           float eps, int hf_rounding);

@@ -78,7 +78,7 @@ def _accuracy(folder: Path) -> float:
 
 def _retrieval(found: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """Of the last layer's vectors, after their mean has been taken off."""
-    views = {name: next(iter(found["models"][name]["layers"].values()))["centred"] for name in MODELS}
+    views = {name: next(iter(found["models"][name]["layers"].values()))["centered"] for name in MODELS}
     return {
         "halves of a document, recall@1": {name: view["recall_at_1"] for name, view in views.items()},
         "halves of a document, AUC": {name: view["auc"] for name, view in views.items()},
@@ -104,8 +104,8 @@ def _draw(out: Path, rows: Mapping[str, Mapping[str, float]]) -> None:
         for source, style in zip(SOURCES, ("-", "--"), strict=True):
             key = f"validation/{source}_valid_text_document/lm_loss"
             points = [(record["iteration"], record[key]) for record in records if key in record]
-            colour = {"lora": "C0", "full": "C1"}[name]
-            left.plot(*zip(*points, strict=True), style, color=colour, label=f"{source}, {NAMES[name]}")
+            color = {"lora": "C0", "full": "C1"}[name]
+            left.plot(*zip(*points, strict=True), style, color=color, label=f"{source}, {NAMES[name]}")
     left.set(xlabel="step", ylabel="validation loss, nats a token", title="domain and general text")
     left.legend(fontsize=8)
     shares = {what: row for what, row in rows.items() if not what.endswith("loss of a token")}

@@ -2,7 +2,7 @@
 
     python examples/astropt/galaxies.py --count 4400 --output galaxies.npz
 
-Each is a bulge and an inclined disk, the blue ones with knots of young stars, at a redshift that shows in colour, size
+Each is a bulge and an inclined disk, the blue ones with knots of young stars, at a redshift that shows in color, size
 and brightness; three bands with their own seeing and sky noise, stretched by arcsinh to 8 bits as survey JPEGs are. It
 is simulation: no population study, but a data set whose truth is known. GalSim is Rowe et al. 2015.
 """
@@ -74,7 +74,7 @@ def galaxy(seed: int, noise: float, number: int) -> tuple[NDArray[np.float32], N
 
 
 def stretched(images: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Fluxes to 8 bits; a flux of 0 becomes dark grey, so that the noise of the sky is kept."""
+    """Fluxes to 8 bits; a flux of 0 becomes dark gray, so that the noise of the sky is kept."""
     values = np.arcsinh(images / SOFTENING) / 5
     return np.clip((values + 0.15) / 1.15 * 255, 0, 255).astype(np.uint8)
 

@@ -32,7 +32,7 @@ EDGE = 4  # pixels whose median is the sky
 
 
 def measured(stamp: NDArray[np.uint8]) -> tuple[float, float, float, float]:
-    """Brightness, colour, size and axis ratio [magnitudes, magnitudes, log10 pixels, 1] of [side, side, 3] in z, r, g.
+    """Brightness, color, size and axis ratio [magnitudes, magnitudes, log10 pixels, 1] of [side, side, 3] in z, r, g.
 
     Of the stamp's own values, which are stretched: their order is that of what they stand for.
     """
@@ -42,7 +42,7 @@ def measured(stamp: NDArray[np.uint8]) -> tuple[float, float, float, float]:
     light = np.clip(values - np.median(values[border], axis=0), 0, None)
     _, red, green = light.sum((0, 1)) + 1
     y, x = np.indices(border.shape) - (len(border) - 1) / 2
-    weights = light.sum(-1) * (x**2 + y**2 < (len(border) / 4) ** 2)  # its neighbours are not the galaxy
+    weights = light.sum(-1) * (x**2 + y**2 < (len(border) / 4) ** 2)  # its neighbors are not the galaxy
     weights = weights / max(weights.sum(), 1e-9)
     distance = np.hypot(x, y).reshape(-1)
     order = np.argsort(distance)

@@ -54,7 +54,7 @@ def notes(facts: list[T], times: int, tell: Callable[[T, random.Random], str], c
 
 
 def web_questions(facts: Facts, count: int, chance: random.Random) -> list[str]:
-    """Questions and answers on what the base model may be asked about, a few in each document, labelled or not."""
+    """Questions and answers on what the base model may be asked about, a few in each document, labeled or not."""
     found = []
     for _ in range(count):
         if chance.random() < 0.5:

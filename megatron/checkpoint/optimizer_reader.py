@@ -2,7 +2,7 @@
 
 A rank of any layout asks for its own ranges; the index says which files overlap them, and only those are opened. What
 is read is read in whole blocks, whose checksums the manifest has. Blocks stay in memory until others push them out,
-because neighbouring ranges often share one. numpy and the standard library only: a login node can use it.
+because neighboring ranges often share one. numpy and the standard library only: a login node can use it.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ def build_datasets(
     stands: `consumed_samples` after `iteration` steps may be more than the configuration explains, where samples were
     left out, or the batch was larger, before. A longer order begins like a shorter one.
 
-    Raises DataError, TokenizerError or OSError. Where torch.distributed is initialised every rank must call this, and
+    Raises DataError, TokenizerError or OSError. Where torch.distributed is initialized every rank must call this, and
     if any rank fails, all raise one DataError that says which and why.
     """
     position = iteration, consumed_samples

@@ -1,4 +1,4 @@
-"""Images as pictures for people: bands to colours, values to 8 bits, several of them in a grid."""
+"""Images as pictures for people: bands to colors, values to 8 bits, several of them in a grid."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from megatron.data.indexed import DataError
 
 GAP = 2  # pixels between the images of a grid
-_NOTHING = 64  # grey where an image has no value
+_NOTHING = 64  # gray where an image has no value
 
 
-def colours(image: NDArray[Any], low: float, high: float) -> NDArray[np.uint8]:
+def colors(image: NDArray[Any], low: float, high: float) -> NDArray[np.uint8]:
     """[height, width, bands] -> [height, width, 3]: the first three bands as red, green and blue, else the first as
-    grey. `low` is black, `high` white, NaN dark grey."""
+    gray. `low` is black, `high` white, NaN dark gray."""
     shown = image[..., :3] if image.shape[-1] >= 3 else np.repeat(image[..., :1], 3, axis=-1)
     values = shown.astype(np.float32)
     scaled = np.clip((values - low) / max(high - low, 1e-12) * 255, 0, 255)
@@ -35,7 +35,7 @@ def picture_grid(rows: Sequence[Sequence[NDArray[Any]]]) -> NDArray[np.uint8]:
     for r, row in enumerate(rows):
         for c, image in enumerate(row):
             top, left = r * (height + GAP), c * (width + GAP)
-            canvas[top : top + height, left : left + width] = colours(image, low, high)
+            canvas[top : top + height, left : left + width] = colors(image, low, high)
     return canvas
 
 

@@ -14,9 +14,9 @@ from megatron.data.sample import Sample
 
 
 def spiral(rows: int, columns: int) -> NDArray[np.int64]:
-    """Raster numbers of a grid's places from its centre outwards, clockwise; the first step is to the right.
+    """Raster numbers of a grid's places from its center outwards, clockwise; the first step is to the right.
 
-    The centre of an even side is the one of the two middle places that comes first. Arms that leave a grid which is
+    The center of an even side is the one of the two middle places that comes first. Arms that leave a grid which is
     not square go on outside of it, and only the places inside count.
     """
     row, column = (rows - 1) // 2, (columns - 1) // 2
@@ -67,7 +67,7 @@ class PatchForm:
     """How images become samples, the same for all sources of a run.
 
     `seq_length` is the number of patches that are read: all but the last, or all, and the last then predicts nothing.
-    `fill` are the values of a patch that is blank: what becomes 0 when it is normalised.
+    `fill` are the values of a patch that is blank: what becomes 0 when it is normalized.
     """
 
     size: int

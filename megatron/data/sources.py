@@ -82,7 +82,7 @@ class TokenSource(SampleSource):
 class RunningPack(TokenSource):
     """GPT-NeoX's `packed`: the epochs joined are an endless stream, and sample k its tokens k*s to k*s + s.
 
-    Neighbours share a token; documents and epochs are crossed. The samples that begin in an epoch are read in random
+    Neighbors share a token; documents and epochs are crossed. The samples that begin in an epoch are read in random
     order before any of the next.
     """
 

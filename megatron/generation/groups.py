@@ -46,7 +46,7 @@ class SequenceGroup:
         """The next forward, None if there is nothing to do. New sequences come from the queue.
 
         `share` is how many this group may have at once, so that all groups have work. Prompts are read chunk by chunk,
-        the longest first, so that those with tokens left are neighbours.
+        the longest first, so that those with tokens left are neighbors.
         """
         room = min(self.slots, share) - len(self.running)
         # The others wait while prompts are read: not for each alone. A group without others takes what it may.

@@ -1,7 +1,7 @@
 """Images continued from their first patches, at any TP x PP x DP, with a key/value cache.
 
 The model predicts the mean of what may come next, not one possibility of it: what it continues is smooth. Each
-prediction is read as the next input. A standardised patch (`normalise: patch`) has lost its mean and standard
+prediction is read as the next input. A standardized patch (`normalise: patch`) has lost its mean and standard
 deviation; in the picture it gets those of the nearest patch that was given.
 """
 

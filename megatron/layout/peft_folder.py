@@ -28,7 +28,7 @@ _HARMLESS = {
     *("revision", "target_modules", "task_type", "use_rslora", "megatron_core", "qalora_group_size"),
     *("bias", "init_lora_weights", "runtime_config", "ensure_weight_tying"),
 }
-# Initialisations that leave the base weights as they were.
+# Initializations that leave the base weights as they were.
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 _LARGEST_HEADER = 1 << 27
 

@@ -18,7 +18,7 @@ from megatron.neox_arguments import NeoXArgs
 
 
 def standard_deviation(method: str, args: NeoXArgs) -> float:
-    """Standard deviation of one of GPT-NeoX's initialisation methods."""
+    """Standard deviation of one of GPT-NeoX's initialization methods."""
     if method == "normal":
         return args.init_method_std
     if method == "scaled_normal":

@@ -99,7 +99,7 @@ class AddedProducts:
 
 
 def add_adapters(layer: nn.Module, args: NeoXArgs, tp: TensorParallel) -> None:
-    """Put the factors that `args.lora` asks for beside the matrices of a decoder layer, not initialised."""
+    """Put the factors that `args.lora` asks for beside the matrices of a decoder layer, not initialized."""
     assert args.lora is not None
     rows = {row.neox: row for row in layout.factor_rows(args.lora.rank, args.lora.projections)}
     hooked = set()

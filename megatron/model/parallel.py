@@ -59,7 +59,7 @@ class _RowLinear(_PlainState, RowParallelLinear):
 
 @dataclass(frozen=True)
 class TensorParallel:
-    """Builds the parallel matrices of one tensor-parallel group. Weights are left uninitialised: every one of them
+    """Builds the parallel matrices of one tensor-parallel group. Weights are left uninitialized: every one of them
     is either read from a checkpoint or drawn by `megatron.model.initialize`.
 
     With `sequence_parallel` hidden states between layers are this rank's slice of the sequence, s / tp tokens.

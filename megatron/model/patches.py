@@ -31,7 +31,7 @@ EPSILON = 1e-8  # added to the standard deviation of a patch, as in AstroPT
 class PatchScale:
     """Raw values of patches -> what the model reads and predicts, in fp32.
 
-    Each patch is standardised by its own mean and (unbiased) standard deviation, or each band by those of the data.
+    Each patch is standardized by its own mean and (unbiased) standard deviation, or each band by those of the data.
     """
 
     patches: PatchKeys
@@ -49,7 +49,7 @@ class PatchScale:
     def raw(self, scaled: Tensor) -> Tensor:
         """The inverse for one scale of all patches. ValueError for patches that lost theirs."""
         if self.patches.normalise == "patch":
-            raise ValueError("a standardised patch does not know its mean and standard deviation")
+            raise ValueError("a standardized patch does not know its mean and standard deviation")
         mean, std = self._of_bands(scaled.device)
         return scaled.float() * std + mean
 
@@ -70,7 +70,7 @@ class PatchScale:
 
 class PlainLinear(nn.Module):
     """A matrix [out, in] without communication: one that every rank holds whole, or rows of one whose input is whole on
-    every rank and takes no gradient. Not initialised."""
+    every rank and takes no gradient. Not initialized."""
 
     def __init__(self, in_features: int, out_features: int, dtype: torch.dtype) -> None:
         super().__init__()

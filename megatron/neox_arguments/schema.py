@@ -29,7 +29,7 @@ _TITLES = {
     "ParallelKeys": "Ranks",
     "EngineKeys": "Engine",
     "PrecisionKeys": "Precision",
-    "OptimizationKeys": "Optimisation",
+    "OptimizationKeys": "Optimization",
     "DataKeys": "Data",
     "CheckpointKeys": "Checkpoints",
     "LoraKeys": "Adapters",

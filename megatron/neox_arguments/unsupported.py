@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from megatron.neox_arguments.keys.lora import QUANTISED
+from megatron.neox_arguments.keys.lora import QUANTIZED
 
 
 class Refusal(NamedTuple):
@@ -39,7 +39,7 @@ _NODES = (
     "their ranks with num_gpus."
 )
 _DEEPSPEED = "This DeepSpeed feature is not used here; GPT-NeoX's Llama runs do without it."
-_QUANTISED = f"{QUANTISED[0].upper()}{QUANTISED[1:]}."
+_QUANTIZED = f"{QUANTIZED[0].upper()}{QUANTIZED[1:]}."
 _PAIRS = [
     f"{side}_{part}_{kind}data_paths"
     for side in ("pos", "neg")
@@ -64,7 +64,7 @@ UNSUPPORTED: dict[str, Refusal] = {
     "soft_prompt_tuning": Refusal("Prompt tuning is not supported."),
     "num_unique_layers": Refusal("Layers do not share parameters in Llama."),
     "sparsity_config": Refusal("Sparse attention is not supported: Llama's is dense."),
-    **_family(_QUANTISED, "load_in_4bit", "load_in_8bit", "quantization_config"),
+    **_family(_QUANTIZED, "load_in_4bit", "load_in_8bit", "quantization_config"),
     "use_bnb_optimizer": Refusal("bitsandbytes optimizers are not supported; AdamW is.", (None, False)),
     "scheduler": Refusal("Give lr_decay_style, warmup and min_lr at top level."),
     "amp": Refusal("apex amp is not supported; give precision."),

@@ -1,7 +1,7 @@
 """RMSNorm and residual add + RMSNorm: y = x / sqrt(mean(x^2) + eps) * weight, over the last dimension.
 
 Arithmetic is fp32 (fp64 for fp64) from the input to one rounding at the end. `hf_rounding` instead rounds the
-normalised row to the input's dtype before the weight multiply, which is what transformers' LlamaRMSNorm does.
+normalized row to the input's dtype before the weight multiply, which is what transformers' LlamaRMSNorm does.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def add_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """(sum, y): `sum = x + residual`, rounded to their dtype, and `y = rms_norm(sum, weight, eps)`.
 
-    Normalising the rounded sum makes the pair equal to the two separate operations bit for bit, and lets the
+    Normalizing the rounded sum makes the pair equal to the two separate operations bit for bit, and lets the
     backward pass use the sum that the residual stream keeps anyway.
     """
     _check(x, weight)

@@ -1,4 +1,4 @@
-"""Messages between neighbouring stages of the pipeline, as the training sends them: which pairs, how large, how fast.
+"""Messages between neighboring stages of the pipeline, as the training sends them: which pairs, how large, how fast.
 
 Activations go one way and gradients the other at the same time. Under `engine: megatron` they travel over its own
 directed links, which are tried with it; under DeepSpeed over the world's group.
@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from megatron.neox_arguments import NeoXArgs
-from megatron.parallel.neighbours import neighbour_rounds
+from megatron.parallel.neighbors import neighbor_rounds
 from megatron.preflight.compare import LINK_SHARE
 from megatron.preflight.diagnosis import Roster
 from megatron.preflight.measurements import payload_pattern, synchronize
@@ -43,7 +43,7 @@ def stage_rounds(args: NeoXArgs) -> list[list[Pair]]:
     A pair is tried in both directions at once, so two stages that follow each other are one pair.
     """
     stages, ranks = args.pipe_parallel_size, args.data_parallel_size * args.model_parallel_size
-    return neighbour_rounds(stages, ranks, closed=args.virtual_pipe_parallel_size > 1 and stages > 2)
+    return neighbor_rounds(stages, ranks, closed=args.virtual_pipe_parallel_size > 1 and stages > 2)
 
 
 def _post(pair: Pair, rank: int, links: Links | None, sent: torch.Tensor, received: torch.Tensor) -> list[dist.Work]:
@@ -95,7 +95,7 @@ def stage_link_lines(
 
     way = "over directed links" if over_links else "over the world group"
     lines = [
-        f"neighbouring stages: {len(rates)} pairs, {size / 1e6:.3g} MB both ways at once {way}, right; GB/s each way: "
+        f"neighboring stages: {len(rates)} pairs, {size / 1e6:.3g} MB both ways at once {way}, right; GB/s each way: "
         f"median {median / 1e9:.3g}, min {rates[ordered[0]] / 1e9:.3g}, max {rates[ordered[-1]] / 1e9:.3g}, slowest "
         f"{named(ordered[0])}"
     ]
@@ -135,5 +135,5 @@ def communicator_line(taken: Sequence[int | None], links: int) -> str:
     mib = sorted(one / 2**20 for one in known)
     return (
         f"a communicator of two ranks takes {statistics.median(mib):.0f} MiB of device memory (min {mib[0]:.0f}, max "
-        f"{mib[-1]:.0f}); a rank has {links} to its neighbours, for each of which the plan counts 650"
+        f"{mib[-1]:.0f}); a rank has {links} to its neighbors, for each of which the plan counts 650"
     )

@@ -73,7 +73,7 @@ def test_meta(shards: int, columns: bool, tmp_path: Path) -> None:
     expected = {k: v for k, v in model.config().items() if k in config and k != "max_position_embeddings"}
     assert {k: config[k] for k in expected} == expected
     assert config["max_position_embeddings"] == 131072
-    assert (tmp_path / "out" / "LICENSE").read_text() == "community licence"
+    assert (tmp_path / "out" / "LICENSE").read_text() == "community license"
     convert("to-neox", "--input", tmp_path / "meta", "--output", tmp_path / "neox", "--tp", 2, "--set", scaling)
     convert("verify", tmp_path / "out", tmp_path / "neox")
 

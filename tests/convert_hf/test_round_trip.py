@@ -163,7 +163,7 @@ MUTATIONS = {
     "gate/up swapped": (tensor_map, "rank_slices", _swap_sources(Packing.UP_GATE, 0, 1)),
     "k/v swapped": (tensor_map, "rank_slices", _swap_sources(Packing.QKV, 1, 2)),
     "group order": (tensor_map, "rank_slices", _mutate_slices(_reversed_groups)),
-    "norm swapped with its neighbour": (targets, "layer_files", _swapped_norms),
+    "norm swapped with its neighbor": (targets, "layer_files", _swapped_norms),
 }
 
 

@@ -27,7 +27,7 @@ FORM = PatchForm(4, "spiral", 8, (9.0,), "float32")
 
 
 @given(st.integers(1, 9), st.integers(1, 9))
-def test_a_spiral_is_a_permutation_from_the_centre(rows: int, columns: int) -> None:
+def test_a_spiral_is_a_permutation_from_the_center(rows: int, columns: int) -> None:
     order = spiral(rows, columns)
     assert sorted(order.tolist()) == list(range(rows * columns))
     rings = np.maximum(np.abs(order // columns - (rows - 1) / 2), np.abs(order % columns - (columns - 1) / 2))
@@ -62,7 +62,7 @@ def test_blank_patches_are_read_and_not_learned() -> None:
     sample = FORM.make(image, 5)
     assert sample["patches"].shape == sample["targets"].shape == (8, 16)
     assert (~sample["mask"]).nonzero().flatten().tolist() == sorted([flat - 1, holed - 1])
-    assert (sample["patches"][[flat, holed]] == 9.0).all(), "filled with what is 0 when it is normalised"
+    assert (sample["patches"][[flat, holed]] == 9.0).all(), "filled with what is 0 when it is normalized"
     assert torch.isfinite(sample["patches"]).all()
     assert torch.isfinite(sample["targets"]).all()
     assert torch.equal(sample["patches"][1:], sample["targets"][:-1])

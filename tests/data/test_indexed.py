@@ -75,7 +75,7 @@ def test_foreign_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="without its ending"):
         IndexedFile(tmp_path / "d.bin")
     bad = idx.copy()
-    bad[34] += 1  # a document one token longer than its neighbour's offset says
+    bad[34] += 1  # a document one token longer than its neighbor's offset says
     (tmp_path / "d.idx").write_bytes(bad)
     with pytest.raises(DataError, match="disagree"):
         IndexedFile(tmp_path / "d").check_offsets()

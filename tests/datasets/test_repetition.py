@@ -75,8 +75,8 @@ def test_one_copy_of_a_loop_is_kept(unit: list[str], turns: int, repeats: int) -
 
 
 def test_loops_across_lines_and_off() -> None:
-    text = "Start.\n" + "A line that comes again\nand its neighbour.\n" * 7 + "End.\n"
-    assert cut(text, find_loops(text, 5, 100)) == "Start.\nA line that comes again\nand its neighbour.\nEnd.\n"
+    text = "Start.\n" + "A line that comes again\nand its neighbor.\n" * 7 + "End.\n"
+    assert cut(text, find_loops(text, 5, 100)) == "Start.\nA line that comes again\nand its neighbor.\nEnd.\n"
     assert find_loops(text, 0, 0) == []
     assert find_loops(text, 8, 100) == []
     assert find_loops(text, 5, 10_000) == []

@@ -51,7 +51,7 @@ def test_stamps_hold_sources_and_lie_inside() -> None:
 
 
 def test_stamps_are_measured() -> None:
-    """An ellipse: its axis ratio, and the order of brightness, colour and size."""
+    """An ellipse: its axis ratio, and the order of brightness, color and size."""
     from examples.astropt.predictions import measured
 
     y, x = np.indices((64, 64)) - 31.5

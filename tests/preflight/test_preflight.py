@@ -341,7 +341,7 @@ AT_ONCE = 3  # preflights; most of their time is waiting for the end of a phase
 
 @pytest.fixture(scope="module")
 def stalled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[tuple[int, str]]]:
-    """Results of a fault, which is arranged together with its neighbours in STALLS."""
+    """Results of a fault, which is arranged together with its neighbors in STALLS."""
     known: dict[str, list[tuple[int, str]]] = {}
     names = [stall[0] for stall in STALLS]
 

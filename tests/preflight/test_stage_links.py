@@ -1,4 +1,4 @@
-"""Neighbouring stages: every pair once, one partner at a time, messages of the training's size; and what is said."""
+"""Neighboring stages: every pair once, one partner at a time, messages of the training's size; and what is said."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from megatron.neox_arguments import NeoXArgs
 from megatron.parallel.gpu_placement import Seat, coordinates
-from megatron.parallel.neighbours import neighbour_rounds
+from megatron.parallel.neighbors import neighbor_rounds
 from megatron.preflight.diagnosis import Roster
 from megatron.preflight.stage_links import (
     communicator_line,
@@ -43,8 +43,8 @@ def test_the_70b_s_messages_are_16_8_mb() -> None:
 
 @pytest.mark.unit
 @pytest.mark.parametrize(("pipe", "closed"), [(2, False), (2, True), (3, True), (5, False), (8, False), (8, True)])
-def test_every_pair_of_neighbours_meets_once_and_alone(pipe: int, closed: bool) -> None:
-    rounds = neighbour_rounds(pipe, 4, closed)
+def test_every_pair_of_neighbors_meets_once_and_alone(pipe: int, closed: bool) -> None:
+    rounds = neighbor_rounds(pipe, 4, closed)
     for pairs in rounds:
         members = list(chain(*pairs))
         assert len(members) == len(set(members))
@@ -71,9 +71,9 @@ def test_slow_pairs_are_named() -> None:
     roster.seats.update(
         {rank: Seat(rank, f"n{rank // 8}", rank % 8, *coordinates(rank, *sizes)) for rank in range(2048)}
     )
-    rates = dict.fromkeys(chain(*neighbour_rounds(8, 256, True)), 11e9)
+    rates = dict.fromkeys(chain(*neighbor_rounds(8, 256, True)), 11e9)
     lines = stage_link_lines(rates, 16_777_216, roster, torch.device("cuda", 0), over_links=True)
-    assert lines[0].startswith("neighbouring stages: 2048 pairs, 16.8 MB both ways at once over directed links, right")
+    assert lines[0].startswith("neighboring stages: 2048 pairs, 16.8 MB both ways at once over directed links, right")
     assert len(lines) == 1
     rates[3, 259] = 2e9
     lines = stage_link_lines(rates, 16_777_216, roster, torch.device("cuda", 0), over_links=True)
@@ -90,7 +90,7 @@ def test_slow_pairs_are_named() -> None:
 def test_what_a_communicator_takes_is_said() -> None:
     assert communicator_line([None, None], 4).endswith("takes no device memory on CPUs")
     line = communicator_line([300 << 20, 200 << 20, 400 << 20, None], 4)
-    assert "takes 300 MiB of device memory (min 200, max 400); a rank has 4 to its neighbours" in line
+    assert "takes 300 MiB of device memory (min 200, max 400); a rank has 4 to its neighbors" in line
 
 
 def _exchange(rank: int, world_size: int, fault: str) -> list[float]:

@@ -37,7 +37,7 @@ def test_recall_and_auc_are_those_of_the_whole_matrix() -> None:
 
     first, second = halves(700, 0.8, seed=1)  # more documents than rows of one piece
     first[5] = first[6] = second[5] = second[6]  # equal vectors: neither is the nearest
-    found = compare_halves(first, second, centred=False)
+    found = compare_halves(first, second, centered=False)
     a, b = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (first, second))
     cosines, same = a @ b.T, np.eye(len(a), dtype=bool)
     assert found.auc == pytest.approx(roc_auc_score(same.ravel(), cosines.ravel()), abs=1e-7)
@@ -52,21 +52,21 @@ def test_recall_and_auc_are_those_of_the_whole_matrix() -> None:
 def test_vectors_without_a_signal_are_at_chance() -> None:
     first, _ = halves(400, 0, seed=1)
     second, _ = halves(400, 0, seed=2)
-    found = compare_halves(first, second, centred=True)
+    found = compare_halves(first, second, centered=True)
     assert found.hits.mean() < 0.02
     assert abs(found.auc - 0.5) < 0.05
 
 
-def test_a_common_part_is_seen_raw_and_not_centred() -> None:
+def test_a_common_part_is_seen_raw_and_not_centered() -> None:
     first, second = halves(300, 1, seed=1)
     shift = 40 * np.ones(first.shape[1])
     plain, shifted = (
-        compare_halves(first, second, centred=True),
-        compare_halves(first + shift, second + shift, centred=True),
+        compare_halves(first, second, centered=True),
+        compare_halves(first + shift, second + shift, centered=True),
     )
     assert shifted.auc == pytest.approx(plain.auc)
     assert (shifted.hits == plain.hits).all()
-    assert compare_halves(first + shift, second + shift, centred=False).mean_different > 0.99
+    assert compare_halves(first + shift, second + shift, centered=False).mean_different > 0.99
     assert abs(shifted.mean_different) < 0.05
 
 
@@ -75,11 +75,11 @@ def test_models_are_compared_on_the_same_documents(tmp_path: Path) -> None:
     better = read_features(write(tmp_path / "better.npy", *halves(300, 1.0, seed=3)))
     report = retrieval_report({"base": base, "better": better}, sample=200)
     assert (report["documents"], report["documents_there"]) == (200, 300)
-    centred = {name: report["models"][name]["layers"]["0"]["centred"] for name in ("base", "better")}
-    assert centred["better"]["recall_at_1"] > centred["base"]["recall_at_1"] + 0.2
-    low, high = centred["better"]["recall_at_1_wilson_95"]
-    assert low < centred["better"]["recall_at_1"] < high
-    test = report["models"]["better"]["against_base"]["centred"]
+    centered = {name: report["models"][name]["layers"]["0"]["centered"] for name in ("base", "better")}
+    assert centered["better"]["recall_at_1"] > centered["base"]["recall_at_1"] + 0.2
+    low, high = centered["better"]["recall_at_1_wilson_95"]
+    assert low < centered["better"]["recall_at_1"] < high
+    test = report["models"]["better"]["against_base"]["centered"]
     assert (test["found_now"] - test["found_before"]) == test["gained"] - test["lost"]
     assert test["mcnemar_exact_p"] < 1e-6
 
@@ -92,7 +92,7 @@ def test_the_command_writes_a_report_and_a_picture(tmp_path: Path, capsys: pytes
     command = ["retrieval", *words, "--output", str(tmp_path / "out/r.json"), "--picture", str(picture)]
     assert main(command) == 0
     report = json.loads((tmp_path / "out/r.json").read_text())
-    shown = f"{100 * report['models']['adapted']['layers']['0']['centred']['recall_at_1']:.1f} %"
+    shown = f"{100 * report['models']['adapted']['layers']['0']['centered']['recall_at_1']:.1f} %"
     assert shown in capsys.readouterr().out
     assert picture.stat().st_size > 5000
 

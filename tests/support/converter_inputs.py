@@ -48,7 +48,7 @@ def write_meta(folder: Path, model: Model, state: dict[str, Tensor], shards: int
     if model.kv_heads != model.heads:
         values["n_kv_heads"] = model.kv_heads
     (folder / "params.json").write_text(json.dumps(values | {"vocab_size": model.vocab} | params))
-    (folder / "LICENSE").write_text("community licence")
+    (folder / "LICENSE").write_text("community license")
 
 
 def training_arguments(model: Model, tp: int) -> dict[str, Any]:

@@ -12,15 +12,15 @@ from tools.datasets.preprocess_images import main
 
 
 def blobs(count: int, side: int, bands: int = 3, seed: int = 0) -> NDArray[np.uint8]:
-    """[count, side, side, bands]: a smooth blob of random place, width and colour on a little noise."""
+    """[count, side, side, bands]: a smooth blob of random place, width and color on a little noise."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:side, :side]
     images = np.empty((count, side, side, bands), np.uint8)
     for number in range(count):
         cy, cx = rng.uniform(side / 4, 3 * side / 4, 2)
         width = rng.uniform(side / 8, side / 3)
-        colour = rng.uniform(80, 200, bands)
-        blob = np.exp(-((y - cy) ** 2 + (x - cx) ** 2) / (2 * width**2))[..., None] * colour
+        color = rng.uniform(80, 200, bands)
+        blob = np.exp(-((y - cy) ** 2 + (x - cx) ** 2) / (2 * width**2))[..., None] * color
         images[number] = np.clip(20 + blob + rng.normal(0, 4, (side, side, bands)), 0, 255)
     return images
 

@@ -12,7 +12,7 @@ import numpy as np
 from .report import WORKING_RANGE, MergeReport, cosine
 
 # Okabe and Ito's palette, which is distinguishable with every kind of color vision.
-_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#f0e442", "#999999")
+_COLORS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#f0e442", "#999999")
 
 
 def draw_report(report: MergeReport, path: Path) -> None:
@@ -29,7 +29,7 @@ def draw_report(report: MergeReport, path: Path) -> None:
         for i, label in enumerate(report.labels):
             sums = [(kind, kind.parents[i]) for kind in kinds.values()]
             at = places + (i - (len(report.labels) - 1) / 2) * height
-            style = {"height": height, "color": _COLOURS[i % len(_COLOURS)], "label": label}
+            style = {"height": height, "color": _COLORS[i % len(_COLORS)], "label": label}
             sizes.barh(at, [(p.squares / k.elements) ** 0.5 for k, p in sums], **style)
             angles.barh(at, [cosine(p, k) for k, p in sums], **style)
             extents.barh(at, [p.extent for _, p in sums], **style)

@@ -1,6 +1,6 @@
 """Linear probes of one property by scikit-learn: cross-validated scores, and predictions for other items.
 
-Numbers by ridge regression, scored by R2; classes by logistic regression, scored by accuracy. Features are standardised
+Numbers by ridge regression, scored by R2; classes by logistic regression, scored by accuracy. Features are standardized
 by what is fitted. The strength of the penalty is chosen by cross-validation too, never on test items.
 """
 
@@ -14,7 +14,7 @@ import numpy as np
 from tools.probe.labels import Kind
 
 FOLDS = 5
-ALPHAS = np.logspace(-2, 6, 17)  # of ridge, for standardised features
+ALPHAS = np.logspace(-2, 6, 17)  # of ridge, for standardized features
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)  # C of logistic regression
 _SMALLEST = 1e-12  # of a deviation: below it a feature is constant
 

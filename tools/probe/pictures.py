@@ -10,7 +10,7 @@ import numpy as np
 
 from tools.probe.retrieval import VIEWS
 
-_COLOURS = {"trained": "C0", "untrained": "0.55", "inputs": "C1"}
+_COLORS = {"trained": "C0", "untrained": "0.55", "inputs": "C1"}
 
 
 def draw_retrieval(report: Mapping[str, Any], path: Path) -> None:
@@ -22,9 +22,9 @@ def draw_retrieval(report: Mapping[str, Any], path: Path) -> None:
         layer, views = list(model["layers"].items())[-1]
         for column, view in enumerate(VIEWS):
             one, axes = views[view], panels[row][column]
-            for kind, colour in (("different", "0.6"), ("same", "C0")):
+            for kind, color in (("different", "0.6"), ("same", "C0")):
                 counts = np.array(one[f"histogram_{kind}"], dtype=float)
-                axes.stairs(counts / max(counts.sum(), 1), edges, fill=True, color=colour, alpha=0.6, label=kind)
+                axes.stairs(counts / max(counts.sum(), 1), edges, fill=True, color=color, alpha=0.6, label=kind)
             axes.set_title(
                 f"{label}, layer {layer}, {view}: recall@1 {100 * one['recall_at_1']:.1f} %, AUC {one['auc']:.3f}",
                 fontsize=8,
@@ -54,7 +54,7 @@ def _scores(axes: Any, one: Mapping[str, Any]) -> None:
     for place, (name, source) in enumerate(one["sources"].items()):
         low, high = source["interval_95"]
         errors = [[max(0, source["test"] - low)], [max(0, high - source["test"])]]
-        axes.bar(place, source["test"], 0.6, yerr=errors, capsize=3, color=_COLOURS[name])
+        axes.bar(place, source["test"], 0.6, yerr=errors, capsize=3, color=_COLORS[name])
     axes.set_xticks(range(len(one["sources"])), list(one["sources"]))
     if "most_frequent" in one:
         axes.axhline(one["most_frequent"], ls=":", color="0.3", lw=0.8)
@@ -65,10 +65,10 @@ def _layers(axes: Any, one: Mapping[str, Any]) -> None:
         scores = source["cross_validated"]
         places = [int(choice) for choice in scores]
         if name == "inputs":
-            axes.axhline(max(scores.values()), ls="--", color=_COLOURS[name], lw=1)
+            axes.axhline(max(scores.values()), ls="--", color=_COLORS[name], lw=1)
             continue
-        axes.plot(places, list(scores.values()), ".-", color=_COLOURS[name], lw=1)
-        axes.plot(source["choice"], scores[str(source["choice"])], "*", color=_COLOURS[name], ms=9)
+        axes.plot(places, list(scores.values()), ".-", color=_COLORS[name], lw=1)
+        axes.plot(source["choice"], scores[str(source["choice"])], "*", color=_COLORS[name], ms=9)
     axes.set_title("cross-validated, by layer", fontsize=8)
 
 
@@ -77,7 +77,7 @@ def _labels(axes: Any, one: Mapping[str, Any]) -> None:
         points = [(p["labels"], p["scores"][name]) for p in one["labels"] if p["scores"][name]]
         means = [float(np.mean(scores)) for _, scores in points]
         spread = [float(np.std(scores)) for _, scores in points]
-        axes.errorbar([n for n, _ in points], means, spread, fmt=".-", color=_COLOURS[name], lw=1, capsize=2)
+        axes.errorbar([n for n, _ in points], means, spread, fmt=".-", color=_COLORS[name], lw=1, capsize=2)
     axes.set(xscale="log")
     axes.set_title("test score, by number of labels", fontsize=8)
 

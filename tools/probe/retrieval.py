@@ -1,4 +1,4 @@
-"""Do the halves of a document find each other? Recall and AUC of cosine similarities, as they are and mean-centred.
+"""Do the halves of a document find each other? Recall and AUC of cosine similarities, as they are and mean-centered.
 
 Similarities of a language model's vectors share a large common part: random texts look alike, and a raw cosine measures
 how much. After the mean of all vectors has been subtracted, what is left is what texts differ in.
@@ -20,7 +20,7 @@ from tools.probe.halves import FIRST, SECOND
 BINS = np.linspace(-1, 1, 101)
 _ROWS = 512  # of the matrix of similarities at a time
 _TIE = 1e-9  # cosines of equal vectors differ by rounding
-VIEWS = ("raw", "centred")
+VIEWS = ("raw", "centered")
 
 
 @dataclass(frozen=True)
@@ -49,14 +49,14 @@ class Similarities:
         }
 
 
-def compare_halves(first: np.ndarray, second: np.ndarray, *, centred: bool) -> Similarities:
+def compare_halves(first: np.ndarray, second: np.ndarray, *, centered: bool) -> Similarities:
     """Cosines of all first halves [documents, h] with all second ones, piece by piece.
 
     AUC is the share of (same, different) pairs of similarities in the right order, ties counted half (Mann-Whitney).
     A half is found if it is nearer than all others: a tie is no hit.
     """
     first, second = np.asarray(first, np.float64), np.asarray(second, np.float64)
-    if centred:
+    if centered:
         mean = (first.mean(0) + second.mean(0)) / 2
         first, second = first - mean, second - mean
     first, second = _units(first), _units(second)
@@ -135,7 +135,7 @@ def retrieval_report(models: Mapping[str, Features], sample: int, seed: int = 0)
         layers: dict[str, Any] = {}
         for layer in features.layers:
             found = {
-                view: compare_halves(*(features.layer(layer, part) for part in rows), centred=view == "centred")
+                view: compare_halves(*(features.layer(layer, part) for part in rows), centered=view == "centered")
                 for view in VIEWS
             }
             layers[str(layer)] = {view: one.facts() for view, one in found.items()}
@@ -177,9 +177,9 @@ def lines_of_retrieval(report: Mapping[str, Any]) -> list[str]:
                 )
         for name, views in model.items():
             if name.startswith("against_"):
-                one = views["centred"]
+                one = views["centered"]
                 lines.append(
-                    f"  {label} {name.replace('_', ' ')}, centred: {one['gained']} documents gained, {one['lost']} "
+                    f"  {label} {name.replace('_', ' ')}, centered: {one['gained']} documents gained, {one['lost']} "
                     f"lost, exact McNemar p = {one['mcnemar_exact_p']:.3g}"
                 )
     return lines

@@ -1,6 +1,6 @@
 // Runs the kernel sources of this folder on the CPU, for tests. Not fast, not for training.
 //
-// Every thread of a block is a fibre; one block runs at a time, on the calling thread. A lane runs until it reaches a
+// Every thread of a block is a fiber; one block runs at a time, on the calling thread. A lane runs until it reaches a
 // shuffle, a barrier or its end, so the emulator sees exactly which lanes meet. It stops a launch with a message when
 //   - a shuffle is not reached by every lane of its wave, or a barrier by every thread of the block;
 //   - a global access leaves the tensors given to the launch, or a vector access is not aligned to its size;
@@ -56,7 +56,7 @@ struct Machine {
   int compute_units = 110;
   int64_t launches = 0;
   int threads = 0;
-  int thread = 0;             // running fibre
+  int thread = 0;             // running fiber
   int64_t block = 0;          // running block, counted over the grid
   int64_t index[3] = {0, 0, 0};  // and its x, y, z
   int epoch = 0;      // barriers passed, over all blocks and launches
@@ -79,7 +79,7 @@ inline std::string where() {
   return "block " + std::to_string(m.block) + ", thread " + std::to_string(m.thread) + ": ";
 }
 
-// Back to the scheduler; a stopped fibre is abandoned with its stack, which the next launch reuses.
+// Back to the scheduler; a stopped fiber is abandoned with its stack, which the next launch reuses.
 [[noreturn]] inline void yield_to_scheduler() { _longjmp(machine().scheduler, 1); }
 
 [[noreturn]] inline void fail(const std::string& message) {
@@ -106,14 +106,14 @@ inline uint32_t shuffle_xor_bits(uint32_t value, int mask) {
 
 inline void barrier() { wait_as(State::kBarrier); }
 
-inline void fibre_entry() {
+inline void fiber_entry() {
   Machine& m = machine();
   (*m.body)();
   m.lanes[m.thread].state = State::kDone;
   yield_to_scheduler();
 }
 
-// Runs one fibre until it waits or ends.
+// Runs one fiber until it waits or ends.
 inline void run_lane(int thread) {
   Machine& m = machine();
   m.thread = thread;
@@ -127,7 +127,7 @@ inline void run_lane(int thread) {
   context.uc_stack.ss_sp = m.stacks[thread].get();
   context.uc_stack.ss_size = kStackBytes;
   context.uc_link = &m.back;
-  makecontext(&context, fibre_entry, 0);
+  makecontext(&context, fiber_entry, 0);
   setcontext(&context);
 }
 

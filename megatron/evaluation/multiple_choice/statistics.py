@@ -15,9 +15,9 @@ def wilson_interval(correct: int, n: int, z: float = Z95) -> tuple[float, float]
     if n == 0:
         return 0.0, 1.0
     share = correct / n
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    center = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return max(0.0, center - half), min(1.0, center + half)
 
 
 def mcnemar_exact(gained: int, lost: int) -> float:

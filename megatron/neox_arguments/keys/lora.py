@@ -23,15 +23,15 @@ registry = Registry()
 
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 _PEFT_WORDS = {"r": "rank", "lora_alpha": "alpha", "target_modules": "targets", "use_rslora": "rslora"}
-QUANTISED = (
+QUANTIZED = (
     "a quantized base is not supported: it rounds every weight to a few values, so that none of the checks used here "
     "would apply, and a merge would give a different model from the one trained. Split a bf16 base by tensor "
     "parallelism instead: raise model_parallel_size"
 )
 _REFUSED = {
-    "quantization": QUANTISED,
-    "load_in_4bit": QUANTISED,
-    "load_in_8bit": QUANTISED,
+    "quantization": QUANTIZED,
+    "load_in_4bit": QUANTIZED,
+    "load_in_8bit": QUANTIZED,
     "dropout": "dropout is not supported: the recomputation used here does not replay random states; leave it out",
     "use_dora": "DoRA is not supported; plain LoRA and rslora are",
     "bias": "a Llama has no biases; leave it out",

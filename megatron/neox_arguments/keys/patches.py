@@ -58,7 +58,7 @@ class PatchKeys(Keys):
     size: int = required("Side of a patch in pixels. AstroPT: 16.", ours=True, gt=0)
     channels: int = key(3, "Bands of the images.", ours=True, gt=0)
     order: Literal["spiral", "raster"] = key(
-        "spiral", "Order of the patches: from the centre outwards, or row by row from the top left.", ours=True
+        "spiral", "Order of the patches: from the center outwards, or row by row from the top left.", ours=True
     )
     normalise: Literal["none", "patch"] = key(
         "none",

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's palette, which is distinguishable with every kind of color vision.
 _FORWARD, _AGAIN, _BACKWARD, _IDLE, _END = "#0072b2", "#56b4e9", "#e69f00", "#eeeeee", "#009e73"
-_COLOURS = dict(
+_COLORS = dict(
     zip(
         KINDS,
         ("#0072b2", "#e69f00", "#009e73", "#56b4e9", "#d55e00", "#cc79a7", "#f0e442", "#999999", "#444444"),
@@ -70,8 +70,8 @@ def _schedule(plan: Plan, axes) -> None:  # type: ignore[no-untyped-def]  # matp
         first = length * again[one.stage] / (2 + again[one.stage]) if one.kind == "backward" else 0.0
         if first:
             axes.barh(one.stage, first, left=start, color=_AGAIN, height=0.86)
-        colour = _FORWARD if one.kind == "forward" else _BACKWARD
-        axes.barh(one.stage, length - first, left=start + first, color=colour, height=0.86)
+        color = _FORWARD if one.kind == "forward" else _BACKWARD
+        axes.barh(one.stage, length - first, left=start + first, color=color, height=0.86)
         axes.plot([start, start], [one.stage - 0.43, one.stage + 0.43], color="white", linewidth=0.5)
         if length / (end + after) > 0.011:
             axes.text(
@@ -121,7 +121,7 @@ def _memory(plan: Plan, axes) -> None:  # type: ignore[no-untyped-def]
         heights = [stage.by_kind[kind] / GIB for stage in plan.stages]
         if max(heights) < 0.002 * plan.fullest.peak / GIB:
             continue
-        axes.bar(stages, heights, bottom=bottom, color=_COLOURS[kind], label=kind, width=0.7)
+        axes.bar(stages, heights, bottom=bottom, color=_COLORS[kind], label=kind, width=0.7)
         bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
     for stage in plan.stages:
         axes.text(stage.stage, bottom[stage.stage], f"{stage.peak / GIB:.1f}", ha="center", va="bottom", fontsize=8)

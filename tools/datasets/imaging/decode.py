@@ -55,7 +55,7 @@ def _picture(item: Path | bytes) -> NDArray[Any]:
     try:
         with Image.open(item if isinstance(item, Path) else io.BytesIO(item)) as picture:
             if picture.mode not in ("L", "RGB", "P", "I;16", "I;16B", "F"):
-                raise ImageError(f"mode {picture.mode}", "expected grey, RGB or 16-bit grey values")
+                raise ImageError(f"mode {picture.mode}", "expected gray, RGB or 16-bit gray values")
             return np.asarray(picture.convert("RGB") if picture.mode == "P" else picture)
     except ImageError:
         raise

@@ -6,7 +6,7 @@ Pair = tuple[int, int]
 """Two global ranks: of a stage, and of the next one."""
 
 
-def neighbour_rounds(stages: int, ranks_per_stage: int, closed: bool) -> list[list[Pair]]:
+def neighbor_rounds(stages: int, ranks_per_stage: int, closed: bool) -> list[list[Pair]]:
     """Rounds of pairs in which each rank has one partner at most: the next stage's rank, or that of the stage before.
 
     `closed`: the last stage is followed by the first, as with virtual stages; two stages are then neighbors twice, once
