@@ -31,7 +31,12 @@ from megatron.engine.batches import (
     padded,
     sequence,
 )
-from megatron.engine.deepspeed_hooks import run_instructions_inside, run_optimizer_after, take_norm_of_all_groups
+from megatron.engine.deepspeed_hooks import (
+    free_logits_after_backward,
+    run_instructions_inside,
+    run_optimizer_after,
+    take_norm_of_all_groups,
+)
 from megatron.engine.deepspeed_loss_scale import LossScale
 from megatron.engine.deepspeed_module import LlamaPipelineModule
 from megatron.engine.deepspeed_optimizer import load_shards, optimizer_shards
@@ -93,6 +98,7 @@ class DeepSpeedEngine:
         if args.precision == "fp16":
             engine._loss_scale = LossScale(engine.pipeline_engine.optimizer)
         run_optimizer_after(engine.pipeline_engine, engine.complete_gradients)
+        free_logits_after_backward(engine.pipeline_engine)
         take_norm_of_all_groups(engine.pipeline_engine.optimizer, group_names(args.trained_shape))
         engine.run_inside(around)
         return engine

@@ -54,6 +54,25 @@ def run_optimizer_after(engine: PipelineEngine, action: Callable[[], None]) -> N
     engine._INSTRUCTION_MAP = {**engine._INSTRUCTION_MAP, schedule.OptimizerStep: execute}
 
 
+def free_logits_after_backward(engine: PipelineEngine) -> None:
+    """Let go of a micro-batch's logits, their graph and its input once the last stage has differentiated the loss.
+
+    DeepSpeed does so on the other stages only; the last one would keep the logits of two micro-batches while it
+    computes those of a third.
+    """
+    _check_table(engine)
+    if not engine.is_last_stage():
+        return
+    original = engine._INSTRUCTION_MAP[schedule.BackwardPass]
+
+    def execute(self: PipelineEngine, buffer_id: int) -> None:
+        original(self, buffer_id=buffer_id)
+        self.pipe_buffers["outputs"][buffer_id] = None
+        self.loss = self.loss.detach()
+
+    engine._INSTRUCTION_MAP = {**engine._INSTRUCTION_MAP, schedule.BackwardPass: execute}
+
+
 def take_norm_of_all_groups(optimizer: Any, names: Sequence[str]) -> None:
     """Have every rank reduce the norms of all parameter groups of the model, in the order of `names`.
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron.parallel.gpu_placement import coordinates
-from megatron.parallel.neighbours import neighbour_rounds
+from megatron.parallel.neighbors import neighbor_rounds
 from megatron.parallel.place import Place
 from megatron.parallel.process_groups import ModelGroups
 
@@ -148,9 +148,9 @@ class _Maker:
 
 
 def _links(maker: _Maker, place: Place, virtual: bool) -> Links:
-    """Links of this rank, made in rounds in which a rank has one neighbour at most: its next, or the one before."""
+    """Links of this rank, made in rounds in which a rank has one neighbor at most: its next, or the one before."""
     found: dict[str, Link] = {}
-    for pairs in neighbour_rounds(place.pp, place.dp * place.tp, closed=virtual):
+    for pairs in neighbor_rounds(place.pp, place.dp * place.tp, closed=virtual):
         own = next((pair for pair in pairs if place.rank in pair), None)
         for kind in ("hidden", "gradient"):
             group = maker.split(pairs)

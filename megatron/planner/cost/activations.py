@@ -93,6 +93,7 @@ class Activations:
     frozen: bool  # an adapter is trained on frozen weights
     adapters: int  # elements its factors keep for a layer
     unread: int  # part of what is kept without an adapter: inputs of matrices that have none
+    joined: int  # products of the adapters of up and gate, which are joined to be added
     ends: PatchEnds | None = None  # for a model of images
 
     @classmethod
@@ -126,7 +127,8 @@ class Activations:
             # fp32 copies of up, gate, dout, of both gradients, and one product; or the product alone
             swiglu_temporaries=block(f // t) * FP32 * (6 if upcast else 1),
             norm_temporaries=block(h) * FP32 * (3 if upcast else 0),
-            loss_temporaries=block(vocabulary) * FP32 * (2 if upcast else 0),
+            # the softmax, and an fp32 copy of what it is taken of
+            loss_temporaries=block(vocabulary) * FP32 * (2 if upcast else 1),
             sliced=layout.sequence_parallel and t > 1,
             several=layout.micro_batch > 1,
             documents=documents,
@@ -134,6 +136,7 @@ class Activations:
             frozen=shape.frozen_base,
             adapters=_kept_by_adapters(shape, layout, tokens) * element,
             unread=_unread(shape, layout, tokens) * element,
+            joined=tokens * 2 * f // t * element * ("mlp.linear1" in _factors_by_matrix(shape, t)),
             ends=PatchEnds.of(shape, layout, tokens, element) if isinstance(shape, PatchShape) else None,
         )
 
@@ -153,6 +156,13 @@ class Activations:
         if recompute == "selective":
             return 2 * self.hidden + self.qkv + self.up_gate + self.adapters
         return self.hidden + self.inside_layer
+
+    @property
+    def layer_forward(self) -> int:
+        """Most bytes beyond what is stored when the last layer of a frozen base adds the products of its adapters,
+        which are held one by one and joined, beside attention's output. Without an adapter a backward pass needs more.
+        """
+        return 2 * self.joined + self.hidden - self.product if self.joined else 0
 
     @property
     def column_backward(self) -> int:

@@ -59,6 +59,9 @@ class MegatronMoments(DeepSpeedMoments):
             held = sum(count * one for count, one in zip(counts, of_chunk, strict=True))
             stored[number] = max(stored[number], held + raw)
         moments = self._loss(stored[-1]) if self.last else []
+        if sizes.joined and "none" in modes:
+            # The gradient that the last backward pass received, and its own input with its gradient, are still there.
+            moments.append(Moment("forward", 0, max(stored) + 3 * self.message, sizes.layer_forward, 0))
         for number, chunk in enumerate(chunks):
             moments += self._layers(chunk, modes, stored[number], number == len(chunks) - 1)
         if self.first:

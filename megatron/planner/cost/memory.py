@@ -11,7 +11,7 @@ DeepSpeed (`moments`):
 - 1F1B keeps min(m, p - stage) micro-batches in flight (`TrainSchedule`), of each of them what the recomputation mode
   leaves stored. Between stages DeepSpeed passes each tensor-parallel rank's share of the hidden states; with sequence
   parallelism this is what the rank computes with.
-- The last stage's buffers keep the logits of two micro-batches, long after their backward pass.
+- The last stage holds the logits of one micro-batch: our hook lets go of them, DeepSpeed would keep two more.
 - The reduction copies all fp32 gradients that fit one bucket of 500 million elements.
 
 megatron-core (`megatron_moments`):
@@ -171,10 +171,10 @@ def communicators(layout: ParallelLayout, stage: int) -> int:
     data = layout.data > 1
     gradient_norm = layout.tensor * layout.pipe > 1
     broadcast = layout.pipe > 1
-    neighbours = (stage > 0) + (stage < layout.pipe - 1)
+    neighbors = (stage > 0) + (stage < layout.pipe - 1)
     if layout.engine == "megatron" and layout.pipe > 1:  # a link for activations and one for gradients, to each
-        neighbours = 4 if layout.virtual_stages > 1 else 2 * neighbours
-    return world + tensor + data + gradient_norm + broadcast + neighbours
+        neighbors = 4 if layout.virtual_stages > 1 else 2 * neighbors
+    return world + tensor + data + gradient_norm + broadcast + neighbors
 
 
 def _communicator_bytes(count: int, machine: Machine) -> int:

@@ -182,22 +182,9 @@ class DeepSpeedMoments:
         moments = self._backward(done=0)
         if self.layout.num_micro_batches > 1:
             moments += self._backward(done=1)
-        last_two = min(2, self.layout.num_micro_batches)
-        moments.append(
-            Moment(
-                "reduction",
-                self.element * self.parameters.all,
-                last_two * self._kept_beside_logits,
-                self.optimizer.reduction(self.parameters, self.layout.data),
-                last_two * self.sizes.logits * self.last,
-            )
-        )
+        reduction = self.optimizer.reduction(self.parameters, self.layout.data)
+        moments.append(Moment("reduction", self.element * self.parameters.all, 0, reduction, 0))
         return moments
-
-    @property
-    def _kept_beside_logits(self) -> int:
-        """The logits' graph, which the engine keeps with them, ends in the tensor received and its gradient."""
-        return 2 * self.sizes.hidden if self.last and not self.first else 0
 
     def _backward(self, done: int) -> list[Moment]:
         """A backward pass when `done` micro-batches have been through theirs, from the loss to the first layer."""
@@ -218,10 +205,9 @@ class DeepSpeedMoments:
         of_one = sum(layers) + received + output + ids + positions + kept_by_embedding
         stored = in_flight(self.layout, self.stage, done) * of_one
         others = stored - of_one
-        logits, before = 0, 0
+        logits = 0
         if self.last:
-            logits = (1 + done) * (sizes.logits if ends is None else ends.prediction + ends.targets)
-            before = done * self._kept_beside_logits
+            logits = sizes.logits if ends is None else ends.prediction + (1 + done) * ends.targets
 
         # The gradient of the output is in the engine's buffer, or is put together from shares as the output is again.
         restored = 0 if alone or self.last else hidden
@@ -240,7 +226,7 @@ class DeepSpeedMoments:
                 after += ends.head
                 gradient = max(ends.loss, gradient)
             # The gradient of the logits takes their memory.
-            moments.append(Moment("loss", done * everything, stored + before + after, gradient, logits))
+            moments.append(Moment("loss", done * everything, stored + after, gradient, logits))
         # The last layer of each kind has most stored besides, the first has most gradients already.
         for number in sorted({self.decoders - 1, again - 1, 0} - {-1}) if self.decoders else []:
             work = restored + sizes.layer_backward(
@@ -251,8 +237,8 @@ class DeepSpeedMoments:
             )
             freed = sum(layers[number + 1 :])
             grown = head + (self.decoders - 1 - number) * matrices
-            moments.append(Moment("backward", everything if done else grown, stored + before - freed, work, logits))
-        finished = before + output + ids + restored + (0 if self.last else incoming)
+            moments.append(Moment("backward", everything if done else grown, stored - freed, work, logits))
+        finished = output + ids + restored + (0 if self.last else incoming)
         if self.first:
             # gathered, put in order, and without the rows of other ranks
             whole = sizes.gathered * (3 if sizes.several else 2) if sizes.sliced else 0
