@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from megatron.common.columns import align_columns
 from megatron.common.errors import ConfigError
 
 # GCD that Slurm's `--gpu-bind=closest` gives to each local rank of eight: the one attached to that rank's cores.
@@ -132,8 +133,7 @@ def seat_table(seats: Sequence[Seat], numa: Mapping[int, int | None] | None = No
                 str(seat.tensor),
             )
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return ["  ".join(item.rjust(width) for item, width in zip(row, widths, strict=True)) for row in rows]
+    return align_columns(rows, right=range(len(rows[0])))
 
 
 def seat_summary(seats: Sequence[Seat]) -> str:

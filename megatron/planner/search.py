@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from megatron.common.columns import align_columns
 from megatron.layout import LlamaShape, padded_vocab_size
 from megatron.planner.cost.compute import gemm_seconds, layer_matrices
 from megatron.planner.cost.estimate import Estimate, estimate
@@ -346,6 +347,4 @@ def _json(candidate: Candidate) -> dict[str, Any]:
 
 
 def _table(candidates: list[Candidate]) -> list[str]:
-    rows = [HEADER, *map(row, candidates)]
-    widths = [max(len(line[column]) for line in rows) for column in range(len(HEADER))]
-    return ["  ".join(item.ljust(width) for item, width in zip(line, widths, strict=True)).rstrip() for line in rows]
+    return align_columns([HEADER, *map(row, candidates)])

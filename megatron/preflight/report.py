@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
+from megatron.common.columns import align_columns
 from megatron.preflight.compare import Screen
 
 NODES_SHOWN = 16
@@ -53,9 +54,3 @@ def slow_nodes(screens: Sequence[Screen], nodes: Sequence[str]) -> dict[str, str
         if reasons:
             found[node] = "; ".join(reasons)
     return found
-
-
-def align_columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    """A line for each row, all columns left-aligned."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return ["  ".join(item.ljust(width) for item, width in zip(row, widths, strict=True)).rstrip() for row in rows]

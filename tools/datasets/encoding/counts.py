@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron.common.columns import align_columns
 from megatron.data.header import ConversationCounts, DataHeader
 
 MAX_KEYS = 20  # unknown keys shown by name
@@ -51,12 +52,7 @@ def summary_of(name: str, header: DataHeader) -> SourceSummary | None:
 
 def summary_table(sources: Sequence[SourceSummary]) -> str:
     """All sources in one table, one fact per line."""
-    rows = [(source.name, what, number) for source in sources for what, number in source.rows()]
-    widths = [max(len(row[column]) for row in [("source", "", ""), *rows]) for column in range(3)]
-    lines = [f"{'source':<{widths[0]}}  {'':<{widths[1]}}  {'':>{widths[2]}}".rstrip()]
-    before = None
-    for name, what, number in rows:
-        shown = "" if name == before else name
-        lines.append(f"{shown:<{widths[0]}}  {what:<{widths[1]}}  {number:>{widths[2]}}".rstrip())
-        before = name
-    return "\n".join(lines)
+    rows = [("source", "", "")]
+    for source in sources:
+        rows += [("" if number else source.name, *row) for number, row in enumerate(source.rows())]
+    return "\n".join(align_columns(rows, right=[2]))
