@@ -20,7 +20,7 @@ from tests.support.neox_oracle import neox_files
 pytestmark = pytest.mark.unit
 
 MODEL = Model()
-NORM, GATE = "model.norm.weight", "model.layers.0.mlp.gate_proj.weight"
+NORM = "model.norm.weight"
 
 
 def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], *words: Any, verb: str = "to-neox") -> str:

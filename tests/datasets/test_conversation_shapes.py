@@ -30,7 +30,7 @@ CALLED: list[Turn] = [
 TWO = [("user", "Hi", False), ("assistant", "Ho", False), *ASKED]
 
 
-def turns(*words: str, **switches: Any) -> list[dict[str, Any]]:
+def turns(*words: str) -> list[dict[str, Any]]:
     return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(words)]
 
 

@@ -12,7 +12,6 @@ pytestmark = pytest.mark.unit
 
 OWN = "checkpoint/test_advice.py::test_own_options_take_a_run_s_own_steps"
 MODEL = "checkpoint/test_facts.py::test_all_differences_are_named_at_once_and_the_advice_works"
-RULES = "neox_arguments/test_advice.py::test_a_rule_s_advice_works"
 POSITION = "checkpoint/test_advice.py::test_weights_without_a_position_are_taken_alone"
 INPUT = "launcher/test_advice.py::test_missing_program_inputs_are_given_as_advised"
 SLURM = "slurm/test_allocation.py::test_advice_on_keys_decided_by_slurm_works"

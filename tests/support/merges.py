@@ -20,8 +20,6 @@ from tools.merge.cli import main
 from tools.merge.job import MergeJob, MergeRequest
 from tools.merge.recipe_file import parse_recipe
 
-LABELED = ("README.md", "merge_report.json", "merge.yml")  # files that the command writes beside the weights
-
 
 def write_recipe(path: Path, body: dict[str, Any]) -> Path:
     path.write_text(yaml.safe_dump(body, sort_keys=False))

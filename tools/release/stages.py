@@ -16,8 +16,6 @@ from tools.release.hashes import file_facts
 from tools.release.recipe import DataEntry, ReleaseError, StageEntry
 from tools.release.steps import PATHS, StepReader, portable, source_names
 
-DATA_FILES = (".bin", ".idx", ".json")
-
 
 def stage_facts(entry: StageEntry, vocab_file: Path, recorded: Literal["all"] | int) -> dict[str, Any]:
     """All facts of one stage. ReleaseError if the steps of the run cannot be reread."""

@@ -95,8 +95,7 @@ class Machine:
     spread: float = 0.02
 
     # --- memory
-    hbm_bytes: int = 64 * GIB  # 63.98 GiB by the driver. [S] LAB
-    # What is left under 8-10 communicators, which PyTorch's allocator does not see. [S] LAB
+    # Of 63.98 GiB by the driver, what is left under 8-10 communicators, which PyTorch's allocator does not see. [S] LAB
     usable_hbm_bytes: int = 57 * GIB
     first_communicator_bytes: int = GIB  # RCCL's first, with the context. [S] LAB
     communicator_bytes: int = 650 * 2**20  # each further one. [S] LAB
