@@ -141,8 +141,8 @@ struct CrossEntropy : Function<CrossEntropy> {
     const std::vector<int64_t> numbers = context->saved_data["numbers"].toIntVector();
     variable_list result(7);
     if (context->saved_data["overwrite"].toBool()) {
-      // Autograd checks the version of saved tensors: another node that saved these logits, or a second backward through
-      // this one, fails with torch's own message instead of reading gradients as logits.
+      // Autograd checks the version of saved tensors: another node that saved these logits, or a second backward
+      // through this one, fails with torch's own message instead of reading gradients as logits.
       result[0] = saved[0].detach();
       overwrite.call(result[0], saved[1], saved[2], gradients[0], numbers[0], numbers[1], numbers[2]);
       torch::autograd::impl::bump_version(saved[0]);

@@ -42,7 +42,7 @@ rms_norm_backward(ptr<T> NEOX_RESTRICT dx, ptr<float> NEOX_RESTRICT partial, ptr
     NEOX_UNROLL
     for (int i = 0; i < VEC; ++i) dw[p][i] = 0.0f;
   }
-  const int64_t steps = (rows + groups - 1) / groups;  // the same for every group, so that all threads reach each barrier
+  const int64_t steps = (rows + groups - 1) / groups;  // the same for every group: all threads reach each barrier
   for (int64_t step = 0; step < steps; ++step) {
     const int64_t row = step * groups + group;
     const bool live = counts && row < rows;

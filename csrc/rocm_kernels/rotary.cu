@@ -41,7 +41,7 @@ rotary(ptr<T> NEOX_RESTRICT q_out, ptr<T> NEOX_RESTRICT k_out, ptr<const T> NEOX
       float x1[kHeadsAtOnce][VEC], x2[kHeadsAtOnce][VEC];
       NEOX_UNROLL
       for (int u = 0; u < kHeadsAtOnce; ++u) {
-        const int h = first + u * slots < heads ? first + u * slots : first;  // past the end: reload `first`, store nothing
+        const int h = first + u * slots < heads ? first + u * slots : first;  // past the end: load `first` again
         const ptr<const T> from = (h < q_heads ? q_from : k_from) + h * (h < q_heads ? q_step : k_step);
         load<T>(from, 0, x1[u]);
         load<T>(from, half, x2[u]);
