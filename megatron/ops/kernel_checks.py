@@ -144,7 +144,7 @@ def rotary_tables(positions: int, half: int, device: torch.device) -> tuple[Tens
 
 
 def operator_checks(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Check]]:
-    """(operator, check) for every operator, with shapes for vector and scalar kernels and for several rows per group."""
+    """(operator, check) for every operator, in shapes for vector and scalar kernels and for several rows per group."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
