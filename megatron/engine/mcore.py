@@ -109,7 +109,7 @@ class MegatronEngine:
         args, config = self.args, self.config
         trained = [one for one in self._held if one.parameter.requires_grad]
         for one in trained:
-            # For megatron-core: sum this gradient over the slices of the sequence; add the gradient of its tied copy.
+            # For megatron-core: sum this gradient over the slices of the sequence; add its tied copy's gradient.
             one.parameter.sequence_parallel = one.row.replicated and args.sequence_parallel  # type: ignore[attr-defined]
             one.parameter.shared_embedding = (  # type: ignore[attr-defined]
                 args.shape.tied and self.place.pp > 1 and one.layer == layout.EMBEDDING_INDEX
@@ -237,7 +237,7 @@ class MegatronEngine:
         return self._optimizer
 
     def _share_of_mean(self, replica_loss: Tensor | None) -> Tensor:
-        """This rank's summand of the mean loss over replicas: tp_ranks hold the same loss, and only one of them adds it."""
+        """This rank's summand of the mean over replicas; of tensor-parallel ranks with the same loss, only one adds it."""
         if replica_loss is None or not self.place.counts_tokens:
             return torch.zeros((), device=self.place.device)
         return replica_loss / self.place.dp
