@@ -237,7 +237,7 @@ class MegatronEngine:
         return self._optimizer
 
     def _share_of_mean(self, replica_loss: Tensor | None) -> Tensor:
-        """This rank's summand of the mean over replicas; of tensor-parallel ranks with the same loss, only one adds it."""
+        """This rank's summand of the mean over replicas. Tensor-parallel ranks have the same loss; only one adds it."""
         if replica_loss is None or not self.place.counts_tokens:
             return torch.zeros((), device=self.place.device)
         return replica_loss / self.place.dp
