@@ -1,6 +1,6 @@
 // Gradients of the operators of bindings.cpp: each backward pass is one operator, called from C++.
 //
-// The ordinary TORCH_LIBRARY interface and not torch's stable ABI, which has no autograd functions.
+// This uses the ordinary TORCH_LIBRARY interface: torch's stable ABI has no autograd functions.
 #include <ATen/core/Tensor.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -18,7 +18,7 @@ using torch::autograd::AutogradContext;
 using torch::autograd::Function;
 using torch::autograd::variable_list;
 
-// An operator by its schema: what traces, compiles or checks the graph sees every call.
+// Looks an operator up by name. Calls go through the dispatcher, so that tracing and compilation see all of them.
 template <class Signature>
 c10::TypedOperatorHandle<Signature> find(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
@@ -68,7 +68,7 @@ struct AddRmsNorm : Function<AddRmsNorm> {
 
   static variable_list backward(AutogradContext* context, const variable_list& gradients) {
     const Tensor &dsum = gradients[0], &dy = gradients[1];
-    if (!dy.defined()) return {dsum, dsum, Tensor(), Tensor(), Tensor()};  // nobody read y
+    if (!dy.defined()) return {dsum, dsum, Tensor(), Tensor(), Tensor()};  // y was not used
     const variable_list saved = context->get_saved_variables();
     auto [dx, dweight] =
         norm_backward(dy, saved[0], saved[1], saved[2], dsum.defined() ? std::optional<Tensor>(dsum) : std::nullopt,
@@ -141,8 +141,8 @@ struct CrossEntropy : Function<CrossEntropy> {
     const std::vector<int64_t> numbers = context->saved_data["numbers"].toIntVector();
     variable_list result(7);
     if (context->saved_data["overwrite"].toBool()) {
-      // Saved tensors carry a version: whoever else needs these logits for a gradient, and a second backward through
-      // this node, fail with torch's own message instead of reading gradients as logits.
+      // Autograd checks the version of saved tensors: another node that saved these logits, or a second backward
+      // through this one, fails with torch's own message instead of reading gradients as logits.
       result[0] = saved[0].detach();
       overwrite.call(result[0], saved[1], saved[2], gradients[0], numbers[0], numbers[1], numbers[2]);
       torch::autograd::impl::bump_version(saved[0]);

@@ -1,7 +1,7 @@
-// torch operators over the C interface of kernels.h. Plain C++: compiled by the host compiler on every platform.
+// torch operators on top of the C interface of kernels.h. Plain C++: compiled by the host compiler on every platform.
 //
-// The schemas live beside the references in megatron/ops/*.py; this file gives their implementation for one dispatch
-// key, autograd.cpp their gradients.
+// The schemas are next to the references in megatron/ops/*.py; this file implements them for one dispatch key,
+// autograd.cpp has their gradients.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -13,7 +13,7 @@
 #include "kernels.h"
 
 #if !defined(NEOX_HOST_EMULATOR)
-// From torch's C shim (torch/csrc/inductor/aoti_torch/c/shim.h), named so on CUDA and on ROCm.
+// From torch's C shim (torch/csrc/inductor/aoti_torch/c/shim.h); the same name on CUDA and ROCm.
 extern "C" int32_t aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 #endif
 
@@ -32,7 +32,8 @@ int type_of(const Tensor& t) {
   }
 }
 
-// One launch: makes the tensors' device current, and knows its stream. The emulator is told what may be touched.
+// Scope of one launch: makes the tensors' device current and holds its current stream. in() and out() return data
+// pointers, and register the tensors with the emulator, which rejects any other access.
 class Launch {
  public:
   explicit Launch(const Tensor& t) : guard_(t.device()) {
@@ -73,7 +74,7 @@ class Launch {
   void* stream_ = nullptr;
 };
 
-// A matrix whose rows are dense, as a view where the strides allow it.
+// `t` as a matrix with dense rows; a view where the strides allow it.
 Tensor as_rows(const Tensor& t) {
   TORCH_CHECK(t.dim() > 0, "neox kernels: a scalar has no rows");
   const Tensor rows = t.reshape({-1, t.size(-1)});
@@ -138,7 +139,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& dy, const Tensor& x, 
     extra = as_rows(*dsum);
   }
   const int type = type_of(x);
-  Launch launch(x);  // before the number of partial rows, which is that of the current device
+  Launch launch(x);  // first: the number of partial rows depends on the current device
   Tensor partial = new_floats(x, {neox_rms_norm_partial_rows(type, rows.size(0), rows.size(1)), rows.size(1)});
   check(neox_rms_norm_backward(launch.stream(), type, launch.out(dx), launch.out(dweight), launch.out<float>(partial),
                                launch.in(grads), launch.in(rows), launch.in(w), launch.in<float>(rstd),
@@ -270,7 +271,7 @@ void cross_entropy_gradient_(const Tensor& logits, const Tensor& labels, const T
 #if defined(NEOX_HOST_EMULATOR)
 #define NEOX_DISPATCH_KEY CPU
 #else
-#define NEOX_DISPATCH_KEY CUDA  // ROCm tensors carry it too
+#define NEOX_DISPATCH_KEY CUDA  // also the key of ROCm tensors
 #endif
 
 TORCH_LIBRARY_IMPL(neox, NEOX_DISPATCH_KEY, library) {

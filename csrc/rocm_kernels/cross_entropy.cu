@@ -8,10 +8,10 @@ namespace {
 constexpr int kBlock = 256;
 constexpr int kUnroll = 4;
 constexpr float kLog2e = 1.4426950408889634f;
-// Stands for "nothing yet" where -inf would make inf - inf. Smaller logits count as exp(-inf) = 0.
+// Initial maximum; -inf would lead to inf - inf. Smaller logits count as exp(-inf) = 0.
 constexpr float kLowest = -1e30f;
 
-// exp(x - base). 16-bit logits: one fma and one v_exp; fp32 logits: to the last ulp.
+// exp(x - base): one fma and one v_exp for 16-bit logits, expf for fp32.
 template <class T>
 __device__ __forceinline__ float exp_below(float x, float base) {
   if constexpr (std::is_same_v<T, float>) {
@@ -23,8 +23,8 @@ __device__ __forceinline__ float exp_below(float x, float base) {
 
 __device__ __forceinline__ float larger(float a, float b) { return a > b ? a : b; }
 
-// Adds N elements to a running (max, sum) with one rescale: a naive online softmax takes two exponentials an element
-// and is bound by arithmetic on gfx90a.
+// Adds N elements to a running (max, sum) with one rescale: a naive online softmax takes two exponentials per element
+// and is compute-bound on gfx90a.
 template <class T, int N>
 __device__ __forceinline__ void add_to(const float (&x)[N], float& peak, float& sum) {
   float top = peak;
@@ -37,7 +37,7 @@ __device__ __forceinline__ void add_to(const float (&x)[N], float& peak, float& 
   peak = top;
 }
 
-// One block a row.
+// One block per row.
 template <class T, int WAVE, int VEC>
 NEOX_KERNEL(kBlock)
 cross_entropy_stats(ptr<float> NEOX_RESTRICT stats, ptr<const T> NEOX_RESTRICT logits,
@@ -50,6 +50,7 @@ cross_entropy_stats(ptr<float> NEOX_RESTRICT stats, ptr<const T> NEOX_RESTRICT l
   float peak = kLowest, sum = 0.0f;
   const int whole = static_cast<int>(width / VEC);
   int v = thread_index();
+  // kUnroll vectors at a time, all loads before the first use; then single vectors; then the last elements.
   for (; v + (kUnroll - 1) * kBlock < whole; v += kUnroll * kBlock) {
     float x[kUnroll * VEC];
     if constexpr (VEC == 1) {
@@ -78,7 +79,7 @@ cross_entropy_stats(ptr<float> NEOX_RESTRICT stats, ptr<const T> NEOX_RESTRICT l
     const float x[1] = {Element<T>::widen(load_raw<T>(line, c))};
     add_to<T>(x, peak, sum);
   }
-  // Block-uniform reduction, same order in every thread.
+  // Reduce over the lanes of each wave, then over the waves in a fixed order.
   const int wave = thread_index() / WAVE;
   const float wave_peak = wave_max<WAVE>(peak);
   const float wave_total = wave_sum<WAVE>(sum * exp_below<T>(peak, wave_peak));
@@ -101,7 +102,7 @@ cross_entropy_stats(ptr<float> NEOX_RESTRICT stats, ptr<const T> NEOX_RESTRICT l
   }
 }
 
-// One thread a row: lse = M + log(sum of s_i exp(m_i - M)).
+// One thread per row: lse = M + log(sum of s_i exp(m_i - M)).
 NEOX_KERNEL(kBlock)
 cross_entropy_combine(ptr<float> NEOX_RESTRICT loss, ptr<float> NEOX_RESTRICT lse, ptr<const float> NEOX_RESTRICT stats,
                       ptr<const int64_t> NEOX_RESTRICT labels, int64_t ignore_index, int64_t ranks, int64_t rows) {
@@ -119,9 +120,9 @@ cross_entropy_combine(ptr<float> NEOX_RESTRICT loss, ptr<float> NEOX_RESTRICT ls
   }
 }
 
-constexpr int kGradientVectors = 2;  // on their way in one thread: with one, an H200 has half of what it needs in flight
+constexpr int kGradientVectors = 2;  // loads in flight per thread: one is half of what keeps an H200 busy
 
-// One block treats 512 vectors of one row; softmax - onehot is formed in fp32 and rounded once.
+// One block handles 512 vectors of one row; softmax - onehot is computed in fp32 and rounded once.
 template <class T, int VEC>
 NEOX_KERNEL(kBlock)
 cross_entropy_gradient(ptr<T> gradient, ptr<const T> logits, ptr<const int64_t> NEOX_RESTRICT labels,

@@ -1,8 +1,8 @@
-/* The C interface of the kernels: no torch, no C++ in it.
+/* The C interface of the kernels, free of torch and C++.
  *
  * Pointers are device pointers (host pointers for the emulator build). Strides count elements; the innermost dimension
- * is dense. `type` is one of NEOX_BF16, NEOX_FP16, NEOX_FP32 and names the element type of every void pointer. Every
- * function queues its kernels on `stream` and returns 0, or 1 with the reason in neox_last_error(). */
+ * is dense. `type` is one of NEOX_BF16, NEOX_FP16, NEOX_FP32: the element type of every void pointer. Functions with a
+ * `stream` queue their kernels on it and return 0, or 1 with the reason in neox_last_error(). */
 #pragma once
 
 #include <stdint.h>
@@ -14,28 +14,28 @@ extern "C" {
 enum { NEOX_BF16 = 0, NEOX_FP16 = 1, NEOX_FP32 = 2 };
 
 const char* neox_last_error(void);
-int neox_wave_size(void);            /* lanes per wave the library was built for */
+int neox_wave_size(void);            /* lanes per wave that the library was built for */
 int neox_compute_units(void);        /* of the current device: compute units (AMD), multiprocessors (NVIDIA) */
 const char* neox_architectures(void); /* "gfx90a,gfx942", "sm_90", or "host emulator" */
 
 /* y = x rstd weight with rstd = rsqrt(mean(x^2) + eps), rows of `width`; y, rstd and sum are dense. With `residual`,
- * x + residual rounded to the element type goes to `sum` and is what is normalized; both null otherwise. */
+ * x + residual is rounded to the element type, written to `sum`, and normalized; otherwise both are null. */
 int neox_rms_norm_forward(void* stream, int type, void* y, float* rstd, void* sum, const void* x, const void* residual,
                           const void* weight, int64_t rows, int64_t width, int64_t x_stride, int64_t residual_stride,
                           float eps, int hf_rounding);
 
 /* dx = rstd (w dy - x c) [+ dsum], c = rstd^2 mean(x w dy). dweight [width] is summed in fp32 over `partial`
- * [partial_rows, width] in a fixed order and rounded once. neox_rms_norm_partial_rows() says how many rows keep the
- * current device busy: by the shape and the device's compute units. Two launches. */
+ * [partial_rows, width] in a fixed order and rounded once. neox_rms_norm_partial_rows() returns how many rows keep the
+ * current device busy, from the shape and the device's compute units. Two launches. */
 int64_t neox_rms_norm_partial_rows(int type, int64_t rows, int64_t width);
 int neox_rms_norm_backward(void* stream, int type, void* dx, void* dweight, float* partial, const void* dy,
                            const void* x, const void* weight, const float* rstd, const void* dsum, int64_t rows,
                            int64_t width, int64_t partial_rows, int64_t dy_stride, int64_t x_stride,
                            int64_t dsum_stride, int hf_rounding);
 
-/* Half-split rotation of q [s, b, q_heads, d] and k [s, b, k_heads, d] by strides {s, b, head} into dense q_out, k_out.
- * cos and sin are fp32 [max_pos, d / 2]. positions [b, s] int64 by strides {b, s}, or null for 0..s-1. conjugate turns
- * back. */
+/* Half-split rotation of q [s, b, q_heads, d] and k [s, b, k_heads, d], with strides {s, b, head}, into dense q_out and
+ * k_out. cos and sin are fp32 [max_pos, d / 2]. positions are int64 [b, s] with strides {b, s}, or null for 0..s-1.
+ * `conjugate` rotates back. */
 int neox_rotary(void* stream, int type, void* q_out, void* k_out, const void* q, const void* k, const float* cos,
                 const float* sin, const int64_t* positions, int64_t s, int64_t b, int64_t q_heads, int64_t k_heads,
                 int64_t d, const int64_t q_strides[3], const int64_t k_strides[3], const int64_t position_strides[2],
@@ -47,10 +47,10 @@ int neox_swiglu_forward(void* stream, int type, void* out, const void* fused, in
 int neox_swiglu_backward(void* stream, int type, void* dfused, const void* dout, const void* fused, int64_t rows,
                          int64_t width, int64_t dout_stride, int64_t fused_stride);
 
-/* labels [rows] count the whole vocabulary, whose column `vocab_start` is the first of these logits; a label outside
- * [vocab_start, vocab_start + width) has its column elsewhere.
+/* labels [rows] index the whole vocabulary, whose column `vocab_start` is the first of these logits; a label outside
+ * [vocab_start, vocab_start + width) belongs to another rank.
  *
- * stats [3, rows]: maximum, sum of exp(logit - maximum), target logit (-inf if elsewhere), over `width` columns. */
+ * stats [3, rows]: maximum, sum of exp(logit - maximum), target logit (-inf on other ranks), over `width` columns. */
 int neox_cross_entropy_stats(void* stream, int type, float* stats, const void* logits, const int64_t* labels,
                              int64_t vocab_start, int64_t rows, int64_t width, int64_t stride);
 
@@ -64,7 +64,7 @@ int neox_cross_entropy_gradient(void* stream, int type, void* gradient, const vo
                                 int64_t rows, int64_t width, int64_t columns, int64_t stride, int64_t gradient_stride);
 
 #ifdef NEOX_HOST_EMULATOR
-/* What a launch may touch; wave size and compute units of the machine from now on; how many launches there were. */
+/* Memory that launches may access; wave size and compute units from now on; number of launches so far. */
 void neox_emulator_allow(const void* begin, int64_t bytes, int writable);
 void neox_emulator_forget(void);
 int neox_emulator_set_wave(int wave);

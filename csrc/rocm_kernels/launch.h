@@ -1,4 +1,4 @@
-// Host side of a launch, the same for every back end: errors, wave size, grid.
+// Host side of a launch, common to all back ends: errors, wave size, grid.
 #pragma once
 
 #include <string>
@@ -10,7 +10,7 @@ namespace neox {
 
 std::string& last_error();
 
-// Blocks of a launch are one number, or rows_by(chunks, rows).
+// The blocks of a launch are a number, or rows_by(chunks, rows).
 #if defined(NEOX_HOST_EMULATOR)
 
 using Grid = emulator::Grid;
@@ -60,7 +60,7 @@ inline int finish(const char* error) {
   return 1;
 }
 
-// The build says how many lanes its architectures have; neox_wave_size() lets the caller compare with the device.
+// The wave size is fixed at build time; neox_wave_size() lets the caller compare it with the device's.
 template <class F>
 int with_wave(F&& f) {
   return f(std::integral_constant<int, NEOX_WAVE>{});
@@ -86,8 +86,8 @@ int with_type(int type, F&& f) {
 
 inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
-// `chunks` blocks for each row, without a division in the kernel: chunk is block_x(), row is row_of_block(). The y and z
-// of a grid hold 65,535 blocks at most.
+// `chunks` blocks for each row, without a division in the kernel: the chunk is block_x(), the row is row_of_block().
+// A grid has at most 65,535 blocks in y and in z.
 constexpr int64_t kRowsPerPlane = 1 << 15;
 
 inline Grid rows_by(int64_t chunks, int64_t rows) {

@@ -1,4 +1,4 @@
-// What the library says about itself.
+// Queries about the library: last error, wave size, compute units, architectures; settings of the emulator.
 #include "launch.h"
 
 namespace neox {

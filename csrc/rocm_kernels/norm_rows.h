@@ -1,4 +1,4 @@
-// How rows lie in registers, for both directions of the norm.
+// How rows are distributed over registers, for the forward and backward kernels of the norm.
 #pragma once
 
 #include "launch.h"
@@ -7,9 +7,9 @@ namespace neox {
 
 constexpr int kBlock = 256;
 constexpr int kGenericBlock = 256;
-constexpr int kMostLanes = 1024;  // of a row, and of a block
+constexpr int kMostLanes = 1024;  // per row, and per block
 
-// `PER` vectors in each lane of `WAVES` waves.
+// A row held as `PER` vectors in each lane of `WAVES` waves.
 template <class T, int WAVE, int PER, int WAVES>
 struct Row {
   static constexpr int kLanes = WAVE * WAVES;
@@ -18,7 +18,7 @@ struct Row {
   static constexpr int64_t kCapacity = static_cast<int64_t>(kLanes) * PER * kVector<T>;
 };
 
-// Calls f with the smallest row shape of PER vectors a lane that holds `width`, or returns generic().
+// Calls f with the smallest row shape of PER vectors per lane that holds `width`; generic() if there is none.
 template <class T, int WAVE, int PER, int WAVES = 1, class F, class G>
 int with_row(int64_t width, F&& f, G&& generic) {
   using Shape = Row<T, WAVE, PER, WAVES>;

@@ -1,7 +1,7 @@
-// What a kernel needs of the machine under it: one source for AMD (hipcc), NVIDIA (nvcc) and the host emulator (g++).
+// Platform layer: one kernel source for AMD (hipcc), NVIDIA (nvcc) and the host emulator (g++).
 //
-// No torch header, no vendor bf16 header: 16-bit elements are raw words, so that the same bits come out everywhere.
-// Lanes per wave are a template parameter of every kernel, chosen at the launch by with_wave().
+// No torch header, no vendor bf16 header: 16-bit elements are raw words, so that all platforms give the same bits.
+// Lanes per wave are a template parameter of the kernels that depend on them, chosen at launch by with_wave().
 #pragma once
 
 #include <cstdint>
@@ -27,7 +27,7 @@ extern "C" __device__ __attribute__((const)) float __ocml_native_exp2_f32(float)
 
 #if !defined(NEOX_HOST_EMULATOR)
 #define NEOX_RESTRICT __restrict__
-// One argument only: the second one means waves per SIMD to HIP and blocks per multiprocessor to CUDA.
+// One argument only: the second means waves per SIMD in HIP and blocks per multiprocessor in CUDA.
 #define NEOX_KERNEL(threads) __global__ void __launch_bounds__(threads)
 #define NEOX_UNROLL _Pragma("unroll")
 #endif
@@ -66,8 +66,8 @@ __device__ __forceinline__ float shuffle_xor(float value, int mask) {
 
 #endif
 
-// A value that is the same in all lanes of a wave, and that the compiler is told so: AMD keeps it, and every address
-// made from it, in scalar registers.
+// Tells the compiler that a value is the same in all lanes of a wave: on AMD the value, and every address derived from
+// it, then stay in scalar registers.
 __device__ __forceinline__ int wave_uniform(int value) {
 #if defined(__HIP__)
   return __builtin_amdgcn_readfirstlane(value);
@@ -77,7 +77,7 @@ __device__ __forceinline__ int wave_uniform(int value) {
 }
 
 // ------------------------------------------------------------------------------------------------ fast arithmetic
-// Within an ulp or two, denormals flushed: used where the result is rounded to 16 bits.
+// Accurate to an ulp or two, denormals flushed: used where the result is rounded to 16 bits.
 
 __device__ __forceinline__ float fast_exp2(float x) {
 #if defined(NEOX_HOST_EMULATOR)
@@ -260,8 +260,8 @@ __device__ __forceinline__ Packed pack(const float (&x)[kVector<T>]) {
   return packed;
 }
 
-// Makes the compiler forget what it unpacked from these words: it would otherwise keep the fp32 values in registers
-// from one use to the next, two to four times as many, and lose waves to it.
+// Makes the compiler unpack these words again at the next use. It would otherwise keep the fp32 values in registers,
+// two to four times as many, which lowers occupancy.
 __device__ __forceinline__ void forget_unpacked(Packed& packed) {
 #if defined(__HIP__) && defined(__HIP_DEVICE_COMPILE__)
   NEOX_UNROLL
@@ -314,7 +314,7 @@ __device__ __forceinline__ Packed load_packed(ptr<const T> p, int64_t i) {
 #endif
 }
 
-// Streaming store: the outputs are larger than the caches, and must not push out what will be read again.
+// Streaming store: the outputs are larger than the caches, and must not evict what will be read again.
 template <class T>
 __device__ __forceinline__ void store_packed(ptr<T> p, int64_t i, const Packed& v) {
 #if defined(NEOX_HOST_EMULATOR)
@@ -329,14 +329,14 @@ __device__ __forceinline__ void store_packed(ptr<T> p, int64_t i, const Packed& 
 #endif
 }
 
-// Lanes that hold VEC elements: one 16-byte access where VEC is a whole vector, one element where VEC is 1.
+// Loads VEC elements into a lane: one 16-byte access where VEC is a whole vector, one element where VEC is 1.
 template <class T, int VEC>
 __device__ __forceinline__ void load(ptr<const T> p, int64_t i, float (&x)[VEC]) {
   if constexpr (VEC == 1) {
     x[0] = Element<T>::widen(load_raw<T>(p, i));
   } else if constexpr (VEC == kVector<T>) {
     unpack<T>(load_packed<T>(p, i), x);
-  } else {  // fp32 tables beside 16-bit data: two vectors
+  } else {  // fp32 tables used with 16-bit data: two vectors
     static_assert(VEC == 2 * kVector<T>);
     float low[kVector<T>], high[kVector<T>];
     load<T>(p, i, low);
@@ -374,8 +374,8 @@ __device__ __forceinline__ float wave_max(float x) {
   return x;
 }
 
-// Sum over GROUP consecutive waves of the block, for all their lanes, in a fixed order. `slots` holds one float per
-// wave; two calls need two barriers between them or different slots. Block-uniform: every thread calls it.
+// Sum over GROUP consecutive waves of the block, in a fixed order, returned to all their lanes. `slots` holds one float
+// per wave; two calls need a barrier between them or different slots. Every thread of the block must call it.
 template <int WAVE, int GROUP, int N>
 __device__ __forceinline__ float group_sum(float x, Shared<float, N>& slots, int offset = 0) {
   x = wave_sum<WAVE>(x);

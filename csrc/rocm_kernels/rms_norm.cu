@@ -1,4 +1,4 @@
-// RMSNorm with optional residual add, forward: a row is held in registers by one or more waves, read once, written once.
+// Forward RMSNorm with optional residual add: one or more waves hold a row in registers; it is read and written once.
 #include "norm_rows.h"
 
 namespace neox {
@@ -17,9 +17,10 @@ rms_norm_forward(ptr<T> NEOX_RESTRICT y, ptr<float> NEOX_RESTRICT rstd, ptr<T> N
   const uint32_t lane = thread_index() % Shape::kLanes;
   const int64_t row = block_x() * Shape::kRowsPerBlock + wave_uniform(thread_index() / Shape::kLanes);
   const bool live = row < rows;
-  const int64_t source = live ? row : rows - 1;  // dead lanes load what exists and store nothing
+  const int64_t source = live ? row : rows - 1;  // lanes without a row load the last one and store nothing
   const uint32_t last = width - VEC;
 
+  // Load the row and the weight; lanes past the end load the last vector.
   Packed v[PER], w[PER], extra[ADD ? PER : 1];
   NEOX_UNROLL
   for (int p = 0; p < PER; ++p) {
@@ -32,6 +33,7 @@ rms_norm_forward(ptr<T> NEOX_RESTRICT y, ptr<float> NEOX_RESTRICT rstd, ptr<T> N
     const uint32_t c = (lane + p * Shape::kLanes) * VEC;
     w[p] = load_packed<T>(weight, c <= last ? c : last);
   }
+  // Add and store the rounded sum; accumulate its squares.
   float squares = 0.0f;
   NEOX_UNROLL
   for (int p = 0; p < PER; ++p) {
@@ -54,6 +56,7 @@ rms_norm_forward(ptr<T> NEOX_RESTRICT y, ptr<float> NEOX_RESTRICT rstd, ptr<T> N
   }
   const float scale = rsqrtf(group_sum<WAVE, WAVES>(squares, slots) / static_cast<float>(width) + eps);
   if (live && lane == 0) store_raw<float>(rstd, row, scale);
+  // Normalize and store.
   NEOX_UNROLL
   for (int p = 0; p < PER; ++p) {
     const uint32_t c = (lane + p * Shape::kLanes) * VEC;
@@ -67,7 +70,7 @@ rms_norm_forward(ptr<T> NEOX_RESTRICT y, ptr<float> NEOX_RESTRICT rstd, ptr<T> N
   }
 }
 
-// Any width, stride and alignment: one block a row, one element a lane, the row read twice.
+// Any width, stride and alignment: one block per row, one element per lane, the row read twice.
 template <class T, int WAVE, bool ADD, bool HF>
 NEOX_KERNEL(kGenericBlock)
 rms_norm_forward_generic(ptr<T> y, ptr<float> rstd, ptr<T> sum, ptr<const T> x, ptr<const T> residual,
@@ -130,7 +133,7 @@ int forward(void* stream, T* y, float* rstd, T* sum, const T* x, const T* residu
     const auto with_add = [&](auto hf) {
       return residual ? run(std::true_type{}, hf) : run(std::false_type{}, hf);
     };
-    if constexpr (!std::is_same_v<T, float>) {  // in fp32 the two rounding orders are one
+    if constexpr (!std::is_same_v<T, float>) {  // in fp32 both rounding orders are the same
       if (hf_rounding) return with_add(std::true_type{});
     }
     return with_add(std::false_type{});

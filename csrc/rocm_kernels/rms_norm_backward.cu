@@ -1,15 +1,15 @@
-// RMSNorm with optional residual add, backward: gradients of the input and of the weight in two launches.
+// Backward RMSNorm with optional residual add: gradients of the input and of the weight in two launches.
 //
-// A row is held in registers by one or more waves. The weight gradient is summed without atomics: every group of waves
-// walks its rows in a fixed order and writes one fp32 row of partial sums, a second kernel adds these rows in a fixed
-// order. The number of groups depends on the shape and on the device's compute units, so two runs give the same bits.
+// One or more waves hold a row in registers. The weight gradient is summed without atomics: every group of waves walks
+// its rows in a fixed order and writes one fp32 row of partial sums; a second kernel adds these rows in a fixed order.
+// The number of groups depends only on the shape and the device's compute units, so that two runs give the same bits.
 #include "norm_rows.h"
 
 namespace neox {
 namespace {
 
 constexpr int kBackwardVectors = 2;
-// How many a compute unit holds at once, by its registers: at up to 128, four on each SIMD of gfx90a, 16 warps of sm_90.
+// Resident waves per compute unit, limited by registers: up to 128 per lane allow four per SIMD of gfx90a, 16 on sm_90.
 constexpr int kWavesPerUnit = 16;
 
 // Group g of `groups` walks rows g, g + groups, ...; the next row is fetched while this one is reduced.
@@ -21,7 +21,7 @@ rms_norm_backward(ptr<T> NEOX_RESTRICT dx, ptr<float> NEOX_RESTRICT partial, ptr
                   int64_t dsum_stride, int64_t groups) {
   using Shape = Row<T, WAVE, PER, WAVES>;
   constexpr int VEC = kVector<T>, kWaves = Shape::kThreads / WAVE;
-  __shared__ Shared<float, 2 * kWaves> slots;  // two sets, used in turn: one barrier a row
+  __shared__ Shared<float, 2 * kWaves> slots;  // two sets, used alternately: one barrier per row
   const uint32_t lane = thread_index() % Shape::kLanes;
   const int64_t group = block_x() * Shape::kRowsPerBlock + wave_uniform(thread_index() / Shape::kLanes);
   const uint32_t last = width - VEC;
@@ -30,7 +30,7 @@ rms_norm_backward(ptr<T> NEOX_RESTRICT dx, ptr<float> NEOX_RESTRICT partial, ptr
   uint32_t column[PER];
   Packed w[PER], xv[PER], gv[PER], extra[ADD ? PER : 1];
   float dw[PER][VEC];
-  const bool counts = group < groups;  // a last block may hold more groups than there are
+  const bool counts = group < groups;  // the last block may have spare groups
   const int64_t first = group < rows ? group : rows - 1;
   NEOX_UNROLL
   for (int p = 0; p < PER; ++p) {
@@ -42,13 +42,14 @@ rms_norm_backward(ptr<T> NEOX_RESTRICT dx, ptr<float> NEOX_RESTRICT partial, ptr
     NEOX_UNROLL
     for (int i = 0; i < VEC; ++i) dw[p][i] = 0.0f;
   }
-  const int64_t steps = (rows + groups - 1) / groups;  // the same for every group: barriers stay block-uniform
+  const int64_t steps = (rows + groups - 1) / groups;  // the same for every group: all threads reach each barrier
   for (int64_t step = 0; step < steps; ++step) {
     const int64_t row = step * groups + group;
     const bool live = counts && row < rows;
     const int64_t here = row < rows ? row : rows - 1;
     const int64_t next = row + groups < rows ? row + groups : rows - 1;
     const float r = live ? load_raw<float>(rstd, here) : 0.0f;
+    // Fetch the next row before working on this one.
     Packed x_next[PER], g_next[PER];
     NEOX_UNROLL
     for (int p = 0; p < PER; ++p) {
@@ -56,6 +57,7 @@ rms_norm_backward(ptr<T> NEOX_RESTRICT dx, ptr<float> NEOX_RESTRICT partial, ptr
       x_next[p] = load_packed<T>(x + next * x_stride, column[p]);
       g_next[p] = load_packed<T>(dy + next * dy_stride, column[p]);
     }
+    // dot = sum of x w dy over the row; the weight gradient accumulates in registers.
     float dot = 0.0f;
     NEOX_UNROLL
     for (int p = 0; p < PER; ++p) {
@@ -71,6 +73,7 @@ rms_norm_backward(ptr<T> NEOX_RESTRICT dx, ptr<float> NEOX_RESTRICT partial, ptr
       dot += (lane + p * Shape::kLanes) * VEC <= last ? part : 0.0f;
     }
     dot = group_sum<WAVE, WAVES>(dot, slots, (step & 1) * kWaves);
+    // dx = rstd w dy - x c [+ dsum].
     const float c = dot * inverse_width * r * r * r;
     NEOX_UNROLL
     for (int p = 0; p < PER; ++p) {
@@ -93,6 +96,7 @@ rms_norm_backward(ptr<T> NEOX_RESTRICT dx, ptr<float> NEOX_RESTRICT partial, ptr
       gv[p] = g_next[p];
     }
   }
+  // Write this group's row of partial sums of the weight gradient.
   NEOX_UNROLL
   for (int p = 0; p < PER; ++p) {
     if (counts && (lane + p * Shape::kLanes) * VEC <= last) {
@@ -108,7 +112,7 @@ rms_norm_backward(ptr<T> NEOX_RESTRICT dx, ptr<float> NEOX_RESTRICT partial, ptr
   }
 }
 
-// Any width, stride and alignment: a block is a group, its partial row lies in memory and each thread owns its columns.
+// Any width, stride and alignment: a block is a group, its partial row is in memory, and each thread owns its columns.
 template <class T, int WAVE, bool ADD, bool HF>
 NEOX_KERNEL(kGenericBlock)
 rms_norm_backward_generic(ptr<T> dx, ptr<float> partial, ptr<const T> dy, ptr<const T> x, ptr<const T> weight,
@@ -146,7 +150,7 @@ rms_norm_backward_generic(ptr<T> dx, ptr<float> partial, ptr<const T> dy, ptr<co
 
 constexpr int kReduceColumns = 32, kReduceRows = 32;
 
-// Adds the partial rows: 32 threads a column, each over every 32nd row, then one sum over the 32 in order.
+// Adds the partial rows: 32 threads per column, each over every 32nd row, then one sum over the 32 in order.
 template <class T>
 NEOX_KERNEL(kReduceColumns * kReduceRows)
 rms_norm_reduce_partial(ptr<T> NEOX_RESTRICT dweight, ptr<const float> NEOX_RESTRICT partial, int64_t groups, int width) {
@@ -171,13 +175,13 @@ rms_norm_reduce_partial(ptr<T> NEOX_RESTRICT dweight, ptr<const float> NEOX_REST
   }
 }
 
-// --------------------------------------------------------------------------------------------------------- choice
+// ------------------------------------------------------------------------------------------------ choice of groups
 
-constexpr int64_t kRowsToAmortise = 24;  // rows a group: its partial sums are then an 18th of the traffic in 16 bits
+constexpr int64_t kRowsToAmortise = 24;  // rows per group: partial sums are then 1/18 of the traffic in 16 bits
 constexpr int64_t kFewestRows = 4;
 
-// As many groups as the device holds at once, the same on every compute unit; fewer where writing and reading the
-// partial sums would cost too much, but a block a unit as long as there are rows: idle units cost more.
+// As many groups as the device can hold at once, equally many on every compute unit; fewer where writing and reading
+// the partial sums would cost too much, but at least one block per unit while there are rows: idle units cost more.
 template <class T, int WAVE>
 int64_t partial_rows(int64_t rows, int64_t width, int64_t units) {
   int64_t lanes = WAVE;

@@ -1,4 +1,4 @@
-// Rotary embedding, half-split, on q and k where they lie in the packed projection.
+// Half-split rotary embedding of q and k, read in place from the packed projection.
 #include "launch.h"
 
 namespace neox {
@@ -6,14 +6,14 @@ namespace {
 
 constexpr int kBlock = 256;
 constexpr int kMaxSlotsPerToken = 8;
-constexpr int kHeadsAtOnce = 2;  // on their way in one thread: with one, half of what an H200 needs in flight is missing
+constexpr int kHeadsAtOnce = 2;  // loads in flight per thread: one is half of what keeps an H200 busy
 
 struct Strides {
   int64_t s, b, head;
 };
 
-// A thread owns VEC elements of a head and their partners half a head on, for every `slots`-th of one token's q and k
-// heads; the token's cosines and sines stay in its registers. `lanes` threads side by side cover a head.
+// A thread owns VEC elements of a head and their partners half a head further, in every `slots`-th of one token's q and
+// k heads; the token's cosines and sines stay in registers. `lanes` adjacent threads cover a head.
 template <class T, int VEC>
 NEOX_KERNEL(kBlock)
 rotary(ptr<T> NEOX_RESTRICT q_out, ptr<T> NEOX_RESTRICT k_out, ptr<const T> NEOX_RESTRICT q,
@@ -27,7 +27,7 @@ rotary(ptr<T> NEOX_RESTRICT q_out, ptr<T> NEOX_RESTRICT k_out, ptr<const T> NEOX
     const int64_t position = positions ? load_raw<int64_t>(positions, is * position_s + ib * position_b) : is;
     const int c = lane * VEC, heads = q_heads + k_heads;
     const int q_step = static_cast<int>(q_in.head), k_step = static_cast<int>(k_in.head);
-    // Of k the pointers are set back by the q heads, so that one number counts the heads of both.
+    // The pointers into k are moved back by the q heads, so that one index h counts the heads of q and k.
     const ptr<const T> q_from = q + (is * q_in.s + ib * q_in.b + c);
     const ptr<const T> k_from = k + (is * k_in.s + ib * k_in.b + c - q_heads * k_step);
     const ptr<T> q_to = q_out + ((is * b + ib) * q_heads * 2 * half + c);
@@ -41,7 +41,7 @@ rotary(ptr<T> NEOX_RESTRICT q_out, ptr<T> NEOX_RESTRICT k_out, ptr<const T> NEOX
       float x1[kHeadsAtOnce][VEC], x2[kHeadsAtOnce][VEC];
       NEOX_UNROLL
       for (int u = 0; u < kHeadsAtOnce; ++u) {
-        const int h = first + u * slots < heads ? first + u * slots : first;  // load what exists, store it once
+        const int h = first + u * slots < heads ? first + u * slots : first;  // past the end: load `first` again
         const ptr<const T> from = (h < q_heads ? q_from : k_from) + h * (h < q_heads ? q_step : k_step);
         load<T>(from, 0, x1[u]);
         load<T>(from, half, x2[u]);

@@ -7,7 +7,7 @@ namespace {
 constexpr int kBlock = 256;
 constexpr float kLog2e = 1.4426950408889634f;
 
-// Fast where the result is rounded to 16 bits, to the last ulp for fp32.
+// Fast where the result is rounded to 16 bits, expf for fp32.
 template <class T>
 __device__ __forceinline__ float sigmoid(float x) {
   if constexpr (std::is_same_v<T, float>) {
@@ -17,7 +17,7 @@ __device__ __forceinline__ float sigmoid(float x) {
   }
 }
 
-// One block treats 256 vectors of one row.
+// One block handles 256 vectors of one row.
 template <class T, int VEC>
 NEOX_KERNEL(kBlock)
 swiglu_forward(ptr<T> NEOX_RESTRICT out, ptr<const T> NEOX_RESTRICT fused, int64_t rows, int64_t width, int64_t stride) {

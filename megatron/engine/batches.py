@@ -1,7 +1,7 @@
-"""The micro-batches of one engine call, with the weight of their losses known before the forward pass.
+"""The micro-batches of one engine call, and the weight of their losses, computed before the forward pass.
 
-Only the first stage reads tokens and only the last reads labels, but every rank must learn how many tokens of the
-global batch have a target: the last stage's data-parallel replicas count theirs and all ranks sum the counts. A batch
+Only the first stage reads tokens and only the last reads labels, but every rank must know how many tokens of the global
+batch have a target: the last stage's data-parallel replicas count theirs, and an all-reduce sums the counts. A batch
 without a target is refused on all ranks at once.
 """
 
@@ -21,8 +21,8 @@ from megatron.model.loss import step_weight
 from megatron.parallel.place import Place
 
 MicroBatch = Mapping[str, Tensor]
-"""tokens and labels [b, s], and positions [b, s] where documents are isolated; or of images, patches and targets
-[b, s, values] and mask [b, s]."""
+"""Text: tokens and labels [b, s], and positions [b, s] if documents are isolated. Images: patches and targets
+[b, s, values], and mask [b, s]."""
 
 
 PADDING = {"tokens": 0, "labels": IGNORE_INDEX, "positions": 0, "patches": 0, "targets": 0, "mask": 0}
@@ -30,35 +30,35 @@ _PER_VALUE = ("patches", "targets")
 
 
 def sequence(micro_batch: MicroBatch) -> Tensor:
-    """Tokens [b, s], or patches [b, s, values]."""
+    """The input sequence: tokens [b, s], or patches [b, s, values]."""
     return micro_batch["patches"] if "patches" in micro_batch else micro_batch["tokens"]
 
 
 def model_inputs(micro_batch: MicroBatch) -> Tensor | tuple[Tensor, Tensor]:
-    """The input of the first layer."""
+    """The first layer's input: the sequence, paired with positions if documents are isolated."""
     if "positions" in micro_batch:
         return sequence(micro_batch), micro_batch["positions"]
     return sequence(micro_batch)
 
 
 def loss_targets(micro_batch: MicroBatch, weight: Tensor) -> tuple[Tensor, ...]:
-    """The targets with which `megatron.model.pipeline.training_loss` compares the last layer's outputs."""
+    """The targets that `megatron.model.pipeline.training_loss` compares with the last layer's outputs."""
     if "targets" in micro_batch:
         return micro_batch["targets"], micro_batch["mask"], weight
     return micro_batch["labels"], weight
 
 
 def num_learned(micro_batch: MicroBatch) -> int:
-    """Tokens or patches that have a target."""
+    """Number of tokens or patches that have a target."""
     if "mask" in micro_batch:
         return int(micro_batch["mask"].sum())
     return int(micro_batch["labels"].ne(IGNORE_INDEX).sum())
 
 
 def padded(micro_batch: MicroBatch, length: int) -> MicroBatch:
-    """`micro_batch` with sequences of `length` tokens, filled up on the right.
+    """Pad the sequences of `micro_batch` on the right to `length` tokens.
 
-    The padding has no target, and no token before it attends to it. A position of 0 begins a document.
+    Padding has no target, and no token before it attends to it. Its position of 0 makes each padded token a document.
     """
     missing = length - sequence(micro_batch).shape[1]
     if missing == 0:
@@ -71,9 +71,9 @@ def padded(micro_batch: MicroBatch, length: int) -> MicroBatch:
 
 @dataclass(frozen=True)
 class ScoreBatch:
-    """Token ids [b, s] and what is asked of them: the log-probability of `queried` [b, k] after position `at` [b, k].
+    """Token ids [b, s] to score: the log-probability of the tokens `queried` [b, k] after the positions `at` [b, k].
 
-    `queried` is IGNORE_INDEX, and `at` anything inside the sequence, where a row asks for fewer than k tokens.
+    Rows with fewer than k queries are filled with IGNORE_INDEX in `queried`, and any valid position in `at`.
     """
 
     tokens: Tensor
@@ -82,15 +82,15 @@ class ScoreBatch:
 
 
 class EmptyBatchError(UserError):
-    """No token of the global batch carries a target."""
+    """No token of the global batch has a target."""
 
 
 @dataclass(frozen=True)
 class StepBatch:
-    """One call of an engine on this rank.
+    """The batch of one engine call, as this rank has it.
 
-    `micro_batches` are this data-parallel rank's, None on stages that read no data. Each loss, summed over the learned
-    tokens of its micro-batch, is multiplied by `weight` (fp32 []), so that the mean over all micro-batches of the
+    `micro_batches` are this data-parallel rank's, None on stages that read no data. The loss of each micro-batch,
+    summed over its learned tokens, is multiplied by `weight` (fp32 []), so that the mean over all micro-batches of the
     global batch is the mean over its learned tokens.
     """
 
@@ -105,7 +105,7 @@ def assemble_step(micro_batches: list[MicroBatch] | None, num_micro_batches: int
 
     Args:
         micro_batches: this rank's part, or None on stages that read no data.
-        num_micro_batches: of one data-parallel rank.
+        num_micro_batches: number of micro-batches per data-parallel rank.
         what: names the batch in the error, e.g. "training step 12".
     """
     learned = torch.zeros((), dtype=torch.int64, device=place.device)

@@ -1,4 +1,4 @@
-"""Which engine a configuration asks for. DeepSpeed is imported when it is built, not before."""
+"""Builds the engine that the configuration asks for. DeepSpeed is imported only if it is that engine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def build_engine(args: NeoXArgs, place: Place, around: Around = no_phases) -> Engine:
-    """The engine of a training run; its weights are not initialized. Collective."""
+    """Build the engine of a training run, with uninitialized weights. Collective."""
     if args.engine == "megatron":
         return _megatron_engine().for_training(args, place, around)
     from megatron.engine.deepspeed import DeepSpeedEngine
@@ -24,7 +24,7 @@ def build_engine(args: NeoXArgs, place: Place, around: Around = no_phases) -> En
 
 
 def build_inference_engine(args: NeoXArgs, place: Place, around: Around = no_phases) -> Engine:
-    """The same pipeline without an optimizer, for evaluation and generation. Collective."""
+    """Build an engine without an optimizer, for evaluation and generation. Collective."""
     if args.engine == "megatron":
         return _megatron_engine().for_inference(args, place, around)
     from megatron.engine.deepspeed import DeepSpeedEngine
@@ -42,7 +42,7 @@ def _megatron_engine() -> type[MegatronEngine]:
 
 
 def build_stage(args: NeoXArgs, place: Place) -> PipelineStage:
-    """Only this rank's part of the model, on `place.device`; torch's "meta" device takes no memory. Collective."""
+    """Build only this rank's part of the model, on `place.device`; the "meta" device takes no memory. Collective."""
     if args.engine == "megatron":
         return _megatron_engine().stage_of(args, place)
     from megatron.engine.deepspeed_module import LlamaPipelineModule

@@ -1,8 +1,8 @@
 """Lets megatron-core, which hard-codes "cuda" in allocations, run on a CPU or on torch's "meta" device.
 
 On a GPU nothing is changed. Elsewhere, and only inside `on_device`, torch's functions interpret "cuda" as the current
-device, and a tensor's type has CUDA's name, with which megatron-core's optimizer compares. A schedule names "cuda"
-once, for its token counter: `schedule_on` leaves everything else that runs in it unchanged.
+device, and `Tensor.type()` returns CUDA's names, which megatron-core's optimizer compares with. A schedule names "cuda"
+once, for its token counter: `schedule_on` changes only that.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class _CudaNames(TorchFunctionMode):
 
 @contextlib.contextmanager
 def on_device(device: torch.device) -> Iterator[None]:
-    """Inside, megatron-core's "cuda" is `device`."""
+    """Context in which megatron-core's "cuda" means `device`."""
     if device.type == "cuda":
         yield
         return
@@ -45,7 +45,7 @@ def on_device(device: torch.device) -> Iterator[None]:
 
 
 class _TorchOfSchedules:
-    """The module `torch` as seen by megatron-core's schedules, with a `zeros` on the current device."""
+    """Stands in for `torch` in megatron-core's schedules, with a `zeros` on the current device."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -59,7 +59,7 @@ class _TorchOfSchedules:
 
 @contextlib.contextmanager
 def schedule_on(device: torch.device) -> Iterator[None]:
-    """Inside, megatron-core's schedules run on `device`."""
+    """Context in which megatron-core's schedules run on `device`."""
     if device.type == "cuda":
         yield
         return

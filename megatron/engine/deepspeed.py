@@ -1,7 +1,7 @@
 """DeepSpeed's pipeline engine with ZeRO-1 behind the project's interface, checked against the configuration.
 
-GPT-NeoX passes DeepSpeed only the values that differ from its own defaults, so that gradient clipping was off in
-nearly every shipped configuration. Here the engine is read back.
+GPT-NeoX passes DeepSpeed only the values that differ from GPT-NeoX's own defaults, which left gradient clipping off in
+nearly every shipped configuration. Here the settings are read back from the engine.
 """
 
 from __future__ import annotations
@@ -62,13 +62,13 @@ from megatron.parallel.process_groups import ModelGroups, set_timeouts
 
 EXPECTED_OPTIMIZER = {
     "fp32": "DeepSpeedZeroOptimizer",
-    "bfloat16": "BF16_Optimizer",  # the one that keeps fp32 masters and accumulates in fp32
-    "fp16": "DeepSpeedZeroOptimizer",  # as does this one with grad_accum_dtype
+    "bfloat16": "BF16_Optimizer",  # keeps fp32 masters and accumulates in fp32
+    "fp16": "DeepSpeedZeroOptimizer",  # does the same with grad_accum_dtype
 }
 
 
 class EngineMismatchError(RuntimeError):
-    """The engine's settings are not those of the configuration."""
+    """The engine's settings differ from the configuration."""
 
 
 class DeepSpeedEngine:
@@ -107,7 +107,7 @@ class DeepSpeedEngine:
     def for_inference(cls, args: NeoXArgs, place: Place, around: Around) -> DeepSpeedEngine:
         module = _module(args, place)
         config = {
-            "train_micro_batch_size_per_gpu": args.train_micro_batch_size_per_gpu or 1,  # generation needs none
+            "train_micro_batch_size_per_gpu": args.train_micro_batch_size_per_gpu or 1,  # generation does not use it
             "gradient_accumulation_steps": 1,
             "bf16": {"enabled": args.precision == "bfloat16"},
             **pipeline_messages(args),
@@ -166,7 +166,7 @@ class DeepSpeedEngine:
     def train_step(self, batch: StepBatch) -> StepResult:
         scale = None if self._loss_scale is None else self._loss_scale.scale
         mean_loss = self.pipeline_engine.train_batch(self._iterator(batch))
-        with self._around("result"):  # where a GPU's host waits for the step
+        with self._around("result"):  # here the host waits for the GPU to finish the step
             loss, grad_norm = float(mean_loss), float(self.pipeline_engine.get_global_grad_norm())
         replica_loss = float(self.pipeline_engine.total_loss) if self.place.last_stage else None
         overflow = self._loss_scale is not None and self._loss_scale.after_step(math.isfinite(loss))
@@ -194,7 +194,7 @@ class DeepSpeedEngine:
         return logits[:, : tokens.shape[1]] if self.place.last_stage else None
 
     def _fitting(self, micro_batch: MicroBatch) -> MicroBatch:
-        """With sequences that the tensor-parallel ranks can divide."""
+        """Pad the sequences to a length that the tensor-parallel ranks can divide."""
         return padded(micro_batch, self.module.tensor_parallel.padded_length(sequence(micro_batch).shape[1]))
 
     @torch.inference_mode()
@@ -215,13 +215,13 @@ class DeepSpeedEngine:
 
     @staticmethod
     def _iterator(batch: StepBatch) -> Iterator[Any] | None:
-        """What DeepSpeed reads: (inputs, targets) for each micro-batch; None on stages that read no data."""
+        """The data iterator for DeepSpeed: (inputs, targets) per micro-batch; None on stages that read no data."""
         if batch.micro_batches is None:
             return None
         return ((model_inputs(mb), loss_targets(mb, batch.weight)) for mb in batch.micro_batches)
 
     def complete_gradients(self) -> None:
-        """The additions to the reduced gradients that are missing before their norm is computed."""
+        """Complete the reduced gradients before their norm is computed: sums over slices, and non-finite values."""
         gradients: dict[bool, list[Tensor]] = {True: [], False: []}
         for number, group in enumerate(self.pipeline_engine.optimizer.param_groups):
             gradients[group["name"] in REPLICATED_GROUPS] += reduced_gradients(self.pipeline_engine.optimizer, number)
@@ -266,12 +266,11 @@ class DeepSpeedEngine:
     # --- read back
 
     def check_messages(self) -> None:
-        """EngineMismatchError if the engine would mistake a slice of the sequence for a whole tensor and split it
-        again.
+        """Raise EngineMismatchError if the engine would split the slices of sequence parallelism again.
 
-        By default DeepSpeed partitions every message between stages over the tensor-parallel ranks, and reassembles the
-        parts of the tensor after it. Under sequence parallelism these are parts of different tensors: the run would
-        silently train a different model.
+        By default DeepSpeed partitions every message between stages over the tensor-parallel ranks, assuming that all
+        hold the same tensor, and gathers the parts on arrival. With sequence parallelism the parts would be of
+        different tensors: the run would silently train a different model.
         """
         engine = self.pipeline_engine
         divided = engine.is_pipe_partitioned or engine.is_grad_partitioned
@@ -283,7 +282,7 @@ class DeepSpeedEngine:
             )
 
     def check(self) -> None:
-        """EngineMismatchError unless the engine's settings are those of the configuration."""
+        """Raise EngineMismatchError unless the engine's settings match the configuration."""
         engine, args = self.pipeline_engine, self.args
         found = {
             "optimizer": (type(engine.optimizer).__name__, EXPECTED_OPTIMIZER[args.precision]),
@@ -309,20 +308,20 @@ def _initialize(
     config: dict[str, Any],
     optimizer: torch.optim.Optimizer | None = None,
 ) -> PipelineEngine:
-    """`deepspeed.initialize` without its messages: memory readings go to stdout, everything else to its logger.
+    """`deepspeed.initialize` without its messages: it prints memory readings to stdout and logs everything else.
 
-    Raises UserError for a device that does not compute in fp16 where that is asked for.
+    Raises UserError if fp16 is configured and DeepSpeed does not support it on this device.
     """
     if args.precision == "fp16" and not get_accelerator().is_fp16_supported():
         raise UserError(
-            "precision fp16: DeepSpeed trains in fp16 on GPUs, and this device is none that it knows to compute in it; "
+            "precision fp16: DeepSpeed trains in fp16 on GPUs, and does not support it on this device; "
             "give --precision bfloat16 or fp32, with --fp16 null where a file enables fp16"
         )
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     with contextlib.redirect_stdout(io.StringIO()):
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
     set_timeouts(args.distributed_timeout_minutes)
-    engine.checkpoint_engine = deepspeed_files.SafeCheckpointEngine()  # its own opens files with weights_only=False
+    engine.checkpoint_engine = deepspeed_files.SafeCheckpointEngine()  # DeepSpeed's opens files with weights_only=False
     return engine
 
 

@@ -1,8 +1,7 @@
-"""DeepSpeed's own files of a checkpoint: the meta file of a stage's tensor rank, and a safe way to read and write
-files.
+"""DeepSpeed's own checkpoint files: the meta file of each stage and tp_rank, and safe reading and writing.
 
-The meta file's content is what DeepSpeed's engine writes, so that its tools read it. DeepSpeed's save and load are not
-used: they wait in barriers for ranks that failed, and load with `weights_only=False`.
+The meta file has the content that DeepSpeed's engine writes, so that DeepSpeed's tools can read it. DeepSpeed's save
+and load are not used: they wait in barriers for ranks that have failed, and load with `weights_only=False`.
 """
 
 from __future__ import annotations
@@ -21,21 +20,21 @@ from deepspeed.utils.tensor_fragment import fragment_address
 # has no side effects.
 OPTIMIZER_CLASSES: tuple[type, ...] = (
     fragment_address,  # position of a parameter in the flat fp32 partition
-    LossScaler,  # the loss scale, in fp32 too
-    DynamicLossScaler,  # and one that moves
-    ZeroStageEnum,  # an int with a name
+    LossScaler,  # static loss scale, also present in fp32
+    DynamicLossScaler,  # fp16's loss scale
+    ZeroStageEnum,  # the ZeRO stage
 )
 
 
 def meta_content(engine: PipelineEngine) -> dict[str, Any]:
-    """The content that DeepSpeed puts into `mp_rank_KK_model_states.pt` of a pipeline with ZeRO; `module` is None."""
+    """The content that DeepSpeed writes to `mp_rank_KK_model_states.pt` of a pipeline with ZeRO; `module` is None."""
     return engine._common_checkpoint_state(None, zero_optimizer_state=True, save_frozen_param=False)
 
 
 class SafeCheckpointEngine(CheckpointEngine):
-    """Makes a DeepSpeed engine's own `save_checkpoint` and `load_checkpoint` sync their files and load no code.
+    """Makes a DeepSpeed engine's own `save_checkpoint` and `load_checkpoint` fsync their files and load no code.
 
-    Assign it to `engine.checkpoint_engine` after `deepspeed.initialize`; no configuration key does it.
+    Assign it to `engine.checkpoint_engine` after `deepspeed.initialize`: no configuration key selects it.
     """
 
     def __init__(self) -> None:

@@ -1,7 +1,7 @@
 """Hooks around the instructions of DeepSpeed's pipeline schedule: the only place that changes how it runs a step.
 
-DeepSpeed looks up each instruction in a table of its class. An engine gets its own copy of the table here, in which
-some instructions are wrapped; the class is unchanged.
+DeepSpeed looks up each instruction in a table that belongs to the engine's class. Here an engine gets its own copy of
+the table, in which some instructions are wrapped; the class is unchanged.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megatron.engine.protocol import Around
 
 Instruction = type[schedule.PipeInstruction]
 
-# The phase of a step that an instruction belongs to.
+# The phase of a step to which each instruction belongs.
 PHASE_OF: dict[Instruction, str] = {
     schedule.LoadMicroBatch: "data",
     schedule.ForwardPass: "forward",
@@ -43,7 +43,7 @@ def run_instructions_inside(engine: PipelineEngine, around: Around) -> None:
 
 
 def run_optimizer_after(engine: PipelineEngine, action: Callable[[], None]) -> None:
-    """Call `action` before each optimizer step, when this rank's gradients are reduced."""
+    """Call `action` before each optimizer step, once this rank's gradients have been reduced."""
     _check_table(engine)
     original = engine._INSTRUCTION_MAP[schedule.OptimizerStep]
 
@@ -55,10 +55,10 @@ def run_optimizer_after(engine: PipelineEngine, action: Callable[[], None]) -> N
 
 
 def free_logits_after_backward(engine: PipelineEngine) -> None:
-    """Let go of a micro-batch's logits, their graph and its input once the last stage has differentiated the loss.
+    """Have the last stage free a micro-batch's logits, their graph and its input after the backward pass.
 
-    DeepSpeed does so on the other stages only; the last one would keep the logits of two micro-batches while it
-    computes those of a third.
+    DeepSpeed does this only on the other stages; the last would hold the logits of two micro-batches while it computes
+    those of a third.
     """
     _check_table(engine)
     if not engine.is_last_stage():
@@ -76,10 +76,10 @@ def free_logits_after_backward(engine: PipelineEngine) -> None:
 def take_norm_of_all_groups(optimizer: Any, names: Sequence[str]) -> None:
     """Have every rank reduce the norms of all parameter groups of the model, in the order of `names`.
 
-    ZeRO reduces over all stages once for each group that the rank has. If a stage lacks a group of another (the
-    replicated matrix at the end of a pipeline) the ranks would wait forever.
+    ZeRO reduces over all stages once for each group that the rank has. If a stage lacks a group that another stage has
+    (such as the replicated matrix at the end of a pipeline), the ranks would wait forever.
     """
-    if not hasattr(optimizer, "scaled_global_norm"):  # BF16_Optimizer reduces once for all
+    if not hasattr(optimizer, "scaled_global_norm"):  # BF16_Optimizer reduces all groups at once
         return
     numbers = {group["name"]: number for number, group in enumerate(optimizer.param_groups)}
 
@@ -110,4 +110,4 @@ def _wrap(engine: PipelineEngine, instruction: Instruction, around: Callable[[],
 def _check_table(engine: PipelineEngine) -> None:
     if set(engine._INSTRUCTION_MAP) != set(PHASE_OF):
         unknown = {kind.__name__ for kind in set(engine._INSTRUCTION_MAP) ^ set(PHASE_OF)}
-        raise RuntimeError(f"the pipeline engine has other instructions than this project knows: {', '.join(unknown)}")
+        raise RuntimeError(f"the pipeline engine's instructions differ from those expected: {', '.join(unknown)}")

@@ -1,8 +1,8 @@
 """fp16 loss scaling on DeepSpeed's ZeRO optimizer: when the scale changes, why a step was skipped, what is saved.
 
-DeepSpeed raises the scale before it divides the gradients by it, so that in a step in which the scale doubles the
-gradients are halved. Here the scale changes after the step. At its lowest scale DeepSpeed ends the run with an
-exception; here an overflow at that scale counts as a non-finite step, whose number is limited by the configuration.
+DeepSpeed raises the scale before it divides the gradients by it, so that a step that doubles the scale halves the
+gradients. Here the scale changes after the step. On an overflow at the minimum scale DeepSpeed ends the run with an
+exception; here it counts as a non-finite step, and the configuration limits their number.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class LossScale:
     def __init__(self, optimizer: Any) -> None:
         self._optimizer = optimizer
         self._overflow: bool | None = None
-        optimizer._update_scale = self._note  # its step calls it before the gradients are divided
+        optimizer._update_scale = self._note  # called in optimizer.step() before the gradients are divided
         self.overflows = 0
 
     def _note(self, overflow: bool) -> None:
@@ -28,14 +28,14 @@ class LossScale:
 
     @property
     def _scaler(self) -> Any:
-        return self._optimizer.loss_scaler  # another object after the optimizer's state was loaded
+        return self._optimizer.loss_scaler  # replaced when the optimizer's state is loaded
 
     @property
     def scale(self) -> float:
         return float(self._scaler.cur_scale)
 
     def after_step(self, loss_is_finite: bool) -> bool:
-        """Update the scale; returns whether the last step was skipped for an overflow that a lower scale may avoid."""
+        """Update the scale; True if the last step was skipped because of an overflow that a lower scale may avoid."""
         overflow, self._overflow = self._overflow, None
         if overflow is None:
             raise RuntimeError("DeepSpeed's optimizer made a step without moving its loss scale")
@@ -58,6 +58,6 @@ class LossScale:
     @state.setter
     def state(self, state: LossScaleState) -> None:
         scaler = self._scaler
-        if isinstance(scaler, DynamicLossScaler):  # a static scale is the configuration's
+        if isinstance(scaler, DynamicLossScaler):  # a static scale comes from the configuration
             scaler.cur_scale, scaler.cur_iter = state.scale, state.steps
             scaler.last_overflow_iter, scaler.cur_hysteresis = state.last_overflow, state.hysteresis

@@ -28,12 +28,12 @@ from megatron.parallel.place import Place
 
 
 def connect(args: NeoXArgs, place: Place) -> PipeModelDataParallelTopology:
-    """DeepSpeed's communication within an initialized world, and its topology of the ranks.
+    """Initialize DeepSpeed's communication within an initialized world; returns its topology of the ranks.
 
-    Pipeline outermost, then data, tensor innermost, as in megatron-core's `tp-dp-pp`. RuntimeError if DeepSpeed gives
+    Pipeline outermost, then data, tensor innermost, as in megatron-core's `tp-dp-pp`. RuntimeError if DeepSpeed assigns
     this rank other coordinates than `place`.
     """
-    # DeepSpeed would compile a shared-memory backend for the CPU here: 46 s, and a traceback without a compiler.
+    # DeepSpeed would compile a shared-memory backend for the CPU here, which takes 46 s and fails without a compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(args.distributed_backend, auto_mpi_discovery=False, verbose=False)
     topology = PipeModelDataParallelTopology(num_pp=place.pp, num_mp=place.tp, num_dp=place.dp)
@@ -46,11 +46,10 @@ def connect(args: NeoXArgs, place: Place) -> PipeModelDataParallelTopology:
 
 
 class LlamaPipelineModule(PipelineModule):
-    """This rank's pipeline stage, with its tensor-parallel part of every layer.
+    """This rank's pipeline stage, with its tensor-parallel shard of every layer.
 
-    Parameters are allocated on `place.device` (torch's "meta" plans without memory) and not initialized. Each is marked
-    as replicated or sharded over tensor-parallel ranks according to the layout table: DeepSpeed's gradient norm counts
-    a replicated one once.
+    Parameters are allocated on `place.device` ("meta" takes no memory) and not initialized. The layout table determines
+    which are marked as sharded over tensor-parallel ranks: DeepSpeed's gradient norm counts replicated ones once.
     """
 
     def __init__(self, args: NeoXArgs, place: Place) -> None:
@@ -83,15 +82,15 @@ class LlamaPipelineModule(PipelineModule):
         return super().to(*args, **kwargs)
 
     def forward(self, message: Any) -> Any:
-        """A micro-batch through the stage. Documents are read from the device here: once for all layers, which get them
-        as an object, because what DeepSpeed's recomputation gives a layer are other tensors."""
+        """Run a micro-batch through the stage. Document boundaries are read from the device here, once for all layers,
+        and passed on as an object: tensors would be new ones in every layer that DeepSpeed recomputes."""
         return as_message(super().forward(from_message(message)))
 
     def _is_checkpointable(self, funcs: list[Any]) -> bool:
-        """Called by DeepSpeed for each layer: whether it is recomputed.
+        """Whether a layer is recomputed; DeepSpeed calls it for each layer.
 
-        The first `recompute_layers` decoder layers of the stage are. Their backward passes come last, when the stored
-        layers have released their memory.
+        The first `recompute_layers` decoder layers of the stage are: their backward passes come last, when the other
+        layers have already freed their activations.
         """
         if not super()._is_checkpointable(funcs):
             return False
@@ -101,7 +100,7 @@ class LlamaPipelineModule(PipelineModule):
     def numbered_layers(self) -> Iterator[tuple[int, nn.Module]]:
         """(layer file number, module) of every layer with parameters that this stage owns.
 
-        The last stage's copy of a tied embedding has no file of its own: it follows the first stage's.
+        The last stage's copy of a tied embedding has no file of its own: it mirrors the first stage's.
         """
         for offset, layer in enumerate(self.forward_funcs):
             if isinstance(layer, nn.Module):
@@ -115,7 +114,7 @@ class LlamaPipelineModule(PipelineModule):
                 yield layout.EMBEDDING_INDEX, tied
 
     def get_tied_weights_and_groups(self) -> list[tuple[nn.Parameter, Any]]:
-        """The tied weights whose gradients DeepSpeed sums; a frozen one has none."""
+        """The tied weights whose gradients DeepSpeed sums; frozen weights have none."""
         return [(weight, group) for weight, group in super().get_tied_weights_and_groups() if weight.requires_grad]
 
     def tied_group(self) -> Any:
@@ -131,7 +130,7 @@ class LlamaPipelineModule(PipelineModule):
         raise NotImplementedError("layer files are read by megatron.checkpoint.load, not by the engine")
 
     def stage_layers(self, stage: int, virtual: int = 0) -> range:
-        """Layer numbers of a stage, which is one contiguous run here."""
+        """Layer numbers of a stage; with DeepSpeed a stage is one contiguous run."""
         return range(self.parts[stage], self.parts[stage + 1])
 
     def initialize_weights(self) -> None:
@@ -140,12 +139,12 @@ class LlamaPipelineModule(PipelineModule):
         self.synchronize_tied()
 
     def synchronize_tied(self) -> None:
-        """Give the last stage's copy of a tied embedding the first stage's values. Collective."""
+        """Copy the first stage's tied embedding to the last stage. Collective."""
         self._synchronize_tied_weights()
 
 
 def _poisoned_loss(loss_of: Callable[[Tensor, Any], Tensor]) -> Callable[[Tensor, Any], Tensor]:
-    """A training loss that is not finite shows in its gradients."""
+    """`loss_of`, with NaN gradients if a training loss is not finite."""
 
     def loss_fn(outputs: Tensor, targets: Any) -> Tensor:
         loss = loss_of(outputs, targets)

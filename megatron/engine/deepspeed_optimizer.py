@@ -1,7 +1,7 @@
 """The state of DeepSpeed's two ZeRO-1 optimizers as ranges of parameters, read and filled in place.
 
-Both keep one flat fp32 partition for each parameter group, over which a torch AdamW runs; DeepSpeed records on every
-parameter the position of its part in the rank's partition (`_hp_mapping`).
+Both keep one flat fp32 partition per parameter group, which a torch AdamW updates; DeepSpeed records on every parameter
+where its fragment is in the rank's partition (`_hp_mapping`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def optimizer_shards(
                 if not parameter.requires_grad:
                     continue
                 mapping = parameter._hp_mapping  # type: ignore[attr-defined]
-                if mapping is None:  # the part of other data-parallel ranks
+                if mapping is None:  # entirely on other data-parallel ranks
                     continue
                 group = mapping.param_group_index
                 start, first = int(mapping.lp_fragment_address.start), int(mapping.hp_fragment_address.start)
@@ -48,7 +48,7 @@ def optimizer_shards(
 
 @torch.no_grad()
 def load_shards(optimizer: Any, layers: NumberedLayers, copies: NumberedLayers, tp_rank: int, read: ReadShard) -> None:
-    """Fill all ranges with `read`. The weights must be loaded: CheckpointError unless they are the masters, rounded."""
+    """Fill all ranges with `read`, after loading the weights. CheckpointError unless these are the masters, rounded."""
     numbered = [*layers], [*copies]
     parameters = {
         (layer, name): parameter

@@ -1,4 +1,4 @@
-"""Scoring through DeepSpeed's pipeline: its inference schedule with another function at the end of the last stage."""
+"""Scoring with DeepSpeed's pipeline: its inference schedule, with a scoring function in place of the loss."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from megatron.model.scores import TokenScores
 def pipeline_scores(
     engine: PipelineEngine, module: LlamaPipelineModule, batches: Iterable[ScoreBatch] | None, num_micro_batches: int
 ) -> list[Tensor]:
-    """Scores of every micro-batch, on the last stage; empty on the others. Collective.
+    """Scores of every micro-batch on the last stage; empty on the others. Collective.
 
-    All micro-batches of the call are in the pipeline together, so that all stages work.
+    All micro-batches of the call share one pipelined pass, so that all stages work at the same time.
     """
     score = TokenScores(module.tensor_parallel.group, module.args.vocab_size)
     scores: list[Tensor] = []
 
     def collect(logits: Tensor, queries: tuple[Tensor, Tensor]) -> Tensor:
         scores.append(score(logits, queries))
-        return logits.new_zeros(())  # the engine adds losses up, which scores of different widths do not allow
+        return logits.new_zeros(())  # the engine sums losses; scores of different widths cannot be summed
 
     def fitting(tokens: Tensor) -> Tensor:
-        """Padded on the right to a length divisible into the slices of sequence parallelism."""
+        """Pad on the right to a length that sequence parallelism can divide into slices."""
         return F.pad(tokens, (0, module.tensor_parallel.padded_length(tokens.shape[1]) - tokens.shape[1]))
 
     data = None if batches is None else ((fitting(batch.tokens), (batch.at, batch.queried)) for batch in batches)
@@ -43,7 +43,6 @@ def pipeline_scores(
 
 
 def _forget_shapes(engine: PipelineEngine) -> None:
-    """Reset state between calls: shapes are exchanged only with a call's first message, and outputs are summed across
-    calls."""
+    """Reset state between calls: the engine would not exchange new shapes, and would add to the previous outputs."""
     engine.reset_activation_shape()
     engine.total_loss = None

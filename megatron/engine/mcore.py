@@ -1,7 +1,7 @@
 """megatron-core's pipeline schedules, gradient buckets and distributed optimizer behind the project's interface.
 
-Process groups, messages, partition, parameter groups and the decision to step are this project's; megatron-core's
-global state is not used.
+Process groups, messages between stages, partition, parameter groups and the decision whether to apply a step are this
+project's; megatron-core's global state is not used.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from megatron.neox_arguments import NeoXArgs
 from megatron.parallel.place import Place
 
 OnOutput = Callable[[Tensor, MicroBatch], Tensor]
-"""What the last virtual stage does with the logits of a micro-batch when nothing is learned."""
+"""(logits of the last virtual stage, micro-batch) -> loss, scores or logits to collect."""
 
 
 class MegatronEngine:
@@ -84,12 +84,12 @@ class MegatronEngine:
 
     @classmethod
     def for_inference(cls, args: NeoXArgs, place: Place, around: Around = no_phases) -> MegatronEngine:
-        """Every rank has one run of layers; several runs would only help training."""
+        """Without virtual stages, which only help training: every rank has one run of layers."""
         return cls(args, place, around, virtual=1)
 
     @staticmethod
     def stage_of(args: NeoXArgs, place: Place) -> ChunkedStage:
-        """This rank's part of the model alone."""
+        """Only this rank's part of the model."""
         virtual = args.virtual_pipe_parallel_size
         groups = EngineGroups.make(place, args.shape.tied, virtual > 1, args.distributed_timeout_minutes)
         tensor_parallel = TensorParallel(groups.tensor, PARAMETER_DTYPES[args.precision], args.sequence_parallel)
@@ -105,11 +105,11 @@ class MegatronEngine:
                     )
 
     def _prepare_training(self) -> None:
-        """Gradient buckets and optimizer, and how the schedule is to use them."""
+        """Build gradient buckets and optimizer, and configure the schedule to use them."""
         args, config = self.args, self.config
         trained = [one for one in self._held if one.parameter.requires_grad]
         for one in trained:
-            # Read by megatron-core: sum this gradient over the slices of the sequence; reduce it with the other end's.
+            # For megatron-core: sum this gradient over the slices of the sequence; add its tied copy's gradient.
             one.parameter.sequence_parallel = one.row.replicated and args.sequence_parallel  # type: ignore[attr-defined]
             one.parameter.shared_embedding = (  # type: ignore[attr-defined]
                 args.shape.tied and self.place.pp > 1 and one.layer == layout.EMBEDDING_INDEX
@@ -228,7 +228,7 @@ class MegatronEngine:
     def _only_run(self) -> tuple[int, list[Any]]:
         """Number of the first layer, and all layers, for a forward pass that the caller moves from rank to rank."""
         if self.stage.virtual > 1:
-            raise RuntimeError("this forward pass needs one run of layers a rank: an engine built `for_inference`")
+            raise RuntimeError("this forward pass needs one run of layers per rank: an engine built `for_inference`")
         return self.stage_layers(self.place.pp_rank).start, self.stage.chunks[0].callables()
 
     def _trained(self) -> GuardedOptimizer:
@@ -237,20 +237,20 @@ class MegatronEngine:
         return self._optimizer
 
     def _share_of_mean(self, replica_loss: Tensor | None) -> Tensor:
-        """What this rank adds to the mean over replicas: the last stage's tensor-parallel ranks hold the same loss."""
+        """This rank's summand of the mean over replicas. Tensor-parallel ranks have the same loss; only one adds it."""
         if replica_loss is None or not self.place.counts_tokens:
             return torch.zeros((), device=self.place.device)
         return replica_loss / self.place.dp
 
     def _on_all_stages(self, given: Iterable[Mapping[str, Tensor]] | None, count: int) -> PipelineBatch:
-        """Collective over the pipeline."""
+        """`on_all_stages` for this rank, in the phase `data`. Collective over the pipeline."""
         with self._around("data"):
             return on_all_stages(given, count, self.place, self.groups.pipe, self.tensor_parallel.padded_length)
 
     def _run(self, batch: PipelineBatch, on_output: OnOutput, train: bool = False) -> list[Tensor]:
-        """The schedule over all micro-batches; what `on_output` gave for each, on the last stage."""
+        """Run the schedule over all micro-batches; returns `on_output`'s results on the last stage, else none."""
         count, pp, chunks = len(batch.micro_batches), self.place.pp, len(self.model)
-        if chunks > 1 and not train:  # whose schedule takes whole groups of micro-batches
+        if chunks > 1 and not train:  # the interleaved schedule needs a multiple of pp micro-batches
             batch = batch.filled_up(pp)
 
         def forward(source: Iterator[Any], chunk: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
@@ -284,8 +284,7 @@ class MegatronEngine:
     # --- weights being gathered
 
     def _start_gathers(self) -> None:
-        """Start gathering the updated weights of all buckets, in the order in which the next forward pass needs
-        them."""
+        """Start all-gathers of the updated weights of all buckets, in the order of the next forward pass."""
         if not self.args.overlap_param_gather:
             return
         for chunk in self._wrapped:
@@ -293,7 +292,7 @@ class MegatronEngine:
                 group.start_param_sync()
 
     def _finish_gathers(self) -> None:
-        """Wait for them. Not collective."""
+        """Wait for all gathers in flight. Not collective."""
         if self._optimizer is None or not self.args.overlap_param_gather:
             return
         for chunk in self._wrapped:
@@ -301,7 +300,7 @@ class MegatronEngine:
                 _finish_gather(group)
 
     def _finish_gather_of_tied_copy(self) -> None:
-        """Wait for the matrix that the last stage's head shares with another stage."""
+        """Wait for the gather of the matrix that the last stage's head shares with another stage."""
         for one in self._held:
             if one.copy and one.parameter.requires_grad and self.args.overlap_param_gather:
                 _finish_gather(self._wrapped[-1].param_to_bucket_group[one.parameter])
@@ -309,7 +308,7 @@ class MegatronEngine:
     # --- checkpoints
 
     def meta_content(self) -> dict[str, Any]:
-        """The keys of DeepSpeed's file that have a meaning here."""
+        """The keys of DeepSpeed's meta file that apply to this engine."""
         counters, place = self.counters, self.place
         return {
             "module": None,

@@ -1,7 +1,7 @@
-"""What every stage of a pipeline must know of a call's micro-batches under megatron-core's schedules.
+"""What every pipeline stage must know about a call's micro-batches under megatron-core's schedules.
 
-Messages between stages are hidden states of one shape and nothing else. So stages that read no data learn from the
-first one, once a call, what shape the micro-batches have, and where documents start if they are isolated.
+Messages between stages are hidden states of one shape and nothing else. So the first stage broadcasts, once per call,
+the shape of the micro-batches and the positions of isolated documents to the stages that read no data.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from megatron.parallel.place import Place
 
 @dataclass(frozen=True)
 class PipelineBatch:
-    """One call's micro-batches of b sequences of s tokens: what this rank's stage needs of them, on its device.
+    """One call's micro-batches of b sequences of s tokens: the data that this rank's stage needs, on its device.
 
-    `documents` are those of each micro-batch, None where they are not isolated.
+    `documents` are those of each micro-batch, None if documents are not isolated.
     """
 
     micro_batches: list[MicroBatch]
@@ -31,7 +31,7 @@ class PipelineBatch:
     s: int
 
     def filled_up(self, multiple: int) -> PipelineBatch:
-        """With the last micro-batch again, until their number is a multiple of `multiple`."""
+        """Repeat the last micro-batch until their number is a multiple of `multiple`."""
         again = -len(self.micro_batches) % multiple
         return PipelineBatch(
             self.micro_batches + self.micro_batches[-1:] * again,
@@ -48,7 +48,7 @@ def on_all_stages(
     pipe: dist.ProcessGroup,
     padded_length: Callable[[int], int],
 ) -> PipelineBatch:
-    """`count` micro-batches, padded to the length that the model's matrices can take. Collective over the pipeline.
+    """Share `count` micro-batches, padded to `padded_length`, with all stages. Collective over the pipeline.
 
     `given` is None on stages that read no data.
     """
@@ -56,12 +56,13 @@ def on_all_stages(
     first = own[0] if own else {}
     b, s = sequence(first).shape[:2] if own else (0, 0)
     with_positions = int("positions" in first)
-    has_middle = place.pp > 2  # stages that read nothing
+    has_middle = place.pp > 2  # stages that read no data
     if has_middle:
         header = torch.tensor([b, s, with_positions], device=place.device)
         dist.broadcast(header, group=pipe, group_src=0)
         if not own:
             b, s, with_positions = (int(value) for value in header.tolist())
+    # Pad on the host, then move to the device.
     length = padded_length(s)
     on_host = [padded(_sequences(micro_batch), length) for micro_batch in own]
     own = [

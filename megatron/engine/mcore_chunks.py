@@ -23,9 +23,10 @@ from megatron.parallel.place import Place
 
 
 def runs_of_layers(num_layers: int, pieces: int) -> list[range]:
-    """Layer file numbers of every run, in the order of the model; the longer runs come first.
+    """Split the model into `pieces` runs; returns the layer file numbers of each, in order.
 
-    Decoder layers are distributed evenly; the layers before them are in the first run, those after them in the last.
+    Decoder layers are distributed evenly, the longer runs first; the layers before them are in the first run, those
+    after them in the last.
     """
     sizes = [num_layers // pieces + (piece < num_layers % pieces) for piece in range(pieces)]
     edges = [0] + [2 + sum(sizes[: piece + 1]) for piece in range(pieces)]
@@ -34,10 +35,10 @@ def runs_of_layers(num_layers: int, pieces: int) -> list[range]:
 
 
 class Chunk(nn.Module):
-    """A run of layers. Its forward takes a micro-batch, and the hidden states that `set_input_tensor` gave it.
+    """A run of layers. Its forward takes a micro-batch, and the hidden states set by `set_input_tensor`.
 
-    `recompute` are the numbers of the layers that the backward pass recomputes. The other public names are those that
-    megatron-core reads: `pre_process` and `post_process` say whether it is the model's first and last run.
+    `recompute` has the numbers of the layers that the backward pass recomputes. The other public names are read by
+    megatron-core: `pre_process` and `post_process` say whether this is the model's first and last run.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class Chunk(nn.Module):
         self.pre_process = layout.EMBEDDING_INDEX in layers
         self.last_number = args.num_layers + 4
         self.post_process = self.last_number in layers
-        self.share_embeddings_and_output_weights = args.shape.tied and args.lora is None  # sums their gradients
+        self.share_embeddings_and_output_weights = args.shape.tied and args.lora is None  # sum the tied gradients
         self.held = nn.ModuleDict()
         self.before_tied_head: Callable[[], None] = lambda: None
         self._steps: list[tuple[int, Any]] = []
@@ -64,26 +65,26 @@ class Chunk(nn.Module):
             self._steps.append((number, self._step(number, layer)))
 
     def _step(self, number: int, layer: Layer) -> Any:
-        """What layer `number` does to its input; modules are held by the number of the file that has their weights."""
+        """Layer `number` as a callable; modules are registered under the number of the file that has their weights."""
         if layer.build is None:
             return layer.function
         if layer.shares is None or layer.function is None:
             self.held[str(number)] = module = layer.build(*layer.arguments)
             return module
         owner = str(layout.EMBEDDING_INDEX)
-        if owner not in self.held:  # another rank's embedding, of which this run has a copy
+        if owner not in self.held:  # a copy of another rank's embedding
             self.held[owner] = layer.build(*layer.arguments)
         function, shared = layer.function, self.held[owner]
 
         def apply(hidden: Tensor) -> Tensor:
-            self.before_tied_head()  # which reads the matrix directly, bypassing its module's hooks
+            self.before_tied_head()  # the head reads the matrix directly, bypassing its module's hooks
             output: Tensor = function(shared, hidden)
             return output
 
         return apply
 
     def forward(self, micro_batch: Mapping[str, Tensor], documents: Documents | None) -> Tensor:
-        """Hidden states [s, b, h], or of the model's last run this rank's logits [b, s, V / tp]."""
+        """Hidden states [s, b, h]; in the model's last run, this rank's logits [b, s, V / tp]."""
         stream: Any = sequence(micro_batch) if self.pre_process else self._input
         if documents is not None and self._steps[0][0] <= self._last_with_documents:
             stream = (stream, documents)
@@ -98,7 +99,7 @@ class Chunk(nn.Module):
         return output
 
     def callables(self) -> list[Any]:
-        """Modules and functions in order, for a forward pass outside the pipeline."""
+        """Modules and functions in order, for a forward pass outside the schedule."""
         return [step for _, step in self._steps]
 
     def set_input_tensor(self, tensors: Any) -> None:
@@ -110,7 +111,7 @@ class Chunk(nn.Module):
 
     @property
     def holds_a_copy(self) -> bool:
-        """Whether its embedding is another rank's, tied to it."""
+        """Whether it holds a tied copy of another rank's embedding."""
         return not self.pre_process and str(layout.EMBEDDING_INDEX) in self.held
 
     def numbered(self) -> Iterator[tuple[int, nn.Module]]:
@@ -121,7 +122,7 @@ class Chunk(nn.Module):
 
 
 class ChunkedStage:
-    """This rank's part of the model, on `place.device` and not initialized; like `PipelineStage`.
+    """This rank's part of the model as a `PipelineStage`, on `place.device` and not initialized.
 
     With `virtual` stages per rank, rank p of P has the runs p, p + P, p + 2P, ... of the model.
     """

@@ -1,8 +1,8 @@
 """The process groups of engine: megatron, created once and passed to megatron-core.
 
-megatron-core's own `initialize_model_parallel` makes every group by a call of every rank: 6,161 calls at 2,048 ranks,
-each of which splits a communicator under NCCL or RCCL with a bound device. Here one call makes a whole kind of groups,
-of which a rank is in one: about ten calls, whatever the number of ranks.
+megatron-core's own `initialize_model_parallel` makes every group with a call on every rank: 6,161 calls at 2,048 ranks,
+each of which splits a communicator under NCCL or RCCL with a bound device. Here one call makes all groups of a kind,
+such as all tensor-parallel groups: about ten calls, whatever the number of ranks.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from megatron.parallel.place import Place
 from megatron.parallel.process_groups import ModelGroups
 
 Coordinates = tuple[int, int, int]
-"""A rank's number in its pipeline, among data-parallel replicas, and in its tensor-parallel group."""
+"""(pp_rank, dp_rank, tp_rank)."""
 
 
 @dataclass(frozen=True)
 class Link:
-    """A group of two ranks, one of which only sends and the other only receives; `peer` is the other's global rank."""
+    """A group of two ranks, one of which only sends and the other only receives; `peer` is the other global rank."""
 
     group: dist.ProcessGroup
     peer: int
@@ -35,8 +35,8 @@ class Link:
 class Links:
     """A rank's links to its neighbors in the pipeline; None where there is no neighbor.
 
-    Hidden states come from the stage before and go to the next, gradients the other way. With virtual stages the last
-    stage's next is the first.
+    Hidden states go from each stage to the next, gradients in the opposite direction. With virtual stages the last
+    stage is followed by the first.
     """
 
     hidden_in: Link | None = None
@@ -47,8 +47,7 @@ class Links:
 
 @dataclass(frozen=True)
 class EngineGroups:
-    """Groups of this rank, and a group of this rank only; `tied` joins the stages that hold a tied embedding, if two
-    do."""
+    """The process groups of this rank; `alone` has only this rank, `tied` the two stages that hold a tied embedding."""
 
     tensor: dist.ProcessGroup
     data: dist.ProcessGroup
@@ -60,7 +59,7 @@ class EngineGroups:
 
     @classmethod
     def make(cls, place: Place, tied: bool, virtual: bool, timeout_minutes: int) -> EngineGroups:
-        """Collective over all ranks."""
+        """Create the groups. Collective over all ranks."""
         maker = _Maker(place, timeout_minutes)
         ends = None
         if tied and place.pp > 1:
@@ -104,7 +103,7 @@ def whole_world() -> dist.ProcessGroup:
 
 
 class _Maker:
-    """Makes groups by kind; kinds with the same groups share them."""
+    """Creates groups by kind; kinds with the same members share their groups."""
 
     def __init__(self, place: Place, timeout_minutes: int) -> None:
         self.place = place
@@ -114,7 +113,7 @@ class _Maker:
         self._made: dict[tuple[tuple[int, ...], ...], dist.ProcessGroup | None] = {}
 
     def group(self, kind: Callable[[Coordinates], tuple[int, ...] | None]) -> dist.ProcessGroup | None:
-        """Ranks with the same `kind` share a group, those with None have none. This rank's; collective."""
+        """Group the ranks by `kind`, leaving out those with None; returns this rank's group. Collective."""
         members: dict[tuple[int, ...], list[int]] = {}
         for rank, at in enumerate(self.at):
             key = kind(at)
@@ -128,27 +127,27 @@ class _Maker:
         return self._made[parts]
 
     def own(self, kind: Callable[[Coordinates], tuple[int, ...]]) -> dist.ProcessGroup:
-        """The same for a kind that every rank has a group of."""
+        """`group` for a kind in which every rank has a group."""
         group = self.group(kind)
         assert group is not None
         return group
 
     def split(self, parts: Iterable[tuple[int, ...]]) -> dist.ProcessGroup | None:
-        """The part of the world that this rank is in, as a new group; None if it is in none."""
+        """Create a group for each part; returns this rank's, None if it is in no part. Collective."""
         if self.world.bound_device_id is not None:  # one split of the world's communicator makes all parts
             group: dist.ProcessGroup | None = dist.split_group(
                 parent_pg=self.world, split_ranks=[sorted(part) for part in parts], timeout=self.timeout
             )
             return group
-        # Only members create a group, and find each other by a name in which torch counts the groups created by a rank.
-        # To keep the counts equal, a rank that is in none creates one for itself.
+        # Only members create a group, and find each other by a name that contains the number of groups which the rank
+        # has created. To keep these numbers equal, a rank in no part creates a group for itself.
         own = next((part for part in parts if self.place.rank in part), None)
         made = dist.new_group(sorted(own or [self.place.rank]), timeout=self.timeout, use_local_synchronization=True)
         return made if own else None
 
 
 def _links(maker: _Maker, place: Place, virtual: bool) -> Links:
-    """Links of this rank, made in rounds in which a rank has one neighbor at most: its next, or the one before."""
+    """Links of this rank, created in rounds: in each, a rank pairs with at most one neighbor."""
     found: dict[str, Link] = {}
     for pairs in neighbor_rounds(place.pp, place.dp * place.tp, closed=virtual):
         own = next((pair for pair in pairs if place.rank in pair), None)

@@ -1,9 +1,9 @@
 """Messages between pipeline stages over directed links, for megatron-core's schedules.
 
-megatron-core sends both directions over one group. Where a group has one communicator (torch with a bound device), a
+megatron-core sends both directions over one group. If a group has one communicator (torch with a bound device), a
 waiting receive blocks the sends after it; and with two stages and virtual stages, both neighbors are the same rank, so
 that a batched exchange mistakes hidden states for gradients. On a link one rank only sends and the other only receives,
-in the order of the schedule: no order of posting can deadlock, and no message can be mistaken for another.
+in the order of the schedule: no posting order can deadlock, and no message can be mistaken for another.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megatron.engine.protocol import Around
 
 
 class _Arrival:
-    """A message in flight; waiting for it is the phase `pipeline`."""
+    """A message in flight; the wait for it counts as phase `pipeline`."""
 
     def __init__(self, work: Any, around: Around) -> None:
         self._work, self._around = work, around
@@ -55,8 +55,7 @@ class LinkP2P(P2PCommunicator):
         tensor_shape: Any,
         wait_on_reqs: bool = True,
     ) -> tuple[Tensor | None, Tensor | None, dict[str, _Arrival] | None]:
-        """Post the requested messages; (hidden states, gradient, handles), without handles if they have been waited
-        for.
+        """Post the requested messages; returns (hidden states, gradient, handles), handles None after `wait_on_reqs`.
 
         Sent tensors are detached, because the schedule frees its output while the message is in flight.
         """

@@ -1,5 +1,4 @@
-"""megatron-core's distributed optimizer: its parameters, a step that is skipped for non-finite gradients, its state as
-ranges.
+"""megatron-core's distributed optimizer: steps that non-finite gradients cause to be skipped, state as ranges.
 
 Every data-parallel rank owns a contiguous part of each bucket of parameters, and for each parameter in it a shard: the
 master weights (in fp32 runs a view of the weights themselves), two moments and the number of updates.
@@ -28,7 +27,7 @@ from megatron.parallel.place import Place
 
 @dataclass(frozen=True)
 class HeldParameter:
-    """A parameter of this rank, where its file has it; `copy` marks a tied matrix that another stage owns."""
+    """A parameter of this rank, with its layer file number and name; `copy` marks a tied matrix of another stage."""
 
     layer: int
     name: str
@@ -50,7 +49,7 @@ class _OwnShard:
 def build_distributed_optimizer(
     args: NeoXArgs, model: Sequence[DistributedDataParallel], held: Sequence[HeldParameter], data: dist.ProcessGroup
 ) -> DistributedOptimizer:
-    """AdamW over this project's parameter groups, its state divided over `data`."""
+    """AdamW over this project's parameter groups, its state sharded over `data`."""
     rows = {id(one.parameter): one.row for one in held}
     groups = parameter_groups((one.parameter for one in held), rows, args.weight_decay)
     config = OptimizerConfig(
@@ -78,9 +77,9 @@ def build_distributed_optimizer(
 
 
 class GuardedOptimizer:
-    """The shards of a rank, and the step that they take together if the norm of all gradients is finite.
+    """A rank's shards, and a step that is applied only if the norm of all gradients is finite.
 
-    megatron-core's own step applies a gradient that is not.
+    megatron-core's own step would apply non-finite gradients.
     """
 
     def __init__(
@@ -101,9 +100,9 @@ class GuardedOptimizer:
             group["lr"] = rate
 
     def step(self, loss_part: Tensor) -> tuple[float, float, bool]:
-        """Clip and apply the reduced gradients; (loss, norm, applied), the same on all ranks. Collective over them.
+        """Clip and apply the reduced gradients; returns (loss, norm, applied), the same on all ranks. Collective.
 
-        `loss_part` is what this rank adds to the mean loss. If the norm is not finite nothing changes.
+        `loss_part` is this rank's summand of the mean loss. If the norm is not finite, nothing changes.
         """
         self.optimizer.prepare_grads()
         gradients = [gradient for shard in self.shards if (gradient := shard.master.grad) is not None]
@@ -125,7 +124,7 @@ class GuardedOptimizer:
         return loss, norm, True
 
     def renew_masters(self) -> None:
-        """Set the masters from the weights."""
+        """Copy the weights to the masters."""
         self.optimizer.reload_model_params()
 
     def ranges(self) -> list[OptimizerShard]:
@@ -140,9 +139,9 @@ class GuardedOptimizer:
 
     @torch.no_grad()
     def load(self, read: ReadShard) -> None:
-        """Fill all ranges with `read`; the weights are loaded. CheckpointError unless they are the masters, rounded.
+        """Fill all ranges with `read`, after the weights are loaded.
 
-        CheckpointError too if tensors are of different steps.
+        CheckpointError unless the weights are the masters, rounded, and all tensors are of one step.
         """
         first: OptimizerShard | None = None
         for shard in self.shards:
@@ -160,7 +159,7 @@ class GuardedOptimizer:
 
 
 def _own_shards(optimizer: DistributedOptimizer, held: dict[nn.Parameter, HeldParameter]) -> Iterator[_OwnShard]:
-    """Every parameter of which this rank owns a part, in the order of `held`."""
+    """Shards of all parameters of which this rank owns a part, in the order of `held`."""
     masters: dict[nn.Parameter, Tensor] = {}
     pairs = (
         (optimizer.model_float16_groups, optimizer.shard_fp32_from_float16_groups),

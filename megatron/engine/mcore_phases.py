@@ -29,7 +29,7 @@ PHASE_OF = {
 
 
 class PhaseTimers:
-    """An object used by megatron-core as its timers: each one that belongs to a phase runs inside `around(phase)`."""
+    """Replaces megatron-core's timers: each timer that belongs to a phase runs inside `around(phase)`."""
 
     def __init__(self, around: Around) -> None:
         self._timers = {name: _PhaseTimer(around, phase) for name, phase in PHASE_OF.items()}

@@ -1,5 +1,4 @@
-"""The settings of megatron-core's schedules, buckets and optimizer for a configuration, and their description in the
-log."""
+"""megatron-core's settings for a configuration: schedules and gradient buckets; and their description in the log."""
 
 from __future__ import annotations
 
@@ -15,7 +14,7 @@ from megatron.parallel.place import Place
 
 
 def transformer_config(args: NeoXArgs, place: Place, virtual: int) -> TransformerConfig:
-    """The settings of model and layout that the schedules read."""
+    """Settings of the model and the layout that the schedules read."""
     dtype = PARAMETER_DTYPES[args.precision]
     return TransformerConfig(
         num_layers=args.num_layers,
@@ -49,7 +48,7 @@ def bucket_config(args: NeoXArgs) -> DistributedDataParallelConfig:
 
 
 def description(args: NeoXArgs, place: Place, virtual: int, layers: Callable[[int, int], range]) -> list[str]:
-    """Lines for the start of the log; `layers` gives those of a stage's virtual stage."""
+    """Lines for the start of the log; `layers(stage, virtual)` returns the layer numbers of a virtual stage."""
     kinds = (("reduction", args.overlap_grad_reduce), ("gather", args.overlap_param_gather))
     overlapped = " and ".join(name for name, is_so in kinds if is_so) or "nothing"
     runs = [[layers(stage, number) for number in range(virtual)] for stage in range(place.pp)]

@@ -1,14 +1,14 @@
 """Handling of a step whose loss or gradient is not finite, from the loss to the end of the run.
 
 1. **Poison.** An overflow in the loss alone leaves gradients that look right. `poisoned` turns them into NaN, so that
-only the gradients decide, identically on all ranks and without extra communication before the optimizer. 2.
-**Propagate.** An engine decides by the norm of all gradients, which includes a parameter replicated on tensor-parallel
-ranks only on the first of them. A NaN in another rank's copy (a faulty GPU: the others' copies are right) would be
-applied. `propagate` copies it into that rank's sharded gradients, which are in the norm.
-3. **Refuse.** The engine leaves weights, moments and step count as they are; `StepResult.applied` says so.
+   the gradients alone decide, identically on all ranks and without extra communication before the optimizer.
+2. **Propagate.** An engine decides by the norm of all gradients, which counts a parameter replicated over
+   tensor-parallel ranks only on the first of them. A NaN in another rank's copy (from a faulty GPU) would go unnoticed
+   and be applied. `propagate` copies it into that rank's sharded gradients, which are in the norm.
+3. **Refuse.** The engine leaves weights, moments and step count as they are; `StepResult.applied` is then False.
 4. **Count.** `report_skipped` names the samples and the replica, and ends the run beyond a limit.
-5. **Stop.** `check_finite` ends the run if a step that was applied reports a loss or norm that is not finite: then one
-   of the above has failed.
+5. **Stop.** `check_finite` ends the run if a step that was applied reports a non-finite loss or norm: then one of the
+   above has failed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from megatron.parallel.place import Place
 
 
 class SuspiciousLossError(UserError):
-    """A continued run starts at the loss of a random model, or a loss is not a number."""
+    """A continued run starts with the loss of a random model, or a loss is not finite."""
 
 
 class SkipLimitError(SuspiciousLossError):
@@ -35,7 +35,7 @@ class SkipLimitError(SuspiciousLossError):
 
 
 def poisoned(loss: Tensor) -> Tensor:
-    """The same loss, with gradients that are NaN if it is not finite."""
+    """Return `loss`, with NaN gradients if it is not finite."""
     return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
 
 
@@ -43,7 +43,7 @@ def poisoned(loss: Tensor) -> Tensor:
 def propagate(replicated: Sequence[Tensor], sharded: Sequence[Tensor]) -> None:
     """Make this rank's sharded gradients NaN if one of its replicated gradients is not finite.
 
-    There is no communication, and nothing waits for the GPU.
+    Neither communicates nor waits for the GPU.
     """
     if not replicated or not sharded:
         return
@@ -72,7 +72,7 @@ def report_skipped(
 ) -> str:
     """The log line for a step that was not applied, on `samples` [first, end). Collective.
 
-    `in_a_row` and `total` count this step. Raises SkipLimitError on all ranks when there are too many.
+    `in_a_row` and `total` include this step. Raises SkipLimitError on all ranks if either exceeds its limit.
     """
     what = (
         f"iteration {iteration}: loss {result.loss}, gradient norm not finite ({_origin(result, place)}); its samples "
@@ -89,7 +89,7 @@ def report_skipped(
 
 
 def _origin(result: StepResult, place: Place) -> str:
-    """Which data-parallel replicas computed a loss that is not finite. Collective."""
+    """Text naming the data-parallel replicas that computed a non-finite loss. Collective."""
     own = result.replica_loss
     broken = place.dp_rank if own is not None and not math.isfinite(own) else None
     replicas = sorted({replica for replica in gather_by_rank(broken) if replica is not None})
@@ -99,7 +99,7 @@ def _origin(result: StepResult, place: Place) -> str:
 
 
 def check_finite(result: StepResult, iteration: int) -> None:
-    """Stop at a loss or norm that is not finite although the step was applied; the last checkpoint is before it."""
+    """Raise SuspiciousLossError if an applied step reports a non-finite loss or norm; no checkpoint has it yet."""
     if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
         raise SuspiciousLossError(
             f"iteration {iteration}: loss {result.loss}, gradient norm {result.grad_norm}. The run stops before it "

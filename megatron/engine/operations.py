@@ -1,4 +1,4 @@
-"""How a rank's device computes what there are several ways for: chosen before the model is built, and said once."""
+"""Chooses the implementations of operations that have several, before the model is built, and logs the choice."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 def choose_operations(args: NeoXArgs, place: Place) -> None:
-    """Of the fused operations, and of attention within isolated documents. KernelsUnavailable as `ops.configure`."""
+    """Choose for the fused operations and for attention within isolated documents; errors of `ops.configure`."""
     logger.info(configure(args.kernels, place.device))
     if args.isolate_documents:
         logger.info(f"isolated documents on {place.device.type}: {how_documents_are_attended_to(args, place.device)}")

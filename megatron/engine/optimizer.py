@@ -1,4 +1,4 @@
-"""AdamW and its parameter groups, which follow the layout table: a row defines whether its tensor decays."""
+"""AdamW and its parameter groups, which follow the layout table: a row says whether weight decay applies."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 from megatron import layout
 from megatron.neox_arguments import ConfigError, NeoXArgs
 
-# The log and the checkpoint show these names, GPT-NeoX's for the two kinds that a text model has.
+# These names are in the log and the checkpoint; for the two kinds that a text model has, they are GPT-NeoX's.
 GROUP_NAMES = {
     # (decays, replicated)
     (True, False): "weight_decay_params",
@@ -23,7 +23,7 @@ REPLICATED_GROUPS = frozenset(name for (_, replicated), name in GROUP_NAMES.item
 
 
 def group_names(shape: layout.LlamaShape) -> list[str]:
-    """The parameter groups of a model, over all stages."""
+    """Names of the parameter groups of a model, over all stages."""
     kinds = {(row.decays, row.replicated) for _, _, rows in layout.layer_files(shape) for row in rows}
     return [name for kind, name in GROUP_NAMES.items() if kind in kinds]
 
@@ -40,18 +40,18 @@ def rows_of_parameters(
 
 
 def mark_sharded(parameters: Iterable[tuple[nn.Parameter, layout.TensorRow]]) -> None:
-    """Tell DeepSpeed's and megatron-core's gradient norms which parameters tensor-parallel ranks hold parts of.
+    """Mark the parameters that are sharded over tensor-parallel ranks, for the gradient norms of both engines.
 
-    They count an unmarked one, a copy on every rank, once per group.
+    Unmarked parameters are replicated, and count once per tensor-parallel group.
     """
     for parameter, row in parameters:
         parameter.tensor_model_parallel = not row.replicated  # type: ignore[attr-defined]
 
 
 def require_training(stages: Sequence[range], args: NeoXArgs) -> None:
-    """ConfigError unless every stage, given by its layer file numbers, has a parameter to train with `lora`.
+    """Raise ConfigError unless every stage, given by its layer file numbers, has a parameter to train with `lora`.
 
-    DeepSpeed refuses a stage without one, while the others wait for it until they time out.
+    DeepSpeed would refuse a stage without one while the other stages wait for it until they time out.
     """
     decoder = layout.file_indices(layout.LayerFile.DECODER, args.num_layers)
     for number, layers in enumerate(stages):
@@ -63,7 +63,7 @@ def require_training(stages: Sequence[range], args: NeoXArgs) -> None:
 
 
 def adapter_and_slice_lines(args: NeoXArgs) -> list[str]:
-    """What is trained with `lora` and what a rank holds with `sequence_parallel`, for the start of the log."""
+    """Log lines about the trained parameters with `lora` and the slice per rank with `sequence_parallel`."""
     lines = []
     if args.lora is not None:
         lora, trained, whole = args.lora, args.trained_shape.num_parameters, args.whole_shape.num_parameters
@@ -83,10 +83,10 @@ def adapter_and_slice_lines(args: NeoXArgs) -> list[str]:
 def parameter_groups(
     parameters: Iterable[nn.Parameter], rows: dict[int, layout.TensorRow], weight_decay: float
 ) -> list[dict[str, Any]]:
-    """One group for each kind of parameter that this rank trains, parameters in their order; `rows` is by `id`.
+    """One group for each kind of parameter that this rank trains, in the given order; `rows` is keyed by `id`.
 
-    Frozen ones are in none. Matrices (including embedding and head) decay, norms do not: GPT-NeoX's grouping. Empty
-    groups are omitted, which the ranks of a pipeline must tolerate: a stage may hold only an embedding.
+    Frozen parameters are in no group. Matrices (including embedding and head) decay, norms do not: GPT-NeoX's grouping.
+    Empty groups are omitted, so that stages may differ in their groups: a stage may hold only an embedding.
     """
     groups: dict[str, list[nn.Parameter]] = {name: [] for name in GROUP_NAMES.values()}
     decays = {name: decayed for (decayed, _), name in GROUP_NAMES.items()}

@@ -1,7 +1,7 @@
-"""The optimizer state of a rank as ranges of its tensors, the interface of every engine for saving and loading.
+"""A rank's optimizer state as ranges of its tensors: the interface of every engine for saving and loading.
 
 An engine may store its masters and moments in any way: flat, sharded over data-parallel ranks, by virtual stage. It
-exposes them as views, one for each contiguous part of a parameter.
+exposes them as views, one set for each contiguous part of a parameter.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from megatron.layout import TensorRange
 class OptimizerShard:
     """The state of one range on this rank: live fp32 views [stop - start] named master, exp_avg and exp_avg_sq.
 
-    The next step changes them. `step` counts the updates so far. `copy` marks a tied matrix that another stage owns,
-    and whose state that stage saves.
+    The next optimizer step changes them. `step` counts the updates so far. `copy` marks a tied matrix that another
+    stage owns and saves.
     """
 
     where: TensorRange
@@ -35,7 +35,7 @@ ReadShard = Callable[[TensorRange, Mapping[str, Tensor]], int]
 
 
 def check_masters(where: TensorRange, weights: Tensor, master: Tensor) -> None:
-    """CheckpointError unless `weights` are `master`, rounded, as every step leaves them. Both are flat."""
+    """Raise CheckpointError unless `weights` equal `master`, rounded, as after every step. Both are flat."""
     if not torch.equal(weights, master.to(weights.dtype)):
         raise CheckpointError(
             f"{where}: the fp32 masters in the optimizer files are not the weights in the layer files; these are of "
@@ -44,7 +44,7 @@ def check_masters(where: TensorRange, weights: Tensor, master: Tensor) -> None:
 
 
 def adam_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
-    """torch AdamW's state of a parameter; before the first step made as that step would make it."""
+    """torch AdamW's state of a parameter; created as the first step would create it, if there was none yet."""
     state: dict[str, Tensor] = optimizer.state[parameter]
     if not state:
         state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)

@@ -1,4 +1,4 @@
-"""The engine interface: all that trainer, evaluation, generation, checkpoint and supervision see of an engine.
+"""The engine interface, which is all that trainer, evaluation, generation, checkpoint and supervision use.
 
 An engine owns this rank's pipeline stage, moves micro-batches through the pipeline, reduces gradients and applies the
 optimizer. It is built by `megatron.engine.build` with uninitialized weights: fill them from a checkpoint or with
@@ -37,10 +37,10 @@ def no_phases(phase: str) -> AbstractContextManager[Any]:
 class StepResult:
     """The result of one optimizer step; the same on all ranks except for `replica_loss`.
 
-    `loss` is the mean over the learned tokens of the global batch, in nats; `replica_loss` this data-parallel replica's
-    part of it, known only on the last stage. `applied` is False if the weights are unchanged because the gradient norm
-    is not finite; `overflow` if the cause was the loss scale, which is then lowered. `loss_scale` is the scale of the
-    step, None without one.
+    `loss` is the mean over the learned tokens of the global batch, in nats; `replica_loss` is this data-parallel
+    replica's contribution, known only on the last stage. `applied` is False if the weights are unchanged because the
+    gradient norm is not finite; `overflow` is True if the loss scale was the cause, and was lowered. `loss_scale` is
+    the scale used in the step, None without one.
     """
 
     loss: float
@@ -53,8 +53,8 @@ class StepResult:
 
 @dataclass(frozen=True)
 class LossScaleState:
-    """The fp16 loss scale and the state that determines it: steps so far, the last overflow, overflows left before it
-    is lowered."""
+    """The fp16 loss scale and the state that determines its changes: steps so far, the step of the last overflow,
+    overflows left before it is lowered."""
 
     scale: float
     steps: int = 0
@@ -64,9 +64,9 @@ class LossScaleState:
 
 @dataclass(frozen=True)
 class Counters:
-    """Counters of an engine over a whole run: optimizer steps attempted, samples read, steps not applied.
+    """Counters of an engine over a whole run: optimizer steps attempted, samples read, steps not applied (`skipped`).
 
-    `overflows` are those of the steps not applied in which fp16's gradients overflowed, `loss_scale` its scale.
+    `overflows` counts the skipped steps in which fp16 gradients overflowed; `loss_scale` is fp16's loss scale.
     """
 
     steps: int = 0
@@ -77,7 +77,7 @@ class Counters:
 
     @property
     def not_finite(self) -> int:
-        """Steps not applied for a loss or gradient that no loss scale explains."""
+        """Number of steps skipped for a non-finite loss or gradient that is not an overflow."""
         return self.skipped - self.overflows
 
 
@@ -97,20 +97,21 @@ class PipelineStage(Protocol):
         ...
 
     def stage_layers(self, stage: int, virtual: int = 0) -> range:
-        """Layer file numbers of a stage's run of layers, those without parameters included; one run a virtual stage."""
+        """Layer file numbers of one run of layers of a stage, including layers without parameters; the run is that of
+        virtual stage `virtual`."""
         ...
 
 
 class Engine(PipelineStage, Protocol):
-    """One rank's engine. `place` and `groups` are its position and groups; `counters` may be set when a run is
-    continued."""
+    """One rank's engine. `place` and `groups` are the rank's coordinates and process groups; `counters` can be set to
+    continue a run."""
 
     place: Place
     groups: ModelGroups
     counters: Counters
 
     def describe(self) -> list[str]:
-        """The engine's description of itself, for the start of the log."""
+        """Lines for the start of the log that describe the engine's settings."""
         ...
 
     def initialize_weights(self) -> None:
@@ -118,17 +119,17 @@ class Engine(PipelineStage, Protocol):
         ...
 
     def weights_changed(self) -> None:
-        """Update what is derived from the parameters: fp32 masters, other stages' copies of a tied embedding."""
+        """Update everything derived from the parameters: fp32 masters, other stages' copies of a tied embedding."""
         ...
 
     def set_learning_rate(self, rate: float) -> None: ...
 
     def train_step(self, batch: StepBatch) -> StepResult:
-        """Forward, backward, reduction and optimizer for one global batch."""
+        """Forward, backward, gradient reduction and optimizer step for one global batch."""
         ...
 
     def evaluate(self, batch: StepBatch) -> float:
-        """Mean loss of a batch; the training state is unchanged."""
+        """Mean loss of a batch, without changing the training state."""
         ...
 
     def logits(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor | None:
@@ -136,44 +137,43 @@ class Engine(PipelineStage, Protocol):
         ...
 
     def forward_cached(self, inputs: Tensor, tokens: CachedTokens) -> Tensor:
-        """This stage's layers on cached tokens: ids [b, s] or the hidden states of the stage before.
+        """Run this stage's layers on cached tokens: `inputs` are ids [b, s] or the previous stage's hidden states.
 
-        Returns hidden states for the next stage, or on the last one this rank's logits [n, 1, V / tp] of the n outputs
-        of `tokens`. Collective over the tensor-parallel group alone: the caller moves hidden states between stages
+        Returns hidden states for the next stage; on the last stage, this rank's logits [n, 1, V / tp] of the n outputs
+        of `tokens`. Collective only over the tensor-parallel group: the caller moves hidden states between stages
         (`megatron.generation.stages`).
         """
         ...
 
     def forward_pooled(self, inputs: Tensor, work: PooledTokens) -> tuple[Tensor, dict[int, Tensor]]:
-        """`megatron.model.features.run_pooled` on this stage's layers: the input of the next stage, and pooled vectors.
+        """`megatron.model.features.run_pooled` on this stage's layers: the next stage's input, and pooled vectors.
 
-        `inputs` are what enters the model, or the hidden states of the stage before. Without sequence parallelism.
-        Collective over the tensor-parallel group alone, as `forward_cached`.
+        `inputs` are the model's input or the previous stage's hidden states. Not available with sequence parallelism.
+        Collective only over the tensor-parallel group, like `forward_cached`.
         """
         ...
 
     def token_scores(self, batches: Iterable[ScoreBatch] | None, num_micro_batches: int) -> list[Tensor] | None:
-        """The results of `megatron.model.scores` for the queries of each micro-batch, on the last stage; None on the
-        others.
+        """Scores (`megatron.model.scores`) of each micro-batch's queries on the last stage; None on the others.
 
-        `batches` are this data-parallel rank's, None on stages that read no data. Those of one call have one shape
-        [b, s], the same on all ranks; the next call may have another.
+        `batches` are this data-parallel rank's, None on stages that read no data. Within one call they must all have
+        the same shape [b, s], on all ranks; the next call may use another.
         """
         ...
 
-    # --- contents of a checkpoint other than weights
+    # --- checkpoint contents other than weights
 
     def meta_content(self) -> dict[str, Any]:
         """Plain values of `mp_rank_KK_model_states.pt`, which data-parallel rank 0 writes."""
         ...
 
     def optimizer_shards(self) -> list[OptimizerShard]:
-        """This rank's optimizer state by ranges, each a view of the engine's own. Not collective."""
+        """This rank's optimizer state as ranges, which are live views. Not collective."""
         ...
 
     def load_shards(self, read: ReadShard) -> None:
         """Fill the optimizer's state: call `read` for each of this rank's ranges. Not collective.
 
-        The weights must be loaded already. CheckpointError if the state does not belong to them.
+        The weights must already be loaded. CheckpointError if the state does not belong to them.
         """
         ...

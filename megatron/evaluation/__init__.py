@@ -1,1 +1,1 @@
-"""Loss and perplexity of a checkpoint, source by source."""
+"""Evaluation of a checkpoint: perplexity by source and document, lm-eval's tasks, multiple choice, embeddings."""

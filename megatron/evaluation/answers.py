@@ -16,7 +16,7 @@ from megatron.tokenizer import Tokenizer, build_tokenizer
 
 @dataclass(frozen=True)
 class TextLimits:
-    """Where a text ends: a number of tokens, one of several end tokens, or a stop text."""
+    """Where a generated text ends (maximum number of tokens, end tokens, stop texts), and its temperature."""
 
     max_tokens: int
     stop_ids: tuple[int, ...]
@@ -26,16 +26,16 @@ class TextLimits:
 
 @dataclass(frozen=True)
 class AnswerText:
-    """New token ids without the end token; `ended`: by an end token or a stop text, not by a limit."""
+    """New token ids without the end token; `ended` is True after an end token or stop text, False at a limit."""
 
     ids: tuple[int, ...]
     ended: bool
 
 
 class AnswerWriter:
-    """Continues prompts on an engine. The generator is created with the first prompt, and then kept.
+    """Continues prompts on an engine. The generator is created for the first prompts, and then kept.
 
-    Creating it is collective, and so is `close`, because pipeline stages have separate links for it.
+    Its creation and `close` are collective, because pipeline stages have separate links for it.
     """
 
     def __init__(self, engine: Engine, args: NeoXArgs) -> None:
@@ -54,10 +54,10 @@ class AnswerWriter:
     def continue_prompts(
         self, prompts: Sequence[tuple[int, ...]], limits: TextLimits, first: int = 0
     ) -> list[AnswerText]:
-        """A continuation of every prompt. Collective; every rank gives the same prompts.
+        """Continue every prompt. Collective; every rank passes the same prompts.
 
-        Prompt i is sampled with numbers of its own, from (seed, `first` + i). A prompt longer than `seq_length` is a
-        UserError.
+        Prompt i is sampled with its own random numbers, from (seed, `first` + i). Raises UserError for a prompt longer
+        than `seq_length`.
         """
         args = self.args
         sequences = [

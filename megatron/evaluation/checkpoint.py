@@ -1,4 +1,4 @@
-"""`eval.py` on every rank: load a checkpoint, evaluate what the keys request, report."""
+"""`eval.py` on every rank: loads a checkpoint, evaluates what the keys request, and reports the results."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 def evaluate_checkpoint(args: NeoXArgs) -> None:
-    """The validation sets; or, if the keys name them, documents and lm-eval's tasks instead."""
+    """Evaluate the validation sets, or instead the documents and lm-eval tasks that the keys name. Collective."""
     if args.eval_tasks or args.eval_documents:
         with_checkpoint(args, evaluate_texts)
     else:
@@ -37,7 +37,7 @@ def evaluate_checkpoint(args: NeoXArgs) -> None:
 
 
 def _evaluate_validation_sets(args: NeoXArgs) -> None:
-    """Validation loss and perplexity of every source, over the whole set, printed and written as JSON."""
+    """Print validation loss and perplexity of every source, over its whole set, and write them as JSON."""
     place = initialize(args)
     log_on_rank_0(place.rank)
     with Watchdog(args, place) as watchdog:
@@ -62,7 +62,7 @@ def _report_sources(args: NeoXArgs, folder: Path, results: Mapping[str, Evaluati
 
 
 def evaluate_texts(model: DrivenModel, checkpoint: Path) -> dict[str, Any]:
-    """The program of rank 0: documents, then tasks; returns what it writes into eval_results.json."""
+    """The program of rank 0: documents, then tasks; returns what it adds to eval_results.json."""
     args = model.args
     report: dict[str, Any] = {}
     prefix = args.eval_results_prefix

@@ -1,14 +1,16 @@
-"""Accuracy against cost, as in the AstroSage-70B paper: `python -m megatron.evaluation.cost_picture TABLE PICTURE`.
+"""Plots accuracy against cost, as in the AstroSage-70B paper.
+
+    python -m megatron.evaluation.cost_picture TABLE PICTURE
 
 TABLE is a CSV with a row per model: `model`; `cost` in USD per 0.1M tokens; `accuracy` in percent and `n`, or `correct`
-and `n`; optionally `base`, the model it was made from, where its arrow starts. Instead of cost and accuracy a row may
-name the `summary` that mcq.py wrote and the `price_per_hour` of the machine, in USD: the cost is computed from the
-measured tokens and seconds.
+and `n`; optionally `base`, the model it was trained from, where its arrow starts. Instead of cost and accuracy, a row
+can name the `summary` that mcq.py wrote and the `price_per_hour` of the machine in USD: the cost is then computed from
+the measured tokens and seconds.
 
-Dashed lines are accuracy = a + 3.5 log10(cost): within a family of models a tenfold price has bought about 3.5 points.
-From one line to the next is a tenfold gain in cost efficiency. That is a fit to strong models of similar accuracy, so a
-gain is stated up to three lines (a factor of 1,000 either way, 10.5 points at equal cost); what lies further apart is
-called beyond the fit.
+Dashed lines are accuracy = a + 3.5 log10(cost): within a family of models, ten times the price has bought about 3.5
+points. Each line is a tenfold gain in cost efficiency over the next lower one. The slope is a fit to strong models of
+similar accuracy, so gains are stated up to a distance of three lines (a factor of 1,000 either way, 10.5 points at
+equal cost); anything further apart is reported as beyond the fit.
 """
 
 from __future__ import annotations
@@ -28,15 +30,15 @@ from megatron.common.picture_files import ENDINGS
 from megatron.evaluation.multiple_choice.statistics import wilson_interval
 
 POINTS_PER_TENFOLD = 3.5
-MOST_TENFOLDS = 3  # between two models whose distance is still told as a gain
-TOKENS = 100_000  # whose price is the cost
+MOST_TENFOLDS = 3  # largest distance, in lines, that is stated as a gain
+TOKENS = 100_000  # number of tokens that the cost is for
 OURS: dict[str, Any] = {"marker": "*", "color": "C3", "ms": 10}
 OTHERS: dict[str, Any] = {"marker": "o", "color": "C0", "ms": 5}
 
 
 @dataclass(frozen=True)
 class PricedScore:
-    """A model's point: cost in USD per 0.1M tokens, accuracy in percent of `n` items."""
+    """A model's point in the plot: cost in USD per 0.1M tokens, accuracy in percent of `n` items."""
 
     model: str
     cost: float
@@ -46,7 +48,7 @@ class PricedScore:
 
     @property
     def efficiency(self) -> float:
-        """Accuracy at a cost of 1, along the dashed lines."""
+        """Accuracy extrapolated along the dashed lines to a cost of 1."""
         return self.accuracy - POINTS_PER_TENFOLD * math.log10(self.cost)
 
     @property
@@ -57,7 +59,7 @@ class PricedScore:
 
 
 def efficiency_gain(ours: PricedScore, base: PricedScore) -> float | None:
-    """The cost that the base's family would need for this accuracy, relative to this model's own cost.
+    """The cost that the base's family would need for the accuracy of `ours`, relative to the cost of `ours`.
 
     None if the two are more than MOST_TENFOLDS lines apart: the fit does not extend that far.
     """
@@ -66,7 +68,7 @@ def efficiency_gain(ours: PricedScore, base: PricedScore) -> float | None:
 
 
 def read_table(path: Path) -> list[PricedScore]:
-    """The rows of a CSV. Raises UserError for one that is incomplete or impossible."""
+    """Read the rows of a CSV. Raises UserError for incomplete or impossible rows."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             lines = (line for line in file if not line.startswith("#"))
@@ -154,7 +156,7 @@ def _efficiency_lines(axes: Any, costs: tuple[float, float], accuracies: tuple[f
 
 
 def _interval_bar(axes: Any, scores: Sequence[PricedScore]) -> None:
-    """One bar for all: the interval of the best model, drawn at the edge."""
+    """One error bar for the whole plot, at its edge: the interval of the best model."""
     best = max(scores, key=lambda score: score.accuracy)
     low, high = best.interval
     x = axes.get_xlim()[1] / 1.5

@@ -1,4 +1,4 @@
-"""Perplexity document by document: per token, and in bits per byte, which do not depend on the tokenizer."""
+"""Perplexity of each document: per token, and as bits per byte, which do not depend on the tokenizer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DOCUMENTS_PER_REQUEST = 256
 
 @dataclass(frozen=True)
 class TextDocument:
-    """A text without begin- and end-of-text tokens: its tokens, and its length in UTF-8 bytes."""
+    """A document: its token ids without begin- and end-of-text tokens, and its length in UTF-8 bytes."""
 
     source: str
     number: int
@@ -58,7 +58,7 @@ class SourceLoss:
 
 
 def rates(loss_sum: float, tokens: int, num_bytes: int) -> dict[str, float]:
-    """Loss in nats per token, perplexity per token and bits per byte of a sum of losses."""
+    """Loss in nats per token, perplexity per token, and bits per byte, from a sum of losses in nats."""
     loss = loss_sum / tokens
     return {
         "loss": loss,
@@ -68,10 +68,10 @@ def rates(loss_sum: float, tokens: int, num_bytes: int) -> dict[str, float]:
 
 
 def evaluate_documents(model: DrivenModel, per_document: Path) -> dict[str, dict[str, Any]]:
-    """By source: counts, loss, perplexity, bits per byte. Each document is written to `per_document` as a JSON line.
+    """Counts, loss, perplexity and bits per byte by source; a JSON line per document goes to `per_document`.
 
-    Every token of every document is scored once, the first after the begin-of-text token; documents longer than
-    `seq_length` are cut into pieces of that length, none of which begins without a token before it.
+    Every token of every document is scored once, the first one after the begin-of-text token. Documents longer than
+    `seq_length` are scored in pieces of that length, each with at least one token of context before it.
     """
     args = model.args
     encoder = PromptEncoder.of(args, chat=False)
@@ -98,7 +98,7 @@ def evaluate_documents(model: DrivenModel, per_document: Path) -> dict[str, dict
 
 
 def read_documents(path: str, encoder: PromptEncoder) -> Iterator[TextDocument]:
-    """Documents of a .jsonl file of texts, or of an indexed pair given by its prefix. Raises UserError."""
+    """Documents of a .jsonl file of texts, or of a .bin/.idx pair given by its prefix. Raises UserError."""
     return _texts(Path(path), encoder) if path.endswith(".jsonl") else _indexed(path, encoder)
 
 
@@ -126,7 +126,7 @@ def _texts(path: Path, encoder: PromptEncoder) -> Iterator[TextDocument]:
 
 
 def _indexed(prefix: str, encoder: PromptEncoder) -> Iterator[TextDocument]:
-    """Documents as training reads them, without the tokens that frame them; bytes are those of the decoded text."""
+    """Documents as training reads them, without the tokens that frame them; bytes are counted in the decoded text."""
     data, tokenizer = IndexedFile(prefix), encoder.tokenizer
     frame = {tokenizer.bos, tokenizer.eod}
     for number in range(data.documents):

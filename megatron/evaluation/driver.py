@@ -1,11 +1,11 @@
-"""Rank 0 runs a program that uses a model spread over many ranks; the others serve its requests.
+"""Runs a program on rank 0 that uses a model spread over many ranks; the other ranks serve its requests.
 
-lm-eval, a multiple-choice test or any other program runs on rank 0 only, as if the model were in its process. The other
-ranks wait for requests, which rank 0 broadcasts, and take part in answering them. The program need not run in lockstep,
-and no library needs to know about ranks.
+lm-eval, a multiple-choice test or any other program runs only on rank 0, as if the model were in its process. The other
+ranks wait for requests, which rank 0 broadcasts, and take part in answering them. Programs and libraries thus need not
+know about ranks.
 
 While rank 0 is busy with its own work (reading questions, bootstrapping an error bar), one of its threads tells the
-others every minute to keep waiting, so that neither the collective timeout nor the watchdog takes this for a hang.
+other ranks every minute to keep waiting, so that neither the collective timeout nor the watchdog takes this for a hang.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ T = TypeVar("T")
 
 
 class _Request(Protocol):
-    """A request of rank 0; `answer` is collective."""
+    """A request from rank 0; `answer` is collective."""
 
     def answer(self, writer: AnswerWriter) -> Any: ...
 
@@ -80,7 +80,7 @@ class _Wait:
 
 @dataclass(frozen=True)
 class _End:
-    """The end of requests; `error` is set if rank 0 ends with a user error."""
+    """The last request; `error` is set if rank 0 ends with a user error."""
 
     error: str | None
 
@@ -90,7 +90,7 @@ class DrivenModel:
 
     def __init__(self, engine: Engine, args: NeoXArgs, whereabouts: Whereabouts) -> None:
         self.args = args
-        self.tokens = 0  # that went through the model
+        self.tokens = 0  # number of tokens that went through the model
         self._writer, self._whereabouts = AnswerWriter(engine, args), whereabouts
         self._ranks = RankGroup.world(engine.place.device)
         self._one_at_a_time = threading.Lock()
@@ -101,9 +101,9 @@ class DrivenModel:
             self._waiting.start()
 
     def score(self, pairs: Sequence[Pair]) -> list[PairScore]:
-        """`score_pairs` of any number of pairs."""
+        """`score_pairs` for any number of pairs; scores in the order of `pairs`."""
         scores: list[PairScore] = []
-        # Pairs of one input stay together where possible: they share a forward pass.
+        # Pairs with the same context stay together where possible: they may share a forward pass.
         ordered = sorted(range(len(pairs)), key=lambda i: (len(pairs[i].context), pairs[i].context))
         for start in range(0, len(pairs), PAIRS_PER_REQUEST):
             part = [pairs[i] for i in ordered[start : start + PAIRS_PER_REQUEST]]
@@ -114,7 +114,7 @@ class DrivenModel:
         return [back[number] for number in range(len(pairs))]
 
     def generate(self, prompts: Sequence[tuple[int, ...]], limits: TextLimits) -> list[AnswerText]:
-        """`AnswerWriter.continue_prompts` of any number of prompts."""
+        """`AnswerWriter.continue_prompts` for any number of prompts."""
         texts: list[AnswerText] = []
         for start in range(0, len(prompts), PROMPTS_PER_REQUEST):
             texts += self._ask(_Texts(prompts[start : start + PROMPTS_PER_REQUEST], limits, start))
@@ -140,7 +140,7 @@ class DrivenModel:
                 self._ranks.broadcast(request)
                 answer = request.answer(self._writer)
             except BaseException:
-                self._failed = True  # it failed on the others as well, or they are gone
+                self._failed = True  # it failed on the other ranks as well, or they have ended
                 raise
             self._whereabouts.at("the program of rank 0")
             return answer
@@ -148,8 +148,8 @@ class DrivenModel:
     def _keep_others_waiting(self) -> None:
         device = self._writer.engine.place.device
         if device.type == "cuda":
-            torch.cuda.set_device(device)  # of this thread
-        with contextlib.suppress(Exception):  # the main thread reports what is wrong
+            torch.cuda.set_device(device)  # the current device is a setting of each thread
+        with contextlib.suppress(Exception):  # the main thread reports errors
             while not self._ended.wait(KEEP_WAITING_SECONDS):
                 with self._one_at_a_time:
                     if self._failed or self._ended.is_set():
@@ -158,7 +158,7 @@ class DrivenModel:
                     self._whereabouts.at("the program of rank 0")
 
     def end(self, error: BaseException | None) -> None:
-        """Release the other ranks. After a user error they end with the same error."""
+        """Release the other ranks; after a UserError they raise the same error."""
         self._ended.set()
         if self._waiting.is_alive():
             self._waiting.join()
@@ -170,8 +170,7 @@ class DrivenModel:
 def drive(engine: Engine, args: NeoXArgs, whereabouts: Whereabouts, program: Callable[[DrivenModel], T]) -> T | None:
     """Run `program` on rank 0 while the other ranks serve it; its result on rank 0, None elsewhere. Collective.
 
-    A UserError of the program is raised on all ranks. After any other exception of it the others return, and find that
-    rank 0 is gone.
+    A UserError in the program is raised on all ranks. After any other exception the other ranks return normally.
     """
     if engine.place.rank != 0:
         _serve(engine, args, whereabouts)

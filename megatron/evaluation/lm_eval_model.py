@@ -1,7 +1,7 @@
 """lm-eval's view of the model: text in, log-probabilities and text out. The only file that imports lm-eval.
 
-lm-eval runs on rank 0 only, as one process; `DrivenModel` involves the other ranks. Every input has exactly one
-begin-of-text token, at the start: two of them, or none, are known to cost several points silently.
+lm-eval runs only on rank 0, as one process; `DrivenModel` involves the other ranks. Every input has exactly one
+begin-of-text token, at the start: two or none are known to cost several points silently.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from megatron.tokenizer.conversation import Message
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_NEW_TOKENS = 256  # lm-eval's default for tasks without one
-BOOTSTRAP_DRAWS = 1000  # for metrics whose error has no closed form
+DEFAULT_NEW_TOKENS = 256  # lm-eval's default for tasks that set no limit
+BOOTSTRAP_DRAWS = 1000  # for metrics whose standard error has no closed form
 
 
 class EngineLM(TemplateLM):
@@ -55,9 +55,9 @@ class EngineLM(TemplateLM):
         return self._encoder.tokenizer.fingerprint.replace(":", "-")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Ids with one begin-of-text token in front, or without any for `add_special_tokens=False`."""
+        """Token ids with one begin-of-text token in front, or none for `add_special_tokens=False`."""
         bos = self._encoder.tokenizer.bos
-        # Names of special tokens are tokens in the output of the chat template; elsewhere text is text.
+        # Names of special tokens stand for tokens only in the output of the chat template, elsewhere for themselves.
         encode = self._encoder.tokenizer.encode if self._encoder.chat is None else self._encoder.with_special_tokens
         ids = list(encode(string))
         if add_special_tokens is False or bos is None:
@@ -83,7 +83,7 @@ class EngineLM(TemplateLM):
         return [(score.total, score.is_greedy) for score in scores]
 
     def _fitting(self, context: list[int], continuation: list[int]) -> Pair:
-        """The pair, without the beginning of its context where it is too long."""
+        """The pair, with the beginning of its context cut off if it is too long."""
         room = self.max_length + 1 - len(continuation)
         if room < 1:
             raise UserError(f"a continuation of {len(continuation)} tokens; seq_length {self.max_length} is too short")
@@ -104,7 +104,7 @@ class EngineLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Each text up to its first stop text, as lm-eval's own backends cut it."""
+        """Generated texts, each cut before its first stop text, as by lm-eval's own backends."""
         groups: dict[TextLimits, list[int]] = {}
         for number, request in enumerate(requests):
             groups.setdefault(self._limits(request.args[1]), []).append(number)
@@ -125,7 +125,7 @@ class EngineLM(TemplateLM):
         temperature = float(given.get("temperature") or 0.0) if given.get("do_sample") else 0.0
         known = {"until", "max_gen_toks", "max_new_tokens", "temperature", "do_sample"}
         if temperature == 0:
-            known |= {"top_p", "top_k"}  # they have no effect where the most likely token is taken
+            known |= {"top_p", "top_k"}  # they have no effect on greedy decoding
         unknown = sorted(set(given) - known)
         if unknown:
             raise UserError(f"generation_kwargs {', '.join(unknown)} of a task are not supported; remove them")
@@ -151,7 +151,7 @@ class EngineLM(TemplateLM):
 
 
 def run_tasks(model: DrivenModel) -> tuple[dict[str, Any], EngineLM]:
-    """lm-eval's results of the keys `eval_*`, and the model that it saw. Raises UserError for an unknown task."""
+    """Run lm-eval as the keys `eval_*` say; returns its results and the model. Raises UserError for an unknown task."""
     args = model.args
     lm = EngineLM(model, PromptEncoder.of(args, chat=args.eval_apply_chat_template))
     manager = TaskManager(include_path=args.eval_task_path, include_defaults=args.eval_task_path is None)

@@ -1,4 +1,4 @@
-"""Validation: the loss of each data source separately, over the same tokens whatever the layout."""
+"""Validation loss of each data source, over the same tokens whatever the layout."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron.neox_arguments import NeoXArgs
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean loss per learned token of one source, nats; or per learned patch."""
+    """Mean loss per learned token of one source, in nats; or per learned patch."""
 
     loss: float
     learned_tokens: int
@@ -26,7 +26,7 @@ class Evaluation:
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
     def text(self, args: NeoXArgs, digits: int) -> str:
-        """One line; a loss of images has no perplexity."""
+        """One line for the log; a loss of images has no perplexity."""
         perplexity = "" if args.reads_images else f" | perplexity {self.perplexity:.{digits // 2}f}"
         return f"loss {self.loss:.{digits}f}{perplexity} | {self.learned_tokens} {args.learned_unit}"
 
@@ -34,7 +34,7 @@ class Evaluation:
 def evaluate(engine: Engine, args: NeoXArgs, dataset: SampleDataset, max_samples: int | None = None) -> Evaluation:
     """Loss over the first samples of `dataset` (all of them by default). Collective over all ranks.
 
-    The engine's training state is untouched: a run with and without evaluations gives the same weights.
+    The engine's training state is unchanged: runs with and without evaluations give the same weights.
     """
     samples = min(len(dataset), max_samples) if max_samples is not None else len(dataset)
     if samples == 0:
@@ -50,7 +50,7 @@ def evaluate(engine: Engine, args: NeoXArgs, dataset: SampleDataset, max_samples
 def evaluate_all(
     engine: Engine, args: NeoXArgs, datasets: Mapping[str, SampleDataset], max_samples: int | None = None
 ) -> dict[str, Evaluation]:
-    """`evaluate` for every source, by name; none of them where `max_samples` is 0."""
+    """`evaluate` for every source, by name; no source if `max_samples` is 0."""
     if max_samples == 0:
         return {}
     return {name: evaluate(engine, args, dataset, max_samples) for name, dataset in datasets.items()}
@@ -59,10 +59,10 @@ def evaluate_all(
 def evaluation_micro_batches(
     dataset: SampleDataset, samples: int, micro_batch: int, dp_rank: int, dp_size: int
 ) -> list[MicroBatch]:
-    """The first `samples` samples of a data set, each exactly once over the data-parallel ranks.
+    """This rank's micro-batches of the first `samples` samples, which appear once over all data-parallel ranks.
 
-    The last micro-batches are filled up with samples that have no targets, so that the mean is over the same tokens for
-    every split.
+    The last micro-batches are padded with samples that have no targets, so that the mean is over the same tokens for
+    every data-parallel size.
     """
     batches: list[MicroBatch] = []
     for index in range(_rounds(samples, micro_batch, dp_size)):
@@ -73,5 +73,5 @@ def evaluation_micro_batches(
 
 
 def _rounds(samples: int, micro_batch: int, dp_size: int) -> int:
-    """Micro-batches of each data-parallel rank."""
+    """Number of micro-batches per data-parallel rank."""
     return -(-samples // (micro_batch * dp_size))

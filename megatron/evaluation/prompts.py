@@ -18,14 +18,14 @@ Ids = tuple[int, ...]
 
 @dataclass(frozen=True)
 class PromptEncoder:
-    """The tokenizer of a model and, where prompts are conversations, its chat format."""
+    """A model's tokenizer and, if prompts are conversations, its chat format."""
 
     tokenizer: Tokenizer
     chat: Chat | None
 
     @classmethod
     def of(cls, args: NeoXArgs, *, chat: bool) -> PromptEncoder:
-        """What the keys name. Raises UserError for a template or a tokenizer that cannot be used."""
+        """Load the tokenizer and template that the keys name. Raises UserError if they cannot be used."""
         assert args.vocab_file is not None  # checked with the configuration
         tokenizer = build_tokenizer(args.tokenizer_type, args.vocab_file, args.merge_file)
         if not chat:
@@ -39,39 +39,39 @@ class PromptEncoder:
 
     @property
     def beginning(self) -> Ids:
-        """What every text begins with: the begin-of-text token, or nothing where the vocabulary has none."""
+        """The begin-of-text token, with which every text begins; nothing if the vocabulary has none."""
         return () if self.tokenizer.bos is None else (self.tokenizer.bos,)
 
     @property
     def ends(self) -> tuple[int, ...]:
-        """The tokens that end a text: the end of the document, and in a conversation the end of a turn."""
+        """The tokens that end a text: end of document and, in a conversation, end of turn."""
         return (self.tokenizer.eod, *(() if self.chat is None else self.chat.end_of_turn))
 
     def text(self, text: str) -> Ids:
-        """Ids of a text that begins a document."""
+        """Token ids of a text at the beginning of a document."""
         return (*self.beginning, *self.tokenizer.encode(text))
 
     def text_of(self, ids: Sequence[int]) -> str:
-        """Text of ids without the special tokens among them."""
+        """The text of token ids, without special tokens."""
         special = set(self.tokenizer.special_tokens.values())
         return self.tokenizer.decode([index for index in ids if index not in special])
 
     def conversation(self, messages: Sequence[Message], prefill: str = "") -> Ids:
-        """Ids up to where the assistant answers, and of the beginning of its answer that is given."""
+        """Token ids of a conversation up to the assistant's answer, followed by `prefill`, the start of the answer."""
         ids: list[int] = []
         for segment in _before_answer(self.chat, messages):
             ids += segment.ids if segment.text is None else self.tokenizer.encode(segment.text)
         return (*ids, *self.tokenizer.encode(prefill))
 
     def conversation_text(self, messages: Sequence[Message]) -> str:
-        """`conversation` as text, with special tokens by their names, for libraries that want a string."""
+        """`conversation` as text, with special tokens as their names, for libraries that need a string."""
         return "".join(
             self.tokenizer.decode(segment.ids) if segment.text is None else segment.text
             for segment in _before_answer(self.chat, messages)
         )
 
     def with_special_tokens(self, text: str) -> Ids:
-        """Ids of a text in which names of special tokens are those tokens; for what `conversation_text` wrote."""
+        """Token ids of a text in which names of special tokens stand for the tokens, as in `conversation_text`."""
         names = self.tokenizer.special_tokens
         ids: list[int] = []
         for part in re.split("(" + "|".join(map(re.escape, names)) + ")", text):
@@ -79,7 +79,7 @@ class PromptEncoder:
         return tuple(ids)
 
 
-_ANSWER = "answer"  # stands for the model's answer while a conversation is laid out
+_ANSWER = "answer"  # placeholder for the model's answer while a conversation is formatted
 
 
 def _before_answer(chat: Chat | None, messages: Sequence[Message]) -> list[Segment]:

@@ -1,4 +1,4 @@
-"""A text of any length as pairs that score each of its tokens once."""
+"""Splits a text of any length into pairs that score each of its tokens once."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from megatron.evaluation.scoring import Pair
 
 
 def rolling_pairs(ids: tuple[int, ...], prefix: int, seq_length: int) -> list[Pair]:
-    """Pairs whose continuations are `ids`, cut every `seq_length` tokens.
+    """Pairs whose continuations are `ids`, cut every `seq_length` tokens: lm-eval's rolling windows.
 
-    The first token follows `prefix`. Later pieces are predicted after as many of the tokens before them as fit, one at
-    least: the last piece, which is shorter, sees more. These are lm-eval's windows.
+    The context of the first piece is `prefix`. Later pieces have as many of the preceding tokens as fit, at least one;
+    the last piece, if shorter, has more.
     """
     pairs = []
     for start in range(0, len(ids), seq_length):

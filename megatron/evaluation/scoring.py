@@ -1,8 +1,8 @@
 """Log-probabilities of continuations at any TP x PP x DP, independent of the other items in a batch.
 
 Every input is padded on the right to a length that depends only on its own, and every micro-batch has
-`train_micro_batch_size_per_gpu` rows: an item is computed by the same kernels in the same shapes whatever else is in
-the batch. Continuations after one input, such as four letters after one question, share its forward pass.
+`train_micro_batch_size_per_gpu` rows: an item is computed by the same kernels in the same shapes, whatever else is in
+the batch. Continuations with the same input, such as four letters after one question, share its forward pass.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ LENGTH_STEP = 64  # inputs are padded to multiples of it
 
 
 class ScoringError(UserError, ValueError):
-    """Something that cannot be scored; the message says what."""
+    """A pair that cannot be scored, or scores that are not finite; the message names it."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Token ids of a context, at least one, and of the continuation whose log-probability is asked for."""
+    """Token ids of a context, at least one, and of the continuation whose log-probability is wanted."""
 
     context: tuple[int, ...]
     continuation: tuple[int, ...]
@@ -36,7 +36,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class PairScore:
-    """Log-probability of each continuation token in nats, and whether greedy decoding would write the continuation."""
+    """Log-probability of each continuation token in nats, and whether greedy decoding would give the continuation."""
 
     log_probs: tuple[float, ...]
     is_greedy: bool
@@ -48,18 +48,18 @@ class PairScore:
 
 @dataclass
 class _Row:
-    """One input of the model, and which tokens are asked for: (position, token)."""
+    """One input of the model, and its queries: (position, token whose log-probability after it is wanted)."""
 
     tokens: tuple[int, ...]
     queries: list[tuple[int, int]] = field(default_factory=list)
-    first: int = 0  # number of the first query among all queries of the call
+    first: int = 0  # index of the first query among all queries of the call
 
 
 def score_pairs(engine: Engine, args: NeoXArgs, pairs: Sequence[Pair]) -> list[PairScore]:
-    """Scores in the order of `pairs`, the same on all ranks. Collective; every rank gives the same pairs.
+    """Scores in the order of `pairs`, the same on all ranks. Collective; every rank passes the same pairs.
 
     Raises ScoringError for a pair that has no context or no continuation, is longer than `seq_length` + 1 tokens, or
-    holds an id outside of the vocabulary, and for scores that are not finite.
+    has an id outside the vocabulary, and for scores that are not finite.
     """
     for number, pair in enumerate(pairs):
         _check(pair, args, number)
@@ -68,7 +68,7 @@ def score_pairs(engine: Engine, args: NeoXArgs, pairs: Sequence[Pair]) -> list[P
     found = torch.zeros(2, queries, dtype=torch.float32, device=engine.place.device)
     for length, group in sorted(_by_length(rows, args.seq_length).items()):
         _score_rows(engine, args.train_micro_batch_size_per_gpu, group, length, found)
-    dist.all_reduce(found)  # each column is one rank's, the others add exact zeros
+    dist.all_reduce(found)  # each column is computed on one rank, the others add exact zeros
     log_probs, greedy = found[0].tolist(), found[1].tolist()
     scores = [
         PairScore(tuple(log_probs[first : first + count]), all(greedy[first : first + count]))
@@ -99,13 +99,13 @@ def _check_finite(scores: Sequence[PairScore]) -> None:
     wrong = [number for number, score in enumerate(scores) if not -float("inf") < score.total < float("inf")]
     if wrong:
         raise ScoringError(
-            f"the scores of {len(wrong)} of {len(scores)} pairs are not finite, the first of them of pair {wrong[0]}: "
+            f"the scores of {len(wrong)} of {len(scores)} pairs are not finite, the first of them in pair {wrong[0]}: "
             f"the weights are damaged or overflow in this precision; try precision: fp32"
         )
 
 
 def _rows(pairs: Sequence[Pair]) -> tuple[list[_Row], list[tuple[int, int]]]:
-    """The distinct inputs, and for each pair (number of its first query, count of its queries)."""
+    """The distinct inputs, and for each pair (index of its first query, number of its queries)."""
     rows: dict[tuple[int, ...], _Row] = {}
     within: list[tuple[_Row, int, int]] = []
     for pair in pairs:
@@ -129,12 +129,12 @@ def _by_length(rows: Sequence[_Row], longest: int) -> dict[int, list[_Row]]:
 
 
 def _score_rows(engine: Engine, micro_batch: int, rows: list[_Row], length: int, found: torch.Tensor) -> None:
-    """Write the scores of rows of one padded length into `found` [2, queries], on the ranks that compute them."""
+    """Score rows of one padded length and write the results to `found` [2, queries], on the ranks that have them."""
     place = engine.place
     chunks = [rows[start : start + micro_batch] for start in range(0, len(rows), micro_batch)]
     rounds = -(-len(chunks) // place.dp)
     own = chunks[place.dp_rank :: place.dp]
-    own += [[]] * (rounds - len(own))  # replicas take part in every round, some of them with padding alone
+    own += [[]] * (rounds - len(own))  # replicas take part in every round, some with padding only
     batches = _batches(own, micro_batch, length) if place.reads_data else None
     scores = engine.token_scores(batches, rounds)
     if scores is None or not place.counts_tokens:

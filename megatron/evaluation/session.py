@@ -1,4 +1,4 @@
-"""A program on rank 0 that uses a checkpoint's model: the common part of eval.py, mcq.py and embed.py."""
+"""Runs a program on rank 0 that uses a checkpoint's model: the common part of eval.py, mcq.py and embed.py."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ T = TypeVar("T")
 
 
 def with_checkpoint(args: NeoXArgs, program: Callable[[DrivenModel, Path], T]) -> T | None:
-    """`program(model, folder of the checkpoint)` on rank 0 of a started run; None on the other ranks."""
+    """Load the model and run `program(model, checkpoint folder)` on rank 0; its result, None on the other ranks."""
 
     def with_folder(model: DrivenModel, folder: Path | None) -> T:
-        assert folder is not None  # the rule weights_are_given
+        assert folder is not None  # guaranteed by the rule weights_are_given
         return program(model, folder)
 
     return with_model(args, with_folder)
 
 
 def with_model(args: NeoXArgs, program: Callable[[DrivenModel, Path | None], T]) -> T | None:
-    """`with_checkpoint`; without `load`, the initial model of a `from_scratch` training, and no folder."""
+    """Like `with_checkpoint`, but without `load` use the initial model of a `from_scratch` training, and no folder."""
     place = initialize(args)
     log_on_rank_0(place.rank)
     with Watchdog(args, place) as watchdog:
-        # The engine's phases are progress, for the watchdog.
+        # The watchdog counts the engine's phases as progress.
         engine = build_inference_engine(args, place, StepTimers(watchdog.whereabouts, place.device).during)
         folder = None
         if args.load is None and args.from_scratch:

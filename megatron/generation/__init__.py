@@ -1,1 +1,1 @@
-"""Text from a checkpoint at any TP x PP x DP."""
+"""Generates text and images from a checkpoint, at any TP x PP x DP."""

@@ -1,7 +1,7 @@
-"""Conversations as prompts: the ids that a chat model has learned to answer after.
+"""Turns conversations into prompts: the token ids after which a chat model has learned to answer.
 
-A conversation is formatted with a placeholder answer, and everything before that answer is the prompt. So a prompt is a
-prefix of the training conversation, whatever the format.
+A conversation is formatted with a placeholder answer, and everything before that answer is the prompt. A prompt is thus
+a prefix of the formatted training conversation, whatever the format.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _ANSWER = "."
 
 @dataclass(frozen=True)
 class ChatPrompts:
-    """Makes prompts of conversations. `thinking` None leaves system prompt and answer alone."""
+    """Turns conversations into prompts. With `thinking` None, system prompt and answer are left unchanged."""
 
     chat: Chat
     tokenizer: Tokenizer
@@ -40,23 +40,23 @@ class ChatPrompts:
     def load(
         cls, template: str | None, tokenizer: Tokenizer, system_prompt: str | None, thinking: bool | None
     ) -> ChatPrompts:
-        """Raises UserError for a template or vocabulary that cannot be used."""
+        """Load the chat format named `template`. Raises UserError if template or vocabulary cannot be used."""
         try:
             return cls(load_chat(template, tokenizer), tokenizer, system_prompt, thinking)
         except ChatError as error:
             raise UserError(f"chat_template {template}: {error}") from error
 
     def ids(self, conversation: Conversation) -> list[int]:
-        """The prompt for the next turn of the assistant. Raises UserError where the format refuses the turns."""
+        """Token ids of the prompt for the assistant's next turn. Raises UserError if the format refuses the turns."""
         messages = conversation.messages
         if not messages or messages[-1].role not in ("user", "tool"):
-            raise UserError("the last turn of a conversation to be answered is the user's or a tool's")
+            raise UserError("the last turn of a conversation to be answered must be the user's or a tool's")
         ids, answer = self._asked(replace(conversation, messages=self._with_system(messages)))
         return ids[:answer] + (self.tokenizer.encode(THINK_BEGIN) if self.thinking else [])
 
     @property
     def closing(self) -> tuple[int, ...]:
-        """The tokens that close a trace."""
+        """The tokens that close a reasoning trace."""
         return tuple(self.tokenizer.encode(THINK_CLOSING))
 
     def _with_system(self, messages: Sequence[Message]) -> list[Message]:
@@ -68,8 +68,8 @@ class ChatPrompts:
         return rest if text is None else [Message("system", text), *rest]
 
     def _asked(self, conversation: Conversation) -> tuple[list[int], int]:
-        """(ids of the conversation with an answer, where what is learned of the answer begins)."""
-        before = [replace(message, learned=None) for message in conversation.messages]  # a record's switches
+        """(ids of the conversation with the placeholder answer, index of the answer's first learned token)."""
+        before = [replace(message, learned=None) for message in conversation.messages]  # a record's choice
         answered = replace(conversation, messages=[*before, Message("assistant", _ANSWER)])
         segments = self.chat.segments(answered, "last")
         texts = [segment.text for segment in segments if segment.text is not None]
@@ -78,10 +78,10 @@ class ChatPrompts:
 
 
 def read_request(messages: Any, fields: dict[str, Any]) -> Conversation:
-    """A conversation to be answered, of turns in OpenAI's shape or ShareGPT's, tool calls and reasoning included.
+    """Read a conversation to be answered, with turns in OpenAI's or ShareGPT's form, tool calls and reasoning included.
 
-    Takes `tools`, `documents` and `chat_template_kwargs` out of the record's other `fields`, as training data have
-    them. Raises UserError for unknown keys, since a key that is ignored could change the meaning.
+    Removes `tools`, `documents` and `chat_template_kwargs`, in the form of training data, from the record's other
+    `fields`. Raises UserError for unknown keys of a turn: ignoring one could change the meaning.
     """
     if not isinstance(messages, list) or not messages:
         raise UserError("messages: expected a list of turns, each with role and content")

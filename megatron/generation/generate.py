@@ -1,7 +1,7 @@
-"""Continuations of many prompts at any TP x PP x DP, with a key/value cache.
+"""Continues many prompts at any TP x PP x DP, with a key/value cache.
 
-Sequences are divided among data-parallel replicas. In a pipeline there are as many groups of sequences in flight as
-stages: while the last stage chooses tokens for one group, the others work on the next ones.
+Sequences are divided among data-parallel replicas. A pipeline has as many groups of sequences in flight as stages:
+while the last stage chooses tokens for one group, the other stages work on the following groups.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ OnTokens = Callable[[Continuation, list[int]], None]
 
 @dataclass(frozen=True)
 class Batching:
-    """Sequences that a group decodes at once, and tokens of a prompt that are read at once."""
+    """Number of sequences that a group decodes at once, and of prompt tokens per forward pass."""
 
     slots: int = 8
     chunk: int = 512
@@ -39,9 +39,9 @@ class Batching:
 class Generator:
     """Continues sequences on an engine. Construction and `close` are collective over all ranks.
 
-    Between calls, which must use the same weights, it keeps the links between stages, and keys and values, so that in
-    the next turn of a conversation only the new part is processed. `around(phase)` surrounds what a rank does and waits
-    for.
+    It keeps the links between stages, and the cached keys and values, so that in the next turn of a conversation only
+    the new part is processed: all calls must use the same weights. `around(phase)` surrounds each rank's work and
+    waiting.
     """
 
     def __init__(self, engine: Engine, args: NeoXArgs, batching: Batching, around: Around = no_phases) -> None:
@@ -58,7 +58,7 @@ class Generator:
 
     @property
     def cache_bytes(self) -> int:
-        """Of keys and values on this rank."""
+        """Size of the cached keys and values on this rank."""
         return sum(group.cache.bytes for group in self._groups)
 
     def own_share(self, sequences: Sequence[Continuation]) -> list[Continuation]:
@@ -76,14 +76,14 @@ class Generator:
     ) -> None:
         """Continue this replica's sequences until all have ended. Collective over the ranks of the replica.
 
-        Every rank calls `on_tokens(sequence, new ids)` for each step of a sequence and `on_end` when it has ended.
-        Raises UserError on all ranks for a prompt that cannot be continued, and where the logits are
-        not finite.
+        Every rank calls `on_tokens(sequence, new ids)` after each step of a sequence and `on_end` when it has ended.
+        Raises UserError on all ranks for a prompt that cannot be continued, and for logits that are not finite.
         """
         check_prompts(sequences, self.args)
         queue, unfinished = deque(sequences), len(sequences)
         groups = self._groups[: min(self.place.pp, max(1, len(sequences)))]
         under_way: list[tuple[Pass, Tensor | None] | None] = [None] * len(groups)
+        # In turn, take each group's tokens from its previous pass and start its next one.
         while unfinished:
             for index, group in enumerate(groups):
                 if (before := under_way[index]) is not None:
@@ -96,7 +96,7 @@ class Generator:
                 under_way[index] = None if work is None else (work, self._forward(work, sampling))
 
     def _forward(self, work: Pass, sampling: Sampling) -> Tensor | None:
-        """This stage's part of a forward; on the last one the chosen tokens [n]."""
+        """Run this stage's part of a forward pass; returns the chosen tokens [n] on the last stage, else None."""
         place, tokens = self.place, work.tokens
         inputs = work.ids
         if not place.first_stage:
@@ -128,7 +128,7 @@ class Generator:
     def _learn(
         self, group: SequenceGroup, work: Pass, chosen: Tensor | None, endings: Endings, on_tokens: OnTokens | None
     ) -> list[Continuation]:
-        """Take over the tokens that were chosen after a forward; returns the sequences that have ended."""
+        """Append the tokens chosen after a forward pass; returns the sequences that have ended."""
         if not work.chosen:
             return []
         tokens = self.links.receive_tokens(len(work.chosen)) if chosen is None else chosen
@@ -155,7 +155,7 @@ def check_prompts(sequences: Sequence[Continuation], args: NeoXArgs) -> None:
 
 
 def why_not(prompt: Sequence[int], args: NeoXArgs) -> str | None:
-    """Why a prompt cannot be continued, None if it can."""
+    """The reason why a prompt cannot be continued; None if it can."""
     if not 0 < len(prompt) <= args.seq_length:
         return f"it has {len(prompt)} tokens; expected 1 to {args.seq_length} (seq_length)"
     if max(prompt) >= args.vocab_size:
@@ -169,7 +169,7 @@ def why_not(prompt: Sequence[int], args: NeoXArgs) -> str | None:
 def generate(
     generator: Generator, sequences: Sequence[Continuation], sampling: Sampling, endings: Endings
 ) -> list[Continuation]:
-    """All sequences of the run continued, on every rank. Collective over all ranks."""
+    """Continue all sequences of the run and return them on every rank. Collective over all ranks."""
     own = generator.own_share(sequences)
     generator.run(own, sampling, endings)
     place = generator.place

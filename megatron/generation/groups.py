@@ -1,8 +1,8 @@
-"""Groups of sequences that are decoded together, and the next forward of each.
+"""Groups of sequences that are decoded together, and the plan of each group's next forward pass.
 
-Every rank of a pipeline plans independently. All have the same sequences and receive the same tokens, so they make the
-same plans, and no plan needs to be sent. Sequences in flight have the slots 0, 1, ... of their group's cache: when one
-ends, the last one takes its slot, and new ones join behind.
+Every rank of a pipeline plans by itself: all have the same sequences and receive the same tokens, so they make the same
+plans, and no plan needs to be sent. Running sequences occupy the slots 0, 1, ... of their group's cache: when one ends,
+the sequence in the last slot moves to its slot, and new sequences join at the end.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megatron.model.cache import CachedTokens, KeyValueCache
 
 @dataclass(frozen=True)
 class Pass:
-    """One forward of a group: its tokens [b, s], and the sequences of the outputs, in their order."""
+    """One forward pass of a group: its tokens [b, s], and the sequences for which tokens are chosen, by output."""
 
     ids: Tensor
     tokens: CachedTokens
@@ -34,22 +34,22 @@ class SequenceGroup:
         self.slots, self.context, self.chunk, self.device = slots, context, chunk, device
         self.cache = KeyValueCache(slots, context)
         self.running: list[Continuation] = []  # by slot
-        self._reading: list[Continuation] = []  # the last ones of `running`, whose prompts are not read yet
-        self._read = 0  # how many tokens of each of them
-        self._held: list[int] = []  # tokens of a finished sequence that the first slot of an idle group still holds
+        self._reading: list[Continuation] = []  # the tail of `running`, whose prompts are still being read
+        self._read = 0  # number of tokens read of each of these prompts
+        self._held: list[int] = []  # tokens of a finished sequence that are still in the first slot of an idle group
 
     @property
     def idle(self) -> bool:
         return not self.running
 
     def plan(self, queue: deque[Continuation], share: int) -> Pass | None:
-        """The next forward, None if there is nothing to do. New sequences come from the queue.
+        """The next forward pass, None if there is nothing to do. New sequences are taken from the queue.
 
-        `share` is how many this group may have at once, so that all groups have work. Prompts are read chunk by chunk,
-        the longest first, so that those with tokens left are neighbors.
+        `share` limits this group's number of sequences, so that all groups have work. Prompts are read in chunks and
+        sorted by length, the longest first, so that those with tokens left occupy adjacent slots.
         """
         room = min(self.slots, share) - len(self.running)
-        # The others wait while prompts are read: not for each alone. A group without others takes what it may.
+        # Running sequences wait while prompts are read, so several must join at once; an idle group takes any number.
         wanted = min(len(queue), max(1, self.slots // 4)) if self.running else 1
         if not self._reading and queue and room >= wanted:
             joining = [queue.popleft() for _ in range(min(room, len(queue)))]
@@ -73,8 +73,8 @@ class SequenceGroup:
         return [sequence for sequence in ended if sequence in work.chosen]
 
     def _known(self, prompt: list[int]) -> int:
-        """How many tokens of a prompt the first slot holds: the earlier turns of a conversation. The last one is read
-        anyway, for its logits."""
+        """Number of the prompt's tokens that the first slot already holds: earlier turns of a conversation. The last
+        token does not count: it is read again for its logits."""
         equal = (a == b for a, b in zip(self._held, prompt[:-1], strict=False))
         return next((place for place, same in enumerate(equal) if not same), min(len(self._held), len(prompt) - 1))
 

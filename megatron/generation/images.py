@@ -1,8 +1,8 @@
-"""Images continued from their first patches, at any TP x PP x DP, with a key/value cache.
+"""Continues images from their first patches, at any TP x PP x DP, with a key/value cache.
 
-The model predicts the mean of what may come next, not one possibility of it: what it continues is smooth. Each
-prediction is read as the next input. A standardized patch (`normalise: patch`) has lost its mean and standard
-deviation; in the picture it gets those of the nearest patch that was given.
+The model predicts the mean of the possible next patches, not a sample: its continuations are smooth. Each prediction is
+the next input. A standardized patch (`normalise: patch`) has lost its mean and standard deviation; to draw it, those of
+the nearest given patch are used.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ logger = logging.getLogger(__name__)
 
 
 def complete_images(args: NeoXArgs) -> None:
-    """Continue the images that `completion` names; pictures and values are written by rank 0. Collective."""
-    args = args.model_copy(update={"sequence_parallel": False})  # a sequence of one patch cannot be cut
+    """Continue the images that `completion` names; rank 0 writes pictures and values. Collective."""
+    args = args.model_copy(update={"sequence_parallel": False})  # a sequence of one patch cannot be sliced
     place = initialize(args)
     log_on_rank_0(place.rank)
     with Watchdog(args, place) as watchdog:
@@ -83,7 +83,7 @@ def patch_count(info: ImageInfo, size: int) -> int:
 
 
 class ImageCompleter:
-    """Continues images on an engine. Collective over all ranks to make; so is `close`."""
+    """Continues images on an engine. Construction and `close` are collective over all ranks."""
 
     def __init__(self, engine: Engine, args: NeoXArgs, around: Any) -> None:
         assert args.patches is not None
@@ -97,7 +97,7 @@ class ImageCompleter:
 
     @torch.inference_mode()
     def complete(self, images: NDArray[Any], given: int) -> NDArray[np.float32]:
-        """[n, height, width, bands] whose patches after the first `given` are the model's; the same on all ranks."""
+        """Replace all patches after the first `given` by the model's; [n, height, width, bands], on all ranks."""
         keys, device = self.keys, self.place.device
         n, height, width, _ = images.shape
         cut = np.stack([cut_patches(one, keys.size, keys.order) for one in images]).astype(np.float32)
@@ -116,7 +116,7 @@ class ImageCompleter:
         return np.stack([join_patches(one, height, width, keys.size, keys.order) for one in whole])
 
     def _next(self, inputs: Tensor, start: int, cache: KeyValueCache) -> Tensor:
-        """The patch behind `inputs` [n, s, P], which stand from position `start` on; scaled [n, 1, P]."""
+        """Predict the patch that follows `inputs` [n, s, P], which begin at position `start`; scaled, [n, 1, P]."""
         n, s, values = inputs.shape
         tokens = CachedTokens(cache, 0, [start] * n, s, [(row, s - 1) for row in range(n)], self.place.device)
         if not self.place.first_stage:
@@ -153,7 +153,7 @@ def _patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def nearest_given(order: str, rows: int, columns: int, position: int, given: int) -> int:
-    """Which of the first `given` patches of the sequence is nearest in the image to the one at `position`."""
+    """Index of the one among the first `given` patches that is nearest in the image to the patch at `position`."""
     places = np.stack(np.divmod(patch_order(order, rows, columns), columns), axis=1)
     distances = np.linalg.norm(places[:given] - places[position], axis=1)
     return int(distances.argmin())
@@ -162,8 +162,8 @@ def nearest_given(order: str, rows: int, columns: int, position: int, given: int
 def write_completions(
     args: NeoXArgs, info: ImageInfo, images: NDArray[Any], completed: NDArray[np.float32], given: int
 ) -> None:
-    """`completions.png`, a row for each image (what was given, what the model made of it, the image), and their values
-    as `completions.npz`."""
+    """Write `completions.png`, with a row per image (given patches, continuation, original), and the values to
+    `completions.npz`."""
     patches = args.patches
     assert patches is not None
     folder = Path(args.completion.output)
@@ -182,5 +182,5 @@ def write_completions(
     total = patch_count(info, patches.size)
     print(
         f"{len(images)} images continued from {given} of {total} patches: mean absolute error "
-        f"{error:.4g} where nothing was given, {plain:.4g} for the mean of the data; pictures in {folder}"
+        f"{error:.4g} in the predicted patches, {plain:.4g} for the mean of the data; pictures in {folder}"
     )

@@ -1,7 +1,7 @@
 """Interactive generation on the terminal: single prompts, or a conversation.
 
-Rank 0 reads and writes; the others wait for the next prompt in short broadcasts, so that no collective times out
-however long the user takes.
+Rank 0 reads and writes. While the user types it sends the other ranks short broadcasts, so that no collective times
+out, however long the user takes.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Dialogue:
         self._typed = _lines() if self.ranks.rank == 0 else None
 
     def hold(self) -> None:
-        """Answer line after line, until the input ends or a line says so."""
+        """Answer each line, until the input ends or the user ends it."""
         number = 0
         while (prompt := self._next_prompt()) is not None:
             random = RandomNumbers(self.args.seed, number, 0) if self.args.temperature else None
@@ -73,7 +73,7 @@ class Dialogue:
             self.messages.append(Message("assistant", text.strip()))
 
     def _next_prompt(self) -> list[int] | None:
-        """Ids of the next prompt, None at the end; the same on all ranks."""
+        """Token ids of the next prompt, None at the end; the same on all ranks. Collective."""
         while True:
             self.whereabouts.at("waiting for input")
             found = self.ranks.broadcast(self._typed_prompt() if self._typed is not None else "idle")
@@ -82,7 +82,7 @@ class Dialogue:
                 return found
 
     def _typed_prompt(self) -> list[int] | str | None:
-        """On rank 0: ids of what was typed, None at the end, "idle" if nothing came or it cannot be continued."""
+        """On rank 0: token ids of the typed prompt; None at the end; "idle" without a prompt that can be continued."""
         assert self._typed is not None
         if not self._asked:
             print("> " if self.args.chat else f"prompt ({STOP} ends): ", end="", file=sys.stderr, flush=True)
@@ -117,7 +117,7 @@ class Dialogue:
 
 
 class _Screen:
-    """Streams a text to the screen."""
+    """Streams a text to the terminal as its tokens arrive."""
 
     def __init__(self, endings: Endings, trace: bool, show_thinking: bool) -> None:
         assert endings.decode is not None
@@ -157,7 +157,7 @@ def _say(text: str) -> None:
 
 
 def _lines() -> queue.Queue[str | None]:
-    """What is typed, line by line, and None at its end; read by a thread, which ends with the process."""
+    """A queue of typed lines, ended by None; a daemon thread fills it."""
     lines: queue.Queue[str | None] = queue.Queue(maxsize=1)
     source = open(int(os.environ.get(TYPED, "0")), encoding="utf-8", errors="replace", closefd=False)  # noqa: SIM115
     threading.Thread(target=_read, args=(source, lines), daemon=True).start()

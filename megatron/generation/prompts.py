@@ -1,4 +1,4 @@
-"""`generate.py` on every rank: load a checkpoint, continue every prompt, write JSON lines."""
+"""`generate.py` on every rank: loads a checkpoint, continues every prompt, writes JSON lines."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from megatron.supervision.step_timers import StepTimers
 from megatron.supervision.watchdog import Watchdog
 from megatron.tokenizer import Tokenizer, build_tokenizer
 
-PRINTED = 8  # texts that are printed; a longer run prints its progress
+PRINTED = 8  # a run with at most this many texts prints them; a longer one prints its progress
 PROGRESS_SECONDS = 30.0
 
 
 def generate_text(args: NeoXArgs) -> None:
-    """Continue every prompt (or start from the beginning-of-text token), or what is typed; or images.
+    """Continue the prompts of a file, an empty prompt, prompts typed at a terminal, or images. Collective.
 
-    The prompts are read before the model is loaded. If a prompt could not be continued, raises UserError after all
-    others have been written.
+    The prompts are read before the model is loaded. If a prompt cannot be continued, raises UserError after all others
+    have been written.
     """
     if args.reads_images:
         complete_images(args)
         return
-    args = args.model_copy(update={"sequence_parallel": False})  # a sequence of one token cannot be cut
+    args = args.model_copy(update={"sequence_parallel": False})  # a sequence of one token cannot be sliced
     place = initialize(args)
     log_on_rank_0(place.rank)
     with Watchdog(args, place) as watchdog:
@@ -64,7 +64,7 @@ def generate_text(args: NeoXArgs) -> None:
 
 
 def read_requests(args: NeoXArgs, place: Place, reader: PromptReader) -> list[Request]:
-    """What is to be continued, the same on all ranks; nothing where prompts are typed. Collective."""
+    """Read the prompts on rank 0 and return them on all ranks; none in interactive runs. Collective."""
     ranks = RankGroup.world(place.device, UserError)
     requests: list[Request] = []
     with ranks.together("reading the prompts"):
@@ -92,7 +92,7 @@ def endings_of(args: NeoXArgs, tokenizer: Tokenizer, chat: ChatPrompts | None) -
 
 
 def sequences_of(requests: list[Request], args: NeoXArgs) -> list[Continuation]:
-    """`num_samples` sequences of each prompt that can be continued."""
+    """`num_samples` sequences for each prompt that can be continued."""
     return [
         Continuation(
             request.number,
@@ -109,7 +109,10 @@ def sequences_of(requests: list[Request], args: NeoXArgs) -> list[Continuation]:
 
 
 def continue_all(generator: Generator, requests: list[Request], endings: Endings) -> None:
-    """Continue the prompts and write the results. Collective over all ranks."""
+    """Continue the prompts and write the results. Raises UserError at the end if any prompt could not be continued.
+
+    Collective over all ranks.
+    """
     args, place = generator.args, generator.place
     ranks = RankGroup.world(place.device, UserError)
     bad = [request for request in requests if request.error is not None]
@@ -151,7 +154,7 @@ def continue_all(generator: Generator, requests: list[Request], endings: Endings
 
 
 class _Progress:
-    """Prints the texts of a short run, and now and then how far a long one is; nothing with a total of 0."""
+    """Prints the texts of a short run, or the progress of a long one; nothing with a total of 0."""
 
     def __init__(self, total: int) -> None:
         self._total, self._done, self._printed = total, 0, time.monotonic()

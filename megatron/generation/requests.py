@@ -1,7 +1,7 @@
-"""Prompts from a file, one a line, as ids: text, or JSON where the file's name ends in .jsonl.
+"""Reads prompts from a file, one per line, as token ids: plain text, or JSON if the file's name ends in .jsonl.
 
-A line that cannot be continued does not stop the others: it is a request with an error, which is reported in the output
-and at the end.
+A line that cannot be continued does not stop the others: it becomes a request with an error, which is reported in the
+output file and at the end.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _PROMPT, _MESSAGES = "prompt", "messages"
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt of a run: its number and line, the input, its ids; or why it cannot be continued.
+    """A prompt of a run: its number from 0, its line in the file, its token ids; or `error`, if it cannot be continued.
 
     `context` is the text, or the last turn of a conversation; `fields` are the other fields of a JSON record.
     """
@@ -38,21 +38,21 @@ class Request:
 
 
 class PromptReader:
-    """Makes requests from user input."""
+    """Turns user input into requests."""
 
     def __init__(self, args: NeoXArgs, tokenizer: Tokenizer, chat: ChatPrompts | None) -> None:
         self.args, self._tokenizer, self._chat = args, tokenizer, chat
 
     def text_ids(self, text: str) -> list[int]:
-        """Ids of a plain prompt behind the begin-of-text token.
+        """Token ids of a plain prompt, after the begin-of-text token if the vocabulary has one.
 
-        A text from nothing begins with the token that ends documents where none begins them (GPT-2), as in GPT-NeoX.
+        Without one (GPT-2), an empty prompt is the end-of-document token, as in GPT-NeoX.
         """
         beginning = [] if self._tokenizer.bos is None else [self._tokenizer.bos]
         return beginning + self._tokenizer.encode(text) or [self._tokenizer.eod]
 
     def ids(self, conversation: Conversation) -> list[int]:
-        """Ids of a conversation; without a chat format its only turn is a plain prompt."""
+        """Token ids of a conversation; without a chat format, its only turn is a plain prompt."""
         if self._chat is None:
             return self.text_ids(conversation.messages[0].content)
         return self._chat.ids(conversation)
@@ -62,17 +62,17 @@ class PromptReader:
         return [Request(0, 1, "", self.text_ids(""))]
 
     def file(self, path: Path) -> list[Request]:
-        """All lines of a file but blank ones. Raises UserError if it cannot be read or has no prompt."""
+        """Requests for all non-blank lines of a file. Raises UserError if it cannot be read or has no prompt."""
         try:
             lines = path.read_bytes().split(b"\n")
         except OSError as error:
             raise UserError(
-                f"sample_input_file {path}: {error.strerror}; give a text file with one prompt a line"
+                f"sample_input_file {path}: {error.strerror}; give a text file with one prompt per line"
             ) from None
         read = self._json_line if path.suffix == ".jsonl" else self._text_line
         numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
         if not numbered:
-            raise UserError(f"sample_input_file {path} has no prompt; write one a line")
+            raise UserError(f"sample_input_file {path} has no prompt; write one per line")
         return [self._request(index, number, line, read) for index, (number, line) in enumerate(numbered)]
 
     def _request(

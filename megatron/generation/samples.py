@@ -1,4 +1,4 @@
-"""The output file: JSON lines with GPT-NeoX's fields, written as they are finished and finally sorted by prompt."""
+"""The output file: JSON lines with GPT-NeoX's fields, written as sequences end and finally sorted by prompt."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from megatron.tokenizer.conversation import THINK_END
 def record_of(request: Request, sequence: Continuation, endings: Endings, show_thinking: bool) -> dict[str, Any]:
     """The record of a finished sequence.
 
-    GPT-NeoX's fields: `context`, `text`, `length` (new tokens), `finished` (by itself), `message`, `duration_seconds`.
+    GPT-NeoX's fields: `context`, `text`, `length` (new tokens), `finished` (by a stop token or string), `message`,
+    `duration_seconds`.
     """
     trace, text = endings.split(sequence)
     message = None
@@ -62,27 +63,28 @@ def record_of_error(request: Request) -> dict[str, Any]:
 
 
 class SampleFile:
-    """Where the first rank of each replica writes; until the end each further replica has a file beside it."""
+    """The output file. The first rank of each replica writes; until `finish`, replicas after the first have their own
+    files."""
 
     def __init__(self, path: Path, place: Place) -> None:
         self.path, self.place = path, place
         self._file: io.TextIOWrapper | None = None
         if place.first_stage and place.tp_rank == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
-            # A lone surrogate, from a broken JSON escape, is written as the escape that it was.
+            # A lone surrogate, from a broken JSON escape, is written as the original escape.
             self._file = self._part(place.dp_rank).open("w", encoding="utf-8", errors="backslashreplace")
 
     def add(self, records: Iterable[dict[str, Any]]) -> None:
-        """Write records at once, on ranks that write. Raises UserError if the disk refuses."""
+        """Write and flush records, on ranks that write. Raises UserError if writing fails."""
         if self._file is not None:
             try:
                 self._file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
                 self._file.flush()
             except OSError as error:
-                raise UserError(f"sample_output_file {self.path}: {error.strerror}; what was written stays") from error
+                raise UserError(f"sample_output_file {self.path}: {error.strerror}; records so far are kept") from error
 
     def finish(self) -> None:
-        """Put everything into one file, in the order of the prompts. Collective over all ranks."""
+        """Merge all files into one, in the order of the prompts. Collective over all ranks."""
         if self._file is not None:
             self._file.close()
         dist.barrier()

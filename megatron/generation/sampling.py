@@ -1,9 +1,9 @@
-"""Choice of the next token: greedy, or sampled with temperature, top-k, top-p, min-p and a repetition penalty.
+"""Chooses the next token: greedy, or sampled with temperature, top-k, top-p, min-p and a repetition penalty.
 
-The limits are applied in the order of `transformers`: penalty, temperature, top-k, top-p, min-p. A token is drawn by
-inverting the cumulative distribution in the vocabulary's order with one random number, so that rounding (another layout
-or batch) changes a token only if the number falls within rounding error of a boundary. The number depends only on seed,
-prompt, sample and position.
+They are applied in the order of `transformers`: penalty, temperature, top-k, top-p, min-p. A token is drawn by
+inverting the cumulative distribution, in the order of the vocabulary, at one random number. Rounding differences
+between layouts or batches thus change a token only if the number falls within rounding error of a boundary. The number
+depends only on seed, prompt, sample and position.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ NOT_FINITE = -1  # in place of a token whose logits are NaN or all -inf
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen; the values of each field that change nothing are the defaults. Temperature 0 is greedy."""
+    """How tokens are chosen. Temperature 0 is greedy; the defaults of the other fields have no effect."""
 
     temperature: float = 0.0
     top_k: int = 0
@@ -40,13 +40,13 @@ class Sampling:
 
 
 class RandomNumbers:
-    """A random number in [0, 1) for each new token of a prompt's sample.
+    """A random number in [0, 1) for each new token of one sample of a prompt.
 
     Philox 4x64 (Salmon et al. 2011), keyed by a hash of seed, prompt and sample; the number at a position is the top 53
-    bits of the output with that number. The last block is kept, whatever the length of the text.
+    bits of the output word with that index. Only one block is kept in memory, whatever the length of the text.
     """
 
-    BLOCK = 256  # numbers; a multiple of the four that a step of the counter gives
+    BLOCK = 256  # numbers; a multiple of the four that one step of the counter gives
 
     def __init__(self, seed: int, prompt: int, sample: int) -> None:
         digest = hashlib.sha256(f"{seed} {prompt} {sample}".encode()).digest()
@@ -54,7 +54,7 @@ class RandomNumbers:
         self._block, self._numbers = -1, np.zeros(0)
 
     def at(self, position: int) -> float:
-        """The number of new token `position`, from 0."""
+        """The random number of new token `position`, counted from 0."""
         block, place = divmod(position, self.BLOCK)
         if block != self._block:
             philox = np.random.Philox(key=self._key, counter=block * self.BLOCK // 4)
@@ -64,13 +64,13 @@ class RandomNumbers:
 
 
 def penalised(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Logits [n, V] with those of tokens in `seen` [n, V] divided by the penalty, or multiplied if they are negative
+    """Logits [n, V], those of tokens in `seen` [n, V] divided by the penalty, or multiplied by it if negative
     (Keskar et al. 2019)."""
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Probabilities [n, V] in fp64 that tokens are drawn with; those that the limits exclude have 0."""
+    """Sampling probabilities [n, V] in fp64; 0 for tokens that top-k, top-p or min-p exclude."""
     scores = logits.double() / sampling.temperature
     if sampling.top_k and sampling.top_k < scores.shape[-1]:
         smallest = scores.topk(sampling.top_k).values[:, -1:]
@@ -89,11 +89,11 @@ def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
 
 
 def draw(probabilities: Tensor, numbers: Tensor) -> Tensor:
-    """The token [n] at whose share of the cumulative probabilities [n, V] each number [n] in [0, 1) falls."""
+    """Tokens [n]: invert the cumulative distribution of `probabilities` [n, V] at `numbers` [n] in [0, 1)."""
     cumulative = probabilities.cumsum(-1)
     target = numbers[:, None].to(cumulative) * cumulative[:, -1:]
     token = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
-    # The last product may round up to the total: the last token that can be drawn takes it.
+    # The target may round up to the total, beyond every token: then take the last token with a probability above 0.
     last = (probabilities > 0).int().cumsum(-1).argmax(-1)
     return torch.minimum(token, last)
 
@@ -108,8 +108,8 @@ def choose(
 ) -> Tensor:
     """Next tokens [n], the same on all tensor-parallel ranks, from this rank's logits [n, V / tp]. Collective.
 
-    `numbers` [n] are those of `RandomNumbers`; `seen` [n, vocab_size] marks what the penalty applies to. Where logits
-    are not finite the answer is NOT_FINITE.
+    `numbers` [n] come from `RandomNumbers`; `seen` [n, vocab_size] marks the tokens that the penalty applies to. The
+    token is NOT_FINITE where the logits are not finite.
     """
     if sampling.greedy and seen is None:
         return _most_likely(local, vocab_size, group)
@@ -124,10 +124,10 @@ def choose(
 
 
 def _most_likely(local: Tensor, vocab_size: int, group: dist.ProcessGroup) -> Tensor:
-    """The first token [n] with the largest logit, from one pair (logit, token) of each rank."""
+    """The first token [n] with the largest logit, from one pair (logit, token) per rank."""
     start = group.rank() * local.shape[-1]
     local = local.float()
-    if start + local.shape[-1] > vocab_size:  # rows that fill the vocabulary up
+    if start + local.shape[-1] > vocab_size:  # padding of the vocabulary
         local = local.clone()
         local[:, max(0, vocab_size - start) :] = -torch.inf
     value, token = local.max(-1)
@@ -136,7 +136,7 @@ def _most_likely(local: Tensor, vocab_size: int, group: dist.ProcessGroup) -> Te
         pairs = [torch.empty_like(pair) for _ in range(group.size())]
         dist.all_gather(pairs, pair, group=group)
         values, tokens = torch.stack(pairs).unbind(-1)  # [tp, n]
-        value, rank = values.max(0)  # NaN is the largest; of equal ones the first, whose tokens come first
+        value, rank = values.max(0)  # NaN is largest; among equals the first rank, with the lowest tokens
         token = tokens.gather(0, rank[None])[0].long()
     return token.masked_fill(~value.isfinite(), NOT_FINITE)
 

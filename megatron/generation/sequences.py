@@ -1,4 +1,4 @@
-"""A sequence that is being continued, and when it ends."""
+"""A sequence that is being continued, the conditions that end it, and its text as it grows."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from megatron.generation.sampling import RandomNumbers
 from megatron.tokenizer.conversation import THINK_END
 
 End = Literal["stop", "length", "context"]
-"""Why a sequence ended: a stop id or string, the limit of new tokens, a full context."""
+"""Why a sequence ended: a stop id or string, the limit on new tokens, a full context."""
 
 
 @dataclass
 class Continuation:
-    """A prompt's ids and the new ids behind them.
+    """The token ids of a prompt, and the new ids after them.
 
-    `number` tells the prompts of a run apart, `sample` those of a prompt; `limit` is how many new tokens there may be,
-    and `random` has a number for each where tokens are sampled. `forced` are tokens that come next whatever the model
-    says.
+    `number` identifies the prompt in a run, `sample` the sample of this prompt. `limit` is the maximum number of new
+    tokens; `random` has a random number for each, None without sampling. `forced` holds tokens that come next, whatever
+    the model chooses.
     """
 
     number: int
@@ -28,12 +28,12 @@ class Continuation:
     prompt: list[int]
     limit: int
     random: RandomNumbers | None = None
-    trace: bool = False  # the prompt opens a trace of thoughts
+    trace: bool = False  # the prompt opens a reasoning trace
     new: list[int] = field(default_factory=list)
     forced: deque[int] = field(default_factory=deque)
     closed: bool = False  # the trace has ended
     end: End | None = None
-    started: float = 0.0  # when its prompt began to be read, by time.perf_counter
+    started: float = 0.0  # time.perf_counter() when the first chunk of its prompt was planned
 
     @property
     def length(self) -> int:
@@ -42,9 +42,9 @@ class Continuation:
 
 @dataclass(frozen=True)
 class Endings:
-    """What ends a sequence. An id of `ids` is not part of the result, nor is a string of `strings`.
+    """What ends a sequence: the tokens `ids` and the strings `strings`, which are not part of the result.
 
-    After `thinking_budget` new tokens in an open trace, `closing` is forced upon the model.
+    After `thinking_budget` new tokens in an open trace, the tokens `closing` are forced.
     """
 
     ids: frozenset[int]
@@ -54,7 +54,7 @@ class Endings:
     closing: tuple[int, ...] = ()
 
     def advance(self, sequence: Continuation, token: int, context: int) -> None:
-        """Add the model's `token`, or the one that is forced; set `end` if it is the last one."""
+        """Append the model's `token`, or a forced one instead; set `end` if the sequence ends with it."""
         forced = bool(sequence.forced)
         token = sequence.forced.popleft() if forced else token
         if token in self.ids and not forced:
@@ -73,9 +73,9 @@ class Endings:
                 sequence.forced.extend(self.closing)
 
     def split(self, sequence: Continuation) -> tuple[str | None, str]:
-        """(trace, answer): the new text cut before a stop string; the trace is None where the prompt opens none.
+        """Split the new text into (trace, answer), the answer cut before a stop string.
 
-        If the trace is not closed, all is trace.
+        The trace is None if the prompt opens none; if it is not closed, the whole text is trace.
         """
         assert self.decode is not None
         trace, text = None, self.decode(sequence.new)
@@ -85,24 +85,24 @@ class Endings:
 
     def _ends_in_string(self, sequence: Continuation) -> bool:
         if sequence.trace and not sequence.closed:
-            return False  # thoughts may contain what ends an answer
+            return False  # a trace may contain stop strings
         return any(string in self._tail(sequence, string) for string in self.strings)
 
     def _tail(self, sequence: Continuation, string: str) -> str:
-        """Text that holds `string` if the last token completes it: a token is at least a byte."""
+        """The end of the text, which contains `string` if the last token completes it: a token is at least a byte."""
         assert self.decode is not None
         return self.decode(sequence.new[-(len(string.encode()) + 1) :])
 
 
 def first_of(strings: Sequence[str], text: str) -> int:
-    """Where the first of `strings` begins in `text`; its length where there is none."""
+    """Index in `text` of the first occurrence of any of `strings`; its length if there is none."""
     return min((text.find(string) for string in strings if string in text), default=len(text))
 
 
 class TextStream:
-    """Text of a sequence while it grows: each call gives (thoughts, answer) that have become certain.
+    """Streams the text of a growing sequence: each call returns the new text that is certain, as (thoughts, answer).
 
-    Kept back are bytes that are no whole character yet, and what may be the beginning of a stop string.
+    Incomplete characters, and text that may be the beginning of a stop string, are held back.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str], strings: Sequence[str] = (), trace: bool = False):
@@ -116,14 +116,14 @@ class TextStream:
         return self._certain(last=False)
 
     def finish(self) -> tuple[str, str]:
-        """The rest, when no more ids come."""
+        """The rest of the text, when no more ids come."""
         return self._certain(last=True)
 
     def _certain(self, last: bool) -> tuple[str, str]:
         known, whole = self._decode(self._ids[self._start : self._read]), self._decode(self._ids[self._start :])
         if whole.endswith("\ufffd") and not last:
             return "", ""
-        # The tokens of the last call stay in front: some vocabularies write the first token of a text differently.
+        # Keep the previous call's tokens in front: some vocabularies decode the first token of a text differently.
         self._start, self._read = self._read, len(self._ids)
         self._kept += whole[len(known) :]
         thoughts = ""
@@ -136,7 +136,7 @@ class TextStream:
         return thoughts, self._give(min(end, self._safe(self._strings, last)))
 
     def _safe(self, strings: Sequence[str], last: bool) -> int:
-        """Up to where the kept text cannot be the beginning of one of `strings`."""
+        """Length of the kept text that cannot be part of one of `strings` still to be completed."""
         if last:
             return len(self._kept)
         begins = (

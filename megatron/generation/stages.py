@@ -1,6 +1,6 @@
 """Messages between pipeline stages during generation: hidden states forward, tokens back.
 
-Sends return at once, and buffers are kept until they have been sent. Tokens use a separate group: on a GPU the
+Sends return at once, and their buffers are kept until they have been sent. Tokens use a separate group: on a GPU the
 operations of a group run in order, so that a stage sending hidden states and a neighbor sending tokens would deadlock.
 """
 
@@ -20,7 +20,7 @@ _IN_FLIGHT = 64  # number of messages; older ones must have been received, or th
 
 
 class HiddenLinks:
-    """A rank's links to the stages before and after it. Sends return at once; `in_flight` bounds what they keep."""
+    """A rank's links to the previous and the next stage. At most `in_flight` sent buffers are kept."""
 
     def __init__(self, engine: Engine, around: Around = no_phases, in_flight: int = _IN_FLIGHT) -> None:
         self.place, self._hidden, self._around, self._in_flight = engine.place, engine.groups.pipe, around, in_flight
@@ -28,12 +28,12 @@ class HiddenLinks:
         self._leaving: deque[tuple[Any, Tensor]] = deque()
 
     def send_hidden(self, hidden: Tensor) -> None:
-        """To the next stage; nothing where nothing is left of the tokens but their keys and values."""
+        """Send hidden states to the next stage; no message if they are empty, as when no logits are wanted."""
         if hidden.numel():
             self._send(hidden, self.place.pp_rank + 1, self._hidden)
 
     def receive_hidden(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """From the stage before."""
+        """Receive hidden states of this shape from the previous stage."""
         hidden = torch.empty(shape, dtype=dtype, device=self.place.device)
         if hidden.numel() == 0:
             return hidden
@@ -42,7 +42,7 @@ class HiddenLinks:
         return hidden
 
     def close(self) -> None:
-        """Wait until all has been sent."""
+        """Wait until all messages have been sent."""
         while self._leaving:
             self._leaving.popleft()[0].wait()
 
@@ -54,7 +54,7 @@ class HiddenLinks:
 
 
 class StageLinks(HiddenLinks):
-    """A rank's links to the other stages of its pipeline, for tokens too. Collective over all ranks to make."""
+    """A rank's links to the other stages of its pipeline, for tokens too. Construction is collective over all ranks."""
 
     def __init__(self, engine: Engine, timeout_minutes: float, around: Around = no_phases) -> None:
         super().__init__(engine, around)
@@ -68,12 +68,12 @@ class StageLinks(HiddenLinks):
             self._tokens, _ = dist.new_subgroups_by_enumeration(pipes, timeout=limit)
 
     def publish_tokens(self, tokens: Tensor) -> None:
-        """From the last stage to all others; int64 [n]."""
+        """Send chosen tokens, int64 [n], from the last stage to all others."""
         for stage in range(self.place.pp - 1):
             self._send(tokens, stage, self._tokens)
 
     def receive_tokens(self, count: int) -> Tensor:
-        """From the last stage."""
+        """Receive chosen tokens, int64 [count], from the last stage."""
         tokens = torch.empty(count, dtype=torch.int64, device=self.place.device)
         with self._around("pipeline"):
             dist.recv(tokens, src=self._ranks[-1], group=self._tokens)

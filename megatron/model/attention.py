@@ -1,7 +1,7 @@
-"""The core of attention: softmax(q k^T / sqrt(d)) v over what a token sees, without a mask that is ever built.
+"""The core of attention: softmax(q k^T / sqrt(d)) v over the tokens a token may see. No mask is ever materialized.
 
-For isolated documents there are two ways. `torch.nn.attention.varlen` takes all documents in one call, on GPUs, in bf16
-and fp16. Everywhere else each document is a call of its own, on a slice. `document_attention_on` chooses.
+Isolated documents have two implementations: `torch.nn.attention.varlen` takes all documents in one call, on GPUs in
+bf16 and fp16; everywhere else each document is a separate call on its slice. `document_attention_on` chooses.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ Attend = Callable[[Tensor, Tensor, Tensor, Documents], Tensor]
 """q [s, b, n, d], k and v [s, b, m, d] with m dividing n -> [s, b, n, d]."""
 
 VARLEN_DTYPES = (torch.bfloat16, torch.float16)
-_TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3}  # a few roundings, of the largest value
+_TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3}  # a few roundings, relative to the largest value
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Each position sees itself and what is before it.
+    """Causal attention: each position attends to itself and to earlier positions.
 
     q [s, b, n, d], k and v [s, b, m, d] with m dividing n; returns [s, b, n, d].
     """
@@ -37,12 +37,12 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def document_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
-    """`causal_attention` within each document, in the way that was chosen for this device."""
+    """`causal_attention` within each document, by the implementation chosen for this device and dtype."""
     return document_attention_on(q.device.type, q.dtype, q.shape[2], k.shape[2], q.shape[3]).attend(q, k, v, documents)
 
 
 def one_by_one(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
-    """A call of `causal_attention` for each document: memory stays linear in s."""
+    """`causal_attention` called once per document: memory stays linear in s."""
     rows = []
     for row, edges in enumerate(documents.edges):
         rows.append(
@@ -59,8 +59,8 @@ def one_by_one(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
 class Varlen:
     """All documents in one call of a function like `torch.nn.attention.varlen.varlen_attn`.
 
-    torch 2.10 has `is_causal` and wants as many heads of keys as of queries; later ones have `window_size`, and take
-    fewer if they have `enable_gqa`.
+    torch 2.10 takes `is_causal` and needs as many key heads as query heads; later versions take `window_size`, and
+    fewer key heads where they have `enable_gqa`.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -77,7 +77,7 @@ class Varlen:
             keywords = keywords | {"enable_gqa": True}
         elif groups > 1:
             k, v = (x.repeat_interleave(groups, dim=2) for x in (k, v))
-        q, k, v = (x.transpose(0, 1).flatten(0, 1) for x in (q, k, v))  # one sample behind the other
+        q, k, v = (x.transpose(0, 1).flatten(0, 1) for x in (q, k, v))  # samples concatenated
         offsets, longest = documents.offsets, documents.longest
         context: Tensor = self._function(q, k, v, offsets, offsets, longest, longest, **keywords)
         return context.unflatten(0, (b, s)).transpose(0, 1)
@@ -85,7 +85,7 @@ class Varlen:
 
 @dataclass(frozen=True)
 class DocumentAttention:
-    """A way to attend to isolated documents, and how that is, for the log."""
+    """An implementation of attention within isolated documents; `how` describes it in the log."""
 
     attend: Attend
     how: str
@@ -93,10 +93,10 @@ class DocumentAttention:
 
 @functools.cache
 def document_attention_on(kind: str, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int) -> DocumentAttention:
-    """The way for a type of device and the heads that a rank has.
+    """Choose the implementation for a device type, a dtype and this rank's heads.
 
-    Where torch and device have varlen attention it is tried first, on a few documents of random numbers, forward and
-    backward: some builds of torch have answered with NaN.
+    Where torch and the device support varlen attention, it is first tried forward and backward on a few documents of
+    random numbers: some builds of torch return NaN.
     """
     why_not = None
     if kind != "cuda":
@@ -125,7 +125,7 @@ def _varlen_function() -> Callable[..., Any] | None:
 def _failure(
     varlen: Attend, device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int
 ) -> str | None:
-    """What is wrong with `varlen` there, beside a call for each document; None if nothing is."""
+    """How `varlen` fails or differs from `one_by_one` on this device, as one sentence; None if they agree."""
     generator = torch.Generator().manual_seed(0)
     positions = torch.cat([torch.arange(length) for length in (1, 70, 185, 130, 126)]).view(2, 256)
     documents = Documents.at(positions.to(device))
@@ -150,6 +150,6 @@ def _failure(
         names = ("output", "gradient of q", "gradient of k", "gradient of v")
         for name, ours, theirs in zip(names, found, results(one_by_one), strict=True):
             off = float((ours.float() - theirs.float()).abs().max() / theirs.float().abs().max())
-            if not off <= _TOLERANCE[dtype]:  # nor if it is NaN
+            if not off <= _TOLERANCE[dtype]:  # written so that NaN fails too
                 return f"the {name} of varlen attention is off by {off:.1e} of the largest value"
     return None

@@ -1,9 +1,8 @@
-"""Keys and values of tokens that the model has read, so that each new token runs alone.
+"""The key-value cache of generation: each forward pass runs only the new tokens.
 
-A cache belongs to a group of sequences, one a slot; column p of a slot is position p of its sequence. `CachedTokens`
-are the tokens of one forward: they go through the layers beside the hidden states, where isolated documents have their
-positions. Rows may be of different lengths: what is written behind the end of a row is overwritten before a token that
-would see it is read.
+A cache belongs to a group of sequences, one per slot; column p of a slot is position p of its sequence. `CachedTokens`
+describes the tokens of one forward pass and travels through the layers with the hidden states, as `Documents` does.
+Rows may differ in length: whatever is written past the end of a row is overwritten before any token attends to it.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ GROWTH = 256  # columns by which a cache grows
 
 
 class KeyValueCache:
-    """Keys and values [slots, m, columns, d] of each of this rank's layers, for at most `max_length` positions."""
+    """Keys and values [slots, m, columns, d] of each layer on this rank, for at most `max_length` positions."""
 
     def __init__(self, slots: int, max_length: int) -> None:
         self.slots, self.max_length = slots, max_length
@@ -29,7 +28,7 @@ class KeyValueCache:
         self._held: dict[object, tuple[Tensor, Tensor]] = {}
 
     def reserve(self, length: int) -> None:
-        """Have room for `length` positions. ValueError if the cache may not be as long."""
+        """Grow to at least `length` positions. ValueError if `length` exceeds `max_length`."""
         if length > self.max_length:
             raise ValueError(f"{length} positions for a cache of at most {self.max_length}")
         if length <= self._columns:
@@ -41,14 +40,14 @@ class KeyValueCache:
             self._held[layer] = (F.pad(keys, (0, 0, 0, more)), F.pad(values, (0, 0, 0, more)))
 
     def of(self, layer: object, like: Tensor) -> tuple[Tensor, Tensor]:
-        """(keys, values) of a layer; `like` [s, b, m, d] gives heads, type and device of a new one."""
+        """(keys, values) of a layer, allocated at first use with the heads, dtype and device of `like` [s, b, m, d]."""
         if layer not in self._held:
             shape = (self.slots, like.shape[2], self._columns, like.shape[3])
             self._held[layer] = (like.new_zeros(shape), like.new_zeros(shape))
         return self._held[layer]
 
     def move(self, source: int, target: int) -> None:
-        """Let the slot `target` hold what `source` holds."""
+        """Copy the slot `source` over the slot `target`."""
         for keys, values in self._held.values():
             keys[target] = keys[source]
             values[target] = values[source]
@@ -59,10 +58,10 @@ class KeyValueCache:
 
 
 class CachedTokens:
-    """The tokens [b, s] of one forward, which continue the sequences of the slots `first` to `first + b`.
+    """The tokens [b, s] of one forward pass, which continue the sequences in slots `first` to `first + b`, exclusive.
 
-    `starts` are the positions of the rows' first tokens. With several tokens a row, all rows start at one position.
-    Logits are made at `outputs`, (row, token) pairs, alone.
+    `starts` are the positions of the rows' first tokens; with several tokens per row, all rows must start at the same
+    position. Logits are computed only at `outputs`, (row, token) pairs.
     """
 
     def __init__(
@@ -82,35 +81,35 @@ class CachedTokens:
         self.positions = torch.tensor(starts, device=device)[:, None] + torch.arange(s, device=device)
         self._mask = self._visible(device, ragged=len(set(starts)) > 1)
         self._row_numbers = torch.arange(self.rows, device=device)
-        self._angles: tuple[Tensor, Tensor] | None = None  # of the positions; all layers have the same
+        self._angles: tuple[Tensor, Tensor] | None = None  # (cos, sin) of the positions, shared by all layers
         cache.reserve(self.end)
 
     def _visible(self, device: torch.device, ragged: bool) -> Tensor | None:
-        """Which columns a token sees, broadcastable to [b, heads, s, columns]; None where no mask is needed."""
+        """The attention mask, broadcastable to [b, heads, s, columns]; None where none is needed."""
         if self.s == 1:
             columns = torch.arange(self.end, device=device)
             return (columns <= self.positions)[:, None, None] if ragged else None
         return self.positions[0, :, None] >= torch.arange(self.end, device=device) if self.start else None
 
     def rotate(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """q [s, b, n, d] and k [s, b, m, d] turned to their positions; `cos` and `sin` are those of all positions."""
+        """Rotate q [s, b, n, d] and k [s, b, m, d] by their positions; `cos` and `sin` cover all positions."""
         if self.s > 1:
             return apply_rotary(q, k, cos, sin, self.positions)
         if self._angles is None:
             self._angles = (cos[self.positions[:, 0]], sin[self.positions[:, 0]])
-        # The rows take the place of the sequence, so that angles are looked up once for all layers.
+        # Rows take the place of the sequence, so that the angles are looked up once for all layers.
         q, k = apply_rotary(q.transpose(0, 1), k.transpose(0, 1), *self._angles)
         return q.transpose(0, 1), k.transpose(0, 1)
 
     def attend(self, layer: object, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of these tokens over what their sequences hold, themselves included.
+        """Append k and v to the cache and attend to everything in each token's sequence, the token itself included.
 
-        q [s, b, n, d], k and v [s, b, m, d], rotated already; returns [s, b, n, d].
+        q [s, b, n, d], k and v [s, b, m, d], already rotated; returns [s, b, n, d].
         """
         keys, values = self._append(layer, k, v)
         s, b, n, d = q.shape
         if s == 1:
-            # The query heads of a key head take the place of the sequence: keys and values are not repeated.
+            # The query heads that share a key head take the place of the sequence: keys and values are not repeated.
             grouped = q.view(b, k.shape[2], n // k.shape[2], d)
             return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=self._mask).reshape(1, b, n, d)
         context = F.scaled_dot_product_attention(
@@ -124,7 +123,7 @@ class CachedTokens:
         return context.permute(2, 0, 1, 3)
 
     def _append(self, layer: object, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write these tokens; returns keys and values of their slots up to the last token, as views."""
+        """Write k and v to the cache; returns views of the slots' keys and values up to the last token."""
         stop = self.first + self.rows
         views = []
         for held, new in zip(self.cache.of(layer, k), (k, v), strict=True):
@@ -144,7 +143,7 @@ class CachedTokens:
 
 
 def input_shape(first_layer: int, num_layers: int, hidden_size: int, tokens: CachedTokens) -> tuple[int, ...]:
-    """Shape of the hidden states that enter a stage whose first layer has this number (not 0) in the checkpoint."""
+    """Shape of the hidden states entering a stage that starts at layer `first_layer` (not 0) of the checkpoint."""
     if first_layer == 1:
         return (tokens.rows, tokens.s, hidden_size)
     if first_layer <= num_layers + 2:
@@ -159,7 +158,7 @@ def run_cached(
     stream: Any = (inputs, tokens) if first_layer <= num_layers + 2 else inputs
     for layer in layers:
         if isinstance(stream, Tensor) and stream.numel() == 0:
-            break  # nobody wants logits of these tokens
+            break  # no logits are wanted for these tokens
         stream = layer(stream)
     result: Tensor = stream[0] if isinstance(stream, tuple) else stream
     return result

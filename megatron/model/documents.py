@@ -1,7 +1,7 @@
-"""The documents of a micro-batch whose documents are isolated: where they begin, on the device and on the host.
+"""Isolated documents of a micro-batch: where each one begins, on the device and on the host.
 
-Between stages and from the data come positions, int64 [b, s], which restart at 0 with each document. A stage reads them
-once, before its first layer; its layers get what was read, also in recomputation, and ask the device nothing.
+The data and the previous stage provide positions, int64 [b, s], which restart at 0 with each document. A stage reads
+them on the host once, before its first layer; its layers reuse the result, also in recomputation, without device syncs.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Documents:
-    """Goes through the layers of a stage beside the hidden states.
+    """Document boundaries of a micro-batch, passed through a stage's layers together with the hidden states.
 
-    `edges` are of every sample the starts of its documents, and s at the end. `offsets` [number of documents + 1],
-    int32 on the device, are the same over the tokens of all samples, one sample behind the other. `longest` is the
-    largest number of tokens of a document.
+    `edges` holds, for each sample, the starts of its documents followed by s. `offsets` [number of documents + 1],
+    int32 on the device, are the boundaries in the concatenation of all samples. `longest` is the length of the longest
+    document in tokens.
     """
 
     positions: Tensor
@@ -30,9 +30,9 @@ class Documents:
 
     @classmethod
     def at(cls, positions: Tensor, on_host: Tensor | None = None) -> Documents:
-        """The documents that start where `positions` [b, s] are 0, and at the beginning of each sample.
+        """Documents start at the beginning of each sample and wherever `positions` [b, s] is 0.
 
-        `on_host` is the same tensor there, if the caller has it. Without it this waits for the device.
+        `on_host` is a host copy of `positions`, if the caller has one; without it, this waits for the device.
         """
         length = positions.shape[1]
         edges = []
@@ -48,10 +48,10 @@ class Documents:
 
 
 def from_message(message: Any) -> Any:
-    """What enters a stage, hidden states or (hidden states, positions), with the positions read."""
+    """Convert a stage's input for its layers: (hidden states, positions) -> (hidden states, `Documents`)."""
     return (message[0], Documents.at(message[1])) if isinstance(message, tuple) else message
 
 
 def as_message(stream: Any) -> Any:
-    """What leaves a stage, with positions again where there are documents."""
+    """Convert the layers' output to a stage's: (hidden states, `Documents`) -> (hidden states, positions)."""
     return (stream[0], stream[1].positions) if isinstance(stream, tuple) else stream

@@ -1,7 +1,7 @@
-"""Hidden states of chosen layers, pooled to one vector a text while they pass.
+"""Hidden states of chosen layers, pooled to one vector per row during the forward pass.
 
-Layers have the numbers of `hidden_states` in `transformers`: 0 is the embedding, i the output of decoder layer i, and
-the last one, L, the output of the final norm. Only vectors leave a stage: [b, h] of each layer, never [b, s, h].
+Layers are numbered as in `hidden_states` of `transformers`: 0 is the embedding, i the output of decoder layer i, and
+the last, L, the output of the final norm. A stage returns only the vectors, [b, h] per layer, never [b, s, h].
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ Pooling = Literal["mean", "last"]
 
 @dataclass(frozen=True)
 class PooledTokens:
-    """What is kept of one forward: of each row [s] the tokens `first` to `lengths`, exclusive, of some layers.
+    """What to pool in one forward pass: tokens `first` to `lengths`, exclusive, of each row, in each of `layers`.
 
-    `pooling` is their mean or the last of them. What stands behind a row's length is padding.
+    `pooling` takes the mean of these tokens or the last of them. Tokens past a row's length are padding.
     """
 
     layers: frozenset[int]
@@ -39,7 +39,7 @@ class PooledTokens:
 
 
 def layer_of_file(number: int, num_layers: int) -> int | None:
-    """The layer whose output the numbered layer of a checkpoint makes; None where it makes no layer's."""
+    """Index in `hidden_states` of the output of checkpoint layer `number`; None if it has none."""
     if number == 0:
         return 0
     if 2 <= number <= num_layers:
@@ -48,7 +48,7 @@ def layer_of_file(number: int, num_layers: int) -> int | None:
 
 
 def last_file(layers: Iterable[int], num_layers: int) -> int:
-    """The numbered layer of a checkpoint after which all of `layers` are known."""
+    """The checkpoint layer after which the outputs of all `layers` have been computed."""
     highest = max(layers)
     return num_layers + 3 if highest == num_layers else highest + (highest > 0)
 
@@ -56,9 +56,9 @@ def last_file(layers: Iterable[int], num_layers: int) -> int:
 def run_pooled(
     layers: Iterable[Callable[[Any], Any]], first_layer: int, num_layers: int, inputs: Tensor, work: PooledTokens
 ) -> tuple[Tensor, dict[int, Tensor]]:
-    """Run a stage's layers, as far as they are needed, on what enters the model or on hidden states.
+    """Run a stage's layers, as far as `work` needs them, on the model's input or on hidden states.
 
-    Returns what the next stage gets, and the pooled vectors [b, h] of this stage's layers among those wanted.
+    Returns the next stage's input, and the pooled vectors [b, h] of the requested layers in this stage.
     """
     stop = last_file(work.layers, num_layers)
     stream, vectors = inputs, dict[int, Tensor]()
@@ -74,6 +74,6 @@ def run_pooled(
 
 
 def entering_shape(first_layer: int, num_layers: int, hidden_size: int, rows: int, length: int) -> tuple[int, int, int]:
-    """Shape of the hidden states that enter a stage whose first layer has this number (not 0) in the checkpoint."""
+    """Shape of the hidden states entering a stage that starts at layer `first_layer` (not 0) of the checkpoint."""
     batch_first = first_layer == 1 or first_layer > num_layers + 2
     return (rows, length, hidden_size) if batch_first else (length, rows, hidden_size)

@@ -1,10 +1,10 @@
-"""FLOPs of training, by the two formulas in use. Whoever prints TFLOP/s names the formula.
+"""FLOPs of training, by the two formulas in use. Any output in TFLOP/s must name its formula.
 
-At a sequence of 8,192 they agree for Llama-3.1-70B within 1.5 % by luck: GPT-NeoX's, without recomputation, misses
-SwiGLU's and grouped-query attention's weights and counts attention's masked half. With recomputation they
-differ by 35 %.
+For Llama-3.1-70B at a sequence length of 8,192 they happen to agree within 1.5 %: without recomputation, GPT-NeoX's
+ignores the weight shapes of SwiGLU and grouped-query attention, and counts the masked half of attention. With
+recomputation they differ by 35 %.
 
-Beside an adapter (LoRA) the base is frozen: its weights have no gradient of their own, and count 4 times instead of 6.
+With an adapter (LoRA) the base is frozen: no weight gradients are computed, and its weights count 4 times instead of 6.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from megatron.layout import LlamaShape, PatchShape, rank_shape, trained_rows
 
 def megatron_flops_per_token(shape: LlamaShape, seq_length: int) -> float:
     """Forward and backward FLOPs per token as Megatron-LM counts them: matrix weights 6 times, causal attention
-    halved, no recomputation (a model number, for MFU). Beside an adapter the base's weights count 4 times, its own 6
-    times."""
+    halved, no recomputation (model FLOPs, for MFU). With an adapter the base's weights count 4 times, the adapter's
+    6 times."""
     h, layers, vocab = shape.hidden_size, shape.num_layers, shape.padded_vocab_size
     kv = shape.num_kv_heads * shape.head_dim
     layer = h * (h + 2 * kv) + h * h + 3 * h * shape.intermediate_size
@@ -31,8 +31,8 @@ def megatron_flops_per_token(shape: LlamaShape, seq_length: int) -> float:
 
 def neox_flops_per_token(shape: LlamaShape, seq_length: int, recomputed: float) -> float:
     """FLOPs per token as GPT-NeoX's log counts them (Narayanan et al. 2021): multi-head attention and a 4h MLP
-    assumed, full-square attention, and one more forward of the share `recomputed` of the layers, 0 to 1 (a hardware
-    number, for HFU; GPT-NeoX itself knows all or none). Beside an adapter there is one pass less."""
+    assumed, full-square attention, and a second forward pass of the fraction `recomputed` of the layers, 0 to 1
+    (hardware FLOPs, for HFU; GPT-NeoX itself knows all or none). With an adapter there is one pass less."""
     h, layers = shape.hidden_size, shape.num_layers
     passes = 3 + recomputed - shape.frozen_base
     return 24.0 * passes * layers * h * h * (1 + seq_length / (6 * h) + shape.padded_vocab_size / (16 * layers * h))

@@ -1,7 +1,7 @@
 """Weights for a run that starts from scratch, the same for every TP x PP x DP split.
 
-Each Hugging Face-shaped source tensor has its own random stream, keyed by (seed, layer file, tensor name), and a
-rank takes its slices from it by the layout table. A model started at TP8 equals one started on a laptop.
+Each Hugging Face-shaped source tensor has its own random stream, keyed by (seed, layer file, tensor name), and each
+rank slices it according to the layout table. A model initialized at TP8 equals one initialized on a laptop.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ def standard_deviation(method: str, args: NeoXArgs) -> float:
 
 @torch.no_grad()
 def initialize_layers(layers: Iterable[tuple[int, nn.Module]], args: NeoXArgs, tp: int, tp_rank: int) -> None:
-    """Fill the parameters of (layer file number, module) pairs, each as its row of the layout table says.
+    """Initialize the parameters of (layer file number, module) pairs as their rows of the layout table specify.
 
-    Raises RuntimeError if a module's parameters are not the table's.
+    Raises RuntimeError if a module's parameters are not those of the table.
     """
     for index, module in layers:
         parameters = dict(module.named_parameters())
@@ -50,7 +50,7 @@ def initialize_layers(layers: Iterable[tuple[int, nn.Module]], args: NeoXArgs, t
 
 @torch.no_grad()
 def initialize_adapters(layers: Iterable[tuple[int, nn.Module]], args: NeoXArgs, tp: int, tp_rank: int) -> None:
-    """Fill the factors of adapters alone: A with noise and B with zeros, so that a run begins with its base."""
+    """Initialize only the adapters' factors: A random and B zero, so that training starts from the base's outputs."""
     for index, module in layers:
         rows = [row for row in layout.rows_of(index, args.whole_shape) if layout.is_factor(row.neox)]
         _fill(index, dict(module.named_parameters()), rows, args, tp, tp_rank)
@@ -82,7 +82,7 @@ def _fill(
 
 
 def _draw(row: layout.TensorRow, index: int, std: float | None, args: NeoXArgs, tp: int, tp_rank: int) -> Tensor:
-    """This rank's part of one tensor, fp32: noise of deviation `std`, or uniform as an adapter's A starts."""
+    """This rank's shard of one tensor, fp32: normal with deviation `std`; None: uniform, as for an adapter's A."""
     sources = []
     for name, shape in zip(row.hf, layout.source_shapes(row, args.whole_shape), strict=True):
         generator = torch.Generator().manual_seed(zlib.crc32(f"{args.seed}/{index}/{name}".encode()))

@@ -1,11 +1,11 @@
 """The Llama decoder, top to bottom (Touvron et al. 2023; Llama-3.1: grouped-query attention, scaled rotary).
 
-Shapes: s sequence, b micro-batch, h hidden, V padded vocabulary; a tensor-parallel rank holds n query heads, m key
-and value heads of d dimensions, and f of the MLP's inner features. Between layers the hidden states are [s, b, h]. With
-sequence parallelism over t ranks they are this rank's slice, [s/t, b, h], and so is what norms and additions see.
+Shapes: s sequence, b micro-batch, h hidden, V padded vocabulary; a tensor-parallel rank holds n query heads and m key
+and value heads, each of d dimensions. Between layers the hidden states are [s, b, h]. With sequence parallelism over t
+ranks they are this rank's slice, [s/t, b, h], on which norms and residual additions work as well.
 
-Where documents are isolated, stages pass (hidden, positions): int64 [b, s] that restart at 0 with each document.
-Within a stage layers pass (hidden, documents), which are the positions with what the host has read from them.
+With isolated documents, stages pass (hidden, positions), int64 [b, s] that restart at 0 with each document. Within a
+stage, layers pass (hidden, documents): the positions, and the document boundaries that the host has read from them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from megatron.ops import add_rms_norm, apply_rotary, rms_norm, swiglu
 
 Beside = Documents | CachedTokens
 Stream = Tensor | tuple[Tensor, Beside]
-"""What layers pass: hidden states, or (hidden states, what is beside them): isolated documents, or cached tokens."""
+"""What layers pass on: hidden states, alone or paired with isolated documents or cached tokens."""
 
 
 class RMSNorm(nn.Module):
@@ -42,7 +42,7 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.scale, self.eps, self.hf_rounding)
 
     def after_add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """(x + residual, its norm)."""
+        """(x + residual, norm of the sum)."""
         return add_rms_norm(x, residual, self.scale, self.eps, self.hf_rounding)
 
 
@@ -63,7 +63,7 @@ class Attention(nn.Module):
         return self.dense(self.core(self.query_key_value(x), beside))
 
     def core(self, qkv: Tensor, beside: Beside | None) -> Tensor:
-        """What lies between the two products: the heads' contexts [s, b, n * d] of this rank's q, k and v."""
+        """Everything between the two matrix products: this rank's packed q, k, v -> the heads' contexts [s, b, n d]."""
         q, k, v = layout.split_qkv(qkv, self.heads, self.kv_heads, self.head_dim)
         cos, sin = self.rotary.on(qkv.device)
         if isinstance(beside, CachedTokens):
@@ -99,7 +99,7 @@ class TransformerLayer(nn.Module):
         if args.lora is not None:
             add_adapters(self, args, tp)
 
-    # DeepSpeed's recomputation spreads a tuple over the arguments, its plain forward passes the tuple.
+    # DeepSpeed unpacks the tuple into arguments when it recomputes, and passes it whole otherwise.
     def forward(self, stream: Stream, beside: Beside | None = None) -> Stream:
         x, beside = stream if isinstance(stream, tuple) else (stream, beside)
         if self.selective and torch.is_grad_enabled():
@@ -111,7 +111,7 @@ class TransformerLayer(nn.Module):
         return y if beside is None else (y, beside)
 
     def keeping_products(self, x: Tensor, beside: Beside | None) -> Tensor:
-        """The same, storing nothing but x, h and the outputs of the products that the backward pass needs."""
+        """The layer's output, storing only x, h and the matrix products' outputs that the backward pass needs."""
         attention, mlp = self.attention, self.mlp
         qkv = product(attention.query_key_value, Recomputed(self.input_layernorm, x))
         h = x + product(attention.dense, Recomputed(lambda heads: attention.core(heads, beside), qkv))
@@ -120,7 +120,7 @@ class TransformerLayer(nn.Module):
 
 
 class Embedding(nn.Module):
-    """ids [b, s] -> hidden [b, s, h]; a tied model reads its logits from the same matrix."""
+    """ids [b, s] -> hidden [b, s, h]; a tied model computes its logits with the same matrix."""
 
     def __init__(self, args: NeoXArgs, tp: TensorParallel) -> None:
         super().__init__()
@@ -155,8 +155,8 @@ class Head(nn.Module):
 def sequence_first(stream: Stream) -> Stream:
     """[b, s, h] -> [s, b, h], the layout between decoder layers.
 
-    What a frozen embedding gives asks for no gradient, and recomputation takes a layer with such an input as one that
-    has nothing to learn: in training the decoder's input always asks for one.
+    In training the decoder's input always requires a gradient. A frozen embedding's output does not, and recomputation
+    would then treat the layers that follow as if they had nothing to learn.
     """
     hidden, beside = stream if isinstance(stream, tuple) else (stream, None)
     hidden = hidden.transpose(0, 1).contiguous()
@@ -166,7 +166,7 @@ def sequence_first(stream: Stream) -> Stream:
 
 
 def batch_first(stream: Stream) -> Tensor:
-    """[s, b, h] -> [b, s, h]; documents have done their work. Of cached tokens, those whose logits are wanted."""
+    """[s, b, h] -> [b, s, h], dropping the documents; with cached tokens, only the n at their outputs, [n, 1, h]."""
     hidden, beside = stream if isinstance(stream, tuple) else (stream, None)
     if isinstance(beside, CachedTokens):
         return beside.at_outputs(hidden)

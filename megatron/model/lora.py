@@ -1,16 +1,16 @@
 """Low-rank adapters beside the parallel matrices of a decoder layer (Hu et al. 2021): y = W x + scale B A x.
 
-Every Hugging Face projection has a pair (A, B) of its own, a child of the fused matrix that it changes; the layout
-table says what each tensor-parallel rank holds of it. Only what lies between A and B is communicated, [tokens, rank]
-for each projection:
+Each Hugging Face projection has its own pair (A, B), a child of the fused matrix that it adapts; the layout table says
+how the pair is split over the tensor-parallel ranks. Only A's outputs are communicated, [tokens, rank] per projection:
 
-- column-parallel W: A is whole on every rank, B cut by rows as W is. y = W x + join_i(B_i f(A_i x)), where f is the
-  identity and all-reduces the gradient. With sequence parallelism x is a slice; f gathers, and reduce-scatters.
-- row-parallel W: A is cut by columns as W is, B whole. y = g(W x) + B g(A x), where g all-reduces. With sequence
-  parallelism it reduce-scatters, and gathers the gradient.
+- column-parallel W: A is replicated, B is split by rows like W. y = W x + join_i(B_i f(A_i x)), where f is the identity
+  in the forward pass and all-reduces the gradient. With sequence parallelism x is a slice: f all-gathers, and
+  reduce-scatters the gradient.
+- row-parallel W: A is split by columns like W, B is replicated. y = g(W x) + B g(A x), where g all-reduces. With
+  sequence parallelism g reduce-scatters, and all-gathers the gradient.
 
-So a factor that every rank holds whole gets its whole gradient on every rank. With sequence parallelism it gets that of
-the rank's slice, as the norms do, and is summed with theirs (`sequence_parallel.sum_over_slices`).
+A replicated factor thus gets its full gradient on every rank. With sequence parallelism it gets the gradient of the
+rank's slice, like the norms, and is summed with theirs (`sequence_parallel.sum_over_slices`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from megatron.neox_arguments import NeoXArgs
 
 
 class Factor(nn.Module):
-    """A or B: one matrix, which a call gives. An engine that still gathers it waits in a hook before the call."""
+    """A or B. Calling it returns the matrix; an engine that is still gathering the weight waits in a forward hook."""
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class Factors(nn.Module):
 
 
 class AddedProducts:
-    """A forward hook of a fused matrix that adds the products of its adapters to its output."""
+    """Forward hook of a fused matrix that adds its adapters' products to its output."""
 
     def __init__(self, row: layout.TensorRow, args: NeoXArgs, tp: TensorParallel) -> None:
         assert args.lora is not None
@@ -68,12 +68,12 @@ class AddedProducts:
             for (name, pair), part in zip(pairs.items(), between.chunk(len(pairs), dim=-1), strict=True)
         }
         joined = self._joined(products)
-        if self.row.shard_dim == 0:  # the output is the matrix's own, and nothing else needs it
+        if self.row.shard_dim == 0:  # column-parallel: a new tensor that nothing else needs
             return output.add_(joined)
         return output + joined
 
     def _exchanged(self, x: Tensor) -> Tensor:
-        """f or g of A's output."""
+        """f or g (module docstring) of A's output."""
         group, column = self.tp.group, self.row.shard_dim == 0
         if self.tp.sequence_parallel:
             exchanged: Tensor = Gather.apply(x, group, 0) if column else ScatterSum.apply(x, group, 0)
@@ -83,7 +83,7 @@ class AddedProducts:
         return reduce_from_tensor_model_parallel_region(x, group=group)
 
     def _joined(self, products: dict[str, Tensor]) -> Tensor:
-        """The products in the packing of the fused matrix, zero for a projection without an adapter."""
+        """The products packed like the fused matrix's output, with zeros for projections without an adapter."""
         if len(self.sources) == 1:
             return products[self.sources[0]]
         some, (args, ranks) = next(iter(products.values())), (self.args, self.tp.size)
@@ -99,7 +99,7 @@ class AddedProducts:
 
 
 def add_adapters(layer: nn.Module, args: NeoXArgs, tp: TensorParallel) -> None:
-    """Put the factors that `args.lora` asks for beside the matrices of a decoder layer, not initialized."""
+    """Attach the factors that `args.lora` asks for to the matrices of a decoder layer, uninitialized."""
     assert args.lora is not None
     rows = {row.neox: row for row in layout.factor_rows(args.lora.rank, args.lora.projections)}
     hooked = set()
@@ -118,6 +118,6 @@ def add_adapters(layer: nn.Module, args: NeoXArgs, tp: TensorParallel) -> None:
 
 
 def freeze_base(parameters: Iterator[tuple[str, nn.Parameter]]) -> None:
-    """Of some named parameters leave only those of adapters to be trained."""
+    """Freeze all parameters except those of adapters."""
     for name, parameter in parameters:
         parameter.requires_grad_(layout.is_factor(name))

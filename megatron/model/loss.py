@@ -1,7 +1,7 @@
 """The training loss: cross-entropy summed over learned tokens, divided by their number in the *global* batch.
 
-Whatever the micro-batch, the accumulation or the data-parallel split, every learned token weighs the same: a mean of
-means would weigh the tokens of half-masked micro-batches more, and 0/0 of a fully masked one is NaN.
+Every learned token has the same weight, whatever the micro-batch size, accumulation or data-parallel split. A mean of
+means would overweight the tokens of half-masked micro-batches, and be 0/0 = NaN for a fully masked one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from megatron.ops import vocab_parallel_cross_entropy
 
 @dataclass(frozen=True)
 class GlobalMeanLoss:
-    """Loss of one micro-batch such that the engine's mean over micro-batches and ranks is the global mean.
+    """Loss of one micro-batch, scaled so that the engine's mean over micro-batches and ranks is the global mean.
 
     `targets` are (labels [b, s] with -100 where nothing is learned, weight []): the engine averages over the N
     micro-batches of the global batch, so weight = N / learned tokens of the global batch (`step_weight`).
@@ -29,7 +29,7 @@ class GlobalMeanLoss:
 
     def __call__(self, logits: Tensor, targets: tuple[Tensor, Tensor]) -> Tensor:
         labels, weight = targets
-        # Nobody reads logits behind their loss: the gradient takes their memory.
+        # Nothing reads the logits after the loss: the gradient reuses their memory.
         return self.token_losses(logits, labels, overwrite_logits=True).sum() * weight
 
     def token_losses(self, logits: Tensor, labels: Tensor, overwrite_logits: bool = False) -> Tensor:
@@ -46,8 +46,8 @@ class GlobalMeanLoss:
 
 
 def step_weight(learned_tokens: int, micro_batches: int) -> Tensor:
-    """The factor that turns sums over micro-batches into the mean over the global batch's learned tokens.
+    """fp32 scalar: turns loss sums, averaged over micro-batches, into the mean over the global batch's learned tokens.
 
-    `micro_batches` counts all of the global batch's: accumulation x data parallel. fp32 [].
+    `micro_batches` counts those of the whole global batch: accumulation x data-parallel size.
     """
     return torch.tensor(micro_batches / learned_tokens, dtype=torch.float32)

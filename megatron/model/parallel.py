@@ -1,9 +1,9 @@
-"""Tensor parallelism, declared in one place: which matrix is cut along which dimension, over which group.
+"""Tensor parallelism, declared in one place: which matrix is split along which dimension, over which group.
 
-Attention and MLP each cut their first matrix by rows (column parallel: no communication forward) and their second
-by columns (row parallel: one all-reduce forward), after Shoeybi et al. 2019. The matrices themselves are
-megatron-core's; the embedding and the head are cut over the vocabulary. With sequence parallelism they are those of
-`megatron.model.sequence_parallel`, with the same parameters.
+Attention and MLP each split their first matrix by rows (column-parallel: no communication in the forward pass) and
+their second by columns (row-parallel: one all-reduce in the forward pass), after Shoeybi et al. 2019. The embedding and
+the head are split over the vocabulary. The modules are megatron-core's, or with sequence parallelism those of
+`megatron.model.sequence_parallel`, which have the same parameters.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def _no_init(weight: Tensor) -> Tensor:
 
 
 class _PlainState:
-    """Drops megatron-core's `_extra_state` entry: a layer file holds exactly GPT-NeoX's keys."""
+    """Mixin that drops megatron-core's `_extra_state` entry: a layer file holds exactly GPT-NeoX's keys."""
 
     get_extra_state = nn.Module.get_extra_state
     set_extra_state = nn.Module.set_extra_state
@@ -38,8 +38,8 @@ class _PlainState:
         self._load_state_dict_pre_hooks.clear()  # type: ignore[attr-defined]  # it would add the entry again
 
 
-# Without gradients a plain product is left of both, and while text is generated, token by token, megatron-core's
-# bookkeeping would take as long as the product of a small matrix.
+# Without gradients both reduce to a plain product. Generating token by token, megatron-core's bookkeeping would take as
+# long as the product with a small matrix.
 
 
 class _ColumnLinear(_PlainState, ColumnParallelLinear):
@@ -59,10 +59,10 @@ class _RowLinear(_PlainState, RowParallelLinear):
 
 @dataclass(frozen=True)
 class TensorParallel:
-    """Builds the parallel matrices of one tensor-parallel group. Weights are left uninitialized: every one of them
-    is either read from a checkpoint or drawn by `megatron.model.initialize`.
+    """Builds the parallel matrices of one tensor-parallel group. Weights are left uninitialized: they are either read
+    from a checkpoint or drawn by `megatron.model.initialize`.
 
-    With `sequence_parallel` hidden states between layers are this rank's slice of the sequence, s / tp tokens.
+    With `sequence_parallel`, hidden states between layers are this rank's slice of the sequence, s / tp tokens.
     """
 
     group: ProcessGroup
@@ -78,12 +78,12 @@ class TensorParallel:
         return self.group.rank()
 
     def padded_length(self, seq_length: int) -> int:
-        """The shortest sequence from `seq_length` on that these matrices can take."""
+        """The smallest sequence length >= `seq_length` that can be sliced over the ranks."""
         multiple = self.size if self.sequence_parallel else 1
         return -(-seq_length // multiple) * multiple
 
     def own_slice(self, x: Tensor, sequence_dim: int) -> Tensor:
-        """This rank's slice of a sequence that every rank has whole; all of it without sequence parallelism."""
+        """This rank's slice of a sequence that is replicated on all ranks; the whole without sequence parallelism."""
         return x.chunk(self.size, sequence_dim)[self.rank] if self.sequence_parallel else x
 
     @property
@@ -130,7 +130,7 @@ class TensorParallel:
         return embedding
 
     def tied_logits(self, x: Tensor, embedding: nn.Module) -> Tensor:
-        """[b, s, features] -> [b, s, rows / tp] with the embedding's matrix, the head of a tied model."""
+        """[b, s, features] -> [b, s, rows / tp]: the head of a tied model, which uses the embedding's matrix."""
         if self.sequence_parallel:
             return GatherProduct.apply(x, embedding.weight, self.group, 1)
         return linear_with_grad_accumulation_and_async_allreduce(

@@ -1,12 +1,11 @@
-"""The ends of a model of image patches (AstroPT, Smith et al. 2024): patches to hidden states, and back.
+"""Input and output layers of a model of image patches (AstroPT, Smith et al. 2024), and its loss.
 
 Shapes: s patches of P values (side x side x bands), b micro-batch, h hidden; t tensor-parallel ranks. Stages read raw
-values, uint8 or float32, and scale them in fp32 on the device: an image of bytes is moved in a quarter of the memory,
-and both ends see the same numbers.
+values, uint8 or float32, and scale them in fp32 on the device: a uint8 image takes a quarter of the memory on the way
+there, and the embedding and the loss see the same numbers.
 
-With sequence parallelism the embedding gives this rank's slice of the sequence, and the head and the loss see a slice.
-So does, in a backward pass, every matrix that the ranks hold copies of: its gradients are summed over the slices, as
-those of the norms are.
+With sequence parallelism the embedding returns this rank's slice of the sequence, and the head and the loss work on a
+slice. Gradients of replicated matrices then cover one slice, and are summed over the ranks like those of the norms.
 """
 
 from __future__ import annotations
@@ -29,9 +28,9 @@ EPSILON = 1e-8  # added to the standard deviation of a patch, as in AstroPT
 
 @dataclass(frozen=True)
 class PatchScale:
-    """Raw values of patches -> what the model reads and predicts, in fp32.
+    """Scales raw patch values to what the model reads and predicts, in fp32.
 
-    Each patch is standardized by its own mean and (unbiased) standard deviation, or each band by those of the data.
+    Each patch is standardized by its own mean and (unbiased) standard deviation, or each band by those of the data set.
     """
 
     patches: PatchKeys
@@ -47,7 +46,7 @@ class PatchScale:
         return (values - mean) / std
 
     def raw(self, scaled: Tensor) -> Tensor:
-        """The inverse for one scale of all patches. ValueError for patches that lost theirs."""
+        """Scaled values back to raw ones, in fp32. ValueError if each patch was standardized by its own statistics."""
         if self.patches.normalise == "patch":
             raise ValueError("a standardized patch does not know its mean and standard deviation")
         mean, std = self._of_bands(scaled.device)
@@ -57,7 +56,7 @@ class PatchScale:
         """(mean, std) [P] of each value's band."""
         if device not in self._on_device:
             keys = self.patches
-            assert keys.mean is not None  # the rule images_have_a_scale
+            assert keys.mean is not None  # guaranteed by the rule images_have_a_scale
             assert keys.std is not None
             pixels, bands = keys.size**2, keys.channels
             mean, std = (
@@ -69,8 +68,8 @@ class PatchScale:
 
 
 class PlainLinear(nn.Module):
-    """A matrix [out, in] without communication: one that every rank holds whole, or rows of one whose input is whole on
-    every rank and takes no gradient. Not initialized."""
+    """A matrix [out, in] without communication: replicated, or split by rows where the input is replicated and takes no
+    gradient. Not initialized."""
 
     def __init__(self, in_features: int, out_features: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -120,7 +119,7 @@ class PatchEmbedding(nn.Module):
 
 
 class PatchHead(nn.Module):
-    """Hidden states [b, s, h] -> the next patches, scaled, [b, s, P]; slices of the sequence stay slices."""
+    """Hidden states [b, s, h] -> predicted next patches [b, s, P], scaled; slices of the sequence stay slices."""
 
     def __init__(self, args: NeoXArgs, tp: TensorParallel) -> None:
         super().__init__()
@@ -140,7 +139,7 @@ class PatchHead(nn.Module):
 
 @dataclass(frozen=True)
 class GlobalMeanHuber:
-    """Huber loss (Huber 1964) of one micro-batch such that the engine's mean over micro-batches is the global mean.
+    """Huber loss (Huber 1964) of one micro-batch, scaled so that the engine's mean is the mean over the global batch.
 
     `targets` are (raw patches [b, s, P], mask [b, s], weight []): the mean over the values of each patch, summed over
     the learned patches and multiplied by the weight of `megatron.model.loss.step_weight`.
@@ -161,7 +160,7 @@ class GlobalMeanHuber:
 
 
 def zero_loss(scale: PatchScale, raw: Tensor) -> Tensor:
-    """fp32 loss of each patch [..., P] for a model that predicts the mean everywhere."""
+    """fp32 loss of each patch [..., P] for a model that always predicts the mean, 0 after scaling."""
     scaled = scale(raw)
     return _huber(torch.zeros_like(scaled), scaled, scale.patches.huber_delta)
 

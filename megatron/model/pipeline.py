@@ -1,4 +1,4 @@
-"""The decoder as a list of numbered layers, which an engine cuts into pipeline stages.
+"""The decoder as a list of numbered layers, which an engine splits into pipeline stages.
 
 Layer numbers are the checkpoint's: 0 embedding, 1 and L+2 transposes, 2..L+1 decoder layers, L+3 norm, L+4 head.
 """
@@ -25,7 +25,7 @@ PARAMETER_DTYPES = {"fp32": torch.float32, "bfloat16": torch.bfloat16, "fp16": t
 
 @dataclass(frozen=True)
 class Layer:
-    """One step of the decoder: a module class to build, or a function without parameters."""
+    """One entry of the decoder: a module class to build, or a function without parameters."""
 
     build: type[nn.Module] | None
     arguments: tuple[Any, ...] = ()
@@ -34,14 +34,14 @@ class Layer:
 
 
 def training_loss(args: NeoXArgs, tp: TensorParallel) -> Callable[[Tensor, Any], Tensor]:
-    """(what the last layer gives, targets of a micro-batch) -> its part of the global mean loss."""
+    """The loss function: (last layer's output, targets of a micro-batch) -> its share of the global mean loss."""
     if args.patches is not None:
         return GlobalMeanHuber(tp, PatchScale(args.patches))
     return GlobalMeanLoss(tp.group, args.vocab_size)
 
 
 def llama_layers(args: NeoXArgs, tp: TensorParallel) -> list[Layer]:
-    """The whole model in order; position in the list is the layer's number in the checkpoint."""
+    """All layers of the model in order; the index in the list is the layer's number in the checkpoint."""
     positions = tp.padded_length(args.seq_length)
     rotary = RotaryTable(args.head_dim, args.rotary_emb_base, args.rope_scaling, positions)
     tied = "embedding" if args.shape.tied else None

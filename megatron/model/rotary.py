@@ -1,7 +1,7 @@
 """Rotary position embedding (Su et al. 2021) with Llama-3.1's frequency scaling.
 
-Frequencies, angles and tables are fp32 and stay so: they are plain attributes of a `RotaryTable`, not parameters
-or buffers, and no `.to(bfloat16)` reaches them. In bf16 the angle at position 8191 is off by up to 16 rad.
+Frequencies, angles and tables stay fp32: they are plain attributes of a `RotaryTable`, not parameters or buffers, so
+that no `.to(bfloat16)` reaches them. In bf16 the angle at position 8191 would be off by up to 16 rad.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ if TYPE_CHECKING:  # the converter uses these frequencies where pydantic is not 
 def inverse_frequencies(dim: int, base: float, scaling: RopeScaling | None) -> Tensor:
     """Inverse frequencies [dim / 2] in fp32, bit-equal to the Hugging Face llama3 rule.
 
-    Long wavelengths (beyond the original context over `low_freq_factor`) are slowed by `factor`, short ones (below
-    the original context over `high_freq_factor`) kept, those between interpolated. Source: Llama-3.1 release,
+    Frequencies of long wavelengths (above original context / `low_freq_factor`) are divided by `factor`, those of short
+    ones (below original context / `high_freq_factor`) kept, those between interpolated. Source: Llama-3.1 release,
     `apply_scaling`; the attention factor is 1.
     """
     exponents = torch.arange(0, dim, 2, dtype=torch.int64, device="cpu").to(torch.float32) / dim
@@ -46,7 +46,7 @@ class RotaryTable:
         self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """(cos, sin) on a device; computed on the host once, so that all devices hold the same bits."""
+        """(cos, sin) on a device; computed on the host, so that all devices hold the same bits."""
         if device not in self._tables:
             positions = torch.arange(self.max_positions, dtype=torch.float32, device="cpu")
             angles = torch.outer(positions, self.inv_freq)

@@ -1,7 +1,7 @@
 """Log-probabilities of chosen tokens at chosen positions, without a softmax over the whole sequence.
 
-Multiple choice asks for four letters at one position, a continuation for a few tokens at the end: only those rows of
-the logits are read, [b, k, V / tp] instead of [b, s, V / tp], and the whole vocabulary is never gathered.
+Multiple choice needs four letters at one position, a continuation a few tokens at the end: only those rows of the
+logits are read, [b, k, V / tp] instead of [b, s, V / tp], and the vocabulary is never gathered.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from megatron.model.loss import GlobalMeanLoss
 
 @dataclass(frozen=True)
 class TokenScores:
-    """What a last stage computes of its logits when it scores instead of learning; as an engine's loss function."""
+    """Scores tokens on the last stage; takes the place of the engine's loss function when nothing is trained."""
 
     group: ProcessGroup
     vocab_size: int
@@ -38,7 +38,7 @@ class TokenScores:
     def _most_likely(self, rows: Tensor) -> Tensor:
         """Whole-vocabulary index [b, k] of the largest logit; the lowest index where several are largest."""
         start = self.group.rank() * rows.shape[-1]
-        width = min(max(self.vocab_size - start, 0), rows.shape[-1])  # the padding of the vocabulary is no answer
+        width = min(max(self.vocab_size - start, 0), rows.shape[-1])  # vocabulary padding is never an answer
         if width:
             value, index = rows[..., :width].float().max(-1)
             index = index + start

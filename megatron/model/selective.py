@@ -1,10 +1,9 @@
-"""Selective recomputation: what is cheap to compute again is not stored for the backward pass.
+"""Selective recomputation: what is cheap to recompute is not stored for the backward pass.
 
-Korthikanti et al. 2022 recompute attention's inner part; here norms and SwiGLU go the same way, so that a layer stores
-its inputs and the outputs of its matrix products alone. Each recomputed output is the input of a product, which keeps
-it for its weight's gradient. Its memory is given back as soon as the product is done, and filled again when the
-gradient of the product's output arrives: no product is computed twice, and nothing is computed again before it is
-needed.
+Korthikanti et al. 2022 recompute the attention core; here norms and SwiGLU are recomputed as well, so that a layer
+stores only its inputs and the outputs of its matrix products. Each recomputed output is the input of a product, which
+saves it for its weight's gradient. Its memory is freed as soon as the product is done, and refilled when the gradient
+of the product's output arrives: no product is computed twice, and nothing is recomputed before it is needed.
 """
 
 from __future__ import annotations
@@ -17,9 +16,10 @@ from torch import Tensor, nn
 
 
 class Recomputed:
-    """One call of a function whose output is not kept.
+    """One call of a function whose output is not stored for the backward pass.
 
-    `output` is as usual until `release`; the function must not communicate, and its output must be memory of its own.
+    `output` is valid until `release`. The function must not communicate, and its output must not share memory with
+    other tensors.
     """
 
     def __init__(self, function: Callable[[Tensor], Tensor], given: Tensor) -> None:
@@ -28,15 +28,15 @@ class Recomputed:
         self.output: Tensor = _Recomputing.apply(given, self)
 
     def release(self, result: Tensor) -> None:
-        """Give the output's memory back until the gradient of `result`, a product of it, arrives."""
-        self._memory = self.output.data  # the same memory under a version of its own: autograd sees no change of it
+        """Free the output's memory until the gradient of `result`, the product computed from it, arrives."""
+        self._memory = self.output.data  # same memory, separate version counter: autograd sees no modification
         self._bytes = self._memory.untyped_storage().nbytes()
         result.register_hook(self._fill)
         self._memory.untyped_storage().resize_(0)
         del self.output
 
     def _fill(self, gradient: Tensor) -> None:
-        """Compute the output again, with its graph, into the memory that the product reads."""
+        """Recompute the output, with its graph, into the memory that the product's backward pass reads."""
         given = self._given.detach().requires_grad_(self._given.requires_grad)
         with torch.enable_grad():
             again = self.function(given)
@@ -54,7 +54,7 @@ class Recomputed:
 
 
 def product(matrix: nn.Module, given: Recomputed) -> Tensor:
-    """`matrix` applied to an output that is computed again for the gradient of its weight."""
+    """Apply `matrix` to an output that is freed, and recomputed for the gradient of the matrix's weight."""
     result: Tensor = matrix(given.output)
     given.release(result)
     return result

@@ -1,12 +1,12 @@
 """Sequence parallelism: between layers each tensor-parallel rank holds its slice of the sequence.
 
-Korthikanti et al. 2022. Norms and residual additions then work on s / t tokens, and their activations take a t-th of
-the memory. Before a column-parallel product the slices are gathered, after a row-parallel product the partial sums are
-reduce-scattered; together they move the bytes of the all-reduce that they replace. The gathered input is not stored:
-the backward pass gathers it again, beside the product that does not need it.
+Korthikanti et al. 2022. Norms and residual additions then work on s / t tokens, and their activations take 1/t of the
+memory. Before a column-parallel product the slices are all-gathered, after a row-parallel product the partial sums are
+reduce-scattered; together they move as many bytes as the all-reduce that they replace. The gathered input is not
+stored: the backward pass gathers it again, overlapped with the product that does not need it.
 
-A parameter that every rank holds whole, a norm's, has seen the rank's slice only: its gradients must be summed over the
-ranks once a step (`sum_over_slices`). Whatever passes tensors between stages must pass slices as they are.
+A replicated parameter, such as a norm's, gets the gradient of the rank's slice only: it must be summed over the ranks
+once per step (`sum_over_slices`). Stages must exchange the slices as they are.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.distributed import ProcessGroup
 
 
 class _Gathering:
-    """An all-gather of the ranks' slices along `dim` (0 or 1) that has begun."""
+    """An all-gather in flight: the ranks' slices along `dim` (0 or 1)."""
 
     def __init__(self, x: Tensor, group: ProcessGroup, dim: int) -> None:
         self._ranks, self._dim, self._source = group.size(), dim, x.contiguous()
@@ -33,14 +33,14 @@ class _Gathering:
         """The whole sequence."""
         self._work.wait()
         stacked = self._stacked
-        del self._stacked, self._source, self._work  # the last holds the tensors too
+        del self._stacked, self._source, self._work  # the work handle holds the tensors too
         if self._dim == 0:
             return stacked
         return stacked.unflatten(0, (self._ranks, -1)).transpose(0, 1).flatten(1, 2)
 
 
 class _Scattering:
-    """A reduce-scatter of partial sums over the whole sequence, cut along `dim` (0 or 1), that has begun."""
+    """A reduce-scatter in flight: partial sums over the whole sequence, cut along `dim` (0 or 1)."""
 
     def __init__(self, x: Tensor, group: ProcessGroup, dim: int) -> None:
         ranks = group.size()
@@ -59,10 +59,10 @@ class _Scattering:
 
 
 class GatherProduct(torch.autograd.Function):
-    """Slices of x gathered along `dim`, times weight transposed: [.. s/t .., in] and [out, in] -> [.. s .., out].
+    """All-gather x along `dim`, then multiply by the weight transposed: [.. s/t .., in], [out, in] -> [.. s .., out].
 
-    Backward, in this order: the gather of x runs beside the product that gives the gradient of the whole input, the
-    scatter of that gradient beside the product that gives the weight's.
+    Backward, in this order: the all-gather of x overlaps the product for the gradient of the whole input, and the
+    reduce-scatter of that gradient overlaps the product for the weight's gradient.
     """
 
     @staticmethod
@@ -87,7 +87,10 @@ class GatherProduct(torch.autograd.Function):
 
 
 class Gather(torch.autograd.Function):
-    """This rank's slice [.. s/t .., features] -> the whole sequence, of which each rank uses a part of the features."""
+    """This rank's slice [.. s/t .., features] -> the whole sequence, of which each rank uses some of the features.
+
+    Backward therefore sums the ranks' gradients, and returns this rank's slice of the sum.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
@@ -141,7 +144,7 @@ class ScatterLinear(nn.Module):
 
 
 class ScatterEmbedding(nn.Module):
-    """An embedding cut over the vocabulary: weight [rows / t, features]; ids [b, s] -> [b, s/t, features]."""
+    """An embedding split over the vocabulary: weight [rows / t, features]; ids [b, s] -> [b, s/t, features]."""
 
     def __init__(self, rows: int, features: int, group: ProcessGroup, dtype: torch.dtype) -> None:
         super().__init__()
@@ -158,7 +161,7 @@ class ScatterEmbedding(nn.Module):
 
 @torch.no_grad()
 def sum_over_slices(gradients: Sequence[Tensor], group: ProcessGroup) -> None:
-    """Add up the ranks' gradients of parameters that each of them holds whole, in place and in one all-reduce."""
+    """Sum the gradients of replicated parameters over the ranks, in place and in one all-reduce."""
     if not gradients:
         return
     flat = torch.cat([gradient.view(-1) for gradient in gradients])

@@ -1,4 +1,4 @@
-"""Time of a function on a GPU or CPU with cold caches, and the copy bandwidth it is compared with."""
+"""Times functions with cold caches on a GPU or CPU, and measures the copy bandwidth to compare them with."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CPU_COLD_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one call: median and the quartiles of many."""
+    """Seconds per call: median and quartiles over many calls."""
 
     median: float
     low: float
@@ -24,7 +24,7 @@ class Timing:
 
 
 class Clock:
-    """Times functions on one device, each run after everything it reads has left the caches."""
+    """Times functions on one device; before each call, their inputs are evicted from the caches."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

@@ -1,8 +1,8 @@
-"""Builds the kernel library, ahead of time or (only when asked) at first use. Needs no torch to import.
+"""Builds the kernel library, ahead of time or (only when asked) at first use. Can be imported without torch.
 
 Three targets share the sources in csrc/rocm_kernels: `rocm` (hipcc), `cuda` (nvcc) and `emulator` (g++, for tests).
-A build goes to a folder named after everything it depends on, under a lock: of many processes that start at once,
-one builds and the others load.
+A build goes to a folder whose name hashes everything it depends on, under a lock: of many processes that start at
+once, one builds and the others load.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class BuildError(RuntimeError):
 
 @dataclass(frozen=True)
 class Target:
-    """`kind` is rocm, cuda or emulator; `architectures` are gfx or sm names, empty for the emulator."""
+    """What to build for: `kind` is rocm, cuda or emulator; `architectures` are gfx or sm names (emulator: none)."""
 
     kind: str
     architectures: tuple[str, ...] = ()
@@ -56,7 +56,7 @@ def _lanes(architecture: str) -> int:
 
 
 def default_target() -> Target | None:
-    """What this machine can build: NEOX_GPU_ARCHS (comma-separated) or the usual ones; None without a toolchain."""
+    """The GPU target to build here, for NEOX_GPU_ARCHS (comma-separated) or the defaults; None without a toolchain."""
     asked = tuple(name for name in os.environ.get("NEOX_GPU_ARCHS", "").replace(" ", "").split(",") if name)
     if asked:
         return Target("cuda" if asked[0].startswith("sm_") else "rocm", asked)
@@ -87,7 +87,7 @@ def compile_command(target: Target) -> list[str]:
 
 
 def compiler_environment() -> dict[str, str]:
-    """hipcc with nvcc on PATH would pick the NVIDIA platform."""
+    """The environment of a build: without HIP_PLATFORM, hipcc picks the NVIDIA platform if nvcc is on PATH."""
     return os.environ | {"HIP_PLATFORM": "amd"}
 
 
@@ -159,7 +159,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def cached_library(target: Target) -> Path:
-    """The library for `target`, built now if this version of the sources has not been built yet."""
+    """Path of the library for `target`, built now if the cache has none for these sources, torch and flags."""
     if not SOURCES.is_dir():
         raise BuildError(f"the kernel sources are not at {SOURCES}; build from a source checkout")
     names = "-".join((target.kind, *target.architectures))

@@ -1,8 +1,8 @@
-"""Chooses between the compiled kernels and the PyTorch references, and says once which and why.
+"""Chooses between the compiled kernels and the PyTorch references, and describes the choice for the log.
 
-`auto`: on a GPU the kernels if the library is there, was built for this GPU and passes its self-test; references
+`auto`: on a GPU the kernels, if the library is installed, was built for this GPU and passes its self-test; references
 otherwise, and always on the CPU. `reference`: references. `required`: kernels or an error; on the CPU that means the
-host emulator, which is slow and there for tests.
+host emulator, which is slow and meant for tests.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ MODES = ("auto", "reference", "required")
 
 
 def configure(mode: str, device: str | torch.device = "cpu") -> str:
-    """Choose for this process and the type of `device`; a sentence for the log about what the fused ops use.
+    """Choose for this process and the type of `device`; returns a sentence for the log.
 
-    Raises ValueError for an unknown mode and KernelsUnavailable if kernels are required and cannot be had.
+    Raises ValueError for an unknown mode, and KernelsUnavailable if kernels are required but unavailable.
     """
     if mode not in MODES:
         raise ValueError(f"kernels: {mode!r} is not one of {', '.join(MODES)}")
@@ -32,7 +32,7 @@ def configure(mode: str, device: str | torch.device = "cpu") -> str:
 
 
 def _why_references(mode: str, kind: str) -> str | None:
-    """Why a device type runs the references, None if it runs kernels."""
+    """The reason why a device type runs the references; None if it runs kernels."""
     if mode == "reference":
         return "asked for"
     if kind not in ("cuda", "cpu"):
@@ -51,7 +51,7 @@ def _why_references(mode: str, kind: str) -> str | None:
 
 
 def _check_device() -> None:
-    """KernelsUnavailable unless the library was built for the current GPU and its self-test passes there."""
+    """Raise KernelsUnavailable unless the library was built for the current GPU and passes its self-test there."""
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     name = getattr(properties, "gcnArchName", "").split(":")[0] if torch.version.hip else ""
     name = name or f"sm_{properties.major}{properties.minor}"

@@ -14,7 +14,7 @@ from megatron.common.cpu_cache import BLOCK_ELEMENTS
 
 
 def rows_per_block(x: Tensor) -> int:
-    """How many rows of the matrix `x` [rows, width] the references treat at once."""
+    """How many rows of the matrix `x` [rows, width] the references process at once."""
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return max(1, x.shape[0])
     return max(1, BLOCK_ELEMENTS // max(1, x.shape[1]))

@@ -1,7 +1,7 @@
 """Cross-entropy of logits whose vocabulary is split over tensor-parallel ranks.
 
 One pass over the local columns gives each row's maximum, sum of exponentials and target logit. The ranks exchange
-these three numbers in one all-gather; the gradient pass needs no communication. All arithmetic is fp32.
+these three numbers in one all-gather; the gradient needs no communication. All arithmetic is fp32 (fp64 for fp64).
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ def vocab_parallel_cross_entropy(
 ) -> Tensor:
     """Loss of every token, fp32 (fp64 for fp64 logits), shaped like `labels`; 0 where the label is `ignore_index`.
 
-    `logits` [..., local vocabulary] are this rank's columns, the first of them column `vocab_start` of the whole
-    vocabulary; columns from `true_vocab_size` on are padding, excluded from the sum whatever they hold, with gradient
-    zero. `labels` [...] are whole-vocabulary indices. `group` holds the ranks among which the vocabulary is split,
-    None for one rank. A label that is neither a true column nor `ignore_index` makes the token's loss infinite.
-    `overwrite_logits` lets the backward pass write the gradient over the logits, which saves their size in memory;
-    they must then be dense and of no further use to anybody, and the graph is for one backward pass (eager mode only).
-    Raises ValueError if the shapes do not fit.
+    `logits` [..., local vocabulary] are this rank's columns, starting at column `vocab_start` of the whole vocabulary;
+    columns from `true_vocab_size` on are padding: excluded from the sum, with gradient zero. `labels` [...] are
+    whole-vocabulary indices. `group` holds the ranks over which the vocabulary is split, None for one rank. A label
+    that is neither a true column nor `ignore_index` makes the token's loss infinite. `overwrite_logits` lets the
+    backward pass write the gradient over the logits, which saves as much memory as they take; they must then be dense
+    and used nowhere else, and the graph allows one backward pass (eager mode only). Raises ValueError if the shapes do
+    not match.
     """
     if logits.shape[:-1] != labels.shape:
         raise ValueError(
@@ -57,8 +57,8 @@ def vocab_parallel_cross_entropy(
 def reference_stats(logits: Tensor, target: Tensor, width: int) -> Tensor:
     """[3, rows]: maximum, sum of exp(logit - maximum) and target logit over the first `width` columns of `logits`.
 
-    `target` [rows] is the local column, or anything outside [0, width) for a row whose target is elsewhere, which
-    gets -inf. A rank without true columns gives (-inf, 0, -inf).
+    `target` [rows] is the local column of the target, or any number outside [0, width) if another rank has it: the
+    target logit is then -inf. A rank without true columns returns (-inf, 0, -inf).
     """
     dtype = compute_dtype(logits)
     stats = logits.new_empty(3, logits.shape[0], dtype=dtype)
@@ -71,7 +71,7 @@ def reference_stats(logits: Tensor, target: Tensor, width: int) -> Tensor:
     for xs, ts, ss in zip(logits.split(block), target.split(block), stats.split(block, dim=1), strict=True):
         xf = xs[:, :width].to(dtype)
         torch.amax(xf, -1, out=ss[0])
-        # softmax makes one fused pass, and its largest element is 1 / sum: no second pass of our own over exp.
+        # softmax makes one fused pass, and its largest element is 1 / sum: this saves a separate pass over exp.
         ss[1] = torch.softmax(xf, -1).amax(-1).reciprocal_()
         here = (ts >= 0) & (ts < width)
         ss[2] = xf.gather(1, ts.clamp(0, width - 1)[:, None])[:, 0].masked_fill_(~here, -torch.inf)
@@ -79,14 +79,14 @@ def reference_stats(logits: Tensor, target: Tensor, width: int) -> Tensor:
 
 
 def combine_stats(stats: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """(loss [rows], log-sum-exp [rows]) from every rank's statistics [ranks, 3, rows]."""
+    """(loss [rows], log-sum-exp [rows]) from the statistics [ranks, 3, rows] of all ranks."""
     local_max, local_sum, target = stats.unbind(1)
     lse = torch.logsumexp(local_max + local_sum.log(), 0)
     return (lse - target.amax(0)).masked_fill_(labels == ignore_index, 0), lse
 
 
 def gather_stats(stats: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """[ranks, 3, rows] from this rank's [3, rows]: the one collective of the loss."""
+    """All-gather the statistics, [3, rows] -> [ranks, 3, rows]: the only collective of the loss."""
     if group is None or group.size() == 1:
         return stats[None]
     everyone = stats.new_empty(group.size(), *stats.shape)
@@ -95,9 +95,9 @@ def gather_stats(stats: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 
 def reference_gradient(logits: Tensor, target: Tensor, lse: Tensor, dloss: Tensor, width: int, grad: Tensor) -> Tensor:
-    """dloss (softmax - onehot), rounded once, into `grad` [rows, local vocabulary]; 0 from column `width` on.
+    """Write dloss (softmax - onehot), rounded once, to `grad` [rows, local vocabulary]; 0 from column `width` on.
 
-    `grad` has the dtype of `logits` and may be `logits` itself, which halves the time on the CPU: nothing of their
+    `grad` has the dtype of `logits` and may be `logits` itself, which halves the time on the CPU: no tensor of that
     size is allocated.
     """
     dtype = compute_dtype(logits)
@@ -143,8 +143,8 @@ class _CrossEntropy(torch.autograd.Function):
         vocab_start, width, ignore_index, overwrite_logits = ctx.numbers
         logits = logits.detach()
         if overwrite_logits:
-            # Saved tensors carry a version: whoever else needs these logits for a gradient, and a second backward
-            # through this node, fail with torch's own message instead of reading gradients as logits.
+            # Autograd checks the version of saved tensors: another node that saved these logits, or a second backward
+            # through this one, fails with torch's own message instead of reading gradients as logits.
             torch.autograd.graph.increment_version(logits)
         out = logits if overwrite_logits else torch.empty_like(logits, memory_format=torch.contiguous_format)
         scale = dloss.masked_fill(labels == ignore_index, 0)
@@ -152,8 +152,8 @@ class _CrossEntropy(torch.autograd.Function):
         return grad, None, None, None, None, None, None
 
 
-# The compiled operators (csrc/rocm_kernels/cross_entropy.cu): schema and shapes for tracing. The collective lies
-# between the statistics, which are constants to autograd, and the loss, whose gradient is in autograd.cpp.
+# The compiled operators (csrc/rocm_kernels/cross_entropy.cu): schema and shapes for tracing. The collective comes
+# between the statistics, which autograd treats as constants, and the loss, whose gradient is in autograd.cpp.
 
 _NUMBERS = "int vocab_start, int width, int ignore_index"
 _GRADIENT = f"Tensor labels, Tensor lse, Tensor dloss, {_NUMBERS}"

@@ -1,8 +1,8 @@
-"""How far a kernel's result may be from the truth: the checks of the self-test and of the emulator tests.
+"""Accuracy checks of the kernels, shared by the self-test and the emulator tests.
 
-The truth is the reference in fp64. A kernel may be at most twice as wrong as plain PyTorch is in the same dtype, row
-by row. Where PyTorch happens to be exact, as it may be on a row of one element, the bound is what nobody can avoid: one
-rounding of the result, or a few fp32 roundings of the terms it is made of.
+The ground truth is the reference in fp64. In each row, a kernel's error may be at most twice that of plain PyTorch in
+the same dtype. Where PyTorch happens to be exact, as on a row of one element, the bound is the unavoidable error: one
+rounding of the result, or a few fp32 roundings of the terms that were summed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ kernels = torch.ops.neox
 
 @dataclass(frozen=True)
 class Check:
-    """One result three ways; `terms` is the size of the terms that were added up to make it, where they may cancel."""
+    """One result of the kernel, of plain PyTorch and in fp64; `terms` is the size of its summands, which may cancel."""
 
     name: str
     kernel: Tensor
@@ -34,7 +34,7 @@ class Check:
     terms: Tensor
 
     def excess(self) -> float:
-        """Largest error as a fraction of what is allowed; above 1, or NaN, the kernel is wrong."""
+        """Largest error as a fraction of the allowed error; above 1, or NaN, the kernel is wrong."""
         if self.kernel.numel() == 0:
             return 0.0
         kernel, plain, exact = (_rows(t.double()) for t in (self.kernel, self.plain, self.exact))
@@ -53,7 +53,7 @@ def _rows(t: Tensor) -> Tensor:
 
 
 def equal(name: str, kernel: Tensor, expected: Tensor) -> Check:
-    """A check that allows no difference at all."""
+    """A check that requires bit-equal results."""
     wrong = (kernel != expected).double()
     zero = torch.zeros_like(wrong)
     return Check(name, wrong, zero, zero, zero)
@@ -62,7 +62,7 @@ def equal(name: str, kernel: Tensor, expected: Tensor) -> Check:
 def norm_checks(
     x: Tensor, weight: Tensor, dy: Tensor, eps: float, residual: Tensor | None = None, dsum: Tensor | None = None
 ) -> Iterator[Check]:
-    """RMSNorm of `x` [rows, width], or of x + residual, forward and backward."""
+    """Check RMSNorm of `x` [rows, width], or of x + residual, forward and backward."""
     if residual is None:
         y, rstd = kernels.rms_norm(x, weight, eps, False)
         total = x
@@ -82,14 +82,14 @@ def norm_checks(
     mean = (product * w64.abs()).mean(1, keepdim=True)
     extra = 0 if dsum is None else dsum.double().abs()
     yield Check("dx", dx, plain[0], exact[0], straight + (x64 * exact_rstd[:, None] ** 2).abs() * mean + extra)
-    columns = (t[:, None] for t in (dw, plain[1], exact[1], product.sum(0)))  # each is judged by itself
+    columns = (t[:, None] for t in (dw, plain[1], exact[1], product.sum(0)))  # each column has its own bound
     yield Check("dweight", *columns)
     again = kernels.rms_norm_backward(dy, total, weight, rstd, dsum, False)[1]
     yield equal("dweight, second run", again, dw)
 
 
 def rotary_checks(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None) -> Iterator[Check]:
-    """Rotation of q and k, there and back."""
+    """Check the rotation of q and k, and its inverse."""
     tables = [tables_of_tokens(cos, sin, positions, q.shape[0], t) for t in (q, q.double())]
     for conjugate in (False, True):
         turned = kernels.rotary(q, k, cos, sin, positions, conjugate)
@@ -100,7 +100,7 @@ def rotary_checks(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Ten
 
 
 def swiglu_checks(fused: Tensor, dout: Tensor) -> Iterator[Check]:
-    """SwiGLU of `fused` [rows, 2 F] and its gradient."""
+    """Check SwiGLU of `fused` [rows, 2 F], and its gradient."""
     exact = reference_swiglu(fused.double())
     yield Check("out", kernels.swiglu(fused), reference_swiglu(fused), exact, exact.abs())
     exact = reference_swiglu_backward(dout.double(), fused.double())
@@ -111,7 +111,7 @@ def swiglu_checks(fused: Tensor, dout: Tensor) -> Iterator[Check]:
 def cross_entropy_checks(
     logits: Tensor, labels: Tensor, dloss: Tensor, vocab_start: int, width: int, ignore_index: int = -100
 ) -> Iterator[Check]:
-    """Statistics, loss and gradient of one rank's logits [rows, columns], of which `width` are true columns."""
+    """Check statistics, loss and gradient of one rank's logits [rows, columns], of which `width` are true columns."""
 
     def plain(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         local = labels - vocab_start
@@ -144,7 +144,7 @@ def rotary_tables(positions: int, half: int, device: torch.device) -> tuple[Tens
 
 
 def operator_checks(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Check]]:
-    """(operator, check) for every operator: the vector kernels, the scalar ones, and several rows per group."""
+    """(operator, check) for every operator, in shapes for vector and scalar kernels and for several rows per group."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:

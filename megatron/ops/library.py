@@ -1,6 +1,6 @@
 """The compiled kernel library of each device type, and whether an operation runs on it or as its PyTorch reference.
 
-`megatron.ops.choose` decides once per process and device type; here the decision is kept and looked up.
+`megatron.ops.choose` decides once per process and device type; this module stores the decision and looks it up.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ state = LibraryState()
 
 
 def record_choice(kind: str, why_not: str | None, required: bool) -> None:
-    """Keep the choice for one device type: kernels where `why_not` is None, else references for that reason.
+    """Store the choice for one device type: kernels if `why_not` is None, else references, for that reason.
 
-    It replaces every earlier choice. With `required`, `use_kernels` raises instead of answering no.
+    It replaces every earlier choice. With `required`, `use_kernels` raises where it would fall back to a reference.
     """
     state.required = required
     state.reasons = {kind: why_not}
@@ -50,8 +50,8 @@ def record_choice(kind: str, why_not: str | None, required: bool) -> None:
 def use_kernels(op: str, *tensors: Tensor) -> bool:
     """Whether `op` runs as a kernel on these tensors.
 
-    Raises KernelsUnavailable where kernels are required and there is none for them. On a device type that nothing was
-    chosen for, references run, with a warning unless it is the CPU.
+    Raises KernelsUnavailable if kernels are required and there is none for these tensors. On a device type without a
+    choice the references run, with a warning unless it is the CPU.
     """
     kind = tensors[0].device.type
     if kind in state.reasons:
@@ -75,17 +75,17 @@ def use_kernels(op: str, *tensors: Tensor) -> bool:
 
 
 def architectures(kind: str) -> str:
-    """What the library loaded for a device type was built for."""
+    """Comma-separated architectures that the library loaded for a device type was built for."""
     text = state.libraries[kind].neox_architectures
     text.restype = ctypes.c_char_p
     return str(text().decode())
 
 
 def load_library(kind: str) -> ctypes.CDLL:
-    """Load the kernels for a device type, once; KernelsUnavailable with the reason if there are none.
+    """Load the kernels for a device type, once. Raises KernelsUnavailable with the reason if there are none.
 
-    The emulator is built when it is first asked for. GPU libraries are built ahead of time by setup.py; with
-    NEOX_JIT_KERNELS=1 a missing one is built at first use.
+    The emulator is built at first use. GPU libraries are built ahead of time by setup.py; with NEOX_JIT_KERNELS=1 a
+    missing one is built at first use.
     """
     if kind not in state.libraries:
         try:

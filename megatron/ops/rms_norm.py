@@ -18,7 +18,7 @@ from megatron.ops.library import use_kernels
 def rms_norm(x: Tensor, weight: Tensor, eps: float, hf_rounding: bool = False) -> Tensor:
     """RMSNorm of `x` [..., width] with `weight` [width]; the result has the shape and dtype of `x`.
 
-    Saves `x` and one fp32 number per row for the backward pass. Raises ValueError if the shapes do not fit.
+    Saves `x` and one fp32 number per row for the backward pass. Raises ValueError if the shapes do not match.
     """
     _check(x, weight)
     if use_kernels("rms_norm", x, weight):
@@ -35,10 +35,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, hf_rounding: bool = False) -
 def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, hf_rounding: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """(sum, y): `sum = x + residual`, rounded to their dtype, and `y = rms_norm(sum, weight, eps)`.
+    """Return (sum, y): `sum = x + residual`, rounded to their dtype, and `y = rms_norm(sum, weight, eps)`.
 
-    Normalizing the rounded sum makes the pair equal to the two separate operations bit for bit, and lets the
-    backward pass use the sum that the residual stream keeps anyway.
+    Because y is computed from the rounded sum, both equal the results of the two separate operations bit for bit, and
+    the backward pass can use the sum that the residual stream keeps anyway.
     """
     _check(x, weight)
     if x.shape != residual.shape or x.dtype != residual.dtype:
@@ -64,7 +64,7 @@ def _check(x: Tensor, weight: Tensor) -> None:
 
 
 def _norm_of_one_block(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`reference_norm` of [rows, width] without its loop: the same operations in the same order."""
+    """y of `reference_norm` for `x` [rows, width] without the loop: the same operations in the same order."""
     dtype = compute_dtype(x)
     xf = x.to(dtype)
     rstd = torch.linalg.vector_norm(xf, dim=-1, keepdim=True).square_().div_(x.shape[1]).add_(eps).rsqrt_()
@@ -81,7 +81,7 @@ def reference_norm(x: Tensor, weight: Tensor, eps: float, hf_rounding: bool) -> 
     for xs, ys, rs in zip(x.split(block), y.split(block), rstd.split(block), strict=True):
         xf = xs.to(dtype)
         if hf_rounding:
-            # The reduction HF uses: another order of summation could flip the last bit of a bf16 result.
+            # The same reduction as HF: another order of summation could flip the last bit of a bf16 result.
             torch.rsqrt(xf.pow(2).mean(-1, keepdim=True) + eps, out=rs)
             torch.mul(weight, (xf * rs).to(x.dtype).to(torch.promote_types(x.dtype, weight.dtype)), out=ys)
             continue
@@ -99,8 +99,8 @@ def reference_norm_backward(
 ) -> tuple[Tensor, Tensor]:
     """(dx [rows, width] in x's dtype, dW [width] in the compute dtype) for matrices; `dsum` is added to dx.
 
-    With xhat = x rstd and c = mean(xhat w dy): dx = rstd (w dy - xhat c), dW = sum over rows of dy xhat. Written by
-    blocks and in place, because on the CPU that is ten times as fast as autograd through the forward pass.
+    With xhat = x rstd and c = mean(xhat w dy): dx = rstd (w dy - xhat c), dW = sum over rows of dy xhat. Computed in
+    blocks and in place: on the CPU that is ten times as fast as autograd through the forward pass.
     """
     dtype = compute_dtype(x)
     w = weight.to(dtype)

@@ -18,9 +18,9 @@ def apply_rotary(
 ) -> tuple[Tensor, Tensor]:
     """Rotate `q` [s, b, heads, d] and `k` [s, b, kv_heads, d]; both may be strided views of one packed projection.
 
-    `cos` and `sin` are fp32 tables [max_pos, d/2], one column per frequency, made from fp64 angles. `positions` [b, s]
-    are integers below max_pos, None means 0..s-1 for every sequence. Results are contiguous, in the dtype of `q` and
-    `k`, rounded once. Raises ValueError if the shapes do not fit.
+    `cos` and `sin` are fp32 tables [max_pos, d/2], one column per frequency. `positions` [b, s] are integers below
+    max_pos; None means 0..s-1 for every sequence. Results are contiguous, in the dtype of `q` and `k`, rounded once.
+    Raises ValueError if the shapes do not match.
     """
     s, b, _, d = q.shape
     if cos.shape != sin.shape or cos.dim() != 2 or 2 * cos.shape[1] != d:
@@ -45,7 +45,7 @@ def apply_rotary(
 
 
 def tables_of_tokens(cos: Tensor, sin: Tensor, positions: Tensor | None, s: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """(cos twice side by side, sin) for every token, broadcastable to [s, b, heads, .]."""
+    """(cos repeated for both halves of a head, sin) of every token, broadcastable to [s, b, heads, .]."""
     if positions is None:
         c, sn = cos[:s, None, None], sin[:s, None, None]
     else:
@@ -56,11 +56,11 @@ def tables_of_tokens(cos: Tensor, sin: Tensor, positions: Tensor | None, s: int,
 
 
 def reference_rotate(x: Tensor, cos2: Tensor, sin: Tensor, conjugate: bool) -> Tensor:
-    """Rotate `x` [s, b, heads, d] by the token's angle, or back with `conjugate`."""
+    """Rotate `x` [s, b, heads, d] by each token's angles, or back with `conjugate`; contiguous."""
     sign = -1.0 if conjugate else 1.0
     xf = x.to(sin.dtype)
     x1, x2 = xf.chunk(2, -1)
-    # One pass over whole heads, then one over each half: a CPU likes few and long inner loops.
+    # One pass over whole heads, then one over each half: few long inner loops are fastest on a CPU.
     out = xf * cos2
     y1, y2 = out.chunk(2, -1)
     y1.addcmul_(x2, sin, value=-sign)

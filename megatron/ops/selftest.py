@@ -1,7 +1,7 @@
-"""Proves the kernels on the machine at hand: `python -m megatron.ops.selftest`.
+"""Tests the kernels on this machine: `python -m megatron.ops.selftest`.
 
-Every operator against fp64, then its bandwidth against a copy in the same run. Exit code 1 if a kernel is wrong,
-2 if there are none. Without a GPU the host emulator is tested, which has no bandwidth.
+Compares every operator with fp64, then its bandwidth with that of a copy in the same run. Exit code 1 if a kernel is
+wrong, 2 if there are no kernels. Without a GPU it tests the host emulator, and measures no bandwidth.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ kernels = torch.ops.neox
 
 
 def bandwidths(device: torch.device) -> Iterator[tuple[str, float]]:
-    """(operator, bytes per second) by the bytes it must move, for 8192 tokens of Llama-3.1-8B in bf16."""
+    """(operator, bytes per second), counting the bytes it must move, for 8192 tokens of Llama-3.1-8B in bf16."""
     clock = Clock(device)
     yield "copy", clock.copy_bandwidth()
     rows, hidden, ffn, vocabulary = 8192, 4096, 14336, 128256
@@ -80,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
             copy = copy or rate
             print(f"{name:24s} {rate / 1e9:7.0f} GB/s  {rate / copy:5.2f} of copy")
     else:
-        print("the emulator has no bandwidth; run this where a GPU is")
+        print("no bandwidths: the emulator runs on the CPU; run this on a machine with a GPU")
     return 1 if failed else 0
 
 

@@ -16,9 +16,9 @@ _silu_backward = torch.ops.aten.silu_backward.grad_input
 
 
 def swiglu(fused: Tensor) -> Tensor:
-    """up * silu(gate) of `fused` [..., 2 F] = [up | gate] (`megatron.layout.split_up_gate`); [..., F].
+    """up * silu(gate) [..., F] of `fused` [..., 2 F] = [up | gate] (`megatron.layout.split_up_gate`).
 
-    Saves `fused` only. Raises ValueError if the last dimension is odd.
+    Saves only `fused` for the backward pass. Raises ValueError if the last dimension is odd.
     """
     if fused.dim() == 0 or fused.shape[-1] % 2:
         raise ValueError(f"swiglu: the last dimension of {tuple(fused.shape)} must hold up and gate, two equal halves")
@@ -28,14 +28,14 @@ def swiglu(fused: Tensor) -> Tensor:
     if not torch.is_grad_enabled():
         rows = fused.reshape(-1, fused.shape[-1])
         if fused.dtype == compute_dtype(fused) and 2 * len(rows) <= rows_per_block(rows):
-            up, gate = split_up_gate(fused)  # a few rows: the loop over blocks would cost as much as they do
+            up, gate = split_up_gate(fused)  # for a few rows the loop over blocks would double the cost
             return torch.nn.functional.silu(gate).mul_(up)
         return reference_swiglu(rows).view(*fused.shape[:-1], -1)
     return _SwiGlu.apply(fused)
 
 
 def reference_swiglu(fused: Tensor) -> Tensor:
-    """[rows, F] of a matrix `fused` [rows, 2 F]."""
+    """up * silu(gate) [rows, F] of a matrix `fused` [rows, 2 F]."""
     dtype = compute_dtype(fused)
     out = fused.new_empty(fused.shape[0], fused.shape[1] // 2)
     block = rows_per_block(out)
@@ -51,7 +51,7 @@ def reference_swiglu(fused: Tensor) -> Tensor:
 def reference_swiglu_backward(dout: Tensor, fused: Tensor) -> Tensor:
     """Gradient [rows, 2 F] of `fused`: dup = dout silu(gate), dgate = dout up silu'(gate).
 
-    Into its place, a block of rows at a time: on the CPU two to three times as fast as autograd's.
+    Computed in place, a block of rows at a time: on the CPU two to three times as fast as autograd.
     """
     dtype = compute_dtype(fused)
     if torch.compiler.is_compiling():  # Dynamo refuses strided `out=`, and fuses this by itself

@@ -1,1 +1,1 @@
-"""A process as one of the ranks: environment, devices, CPUs, process groups, errors raised on all ranks together."""
+"""Setup of a process as a rank: environment, devices, CPUs, process groups, errors raised on all ranks together."""

@@ -1,4 +1,4 @@
-"""All ranks continue, or all stop with the same message: no rank waits for one that has failed."""
+"""Errors raised on all ranks together: all continue, or all stop with one message; none waits for a failed rank."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _SHOWN = 5  # number of reasons in a message; a full disk fails on every rank of
 
 
 def gather_by_rank(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
-    """The value of every rank of a group, or of the run, by rank. Collective."""
+    """The values of all ranks of a group (default: of the run), in the order of ranks. Collective."""
     values = [value] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group=group)
     return values
 
 
 class RankGroup:
-    """Ranks that act together: a process group, the device its backend communicates from, the error they raise."""
+    """Ranks that act together: their process group, the device it communicates from, and the error they raise."""
 
     def __init__(
         self, group: dist.ProcessGroup, device: torch.device, error: type[UserError] = CheckpointError
@@ -43,7 +43,7 @@ class RankGroup:
 
     @contextmanager
     def together(self, what: str) -> Iterator[None]:
-        """Run the body on every rank, then compare; if any failed, all raise one `error` that names them.
+        """Run the body on every rank; if it failed on any, all raise one `error` that names these ranks. Collective.
 
         The body must not communicate: a rank that fails in it would leave the others waiting.
         """
@@ -55,7 +55,7 @@ class RankGroup:
         self.agree(what, failure)
 
     def agree(self, what: str, failure: BaseException | None) -> None:
-        """Raise one `error` on all ranks if any of them reports a failure. Collective."""
+        """Raise the same `error` on all ranks if any of them passes a failure. Collective."""
         if not self.total(failure is not None):
             return
         reasons = gather_by_rank(None if failure is None else one_line(failure), self.group)
@@ -69,23 +69,23 @@ class RankGroup:
         raise self.error(f"{what} failed. " + "; ".join(shown)) from failure
 
     def total(self, number: int) -> int:
-        """The sum over all ranks. Collective."""
+        """Sum of `number` over all ranks. Collective."""
         count = torch.tensor([int(number)], dtype=torch.int64, device=self.device)
         dist.all_reduce(count, group=self.group)
         return int(count)
 
     def largest(self, number: int) -> int:
-        """The largest of all ranks. Collective."""
+        """Maximum of `number` over all ranks. Collective."""
         count = torch.tensor([number], dtype=torch.int64, device=self.device)
         dist.all_reduce(count, op=dist.ReduceOp.MAX, group=self.group)
         return int(count)
 
     def where(self, true: bool) -> str:
-        """Names of the ranks for which the condition is true. Collective."""
+        """Text naming the ranks on which `true` holds, such as "ranks 1, 3". Collective."""
         return _name([rank for rank, answer in enumerate(gather_by_rank(true, self.group)) if answer])
 
     def broadcast(self, value: T) -> T:
-        """The value of rank 0."""
+        """The value of rank 0, on all ranks. Collective."""
         box: list[Any] = [value]
         dist.broadcast_object_list(box, src=dist.get_global_rank(self.group, 0), group=self.group, device=self.device)
         return box[0]

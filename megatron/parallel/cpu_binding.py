@@ -1,4 +1,4 @@
-"""Which CPUs a rank may run on, and whether they are sufficient and close to its GPU."""
+"""Finds the CPUs that a rank may run on, and checks that they are enough and close to its GPU."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from megatron.parallel.gpu_placement import Seat
 
 @dataclass(frozen=True)
 class Cpus:
-    """CPUs (hardware threads) of one rank, and the NUMA domains that they are in, as the kernel numbers both."""
+    """CPUs (hardware threads) of one rank and their NUMA domains, both as numbered by the kernel."""
 
     cpus: tuple[int, ...]
     domains: tuple[int, ...]
 
 
 def own_cpus(nodes: Path = Path("/sys/devices/system/node")) -> Cpus:
-    """The CPUs that this process is bound to; without domains if the kernel does not list them."""
+    """The CPUs that this process is bound to; no domains if the kernel does not list them."""
     bound = os.sched_getaffinity(0)
     domains = []
     for path in nodes.glob("node[0-9]*"):
@@ -35,7 +35,7 @@ def own_cpus(nodes: Path = Path("/sys/devices/system/node")) -> Cpus:
 
 
 def expand_cpus(text: str) -> set[int]:
-    """The kernel's `0-7,64-71` as numbers. Raises ValueError."""
+    """The CPU numbers in a list of the kernel such as `0-7,64-71`. Raises ValueError."""
     found: set[int] = set()
     for part in filter(None, text.strip().split(",")):
         first, _, last = part.partition("-")
@@ -44,9 +44,9 @@ def expand_cpus(text: str) -> set[int]:
 
 
 def check_cpus(seats: Sequence[Seat], cpus: Mapping[int, Cpus]) -> None:
-    """Raise ConfigError if a node's ranks with GPUs together have fewer CPUs than ranks. `cpus` is by rank.
+    """Raise ConfigError if the GPU ranks of a node share fewer CPUs than there are ranks. `cpus` is keyed by rank.
 
-    srun without --cpus-per-task, or torchrun as a task of it, binds all of them to one core: the job then runs tens of
+    srun without --cpus-per-task, or torchrun as an srun task, binds all of them to one core: the job then runs tens of
     times slower, without an error.
     """
     by_node: dict[str, list[Seat]] = defaultdict(list)
@@ -59,12 +59,12 @@ def check_cpus(seats: Sequence[Seat], cpus: Mapping[int, Cpus]) -> None:
             listed = ", ".join(map(str, sorted(shared)))
             raise ConfigError(
                 f"the {len(members)} ranks on {node} are bound to {len(shared)} CPUs ({listed}) together; give each "
-                f"its own (srun --cpus-per-task=7 on Frontier and LUMI), and do not start torchrun by srun"
+                f"rank its own (srun --cpus-per-task=7 on Frontier and LUMI), and do not start torchrun with srun"
             )
 
 
 def far_from_gpu(seats: Sequence[Seat], numa: Mapping[int, int | None], cpus: Mapping[int, Cpus]) -> list[Seat]:
-    """Ranks none of whose CPUs are in their GPU's NUMA domain; without those whose domains the kernel does not list."""
+    """Ranks that have no CPU in their GPU's NUMA domain, as far as the kernel lists domains."""
     far = []
     for seat in seats:
         domain, of_cpus = numa.get(seat.rank), cpus[seat.rank].domains

@@ -1,7 +1,7 @@
-"""Which GPU a rank uses, and the placement of all ranks of a run: node, GCD, NUMA domain, place.
+"""Chooses a rank's GPU, and checks and prints the placement of all ranks: node, GCD, NUMA domain, coordinates.
 
-Pure functions over plain values, so that 2,048 ranks of a 70B can be checked without starting any. Numbers of the
-MI250X node: OLCF's Frontier user guide; LUMI's blade is the same.
+Pure functions over plain values, so that 2,048 ranks of a 70B model can be checked without starting any. Source for the
+MI250X node: OLCF's Frontier user guide; LUMI's nodes are the same.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from dataclasses import dataclass
 from megatron.common.columns import align_columns
 from megatron.common.errors import ConfigError
 
-# GCD that Slurm's `--gpu-bind=closest` gives to each local rank of eight: the one attached to that rank's cores.
+# The GCD that Slurm's `--gpu-bind=closest` gives to each of eight local ranks: the one attached to the rank's cores.
 CLOSEST_GCDS = (4, 5, 2, 3, 6, 7, 0, 1)
 
-# HIP renumbers the GPUs that ROCR leaves visible; CUDA_VISIBLE_DEVICES is HIP's second name.
+# HIP renumbers the GPUs that ROCR leaves visible; it reads CUDA_VISIBLE_DEVICES as an alias of its own variable.
 _OUTER, _INNER = "ROCR_VISIBLE_DEVICES", ("HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES")
 
 
 @dataclass(frozen=True)
 class Seat:
-    """One rank's place in the machine and in the model. `device` is the driver's name of the GPU, None on a CPU."""
+    """One rank's place in the machine and in the model. `device` identifies the GPU on its node, None on a CPU."""
 
     rank: int
     node: str
@@ -34,18 +34,17 @@ class Seat:
 
 
 def coordinates(rank: int, pipe_size: int, data_size: int, tensor_size: int) -> tuple[int, int, int]:
-    """(pipe, data, tensor) of a rank: tensor-parallel ranks are adjacent, pipeline stages are furthest apart."""
+    """(pp_rank, dp_rank, tp_rank) of a rank: tensor-parallel ranks are adjacent, pipeline stages furthest apart."""
     if not 0 <= rank < pipe_size * data_size * tensor_size:
         raise ValueError(f"rank {rank} is not one of {pipe_size} x {data_size} x {tensor_size}")
     return rank // (data_size * tensor_size), rank // tensor_size % data_size, rank % tensor_size
 
 
 def device_index(local_rank: int, local_world_size: int | None, visible: int, env: Mapping[str, str]) -> int:
-    """Index, among the visible GPUs, of the one that a local rank uses.
+    """Index of a local rank's GPU among the visible ones.
 
-    If one GPU is visible, it is the task's own (`--gpus-per-task=1`, or a wrapper that sets ROCR_VISIBLE_DEVICES): 0.
-    If all GPUs of a node are visible (LUMI), it is the local rank. Raises ConfigError for anything in between, and if
-    a GPU is masked twice.
+    0 if one GPU is visible (`--gpus-per-task=1`, or a wrapper that sets ROCR_VISIBLE_DEVICES); the local rank if all
+    GPUs of a node are visible (LUMI). Raises ConfigError for anything in between, and if a GPU is masked twice.
     """
     check_masks(env)
     if visible == 0:
@@ -54,8 +53,8 @@ def device_index(local_rank: int, local_world_size: int | None, visible: int, en
         return 0
     if local_world_size is not None and visible < local_world_size:
         raise ConfigError(
-            f"{visible} GPUs are visible to each of {local_world_size} ranks of this node; make one visible to each "
-            f"(--gpus-per-task=1) or all to all (--gpus-per-node={local_world_size})"
+            f"{visible} GPUs are visible to each of {local_world_size} ranks of this node; make one GPU visible to "
+            f"each rank (--gpus-per-task=1), or all GPUs to all ranks (--gpus-per-node={local_world_size})"
         )
     if local_rank >= visible:
         raise ConfigError(f"local rank {local_rank} has no GPU: {visible} are visible; lower num_gpus")
@@ -63,7 +62,7 @@ def device_index(local_rank: int, local_world_size: int | None, visible: int, en
 
 
 def check_masks(env: Mapping[str, str]) -> None:
-    """Raise ConfigError if HIP's mask names a GPU by a number that no longer exists after ROCR's mask."""
+    """Raise ConfigError if HIP's mask names a GPU that ROCR's mask has removed, or if HIP's two masks differ."""
     outer = _mask(env, _OUTER)
     for name in _INNER:
         inner = _mask(env, name)
@@ -88,7 +87,7 @@ def _mask(env: Mapping[str, str], name: str) -> list[str] | None:
 
 
 def check_tensor_groups(seats: Sequence[Seat]) -> None:
-    """Raise ConfigError if a tensor-parallel group spans nodes; its traffic is made for the links inside one."""
+    """Raise ConfigError if a tensor-parallel group spans nodes: its traffic needs the fast links within a node."""
     groups: dict[tuple[int, int], list[Seat]] = defaultdict(list)
     for seat in seats:
         groups[seat.pipe, seat.data].append(seat)
@@ -97,8 +96,8 @@ def check_tensor_groups(seats: Sequence[Seat]) -> None:
         return
     first = ", ".join(f"rank {seat.rank} on {seat.node}" for seat in torn[0])
     raise ConfigError(
-        f"{len(torn)} of {len(groups)} tensor-parallel groups leave their node, the first is {first}. Start as many "
-        f"ranks on each node as model_parallel_size divides, numbered node by node (srun --distribution=block)"
+        f"{len(torn)} of {len(groups)} tensor-parallel groups leave their node, the first is {first}. Start a multiple "
+        f"of model_parallel_size ranks on each node, numbered node by node (srun --distribution=block)"
     )
 
 
@@ -112,12 +111,12 @@ def check_devices(seats: Sequence[Seat]) -> None:
         if other is not seat:
             raise ConfigError(
                 f"ranks {other.rank} and {seat.rank} on {seat.node} have taken the same GPU {seat.device} (local ranks "
-                f"{other.local_rank} and {seat.local_rank}); bind one GPU to each task, or show all of them to all"
+                f"{other.local_rank} and {seat.local_rank}); bind one GPU to each task, or make all visible to all"
             )
 
 
 def seat_table(seats: Sequence[Seat], numa: Mapping[int, int | None] | None = None) -> list[str]:
-    """A line per rank: rank, node, local rank, device, NUMA domain, coordinates. `numa` is by rank."""
+    """A table, one line per rank: rank, node, local rank, device, NUMA domain, coordinates. `numa` is keyed by rank."""
     rows = [("rank", "node", "local", "device", "numa", "pipe", "data", "tensor")]
     for seat in seats:
         domain = (numa or {}).get(seat.rank)
@@ -137,7 +136,7 @@ def seat_table(seats: Sequence[Seat], numa: Mapping[int, int | None] | None = No
 
 
 def seat_summary(seats: Sequence[Seat]) -> str:
-    """One line about all ranks: nodes, ranks on each, and that tensor-parallel groups stay inside."""
+    """One line about all ranks that passed `check_tensor_groups`: number of nodes, ranks on each."""
     by_node: dict[str, int] = defaultdict(int)
     for seat in seats:
         by_node[seat.node] += 1

@@ -1,4 +1,4 @@
-"""Passing the configuration to the ranks: in a file that deepy.py writes, or on their command line."""
+"""Passes the configuration to the ranks: in a file that deepy.py writes, or on their command line."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from megatron.parallel.rank_env import find_started_rank
 
 
 def write_handover(args: NeoXArgs, folder: Path) -> Path:
-    """Write the configuration to a file whose name contains its digest, so that a rank can verify that it read all of
-    it."""
+    """Write the configuration to a file named after its digest, with which a rank verifies what it has read."""
     path = folder / f"neox_args-{args.digest}.json"
     path.write_text(args.to_json())
     return path

@@ -1,4 +1,4 @@
-"""If all ranks are on one machine, they listen only on its loopback interface."""
+"""Keeps the traffic of ranks that are all on one machine on its loopback interface."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ LOOPBACK = "127.0.0.1"
 
 
 def serve_on_loopback(port: int = 0, timeout: timedelta = timedelta(seconds=300)) -> TCPStore:
-    """A store that only this machine can reach; torch's own listens on every interface. OSError if the port is in
-    use."""
+    """Start a store that only this machine can reach; torch's default listens on all interfaces. OSError if the port
+    is in use."""
     listener = socket.socket()
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind((LOOPBACK, port))
@@ -29,9 +29,9 @@ def serve_on_loopback(port: int = 0, timeout: timedelta = timedelta(seconds=300)
 
 
 def on_one_node(started: StartedRank, env: Mapping[str, str]) -> bool:
-    """Whether the launcher has put all ranks on this node, if its variables say so.
+    """Whether the launcher's variables say that all ranks are on this node.
 
-    With torchrun's agent the answer is no: it serves the rendezvous itself.
+    False under torchrun's agent, which serves the rendezvous itself.
     """
     if env.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return False
@@ -44,7 +44,7 @@ def on_one_node(started: StartedRank, env: Mapping[str, str]) -> bool:
 
 
 def rendezvous_on_loopback(started: StartedRank, env: Mapping[str, str], timeout: timedelta) -> TCPStore:
-    """The store through which the ranks of one machine find each other, at MASTER_PORT; rank 0 serves it."""
+    """The rendezvous store of ranks on one machine, at MASTER_PORT; rank 0 serves it."""
     port = int(env["MASTER_PORT"])
     if started.rank == 0:
         return serve_on_loopback(port, timeout)
@@ -52,5 +52,5 @@ def rendezvous_on_loopback(started: StartedRank, env: Mapping[str, str], timeout
 
 
 def talk_over_loopback() -> None:
-    """Have gloo connect the ranks of this machine over its loopback interface, unless another one is set."""
+    """Have gloo connect ranks over the loopback interface, unless the environment sets another one."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 Pair = tuple[int, int]
-"""Two global ranks: of a stage, and of the next one."""
+"""Global ranks (of a stage, of the next stage)."""
 
 
 def neighbor_rounds(stages: int, ranks_per_stage: int, closed: bool) -> list[list[Pair]]:
-    """Rounds of pairs in which each rank has one partner at most: the next stage's rank, or that of the stage before.
+    """Rounds of pairs of neighbors in which each rank has at most one partner, in the next or the previous stage.
 
     `closed`: the last stage is followed by the first, as with virtual stages; two stages are then neighbors twice, once
-    in each direction. Two rounds are enough, and a closed ring of an odd number of stages needs three.
+    in each direction. There are two rounds, or three for a closed ring with an odd number of stages.
     """
     rounds: dict[int, list[Pair]] = {}
-    for stage in range(0 if stages == 1 else stages if closed else stages - 1):  # those that have a next stage
+    for stage in range(0 if stages == 1 else stages if closed else stages - 1):  # stages that have a next one
         closes_an_odd_ring = stages % 2 == 1 and stage == stages - 1
         pairs = rounds.setdefault(2 if closes_an_odd_ring else stage % 2, [])
         following = (stage + 1) % stages

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Place:
-    """Global and node-local rank, device, and the rank's number in each parallel group with the groups' sizes."""
+    """Global and node-local rank, device, the rank's number in each parallel group, and the sizes of the groups."""
 
     rank: int
     local_rank: int
@@ -29,7 +29,7 @@ class Place:
 
     @classmethod
     def of(cls, args: NeoXArgs, rank: int, local_rank: int, device: torch.device) -> Place:
-        """The place of global rank `rank`: pipeline outermost, then data, tensor innermost, as GPT-NeoX counts."""
+        """The place of global rank `rank`: pipeline outermost, then data, tensor innermost, as in GPT-NeoX."""
         sizes = (args.pipe_parallel_size, args.data_parallel_size, args.model_parallel_size)
         pp_rank, dp_rank, tp_rank = coordinates(rank, *sizes)
         pp, dp, tp = sizes
@@ -45,7 +45,7 @@ class Place:
 
     @property
     def model_rank(self) -> int:
-        """Number among the ranks that hold one copy of the model, stage by stage: DeepSpeed's `mp_rank`."""
+        """Number of this rank among those of one model replica, stage by stage: DeepSpeed's `mp_rank`."""
         return self.pp_rank * self.tp + self.tp_rank
 
     @property
@@ -58,10 +58,10 @@ class Place:
 
     @property
     def reads_data(self) -> bool:
-        """The first stage reads tokens, the last one labels."""
+        """True on the first stage, which reads tokens, and on the last, which reads labels."""
         return self.first_stage or self.last_stage
 
     @property
     def counts_tokens(self) -> bool:
-        """True on exactly one rank of each data-parallel replica, one that reads labels."""
+        """True on exactly one rank of each data-parallel replica, which reads labels."""
         return self.last_stage and self.tp_rank == 0

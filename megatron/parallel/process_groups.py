@@ -1,4 +1,4 @@
-"""Setup of a rank: its process groups, its device and its neighbors."""
+"""Setup of a rank: its device and process groups, and checks of the placement of all ranks."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ from megatron.parallel.loopback import on_one_node, rendezvous_on_loopback, talk
 from megatron.parallel.place import Place
 from megatron.parallel.rank_env import StartedRank, find_started_rank, node_name, set_rendezvous
 
-# By torch's names: built for ROCm, it calls AMD's libraries by those of NVIDIA's that they stand for.
+# AMD's libraries and torch's names for them: torch built for ROCm uses the names of the NVIDIA counterparts.
 GEMM_LIBRARIES = {"hipBLASLt": "cublaslt", "rocBLAS": "cublas"}
 
-ROWS_SHOWN = 64  # number of ranks; the table of a larger run is only written to a file
+ROWS_SHOWN = 64  # ranks; the table of a larger run is only written to a file
 
 
 @dataclass(frozen=True)
 class ModelGroups:
-    """The process groups of this rank: ranks that share its stage's tensors, its data, its pipeline.
+    """This rank's tensor-parallel, data-parallel and pipeline groups.
 
-    `tied` joins the two stages that hold a tied embedding; None where there is one copy, or none on this rank.
+    `tied` joins the two stages that hold a tied embedding; None if there is only one copy, or none on this rank.
     """
 
     tensor: dist.ProcessGroup
@@ -48,16 +48,16 @@ class ModelGroups:
 
 
 def initialize(args: NeoXArgs) -> Place:
-    """Process group, device and megatron-core's groups, for a rank that was started.
+    """Initialize this rank's device, the default process group and megatron-core's groups; returns its place.
 
-    Reads who it is from the environment (`rank_env`), and MASTER_ADDR and MASTER_PORT unless the launcher gave a
-    rendezvous of its own. Raises ConfigError if the ranks do not have the same configuration, do not match its number
-    of ranks, split a tensor-parallel group over nodes or share a GPU, and RuntimeError if megatron-core numbers ranks
+    Reads the rank from the environment (`rank_env`), and MASTER_ADDR and MASTER_PORT unless the launcher provides its
+    own rendezvous. Raises ConfigError if the ranks have different configurations, their number is not the configured
+    one, a tensor-parallel group spans nodes or two ranks share a GPU; RuntimeError if megatron-core numbers ranks
     differently.
     """
     started = started_ranks(args)
     rank, world_size, local_rank = started.rank, started.world_size, started.local_rank
-    # DeepSpeed's pipeline reads LOCAL_RANK by itself, which Slurm does not set.
+    # DeepSpeed's pipeline reads LOCAL_RANK, which Slurm does not set.
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(local_rank))
     device = take_device(args, started)
     timeout = timedelta(minutes=args.distributed_timeout_minutes)
@@ -81,19 +81,19 @@ def initialize(args: NeoXArgs) -> Place:
 
 
 def form_groups(args: NeoXArgs, device: torch.device | None = None, local_rank: int | None = None) -> Place:
-    """megatron-core's groups within an initialized world; returns this rank's place, by default one on the CPU.
+    """Create megatron-core's groups within an initialized world; returns this rank's place, by default on the CPU.
 
-    RuntimeError if megatron-core gives a rank other coordinates than `Place`.
+    RuntimeError if megatron-core assigns a rank other coordinates than `Place`.
     """
     rank = dist.get_rank()
     place = Place.of(args, rank, rank if local_rank is None else local_rank, device or torch.device("cpu"))
-    if args.engine == "megatron":  # which makes its groups itself
+    if args.engine == "megatron":  # this engine creates its own groups
         return place
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=args.model_parallel_size,
         pipeline_model_parallel_size=args.pipe_parallel_size,
         distributed_timeout_minutes=args.distributed_timeout_minutes,
-        order="tp-cp-ep-dp-pp",  # innermost first: pipe, data, model as GPT-NeoX and DeepSpeed count
+        order="tp-cp-ep-dp-pp",  # innermost first: pipe, data, model order of GPT-NeoX and DeepSpeed
         create_gloo_process_groups=False,
     )
     ours = (place.pp_rank, place.dp_rank, place.tp_rank)
@@ -108,17 +108,17 @@ def form_groups(args: NeoXArgs, device: torch.device | None = None, local_rank: 
 
 
 def set_timeouts(minutes: int) -> None:
-    """`distributed_timeout_minutes` for every process group of this rank, whoever made it.
+    """Set the timeout of every process group of this rank, including those that libraries created.
 
-    DeepSpeed makes its pipeline and data-parallel groups without a timeout, and torch gives those 10 minutes with NCCL,
-    whatever the default group has.
+    DeepSpeed creates its pipeline and data-parallel groups without a timeout, and torch then sets 10 minutes for NCCL,
+    whatever the default group's timeout is.
     """
     for group in dist.distributed_c10d._world.pg_map:
         dist.distributed_c10d._set_pg_timeout(timedelta(minutes=minutes), group)
 
 
 def started_ranks(args: NeoXArgs) -> StartedRank:
-    """The rank of this process. Raises ConfigError if it was not started as a rank, or the number of ranks is wrong."""
+    """How this process was started. ConfigError if it was not started as a rank, or the number of ranks is wrong."""
     started = find_started_rank(os.environ)
     if started is None:
         raise ConfigError(
@@ -133,7 +133,7 @@ def started_ranks(args: NeoXArgs) -> StartedRank:
 
 
 def take_device(args: NeoXArgs, started: StartedRank) -> torch.device:
-    """This rank's device: the only visible GPU, or the one with the local rank's number."""
+    """Set and return this rank's device: the CPU, the only visible GPU, or the GPU with the local rank's number."""
     if args.device == "cpu":
         return torch.device("cpu")
     index = device_index(started.local_rank, started.local_world_size, torch.cuda.device_count(), os.environ)
@@ -163,7 +163,7 @@ def report_seats(args: NeoXArgs, started: StartedRank, device: torch.device) -> 
 
 
 def find_seat(args: NeoXArgs, started: StartedRank, device: torch.device) -> tuple[Seat, int | None]:
-    """This rank's seat, and the NUMA domain of its GPU if the kernel tells."""
+    """This rank's seat, and the NUMA domain of its GPU; None if the kernel does not report it."""
     sizes = (args.pipe_parallel_size, args.data_parallel_size, args.model_parallel_size)
     identity, numa = (None, None) if device.type == "cpu" else _gpu(device.index)
     where = coordinates(started.rank, *sizes)
@@ -171,7 +171,7 @@ def find_seat(args: NeoXArgs, started: StartedRank, device: torch.device) -> tup
 
 
 def check_seats(seats: Sequence[Seat]) -> None:
-    """Raise ConfigError for a tensor-parallel group that leaves its node, or a GPU that two ranks have taken."""
+    """Raise ConfigError if a tensor-parallel group spans nodes, or two ranks have taken the same GPU."""
     check_tensor_groups(seats)
     check_devices(seats)
 
@@ -194,7 +194,7 @@ def print_seats(args: NeoXArgs, told: Sequence[tuple[Seat, int | None]]) -> None
 
 
 def _gpu(index: int) -> tuple[str, int | None]:
-    """What identifies a GPU on its node (PCI address), and its NUMA domain if the kernel tells."""
+    """A GPU's PCI address, which identifies it on its node, and its NUMA domain; None if the kernel has none."""
     properties: Any = torch.cuda.get_device_properties(index)  # torch's stubs lack the PCI numbers
     address = f"{properties.pci_domain_id:04x}:{properties.pci_bus_id:02x}:{properties.pci_device_id:02x}.0"
     try:
@@ -205,7 +205,7 @@ def _gpu(index: int) -> tuple[str, int | None]:
 
 
 def check_same_configuration(args: NeoXArgs, device: torch.device) -> None:
-    """Raise ConfigError on all ranks if any two hold different configurations."""
+    """Raise ConfigError on all ranks if any two have different configurations. Collective."""
     mark = int(args.digest[:15], 16)
     extremes = torch.tensor([mark, -mark], dtype=torch.int64, device=device)
     dist.all_reduce(extremes, op=dist.ReduceOp.MAX)

@@ -1,6 +1,6 @@
-"""The environment of a rank: its number and the number of ranks, its node, where the ranks rendezvous.
+"""Reads a rank's environment: its number and the number of ranks, its node, the address of the rendezvous.
 
-A rank is started by `srun` (SLURM_PROCID, SLURM_NTASKS, SLURM_LOCALID) or by torchrun or deepy.py (RANK, WORLD_SIZE,
+A rank is started by `srun` (SLURM_PROCID, SLURM_NTASKS, SLURM_LOCALID), or by torchrun or deepy.py (RANK, WORLD_SIZE,
 LOCAL_RANK). Contradictory variables are an error: DeepSpeed and mpi4py guess, and after a wrong guess every process is
 rank 0 of 1. Standard library only, no ssh, no hostfile.
 """
@@ -15,10 +15,10 @@ from dataclasses import dataclass
 
 from megatron.common.errors import ConfigError
 
-# Warnings that every rank would print: megatron-core's about libraries that this project does not need, torch's about a
-# name that DeepSpeed and megatron-core still use.
-TYPED = "NEOX_TYPED"  # file descriptor of the terminal input, if it is not 0
+TYPED = "NEOX_TYPED"  # variable with the file descriptor of the terminal's input, if it is not 0
 
+# Warnings that every rank would print: megatron-core's about libraries that this project does not need, torch's about
+# names that DeepSpeed and megatron-core still use.
 IGNORED_WARNINGS = (
     "ignore:Transformer Engine and Apex are not installed",
     "ignore:`torch.distributed.all_gather_into_tensor` is deprecated",
@@ -30,7 +30,7 @@ PORTS = range(20000, 32000)  # below Linux's ephemeral ports, which begin at 327
 
 @dataclass(frozen=True)
 class StartedRank:
-    """How this process was started: its global and node-local rank, and how many ranks there are of either kind."""
+    """How this process was started: global and node-local rank, number of ranks in the run and on the node."""
 
     rank: int
     world_size: int
@@ -40,11 +40,11 @@ class StartedRank:
 
 
 def find_started_rank(env: Mapping[str, str]) -> StartedRank | None:
-    """None if this process was not started as a rank. Raises ConfigError for incomplete or contradicting variables."""
+    """How this process was started, None if not as a rank. ConfigError for incomplete or contradictory variables."""
     torch, slurm = _from_torch(env), _from_slurm(env)
     if torch is None or slurm is None:
         return torch or slurm
-    # If torchrun is a Slurm task, its ranks have torchrun's numbers, and Slurm's are those of the agents.
+    # If torchrun is a Slurm task, its variables number the ranks, and Slurm's number torchrun's agents.
     if "TORCHELASTIC_RUN_ID" in env or slurm.world_size == 1:
         return torch
     if (torch.rank, torch.world_size, torch.local_rank) != (slurm.rank, slurm.world_size, slurm.local_rank):
@@ -71,7 +71,7 @@ def _from_torch(env: Mapping[str, str]) -> StartedRank | None:
 
 
 def _from_slurm(env: Mapping[str, str]) -> StartedRank | None:
-    """Only inside a job step: the batch script has SLURM_PROCID 0 as well, but is not a rank."""
+    """The rank that Slurm started; None outside a job step: the batch script has SLURM_PROCID 0 too, but is no rank."""
     if not in_step(env):
         return None
     missing = [name for name in ("SLURM_PROCID", "SLURM_LOCALID") if name not in env]
@@ -112,8 +112,7 @@ def _tasks_per_node(env: Mapping[str, str]) -> list[int]:
 
 
 def planned_nodes(env: Mapping[str, str]) -> list[str]:
-    """By rank, the node that Slurm planned for it, including ranks that never start; empty if Slurm does not provide
-    it.
+    """The node that Slurm planned for each rank, also for ranks that never start; empty if Slurm does not provide it.
 
     Ranks must be numbered node by node. Raises ConfigError for a node list that cannot be read.
     """
@@ -141,14 +140,14 @@ def _checked(started: StartedRank) -> StartedRank:
 
 
 def node_name(env: Mapping[str, str]) -> str:
-    """This node's name as spelled by the batch system, and so by `--exclude`."""
+    """This node's name as the batch system, and thus `--exclude`, spells it."""
     return env.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def expand_hosts(hostlist: str) -> list[str]:
-    """Slurm's `frontier[00012-00014,00020],login1` as names, without scontrol, which containers do not have.
+    """Expand a Slurm host list such as `frontier[00012-00014,00020],login1`, without scontrol, which containers lack.
 
-    Raises ConfigError for what is not a host list.
+    Raises ConfigError if the list cannot be read.
     """
     parts = re.findall(r"(?:[^,\[\]]|\[[^\[\]]*\])+", hostlist)
     if ",".join(parts) != hostlist or not parts:
@@ -174,8 +173,8 @@ def _expand(part: str) -> list[str]:
 def set_rendezvous(env: MutableMapping[str, str]) -> None:
     """Set MASTER_ADDR and MASTER_PORT for ranks that Slurm started, unless the batch script has set them.
 
-    The first node of the step runs rank 0. The port is computed from job and step, so that two jobs on one node use
-    different ones. Raises ConfigError if neither Slurm nor the user gives an address.
+    The first node of the step runs rank 0. The port is derived from job and step IDs, so that two jobs on one node use
+    different ports. Raises ConfigError if neither Slurm nor the user provides an address.
     """
     if "MASTER_ADDR" not in env:
         hosts = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST")
@@ -190,6 +189,6 @@ def set_rendezvous(env: MutableMapping[str, str]) -> None:
 
 
 def started_as_rank() -> bool:
-    """Whether a launcher has started this process as one of several ranks."""
+    """Whether a launcher started this process as a rank; a single Slurm task does not count."""
     started = find_started_rank(os.environ)
     return started is not None and (started.source == "RANK" or started.world_size > 1)

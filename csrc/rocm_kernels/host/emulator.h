@@ -1,12 +1,12 @@
-// Runs the kernel sources of this folder on the CPU, for tests. Not fast, not for training.
+// Runs the kernel sources of this folder on the CPU, for tests: too slow for training.
 //
 // Every thread of a block is a fiber; one block runs at a time, on the calling thread. A lane runs until it reaches a
 // shuffle, a barrier or its end, so the emulator sees exactly which lanes meet. It stops a launch with a message when
 //   - a shuffle is not reached by every lane of its wave, or a barrier by every thread of the block;
-//   - a global access leaves the tensors given to the launch, or a vector access is not aligned to its size;
-//   - a shared array is indexed outside, or two threads touch an element between two barriers and one of them writes.
-// It proves indexing, edges and arithmetic for waves of 32 and 64. It says nothing about speed, and nothing about the
-// order in which real waves interleave beyond the race check on shared memory.
+//   - a global access is outside the tensors given to the launch, or a vector access is not aligned to its size;
+//   - a shared array is indexed out of bounds, or two threads access an element between two barriers and one writes it.
+// It checks indexing, edges and arithmetic for waves of 32 and 64. It says nothing about speed, nor, beyond the race
+// check on shared memory, about the order in which real waves interleave.
 #pragma once
 
 #include <cmath>
@@ -41,7 +41,7 @@ struct Lane {
   jmp_buf resume;
   bool started;
   int collectives;  // shuffles and barriers passed so far: lanes that meet must agree on it
-  uint32_t value;   // what this lane gives to a shuffle
+  uint32_t value;   // this lane's operand of a shuffle
   int mask;
 };
 
@@ -57,8 +57,8 @@ struct Machine {
   int64_t launches = 0;
   int threads = 0;
   int thread = 0;             // running fiber
-  int64_t block = 0;          // running block, counted over the grid
-  int64_t index[3] = {0, 0, 0};  // and its x, y, z
+  int64_t block = 0;          // running block, linear index in the grid
+  int64_t index[3] = {0, 0, 0};  // its x, y, z
   int epoch = 0;      // barriers passed, over all blocks and launches
   std::vector<Lane> lanes = std::vector<Lane>(kMaxThreads);
   std::vector<std::unique_ptr<char[]>> stacks = std::vector<std::unique_ptr<char[]>>(kMaxThreads);
@@ -79,7 +79,7 @@ inline std::string where() {
   return "block " + std::to_string(m.block) + ", thread " + std::to_string(m.thread) + ": ";
 }
 
-// Back to the scheduler; a stopped fiber is abandoned with its stack, which the next launch reuses.
+// Returns to the scheduler. A fiber stopped by an error is abandoned; the next launch reuses its stack.
 [[noreturn]] inline void yield_to_scheduler() { _longjmp(machine().scheduler, 1); }
 
 [[noreturn]] inline void fail(const std::string& message) {
@@ -100,7 +100,7 @@ inline uint32_t shuffle_xor_bits(uint32_t value, int mask) {
   const int self = m.thread;
   m.lanes[self].value = value;
   m.lanes[self].mask = mask;
-  wait_as(State::kShuffle);  // run_wave() exchanges the values once every lane of the wave has given one
+  wait_as(State::kShuffle);  // run_wave() exchanges the values once every lane of the wave has set one
   return m.lanes[self].value;
 }
 
@@ -135,7 +135,7 @@ inline const char* name_of(State state) {
   return state == State::kShuffle ? "a shuffle" : state == State::kBarrier ? "a barrier" : "its end";
 }
 
-// All lanes first..last have stopped; false (and an error) unless they stopped at the same place.
+// Whether the lanes [first, last), which have all stopped, stopped at the same place; sets the error if not.
 inline bool met(int first, int last, const char* whom) {
   Machine& m = machine();
   const Lane& head = m.lanes[first];
@@ -228,7 +228,7 @@ inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 
 namespace neox {
 
-// A device pointer. It has no dereference: loads and stores of platform.h are the only way, and check the address.
+// A device pointer without dereference: all access goes through the loads and stores of platform.h, which check it.
 template <class T>
 class ptr {
  public:
@@ -243,7 +243,7 @@ class ptr {
   T* raw_;
 };
 
-// An array in the block's shared memory that knows who touched each element since the last barrier.
+// An array in the block's shared memory that records which threads accessed each element since the last barrier.
 template <class T, int N>
 class Shared {
  public:

@@ -1,1 +1,1 @@
-"""Vectors of texts: pooled hidden states of any layer, at any layout."""
+"""Embeddings of texts and images: pooled hidden states of any layer, at any layout."""

@@ -1,8 +1,8 @@
 """Pooled vectors at any TP x PP x DP, independent of the other texts in a batch.
 
 Every input is padded on the right to a length that depends only on its own, and every micro-batch has
-`train_micro_batch_size_per_gpu` rows. A causal model does not see the padding, and it is not pooled. Micro-batches are
-divided among replicas; in a pipeline each stage continues with the next one as soon as it has sent its own.
+`train_micro_batch_size_per_gpu` rows. No token attends to the padding, and it is not pooled. Micro-batches are divided
+among data-parallel replicas; a pipeline stage starts the next micro-batch as soon as it has sent the previous one.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _IN_FLIGHT = 4  # micro-batches whose hidden states a stage keeps until they are
 
 @dataclass(frozen=True)
 class WantedVectors:
-    """Which vectors: of these layers (numbers as in `megatron.model.features`), pooled so, from token `first` on."""
+    """Which vectors to compute: layers (numbered as in `megatron.model.features`), pooling, and first pooled token."""
 
     layers: tuple[int, ...]
     pooling: Pooling
@@ -37,7 +37,7 @@ class WantedVectors:
 
 @dataclass(frozen=True)
 class _Chunk:
-    """A micro-batch: numbers of its texts, at most `rows` of them, and the length to which all are padded."""
+    """A micro-batch: the indices of its texts, at most `rows` of them, and the length to which all are padded."""
 
     texts: tuple[int, ...]
     rows: int
@@ -45,10 +45,10 @@ class _Chunk:
 
 
 def pooled_vectors(engine: Engine, args: NeoXArgs, texts: Sequence[np.ndarray], wanted: WantedVectors) -> Tensor:
-    """fp32 [len(texts), len(wanted.layers), h], in the order of both, on every rank. Collective.
+    """Vectors, fp32 [len(texts), len(wanted.layers), h] in the order of both, on every rank. Collective.
 
-    Every rank gives the same `texts`, each what the embedding reads: token ids [s], or patches [s, values] of a model
-    of images; 1 to `seq_length` of them. Raises UserError on all ranks for ids outside of the vocabulary, and for
+    Every rank passes the same `texts`, the inputs of the embedding: token ids [s], or patches [s, values] for a model
+    of images, with s from 1 to `seq_length`. Raises UserError on all ranks for ids outside the vocabulary, and for
     vectors that are not finite.
     """
     highest = max(int(ids.max()) for ids in texts) if texts[0].ndim == 1 else 0
@@ -66,7 +66,7 @@ def pooled_vectors(engine: Engine, args: NeoXArgs, texts: Sequence[np.ndarray], 
             for layer, rows in vectors.items():
                 found[list(chunk.texts), wanted.layers.index(layer)] = rows[: len(chunk.texts)]
     links.close()
-    dist.all_reduce(found)  # each vector is known to one rank, the others have zeros
+    dist.all_reduce(found)  # each vector is on one rank, the other ranks have zeros
     wrong = int((~found.isfinite()).flatten(1).any(1).sum())
     if wrong:
         raise UserError(
@@ -102,7 +102,7 @@ def _run(
     own, stop = engine.stage_layers(place.pp_rank), last_file(wanted.layers, args.num_layers)
     if own.start > stop:
         return {}
-    # Rows without a text have one token, so that their mean is a number.
+    # Rows without a text get one token, so that their mean is defined.
     lengths = torch.full((chunk.rows,), wanted.first + 1)
     lengths[: len(chunk.texts)] = torch.tensor([len(texts[number]) for number in chunk.texts])
     work = PooledTokens(frozenset(wanted.layers), wanted.pooling, wanted.first, lengths.to(place.device))

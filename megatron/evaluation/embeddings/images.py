@@ -1,4 +1,4 @@
-"""Images of a `.bin/.idx` pair as patches, one after another, for a model of `modality: patches`."""
+"""Reads images of a `.bin/.idx` pair as patches, one after another, for a model of `modality: patches`."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from megatron.data.images import check_images, image, open_images, read_image_he
 from megatron.evaluation.embeddings.texts import EncodedInput
 from megatron.neox_arguments import NeoXArgs
 
-_ROWS = 4096  # of the table of properties that are in memory together
+_ROWS = 4096  # rows of the properties table that are in memory at once
 
 
 class ImageReader:
-    """Reads the pair whose prefix `embed.input` names, as training reads it: the same patches in the same order.
+    """Reads the images whose prefix is `embed.input`, as in training: the same patches in the same order.
 
-    Its id is the one of the properties that lie beside the pair, or its number. Raises DataError for images that the
-    model cannot read.
+    An image's id comes from the properties file next to the pair, or is its number. Raises DataError for images that
+    the model cannot read.
     """
 
     def __init__(self, args: NeoXArgs) -> None:
@@ -31,7 +31,7 @@ class ImageReader:
         self._form = patch_form(self.prefix, args)
 
     def read(self, start: int) -> Iterator[EncodedInput]:
-        """Images from number `start` on."""
+        """Yield the images from number `start` on."""
         for number, identity in enumerate(image_ids(self.prefix, self._id_field)):
             if number >= start:
                 sample = self._form.make(image(self._file, self._info, number), number)
@@ -39,9 +39,9 @@ class ImageReader:
 
 
 def image_ids(prefix: str, id_field: str | None = "id") -> Iterator[Any]:
-    """The id of every image, from the properties beside the pair; None where it has none.
+    """The id of every image, from the properties file next to the pair; None for images without one.
 
-    Raises UserError for properties that are of other images.
+    Raises UserError if the properties belong to other images.
     """
     header = read_image_header(prefix)
     if header.properties is None or id_field is None:

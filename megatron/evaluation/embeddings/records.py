@@ -1,4 +1,4 @@
-"""Records of a file of texts, one after another. Without torch, so that tools start fast."""
+"""Reads the records of a file of texts, one after another. Without torch, so that tools start fast."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class TextError(UserError, ValueError):
 
 
 def read_records(path: Path, columns: list[str]) -> Iterator[tuple[str, Any]]:
-    """(where it is, a JSON line or a record of Parquet) for each record; only these columns of Parquet are read.
+    """(location for messages, JSON line or Parquet record) of each record; of Parquet only `columns` are read.
 
     Raises TextError if the file cannot be read.
     """

@@ -1,4 +1,4 @@
-"""`embed.py`: from a checkpoint and texts or images to a file of vectors."""
+"""`embed.py`: computes a file of vectors from a checkpoint and texts or images."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from megatron.neox_arguments.keys.embeddings import chosen_layers
 
 logger = logging.getLogger(__name__)
 
-# Records that are sorted by length together, and after which a killed run goes on; bytes of their inputs.
+# Limits of a window, in records and bytes of inputs: it is sorted by length, and a killed run resumes at its end.
 WINDOW, WINDOW_BYTES = 2048, 1 << 26
-REQUEST_BYTES = 1 << 28  # of vectors that ranks exchange at once
-NAMED = 20  # records left out that are named in full
+REQUEST_BYTES = 1 << 28  # bytes of vectors that ranks exchange at once
+NAMED = 20  # number of skipped records that are named in full
 
 
 def embed_texts(args: NeoXArgs) -> None:
-    """Write the vectors that the keys ask for, their ids and a report."""
-    # A slice of the sequence cannot be pooled alone, and inputs have any length.
+    """Write the vectors that the keys ask for, their ids and a report. Collective."""
+    # A slice of the sequence cannot be pooled by itself, and input lengths need not be divisible.
     with_model(args.model_copy(update={"sequence_parallel": False}), embed_and_write)
 
 
@@ -77,8 +77,7 @@ def embed_and_write(model: DrivenModel, checkpoint: Path | None) -> dict[str, An
 
 
 def _reader(args: NeoXArgs) -> tuple[TextReader | ImageReader, int, dict[str, Any]]:
-    """(reader of the inputs, number of leading positions that are not pooled, the settings that determine how they are
-    read)."""
+    """(reader of the inputs, number of leading tokens that are not pooled, settings that determine what is read)."""
     keys = args.embed
     if args.patches is not None:
         return ImageReader(args), 0, {"patch_settings": args.patches.model_dump()}
@@ -113,12 +112,12 @@ def _identity(args: NeoXArgs, checkpoint: Path | None, wanted: WantedVectors) ->
 
 
 def _unit(args: NeoXArgs) -> str:
-    """What an input consists of."""
+    """The unit in which inputs are counted."""
     return "patches" if args.reads_images else "tokens"
 
 
 def _fingerprint(args: NeoXArgs, checkpoint: Path | None) -> str:
-    """Fingerprint of the weights: the checksum of a checkpoint's manifest, which contains those of all tensors."""
+    """Fingerprint of the weights: the digest in a checkpoint's manifest, which covers all files; else its path."""
     if checkpoint is None:
         return f"untrained, seed {args.seed}"
     manifest = checkpoint / MANIFEST_NAME
@@ -134,7 +133,7 @@ def _adapter_checksum(args: NeoXArgs) -> str | None:
 
 
 def _next(inputs: Iterator[EncodedInput | BadText]) -> list[EncodedInput | BadText]:
-    """The next window, at least one record if there is any."""
+    """The next window of records, empty at the end."""
     window: list[EncodedInput | BadText] = []
     held = 0
     while len(window) < WINDOW and held < WINDOW_BYTES:
@@ -149,7 +148,7 @@ def _next(inputs: Iterator[EncodedInput | BadText]) -> list[EncodedInput | BadTe
 def _embed_window(
     model: DrivenModel, wanted: WantedVectors, file: VectorFile, window: list[EncodedInput | BadText]
 ) -> None:
-    """Records up to the end of a window; those of similar length are read together, whatever their order."""
+    """Embed and write the records of a window; inputs of similar length run together, whatever their order."""
     start, keys, progress = time.perf_counter(), model.args.embed, file.progress
     for bad in (one for one in window if isinstance(one, BadText)):
         if keys.on_bad_record == "stop":
@@ -179,6 +178,6 @@ def _embed_window(
 
 
 def unit_vectors(vectors: np.ndarray) -> np.ndarray:
-    """Vectors along the last axis scaled to length 1; one of zeros stays as it is."""
+    """Scale vectors along the last axis to length 1; zero vectors stay zero."""
     length = np.linalg.norm(vectors, axis=-1, keepdims=True)
     return vectors / np.where(length > 0, length, 1)

@@ -1,4 +1,4 @@
-"""Texts of a file as token ids, one after another; unusable records are named and counted, never dropped silently."""
+"""Reads the texts of a file as token ids; unusable records are named and counted, never dropped silently."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron.neox_arguments.keys.embeddings import EmbedKeys
 
 @dataclass(frozen=True)
 class EncodedInput:
-    """An id, and the model's input: tokens with the begin-of-text token, or patches; `cut`: the input was truncated."""
+    """An id and the model's input: tokens with the begin-of-text token, or patches; `cut` if it was truncated."""
 
     id: str | int
     values: np.ndarray
@@ -26,8 +26,7 @@ class EncodedInput:
 
 @dataclass(frozen=True)
 class BadText:
-    """A record without a usable text: its location and the problem, which is also given as a short rule for
-    counting."""
+    """A record without a usable text: `message` has location and problem, `rule` is a short name for counting."""
 
     message: str
     rule: str
@@ -41,7 +40,7 @@ class TextReader:
         self.path, self._keys, self._encoder, self._longest = Path(keys.input), keys, encoder, longest
 
     def read(self, start: int) -> Iterator[EncodedInput | BadText]:
-        """One for each record from number `start` on, in the file's order. Raises TextError if it cannot be read."""
+        """One item per record from number `start` on, in file order. Raises TextError if the file cannot be read."""
         for number, (where, record) in enumerate(read_records(self.path, self._columns)):
             if number >= start:
                 yield self._encode(number, where, record)

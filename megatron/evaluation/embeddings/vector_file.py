@@ -1,11 +1,11 @@
-"""The growing file of vectors: if killed at any moment, it is continued from the end of the last complete window.
+"""The growing file of vectors: a run killed at any moment resumes from the end of the last complete window.
 
-    vectors.npy.partial             an .npy file with room for its header, rows of one size
-    vectors.npy.partial.ids.jsonl   a line for each row
-    vectors.npy.partial.json        the journal: of what it is, and how far
+    vectors.npy.partial             an .npy file with space for its header, then rows of fixed size
+    vectors.npy.partial.ids.jsonl   a line per row
+    vectors.npy.partial.json        the journal: identity of the job, and progress
 
-The journal is replaced after rows and ids have been synced; anything after that point is written again. At the end the
-ids and the report are renamed first, and the vectors last: a file of vectors is either complete or absent.
+The journal is replaced after rows and ids have been synced; anything beyond it is written again. At the end the ids and
+the report get their final names first, and the vectors last: a file of vectors is either complete or absent.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy as np
 from megatron.common.atomic_files import replacing, sync_file, sync_folder, write_text
 from megatron.common.errors import UserError
 
-_COPIED_BYTES = 1 << 24  # at a time, from rows into Parquet
+_COPIED_BYTES = 1 << 24  # bytes copied to Parquet at a time
 
 
 @dataclass
@@ -41,10 +41,11 @@ class WrittenSoFar:
 
 
 class VectorFile:
-    """fp32 [rows, width...] with an id each. `identity` is what all rows have in common: another one is refused."""
+    """fp32 rows [h], or [layers, h] for several layers, each with an id. `identity` is what all rows share: a partial
+    file with a different one is refused."""
 
     def __init__(self, path: Path, layers: Sequence[int], hidden_size: int, identity: dict[str, Any]) -> None:
-        """Start a file or continue one. Raises UserError if it is already complete, or belongs to a different job."""
+        """Start or resume a file. Raises UserError if it is already complete, or belongs to a different job."""
         self.path, self.layers, self.identity = path, tuple(layers), identity
         self._row_shape = (hidden_size,) if len(self.layers) == 1 else (len(self.layers), hidden_size)
         self._row_bytes = 4 * len(self.layers) * hidden_size
@@ -54,10 +55,10 @@ class VectorFile:
         if path.exists():
             raise UserError(f"embed.output {path} already exists and is complete; remove it, or give another name")
         self.progress = self._read_journal()
-        self._rows_file: BinaryIO | None = None  # opened with the first row
+        self._rows_file: BinaryIO | None = None  # opened for the first row
 
     def _open(self) -> BinaryIO:
-        """The file of rows and that of ids, cut to where the journal says that they are whole."""
+        """Open the files of rows and ids, truncated to the length in the journal; returns the file of rows."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             rows = self.partial.open("r+b" if self.partial.exists() else "w+b")
@@ -89,23 +90,24 @@ class VectorFile:
         return progress
 
     def _header(self, rows: int) -> bytes:
-        """Of the same length for any number of rows."""
+        """The .npy header, of the same length for any number of rows."""
         header = io.BytesIO()
         shape = (rows, *self._row_shape)
         np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": shape})
         return header.getvalue()
 
     def put(self, row: int, vectors: np.ndarray) -> None:
-        """Write the vectors [layers, h] of a row of the window that is under way."""
+        """Write the vectors [layers, h] of one row of the current window."""
         if self._rows_file is None:
             self._rows_file = self._open()
         self._rows_file.seek(len(self._header(0)) + row * self._row_bytes)
         self._rows_file.write(np.ascontiguousarray(vectors, dtype="<f4").tobytes())
 
     def end_window(self, ids: Sequence[dict[str, Any]]) -> None:
-        """All rows up to `progress.rows` have been put; `ids` are the lines of the new ones."""
+        """Sync rows and ids, then the journal; all rows up to `progress.rows` must have been put. `ids` has a line per
+        new row."""
         if self._rows_file is None:
-            return  # no record so far had a text: nothing is lost if they are read again
+            return  # no usable record so far: nothing is lost if they are read again
         for line in ids:
             self._id_file.write(json.dumps(line).encode() + b"\n")
         for file in (self._rows_file, self._id_file):
@@ -123,7 +125,7 @@ class VectorFile:
         return self.path.with_suffix(".report.json")
 
     def finish(self, report: dict[str, Any]) -> list[Path]:
-        """Give everything its name; the paths of what is there then."""
+        """Write the header and the report and give all files their final names; returns their paths."""
         rows = self._rows_file or self._open()
         rows.seek(0)
         rows.write(self._header(self.progress.rows))
@@ -145,7 +147,7 @@ class VectorFile:
         return written
 
     def _write_parquet(self) -> None:
-        """Columns `id`, `tokens`, `cut`, and a `layer_N` of fixed-size lists for each layer."""
+        """Write columns `id`, `tokens`, `cut`, and for each layer a `layer_N` of fixed-size lists."""
         import pyarrow as arrow
         import pyarrow.parquet as parquet
 

@@ -1,4 +1,4 @@
-"""Ask a model every question, by one of three methods."""
+"""Asks a model every question, by one of three methods: letter probabilities, text probabilities, generated text."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from megatron.evaluation.scoring import Pair
 from megatron.neox_arguments import NeoXArgs
 from megatron.tokenizer.conversation import THINK_CLOSING, THINK_END
 
-MAX_THINKING_TOKENS = 2048  # where the configuration has no limit
+MAX_THINKING_TOKENS = 2048  # if the configuration sets no limit
 
 
 def ask_all(model: DrivenModel, writer: PromptWriter, items: Sequence[Item]) -> list[ItemResult]:
-    """Every item with its answer. Raises UserError if a prompt does not fit into `seq_length`; nothing is truncated."""
+    """Ask every item; results in that order. UserError if a prompt exceeds `seq_length`: nothing is truncated."""
     keys = writer.keys
     questions = [question for item in items for question in orders_of(item, keys.cyclic_orders)]
     if keys.method == "generate":
@@ -48,7 +48,7 @@ def _result(item: Item, asked: Sequence[Asked]) -> ItemResult:
 
 
 def ask_by_scores(model: DrivenModel, writer: PromptWriter, questions: Sequence[Question]) -> list[Asked]:
-    """By the probability of each letter, or of each option's text."""
+    """Choose by the probability of each letter, or of each option's text."""
     by_letter = writer.keys.method == "letter"
     pairs = [writer.letters(question) if by_letter else writer.texts(question) for question in questions]
     alone = [] if by_letter else [writer.texts_alone(question) for question in questions]
@@ -78,7 +78,7 @@ def ask_by_scores(model: DrivenModel, writer: PromptWriter, questions: Sequence[
 
 
 def calibrated(asked: Asked) -> tuple[float, ...]:
-    """Log-probability of each text minus that after an empty question, by letter."""
+    """By letter: log-probability of each option's text, minus the same after an empty question."""
     return tuple(told - alone for told, alone in zip(asked.sums, asked.alone, strict=True))
 
 
@@ -103,7 +103,7 @@ class _Text:
 
 
 def ask_by_text(model: DrivenModel, writer: PromptWriter, questions: Sequence[Question]) -> list[Asked]:
-    """By a generated answer. A model that thinks beyond its budget has `</think>` written for it, and then answers."""
+    """Choose by a generated answer. If a model thinks beyond its budget, `</think>` is appended and it then answers."""
     keys, encoder = writer.keys, writer.encoder
     texts = [_Text(writer.prompt(question)) for question in questions]
     longest_trace = model.args.max_thinking_tokens or MAX_THINKING_TOKENS
@@ -143,7 +143,7 @@ def _parsed(writer: PromptWriter, question: Question, text: _Text) -> Asked:
     given = writer.keys.prefill or ""
     stripped = without_thinking(said) if text.thinking else given + said
     if writer.plain:
-        stripped = f"Answer:{stripped}"  # the prompt's last word belongs to what is read
+        stripped = f"Answer:{stripped}"  # parsed together with the prompt's last word
     found = parse_answer(stripped, question.item.letters, question.options)
     return Asked(
         order=question.order,

@@ -1,7 +1,7 @@
-"""Questions and options from JSONL, CSV or Parquet; unusable rows are named before anything runs.
+"""Reads questions and options from JSONL, CSV or Parquet; unusable rows are named before anything runs.
 
-AstroMLab-1's format has the columns question, A, B, C, D, and answer if it is not withheld. `options` may also be one
-column that holds a list. The answer is a letter, an index from 0, or the option's text.
+AstroMLab-1's format has the columns question, A, B, C, D, and answer unless it is withheld. The options may also be one
+column with a list. The answer is a letter, an index from 0, or the option's text.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class ItemError(UserError, ValueError):
 
 @dataclass(frozen=True)
 class Item:
-    """One question. `answer` is the index of the right option, None where it is withheld."""
+    """One question. `answer` is the index of the right option, None if it is withheld."""
 
     number: int
     question: str
@@ -41,7 +41,7 @@ class Item:
 
 
 def read_items(path: str | Path, keys: McqKeys) -> list[Item]:
-    """All items of a file, numbered from 0. Raises ItemError for a row that is not a question with options."""
+    """Read all items of a file, numbered from 0. Raises ItemError if any row is not a question with options."""
     rows = _rows(Path(path))
     if not rows:
         raise ItemError(f"{path} has no questions")
@@ -94,7 +94,7 @@ def _json_lines(path: Path) -> Iterable[dict[str, Any]]:
 
 
 def csv_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows by the names in the header. Raises ItemError, OSError, csv.Error and UnicodeDecodeError."""
+    """Rows as dicts by the names in the header. Raises ItemError, OSError, csv.Error and UnicodeDecodeError."""
     rows = []
     with path.open(newline="", encoding="utf-8-sig") as file:
         for row in (reader := csv.DictReader(file, strict=True)):

@@ -1,4 +1,4 @@
-"""The letter in a generated answer: from its JSON object, else from the last phrase that states an answer."""
+"""Parses the letter of a generated answer: from a JSON object, else from the last phrase that states an answer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron.tokenizer.conversation import THINK_END
 
 @dataclass(frozen=True)
 class ParsedAnswer:
-    """The index of the chosen option and how it was found; None where it was not."""
+    """The index of the chosen option, None if there is none, and how it was found."""
 
     choice: int | None
     how: Literal["json", "regex", "unparsed"]
@@ -25,7 +25,7 @@ def without_thinking(text: str) -> str:
 
 
 def parse_answer(text: str, letters: str, options: Sequence[str]) -> ParsedAnswer:
-    """The answer in a text without its reasoning trace. The last JSON object with a usable ANSWER counts."""
+    """Parse the answer in a text without reasoning trace. The last JSON object with a usable ANSWER has priority."""
     from_json = [
         choice
         for found in _objects(text)

@@ -1,4 +1,4 @@
-"""Prompts for a question, by method and kind of prompt."""
+"""Writes the prompts of a question, by method and kind of prompt (plain text or conversation)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ASK_FOR_JSON = (
 
 @dataclass(frozen=True)
 class Question:
-    """An item in one order of its options: `order[i]` is the item's option under letter i."""
+    """An item with one order of its options: `order[i]` is the index of the item's option under letter i."""
 
     item: Item
     order: tuple[int, ...]
@@ -38,10 +38,10 @@ def orders_of(item: Item, cyclic: bool) -> list[Question]:
 
 @dataclass(frozen=True)
 class PromptWriter:
-    """Writes prompts as the keys ask for them, in conversations where the encoder has a chat format.
+    """Writes prompts according to the keys, as conversations if the encoder has a chat format.
 
-    `shots` are examples with their answers. `thinking` begins the system prompt with the line that asks for a trace or
-    for none, and where it is on the answer with <think>.
+    `shots` are examples with their answers. `thinking` True or False puts the line that asks for a reasoning trace or
+    for none at the start of the system prompt; with True the answer begins with <think>.
     """
 
     keys: McqKeys
@@ -55,25 +55,25 @@ class PromptWriter:
         return self.encoder.chat is None
 
     def letters(self, question: Question) -> list[Pair]:
-        """The prompt with each letter in turn."""
+        """The prompt paired with each letter."""
         prompt = self.prompt(question)
         space = " " if self.plain else ""  # "Answer: A", but {"ANSWER": "A
         encode = self.encoder.tokenizer.encode
         return [Pair(prompt, tuple(encode(space + letter))) for letter in question.item.letters]
 
     def texts(self, question: Question) -> list[Pair]:
-        """The prompt with each option's text in turn."""
+        """The prompt paired with each option's text."""
         prompt = self.prompt(question)
         space = " " if self.plain else ""
         return [Pair(prompt, tuple(self.encoder.tokenizer.encode(space + option))) for option in question.options]
 
     def texts_alone(self, question: Question) -> list[Pair]:
-        """The same after an empty question: how likely the texts are by themselves."""
+        """An empty question paired with each option's text, to score how likely the texts are by themselves."""
         nothing = Question(Item(question.item.number, "", question.item.options, None), question.order)
         return self.texts(nothing)
 
     def prompt(self, question: Question) -> Ids:
-        """Everything before the answer."""
+        """Token ids of everything before the answer."""
         if self.plain:
             parts = [self.keys.instruction] if self.keys.instruction else []
             parts += [f"{self._asked(Question(shot, _given(shot)))} {self._told(shot)}" for shot in self.shots]
@@ -87,7 +87,7 @@ class PromptWriter:
         return "\n".join([*lines, "Answer:"])
 
     def _told(self, shot: Item) -> str:
-        assert shot.answer is not None  # examples are chosen so
+        assert shot.answer is not None  # examples are chosen to have answers
         return shot.options[shot.answer] if self.keys.method == "text" else shot.letters[shot.answer]
 
     def _messages(self, question: Question) -> list[Message]:
@@ -114,9 +114,9 @@ def _given(item: Item) -> tuple[int, ...]:
 
 
 def joined_differently(encoder: PromptEncoder, pair: Pair) -> bool:
-    """Whether the tokenizer would write prompt and continuation with other tokens if they were one text.
+    """Whether prompt and continuation would be tokenized differently as one text.
 
-    Such a continuation is scored as tokens that the model has not seen in this place.
+    Such a continuation is scored with tokens that the model has not seen in this position.
     """
     prompt = pair.context[len(encoder.beginning) :]
     text = encoder.tokenizer.decode(prompt) + encoder.tokenizer.decode(pair.continuation)

@@ -1,4 +1,4 @@
-"""The record of every item: one JSON line, sufficient to score it again or to compare two checkpoints."""
+"""The record of each item: one JSON line, sufficient to score it again or to compare two checkpoints."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from megatron.evaluation.multiple_choice.items import LETTERS, Item
 
 @dataclass(frozen=True)
 class Asked:
-    """An item asked once, in one order of its options: `order[i]` is the option that stood at letter i.
+    """An item asked once, with one order of its options: `order[i]` is the index of the option shown at letter i.
 
-    `choice` and `scores` are of the item's options; `continuations`, `log_probs` and `alone` go by letter.
+    `choice` and `scores` refer to the item's options; `continuations`, `log_probs` and `alone` are in order of letters.
     """
 
     order: tuple[int, ...]
@@ -26,12 +26,12 @@ class Asked:
     continuations: tuple[tuple[int, ...], ...] = ()
     log_probs: tuple[tuple[float, ...], ...] = ()
     alone: tuple[float, ...] = ()  # log-probability of each text after an empty question
-    scores: tuple[float, ...] = ()  # the deciding scores: log-probabilities, or calibrated ones if so configured
+    scores: tuple[float, ...] = ()  # the scores that decided: log-probabilities, calibrated if so configured
     generated_ids: tuple[int, ...] = ()
     generated: str = ""
     parsed_by: str = ""  # json, regex or unparsed
     thinking: str = ""  # closed by the model, or cut by the budget
-    ended: bool = True  # the text came to its own end
+    ended: bool = True  # by an end token or stop text, not at a limit
 
     @property
     def sums(self) -> tuple[float, ...]:
@@ -41,7 +41,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class ItemResult:
-    """An item, each time that it was asked, and the resulting option: None if no answer could be parsed."""
+    """An item, every time it was asked, and the resulting choice: None if no answer could be parsed."""
 
     item: Item
     asked: tuple[Asked, ...]
@@ -70,12 +70,12 @@ class ItemResult:
 
 
 def write_results(path: Path, results: Sequence[ItemResult]) -> None:
-    """One line per item, in the order of the file of questions."""
+    """Write one line per item, in the order of the file of questions."""
     write_text(path, "".join(result.to_json() + "\n" for result in results))
 
 
 def read_verdicts(path: Path) -> dict[int, bool]:
-    """Whether each item was answered rightly, by number, from a file that `write_results` has written."""
+    """Read whether each item was answered correctly, by item number, from a file written by `write_results`."""
     verdicts: dict[int, bool] = {}
     try:
         lines = path.read_text().splitlines()

@@ -18,7 +18,7 @@ from megatron.evaluation.multiple_choice.statistics import (
 
 
 def accuracy(correct: Iterable[bool]) -> dict[str, Any]:
-    """n, correct, accuracy and its 95 % Wilson interval."""
+    """Counts `n` and `correct`, `accuracy` (None without items), and its 95 % Wilson interval."""
     verdicts = list(correct)
     right, n = sum(verdicts), len(verdicts)
     return {
@@ -30,7 +30,7 @@ def accuracy(correct: Iterable[bool]) -> dict[str, Any]:
 
 
 def summarize(results: Sequence[ItemResult]) -> dict[str, Any]:
-    """All numbers of a test. Without answers: what was chosen, and what could not be parsed."""
+    """All numbers of a test. If answers are withheld, only what was chosen, and what could not be parsed."""
     asked = [one for result in results for one in result.asked]
     chosen = Counter(None if r.choice is None else LETTERS[r.choice] for r in results)
     letters = Counter(LETTERS[one.order.index(one.choice)] for one in asked if one.choice is not None)
@@ -65,7 +65,7 @@ def summarize(results: Sequence[ItemResult]) -> dict[str, Any]:
 
 
 def _best(scores: Sequence[float], order: Sequence[int]) -> int:
-    """The item's option with the highest of `scores`, which go by letter."""
+    """The item's option with the highest of `scores`, which are in order of letters."""
     return order[max(range(len(scores)), key=scores.__getitem__)]
 
 
@@ -79,7 +79,7 @@ def _confidences(results: Sequence[ItemResult]) -> tuple[list[float], list[bool]
 
 
 def _orders(results: Sequence[ItemResult]) -> dict[str, Any]:
-    """Accuracy in each cyclic order, and how many items get the same answer in all of them."""
+    """Accuracy in each cyclic order, and the number of items with the same answer in all of them."""
     most = max(len(result.asked) for result in results)
     by_shift = [
         accuracy(r.asked[shift].choice == r.item.answer for r in results if shift < len(r.asked))
@@ -102,7 +102,7 @@ def comparison_facts(comparison: PairedComparison) -> dict[str, Any]:
 
 
 def lines_of(summary: dict[str, Any]) -> list[str]:
-    """A summary as printed."""
+    """The lines in which a summary is printed."""
     lines = []
     if "accuracy" in summary:
         lines.append(f"accuracy {share_text(summary)}")
@@ -134,6 +134,6 @@ def lines_of(summary: dict[str, Any]) -> list[str]:
 
 
 def share_text(one: dict[str, Any]) -> str:
-    """`86.2 % (3814 of 4425), 95 % 85.1 to 87.2` of what `accuracy` gives."""
+    """The result of `accuracy` as text: `86.2 % (3814 of 4425), 95 % 85.1 to 87.2`."""
     low, high = one["wilson_95"]
     return f"{100 * one['accuracy']:.1f} % ({one['correct']} of {one['n']}), 95 % {100 * low:.1f} to {100 * high:.1f}"

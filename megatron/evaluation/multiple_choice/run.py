@@ -1,4 +1,4 @@
-"""`mcq.py`: from a checkpoint and a file of questions to a folder of results."""
+"""`mcq.py`: asks a checkpoint a file of questions and writes a folder of results."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from megatron.neox_arguments.keys.evaluation import McqKeys
 
 
 def answer_questions(args: NeoXArgs) -> None:
-    """Ask every question and write items.jsonl, summary.json and, where answers are withheld, submission.csv."""
+    """Ask every question and write items.jsonl, summary.json and, if answers are withheld, submission.csv."""
     with_checkpoint(args, ask_and_write)
 
 
@@ -72,7 +72,7 @@ def ask_and_write(model: DrivenModel, checkpoint: Path) -> dict[str, Any]:
 
 
 def submission(results: Sequence[ItemResult]) -> str:
-    """A CSV with one letter a row, in the order of the questions; empty where no answer could be read."""
+    """A CSV with one letter per row, in the order of the questions; empty if no answer could be parsed."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["id", "answer"])
@@ -89,7 +89,7 @@ def _make(folder: Path) -> None:
 
 
 def _shots(keys: McqKeys, items: Sequence[Item]) -> list[Item]:
-    """The first items of `shots_file` that have answers and are not asked."""
+    """The first `shots` items of `shots_file` that have answers and are not among the asked `items`."""
     if keys.shots_file is None:
         return []
     asked = {item.question for item in items}
@@ -118,7 +118,7 @@ def _verdicts_before(keys: McqKeys, items: Sequence[Item]) -> dict[int, bool] | 
 
 
 def _joined_differently(writer: PromptWriter, results: Sequence[ItemResult]) -> int:
-    """How many continuations the tokenizer would not have split from their prompts there."""
+    """Number of continuations that would be tokenized differently together with their prompts."""
     pairs = (Pair(one.prompt_ids, ids) for result in results for one in result.asked for ids in one.continuations)
     return sum(joined_differently(writer.encoder, pair) for pair in pairs)
 
@@ -128,7 +128,7 @@ def _print(summary: dict[str, Any], folder: Path, withheld: bool) -> None:
     if summary["joined_differently"]:
         print(
             f"warning: {summary['joined_differently']} continuations would be other tokens if they were one text with "
-            f"their prompt; their scores are of tokens that the model has not seen there"
+            f"their prompt; the scored tokens are ones that the model has not seen in that position"
         )
     print(f"{summary['tokens']} tokens in {summary['seconds']:.1f} s")
     names = "items.jsonl, summary.json" + (", submission.csv" if withheld else "")

@@ -1,4 +1,4 @@
-"""Uncertainty of a score, and whether two checkpoints differ."""
+"""Statistics of scores: their uncertainty, and tests of whether two checkpoints differ."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ CALIBRATION_BINS = 10
 
 
 def wilson_interval(correct: int, n: int, z: float = Z95) -> tuple[float, float]:
-    """Wilson's score interval of a share (Wilson 1927); (0, 1) without observations."""
+    """Wilson's score interval of a proportion (Wilson 1927); (0, 1) without observations."""
     if n == 0:
         return 0.0, 1.0
     share = correct / n
@@ -28,7 +28,7 @@ def mcnemar_exact(gained: int, lost: int) -> float:
 
 
 def calibration_error(confidences: Sequence[float], correct: Sequence[bool]) -> float:
-    """Expected calibration error: |accuracy - mean confidence| by bins of equal width, weighted by their items."""
+    """Expected calibration error: mean of |accuracy - mean confidence| over equal-width bins, weighted by items."""
     bins: dict[int, list[tuple[float, bool]]] = {}
     for confidence, right in zip(confidences, correct, strict=True):
         bins.setdefault(min(int(confidence * CALIBRATION_BINS), CALIBRATION_BINS - 1), []).append((confidence, right))
@@ -37,7 +37,7 @@ def calibration_error(confidences: Sequence[float], correct: Sequence[bool]) -> 
 
 
 def softmax(scores: Sequence[float]) -> list[float]:
-    """Probabilities of options from their log-probabilities."""
+    """Normalized probabilities of options from their log-probabilities."""
     highest = max(scores)
     weights = [math.exp(score - highest) for score in scores]
     return [weight / sum(weights) for weight in weights]
@@ -59,12 +59,12 @@ class PairedComparison:
 
     @property
     def negative_flip_rate(self) -> float:
-        """Share of the items that were right before and are wrong now."""
+        """Fraction of all items that were right before and are wrong now."""
         return self.lost / self.n
 
 
 def compare_paired(before: Sequence[bool], after: Sequence[bool]) -> PairedComparison:
-    """Compare what two checkpoints got right, item by item."""
+    """Compare two checkpoints item by item, from whether each item was answered correctly."""
     pairs = list(zip(before, after, strict=True))
     return PairedComparison(
         n=len(pairs),
