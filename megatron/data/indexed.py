@@ -1,13 +1,13 @@
-"""The `.bin/.idx` pair of Megatron, GPT-NeoX and megatron-core: tokens of all documents, and where each one lies.
+"""The `.bin/.idx` pair of Megatron, GPT-NeoX and megatron-core: tokens of all documents, and where each document lies.
 
 `.bin` is nothing but tokens. `.idx` is, little-endian: `MMIDIDX\\0\\0`, version 1 (u64), dtype code (u8), number of
 sequences n (u64), number of document marks d (u64), sizes (int32[n]), byte offsets (int64[n]), document marks
 (int64[d]). As in GPT-NeoX one sequence is one document here and the marks are 0..n.
 
-Reading and writing do not use megatron-core's classes (with which the tests compare them) for three
-reasons. The data commands start in a fifth of a second instead of the four that importing megatron-core takes. Its
-builder keeps every document's length as a Python object and cannot go on after a kill; this writer's memory does not
-grow. Its reader says little about a truncated file; this one names what is wrong before the first token is read.
+Reading and writing do not use megatron-core's classes (with which the tests compare them) for three reasons. Importing
+megatron-core takes four seconds, and the data commands start in a fifth of a second. Its builder keeps every document's
+length as a Python object and cannot resume after a kill; this writer's memory does not grow. Its reader says little
+about a truncated file; this one names the fault before the first token is read.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class IndexedFile:
     """Read access to one pair. `sizes[i]` is the number of tokens of document i."""
 
     def __init__(self, prefix: str | Path) -> None:
-        """Raises DataError for a missing, truncated or foreign file. Costs no reading beyond the header."""
+        """Raises DataError for a missing, truncated or foreign file. Reads little more than the header."""
         self.prefix = str(prefix)
         idx, binary = idx_path(prefix), bin_path(prefix)
         for path in (idx, binary):
@@ -133,7 +133,7 @@ def open_indexed(prefix: str) -> IndexedFile:
 
 
 class IndexedWriter:
-    """Appends documents to `{path}.bin` and their sizes to `{path}.sizes`; `finish` makes the index of them.
+    """Appends documents to `{path}.bin` and their sizes to `{path}.sizes`; `finish` builds the index from them.
 
     Both files only ever grow, so that after a kill they can be cut back to a known length and continued:
     `IndexedWriter(path, dtype, resume=(bytes, documents))`.
@@ -166,7 +166,7 @@ class IndexedWriter:
         self.documents += len(sizes)
 
     def fileno(self) -> int:
-        """The open `.bin`."""
+        """File descriptor of the open `.bin`."""
         return self._bin_file.fileno()
 
     def add(self, tokens: NDArray[np.integer]) -> None:
@@ -174,7 +174,7 @@ class IndexedWriter:
         self.append(tokens.astype(self.dtype).tobytes(), np.array([len(tokens)], np.int32))
 
     def sync(self) -> None:
-        """Everything appended so far is on the disk when this returns."""
+        """Flush everything appended so far to the disk."""
         for file in (self._bin_file, self._sizes_file):
             file.flush()
             os.fsync(file.fileno())
