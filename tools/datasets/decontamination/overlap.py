@@ -181,7 +181,7 @@ def _searchable_texts(question: BenchmarkQuestion) -> list[tuple[int, NDArray[np
 
 
 def _rarity(questions_with_it: int, questions: int) -> float:
-    """Weight of a shingle: 1 if it occurs in one question, 0 if in all."""
+    """Weight of a shingle: 1 if it occurs in one question only, 0 if in all."""
     if questions < 2:
         return 1.0
     return math.log(questions / questions_with_it) / math.log(questions)

@@ -197,7 +197,7 @@ def preprocess_conversations(options: argparse.Namespace) -> None:
     skip_bad = options.on_bad_record == "skip"
     sources = parse_sources(options.source, skip_bad)
     tokenizer = build_tokenizer(options.tokenizer_type, options.vocab_file)
-    tokenizer.encode_arrays([""])  # what it prepares at its first use, the workers inherit
+    tokenizer.encode_arrays([""])  # lazy initialization, inherited by the workers
     arguments = _template_arguments(options.template_arguments)
     chat = load_chat(options.chat_template, tokenizer, arguments)
     dtype = token_dtype(tokenizer.vocab_size)
