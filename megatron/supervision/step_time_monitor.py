@@ -31,7 +31,7 @@ class StepTimes:
         self._told = 1.0  # the last growth reported
 
     def add(self, iteration: int, times: Times) -> list[str]:
-        """`times` of the step that ended with `iteration`."""
+        """Add the `times` of the step that ended with `iteration`; returns lines to report."""
         lines = self._at_most_one(iteration, self._slow(iteration, times)) + self._creeping(iteration, times)
         self._recent.append(times)
         return lines
