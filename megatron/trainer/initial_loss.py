@@ -46,7 +46,7 @@ def check_initial_loss(loss: float, args: NeoXArgs, of_the_mean: float | None = 
 
 
 def loss_of_predicting_the_mean(args: NeoXArgs, batch: StepBatch, place: Place) -> float:
-    """Over the learned patches of the global batch. Collective."""
+    """Huber loss of predicting the mean value, over the learned patches of the global batch. Collective."""
     assert args.patches is not None
     scale, total = PatchScale(args.patches), torch.zeros((), dtype=torch.float64, device=place.device)
     if place.counts_tokens:

@@ -92,7 +92,7 @@ class Metrics:
             self.record(iteration, {f"timers/{phase}": seconds for phase, (seconds, _) in slowest.items()})
 
     def start_clock(self, counters: Counters | None = None) -> None:
-        """The first step begins now; `counters` are the engine's."""
+        """Start timing: the first step begins now; `counters` are the engine's."""
         self._counted = counters or Counters()
         self._interval_start = time.perf_counter()
 
