@@ -37,7 +37,7 @@ class StartChoice:
 
 
 def choose_start(args: NeoXArgs, env: Mapping[str, str] = os.environ) -> StartChoice | None:
-    """Choose where to start; None: from scratch. CheckpointError if a run in `save` has no such `iteration`."""
+    """Choose where to start; None: from scratch. CheckpointError if the run in `save` lacks `iteration`."""
     if args.lora is not None:
         return _beside_a_base(args, env)
     restored: Restored = "weights" if args.finetune else "weights and position" if args.no_load_optim else "everything"

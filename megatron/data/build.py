@@ -73,7 +73,7 @@ def build_datasets(
 ) -> Datasets:
     """Open, check and index all data of a run. Without `tokenizer`, that of `vocab_file` is loaded.
 
-    The training order is long enough both from its beginning and from the current position, with the samples left out:
+    The training order is long enough from its beginning and from the current position, samples to leave out included:
     `consumed_samples` after `iteration` steps may exceed what the configuration implies, if samples were left out or
     the batch was larger before. A longer order begins like a shorter one.
 
