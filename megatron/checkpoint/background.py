@@ -148,7 +148,7 @@ class BackgroundSaver:
     def _say_saved(self, flight: _Flight) -> None:
         self.completed = flight.writer.state.iteration
         logger.info(
-            f"saved {flight.writer.final}: training waited {flight.blocked:.2f} s, written beside it in "
+            f"saved {flight.writer.final}: training waited {flight.blocked:.2f} s, written in the background in "
             f"{time.perf_counter() - flight.begun:.1f} s"
         )
 

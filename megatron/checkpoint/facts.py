@@ -129,8 +129,8 @@ def check_kind(folder: Path, provenance: Mapping[str, Any], args: NeoXArgs, *, i
     if changed:
         shown = "; ".join(f"lora.{name}: {_shown(old)} in it, {_shown(new)} here" for name, old, new in changed)
         raise CheckpointError(
-            f"{folder} holds another adapter than the configuration describes: {shown}. Correct the configuration, or "
-            f"give another save folder"
+            f"{folder} holds a different adapter from the one in the configuration: {shown}. Correct the "
+            f"configuration, or give another save folder"
         )
 
 
@@ -214,7 +214,7 @@ def check_model(folder: Path, recorded: Mapping[str, Any], args: NeoXArgs) -> No
     ]
     names = ", ".join(name for name, _, _ in changed)
     raise CheckpointError(
-        f"{folder} holds another model than the configuration describes:\n" + "\n".join(lines) + "\n"
+        f"{folder} holds a different model from the one in the configuration:\n" + "\n".join(lines) + "\n"
         f"correct the configuration; if the change is meant (a longer context, for instance), "
         f"--allow_model_changes [{names}] trains the weights with the new value"
     )

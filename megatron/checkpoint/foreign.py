@@ -15,7 +15,7 @@ _KINDS = (
     (
         r"zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt",
         "a DeepSpeed ZeRO-3 checkpoint, as the Hugging Face Trainer writes it",
-        "its weights lie in pieces; join them with the zero_to_fp32.py beside it, copy config.json and the tokenizer "
+        "its weights are sharded; join them with the zero_to_fp32.py beside it, copy config.json and the tokenizer "
         "there, then " + _TO_NEOX.replace("{folder}", "THAT_FOLDER").replace("convert it", "convert them"),
     ),
     (

@@ -168,7 +168,7 @@ def _load_given_adapter(ranks: RankGroup, engine: Engine, args: NeoXArgs, finger
     if named is not None and named != fingerprint:
         logger.warning(
             f"{folder} was trained beside other weights (fingerprint {named}) than load: {args.load} holds "
-            f"({fingerprint}); it changes them all the same"
+            f"({fingerprint}); it is applied to them all the same"
         )
     logger.info(f"loaded the adapter in {folder}")
 

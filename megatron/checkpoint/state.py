@@ -86,4 +86,4 @@ def rng_from_bytes(data: bytes) -> dict[str, Any]:
                 state[key] = torch.frombuffer(bytearray.fromhex(body[key]), dtype=torch.uint8)
         return state
     except (KeyError, TypeError, UnicodeDecodeError) as error:
-        raise ValueError(f"these are no random states: {error}") from error
+        raise ValueError(f"these are not random states: {error}") from error

@@ -74,7 +74,7 @@ def tensor_of_parameter(name: str, where: str) -> tuple[int, str]:
         return int(match[1]), match[2]
     if match := _TIED.fullmatch(name):
         return EMBEDDING_INDEX, match[1]
-    raise CheckpointError(f"{where} holds a parameter {name!r}, which is of no layer")
+    raise CheckpointError(f"{where} holds a parameter {name!r}, which belongs to no layer")
 
 
 def describe(

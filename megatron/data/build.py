@@ -120,7 +120,7 @@ def _text_opener(
     headers = {prefix: read_header(prefix) for prefix in sorted({part.prefix for part in used})}
     for prefix, header in headers.items():
         if open_indexed(prefix).dtype.kind == "f":
-            raise DataError(f"{prefix} holds {open_indexed(prefix).dtype} values, which are no tokens")
+            raise DataError(f"{prefix} holds {open_indexed(prefix).dtype} values, which are not tokens")
         if header is None:
             notes.append(f"{prefix}: no header beside the index, its tokenizer cannot be checked")
             if reads_ids:

@@ -77,7 +77,7 @@ class WholeDocuments(TokenSource):
                 f"longer than a sample of {self.form.seq_length} tokens and cut (allow_chopped: true)",
             ),
             ("silent", "silent_tokens", "left out: no target in them, nothing to learn"),
-            ("short", "short_tokens", "left out: of less than two tokens"),
+            ("short", "short_tokens", "left out: fewer than two tokens"),
         ):
             if counts[number]:
                 what = "documents and pieces" if number == "silent" and counts["cut"] else "documents"

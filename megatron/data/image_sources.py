@@ -34,7 +34,7 @@ class ImageSource(SampleSource):
         self._start, stop = documents or (0, len(self._file))
         self._count = stop - self._start
         if self._count < 1:
-            raise DataError(f"{prefix}: images {self._start} to {stop} are none; nothing can be learned from them")
+            raise DataError(f"{prefix}: there are no images {self._start} to {stop}; nothing can be learned")
         self._seed = seed
         self._length = self._count if samples is None else samples
         self.samples_per_epoch = self._count

@@ -77,7 +77,7 @@ class IndexedFile:
         if magic != MAGIC or version != 1:
             raise DataError(f"{idx}: not an index of the mmap format (data_impl: mmap), it begins {head[:9]!r}")
         if code not in CODES:
-            raise DataError(f"{idx}: dtype code {code} is of no use here; expected one of {sorted(CODES)}")
+            raise DataError(f"{idx}: dtype code {code} is not supported; expected one of {sorted(CODES)}")
         self.dtype = np.dtype(CODES[code])
         expected = HEADER.size + 12 * self.documents + 8 * marks
         if idx.stat().st_size != expected:

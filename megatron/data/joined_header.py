@@ -50,7 +50,7 @@ _SUMS = ("documents", "tokens", "input_bytes", "empty", "skipped")
 
 
 def _unlike(has: str, has_not: str, what: str) -> str:
-    return f"{has} has {what} and {has_not} has not: they do not belong into one file; preprocess them alike"
+    return f"{has} has {what} but {has_not} does not: they do not belong in one file; preprocess them alike"
 
 
 def _chat_of(header: DataHeader) -> tuple[str, str] | None:

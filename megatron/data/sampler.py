@@ -38,7 +38,7 @@ class MicroBatches:
         if not 0 <= dp_rank < dp_size or micro_batch < 1 or accumulation < 1 or consumed_samples < 0:
             raise ValueError(
                 f"micro_batch {micro_batch}, rank {dp_rank} of {dp_size}, accumulation {accumulation}, "
-                f"consumed_samples {consumed_samples} make no sense together"
+                f"consumed_samples {consumed_samples} do not fit together"
             )
         self.dataset, self.micro_batch, self.accumulation = dataset, micro_batch, accumulation
         self.dp_rank, self.dp_size = dp_rank, dp_size

@@ -62,7 +62,7 @@ def refuse_outside(prefix: str, least: int, most: int, document: int, vocab_size
             f"(vocab_size {vocab_size}). Preprocess the data with the model's tokenizer, or correct vocab_size"
         )
     if least < 0 and not labels:
-        raise DataError(f"{prefix}: token id {least}, which is negative; the file is damaged or no token file")
+        raise DataError(f"{prefix}: token id {least}, which is negative; the file is damaged or not a token file")
 
 
 def refuse_special_outside(tokenizer: Tokenizer, vocab_size: int) -> None:

@@ -37,7 +37,7 @@ def check_initial_loss(loss: float, args: NeoXArgs, of_the_mean: float | None = 
     if loss <= limit:
         return
     raise SuspiciousLossError(
-        f"the first loss of this continued run is {loss:.{digits}f}; a model that knows nothing has {what}, and more "
+        f"the first loss of this continued run is {loss:.{digits}f}; an untrained model has {what}, and more "
         f"than {limit:.{digits}f} is not a trained Llama. "
         f"Likely: a checkpoint converted with another packing, {likely}. "
         "Compare it with its source: python tools/convert_hf verify HF_DIR NEOX_DIR (--forward, for text). "

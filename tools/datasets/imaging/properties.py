@@ -38,7 +38,7 @@ def write_properties(
     try:
         schema = pyarrow.unify_schemas(list(schemas.values()))
     except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
-        raise DataError(f"the properties of the inputs do not go together: {error}") from error
+        raise DataError(f"the properties of the inputs do not match: {error}") from error
     with pyarrow.parquet.ParquetWriter(path, schema) as writer:
         for number in used:
             rows = np.array(kept[kept[:, 0] == number, 1])

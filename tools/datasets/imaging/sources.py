@@ -106,7 +106,7 @@ class Archive:
                 with archive.open(member) as file:
                     shape, fortran, dtype = _array_header(file)
                     if member == "images.npy" and fortran:
-                        raise DataError(f"{self.path}: images are stored column by column; save them in C order")
+                        raise DataError(f"{self.path}: images are stored in Fortran order; save them in C order")
                     found[member.removesuffix(".npy")] = (shape, dtype)
         shape = found.get("images", ((), None))[0]
         if len(shape) not in (3, 4):
@@ -205,7 +205,7 @@ def _of(path: Path, below: Path | None, shard: Callable[[Path], ImageSourceFiles
         name = path.relative_to(below) if below is not None else Path(path.name)
         return LooseFiles([path], [_without_ending(name)])
     raise DataError(
-        f"--input {path}: no kind of image file that is known; expected {', '.join(PICTURES)}, FITS, .npz or .parquet"
+        f"--input {path}: unknown kind of image file; expected {', '.join(PICTURES)}, FITS, .npz or .parquet"
     )
 
 
