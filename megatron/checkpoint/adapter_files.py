@@ -1,7 +1,7 @@
 """The adapter of a checkpoint: a peft folder, with whole tensors in one file that all ranks write into.
 
 The offset of each tensor follows from the configuration, so ranks write their parts without communicating, and any
-layout reads its own parts by slicing. Rank 0 first fills the file with 0xFF bytes, which are NaN in every precision: a
+layout reads its parts by slicing. Rank 0 first fills the file with 0xFF bytes, which are NaN in every precision: a
 part that no rank wrote is found when the file is read back.
 """
 

@@ -175,7 +175,7 @@ _STAND_INS = (
 
 
 def _place(value: Any) -> StoredTensor | None:
-    """Where in the file the data of a tensor lies that was read in FakeTensorMode; None if it is not contiguous."""
+    """File location of a tensor that was read in FakeTensorMode; None if it is no contiguous tensor."""
     if not isinstance(value, Tensor) or not value.is_contiguous():
         return None
     storage = value.untyped_storage()._checkpoint_offset

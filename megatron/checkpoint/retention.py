@@ -28,8 +28,8 @@ def apply_retention(
 ) -> None:
     """Delete old checkpoints and optimizer states, once the checkpoint of `iteration` is complete. None keeps all.
 
-    Only complete checkpoints count, and only they are deleted: a damaged one must not push out a good one. That of step
-    `started_from`, from which the run resumed, stays whole as long as the run continues.
+    Only complete checkpoints count, and only they are deleted: a damaged one must not push out a good one. The one of
+    step `started_from`, from which the run resumed, stays whole as long as the run continues.
     """
     if keep_last_n is None and keep_optimizer_last_n is None:
         return

@@ -24,7 +24,7 @@ _REGISTRY = threading.Lock()  # torch's list of allowed classes is global, and a
 
 
 class _Sink:
-    """File object for torch.save that checksums what passes, and keeps the first error of the operating system.
+    """File object for torch.save that checksums what it writes, and keeps the first error of the operating system.
 
     torch's zip writer reports a failed write as an error about positions; the reason (no space left) is kept here.
     """

@@ -52,7 +52,7 @@ def verified(path: Path, entry: FileEntry | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def verified_tensors(path: Path, entry: FileEntry | None, stored: Mapping[str, Tensor]) -> Iterator[None]:
-    """`verified` for a layer file with mapped tensors `stored`, whose entry may have checksums of tensors alone."""
+    """`verified` for a layer file with mapped tensors `stored`, whose entry may only have checksums of tensors."""
     if entry is None or entry.checksum is not None:
         with verified(path, entry):
             yield

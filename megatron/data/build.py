@@ -158,6 +158,7 @@ def _datasets(
             f"train: {args.train_epochs:g} epochs of {epoch:,.0f} samples are {train_iters} iterations of "
             f"{args.train_batch_size}"
         )
+    # Length of the order: enough from the beginning of the run, and from its position.
     wanted = 0
     for iteration, consumed in ((0, 0), position):
         left = max(0, (train_iters or 0) - iteration) * args.train_batch_size
@@ -173,6 +174,7 @@ def _datasets(
         else:
             blend = _blend(train_parts, weights, opener, wanted)
         notes += [f"train: {line}" for line in blend.describe()]
+    # Validation and test: one pass over each source.
     valid, test = _passes(valid_parts, opener), _passes(test_parts, opener)
     for stage, sources in (
         ("train", blend.sources if blend else []),

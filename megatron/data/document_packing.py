@@ -94,6 +94,7 @@ class WholeDocuments(TokenSource):
         start, stop = self.documents
         sizes = np.array(open_indexed(self.prefix).sizes[start:stop], np.int64)
         capacity = self.form.seq_length + 1
+        # Cut or leave out long documents, and leave out those without a target.
         document, offset, length, counts = _cut(sizes, capacity, self._chop)
         if len(document) == 0:
             raise DataError(
@@ -105,6 +106,7 @@ class WholeDocuments(TokenSource):
             document, offset, length = document[teaches], offset[teaches], length[teaches]
             if len(document) == 0:
                 raise DataError(f"{self.prefix}: labels {self.labels} have no target: nothing can be learned")
+        # Fill bins epoch by epoch until there are enough samples.
         orders: list[Integers] = []
         samples: list[Integers] = []
         bins: list[Integers] = [np.zeros(1, np.int64)]

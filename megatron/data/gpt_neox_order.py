@@ -112,7 +112,7 @@ def gpt_neox_mixture(sizes: Sequence[int], weights: Sequence[float] | None, samp
     """GPT-NeoX's order of `samples` places over sources that have `sizes` samples; without weights there is one source.
 
     Its loader reads whole global micro-batches (`global_micro` samples) and starts over at the end of the data; the
-    last sample of every source is left out there.
+    last sample of every source is left out.
     """
     readable = [max(1, size - 1) for size in sizes]
     usable = max(global_micro, sum(readable) // global_micro * global_micro)

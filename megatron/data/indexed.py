@@ -73,6 +73,7 @@ class IndexedFile:
             head = file.read(HEADER.size)
         if len(head) < HEADER.size:
             raise DataError(f"{idx}: {len(head)} bytes, shorter than an index header; preprocess the data again")
+        # The header, and the size of the index that follows from it.
         magic, version, code, self.documents, marks = HEADER.unpack(head)
         if magic != MAGIC or version != 1:
             raise DataError(f"{idx}: not an index of the mmap format (data_impl: mmap), it begins {head[:9]!r}")
@@ -92,6 +93,7 @@ class IndexedFile:
         self.sizes: NDArray[np.int32] = raw[HEADER.size :][: 4 * n].view(np.int32)
         self.offsets: NDArray[np.int64] = raw[HEADER.size + 4 * n :][: 8 * n].view(np.int64)
         self.num_tokens = int(self.offsets[-1]) // self.dtype.itemsize + int(self.sizes[-1])
+        # The index determines the size of the token file.
         size = binary.stat().st_size
         if size != self.num_tokens * self.dtype.itemsize:
             raise DataError(

@@ -128,6 +128,7 @@ class Metrics:
         }
         if result.loss_scale is not None:
             values |= {"train/loss_scale": result.loss_scale, "train/overflow_steps": counters.overflows}
+        # At the end of an interval: its mean step time, speed and the console line.
         if iteration % self.args.log_interval == 0 or iteration == self.train_iters:
             seconds = (time.perf_counter() - self._interval_start) / self._interval_iterations
             tokens_per_second = self.args.train_batch_size * self.args.seq_length / seconds

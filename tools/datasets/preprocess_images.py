@@ -82,6 +82,7 @@ def import_images(options: argparse.Namespace) -> None:
     bands = options.bands or (["r", "g", "b"] if count == 3 else [f"band{number}" for number in range(count)])
     if len(bands) != count:
         raise DataError(f"--bands names {len(bands)} bands, the images have {count}")
+    # A killed run is resumed only with equal settings.
     stamp = None if table is None else (str(table.path), table.path.stat().st_size, table.path.stat().st_mtime_ns)
     settings = (
         options.crop,
