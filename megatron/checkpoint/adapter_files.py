@@ -1,8 +1,8 @@
-"""The adapter of a checkpoint: a folder as peft writes it, whole tensors in one file that all ranks write into.
+"""The adapter of a checkpoint: a peft folder, with whole tensors in one file that all ranks write into.
 
-Where each tensor lies follows from the configuration, so ranks write their parts at the places of these without a word
-to each other, and any layout reads its own by slicing. Rank 0 lays the file out full of ones, which are NaN: a part
-that no rank wrote shows when it is summed.
+The offset of each tensor follows from the configuration, so ranks write their parts without communicating, and any
+layout reads its parts by slicing. Rank 0 first fills the file with 0xFF bytes, which are NaN in every precision: a
+part that no rank wrote is found when the file is read back.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class AdapterFile:
 
 
 def lay_out(folder: Path, args: NeoXArgs, base_name: str | None, fingerprint: str) -> None:
-    """Rank 0, before all write: `folder`/adapter with its configuration and the file, every element of it NaN."""
+    """Create `folder`/adapter: its configuration and a weights file full of NaN. On rank 0, before any rank writes."""
     assert args.lora is not None
     (folder / FOLDER).mkdir()
     lora = args.lora
@@ -88,7 +88,7 @@ def lay_out(folder: Path, args: NeoXArgs, base_name: str | None, fingerprint: st
 def own_factors(engine: Engine, args: NeoXArgs, fingerprint: str) -> dict[str, Any]:
     """This rank's share of the adapter: {"tensors": live tensors by peft's name, "runs": where their bytes go}.
 
-    Data-parallel ranks take the layers of their stage in turn; a factor that every rank holds is the first one's.
+    Data-parallel ranks take the factors of their stage in turn; of a replicated factor only tp_rank 0 writes its copy.
     Runs are (offset in the file, bytes) of consecutive bytes of the tensor.
     """
     place, plan = engine.place, AdapterFile.of(args, fingerprint)
@@ -110,7 +110,7 @@ def own_factors(engine: Engine, args: NeoXArgs, fingerprint: str) -> dict[str, A
 
 
 def write_factors(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a rank's share into the file that rank 0 has laid out, synced. OSError with the file's name."""
+    """Write a rank's share into the file that rank 0 has laid out, and sync it. OSError with the file's name."""
     try:
         with open(path, "r+b", buffering=0) as file:
             for key, tensor in content["tensors"].items():
@@ -131,7 +131,7 @@ def _write(descriptor: int, data: memoryview, offset: int) -> None:
 
 
 def adapter_entries(folder: Path) -> dict[str, FileEntry]:
-    """Entries of the adapter's files for the manifest, read back. CheckpointError if an element was not written."""
+    """Read the adapter's files back; returns their manifest entries. CheckpointError if an element was not written."""
     tensors = {}
     with _opened(folder / WEIGHTS_FILE) as file:
         for key in file.keys():  # noqa: SIM118  not a mapping
@@ -153,10 +153,10 @@ def adapter_entries(folder: Path) -> dict[str, FileEntry]:
 def load_adapter(
     engine: Engine, args: NeoXArgs, folder: Path, entries: Mapping[str, FileEntry] | None = None
 ) -> str | None:
-    """Fill this rank's factors from a folder of peft; returns the fingerprint of the base that it names, if it does.
+    """Fill this rank's factors from a peft folder; returns the fingerprint of its base, None if it records none.
 
-    With the `entries` of the checkpoint around it what is read is compared with its checksums. CheckpointError names
-    what does not fit. Not collective.
+    With the `entries` of the checkpoint that contains the folder, everything read is compared with its checksums.
+    CheckpointError names what does not fit. Not collective.
     """
     check_fits(read_adapter(folder), args, folder)
     found: str | None = None
@@ -176,7 +176,7 @@ def load_adapter(
 
 
 def check_fits(adapter: PeftAdapter, args: NeoXArgs, folder: Path) -> None:
-    """CheckpointError unless an adapter is the one that the configuration describes, of a model of these sizes."""
+    """Raise CheckpointError unless the adapter has the configuration's settings and the model's shapes."""
     lora = args.lora
     assert lora is not None
     says = {
@@ -200,7 +200,7 @@ def check_fits(adapter: PeftAdapter, args: NeoXArgs, folder: Path) -> None:
             if shape != expected[key]
         ]
     if wrong:
-        raise CheckpointError(f"{folder} is another adapter than the configuration describes: {first_problems(wrong)}")
+        raise CheckpointError(f"{folder} is not the adapter that the configuration describes: {first_problems(wrong)}")
 
 
 def _text(value: Any) -> str:

@@ -1,23 +1,24 @@
-"""Save beside training: copy the state to host memory, go on, and write the files from a thread of each rank.
+"""Background saves: copy the state to host memory, continue training, and write the files from a thread of each rank.
 
-A save is three jobs: all ranks write their files, then rank 0 publishes the checkpoint and thins out older ones, or
-removes the partial folder if a rank failed. Each job runs on a thread of its rank. **The threads do not communicate.**
-Whether a job is over on all ranks, and what went wrong, the main threads ask each other in `poll`, which every rank
-calls after every step: a sum over one number, only while a save is in flight. So all collectives of a rank are called
-by one thread, and in the same order on all ranks, because whether to call the next one follows from the results of
-the last: there is nothing to deadlock, with 2,048 ranks no more than with two, and no communicator but the training's.
-(A collective from the writing thread would be ordered against the training's by chance, which NCCL and RCCL do not
-allow on one communicator, and which can deadlock on two that share a GPU; a second world-wide gloo group would be a
-mesh of two million sockets.) The price: publishing begins at the end of the step in which the last file was written.
+A save is three jobs: all ranks write their files, rank 0 publishes the checkpoint, rank 0 thins out older ones; if a
+rank fails, rank 0 removes the partial folder instead. Each job runs on a thread of its rank. **The threads do not
+communicate.** Whether a job is over on all ranks, and what went wrong, the main threads find out in `poll`, which every
+rank calls after every step: an all-reduce of one number, only while a save is in flight. So all collectives of a rank
+are called by one thread, and in the same order on all ranks, because the result of each decides whether the next is
+called: nothing can deadlock, with 2,048 ranks no more than with two, and training's communicator is the only one
+needed. (A collective from the writing thread would be ordered against training's by chance, which NCCL and RCCL do not
+allow on one communicator, and which can deadlock two communicators that share a GPU; a second world-wide gloo group
+would be a mesh of two million sockets.) The cost: publishing begins at the end of the step in which the last file was
+written.
 
 A thread and not a process: forking a rank that holds GPU contexts and registered network memory is not safe, and a
-process could outlive its rank and write into the folder of the next job. Nor would it disturb less: torch writes,
-checksums and syncs with the interpreter lock released, and a loop in plain Python beside the writing of 0.5 GiB made
-1.2 to 1.3 million rounds in a second of CPU time whether a thread wrote or a process. `benchmarks/saving.py` measures
-what training loses.
+process could outlive its rank and write into the folder of the next job. Nor would it disturb training less: torch
+writes, computes checksums and syncs with the interpreter lock released, and a plain Python loop beside the writing of
+0.5 GiB made 1.2 to 1.3 million iterations per second of CPU time, whether a thread or a process wrote.
+`benchmarks/saving.py` measures what training loses.
 
 One save is in flight at a time, so a rank holds one copy of its state and the disk one partial folder. A save that
-falls due earlier waits for the one before, and says so.
+falls due earlier waits for the previous one, and logs how long.
 """
 
 from __future__ import annotations
@@ -44,12 +45,12 @@ logger = logging.getLogger(__name__)
 _Then = Callable[["_Flight"], None]  # what the main threads do when a job has succeeded on all ranks
 _Job = tuple[Callable[[], None], _Then | None]
 
-PAUSE_SECONDS = 0.02  # between two questions of ranks that wait for the end of a save
-QUESTIONS_A_REPORT = 3000  # while waiting; about a minute
+PAUSE_SECONDS = 0.02  # between polls while waiting for a save to end
+QUESTIONS_A_REPORT = 3000  # polls between log lines while waiting; about a minute
 
 
 class BackgroundSaver:
-    """The saves of a run that go on beside its training. All ranks call the same methods in the same order.
+    """Runs the saves of a training run in the background. All ranks call the same methods in the same order.
 
     `completed` is the iteration of the last checkpoint that is complete on disk.
     """
@@ -72,9 +73,9 @@ class BackgroundSaver:
         return self._flight is not None
 
     def prepare(self) -> None:
-        """Make the buffers, so that too little memory shows before the first step, and say how large they are.
+        """Allocate the buffers, so that a lack of memory shows before the first step, and log their size.
 
-        Collective; CheckpointError on all ranks if one has no room.
+        Collective; CheckpointError on all ranks if one lacks the memory.
         """
         own = 0
         with self.ranks.together("async_save: making room for copies in host memory"):
@@ -88,9 +89,9 @@ class BackgroundSaver:
         )
 
     def begin(self, state: TrainState) -> None:
-        """Copy the state of this moment and start to write it. Collective.
+        """Copy the current state and start writing it. Collective.
 
-        Waits for a save in flight. A failure, now or later, is reported on rank 0 and never raised.
+        Waits for a save in flight first. A failure, now or later, is logged on rank 0 and never raised.
         """
         if self._flight is not None:
             start, before = time.perf_counter(), self._flight.writer.final.name
@@ -116,7 +117,7 @@ class BackgroundSaver:
         self._flight = flight
 
     def poll(self) -> None:
-        """Take note of what has been written since. Collective; it waits for nothing but the other ranks' calls."""
+        """Advance the save in flight if its job has ended on all ranks. Collective; waits only for the ranks' calls."""
         flight = self._flight
         if flight is None or self.ranks.total(flight.running):
             return
@@ -131,7 +132,7 @@ class BackgroundSaver:
             self._flight = None
 
     def wait(self) -> None:
-        """Until no save is in flight. Collective. RankGroup that keep the others waiting are named every minute."""
+        """Block until no save is in flight. Collective. Ranks that keep the others waiting are logged every minute."""
         questions = 0
         while self._flight is not None:
             time.sleep(PAUSE_SECONDS)
@@ -147,7 +148,7 @@ class BackgroundSaver:
     def _say_saved(self, flight: _Flight) -> None:
         self.completed = flight.writer.state.iteration
         logger.info(
-            f"saved {flight.writer.final}: training waited {flight.blocked:.2f} s, written beside it in "
+            f"saved {flight.writer.final}: training waited {flight.blocked:.2f} s, written in the background in "
             f"{time.perf_counter() - flight.begun:.1f} s"
         )
 
@@ -158,7 +159,7 @@ class BackgroundSaver:
 
 
 class _Flight:
-    """A save on its way: the job that a thread of this rank does, and those that follow."""
+    """A save in flight: the job on this rank's thread, and the jobs that follow it."""
 
     def __init__(self, writer: CheckpointWriter) -> None:
         self.writer = writer
@@ -169,17 +170,17 @@ class _Flight:
         self._thread: threading.Thread | None = None
 
     def start(self, *jobs: _Job) -> None:
-        """Do the first of these now, in place of all that was still to do."""
+        """Replace all remaining jobs with these, and start the first."""
         self._jobs = list(jobs)
         self.start_next()
 
     def start_next(self) -> bool:
-        """Whether there was another job to start."""
+        """Start the next job; False if none is left."""
         if not self._jobs:
             return False
         job, self.then = self._jobs.pop(0)
         self.error = None
-        # A daemon: a rank that has to end does not wait for a file system that hangs.
+        # Daemon: a rank that must exit does not wait for a file system that hangs.
         self._thread = threading.Thread(target=self._run, args=(job,), name="checkpoint", daemon=True)
         self._thread.start()
         return True
@@ -191,5 +192,5 @@ class _Flight:
     def _run(self, job: Callable[[], None]) -> None:
         try:
             job()
-        except BaseException as error:  # told to all ranks by `poll`
+        except BaseException as error:  # `poll` reports it to all ranks
             self.error = error

@@ -1,8 +1,8 @@
-"""Which checkpoint a run begins from, decided from its keys and its folders alone. Without torch.
+"""Which checkpoint a run starts from, decided from its keys and its folders alone. Without torch.
 
-A batch system requeues the same script, and `load: converted weights, finetune: true` would begin at iteration 0 every
-time. So a run whose `save` folder holds its checkpoints continues from the last of them, and says so. What the user
-asks for by `iteration` counts: the run goes back to that step of its own. A job that Slurm has requeued after it saved
+A batch system requeues the same script, and `load: converted weights, finetune: true` would start at iteration 0 every
+time. So a run whose `save` folder holds its checkpoints continues from the last of them, and logs this. An explicit
+`iteration` takes precedence: the run goes back to that step of its own. A job that Slurm has requeued after it saved
 does not go back a second time.
 """
 
@@ -27,7 +27,7 @@ Restored = Literal["everything", "weights and position", "weights"]
 
 @dataclass(frozen=True)
 class StartChoice:
-    """The folder to look in, the step (None: the one that `latest` names), what is taken, and what to tell the user."""
+    """The folder to look in, the step (None: the one that `latest` names), what to restore, and notes for the user."""
 
     root: Path
     iteration: int | None
@@ -37,7 +37,7 @@ class StartChoice:
 
 
 def choose_start(args: NeoXArgs, env: Mapping[str, str] = os.environ) -> StartChoice | None:
-    """None for a run from scratch. CheckpointError if `iteration` names a step that is nowhere."""
+    """Choose where to start; None: from scratch. CheckpointError if the run in `save` lacks `iteration`."""
     if args.lora is not None:
         return _beside_a_base(args, env)
     restored: Restored = "weights" if args.finetune else "weights and position" if args.no_load_optim else "everything"
@@ -70,7 +70,7 @@ def choose_start(args: NeoXArgs, env: Mapping[str, str] = os.environ) -> StartCh
 
 
 def _beside_a_base(args: NeoXArgs, env: Mapping[str, str]) -> StartChoice | None:
-    """With `lora`: `load` is the base, of which weights alone are taken, and `save` has the run's own checkpoints."""
+    """With `lora`: `load` is the base, read for its weights only, and `save` holds the run's own checkpoints."""
     assert args.load is not None  # the rule start_is_given
     load, save = Path(args.load), None if args.save is None else Path(args.save)
     if save is None or not _holds_checkpoints(save):
@@ -99,7 +99,7 @@ def _from_own_load(args: NeoXArgs, save: Path, restored: Restored, env: Mapping[
 
 
 def own_options(args: NeoXArgs) -> str:
-    """Options under which a run takes its own checkpoints as it is told, whatever its YAML says for a first start."""
+    """Options that make a run resume its own checkpoints as asked, whatever its YAML says for a first start."""
     if args.lora is not None:  # `load` is the base
         return f"--save {args.save}"
     undone = ["--from_scratch false"] * args.from_scratch + ["--finetune false"] * args.finetune
@@ -117,7 +117,7 @@ def _holds_checkpoints(folder: Path) -> bool:
 
 
 def _requeued(save: Path, env: Mapping[str, str]) -> bool:
-    """Whether Slurm has started this job again after it had saved into the folder."""
+    """Whether Slurm has restarted this job after it saved into the folder."""
     if int("0" + "".join(filter(str.isdigit, env.get("SLURM_RESTART_COUNT", "")))) == 0:
         return False
     steps = complete_steps(save)

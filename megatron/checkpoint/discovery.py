@@ -1,15 +1,15 @@
-"""Which folder is the checkpoint: names, `latest`, completeness, left-overs of killed runs. Standard library only.
+"""Which folder is the checkpoint: names, `latest`, completeness, leftovers of killed runs. Standard library only.
 
 A run folder holds `global_stepN/` for each checkpoint and `latest`, the name of one of them. Names with a suffix are
 never checkpoints in use:
 
-- `global_stepN.tmp`: being written, or being deleted. Worth nothing; the next save removes it.
+- `global_stepN.tmp`: being written, or being deleted. Disposable; the next save removes it.
 - `global_stepN.replaced`: the previous checkpoint of the same step, moved aside while a new one takes its name. Between
-  the two renames it is the only one, so a reader accepts it in the place of the missing `global_stepN`.
-- `global_stepN.set_aside`: of a step after the one that the run went back to (`set_aside`). The user's to delete.
+  the two renames it is the only one, so a reader accepts it in place of the missing `global_stepN`.
+- `global_stepN.set_aside`: later than the step that the run went back to (`set_aside`). Only the user deletes it.
 
-`latest.tmp` is the next `latest`, written before the checkpoint that it names gets its name: killed between the two,
-the new checkpoint counts, also where there was no `latest` before.
+`latest.tmp` is the next `latest`, written before its checkpoint is renamed into place: if the run is killed before
+`latest` moves, the new checkpoint still counts, even if there was no `latest` before.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def tag_name(iteration: int) -> str:
 
 
 def step_of(folder: Path) -> int | None:
-    """The step that a checkpoint folder's name gives, None if it gives none."""
+    """The step in a checkpoint folder's name; None if it has none."""
     match = _TAG.match(folder.name)
     return int(match[1]) if match else None
 
@@ -75,12 +75,12 @@ def find_checkpoint(
 ) -> Path:
     """The checkpoint folder to read: the one `latest` names, or that of `iteration`.
 
-    `options` are what a command needs to read from `root` (default: `--load ROOT`), for messages that name a step.
-    GPT-NeoX's `sequential` layout is refused unless the caller reads it.
+    `options` are the command-line options that read from `root` (default: `--load ROOT`), for messages that name a
+    step. GPT-NeoX's `sequential` layout is refused unless the caller reads it.
 
-    Saving moves `latest` last, so it names a complete checkpoint whatever was killed when. If it does not, something
-    was lost since, and the choice is the user's: CheckpointError names what is missing and which steps are complete.
-    A folder without a manifest (GPT-NeoX wrote it) is returned with a line in the log; its files are checked
+    Saving moves `latest` last, so it names a complete checkpoint no matter when a run was killed. If it does not,
+    something was lost since, and the user must choose: CheckpointError names what is missing and which steps are
+    complete. A folder without a manifest (GPT-NeoX wrote it) is returned with a line in the log; its files are checked
     against the model's shape before anything is loaded.
     """
     root = Path(root)
@@ -143,7 +143,7 @@ def _choices(root: Path, options: str) -> str:
 
 
 def publish(partial: Path, final: Path) -> None:
-    """Give a finished folder its name, then point `latest` at it; an older folder of that name is removed after."""
+    """Rename a finished folder to `final`, then point `latest` at it; an older folder of that name is then removed."""
     replaced = final.with_name(final.name + REPLACED)
     latest = final.parent / LATEST
     pending = latest.with_name(LATEST + PARTIAL)
@@ -161,7 +161,7 @@ def publish(partial: Path, final: Path) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Delete a checkpoint so that a kill on the way leaves rubbish with a `.tmp` name, not half a checkpoint."""
+    """Delete a checkpoint; if killed on the way, the remains are named `.tmp` and no half checkpoint is left."""
     rubbish = folder.with_name(folder.name + PARTIAL)
     if rubbish.exists():
         shutil.rmtree(rubbish)
@@ -171,7 +171,7 @@ def remove(folder: Path) -> None:
 
 
 def clean_leftovers(root: Path) -> None:
-    """Undo what killed saves left in a run folder that this run owns: finish or drop replacements, drop partials."""
+    """Clean up after killed saves in a folder that this run owns: restore or drop replaced ones, drop partial ones."""
     if not root.is_dir():
         return
     for path in sorted(root.iterdir()):

@@ -1,11 +1,11 @@
-"""What a checkpoint knows of its model and its run, and where a configuration says otherwise. Without torch.
+"""What a checkpoint records of its model and its run, and where a configuration differs. Without torch.
 
-Facts of the model are what no tensor shows (epsilon, rotary base and scaling) and the sizes: another value is another
-model, and the run stops before it costs anything. Facts of the run (batch, rate, data, tokenizer, ...) may change on
-purpose; they are listed once, in one block, so that none changes unnoticed.
+Facts of the model are its sizes and what no tensor shows (epsilon, rotary base and scaling): another value means
+another model, and the run stops before it costs anything. Facts of the run (batch, rate, data, tokenizer, ...) may
+change on purpose; changes are listed once, in one block, so that none goes unnoticed.
 
-Both are recorded by training in the manifest (`provenance.facts`). A converted checkpoint has those of its
-`hf/config.json`, a training checkpoint of an older version the keys that its run was given.
+Training records both in the manifest (`provenance.facts`). A converted checkpoint has those of its `hf/config.json`; a
+training checkpoint of an older version has the keys that its run was given.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def facts_of(args: NeoXArgs) -> dict[str, dict[str, Any]]:
 
 
 def adapter_facts(args: NeoXArgs, base: Base | None) -> dict[str, Any]:
-    """What the manifest of an adapter's checkpoint says besides: the adapter, and the base that it belongs to."""
+    """What an adapter's checkpoint adds to the provenance: its settings and its base. Empty without an adapter."""
     if args.lora is None or base is None:
         return {}
     return {"base": asdict(base), "lora": _lora(args)}
@@ -108,9 +108,9 @@ def _lora(args: NeoXArgs) -> dict[str, Any]:
 
 
 def check_kind(folder: Path, provenance: Mapping[str, Any], args: NeoXArgs, *, is_base: bool) -> None:
-    """Raise CheckpointError if a checkpoint holds an adapter where a model is wanted, or the other way round.
+    """Raise CheckpointError if a checkpoint holds an adapter where a model is wanted, or vice versa.
 
-    With `lora` the base is a model, and a run's own checkpoints hold the adapter that the configuration describes.
+    With `lora`, the base is a model, and a run's own checkpoints hold the adapter that the configuration describes.
     """
     base = provenance.get("base")
     if args.lora is None or is_base:
@@ -129,8 +129,8 @@ def check_kind(folder: Path, provenance: Mapping[str, Any], args: NeoXArgs, *, i
     if changed:
         shown = "; ".join(f"lora.{name}: {_shown(old)} in it, {_shown(new)} here" for name, old, new in changed)
         raise CheckpointError(
-            f"{folder} holds another adapter than the configuration describes: {shown}. Correct the configuration, or "
-            f"give another save folder"
+            f"{folder} holds a different adapter from the one in the configuration: {shown}. Correct the "
+            f"configuration, or give another save folder"
         )
 
 
@@ -143,7 +143,7 @@ def _flat(keys: Mapping[str, Any], above: str = "") -> dict[str, Any]:
 
 
 def _file_mark(path: str | None) -> str | None:
-    """What tells two tokenizer files apart; None if there is none that can be read."""
+    """Checksum that identifies a tokenizer file; None if it cannot be read."""
     if path is None:
         return None
     try:
@@ -153,9 +153,9 @@ def _file_mark(path: str | None) -> str | None:
 
 
 def recorded_facts(provenance: Mapping[str, Any], config_json: bytes | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(facts of the model, facts of the run) that a checkpoint knows; what it does not know is left out.
+    """(facts of the model, facts of the run) that a checkpoint records; what it does not record is left out.
 
-    What training recorded counts more than the `config.json` that travels along, which it never changes.
+    What training recorded takes precedence over the `config.json` that travels along, which training never changes.
     """
     facts = provenance.get("facts")
     if isinstance(facts, Mapping) and isinstance(facts.get("model"), Mapping) and isinstance(facts.get("run"), Mapping):
@@ -191,14 +191,14 @@ def _model_of_config_json(content: bytes | None) -> dict[str, Any]:
 
 
 def _scaling(value: Any) -> dict[str, float] | None:
-    """The numbers of a rotary scaling, whatever its spelling; None where there is none."""
+    """The numbers of a rotary scaling in either spelling; None if there is none."""
     if not isinstance(value, Mapping) or value.get("rope_type", value.get("type")) in (None, "default"):
         return None
     return {name: value[name] for name in _SCALING if value.get(name) is not None}
 
 
 def differences(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """(key, recorded value, present value) of all that both know and that differs; 500000 and 500000.0 are equal."""
+    """(key, recorded value, present value) of each key in both whose values differ; 500000 and 500000.0 are equal."""
     return [(name, recorded[name], now[name]) for name in now if name in recorded and recorded[name] != now[name]]
 
 
@@ -214,14 +214,14 @@ def check_model(folder: Path, recorded: Mapping[str, Any], args: NeoXArgs) -> No
     ]
     names = ", ".join(name for name, _, _ in changed)
     raise CheckpointError(
-        f"{folder} holds another model than the configuration describes:\n" + "\n".join(lines) + "\n"
+        f"{folder} holds a different model from the one in the configuration:\n" + "\n".join(lines) + "\n"
         f"correct the configuration; if the change is meant (a longer context, for instance), "
         f"--allow_model_changes [{names}] trains the weights with the new value"
     )
 
 
 def describe_run_changes(recorded: Mapping[str, Any], args: NeoXArgs) -> str | None:
-    """One block that lists what a continued run does otherwise than the one that saved; None if nothing."""
+    """A block that lists what a continued run does differently from the run that saved; None if nothing."""
     changed = differences(recorded, facts_of(args)["run"])
     if not changed:
         return None
@@ -231,9 +231,9 @@ def describe_run_changes(recorded: Mapping[str, Any], args: NeoXArgs) -> str | N
 
 
 def data_changes(saved: Any, now: Mapping[str, Any]) -> list[str]:
-    """Lines about data that is not what the saved run read; `saved` and `now` are fingerprints by source.
+    """Lines about data that differs from what the saved run read; `saved` and `now` are fingerprints by source.
 
-    A checkpoint that does not know (a converted one) says nothing.
+    Empty for a checkpoint that records no data (a converted one).
     """
     if not isinstance(saved, Mapping) or not saved:
         return []
@@ -251,7 +251,7 @@ def data_changes(saved: Any, now: Mapping[str, Any]) -> list[str]:
     written = [name for name in both if name not in changed and _written(saved[name]) != _written(now[name])]
     if written:
         lines.append(
-            f"data was written again since the checkpoint was saved, samples of it are the same: {', '.join(written)}"
+            f"data was rewritten since the checkpoint was saved, its samples are unchanged: {', '.join(written)}"
         )
     return lines
 
@@ -264,7 +264,7 @@ def _same_content(saved: Any, now: Any) -> bool:
 
 
 def _moved(saved: Any, now: Any) -> bool:
-    """Whether the same data lie under another name now."""
+    """Whether the same data now has another name."""
     return isinstance(saved, Mapping) and isinstance(now, Mapping) and _same_content(saved, now)
 
 

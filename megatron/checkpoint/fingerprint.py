@@ -1,7 +1,8 @@
-"""What tells one base from another: a hash of its weights in memory, the same at every layout and in every file format.
+"""The fingerprint of a base: a hash of its weights in memory, the same at every layout and in every file format.
 
-Of each Hugging Face tensor the bits of its elements, as fp32, are summed modulo 2^64, each times a number that belongs
-to its row and one that belongs to its column. Every rank sums what it holds; the sums of all add up to one number.
+The elements of each Hugging Face tensor, as fp32 bit patterns, are summed modulo 2^64 with one pseudorandom factor for
+the row and one for the column; a tensor's sum gets a factor from its name. Every rank sums what it holds, and an
+all-reduce adds the ranks' sums.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _MODULUS = 1 << 64
 
 @torch.no_grad()
 def base_fingerprint(engine: Engine, args: NeoXArgs) -> str:
-    """16 hexadecimal digits. Collective over all ranks."""
+    """Fingerprint of the engine's weights, 16 hexadecimal digits. Collective over all ranks."""
     place, total = engine.place, 0
     if place.dp_rank == 0:
         for index, module in engine.numbered_layers():
@@ -40,7 +41,7 @@ def base_fingerprint(engine: Engine, args: NeoXArgs) -> str:
                         name = row.hf[piece.source].format(layer=index - layout.decoder_index(0))
                         total += _weight(name) * _sum(part, piece.start, dim)
                     position += len(piece)
-    # In halves, whose sums over all ranks stay far below 2^63.
+    # Reduced in two halves, whose sums over all ranks stay far below 2^63.
     halves = torch.tensor([total % _MODULUS >> 32, total % (1 << 32)], dtype=torch.int64, device=place.device)
     dist.all_reduce(halves)
     high, low = halves.tolist()
@@ -52,7 +53,7 @@ def _weight(name: str) -> int:
 
 
 def _sum(part: Tensor, start: int, dim: int) -> int:
-    """The sum over a part of a tensor that begins at `start` along `dim`."""
+    """The weighted sum over a part of a tensor that begins at `start` along `dim`."""
     matrix = part.reshape(part.shape[0], -1)
     rows = _factors(start if dim == 0 else 0, matrix.shape[0], part.device)
     columns = _factors(start if dim == 1 else 0, matrix.shape[1], part.device) * 2 + 1
@@ -65,7 +66,7 @@ def _sum(part: Tensor, start: int, dim: int) -> int:
 
 
 def _factors(start: int, count: int, device: torch.device) -> Tensor:
-    """A number without pattern for each of some positions (splitmix64's steps, Steele et al. 2014)."""
+    """A pseudorandom number for each of `count` positions from `start` (splitmix64's steps, Steele et al. 2014)."""
     x = torch.arange(start + 1, start + count + 1, dtype=torch.int64, device=device) * -7046029254386353131
     x = (x ^ (x >> 30)) * -4658895280553007687
     x = (x ^ (x >> 27)) * -7723592293110705685

@@ -1,4 +1,4 @@
-"""Folders that are checkpoints of something else: one line that says what they are and which command reads them."""
+"""Recognizes checkpoints of other programs: one line says what a folder is and which command reads it."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pathlib import Path
 from megatron.common.errors import CheckpointError
 
 _TO_NEOX = "convert it: python tools/convert_hf to-neox --input {folder} --output NEW --tp N, then --load NEW"
-# (a file's name, what a folder with such a file is, what to do), the first that fits
+# (pattern of a file's name, what a folder with such a file is, what to do); the first match counts
 _KINDS = (
     (r"layer_\d+-model_\d+-model_states\.pt", "", ""),
     (
         r"zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt",
         "a DeepSpeed ZeRO-3 checkpoint, as the Hugging Face Trainer writes it",
-        "its weights lie in pieces; join them with the zero_to_fp32.py beside it, copy config.json and the tokenizer "
+        "its weights are sharded; join them with the zero_to_fp32.py beside it, copy config.json and the tokenizer "
         "there, then " + _TO_NEOX.replace("{folder}", "THAT_FOLDER").replace("convert it", "convert them"),
     ),
     (
@@ -41,9 +41,9 @@ _MEGATRON_RANK = re.compile(r"mp_rank_\d+(_\d+)?|iter_\d+")
 
 
 def refuse_foreign(folder: Path, sequential: bool = False) -> None:
-    """CheckpointError for a folder whose files are not layer files: what it is, and which command reads it.
+    """Raise CheckpointError for a folder without layer files: what it is, and which command reads it.
 
-    The converter reads the `sequential` layout, too.
+    `sequential`: accept GPT-NeoX's sequential layout, too, which the converter reads.
     """
     names = sorted(os.listdir(folder))
     for pattern, what, advice in _KINDS:

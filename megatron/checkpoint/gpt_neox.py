@@ -1,4 +1,4 @@
-"""A checkpoint without a manifest, which GPT-NeoX wrote: what the names of its files say. Without torch."""
+"""The layout of a checkpoint without a manifest, which GPT-NeoX wrote, from its file names. Without torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from megatron.checkpoint.zero_files import rank_of_file
 
 
 def layout_of_names(names: Iterable[str]) -> dict[str, int]:
-    """`tp` as the layer files say, `pp` and `dp` as the optimizer files say; what they do not say is left out."""
+    """`tp` from the names of layer files, `pp` and `dp` from those of optimizer files; unknown sizes are left out."""
     names = list(names)
     tp = stored_tp(names)
     if tp is None:

@@ -1,7 +1,7 @@
-"""Layer files of a pipeline stage: written from it, checked before anything is loaded, loaded strictly.
+"""Layer files of a pipeline stage: the tensors to write, checks before anything is loaded, strict loading.
 
-DeepSpeed's own loader globs for files and gives a rank another rank's shard when one is missing; nothing here looks
-for files: `megatron.layout` says which there must be, and each rank opens the ones of its own name.
+DeepSpeed's own loader globs for files and gives a rank another rank's shard when its own is missing; nothing here
+searches for files: `megatron.layout` says which must exist, and each rank opens those with its own name.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ WEIGHT_DTYPES = ("float32", "bfloat16", "float16")
 
 
 class _Described(Protocol):
-    """What files and manifests both know of a tensor."""
+    """What both files and manifests record of a tensor."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -52,9 +52,9 @@ def own_layers(engine: Engine) -> dict[str, dict[str, Tensor]]:
 def load_layers(engine: Engine, folder: Path, entries: Mapping[str, FileEntry] | None = None) -> set[tuple[str, str]]:
     """Fill this rank's stage from the layer files in `folder`; every tensor must be there, with its shape.
 
-    Returns the conversions done, as (dtype in the file, dtype of the parameter). Copies are in place and collective
-    communication is not used. With the `entries` of a manifest, what is read is compared with its checksums.
-    CheckpointError names the file and the tensor.
+    Returns the conversions done, as (dtype in the file, dtype of the parameter). Copies in place; not collective. With
+    the `entries` of a manifest, what is read is compared with its checksums. CheckpointError names the file and the
+    tensor.
     """
     conversions = set()
     for index, layer in [*engine.numbered_layers(), *engine.tied_copies()]:
@@ -85,7 +85,7 @@ def layer_tensors(layer: nn.Module) -> dict[str, Tensor]:
 def tensor_problems(
     stored: Mapping[str, _Described], rows: tuple[TensorRow, ...], shape: LlamaShape, tp: int
 ) -> list[str]:
-    """What is wrong with the tensors of one layer file, by name."""
+    """Names, shapes and dtypes of one layer file's tensors that do not fit `rows`; empty if all do."""
     wanted = {row.neox: rank_shape(row, shape, tp) for row in rows}
     problems = list(_key_problems(stored.keys(), wanted.keys()))
     for name in sorted(stored.keys() & wanted.keys()):
@@ -106,9 +106,8 @@ def verify_before_load(
 ) -> list[str]:
     """Problems of a checkpoint's layer files against the model's shape, from their headers; no weight is read.
 
-    Every file of every tensor-parallel rank is looked at, whichever stage or rank will load it: `part` is (rank,
-    ranks), and the ranks of a run share the files among them. With the files of a manifest, headers must also agree
-    with it. An empty list means that all is as it should be.
+    Every file of every tp_rank is checked, whichever rank will load it: the ranks of a run divide the files among them,
+    and `part` is (rank, ranks). With the files of a manifest, headers must also agree with it. Empty if all is well.
     """
     rank, ranks = part
     names = {path.name for path in folder.iterdir()}

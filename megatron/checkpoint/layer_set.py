@@ -21,7 +21,7 @@ def stored_tp(names: Iterable[str]) -> int | None:
 
 
 def set_problems(names: set[str], shape: LlamaShape, tp: int) -> list[str]:
-    """What is wrong with the set of layer files in a checkpoint: another TP, lost or foreign files."""
+    """Problems of the set of layer files in a checkpoint: another TP, missing or foreign files."""
     matches = {name for name in names if _LAYER_FILE.fullmatch(name)}
     found = stored_tp(matches)
     if found is None:

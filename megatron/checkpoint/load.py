@@ -1,7 +1,7 @@
 """Load a checkpoint: checked by all ranks together, then read, then agreed upon.
 
-Nothing of the model changes before every file has been looked at. What does not fit stops all ranks with one message
-that names the file and the tensor.
+The model does not change before every file has been checked. A mismatch stops all ranks with one message that names the
+file and the tensor.
 """
 
 from __future__ import annotations
@@ -45,16 +45,16 @@ def load_checkpoint(
 ) -> TrainState:
     """Fill the engine from `start.checkpoint` and return the run's position.
 
-    TP, PP and DP may differ from those it was saved with; random states are restored if they do not. Everything is
-    restored only in the precision it was saved in. Weights alone, or weights and position, leave the precision free;
-    the optimizer's fp32 masters are then made from the weights.
-    Collective over all ranks; CheckpointError is the same on all of them.
+    TP, PP and DP may differ from those of the save; random states are restored only if they are equal. Restoring
+    everything needs the precision of the save. Weights alone, or weights and position, load into any precision; the
+    optimizer's fp32 masters are then made from the weights.
     """
     checkpoint = start.checkpoint
     assert checkpoint is not None
     ranks = RankGroup.world(engine.place.device)
     weights = start.base or checkpoint
     here, there = TensorSplit(args.shape, args.model_parallel_size), saved_split(weights, args)
+    # Check everything before the model changes.
     _verify(ranks, weights, there)
     optimizer: SavedOptimizer | None = None
     with ranks.together(f"loading {checkpoint.folder}"):
@@ -63,6 +63,7 @@ def load_checkpoint(
             optimizer = _fit_optimizer(checkpoint, args.precision, split, ways_out(args, start))
     if optimizer is not None:
         _find_states(ranks, optimizer, ways_out(args, start))
+    # Weights, adapter, optimizer, random states.
     _load_layers(ranks, weights, engine, here, there)
     base = None
     if args.lora is not None:
@@ -80,6 +81,7 @@ def load_checkpoint(
     else:
         # The fp32 copies were made when the engine was built; without this a step would undo the load.
         engine.weights_changed()
+    # Position, and the small files that every later checkpoint carries along.
     position = start.position
     if start.restored != "weights":
         engine.counters = position.counters if optimizer is None else optimizer.counters(position.counters)
@@ -127,7 +129,7 @@ def load_weights(engine: Engine, args: NeoXArgs) -> Path:
 
 
 def _base(checkpoint: SavedCheckpoint, fingerprint: str) -> Base:
-    """The base that has been loaded; a converted one is called as its source, which people know."""
+    """The base that was loaded; a converted one is named after its source, which people know."""
     source = checkpoint.provenance.get("source")
     folder = checkpoint.folder.resolve()
     name = Path(source).name if isinstance(source, str) and source else folder.parent.name
@@ -135,7 +137,7 @@ def _base(checkpoint: SavedCheckpoint, fingerprint: str) -> Base:
 
 
 def _load_or_draw_adapter(ranks: RankGroup, engine: Engine, args: NeoXArgs, start: Start, base: Base) -> None:
-    """The adapter of the run's own checkpoint, that of `lora.load`, or one that changes nothing yet. Collective."""
+    """Load the adapter of the run's checkpoint or of `lora.load`, or draw one that changes nothing yet. Collective."""
     checkpoint = start.checkpoint
     assert checkpoint is not None
     assert args.lora is not None
@@ -157,7 +159,7 @@ def _load_or_draw_adapter(ranks: RankGroup, engine: Engine, args: NeoXArgs, star
 
 
 def _load_given_adapter(ranks: RankGroup, engine: Engine, args: NeoXArgs, fingerprint: str) -> None:
-    """The adapter of `lora.load`. Collective."""
+    """Load the adapter of `lora.load`. Collective."""
     assert args.lora is not None
     assert args.lora.load is not None
     named, folder = None, adapter_folder(Path(args.lora.load)) or Path(args.lora.load)
@@ -166,15 +168,15 @@ def _load_given_adapter(ranks: RankGroup, engine: Engine, args: NeoXArgs, finger
     if named is not None and named != fingerprint:
         logger.warning(
             f"{folder} was trained beside other weights (fingerprint {named}) than load: {args.load} holds "
-            f"({fingerprint}); it changes them all the same"
+            f"({fingerprint}); it is applied to them all the same"
         )
     logger.info(f"loaded the adapter in {folder}")
 
 
 def saved_split(checkpoint: SavedCheckpoint, args: NeoXArgs) -> TensorSplit:
-    """How a checkpoint's tensors are cut: the TP that wrote it, and the padding of the vocabulary that goes with it.
+    """How a checkpoint's tensors are sharded: the TP that wrote it, and its padded vocabulary.
 
-    The configuration's where the checkpoint does not say.
+    Where the checkpoint does not say, the configuration's values are used.
     """
     tp = checkpoint.layout.get("tp", args.model_parallel_size)
     padded = padded_vocab_size(args.shape.vocab_size, args.make_vocab_size_divisible_by, tp)
@@ -215,7 +217,7 @@ def _load_layers(
 
 
 def ways_out(args: NeoXArgs, start: Start) -> str:
-    """What a user can do without the optimizer states; a run's own checkpoints need `load` by name for it."""
+    """What a user can do without the optimizer states; for a run's own checkpoints this needs an explicit `load`."""
     if not start.own_save:
         return "start from its weights with --finetune true, or keep its position with --no_load_optim true"
     own = own_options(args)
@@ -231,7 +233,7 @@ def ways_out(args: NeoXArgs, start: Start) -> str:
 
 
 def _fit_optimizer(checkpoint: SavedCheckpoint, precision: str, split: TensorSplit, instead: str) -> SavedOptimizer:
-    """The checkpoint's optimizer states; CheckpointError if they are absent or cannot be those of this run.
+    """The checkpoint's optimizer states; CheckpointError if they are absent or do not fit this run.
 
     `instead` is what a user can do without them.
     """
@@ -258,17 +260,17 @@ def _fit_optimizer(checkpoint: SavedCheckpoint, precision: str, split: TensorSpl
 
 
 def _find_states(ranks: RankGroup, optimizer: SavedOptimizer, instead: str) -> None:
-    """Learn where the states lie; the files hold each element of the model's state once. Collective."""
+    """Index where the states lie, and check that the files hold each element of the model's state once. Collective."""
     with ranks.together(f"loading {optimizer.folder}"):
         part = optimizer.read_part(ranks.rank, ranks.size)
     parts = gather_by_rank(part, ranks.group)
     with ranks.together(f"loading {optimizer.folder}"):
         optimizer.join(parts)
-        # One rank looks: all have the same index.
+        # One rank checks: all have the same index.
         if ranks.rank == 0 and (problems := optimizer.index.problems()):
             raise CheckpointError(f"{optimizer.folder} is not complete: {first_problems(problems)}; {instead}")
 
 
 def _layout_text(sizes: Mapping[str, Any]) -> str:
-    """TP, PP and DP as one reads them in the log."""
+    """TP, PP and DP for the log, such as "TP2 PP1 DP4"."""
     return " ".join(f"{name.upper()}{sizes[name]}" for name in ("tp", "pp", "dp"))

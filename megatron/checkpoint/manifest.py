@@ -1,6 +1,6 @@
 """`manifest.json`: every file of a checkpoint with its size, every tensor with shape, dtype and checksum.
 
-The manifest is written last into a checkpoint folder, so its presence says that the files it lists were written and
+The manifest is written last into a checkpoint folder, so its presence shows that the files it lists were written and
 synced. The converter writes the same format. Standard library only: a login node can use it.
 
     {"format": "neox-llama-checkpoint", "version": 2,
@@ -18,8 +18,8 @@ synced. The converter writes the same format. Standard library only: a login nod
      "digest": "crc32:..."}
 
 File names are relative to the folder, with `/`. A tensor's checksum is `zlib.crc32` of its contiguous little-endian
-bytes; layer files have one for each tensor. Any other file has a `checksum` of the whole file instead. `ranges` are the
-index of the optimizer's state (`state_ranges`); version 1 does not have them, its optimizer files are DeepSpeed's.
+bytes; layer files have one for each tensor. Any other file has a `checksum` of the whole file instead. `ranges` is the
+index of the optimizer's state (`state_ranges`); version 1 has none, its optimizer files are DeepSpeed's.
 `digest` is the checksum of the manifest's other content, written as above.
 """
 
@@ -43,7 +43,7 @@ READABLE = (1, VERSION)
 MANIFEST_NAME = "manifest.json"
 _CHECKSUM = re.compile(r"crc32:[0-9a-f]{8}")
 _DIGEST = "digest"
-_CHUNK = 1 << 24  # bytes read at a time when a whole file is summed
+_CHUNK = 1 << 24  # bytes read at a time for the checksum of a whole file
 
 
 class ManifestError(CheckpointError):
@@ -80,7 +80,7 @@ class TensorEntry:
 class FileEntry:
     """One file: its size in bytes and either its tensors or a checksum of the whole file.
 
-    An optimizer file has its `ranges`, too, and its rank's random states.
+    An optimizer file also has its `ranges` and its rank's random states.
     """
 
     bytes: int
@@ -116,7 +116,7 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str, source: str = MANIFEST_NAME) -> Manifest:
-        """Parse and check a manifest; ManifestError names `source` and the first thing that is wrong."""
+        """Parse and check a manifest; ManifestError names `source` and the first fault."""
         try:
             body = json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -160,12 +160,12 @@ class Manifest:
 
 
 def _digest(body: Mapping[str, Any]) -> str:
-    """Checksum of a manifest's own content, of which a flipped byte must not go unnoticed."""
+    """Checksum of a manifest's own content, so that a flipped byte in it does not go unnoticed."""
     return checksum(json.dumps(body, indent=1).encode())
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write `folder/manifest.json` durably and in one step."""
+    """Write `folder/manifest.json` durably and atomically."""
     write_text(folder / MANIFEST_NAME, manifest.to_json())
 
 

@@ -1,8 +1,8 @@
-"""One optimizer file per rank: laid out, written with checksums, found again by the index in the manifest.
+"""One optimizer file per rank: its layout, its writer with checksums, and the index by which it is read.
 
 The files are safetensors, with one tensor for each array of each range, so that other programs can open them:
 `{layer}.{tensor}.{tp_rank}.{start}.{kind}`, and `random_state`, JSON as bytes. This program reads byte ranges that the
-manifest names and never the header.
+manifest names, never the header.
 """
 
 from __future__ import annotations
@@ -79,11 +79,11 @@ def write_optimizer_file(
     array: Callable[[TensorRange, str], memoryview],
     random_state: bytes = b"",
 ) -> FileEntry:
-    """Write the state of the ranges in `steps` (range -> updates done), synced; the entry for the manifest.
+    """Write and sync the state of the ranges in `steps` (range -> updates done); returns the entry for the manifest.
 
-    `array(range, kind)` gives the bytes of one array, fp32 and little-endian. Each block is summed once, and the sum of
-    the file follows from theirs. OSError with the file's name, CheckpointError if an array has not the range's size or
-    the file is not found as it was written. Memory: none beyond what `array` returns.
+    `array(range, kind)` returns the bytes of one array, fp32 and little-endian. Each block is checksummed once, and the
+    file's checksum is combined from theirs. OSError with the file's name; CheckpointError if an array does not have the
+    range's size, or the file's header or size is not as written. Memory: none beyond what `array` returns.
     """
     plan = plan_file(steps, len(random_state))
     checksums: dict[tuple[TensorRange, str], list[int]] = {}
@@ -164,7 +164,7 @@ class OptimizerIndex:
         return self._by_tensor[layer, tensor, 0][0].state.step
 
     def problems(self) -> list[str]:
-        """What the files lack, hold twice or hold of no tensor of the model; empty if each element is there once."""
+        """What is missing, held twice or not of the model; empty if the files hold each element exactly once."""
         expected: dict[tuple[int, str, int], int] = {}
         for layer, _, rows in layer_files(self.split.shape):
             for row in rows:

@@ -1,4 +1,4 @@
-"""An engine's optimizer from a checkpoint, at any layout: from our files, from DeepSpeed's of version 1 or of GPT-NeoX.
+"""Loads an engine's optimizer from a checkpoint of any layout: our files, or DeepSpeed's (version 1, GPT-NeoX).
 
 Nothing is gathered in memory: each range is read in blocks, straight into the engine's tensors.
 """
@@ -39,8 +39,8 @@ logger = logging.getLogger(__name__)
 class SavedOptimizer:
     """The optimizer files of a checkpoint, as one rank needs them.
 
-    `index` says where each range lies. The manifest has it for our files; DeepSpeed's are read for it, each by one rank
-    (`read_part`), and all ranks join what they found (`join`).
+    `index` says where each range lies. Our files have it in the manifest; for DeepSpeed's it is built: each file is
+    read by one rank (`read_part`), and all ranks join what they found (`join`).
     """
 
     def __init__(self, checkpoint: SavedCheckpoint, split: TensorSplit) -> None:
@@ -57,22 +57,22 @@ class SavedOptimizer:
         self._first: ZeroFile | None = None
 
     def read_part(self, rank: int, size: int) -> dict[str, ZeroFile]:
-        """This rank's share of DeepSpeed's files, as a whole compared with their checksums if the manifest has any.
+        """Describe this rank's share of DeepSpeed's files, compared with their checksums if the manifest has any.
 
-        Not collective; CheckpointError names the file that is damaged, or of another optimizer.
+        Not collective; CheckpointError names a file that is damaged or of another optimizer.
         """
         part: dict[str, ZeroFile] = {}
         for name in [] if self.by_ranges else list(self.files)[rank::size]:
             path, entry = self.folder / name, self.files[name]
             if entry is not None and entry.checksum is not None and (found := file_checksum(path)) != entry.checksum:
                 raise CheckpointError(damage(path, found, entry.checksum))
-            with FakeTensorMode():  # tensors without data, which know where theirs are in the file
+            with FakeTensorMode():  # tensors without data, which know its offset in the file
                 content = read_file(path, classes=_STAND_INS)
             part[name] = describe(path, content, _place)
         return part
 
     def join(self, parts: Sequence[Mapping[str, ZeroFile]]) -> None:
-        """Make the index from what the ranks have read; CheckpointError if files are missing."""
+        """Build the index from what the ranks have read; CheckpointError if files are missing."""
         if self.by_ranges:
             return
         files = {name: file for part in parts for name, file in part.items()}
@@ -85,7 +85,7 @@ class SavedOptimizer:
             )
 
     def counters(self, counters: Counters) -> Counters:
-        """What GPT-NeoX's files know besides a run's position: fp16's loss scale, and the steps that overflowed."""
+        """`counters` with what GPT-NeoX's files add: fp16's loss scale, and the number of overflows."""
         if self.written_by_us or self._first is None or self._first.loss_scale is None:
             return counters
         scale = self._first.loss_scale
@@ -96,14 +96,14 @@ class SavedOptimizer:
         return replace(counters, skipped=overflows, overflows=overflows, loss_scale=state)
 
     def load(self, engine: Engine, here: TensorSplit) -> None:
-        """Fill the engine's optimizer; its weights are loaded. Not collective; CheckpointError names what is wrong."""
+        """Fill the engine's optimizer, after its weights. Not collective; CheckpointError names what is wrong."""
         with StateReader(self.folder, self.index, here) as reader:
             engine.load_shards(_Ranges(reader, self.index).read)
 
     def random_states(self, engine: Engine) -> dict[str, Any] | None:
-        """Those that this rank saved; None if there are none. Only at the layout of the checkpoint."""
+        """The random states that this rank saved; None if there are none. Only for the checkpoint's layout."""
         if not self.written_by_us:
-            return None  # GPT-NeoX's are arrays of numpy, which only running code brings back; without dropout, unused
+            return None  # GPT-NeoX's are numpy arrays, which only running code restores; without dropout, unused
         if not self.by_ranges:
             wanted = (engine.place.dp_rank, engine.place.model_rank)
             name = next(name for name in self.files if rank_of_file(name) == wanted)
@@ -126,7 +126,7 @@ class SavedOptimizer:
 
 
 class _Ranges:
-    """Reads version 2 through a buffer of one block."""
+    """Reads ranges of the index through a buffer of one block."""
 
     def __init__(self, reader: StateReader, index: OptimizerIndex) -> None:
         self.reader, self.index = reader, index
@@ -156,11 +156,11 @@ def not_finite(place: str) -> str:
 
 
 class _Fragment:
-    """In place of DeepSpeed's class in the file: `numel` and `start` in the rank's partition."""
+    """Stands in for DeepSpeed's class: `numel` and `start` in the rank's partition."""
 
 
 class _Closed:
-    """In place of the loss scaler and the number of the ZeRO stage: attributes without a class."""
+    """Stands in for the loss scaler and the ZeRO stage: attributes without a class."""
 
     def __init__(self, *_: Any) -> None:
         pass
@@ -175,7 +175,7 @@ _STAND_INS = (
 
 
 def _place(value: Any) -> StoredTensor | None:
-    """Where the data of a tensor are that was read in FakeTensorMode."""
+    """File location of a tensor that was read in FakeTensorMode; None if it is no contiguous tensor."""
     if not isinstance(value, Tensor) or not value.is_contiguous():
         return None
     storage = value.untyped_storage()._checkpoint_offset

@@ -1,8 +1,8 @@
-"""Any range of a checkpoint's optimizer state, read from whatever files hold it and verified on the way.
+"""Reads any range of a checkpoint's optimizer state, from whatever files hold it, and verifies it on the way.
 
-A rank of any layout asks for its own ranges; the index says which files overlap them, and only those are opened. What
-is read is read in whole blocks, whose checksums the manifest has. Blocks stay in memory until others push them out,
-because neighboring ranges often share one. numpy and the standard library only: a login node can use it.
+A rank of any layout asks for its own ranges; the index says which files overlap them, and only those are opened. Whole
+blocks are read, whose checksums the manifest has. Blocks are cached until the least recently used are evicted, because
+neighboring ranges often share one. numpy and the standard library only: a login node can use it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ OPEN_FILES = 256
 
 
 class StateReader:
-    """Reads the state that `index` describes from `folder`, for a model that is cut as `here` says. Thread-safe.
+    """Reads the state that `index` describes from `folder`, for a model sharded as `here` says. Thread-safe.
 
     `bytes_read` counts what came from the disk.
     """
@@ -42,7 +42,7 @@ class StateReader:
         self.bytes_read = 0
         self._limit = blocks
         self._lock = threading.Lock()
-        self._blocks: OrderedDict[tuple[str, int], _Block] = OrderedDict()  # by file and offset, the latest last
+        self._blocks: OrderedDict[tuple[str, int], _Block] = OrderedDict()  # by file and offset, in order of use
         self._files: OrderedDict[str, _OpenFile] = OrderedDict()
 
     def __enter__(self) -> StateReader:
@@ -57,7 +57,7 @@ class StateReader:
     def read(self, where: TensorRange, kind: str, out: Elements) -> None:
         """Fill `out` with array `kind` of a range. Vocabulary padding that the files do not have becomes zero.
 
-        CheckpointError names file, range and block of what is damaged.
+        CheckpointError names the file and the elements that are damaged.
         """
         row = row_of(where.layer, where.tensor, self.here.shape)
         parts = list(transfers(row, self.here, where.tp_rank, where.start, where.stop, self.index.split))
@@ -74,7 +74,7 @@ class StateReader:
 
     @contextmanager
     def _block(self, placed: PlacedRange, kind: str, number: int) -> Iterator[Elements]:
-        """A verified block, from memory if it is there; threads that want the same one wait for one read."""
+        """A verified block, from the cache if it is there; threads that want the same block wait for one read."""
         offset = placed.state.arrays[kind].offset + number * block_bytes()
         first, end = placed.state.block(number)
         with self._lock:
@@ -99,7 +99,7 @@ class StateReader:
                 block.users -= 1
 
     def _buffer(self) -> Elements:
-        """Memory for a block: that of the one whose use is longest ago, if there are enough. The lock is held."""
+        """Memory for a block: the least recently used idle one's, once the cache is full. The caller holds the lock."""
         if len(self._blocks) >= self._limit:
             for key, block in self._blocks.items():
                 if not block.users:
@@ -113,7 +113,7 @@ class StateReader:
         file = self._open(placed.file)
         try:
             view, done = data.data.cast("B"), 0
-            # The kernel reads ahead too little at a time for one who wants a block whole.
+            # The kernel's own read-ahead is too short for a whole block.
             os.posix_fadvise(file.descriptor, offset, len(view), os.POSIX_FADV_WILLNEED)
             while done < len(view):
                 count = os.preadv(file.descriptor, [view[done:]], offset + done)
@@ -157,7 +157,7 @@ class StateReader:
 
 
 class _Block:
-    """`ready` has a result when the buffer holds the block, or the error that reading it met."""
+    """`ready` is set when the buffer holds the block, or fails with the error of reading it."""
 
     def __init__(self, buffer: Elements) -> None:
         self.buffer, self.users = buffer, 0
@@ -170,7 +170,7 @@ class _OpenFile:
 
 
 def _runs_inside(transfer: Transfer, first: int, end: int) -> range:
-    """Numbers of the runs that touch the source's elements `first:end`."""
+    """Numbers of the runs that overlap the source's elements `first:end`."""
     if transfer.count == 1:
         touches = transfer.source < end and first < transfer.source + transfer.length
         return range(1 if touches else 0)

@@ -1,9 +1,9 @@
 """One run at a time writes into a save folder: a file in it names the owner. Standard library only.
 
-The file is made by `link`, which fails if the name exists, on Lustre as elsewhere, and needs no flock. It holds host,
-boot, process and Slurm job of rank 0. What a killed run leaves never blocks the next start: the same Slurm job takes
-over (it was requeued), and so does anybody if the owner's process is dead on this host or Slurm says that its job has
-ended. Otherwise the owner lives, or nobody here can tell, and the run stops with its name.
+The file is created by `link`, which fails if the name exists, on Lustre as elsewhere, and needs no flock. It holds
+host, boot, process and Slurm job of rank 0. A killed run does not block the next start if its end is known: the same
+Slurm job takes over (it was requeued), and so does any run if the owner's process is dead on this host or Slurm says
+that its job has ended. Otherwise the owner is alive, or nobody here can tell, and the run stops and names it.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class FolderTakenError(UserError):
 
 @dataclass(frozen=True)
 class Owner:
-    """Who writes: rank 0's process. `machine` tells apart hosts, their boots and containers; `began` equal pids."""
+    """The writing process, rank 0's. `machine` tells hosts, boots and containers apart, `began` reused pids."""
 
     host: str
     machine: str
@@ -63,7 +63,7 @@ class Owner:
 
     @classmethod
     def from_json(cls, text: str) -> Self | None:
-        """None for anything else than what `to_json` writes."""
+        """Parse what `to_json` writes; None for anything else."""
         try:
             body: Any = json.loads(text)
             found = cls(**body)
@@ -82,7 +82,7 @@ class Owner:
 
 
 def _machine() -> str:
-    """Host, boot and process namespace: where these are the same, a process id means the same process."""
+    """Host, boot and process namespace: where all are equal, equal process ids mean the same process."""
     boot = ""
     with contextlib.suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -106,7 +106,7 @@ _held: dict[Path, FolderOwner] = {}  # of this process, by resolved folder
 
 @contextlib.contextmanager
 def owning(folder: Path) -> Iterator[str | None]:
-    """Own a save folder while the body runs; yields the line of a claim that was taken over. On rank 0 only."""
+    """Own a save folder while the body runs; yields what `FolderOwner.acquire` returns. On rank 0 only."""
     claim = FolderOwner(folder)
     line = claim.acquire()
     _held[folder.resolve()] = claim
@@ -147,7 +147,7 @@ class FolderOwner:
             if self._take_over(text):
                 why = f"{holder}: {ended(holder, self.owner)}" if holder else "it could not be read"
                 return f"{self.path} of another start is taken over ({why})"
-        raise FolderTakenError(f"save: {self.path} changes all the time: several runs start in {self.folder} at once")
+        raise FolderTakenError(f"save: {self.path} keeps changing: several runs start in {self.folder} at once")
 
     def problems(self) -> list[str]:
         """Why this process could not become the owner, without becoming it."""
@@ -167,9 +167,9 @@ class FolderOwner:
             )
 
     def _take_over(self, judged: str) -> bool:
-        """Replace the claim that was judged; False if it has changed since, or another run is about to do the same.
+        """Replace the claim with text `judged`; False if it has changed, or another run is taking over.
 
-        Only who holds `owner.json.next` replaces a claim, and looks at it again before.
+        Only the holder of `owner.json.next` replaces a claim, after reading it once more.
         """
         right = self.path.with_name(f"{OWNER}.next")
         if not self._link(right):
@@ -242,7 +242,7 @@ def ended(holder: Owner, own: Owner) -> str | None:
 
 
 def _slurm_state(job: str) -> str | None:
-    """A job's state as Slurm tells; a job that Slurm no longer knows is COMPLETED. None if it cannot be asked."""
+    """A job's state according to Slurm; COMPLETED if Slurm no longer knows it, None if Slurm cannot be asked."""
     command = ["squeue", "--noheader", "--states=all", "--format=%T", f"--jobs={job}"]
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=SLURM_SECONDS)

@@ -1,14 +1,14 @@
 """What a rank writes into a checkpoint: its share of the layer files, its meta file, its optimizer file.
 
-For a save in the background the files are first copied to host memory. Every tensor has a buffer, made when it is
-copied for the first time and overwritten by each later snapshot: a rank holds one copy of its files' bytes, however
-often it saves. Buffers for GPU tensors are pinned (torch rounds each up to a power of two), so that all copies are
-queued at once and run at the speed of the link.
+For a save in the background the files are first copied to host memory. Every tensor has a buffer, allocated when it is
+first copied and overwritten by each later snapshot: a rank holds one copy of its files' bytes, however often it saves.
+Buffers for GPU tensors are pinned (torch rounds each up to a power of two), so that all copies are queued at once and
+run at the speed of the link.
 
-The copies run on the stream of the training and the snapshot waits for them: they start when the kernels of the step
-are done, and the next step starts after them. A stream of their own would let the next forward pass overlap, at the
-price of a wait in front of the optimizer, and gain a 70B on 2,048 GCDs the 0.02 s that 0.7 GB take on a Frontier node's
-36 GB/s link (OLCF's user guide).
+The copies run on the training stream and the snapshot waits for them: they start when the kernels of the step are done,
+and the next step starts after them. A separate stream would overlap them with the next forward pass, at the cost of a
+wait before the optimizer, and save a 70B on 2,048 GCDs the 0.02 s that 0.7 GB take on a Frontier node's 36 GB/s link
+(OLCF's user guide).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class FileKind(Enum):
 
 @dataclass(frozen=True)
 class FileContent:
-    """One file to be: tensors (live, or copies of them) and plain values, nested in dicts, lists and tuples."""
+    """The content of one file: tensors (live or copied) and plain values, nested in dicts, lists and tuples."""
 
     content: dict[str, Any]
     kind: FileKind = FileKind.PLAIN
@@ -59,7 +59,7 @@ Contents = dict[str, FileContent]  # by file name
 
 
 def rank_contents(engine: Engine, args: NeoXArgs, state: TrainState) -> Contents:
-    """This rank's files as they are now. Tensors are the engine's own: the next step changes them."""
+    """Content of this rank's files. Tensors are the engine's own: the next step changes them."""
     if args.lora is None:
         contents = {name: FileContent(tensors, FileKind.WEIGHTS) for name, tensors in own_layers(engine).items()}
     else:
@@ -79,7 +79,7 @@ def rank_contents(engine: Engine, args: NeoXArgs, state: TrainState) -> Contents
 
 
 def write_contents(folder: Path, contents: Contents) -> dict[str, FileEntry]:
-    """Write the files, synced and read back; returns their manifest entries, but for what other ranks write as well."""
+    """Write and sync the files; returns their manifest entries, except the adapter's, which all ranks write."""
     for name, file in contents.items():
         if file.kind is FileKind.ADAPTER:
             write_factors(folder / name, file.content)
@@ -110,7 +110,7 @@ def _raw(path: Path, shards: dict[TensorRange, dict[str, Tensor]], where: Tensor
 
 
 def _client_state(args: NeoXArgs, state: TrainState) -> dict[str, Any]:
-    """What GPT-NeoX expects besides DeepSpeed's keys, and the run's position."""
+    """The keys that GPT-NeoX expects besides DeepSpeed's, and the run's position."""
     names = (
         "num_layers",
         "hidden_size",
@@ -141,7 +141,7 @@ class HostCopies:
         self.buffers: dict[_Path, Tensor] = {}
 
     def snapshot(self, contents: Contents) -> Contents:
-        """`contents` as it is now: tensors in host memory, everything else copied. Returns when all is copied."""
+        """Copy `contents` as it is now, tensors to host memory. Returns when all copies are done."""
         copies = {name: replace(file, content=self._copy(file.content, (name,))) for name, file in contents.items()}
         if torch.cuda.is_initialized():
             torch.cuda.current_stream().synchronize()
@@ -162,7 +162,7 @@ class HostCopies:
             buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
             self.buffers[path] = buffer
         buffer.copy_(tensor.detach(), non_blocking=True)
-        return buffer.detach().requires_grad_(tensor.requires_grad)  # which is written into a file, too
+        return buffer.detach().requires_grad_(tensor.requires_grad)  # saved with the tensor
 
 
 def tensor_bytes(contents: Contents) -> int:

@@ -1,4 +1,4 @@
-"""A stage's weights from layer files of another tensor-parallel size, cut anew by the layout table."""
+"""Loads a stage's weights from layer files of another tensor-parallel size, resharded by the layout table."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def load_resharded_layers(
     engine: Engine, folder: Path, here: TensorSplit, there: TensorSplit, files: Mapping[str, FileEntry]
 ) -> set[tuple[str, str]]:
-    """Fill this rank's stage, cut as `here`, from layer files in `folder` that are cut as `there`.
+    """Fill this rank's stage, sharded as `here`, from layer files in `folder` that are sharded as `there`.
 
     The files have been checked against the model (`verify_before_load`). Each tensor is compared with its checksum in
     `files`, the manifest's, before any of it is used. Vocabulary padding that the files do not have becomes zero.

@@ -1,7 +1,7 @@
-"""Old checkpoints make room: whole ones beyond `keep_last_n_checkpoints`, optimizer states beyond their own number.
+"""Removes checkpoints beyond `keep_last_n_checkpoints`, and optimizer states beyond `keep_optimizer_last_n`.
 
 Only checkpoints that this program's training wrote are touched, never a converted one or GPT-NeoX's, never one of a
-later step than the present, and never the one that the run was started from.
+step later than the current one, and never the one that the run was started from.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ def apply_retention(
     keep_optimizer_last_n: int | None,
     started_from: int | None = None,
 ) -> None:
-    """Delete what is older than wanted; call it when the checkpoint of `iteration` is complete. None keeps all.
+    """Delete old checkpoints and optimizer states, once the checkpoint of `iteration` is complete. None keeps all.
 
     Only complete checkpoints count, and only they are deleted: a damaged one must not push out a good one. The one of
-    `started_from`, which the run has resumed, stays whole as long as the run goes on.
+    step `started_from`, from which the run resumed, stays whole as long as the run continues.
     """
     if keep_last_n is None and keep_optimizer_last_n is None:
         return
@@ -51,9 +51,9 @@ def apply_retention(
 
 
 def remove_optimizer(folder: Path) -> bool:
-    """Delete a checkpoint's optimizer files, after its manifest says that it has none; False if it had none.
+    """Remove a checkpoint's optimizer files from its manifest, then delete them; False if it had none.
 
-    Killed in between, files lie there that the manifest does not list; the next call deletes them.
+    If killed in between, files remain that the manifest does not list; the next call deletes them.
     """
     files = [path for path in folder.iterdir() if OPTIMIZER_FILE.fullmatch(path.name)]
     if not files:

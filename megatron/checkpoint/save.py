@@ -1,12 +1,12 @@
 """Save a checkpoint that is complete or does not exist.
 
-All ranks write into `global_stepN.tmp`, each file synced; they agree that every file was written; rank 0 adds the
-small files and, last, the manifest, renames the folder and moves `latest`. Whatever is killed when, `latest` names a
-complete checkpoint. A rank that cannot write makes all ranks raise the same CheckpointError, and the partial folder
-is removed.
+All ranks write into `global_stepN.tmp`, each file synced; they agree that every file was written; rank 0 adds the small
+files and, last, the manifest, renames the folder and moves `latest`. Whenever a run is killed, `latest` names a
+complete checkpoint. A rank that cannot write makes all ranks raise the same CheckpointError, and the partial folder is
+removed.
 
-The steps are those of `CheckpointWriter`, none of which communicates. `save_checkpoint` takes them one after the other
-while training waits; `background` takes the same ones while training continues.
+`CheckpointWriter` implements the steps, none of which communicates. `save_checkpoint` runs them one after the other
+while training waits; `background` runs them while training continues.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ CONFIGS, HF, PARTS = "configs", "hf", "parts"
 
 @contextlib.contextmanager
 def owned_save_folder(ranks: RankGroup, save: str | None) -> Iterator[None]:
-    """Around a run that saves: no other run writes into its folder. Collective.
+    """Own the save folder while the body runs, so that no other run writes into it. Collective.
 
-    CheckpointError on all ranks if another run has the folder; what a killed run left is taken over with a line.
+    CheckpointError on all ranks if another run has the folder; a killed run's claim is taken over and logged.
     """
     with contextlib.ExitStack() as stack:
         if save is not None:
@@ -66,7 +66,7 @@ def owned_save_folder(ranks: RankGroup, save: str | None) -> Iterator[None]:
 
 
 def prepare_save(engine: Engine, args: NeoXArgs, started_from: int | None = None) -> None:
-    """Before the first step of training: the save folder exists, can be written, and holds no left-overs.
+    """Create the save folder, clear leftovers and check that all ranks can write; before the first step of training.
 
     `started_from` is the step in it that the run resumes; later ones are set aside. Collective. Only for the run that
     owns the folder: another run's save in progress would be removed.
@@ -88,9 +88,9 @@ def prepare_save(engine: Engine, args: NeoXArgs, started_from: int | None = None
 def save_checkpoint(engine: Engine, args: NeoXArgs, state: TrainState, *, data_fingerprints: Mapping[str, Any]) -> Path:
     """Save weights, optimizer, position and random states at `state.iteration` under `args.save`; returns the folder.
 
-    Collective over all ranks. CheckpointError, the same on all ranks, if any rank could not write; the checkpoints
-    that were there before are untouched then. Older ones are thinned out (`keep_last_n_checkpoints`,
-    `keep_optimizer_last_n`) after the new one is complete.
+    Collective over all ranks. CheckpointError, the same on all ranks, if any rank could not write; earlier checkpoints
+    are then untouched. They are thinned out (`keep_last_n_checkpoints`, `keep_optimizer_last_n`) after the new one is
+    complete.
     """
     ranks = RankGroup.world(engine.place.device)
     writer = CheckpointWriter(engine, args, state, data_fingerprints)
@@ -113,8 +113,8 @@ def save_checkpoint(engine: Engine, args: NeoXArgs, state: TrainState, *, data_f
 class CheckpointWriter:
     """One checkpoint on its way to disk: `open`, `write`, `publish`, `thin_out` in this order, or `discard`.
 
-    Every rank has one and calls every method; between two of them all ranks must have agreed that all succeeded. What
-    the methods write of `state` is its position when the writer was made.
+    Every rank has a writer and calls every method; between two calls all ranks must have agreed that all succeeded. The
+    position written is that of `state` when the writer was made.
     """
 
     def __init__(self, engine: Engine, args: NeoXArgs, state: TrainState, data_fingerprints: Mapping[str, Any]) -> None:
@@ -127,7 +127,7 @@ class CheckpointWriter:
         self.what = f"saving {self.final}"
 
     def open(self) -> None:
-        """Rank 0 makes the folder that all write into."""
+        """Rank 0 creates the folder that all ranks write into."""
         if self.rank == 0:
             check_ownership(self.root)
             self.root.mkdir(parents=True, exist_ok=True)
@@ -138,16 +138,16 @@ class CheckpointWriter:
                 lay_out(self.partial, self.args, self.state.base.name, self.state.base.fingerprint)
 
     def write(self, contents: Contents) -> None:
-        """This rank's files, and its part of the manifest beside them.
+        """Write this rank's files, and its part of the manifest beside them.
 
-        The parts go through the file system and not to rank 0 by a gather, in which 2,048 GPU ranks would each open a
+        The parts go through the file system, not by a gather to rank 0, for which 2,048 GPU ranks would each open a
         connection to it, with buffers in its GPU's memory.
         """
         entries = write_contents(self.partial, contents)
         (self.partial / PARTS / f"{self.rank}.json").write_text(Manifest(entries).to_json(), encoding="utf-8")
 
     def publish(self) -> None:
-        """Rank 0: the small files, the checks, the manifest, the names."""
+        """Rank 0 writes the small files, checks everything, writes the manifest and renames the folder into place."""
         if self.rank != 0:
             return
         files = self._take_parts()
@@ -166,7 +166,7 @@ class CheckpointWriter:
         publish(self.partial, self.final)
 
     def thin_out(self) -> None:
-        """Rank 0: older checkpoints make room for the one that is complete now."""
+        """Rank 0 removes older checkpoints, now that this one is complete."""
         if self.rank != 0:
             return
         try:
@@ -181,7 +181,7 @@ class CheckpointWriter:
             shutil.rmtree(self.partial, ignore_errors=True)
 
     def _take_parts(self) -> dict[str, FileEntry]:
-        """The entries that the ranks left; their folder is gone then."""
+        """Collect the manifest entries that the ranks wrote, and delete their folder."""
         folder, files = self.partial / PARTS, {}
         for rank in range(self.place.world_size):
             path = folder / f"{rank}.json"

@@ -1,4 +1,4 @@
-"""A checkpoint that a run may begin from: found, whole, and of the configured model. Without torch."""
+"""Finds a checkpoint that a run may start from: complete, and of the configured model. Without torch."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class SavedCheckpoint:
 
     @cached_property
     def layout(self) -> Mapping[str, Any]:
-        """TP, PP and DP of the run that wrote it, by `tp`, `pp`, `dp`; what is not known is left out."""
+        """TP, PP and DP of the run that wrote it, by `tp`, `pp`, `dp`; unknown ones are left out."""
         if self.manifest is None:
             return layout_of_names(path.name for path in self.folder.iterdir())
         layout = self.provenance.get("layout")
@@ -41,13 +41,13 @@ class SavedCheckpoint:
         return None if self.manifest is None else self.manifest.files.get(name)
 
     def facts(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What it knows of its model, and of its run."""
+        """The recorded facts of its model, and of its run."""
         config = self.folder / "hf" / "config.json"
         return recorded_facts(self.provenance, config.read_bytes() if config.is_file() else None)
 
 
 def saved_base(checkpoint: SavedCheckpoint, args: NeoXArgs) -> SavedCheckpoint:
-    """The base of an adapter's checkpoint: in `load`, the step that it was trained beside if that is still there."""
+    """The base of an adapter's checkpoint, from `load`: the step it was trained on if still there, else the latest."""
     assert args.load is not None
     root = Path(args.load)
     step = step_of(Path(checkpoint.provenance["base"]["folder"]))
@@ -57,9 +57,9 @@ def saved_base(checkpoint: SavedCheckpoint, args: NeoXArgs) -> SavedCheckpoint:
 def saved_checkpoint(
     root: Path, iteration: int | None, args: NeoXArgs, options: str | None = None, *, own: bool = False
 ) -> SavedCheckpoint:
-    """The checkpoint in `root`; CheckpointError if there is none, or if it holds another model than `args` describe.
+    """The checkpoint in `root`; CheckpointError if there is none, or its model is not the one that `args` describe.
 
-    `own`: it is one of the run's own, which with `lora` hold an adapter. `options` are those under which the run takes
+    `own`: it is one of the run's own, which with `lora` hold an adapter. `options` are those that make the run resume
     its own checkpoints, for the message.
     """
     folder = find_checkpoint(root, iteration, options)

@@ -1,4 +1,4 @@
-"""Going back to an earlier step: the later ones get another name, so that nothing overwrites or deletes them."""
+"""Going back to an earlier step: later checkpoints are renamed, so that nothing overwrites or deletes them."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ SET_ASIDE = ".set_aside"
 def set_aside_later(root: Path, iteration: int) -> list[Path]:
     """Rename every `global_stepN` of a step after `iteration` to `global_stepN.set_aside`; returns the new names.
 
-    `latest` moves first, to the step that the run has resumed: killed on the way, the next start finds the same
-    beginning. A second folder of a step becomes `global_stepN.set_aside.2`, and so on.
+    `latest` moves first, to the step that the run has resumed: after a kill on the way, the next start resumes the same
+    step. A second folder of a step becomes `global_stepN.set_aside.2`, and so on.
     """
     later = [step for step in steps_in(root) if step > iteration]
     if not later:

@@ -1,6 +1,6 @@
-"""Where a run begins: from scratch, from a checkpoint, or from its own last save. Found before anything is built.
+"""Where a run starts: from scratch, from a checkpoint, or from its own last save. Found before anything is built.
 
-`choice` says which; here rank 0 looks, compares what the checkpoint knows with the configuration, and all ranks follow.
+`choice` decides which; here rank 0 opens it and compares its facts with the configuration, and all ranks follow.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Position:
-    """Where a saved run stood."""
+    """The position of a saved run."""
 
     iteration: int = 0
     consumed_samples: int = 0
@@ -39,10 +39,10 @@ class Position:
 
 @dataclass(frozen=True)
 class Start:
-    """What a run begins with. Without a checkpoint the weights are drawn.
+    """What a run starts from. Without a checkpoint the weights are initialized at random.
 
-    `own_save`: the checkpoint lies in the folder that the run saves to. Of a run with `lora` that goes on it holds the
-    adapter, and `base` the weights.
+    `own_save`: the checkpoint lies in the folder that the run saves to. When a run with `lora` resumes, `checkpoint`
+    holds the adapter and `base` the weights.
     """
 
     checkpoint: SavedCheckpoint | None = None
@@ -57,10 +57,10 @@ class Start:
 
 
 def find_start(ranks: RankGroup, args: NeoXArgs) -> Start:
-    """The checkpoint that a run begins from, and its position. Collective: rank 0 looks, all follow.
+    """The checkpoint that a run starts from, and its position. Collective: rank 0 looks, all follow.
 
-    CheckpointError, the same on all ranks, if the checkpoint is missing, incomplete, of another model, or does not say
-    its position.
+    CheckpointError, the same on all ranks, if the checkpoint is missing, incomplete, of another model, or lacks its
+    position.
     """
     choice: StartChoice | None = None
     with ranks.together("finding where to start"):
@@ -97,9 +97,9 @@ def locate(
     *,
     own: bool = False,
 ) -> SavedCheckpoint:
-    """The checkpoint that all ranks read; rank 0 looks, so that all see the same one.
+    """Find the checkpoint that all ranks read; rank 0 looks, so that all use the same one.
 
-    CheckpointError on all ranks if there is none, or if it holds another model than `args` describe.
+    CheckpointError on all ranks if there is none, or its model is not the one that `args` describe.
     """
     found = None
     with ranks.together(f"loading from {root}"):
@@ -121,10 +121,10 @@ def _locate_base(ranks: RankGroup, checkpoint: SavedCheckpoint, args: NeoXArgs) 
 
 
 def position_of_gpt_neox(folder: Path, train_batch_size: int) -> Position:
-    """Where a run of GPT-NeoX stood: the iteration that its folder's name says, with batches of this run's size.
+    """Position of a GPT-NeoX run: the iteration in its folder's name, and its samples at this run's batch size.
 
-    Its own files hold arrays of numpy, which only running code brings back; and they do not count samples.
-    CheckpointError for a folder with another name.
+    Its own files hold numpy arrays, which only running code restores, and do not count samples. CheckpointError for a
+    folder with another name.
     """
     match = re.fullmatch(r"global_step(\d+)", folder.name)
     if match is None:
@@ -164,7 +164,7 @@ def read_position(ranks: RankGroup, checkpoint: SavedCheckpoint) -> Position:
                     meta["global_steps"],
                     meta["global_samples"],
                     meta["skipped_steps"],
-                    meta.get("overflow_steps", 0),  # of fp16 alone, as its scale
+                    meta.get("overflow_steps", 0),  # fp16 only, like the loss scale
                     LossScaleState(**meta["loss_scale"]) if "loss_scale" in meta else None,
                 ),
             )

@@ -1,4 +1,4 @@
-"""What a run needs besides weights and optimizer: its position, and the random numbers of each rank."""
+"""What a run needs besides weights and optimizer: its position, and the random states of each rank."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 @dataclass(frozen=True)
 class Base:
-    """The weights beside which an adapter is trained: a name for people, the step's folder, and `base_fingerprint`."""
+    """The weights that an adapter is trained on: a readable name, the step's folder, and `base_fingerprint`."""
 
     name: str
     folder: str
@@ -24,12 +24,12 @@ class Base:
 class TrainState:
     """Position of a run. The trainer keeps one, updates it every step and hands it to each save.
 
-    `consumed_samples` is the position in the order of samples, those that were left out (`skip_sample_ranges`)
-    included; the data are read from there on. `skipped_in_a_row` counts the last optimizer steps that were skipped
-    because something was not finite; the engine's counters hold the total. `hf_files`, on rank 0 only, are the files of
-    the `hf/` folder (config.json, tokenizer) that came with the loaded checkpoint; every later checkpoint carries them.
-    `started_from` is the step in its own save folder that the run has resumed, which retention keeps. `base` is that of
-    a run with `lora`.
+    `consumed_samples` is the position in the order of samples, including those left out (`skip_sample_ranges`); the
+    next step reads from there. `skipped_in_a_row` counts the latest consecutive optimizer steps skipped for non-finite
+    values; the engine's counters hold the total. `hf_files`, on rank 0 only, are the files of the `hf/` folder
+    (config.json, tokenizer) that came with the loaded checkpoint; every later checkpoint carries them. `started_from`
+    is the step in its own save folder that the run has resumed, which retention keeps. `base` is set in a run with
+    `lora`.
     """
 
     iteration: int = 0
@@ -86,4 +86,4 @@ def rng_from_bytes(data: bytes) -> dict[str, Any]:
                 state[key] = torch.frombuffer(bytearray.fromhex(body[key]), dtype=torch.uint8)
         return state
     except (KeyError, TypeError, UnicodeDecodeError) as error:
-        raise ValueError(f"these are no random states: {error}") from error
+        raise ValueError(f"these are not random states: {error}") from error

@@ -1,8 +1,8 @@
-"""What the manifest says of a rank's optimizer file: its ranges, where each lies, and checksums of every block.
+"""What the manifest records of a rank's optimizer file: its ranges, their offsets, and checksums of every block.
 
 A file holds, for each range of a tensor, three fp32 arrays: master weights, first and second moments. Each array is
-summed in blocks of `BLOCK` elements from its beginning, so that a reader of a part verifies what it reads without
-reading the rest. Standard library only.
+checksummed in blocks of `BLOCK` elements from its start, so that a part can be verified without reading the rest.
+Standard library only.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _CHECKSUMS = re.compile(r"[0-9a-f]{8}( [0-9a-f]{8})*")
 class StoredArray:
     """One array of a range: its first byte in the file, and the CRC-32 of each block.
 
-    DeepSpeed's files have no checksums, and their moments may be of gradients that are a multiple of ours: an element's
-    value is `factor` times what is stored.
+    DeepSpeed's files have no checksums, and their moments may be of gradients scaled by a constant: an element's value
+    is `factor` times what is stored.
     """
 
     offset: int
@@ -67,7 +67,7 @@ class StateRange:
 
     @classmethod
     def from_json(cls, value: Any, file_bytes: int) -> StateRange:
-        """ValueError says what is wrong with an entry of a file of `file_bytes` bytes."""
+        """Parse an entry of a file of `file_bytes` bytes; ValueError says what is wrong."""
         if not isinstance(value, Mapping):
             raise ValueError(f"a range must be a mapping, got {type(value).__name__}")
         for key in ("layer", "tp_rank", "start", "stop", "step"):

@@ -1,4 +1,4 @@
-"""One torch file: written with a running checksum and synced, read as tensors and plain values only."""
+"""Torch files: written with a running checksum and synced, read as tensors and plain values only."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from megatron.checkpoint.manifest import FileEntry, TensorEntry, checksum, forma
 from megatron.common.crc import crc32
 from megatron.common.errors import CheckpointError
 
-_REGISTRY = threading.Lock()  # torch's list of allowed classes is the process's, files are also written beside training
+_REGISTRY = threading.Lock()  # torch's list of allowed classes is global, and a background save uses it from its thread
 
 
 class _Sink:
-    """File object for torch.save that sums what passes, and remembers the first error of the operating system.
+    """File object for torch.save that checksums what it writes, and keeps the first error of the operating system.
 
-    torch's zip writer answers a failed write with an error about positions; the reason (no space left) is kept here.
+    torch's zip writer reports a failed write as an error about positions; the reason (no space left) is kept here.
     """
 
     def __init__(self, path: Path) -> None:
@@ -113,7 +113,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def read_file(path: Path, lazy: bool = False, classes: Sequence[type | tuple[type, str]] = ()) -> Any:
-    """Load a torch file on the CPU; nothing in it is executed.
+    """Load a torch file on the CPU, without executing anything in it.
 
     With `lazy` tensors are mapped from the file and read when used. CheckpointError if the file is damaged or asks for
     anything but tensors, plain values and instances of `classes`; a pair is a class and the name that it stands in for.

@@ -1,8 +1,8 @@
-"""Checksums verified while loading: on the bytes that the load reads anyway, by a thread beside it.
+"""Verifies checksums while loading: threads checksum the bytes that the load reads anyway.
 
-A file is summed from front to back, by the cores that are free, while the load reads it. Whoever comes first brings a
-page into the system's cache, so the file is read from the disk once; sums and reads release the interpreter's lock, so
-the sum hides behind the read. `benchmarks/loading.py` measures it.
+Idle cores checksum a file from front to back while the load reads it. Whichever comes first brings a page into the page
+cache, so the file is read from disk once; both release the interpreter lock, so the checksum hides behind the read.
+`benchmarks/loading.py` measures it.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from megatron.common.crc import combine, crc32
 from megatron.common.errors import CheckpointError, one_line
 
 _CHUNK = 1 << 22  # bytes that a thread takes at once
-_BUFFER = 1 << 18  # bytes; stays in a core's cache between the read and the sum
+_BUFFER = 1 << 18  # bytes; stays in a core's cache between the read and the checksum
 
 
 @contextlib.contextmanager
 def verified(path: Path, entry: FileEntry | None) -> Iterator[None]:
-    """Whatever the body reads of `path` is as the manifest's `entry` says when this ends; CheckpointError if not.
+    """Compare `path` with the manifest's `entry` while the body reads it; CheckpointError at the end if they differ.
 
     The body must not act on what it has read: it is known to be right only afterwards. An error of the body is raised
-    in place of the verdict, unless the file is damaged, which explains it. Without an entry or a checksum of the whole
-    file nothing is compared.
+    as it is, unless the file is damaged, which explains it. Without an entry or a checksum of the whole file nothing is
+    compared.
     """
     if entry is None or entry.checksum is None:
         yield
@@ -52,7 +52,7 @@ def verified(path: Path, entry: FileEntry | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def verified_tensors(path: Path, entry: FileEntry | None, stored: Mapping[str, Tensor]) -> Iterator[None]:
-    """The same for a layer file whose tensors, mapped from it, are `stored`; its entry may list tensors alone."""
+    """`verified` for a layer file with mapped tensors `stored`, whose entry may only have checksums of tensors."""
     if entry is None or entry.checksum is not None:
         with verified(path, entry):
             yield
@@ -75,7 +75,7 @@ def damage(path: Path, found: str, listed: str, tensor: str = "") -> str:
 
 
 class _Sum:
-    """The checksum of a file, made by threads that take its chunks in turn."""
+    """The checksum of a file, computed chunk by chunk by several threads."""
 
     def __init__(self, path: Path) -> None:
         self._pool = ThreadPoolExecutor(summing_threads(), "checksum")
@@ -98,7 +98,7 @@ class _Sum:
         return format_checksum(crc)
 
     def _part(self, start: int) -> tuple[int, int]:
-        """(CRC-32, bytes) of a chunk. The buffer is the thread's own, and its memory stays warm."""
+        """(CRC-32, bytes) of a chunk. Each thread reuses its own buffer, which stays in cache."""
         if not hasattr(self._thread, "buffer"):
             self._thread.buffer = memoryview(bytearray(_BUFFER))
         buffer: memoryview = self._thread.buffer
@@ -107,12 +107,12 @@ class _Sum:
             while place < end:
                 count = os.preadv(file.fileno(), [buffer[: end - place]], place)
                 if not count:
-                    break  # the file has become shorter: another sum
+                    break  # the file was truncated: its checksum will differ
                 crc = crc32(buffer[:count], crc)
                 place += count
         return crc, place - start
 
 
 def summing_threads() -> int:
-    """As many as there are cores beside the one that loads, at most four."""
+    """One thread for each core beside the one that loads; at least one, at most four."""
     return max(1, min(4, len(os.sched_getaffinity(0)) - 1))

@@ -1,4 +1,4 @@
-"""`python -m megatron.checkpoint.verify DIR`: read every byte of a checkpoint and compare with its manifest."""
+"""`python -m megatron.checkpoint.verify DIR`: read every byte of a checkpoint and compare it with the manifest."""
 
 from __future__ import annotations
 

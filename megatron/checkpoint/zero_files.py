@@ -1,8 +1,8 @@
 """Optimizer files as DeepSpeed writes them under ZeRO-1: GPT-NeoX's, and ours of version 1. Standard library only.
 
-A file holds a rank's flat partition of each parameter group, and for each parameter which part of the partition is its.
-Which part of the parameter that is follows from the files of the data-parallel ranks before it. Nobody summed these
-files in blocks: the ranges have no checksums.
+A file holds a rank's flat partition of each parameter group, and which part of the partition belongs to each parameter.
+Which part of the parameter that is follows from the files of the data-parallel ranks before it. The files have no block
+checksums, so neither do the ranges.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class ZeroFile:
     loss_scale: Mapping[str, Any] | None = None
 
     def ranges(self, tp_rank: int, starts: Mapping[str, int], where: str) -> list[StateRange]:
-        """Its ranges, if `starts` is the first element of each parameter that it holds; `where` names it."""
+        """The file's ranges; `starts` is the first element of each parameter that it holds, `where` its name."""
         factors = dict(zip(STATE_KINDS, (1, 1 / self.gradient_factor, 1 / self.gradient_factor**2), strict=True))
         result = []
         for name, (group, first, numel) in self.fragments.items():
@@ -63,7 +63,7 @@ class ZeroFile:
 
 
 def rank_of_file(name: str) -> tuple[int, int] | None:
-    """(dp_rank, pp_rank * tp + tp_rank) of such an optimizer file; None if it is none."""
+    """(dp_rank, pp_rank * tp + tp_rank) of such an optimizer file; None for any other name."""
     match = _FILE.fullmatch(name)
     return (int(match[1]), int(match[2])) if match else None
 
@@ -74,7 +74,7 @@ def tensor_of_parameter(name: str, where: str) -> tuple[int, str]:
         return int(match[1]), match[2]
     if match := _TIED.fullmatch(name):
         return EMBEDDING_INDEX, match[1]
-    raise CheckpointError(f"{where} holds a parameter {name!r}, which is of no layer")
+    raise CheckpointError(f"{where} holds a parameter {name!r}, which belongs to no layer")
 
 
 def describe(
@@ -83,9 +83,10 @@ def describe(
     place: Callable[[Any], StoredTensor | None],
     attributes: Callable[[Any], Mapping[str, Any]] = vars,
 ) -> ZeroFile:
-    """What a file holds whose unpickled `content` has, in the place of each tensor, what `place` understands.
+    """Describe a file from its unpickled `content`; `place` turns a tensor in it into its location.
 
-    `attributes` are those of an object of DeepSpeed's. CheckpointError if it is not the state of an Adam under ZeRO-1.
+    `attributes` gives the attributes of a DeepSpeed object. CheckpointError unless it is the state of an Adam under
+    ZeRO-1.
     """
     try:
         state = content["optimizer_state_dict"]
@@ -119,9 +120,9 @@ def describe(
 
 
 def _gradient_factor(content: Mapping[str, Any]) -> int:
-    """How many times the mean over the batch the gradients are that the moments were made of.
+    """The factor between the gradients that the moments were made of and the mean over the batch.
 
-    DeepSpeed 0.16.0 to 0.18.2 divide by the number of micro-batches only where their engine itself reduces gradients,
+    DeepSpeed 0.16.0 to 0.18.2 divide by the number of micro-batches only where the engine itself reduces gradients,
     which their pipeline engine does not let it do (deepspeed/runtime/engine.py, `do_gradient_reduction`): the gradients
     of the micro-batches are added up. Adam's steps hardly show it.
     """
@@ -134,8 +135,8 @@ def _gradient_factor(content: Mapping[str, Any]) -> int:
 def all_ranges(files: Mapping[str, ZeroFile], layout: Mapping[str, int], folder: Path) -> dict[str, list[StateRange]]:
     """The ranges of each file; CheckpointError if files of a rank of `layout` (tp, pp, dp) are missing.
 
-    The fragments of a parameter follow one another over the data-parallel ranks. Of a tied embedding, whose state the
-    first and the last stage hold, the first stage's is taken.
+    The fragments of a parameter follow one another over the data-parallel ranks. Of a tied embedding, whose state both
+    the first and the last stage hold, the first stage's is used.
     """
     by_rank = {rank_of_file(name): name for name in files}
     result: dict[str, list[StateRange]] = {}

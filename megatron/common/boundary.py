@@ -2,8 +2,9 @@
 
 | what happened | last line | code |
 |---|---|---|
-| a user error (`UserError`), or the system refused a file | `COMMAND: ` and its text | 2 | | Ctrl-C, or SIGTERM where a
-command asks for it | `COMMAND: interrupted` | 130 | | the reader of the output has gone, as `head` does | nothing | 0 |
+| a user error (`UserError`), or the system refused a file | `COMMAND: ` and its text | 2 |
+| Ctrl-C, or SIGTERM where a command asks for it | `COMMAND: interrupted` | 130 |
+| the reader of the output is gone, as with `head` | nothing | 0 |
 | anything else is a defect of this program | a traceback, then one line | 1 |
 """
 
@@ -23,7 +24,7 @@ DONE, DEFECT, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
 
 
 def guarded(command: str, main: Callable[[], int | None], interrupted: str = "interrupted") -> int:
-    """The exit code of `main()`, which may return none; its errors are reported as above under the name `command`."""
+    """Run `main` and return its exit code (None is 0); its errors are reported as above under the name `command`."""
     try:
         return main() or DONE
     except BrokenPipeError:

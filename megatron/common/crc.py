@@ -1,11 +1,10 @@
-"""CRC-32 as defined by zlib: of bytes, and of a whole from the CRC-32s of its pieces, in whatever order these are
-finished.
+"""CRC-32 as zlib defines it, of bytes and of a whole from the CRC-32s of its pieces.
 
 `crc32` is that of Intel's ISA-L if the package `isal` is installed, which is about three times as fast, and zlib's
 otherwise. The values are the same, and both release the interpreter lock.
 
-The arithmetic of pieces is that of polynomials over GF(2) modulo the CRC polynomial (bit-reflected): appending n bytes
-multiplies a CRC by x^(8 n).
+Pieces, which may be finished in any order, are combined by arithmetic with polynomials over GF(2) modulo the CRC
+polynomial (bit-reflected): appending n bytes multiplies a CRC by x^(8 n).
 """
 
 from __future__ import annotations

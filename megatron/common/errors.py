@@ -10,7 +10,7 @@ class UserError(Exception):
 
 
 class ConfigError(UserError, ValueError):
-    """The configuration cannot be right."""
+    """The configuration is invalid or contradicts itself."""
 
 
 class CheckpointError(UserError, ValueError):

@@ -1,4 +1,4 @@
-"""Whether the picture that a command was asked for can be written; for before the work is done."""
+"""Checks that a command can write its picture, before it does the work."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ ENDINGS = (".png", ".svg", ".pdf")
 
 
 def check_picture_file(path: Path, error: type[UserError]) -> None:
-    """Raises `error` if matplotlib is missing, or cannot write a picture to where `--picture` says."""
+    """Raise `error` if matplotlib is missing, or cannot write a picture to `path`."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:

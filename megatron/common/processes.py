@@ -1,4 +1,4 @@
-"""Termination of processes: no process may outlive the one that started it."""
+"""Termination of processes: no process may outlive its parent."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Messages that only who knows a secret can write: text behind a keyed hash (HMAC-SHA256) of its key and content."""
+"""Messages that only holders of a secret can write: text behind a keyed hash (HMAC-SHA256) of its key and content."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ _DIGITS = 64  # of the hash, hexadecimal
 
 
 class Seal:
-    """A message under one key is none under another. The secret is never printed.
+    """Seals and opens messages; a message is valid only under its own key. The secret is never printed.
 
-    `ignored` counts the messages that nobody with the secret wrote; `report` is called at the first of them.
+    `ignored` counts the messages that were written without the secret; `report` is called for the first of them.
     """
 
     def __init__(self, secret: bytes, report: Callable[[], None] = lambda: None) -> None:
@@ -21,14 +21,14 @@ class Seal:
 
     @property
     def name(self) -> str:
-        """A name that follows from the secret and does not tell it."""
+        """A name derived from the secret, which it does not reveal."""
         return hmac.digest(self._secret, b"keys", hashlib.sha256).hex()
 
     def sealed(self, key: str, content: str) -> str:
         return self._hash(key, content.encode()).hex() + content
 
     def opened(self, key: str, message: bytes) -> str | None:
-        """The content; None if nobody with the secret wrote it. Takes the same time wherever the hashes differ."""
+        """The content; None if it was written without the secret. The hashes are compared in constant time."""
         found, content = message[:_DIGITS], message[_DIGITS:]
         if hmac.compare_digest(found, self._hash(key, content).hex().encode()):
             return content.decode()

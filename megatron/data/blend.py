@@ -1,13 +1,13 @@
-"""Several sources as one: which source each sample of the run comes from, and what of it is replayed.
+"""Blends several sources: which source each sample of the run comes from, and what of it is replayed.
 
-The j-th sample of a source with share w is due at time (j + phase) / w, and samples are read in the order in which
-they are due; the phases of the sources are spread evenly over 0 to 1, or a thousand small sources would all be due
+The j-th sample of a source with share w is due at time (j + phase) / w, and samples are read in the order in which they
+are due. The phases of the sources are spread evenly over 0 to 1; otherwise a thousand small sources would all be due
 first at the same late moment. So every stretch of the run holds each source in its share to within a few samples, a
-longer run begins like a shorter one, and no choice of a source is random: only the order within each source is.
+longer run begins like a shorter one, and no choice of a source is random, only the order within each source.
 
-A source with `replay` is general text that accompanies the others, the corpus. It supplies its share of every epoch of
-the corpus; with `fresh_each_epoch` it continues from epoch to epoch, and repeats nothing before all of it has been
-read. AstroSage-70B's continued pre-training found this crucial.
+A source with `replay` is general text that accompanies the other sources, the corpus. It supplies its share of every
+epoch of the corpus; with `fresh_each_epoch` it continues from epoch to epoch, and repeats nothing before all of it has
+been read. AstroSage-70B's continued pre-training found this crucial.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ def shares(weights: Sequence[float]) -> NDArray[np.float64]:
 def assign_sources(share: NDArray[np.float64], samples: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
     """For each of `samples` places: the source, and how many samples of that source came before.
 
-    `share` [sources] sums to 1. Time and memory grow as the number of samples, not times the number of sources.
+    `share` [sources] sums to 1. Time and memory grow with the number of samples, not with samples x sources.
     """
-    counts = np.ceil(share * (samples + len(share))).astype(np.int64) + 1  # none is further ahead of its share
+    counts = np.ceil(share * (samples + len(share))).astype(np.int64) + 1  # no source gets further ahead of its share
     counts[share == 0] = 0
     source = np.repeat(np.arange(len(share), dtype=np.int32), counts)
     within = np.concatenate([np.arange(count, dtype=np.int64) for count in counts])
@@ -49,7 +49,7 @@ def assign_sources(share: NDArray[np.float64], samples: int) -> tuple[NDArray[np
 
 
 def _phases(count: int) -> NDArray[np.float64]:
-    """The van der Corput sequence 1/2, 1/4, 3/4, 1/8, ...: every beginning of it is spread evenly."""
+    """The van der Corput sequence 1/2, 1/4, 3/4, 1/8, ...: every prefix of it is spread evenly."""
     bits = np.arange(1, count + 1)
     phase = np.zeros(count)
     scale = 0.5
@@ -69,7 +69,7 @@ class Mixture:
     epoch: float | None
 
     def needed(self, sources: int) -> list[int]:
-        """How many samples each of the sources must be able to give, at least 1."""
+        """How many samples each of the sources must provide, at least 1."""
         highest = np.zeros(sources, np.int64)
         np.maximum.at(highest, self.source_of, self.within)
         return (highest + 1).tolist()
@@ -80,9 +80,9 @@ def mix(
 ) -> Mixture:
     """The order of `samples` samples of sources that have `epochs` samples each.
 
-    `weights` are those of the corpus, in order, and replay leaves the corpus a share: rules of the keys. Without
-    weights all sources count the same (GPT-NeoX's rule), except with replay: an epoch of the corpus must then read each
-    of its documents once, so they count by their size.
+    `weights` are those of the corpus's sources, in order; the keys' rules ensure that replay leaves the corpus a share.
+    Without weights all sources weigh the same (GPT-NeoX's rule), except with replay: an epoch of the corpus must then
+    read each of its documents once, so sources weigh by their size.
     """
     corpus = [i for i, replay in enumerate(replays) if replay is None]
     replayed = sum(replay.share for replay in replays if replay is not None)
@@ -130,7 +130,7 @@ class Blend(SampleDataset):
         ]
 
     def describe(self) -> list[str]:
-        """Lines for the log: each source's realised share of the run and of each epoch, and how often it is read."""
+        """Lines for the log: each source's realized share of the run and of each epoch, and how often it is read."""
         return [self._line(i) for i in range(len(self.sources))]
 
     def _line(self, source: int) -> str:

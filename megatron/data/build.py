@@ -1,4 +1,4 @@
-"""From the YAML keys to datasets, checked on every rank before training begins."""
+"""Builds datasets from the YAML keys, and checks them on every rank before training starts."""
 
 from __future__ import annotations
 
@@ -34,9 +34,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class Datasets:
-    """What a run reads. `valid` and `test` are separate by source and hold every token once. `fingerprints` are the
-    provenance of each prefix, `notes` lines for the log. `train_iters` is the run's own or what `train_epochs` come to,
-    None in a run that only evaluates."""
+    """What a run reads.
+
+    `valid` and `test` are separate by source and hold every token once. `fingerprints` is the provenance of each
+    prefix, `notes` are lines for the log. `train_iters` is the configured number or follows from `train_epochs`; None
+    in a run that only evaluates.
+    """
 
     blend: Blend | None
     valid: dict[str, SampleDataset]
@@ -68,14 +71,14 @@ class _Part:
 def build_datasets(
     args: NeoXArgs, tokenizer: Tokenizer | None = None, *, iteration: int = 0, consumed_samples: int = 0
 ) -> Datasets:
-    """Open, check and index all data of a run. Without `tokenizer` the one of `vocab_file` is loaded.
+    """Open, check and index all data of a run. Without `tokenizer`, that of `vocab_file` is loaded.
 
-    The training order holds as many samples as the run reads or leaves out, from its beginning on and from where it
-    stands: `consumed_samples` after `iteration` steps may be more than the configuration explains, where samples were
-    left out, or the batch was larger, before. A longer order begins like a shorter one.
+    The training order is long enough from its beginning and from the current position, samples to leave out included:
+    `consumed_samples` after `iteration` steps may exceed what the configuration implies, if samples were left out or
+    the batch was larger before. A longer order begins like a shorter one.
 
-    Raises DataError, TokenizerError or OSError. Where torch.distributed is initialized every rank must call this, and
-    if any rank fails, all raise one DataError that says which and why.
+    Raises DataError, TokenizerError or OSError. If torch.distributed is initialized, every rank must call this; if any
+    rank fails, all raise one DataError that says which and why.
     """
     position = iteration, consumed_samples
     if not (dist.is_available() and dist.is_initialized()):
@@ -91,7 +94,7 @@ def build_datasets(
 
 
 def _build(args: NeoXArgs, tokenizer: Tokenizer | None, position: tuple[int, int], reads_ids: bool = True) -> Datasets:
-    """`reads_ids`: look for ids outside the vocabulary where a file has to be read for it; one rank does for all."""
+    """`reads_ids`: check ids against the vocabulary even if a file has to be read for it; one rank does so for all."""
     stages = _parts(args)
     used = [part for parts in stages for part in parts]
     prefixes = sorted({part.prefix for part in used} | {part.labels for part in used if part.labels is not None})
@@ -117,7 +120,7 @@ def _text_opener(
     headers = {prefix: read_header(prefix) for prefix in sorted({part.prefix for part in used})}
     for prefix, header in headers.items():
         if open_indexed(prefix).dtype.kind == "f":
-            raise DataError(f"{prefix} holds {open_indexed(prefix).dtype} values, which are no tokens")
+            raise DataError(f"{prefix} holds {open_indexed(prefix).dtype} values, which are not tokens")
         if header is None:
             notes.append(f"{prefix}: no header beside the index, its tokenizer cannot be checked")
             if reads_ids:
@@ -155,6 +158,7 @@ def _datasets(
             f"train: {args.train_epochs:g} epochs of {epoch:,.0f} samples are {train_iters} iterations of "
             f"{args.train_batch_size}"
         )
+    # Length of the order: enough from the beginning of the run, and from its position.
     wanted = 0
     for iteration, consumed in ((0, 0), position):
         left = max(0, (train_iters or 0) - iteration) * args.train_batch_size
@@ -170,6 +174,7 @@ def _datasets(
         else:
             blend = _blend(train_parts, weights, opener, wanted)
         notes += [f"train: {line}" for line in blend.describe()]
+    # Validation and test: one pass over each source.
     valid, test = _passes(valid_parts, opener), _passes(test_parts, opener)
     for stage, sources in (
         ("train", blend.sources if blend else []),
@@ -189,13 +194,13 @@ def _datasets(
 
 @dataclass(frozen=True)
 class _Opener:
-    """Opens a part in the way that the run packs its samples."""
+    """Opens a part as samples, packed as the run packs them."""
 
     args: NeoXArgs
     form: SampleForm
 
     def __call__(self, part: _Part, samples: int | None) -> SampleSource:
-        """Endless for `samples` samples, or (None) each document once."""
+        """`samples` samples over as many epochs as needed, or (None) each document once."""
         args = self.args
         if args.pack_impl != "packed":
             return WholeDocuments(
@@ -223,7 +228,7 @@ class _ImageOpener:
     args: NeoXArgs
 
     def __call__(self, part: _Part, samples: int | None) -> SampleSource:
-        """Endless for `samples` samples, or (None) each image once."""
+        """`samples` samples over as many epochs as needed, or (None) each image once."""
         form = patch_form(part.prefix, self.args)
         return ImageSource(part.prefix, form, self.args.seed, samples, part.documents)
 
@@ -232,7 +237,7 @@ class _ImageOpener:
 
 
 def _epoch(parts: list[_Part], opener: _Opener | _ImageOpener) -> float:
-    """Samples of the run, replayed ones included, in which the sources without replay are read once."""
+    """Number of samples, replayed ones included, in which the sources without replay are read once."""
     replayed = sum(part.replay.share for part in parts if part.replay is not None)
     return sum(opener.samples_per_epoch(part) for part in parts if part.replay is None) / (1 - replayed)
 
@@ -248,7 +253,7 @@ def _blend(parts: list[_Part], weights: list[float] | None, opener: _Opener | _I
 def _gpt_neox_blend(
     args: NeoXArgs, parts: list[_Part], weights: list[float] | None, form: SampleForm, wanted: int
 ) -> Blend:
-    """The order is that of the run's whole length, wherever it stands."""
+    """The order of the run's whole length, whatever its position."""
     length = args.train_iters * args.train_batch_size
     if args.data_path is not None:
         counts, weights = [length], None
@@ -264,7 +269,7 @@ def _gpt_neox_blend(
 
 
 def _check_conversations(part: _Part, header: DataHeader | None, args: NeoXArgs) -> None:
-    """Conversations are learned by their labels, and whole. Raises DataError."""
+    """Raise DataError for conversations without labels, or that would be cut without `allow_chopped`."""
     if header is None or header.chat is None:
         return
     if part.labels is None:

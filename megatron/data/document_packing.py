@@ -1,12 +1,12 @@
-"""Samples of whole documents: padded instead of cut, as supervised fine-tuning wants them.
+"""Samples of whole documents: padded instead of cut, as supervised fine-tuning needs them.
 
 Three ways to fill a sample of s + 1 tokens (`pack_impl`): `unpacked` takes one document; `pack_until_overflow` takes
 documents in random order until the next one would not fit; `best_fit` puts each document, longest first, where it
-leaves the least room (best-fit decreasing), which wastes almost nothing. What is left of a sample is padding that
-teaches nothing; no token of another document stands at its end, as in GPT-NeoX.
+leaves the least room (best-fit decreasing), which wastes almost nothing. The rest of a sample is padding without
+learned tokens; GPT-NeoX puts the first token of another document before it.
 
-A document of more than s + 1 tokens is left out, or, with `allow_chopped`, cut into pieces that share a token, so that
-all of it is learned. Where there are labels, a document or piece without a target is left out. Both are counted.
+A document of more than s + 1 tokens is left out or, with `allow_chopped`, cut into pieces that overlap by one token, so
+that all of it is learned. With labels, a document or piece without a target is left out. Both are counted.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class WholeDocuments(TokenSource):
         return self._length
 
     def describe_left_out(self) -> list[str]:
-        """Documents that do not fit, and what has no target, with their shares."""
+        """Lines for the log on documents that were left out or cut, with their shares."""
         counts = dict(zip(_COUNTS, self._index.arrays()["counts"].tolist(), strict=True))
         lines = []
         for number, tokens, why in (
@@ -77,7 +77,7 @@ class WholeDocuments(TokenSource):
                 f"longer than a sample of {self.form.seq_length} tokens and cut (allow_chopped: true)",
             ),
             ("silent", "silent_tokens", "left out: no target in them, nothing to learn"),
-            ("short", "short_tokens", "left out: of less than two tokens"),
+            ("short", "short_tokens", "left out: fewer than two tokens"),
         ):
             if counts[number]:
                 what = "documents and pieces" if number == "silent" and counts["cut"] else "documents"
@@ -94,6 +94,7 @@ class WholeDocuments(TokenSource):
         start, stop = self.documents
         sizes = np.array(open_indexed(self.prefix).sizes[start:stop], np.int64)
         capacity = self.form.seq_length + 1
+        # Cut or leave out long documents, and leave out those without a target.
         document, offset, length, counts = _cut(sizes, capacity, self._chop)
         if len(document) == 0:
             raise DataError(
@@ -105,6 +106,7 @@ class WholeDocuments(TokenSource):
             document, offset, length = document[teaches], offset[teaches], length[teaches]
             if len(document) == 0:
                 raise DataError(f"{self.prefix}: labels {self.labels} have no target: nothing can be learned")
+        # Fill bins epoch by epoch until there are enough samples.
         orders: list[Integers] = []
         samples: list[Integers] = []
         bins: list[Integers] = [np.zeros(1, np.int64)]
@@ -148,7 +150,7 @@ _COUNTS = (
 
 
 def _have_targets(labels: str, document: Integers, offset: Integers, length: Integers) -> NDArray[np.bool_]:
-    """Which pieces have a label, behind their first token, that is learned."""
+    """Which pieces have a learned label after their first token."""
     file = open_indexed(labels)
     places = zip(document.tolist(), offset.tolist(), length.tolist(), strict=True)
     return np.array([int(file.document(d, o + 1, n - 1).max()) >= 0 for d, o, n in places], bool)
@@ -179,7 +181,7 @@ def _cut(sizes: Integers, capacity: int, chop: bool) -> tuple[Integers, Integers
 
 
 def _fill(order: Integers, length: Integers, capacity: int, packing: Packing) -> tuple[Integers, Integers]:
-    """Put the pieces into bins: (pieces bin by bin, where each bin ends among them)."""
+    """Put the pieces into bins; returns (pieces bin by bin, where each bin ends among them)."""
     if packing == "unpacked":
         return order, np.arange(1, len(order) + 1)
     if packing == "pack_until_overflow":
@@ -197,7 +199,8 @@ def _fill(order: Integers, length: Integers, capacity: int, packing: Packing) ->
 def _best_fit(order: Integers, length: Integers, capacity: int) -> tuple[Integers, Integers]:
     """Best-fit decreasing. Equal lengths keep the random order, so epochs differ.
 
-    Bins are kept by the room they have left; one bit of `open_rooms` per room finds the tightest that fits at once.
+    Bins are kept by the room they have left; `open_rooms` has one bit per room, so the tightest fit takes a few
+    operations.
     """
     order = order[np.argsort(-length[order], kind="stable")]
     bin_of = np.empty(len(order), np.int64)

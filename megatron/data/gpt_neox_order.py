@@ -1,12 +1,12 @@
 """`data_order: gpt-neox`: the order in which GPT-NeoX reads samples for the same seed, files, weights and run length.
 
-For continuing a run that GPT-NeoX started: nothing is read again, nothing is left out. Unlike this project's own order
-it depends on the length of the run: all epochs are shuffled at once.
+For continuing a run that GPT-NeoX started: no sample is repeated or left out. Unlike this project's own order it
+depends on the length of the run: all epochs are shuffled at once.
 
-GPT-NeoX's way, for one source and N samples of s tokens: the smallest number of epochs that holds them; the documents
-of all these epochs in one random order; sample k is tokens k s to k s + s of that stream; the samples in a second
-random order, drawn from the same generator. Of several sources, place i goes to the one that is furthest behind its
-weight, and each is prepared for half a percent more samples than its weight asks for.
+GPT-NeoX's method, for one source and N samples of s tokens: take the smallest number of epochs that holds them, and the
+documents of all these epochs in one random order; sample k is tokens k s to k s + s of that stream; the samples are
+read in a second random order, drawn from the same generator. With several sources, place i goes to the source furthest
+behind its weight, and each source is prepared for half a percent more samples than its weight requires.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from megatron.data.sample import SampleForm
 from megatron.data.sources import Piece, TokenSource
 from megatron.data.targets import StreamTargets, describe_silent, refuse_silent
 
-MARGIN = 1.005  # on the samples of each of several sources
+MARGIN = 1.005  # factor on the samples of each of several sources
 
 
 class GptNeoxPack(TokenSource):
@@ -72,7 +72,7 @@ class GptNeoxPack(TokenSource):
         return arrays
 
     def describe_left_out(self) -> list[str]:
-        """Nothing is, for GPT-NeoX's order has it; but samples without a target are counted."""
+        """A line on samples without a target; GPT-NeoX's order includes them, so none is left out."""
         if self.labels is None:
             return []
         why = "nothing to learn; data_order: gpt-neox leaves nothing out"
@@ -103,7 +103,7 @@ def samples_of_sources(weights: Sequence[float], samples: int) -> list[int]:
 
 
 def normalized(weights: Sequence[float]) -> list[float]:
-    """Divided by their sum, which is taken in order: another order of additions would be another last bit."""
+    """Weights divided by their sum, added in order: another order would change the last bit."""
     total = sum(weights)
     return [weight / total for weight in weights]
 
@@ -111,8 +111,8 @@ def normalized(weights: Sequence[float]) -> list[float]:
 def gpt_neox_mixture(sizes: Sequence[int], weights: Sequence[float] | None, samples: int, global_micro: int) -> Mixture:
     """GPT-NeoX's order of `samples` places over sources that have `sizes` samples; without weights there is one source.
 
-    Its loader reads whole global micro-batches (`global_micro` samples) and begins anew at the end of the data, where
-    the last sample of every source is left out.
+    Its loader reads whole global micro-batches (`global_micro` samples) and starts over at the end of the data; the
+    last sample of every source is left out.
     """
     readable = [max(1, size - 1) for size in sizes]
     usable = max(global_micro, sum(readable) // global_micro * global_micro)
@@ -129,7 +129,7 @@ def gpt_neox_mixture(sizes: Sequence[int], weights: Sequence[float] | None, samp
 
 
 def _furthest_behind(share: NDArray[np.float64], count: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-    """For each place the source whose samples so far are furthest below its share, the first of equals."""
+    """For each place, the source whose samples so far are furthest below its share; ties go to the first."""
     source_of, within = np.empty(count, np.int32), np.empty(count, np.int64)
     given = np.zeros(len(share))
     for place in range(count):
@@ -140,7 +140,7 @@ def _furthest_behind(share: NDArray[np.float64], count: int) -> tuple[NDArray[np
 
 
 def weights_by_documents(documents: Sequence[int], alpha: float) -> list[float]:
-    """GPT-NeoX's `weight_by_num_documents`: a source's share p of all documents counts p^alpha (1 - p)."""
+    """GPT-NeoX's `weight_by_num_documents`: a source with share p of all documents weighs p^alpha (1 - p)."""
     if len(documents) == 1:
         return [1.0]
     share = normalized(documents)

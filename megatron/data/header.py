@@ -1,6 +1,6 @@
 """The header next to an index, `{prefix}.json`: which tokenizer and which document frame made the tokens.
 
-The `.idx` format has no room for it. Training compares it with its own tokenizer; data without one (made by
+The `.idx` format has no room for it. Training compares it with its own tokenizer; data without a header (made by
 GPT-NeoX or Megatron) is accepted unchecked.
 """
 
@@ -34,7 +34,7 @@ class TokenizerInfo(BaseModel):
 
 
 class ConversationCounts(BaseModel):
-    """What became of the records of a source. Counts of records; in `longer_than` of conversations written."""
+    """What became of a source's records. Counts of records, except `longer_than`: of conversations written."""
 
     model_config = ConfigDict(extra="forbid")
     records: int
@@ -83,7 +83,7 @@ def header_path(prefix: str | Path) -> Path:
 
 
 def read_header(prefix: str | Path) -> DataHeader | None:
-    """The header of a data prefix, None if there is none. Raises DataError if it cannot be understood."""
+    """The header of a data prefix, None if there is none. Raises DataError if it is not valid."""
     path = header_path(prefix)
     if not path.is_file():
         return None
@@ -107,7 +107,7 @@ def holds_images(prefix: str | Path) -> bool:
 
 
 def check_header(prefix: str, header: DataHeader, tokenizer: Tokenizer | None, vocab_size: int | None) -> None:
-    """Raise DataError where the data and the run disagree about the vocabulary."""
+    """Raise DataError if the data and the run disagree about the vocabulary."""
     name = header_path(prefix)
     if tokenizer is not None and header.tokenizer.fingerprint != tokenizer.fingerprint:
         raise DataError(
@@ -129,9 +129,9 @@ def check_header(prefix: str, header: DataHeader, tokenizer: Tokenizer | None, v
 def fingerprint(prefix: str | Path) -> dict[str, Any]:
     """Provenance of a data prefix for checkpoints and cache keys, in time independent of its size.
 
-    `hash` covers the header, the sizes of both files, and the first and last MiB of the index (the last offsets
-    depend on the length of every document); `content` some blocks of the tokens; `written` is when they were. `chat` is
-    how conversations were written, which an export goes by.
+    `hash` covers the header, the sizes of both files, and the first and last MiB of the index (the last offsets depend
+    on the length of every document); `content` covers some blocks of the tokens; `written` is their modification time.
+    `chat` says how conversations were written, for exports.
     """
     idx, binary = idx_path(prefix), bin_path(prefix)
     for path in (idx, binary):
@@ -161,7 +161,7 @@ def fingerprint(prefix: str | Path) -> dict[str, Any]:
 
 
 def _sample_of(path: Path, size: int) -> str:
-    """CRC-32 of blocks that are spread evenly over a file, its end included."""
+    """CRC-32 of blocks spread evenly over a file, including its end."""
     value = 0
     with path.open("rb") as file:
         for number in range(_BLOCKS):
@@ -171,7 +171,7 @@ def _sample_of(path: Path, size: int) -> str:
 
 
 def file_crc32(path: Path, progress: Callable[[int], None] | None = None) -> str:
-    """CRC-32 of a file as the header writes it. `progress` is told the size of each part that was read."""
+    """CRC-32 of a file as the header writes it. `progress` is called with the size of each part read."""
     value = 0
     with path.open("rb") as file:
         while block := file.read(1 << 24):

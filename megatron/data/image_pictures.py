@@ -1,4 +1,4 @@
-"""Images as pictures for people: bands to colors, values to 8 bits, several of them in a grid."""
+"""Renders images for viewing: bands as colors, values as 8 bits, several images in a grid."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def colors(image: NDArray[Any], low: float, high: float) -> NDArray[np.uint8]:
 
 
 def picture_grid(rows: Sequence[Sequence[NDArray[Any]]]) -> NDArray[np.uint8]:
-    """[pixels, pixels, 3] of images of one shape, row by row; bytes as they are, other values stretched alike."""
+    """[pixels, pixels, 3] of images of one shape, row by row, scaled alike by the 0.5th and 99.5th percentile."""
     everything = np.concatenate([np.asarray(image).reshape(-1) for row in rows for image in row])
     known = everything[~np.isnan(everything.astype(np.float32))]
     low, high = (float(value) for value in np.percentile(known, [0.5, 99.5])) if len(known) else (0.0, 1.0)
@@ -46,7 +46,7 @@ def enlarged(picture: NDArray[np.uint8], side: int = 800) -> NDArray[np.uint8]:
 
 
 def save_picture(path: Path, picture: NDArray[np.uint8]) -> None:
-    """As PNG. DataError without the package pillow."""
+    """Save an enlarged picture as PNG. DataError without the package pillow."""
     try:
         from PIL import Image
     except ImportError as error:

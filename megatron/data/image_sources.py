@@ -1,4 +1,4 @@
-"""One pair of images as samples, each image one of them: endless for training, once through for validation."""
+"""The images of one pair as samples, one each: endless for training, once through for validation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron.neox_arguments import NeoXArgs
 
 
 class ImageSource(SampleSource):
-    """The images of a range, in a new random order in each epoch; with `samples` None once, in a fixed random order.
+    """The images of a range, in a new random order each epoch; with `samples` None, once in a fixed random order.
 
     A longer run begins exactly like a shorter one.
     """
@@ -34,7 +34,7 @@ class ImageSource(SampleSource):
         self._start, stop = documents or (0, len(self._file))
         self._count = stop - self._start
         if self._count < 1:
-            raise DataError(f"{prefix}: images {self._start} to {stop} are none; nothing can be learned from them")
+            raise DataError(f"{prefix}: there are no images {self._start} to {stop}; nothing can be learned")
         self._seed = seed
         self._length = self._count if samples is None else samples
         self.samples_per_epoch = self._count
@@ -46,7 +46,7 @@ class ImageSource(SampleSource):
         return self.read(index, index)
 
     def image_number(self, index: int) -> int:
-        """Which image sample `index` in reading order is; its row in the properties."""
+        """Number of the image that is sample `index` in reading order, and its row in the properties."""
         epoch, place = divmod(index, self._count)
         return self._start + int(_order(self._seed, epoch, self._count)[place])
 
@@ -65,7 +65,7 @@ def _order(seed: int, epoch: int, count: int) -> NDArray[np.integer]:
 
 
 def patch_form(prefix: str, args: NeoXArgs) -> PatchForm:
-    """How the images of a pair become samples of a run, whose scale they have been checked for."""
+    """How a run reads the images of a pair, which `check_images` has checked."""
     patches = args.patches
     assert patches is not None
     _, info = open_images(prefix)

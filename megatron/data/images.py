@@ -1,8 +1,8 @@
 """Images in a `.bin/.idx` pair: one document is one image, its height x width x bands values in raster order.
 
-So patch size and order stay free until a run chooses them. Values are uint8, or float32, where NaN means that nothing
-was measured. All images of a pair have one shape, which the header beside the index, `{prefix}.json`, knows. What is
-known of each image (its id, properties to be probed) lies in the Parquet file that the header names, by row.
+So a run chooses its own patch size and order. Values are uint8, or float32, where NaN means that nothing was measured.
+All images of a pair have one shape, recorded in the header beside the index, `{prefix}.json`. What is known of each
+image (its id, properties to be probed) is in the Parquet file that the header names, one row per image.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class ImageInfo(BaseModel):
 
 
 class ImageHeader(BaseModel):
-    """What the importer knows about its output."""
+    """What the importer records about its output."""
 
     model_config = ConfigDict(extra="forbid")
     version: int = 1
@@ -59,7 +59,7 @@ class ImageHeader(BaseModel):
 
 
 def read_image_header(prefix: str | Path) -> ImageHeader:
-    """The header of a pair that holds images. Raises DataError where there is none, or where it is one of text."""
+    """The header of a pair that holds images. Raises DataError if there is none, or if it describes text."""
     path = header_path(prefix)
     try:
         return ImageHeader.model_validate_json(path.read_text(encoding="utf-8"))

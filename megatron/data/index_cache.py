@@ -1,7 +1,7 @@
 """Indices kept next to the data: built once, by one process, and only read afterwards.
 
-An index is a few arrays in a folder whose name is a hash of the data and of every setting that decides them. So a
-stale one is never found, and what is found is complete: it was written under another name and renamed.
+An index is a few arrays in a folder whose name has a hash of the data and of every setting that determines them. So a
+stale index is never found, and an index that is found is complete: it was written under another name and renamed.
 """
 
 from __future__ import annotations
@@ -27,18 +27,20 @@ from megatron.data.header import fingerprint
 from megatron.data.indexed import DataError
 
 CACHE_FOLDER = "index_cache"
-VERSION = 1  # part of every key: goes up when the same settings come to mean other arrays
+VERSION = 1  # part of every key: increment it when the same settings come to mean other arrays
 Arrays = dict[str, NDArray[Any]]
 
 
 class CachedIndex:
-    """Arrays that `build` makes, mapped from the disk.
+    """The arrays that `build` returns, mapped from disk.
 
-    Where the data's folder cannot be written to, every process builds its own and keeps it in memory.
+    If the data's folder cannot be written to, every process builds its own and keeps it in memory.
     """
 
     def __init__(self, prefix: str, label: str, identity: Mapping[str, object], build: Callable[[], Arrays]) -> None:
-        """`label` is a readable part of the name; `identity` is everything besides the data that decides the arrays.
+        """`label` is a readable part of the name; `identity` is everything besides the data that determines the arrays.
+
+        Builds the index if it is absent. Raises DataError, naming the file, if it is damaged.
 
         Builds the index if it is not there. Raises DataError, naming the file, if it is there and damaged.
         """
@@ -71,7 +73,7 @@ def open_arrays(folder: Path) -> Arrays:
 
 
 def _build_once(folder: Path, build: Callable[[], Arrays]) -> bool:
-    """Of many processes that call this at once, the first builds. False if the data's folder cannot be written to."""
+    """Build the index in the first of the processes that call this. False if the data's folder cannot be written to."""
     try:
         folder.parent.mkdir(exist_ok=True)
         with _locked(folder.with_name(folder.name + ".lock")):

@@ -1,13 +1,13 @@
-"""The `.bin/.idx` pair of Megatron, GPT-NeoX and megatron-core: tokens of all documents, and where each one lies.
+"""The `.bin/.idx` pair of Megatron, GPT-NeoX and megatron-core: tokens of all documents, and where each document lies.
 
 `.bin` is nothing but tokens. `.idx` is, little-endian: `MMIDIDX\\0\\0`, version 1 (u64), dtype code (u8), number of
 sequences n (u64), number of document marks d (u64), sizes (int32[n]), byte offsets (int64[n]), document marks
 (int64[d]). As in GPT-NeoX one sequence is one document here and the marks are 0..n.
 
-Reading and writing do not use megatron-core's classes (with which the tests compare them) for three
-reasons. The data commands start in a fifth of a second instead of the four that importing megatron-core takes. Its
-builder keeps every document's length as a Python object and cannot go on after a kill; this writer's memory does not
-grow. Its reader says little about a truncated file; this one names what is wrong before the first token is read.
+Reading and writing do not use megatron-core's classes (with which the tests compare them) for three reasons. Importing
+megatron-core takes four seconds, and the data commands start in a fifth of a second. Its builder keeps every document's
+length as a Python object and cannot resume after a kill; this writer's memory does not grow. Its reader says little
+about a truncated file; this one names the fault before the first token is read.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class IndexedFile:
     """Read access to one pair. `sizes[i]` is the number of tokens of document i."""
 
     def __init__(self, prefix: str | Path) -> None:
-        """Raises DataError for a missing, truncated or foreign file. Costs no reading beyond the header."""
+        """Raises DataError for a missing, truncated or foreign file. Reads little more than the header."""
         self.prefix = str(prefix)
         idx, binary = idx_path(prefix), bin_path(prefix)
         for path in (idx, binary):
@@ -73,11 +73,12 @@ class IndexedFile:
             head = file.read(HEADER.size)
         if len(head) < HEADER.size:
             raise DataError(f"{idx}: {len(head)} bytes, shorter than an index header; preprocess the data again")
+        # The header, and the size of the index that follows from it.
         magic, version, code, self.documents, marks = HEADER.unpack(head)
         if magic != MAGIC or version != 1:
             raise DataError(f"{idx}: not an index of the mmap format (data_impl: mmap), it begins {head[:9]!r}")
         if code not in CODES:
-            raise DataError(f"{idx}: dtype code {code} is of no use here; expected one of {sorted(CODES)}")
+            raise DataError(f"{idx}: dtype code {code} is not supported; expected one of {sorted(CODES)}")
         self.dtype = np.dtype(CODES[code])
         expected = HEADER.size + 12 * self.documents + 8 * marks
         if idx.stat().st_size != expected:
@@ -92,6 +93,7 @@ class IndexedFile:
         self.sizes: NDArray[np.int32] = raw[HEADER.size :][: 4 * n].view(np.int32)
         self.offsets: NDArray[np.int64] = raw[HEADER.size + 4 * n :][: 8 * n].view(np.int64)
         self.num_tokens = int(self.offsets[-1]) // self.dtype.itemsize + int(self.sizes[-1])
+        # The index determines the size of the token file.
         size = binary.stat().st_size
         if size != self.num_tokens * self.dtype.itemsize:
             raise DataError(
@@ -133,7 +135,7 @@ def open_indexed(prefix: str) -> IndexedFile:
 
 
 class IndexedWriter:
-    """Appends documents to `{path}.bin` and their sizes to `{path}.sizes`; `finish` makes the index of them.
+    """Appends documents to `{path}.bin` and their sizes to `{path}.sizes`; `finish` builds the index from them.
 
     Both files only ever grow, so that after a kill they can be cut back to a known length and continued:
     `IndexedWriter(path, dtype, resume=(bytes, documents))`.
@@ -166,7 +168,7 @@ class IndexedWriter:
         self.documents += len(sizes)
 
     def fileno(self) -> int:
-        """The open `.bin`."""
+        """File descriptor of the open `.bin`."""
         return self._bin_file.fileno()
 
     def add(self, tokens: NDArray[np.integer]) -> None:
@@ -174,7 +176,7 @@ class IndexedWriter:
         self.append(tokens.astype(self.dtype).tobytes(), np.array([len(tokens)], np.int32))
 
     def sync(self) -> None:
-        """Everything appended so far is on the disk when this returns."""
+        """Flush everything appended so far to the disk."""
         for file in (self._bin_file, self._sizes_file):
             file.flush()
             os.fsync(file.fileno())

@@ -7,15 +7,15 @@ from collections.abc import Iterable, Sequence
 from megatron.data.header import ChatInfo, ConversationCounts, DataHeader
 from megatron.data.indexed import DataError
 
-# What must be equal for the documents to belong together: they are read by one model.
+# Fields that must be equal, because one model reads all the documents.
 _ALIKE = ("tokenizer", "bos", "eod", "ftfy")
 
 
 def joined_header(parts: Sequence[tuple[str, DataHeader | None]], crc32: str) -> DataHeader | None:
     """The header of the documents of all `parts` (prefix, header); None if none of them has one.
 
-    DataError names two parts that do not belong together: another tokenizer or frame, conversations with another
-    template, or one with a header and one without.
+    DataError names two parts that do not belong together: different tokenizers, frames or chat templates, or only one
+    of them has a header.
     """
     (first_prefix, first), *others = parts
     if first is None:
@@ -50,7 +50,7 @@ _SUMS = ("documents", "tokens", "input_bytes", "empty", "skipped")
 
 
 def _unlike(has: str, has_not: str, what: str) -> str:
-    return f"{has} has {what} and {has_not} has not: they do not belong into one file; preprocess them alike"
+    return f"{has} has {what} but {has_not} does not: they do not belong in one file; preprocess them alike"
 
 
 def _chat_of(header: DataHeader) -> tuple[str, str] | None:

@@ -1,4 +1,4 @@
-"""How an image becomes a sample: its patches in order, and for each the patch that must be predicted after it."""
+"""How an image becomes a sample: its patches in order, and for each the next patch as its target."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from megatron.data.sample import Sample
 
 
 def spiral(rows: int, columns: int) -> NDArray[np.int64]:
-    """Raster numbers of a grid's places from its center outwards, clockwise; the first step is to the right.
+    """Raster numbers of a grid's cells from its center outwards, clockwise; the first step is to the right.
 
-    The center of an even side is the one of the two middle places that comes first. Arms that leave a grid which is
-    not square go on outside of it, and only the places inside count.
+    On an even side the first of the two middle cells is the center. On a grid that is not square the spiral continues
+    outside, and only the cells inside count.
     """
     row, column = (rows - 1) // 2, (columns - 1) // 2
     order = [row * columns + column]
@@ -35,7 +35,7 @@ def spiral(rows: int, columns: int) -> NDArray[np.int64]:
 
 @lru_cache(maxsize=16)
 def patch_order(order: str, rows: int, columns: int) -> NDArray[np.int64]:
-    """Raster number of the patch that stands at each place of the sequence; `order` is spiral or raster."""
+    """Raster number of the patch at each place of the sequence; `order` is spiral or raster."""
     return spiral(rows, columns) if order == "spiral" else np.arange(rows * columns)
 
 
@@ -57,8 +57,8 @@ def join_patches(patches: NDArray[Any], height: int, width: int, size: int, orde
 
 
 def blank(patches: NDArray[Any]) -> NDArray[np.bool_]:
-    """[patches]: those without content, all of whose values are the same or some of which are NaN."""
-    # With a NaN in a patch both are NaN, and no NaN is greater than another.
+    """bool [patches]: patches without content, in which all values are equal or some are NaN."""
+    # With a NaN in a patch both are NaN, and NaN compares false.
     return ~(patches.max(axis=-1) > patches.min(axis=-1))
 
 
@@ -66,8 +66,8 @@ def blank(patches: NDArray[Any]) -> NDArray[np.bool_]:
 class PatchForm:
     """How images become samples, the same for all sources of a run.
 
-    `seq_length` is the number of patches that are read: all but the last, or all, and the last then predicts nothing.
-    `fill` are the values of a patch that is blank: what becomes 0 when it is normalized.
+    `seq_length` is the number of patches read: all but the last, or all, of which the last predicts nothing. `fill` has
+    the values of a blank patch, which normalize to 0.
     """
 
     size: int
@@ -77,9 +77,9 @@ class PatchForm:
     dtype: str
 
     def make(self, image: NDArray[Any], sample_id: int) -> Sample:
-        """From [height, width, bands]: patches and targets [s, values], mask [s], False where nothing is learned.
+        """Make a sample of [height, width, bands]: patches and targets [s, values], mask [s], True where learned.
 
-        A blank patch is read as `fill` and not learned.
+        A blank patch is not learned; if it is float32, it is read as `fill`.
         """
         cut = cut_patches(image, self.size, self.order)
         empty = blank(cut)

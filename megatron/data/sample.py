@@ -17,12 +17,15 @@ from megatron.common.labels import IGNORE_INDEX
 
 
 class Sample(TypedDict, total=False):
-    """Of text, int64 tensors of length s. `labels[i]` is what position i must predict, -100 where nothing is learned.
+    """A sample of text or of an image.
+
+    For text, int64 tensors of length s. `labels[i]` is what position i must predict, -100 where nothing is learned.
     `positions` restart at 0 with every document and are there only if documents are isolated. `sample_id` is the
     sample's place in the order of the run, -1 for padding that completes a batch.
 
-    Of an image, `patches` and `targets` [s, values], uint8 or float32: `targets[i]` is the patch that position i must
-    predict where `mask[i]` is True (bool [s])."""
+    For an image, `patches` and `targets` [s, values], uint8 or float32: `targets[i]` is the patch that position i must
+    predict where `mask[i]` is True (bool [s]).
+    """
 
     tokens: Tensor
     labels: Tensor
@@ -34,7 +37,7 @@ class Sample(TypedDict, total=False):
 
 
 def stack(samples: Sequence[Sample]) -> dict[str, Tensor]:
-    """The tensors of several samples, [len(samples), ...]: of text or of images, and positions where there are any."""
+    """The tensors of several samples, [len(samples), ...]: of text or images, with positions if present."""
     return {key: torch.stack([sample[key] for sample in samples]) for key in _TENSORS if key in samples[0]}
 
 
@@ -49,7 +52,7 @@ _TENSORS: tuple[Literal["tokens", "labels", "positions", "patches", "targets", "
 
 
 class SampleDataset(Dataset[Sample], ABC):
-    """What a trainer reads."""
+    """Samples by number, as a trainer reads them."""
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -70,10 +73,10 @@ class SampleSource(SampleDataset):
 
     @abstractmethod
     def read(self, index: int, sample_id: int) -> Sample:
-        """Sample `index` in this source's reading order, under the name `sample_id`."""
+        """Sample `index` in this source's reading order, with `sample_id` as its id."""
 
     def describe_left_out(self) -> list[str]:
-        """Lines for the log: what of the documents is in no sample."""
+        """Lines for the log on documents that are in no sample."""
         return []
 
 
@@ -89,9 +92,9 @@ class SampleForm:
     def make(
         self, tokens: NDArray[np.int64], labels: NDArray[np.int64] | None, starts: list[int], sample_id: int
     ) -> Sample:
-        """From up to s + 1 tokens, their labels by token (None: the tokens) and where documents begin in them.
+        """Make a sample of up to s + 1 tokens, a label for each (None: the tokens), and the places of document starts.
 
-        With isolated documents the last position of each has nothing to predict: the next token is another's.
+        With isolated documents, the last position of each predicts nothing: the next token belongs to another document.
         """
         s, n = self.seq_length, len(tokens)
         inputs = np.full(s, self.pad, np.int64)

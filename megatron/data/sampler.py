@@ -1,9 +1,9 @@
-"""Micro-batches of one data-parallel rank, in an order that is a property of the run and not of its layout.
+"""Micro-batches of one data-parallel rank, in an order that depends on the run and not on its layout.
 
 Position is counted in samples of the whole run. Global batch g holds samples g*B to (g+1)*B; micro-step m of rank r
 takes `micro_batch` of them from m * micro_batch * dp + r * micro_batch on, as in GPT-NeoX. So the same global batch is
-the same set of samples for any micro-batch and data-parallel size, and any position is reached at once. Samples that
-are left out (`skip`) are as if the order did not have them; a position counts them.
+the same set of samples for any micro-batch and data-parallel size, and any position can be reached directly. Samples
+that are left out (`skip`) are treated as absent from the order, but positions count them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Batch = dict[str, Tensor]  # tokens, labels and perhaps positions [micro_batch, 
 class MicroBatches:
     """Iterator over a rank's micro-batches, `accumulation` of them per global batch.
 
-    A last global batch that the dataset does not fill is completed with samples that teach nothing (`sample_id` -1).
+    If the dataset does not fill the last global batch, samples without learned tokens complete it (`sample_id` -1).
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class MicroBatches:
         if not 0 <= dp_rank < dp_size or micro_batch < 1 or accumulation < 1 or consumed_samples < 0:
             raise ValueError(
                 f"micro_batch {micro_batch}, rank {dp_rank} of {dp_size}, accumulation {accumulation}, "
-                f"consumed_samples {consumed_samples} make no sense together"
+                f"consumed_samples {consumed_samples} do not fit together"
             )
         self.dataset, self.micro_batch, self.accumulation = dataset, micro_batch, accumulation
         self.dp_rank, self.dp_size = dp_rank, dp_size

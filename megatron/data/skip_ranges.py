@@ -1,7 +1,7 @@
-"""Samples that a run leaves out of its order, as an operator does with the text under a loss spike.
+"""Samples that a run leaves out of its order, such as the text behind a loss spike.
 
-Positions are places in the order of the run, counted from 0; a range [first, end) holds first to end - 1. A position
-stays what it is when ranges are added or taken away: only what lies ahead changes.
+Positions are places in the order of the run, counted from 0; a range [first, end) holds first to end - 1. Adding or
+removing ranges does not move a position: only what lies ahead changes.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 
 
 class SampleRanges:
-    """Ranges to leave out (0 <= first < end, a rule of the keys): sorted, joined where they touch or overlap."""
+    """Ranges to leave out (0 <= first < end, a rule of the keys): sorted, merged where they touch or overlap."""
 
     def __init__(self, ranges: Iterable[Sequence[int]] = ()) -> None:
         self.ranges: list[tuple[int, int]] = []

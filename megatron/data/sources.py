@@ -1,10 +1,10 @@
-"""One `.bin/.idx` as samples: the running pack, whole documents, or once through for validation.
+"""One `.bin/.idx` pair as samples: the running pack for training, or once through for validation.
 
-A source is read in epochs: its documents in a new random order each time, and the samples of an epoch in a random
-order of their own. Everything is drawn epoch by epoch, so a longer run begins exactly like a shorter one. GPT-NeoX and
-megatron-core shuffle all epochs at once, and train_iters then changes the order from the first sample on.
+A source is read in epochs: its documents in a new random order each time, and the samples of an epoch in a random order
+of their own. Everything is drawn epoch by epoch, so a longer run begins exactly like a shorter one. GPT-NeoX and
+megatron-core shuffle all epochs at once, so train_iters changes the order from the first sample on.
 
-Where there are labels, samples without a target teach nothing: they are left out, and counted.
+With labels, samples without a target are left out, and counted.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ DOCUMENTS, SAMPLES = 0, 1  # the two uses of the seed
 
 
 def seeded_permutation(seed: int, epoch: int, use: int, count: int) -> NDArray[np.integer]:
-    """A permutation. RandomState's streams are frozen by numpy: another numpy version resumes a run unchanged."""
+    """Permutation of range(count), from the arguments alone: numpy has frozen RandomState's streams for good."""
     return np.random.RandomState([seed, epoch, use]).permutation(count)
 
 
@@ -36,7 +36,7 @@ class TokenSource(SampleSource):
     def __init__(
         self, prefix: str, form: SampleForm, documents: tuple[int, int] | None = None, labels: str | None = None
     ) -> None:
-        """Raises DataError for files that cannot be used and ranges that teach nothing."""
+        """Raises DataError for files that cannot be used and ranges of fewer than two tokens."""
         self.prefix, self.labels, self.form = prefix, labels, form
         file = open_indexed(prefix)
         self.documents = documents or (0, len(file))
@@ -53,7 +53,7 @@ class TokenSource(SampleSource):
             )
 
     def index_identity(self, seed: int, **more: object) -> dict[str, object]:
-        """What a cached index depends on besides its data: `more`, and with labels which these are."""
+        """What a cached index depends on besides its data: these settings, `more`, and the labels if there are any."""
         found = {"documents": self.documents, "seq_length": self.form.seq_length, "seed": seed, **more}
         if self.labels is not None:
             found |= {"labels": labels_identity(self.labels), "isolated": self.form.isolate_documents}
@@ -61,7 +61,7 @@ class TokenSource(SampleSource):
 
     @abstractmethod
     def pieces(self, index: int) -> list[Piece]:
-        """What sample `index` in reading order is made of: at most s + 1 tokens, every piece another document."""
+        """The pieces of sample `index` in reading order: at most s + 1 tokens, every piece from another document."""
 
     def padding(self) -> Sample:
         return self.form.padding()
@@ -80,10 +80,10 @@ class TokenSource(SampleSource):
 
 
 class RunningPack(TokenSource):
-    """GPT-NeoX's `packed`: the epochs joined are an endless stream, and sample k its tokens k*s to k*s + s.
+    """GPT-NeoX's `packed`: all epochs form an endless stream, and sample k is its tokens k*s to k*s + s.
 
-    Neighbors share a token; documents and epochs are crossed. The samples that begin in an epoch are read in random
-    order before any of the next.
+    Neighbors share a token; samples cross the ends of documents and epochs. The samples that begin in an epoch are read
+    in random order before any of the next.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class RunningPack(TokenSource):
         last_token = self.first_sample(last_epoch + 1) * form.seq_length  # of the last sample that begins in it
         self.epochs = last_token // self.tokens + 1
         label, length = f"{form.seq_length}s_{self.epochs}ep", {"epochs": self.epochs}
-        if labels is not None:  # how many epochs it takes is known when the index is built
+        if labels is not None:  # the number of epochs is known once the index is built
             label, length = f"{form.seq_length}s_{samples}_labels", {"samples": samples}
         identity = self.index_identity(seed, pack="packed", **length)
         self._index = CachedIndex(prefix, label, identity, self.build_index)
@@ -139,7 +139,7 @@ class RunningPack(TokenSource):
         return np.cumsum(np.array(open_indexed(self.prefix).sizes)[order], axis=1, dtype=np.int64)
 
     def _build_taught(self, labels: str) -> Arrays:
-        """As many epochs as it takes until enough samples have a target."""
+        """The index with labels: as many epochs as needed until enough samples have a target."""
         refuse_silent(self.prefix, labels, self.documents, self.form)
         targets, s = StreamTargets(labels, self.form), self.form.seq_length
         orders: list[NDArray[np.integer]] = []
@@ -164,7 +164,7 @@ class RunningPack(TokenSource):
         }
 
     def describe_left_out(self) -> list[str]:
-        """Where samples are cut anywhere, some may have no target."""
+        """A line on samples without a target, which cutting anywhere can cause."""
         if self.labels is None:
             return []
         return describe_silent(
@@ -200,7 +200,7 @@ class OncePacked(TokenSource):
     """Validation: the documents once, in the order of the file, cut every s tokens; the last sample is padded.
 
     Every token is there exactly once; with labels, every target. The samples are read in a fixed random order, so that
-    the first few of them are a fair choice.
+    the first few are representative.
     """
 
     def __init__(
@@ -237,7 +237,7 @@ class OncePacked(TokenSource):
         return {"samples": order, "left_out": np.array([self._samples - len(taught), self._samples])}
 
     def describe_left_out(self) -> list[str]:
-        """Samples without a target."""
+        """A line on samples without a target."""
         why = "nothing to measure; pack_impl: packed cuts documents anywhere"
         return describe_silent(self.prefix, self._left_out, "left out", why)
 
@@ -263,7 +263,7 @@ class OncePacked(TokenSource):
 
 
 def labels_identity(prefix: str) -> str:
-    """Changes with the lengths of the documents and with the labels."""
+    """A text that changes with the lengths of the documents and with the labels."""
     found = fingerprint(prefix)
     return f"{found['hash']} {found['content']}"
 

@@ -1,4 +1,4 @@
-"""Which samples of a stream of documents have a target: a label, behind their first token, that is learned."""
+"""Which samples of a stream of documents have a target: a learned label after their first token."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class StreamTargets:
         for document in documents:
             learned = np.flatnonzero(self._file.document(int(document)) >= 0)
             if self._form.isolate_documents:
-                learned = learned[learned > 0]  # the first token of a document has nothing before it
+                learned = learned[learned > 0]  # nothing precedes the first token of a document
             places = learned + self.tokens
             self.tokens += int(self._file.sizes[document])
             wanted = self.tokens // self._form.seq_length + 1
@@ -37,7 +37,7 @@ class StreamTargets:
 
 
 def refuse_silent(prefix: str, labels: str, documents: tuple[int, int], form: SampleForm) -> None:
-    """DataError if no document has a target."""
+    """Raise DataError if no document has a target."""
     file, behind = open_indexed(labels), int(form.isolate_documents)
     if not any((file.document(document, behind, None) >= 0).any() for document in range(*documents)):
         raise DataError(f"{prefix}: labels {labels} have no target: nothing can be learned")

@@ -1,7 +1,7 @@
-"""Ids outside the vocabulary, found before a run starts: later an embedding fails, or gives anything.
+"""Finds ids outside the vocabulary before a run starts; later, an embedding fails or returns garbage.
 
-The header of data made by this project knows its largest id. Other data, and label files, are read once; what was found
-is kept with their indices.
+The header of data made by this project records its largest id. Other data, and label files, are read once; the result
+is cached with their indices.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from megatron.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 _CHUNK = 1 << 24  # tokens
-_LARGE = 1_000_000_000  # bytes from which on reading a file is worth a line
+_LARGE = 1_000_000_000  # bytes; reading a larger file is logged
 
 
 def scan_ids(file: IndexedFile, progress: Callable[[int], None] | None = None) -> tuple[int, int, int]:
-    """(smallest id, largest id, document of the first that is the largest) of a file; reads all of it."""
+    """(smallest id, largest id, document where that first occurs) of a file; reads all of it."""
     least, most, place = 0, -1, 0
     for start in range(0, file.num_tokens, _CHUNK):
         part = file.stretch(start, start + _CHUNK)
@@ -55,18 +55,18 @@ def known_ids(prefix: str) -> tuple[int, int, int]:
 
 
 def refuse_outside(prefix: str, least: int, most: int, document: int, vocab_size: int, *, labels: bool = False) -> None:
-    """Raise DataError for ids that the model has no row for; a negative label is what is not learned."""
+    """Raise DataError for ids that the model has no row for; a negative label marks a token that is not learned."""
     if most >= vocab_size:
         raise DataError(
             f"{prefix}: token id {most} in document {document}; the model has only the ids 0 to {vocab_size - 1} "
             f"(vocab_size {vocab_size}). Preprocess the data with the model's tokenizer, or correct vocab_size"
         )
     if least < 0 and not labels:
-        raise DataError(f"{prefix}: token id {least}, which is negative; the file is damaged or no token file")
+        raise DataError(f"{prefix}: token id {least}, which is negative; the file is damaged or not a token file")
 
 
 def refuse_special_outside(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Raise DataError where an id with which this project fills or frames samples is not in the model."""
+    """Raise DataError if an id that pads or frames samples is outside the model's vocabulary."""
     for name, index in (("pad", tokenizer.pad), ("end-of-document", tokenizer.eod), ("begin-of-text", tokenizer.bos)):
         if index is not None and index >= vocab_size:
             raise DataError(

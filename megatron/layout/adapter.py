@@ -1,8 +1,8 @@
 """Low-rank adapters (LoRA): rows of the table beside those of their base, and the names that peft gives them.
 
 An adapter adds scale * B A to a Hugging Face projection W [out, in]: A is [rank, in], B [out, rank] (Hu et al. 2021).
-Each projection has a pair of its own, even where several of them share a fused matrix here, so that any peft adapter of
-a Llama can be read and every trained adapter is one. Standard library only.
+Each projection has its own pair, even where several share a fused matrix here: any peft adapter of a Llama can be read,
+and every trained adapter is a peft adapter. Standard library only.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def projection_of(hf: str) -> str:
 
 
 PROJECTIONS = _projections()
-"""Row of the fused matrix and number of the source by the name of every projection that can have an adapter."""
+"""For every projection that can have an adapter, by name: the row of its fused matrix, and its source number there."""
 
 
 def in_table_order(targets: tuple[str, ...] | list[str]) -> tuple[str, ...]:
@@ -56,7 +56,7 @@ _CLASSES: dict[tuple[type[LlamaShape], tuple[TensorRow, ...]], type[LlamaShape]]
 
 
 def _with_table(kind: type[LlamaShape], table: tuple[TensorRow, ...]) -> type[LlamaShape]:
-    """The class of such shapes, one for each table, so that equal shapes are equal."""
+    """The class of shapes with this table; there is one for each table, so that equal shapes compare equal."""
     known = {"table": table, "frozen_base": True, "__module__": __name__}
     return _CLASSES.setdefault((kind, table), type(f"Adapted{kind.__name__}", (kind,), known))
 

@@ -4,8 +4,8 @@
   learned positions `position_embeddings.weight`;
 - layer file L+4: the same two kinds for the head.
 
-The matrices of an MLP are cut over tensor-parallel ranks as the decoder's are; the affine ones and the positions are
-copies, equal on all ranks.
+The matrices of an MLP are sharded over tensor-parallel ranks like the decoder's; affine matrices and positions are
+replicated.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ PATCH_TABLE = (
 
 @dataclass(frozen=True)
 class PatchShape(LlamaShape):
-    """The sizes of a Llama on image patches. It has no vocabulary: the inherited sizes of one are 0.
+    """The sizes of a Llama on image patches. It has no vocabulary: the inherited vocabulary sizes are 0.
 
     `patch_values` are the numbers in a patch (side x side x bands), `tokenizer` is affine or mlp, `num_positions` the
     rows of the learned positions, 0 without them.
@@ -114,5 +114,5 @@ class PatchShape(LlamaShape):
 
 
 def recorded_shape(fields: Mapping[str, Any]) -> LlamaShape:
-    """The shape whose fields a manifest records (`dataclasses.asdict`). TypeError if they are not those of a shape."""
+    """The shape whose fields a manifest records (`dataclasses.asdict`). TypeError if they do not fit one."""
     return (PatchShape if "patch_values" in fields else LlamaShape)(**fields)

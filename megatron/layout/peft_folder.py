@@ -106,6 +106,7 @@ def read_adapter(folder: Path) -> PeftAdapter:
     if problem is not None:
         raise PeftError(f"{folder / CONFIG}: {problem}")
     shapes = _header(folder / WEIGHTS)
+    # The rank of every factor, and the layers that have each kind of factor.
     ranks: dict[str, int] = {}
     found: dict[str, set[int]] = {}
     for key, shape in shapes.items():
@@ -128,6 +129,7 @@ def read_adapter(folder: Path) -> PeftAdapter:
             f"{folder / WEIGHTS}: rank {ranks[odd[0]]} in {odd[0]}, {next(iter(ranks.values()))} in others; an adapter "
             f"of several ranks (rank_pattern) can be merged into its base, not trained"
         )
+    # Every layer must have the same factors.
     num_layers = 1 + max(max(layers) for layers in found.values())
     targets = in_table_order([name.split(".")[0] for name in found])
     for name in (f"{target}.lora_{factor}" for target in targets for factor in "AB"):

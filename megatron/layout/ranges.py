@@ -36,7 +36,7 @@ class TensorRange:
 
 @dataclass(frozen=True)
 class TensorSplit:
-    """A model and the number of tensor-parallel ranks that it is cut for; `shape` has the vocabulary padded for it."""
+    """A model and the tensor-parallel size that it is sharded for; the vocabulary of `shape` is padded for it."""
 
     shape: LlamaShape
     tp: int
@@ -104,7 +104,7 @@ _Slice = tuple[int | None, int, int, int]  # source, first element in it, positi
 
 
 def _width(row: TensorRow, split: TensorSplit) -> int:
-    """Elements of a row of a rank's tensor; where dimension 0 is cut all of it is one row, for its slices are whole."""
+    """Elements per row of a rank's tensor. Sharded along dimension 0 it is one row, as slices are contiguous."""
     shape = rank_shape(row, split.shape, split.tp)
     return prod(shape) if row.shard_dim == 0 else prod(shape[1:])
 

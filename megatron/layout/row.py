@@ -22,7 +22,7 @@ Size = (
 
 
 class LayerFile(Enum):
-    """The layer files that hold parameters; of the decoder's there is one for each layer."""
+    """The kinds of layer files that hold parameters; the decoder has one file per layer."""
 
     EMBEDDING = "embedding"
     DECODER = "decoder"
@@ -90,9 +90,9 @@ class TensorRow:
     ) -> TensorRow:
         """The row of one of the two matrices whose product an adapter adds to source number `source`.
 
-        It is [out, rank] where it keeps dimension 0 of the source [out, in], and [rank, in] where it keeps dimension 1.
-        It is cut as the source is if that is cut along the dimension kept; otherwise every rank holds the whole of
-        this matrix. The source's name with `name` put in before its end is the factor's. As a matrix it decays.
+        For a source [out, in], it is [out, rank] if it keeps dimension 0 and [rank, in] if it keeps dimension 1. It is
+        sharded like the source if that is sharded along the kept dimension, else replicated. Its name is the source's
+        with `name` inserted before the last part. Weight decay applies to it, as to any matrix.
         """
         base = self.sizes[source]
         if len(base) != 2:

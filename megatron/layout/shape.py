@@ -13,7 +13,7 @@ from megatron.layout.table import TABLE, file_indices, file_rows
 
 @dataclass(frozen=True)
 class LlamaShape:
-    """The sizes that fix every tensor of a Llama; `vocab_size` is the true one, `padded_vocab_size` the stored.
+    """The sizes that fix every tensor of a Llama; `vocab_size` is the true one, `padded_vocab_size` the stored one.
 
     `table` and `modality` say which tensors these are, `frozen_base` which of them are trained. They belong to the
     class and are not recorded in manifests: a model with other tensors is a subclass with its own.
@@ -30,7 +30,7 @@ class LlamaShape:
 
     table: ClassVar[tuple[TensorRow, ...]] = TABLE
     modality: ClassVar[str] = TEXT
-    frozen_base: ClassVar[bool] = False  # of its tensors the factors of an adapter alone are trained
+    frozen_base: ClassVar[bool] = False  # only the factors of an adapter are trained
 
     def holds(self, row: TensorRow) -> bool:
         """Whether a model of this shape has the tensor of a row of its table."""

@@ -35,7 +35,7 @@ class StoreAddress:
 
 
 class AuthenticatedStore:
-    """`ignored` counts the values that were not this run's; `report` is called with a message for the first of them."""
+    """The ranks' store. `ignored` counts values from outside this run; `report` gets a message for the first."""
 
     def __init__(self, store: TCPStore, secret: bytes, report: Callable[[str], None] = lambda line: None) -> None:
         line = "a message from outside this run was ignored; somebody else writes to its status store"

@@ -55,7 +55,7 @@ def run_folder(arguments: list[str]) -> Path | None:
 
 
 def claim(folder: Path | None, name: str, text: str = "") -> bool:
-    """Whether this process is the first of the run to write the file `name`; without a run folder always True."""
+    """Write the file `name` unless the run has it; returns whether this process was first (True without a folder)."""
     if folder is None:
         return True
     draft = folder / f"{name}.{os.getpid()}"
@@ -73,7 +73,7 @@ def claim(folder: Path | None, name: str, text: str = "") -> bool:
 
 
 def claim_failure(folder: Path | None, code: int, why: str = "") -> bool:
-    """Whether this rank is the first to fail; `code` becomes the exit code of ranks that fail because of it."""
+    """Record a failure; returns whether it is the first. `code` is the exit code of ranks that fail because of it."""
     first = claim(folder, _FAILED, str(code))
     if first and why and folder is not None:
         claim(folder, WHY, why + "\n")

@@ -96,18 +96,18 @@ def no_heartbeat(beats: Sequence[Beat], before: Sequence[Beat], rank: int) -> li
 
 
 def lost_verdict(lost: list[int], what: str, beats: Sequence[Beat], titles: Sequence[str], by: int) -> RunVerdict:
-    """Ranks are dead or frozen; `what` says how that was noticed."""
+    """The verdict that ranks are dead or frozen; `what` says how that was noticed."""
     named = [f"{titled(rank, titles)}: {what}, last seen {beats[rank].position()}" for rank in lost[:RANKS_SHOWN]]
     return RunVerdict(f"{_count(lost)} lost: " + "; ".join(named) + _more(lost), lost, by)
 
 
 def rank_0_verdict(what: str, titles: Sequence[str], by: int) -> RunVerdict:
-    """Rank 0, which serves the store, is dead or frozen."""
+    """The verdict that rank 0, which serves the store, is dead or frozen."""
     return RunVerdict(f"1 rank lost: {titled(0, titles)}: {what}", [0], by)
 
 
 def hang_verdict(beats: Sequence[Beat], where: Whereabouts, titles: Sequence[str], by: int) -> RunVerdict:
-    """All ranks are alive: those outside any collective keep the others waiting in one.
+    """The verdict on a hang with all ranks alive: those outside any collective keep the others waiting in one.
 
     `where` is the position of the judging rank, `beats` are the last heartbeats of all ranks. If all of them are in a
     collective, or none is, no rank is lost, and the first one to fall behind is named.

@@ -65,7 +65,7 @@ class Replicas:
         return titled(rank, self.titles)
 
     def check(self, iteration: int) -> None:
-        """Collective over all ranks. Raises ReplicasDifferError on all of them."""
+        """Compare all replicas. Collective over all ranks; ReplicasDifferError on all of them if any differ."""
         self._layers()  # an engine may gather the weights of the last step only when they are accessed
         sums = torch.stack([bit_sum(parameter) for _, parameter in self.tensors])
         differs = torch.zeros((), dtype=torch.int64, device=self.device)

@@ -149,7 +149,7 @@ class StatusStore:
         return self.store.get(["verdict"])[0] if self.store.has("verdict") else None
 
     def publish(self, verdict: str) -> bool:
-        """Whether this verdict is the first."""
+        """Publish a verdict; returns whether it is the first."""
         return self.store.set_first("verdict", verdict)
 
 

@@ -31,7 +31,7 @@ class StepTimes:
         self._told = 1.0  # the last growth reported
 
     def add(self, iteration: int, times: Times) -> list[str]:
-        """`times` of the step that ended with `iteration`."""
+        """Add the `times` of the step that ended with `iteration`; returns lines to report."""
         lines = self._at_most_one(iteration, self._slow(iteration, times)) + self._creeping(iteration, times)
         self._recent.append(times)
         return lines
@@ -80,7 +80,7 @@ class StepTimes:
         phase = _grown(self._best, now)
         rank, _ = Counter(step[phase][1] for step in window).most_common(1)[0]
         return [
-            f"step time creeps: {now['step']:.3g} s in {steps}, {self._best['step']:.3g} s in {self._best_steps} "
+            f"step time creeps up: {now['step']:.3g} s in {steps}, {self._best['step']:.3g} s in {self._best_steps} "
             f"({growth - 1:+.0%}); {phase} takes {now[phase]:.3g} s instead of {self._best[phase]:.3g} s, "
             f"{self._whose(phase, rank)}"
         ]

@@ -33,7 +33,7 @@ class StepTimers:
 
     @contextlib.contextmanager
     def during(self, phase: str) -> Iterator[None]:
-        """The main thread is in `phase`; in a training step its time counts."""
+        """Mark the main thread as being in `phase`; within a training step, also measure the time."""
         self.whereabouts.at(phase)
         if not self._timed:
             yield

@@ -167,7 +167,7 @@ class TemplateChat(Chat):
         return behind.end()
 
     def _answer(self, text: str, conversation: Conversation, turn: int) -> Span:
-        """From the end of the prompt for a turn to the token that ends it."""
+        """The span from the end of the prompt for a turn to the token that ends it."""
         prompt = self._render(conversation, turn, prompt=True)
         if not text.startswith(prompt):
             raise ChatError(
@@ -175,11 +175,13 @@ class TemplateChat(Chat):
                 f"conversation begins",
                 "template rewrites earlier turns",
             )
+        # This turn is what remains the same when later turns are added.
         last = turn == len(conversation.messages) - 1
         so_far = text if last else _common(text, self._render(conversation, turn + 1))
         answer = so_far[len(prompt) :]
         places = self._special_places(answer)
         message = conversation.messages[turn]
+        # Does it begin where the prompt ends? A template may ignore add_generation_prompt.
         if message.calls or message.reasoning is not None:
             same = prompt == self._render(conversation, turn)
             begins = not (same and places and not answer[: places[0][0]].strip())
@@ -193,6 +195,7 @@ class TemplateChat(Chat):
                 f"follow add_generation_prompt, or writes words of its own before the answer",
                 "no generation prompt",
             )
+        # The end tokens before which the whole turn has been written.
         whole = [end for start, end in places if not _missing(message, answer[:start])]
         if not whole:
             missing = _missing(message, answer)
@@ -317,7 +320,7 @@ def _forms(text: str) -> tuple[str, str, str]:
 
 
 def _is_quoted(message: Message, text: str) -> bool:
-    """Whether arguments that are JSON in a text stand there as a quoted string, or parts of a content as a list."""
+    """Whether `text` has JSON arguments of the turn as a quoted string, or its content's parts as a Python list."""
     fields = message.as_fields()
     if isinstance(fields.get("content"), list) and _squeezed(str(fields["content"])) in text:
         return True

@@ -79,6 +79,7 @@ def read_turn(number: int, turn: Any) -> tuple[Message, list[str]]:
             raise _error(
                 number, f"{key!r} changes what is said or learned, and is not understood: {reason}", f"key {key}"
             )
+    # Role, calls and content, whatever their keys.
     given = _one_of(number, turn, _ROLE)
     name = given.strip().lower() if isinstance(given, str) else None
     if name not in ROLES:
@@ -104,6 +105,7 @@ def read_turn(number: int, turn: Any) -> tuple[Message, list[str]]:
         learned=_switch(number, turn, role),
         fields=_fields(turn, name, role, value, calls),
     )
+    # Keys that are left: harmless ones are reported, suspicious ones refused.
     known = _USED | set(_REFUSED) | ({"name"} if role == "tool" else set())
     unknown = [key for key in turn if key not in known]
     for key in unknown:

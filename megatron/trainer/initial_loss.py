@@ -37,7 +37,7 @@ def check_initial_loss(loss: float, args: NeoXArgs, of_the_mean: float | None = 
     if loss <= limit:
         return
     raise SuspiciousLossError(
-        f"the first loss of this continued run is {loss:.{digits}f}; a model that knows nothing has {what}, and more "
+        f"the first loss of this continued run is {loss:.{digits}f}; an untrained model has {what}, and more "
         f"than {limit:.{digits}f} is not a trained Llama. "
         f"Likely: a checkpoint converted with another packing, {likely}. "
         "Compare it with its source: python tools/convert_hf verify HF_DIR NEOX_DIR (--forward, for text). "
@@ -46,7 +46,7 @@ def check_initial_loss(loss: float, args: NeoXArgs, of_the_mean: float | None = 
 
 
 def loss_of_predicting_the_mean(args: NeoXArgs, batch: StepBatch, place: Place) -> float:
-    """Over the learned patches of the global batch. Collective."""
+    """Huber loss of predicting the mean value, over the learned patches of the global batch. Collective."""
     assert args.patches is not None
     scale, total = PatchScale(args.patches), torch.zeros((), dtype=torch.float64, device=place.device)
     if place.counts_tokens:

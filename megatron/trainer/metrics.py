@@ -92,7 +92,7 @@ class Metrics:
             self.record(iteration, {f"timers/{phase}": seconds for phase, (seconds, _) in slowest.items()})
 
     def start_clock(self, counters: Counters | None = None) -> None:
-        """The first step begins now; `counters` are the engine's."""
+        """Start timing: the first step begins now; `counters` are the engine's."""
         self._counted = counters or Counters()
         self._interval_start = time.perf_counter()
 
@@ -128,6 +128,7 @@ class Metrics:
         }
         if result.loss_scale is not None:
             values |= {"train/loss_scale": result.loss_scale, "train/overflow_steps": counters.overflows}
+        # At the end of an interval: its mean step time, speed and the console line.
         if iteration % self.args.log_interval == 0 or iteration == self.train_iters:
             seconds = (time.perf_counter() - self._interval_start) / self._interval_iterations
             tokens_per_second = self.args.train_batch_size * self.args.seq_length / seconds

@@ -79,7 +79,7 @@ class Run:
                 self.between_steps()
                 if self.is_interrupted():
                     break
-        except (SuspiciousLossError, ReplicasDifferError):  # on all ranks; what is being written is from before
+        except (SuspiciousLossError, ReplicasDifferError):  # on all ranks; a save in flight is of an earlier state
             with self.timers.without_step_limit("save"):
                 self.saves.finish()
             raise
@@ -165,7 +165,7 @@ class Run:
             self.metrics.record(iteration, parameter_norms(self.engine, self.args.whole_shape))
 
     def judge(self, result: StepResult, iteration: int, samples: tuple[int, int], batch: StepBatch) -> None:
-        """Count a skipped step; stop a run that cannot be right. Raises SuspiciousLossError on all ranks."""
+        """Count a skipped step; stop a run whose loss cannot be right. Raises SuspiciousLossError on all ranks."""
         if result.overflow:
             logger.info(
                 f"iteration {iteration}: fp16 gradients overflow at loss scale {result.loss_scale:g}; the update is "

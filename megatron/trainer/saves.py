@@ -16,7 +16,7 @@ from megatron.supervision.signals import signal_name
 
 
 class Saves:
-    """With `async_save` those in the middle of a run are written in the background; the last one is waited for."""
+    """The saves of a run. With `async_save` all but the last are written in the background."""
 
     def __init__(
         self,

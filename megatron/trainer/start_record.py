@@ -1,4 +1,4 @@
-"""What a run is, written beside its metrics each time it starts: enough to describe it without its folders."""
+"""Records a run beside its metrics each time it starts: enough to describe it without its folders."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STARTS = "starts.jsonl"  # in log_dir
 def start_record(
     args: NeoXArgs, start: Start, datasets: Datasets, state: TrainState, train_iters: int
 ) -> dict[str, Any]:
-    """Plain JSON values; `data` are the samples of each source between this start and the end of the run."""
+    """The record as plain JSON values; `data` are the samples of each source from here to the end of the run."""
     first = state.consumed_samples
     left = (train_iters - state.iteration) * args.train_batch_size
     end = SampleRanges(args.skip_sample_ranges).after(first, left)

@@ -69,7 +69,7 @@ def test_each_fact_of_the_model_stops_and_is_named(source: str) -> None:
     check_model(FOLDER, model, right)
     assert OTHER_MODEL.keys() == set(MODEL_KEYS)
     for name, value in OTHER_MODEL.items():
-        with pytest.raises(CheckpointError, match=rf"another model .*\n  {name}: .* in the checkpoint"):
+        with pytest.raises(CheckpointError, match=rf"a different model .*\n  {name}: .* in the checkpoint"):
             check_model(FOLDER, model, NeoXArgs.from_dict(keys(**{name: value}), task="model"))
 
 
@@ -127,9 +127,9 @@ def test_a_checkpoint_of_an_earlier_version_knows_the_keys_it_was_given() -> Non
         ({"a": "1"}, {"a": "1"}, []),
         ({"a": "1"}, {"a": "2"}, ["differs", "a"]),
         ({"a": {"hash": "1", "content": "x", "written": 1}}, {"a": {"hash": "1", "content": "y", "written": 1}}, ["a"]),
-        ({"a": {"hash": "1"}}, {"a": {"hash": "1", "content": "y", "written": 2}}, ["written again"]),
+        ({"a": {"hash": "1"}}, {"a": {"hash": "1", "content": "y", "written": 2}}, ["rewritten"]),
         ({"a": {"hash": "1", "content": "y", "written": 1}}, {"a": {"hash": "1", "content": "y", "written": 2}},
-         ["written again"]),
+         ["rewritten"]),
         ({"a": {"hash": "1"}}, {"b": {"hash": "1"}}, []),
         ({"a": {"hash": "1"}}, {"b": {"hash": "2"}}, ["differs", "a, b"]),
     ],

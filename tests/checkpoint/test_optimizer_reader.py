@@ -194,7 +194,7 @@ def test_random_states_survive_as_json() -> None:
     restore_rng(rng_from_bytes(data))
     assert torch.equal(torch.rand(4), drawn[0])
     assert np.array_equal(np.random.random(3), drawn[1])
-    with pytest.raises(ValueError, match="no random states"):
+    with pytest.raises(ValueError, match="not random states"):
         rng_from_bytes(b'{"python": 1}')
 
 

@@ -123,7 +123,7 @@ def test_images_and_text_are_not_mistaken_for_each_other(tmp_path: Path) -> None
         build_datasets(NeoXArgs.from_dict(keys(train_data_paths=[images])))
     floats = import_archive(tmp_path, "f", blobs(4, 16).astype(np.float32))
     Path(f"{floats}.json").unlink()
-    with pytest.raises(DataError, match="float32 values, which are no tokens"):
+    with pytest.raises(DataError, match="float32 values, which are not tokens"):
         build_datasets(NeoXArgs.from_dict(keys(train_data_paths=[floats])))
     with pytest.raises(DataError, match=r"have 3 bands \(r, g, b\), patches\.channels is 1"):
         build_datasets(arguments(images, patches={"size": 8, "channels": 1, "normalise": "patch"}))

@@ -175,7 +175,7 @@ def test_documents_that_do_not_fit_are_left_out_and_counted(prefix: str, tmp_pat
     assert source.describe_left_out() == [
         f"{prefix}: 5 documents of 10 ({share:.2%} of the tokens) longer than a sample of 16 tokens and left out; "
         f"allow_chopped: true cuts them",
-        f"{prefix}: 2 documents of 10 (0.38% of the tokens) left out: of less than two tokens",
+        f"{prefix}: 2 documents of 10 (0.38% of the tokens) left out: fewer than two tokens",
     ]
     assert "and cut" in whole(prefix, "unpacked", chop=True).describe_left_out()[0]
     with pytest.raises(DataError, match="no document has 2 to 17 tokens"):

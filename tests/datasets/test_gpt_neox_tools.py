@@ -184,7 +184,7 @@ def test_headers_are_added_up_and_must_belong_together(tmp_path: Path, capsys: p
         assert merge_datasets.main(command) == 2
     (source / "b.json").unlink()
     assert merge_datasets.main(command) == 2
-    assert capsys.readouterr().err.count("they do not belong into one file; preprocess them alike") == 4
+    assert capsys.readouterr().err.count("they do not belong in one file; preprocess them alike") == 4
 
 
 def test_unmergeable_pairs_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -158,7 +158,7 @@ def test_contradictory_inputs_are_found_before_the_start(data: str, base: str, t
     assert input_problems(CASE.neox(**again, world_size=2)) == []
     other = again | {"lora": {"rank": RANK, "alpha": 99, "targets": ["q_proj", "v_proj", "down_proj"]}}
     (problem,) = input_problems(CASE.neox(**other, world_size=2))
-    assert "holds another adapter than the configuration describes: lora.alpha: 8.0 in it, 99.0 here" in problem
+    assert "holds a different adapter from the one in the configuration: lora.alpha: 8.0 in it, 99.0 here" in problem
     full = {key: value for key, value in again.items() if key != "lora"}
     (problem,) = input_problems(CASE.neox(**full, world_size=2))
     assert "holds an adapter and no model" in problem

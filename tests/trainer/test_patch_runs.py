@@ -82,7 +82,7 @@ def test_a_continued_run_that_knows_nothing_stops(data: dict[str, str], tmp_path
         ((code, output),) = run_ranks(_run, 1, keys(data, tmp_path, **ALONE | continued), expect_failure=True)
         if name == "random":
             assert code == 1
-            assert "a model that knows nothing has the mean Huber loss" in output
+            assert "an untrained model has the mean Huber loss" in output
         else:
             assert code == 0, output
 

@@ -37,6 +37,7 @@ def merge(folder: Path, output: Path) -> None:
 
     if not folder.is_dir():
         raise DataError(f"--input {folder}: no such folder")
+    # Check all pairs before anything is written.
     stems = {suffix: {path.stem for path in folder.glob(f"*{suffix}")} for suffix in (".bin", ".idx")}
     alone = sorted(stems[".bin"] ^ stems[".idx"])
     if alone:
@@ -54,6 +55,7 @@ def merge(folder: Path, output: Path) -> None:
         raise DataError(f"--output-prefix {output} is one of the inputs; give another name")
     headers = [(str(part.prefix), read_header(part.prefix)) for part in parts]
     joined_header(headers, crc32="")  # rejects incompatible pairs before anything is copied
+    # Copy the documents to a partial pair, then rename it.
     output.parent.mkdir(parents=True, exist_ok=True)
     aside = output.with_name(f"{output.name}.partial")
     writer = IndexedWriter(aside, parts[0].dtype)

@@ -3,11 +3,11 @@
     python tools/datasets/preprocess_images.py --input galaxies/ --output-prefix data/galaxies
 
 writes `data/galaxies.bin`, `.idx`, `.json` (the header that training checks: shape, bands, mean and standard deviation)
-and `.parquet` (a row for each image: its id, and what the input knows of it). Input are PNG and JPEG pictures, FITS
-files with one or more planes, .npz archives with an array `images`, and Parquet files with a column of pictures; files,
-globs and folders are understood. Every image must be like the first one; what cannot be used is left out, named and
-counted. The output is the same, byte for
-byte, for any number of workers. A run that was killed goes on where it was when started again with the same arguments.
+and `.parquet` (a row for each image: its id and properties). Inputs are PNG and JPEG pictures, FITS files with one or
+more planes, .npz archives with an array `images`, and Parquet files with a column of pictures; files, globs and folders
+are accepted. Every image must have the shape and type of the first one; unusable images are left out, named and
+counted. The output is the same, byte for byte, for any number of workers. A killed run continues where it stopped when
+restarted with the same arguments.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--input", nargs="+", required=True, help="files, globs or folders")
     p.add_argument("--output-prefix", required=True, help="outputs are PREFIX.{bin,idx,json,parquet}")
     p.add_argument("--bands", nargs="+", help="names of the bands (default: r g b for three, else band0, band1, ...)")
-    p.add_argument("--crop", type=int, help="keep the middle of each image, so many pixels wide and high")
-    p.add_argument("--image-column", default="image", help="of Parquet files, where the pictures are (default: image)")
-    p.add_argument("--id-column", help="of Parquet files and of --properties, what tells images apart (default: id)")
-    p.add_argument("--properties", type=Path, help="Parquet or CSV file with more about the images, by their ids")
-    p.add_argument("--axes", choices=["hwc", "chw"], help="of arrays: height, width, bands (default), or bands first")
+    p.add_argument("--crop", type=int, help="keep the central square of each image, this many pixels wide")
+    p.add_argument("--image-column", default="image", help="column of Parquet files with the pictures (default: image)")
+    p.add_argument("--id-column", help="column of Parquet files and of --properties with the ids (default: id)")
+    p.add_argument("--properties", type=Path, help="Parquet or CSV file with more properties, by id")
+    p.add_argument("--axes", choices=["hwc", "chw"], help="arrays have height, width, bands (default) or bands first")
     p.add_argument(
-        "--nan", choices=["refuse", "mask"], default="refuse", help="leave images with NaN out, or keep them"
+        "--nan", choices=["refuse", "mask"], default="refuse", help="leave out images with NaN, or keep them"
     )
     p.add_argument(
-        "--on-bad-image", choices=["fatal", "skip"], default="skip", help="stop at what cannot be used, or count it"
+        "--on-bad-image", choices=["fatal", "skip"], default="skip", help="stop at an unusable image, or count it"
     )
     p.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: all cores)")
     return p
@@ -45,12 +45,12 @@ def main(arguments: list[str] | None = None) -> int:
     from megatron.common.boundary import guarded
 
     return guarded(
-        "preprocess_images.py", lambda: import_images(options), "stopped; the same command goes on from here"
+        "preprocess_images.py", lambda: import_images(options), "stopped; the same command continues from here"
     )
 
 
 def import_images(options: argparse.Namespace) -> None:
-    """Raises UserError, OSError."""
+    """Run the import. Raises UserError, OSError."""
     from megatron.data.indexed import DataError
     from tools.datasets.imaging.decode import Axes, ImageDecoder, ImageError, read_image, refuse_swapped_axes, require
     from tools.datasets.imaging.importing import ImageImport, run_import
@@ -69,7 +69,7 @@ def import_images(options: argparse.Namespace) -> None:
         if isinstance(source, Archive) and options.axes is None:
             refuse_swapped_axes(source.image_shape)
     axes: Axes = options.axes or "hwc"
-    for item in items_of(sources):  # the first image that can be read says what all are to be like
+    for item in items_of(sources):  # the first readable image sets shape and type for all
         try:
             first = read_image(item, axes)
             decoder = ImageDecoder.like(first, options.crop, axes, options.nan == "mask")
@@ -82,6 +82,7 @@ def import_images(options: argparse.Namespace) -> None:
     bands = options.bands or (["r", "g", "b"] if count == 3 else [f"band{number}" for number in range(count)])
     if len(bands) != count:
         raise DataError(f"--bands names {len(bands)} bands, the images have {count}")
+    # A killed run is resumed only with equal settings.
     stamp = None if table is None else (str(table.path), table.path.stat().st_size, table.path.stat().st_mtime_ns)
     settings = (
         options.crop,

@@ -90,6 +90,7 @@ def _collect(
         for document in cleaned.documents:
             line, where = document.line, f"{cleaned.source}, {cleaned.unit} {document.number}"
             chance = luck(cleaned.source, document.number)
+            # A duplicate of an earlier document is dropped, and needs its text to be shown as an example.
             if document.signature is not None:
                 found = index.find(document.signature)
                 if found is None:

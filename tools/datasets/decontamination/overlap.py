@@ -116,6 +116,7 @@ class QuestionIndex:
 
     def find(self, text: str, least: float) -> list[Overlap]:
         """Questions whose score in a document is at least `least`, each at its best position, best first."""
+        # The shingles of the document that occur in any question.
         found = shingles(fold(text))
         positions = np.flatnonzero(self._filter[_slot(found)])
         places = np.searchsorted(self._shingles, found[positions])
@@ -131,6 +132,7 @@ class QuestionIndex:
         texts = self._owners[self._first[places][rows] + within]
         order = np.argsort(texts, kind="stable")
         texts, rows = texts[order], rows[order]
+        # For each text with enough weight in the document, its best window.
         best: dict[int, Overlap] = {}
         for low, high in _pairs(np.append(np.unique(texts, return_index=True)[1], len(texts))):
             text_ = self._texts[texts[low]]
@@ -154,6 +156,7 @@ class QuestionIndex:
             if place not in inside:
                 weight += weights[place]
             inside[place] = inside.get(place, 0) + 1
+            # Shrink the window from the left until it is short enough.
             while positions[stop] - positions[start] > text.window:
                 left = int(places[start])
                 inside[left] -= 1
@@ -181,7 +184,7 @@ def _searchable_texts(question: BenchmarkQuestion) -> list[tuple[int, NDArray[np
 
 
 def _rarity(questions_with_it: int, questions: int) -> float:
-    """Weight of a shingle: 1 if it occurs in one question, 0 if in all."""
+    """Weight of a shingle: 1 if it occurs in one question only, 0 if in all."""
     if questions < 2:
         return 1.0
     return math.log(questions / questions_with_it) / math.log(questions)

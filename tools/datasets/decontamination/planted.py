@@ -18,7 +18,7 @@ def verbatim(question: BenchmarkQuestion, chance: random.Random) -> str:
 
 
 def shuffled(question: BenchmarkQuestion, chance: random.Random) -> str:
-    """The same with the options in another order."""
+    """The question with its lettered options in another order."""
     options = list(question.options)
     chance.shuffle(options)
     return _laid_out(question, options)

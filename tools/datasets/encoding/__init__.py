@@ -1,1 +1,1 @@
-"""From records to token files, on all cores."""
+"""Encodes records into token files, on all cores."""

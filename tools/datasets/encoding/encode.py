@@ -1,4 +1,4 @@
-"""The part of preprocessing that runs in every worker: a block of records -> token bytes."""
+"""The part of preprocessing that runs in every worker: turns a block of records into token bytes."""
 
 from __future__ import annotations
 

@@ -197,9 +197,10 @@ def preprocess_conversations(options: argparse.Namespace) -> None:
     skip_bad = options.on_bad_record == "skip"
     sources = parse_sources(options.source, skip_bad)
     tokenizer = build_tokenizer(options.tokenizer_type, options.vocab_file)
-    tokenizer.encode_arrays([""])  # what it prepares at its first use, the workers inherit
+    tokenizer.encode_arrays([""])  # lazy initialization, inherited by the workers
     arguments = _template_arguments(options.template_arguments)
     chat = load_chat(options.chat_template, tokenizer, arguments)
+    # Outputs: tokens and labels of each source.
     dtype = token_dtype(tokenizer.vocab_size)
     prefixes = [f"{options.output_prefix}_{source.name}" for source in sources]
     progress = Progress(sum(source.inputs.bytes for source in sources), options.log_interval)
@@ -258,6 +259,7 @@ def preprocess_conversations(options: argparse.Namespace) -> None:
             num_docs=None,
         )
     )
+    # Report what became of the records, and write the keys of a run.
     written = [(s, p, state) for s, p, state in zip(sources, prefixes, states[::2], strict=True)]
     print(
         summary_table(

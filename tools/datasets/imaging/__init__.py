@@ -1,1 +1,1 @@
-"""Images from files of many kinds into the `.bin/.idx` form: readers, decoding in workers, the import itself."""
+"""Imports images from files of many kinds into `.bin/.idx`: readers, decoding in workers, the import itself."""

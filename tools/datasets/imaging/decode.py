@@ -1,4 +1,4 @@
-"""One image from a file, from bytes or from an array -> [height, width, bands]; this part runs in every worker."""
+"""Decodes one image from a file, bytes or an array to [height, width, bands]; this part runs in every worker."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from megatron.common.errors import UserError
 from megatron.data.indexed import DataError
 
 PICTURES = (".png", ".jpg", ".jpeg")
-PIXELS = 1 << 18  # whose values are summed up together; a multiple of 256
+PIXELS = 1 << 18  # pixels summed at once; a multiple of 256
 FITS = (".fits", ".fit", ".fits.gz", ".fits.fz")
 Item = Path | bytes | NDArray[Any]
-"""An image that is still to be decoded: a file, the bytes of a picture, or its values."""
+"""An image before decoding: a file, the bytes of a picture, or its values."""
 
 Axes = Literal["hwc", "chw"]
 
@@ -33,7 +33,7 @@ class ImageError(UserError, ValueError):
 
 
 def read_image(item: Item, axes: Axes = "hwc") -> NDArray[Any]:
-    """[height, width, bands] as uint8 or float32; `axes` are those of an array of values. Raises ImageError."""
+    """Decode an image to [height, width, bands], uint8 or float32; `axes` are those of an array. Raises ImageError."""
     if isinstance(item, np.ndarray):
         return _typed(_with_bands(item, axes))
     if isinstance(item, Path) and item.name.lower().endswith(FITS):
@@ -42,7 +42,7 @@ def read_image(item: Item, axes: Axes = "hwc") -> NDArray[Any]:
 
 
 def require(package: str, what: str) -> None:
-    """DataError unless a package of the extra `images` is installed."""
+    """Raise DataError unless a package of the extra `images` is installed."""
     if importlib.util.find_spec(package) is None:
         raise DataError(f"{what} needs the package {package}, which is not installed: pip install .[images]")
 
@@ -73,7 +73,7 @@ def _fits(path: Path) -> NDArray[Any]:
             for unit in units:
                 if unit.data is not None and getattr(unit, "is_image", False):
                     return np.asarray(unit.data)
-    except Exception as error:  # a damaged file meets astropy anywhere: AttributeError and zlib.error were seen
+    except Exception as error:  # astropy fails on damaged files with any error: AttributeError and zlib.error were seen
         raise ImageError("unreadable FITS file", f"{type(error).__name__}: {error}") from error
     raise ImageError("FITS file without an image", "expected 1 or more planes")
 
@@ -87,7 +87,7 @@ def _with_bands(values: NDArray[Any], axes: Axes) -> NDArray[Any]:
 
 
 def _typed(values: NDArray[Any]) -> NDArray[Any]:
-    """uint8 stays, other numbers become native float32."""
+    """uint8 is kept, other numbers become native float32."""
     if values.dtype == np.uint8:
         return values
     if values.dtype.kind not in "iuf":
@@ -98,7 +98,7 @@ def _typed(values: NDArray[Any]) -> NDArray[Any]:
 
 @dataclass
 class BandMoments:
-    """Number, mean and sum of squared deviations of each band's values."""
+    """Count, mean and sum of squared deviations of each band's values."""
 
     count: list[int]
     mean: list[float]
@@ -106,7 +106,7 @@ class BandMoments:
 
     @classmethod
     def of(cls, image: NDArray[Any]) -> BandMoments:
-        """Of [height, width, bands]; NaN does not count."""
+        """Moments of an image [height, width, bands], without its NaN."""
         values = image.reshape(-1, image.shape[-1])
         if values.dtype == np.uint8:
             return cls._of_bytes(values)
@@ -117,7 +117,7 @@ class BandMoments:
 
     @classmethod
     def _of_bytes(cls, values: NDArray[np.uint8]) -> BandMoments:
-        """Of [pixels, bands]. In fp32, which is fast; exact, for 256 squares of bytes add up to less than 2**24."""
+        """Moments of [pixels, bands], in fp32 for speed; exact, because 256 squared bytes sum to less than 2**24."""
         pixels, bands = values.shape
         whole = pixels - pixels % 256
         parts = [values[start : min(start + PIXELS, whole)].reshape(256, -1) for start in range(0, whole, PIXELS)]
@@ -132,7 +132,7 @@ class BandMoments:
         )
 
     def joined(self, other: BandMoments) -> BandMoments:
-        """Of both together (Chan et al. 1983)."""
+        """The moments of both sets of values together (Chan et al. 1983)."""
         if not self.count:
             return other
         result = BandMoments([], [], [])
@@ -150,7 +150,7 @@ class BandMoments:
 
 @dataclass(frozen=True)
 class ImageBlock:
-    """Images in a row of one source: `first` is the row of the first of them, `items` what is to be decoded."""
+    """Consecutive images of one source: `first` is the row of the first image, `items` are to be decoded."""
 
     source: int
     first: int
@@ -160,7 +160,7 @@ class ImageBlock:
 
 @dataclass(frozen=True)
 class ImageDecoder:
-    """What a worker knows: what the images must be like."""
+    """Decodes images in a worker, and checks that they have the required shape and type."""
 
     shape: tuple[int, int, int]
     dtype: np.dtype
@@ -170,12 +170,12 @@ class ImageDecoder:
 
     @classmethod
     def like(cls, first: NDArray[Any], crop: int | None, axes: Axes, keeps_nan: bool) -> ImageDecoder:
-        """All images are to be like this one."""
+        """A decoder that requires all images to be like `first`."""
         cut = cropped(first, crop)
         return cls((cut.shape[0], cut.shape[1], cut.shape[2]), cut.dtype, crop, axes, keeps_nan)
 
     def usable(self, block: ImageBlock, bad: list[tuple[str, str]]) -> Iterator[tuple[int, NDArray[Any]]]:
-        """(place in the block, image) of those that are like the others; (rule, message) of what is not go to `bad`."""
+        """Yield (place in the block, image) of usable images; (rule, message) of the others are appended to `bad`."""
         for place, (name, item) in enumerate(zip(block.names, block.items, strict=True)):
             try:
                 image = self._checked(item)
@@ -199,7 +199,7 @@ class ImageDecoder:
 
 
 def cropped(image: NDArray[Any], side: int | None) -> NDArray[Any]:
-    """The middle of an image, `side` x `side` pixels. Raises ImageError if it is smaller."""
+    """The central `side` x `side` pixels of an image. Raises ImageError if it is smaller."""
     if side is None:
         return image
     height, width, _ = image.shape
@@ -214,7 +214,7 @@ def _text(shape: tuple[int, ...]) -> str:
 
 
 def refuse_swapped_axes(shape: tuple[int, ...]) -> None:
-    """DataError for [bands, height, width] that was given as [height, width, bands]."""
+    """Raise DataError for a shape [bands, height, width] that was given as [height, width, bands]."""
     if len(shape) == 3 and shape[2] > 16 >= shape[0]:
         raise DataError(
             f"arrays of shape {list(shape)} look like bands x height x width; give --axes chw (or --axes hwc, if the "

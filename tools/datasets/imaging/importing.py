@@ -1,4 +1,4 @@
-"""The import: blocks of images out to workers, results back in order, a journal to go on from, then publication."""
+"""The import: blocks of images go to workers, results return in order, a journal allows resuming, then publication."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from tools.datasets.imaging.sources import ImageSourceFiles
 from tools.datasets.imaging.writing import Baton, BlockWriter, WrittenBlock
 
 JOURNAL_SECONDS = 10.0
-MAX_NAMED = 20  # images that are left out and named on the terminal; a file names all
+MAX_NAMED = 20  # left-out images named on the terminal; a file names all of them
 MAX_IN_HEADER = 100
 
 
 @dataclass
 class ImportState:
-    """Where the import stands: blocks done, how long the files then were, and what is known of the images."""
+    """The position of an import: blocks done, the lengths of the files then, and statistics of the images."""
 
     blocks: int = 0
     bytes: int = 0
@@ -50,7 +50,7 @@ class ImportState:
 
     @classmethod
     def load(cls, path: Path, identity: str) -> ImportState:
-        """That of a killed run of the same import, else a fresh one."""
+        """The state of a killed run of the same import, else a fresh one."""
         try:
             content = json.loads(path.read_text())
         except (FileNotFoundError, ValueError):
@@ -64,8 +64,7 @@ class ImportState:
 
 
 class Settling:
-    """Puts what was written on the disk, and the journal that says so, in a thread of its own: the disk can take longer
-    than the workers have blocks to go on with."""
+    """Syncs the files and writes the journal in a background thread, while the workers continue."""
 
     def __init__(self, journal: Path, identity: str, writer: IndexedWriter, files: Sequence[Any]) -> None:
         self._journal, self._identity, self._writer, self._files = journal, identity, writer, files
@@ -79,7 +78,7 @@ class Settling:
         self._thread.shutdown()
 
     def begin(self, state: ImportState) -> None:
-        """Unless it is still at the last one. Raises OSError where the last one did."""
+        """Start syncing, unless the last sync is still running. Raises OSError if the last one did."""
         if self._last is None or self._last.done():
             self._wait()
             self._last = self._thread.submit(self._settle, state.journal(self._identity))
@@ -93,7 +92,7 @@ class Settling:
             self._last.result()
 
     def _settle(self, journal: str) -> None:
-        """The files may hold more by now than `journal` says: what goes on from it cuts them back."""
+        """Sync, then write `journal`. The files may hold more by then; resuming truncates them to what it says."""
         self._writer.sync()
         for file in self._files:
             file.flush()
@@ -103,7 +102,7 @@ class Settling:
 
 @dataclass(frozen=True)
 class ImageImport:
-    """What is to be done. Two imports with equal settings and inputs give the same files, byte for byte."""
+    """An import job. Two imports with equal settings and inputs give the same files, byte for byte."""
 
     inputs: list[str]
     sources: Sequence[ImageSourceFiles]
@@ -131,13 +130,13 @@ class ImageImport:
         ).hexdigest()
 
     def blocks(self, first: int) -> Iterator[tuple[int, ImageBlock]]:
-        """Blocks from number `first` on, numbered."""
+        """(number, block) from number `first` on."""
         found = chain.from_iterable(source.blocks(k, self.block_size) for k, source in enumerate(self.sources))
         return islice(enumerate(found), first, None)
 
 
 def run_import(job: ImageImport) -> ImageHeader:
-    """Do it. Raises DataError, OSError; nothing is left behind then, except after a kill."""
+    """Run the import. Raises DataError or OSError and then leaves nothing behind, except after a kill."""
     journal, identity = Path(f"{job.partial}.json"), job.identity()
     journal.parent.mkdir(parents=True, exist_ok=True)
     state = ImportState.load(journal, identity)
@@ -145,7 +144,7 @@ def run_import(job: ImageImport) -> ImageHeader:
     try:
         writer = IndexedWriter(job.partial, job.decoder.dtype, (state.bytes, state.documents))
         if state.blocks:
-            print(f"going on after block {state.blocks} of a killed run", file=sys.stderr)
+            print(f"resuming after block {state.blocks} of a killed run", file=sys.stderr)
         work = BlockWriter(job.decoder, Baton(job.workers, state.blocks, state.bytes), writer.fileno())
         with (
             _continued(rows, 16 * state.documents) as row_file,
@@ -167,7 +166,7 @@ def run_import(job: ImageImport) -> ImageHeader:
 
 @contextlib.contextmanager
 def _continued(path: Path, length: int) -> Iterator[Any]:
-    """A file that is written on from `length` bytes."""
+    """Open a file to continue writing at byte `length`; anything after it is dropped."""
     with path.open("r+b" if length else "wb") as file:
         file.truncate(length)
         file.seek(length)
@@ -208,14 +207,14 @@ def _collect(
             last = now
         if progress.due(state.documents):
             print(
-                f"{state.documents:,} images, {state.documents / progress.seconds:,.0f} a second",
+                f"{state.documents:,} images, {state.documents / progress.seconds:,.0f} per second",
                 file=sys.stderr,
                 flush=True,
             )
 
 
 def _publish(job: ImageImport, state: ImportState, writer: IndexedWriter, rows: Path, named: Path) -> ImageHeader:
-    """All files under their names, the index last: a reader sees the old set, none, or the new one."""
+    """Rename all files into place, the index last: a reader sees the old set, none, or the new one."""
     if not state.documents:
         reasons = ", ".join(f"{rule} {count}" for rule, count in state.left_out.items()) or "there are none"
         raise DataError(f"nothing to write to {job.prefix}: no image can be used ({reasons})")

@@ -1,4 +1,4 @@
-"""What `inspect_data.py` shows of a pair of images: counts, a grid of some of them, and how they are cut."""
+"""What `inspect_data.py` shows of a pair of images: counts, a grid of some images, and their patches."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COLUMNS = 6  # images in a row of the grid
 
 
 def inspect_images(options: argparse.Namespace) -> Iterator[str]:
-    """The lines to print; the picture is written on the way. Raises DataError, OSError."""
+    """Yield the lines to print; also writes the picture. Raises DataError, OSError."""
     for name in ("vocab_file", "show_mask", "labels", "seq_length", "histogram"):
         if getattr(options, name):
             raise DataError(f"--{name.replace('_', '-')} is for text, and {options.prefix} holds images")
@@ -78,7 +78,7 @@ def property_names(path: Path) -> list[str]:
 
 
 def order_table(order: str, rows: int, columns: int, most: int = 16) -> Iterator[str]:
-    """Each patch's place in the sequence, laid out as in the image; nothing for a grid wider than a page."""
+    """Each patch's place in the sequence, laid out as in the image; nothing for a grid wider than `most`."""
     if max(rows, columns) > most:
         return
     places = np.empty(rows * columns, int)
@@ -88,7 +88,7 @@ def order_table(order: str, rows: int, columns: int, most: int = 16) -> Iterator
 
 
 def with_lines(one: NDArray[Any], size: int | None) -> NDArray[Any]:
-    """The image, enlarged, with its patches apart."""
+    """The image, enlarged, with lines of NaN between its patches."""
     if size is None:
         return one
     factor = max(1, 128 // max(one.shape[:2]))

@@ -1,4 +1,4 @@
-"""Properties that lie in a table of their own, joined to the images by their ids."""
+"""Joins properties from a separate table to the images by their ids."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tools.datasets.imaging.sources import ID
 
 
 class PropertyTable:
-    """A Parquet or CSV file with a row for each id; it is held in memory."""
+    """A Parquet or CSV file with one row per id; it is held in memory."""
 
     def __init__(self, path: Path, ids: str) -> None:
         import pyarrow
@@ -33,7 +33,7 @@ class PropertyTable:
         self.missing = 0
 
     def joined(self, table: Any) -> Any:
-        """`table` with the columns of this one; empty where an id is not in it, which is counted."""
+        """`table` with the columns of this one added; ids that are not in it get empty values, and are counted."""
         import pyarrow
 
         rows = [self._rows.get(name) for name in table.column(ID).to_pylist()]

@@ -1,4 +1,4 @@
-"""Parquet shards with encoded pictures in a column, as data sets on Hugging Face are published."""
+"""Parquet shards with encoded pictures in a column, the form of data sets on Hugging Face."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tools.datasets.imaging.sources import ID, id_column, reading
 class ParquetShard:
     """A Parquet file: `column` holds the bytes of a picture, alone or as `bytes` of a struct.
 
-    The other columns of numbers, words and truth values are properties; `ids` is the one that becomes `id`.
+    The other columns of numbers, strings and booleans are properties; column `ids` becomes `id`.
     """
 
     path: Path

@@ -1,4 +1,4 @@
-"""What is known of the images that were kept, as Parquet: one row for each, in their order."""
+"""Writes the properties of the images that were kept as Parquet: one row per image, in their order."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from megatron.data.indexed import DataError
 from tools.datasets.imaging.joining import PropertyTable
 from tools.datasets.imaging.sources import ImageSourceFiles
 
-ROWS = 1 << 16  # of the table that are in memory together
+ROWS = 1 << 16  # rows held in memory at once
 
 
 def write_properties(
     path: Path, sources: Sequence[ImageSourceFiles], rows_file: Path, table: PropertyTable | None = None
 ) -> None:
-    """`rows_file` holds (source, row) of every image as int64; `table` adds its columns by id.
+    """Write the table. `rows_file` holds (source, row) of every image as int64; `table` adds its columns by id.
 
-    Raises DataError where columns contradict each other.
+    Raises DataError if columns contradict each other.
     """
     import pyarrow
     import pyarrow.parquet
@@ -38,7 +38,7 @@ def write_properties(
     try:
         schema = pyarrow.unify_schemas(list(schemas.values()))
     except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
-        raise DataError(f"the properties of the inputs do not go together: {error}") from error
+        raise DataError(f"the properties of the inputs do not match: {error}") from error
     with pyarrow.parquet.ParquetWriter(path, schema) as writer:
         for number in used:
             rows = np.array(kept[kept[:, 0] == number, 1])
@@ -47,7 +47,7 @@ def write_properties(
 
 
 def _filled(table: Any, schema: Any) -> Any:
-    """With all columns of the schema, empty where the table has none."""
+    """`table` with all columns of the schema, empty where it has none."""
     import pyarrow
 
     missing = {

@@ -1,4 +1,4 @@
-"""Where images come from: loose files, NumPy archives, Parquet shards; with what is known of each image."""
+"""Sources of images: loose files, NumPy archives, Parquet shards; with the properties of each image."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ from megatron.common.errors import UserError
 from megatron.data.indexed import DataError
 from tools.datasets.imaging.decode import FITS, PICTURES, ImageBlock, Item
 
-BLOCK_BYTES = 16 << 20  # of values in a block, so that memory does not grow with the images
+BLOCK_BYTES = 16 << 20  # values of a block; bounds memory for large images
 ID = "id"
 ARCHIVE = ".npz archive"
 Columns = dict[str, Sequence[Any] | NDArray[Any]]
 
 
 class ImageSourceFiles(Protocol):
-    """Images that are read together: `blocks` in the order of their rows, and the properties of some rows."""
+    """Images that are read together: `blocks` in row order, and the properties of given rows."""
 
     @property
     def files(self) -> list[Path]: ...
 
     def blocks(self, number: int, size: int) -> Iterator[ImageBlock]:
-        """All images as blocks of source `number`, `size` in each but the last of a file.
+        """All images as blocks of source `number`, `size` images in each block but the last of a file.
 
         Raises DataError for a file that cannot be read.
         """
         ...
 
     def properties(self, rows: NDArray[np.int64]) -> Any:
-        """A pyarrow table with the column `id` and a row for each of `rows`, which ascend."""
+        """A pyarrow table with the column `id` and one row for each of `rows`, which are ascending."""
         ...
 
 
 def id_column(ids: Iterable[str]) -> Any:
-    """Texts as an Arrow array, made of its buffers: `pyarrow.array` imports pandas first, if there is one."""
+    """Strings as an Arrow array, built from buffers: `pyarrow.array` first imports pandas if it is installed."""
     import pyarrow
 
     texts = [one.encode() for one in ids]
@@ -52,7 +52,7 @@ def id_column(ids: Iterable[str]) -> Any:
 
 @contextlib.contextmanager
 def reading(path: Path, kind: str) -> Iterator[None]:
-    """DataError for whatever a library raises over a damaged file, which may be anything."""
+    """Turn whatever a library raises for a damaged file, which may be anything, into DataError."""
     try:
         yield
     except (UserError, MemoryError):
@@ -62,13 +62,13 @@ def reading(path: Path, kind: str) -> Iterator[None]:
 
 
 def per_block(nbytes: int) -> int:
-    """How many images of so many bytes go into a block."""
+    """How many images of `nbytes` bytes go into a block."""
     return max(1, min(256, BLOCK_BYTES // max(nbytes, 1)))
 
 
 @dataclass
 class LooseFiles:
-    """Pictures and FITS files, an image each; the id of one is its path below the folder that was given."""
+    """Pictures and FITS files, one image each; its id is its path below the given folder."""
 
     files: list[Path]
     ids: list[str]
@@ -88,7 +88,7 @@ class LooseFiles:
 class Archive:
     """An `.npz`: the array `images` [n, ...], and arrays of n values each, which are properties.
 
-    A two-dimensional one gives a column for each of its own columns, called as the array `names` says.
+    A two-dimensional array gives a property for each of its columns, named as in the array `names`.
     """
 
     path: Path
@@ -106,7 +106,7 @@ class Archive:
                 with archive.open(member) as file:
                     shape, fortran, dtype = _array_header(file)
                     if member == "images.npy" and fortran:
-                        raise DataError(f"{self.path}: images are stored column by column; save them in C order")
+                        raise DataError(f"{self.path}: images are stored in Fortran order; save them in C order")
                     found[member.removesuffix(".npy")] = (shape, dtype)
         shape = found.get("images", ((), None))[0]
         if len(shape) not in (3, 4):
@@ -154,7 +154,7 @@ class Archive:
 
 
 def _array_header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """(shape, column by column, type) of a .npy file that has just been opened."""
+    """(shape, whether in Fortran order, type) of a .npy file that has just been opened."""
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     return read(file)
@@ -163,7 +163,7 @@ def _array_header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
 def find_sources(
     inputs: Sequence[str], shard: Callable[[Path], ImageSourceFiles] | None = None
 ) -> list[ImageSourceFiles]:
-    """The sources of files, globs and folders, in the order given, those of a folder by name. Raises DataError.
+    """Sources of files, globs and folders in the order given, folders sorted by name. Raises DataError.
 
     `shard` opens a Parquet file.
     """
@@ -205,7 +205,7 @@ def _of(path: Path, below: Path | None, shard: Callable[[Path], ImageSourceFiles
         name = path.relative_to(below) if below is not None else Path(path.name)
         return LooseFiles([path], [_without_ending(name)])
     raise DataError(
-        f"--input {path}: no kind of image file that is known; expected {', '.join(PICTURES)}, FITS, .npz or .parquet"
+        f"--input {path}: unknown kind of image file; expected {', '.join(PICTURES)}, FITS, .npz or .parquet"
     )
 
 
@@ -216,7 +216,7 @@ def _without_ending(path: Path) -> str:
 
 
 def _joined(sources: list[ImageSourceFiles]) -> list[ImageSourceFiles]:
-    """Loose files that follow each other as one source."""
+    """Join consecutive loose files into one source."""
     result: list[ImageSourceFiles] = []
     for source in sources:
         last = result[-1] if result else None
@@ -229,7 +229,7 @@ def _joined(sources: list[ImageSourceFiles]) -> list[ImageSourceFiles]:
 
 
 def items_of(sources: Sequence[ImageSourceFiles]) -> Iterator[Item]:
-    """Every image of all sources, as it is before it is decoded, one read at a time."""
+    """Every undecoded image of all sources, read one at a time."""
     for number, source in enumerate(sources):
         for block in source.blocks(number, 1):
             yield from block.items

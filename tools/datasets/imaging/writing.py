@@ -1,4 +1,4 @@
-"""Decoding and writing in the workers: pixels go from each worker to the `.bin` itself, and not through the parent."""
+"""Decoding and writing in the workers: each worker writes pixels to the `.bin` itself, not through the parent."""
 
 from __future__ import annotations
 
@@ -11,23 +11,24 @@ from tools.datasets.imaging.decode import BandMoments, ImageBlock, ImageDecoder
 
 
 class Baton:
-    """Where each block begins in the file that all workers write to.
+    """Gives each block its offset in the file that all workers write to.
 
-    That is where the blocks before it end, which is known once they are decoded: whoever has decoded block n waits for
-    the baton, adds the length of it and hands the baton on before writing. It works as long as every block is decoded,
-    and no worker begins one before those before it are begun.
+    A block begins where the blocks before it end, which is known once they are decoded: the worker that has decoded
+    block n waits for the baton, adds its length and passes the baton on before writing. This requires that every block
+    is decoded, and that no worker starts a block before the preceding ones have been started.
     """
 
     def __init__(self, workers: int, block: int, end: int) -> None:
-        """`block` is the first that will come, at byte `end`."""
+        """`block` is the first to come, at byte `end`."""
         context = multiprocessing.get_context("fork")
-        # The blocks in hand follow one another, at most one a worker: with a semaphore each, one is woken at a time.
+        # The blocks in flight are consecutive, at most one per worker: with one semaphore each, only one is woken at a
+        # time.
         self._turns = [context.Semaphore(0) for _ in range(workers)]
         self._end = context.RawValue("q", end)
         self._turns[block % workers].release()
 
     def take(self, block: int, nbytes: int) -> int:
-        """The offset of `block`, which has so many bytes."""
+        """The offset of `block`, which has `nbytes` bytes."""
         self._turns[block % len(self._turns)].acquire()
         offset = self._end.value
         self._end.value += nbytes
@@ -37,7 +38,7 @@ class Baton:
 
 @dataclass
 class WrittenBlock:
-    """What is known of a block's images that can be used; `rows` are theirs, `bad` is (rule, message) of the others."""
+    """Statistics of a block's usable images and their `rows`; `bad` is (rule, message) of the others."""
 
     nbytes: int = 0
     crc32: int = 0
@@ -48,7 +49,7 @@ class WrittenBlock:
 
 @dataclass(frozen=True)
 class BlockWriter:
-    """The work of a worker: decode a block, write its pixels to the open file `fd`."""
+    """A worker's task: decode a block, write its pixels to the open file `fd`."""
 
     decoder: ImageDecoder
     baton: Baton
@@ -66,7 +67,7 @@ class BlockWriter:
                 result.rows.append((block.source, block.first + place))
                 images.append(pixels)
         except BaseException:
-            self.baton.take(number, 0)  # or the workers that come next would wait for ever
+            self.baton.take(number, 0)  # otherwise the next workers would wait forever
             raise
         offset = self.baton.take(number, result.nbytes)
         for pixels in images:
@@ -75,7 +76,7 @@ class BlockWriter:
 
 
 def _write(fd: int, values: memoryview, offset: int) -> int:
-    """All of it; the offset behind it."""
+    """Write all of `values`; returns the offset after them."""
     while values:
         count = os.pwrite(fd, values, offset)
         values, offset = values[count:], offset + count
