@@ -102,8 +102,8 @@ def test_the_command_writes_a_report_and_a_picture(tmp_path: Path, capsys: pytes
     [
         (["x.npy"], ["d0#1", "d0#2"], "expected NAME=FILE"),
         (["a=a.npy"], ["d0#1", "d0#2", "d1#1", "d2#2"], "expected ids ending in #1 and #2"),
-        (["a=a.npy"], ["d0#1", "d0#2", "d1#1", "d1#1"], "ids stand for several vectors"),
-        (["a=a.npy"], ["d0#1", "d0#2", "d1#1"], "expected one row an id"),
+        (["a=a.npy"], ["d0#1", "d0#2", "d1#1", "d1#1"], "vectors repeat an id"),
+        (["a=a.npy"], ["d0#1", "d0#2", "d1#1"], "expected one row per id"),
         (["a=a.npy"], None, "a.ids.jsonl: No such file"),
         (["a=b.npy"], None, "b.npy: No such file"),
         (["a=a.npy", "--picture", "x.txt"], ["d0#1", "d0#2", "d1#1", "d1#2"], "must end in one of .png"),
@@ -155,4 +155,4 @@ def test_no_word_of_a_document_is_lost(tmp_path: Path, capsys: pytest.CaptureFix
         assert (first["id"].split("#")[1], second["id"].split("#")[1]) == ("1", "2")
         joined[int(first["id"].split("#")[0])] = f"{first['text']} {second['text']}"
     assert joined == long
-    assert f"{50 - len(long)} of less than 10 words left out" in capsys.readouterr().out
+    assert f"left out {50 - len(long)} with fewer than 10 words" in capsys.readouterr().out

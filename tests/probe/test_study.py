@@ -202,9 +202,9 @@ def test_the_command_writes_tables_and_plots(
     ("change", "message"),
     [
         ({"--targets": "weight"}, "labels.csv: no column weight; it has id, mass, kind"),
-        ({"--targets": "kind"}, "expected a number; give names of classes as --classes kind"),
+        ({"--targets": "kind"}, "expected a number; for class names use --classes kind"),
         ({"--labels": "none.csv"}, "none.csv: No such file"),
-        ({"--labels": "trained.npy"}, "expected a table that ends in .csv"),
+        ({"--labels": "trained.npy"}, "expected a table as .csv"),
         ({"--test-share": "1.5"}, "expected a share between 0 and 1"),
         ({"--test-share": "0.99"}, "items to fit and"),
         ({"--inputs": "few.jsonl"}, "has no input of"),
@@ -239,4 +239,4 @@ def test_ids_that_stand_twice_are_refused(
     with Path("labels.csv").open("a") as file:
         file.write("g1,1,a\n")
     assert main(words) == 2
-    assert "the id g1 stands in 2 rows" in capsys.readouterr().err
+    assert "the id g1 appears in 2 rows" in capsys.readouterr().err

@@ -10,6 +10,6 @@ Imports go downwards in this list only:
 - `errors`
 
 Reading order: `stream/tensor_map` (the parts of a plan), `sources/opening` (the supported kinds of checkpoint),
-`stream/targets` (the files to write), `stream/plan`, `stream/copy`, `stream/publish`. Only casts (`--dtype`) and
-`verify` need torch; nothing needs transformers, DeepSpeed or megatron-core.
+`stream/targets` (the files to write), `stream/plan`, `stream/copy`, `stream/publish`. Only casts (`--dtype`),
+`--adapter` and `verify` need torch; nothing needs transformers, DeepSpeed or megatron-core.
 """

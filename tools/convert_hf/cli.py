@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def size(text: str) -> int:
-    """Bytes of a size such as 5GB, 512MiB or 4000000."""
+    """Parse a size such as 5GB, 512MiB or 4000000 into bytes."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]I?|)B?", text.strip().upper())
     if not match or match[2] not in _SIZES:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 5GB or 512MiB")
@@ -33,6 +33,7 @@ def size(text: str) -> int:
 
 
 def share(text: str) -> tuple[int, int]:
+    """Parse a share i/n of the work into (i, n)."""
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     if not match or not 1 <= int(match[1]) <= int(match[2]) <= 999:
         raise argparse.ArgumentTypeError(f"{text!r} is not i/n with 1 <= i <= n")
@@ -113,7 +114,7 @@ def _add_to_hf(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         type=Path,
         metavar="DIR",
         help="add a LoRA adapter (a peft folder, or the checkpoints of a LoRA run) to the weights, and print how much "
-        "of it rounding loses; --dtype float32 loses nothing",
+        "of it rounding loses; --dtype float32 loses almost nothing",
     )
     verb.add_argument(
         "--adapter-base",
@@ -349,7 +350,7 @@ def _execute(output, arguments: argparse.Namespace) -> int:  # type: ignore[no-u
     size_ = output.bytes_written
     rate = f"{size_:,} bytes in {seconds:.1f} s ({size_ / max(seconds, 1e-3) / 1e9:.2f} GB/s)"
     if done:
-        print("with it: " + ", ".join(sorted(output.extras)))
+        print("also written: " + ", ".join(sorted(output.extras)))
         if output.left_behind:
             print("left behind: " + ", ".join(output.left_behind))
         states = f"{len(output.optimizer.names)} optimizer files, " if output.optimizer else ""
@@ -364,6 +365,7 @@ def _execute(output, arguments: argparse.Namespace) -> int:  # type: ignore[no-u
 
 @contextmanager
 def progress_bar(total: int, quiet: bool) -> Iterator[Callable[[int], None]]:
+    """A progress bar of `total` bytes; yields the function that advances it, a no-op if `quiet`."""
     if quiet:
         yield lambda nbytes: None
         return

@@ -1,4 +1,4 @@
-"""The one error that a user sees: what was given, what was expected, what to do."""
+"""The error shown to users: what was given, what was expected, what to do."""
 
 from megatron.common.errors import UserError
 

@@ -1,4 +1,4 @@
-"""The merge methods on a tile: the same few thousand elements of every parent, in fp32, without rounding to 16 bits.
+"""The merge methods on a tile: the same elements of every parent, in fp32, without rounding to 16 bits.
 
 Every operation is elementwise and models are summed in the recipe's order, so an element's bits do not depend on the
 tile it is in. Statistics of the whole tensor come in a `TensorPlan`. The order of operations is that of mergekit with
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .masks import RESOLUTION, keep_mask
 
-ELECTION_FREE_EPSILON = 1e-8  # no division by a sum of weights below this
+ELECTION_FREE_EPSILON = 1e-8  # a smaller sum of weights is replaced by 1
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Workspace:
         self.total, self.positive, self.negative = floats(), floats(), floats()
         self.positive_weight, self.negative_weight = floats(), floats()
         self.flags = torch.empty(elements, dtype=torch.bool)
-        # Scratch space for the report and for sums of products.
+        # Scratch space for the report and for fused multiply-adds.
         self.directions = [torch.empty(elements, dtype=torch.bool) for _ in range(2)]
         self.wide, self.wide_merged = (torch.empty(elements, dtype=torch.float64) for _ in range(2))
 
@@ -114,7 +114,7 @@ def _deltas(plan: TensorPlan, work: Workspace, start: int, count: int) -> None:
         part.mul_(term.weight)
         total.add_(part)
         if plan.elects:
-            # The election needs no stack of deltas: it sums either sign, and takes one of the sums at the end.
+            # Instead of stacking the deltas, sum each sign separately; the election selects one of the sums.
             positive.add_(torch.clamp(part, min=0, out=clamped))
             negative.add_(torch.clamp(part, max=0, out=clamped))
             if plan.normalize:
@@ -133,7 +133,7 @@ def _deltas(plan: TensorPlan, work: Workspace, start: int, count: int) -> None:
 
 
 def _keep(term: Term, delta: Tensor, part: Tensor, start: int, flags: Tensor) -> None:
-    """Write the kept part of a model's delta to `part`. Multiplying by a mask is five times as fast as selecting."""
+    """Write the kept elements of a delta to `part`. Multiplying by a mask is five times as fast as selecting."""
     if term.limit < RESOLUTION:
         assert term.key is not None
         mask = keep_mask(term.key, start, delta.numel(), term.limit)
@@ -177,7 +177,7 @@ def _weight_sum(plan: TensorPlan) -> Tensor:
 
 def _linear(plan: TensorPlan, work: Workspace, count: int) -> None:
     # A fused multiply-add, done in float64 so that it is fused on any processor: the product of two fp32 numbers is
-    # exact. torch's `addcmul_`, which mergekit uses, gives other bits on processors without such an instruction.
+    # exact. torch's `addcmul_`, which mergekit uses, gives different bits on processors without such an instruction.
     total, wide, sums = work.total[:count].zero_(), work.wide[:count], work.wide_merged[:count]
     for term in plan.terms:
         wide.copy_(work.parents[term.parent][:count]).mul_(float(np.float32(term.weight)))

@@ -77,7 +77,7 @@ def _whole(value: Any) -> bool:
 
 
 def _weighting(given: Mapping[str, Any], count: int, where: str) -> list[float]:
-    """Weights from the oldest checkpoint to the newest; only their ratios matter."""
+    """Weights of the checkpoints, oldest first; only their ratios matter."""
     refuse_unknown(given, ("weighting", "decay"), f"{where}: parameters")
     kind = given.get("weighting", "uniform")
     if kind not in _WEIGHTINGS:

@@ -1,4 +1,4 @@
-"""Bands of the merged model: the source from which the converter's copier reads instead of a file."""
+"""Bands of the merged model, which the converter's copier reads instead of files."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ TILE = 1 << 16  # elements; a tile of all buffers stays in a core's cache
 
 
 class MergedBands:
-    """Computes bands of the merged tensors from the parents, checks them, and accumulates the sums of the report.
+    """Computes bands of the merged tensors, checks that they are finite, and accumulates the sums of the report.
 
-    `plans` is keyed by tensor name. `finish` makes the small files of the output from the report and parents' hashes.
+    `plans` is keyed by tensor name. `finish` makes the output's small files from the report and the parents' hashes.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class MergedBands:
 
     @staticmethod
     def thread_bytes(parents: Sequence[Parent], terms: int, band: int, largest_row: int) -> int:
-        """Memory of one thread for bands of `band` bytes at most (or of one row)."""
+        """Memory in bytes of one thread, for bands of at most `band` bytes (or of one row)."""
         elements = max(TILE, largest_row)
         rank = max((p.adapter.rank for p in parents if p.adapter), default=0)
         adapters = 4 * rank * (largest_row + elements) + 8 * elements if rank else 0
@@ -61,7 +61,7 @@ class MergedBands:
         return band * (1 + 2 * len(parents)) + Workspace.nbytes(len(parents), terms, elements) + adapters
 
     def read(self, job: CopyJob, band: memoryview) -> dict[str, Any]:
-        """Fill `band` with merged rows. Return the report's sums and the checksums of the data read."""
+        """Fill `band` with merged rows. Returns the sums for the report and the checksums of the data read."""
         name = job.tensor.name
         plan = self.plans[name]
         stored, crcs = self._read_parents(name, job.start, job.stop)

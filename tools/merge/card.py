@@ -221,7 +221,7 @@ def _markdown(rows: list[list[str]]) -> list[str]:
 
 
 def facts_of(recipe: Recipe, side: Parent, types: Sequence[str], command: str) -> dict[str, str]:
-    """The lines of the card's table that are derived from the recipe."""
+    """The rows of the card's table of facts that are derived from the recipe."""
     facts = {"method": f"`{recipe.method}`"}
     if recipe.method in DARE:
         facts["seed"] = str(recipe.seed)
@@ -254,7 +254,7 @@ def report_json(recipe: Recipe, report: MergeReport, hashes: Mapping[str, str]) 
 
 
 def check_name(recipe: Recipe, parents: Mapping[str, Parent]) -> list[str]:
-    """Remarks about licenses: unknown ones, and Llama's naming rule."""
+    """Remarks on unknown licenses, and on a name that breaks Llama's naming rule."""
     licenses = {label: license_of(parent) for label, parent in parents.items()}
     remarks = []
     unknown = [label for label, license in licenses.items() if license is None]

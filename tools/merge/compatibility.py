@@ -1,4 +1,4 @@
-"""Whether parents can be merged at all, according to their headers and small files."""
+"""Check that parents can be merged, from their headers and small files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 
 
 def check_parents(parents: Mapping[str, Parent]) -> list[str]:
-    """MergeError if parents differ in a way that makes a sum of weights meaningless; returns remarks."""
+    """Return remarks on the parents; MergeError if a sum of their weights would be meaningless."""
     first, *others = parents.values()
     remarks: list[str] = []
     for parent in parents.values():
@@ -33,7 +33,7 @@ def check_parents(parents: Mapping[str, Parent]) -> list[str]:
 
 
 def check_replicas(parents: Mapping[str, Parent]) -> None:
-    """Check that tensors that a NeoX checkpoint stores once per rank are equal; this reads those small tensors."""
+    """Check that the copies of tensors that a NeoX checkpoint stores once per rank are equal, which reads them."""
     for checkpoint in {id(p.checkpoint): p.checkpoint for p in parents.values()}.values():
         check_duplicates(checkpoint)
 

@@ -1,4 +1,4 @@
-"""A merge from its recipe to its folder: it is checked, then measured, then written with the converter's plan."""
+"""Run a merge: check the recipe and its parents, measure tensors, then write the folder with the converter's plan."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _LARGEST_BAND, _SMALLEST_BAND = 4 << 20, 64 << 10
 
 @dataclass
 class MergeRequest:
-    """The options of the command line."""
+    """The command-line options of a merge."""
 
     output: Path
     tp: int | None = None  # number of ranks of NeoX layer files; None: a Hugging Face folder
@@ -57,7 +57,7 @@ class MergeJob:
     """An opened and checked merge. Only headers and small files are read before `run` or `bands`."""
 
     def __init__(self, recipe: Recipe, request: MergeRequest) -> None:
-        torch.set_num_threads(1)  # the merge has its own threads for tiles
+        torch.set_num_threads(1)  # the merge runs its own threads
         self.recipe, self.request = recipe, request
         self.parents = open_parents(recipe)
         self.notes = [f"{p.label}: {note}" for p in self.parents.values() for note in p.checkpoint.notes]
@@ -91,7 +91,7 @@ class MergeJob:
         return self.recipe.tensor_settings("model.norm.weight", self.first.checkpoint.shape.num_layers).weights
 
     def _plans(self) -> dict[str, Wanted]:
-        """The plan of every tensor, as far as it is known before reading any weights."""
+        """The plan of every tensor, as far as it is known before any weights are read."""
         recipe, tensors = self.recipe, self.first.checkpoint.tensors
         place = {label: i for i, label in enumerate(self.parents)}
         base = place[recipe.base.label] if recipe.base is not None else -1
@@ -150,7 +150,7 @@ class MergeJob:
                     raise MergeError(f"{owner}: {key}: no tensor's name contains {unused!r}, such as {names[1]}")
 
     def _merged_checkpoint(self) -> Checkpoint:
-        """The merged model as a checkpoint whose bytes are yet to be computed."""
+        """The merged model as a checkpoint whose bytes are not computed yet."""
         side, reference = self.side.checkpoint, self.first.checkpoint
         dtype = self.recipe.out_dtype
         tensors = {
@@ -252,7 +252,7 @@ class MergeJob:
         return measured + sum(job.nbytes for job in self.output.plan.jobs)
 
     def bands(self, names: list[str], progress: Callable[[int], None]) -> MergedBands:
-        """The merged bands of some tensors; reads the tensors that have to be measured."""
+        """The merged bands of the tensors `names`; measures them first if their method needs it."""
         check_replicas(self.parents)
         plans = measure({n: self.wanted[n] for n in names}, self._order, self.threads, progress)
         labels = [model.parent.label for model in self.recipe.models]

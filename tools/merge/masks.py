@@ -1,4 +1,4 @@
-"""The elements that DARE keeps: random masks in which every element is drawn independently.
+"""DARE's random masks, in which every element is drawn independently.
 
 An element's draw depends only on the seed, the tensor's Hugging Face name, the model's label and the element's index in
 the logical tensor: not on the order of models or tensors, nor on tiles, threads, shards or the tensor-parallel size of
@@ -28,7 +28,7 @@ def mask_key(seed: int, tensor: str, label: str) -> np.ndarray:
 
 
 def threshold(density: float) -> int:
-    """The limit below which draws are kept; RESOLUTION keeps all."""
+    """The limit below which a draw is kept, from 0 to RESOLUTION (all are kept)."""
     return round(density * RESOLUTION)
 
 
@@ -42,5 +42,5 @@ def draws(key: np.ndarray, start: int, count: int) -> np.ndarray:
 
 
 def keep_mask(key: np.ndarray, start: int, count: int, limit: int) -> np.ndarray:
-    """Booleans of elements `start` to `start + count` for a `threshold`."""
+    """Mask of elements `start` to `start + count`: True where the draw is below `limit`."""
     return draws(key, start, count) < limit

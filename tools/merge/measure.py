@@ -1,8 +1,8 @@
-"""Statistics of a whole tensor that a method needs before its first band can be merged.
+"""Statistics of a whole tensor that a method needs before it can merge the first band.
 
 TIES needs the magnitude above which the requested share of a delta lies, `rescale: l1` the sums of magnitudes before
-and after the mask, slerp the angle between two tensors. The tensor is read in pieces of a fixed size, one thread per
-tensor, and sums of pieces are added exactly, so the result depends on the parents only.
+and after the mask, slerp the angle between two tensors. A tensor is read by one thread in pieces of a fixed size, and
+the sums of pieces are added exactly, so the result depends on the parents only.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _SMALLEST_SUM = 1e-7  # below it, l1 does not rescale (mergekit's constant)
 
 @dataclass(frozen=True)
 class Wanted:
-    """Statistics requested for one tensor: the shares that TIES keeps (1: all), l1 factors or not, and slerp's t."""
+    """Statistics to measure for one tensor: TIES's densities (1: keep all), whether l1 rescales, and slerp's t."""
 
     plan: TensorPlan
     densities: tuple[float, ...] = ()
@@ -141,11 +141,13 @@ class _Pieces:
         then one of the lower 16 bits within the bin found; equal magnitudes are kept in the order of elements."""
         terms, count = self.plan.terms, math.prod(self.shape)
         wanted = {i: max(1, int(d * count)) for i, d in enumerate(self.wanted.densities) if d < 1}
+        # First pass: the bin of the upper 16 bits that holds the k-th largest.
         upper = {i: np.zeros(_LOW, np.int64) for i in wanted}
         for _, values in self._pieces():
             for i in wanted:
                 upper[i] += np.bincount(_bits(self._magnitudes(terms[i], values)) >> 16, minlength=_LOW)
-        bins = {i: _bin_of(upper[i], k) for i, k in wanted.items()}  # (bin, how many are above it)
+        bins = {i: _bin_of(upper[i], k) for i, k in wanted.items()}  # (bin, elements above it)
+        # Second pass: its lower 16 bits, and how many elements of exactly this magnitude are kept.
         lower = {i: np.zeros(_LOW, np.int64) for i in wanted}
         for _, values in self._pieces():
             for i in wanted:
@@ -156,8 +158,9 @@ class _Pieces:
             low, above = _bin_of(lower[i], k - bins[i][1])
             pattern = np.array([bins[i][0] << 16 | low], np.uint32)
             magnitudes[i] = float(pattern.view(np.float32)[0])
-            equal = k - bins[i][1] - above  # how many of the elements of exactly this magnitude are kept
+            equal = k - bins[i][1] - above
             left[i] = equal if equal < lower[i][low] else 0
+        # Third pass, if not all of them are: the last one kept.
         last = self._last_kept(magnitudes, left)
         return [Trim(magnitudes[i], last.get(i)) if i in wanted else None for i in range(len(terms))]
 

@@ -1,4 +1,4 @@
-"""mergekit's parameter settings: a number, a gradient over depth, or either of them by tensor name.
+"""mergekit's parameter settings: a number, a gradient over depth, or either of these by tensor name.
 
 weight: 0.7
 weight: [0.2, 0.8]                  # first layer to last, linear in between; tensors outside layers get the first
@@ -79,7 +79,7 @@ def parse_number(value: Any, where: str) -> float:
 
 
 def resolve(settings: Iterable[Setting | None], tensor: str, at: float) -> float | None:
-    """The value for a tensor at depth `at` from the first setting that has one; None if none has."""
+    """The value for a tensor at depth `at`, from the first setting that has one; None if none does."""
     for setting in settings:
         for choice in setting or ():
             if choice.applies(tensor):

@@ -1,4 +1,4 @@
-"""Recipes from mergekit's YAML, with a few keys of our own.
+"""Read recipes in mergekit's YAML, with a few additional keys.
 
 Keys beyond mergekit's: `random_seed`, `side_files` and `name` at the top; `label`, `license`, `hf_source`, `set`,
 `adapter`, `adapter_base` and `base` in a model's entry; `rescale: probability`; `merge_method: average` (see
@@ -47,7 +47,7 @@ _PARENT = {"model", "label", "license", "hf_source", "adapter", "adapter_base", 
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """YAML whose mappings must not repeat a key; the plain loader silently keeps the last one."""
+    """A YAML loader that rejects repeated keys; the plain loader silently keeps the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -109,7 +109,7 @@ def parse_recipe(raw: Any, where: str) -> Recipe:
 
 
 def _parent(value: Any, where: str) -> ParentEntry:
-    """A model as a path, as `PATH+ADAPTER`, as mergekit's `{model: {path: ...}}`, or with our keys."""
+    """Parse a model: a path, `PATH+ADAPTER`, mergekit's `{model: {path: ...}}`, or a mapping with our keys."""
     raw = {"model": value} if isinstance(value, str) else dict(mapping(value, where))
     refuse_unknown(raw, _PARENT, where)
     path, adapter = raw.get("model"), word(raw, "adapter", where)
@@ -161,7 +161,7 @@ def _model(raw: Any, where: str, method: str) -> ModelEntry:
 
 
 def _known_bases(models: list[ModelEntry], base: ParentEntry | None) -> list[ModelEntry]:
-    """Resolve a `base` given only as a path or label to the model described elsewhere under it."""
+    """Replace a `base` given only as a path or label by the model that is fully described elsewhere."""
     bases = [m.base for m in models if m.base is not None and not _is_bare(m.base)]
     described = [m.parent for m in models] + bases + ([base] if base is not None else [])
     result = []

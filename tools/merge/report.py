@@ -1,4 +1,4 @@
-"""How a merge changes its parents, by kind of tensor: sizes of deltas, conflicts, and the share of each model.
+"""How a merge relates to its parents, by kind of tensor: norms and angles of deltas, and conflicting signs.
 
 Sums are computed in float64 over every element. They are reported to six digits, so that the order in which threads
 finish is not visible.
@@ -94,7 +94,7 @@ class MergeReport:
         self.kinds.setdefault(kind, KindSums()).add(row)
 
     def rows(self) -> dict[str, list[Any]]:
-        """Rows for `add`, to be added to the report of another share."""
+        """Rows for `add`, to combine this report with those of other shares."""
         return {kind: sums.row() for kind, sums in self.kinds.items()}
 
     def by_kind(self) -> dict[str, KindSums]:
@@ -129,7 +129,7 @@ class MergeReport:
         }
 
     def warnings(self, dare: bool) -> list[str]:
-        """Warnings for users of the model."""
+        """Warnings about models without effect and, for DARE, about large deltas."""
         lines = []
         whole = self.by_kind()[ALL]
         for label, sums in zip(self.labels, whole.parents, strict=True):
@@ -155,7 +155,7 @@ def _digits(value: float) -> float:
 
 
 def tile_sums(plan: TensorPlan, work: Workspace, count: int) -> list[Any]:
-    """A row for `MergeReport.add` of the tile that `merge_tile` left in `work`."""
+    """A row for `MergeReport.add`, from the tile that `merge_tile` left in `work`."""
     merged = work.wide_merged[:count].copy_(work.merged_delta[:count])
     positive, negative = (flags[:count].zero_() for flags in work.directions)
     parents = []
@@ -183,7 +183,7 @@ def _parent_row(delta: Tensor, merged: Tensor, wide: Tensor, zeros: int) -> list
 
 
 def table(report: MergeReport) -> list[list[str]]:
-    """Header and rows of text, one row per kind of tensor."""
+    """The report as a header and rows of text, one row per kind of tensor."""
     header = ["tensors", "conflicting signs", "merged delta"]
     for label in report.labels:
         header += [f"{label}: delta", "cosine", "range"]
@@ -217,7 +217,7 @@ def text_table(report: MergeReport) -> str:
 
 
 def joined(labels: list[str], shares: list[dict[str, list[Any]]]) -> MergeReport:
-    """The report of all shares together."""
+    """Combine the rows of all shares into one report."""
     report = MergeReport(labels)
     for share in shares:
         for kind, row in share.items():

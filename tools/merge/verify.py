@@ -1,4 +1,4 @@
-"""Repeating a merge without writing it: every tensor is recomputed and compared with a folder, bit for bit."""
+"""Repeat a merge without writing it: recompute every tensor and compare it with a folder, bit for bit."""
 
 from __future__ import annotations
 

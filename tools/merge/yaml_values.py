@@ -10,6 +10,7 @@ from .errors import MergeError
 
 
 def mapping(value: Any, where: str) -> Mapping[str, Any]:
+    """`value`, which must be a mapping with string keys."""
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise MergeError(f"{where} must be a mapping with text keys, not {str(value)[:60]!r}")
     return value
@@ -22,6 +23,7 @@ def refuse_unknown(raw: Mapping[str, Any], known: Iterable[str], where: str) -> 
 
 
 def word(raw: Mapping[str, Any], key: str, where: str) -> str | None:
+    """The line of text under `key`; None if it is absent."""
     value = raw.get(key)
     if value is not None and (not isinstance(value, str) or not value.strip() or not value.isprintable()):
         raise MergeError(f"{where}: {key} must be a line of text, not {str(value)[:60]!r}")

@@ -1,1 +1,1 @@
-"""What the vectors of a model know: retrieval of documents by their halves, and probes of properties."""
+"""Evaluate a model's vectors: retrieval of documents by their halves, and linear probes of properties."""

@@ -1,4 +1,4 @@
-"""The command line: `halves` and `retrieval` for texts, `properties` for anything that has vectors and labels."""
+"""Evaluate a model's vectors: `halves` and `retrieval` for texts, `properties` for anything with vectors and labels."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tools.probe.errors import ProbeError
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Exit code of `python -m tools.probe ARGUMENTS`."""
+    """Run `python -m tools.probe ARGUMENTS` and return its exit code."""
     given = _parser().parse_args(arguments)
     return guarded("probe", lambda: given.run(given))
 
@@ -31,34 +31,36 @@ def _parser() -> argparse.ArgumentParser:
     halves.add_argument("--text-field", default="text")
     halves.add_argument("--id-field", default="id")
     halves.add_argument("--min-words", type=int, default=20, help="leave out shorter documents (default: 20)")
-    halves.add_argument("--limit", type=int, help="only the first documents")
+    halves.add_argument("--limit", type=int, help="stop after this many documents")
     halves.set_defaults(run=_halves)
 
     retrieval = commands.add_parser("retrieval", help="do the halves of documents find each other?")
     retrieval.add_argument("models", nargs="+", metavar="NAME=VECTORS", help="vectors of the halves; the base first")
     retrieval.add_argument("--output", type=Path, required=True, help="the report, as JSON")
     retrieval.add_argument("--picture", type=Path, help="histograms, as .png, .svg or .pdf")
-    retrieval.add_argument("--sample", type=int, default=5000, help="documents that are drawn of more (default: 5000)")
+    retrieval.add_argument("--sample", type=int, default=5000, help="documents to draw if more (default: 5000)")
     retrieval.add_argument("--seed", type=int, default=0)
     retrieval.set_defaults(run=_retrieval)
 
     properties = commands.add_parser("properties", help="linear probes of properties, layer by layer")
-    properties.add_argument("--trained", type=Path, required=True, metavar="VECTORS", help="of the trained model")
-    properties.add_argument("--untrained", type=Path, metavar="VECTORS", help="of the same model before training")
+    properties.add_argument("--trained", type=Path, required=True, metavar="VECTORS", help="vectors after training")
+    properties.add_argument(
+        "--untrained", type=Path, metavar="VECTORS", help="vectors of the same model before training"
+    )
     properties.add_argument(
         "--inputs",
         type=Path,
-        help="the baseline: texts (.jsonl, .parquet), arrays (.npy), or the prefix of .bin/.idx images",
+        help="baseline inputs: texts (.jsonl, .parquet), arrays (.npy), or the prefix of .bin/.idx images",
     )
-    properties.add_argument("--checkpoints", nargs="+", default=[], metavar="NAME=VECTORS", help="in training's order")
-    properties.add_argument("--labels", type=Path, required=True, help="table by id: .csv, .jsonl or .parquet")
-    properties.add_argument("--targets", nargs="+", default=[], metavar="COLUMN", help="numbers: ridge, R2")
+    properties.add_argument("--checkpoints", nargs="+", default=[], metavar="NAME=VECTORS", help="in training order")
+    properties.add_argument("--labels", type=Path, required=True, help="table with ids: .csv, .jsonl or .parquet")
+    properties.add_argument("--targets", nargs="+", default=[], metavar="COLUMN", help="numeric columns: ridge, R2")
     properties.add_argument("--classes", nargs="+", default=[], metavar="COLUMN", help="classes: logistic, accuracy")
-    properties.add_argument("--id-field", default="id", help="column of the id (default: id)")
-    properties.add_argument("--label-counts", nargs="+", type=int, default=[], help="curves over so many labels")
-    properties.add_argument("--repeats", type=int, default=5, help="drawings of each number of labels (default: 5)")
-    properties.add_argument("--test-share", type=float, default=0.25, help="of the items (default: 0.25)")
-    properties.add_argument("--draws", type=int, default=1000, help="of the bootstrap (default: 1000)")
+    properties.add_argument("--id-field", default="id", help="column of the ids (default: id)")
+    properties.add_argument("--label-counts", nargs="+", type=int, default=[], help="also fit to this many labels")
+    properties.add_argument("--repeats", type=int, default=5, help="random subsets per label count (default: 5)")
+    properties.add_argument("--test-share", type=float, default=0.25, help="share of test items (default: 0.25)")
+    properties.add_argument("--draws", type=int, default=1000, help="bootstrap resamples (default: 1000)")
     properties.add_argument("--seed", type=int, default=0)
     properties.add_argument("--output", type=Path, required=True, help="the report, as JSON")
     properties.add_argument("--picture", type=Path, help="scores and curves, as .png, .svg or .pdf")
@@ -77,7 +79,7 @@ def _halves(given: argparse.Namespace) -> int:
         min_words=given.min_words,
         limit=given.limit,
     )
-    print(f"{written} documents in halves; {shorter} of less than {given.min_words} words left out")
+    print(f"cut {written} documents into halves; left out {shorter} with fewer than {given.min_words} words")
     print(f"written to {given.output}")
     return 0
 
@@ -90,7 +92,7 @@ def _retrieval(given: argparse.Namespace) -> int:
     if given.picture is not None:
         check_picture_file(given.picture, ProbeError)
     if given.sample < 2:
-        raise ProbeError(f"--sample {given.sample}: at least 2 documents are compared")
+        raise ProbeError(f"--sample {given.sample}: expected at least 2 documents")
     models = {name: read_features(path) for name, path in _named(given.models).items()}
     report = retrieval_report(models, given.sample, given.seed)
     print("\n".join(lines_of_retrieval(report)))
@@ -129,7 +131,7 @@ def _properties(given: argparse.Namespace) -> int:
 
 
 def _named(words: Sequence[str]) -> dict[str, Path]:
-    """`NAME=FILE` words; raises ProbeError for any other."""
+    """Parse `NAME=FILE` words. Raises ProbeError for a malformed or repeated one."""
     named: dict[str, Path] = {}
     for word in words:
         name, equals, path = word.partition("=")
@@ -144,7 +146,7 @@ def _named(words: Sequence[str]) -> dict[str, Path]:
 def _write(
     report: Mapping[str, Any], path: Path, picture: Path | None, draw: Callable[[Mapping[str, Any], Path], None]
 ) -> None:
-    """The report, and where one is asked for, its picture."""
+    """Write the report and, if requested, its picture."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(report, indent=1) + "\n")
     print(f"written to {path}")

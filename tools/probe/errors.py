@@ -1,4 +1,4 @@
-"""What can be wrong with vectors, labels and the request."""
+"""The error shown to users of `tools.probe`."""
 
 from __future__ import annotations
 

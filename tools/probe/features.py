@@ -1,4 +1,4 @@
-"""Vectors with their ids, as embed.py writes them or as any program can."""
+"""Vectors with their ids, as written by embed.py or any other program."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tools.probe.errors import ProbeError
 
 @dataclass(frozen=True)
 class Features:
-    """`values` [items, layers, width], mapped from the file where it is an .npy; `layers` are their numbers."""
+    """`values` [items, layers, width], memory-mapped from an .npy; `layers` holds the layer numbers."""
 
     path: Path
     ids: list[str]
@@ -22,12 +22,12 @@ class Features:
     values: np.ndarray
 
     def layer(self, number: int, rows: np.ndarray | None = None) -> np.ndarray:
-        """[items, width] of one layer, or of some rows of it, in float64."""
+        """Vectors [items, width] of one layer, or of some of its rows, in float64."""
         part = self.values[:, self.layers.index(number)]
         return np.asarray(part if rows is None else part[rows], dtype=np.float64)
 
     def rows_of(self, ids: Sequence[str]) -> np.ndarray:
-        """Where these ids stand. Raises ProbeError if one is missing."""
+        """Row numbers of these ids. Raises ProbeError if one is missing."""
         places = {name: row for row, name in enumerate(self.ids)}
         missing = [name for name in ids if name not in places]
         if missing:
@@ -36,19 +36,19 @@ class Features:
 
 
 def read_features(path: Path) -> Features:
-    """`X.npy` with `X.ids.jsonl` beside it (and `X.report.json`, which numbers the layers), or a Parquet of embed.py.
+    """Read `X.npy` with `X.ids.jsonl` (and `X.report.json` for the layer numbers) next to it, or embed.py's Parquet.
 
-    Raises ProbeError for files that do not fit together, repeated ids and numbers that are not finite.
+    Raises ProbeError for files that do not match, repeated ids and values that are not finite.
     """
     try:
         found = _parquet(path) if path.suffix == ".parquet" else _npy(path)
     except OSError as error:
         raise ProbeError(f"{error.filename or path}: {error.strerror or error}") from None
     if len(set(found.ids)) < len(found.ids):
-        raise ProbeError(f"{path}: {len(found.ids) - len(set(found.ids))} ids stand for several vectors")
-    for start in range(0, len(found.values), 4096):  # a mapped file is read piece by piece
+        raise ProbeError(f"{path}: {len(found.ids) - len(set(found.ids))} vectors repeat an id")
+    for start in range(0, len(found.values), 4096):  # in pieces, because the file is memory-mapped
         if not np.isfinite(found.values[start : start + 4096]).all():
-            raise ProbeError(f"{path} has numbers that are not finite")
+            raise ProbeError(f"{path} has values that are not finite")
     return found
 
 
@@ -56,7 +56,7 @@ def _npy(path: Path) -> Features:
     try:
         values = np.load(path, mmap_mode="r", allow_pickle=False)
     except ValueError as error:
-        raise ProbeError(f"{path} is not an .npy of numbers: {error}") from None
+        raise ProbeError(f"{path} is not a numeric .npy: {error}") from None
     ids_path, report_path = path.with_suffix(".ids.jsonl"), path.with_suffix(".report.json")
     try:
         ids = [str(json.loads(line)["id"]) for line in ids_path.open(encoding="utf-8")]
@@ -64,7 +64,7 @@ def _npy(path: Path) -> Features:
     except (ValueError, KeyError, TypeError):
         raise ProbeError(f'{ids_path}: expected a line {{"id": ...}} for each row of {path}') from None
     if values.ndim < 2 or len(values) != len(ids):
-        raise ProbeError(f"{path} has the shape {values.shape}, {ids_path} {len(ids)} ids; expected one row an id")
+        raise ProbeError(f"{path} has shape {values.shape}, {ids_path} {len(ids)} ids; expected one row per id")
     layers = tuple(report.get("layers", ()))
     if len(layers) > 1:
         return Features(path, ids, layers, values)

@@ -1,4 +1,4 @@
-"""Documents cut into halves, for the retrieval test: `ID#1` and `ID#2`."""
+"""Cut documents into halves, `ID#1` and `ID#2`, for the retrieval test."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FIRST, SECOND = "#1", "#2"
 
 
 def split_in_halves(text: str) -> tuple[str, str]:
-    """The text before and after the white space that is nearest to its middle. ValueError if it has none inside."""
+    """Split a text at the white space nearest to its middle. ValueError if it is a single word."""
     text = text.strip()
     middle = len(text) // 2
     before = max((text.rfind(space, 0, middle + 1) for space in " \n\t"), default=-1)
@@ -30,7 +30,7 @@ def write_halves(
 ) -> tuple[int, int]:
     """Write the halves of every document of at least `min_words` words as JSON lines.
 
-    Returns (documents written, documents left out as shorter). Raises ProbeError for a record without text.
+    Returns (documents written, shorter documents left out). Raises ProbeError for a record without text.
     """
     written = shorter = 0
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -42,7 +42,7 @@ def write_halves(
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise ProbeError(f"{where}: expected a record with {text_field}") from None
             if not isinstance(text, str):
-                raise ProbeError(f"{where}: {text_field} is of type {type(text).__name__}, expected a text")
+                raise ProbeError(f"{where}: {text_field} is of type {type(text).__name__}, expected a string")
             if len(text.split()) < max(min_words, 2):
                 shorter += 1
                 continue

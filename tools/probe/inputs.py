@@ -1,7 +1,7 @@
-"""The baseline: what is linearly there in the inputs themselves, without a network.
+"""The baseline without a network: linear components of the inputs themselves.
 
-Arrays are reduced by PCA, texts by a truncated SVD of their TF-IDF table. Both are fitted to the items of the fit set,
-and how many components a probe reads is chosen by cross-validation, as a layer is.
+Arrays are reduced by PCA, texts by a truncated SVD of their TF-IDF table. Both are fitted to the fit set only; the
+number of components that a probe reads is chosen by cross-validation, like a layer.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ COMPONENTS = (8, 16, 32, 64, 128, 256)
 
 @dataclass(frozen=True)
 class RawInputs:
-    """Inputs by id: texts, or arrays as the one layer of features."""
+    """Inputs by id: texts, or arrays, of which the first layer is used."""
 
     path: Path
     ids: list[str]
@@ -31,7 +31,7 @@ class RawInputs:
     arrays: Features | None
 
     def reduced(self, fit: Sequence[str], others: Sequence[str], seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """Components (fit [items, k], others [items, k]), the largest first; k is the most that the fit set allows."""
+        """Components of `fit` and `others`, each [items, k], the largest first; the size of the fit set limits k."""
         places = {name: row for row, name in enumerate(self.ids)}
         missing = [name for name in (*fit, *others) if name not in places]
         if missing:
@@ -44,7 +44,7 @@ class RawInputs:
 
 
 def read_inputs(path: Path, text_field: str = "text", id_field: str = "id") -> RawInputs:
-    """Texts of a .jsonl or .parquet, an .npy with ids beside it, or the images of a .bin/.idx pair by its prefix.
+    """Read texts (.jsonl, .parquet), arrays (.npy with ids next to it) or images (the prefix of a .bin/.idx pair).
 
     Arrays and images are flattened.
     """
@@ -67,7 +67,7 @@ def read_inputs(path: Path, text_field: str = "text", id_field: str = "id") -> R
 
 
 def _images(prefix: Path) -> Features:
-    """Pixels [images, 1, height x width x bands], mapped from the file."""
+    """Pixels [images, 1, height x width x bands], memory-mapped from the file."""
     from megatron.data.images import open_images
     from megatron.evaluation.embeddings.images import image_ids
 
@@ -81,7 +81,7 @@ def _components(parts: list[np.ndarray], seed: int) -> tuple[np.ndarray, np.ndar
     from sklearn.decomposition import PCA
 
     fit, others = parts
-    if np.isnan(fit).any() or np.isnan(others).any():  # pixels that were not measured: as the others are on average
+    if np.isnan(fit).any() or np.isnan(others).any():  # unmeasured pixels: their mean over the fit set
         known = np.isfinite(fit)
         means = np.where(known, fit, 0).sum(0) / np.maximum(known.sum(0), 1)
         fit, others = (np.where(np.isnan(part), means, part) for part in (fit, others))

@@ -1,4 +1,4 @@
-"""Properties of the items: a table by id, from CSV, JSON lines or Parquet."""
+"""Labels of the items, read from a CSV, JSON lines or Parquet table with an id column."""
 
 from __future__ import annotations
 
@@ -20,25 +20,26 @@ Kind = Literal["ridge", "logistic"]
 
 @dataclass(frozen=True)
 class Property:
-    """One column: numbers (ridge) or names of classes (logistic) of the items that have one."""
+    """One column of labels: numbers (ridge) or classes (logistic), for the items that have a value."""
 
     name: str
     kind: Kind
     ids: list[str]
-    values: np.ndarray  # float64, or int64 numbers of `classes`
+    values: np.ndarray  # float64, or int64 indices into `classes`
     classes: tuple[str, ...] = ()
 
     def of(self, ids: Sequence[str]) -> tuple[list[str], np.ndarray]:
-        """Those of `ids` that have a value, in their order, and the values."""
+        """The `ids` that have a value, in the given order, and their values."""
         places = {name: row for row, name in enumerate(self.ids)}
         known = [name for name in ids if name in places]
         return known, self.values[[places[name] for name in known]]
 
 
 def read_properties(path: Path, targets: Sequence[str], classes: Sequence[str], id_field: str = "id") -> list[Property]:
-    """The columns `targets` as numbers and `classes` as names; an empty cell, null or NaN is no value.
+    """Read the columns `targets` as numbers and `classes` as class names.
 
-    Raises ProbeError for columns that are not there, values that are no numbers, and repeated ids.
+    Empty cells, nulls and numbers that are not finite are missing values. Raises ProbeError for missing columns,
+    targets that are not numbers, and repeated ids.
     """
     rows = _rows(path)
     if not rows:
@@ -49,7 +50,7 @@ def read_properties(path: Path, targets: Sequence[str], classes: Sequence[str], 
     ids = [str(row.get(id_field)) for row in rows]
     if len(set(ids)) < len(ids):
         (name, times), *_ = Counter(ids).most_common(1)
-        raise ProbeError(f"{path}: the id {name} stands in {times} rows; one row an id is expected")
+        raise ProbeError(f"{path}: the id {name} appears in {times} rows; expected one row per id")
     numbers = [_numbers(path, name, ids, [row.get(name) for row in rows]) for name in targets]
     names = [_classes(path, name, ids, [row.get(name) for row in rows]) for name in classes]
     return [*numbers, *names]
@@ -64,13 +65,13 @@ def _numbers(path: Path, name: str, ids: list[str], cells: Iterable[Any]) -> Pro
             value = float(cell)
         except (TypeError, ValueError):
             raise ProbeError(
-                f"{path}: {name} of {one} is {cell!r}, expected a number; give names of classes as --classes {name}"
+                f"{path}: {name} of {one} is {cell!r}, expected a number; for class names use --classes {name}"
             ) from None
         if math.isfinite(value):
             known.append((one, value))
     values = np.array([value for _, value in known])
     if len(known) < 2 or values.std() == 0:
-        raise ProbeError(f"{path}: {name} has {len(known)} numbers, all the same; there is nothing to predict")
+        raise ProbeError(f"{path}: {name} has no two different values among {len(known)}; there is nothing to predict")
     return Property(name, "ridge", [one for one, _ in known], values)
 
 
@@ -78,7 +79,7 @@ def _classes(path: Path, name: str, ids: list[str], cells: Iterable[Any]) -> Pro
     known = [(one, str(cell)) for one, cell in zip(ids, cells, strict=True) if cell is not None and cell != ""]
     classes = tuple(sorted({cell for _, cell in known}))
     if len(classes) < 2:
-        raise ProbeError(f"{path}: {name} has the classes {classes}; there is nothing to predict")
+        raise ProbeError(f"{path}: {name} has fewer than two classes {classes}; there is nothing to predict")
     number = {one: index for index, one in enumerate(classes)}
     values = np.array([number[cell] for _, cell in known], dtype=np.int64)
     return Property(name, "logistic", [one for one, _ in known], values, classes)
@@ -100,4 +101,4 @@ def _rows(path: Path) -> list[dict[str, Any]]:
         raise ProbeError(f"{path}: {error.strerror or error}") from None
     except (csv.Error, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError
         raise ProbeError(f"{path} cannot be read: {error}") from None
-    raise ProbeError(f"{path}: expected a table that ends in .csv, .jsonl or .parquet")
+    raise ProbeError(f"{path}: expected a table as .csv, .jsonl or .parquet")

@@ -1,7 +1,7 @@
-"""Linear probes of one property by scikit-learn: cross-validated scores, and predictions for other items.
+"""Linear probes of one property with scikit-learn: cross-validated scores, and predictions for unseen items.
 
-Numbers by ridge regression, scored by R2; classes by logistic regression, scored by accuracy. Features are standardized
-by what is fitted. The strength of the penalty is chosen by cross-validation too, never on test items.
+Numbers are predicted by ridge regression and scored by R2, classes by logistic regression and accuracy. Features are
+standardized with the mean and deviation of the items fitted. Penalties are cross-validated too, never on test items.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ import numpy as np
 from tools.probe.labels import Kind
 
 FOLDS = 5
-ALPHAS = np.logspace(-2, 6, 17)  # of ridge, for standardized features
+ALPHAS = np.logspace(-2, 6, 17)  # penalties of ridge, for standardized features
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)  # C of logistic regression
-_SMALLEST = 1e-12  # of a deviation: below it a feature is constant
+_SMALLEST = 1e-12  # features with a smaller deviation are constant
 
 
 def score(kind: Kind, truth: np.ndarray, predicted: np.ndarray) -> float:
-    """R2 of numbers, the share of right classes."""
+    """R2 of numbers, accuracy of classes."""
     if kind == "logistic":
         return float((truth == predicted).mean())
     return float(1 - ((truth - predicted) ** 2).sum() / ((truth - truth.mean()) ** 2).sum())
 
 
 def cross_validate(kind: Kind, x: np.ndarray, y: np.ndarray, seed: int) -> tuple[float, float]:
-    """(score of predictions that were each made without the item, penalty) for features [items, width].
+    """Return (score of the out-of-fold predictions, penalty) for features [items, width].
 
-    The penalty is the best one of classes, and chosen anew in every fold for numbers, whose own is not needed later.
+    The penalty is the best one for classes, and NaN for numbers: ridge chooses its own in every fit.
     """
     if kind == "ridge":
         predicted = np.empty(len(y))
@@ -48,14 +48,14 @@ def cross_validate(kind: Kind, x: np.ndarray, y: np.ndarray, seed: int) -> tuple
 
 
 def predict(kind: Kind, x: np.ndarray, y: np.ndarray, unseen: np.ndarray, penalty: float = 1.0) -> np.ndarray:
-    """Predictions for `unseen` [items, width] of a probe fitted to x and y; ridge chooses its penalty by itself."""
-    if kind == "logistic" and len(np.unique(y)) == 1:  # a fold of few labels
+    """Fit a probe to x and y, and predict `unseen` [items, width]. `penalty` applies to classes only."""
+    if kind == "logistic" and len(np.unique(y)) == 1:  # a fold with few labels
         return np.full(len(unseen), y[0])
     mean, deviation = x.mean(0), x.std(0)
     scale = np.where(deviation > _SMALLEST, deviation, 1)
     model = _model(kind, penalty)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a badly conditioned fold, a class that is rare: the score says it
+        warnings.simplefilter("ignore")  # ill-conditioned folds and rare classes: the score shows them
         model.fit((x - mean) / scale, y)
     predicted: np.ndarray = model.predict((unseen - mean) / scale)
     return predicted
@@ -73,7 +73,7 @@ def _folds(kind: Kind, y: np.ndarray, seed: int) -> list[tuple[np.ndarray, np.nd
     if kind == "ridge":
         return list(KFold(min(FOLDS, len(y)), shuffle=True, random_state=seed).split(y))
     rarest = int(np.bincount(y)[np.bincount(y) > 0].min())
-    if rarest < 2:  # some fold will be without a class
+    if rarest < 2:  # a class too rare to stratify
         return list(KFold(FOLDS, shuffle=True, random_state=seed).split(y))
     return list(StratifiedKFold(min(FOLDS, rarest), shuffle=True, random_state=seed).split(y, y))
 
@@ -84,7 +84,7 @@ def bootstrap_scores(kind: Kind, truth: np.ndarray, predictions: list[np.ndarray
     scores = np.empty((draws, len(predictions)))
     for draw in range(draws):
         items = rng.integers(len(truth), size=len(truth))
-        if kind == "ridge" and np.ptp(truth[items]) == 0:  # R2 of one repeated number is not defined
+        if kind == "ridge" and np.ptp(truth[items]) == 0:  # R2 is undefined if all values are equal
             items = np.arange(len(truth))
         for column, predicted in enumerate(predictions):
             scores[draw, column] = score(kind, truth[items], predicted[items])

@@ -1,4 +1,4 @@
-"""The pictures of both reports, by matplotlib; .png, .svg or .pdf by the name's ending."""
+"""Draw both reports with matplotlib; the file's suffix selects .png, .svg or .pdf."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _COLORS = {"trained": "C0", "untrained": "0.55", "inputs": "C1"}
 
 
 def draw_retrieval(report: Mapping[str, Any], path: Path) -> None:
-    """Histograms of the cosines of halves of one document and of different ones: a row a model, its last layer."""
+    """Histograms of cosines between halves of the same and of different documents: one row per model, last layer."""
     models: Mapping[str, Any] = report["models"]
     figure, panels = _figure(len(models), len(VIEWS), 4.2, 2.3)
     edges = np.array(report["bins"])
@@ -37,7 +37,7 @@ def draw_retrieval(report: Mapping[str, Any], path: Path) -> None:
 
 
 def draw_study(report: Mapping[str, Any], path: Path) -> None:
-    """For each property: test scores, cross-validated scores by layer, and the curves that were asked for."""
+    """For each property: test scores, cross-validated scores by layer, and any curves requested."""
     properties: Mapping[str, Any] = report["properties"]
     first = next(iter(properties.values()))
     kinds = ["scores", "layers", *(name for name in ("labels", "checkpoints") if name in first)]

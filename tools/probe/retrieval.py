@@ -1,7 +1,7 @@
-"""Do the halves of a document find each other? Recall and AUC of cosine similarities, as they are and mean-centered.
+"""Do the halves of a document find each other? Recall and AUC of raw and mean-centered cosine similarities.
 
-Similarities of a language model's vectors share a large common part: random texts look alike, and a raw cosine measures
-how much. After the mean of all vectors has been subtracted, what is left is what texts differ in.
+A language model's vectors share a large common component: random texts look alike, and raw cosines mainly measure how
+large it is. Subtracting the mean of all vectors leaves what distinguishes the texts.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from tools.probe.features import Features
 from tools.probe.halves import FIRST, SECOND
 
 BINS = np.linspace(-1, 1, 101)
-_ROWS = 512  # of the matrix of similarities at a time
+_ROWS = 512  # of the similarity matrix, computed at a time
 _TIE = 1e-9  # cosines of equal vectors differ by rounding
 VIEWS = ("raw", "centered")
 
 
 @dataclass(frozen=True)
 class Similarities:
-    """Halves against halves: which first halves find their second one, AUC, histograms of cosines over BINS."""
+    """First halves compared with second halves: which ones find each other, AUC, histograms of cosines over BINS."""
 
-    hits: np.ndarray  # bool [documents]: the second half is the nearest one of the first
-    hits_back: np.ndarray
+    hits: np.ndarray  # bool [documents]: the first half is nearest to its own second half
+    hits_back: np.ndarray  # from second to first halves
     auc: float
     mean_same: float
     mean_different: float
@@ -50,10 +50,10 @@ class Similarities:
 
 
 def compare_halves(first: np.ndarray, second: np.ndarray, *, centered: bool) -> Similarities:
-    """Cosines of all first halves [documents, h] with all second ones, piece by piece.
+    """Compare all first halves [documents, h] with all second halves by cosine, `_ROWS` first halves at a time.
 
-    AUC is the share of (same, different) pairs of similarities in the right order, ties counted half (Mann-Whitney).
-    A half is found if it is nearer than all others: a tie is no hit.
+    AUC is the share of (same, different) pairs of similarities in the right order, ties counting half (Mann-Whitney).
+    A half is found if it is nearer than all others: a tie is a miss.
     """
     first, second = np.asarray(first, np.float64), np.asarray(second, np.float64)
     if centered:
@@ -63,7 +63,7 @@ def compare_halves(first: np.ndarray, second: np.ndarray, *, centered: bool) -> 
     n = len(first)
     same = np.einsum("ij,ij->i", first, second)
     ordered = np.sort(same)
-    best_forward, best_back = np.full(n, -np.inf), np.full(n, -np.inf)  # of the wrong halves
+    best_forward, best_back = np.full(n, -np.inf), np.full(n, -np.inf)  # cosine of the nearest wrong half
     counts, total, below = np.zeros(len(BINS) - 1, dtype=np.int64), 0.0, 0.0
     for start in range(0, n, _ROWS):
         part = first[start : start + _ROWS] @ second.T
@@ -72,7 +72,7 @@ def compare_halves(first: np.ndarray, second: np.ndarray, *, centered: bool) -> 
         best_forward[start : start + _ROWS] = part.max(1)
         np.maximum(best_back, part.max(0), out=best_back)
         different = part[np.isfinite(part)]
-        # Pairs in the right order: same similarities above each different one, and half of the equal ones.
+        # Pairs in the wrong order: for each different similarity, the same ones below it, and half of the equal ones.
         below += float((np.searchsorted(ordered, different) + np.searchsorted(ordered, different, "right")).sum()) / 2
         counts += np.histogram(np.clip(different, -1, 1), BINS)[0]
         total += float(different.sum())
@@ -94,7 +94,7 @@ def _units(vectors: np.ndarray) -> np.ndarray:
 
 
 def documents_of(features: Features) -> list[str]:
-    """Ids of the documents whose halves are there, in the file's order. Raises ProbeError for a half alone."""
+    """Ids of the documents, in the file's order. Raises ProbeError if one lacks a half."""
     halves = set(features.ids)
     names = [one.removesuffix(FIRST) for one in features.ids if one.endswith(FIRST)]
     alone = [name for name in names if f"{name}{SECOND}" not in halves]
@@ -102,22 +102,22 @@ def documents_of(features: Features) -> list[str]:
         example = f", {alone[0]}{SECOND} is missing" if alone else ""
         raise ProbeError(
             f"{features.path}: expected ids ending in {FIRST} and {SECOND} for at least 2 documents{example}; "
-            f"`python -m tools.probe halves` makes such texts"
+            f"`python -m tools.probe halves` writes such texts"
         )
     return names
 
 
 def retrieval_report(models: Mapping[str, Features], sample: int, seed: int = 0) -> dict[str, Any]:
-    """Every model and layer on the same documents, `sample` of them drawn if there are more.
+    """Recall, AUC and histograms of every model and layer, on at most `sample` documents drawn at random.
 
-    The models after the first are compared with it, at each one's last layer, by an exact McNemar test on the
-    documents that are found. Raises ProbeError if the models are not of the same documents.
+    Each later model is compared with the first, both at their last layer, by an exact McNemar test on the documents
+    found. Raises ProbeError if the models' vectors are not of the same documents.
     """
     (first_name, first), *others = models.items()
     names = documents_of(first)
     for label, features in others:
         if set(features.ids) != set(first.ids):
-            raise ProbeError(f"{features.path} ({label}) and {first.path} ({first_name}) have other ids")
+            raise ProbeError(f"{features.path} ({label}) and {first.path} ({first_name}) have different ids")
     there = len(names)
     if there > sample:
         chosen = np.sort(np.random.default_rng(seed).choice(there, sample, replace=False))
@@ -139,7 +139,7 @@ def retrieval_report(models: Mapping[str, Features], sample: int, seed: int = 0)
                 for view in VIEWS
             }
             layers[str(layer)] = {view: one.facts() for view, one in found.items()}
-            hits |= {(label, view): one.hits.tolist() for view, one in found.items()}  # the last layer's stay
+            hits |= {(label, view): one.hits.tolist() for view, one in found.items()}  # keeps the last layer's
         report["models"][label] = {"file": str(features.path), "layers": layers}
         if label != first_name:
             report["models"][label]["against_" + first_name] = {
@@ -159,9 +159,9 @@ def _comparison(found: PairedComparison) -> dict[str, Any]:
 
 
 def lines_of_retrieval(report: Mapping[str, Any]) -> list[str]:
-    """What is printed of a report."""
+    """The table that the command prints."""
     lines = [
-        f"{report['documents']} documents, halves against halves; by chance recall@1 is "
+        f"{report['documents']} documents, first against second halves; recall@1 by chance: "
         f"{100 * report['chance_recall_at_1']:.2g} %",
         f"{'model':16} {'layer':>5} {'cosines':8} {'recall@1':>9} {'95 %':>14} {'back':>7} {'AUC':>7} "
         f"{'same':>6} {'different':>9}",

@@ -1,8 +1,8 @@
-"""A study: every property, probed in every layer of a trained model, beside the same model untrained and the inputs.
+"""A study: every property probed in every layer of a trained model; the untrained model and the inputs are baselines.
 
 Items are divided into a fit set and a test set by a hash of their ids, the same for all properties and models. On the
-fit set every layer is cross-validated and the best one is chosen; the test set is looked at once, for that layer. The
-baselines choose their layer, or their number of components, in the same way.
+fit set every layer is cross-validated and the best one is chosen; the test set is used once, for that layer. The
+layer or the number of components of a baseline is chosen in the same way.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ TRAINED, UNTRAINED, INPUTS = "trained", "untrained", "inputs"
 
 
 class _Table(Protocol):
-    """What a probe may read, by choice: a layer, or a number of components."""
+    """Features that a probe chooses from: a layer, or a number of components."""
 
     @property
     def choices(self) -> tuple[int, ...]: ...
 
     def of(self, choice: int) -> tuple[np.ndarray, np.ndarray]:
-        """Features of the fit set and of the test set."""
+        """Features [items, width] of the fit set and of the test set."""
         ...
 
 
 @dataclass(frozen=True)
 class _Layers:
-    """Read from the file layer by layer."""
+    """The layers of a model; each is read from the file when needed."""
 
     features: Features
     fit: np.ndarray
@@ -66,7 +66,7 @@ class _InputComponents:
 
 @dataclass(frozen=True)
 class StudyOptions:
-    """How a study is made; `label_counts` are sizes of the fit set to try, each with `repeats` drawings."""
+    """`draws` is the number of bootstrap resamples; `label_counts` are smaller fit sets, each drawn `repeats` times."""
 
     test_share: float = 0.25
     seed: int = 0
@@ -77,7 +77,7 @@ class StudyOptions:
 
 @dataclass(frozen=True)
 class Study:
-    """What is probed: features by source, the inputs, and checkpoints in the order of training."""
+    """The data of a study: properties, features of the models, inputs, and checkpoints in training order."""
 
     properties: list[Property]
     trained: Features
@@ -86,7 +86,7 @@ class Study:
     checkpoints: Mapping[str, Features] = field(default_factory=dict)
 
     def run(self, options: StudyOptions) -> dict[str, Any]:
-        """The report. Raises ProbeError where there are too few items, or items without features."""
+        """Run the study and return its report. Raises ProbeError if items are too few or lack features."""
         results = {one.name: self._property(one, options) for one in self.properties}
         report: dict[str, Any] = {
             "trained": str(self.trained.path),
@@ -105,6 +105,7 @@ class Study:
         return report
 
     def _property(self, one: Property, options: StudyOptions) -> dict[str, Any]:
+        # Divide the items that have both a value and a vector.
         ids, values = one.of(self.trained.ids)
         in_test = np.array([is_test(name, options) for name in ids], dtype=bool)
         fit, test = values[~in_test], values[in_test]
@@ -115,6 +116,7 @@ class Study:
             )
         fit_ids = [name for name, tested in zip(ids, in_test, strict=True) if not tested]
         test_ids = [name for name, tested in zip(ids, in_test, strict=True) if tested]
+        # The trained model and the baselines on the same items.
         tables: dict[str, _Table] = {TRAINED: _layers(self.trained, fit_ids, test_ids)}
         if self.untrained is not None:
             tables[UNTRAINED] = _layers(self.untrained, fit_ids, test_ids)
@@ -134,6 +136,7 @@ class Study:
         if one.kind == "logistic":
             result["classes"] = list(one.classes)
             result["most_frequent"] = float((test == np.bincount(fit).argmax()).mean())
+        # Curves over the number of labels and over training.
         if options.label_counts:
             result["labels"] = probe.label_curves(tables)
         if self.checkpoints:
@@ -143,7 +146,7 @@ class Study:
 
 
 def is_test(name: str, options: StudyOptions) -> bool:
-    """Whether an item belongs to the test set: by its id, so that other items, properties and models change nothing."""
+    """Whether an item is in the test set. Depends on its id and the seed only, not on other items or properties."""
     digest = hashlib.sha256(f"{options.seed}:{name}".encode()).digest()
     return int.from_bytes(digest[:8], "little") < options.test_share * 2**64
 
@@ -154,7 +157,7 @@ def _layers(features: Features, fit: list[str], test: list[str]) -> _Layers:
 
 @dataclass(frozen=True)
 class _Found:
-    """The choice that cross-validation made, and what it predicts for the test set."""
+    """The choice made by cross-validation, and its predictions for the test set."""
 
     choice: int
     cross_validated: dict[int, float]
@@ -163,7 +166,7 @@ class _Found:
 
 @dataclass(frozen=True)
 class _Probe:
-    """One property with its two sets of items."""
+    """One property, with its values in the fit set and in the test set."""
 
     property: Property
     fit: np.ndarray
@@ -199,7 +202,7 @@ class _Probe:
         }
 
     def difference(self, first: _Found, second: _Found) -> dict[str, Any]:
-        """First minus second on the same test items, with the interval of that difference."""
+        """Score of `first` minus that of `second` on the same test items, with its bootstrap interval."""
         kind, options = self.property.kind, self.options
         predicted = [first.predicted, second.predicted]
         draws = bootstrap_scores(kind, self.test, predicted, options.seed, options.draws)
@@ -209,7 +212,7 @@ class _Probe:
         }
 
     def label_curves(self, tables: Mapping[str, _Table]) -> list[dict[str, Any]]:
-        """Test scores of probes that know fewer labels; everything is chosen with these labels alone."""
+        """Test scores of probes fitted to fewer labels, which also choose the layer and the penalty."""
         curves = []
         for count in sorted(set(self.options.label_counts)):
             if count > len(self.fit):
@@ -219,7 +222,7 @@ class _Probe:
                 rng = np.random.default_rng([self.options.seed, count, repeat])
                 items = np.sort(rng.choice(len(self.fit), count, replace=False))
                 if self.property.kind == "logistic" and len(np.unique(self.fit[items])) < 2:
-                    continue  # one class alone teaches nothing
+                    continue  # a classifier needs two classes
                 for name, table in tables.items():
                     scores[name].append(score(self.property.kind, self.test, self.best(table, items).predicted))
             curves.append({"labels": count, "scores": scores})

@@ -1,4 +1,4 @@
-"""A study as text."""
+"""A study's report as text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 
 def lines_of_study(report: Mapping[str, Any]) -> list[str]:
-    """Tables of test scores with their intervals, of the layers that were chosen, and of the curves."""
+    """Lines with the test scores, their intervals, the layers chosen, and the curves."""
     lines = []
     for name, one in report["properties"].items():
         about = f"{one['fit_items']} items to fit, {one['test_items']} to test"
@@ -21,14 +21,14 @@ def lines_of_study(report: Mapping[str, Any]) -> list[str]:
             choice = f"{facts['choice']} components" if source == "inputs" else f"layer {facts['choice']}"
             crossed = facts["cross_validated"][str(facts["choice"])]
             lines.append(
-                f"  {source:10} {facts['test']:7.3f}  95 % {low:6.3f} to {high:6.3f}  {choice}, chosen at "
-                f"{crossed:.3f} by cross-validation"
+                f"  {source:10} {facts['test']:7.3f}  95 % {low:6.3f} to {high:6.3f}  {choice}, "
+                f"cross-validated {crossed:.3f}"
             )
         for source, facts in one["trained_minus"].items():
             low, high = facts["interval_95"]
             lines.append(f"  trained minus {source}: {facts['test']:+.3f}, 95 % {low:+.3f} to {high:+.3f}")
         if "most_frequent" in one:
-            lines.append(f"  the most frequent class alone: {one['most_frequent']:.3f}")
+            lines.append(f"  always the most frequent class: {one['most_frequent']:.3f}")
         for point in one.get("labels", ()):
             scores = ", ".join(
                 f"{source} {np.mean(values):.3f} +- {np.std(values):.3f}"

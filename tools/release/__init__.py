@@ -1,1 +1,1 @@
-"""Verifiable releases: export, model card, provenance, and their verification on another machine."""
+"""Verifiable releases: export, model card and provenance, and verification on another machine."""

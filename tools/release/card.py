@@ -1,4 +1,4 @@
-"""The model card: recipe, sources, evaluation and its protocol, compute, limitations, and how to verify them."""
+"""The model card: recipe, sources, evaluation and its protocol, compute, limitations, and how to verify the release."""
 
 from __future__ import annotations
 

@@ -31,12 +31,12 @@ def folder_facts(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def sealed(content: Mapping[str, Any]) -> str:
-    """JSON text of `content` with its own digest, so that any change to it is detected."""
+    """JSON text of `content` with its own digest, so that changes are detected."""
     return json.dumps({**content, _DIGEST: _digest(content)}, indent=1, ensure_ascii=False) + "\n"
 
 
 def unsealed(path: Path) -> tuple[dict[str, Any], str | None]:
-    """The content without its digest, and the problem if the digest is wrong. ReleaseError if it is no provenance."""
+    """Read (content without its digest, problem if the digest is wrong). ReleaseError if `path` is not a provenance."""
     try:
         text = path.read_text(encoding="utf-8")
         content = json.loads(text)

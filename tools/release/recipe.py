@@ -43,6 +43,8 @@ class TestEntry(_Part):
 
 
 class ReleaseRecipe(_Part):
+    """The YAML of a release; docs/releasing.md describes its keys."""
+
     name: str
     license: str
     model: Path  # a Hugging Face folder, or a checkpoint to export

@@ -30,6 +30,7 @@ def stage_facts(entry: StageEntry, vocab_file: Path, recorded: Literal["all"] | 
     length = starts[-1]["train_iters"] if starts else provenance["facts"]["run"].get("train_iters") or end
     if logs is not None:
         _refuse_other_positions(logs, batch, entry.name)
+    # Reread the steps to record, all or a fixed sample of them.
     reader = StepReader(config, batch, length, prefixes_of(config), vocab_file)
     numbers = range(first + 1, end + 1)
     if recorded != "all" and recorded < len(numbers):
@@ -66,7 +67,7 @@ def prefixes_of(config: Mapping[str, Any]) -> dict[str, Path]:
 
 
 def data_facts(prefix: Path, known: DataEntry | None) -> dict[str, Any]:
-    """Files with their hashes, the header, and the publisher's facts of a source."""
+    """A source's files with their hashes, counts from its header, and the publisher's facts."""
     header = read_header(prefix)
     files = {path.name: file_facts(path) for path in (bin_path(prefix), idx_path(prefix))}
     facts: dict[str, Any] = {"license": known.license if known else None, "origin": known.origin if known else ""}
@@ -100,7 +101,7 @@ def compute(logs: Path | None, starts: list[dict[str, Any]]) -> dict[str, Any] |
 
 
 def _refuse_other_positions(logs: Path, batch: int, name: str) -> None:
-    """ReleaseError if the batch changed during the run, so that its steps do not follow from its configuration."""
+    """ReleaseError if the batch changed during the run: its steps then do not follow from its configuration."""
     path = logs / "metrics.jsonl"
     if not path.exists():
         return
@@ -108,8 +109,8 @@ def _refuse_other_positions(logs: Path, batch: int, name: str) -> None:
     for step, samples in consumed.items():
         if step - 1 in consumed and samples - consumed[step - 1] < batch:
             raise ReleaseError(
-                f"{path}: step {step} of stage {name} read {samples - consumed[step - 1]} samples, but the "
-                f"last ones {batch}; steps of a run whose batch has changed cannot be reread from its configuration"
+                f"{path}: step {step} of stage {name} read {samples - consumed[step - 1]} samples, but the last "
+                f"steps read {batch}; steps of a run whose batch has changed cannot be reread from its configuration"
             )
 
 

@@ -1,7 +1,7 @@
 """The content of each training step, from configuration and data alone: token ids, labels, and documents.
 
-The order of samples is a function of configuration and data (`megatron.data.build`), so any machine with both reads the
-same. A document is named by its source and its number in that source, `astronomy_text_document:812`.
+The order of samples is a function of configuration and data (`megatron.data.build`), so any machine that has both reads
+the same samples. A document is named by its source and its number in that source, `astronomy_text_document:812`.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class StepReader:
         self.batches = MicroBatches(blend, batch, 0, 1, 1, skip=SampleRanges(args.skip_sample_ranges))
 
     def step(self, number: int) -> StepContent:
-        """Step `number`, counted from 1."""
+        """Read step `number`, counted from 1."""
         places = self.batches.sample_places(number - 1)
         samples = stack([self.blend[place] if place < len(self.blend) else self.blend.padding() for place in places])
         documents = [self._documents(place) for place in places if place < len(self.blend)]
@@ -98,7 +98,7 @@ class StepReader:
 
 
 def portable(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of a run without those for paths and layout; data paths are replaced by names."""
+    """A run's keys without those for paths and layout, with data paths reduced to names."""
     given = {canonical(key): value for key, value in config.items()}
     keys = {key: value for key, value in given.items() if key not in _ELSEWHERE}
     for name in PATHS:

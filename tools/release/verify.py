@@ -17,12 +17,13 @@ Found = tuple[list[str], list[str]]
 
 
 def verify_release(folder: Path, data: Sequence[Path], steps: int, seed: int) -> Found:
-    """Check everything that is available. ReleaseError if the folder is not a release."""
+    """Check a release, and the data and steps for which `data` has files. ReleaseError if it is not a release."""
     content, damaged = _open(folder)
     checks, problems = [], [damaged] if damaged else []
     wrong = _compare(content["files"], folder_facts(folder), "")
     problems += wrong
     checks.append(f"{len(content['files'])} files of the release compared")
+    # The data, if given.
     if not data:
         checks.append("data: not checked; give the folders that hold them with --data")
         return checks, problems
@@ -30,6 +31,7 @@ def verify_release(folder: Path, data: Sequence[Path], steps: int, seed: int) ->
     problems += missing
     good = {name for name, files in there.items() if not _check_source(content["data"][name], files, content, problems)}
     checks.append(f"{len(there)} of {len(content['data'])} data sources found and compared")
+    # A sample of each stage's recorded steps.
     for stage in content["stages"]:
         lacking = sorted(set(stage["sources"]) - good)
         if lacking:
@@ -48,7 +50,7 @@ def verify_release(folder: Path, data: Sequence[Path], steps: int, seed: int) ->
 
 
 def show_step(folder: Path, stage_name: str, number: int, data: Sequence[Path]) -> list[str]:
-    """Lines that list the documents of each sample of a step, and the digests."""
+    """Lines with the documents of each sample of a step, its digests, and whether they match the record."""
     content, damaged = _open(folder)
     if damaged:
         raise ReleaseError(damaged)
@@ -83,7 +85,7 @@ def _open(folder: Path) -> tuple[dict[str, Any], str | None]:
 
 
 def _compare(wanted: Mapping[str, Any], found: Mapping[str, Any], where: str) -> list[str]:
-    """Lines on files that are missing, changed, swapped or not part of the release."""
+    """Lines about files that are missing, changed, swapped or not part of the release."""
     by_hash = {facts["sha256"]: name for name, facts in wanted.items()}
     lines = [f"{where}{name} is missing" for name in wanted if name not in found]
     for name, facts in found.items():
@@ -102,7 +104,7 @@ def _compare(wanted: Mapping[str, Any], found: Mapping[str, Any], where: str) ->
 
 
 def _find_data(content: Mapping[str, Any], folders: Iterable[Path]) -> tuple[dict[str, dict[str, Path]], list[str]]:
-    """Files of each source by name, and lines on missing files."""
+    """The files of each complete source by name, and lines about missing files."""
     there: dict[str, dict[str, Path]] = {}
     missing = []
     listed = list(folders)
@@ -125,7 +127,7 @@ def _find_data(content: Mapping[str, Any], folders: Iterable[Path]) -> tuple[dic
 def _check_source(
     facts: Mapping[str, Any], files: Mapping[str, Path], content: Mapping[str, Any], problems: list[str]
 ) -> bool:
-    """Whether a source's files have problems; these are added to `problems`."""
+    """Whether a source's files have problems, which are added to `problems`."""
     everything = {name: one for source in content["data"].values() for name, one in source["files"].items()}
     found = {name: file_facts(path) for name, path in files.items()}
     folders = {name: f"{path.parent}/" for name, path in files.items()}

@@ -24,13 +24,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("runs", type=Path, nargs="+", metavar="RUN_DIR", help="a run's folder, or its metrics.jsonl")
     p.add_argument("--output", type=Path, help="folder for page.html and the PNGs (default: RUN_DIR/report)")
     p.add_argument("--title", default="Training report")
-    p.add_argument(
-        "--topic", help="show accuracy on this topic of mcq.py's questions in the last figure (default: on all)"
-    )
+    p.add_argument("--topic", help="show accuracy on this topic of mcq.py's questions in Figure 3 (default: on all)")
     p.add_argument(
         "--price-per-hour",
         type=float,
-        help="price of the machine that ran mcq.py, in USD, for the last figure's cost (default: machine-hours)",
+        help="price of the machine that ran mcq.py, in USD, for Figure 3 (default: cost in machine-hours)",
     )
     return p
 
@@ -41,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def make(options: argparse.Namespace) -> int:
-    """Read the runs, draw the figures, and write the page last."""
+    """Read the runs, draw the figures, then write the page. Returns the exit code."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:

@@ -1,4 +1,4 @@
-"""The figures of the page, each a PNG: those of the AstroSage-70B paper, and curves for operators."""
+"""Draw the figures of the page as PNGs: those of the AstroSage-70B paper, and curves for operators."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Picture:
 def draw_all(
     runs: Sequence[RecordedRun], folder: Path, *, topic: str | None = None, price_per_hour: float | None = None
 ) -> list[Picture]:
-    """Every figure for which the runs have data."""
+    """Draw every figure for which the runs have data."""
     found: list[Picture | None] = [
         dynamics(runs, folder / "figure1_dynamics.png"),
         composition(runs, folder / "figure2_composition.png"),
@@ -41,7 +41,7 @@ def draw_all(
         topic_bars(runs, folder / "accuracy.png"),
         validation(runs, folder / "validation.png"),
         _one(runs, folder / "gradient_norm.png", NORM, "Gradient norm", "gradient norm before clipping"),
-        _one(runs, folder / "throughput.png", SPEED, "Throughput", "tokens per second, of all ranks"),
+        _one(runs, folder / "throughput.png", SPEED, "Throughput", "tokens per second, all ranks"),
         cleaning(runs, folder / "cleaning.png"),
     ]
     return [picture for picture in found if picture is not None]
@@ -51,7 +51,7 @@ def draw_all(
 
 
 def dynamics(runs: Sequence[RecordedRun], path: Path) -> Picture | None:
-    """Loss above, learning rate below, for all stages in sequence."""
+    """Loss (top) and learning rate (bottom) over all stages in sequence."""
     figure = Figure(figsize=(9, 5.4), layout="constrained")
     losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     for number, run in enumerate(runs):
@@ -117,7 +117,7 @@ def _mark_adjustments(losses: Any, rates: Any, stage: TrainingStage, offset: int
 
 
 def composition(runs: Sequence[RecordedRun], path: Path) -> Picture | None:
-    """Share of each source in the samples of every stage."""
+    """Share of each source in every stage's samples."""
     bars = [
         (_label(runs, run, stage), [(short_name(one["source"]), one["samples"]) for one in stage.starts[0]["data"]])
         for run in runs
@@ -206,13 +206,14 @@ def topic_bars(runs: Sequence[RecordedRun], path: Path) -> Picture | None:
     axes.set(ylabel="% right", ylim=(0, 105), xticks=range(len(topics)))
     axes.set_xticklabels([topic or "all questions" for topic in topics])
     axes.legend(fontsize=8, ncols=min(4, len(scores)), loc="upper center", bbox_to_anchor=(0.5, -0.1))
-    return _saved(figure, path, "Multiple choice after each stage", "Bars are 95 % Wilson intervals.")
+    return _saved(figure, path, "Multiple choice after each stage", "Error bars are 95 % Wilson intervals.")
 
 
 # --- curves for operators
 
 
 def validation(runs: Sequence[RecordedRun], path: Path) -> Picture | None:
+    """Validation loss of each source over all stages."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     axes = figure.subplots()
     names = sorted({source for run in runs for stage in run.stages for source in stage.validation})

@@ -1,4 +1,4 @@
-"""The page: figures and tables in one self-contained HTML file."""
+"""Write the page: figures and tables in one self-contained HTML file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The records of a run: metrics by step, the configuration of each stage, and results of other tools."""
+"""Read the records of a run: metrics by step, the configuration of each stage, and results of other tools."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Curve = list[tuple[int, float]]
 
 @dataclass
 class TrainingStage:
-    """One `metrics.jsonl`. `values` has, by name, the value of each step; of repeated steps, the later value."""
+    """One `metrics.jsonl`. `values` maps a metric's name to its value at each step; of repeated steps, the last."""
 
     name: str
     path: Path
@@ -55,7 +55,7 @@ class TrainingStage:
 
     @property
     def tokens(self) -> float | None:
-        """Tokens processed, including padding; None if no start records the number per step."""
+        """Tokens processed, including padding; None if no start was recorded."""
         if not self.starts:
             return None
         steps = len(self.values.get(LOSS, {}))
@@ -64,12 +64,13 @@ class TrainingStage:
 
 @dataclass
 class Score:
-    """A test by mcq.py: `accuracy` of its report, overall and by topic."""
+    """A test by mcq.py: its summary, with the accuracy overall and by topic."""
 
     name: str
     summary: dict[str, Any]
 
     def of(self, topic: str | None) -> dict[str, Any] | None:
+        """The summary of a topic (None: of all questions); None if it has no accuracy."""
         found = self.summary if topic is None else self.summary.get("topics", {}).get(topic)
         return found if isinstance(found, dict) and found.get("accuracy") is not None else None
 
@@ -84,7 +85,7 @@ class RecordedRun:
     problems: list[str] = field(default_factory=list)
 
     def offsets(self) -> list[int]:
-        """Number of steps in earlier stages, per stage; 0 for a stage that continues another's step numbers."""
+        """Steps to add to each stage's step numbers; 0 for a stage that continues the previous one's numbers."""
         found, end = [], 0
         for stage in self.stages:
             offset = 0 if stage.first >= end > 0 else end

@@ -1,1 +1,1 @@
-"""One module for each verb, and what the converting verbs print and write beside the weights."""
+"""One module per verb, and what the converting verbs print and write alongside the weights."""

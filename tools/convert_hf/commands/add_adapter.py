@@ -1,4 +1,4 @@
-"""`to-hf --adapter`: the weights of a base plus those of an adapter, W + scale B A, rounded once.
+"""`to-hf --adapter`: add an adapter to the weights of its base, W + scale B A, rounding once.
 
 The sum is computed in float64, band by band. The error of rounding it to the output's type is reported relative to the
 adapter's contribution alone, because that is what rounding can destroy.
@@ -29,13 +29,13 @@ from .convert import ConversionRequest, memory_plan, prepare_hf
 
 REPORT = "adapter_merge.json"
 _TILE = 1 << 16  # elements that each thread holds in float64 at once
-_BUFFERS = 5 * 8  # bytes per element: the sum, its rounded copy, the adapter's part and temporaries
+_BUFFERS = 5 * 8  # bytes per element: the sum, its rounded copy, the adapter's delta and temporaries
 
 
 class AddedBands:
     """Bands of the weights with the adapter added; other tensors are only converted to the output's type.
 
-    `losses`, by tensor, is set once everything is written: |round(W + D) - (W + D)| / |D|, root sums of squares.
+    `losses`, by tensor, is set once everything is written: |round(W + D) - (W + D)| / |D|, in 2-norms.
     """
 
     def __init__(self, tensors: Mapping[str, Logical], adapter: Adapter) -> None:
@@ -111,7 +111,7 @@ class AddedBands:
 def prepare_added(
     source: Checkpoint, folder: Path, stated: str | None, shard_size: int | None, request: ConversionRequest
 ) -> tuple[OutputFolder, AddedBands]:
-    """Plan a Hugging Face folder of a base with an adapter; nothing is written yet.
+    """Plan a Hugging Face folder of a base with an adapter added; nothing is written yet.
 
     `stated` is the base's name as recorded in the adapter, if it differs from the name of the base's folder.
     """

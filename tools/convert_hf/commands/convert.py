@@ -38,7 +38,7 @@ PADDING = 128  # GPT-NeoX's default for make_vocab_size_divisible_by, used if th
 DEFAULT_SHARD_SIZE = 5_000_000_000
 _MEMORY_BASE = 48 << 20  # interpreter and tables
 _MEMORY_TORCH = 256 << 20  # added once torch is imported for a cast
-_LARGEST_BAND = 4 << 20  # larger ones leave the cache between reading, checksum and writing
+_LARGEST_BAND = 4 << 20  # larger bands leave the cache between reading, checksum and writing
 _SMALLEST_BAND = 256 << 10
 _MEMORY_NUMPY = 32 << 20  # added once numpy is imported for optimizer states
 _OF_THE_RUN = ("consumed_samples", "precision", "optimizer", "data", "config", "train_batch_size")
@@ -79,6 +79,7 @@ def prepare_neox(
 
     With `states`, the optimizer files of a training checkpoint are planned as well.
     """
+    # The shape, with the vocabulary padded for `tp`.
     if divisible_by is None:
         divisible_by = source.divisible_by or (1 if tp > 0 and source.shape.vocab_size % tp == 0 else PADDING)
     if source.config is not None:
@@ -93,6 +94,7 @@ def prepare_neox(
         except ValueError as error:
             raise ConvertError(f"--tp {tp} does not fit this model: {error}") from None
     check_duplicates(source)
+    # Layer files, side files and model.yml.
     tag = f"global_step{source.iteration}"
     rows = 0 if shape.modality == PATCHES else source.tensors["model.embed_tokens.weight"].shape[0]
     dtype_of = _dtype_of(source, request.dtype)
@@ -110,6 +112,7 @@ def prepare_neox(
         place = (tokenizer[0], final / tag / SIDE / tokenizer[1]) if tokenizer else None
         if keys:
             extras["model.yml"] = model_yml(keys, place).encode()
+    # Provenance, optimizer files and the meta files of all ranks.
     layout, optimizer = {"tp": tp}, None
     provenance = _provenance(source, request) | {
         "iteration": source.iteration,
@@ -121,7 +124,7 @@ def prepare_neox(
     if states is not None:
         optimizer = _states(source, TensorSplit(shape, tp), request, states)
         layout |= {"pp": optimizer.pp, "dp": optimizer.dp}
-        # A run that continues from this checkpoint compares its configuration with these.
+        # A run that resumes the states also needs its position, precision and configuration.
         provenance |= {key: source.provenance[key] for key in _OF_THE_RUN if key in source.provenance}
     for rank in range(tp * layout.get("pp", 1)):
         name = f"mp_rank_{rank:02d}_model_states"
@@ -151,9 +154,8 @@ def _states(source: Checkpoint, split: TensorSplit, request: ConversionRequest, 
     for option, size, most in (("--pp", pp, split.shape.num_layers), ("--dp", dp, None)):
         if size < 1 or (most is not None and size > most):
             raise ConvertError(f"{option} is {size}; expected 1 to {most or 'any number of replicas'}")
-    threads = min(
-        request.threads, os.cpu_count() or 1
-    )  # each block is checksummed twice: more threads would wait for a core
+    # Each block is checksummed twice: more threads than cores would only wait.
+    threads = min(request.threads, os.cpu_count() or 1)
     least = _MEMORY_BASE + _MEMORY_NUMPY + 2 * (threads + 2) * block_bytes()
     cached = (request.max_ram - least) // block_bytes() + threads
     if cached < threads:
@@ -194,6 +196,7 @@ def prepare_hf(source: Checkpoint, shard_size: int | None, request: ConversionRe
     travelling, left = _side_files(source)
     index_path = shard_index(travelling)
     travelling.pop(SAFETENSORS_INDEX, None)
+    # Shard as the source does, if it can be reused and no size is given.
     shards = None
     if index_path is not None and shard_size is None:
         weight_map = read_config_file(index_path).get("weight_map")
@@ -203,6 +206,7 @@ def prepare_hf(source: Checkpoint, shard_size: int | None, request: ConversionRe
         sizes = {n: t.nbytes // t.dtype.itemsize * dtype_of(n).itemsize for n, t in tensors.items()}
         shards = shards_by_size(sizes, shard_size or DEFAULT_SHARD_SIZE)
     files = hf_files(tensors, dtype_of, shards)
+    # Configuration, chat format and index.
     extras: dict[str, bytes | Path] = dict(travelling)
     config = _config(source, request, {dtype_of(n).name for n in tensors})
     chat = None if request.base_chat else trained_chat(source.provenance)

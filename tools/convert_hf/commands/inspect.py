@@ -1,4 +1,4 @@
-"""`inspect`: the contents of a checkpoint folder, from headers alone."""
+"""`inspect`: the contents of a checkpoint folder, read from headers alone."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _end(shape: LlamaShape) -> tuple[str, str]:
 
 
 def facts_table(checkpoint: Checkpoint) -> str:
-    """What `inspect` prints."""
+    """The table that `inspect` prints."""
     facts = checkpoint_facts(checkpoint)
     shape, settings = checkpoint.shape, facts["settings"]
     rows = [

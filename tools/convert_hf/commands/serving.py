@@ -57,6 +57,7 @@ def serving_checks(folder: Path) -> list[ServingCheck]:
 
 
 def serving_table(checks: list[ServingCheck]) -> str:
+    """The table that `inspect --serving` prints."""
     width = max(len(check.what) for check in checks)
     return "\n".join(f"{check.verdict:<8}{check.what:<{width + 2}}{check.text}" for check in checks)
 

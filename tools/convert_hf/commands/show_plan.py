@@ -1,4 +1,4 @@
-"""The output of `--plan`: sources, targets and bytes of a whole job."""
+"""The output of `--plan`: the sources, targets and bytes of a job."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`verify`: settings, tensors and, with --forward, activations of two checkpoints: what differs first, and why."""
+"""`verify`: compare settings, tensors and, with --forward, activations; report what differs first, and why."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def verify(
 
 
 def verification_band(max_ram: int, threads: int) -> int:
-    """Bytes of a band so that reading two checkpoints with `threads` threads stays under `max_ram` bytes."""
+    """Size in bytes of a band that keeps the memory of comparing with `threads` threads under `max_ram` bytes."""
     # Each thread holds a band of both, the second possibly in a type twice as wide, and a few MB where they differ.
     budget = max_ram - (320 << 20) - threads * (8 << 20)
     return max(256 << 10, min(4 << 20, budget // (threads * 4)))

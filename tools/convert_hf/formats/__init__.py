@@ -1,1 +1,1 @@
-"""File formats, byte for byte, without torch."""
+"""Readers and writers of file formats, byte for byte, without torch."""

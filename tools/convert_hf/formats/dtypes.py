@@ -29,5 +29,5 @@ BY_NAME = {d.name: d for d in _ALL}
 BY_SAFETENSORS = {d.safetensors: d for d in _ALL}
 BY_STORAGE = {d.storage: d for d in _ALL}
 
-WEIGHT_DTYPES = ("bfloat16", "float16", "float32")  # types that a Llama may be stored in
+WEIGHT_DTYPES = ("bfloat16", "float16", "float32")  # types of weights that are supported
 ALIASES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"} | {n: n for n in WEIGHT_DTYPES}

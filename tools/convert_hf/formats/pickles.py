@@ -73,7 +73,7 @@ _MARK = object()
 
 
 def read_pickle(data: bytes, where: str, inert: bool = False) -> Any:
-    """The object of a pickle, with `TensorView` for tensors. ConvertError names `where`.
+    """Decode a pickle, with a `TensorView` for each tensor. ConvertError names `where`.
 
     With `inert`, objects of the classes that training frameworks store alongside weights become `Inert`; without it
     the pickle may hold only containers, numbers, strings and tensors.

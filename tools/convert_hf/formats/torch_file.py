@@ -225,7 +225,7 @@ def _zip64_sizes(record: _Record) -> bytes:
 
 
 def plain_file(stem: str, value: Any) -> bytes:
-    """A whole torch file that holds `value` (containers, numbers, strings, None)."""
+    """The bytes of a torch file that holds `value` (containers, numbers, strings, None)."""
     return b"".join(block.ljust(size, b"\0") for block, size in _spaced(TorchLayout(stem, [], plain_pickle(value))))
 
 

@@ -1,1 +1,1 @@
-"""Checkpoints that can be read: Hugging Face, Meta, GPT-NeoX."""
+"""Opening checkpoints: Hugging Face, Meta, GPT-NeoX."""

@@ -1,8 +1,8 @@
 """LoRA adapters in peft's format, added to the weights of their base: W + (alpha / r) B A.
 
-An `adapter_config.json` must be understood in full (`megatron.layout.peft_folder`). The product is summed over the
-rank in order, element by element, so that, unlike those of a matrix product, its bits do not depend on how many rows
-are computed at a time.
+Every field of `adapter_config.json` must be known (`megatron.layout.peft_folder`). The product is accumulated over the
+adapter's rank in order, element by element: unlike a matrix product, its bits do not depend on how many rows are
+computed at a time.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Adapter:
         return [self.root / CONFIG, self.root / WEIGHTS]
 
     def add(self, pool: FilePool, name: str, start: int, stop: int, weight: Tensor) -> None:
-        """Add the adapter's part to rows `start:stop` of the weight `name`, in place and in the weight's type."""
+        """Add the adapter's delta to rows `start:stop` of the weight `name`, in place and in the weight's type."""
         factors = self.factors.get(name)
         if factors is None:
             return
@@ -86,7 +86,7 @@ def _read(pool: FilePool, tensor: Logical, start: int, stop: int) -> Tensor:
 
 
 def open_adapter(path: Path, tensors: dict[str, Logical]) -> Adapter:
-    """Read the headers of an adapter for a model with these `tensors`; ConvertError states what does not fit.
+    """Read the headers of an adapter for a model with these `tensors`; ConvertError if it does not fit.
 
     `path` is a peft folder, or the checkpoint folder of a LoRA run.
     """

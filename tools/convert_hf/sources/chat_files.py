@@ -1,4 +1,4 @@
-"""The chat format of a fine-tuned model, from the data it was trained on to the files of a Hugging Face folder.
+"""The chat format of a fine-tuned model, carried from its training data to the files of a Hugging Face folder.
 
 The manifest of a training checkpoint records, for every source of conversations, the template that formatted them and
 the tokens that end a turn. The files of a base model end generation at the end of a document, and have no template or a
@@ -66,11 +66,12 @@ def _trained_on(provenance: Mapping[str, Any]) -> set[str] | None:
 def put_chat(
     files: dict[str, bytes | Path], config: dict[str, Any], chat: TrainedChat, vocab_size: int
 ) -> tuple[dict[str, Any], list[str]]:
-    """Change `files`; return config.json with the end tokens, and notes that report the changes."""
+    """Put the chat format into `files`. Returns config.json with the end tokens, and notes on the changes."""
     outside = {name: index for name, index in chat.end_of_turn.items() if not 0 <= index < vocab_size}
     if outside:
         raise ConvertError(f"the end tokens {outside} of the conversations are outside the vocabulary of {vocab_size}")
     notes = []
+    # The ids that end generation.
     generation = _read(files, _GENERATION)
     ends = _ids(generation.get("eos_token_id", config.get("eos_token_id")))
     new = [index for index in chat.end_of_turn.values() if index not in ends]
@@ -79,6 +80,7 @@ def put_chat(
         files[_GENERATION] = _json({**generation, "eos_token_id": ends})
         config = {**config, "eos_token_id": ends}
         notes.append(f"generation also ends at {', '.join(chat.end_of_turn)} (eos_token_id {ends})")
+    # The tokenizer's own end token.
     if chat.end_of_turn:
         end = next(iter(chat.end_of_turn))
         for name in (_TOKENIZER, _MAP):
@@ -89,6 +91,7 @@ def put_chat(
                     content["eos_token"] = {**old, "content": end} if isinstance(old, dict) else end
                     files[name] = _json(content)
                     notes.append(f"{name}: eos_token is {end}")
+    # The template, which must be the only one in the folder.
     if chat.template is None:
         notes.append("the conversations used several named chat templates; the files of the base model are kept")
         return config, notes

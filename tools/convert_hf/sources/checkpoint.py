@@ -18,7 +18,7 @@ from .settings import Settings, settings_of_config
 
 @dataclass
 class OpenOptions:
-    """Command-line additions to a checkpoint's own description."""
+    """Options that complete what a checkpoint says about itself."""
 
     hf_source: Path | None = None  # folder whose config.json and side files describe a NeoX checkpoint
     given: dict[str, Any] = field(default_factory=dict)  # config fields stated with --set
@@ -84,7 +84,7 @@ def check_shape(tensor_shape: tuple[int, ...], expected: tuple[int, ...], where:
 
 
 def check_duplicates(checkpoint: Checkpoint, chunk: int = 1 << 22) -> None:
-    """Compare all copies of a tensor byte by byte; ConvertError if they differ, nothing is averaged."""
+    """Compare all copies of each tensor byte by byte. ConvertError if they differ: copies are never averaged."""
     pool = FilePool(os.O_RDONLY)
     try:
         for tensor in checkpoint.tensors.values():

@@ -47,6 +47,7 @@ def _open(path: Path, names: list[str], options: OpenOptions) -> Checkpoint:
         raise ConvertError(f"{config_path} is missing; copy the model's config.json into this folder")
     raw = read_config_file(config_path)
     config = parse_config(raw, str(config_path), options.given)
+    # Find the one set of weights, and read its headers.
     sets = [(n, kind) for n, kind in _LAYOUTS if n in names]
     if len(sets) > 1:
         both = " and ".join(n for n, _ in sets)
@@ -58,6 +59,7 @@ def _open(path: Path, names: list[str], options: OpenOptions) -> Checkpoint:
     if found is None:
         raise ConvertError(f"{path / SAFETENSORS_INDEX} is missing: several weight files need their index")
     stored = _indexed(path, found[0]) if found[0].endswith(".json") else _read_file(path / found[0])
+    # Set aside what is not copied.
     shape = config.shape(config.vocab_size)
     notes, tensors = [], {}
     used = {s.path.name for s in stored.values()}
@@ -68,6 +70,7 @@ def _open(path: Path, names: list[str], options: OpenOptions) -> Checkpoint:
     if dropped:
         notes.append(f"{len(dropped)} rotary_emb.inv_freq tensors are derived from config.json and not copied")
     remaining = {name: s for name, s in stored.items() if name not in dropped}
+    # Every tensor of the model must be there, with the configured shape.
     for _, layer, rows in layer_files(shape):
         for row in rows:
             for name, expected in zip(row.hf, source_shapes(row, shape), strict=True):
@@ -86,6 +89,7 @@ def _open(path: Path, names: list[str], options: OpenOptions) -> Checkpoint:
         notes=notes,
         given=options.given,
     )
+    # A head that repeats the tied embedding is compared with it later; nothing else may remain.
     head = HEAD[0].hf[0]
     if config.tied and head in remaining:
         embedding = tensors["model.embed_tokens.weight"]

@@ -1,7 +1,7 @@
 """Meta's own checkpoints: `consolidated.*.pth` with `params.json`.
 
-Meta rotates adjacent pairs of a head, Hugging Face and GPT-NeoX rotate halves: rows of q and k are permuted, row
-2 i + j of a head becoming row j d/2 + i. All other tensors are split over ranks as in Meta's model code.
+Meta's rotary embedding rotates adjacent pairs of a head, Hugging Face's and GPT-NeoX's rotate halves: rows of q and k
+are permuted, row 2 i + j of a head becoming row j d/2 + i. All other tensors are split over ranks as in Meta's code.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .llama_config import LlamaConfig, parse_config, read_config_file
 
 _FILE = re.compile(r"consolidated\.(\d{2})\.pth")
 _EMBEDDING, _HEAD = "tok_embeddings.weight", "output.weight"
-# Meta's name, Hugging Face's name, the dimension that is split (None: replicated), whether rows are permuted.
+# (Meta's name, Hugging Face's name, dimension split over ranks (None: replicated), whether rows are permuted).
 _LAYER = (
     ("attention_norm.weight", "input_layernorm.weight", None, False),
     ("attention.wq.weight", "self_attn.q_proj.weight", 0, True),
@@ -197,6 +197,7 @@ def _derive(
             raise ConvertError(f"{where}: {key} must be a positive whole number, not {params.get(key)!r}")
         return int(params[key])
 
+    # Sizes, from params.json and the shapes of tensors.
     dim, layers, heads = need("dim"), need("n_layers"), need("n_heads")
     down = ranks[0].get("layers.0.feed_forward.w2.weight")
     norm_eps, embedding = params.get("norm_eps"), ranks[0].get(_EMBEDDING)
@@ -230,10 +231,12 @@ def _derive(
         "use_cache": True,
         "vocab_size": vocabulary,
     }
+    # The vocabulary's size tells the generation: Llama-3 or Llama-2.
     if vocabulary == 128256:
         raw |= {"bos_token_id": 128000, "eos_token_id": 128001}
     elif vocabulary == 32000:
         raw |= {"bos_token_id": 1, "eos_token_id": 2}
+    # Context length and rotary scaling.
     if not scaled:
         raw["rope_scaling"] = None
         known = {(128256, 500000.0): 8192, (32000, 10000.0): 4096 if norm_eps == 1e-5 else None}

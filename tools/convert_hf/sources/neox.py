@@ -41,7 +41,7 @@ _LAYER = re.compile(r"layer_(\d{2,4})-model_(\d{2,4})-model_states\.pt")
 _META = re.compile(r"mp_rank_(\d{2,5})_model_states\.pt")
 _SEQUENTIAL = re.compile(r"sequential\.(\d{1,4})\.(.+)")
 _TRAINING = "training"  # `written_by` of the trainer's manifests
-SIDE = "hf"  # subfolder of config.json, tokenizer, ... that are kept with the weights
+SIDE = "hf"  # subfolder with config.json, tokenizer, ... kept with the weights
 
 _QKV = next(row for row in DECODER_LAYER if row.packing is Packing.QKV)
 # Names of the MLP before 2024: separate gate, up and down.
@@ -127,10 +127,12 @@ def _open(path: Path, names: list[str], options: OpenOptions) -> NeoxCheckpoint:
         raise ConvertError(
             f"{folder} holds an adapter, not a model: run to-hf with its base as --input and --adapter {folder}"
         )
+    # Tensors by layer and rank.
     layers = [n for n in names if _LAYER.fullmatch(n)]
     if not layers and not any(_META.fullmatch(n) for n in names):
         refuse_foreign(folder)
     files = _pipeline(folder, layers, names) if layers else _sequential(folder, names)
+    # The configuration: from the side folder, or from the manifest of a run on images.
     side = _side_folder(folder, options)
     config = config_text = None
     given = dict(provenance["given"]) if isinstance(provenance.get("given"), dict) else {}
@@ -142,6 +144,7 @@ def _open(path: Path, names: list[str], options: OpenOptions) -> NeoxCheckpoint:
     elif (trained := trained_config(provenance, str(folder / MANIFEST_NAME))) is not None:
         config_text = as_json(trained)
         config = parse_config(trained, str(folder / MANIFEST_NAME), given)
+    # The shape, and the padding of the vocabulary if training recorded it.
     shape = _shape(files, config, provenance)
     recorded = provenance.get("config")
     for described in (recorded, files.meta.get("args")):
@@ -335,6 +338,7 @@ def _collect(files: _Files, shape: LlamaShape, checkpoint: Checkpoint) -> None:
         shape.check_tensor_parallel(files.tp)
     except ValueError as error:
         raise ConvertError(f"{files.folder}: files of {files.tp} ranks do not fit this model: {error}") from None
+    # The layers of every rank.
     expected = {index: (layer, rows) for index, layer, rows in layer_files(shape)}
     for rank, layers in enumerate(files.ranks):
         for index in sorted(set(expected) ^ {i for i, t in layers.items() if t}):
@@ -342,6 +346,7 @@ def _collect(files: _Files, shape: LlamaShape, checkpoint: Checkpoint) -> None:
             raise ConvertError(
                 f"{files.folder}: layer {index:02d} {problem} (rank {rank:02d}, {shape.num_layers} layers)"
             )
+    # The tensors of every layer.
     for index, (layer, rows) in expected.items():
         legacy = layer is not None and any(n in files.ranks[0][index] for n in _LEGACY)
         if legacy:

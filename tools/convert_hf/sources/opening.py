@@ -1,4 +1,4 @@
-"""The supported kinds of checkpoint. A new kind needs its own `CheckpointSource` and a line here."""
+"""Open a checkpoint of any supported kind. A new kind needs a `CheckpointSource` and an entry in `SOURCES`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The description of an image-patch model: a LlamaConfig without a vocabulary, and the mapping `patches`.
 
-Such a run does not start from a published model, so an export writes `config.json` from what training recorded in the
-manifest. The mapping `patches` is part of it, and is also written to `patches.json`.
+Such a run does not start from a published model, so an export derives `config.json` from what training recorded in the
+manifest. It includes the mapping `patches`, which is also written to `patches.json`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def check_patches(value: Any, where: str) -> dict[str, Any]:
 
 
 def patch_shape(decoder: Mapping[str, int], patches: Mapping[str, Any], max_positions: int) -> PatchShape:
-    """Tensor sizes, from those of the decoder and a mapping that `check_patches` has seen."""
+    """Tensor sizes of an image model, from the decoder's sizes and a mapping validated by `check_patches`."""
     said = {name: patches[name] for name in ("size", "channels", "tokenizer", "positions")}
     return PatchShape.of(decoder, **said, max_positions=max_positions)
 
@@ -74,7 +74,7 @@ def trained_config(provenance: Mapping[str, Any], where: str) -> dict[str, Any] 
             "patches": check_patches(model["patches"], where),
         }
     except (TypeError, KeyError, AttributeError):
-        raise ConvertError(f"{where}: the manifest describes this image model incompletely") from None
+        raise ConvertError(f"{where}: the manifest's description of this image model is incomplete") from None
 
 
 def as_json(value: Any) -> bytes:

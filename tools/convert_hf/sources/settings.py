@@ -1,4 +1,4 @@
-"""Epsilon and rotary settings, which cannot be seen in tensors, and whether those of training and config.json agree.
+"""Epsilon and rotary settings, which tensors do not reveal, and whether training and config.json agree on them.
 
 For a Hugging Face folder they are in config.json. For GPT-NeoX they come from the training configuration: the manifest
 of a training checkpoint, the model.yml that a conversion wrote, or the `configs/` that GPT-NeoX keeps with its weights;

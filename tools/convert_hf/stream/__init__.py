@@ -1,1 +1,1 @@
-"""From a plan of byte ranges to files, in bounded memory."""
+"""Plan and copy byte ranges of tensors between files, in bounded memory."""

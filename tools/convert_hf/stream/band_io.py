@@ -1,4 +1,4 @@
-"""Moving bands of rows between files and memory with plain vectored reads and writes.
+"""Move bands of rows between files and memory with vectored reads and writes.
 
 A band is a range of rows of a logical tensor, with all columns, row-major in a buffer. The runs of bytes that a region
 contributes to a band are sorted by file position and merged, so that contiguous bytes of a file take one system call
@@ -25,7 +25,7 @@ Run = tuple[int, int, int]  # position in the file, bytes, position in the band
 
 
 class FilePool:
-    """Open file descriptors by path, at most `MAX_OPEN` idle ones, shared by threads."""
+    """Open file descriptors by path, shared by threads; beyond `MAX_OPEN`, the longest unused are closed."""
 
     def __init__(self, flags: int) -> None:
         self._flags = flags | os.O_CLOEXEC
@@ -83,7 +83,7 @@ def region_runs(region: Region, start: int, stop: int, band_cols: int, itemsize:
 
 
 def _batches(runs: list[Run], band: memoryview) -> Iterator[tuple[int, list[memoryview]]]:
-    """File positions and the slices of the band in file order, one pair per contiguous part of the file."""
+    """(file position, slices of the band in file order), one pair per contiguous part of the file."""
     runs.sort()
     vector: list[memoryview] = []
     position = end = -1

@@ -1,4 +1,4 @@
-"""The converter's only arithmetic: an explicit change of type, band by band. Only this module needs torch."""
+"""An explicit change of type, band by band: the only step of a plain conversion that needs torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _CHECKED = 1 << 17  # elements checked at a time: the check needs several copies
 
 
 def cast_band(band: memoryview, source: str, target: str, name: str) -> memoryview:
-    """The elements of `band` in another type, rounded to nearest even; ConvertError if a finite value overflows."""
+    """Convert the elements of `band`, rounding to nearest even; ConvertError if a finite value overflows."""
     values = torch.frombuffer(band, dtype=getattr(torch, source))
     out = bytearray(values.numel() * getattr(torch, target).itemsize)
     result = torch.frombuffer(out, dtype=getattr(torch, target)).copy_(values)

@@ -1,4 +1,4 @@
-"""Executing a plan: worker threads with one buffer each, CRCs on the fly, and a journal that survives a kill."""
+"""Execute a plan: worker threads with one buffer each, CRCs on the fly, and a journal that survives a kill."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .band_io import FilePool, read_band, region_runs, write_runs
 from .plan import CopyJob, CopyPlan, Destination
 from .tensor_map import rows_and_columns
 
-SYNC_SECONDS = 5.0  # between two syncs: a crash of the machine loses at most the work of this time
+SYNC_SECONDS = 5.0  # between syncs: if the machine crashes, at most this much work is lost
 
 Piece = tuple[int, int, int, int, int]  # file, tensor, first byte within the tensor, bytes, CRC-32
 
@@ -102,14 +102,14 @@ class Finished:
 
 
 class Sized(Protocol):
-    """A job that holds `nbytes` bytes in memory at once."""
+    """A job that needs a buffer of `nbytes` bytes."""
 
     @property
     def nbytes(self) -> int: ...
 
 
 class JobRunner(ABC):
-    """Runs jobs on threads with a buffer each, and records finished jobs once they are synced.
+    """Runs jobs on threads, each with its own buffer, and journals finished jobs once their data are synced.
 
     `paths` are the files that jobs write; they already have their final sizes.
     """
@@ -129,8 +129,8 @@ class JobRunner(ABC):
         self.writing.close()
 
     def run(self, journal: CopyJournal, progress: Callable[[int], None]) -> None:
-        """Run the jobs that the journal lacks. Work is synced and then recorded every few seconds; the last part is
-        recorded in memory only, because the caller completes and syncs all files next."""
+        """Run the jobs that the journal lacks. Finished work is synced and journaled every few seconds; the last part
+        is noted in memory only, because the caller completes and syncs all files next."""
         jobs = [i for i in range(len(self.jobs)) if i not in journal.finished]
         for i in jobs:
             self._todo.put(i)
@@ -263,12 +263,12 @@ class CopyJournal:
                 self._account(remark)
 
     def note(self, done: list[Finished]) -> None:
-        """Mark jobs as done without recording them."""
+        """Mark jobs as finished, in memory only."""
         for item in done:
             self._keep(item.job, item.pieces, item.remark)
 
     def add(self, done: list[Finished]) -> None:
-        """Record jobs whose data are synced."""
+        """Mark jobs as finished and write them to the file; their data must be synced."""
         self.note(done)
         for item in done:
             entry = {"job": item.job, "pieces": item.pieces}
@@ -281,7 +281,7 @@ class CopyJournal:
 
 
 def tensor_crcs(plan: CopyPlan, checksums: Checksums) -> list[dict[str, int]]:
-    """CRC-32 of every tensor of every file; checks that its bytes were written exactly once."""
+    """CRC-32 of every tensor, by file; checks that every byte was written exactly once."""
     result: list[dict[str, int]] = []
     for f, file in enumerate(plan.files):
         result.append({})

@@ -1,7 +1,7 @@
-"""Writing the optimizer state of one layout as the files of another, with one job per block of the output.
+"""Write the optimizer state of one layout as the files of another, with one job per block of the output.
 
-A job reads its block's elements from the blocks of the source that hold them, verifying each, and writes them with one
-call. Jobs follow the order of the source, so that a block that several of them need is read once.
+A job reads its block's elements from the blocks of the source that hold them, verifying each, and writes its block in
+one piece. Jobs follow the order of the source, so that a block that several of them need is read once.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""From two sets of regions to a list of copy jobs: which bands of which logical tensors go where. No file is read here.
+"""Turn two sets of regions into copy jobs: which bands of which logical tensors go where. No file is read here.
 
 A job reads a band of one logical tensor once and writes it wherever it is needed, so each byte is read once and written
 once for any packing of source and target.
@@ -84,7 +84,7 @@ def _stamp(path: Path) -> tuple[str, int, int]:
 def plan_copies(
     sources: Mapping[str, Logical], files: list[TargetFile], band: int, shard: tuple[int, int] = (1, 1)
 ) -> CopyPlan:
-    """A plan of all files, or of share `shard` (i, n): shares have about equal bytes and no file in common."""
+    """Plan all files, or share `shard` (i, n) of them. Shares have about equal bytes and no file in common."""
     destinations: dict[str, list[Destination]] = defaultdict(list)
     whole = _identify(sources.values(), files)
     files = _share(files, shard)

@@ -141,7 +141,7 @@ class OutputFolder:
                 folder, journal = self.partial / self.manifest_in, self._work / f"optimizer_{number}_of_{count}.jsonl"
                 states = self.optimizer.write(folder, journal, self.resume, progress)
                 entries |= {self._prefix + name: entry for name, entry in states.items()}
-            # Other hosts read it to find out which share is the last.
+            # Read by the other hosts: whoever finds all shares completes the folder.
             share = {"plan": self.whole, "files": entries, "summary": self.source.summary()}
             write_text(self._share_path(number), json.dumps(share))
         return self._finish_if_last()

@@ -61,13 +61,13 @@ class Logical:
 
 
 def whole_region(stored: Stored, logical: str) -> Region:
-    """`stored` is the whole of `logical`."""
+    """The region of a stored tensor that is the whole of `logical`."""
     rows, cols = rows_and_columns(stored.shape)
     return Region(stored, logical, 0, 0, rows, cols)
 
 
 def chunk_region(stored: Stored, logical: str, dim: int, index: int) -> Region:
-    """`stored` is chunk `index` of equal chunks of `logical` along `dim`."""
+    """The region of a stored tensor that is chunk `index` of `logical`, cut into equal chunks along `dim`."""
     rows, cols = rows_and_columns(stored.shape)
     return Region(
         stored,

@@ -1,4 +1,4 @@
-"""Streamed, tensor-by-tensor comparison of two checkpoints: equal bits, or how far apart the values are."""
+"""Compare two checkpoints tensor by tensor, streamed from disk: equal bits, or how far apart the values are."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Difference:
 def compare(
     one: Checkpoint, two: Checkpoint, band: int, threads: int, progress: Callable[[int], None]
 ) -> list[Difference]:
-    """All differences, in the model's order; empty if all tensors are the same."""
+    """All differences, in the model's order; empty if all tensors are equal."""
     pool = FilePool(os.O_RDONLY)
     try:
         differences = list(_replicas(pool, one)) + list(_replicas(pool, two))

@@ -1,8 +1,8 @@
-"""Why two checkpoints differ, if the pattern is a known converter bug.
+"""Explain why two checkpoints differ, if the pattern matches a known converter bug.
 
 Each known bug is a rearrangement: reading the stored tensors of one checkpoint by the wrong rule yields the values of
-the other. This is tested on a few rows of each tensor of a layer, so it costs next to nothing, and a match cannot be
-chance.
+the other. A few rows of each tensor of a layer are enough to test it, so the test costs next to nothing, and a match
+cannot be chance.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Order = Callable[[LlamaShape, int], list[Slice]]
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """A known bug. `order` lists the contents of the ranks' rows, in sequence, if it was made."""
+    """A known bug. `order` lists the rows that the bug puts into the ranks' tensors, rank after rank."""
 
     text: str
     sources: tuple[str, ...]
@@ -165,14 +165,14 @@ def _explains(pool: FilePool, suspect: Checkpoint, other: Checkpoint, prefix: st
 
 
 def _reread(checkpoint: Checkpoint, names: list[str], order: list[Slice]) -> dict[str, Logical] | None:
-    """The logical tensors read from the same files if their rows follow `order` across all ranks."""
+    """The logical tensors read from the same files if rows follow `order` across all ranks; None if not fused."""
     files: dict[tuple[str, int], Stored] = {}
     for name in names:
         for region in checkpoint.tensors[name].regions:
             files[str(region.stored.path), region.stored.offset] = region.stored
     ranks = [files[key] for key in sorted(files)]
     if len(ranks) != checkpoint.tp:
-        return None  # not fused
+        return None
     local = ranks[0].shape[0]
     result = {n: Logical(n, checkpoint.tensors[n].shape, checkpoint.tensors[n].dtype) for n in names}
     position = 0

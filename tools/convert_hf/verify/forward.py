@@ -106,7 +106,7 @@ class LayerReport:
 @dataclass
 class ForwardReport:
     layers: list[LayerReport]
-    kl: float  # KL divergence of the first checkpoint from the second, mean over positions, in nats
+    kl: float  # KL(first || second) of the logits, mean over positions, in nats
     same_top: float  # fraction of positions where both rank the same token first
     first: str | None  # the first layer beyond the tolerance
 
@@ -149,9 +149,8 @@ def compare_forward(
     finally:
         pool.close()
     kl = same = 0.0
-    for row_a, row_b in zip(
-        a, b, strict=True
-    ):  # a row at a time: several copies of the whole would take hundreds of MB
+    # A row at a time: several copies of all logits would take hundreds of MB.
+    for row_a, row_b in zip(a, b, strict=True):
         log_a, log_b = row_a.log_softmax(-1), row_b.log_softmax(-1)
         kl += float((log_a.exp() * (log_a - log_b)).sum()) / len(a)
         same += float(row_a.argmax() == row_b.argmax()) / len(a)
@@ -179,5 +178,5 @@ def read_tokens(text: str) -> Iterator[int]:
 
 
 def default_tokens(vocabulary: int, count: int = 128) -> list[int]:
-    """The same pseudo-random ids on every machine."""
+    """Pseudo-random token ids, the same on every machine."""
     return torch.randint(vocabulary, (count,), generator=torch.Generator().manual_seed(20)).tolist()
