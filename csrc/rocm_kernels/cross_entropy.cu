@@ -160,7 +160,8 @@ using namespace neox;
 
 extern "C" int neox_cross_entropy_stats(void* stream, int type, float* stats, const void* logits, const int64_t* labels,
                                         int64_t vocab_start, int64_t rows, int64_t width, int64_t stride) {
-  if (rows <= 0 || width < 0 || width >= (int64_t{1} << 30)) return refuse("cross entropy: rows must be positive");
+  if (rows <= 0 || width < 0 || width >= (int64_t{1} << 30))
+    return refuse("cross entropy: needs at least one row, and a width of 0 to 2^30 - 1");
   return with_type(type, [&](auto element) {
     using T = decltype(element);
     const auto run = [&](auto vector) {

@@ -148,7 +148,7 @@ using namespace neox;
 extern "C" int neox_rms_norm_forward(void* stream, int type, void* y, float* rstd, void* sum, const void* x,
                                      const void* residual, const void* weight, int64_t rows, int64_t width,
                                      int64_t x_stride, int64_t residual_stride, float eps, int hf_rounding) {
-  if (!sizes_fit(rows, width)) return refuse("rms_norm: rows and width must be positive");
+  if (!sizes_fit(rows, width)) return refuse("rms_norm: rows and width must be positive, width below 2^30");
   return with_type(type, [&](auto element) {
     using T = decltype(element);
     return forward(stream, static_cast<T*>(y), rstd, static_cast<T*>(sum), static_cast<const T*>(x),

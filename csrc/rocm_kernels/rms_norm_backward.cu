@@ -251,7 +251,7 @@ extern "C" int neox_rms_norm_backward(void* stream, int type, void* dx, void* dw
                                       const void* x, const void* weight, const float* rstd, const void* dsum,
                                       int64_t rows, int64_t width, int64_t partial_rows, int64_t dy_stride,
                                       int64_t x_stride, int64_t dsum_stride, int hf_rounding) {
-  if (!sizes_fit(rows, width)) return refuse("rms_norm: rows and width must be positive");
+  if (!sizes_fit(rows, width)) return refuse("rms_norm: rows and width must be positive, width below 2^30");
   if (partial_rows < 1 || partial_rows > rows) return refuse("rms_norm: give one partial row at least, one a row at most");
   return with_type(type, [&](auto element) {
     using T = decltype(element);

@@ -168,7 +168,8 @@ class DeepSpeedEngine:
         mean_loss = self.pipeline_engine.train_batch(self._iterator(batch))
         with self._around("result"):  # here the host waits for the GPU to finish the step
             loss, grad_norm = float(mean_loss), float(self.pipeline_engine.get_global_grad_norm())
-        replica_loss = float(self.pipeline_engine.total_loss) if self.place.last_stage else None
+        total = float(self.pipeline_engine.total_loss) if self.place.last_stage else None
+        replica_loss = None if total is None else total / batch.num_micro_batches
         overflow = self._loss_scale is not None and self._loss_scale.after_step(math.isfinite(loss))
         return StepResult(loss, grad_norm, self.pipeline_engine.was_step_applied(), replica_loss, overflow, scale)
 

@@ -37,10 +37,10 @@ def no_phases(phase: str) -> AbstractContextManager[Any]:
 class StepResult:
     """The result of one optimizer step; the same on all ranks except for `replica_loss`.
 
-    `loss` is the mean over the learned tokens of the global batch, in nats; `replica_loss` is this data-parallel
-    replica's contribution, known only on the last stage. `applied` is False if the weights are unchanged because the
-    gradient norm is not finite; `overflow` is True if the loss scale was the cause, and was lowered. `loss_scale` is
-    the scale used in the step, None without one.
+    `loss` is the mean over the learned tokens of the global batch, in nats; `replica_loss` is the mean over this
+    data-parallel replica's micro-batches, known only on the last stage. `applied` is False if the weights are
+    unchanged because the gradient norm is not finite; `overflow` is True if the loss scale was the cause, and was
+    lowered. `loss_scale` is the scale used in the step, None without one.
     """
 
     loss: float

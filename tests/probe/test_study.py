@@ -13,7 +13,7 @@ from tests.support.made_images import blobs, import_archive
 from tools.probe.cli import main
 from tools.probe.features import Features
 from tools.probe.inputs import RawInputs, read_inputs
-from tools.probe.labels import Property
+from tools.probe.labels import Property, read_properties
 from tools.probe.linear import cross_validate, predict, score
 from tools.probe.study import Study, StudyOptions, is_test
 
@@ -240,3 +240,15 @@ def test_ids_that_stand_twice_are_refused(
         file.write("g1,1,a\n")
     assert main(words) == 2
     assert "the id g1 appears in 2 rows" in capsys.readouterr().err
+
+
+def test_an_unknown_class_of_a_table_is_left_out(tmp_path: Path) -> None:
+    """None, empty and NaN, as a data frame's column with gaps becomes Parquet."""
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    cells = {"id": ["a", "b", "c", "d"], "kind": [1.0, 2.0, float("nan"), None], "name": ["x", "", "y", None]}
+    parquet.write_table(pa.table(cells), tmp_path / "truth.parquet")
+    kind, name = read_properties(tmp_path / "truth.parquet", (), ("kind", "name"))
+    assert (kind.ids, kind.classes) == (["a", "b"], ("1.0", "2.0"))
+    assert (name.ids, name.classes) == (["a", "c"], ("x", "y"))

@@ -284,6 +284,42 @@ def test_a_step_is_shown(release: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "there is no stage dpo; the release has cpt, sft" in capsys.readouterr().err
 
 
+def test_a_step_needs_the_data_of_its_own_stage_only(release: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The folder is named after a source of the stage, as is the line about the other stage's missing data."""
+    here = release.parent / "domain_text_document"
+    (release.parent / "elsewhere").rename(here)
+    content = json.loads((release / "provenance.json").read_text())
+    cpt = next(stage for stage in content["stages"] if stage["name"] == "cpt")
+    assert "domain_text_document" in cpt["sources"]
+    for source in set(content["data"]) - set(cpt["sources"]):
+        for file in content["data"][source]["files"]:
+            (here / file).unlink()
+    words = ["step", str(release), "--step", "3", "--data", str(here)]
+    assert main([*words, "--stage", "cpt"]) == 0
+    assert main([*words, "--stage", "sft"]) == 2
+    assert "is missing in" in capsys.readouterr().err
+
+
+def test_a_run_whose_batch_changed_is_refused(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Smaller or larger than that of the last steps."""
+    path = folder / "logs/sft/metrics.jsonl"
+    before = path.read_text()
+    records = [json.loads(line) for line in before.splitlines()]
+    for change in (-1, 1):
+        changed = [dict(record) for record in records]
+        for record in changed:
+            if record.get("iteration", 0) >= 3 and "train/consumed_samples" in record:
+                record["train/consumed_samples"] += change
+        path.write_text("".join(json.dumps(record) + "\n" for record in changed))
+        try:
+            only = [{"name": "sft", "checkpoint": f"{folder}/sft"}]
+            assert main(_written(folder, tmp_path, stages=only)) == 2
+        finally:
+            path.write_text(before)
+        assert "step 3 of stage sft read" in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+
+
 def _written(folder: Path, tmp_path: Path, **changes: Any) -> list[str]:
     recipe = yaml.safe_load((folder / "release.yml").read_text()) | changes
     path = tmp_path / "recipe.yml"

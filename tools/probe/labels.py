@@ -76,13 +76,18 @@ def _numbers(path: Path, name: str, ids: list[str], cells: Iterable[Any]) -> Pro
 
 
 def _classes(path: Path, name: str, ids: list[str], cells: Iterable[Any]) -> Property:
-    known = [(one, str(cell)) for one, cell in zip(ids, cells, strict=True) if cell is not None and cell != ""]
+    known = [(one, str(cell)) for one, cell in zip(ids, cells, strict=True) if not _missing(cell)]
     classes = tuple(sorted({cell for _, cell in known}))
     if len(classes) < 2:
         raise ProbeError(f"{path}: {name} has fewer than two classes {classes}; there is nothing to predict")
     number = {one: index for index, one in enumerate(classes)}
     values = np.array([number[cell] for _, cell in known], dtype=np.int64)
     return Property(name, "logistic", [one for one, _ in known], values, classes)
+
+
+def _missing(cell: Any) -> bool:
+    """Whether a cell has no class: NaN is how Parquet writes of data frames mark one that is unknown."""
+    return cell is None or cell == "" or (isinstance(cell, float) and math.isnan(cell))
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

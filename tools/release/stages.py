@@ -29,7 +29,7 @@ def stage_facts(entry: StageEntry, vocab_file: Path, recorded: Literal["all"] | 
     first = starts[0]["iteration"] if starts else 0
     length = starts[-1]["train_iters"] if starts else provenance["facts"]["run"].get("train_iters") or end
     if logs is not None:
-        _refuse_other_positions(logs, batch, entry.name)
+        _refuse_other_positions(logs, batch, entry.name, skips=bool(config.get("skip_sample_ranges")))
     # Reread the steps to record, all or a fixed sample of them.
     reader = StepReader(config, batch, length, prefixes_of(config), vocab_file)
     numbers = range(first + 1, end + 1)
@@ -100,16 +100,20 @@ def compute(logs: Path | None, starts: list[dict[str, Any]]) -> dict[str, Any] |
     }
 
 
-def _refuse_other_positions(logs: Path, batch: int, name: str) -> None:
-    """ReleaseError if the batch changed during the run: its steps then do not follow from its configuration."""
+def _refuse_other_positions(logs: Path, batch: int, name: str, *, skips: bool) -> None:
+    """ReleaseError if the batch changed during the run: its steps then do not follow from its configuration.
+
+    A run with `skip_sample_ranges` (`skips`) moves on by more than a batch where it skips.
+    """
     path = logs / "metrics.jsonl"
     if not path.exists():
         return
     consumed = {r["iteration"]: r["train/consumed_samples"] for r in _lines(path) if "train/consumed_samples" in r}
     for step, samples in consumed.items():
-        if step - 1 in consumed and samples - consumed[step - 1] < batch:
+        taken = samples - consumed.get(step - 1, samples - batch)
+        if taken < batch or (taken > batch and not skips):
             raise ReleaseError(
-                f"{path}: step {step} of stage {name} read {samples - consumed[step - 1]} samples, but the last "
+                f"{path}: step {step} of stage {name} read {taken} samples, but the last "
                 f"steps read {batch}; steps of a run whose batch has changed cannot be reread from its configuration"
             )
 

@@ -28,7 +28,7 @@ def verify_release(folder: Path, data: Sequence[Path], steps: int, seed: int) ->
         checks.append("data: not checked; give the folders that hold them with --data")
         return checks, problems
     there, missing = _find_data(content, data)
-    problems += missing
+    problems += missing.values()
     good = {name for name, files in there.items() if not _check_source(content["data"][name], files, content, problems)}
     checks.append(f"{len(there)} of {len(content['data'])} data sources found and compared")
     # A sample of each stage's recorded steps.
@@ -62,7 +62,7 @@ def show_step(folder: Path, stage_name: str, number: int, data: Sequence[Path]) 
     if not first <= number <= last:
         raise ReleaseError(f"stage {stage_name} has steps {first} to {last}, not {number}")
     there, missing = _find_data(content, data)
-    lacking = [line for line in missing if any(source in line for source in stage["sources"])]
+    lacking = [line for source, line in missing.items() if source in stage["sources"]]
     if lacking:
         raise ReleaseError("; ".join(lacking))
     step = _reader(folder, stage, there).step(number)
@@ -103,10 +103,12 @@ def _compare(wanted: Mapping[str, Any], found: Mapping[str, Any], where: str) ->
     return lines
 
 
-def _find_data(content: Mapping[str, Any], folders: Iterable[Path]) -> tuple[dict[str, dict[str, Path]], list[str]]:
-    """The files of each complete source by name, and lines about missing files."""
+def _find_data(
+    content: Mapping[str, Any], folders: Iterable[Path]
+) -> tuple[dict[str, dict[str, Path]], dict[str, str]]:
+    """The files of each complete source by name, and a line about each incomplete one."""
     there: dict[str, dict[str, Path]] = {}
-    missing = []
+    missing: dict[str, str] = {}
     listed = list(folders)
     for folder in listed:
         if not folder.is_dir():
@@ -118,7 +120,7 @@ def _find_data(content: Mapping[str, Any], folders: Iterable[Path]) -> tuple[dic
         }
         lacking = [name for name, path in files.items() if path is None]
         if lacking:
-            missing.append(f"data source {source}: {', '.join(lacking)} is missing in {', '.join(map(str, listed))}")
+            missing[source] = f"data source {source}: {', '.join(lacking)} is missing in {', '.join(map(str, listed))}"
         else:
             there[source] = {name: path for name, path in files.items() if path is not None}
     return there, missing

@@ -73,7 +73,7 @@ def text_of_the_prompts(args: RuntimeKeys, world_size: int | None) -> Derived:
 def prompts_have_a_file(args: RuntimeKeys) -> str | None:
     if args.text_gen_type != "input-file" or args.sample_input_file:
         return None
-    return "text_gen_type input-file needs sample_input_file (-i): a text file with one prompt a line"
+    return "text_gen_type input-file needs sample_input_file (-i): a text file with one prompt per line"
 
 
 @registry.warning("generate")

@@ -50,7 +50,7 @@ def serving_checks(folder: Path) -> list[ServingCheck]:
         _rotary(config),
         _dtype(config),
         _tokenizer(folder, tokenizer, config),
-        _chat_template(template, special),
+        _chat_template(template),
         _stops(config, generation, special, has_template=template is not None),
         _weights(folder),
     ]
@@ -152,7 +152,7 @@ def _tokenizer(folder: Path, tokenizer: dict[str, Any], config: dict[str, Any]) 
     return ServingCheck("tokenizer", "ok", f"{highest + 1} tokens for {rows} rows")
 
 
-def _chat_template(template: str | None, special: dict[str, int]) -> ServingCheck:
+def _chat_template(template: str | None) -> ServingCheck:
     if template is not None:
         return ServingCheck("chat template", "ok", f"{len(template)} characters")
     verdict: Verdict = "warning"

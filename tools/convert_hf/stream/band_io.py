@@ -40,10 +40,10 @@ class FilePool:
                     self._open[path] = [os.open(path, self._flags), 0]
                 except OSError as error:
                     raise ConvertError(f"{path} cannot be opened: {error.strerror}") from None
-                self._shrink()
             entry = self._open[path]
-            entry[1] += 1
+            entry[1] += 1  # before others are closed, so that this one is not
             self._open.move_to_end(path)
+            self._shrink()
         try:
             yield entry[0]
         finally:
