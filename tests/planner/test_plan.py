@@ -160,7 +160,7 @@ def test_faster_layouts_in_the_same_memory_are_named_with_their_gain() -> None:
 def test_a_plan_with_sequence_parallelism_says_so() -> None:
     text = report.text(plan(sequence_parallel=True, checkpoint_activations=False))
     assert "bfloat16, nothing recomputed, sequence parallel\n" in text
-    assert re.search(r"collectives beside products could hide [45]\.\d% of the step; not taken off", text)
+    assert re.search(r"overlapping collectives with products could save [45]\.\d% of the step; not subtracted", text)
 
 
 def test_where_nothing_fits_the_search_is_pointed_to() -> None:

@@ -115,7 +115,9 @@ def _time(plan: Plan) -> str:
         *(["in fp32"] if plan.args.precision == "fp32" else []),
     ]
     share = time.hideable_seconds / time.step_seconds
-    hideable = f"\n  collectives beside products could hide {share:.1%} of the step; not taken off" if share else ""
+    hideable = (
+        f"\n  overlapping collectives with products could save {share:.1%} of the step; not subtracted" if share else ""
+    )
     assumed = f" in bfloat16 (this run is {' and '.join(differs)})" if differs else ""
     return (
         f"time predicted for {plan.machine.name}{assumed}: {time.step_seconds:.3g} s a step, "
