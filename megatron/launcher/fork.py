@@ -41,7 +41,7 @@ def _rank(rank: int, ranks: int, folder: Path, command: list[str], parent: int) 
     """Body of a forked rank: run the script as `__main__`."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    # A warning signal during start-up is blocked until StopRequest handles it; it never kills a program that does not.
+    # A warning signal during start-up stays blocked until StopRequest handles it; it never kills a program without one.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     signal.signal(signal.SIGUSR1, signal.SIG_DFL)
     die_with_parent(parent, signal.SIGKILL)
@@ -66,7 +66,7 @@ def _preload(script: str) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code of the first rank that failed; 0 if none did."""
+    """Fork the ranks and wait; returns the exit code of the first rank that failed, 0 if none did."""
     os.environ[TYPED] = str(os.dup(0))  # multiprocessing closes a child's stdin
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are on this machine, whatever its name resolves to
     die_with_parent(os.getppid(), signal.SIGTERM)
