@@ -1,7 +1,7 @@
 """Keys of the model and their rules.
 
-What makes a model a Llama (norm, activation, positions, biases) must be written, because GPT-NeoX's defaults build
-another model. For sizes and constants that differ between Llamas, GPT-NeoX's default holds and a note names it.
+What makes a model a Llama (norm, activation, positions, biases) must be given, because GPT-NeoX's defaults build a
+different model. Other sizes and constants that differ between Llamas have GPT-NeoX's defaults, and a note names them.
 """
 
 from __future__ import annotations
