@@ -206,8 +206,7 @@ def vocabulary_has_a_source(args: AllKeys) -> str | None:
         return None
     return (
         "the vocabulary size is unknown: give vocab_file with tokenizer_type, to take it from the tokenizer, or "
-        "vocab_size "
-        "as in the Hugging Face config"
+        "vocab_size as in the Hugging Face config"
     )
 
 

@@ -48,9 +48,8 @@ class ModelKeys(Keys):
     )
     intermediate_size: int = derived(
         "expansion_factor x hidden_size, else 4 x hidden_size, as in GPT-NeoX",
-        "MLP width, read according to intermediate_size_convention; its final value is the true width, as in "
-        "the Hugging "
-        "Face config (8B: 14336, 70B: 28672).",
+        "MLP width, read according to intermediate_size_convention; its final value is the true width, as in the "
+        "Hugging Face config (8B: 14336, 70B: 28672).",
         gt=0,
     )
     expansion_factor: float | None = key(None, "intermediate_size as a multiple of hidden_size.", gt=0)
@@ -82,9 +81,8 @@ class ModelKeys(Keys):
     )
     hf_rounding: bool = key(
         False,
-        "Round the normalized activations before multiplying by the weight, as transformers does, instead of "
-        "once at the "
-        "end. For bit-for-bit comparisons in 16 bits.",
+        "Round the normalized activations before multiplying by the weight, as transformers does, instead of once at "
+        "the end. For bit-for-bit comparisons in 16 bits.",
         ours=True,
     )
     rotary_emb_base: float = derived("10000, as in GPT-NeoX", "Rotary theta. Llama-3: 500000; Llama-2: 10000.", gt=0)

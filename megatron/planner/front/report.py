@@ -149,9 +149,8 @@ def _checkpoint(plan: Plan) -> str:
     )
     return (
         f"checkpoint: {_decimal(size.total)} (weights {_decimal(size.weights)}, optimizer {_decimal(size.optimizer)}), "
-        f"{plan.time.checkpoint_seconds:.1f} s to write{beside}; saving every "
-        f"{_minutes(safe.save_interval)} loses least: "
-        f"{safe.lost_to_saves:.1%} to saves, {safe.lost_to_failures:.1%} to failures"
+        f"{plan.time.checkpoint_seconds:.1f} s to write{beside}; saving every {_minutes(safe.save_interval)} loses "
+        f"least: {safe.lost_to_saves:.1%} to saves, {safe.lost_to_failures:.1%} to failures"
     )
 
 
