@@ -71,6 +71,8 @@ def main(arguments: list[str]) -> int:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are on this machine, whatever its name resolves to
     die_with_parent(os.getppid(), signal.SIGTERM)
     ranks, folder, command = int(arguments[0]), Path(arguments[1]), arguments[2:]
+
+    # SIGINT and SIGTERM stop the ranks, SIGUSR1 is passed on to them.
     stop: list[int] = []
 
     def on_signal(number: int, frame: FrameType | None) -> None:
@@ -80,7 +82,6 @@ def main(arguments: list[str]) -> int:
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
     running: dict[int, Rank] = {}
-
     warned: list[int] = []
 
     def on_warning(number: int, frame: FrameType | None) -> None:
@@ -88,6 +89,8 @@ def main(arguments: list[str]) -> int:
         _send(dict(running), signal.SIGUSR1)
 
     signal.signal(signal.SIGUSR1, on_warning)
+
+    # Import once, fork, wait.
     failed: list[int] = []
     try:
         sys.path.insert(0, str(Path(command[0]).resolve().parent))

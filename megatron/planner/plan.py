@@ -241,6 +241,7 @@ def remedies(plan: Plan) -> list[tuple[str, int]]:
     """Changes that save memory and keep ranks and global batch, each with the fullest stage's bytes."""
     args, layout = plan.args, plan.layout
     candidates: list[tuple[str, ParallelLayout]] = []
+    # Changes that keep the layout's sizes: sequence parallelism, recomputation, a smaller micro-batch.
     sliced = _sliced(plan)
     if sliced is not None:
         candidates.append(("sequence_parallel: true", sliced))
@@ -255,6 +256,7 @@ def remedies(plan: Plan) -> list[tuple[str, int]]:
     if layout.micro_batch > 1:
         smaller = replace(layout, micro_batch=1, num_micro_batches=layout.num_micro_batches * layout.micro_batch)
         candidates.append(("train_micro_batch_size_per_gpu: 1", smaller))
+    # Twice the stages or tensor-parallel ranks, and half the data-parallel ranks.
     for key, larger in (
         ("pipe_parallel_size", replace(layout, pipe=2 * layout.pipe)),
         ("model_parallel_size", replace(layout, tensor=2 * layout.tensor)),

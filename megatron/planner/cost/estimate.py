@@ -216,6 +216,7 @@ def _stages(
     hideable = _hideable_seconds(shape, layout, seq_length, machine, rate)
     message = traffic.message_bytes(shape, layout, seq_length)
     trained = compute.TrainedElements.of(shape, layout.tensor)
+    # One decoder layer that is recomputed, and one that is not although full recomputation is on.
     stored = replace(layout, recompute="none") if layout.recompute == "full" else layout
     again, once = (_layer(shape, kind, seq_length, machine) for kind in (layout, stored))
 
@@ -236,6 +237,7 @@ def _stages(
         time = ChunkTime(parameters, passes.forward.total + forward, passes.backward.total + backward + accumulation)
         return time, passes.forward + passes.backward, forward + backward
 
+    # Each stage is the sum of its chunks; its first layers are the recomputed ones.
     stages, chunks = [], [ChunkTime(0.0, 0.0, 0.0)] * len(dealt)
     for stage in range(layout.pipe):
         own = range(stage, len(dealt), layout.pipe)

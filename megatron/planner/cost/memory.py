@@ -191,6 +191,7 @@ def _stage(
     stage: int,
     chunks: tuple[range, ...],
 ) -> StageMemory:
+    # The peak is what is always allocated, plus the fullest moment's temporaries.
     parameters = stage_parameters(shape, layout.tensor, chunks)
     decoders = held_files(LayerFile.DECODER, shape, chunks)
     padded = parameters.padded(layout.data)
