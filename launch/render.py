@@ -31,7 +31,7 @@ STARTUP_SECONDS = 120
 TEMPLATE = Path(__file__).resolve().parent / "job.sh"
 
 PREFLIGHT = """\
-# All groups of ranks must communicate within a time limit, every node is measured, RCCL's transport is checked.
+# Every group of ranks must communicate within a time limit, every node is measured, RCCL's transport is checked.
 checked=0
 (all_ranks 15 -m megatron.preflight "${configuration[@]}" --exclude-file "$run/exclude") || checked=$?
 case $checked in
@@ -164,8 +164,8 @@ def checked_ranks_per_node(nodes: int, args: NeoXArgs, site: Site) -> int:
     """Ranks per node. ConfigError if the configuration is for a different number of nodes or ranks."""
     if nodes != args.num_nodes:
         raise ConfigError(
-            f"--nodes is {nodes}, the configuration is made for num_nodes {args.num_nodes} ({args.global_num_gpus} "
-            f"ranks); give the same number, or other sizes behind `--`: -- --num_nodes {nodes}"
+            f"--nodes is {nodes}, but the configuration is for num_nodes {args.num_nodes} ({args.global_num_gpus} "
+            f"ranks); give the same number, or other sizes after `--`: -- --num_nodes {nodes}"
         )
     per_node = args.global_num_gpus // nodes
     if site.ranks_per_node and per_node != site.ranks_per_node:
@@ -218,7 +218,7 @@ def sbatch_lines(options: argparse.Namespace, site: Site, directory: Path) -> li
     ]
     for name, value in asked:
         if value and (not value.isprintable() or "\\" in value):
-            raise ConfigError(f"{name} is {value!r}: sbatch reads it from one line, in which a backslash has a meaning")
+            raise ConfigError(f"{name} is {value!r}: sbatch reads it from one line and interprets backslashes")
     lines = [f"#SBATCH {name}={shlex.quote(value)}" for name, value in asked if value]
     for extra in site.sbatch:
         lines += [f"# {extra.why}", f"#SBATCH {extra.flag}"]

@@ -63,7 +63,7 @@ def srun_command(args: NeoXArgs, env: Mapping[str, str]) -> list[str]:
     nodes = int(env.get("SLURM_JOB_NUM_NODES") or env.get("SLURM_NNODES") or "1")
     if nodes != args.num_nodes:
         raise ConfigError(
-            f"the allocation has {nodes} nodes, the configuration is made for num_nodes {args.num_nodes}; ask Slurm "
+            f"the allocation has {nodes} nodes, but the configuration is for num_nodes {args.num_nodes}; ask Slurm "
             f"for {args.num_nodes}, or give --num_nodes {nodes} (and num_gpus, the ranks on each)"
         )
     command = [

@@ -193,14 +193,14 @@ class _Planner:
         return (False, True) if tensor > 1 and self.seq_length % tensor == 0 else (False,)
 
     def storing_less(self, found: list[Candidate], limit: int) -> Iterator[ParallelLayout]:
-        """With recomputation, megatron-core's layouts that do not fit without."""
+        """megatron-core's layouts that do not fit without recomputation, with selective and with full."""
         for candidate in found:
             if candidate.layout.engine == "megatron" and candidate.peak_bytes > limit:
                 yield replace(candidate.layout, recompute="selective")
                 yield replace(candidate.layout, recompute="full")
 
     def between(self, found: list[Candidate], limit: int) -> Iterator[ParallelLayout]:
-        """With the fewest recomputed layers that fit, layouts that fit with full recomputation but not with none."""
+        """Layouts that fit with full recomputation but not without, with the fewest recomputed layers that fit."""
         too_large = {candidate.layout for candidate in found if candidate.peak_bytes > limit}
         for candidate in found:
             layout = candidate.layout

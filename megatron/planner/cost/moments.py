@@ -210,7 +210,7 @@ class DeepSpeedMoments:
         if self.last:
             logits = sizes.logits if ends is None else ends.prediction + (1 + done) * ends.targets
 
-        # The output's gradient is in the engine's buffer, or is gathered from shares, like the output once more.
+        # The output's gradient is in the engine's buffer; or it is gathered from shares, and the output is again.
         restored = 0 if alone or self.last else hidden
         incoming = hidden * (2 if sizes.several else 1) if self.last else restored
 

@@ -122,7 +122,7 @@ def boundary_rate(boundary: int, layout: ParallelLayout, machine: Machine) -> fl
 
 
 def wrap_rate(layout: ParallelLayout, machine: Machine) -> float:
-    """As `boundary_rate`, from the last stage back to the first, as virtual stages send."""
+    """As `boundary_rate`, for the messages of virtual stages from the last stage back to the first."""
     return min(boundary_rate(boundary, layout, machine) for boundary in range(layout.pipe - 1))
 
 

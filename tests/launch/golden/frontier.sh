@@ -372,7 +372,7 @@ stage software software/neox-llama.tar.gz
 (run_here deepy.py "$(here)/code/train.py" "${configuration[@]}" --dry-run --machine frontier) ||
     stop 2 "the plan cannot be right, see above"
 
-# All groups of ranks must communicate within a time limit, every node is measured, RCCL's transport is checked.
+# Every group of ranks must communicate within a time limit, every node is measured, RCCL's transport is checked.
 checked=0
 (all_ranks 15 -m megatron.preflight "${configuration[@]}" --exclude-file "$run/exclude") || checked=$?
 case $checked in
