@@ -3,7 +3,7 @@
     python launch/render.py frontier --nodes 256 --account AST123 \\
         configs/llama31_70b/model.yml configs/llama31_70b/cpt.yml configs/llama31_70b/frontier.yml -o job.sh
 
-SITE is a folder beside this file: `site.yml` (Slurm flags, limits, binding) and `environment.sh` (variables, each with
+SITE is a folder next to this file: `site.yml` (Slurm flags, limits, binding) and `environment.sh` (variables, each with
 its reason). The configuration is checked here, before anything waits in a queue. docs/launching.md is the guide.
 """
 

@@ -100,12 +100,12 @@ def supervise(
     with_input: bool = False,
     interrupt: signal.Signals = signal.SIGINT,
 ) -> int:
-    """Run `command` in a session of its own, forward signals, end all its processes; returns its exit code.
+    """Run `command` in its own session, forward signals, end all its processes; returns its exit code.
 
     It reads from the terminal only `with_input`. Ctrl-C is forwarded as `interrupt`. SIGUSR1 may be blocked by the
     caller; `command` inherits that.
     """
-    # A session of its own: the terminal's Ctrl-C reaches only deepy.py, which then ends the ranks in order. Even if
+    # In its own session, so that the terminal's Ctrl-C reaches only deepy.py, which ends the ranks in order. Even if
     # deepy.py is killed, `command` ends: an srun that outlives a requeued job would end a step of its next start.
     process = subprocess.Popen(
         command,

@@ -189,4 +189,4 @@ def test_saves_beside_training_cost_a_copy() -> None:
     assert 0.45e9 / 36e9 < beside.reliability.save_seconds < 0.75e9 / 36e9
     assert beside.reliability.lost_to_saves < waiting.reliability.lost_to_saves / 10
     assert beside.reliability.save_interval >= beside.time.checkpoint_seconds
-    assert "beside training, which waits 0.0" in report.text(beside)
+    assert "during training, which waits 0.0" in report.text(beside)

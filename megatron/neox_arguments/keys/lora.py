@@ -162,7 +162,7 @@ def evaluated_adapters_are_given(args: LoraKeys) -> str | None:
 
 @registry.rule("train")
 def every_stage_has_an_adapter(args: AllKeys) -> str | None:
-    """DeepSpeed refuses a stage without a trainable parameter, and the other stages wait for it."""
+    """DeepSpeed fails on a stage without a trainable parameter, while the other stages wait for it."""
     if args.lora is None or args.pipe_parallel_size == 1 or args.pipe_partition_method.startswith("type:"):
         return None
     return (

@@ -135,7 +135,7 @@ def _bubble(time: Estimate) -> str:
         return f"bubble (p - 1) / m = {time.bubble:.0%} of the busy time"
     hidden = ""
     if time.hidden_seconds > 0:
-        hidden = f"\n  {time.hidden_seconds:.2g} s of gradient reduction and parameter gather hide behind computation"
+        hidden = f"\n  computation hides {time.hidden_seconds:.2g} s of gradient reduction and parameter gather"
     return (
         f"bubble, simulated with {layout.virtual_stages} virtual stages, messages and unequal ends included: "
         f"{time.bubble:.0%} of the busy time{hidden}"
@@ -145,7 +145,7 @@ def _bubble(time: Estimate) -> str:
 def _checkpoint(plan: Plan) -> str:
     size, safe = plan.checkpoint, plan.reliability
     beside = (
-        "" if plan.blocked_seconds is None else f" beside training, which waits {safe.save_seconds:.2g} s for a copy"
+        "" if plan.blocked_seconds is None else f" during training, which waits {safe.save_seconds:.2g} s for a copy"
     )
     return (
         f"checkpoint: {_decimal(size.total)} (weights {_decimal(size.weights)}, optimizer {_decimal(size.optimizer)}), "
