@@ -3,7 +3,7 @@
     python launch/render.py frontier --nodes 256 --account AST123 \\
         configs/llama31_70b/model.yml configs/llama31_70b/cpt.yml configs/llama31_70b/frontier.yml -o job.sh
 
-SITE is a folder beside this file: `site.yml` (Slurm flags, limits, binding) and `environment.sh` (variables, each with
+SITE is a folder next to this file: `site.yml` (Slurm flags, limits, binding) and `environment.sh` (variables, each with
 its reason). The configuration is checked here, before anything waits in a queue. docs/launching.md is the guide.
 """
 
@@ -31,12 +31,12 @@ STARTUP_SECONDS = 120
 TEMPLATE = Path(__file__).resolve().parent / "job.sh"
 
 PREFLIGHT = """\
-# Every group of ranks meets under a time limit, every node is measured, RCCL's transport is read.
+# Every group of ranks must communicate within a time limit, every node is measured, RCCL's transport is checked.
 checked=0
 (all_ranks 15 -m megatron.preflight "${configuration[@]}" --exclude-file "$run/exclude") || checked=$?
 case $checked in
     0) ;;
-    3) again 1 "the preflight: ranks or groups did not come, see above" ;;
+    3) again 1 "the preflight: ranks or groups failed, see above" ;;
     4) again 1 "the preflight: slow nodes, see above" ;;
     *) stop 2 "the preflight failed with code $checked, see above" ;;
 esac"""
@@ -47,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
         prog="launch/render.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Keys of the configuration can be given behind `--`: ... -- --train_iters 100",
+        epilog="Keys of the configuration can be given after `--`: ... -- --train_iters 100",
         allow_abbrev=False,
     )
     p.add_argument("site", metavar="SITE", help=f"one of {', '.join(SITES)}")
@@ -72,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--paths-on-nodes",
         action="store_true",
-        help="load, data and the like are seen by compute nodes alone: do not look for them here, and leave ~ and "
+        help="only the compute nodes see load, data and other paths: do not look for them here, and leave ~ and "
         "$VARIABLES in paths to the job",
     )
     p.add_argument("--no-preflight", action="store_true", help="skip the check of the machine")
@@ -81,7 +81,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None, project: Path = ROOT, directory: Path | None = None) -> int:
-    """Exit code. `project` is the checkout whose code the job runs, `directory` where it runs (default: here)."""
+    """Render; returns the exit code. `project` is the checkout whose code the job runs, `directory` where it runs
+    (default: here)."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     split = words.index("--") if "--" in words else len(words)
     options = parser().parse_args(words[:split])
@@ -109,7 +110,7 @@ def write_private(path: Path, text: str) -> None:
 
 
 def render(options: argparse.Namespace, overrides: Sequence[str], project: Path, directory: Path) -> str:
-    """The script. Raises ConfigError for what the configuration or the site does not allow."""
+    """The script's text. Raises ConfigError for anything that the configuration or the site does not allow."""
     site = read_site(options.site)
     files = [resolve_path(name) for name in options.configs]
     on_nodes = options.paths_on_nodes
@@ -154,7 +155,7 @@ def _without_nodes(overrides: Sequence[str]) -> list[str]:
 
 
 def _filled(match: re.Match[str], parts: dict[str, str]) -> str:
-    """The text of a part, without the line break if it is empty."""
+    """The text of a part with the line break after it, or nothing for an empty part."""
     end = match[0][len(match[1]) + 2 :]
     return parts[match[1]] + end if parts[match[1]] else ""
 
@@ -163,8 +164,8 @@ def checked_ranks_per_node(nodes: int, args: NeoXArgs, site: Site) -> int:
     """Ranks per node. ConfigError if the configuration is for a different number of nodes or ranks."""
     if nodes != args.num_nodes:
         raise ConfigError(
-            f"--nodes is {nodes}, the configuration is made for num_nodes {args.num_nodes} ({args.global_num_gpus} "
-            f"ranks); give the same number, or other sizes behind `--`: -- --num_nodes {nodes}"
+            f"--nodes is {nodes}, but the configuration is for num_nodes {args.num_nodes} ({args.global_num_gpus} "
+            f"ranks); give the same number, or other sizes after `--`: -- --num_nodes {nodes}"
         )
     per_node = args.global_num_gpus // nodes
     if site.ranks_per_node and per_node != site.ranks_per_node:
@@ -184,7 +185,7 @@ def choose_software(options: argparse.Namespace, site: Site) -> Software:
     """The software to use: as requested, else the site's, else the interpreter that runs this program."""
     given = {name: getattr(options, name) for name in ("environment", "container", "python")}
     asked = {name: value for name, value in given.items() if value is not None}
-    if asked.keys() == {"container", "python"}:  # the interpreter inside of the image
+    if asked.keys() == {"container", "python"}:  # the interpreter inside the image
         return Software(container=options.container, python=options.python, bind=options.bind)
     if len(asked) > 1:
         raise ConfigError(f"give one of {', '.join('--' + name for name in asked)}")
@@ -217,7 +218,7 @@ def sbatch_lines(options: argparse.Namespace, site: Site, directory: Path) -> li
     ]
     for name, value in asked:
         if value and (not value.isprintable() or "\\" in value):
-            raise ConfigError(f"{name} is {value!r}: sbatch reads it from one line, in which a backslash has a meaning")
+            raise ConfigError(f"{name} is {value!r}: sbatch reads it from one line and interprets backslashes")
     lines = [f"#SBATCH {name}={shlex.quote(value)}" for name, value in asked if value]
     for extra in site.sbatch:
         lines += [f"# {extra.why}", f"#SBATCH {extra.flag}"]
@@ -225,8 +226,8 @@ def sbatch_lines(options: argparse.Namespace, site: Site, directory: Path) -> li
     lines += [
         "# the batch shell is warned before the time limit, and passes the warning on",
         f"#SBATCH --signal=B:USR1@{options.signal_seconds}",
-        "# after the loss of a node Slurm starts the job again; its log goes on where it was. Not --no-kill: if it is",
-        "# the batch shell's node, the others would be held until the time limit with nobody to use or free them",
+        "# after the loss of a node Slurm starts the job again and appends to its log. Not --no-kill: if the batch",
+        "# shell's node is lost, the others would stay allocated and idle until the time limit",
         "#SBATCH --requeue",
         "#SBATCH --open-mode=append",
         "# never two jobs of this name at once: they would save into the same folder",
@@ -252,7 +253,7 @@ def value_lines(
 
 
 def shell_path(path: str, on_nodes: bool) -> str:
-    """A path as a word of the shell; if the job expands it, `~` and `$VARIABLES` are left unquoted."""
+    """A path as a shell word; `~` and `$VARIABLES` stay expandable if the job is to expand them."""
     if not on_nodes or not re.search(r"[$~]", path):
         return shlex.quote(path)
     text = re.sub(r'([\\"`])', r"\\\1", path).replace("$$", r"\$")
@@ -267,7 +268,7 @@ def environment_lines(options: argparse.Namespace, args: NeoXArgs, site: Site) -
     lines.append("export CUDA_DEVICE_MAX_CONNECTIONS=1")
     lines.append(f"export PYTHONWARNINGS={shlex.quote(','.join(IGNORED_WARNINGS))}")
     if args.device == "cpu":
-        lines += ["# DeepSpeed would take a GPU that it sees.", "export DS_ACCELERATOR=cpu"]
+        lines += ["# DeepSpeed would use a visible GPU.", "export DS_ACCELERATOR=cpu"]
         lines.append("export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}")
     for variable in options.env:
         name, equals, value = variable.partition("=")
@@ -281,13 +282,13 @@ def checks_before_training(options: argparse.Namespace, args: NeoXArgs, site: Si
     """Checks before the training: the plan (only the configuration if the machine is unknown), and the preflight."""
     deepy = '(run_here deepy.py "$(here)/code/train.py" "${configuration[@]}"'
     if site.machine:
-        lines = ["# Does every stage fit into memory? The plan stands in the log."]
+        lines = ["# Does every stage fit in memory? The plan is in the log."]
         lines += [f"{deepy} --dry-run --machine {site.machine}) ||", '    stop 2 "the plan cannot be right, see above"']
     else:
         lines = ["# The configuration files may have changed since this script was rendered."]
         lines += [f"{deepy} --print-config) >/dev/null ||", '    stop 2 "the configuration cannot be right, see above"']
     if not options.no_preflight:
-        # Ranks on shared CPU cores give no information about a node.
+        # The speed of ranks on shared CPU cores says nothing about a node.
         screen = " --no-screen" if args.device == "cpu" else ""
         lines += ["", *PREFLIGHT.replace(" --exclude-file", f"{screen} --exclude-file").splitlines()]
     return "\n".join(lines)

@@ -125,10 +125,10 @@ def time_limit(time: str | None, nodes: int, partition: str | None, site: Site) 
         raise ConfigError(f"partition {name} is not in launch's profile of {site.title}, which knows {known}")
     fitting = next((limit for limit in limits if nodes <= limit.nodes), None)
     if fitting is None:
-        raise ConfigError(f"{nodes} nodes: partition {name} of {site.title} takes {limits[-1].nodes} at most")
+        raise ConfigError(f"{nodes} nodes: partition {name} of {site.title} allows at most {limits[-1].nodes}")
     if time is not None and seconds(time) > fitting.hours * 3600:
         raise ConfigError(
             f"--time {time}: a job of {nodes} nodes may take {fitting.hours} hours in partition {name} of "
-            f"{site.title}; it is requeued at its limit and goes on by itself"
+            f"{site.title}; it is requeued at its limit and continues by itself"
         )
     return time or f"{fitting.hours:02d}:00:00"

@@ -1,20 +1,20 @@
 # Sources: FPT is OLCF's PyTorch page (July 2026), HPE its RCCL tuning guide (April 2026). "Contradicted" marks advice
 # that changed between ROCm versions: measure with the preflight before you change it.
 
-# The plugin that takes RCCL to Slingshot; it exists as a module since July 2026 and comes after rocm (FPT).
+# The plugin through which RCCL uses Slingshot; a module since July 2026, loaded after rocm (FPT).
 module load PrgEnv-gnu/8.7.0 cpe/26.03 rocm/7.1.1 rccl-net-plugin craype-accel-amd-gfx90a
-# The libraries of a cpe that is not the default one are found only so (FPT).
+# Without this, the libraries of a cpe other than the default are not found (FPT).
 export LD_LIBRARY_PATH="$CRAY_LD_LIBRARY_PATH:$LD_LIBRARY_PATH"
 
 # The ranks meet at the address of the first node (FPT), where rank 0 is.
 MASTER_ADDR=$(hostname -i | cut -d' ' -f1)
 export MASTER_ADDR
 
-# Fail instead of falling to TCP without a word when the plugin is missing; several times slower (FPT, HPE). HPE's name
-# for the same is "AWS Libfabric". For jobs on several nodes only.
+# If the plugin is missing, fail instead of silently falling back to TCP, which is several times slower (FPT, HPE). HPE
+# calls the plugin "AWS Libfabric". Only for jobs on several nodes.
 if ((SLURM_JOB_NUM_NODES > 1)); then export NCCL_NET=OFI; fi
 # Bootstrap traffic on one card: with all four, jobs of more than about 300 nodes did not start (frontier-torchtitan;
-# OLCF user docs, issue 947). The data use all four all the same.
+# OLCF user docs, issue 947). The data still use all four.
 export NCCL_SOCKET_IFNAME=hsn0 GLOO_SOCKET_IFNAME=hsn0
 # Contradicted: GPU-direct RDMA. OLCF, LUMI and HPE say PHB. Twice as fast, but unstable beyond 128 to 256 nodes for
 # Huginn (arXiv 2502.05171) and hanging with the ROCm 7.0 container of LUMI until unset (laifs-container-recipes, issue
@@ -40,22 +40,22 @@ export FI_CXI_RX_MATCH_MODE=hybrid
 
 # Fine-grained memory over PCIe, for kernels that signal the card (FPT).
 export HSA_FORCE_FINE_GRAIN_PCIE=1
-# Copies between GCDs by kernels: the copy engines reach the links' speed on several pairs only so (measured on LUMI's
-# same blade; Poro-2's launcher). Not in OLCF's list.
+# Copy between GCDs by kernels: the copy engines do not reach the links' speed on several pairs (measured on LUMI's
+# identical blade; Poro-2's launcher). Not in OLCF's list.
 export HSA_ENABLE_SDMA=0
-# Seven cores to a rank, most of them for the data loader and RCCL's threads.
+# Seven cores per rank, most of them for the data loader and RCCL's threads.
 export OMP_NUM_THREADS=2
 
-# HIP maps streams on this many hardware queues, and what waits in a queue holds up what is behind it. engine: megatron
-# has seven streams (computation, tensor and data parallelism, four links between stages): with the default of 4 a receive
-# that waits could hold up computation (torchtitan issue 4032, rocm-systems issue 8916). 8 is OLMo's value; 16 was slower
-# on an MI355X. Compare 4 and 8 by benchmarks/engine_gpu.py.
+# HIP maps streams to this many hardware queues, and work that waits in a queue blocks the work behind it. engine:
+# megatron has seven streams (computation, tensor and data parallelism, four links between stages): with the default 4 a
+# waiting receive could block computation (torchtitan issue 4032, rocm-systems issue 8916). 8 is OLMo's value; 16 was
+# slower on an MI355X. Compare 4 and 8 with benchmarks/engine_gpu.py.
 export GPU_MAX_HW_QUEUES=8
-# megatron-core's launchers set it, LumiOpen's 71B run too, so that a collective launched before a product is not queued
+# megatron-core's launchers and LumiOpen's 71B run set it, so that a collective launched before a product is not queued
 # behind it. HIP does not document it.
 export CUDA_DEVICE_MAX_CONNECTIONS=1
 
-# A rank whose collective fails leaves a trace of the last ones of every rank; the first has no effect without the
+# If a collective fails, every rank writes a trace of its last collectives; the first variable has no effect without the
 # second (docs.pytorch.org, ProcessGroupNCCL environment variables).
 export TORCH_NCCL_DUMP_ON_TIMEOUT=1 TORCH_NCCL_TRACE_BUFFER_SIZE=2000
 # A stall of the file system freezes the ranks for longer than the default of this monitor, which then kills a healthy

@@ -1,1 +1,1 @@
-# Nothing is assumed about the machine. What your site needs for its network goes here, each with its reason.
+# Nothing is assumed about the machine. Variables that your site's network needs go here, each with its reason.

@@ -5,8 +5,8 @@
 module use /appl/local/containers/ai-modules
 module load singularity-AI-bindings
 
-# Fail instead of falling to TCP without a word when the plugin is missing: about 13 times slower was measured for MPI.
-# HPE's name; containers whose plugin calls itself OFI need that name. For jobs on several nodes only.
+# If the plugin is missing, fail instead of silently falling back to TCP, which was about 13 times slower for MPI. The
+# name is HPE's; containers whose plugin calls itself OFI need that name. Only for jobs on several nodes.
 if ((SLURM_JOB_NUM_NODES > 1)); then export NCCL_NET="AWS Libfabric"; fi
 # Traffic of all four network cards (LUG, LAG).
 export NCCL_SOCKET_IFNAME=hsn0,hsn1,hsn2,hsn3 GLOO_SOCKET_IFNAME=hsn0
@@ -21,22 +21,22 @@ export FI_MR_CACHE_MONITOR=userfaultfd
 # Room for the events of thousands of peers; LumiOpen's 71B run used this much (Megatron-LM-lumi).
 export FI_CXI_DEFAULT_CQ_SIZE=262144
 
-# Copies between GCDs by kernels: the copy engines reach the links' speed on several pairs only so (Poro-2's launcher,
+# Copy between GCDs by kernels: the copy engines do not reach the links' speed on several pairs (Poro-2's launcher,
 # measured on LUMI with OSU's benchmarks).
 export HSA_ENABLE_SDMA=0 HSA_FORCE_FINE_GRAIN_PCIE=1
-# LumiOpen and TildeOpen trained with one thread to a rank.
+# LumiOpen and TildeOpen trained with one thread per rank.
 export OMP_NUM_THREADS=1
 
-# HIP maps streams on this many hardware queues, and what waits in a queue holds up what is behind it. engine: megatron
-# has seven streams (computation, tensor and data parallelism, four links between stages): with the default of 4 a receive
-# that waits could hold up computation (torchtitan issue 4032, rocm-systems issue 8916). 8 is OLMo's value; 16 was slower
-# on an MI355X. Compare 4 and 8 by benchmarks/engine_gpu.py.
+# HIP maps streams to this many hardware queues, and work that waits in a queue blocks the work behind it. engine:
+# megatron has seven streams (computation, tensor and data parallelism, four links between stages): with the default 4 a
+# waiting receive could block computation (torchtitan issue 4032, rocm-systems issue 8916). 8 is OLMo's value; 16 was
+# slower on an MI355X. Compare 4 and 8 with benchmarks/engine_gpu.py.
 export GPU_MAX_HW_QUEUES=8
-# megatron-core's launchers set it, LumiOpen's 71B run too, so that a collective launched before a product is not queued
+# megatron-core's launchers and LumiOpen's 71B run set it, so that a collective launched before a product is not queued
 # behind it. HIP does not document it.
 export CUDA_DEVICE_MAX_CONNECTIONS=1
 
-# A rank whose collective fails leaves a trace of the last ones of every rank; the first has no effect without the
+# If a collective fails, every rank writes a trace of its last collectives; the first variable has no effect without the
 # second (docs.pytorch.org, ProcessGroupNCCL environment variables).
 export TORCH_NCCL_DUMP_ON_TIMEOUT=1 TORCH_NCCL_TRACE_BUFFER_SIZE=2000
 # A stall of the file system freezes the ranks for longer than the default of this monitor, which then kills a healthy

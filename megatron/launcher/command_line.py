@@ -36,11 +36,11 @@ those of this machine or, in a Slurm allocation, all ranks of the job by one sru
   -H FILE           hostfile, as in GPT-NeoX; in a Slurm allocation all its nodes are started anyway
   --KEY VALUE       set any key after merging: --train_iters 10 --optimizer.params.lr 1e-5 --from_scratch
   --print-config    print the merged and derived configuration and what DeepSpeed gets, and start nothing
-  --paths-on-nodes  what the run reads and writes is seen by the compute nodes alone: do not look for it here, and keep
-                    ~ and $VARIABLES for them
-  --dry-run         print the plan of a training: memory of every stage, time, checkpoint size; then look whether all
-                    that it reads is there and fits. Starts nothing and needs no GPU. Exit code 2 if something cannot be
-                    right. With it:
+  --paths-on-nodes  only the compute nodes see what the run reads and writes: do not look for it here, and leave ~ and
+                    $VARIABLES in paths to them
+  --dry-run         print the plan of a training: memory of every stage, time, checkpoint size; then check that all that
+                    it reads exists and fits. Starts nothing and needs no GPU. Exit code 2 if something cannot be right.
+                    With it:
       --json            as JSON
       --machine NAME    frontier (default) or lumi
       --usable-gib X    usable memory of a GCD, default the machine's
@@ -54,7 +54,7 @@ Keys: docs/configuration.md. The exit code is the job's; 2 means that the config
 """
 
 _SHORT = {"-i": "--sample_input_file", "-o": "--sample_output_file", "-H": "--hostfile"}
-# GPT-NeoX's own options, which may precede the files: each takes one value, `--eval_tasks` all up to the next option.
+# GPT-NeoX's options of one value, which may precede the files. `--eval_tasks` takes several and must follow them.
 _BEFORE_FILES = (
     *("-H", "--hostfile", "-i", "--sample_input_file", "-o", "--sample_output_file", "--wandb_group"),
     *("--wandb_run_name", "--wandb_team", "--iteration", "--eval_results_prefix", "--autotuning"),
@@ -116,8 +116,7 @@ def _program(name: str) -> Path:
 
 
 def _options_last(words: list[str]) -> list[str]:
-    """The same arguments with GPT-NeoX's options moved behind the script and the files: argparse takes them
-    anywhere."""
+    """`words` with GPT-NeoX's options moved behind the script and the files; GPT-NeoX accepts them anywhere."""
     front: list[str] = []
     moved: list[str] = []
     rest = list(words)
@@ -152,7 +151,7 @@ def _as_overrides(words: list[str]) -> list[str]:
 
 
 def _take(words: list[str], names: tuple[str, ...]) -> str | None:
-    """Remove `NAME VALUE` or `NAME=VALUE` from the arguments."""
+    """Remove `NAME VALUE` or `NAME=VALUE` from the arguments and return VALUE."""
     for index, word in enumerate(words):
         name, equals, value = word.partition("=")
         if name in names:

@@ -3,7 +3,7 @@
 import signal
 import sys
 
-signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # Slurm's warning waits until somebody listens
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # Slurm's warning stays pending until it is handled
 
 from megatron.launcher.command_line import main as run_command  # noqa: E402
 

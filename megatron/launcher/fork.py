@@ -41,7 +41,7 @@ def _rank(rank: int, ranks: int, folder: Path, command: list[str], parent: int) 
     """Body of a forked rank: run the script as `__main__`."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    # A warning signal during start-up is blocked until StopRequest handles it; it never kills a program that does not.
+    # A warning signal during start-up stays blocked until StopRequest handles it; it never kills a program without one.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     signal.signal(signal.SIGUSR1, signal.SIG_DFL)
     die_with_parent(parent, signal.SIGKILL)
@@ -66,11 +66,13 @@ def _preload(script: str) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code of the first rank that failed; 0 if none did."""
+    """Fork the ranks and wait; returns the exit code of the first rank that failed, 0 if none did."""
     os.environ[TYPED] = str(os.dup(0))  # multiprocessing closes a child's stdin
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are on this machine, whatever its name resolves to
     die_with_parent(os.getppid(), signal.SIGTERM)
     ranks, folder, command = int(arguments[0]), Path(arguments[1]), arguments[2:]
+
+    # SIGINT and SIGTERM stop the ranks, SIGUSR1 is passed on to them.
     stop: list[int] = []
 
     def on_signal(number: int, frame: FrameType | None) -> None:
@@ -80,7 +82,6 @@ def main(arguments: list[str]) -> int:
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
     running: dict[int, Rank] = {}
-
     warned: list[int] = []
 
     def on_warning(number: int, frame: FrameType | None) -> None:
@@ -88,6 +89,8 @@ def main(arguments: list[str]) -> int:
         _send(dict(running), signal.SIGUSR1)
 
     signal.signal(signal.SIGUSR1, on_warning)
+
+    # Import once, fork, wait.
     failed: list[int] = []
     try:
         sys.path.insert(0, str(Path(command[0]).resolve().parent))

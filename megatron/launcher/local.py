@@ -31,7 +31,7 @@ def start_local(script: Path, args: NeoXArgs) -> int:
     The ranks read the configuration from a file in the run's temporary folder. SIGUSR1, Ctrl-C and SIGTERM are passed
     on; ranks that have not ended GRACE_SECONDS after one of the last two are killed.
     """
-    _ = args.shape  # whether the vocabulary is known
+    _ = args.shape  # ConfigError if the vocabulary size is unknown
     folder = Path(tempfile.mkdtemp(prefix="neox_run_"))
     try:
         handover = write_handover(args, folder)
@@ -44,7 +44,7 @@ def start_local(script: Path, args: NeoXArgs) -> int:
 
 
 def say_end(folder: Path, code: int) -> None:
-    """The last line of a run that failed: the reason, printed after whatever libraries have printed in the meantime."""
+    """Print the reason why a run failed as its last line, after whatever libraries have printed in the meantime."""
     if code == 0:
         return
     why = recorded_reason(folder)
@@ -100,12 +100,12 @@ def supervise(
     with_input: bool = False,
     interrupt: signal.Signals = signal.SIGINT,
 ) -> int:
-    """Run `command` in a session of its own, forward signals, end all its processes; returns its exit code.
+    """Run `command` in its own session, forward signals, end all its processes; returns its exit code.
 
     It reads from the terminal only `with_input`. Ctrl-C is forwarded as `interrupt`. SIGUSR1 may be blocked by the
     caller; `command` inherits that.
     """
-    # A session of its own: the terminal's Ctrl-C reaches only deepy.py, which then ends the ranks in order. Even if
+    # In its own session, so that the terminal's Ctrl-C reaches only deepy.py, which ends the ranks in order. Even if
     # deepy.py is killed, `command` ends: an srun that outlives a requeued job would end a step of its next start.
     process = subprocess.Popen(
         command,

@@ -1,4 +1,4 @@
-"""deepy.py under Slurm: in an allocation it starts all ranks by one srun; started by srun, it is a rank itself."""
+"""deepy.py under Slurm: in an allocation it starts all ranks with one srun; started by srun, it is a rank itself."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def in_allocation(env: Mapping[str, str]) -> bool:
 
 
 def uses_srun(args: NeoXArgs, env: Mapping[str, str]) -> bool:
-    """Whether deepy.py starts the ranks by srun. Raises ConfigError if it should and there is no allocation."""
+    """Whether deepy.py starts the ranks with srun. Raises ConfigError if it should but there is no allocation."""
     if args.launcher == "slurm" and not in_allocation(env):
         raise ConfigError(
             "launcher: slurm outside a Slurm allocation; submit a job (docs/launching.md) or get one with salloc"
@@ -47,7 +47,7 @@ def uses_srun(args: NeoXArgs, env: Mapping[str, str]) -> bool:
 
 
 def hosts_of(hostfile: str | None) -> list[str]:
-    """Names in a hostfile of GPT-NeoX (`name slots=8` a line); none if there is no such file."""
+    """Names in a GPT-NeoX hostfile (`name slots=8` per line); none if there is no such file."""
     if not hostfile or not Path(hostfile).is_file():
         return []
     lines = (line.split("#")[0].split() for line in Path(hostfile).read_text().splitlines())
@@ -63,7 +63,7 @@ def srun_command(args: NeoXArgs, env: Mapping[str, str]) -> list[str]:
     nodes = int(env.get("SLURM_JOB_NUM_NODES") or env.get("SLURM_NNODES") or "1")
     if nodes != args.num_nodes:
         raise ConfigError(
-            f"the allocation has {nodes} nodes, the configuration is made for num_nodes {args.num_nodes}; ask Slurm "
+            f"the allocation has {nodes} nodes, but the configuration is for num_nodes {args.num_nodes}; ask Slurm "
             f"for {args.num_nodes}, or give --num_nodes {nodes} (and num_gpus, the ranks on each)"
         )
     command = [
@@ -75,9 +75,8 @@ def srun_command(args: NeoXArgs, env: Mapping[str, str]) -> list[str]:
         "--kill-on-bad-exit=1",
         "--export=ALL",
     ]
-    if in_step(
-        env
-    ):  # in a shell started by srun: without this, the new srun would wait for resources that the shell itself holds
+    # In a shell started by srun: otherwise the new srun would wait for resources that the shell itself holds.
+    if in_step(env):
         command.append("--overlap")
     if env.get("SLURM_CPUS_PER_TASK"):  # since 22.05 srun no longer inherits it from the job
         command.append(f"--cpus-per-task={env['SLURM_CPUS_PER_TASK']}")
@@ -92,7 +91,7 @@ def start_by_srun(script: Path, args: NeoXArgs) -> int:
     """
     if shutil.which("srun") is None:
         raise ConfigError("this is a Slurm job, but srun is not on PATH; call deepy.py outside the container")
-    _ = args.shape  # whether the vocabulary is known
+    _ = args.shape  # ConfigError if the vocabulary size is unknown
     command = srun_command(args, os.environ)
     inside = in_step(os.environ)
     parent = Path(args.save or args.log_dir or ".")
@@ -104,7 +103,7 @@ def start_by_srun(script: Path, args: NeoXArgs) -> int:
         python = ["env", "--block-signal=USR1", sys.executable, "-u", str(script.resolve())]
         words, env = [*command, *python, "--neox-args", str(handover)], rank_environment(args)
         for name in [name for name in env if inside and name.startswith("SLURM_CPU_BIND")]:
-            del env[name]  # the cores of the step that this shell runs in, which is one task
+            del env[name]  # would bind the ranks to the cores of this shell's step, which is one task
         # On Ctrl-C srun only asks for a second one; on SIGTERM it ends the ranks.
         code = supervise(words, env, with_input=reads_input(args), interrupt=signal.SIGTERM)
         # srun returns the highest code of all tasks, often that of a rank that it killed after another had failed.

@@ -21,7 +21,7 @@ from megatron.supervision.failures import REQUEUE, claim_failure, recorded_code
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code of the first rank that failed; 0 if none did."""
+    """Run the ranks and wait; returns the exit code of the first rank that failed, 0 if none did."""
     die_with_parent(os.getppid(), signal.SIGTERM)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(int(GRACE_SECONDS)))
@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     ranks, folder, *command = arguments
-    # Agent and ranks meet in files of the run's folder: torch's stores listen on every interface.
+    # Agent and ranks rendezvous through files in the run's folder: torch's TCP stores listen on every interface.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     os.environ["NEOX_RENDEZVOUS"] = f"file://{folder}/rendezvous"
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")

@@ -25,9 +25,9 @@ from megatron.neox_arguments.review import review
 class NeoXArgs(AllKeys):
     """Immutable. Build it with `from_ymls` or `from_dict`; change it with `replace`, which checks again.
 
-    Every declared key holds its final value: `num_kv_heads`, the batch sizes, `precision` and the others that may be
-    left out are filled. `task` says what is checked: `train`, `eval` and `generate` check what the three programs need,
-    `model` only what describes the model and its layout.
+    Every declared key holds its final value: `num_kv_heads`, the batch sizes, `precision` and all others that may be
+    left out are filled in. `task` says what is checked: what the program of that name needs, or for `model` only what
+    describes the model and its layout.
     """
 
     _notes: tuple[str, ...] = PrivateAttr(default=())
@@ -54,7 +54,7 @@ class NeoXArgs(AllKeys):
 
     @classmethod
     def from_dict(cls, keys: dict[str, Any], world_size: int | None = None, *, task: Task = "train") -> Self:
-        """The same for keys that are already in memory."""
+        """As `from_ymls`, for keys that are already in memory."""
         named: dict[str, Any] = {}
         for spelled, value in keys.items():
             name = canonical(spelled)
@@ -72,7 +72,7 @@ class NeoXArgs(AllKeys):
         task: Task,
         paths_on_nodes: bool = False,
     ) -> Self:
-        """Reports every problem in one ConfigError: first whether the model is not a Llama, then key by key."""
+        """Derive and check. One ConfigError lists every problem: first if the model is no Llama, then key by key."""
         keys = _with_known_words(keys, cls)
         foreign = review(keys, places, set(cls.model_fields))
         # As in GPT-NeoX, null is the same as leaving the key out.
@@ -87,7 +87,7 @@ class NeoXArgs(AllKeys):
             problems += _explain(error, places, cls, foreign.answered)
             raw = valid_part(given, {str(item["loc"][0]) for item in error.errors()})
         except RecursionError:
-            raise ConfigError("a value of the configuration contains itself; write it out") from None
+            raise ConfigError("a value of the configuration contains itself; remove the self-reference") from None
         # Problems with the sizes of another kind of model, or of an old MLP, would only distract.
         if foreign.other_model or "mlp_type" in keys:
             raw = unsettle(raw, ("intermediate_size", "expansion_factor", "mlp_multiple_of", "num_kv_heads"))
@@ -120,13 +120,13 @@ class NeoXArgs(AllKeys):
         return deepspeed_dictionary(self)
 
     def to_json(self) -> str:
-        """Everything that `from_json` needs, in a form that is the same for equal configurations."""
+        """Everything that `from_json` needs, as text that is identical for equal configurations."""
         content = {"task": self._task, "merged": self._merged, "notes": self._notes, "resolved": self.model_dump()}
         return json.dumps(content, sort_keys=True, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """The object that `to_json` described, without deriving or checking again: every rank holds the same."""
+        """The object that `to_json` described, without deriving or checking again: all ranks hold equal ones."""
         content = json.loads(text)
         resolved = {name: value for name, value in content["resolved"].items() if value is not None}
         args = cls.model_validate(resolved)
@@ -140,7 +140,7 @@ class NeoXArgs(AllKeys):
 
 
 def _with_known_words(keys: dict[str, Any], cls: type[NeoXArgs]) -> dict[str, Any]:
-    """Choices are case-insensitive, as in GPT-NeoX (`launcher: SLURM`)."""
+    """The keys with the case of choices corrected: they are case-insensitive, as in GPT-NeoX (`launcher: SLURM`)."""
     result = dict(keys)
     for name, value in keys.items():
         field = cls.model_fields.get(name)
@@ -154,7 +154,7 @@ def _with_known_words(keys: dict[str, Any], cls: type[NeoXArgs]) -> dict[str, An
 def _explain(
     error: ValidationError, places: dict[str, str], cls: type[NeoXArgs], answered: frozenset[str]
 ) -> list[str]:
-    """Pydantic's findings as one line each: place, key, what was given, what was expected.
+    """Pydantic's findings, one line each: file and line, key, what was given, what was expected.
 
     Keys for which there is already a better message (`answered`) are left out.
     """
@@ -174,7 +174,7 @@ def _explain(
             near = difflib.get_close_matches(str(path[-1]), siblings, n=1, cutoff=0.6)
             hint = f"did you mean {near[0]}?" if near else f"{'.'.join(map(str, path[:-1]))} has {', '.join(siblings)}"
             if path[-1] in cls.model_fields and path[-1] not in near:
-                hint = f"{path[-1]} is a key of its own, which stands outside of {path[0]}"
+                hint = f"{path[-1]} is a top-level key, not part of {path[0]}"
             lines.append(f"{place}unknown key {name}; {hint}")
         elif item["type"] == "value_error":
             lines.append(f"{place}{name}: {item['msg'].removeprefix('Value error, ')}")

@@ -1,7 +1,7 @@
-"""Is this configuration a dense Llama at all? Asked before anything else, of the keys as the user gave them.
+"""Whether a configuration describes a dense Llama at all; checked first, on the keys as the user gave them.
 
 GPT-NeoX builds GPTs, Pythias, mixtures of experts and more from the same keys, and its defaults (layernorm, learned
-positions, gelu, biases) are not Llama's: a key that is left out means as much as one that is given.
+positions, gelu, biases) are not Llama's: a key that is left out matters as much as one that is given.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ DECIDING: dict[str, tuple[Any, Any]] = {
     "activation": ("swiglu", "gelu"),
     "use_bias_in_attn_linear": (False, True),
 }
-# Keys whose absence is Llama's value, or is noted elsewhere: Llama's values.
+# Llama's values of keys that may be left out: Llama's value then holds, or a note elsewhere says what is assumed.
 _SILENT: dict[str, tuple[Any, ...]] = {
     "use_bias_in_mlp": (False,),
     "gpt_j_residual": (False,),
@@ -42,9 +42,9 @@ _GPT = "GPT (GPT-NeoX's own kind, as GPT-3, Pythia or GPT-NeoX-20B)"
 
 
 def other_model(keys: Mapping[str, Any]) -> OtherModel | None:
-    """What the merged keys describe, if it is not a dense Llama trained on next tokens; None if it is.
+    """Why the merged keys do not describe a dense Llama trained on next tokens; None if they do.
 
-    Files without any key of a model (data, paths, a schedule) describe none, and are left to the rules.
+    Files without any key of a model (data, paths, a schedule) are left to the rules.
     """
     if not any(keys.get(name) is not None for name in (*_SIZES, *DECIDING)):
         return None
@@ -73,7 +73,7 @@ def other_model(keys: Mapping[str, Any]) -> OtherModel | None:
 
 
 def _contrary(keys: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Given keys with another value than a Llama's."""
+    """Keys that were given a value other than Llama's."""
     for name, (llama, _) in DECIDING.items():
         value = keys.get(name)
         old_name_of_swiglu = name == "activation" and value == "silu" and keys.get("mlp_type") == "llama"
@@ -98,7 +98,7 @@ def attention_types(config: Any) -> list[str]:
 
 
 def _kind(keys: Mapping[str, Any], found: Mapping[str, Any]) -> str:
-    """What the model is, as its users call it."""
+    """The common name of this kind of model."""
     types = set(attention_types(keys.get("attention_config")))
     for name, kind in (("mamba", "a Mamba model"), ("rwkv", "an RWKV model"), ("gmlp", "a gMLP"), ("amlp", "an aMLP")):
         if name in types:

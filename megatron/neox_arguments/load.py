@@ -60,7 +60,7 @@ def _said(error: BaseException) -> str:
 
 
 def canonical(name: str) -> str:
-    """`vocab-file` and `vocab_file` are the same key."""
+    """A key with underscores: `vocab-file` and `vocab_file` are the same key."""
     return name.replace("-", "_")
 
 
@@ -117,7 +117,7 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def merge_files(paths: Iterable[str | Path]) -> tuple[dict[str, Any], dict[str, str]]:
-    """All keys of all files; a key in two files is an error: which one was meant is unknown."""
+    """All keys of all files; a key in two files is an error, because it is unclear which value is meant."""
     merged: dict[str, Any] = {}
     places: dict[str, str] = {}
     for path in paths:

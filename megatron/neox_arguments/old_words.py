@@ -79,7 +79,7 @@ def old_word(name: str, value: Any, keys: Keys) -> str | None:
 
 
 def silu_was_swiglu(keys: Keys) -> str | None:
-    """`activation: silu` of a Llama with the old `mlp_type: llama`."""
+    """The message for `activation: silu` with the old `mlp_type: llama`, which meant swiglu; None otherwise."""
     if keys.get("activation") == "silu" and keys.get("mlp_type") == "llama":
         return "activation: silu meant the gated MLP together with mlp_type: llama; write activation: swiglu"
     return None

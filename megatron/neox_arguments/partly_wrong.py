@@ -12,7 +12,7 @@ from megatron.neox_arguments.registry import UnsettledError
 
 
 class PartlyWrong(AllKeys):
-    """Reading an unsettled key, directly or through a property, raises UnsettledError."""
+    """Keys of which some are unsettled: reading one, directly or through a property, raises UnsettledError."""
 
     _unsettled: frozenset[str] = PrivateAttr(default=frozenset())
 

@@ -42,7 +42,7 @@ class UnsetVariable(Exception):
 
 
 def expand_path(text: str, env: Mapping[str, str] = os.environ) -> str:
-    """`~/x` and `~name/x` as home folders, `$NAME` and `${NAME}` from the environment, `$$` as `$`.
+    """Expand `~/x` and `~name/x` to home folders, `$NAME` and `${NAME}` from the environment, `$$` to `$`.
 
     Raises UnsetVariable.
     """
@@ -68,9 +68,8 @@ def expand_paths(keys: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
             expanded[name] = _expanded(keys[name])
         except UnsetVariable as unset:
             problems.append(
-                f"{name}: {keys[name]!r} contains the variable {unset}, which is not set here: export {unset}, "
-                f"or write "
-                f"$$ for a dollar sign"
+                f"{name}: {keys[name]!r} contains the variable {unset}, which is not set here: export {unset}, or "
+                f"write $$ for a dollar sign"
             )
     return expanded, problems
 

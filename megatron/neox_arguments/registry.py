@@ -118,7 +118,7 @@ class Registry:
                 args = unsettle(args, entry.fills)
             else:
                 if not set(derived.values) <= set(entry.fills):
-                    raise TypeError(f"{entry.name} gives {', '.join(derived.values)}, it is to fill {entry.fills}")
+                    raise TypeError(f"{entry.name} gives {', '.join(derived.values)}, but may only fill {entry.fills}")
                 args = args.model_copy(update=derived.values)
                 notes += derived.notes
         return args, notes, wrong

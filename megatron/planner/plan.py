@@ -20,7 +20,7 @@ from megatron.planner.cost.reliability import Budget, Reliability, budget, relia
 
 @dataclass(frozen=True)
 class Plan:
-    """`parameters_total` counts replicated tensors once, as a model card does."""
+    """The plan of one run. `parameters_total` counts replicated tensors once, as a model card does."""
 
     args: NeoXArgs
     layout: ParallelLayout
@@ -55,8 +55,8 @@ class Plan:
 
     @property
     def blocked_seconds(self) -> float | None:
-        """How long a save stops training: with `async_save` the copy of a rank's files to host memory, as slow as the
-        largest; None for all of the write."""
+        """How long a save stops training: with `async_save`, the time in which the rank with the most to write copies
+        it to host memory; None for the whole write."""
         if not self.args.async_save:
             return None
         written = [
@@ -119,7 +119,7 @@ def make_plan(
     usable_bytes: int | None = None,
     tokens: float | None = None,
 ) -> Plan:
-    """The plan of a resolved training configuration; `stage_layers` and `parameters_total` are the true model's."""
+    """The plan of a resolved training configuration; `stage_layers` and `parameters_total` are the real model's."""
     layout = ParallelLayout.of(args)
     stages = memory_of(args, layout, machine, stage_layers)
     return Plan(
@@ -143,7 +143,7 @@ def decoders_of(args: NeoXArgs, chunks: Sequence[range]) -> list[int]:
 def memory_of(
     args: NeoXArgs, layout: ParallelLayout, machine: Machine, stage_layers: Sequence[range] | None = None
 ) -> list[StageMemory]:
-    """Memory of the configuration's model under a layout, its own or another."""
+    """Memory of the configured model under `layout`, which need not be the configured layout."""
     ops: Ops = "cpu" if args.device == "cpu" else "torch" if args.kernels == "reference" else "kernels"
     return plan_memory(
         args.whole_shape,
@@ -160,7 +160,7 @@ def memory_of(
 
 
 def find_machine(name: str) -> Machine:
-    """Raises ConfigError for a machine that `megatron.planner.cost.machines` does not describe."""
+    """The machine called `name`; raises ConfigError if `megatron.planner.cost.machines` does not describe it."""
     if name not in MACHINES:
         raise ConfigError(f"--machine: {name!r} is not known; known: {', '.join(MACHINES)}")
     return MACHINES[name]
@@ -187,13 +187,13 @@ def refusal(plan: Plan) -> str:
 
 
 def _fits(plan: Plan, layout: ParallelLayout) -> bool:
-    """Whether another layout of the same stages does."""
+    """Whether `layout`, with the plan's stages, fits."""
     stages = memory_of(plan.args, layout, plan.machine, plan.stage_layers)
     return max(stage.peak for stage in stages) <= plan.usable_bytes
 
 
 def _fewest(plan: Plan, layout: ParallelLayout) -> int | None:
-    """The least `recompute_layers` with which a layout fits, None where that is all of them or not enough."""
+    """The least `recompute_layers` with which a layout fits; None if all layers are needed, or are not enough."""
     longest = max(stage.decoder_layers for stage in plan.stages)
     return fewest_recomputed(layout, longest, lambda other: _fits(plan, other))
 
@@ -214,7 +214,7 @@ def faster(plan: Plan) -> list[str]:
 
 
 def _least_recomputed(plan: Plan, layout: ParallelLayout) -> tuple[str, ParallelLayout] | None:
-    """The keys and the layout of the least recomputation that fits; None where that is all layers', or not enough."""
+    """The key and the layout of the least recomputation that fits; None if all layers are needed, or not enough."""
     stored = replace(layout, recompute="none", recompute_layers=None)
     if _fits(plan, stored):
         return "checkpoint_activations: false", stored
@@ -223,14 +223,14 @@ def _least_recomputed(plan: Plan, layout: ParallelLayout) -> tuple[str, Parallel
 
 
 def _gain(plan: Plan, layout: ParallelLayout) -> float:
-    """Tokens per second of another layout of the same stages, over the plan's, less 1."""
+    """Relative gain in tokens per second of `layout`, with the plan's stages, over the plan."""
     time, layers = plan.time, decoders_of(plan.args, plan.stage_layers)
     other = estimate(time.shape, layout, time.seq_length, plan.machine, layers=layers)
     return other.tokens_per_second / time.tokens_per_second - 1
 
 
 def _sliced(plan: Plan) -> ParallelLayout | None:
-    """The layout with sequence parallelism, None where it has it or cannot."""
+    """The layout with sequence parallelism; None if it already has it or cannot have it."""
     layout = plan.layout
     if layout.sequence_parallel or layout.tensor == 1 or plan.args.seq_length % layout.tensor:
         return None
@@ -241,6 +241,7 @@ def remedies(plan: Plan) -> list[tuple[str, int]]:
     """Changes that save memory and keep ranks and global batch, each with the fullest stage's bytes."""
     args, layout = plan.args, plan.layout
     candidates: list[tuple[str, ParallelLayout]] = []
+    # Changes that keep the layout's sizes: sequence parallelism, recomputation, a smaller micro-batch.
     sliced = _sliced(plan)
     if sliced is not None:
         candidates.append(("sequence_parallel: true", sliced))
@@ -255,6 +256,7 @@ def remedies(plan: Plan) -> list[tuple[str, int]]:
     if layout.micro_batch > 1:
         smaller = replace(layout, micro_batch=1, num_micro_batches=layout.num_micro_batches * layout.micro_batch)
         candidates.append(("train_micro_batch_size_per_gpu: 1", smaller))
+    # Twice the stages or tensor-parallel ranks, and half the data-parallel ranks.
     for key, larger in (
         ("pipe_parallel_size", replace(layout, pipe=2 * layout.pipe)),
         ("model_parallel_size", replace(layout, tensor=2 * layout.tensor)),
@@ -272,7 +274,7 @@ def remedies(plan: Plan) -> list[tuple[str, int]]:
     for what, candidate in candidates:
         try:
             stages = memory_of(args, candidate, plan.machine)
-        except ValueError:  # the model's heads cannot be split so far
+        except ValueError:  # the model's heads cannot be split over so many ranks
             continue
         found.append((what, max(stage.peak for stage in stages)))
     return found

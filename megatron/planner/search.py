@@ -1,17 +1,17 @@
-"""All layouts that a number of GCDs and a global batch allow, by predicted tokens per second, with what limits each.
+"""All layouts of a number of GCDs and a global batch, ranked by predicted tokens per second, with what limits each.
 
     result = search(shape, world_size, global_batch, seq_length, machine)
     result.ranked        candidates that fit, fastest first
     result.lost          candidates that do not fit, each with its reason
     result.lines()       all of it as text; result.as_json() for scripts
 
-Time is `planner.cost.estimate`'s, memory `planner.cost.memory`'s. Legal is what `NeoXArgs` accepts: tensor
-parallelism divides heads, key/value heads, MLP width and vocabulary and stays inside a node, every stage has a layer,
-micro-batch x accumulation x data parallel is the global batch, and sequence parallelism wants several tensor-parallel
-ranks that divide the sequence. Both engines are tried: megatron-core's overlaps what it can, and has virtual stages
-where pipeline stages divide the micro-batches and all virtual stages are of the same length. Of recomputation it tries
-none, all, and, where memory lies between, the fewest layers that fit; with megatron-core, whose layouts are many,
-selective and all only where none does not fit.
+Time is `planner.cost.estimate`'s, memory `planner.cost.memory`'s. Only layouts that `NeoXArgs` accepts are tried:
+tensor parallelism divides heads, key/value heads, MLP width and vocabulary and stays inside a node, every stage has a
+layer, micro-batch x accumulation x data parallel is the global batch, and sequence parallelism needs several
+tensor-parallel ranks that divide the sequence. Both engines are tried: megatron-core's overlaps what it can, and has
+virtual stages where pipeline stages divide the micro-batches and all virtual stages have the same length. Layouts
+recompute nothing, everything or, if memory lies in between, the fewest layers that fit; those of megatron-core, which
+are many, recompute only where storing everything does not fit.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Candidate:
 
     layout: ParallelLayout
     estimate: Estimate
-    fullest: StageMemory  # the stage that needs most
+    fullest: StageMemory  # the stage that needs the most
     reason: str = ""
 
     @property
@@ -64,7 +64,7 @@ class SearchResult:
         return self.ranked[0] if self.ranked else None
 
     def of_engine(self, engine: EngineName) -> list[Candidate]:
-        """Those of `ranked` that run with an engine."""
+        """The candidates of `ranked` that run with `engine`."""
         return [candidate for candidate in self.ranked if candidate.layout.engine == engine]
 
     def find(
@@ -96,7 +96,7 @@ class SearchResult:
         }
 
     def lines(self, top: int = 10) -> list[str]:
-        """A table for people: the `top` fastest, the fastest of DeepSpeed's where none of them is, and of those that do
+        """Tables as text: the `top` fastest, the fastest of DeepSpeed's if none of those is, and the fastest that do
         not fit."""
         lines = _table(self.ranked[:top])
         if not self.ranked:
@@ -121,11 +121,11 @@ def search(
     vocab_divisible_by: int | None = None,
     isolate_documents: bool = False,
 ) -> SearchResult:
-    """All legal layouts of `world_size` GCDs and `global_batch` sequences a step.
+    """All legal layouts of `world_size` GCDs and `global_batch` sequences per step, ranked.
 
-    `usable_bytes` is the memory of a GCD that a layout may take, the machine's unless given. `vocab_divisible_by` is
-    GPT-NeoX's `make_vocab_size_divisible_by`: the vocabulary is then padded anew for every tensor-parallel size, else
-    the shape's padding stays. Raises ValueError if there is no legal layout.
+    `usable_bytes` is the memory of a GCD that a layout may take, by default the machine's. `vocab_divisible_by` is
+    GPT-NeoX's `make_vocab_size_divisible_by`: if given, the vocabulary is padded for every tensor-parallel size anew;
+    otherwise the shape's padding stays. Raises ValueError if there is no legal layout.
     """
     limit = machine.usable_hbm_bytes if usable_bytes is None else usable_bytes
     plan = _Planner(shape, seq_length, machine, precision, vocab_divisible_by, isolate_documents)
@@ -147,7 +147,7 @@ def search(
 
 @dataclass(frozen=True)
 class _Planner:
-    """What is common to all layouts that are tried."""
+    """Generates candidate layouts and computes their cost; its fields are common to all of them."""
 
     shape: LlamaShape
     seq_length: int
@@ -181,7 +181,7 @@ class _Planner:
     def by_engine(self, layout: ParallelLayout) -> Iterator[ParallelLayout]:
         """`layout` with either engine, and with every number of virtual stages."""
         yield layout
-        # what `overlap_grad_reduce` and `overlap_param_gather` are unless a file says otherwise
+        # the defaults of `overlap_grad_reduce` and `overlap_param_gather`
         megatron = replace(layout, engine="megatron", overlap_grad_reduce=True, overlap_param_gather=True)
         yield replace(megatron, overlap_param_gather=not self.shape.tied)
         if layout.pipe > 1 and layout.num_micro_batches % layout.pipe == self.shape.num_layers % layout.pipe == 0:
@@ -193,14 +193,14 @@ class _Planner:
         return (False, True) if tensor > 1 and self.seq_length % tensor == 0 else (False,)
 
     def storing_less(self, found: list[Candidate], limit: int) -> Iterator[ParallelLayout]:
-        """Of megatron-core's layouts that do not fit if they recompute nothing, those that recompute."""
+        """megatron-core's layouts that do not fit without recomputation, with selective and with full."""
         for candidate in found:
             if candidate.layout.engine == "megatron" and candidate.peak_bytes > limit:
                 yield replace(candidate.layout, recompute="selective")
                 yield replace(candidate.layout, recompute="full")
 
     def between(self, found: list[Candidate], limit: int) -> Iterator[ParallelLayout]:
-        """Of the layouts that fit if they recompute all layers but not if none, those that recompute as few as fit."""
+        """Layouts that fit with full recomputation but not without, with the fewest recomputed layers that fit."""
         too_large = {candidate.layout for candidate in found if candidate.peak_bytes > limit}
         for candidate in found:
             layout = candidate.layout
@@ -214,7 +214,7 @@ class _Planner:
                     yield partly
 
     def fewest(self, layout: ParallelLayout, limit: int) -> ParallelLayout | None:
-        """`layout` with the least recomputation that fits, None if that is all layers'."""
+        """`layout` with the least recomputation that fits; None if all layers must be recomputed."""
         longest = -(-self.shape.num_layers // layout.pipe)
         layers = fewest_recomputed(layout, longest, lambda other: self.candidate(other).peak_bytes <= limit)
         return None if layers is None else replace(layout, recompute_layers=layers)

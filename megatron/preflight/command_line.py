@@ -68,7 +68,8 @@ def parse_options(arguments: list[str]) -> PreflightOptions:
 
 
 def main(arguments: list[str]) -> int:
-    """0 if all is well, 2 for a wrong command line. Later failures end the process in `PhaseStore`."""
+    """Run the preflight; returns 0 if all is well, 2 for a wrong command line. Later failures end the process in
+    `PhaseStore`."""
     if not arguments or any(word in ("-h", "--help") for word in arguments):
         print(USAGE, end="")
         return 0 if arguments else CONFIGURATION

@@ -30,7 +30,7 @@ _RUNS = 10
 
 @dataclass(frozen=True)
 class Product:
-    """One matrix in one layout; `flops` of one product."""
+    """The product of one matrix in one layout, and its FLOPs."""
 
     name: str
     flops: float
@@ -69,7 +69,7 @@ def _tokens(args: NeoXArgs) -> int:
 
 
 def time_libraries(args: NeoXArgs, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each product by library. torch's own choice stands again afterwards."""
+    """Seconds of each product by library. Restores torch's choice of a library afterwards."""
     clock, products = Clock(device), multiplications(args, device)
     before = torch.backends.cuda.preferred_blas_library()
     found = {}
@@ -94,8 +94,8 @@ def choice_lines(args: NeoXArgs, by_rank: Sequence[Mapping[str, Sequence[float]]
     each = sum(min(seconds) for seconds in zip(*medians.values(), strict=True))
     lines = [
         f"GEMM library: {best}, {totals[other] / totals[best] - 1:.1%} faster than {other} over the products of a "
-        f"layer: gemm_library: {best.lower()} (configured: {args.gemm_library}); the faster for each product would be "
-        f"{totals[best] / each - 1:.1%} faster still, which torch cannot be told"
+        f"layer: gemm_library: {best.lower()} (configured: {args.gemm_library}); choosing for each product would be "
+        f"{totals[best] / each - 1:.1%} faster still, but torch has no setting for that"
     ]
     width = max(len(product.name) for product in products)
     for number, product in enumerate(products):

@@ -4,8 +4,8 @@ A collective that hangs cannot report itself. Instead a thread of rank 0 reads t
 out, which ranks have not arrived and which have not finished. A thread of every other rank waits for rank 0's verdict
 and ends the process, even if its main thread is stuck.
 
-Where the launcher gives all ranks a secret in the environment (SECRET; job.sh does), every message is sealed with it,
-and what is not sealed so is ignored and counted. There is no process group yet that could hand one out.
+If the launcher gives all ranks a secret in the environment (SECRET; job.sh does), every message is sealed with it, and
+messages without the seal are ignored and counted. No process group exists yet that could distribute a secret.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class PhaseStore:
         does not finish in time, all processes end: with CONFIGURATION after a UserError, else with STALLED.
         """
         number, self._name = self._phase, name
-        # The last resort, until the next phase begins: it works even if a library holds the interpreter's lock.
+        # Last resort, reset by the next phase: it ends the process even if a library holds the interpreter's lock.
         faulthandler.dump_traceback_later(self.timeout + 3 * MARGIN_SECONDS, exit=True)
         if self._rank == 0:
             threading.Thread(target=self._watch, args=(number, name, groups), daemon=True).start()
@@ -161,7 +161,7 @@ class PhaseStore:
             number += 1
 
     def _verdict(self, key: str) -> str:
-        """Rank 0's word on a phase, once it is there. ValueError if somebody else's stands in its place."""
+        """Wait for rank 0's verdict on a phase. Raises ValueError if something else was written in its place."""
         deadline = time.monotonic() + self.timeout + MARGIN_SECONDS
         self._second_store.wait([key], timedelta(seconds=self.timeout + MARGIN_SECONDS))
         while (text := self._opened(key, self._second_store.get(key))) is None:

@@ -1,7 +1,7 @@
-"""Checks that a run's inputs exist and fit the model, and that there is space for its output. Without torch, in a
-second.
+"""Checks that a run's inputs exist and fit the model, and that there is space for its output.
 
-Used by `deepy.py`, its `--dry-run`, `launch/render.py` and the preflight before anything is queued or started.
+Used by `deepy.py`, its `--dry-run`, `launch/render.py` and the preflight before anything is queued or started. Takes
+about a second and does not import torch.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ _ABSENT = ("no such file", "is not there", "is not a folder", "cannot be written
 
 
 def refuse_wrong_inputs(args: NeoXArgs, directory: Path | None = None, *, starts: bool = False) -> None:
-    """ConfigError that names everything `input_problems` finds. The run's paths are relative to `directory`.
+    """Raise a ConfigError that names everything `input_problems` finds. The run's paths are relative to `directory`.
 
     A run that `starts` now needs its save folder for itself; a job that is only prepared may wait for the previous one.
     """
-    _ = args.shape  # whether the vocabulary is known; nothing fits a model without one
+    _ = args.shape  # ConfigError if the vocabulary size is unknown: nothing can be compared with the model then
     with contextlib.chdir(directory or Path.cwd()):
         problems = input_problems(args)
         if starts and args.task == "train" and args.save is not None:
@@ -82,7 +82,7 @@ def _checkpoint(args: NeoXArgs) -> Iterator[str]:
         found = saved_base(found, args)
     folder, manifest = found.folder, found.manifest
     names = {path.name for path in folder.iterdir()} if manifest is None else set(manifest.files)
-    # Weights are split anew for another TP; the files are those of the TP that wrote them.
+    # Loading splits weights for another TP size; the files are those of the TP size that wrote them.
     problems = set_problems(names, args.shape, found.layout.get("tp", args.model_parallel_size))
     if problems:
         yield f"{folder}: {first_problems(problems)}"
@@ -172,7 +172,7 @@ def _save_folder(args: NeoXArgs) -> Iterator[str]:
     save = Path(args.save)
     yield from _unwritable("save", save)
     parent = _existing(save)
-    # Not at the top: a run that saves nothing, and `--print-config`, start without the planner.
+    # Imported here, because a run that saves nothing, and `--print-config`, do not need the planner.
     from megatron.planner.cost.checkpoint_size import checkpoint_size
 
     needed = checkpoint_size(args.trained_shape, args.model_parallel_size, args.precision).total

@@ -29,8 +29,8 @@ class Screening:
     def meet(self) -> dict[Pair, float]:
         """Every node exchanges with two or three others; returns GB/s by pair of ranks on rank 0, {} on the others.
 
-        Done before any larger group communicates, so that for an unreachable node two ranks are named, not a group's
-        32.
+        Runs before any larger group communicates, so that an unreachable node is reported with two ranks, not with all
+        32 of a group.
         """
         return self._links("node to node", pairings.rounds_between(self.by_node))
 

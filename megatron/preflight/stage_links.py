@@ -1,7 +1,7 @@
 """Messages between neighboring stages of the pipeline, as the training sends them: which pairs, how large, how fast.
 
-Activations go one way and gradients the other at the same time. Under `engine: megatron` they travel over its own
-directed links, which are tried with it; under DeepSpeed over the world's group.
+Activations go one way and gradients the other at the same time. Under `engine: megatron` they use its own directed
+links, so these are checked as well; under DeepSpeed they use the world group.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _SHOWN = 8  # slow pairs that are named
 
 
 def stage_message_bytes(args: NeoXArgs) -> int:
-    """What a rank sends to the next stage for one micro-batch: its slice, or the share that DeepSpeed gives it; without
-    sequence parallelism megatron-core's ranks each send the whole hidden state."""
+    """Bytes that a rank sends to the next stage for one micro-batch: its slice of the sequence or, with DeepSpeed, its
+    share; without sequence parallelism every rank of megatron-core sends the whole hidden state."""
     width = 4 if args.precision == "fp32" else 2
     whole = (args.train_micro_batch_size_per_gpu or 1) * args.seq_length * args.hidden_size * width
     shared = args.sequence_parallel or args.engine == "deepspeed"
@@ -47,7 +47,7 @@ def stage_rounds(args: NeoXArgs) -> list[list[Pair]]:
 
 
 def _post(pair: Pair, rank: int, links: Links | None, sent: torch.Tensor, received: torch.Tensor) -> list[dist.Work]:
-    """Post what a rank of a pair sends and receives; RuntimeError if a link does not lead to the other."""
+    """Post the send and the receive of one rank of a pair; RuntimeError if a link does not lead to its partner."""
     forward = rank == pair[0]  # sends activations, receives gradients
     partner = pair[1] if forward else pair[0]
     if links is None:
@@ -79,14 +79,14 @@ def stage_link_rate(pair: Pair, rank: int, size: int, device: torch.device, link
         seconds.append(time.perf_counter() - started)
     wrong = int((received != expected).sum())
     if wrong:
-        raise RuntimeError(f"{wrong} of {expected.numel()} elements that rank {partner} sent arrived as something else")
+        raise RuntimeError(f"{wrong} of {expected.numel()} elements sent by rank {partner} arrived with wrong values")
     return size / min(seconds[1:])
 
 
 def stage_link_lines(
     rates: Mapping[Pair, float], size: int, roster: Roster, device: torch.device, over_links: bool
 ) -> list[str]:
-    """What is said of all pairs: spread, the slowest, and those far below the median. `rates` are bytes per second."""
+    """Report lines about all pairs: spread, slowest, and those far below the median. `rates` are bytes per second."""
     median = statistics.median(rates.values())
     ordered: Sequence[Pair] = sorted(rates, key=lambda pair: rates[pair])
 
@@ -102,7 +102,7 @@ def stage_link_lines(
     slow = [pair for pair in ordered if rates[pair] < LINK_SHARE[device.type] * median]
     lines += [f"slow link: {named(pair)}, {rates[pair] / median:.2f} of the median" for pair in slow[:_SHOWN]]
     if len(slow) > _SHOWN:
-        lines.append(f"and {len(slow) - _SHOWN} slow links more")
+        lines.append(f"and {len(slow) - _SHOWN} more slow links")
     return lines
 
 
@@ -128,7 +128,7 @@ def pair_communicator_bytes(rank: int, world_size: int, size: int, device: torch
 
 
 def communicator_line(taken: Sequence[int | None], links: int) -> str:
-    """`links` is how many such communicators a rank of the training has."""
+    """Report line about these communicators; `links` is how many of them a rank of the training has."""
     known = [one for one in taken if one is not None]
     if not known:
         return "a communicator of two ranks: takes no device memory on CPUs"

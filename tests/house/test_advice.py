@@ -76,7 +76,7 @@ ADVICE_TESTS = {
     "python deepy.py {} model.yml run.yml": "launcher/test_advice.py::test_files_are_given_to_deepy",
     "start it by python deepy.py, srun or to": "launcher/test_launcher.py::test_ranks_know_their_place",
     "submit it by: sbatch": "slurm/test_guide.py::test_commands_of_the_guide",
-    "or other sizes behind `--`": "launch/test_render.py::test_impossible_jobs_are_rejected",
+    "or other sizes after `--`": "launch/test_render.py::test_impossible_jobs_are_rejected",
     "give --account": "launch/test_render.py::test_the_longest_time_is_the_default",
     "--signal-seconds {}": "launch/test_render.py::test_impossible_jobs_are_rejected",
     "sbatch reads it from one line": "launch/test_render.py::test_impossible_jobs_are_rejected",

@@ -138,7 +138,7 @@ def run_files(folder: Path, nodes: int, ranks: int, **changes: object) -> list[s
         (92, "0-7", "a job of 92 nodes may take 6 hours"),
         (91, "121", "a job of 91 nodes may take 2 hours"),
         (1, "2:30:00", "a job of 1 nodes may take 2 hours"),
-        (9473, "1:00:00", "takes 9472 at most"),
+        (9473, "1:00:00", "allows at most 9472"),
     ],
 )
 def test_time_limits_of_frontier(
@@ -183,7 +183,7 @@ def test_times_are_read_as_slurm_reads_them(text: str, expected: int) -> None:
         (["generic_slurm"], "give --time HOURS:MINUTES:SECONDS"),
         (["generic_slurm", "--time=a day"], "--time a day: expected HOURS:MINUTES:SECONDS"),
         (["generic_slurm", "--time=11"], "leaves no time to train: the warning comes --signal-seconds 600"),
-        (["generic_slurm", "--time=60", "--nodes=3"], "--nodes is 3, the configuration is made for num_nodes 2"),
+        (["generic_slurm", "--time=60", "--nodes=3"], "--nodes is 3, but the configuration is for num_nodes 2"),
         (["generic_slurm", "--time=60", "--job-name=a\nb"], "--job-name is 'a\\nb': sbatch reads it from one line"),
         (["generic_slurm", "--time=60", "--env=A"], "--env A: expected NAME=VALUE"),
         (["generic_slurm", "--time=60", "--python=p", "--environment=e"], "give one of --environment, --python"),

@@ -140,7 +140,7 @@ def test_overrides_win_and_reach_into_mappings(tmp_path: Path) -> None:
         ({"rope_theta": 1.0, "xyzzy": 1}, "unknown key xyzzy; docs/configuration.md lists all keys"),
         ({"rope_scaling": {**ROPE, "fator": 8.0}}, r"unknown key rope_scaling\.fator; did you mean factor\?"),
         ({"train_data_paths": [{"path": "a", "reply": {"share": 0.2}}]}, r"reply; did you mean replay\?"),
-        ({"mcq": {"thinking": True}}, r"unknown key mcq\.thinking; thinking is a key of its own, which stands outside"),
+        ({"mcq": {"thinking": True}}, r"unknown key mcq\.thinking; thinking is a top-level key, not part of mcq"),
         ({"lr_overrides": [{"at": 3, "factor": 1.0}]}, r"unknown key lr_overrides\.0\.factor; .* has at, scale"),
         ({"bf16": {"enabled": True, "kind": "bfloat16"}}, r"unknown key bf16\.kind; bf16 has check_grad_overflow, en"),
         ({"rope_scaling": {**ROPE, "rope_type": "yarn"}}, "given 'yarn', but it should be 'llama3'"),

@@ -37,7 +37,7 @@ def test_the_scale_is_that_of_the_training_data_and_is_named(tmp_path: Path) -> 
 
 def test_a_header_of_text_has_no_scale(tmp_path: Path) -> None:
     prefix = header(tmp_path, {"tokenizer": {}})
-    with pytest.raises(ConfigError, match=r"galaxies\.json is no header of images"):
+    with pytest.raises(ConfigError, match=r"galaxies\.json is not a header of images"):
         NeoXArgs.from_dict(keys(**IMAGES | {"patches": {"size": 8}, "train_data_paths": [prefix]}))
 
 

@@ -160,7 +160,7 @@ def test_faster_layouts_in_the_same_memory_are_named_with_their_gain() -> None:
 def test_a_plan_with_sequence_parallelism_says_so() -> None:
     text = report.text(plan(sequence_parallel=True, checkpoint_activations=False))
     assert "bfloat16, nothing recomputed, sequence parallel\n" in text
-    assert re.search(r"collectives beside products could hide [45]\.\d% of the step; not taken off", text)
+    assert re.search(r"overlapping collectives with products could save [45]\.\d% of the step; not subtracted", text)
 
 
 def test_where_nothing_fits_the_search_is_pointed_to() -> None:
@@ -189,4 +189,4 @@ def test_saves_beside_training_cost_a_copy() -> None:
     assert 0.45e9 / 36e9 < beside.reliability.save_seconds < 0.75e9 / 36e9
     assert beside.reliability.lost_to_saves < waiting.reliability.lost_to_saves / 10
     assert beside.reliability.save_interval >= beside.time.checkpoint_seconds
-    assert "beside training, which waits 0.0" in report.text(beside)
+    assert "during training, which waits 0.0" in report.text(beside)

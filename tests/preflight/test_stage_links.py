@@ -83,7 +83,7 @@ def test_slow_pairs_are_named() -> None:
     ]
     for pair in list(rates)[100:120]:
         rates[pair] = 1e9
-    assert stage_link_lines(rates, 1, roster, torch.device("cuda", 0), True)[-1] == "and 13 slow links more"
+    assert stage_link_lines(rates, 1, roster, torch.device("cuda", 0), True)[-1] == "and 13 more slow links"
 
 
 @pytest.mark.unit
@@ -122,7 +122,7 @@ def test_messages_go_over_the_engines_links_or_the_world() -> None:
 
 @pytest.mark.distributed
 def test_a_message_that_arrives_changed_is_an_error() -> None:
-    with pytest.raises(RankFailure, match="1024 of 1024 elements that rank 1 sent arrived as something else"):
+    with pytest.raises(RankFailure, match="1024 of 1024 elements sent by rank 1 arrived with wrong values"):
         run_ranks(_exchange, 3, "changed")
 
 

@@ -3,8 +3,8 @@
 #
 #     cd PROJECT && bash CHECKOUT/launch/frontier/software/build.sh
 #
-# Run it on a login node, from a folder on Orion; some 20 minutes. Not built at the site yet: it follows OLCF's PyTorch
-# page of July 2026 (FPT) and was checked by shellcheck, and its pins by pip, elsewhere.
+# Run it on a login node, from a folder on Orion; it takes some 20 minutes. Not built at the site yet: it follows OLCF's
+# PyTorch page of July 2026 (FPT); shellcheck has checked it, and pip its pins, elsewhere.
 set -euo pipefail
 
 checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/../../.." && pwd)
@@ -12,14 +12,14 @@ recipe=$checkout/launch/frontier/software
 target=$PWD/software
 prefix=$target/environment
 
-# The modules of the job (../environment.sh), so that the kernels are built against the libraries that they run with, and
+# The job's modules (../environment.sh), so that the kernels are built against the libraries that they run with, and
 # miniforge for conda (FPT).
 module load PrgEnv-gnu/8.7.0 cpe/26.03 rocm/7.1.1 craype-accel-amd-gfx90a miniforge3
 
 mkdir -p "$target"
 conda create --yes --prefix "$prefix" --channel conda-forge --override-channels python=3.11 conda-pack pigz
 python=$prefix/bin/python
-# torch first, from PyTorch's own index for ROCm 7.1 (FPT). Everything after it is told by the constraint to leave it alone.
+# torch first, from PyTorch's own index for ROCm 7.1 (FPT). The constraints keep later packages from replacing it.
 "$python" -m pip install --no-cache-dir --index-url https://download.pytorch.org/whl/rocm7.1 torch==2.10.0
 grep -v '^torch==' "$checkout/constraints.txt" | cat - "$recipe/torch.txt" > "$target/constraints.txt"
 "$python" -m pip install --no-cache-dir --constraint "$target/constraints.txt" --requirement "$checkout/requirements.txt"
@@ -27,7 +27,7 @@ grep -v '^torch==' "$checkout/constraints.txt" | cat - "$recipe/torch.txt" > "$t
 # The kernels, into the checkout: a job copies its code to the nodes with them.
 (cd "$checkout" && NEOX_GPU_ARCHS=gfx90a "$python" setup.py build_ext --inplace)
 
-# What is there must be what was asked for.
+# Check that torch is the version that was asked for.
 "$python" - <<'PYTHON'
 import torch
 

@@ -1,1 +1,1 @@
-"""What ranks run: a file for each program, which deepy.py finds by name. The project's folder has a script for each."""
+"""The programs that ranks run, a file each, which deepy.py finds by name; the project's root has a script for each."""

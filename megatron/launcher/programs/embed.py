@@ -2,7 +2,7 @@
 
 import signal
 
-signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # Slurm's warning waits until somebody listens
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # Slurm's warning stays pending until it is handled
 
 from megatron.evaluation.embeddings.run import embed_texts  # noqa: E402
 from megatron.launcher.rank_main import run  # noqa: E402

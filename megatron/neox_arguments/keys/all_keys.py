@@ -41,8 +41,8 @@ from megatron.neox_arguments.keys.runtime import RuntimeKeys
 from megatron.neox_arguments.keys.survival import SurvivalKeys
 from megatron.neox_arguments.registry import Registry
 
-# Derivations run in this order: precision and batch sizes need the device and the number of ranks. Problems are
-# reported in it: what is wrong with the model or the ranks often explains the rest.
+# Derivations run in this order, since precision and batch sizes need the device and the number of ranks. Problems are
+# reported in the same order, since those of the model or the ranks often explain the rest.
 REGISTRY = Registry.joined(
     (
         model.registry,
@@ -124,7 +124,7 @@ class AllKeys(
 
     @cached_property
     def whole_shape(self) -> LlamaShape:
-        """The same with the adapter's tensors in addition to the base's."""
+        """`shape` with the adapter's tensors in addition to the base's."""
         if self.lora is None:
             return self.shape
         return adapted(self.shape, self.lora.rank, self.lora.projections)
@@ -142,5 +142,5 @@ class AllKeys(
 
     @property
     def vocabulary_is_known(self) -> bool:
-        """Whether `shape` is known here: a model of images needs no vocabulary size."""
+        """Whether `shape` is known here; an image model needs no vocabulary size."""
         return self.vocab_size is not None or self.patches is not None

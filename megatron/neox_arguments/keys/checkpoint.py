@@ -1,4 +1,4 @@
-"""Keys of checkpoints and their rules: where from, where to, how often, how many."""
+"""Keys of checkpoints and their rules: what to load, where to save, how often, how many to keep."""
 
 from __future__ import annotations
 

@@ -206,14 +206,13 @@ def vocabulary_has_a_source(args: AllKeys) -> str | None:
         return None
     return (
         "the vocabulary size is unknown: give vocab_file with tokenizer_type, to take it from the tokenizer, or "
-        "vocab_size "
-        "as in the Hugging Face config"
+        "vocab_size as in the Hugging Face config"
     )
 
 
 @registry.rule("train")
 def order_of_gpt_neox_is_of_packed_sources(args: AllKeys) -> str | None:
-    """Where it is not defined: the order depends on the length of the run, and does not support replay."""
+    """GPT-NeoX's order depends on the length of the run, and is not defined for replay."""
     if args.data_order == "own":
         return None
     replayed = any(not isinstance(path, str) and path.replay for path in args.train_data_paths or [])

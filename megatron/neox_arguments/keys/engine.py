@@ -27,9 +27,8 @@ class EngineKeys(Keys):
     )
     virtual_pipe_parallel_size: int = key(
         1,
-        "With engine: megatron, the number of runs of layers on each pipeline rank; more of them fill the "
-        "pipeline faster "
-        "but send more messages. Above 1, gradient_accumulation_steps must be a multiple of pipe_parallel_size.",
+        "With engine: megatron, the number of runs of layers on each pipeline rank; more of them fill the pipeline "
+        "faster but send more messages. Above 1, gradient_accumulation_steps must be a multiple of pipe_parallel_size.",
         ours=True,
         gt=0,
     )

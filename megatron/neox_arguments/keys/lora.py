@@ -115,7 +115,7 @@ def what_the_adapter_says(args: LoraKeys, world_size: int | None) -> Derived:
             if value is not None and value != known[name]:
                 raise ConfigError(
                     f"lora.{name} is {value}, but the adapter in lora.load ({folder}) has {known[name]}; leave "
-                    f"{name} out, or train an adapter of your own without lora.load"
+                    f"{name} out, or train a new adapter without lora.load"
                 )
         notes = (f"lora: {folder} says rank {stored.rank}, alpha {stored.alpha:g}, {', '.join(stored.targets)}",)
     missing = [name for name in ("rank", "alpha") if given[name] is None and name not in known]
@@ -162,7 +162,7 @@ def evaluated_adapters_are_given(args: LoraKeys) -> str | None:
 
 @registry.rule("train")
 def every_stage_has_an_adapter(args: AllKeys) -> str | None:
-    """DeepSpeed refuses a stage without a trainable parameter, and the other stages wait for it."""
+    """DeepSpeed fails on a stage without a trainable parameter, while the other stages wait for it."""
     if args.lora is None or args.pipe_parallel_size == 1 or args.pipe_partition_method.startswith("type:"):
         return None
     return (

@@ -1,7 +1,7 @@
 """Keys of the model and their rules.
 
-What makes a model a Llama (norm, activation, positions, biases) must be written, because GPT-NeoX's defaults build
-another model. For sizes and constants that differ between Llamas, GPT-NeoX's default holds and a note names it.
+What makes a model a Llama (norm, activation, positions, biases) must be given, because GPT-NeoX's defaults build a
+different model. Other sizes and constants that differ between Llamas have GPT-NeoX's defaults, and a note names them.
 """
 
 from __future__ import annotations
@@ -48,9 +48,8 @@ class ModelKeys(Keys):
     )
     intermediate_size: int = derived(
         "expansion_factor x hidden_size, else 4 x hidden_size, as in GPT-NeoX",
-        "MLP width, read according to intermediate_size_convention; its final value is the true width, as in "
-        "the Hugging "
-        "Face config (8B: 14336, 70B: 28672).",
+        "MLP width, read according to intermediate_size_convention; its final value is the true width, as in the "
+        "Hugging Face config (8B: 14336, 70B: 28672).",
         gt=0,
     )
     expansion_factor: float | None = key(None, "intermediate_size as a multiple of hidden_size.", gt=0)
@@ -82,9 +81,8 @@ class ModelKeys(Keys):
     )
     hf_rounding: bool = key(
         False,
-        "Round the normalized activations before multiplying by the weight, as transformers does, instead of "
-        "once at the "
-        "end. For bit-for-bit comparisons in 16 bits.",
+        "Round the normalized activations before multiplying by the weight, as transformers does, instead of once at "
+        "the end. For bit-for-bit comparisons in 16 bits.",
         ours=True,
     )
     rotary_emb_base: float = derived("10000, as in GPT-NeoX", "Rotary theta. Llama-3: 500000; Llama-2: 10000.", gt=0)

@@ -105,9 +105,8 @@ class OptimizationKeys(Keys):
     )
     lr_wsd_decay_style: Literal["linear", "cosine", "exponential", "minus_sqrt"] = key(
         "linear",
-        "wsd: shape of the cooldown from peak to min_lr, x being the fraction completed. exponential is 2 x "
-        "0.5^x - 1, minus_sqrt is "
-        "1 - sqrt(x).",
+        "wsd: shape of the cooldown from peak to min_lr, x being the fraction completed. exponential is 2 x 0.5^x - 1, "
+        "minus_sqrt is 1 - sqrt(x).",
         ours=True,
     )
     lr_restart_iter: int = key(
@@ -134,9 +133,9 @@ class OptimizationKeys(Keys):
     )
     recompute_layers: int | None = key(
         None,
-        "With checkpoint_activations, the number of decoder layers at the start of each stage that are "
-        "recomputed; all if "
-        "not given. Each layer fewer saves its forward pass but stores its activations; --dry-run shows how many fit.",
+        "With checkpoint_activations, the number of decoder layers at the start of each stage that are recomputed; all "
+        "if not given. Each layer fewer saves its forward pass but stores its activations; --dry-run shows how many "
+        "fit.",
         ours=True,
         gt=0,
     )
@@ -199,8 +198,8 @@ def _unfit_replicas(batch: int, micro: int, data: int) -> str:
     nearest = max(1, round(batch / (micro * data))) * micro * data
     return (
         f"train_batch_size {batch} is not a multiple of micro-batch {micro} x data_parallel_size {data} = "
-        f"{micro * data}; {nearest} is. To keep the batch, change "
-        f"the number of ranks, pipe_parallel_size or model_parallel_size so that data_parallel_size is {sizes}"
+        f"{micro * data}; {nearest} is. To keep the batch, change the number of ranks, pipe_parallel_size or "
+        f"model_parallel_size so that data_parallel_size is {sizes}"
     )
 
 
@@ -304,9 +303,8 @@ def recomputation_is_of_layers(args: AllKeys) -> str | None:
         return None
     if not args.checkpoint_activations:
         return (
-            f"recompute_layers {args.recompute_layers} without checkpoint_activations: true, which turns "
-            f"recomputation on; "
-            f"give both, or neither to store everything"
+            f"recompute_layers {args.recompute_layers} without checkpoint_activations: true, which turns recomputation "
+            f"on; give both, or neither to store everything"
         )
     most = -(-args.num_layers // args.pipe_parallel_size)
     if args.recompute_layers <= most:

@@ -1,4 +1,4 @@
-"""Keys of a model of image patches, and what they exclude: a run is one of text or one of images."""
+"""Keys of image models, and the keys of text that they exclude: a run is on images or on text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 registry = Registry()
 
-# Keys that speak of tokens, documents or conversations.
+# Keys that are about tokens, documents or conversations.
 TEXT_KEYS = (
     "vocab_size",
     "make_vocab_size_divisible_by",
@@ -109,7 +109,7 @@ class ModalityKeys(Keys):
 
     @property
     def loss_name(self) -> str:
-        """GPT-NeoX's name of the loss in log files and curves, or that of images."""
+        """Name of the loss in log files and curves; GPT-NeoX's for text."""
         return "huber_loss" if self.reads_images else "lm_loss"
 
     @property
@@ -135,7 +135,7 @@ def scale_of_the_images(args: AllKeys, world_size: int | None) -> Derived:
         mean, std = [float(value) for value in images["mean"]], [float(value) for value in images["std"]]
     except (ValueError, KeyError, TypeError):
         raise ConfigError(
-            f"{path} is no header of images, which says their mean and standard deviation; make the data with "
+            f"{path} is not a header of images, with their mean and standard deviation; make the data with "
             f"tools/datasets/preprocess_images.py"
         ) from None
     note = f"patches.mean {_shown(mean)} and patches.std {_shown(std)}: those of the training data, from {path}"

@@ -41,9 +41,8 @@ class DataTypes(Keys):
 class PrecisionKeys(Keys):
     precision: Literal["auto", "fp32", "bfloat16", "fp16"] = derived(
         "that of the enabled mapping, else fp32",
-        "fp32 and bfloat16 are supported everywhere, fp16 on GPUs. auto picks bfloat16 where the device "
-        "supports it natively "
-        "and fp32 on a CPU that would emulate it.",
+        "fp32 and bfloat16 are supported everywhere, fp16 on GPUs. auto picks bfloat16 where the device supports it "
+        "natively and fp32 on a CPU that would emulate it.",
     )
     bf16: Bf16 | None = key(None, "DeepSpeed's bf16 mapping.")
     fp16: Fp16 | None = key(None, "DeepSpeed's fp16 mapping: the loss scaling of precision: fp16.")

@@ -1,7 +1,7 @@
 """Bytes of one micro-batch on one rank: what a decoder layer stores, and what its backward pass needs in addition.
 
-Follows the modules of `megatron.model.llama` tensor by tensor. T = sequence x micro-batch tokens; t tensor-parallel
-ranks; h, f, V as in the model; kv = key/value heads x head_dim. Elements per token that autograd keeps of a layer:
+Follows the modules of `megatron.model.llama` tensor by tensor. h = hidden_size, f = intermediate_size, kv = key/value
+heads x head_dim, t = tensor-parallel ranks. Elements per token that autograd keeps of a layer:
 
     2h               outputs of the two norms, inputs of the column-parallel matrices
     h                the residual sum between attention and MLP
@@ -10,13 +10,13 @@ ranks; h, f, V as in the model; kv = key/value heads x head_dim. Elements per to
     h / t            attention's output
     3f / t           up and gate, and their product
 
-and 2h more with the layer's input, which is all that full recomputation keeps. Selective recomputation keeps the input,
-the residual sum and what the first product of each block gives: norms, attention and SwiGLU are computed again, no
-product is. Sequence parallelism divides by t what stands without it: a column-parallel matrix keeps its slice of the
+and h for the layer's input, which is all that full recomputation keeps. Selective recomputation keeps the input, the
+residual sum and the outputs of the two fused projections: it recomputes norms, attention and SwiGLU, but no matrix
+product. Sequence parallelism divides the terms without t by t as well: a column-parallel matrix keeps its slice of the
 input and gathers it again.
 
-With an adapter, a frozen matrix keeps no input; its A keeps it instead, if it has one. For each fused matrix with n
-adapted projections, n r elements are kept between A and B, and a copy of their A's, which are multiplied as one.
+With LoRA, a frozen matrix does not keep its input; its A does, if it has one. For each fused matrix with n adapted
+projections of rank r, n r elements per token are kept between A and B, and a copy of the A's, which are applied as one.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ fp32 temporaries as large as their input; or the references on a CPU, in blocks 
 
 @dataclass(frozen=True)
 class PatchEnds:
-    """Bytes at the ends of a model of images, one micro-batch and tensor-parallel rank; patches are bytes.
+    """Bytes at the two ends of an image model, for one micro-batch and tensor-parallel rank; patches are uint8.
 
-    P values of a patch, E = 4h / t of the tokenizer's MLP: the embedding keeps its scaled input (P) and, as an MLP,
-    what goes into and out of GELU (2E); the head the latter, its prediction (P), and in fp32 the sides of the loss.
+    With P values per patch and a tokenizer MLP of width E = 4h / t, the embedding keeps its scaled input (P) and, if it
+    is an MLP, GELU's input and output (2E). The head keeps 2E, its prediction (P) and the loss's operands in fp32.
     """
 
     embedding: int  # kept until the embedding's backward pass
     embedding_backward: int
     head: int  # kept until the loss is differentiated
-    prediction: int  # which DeepSpeed's engine keeps
-    loss: int  # temporaries in addition to them
+    prediction: int  # kept by DeepSpeed's engine
+    loss: int  # temporaries in addition
     targets: int
 
     @classmethod
@@ -56,7 +56,7 @@ class PatchEnds:
         slices = layout.tensor if layout.sequence_parallel else 1
         values = tokens * shape.patch_values
         inner = 0 if shape.tokenizer == "affine" else tokens * shape.patch_hidden_size // layout.tensor * element
-        own = values // slices  # of the sequence whose loss this rank computes
+        own = values // slices  # of the part of the sequence whose loss this rank computes
         upcast = element < FP32
         return cls(
             embedding=values * element + 2 * inner,
@@ -87,14 +87,14 @@ class Activations:
     norm_temporaries: int
     loss_temporaries: int
     sliced: bool  # sequence parallelism
-    several: bool  # sequences in a micro-batch: [s, b, h] <-> [b, s, h] then needs copies
+    several: bool  # more than one sequence per micro-batch: [s, b, h] <-> [b, s, h] then needs copies
     documents: bool
     on_host: bool  # a CPU's memory
     frozen: bool  # an adapter is trained on frozen weights
-    adapters: int  # elements its factors keep for a layer
-    unread: int  # part of what is kept without an adapter: inputs of matrices that have none
-    joined: int  # products of the adapters of up and gate, which are joined to be added
-    ends: PatchEnds | None = None  # for a model of images
+    adapters: int  # kept by a layer's adapters
+    unread: int  # inputs that are not kept, because their matrix is frozen and has no adapter
+    joined: int  # outputs of the up and gate adapters, concatenated to be added
+    ends: PatchEnds | None = None  # for an image model
 
     @classmethod
     def of(
@@ -127,7 +127,7 @@ class Activations:
             # fp32 copies of up, gate, dout, of both gradients, and one product; or the product alone
             swiglu_temporaries=block(f // t) * FP32 * (6 if upcast else 1),
             norm_temporaries=block(h) * FP32 * (3 if upcast else 0),
-            # the softmax, and an fp32 copy of what it is taken of
+            # the softmax, and an fp32 copy of its input
             loss_temporaries=block(vocabulary) * FP32 * (2 if upcast else 1),
             sliced=layout.sequence_parallel and t > 1,
             several=layout.micro_batch > 1,
@@ -145,7 +145,7 @@ class Activations:
         """What autograd keeps of a decoder layer besides its input."""
         norms = 3 * self.hidden + 2 * self.inverse_rms
         attention = self.qkv + self.rotated + self.context + self.log_sum_exp
-        if self.documents:  # one output per document, joined to one
+        if self.documents:  # one output per document, concatenated
             attention += self.context
         return norms + attention + self.up_gate + self.product + self.adapters - self.unread
 
@@ -159,35 +159,35 @@ class Activations:
 
     @property
     def layer_forward(self) -> int:
-        """Most bytes beyond what is stored when the last layer of a frozen base adds the products of its adapters,
-        which are held one by one and joined, beside attention's output. Without an adapter a backward pass needs more.
-        """
+        """Peak bytes beyond what is stored when the last layer of a frozen base adds the outputs of its up and gate
+        adapters: each of them and their concatenation, next to attention's output. Otherwise a backward pass needs
+        more."""
         return 2 * self.joined + self.hidden - self.product if self.joined else 0
 
     @property
     def column_backward(self) -> int:
-        """What a column-parallel matrix needs for the gradient of its input: that, and with sequence parallelism the
-        gathered input and its gradient. gloo works on a copy of what it scatters."""
+        """Bytes that a column-parallel matrix needs for its input gradient: the gradient itself and, with sequence
+        parallelism, the gathered input and its gradient, of which gloo scatters a copy."""
         if not self.sliced:
             return self.gathered
         return self.hidden + self.gathered * (3 if self.on_host else 2)
 
     def layer_backward(self, recompute: Recompute, first_matrix: int, second_matrix: int, incoming: int) -> int:
-        """Most bytes beyond what is stored while one layer is differentiated.
+        """Peak bytes beyond what is stored during the backward pass of one layer.
 
         `first_matrix` and `second_matrix` are the bytes of the MLP's weight gradients, `incoming` those of the
         gradient of the layer's output and its copies.
         """
-        # Under selective recomputation one product's input at a time, beside what it was computed from.
+        # Selective recomputation holds one product's input at a time, next to what it is computed from.
         selective = max(2 * self.product, self.rotated + 2 * self.context + self.log_sum_exp)
         again = {"none": 0, "selective": selective, "full": self.inside_layer + self.hidden}[recompute]
         # Sequence parallelism: the gathered gradient of a row-parallel matrix's output.
         of_row = self.gathered if self.sliced else 0
-        # An adapter's gradient of its input is added to that of the matrix beside it.
+        # An adapter's input gradient is added to that of its frozen matrix: both exist at once.
         twice = 2 if self.frozen else 1
         moments = (
             of_row + twice * self.product + second_matrix,  # gradient of the product, and of the MLP's second matrix
-            self.up_gate + self.swiglu_temporaries,  # the product is free, its gradient and that of up and gate alive
+            self.up_gate + self.swiglu_temporaries,  # the product is freed; its gradient and those of up and gate live
             self.column_backward + self.hidden * (twice - 1) + first_matrix - self.product,
             self.hidden + self.norm_temporaries - self.product - self.up_gate,
         )
@@ -195,7 +195,7 @@ class Activations:
 
 
 def _factors_by_matrix(shape: LlamaShape, tensor: int) -> dict[str, tuple[int, int]]:
-    """By fused matrix that has adapters: (ranks of its projections' adapters together, elements of their A's)."""
+    """For each fused matrix with adapters: (sum of their ranks, elements of their A's)."""
     found: dict[str, tuple[int, int]] = {}
     for row in trained_rows(shape) if shape.frozen_base else ():
         fused, _, factor, _ = row.neox.rsplit(".", 3)
@@ -207,9 +207,9 @@ def _factors_by_matrix(shape: LlamaShape, tensor: int) -> dict[str, tuple[int, i
 
 
 def _kept_by_adapters(shape: LlamaShape, layout: ParallelLayout, tokens: int) -> int:
-    """Elements that the factors of a layer keep: what lies between A and B, and the A's side by side.
+    """Elements that a layer's adapters keep: the activations between A and B, and the concatenated A's.
 
-    Behind a row-parallel matrix it is the slice of the sequence that sequence parallelism leaves.
+    With sequence parallelism the activations of row-parallel matrices are slices of the sequence.
     """
     total = 0
     for fused, (ranks, elements) in _factors_by_matrix(shape, layout.tensor).items():
@@ -219,9 +219,9 @@ def _kept_by_adapters(shape: LlamaShape, layout: ParallelLayout, tokens: int) ->
 
 
 def _unread(shape: LlamaShape, layout: ParallelLayout, tokens: int) -> int:
-    """Elements of inputs that no matrix keeps, because it is frozen and has no adapter.
+    """Elements of inputs that are not kept because their matrix is frozen and has no adapter.
 
-    With sequence parallelism column-parallel matrices keep their slices all the same; attention keeps its output.
+    With sequence parallelism column-parallel matrices keep their slices anyway; attention keeps its own output.
     """
     if not shape.frozen_base:
         return 0

@@ -23,7 +23,7 @@ _STATE_BYTES = 3 * 4  # of one element
 
 
 def checkpoint_size(shape: LlamaShape, tp: int, precision: str) -> CheckpointSize:
-    """Size of a checkpoint, which pipeline and data-parallel sizes do not change."""
+    """Size of a checkpoint, which does not depend on the pipeline and data-parallel sizes."""
     one_rank = sum(prod(rank_shape(row, shape, tp)) for _, _, rows in layer_files(shape) for row in rows)
     # An adapter is one file, which contains each tensor once.
     stored = shape.num_parameters if shape.frozen_base else tp * one_rank

@@ -36,7 +36,7 @@ class Seconds:
 
 
 def gemm_seconds(m: int, k: int, n: int, machine: Machine) -> float:
-    """[m, k] x [k, n]: arithmetic at the kernels' rate, and the memory traffic of the operands."""
+    """Time of [m, k] x [k, n]: arithmetic at the kernels' rate, plus the memory traffic of operands and result."""
     arithmetic = 2.0 * m * k * n / machine.gemm_flops
     traffic = BF16 * (m * k + k * n + m * n) / machine.hbm_rate
     return (arithmetic + traffic) / machine.sustained
@@ -51,7 +51,7 @@ def linear_seconds(tokens: int, features_in: int, features_out: int, machine: Ma
 
 
 def frozen_linear_seconds(tokens: int, features_in: int, features_out: int, machine: Machine) -> tuple[float, float]:
-    """The same for a frozen matrix, which has no weight gradient."""
+    """(forward, backward) of one frozen matrix, which has no weight gradient."""
     forward = gemm_seconds(tokens, features_in, features_out, machine)
     return forward, gemm_seconds(tokens, features_out, features_in, machine)
 
@@ -91,7 +91,7 @@ def layer_matrices(shape: LlamaShape, tensor: int) -> list[tuple[int, int]]:
 
 
 def patch_matrices(shape: PatchShape, tensor: int) -> list[tuple[int, int]]:
-    """(in, out) features of a rank's matrices at the end of a model of images; the embedding's are these transposed."""
+    """(in, out) features of a rank's matrices in the head of an image model; the embedding's are transposed."""
     h, values = shape.hidden_size, shape.patch_values
     if shape.tokenizer == "affine":
         return [(h, values)]
@@ -134,17 +134,17 @@ def layer_seconds(
 
 
 def memory_bound_bytes(shape: LlamaShape, layout: ParallelLayout, tokens: int) -> tuple[float, float]:
-    """(forward, backward) bytes of the operations of a layer that only move data.
+    """(forward, backward) bytes moved by the memory-bound operations of a layer.
 
-    Counted with the fused operations of `megatron/ops`: norm (read x, write y), residual addition and norm in one,
-    the second addition, rotary embedding of q and k, SwiGLU. Sequence parallelism divides what lies outside the
+    Counts the fused operations of `megatron/ops`: norm (read x, write y), residual addition fused with the other norm,
+    the second addition, rotary embedding of q and k, SwiGLU. Sequence parallelism divides those outside the
     tensor-parallel region.
     """
     h, f, kv = shape.hidden_size, shape.intermediate_size, shape.num_kv_heads * shape.head_dim
     outside = layout.tensor if layout.sequence_parallel else 1
     rotary = 2 * (h + kv) / layout.tensor
     forward = (2 + 4 + 3) * h / outside + rotary + 3 * f / layout.tensor
-    # norm: x, dy, dx, and the residual's gradient added; once more for the second; SwiGLU: gate, up, dy and two out
+    # each norm: x, dy, dx and the residual's gradient, which is added; SwiGLU: gate, up and dy in, two gradients out
     backward = (4 + 4) * h / outside + rotary + 5 * f / layout.tensor
     return BF16 * tokens * forward, BF16 * tokens * backward
 
@@ -164,7 +164,7 @@ def head_seconds(shape: LlamaShape, layout: ParallelLayout, seq_length: int, mac
 
 
 def embedding_seconds(shape: LlamaShape, layout: ParallelLayout, seq_length: int, machine: Machine) -> Seconds:
-    """Rows gathered, and in the backward added into a gradient of the matrix's size."""
+    """Embedding of one micro-batch: gathers rows, and in the backward pass adds them into a whole matrix's gradient."""
     tokens = layout.micro_batch * seq_length
     if isinstance(shape, PatchShape):
         return _patch_seconds(shape, layout, tokens, machine)
@@ -174,8 +174,8 @@ def embedding_seconds(shape: LlamaShape, layout: ParallelLayout, seq_length: int
 
 
 def _patch_seconds(shape: PatchShape, layout: ParallelLayout, tokens: int, machine: Machine) -> Seconds:
-    """One end of a model of images, forward and backward: its matrices, and what is scaled, compared and passed through
-    GELU in fp32, about twelve times the values of a patch."""
+    """One end of an image model, forward and backward: its matrix products, and the fp32 traffic of scaling, loss and
+    GELU, about twelve times the values of a patch."""
     gemm = sum(sum(linear_seconds(tokens, i, o, machine)) for i, o in patch_matrices(shape, layout.tensor))
     moved = FP32 * 12.0 * tokens * shape.patch_values
     return Seconds(gemm=gemm, memory_bound=moved / machine.hbm_rate / machine.sustained)

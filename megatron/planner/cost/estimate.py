@@ -2,10 +2,10 @@
 
     estimate(shape, layout, seq_length, machine) -> Estimate
 
-Pure arithmetic on the model's sizes (`compute`), on who sends what to whom (`traffic`) and on one machine's constants
-(`machines`); no torch. Assumptions: bf16, 1F1B; no overlapped communication in DeepSpeed's pipeline engine, except for
-tensor-parallel collectives during a product (`hideable_seconds`), and in megatron-core's as described in
-`pipeline_time`. For what it does not model see `docs/planning.md`.
+Pure arithmetic on the model's sizes (`compute`), on the communication between ranks (`traffic`) and on one machine's
+constants (`machines`); no torch. Assumes bf16 and 1F1B. DeepSpeed's pipeline engine overlaps no communication except
+tensor-parallel collectives during a matrix product (`hideable_seconds`), megatron-core's as described in
+`pipeline_time`. For what is not modeled see `docs/planning.md`.
 """
 
 from __future__ import annotations
@@ -92,8 +92,8 @@ class Estimate:
 
     @property
     def hideable_seconds(self) -> float:
-        """What a step would gain if every collective launched during a product were hidden by it without slowing it
-        down. Not subtracted: a collective takes compute units from the product, and how many is unknown."""
+        """Seconds that a step would save if every collective launched during a product were hidden by it without
+        slowing it down. Not subtracted: a collective takes an unknown number of compute units from the product."""
         return self.slowest.hideable * self.layout.num_micro_batches * self.waiting
 
     @property
@@ -216,12 +216,14 @@ def _stages(
     hideable = _hideable_seconds(shape, layout, seq_length, machine, rate)
     message = traffic.message_bytes(shape, layout, seq_length)
     trained = compute.TrainedElements.of(shape, layout.tensor)
+    # One decoder layer that is recomputed, and one that is not although full recomputation is on.
     stored = replace(layout, recompute="none") if layout.recompute == "full" else layout
     again, once = (_layer(shape, kind, seq_length, machine) for kind in (layout, stored))
 
     @cache  # most chunks are alike
     def chunk(layers: int, twice: int, first: bool, last: bool) -> tuple[ChunkTime, Seconds, float]:
-        """Its time, and of that computation and tensor-parallel traffic."""
+        """Time of a chunk that recomputes `twice` of its layers, and of that its computation and its tensor-parallel
+        communication."""
         passes = again.times(twice) + once.times(layers - twice)
         if first or last:
             passes += _ends(shape, layout, seq_length, machine, first, last)
@@ -235,6 +237,7 @@ def _stages(
         time = ChunkTime(parameters, passes.forward.total + forward, passes.backward.total + backward + accumulation)
         return time, passes.forward + passes.backward, forward + backward
 
+    # Each stage is the sum of its chunks; its first layers are the recomputed ones.
     stages, chunks = [], [ChunkTime(0.0, 0.0, 0.0)] * len(dealt)
     for stage in range(layout.pipe):
         own = range(stage, len(dealt), layout.pipe)
@@ -250,7 +253,7 @@ def _stages(
         messages = 0.0
         if layout.virtual_stages == 1:
             boundaries = [stage - 1] * (stage > 0) + [stage] * (stage < layout.pipe - 1)
-            # activations one way, gradients the other
+            # an activation one way and a gradient the other
             messages = sum(2 * message / traffic.boundary_rate(b, layout, machine) for b in boundaries)
             messages += traffic.message_gathers(layout, stage == 0, stage == layout.pipe - 1) * half / rate
         parameters = sum(chunks[number].parameters for number in own)
@@ -270,7 +273,7 @@ def _stages(
 
 @dataclass(frozen=True)
 class _Passes:
-    """A micro-batch's pass through layers: computation, and half-collectives of tensor-parallel ranks."""
+    """Both passes of a micro-batch through layers: computation, and half-collectives of tensor-parallel ranks."""
 
     forward: Seconds
     backward: Seconds
@@ -308,7 +311,7 @@ def _ends(
         one = compute.embedding_seconds(shape, layout, seq_length, machine) * 0.5
         halves = traffic.end_collectives(layout, True, False)
         found += _Passes(one, one, halves // 2, halves - halves // 2)
-    if last:  # a product forwards, two backwards
+    if last:  # one product in the forward pass, two in the backward pass
         one = compute.head_seconds(shape, layout, seq_length, machine)
         halves = traffic.end_collectives(layout, False, True)
         before = int(layout.sequence_parallel and layout.tensor > 1)  # its input is gathered
@@ -319,9 +322,10 @@ def _ends(
 def _hideable_seconds(
     shape: LlamaShape, layout: ParallelLayout, seq_length: int, machine: Machine, rate: float
 ) -> float:
-    """The part of a layer's tensor-parallel time, for one micro-batch, that products beside it are long enough to hide.
+    """The part of a layer's tensor-parallel time in one micro-batch that concurrent products are long enough to hide.
 
-    Those products give the gradients of both column-parallel matrices; with sequence parallelism of their inputs too.
+    These products are the weight gradients of both column-parallel matrices and, with sequence parallelism, also their
+    input gradients.
     """
     tokens = layout.micro_batch * seq_length
     products = []
@@ -334,19 +338,19 @@ def _hideable_seconds(
 
 
 def _accumulation_seconds(parameters: float, layout: ParallelLayout, machine: Machine) -> float:
-    """The time for a micro-batch's gradients beyond their products.
+    """The time to accumulate a micro-batch's gradients.
 
-    `BF16_Optimizer` zeroes the bf16 ones, converts them (2 read, 4 written) and adds them to the fp32 ones (8 read, 4
-    written); megatron-core adds them as they come (6 read, 4 written).
+    In bytes per parameter, `BF16_Optimizer` zeroes the bf16 gradients (2), converts them (2 read, 4 written) and adds
+    them to the fp32 gradients (8 read, 4 written); megatron-core adds them as they arrive (6 read, 4 written).
     """
     moved = 10 if layout.engine == "megatron" else 2 + 6 + 12
     return parameters * moved / machine.hbm_rate / machine.sustained
 
 
 def _optimizer_seconds(parameters: float, layout: ParallelLayout, machine: Machine) -> float:
-    """Norm (4) and clipping (8) of fp32 gradients, of all of them or, behind a reduce-scatter, of this rank's share;
-    zeroing (4) of all; AdamW on the share: gradient, master and moments read, all but the gradient written, and the
-    bf16 copy."""
+    """The time of the optimizer step. Bytes per parameter: norm (4) and clipping (8) of all fp32 gradients or, after a
+    reduce-scatter, of this rank's share; zeroing all of them (4); AdamW on the share: gradient, master and moments read
+    (16), all but the gradient written (12), and the bf16 copy (2)."""
     of_all, of_share = (4, 4 + 8) if layout.engine == "megatron" else (4 + 8 + 4, 0)
     moved = parameters * of_all + parameters / layout.data * (of_share + 16 + 12 + 2)
     return moved / machine.hbm_rate / machine.sustained

@@ -35,8 +35,8 @@ def pass_order(pipe: int, virtual: int, num_micro_batches: int, rank: int) -> li
     """What a rank of the pipeline computes in one step.
 
     Micro-batches go through the chunks in groups of `pipe` (Narayanan et al. 2021, section 2.2): a group through
-    chunk 0, the same through chunk 1, and so on. After its warm-up a rank alternates one forward with one backward
-    pass, then finishes the backward passes. With virtual stages a rank warms up by two passes for each rank behind it
+    chunk 0, the same group through chunk 1, and so on. After its warm-up a rank alternates one forward with one
+    backward pass, then finishes the backward passes. With virtual stages the warm-up is two passes for each later rank
     and one group for each chunk but the last.
     """
     groups = range(0, num_micro_batches, pipe if virtual > 1 else num_micro_batches)
@@ -57,8 +57,8 @@ def pass_order(pipe: int, virtual: int, num_micro_batches: int, rank: int) -> li
 
 
 class Step(NamedTuple):
-    """A pass in an order in which all ranks' passes can be executed; `before` is the place in that order of the pass
-    whose message it needs, -1 where it needs none."""
+    """A pass in an executable order of all ranks' passes; `before` is the index in that order of the pass whose message
+    it needs, -1 if it needs none."""
 
     rank: int
     work: ChunkPass
@@ -66,7 +66,7 @@ class Step(NamedTuple):
 
 
 def dependencies(orders: Sequence[Sequence[ChunkPass]], virtual: int) -> list[Step]:
-    """All ranks' passes, each after those that it needs.
+    """All ranks' passes in an executable order, each after those it needs.
 
     Raises ScheduleError if ranks wait for each other, or if the two ends of a link disagree about its next message.
     """
@@ -131,21 +131,20 @@ def _check_links(orders: Sequence[Sequence[ChunkPass]], virtual: int) -> None:
 
 
 class _Row(NamedTuple):
-    """A `Step` in a form suited to a loop over thousands of them: indices of the virtual stage and of links, -1 for
-    none."""
+    """A `Step` for a fast loop over thousands of them: indices of the virtual stage and of the link, -1 for none."""
 
     rank: int
     stage: int
     back: bool
     before: int
-    link: int  # the sender's rank forwards, p more backwards
+    link: int  # the sender's rank for activations, p more for gradients
 
 
 @dataclass(frozen=True)
 class _Program:
     steps: list[Step]
     rows: list[_Row]
-    last: list[list[int]]  # of each rank and chunk the place of its last backward pass
+    last: list[list[int]]  # [rank][chunk]: index of the last backward pass
 
 
 @lru_cache(maxsize=256)
@@ -168,7 +167,7 @@ class Simulation:
 
     seconds: float  # to the end of the last pass
     busy: tuple[float, ...]  # of each rank, computing
-    left: tuple[tuple[float, ...], ...]  # of each rank and chunk: from its last backward pass to `seconds`
+    left: tuple[tuple[float, ...], ...]  # [rank][chunk]: from its last backward pass to `seconds`
 
     @property
     def idle(self) -> float:
@@ -190,14 +189,14 @@ def simulate(
     message: Sequence[float] | float = 0.0,
     ready: Sequence[Sequence[float]] | None = None,
 ) -> Simulation:
-    """The step's time; `forward` and `backward` are seconds of one micro-batch by virtual stage.
+    """Simulate one step; `forward` and `backward` are seconds of one micro-batch by virtual stage.
 
-    `message` is the seconds of one message from each rank to the next, the last one's to the first among them, and as
-    many back for its gradient; messages of one link follow each other, computation goes on beside them. `ready` says
-    when the weights of a rank's chunk are there.
+    `message` is the seconds of one message from each rank to the next, from the last to the first included; its
+    gradient takes as long back. Messages on one link are serialized and overlap with computation. `ready[rank][chunk]`
+    is when the chunk's weights have arrived.
 
-    Of a step of more than 4p micro-batches the first 4p are simulated: each further group of p takes as long as the
-    fourth.
+    With virtual stages and more than 4p micro-batches, whole groups of p beyond the first 4p are not simulated: each
+    takes as long as the last simulated one.
     """
     further = 0
     if virtual > 1 and num_micro_batches > 4 * pipe:
@@ -226,7 +225,7 @@ def timeline(
     message: Sequence[float] | float = 0.0,
     ready: Sequence[Sequence[float]] | None = None,
 ) -> list[Work]:
-    """All passes of a step, each after those that it needs; arguments as for `simulate`."""
+    """All passes of a step, each after those it needs; arguments as for `simulate`."""
     program = _program(pipe, virtual, num_micro_batches)
     ends = _ends(program, pipe, forward, backward, message, ready)
     done = []

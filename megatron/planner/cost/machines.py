@@ -71,7 +71,7 @@ def cut_rate(gcds: tuple[int, ...]) -> float:
 
 @dataclass(frozen=True)
 class Machine:
-    """One kind of node, its network and its file system. Bytes, seconds and FLOP/s; rates are per GCD unless said."""
+    """One kind of node, its network and its file system. Bytes, seconds and FLOP/s; rates are per GCD unless noted."""
 
     name: str
     gcd_of_local_rank: tuple[int, ...]  # how the site's binding numbers a node's eight ranks
@@ -79,29 +79,29 @@ class Machine:
     # --- one GCD
     # 383 TFLOP/s of an MI250X, halved: AMD's peak at 1.7 GHz, 110 of 110 units. [S] X-MoE, torchtitan, ml-engineering
     peak_flops: float = 191.5e12
-    # Arithmetic rate of matrix kernels in long isolated loops, before their operands' traffic; with it large shapes
-    # come to 147 and a tensor-parallel 70B's to 134-147, the published range of 125-147. [D] from [S] HUGINN (125),
-    # AxoNN (about 125), ml-engineering (147.0, the best of all shapes tried)
+    # Arithmetic rate of matrix kernels in long isolated loops, without their operands' traffic. With that traffic large
+    # shapes reach 147 TFLOP/s and a tensor-parallel 70B's 134-147, within the published 125-147. [D] from [S] HUGINN
+    # (125), AxoNN (about 125), ml-engineering (147.0, the best of all shapes tried)
     gemm_flops: float = 153e12
     # Flash attention, forward and backward, of executed (causal) FLOPs. [A]: no public MI250X figure found
     attention_forward_flops: float = 75e12
     attention_backward_flops: float = 55e12
     # 1638.4 GB/s in theory; copies and BabelStream reach 1.35 TB/s +- 4 %. [S] AMD rocm-blogs, OLCF
     hbm_rate: float = 1.35e12
-    # Part of the isolated kernels' speed that a training step keeps: clocks under sustained power, gaps between
-    # launches, weaker layouts (rocBLAS's TN). Calibrated, see benchmarks/planner.py
+    # Fraction of the isolated kernels' speed that a training step keeps: clocks under sustained power, gaps between
+    # launches, slower layouts (rocBLAS's TN). Calibrated, see benchmarks/planner.py
     sustained: float = 0.84
     # Standard deviation of speed between GCDs: half of the 4 % above. A step waits for the slowest of all. [D]
     spread: float = 0.02
 
     # --- memory
-    # Of 63.98 GiB by the driver, what is left under 8-10 communicators, which PyTorch's allocator does not see. [S] LAB
+    # What 8-10 communicators, which PyTorch's allocator does not see, leave of the driver's 63.98 GiB. [S] LAB
     usable_hbm_bytes: int = 57 * GIB
     first_communicator_bytes: int = GIB  # RCCL's first, with the context. [S] LAB
     communicator_bytes: int = 650 * 2**20  # each further one. [S] LAB
 
     # --- links
-    # Part of the links' point-to-point rates that RCCL's collectives reach. Calibrated, see benchmarks/planner.py
+    # Fraction of the links' point-to-point rates that RCCL's collectives reach. Calibrated, see benchmarks/planner.py
     collective: float = 0.85
     # Four NICs of 25 GB/s a node, 23.3-24.0 measured each. [S] FUG, OSU-LUMI
     node_network_rate: float = 4 * 23.6e9

@@ -14,12 +14,12 @@ from megatron.planner.cost.parallel_layout import Recompute
 
 
 class MegatronMoments(DeepSpeedMoments):
-    """The same under megatron-core: an fp32 gradient for every parameter, into which gradients are accumulated as they
-    arrive; outputs are freed once they are sent, logits once the loss has been differentiated."""
+    """Under megatron-core every parameter has an fp32 gradient, into which gradients are accumulated as they arrive;
+    outputs are freed once they are sent, logits after the backward pass of the loss."""
 
     @property
     def buffers(self) -> int:
-        """With virtual stages the next input and the next gradient are received ahead."""
+        """Bytes of receive buffers: with virtual stages the next input and the next gradient are received early."""
         return 2 * self.message * (self.layout.virtual_stages > 1)
 
     @property
@@ -45,14 +45,14 @@ class MegatronMoments(DeepSpeedMoments):
         positions = 2 * sizes.tokens if sizes.documents else 0
         ids = [sizes.tokens if self.first and number == 0 else 0 for number in range(len(chunks))]
         ends, raw = sizes.ends, 0
-        if ends is not None:  # all micro-batches of a step are on the device, at both ends
+        if ends is not None:  # both end stages hold all micro-batches of a step on the device
             raw = layout.num_micro_batches * 2 * ends.targets * (self.first or self.last)
             ids = [ends.embedding if one else 0 for one in ids]
         of_chunk = [
             sum(sizes.stored_by_layer(modes[layer]) for layer in chunk) + ids[number] + positions
             for number, chunk in enumerate(chunks)
         ]
-        # What is stored when a chunk is differentiated, at most.
+        # The most that is stored when a chunk's backward pass begins.
         stored = [0] * len(chunks)
         few = min(layout.num_micro_batches, 3 * layout.pipe)  # everything after that repeats
         for number, counts in in_flight_by_chunk(layout.pipe, layout.virtual_stages, few, self.stage):
@@ -60,7 +60,7 @@ class MegatronMoments(DeepSpeedMoments):
             stored[number] = max(stored[number], held + raw)
         moments = self._loss(stored[-1]) if self.last else []
         if sizes.joined and "none" in modes:
-            # The gradient that the last backward pass received, and its own input with its gradient, are still there.
+            # The last backward pass's received gradient, its input and its input's gradient are still allocated.
             moments.append(Moment("forward", 0, max(stored) + 3 * self.message, sizes.layer_forward, 0))
         for number, chunk in enumerate(chunks):
             moments += self._layers(chunk, modes, stored[number], number == len(chunks) - 1)
@@ -79,7 +79,8 @@ class MegatronMoments(DeepSpeedMoments):
         return [range(start, stop) for start, stop in pairwise(edges)]
 
     def _loss(self, stored: int) -> list[Moment]:
-        """The gradient takes the logits' memory; then it is beside the gradients of the head and of its input."""
+        """The loss, whose gradient overwrites the logits and then exists next to the gradients of the head and of its
+        input."""
         sizes = self.sizes
         kept = stored + 2 * sizes.hidden + sizes.inverse_rms  # the norm's input and output
         of_head = sizes.column_backward + self.parameters.head * self.element
@@ -89,7 +90,7 @@ class MegatronMoments(DeepSpeedMoments):
         return [Moment("loss", 0, kept, max(sizes.loss_temporaries, of_head), sizes.logits)]
 
     def _layers(self, chunk: range, modes: Sequence[Recompute], stored: int, last_chunk: bool) -> list[Moment]:
-        """The last layer of each kind in a chunk: those behind it have let go of what they stored."""
+        """The last layer of each recomputation mode in a chunk; the layers after it have freed what they stored."""
         sizes, parameters = self.sizes, self.parameters
         incoming = sizes.hidden * (2 if sizes.several and self.last and last_chunk else 1)
         moments = []
@@ -107,7 +108,7 @@ class MegatronMoments(DeepSpeedMoments):
 def in_flight_by_chunk(
     pipe: int, virtual: int, num_micro_batches: int, stage: int
 ) -> frozenset[tuple[int, tuple[int, ...]]]:
-    """For every backward pass of a stage's rank: its chunk, and the passes in flight by chunk, its own among them."""
+    """For every backward pass of a stage's rank: its chunk, and the passes in flight by chunk, including itself."""
     counts, found = [0] * virtual, set()
     for work in pass_order(pipe, virtual, num_micro_batches, stage):
         if work.kind == "forward":

@@ -8,18 +8,18 @@ DeepSpeed (`moments`):
 
 - bf16 (`BF16_Optimizer`): bf16 weights and bf16 gradients, *unsharded* fp32 gradients, and 12 bytes a parameter of
   fp32 master weights and moments, sharded over data-parallel ranks. fp32 (ZeRO-1): fp32 weights and gradients.
-- 1F1B keeps min(m, p - stage) micro-batches in flight (`TrainSchedule`), of each of them what the recomputation mode
-  leaves stored. Between stages DeepSpeed passes each tensor-parallel rank's share of the hidden states; with sequence
-  parallelism this is what the rank computes with.
-- The last stage holds the logits of one micro-batch: our hook lets go of them, DeepSpeed would keep two more.
+- 1F1B keeps min(m, p - stage) micro-batches in flight (`TrainSchedule`), each with the activations that the
+  recomputation mode stores. Between stages DeepSpeed passes each tensor-parallel rank's share of the hidden states;
+  with sequence parallelism this is the slice that the rank computes with.
+- The last stage holds the logits of one micro-batch: our hook frees them, DeepSpeed would keep two more.
 - The reduction copies all fp32 gradients that fit one bucket of 500 million elements.
 
 megatron-core (`megatron_moments`):
 
-- weights, unsharded fp32 gradients and nothing else of that size: a gradient is added as it comes and let go. Masters
-  and moments as above; fp32 weights are their own masters.
-- With virtual stages a rank has passes of chunks in flight, v of them as large as one of a whole stage.
-- No output is kept once it is sent, no logits behind their backward pass, no copy is reduced.
+- Weights, unsharded fp32 gradients and nothing else of that size: a weight's gradient is accumulated as it arrives, and
+  freed. Masters and moments as above; fp32 weights are their own masters.
+- With virtual stages a rank has passes of chunks in flight, each 1/v the size of a whole stage's.
+- Outputs are freed once they are sent, logits after their backward pass; the reduction makes no copy.
 """
 
 from __future__ import annotations
@@ -73,13 +73,13 @@ class StageMemory:
     gradients: int
     optimizer: int  # fp32 masters and Adam's two moments: this data-parallel rank's shard
     activations: int  # stored for backward, of all micro-batches in flight
-    workspace: int  # the layer being differentiated, gradients on their way, or reduction buffers
+    workspace: int  # the layer being differentiated, gradients being accumulated, or reduction buffers
     logits: int
-    pipeline: int  # what the engine keeps to receive and send
+    pipeline: int  # the engine's receive and send buffers
     tables: int  # rotary cos and sin
     communicators: int  # outside torch's allocator
     moment: str  # the moment of the peak
-    moments: dict[str, int]  # bytes of tensors at each moment that can be the fullest
+    moments: dict[str, int]  # bytes of tensors at each moment that can be the peak
 
     @property
     def layers(self) -> list[int]:
@@ -113,13 +113,13 @@ def plan_memory(
     contiguous_gradients: bool = False,
     only: Sequence[int] | None = None,
 ) -> list[StageMemory]:
-    """One entry per pipeline stage, or for those of `only`.
+    """Memory of every pipeline stage, or of the stages in `only`.
 
-    `precision` is `bfloat16`, `fp16` (alike) or `fp32`; `stage_layers` the layer-file numbers of every stage, or of
-    every virtual stage in the model's order, by default distributed evenly; `ops` says how the fused operations run;
-    `machine` what a communicator takes (on a CPU none takes any). `reduce_bucket_size` and `contiguous_gradients` are
-    ZeRO's keys, without effect in bf16. Attention is a flash kernel. Raises ValueError where the shape does not fit the
-    tensor-parallel size.
+    `precision` is `bfloat16`, `fp16` (the same) or `fp32`; `stage_layers` are the layer-file numbers of every stage, or
+    of every virtual stage in the model's order, by default distributed evenly; `ops` says how the fused operations run;
+    `machine` how much a communicator takes (nothing on CPUs). `reduce_bucket_size` and `contiguous_gradients` are
+    ZeRO's keys, without effect in bf16. Attention is taken to be a flash kernel. Raises ValueError if the shape cannot
+    be split over the tensor-parallel size.
     """
     shape.check_tensor_parallel(layout.tensor)
     chunks = stage_layers or default_stages(shape.num_layers, layout.pipe * layout.virtual_stages)
@@ -132,8 +132,8 @@ def plan_memory(
 
 
 def candidates_for_fullest(pipe: int) -> list[int]:
-    """The stages of which one needs most when layers are dealt evenly: the two ends, and the second, which has most in
-    flight of those between and no fewer layers than they."""
+    """The stages that can need the most memory if layers are distributed evenly: both ends, and the second, which has
+    the most in flight of the middle stages and no fewer layers."""
     return sorted({0, min(1, pipe - 1), pipe - 1})
 
 
@@ -172,7 +172,7 @@ def communicators(layout: ParallelLayout, stage: int) -> int:
     gradient_norm = layout.tensor * layout.pipe > 1
     broadcast = layout.pipe > 1
     neighbors = (stage > 0) + (stage < layout.pipe - 1)
-    if layout.engine == "megatron" and layout.pipe > 1:  # a link for activations and one for gradients, to each
+    if layout.engine == "megatron" and layout.pipe > 1:  # to each neighbor a link for activations and one for gradients
         neighbors = 4 if layout.virtual_stages > 1 else 2 * neighbors
     return world + tensor + data + gradient_norm + broadcast + neighbors
 
@@ -191,6 +191,7 @@ def _stage(
     stage: int,
     chunks: tuple[range, ...],
 ) -> StageMemory:
+    # The peak is what is always allocated, plus the fullest moment's temporaries.
     parameters = stage_parameters(shape, layout.tensor, chunks)
     decoders = held_files(LayerFile.DECODER, shape, chunks)
     padded = parameters.padded(layout.data)

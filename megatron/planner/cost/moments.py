@@ -40,7 +40,8 @@ class StageParameters:
         return self.decayed + self.undecayed
 
     def padded(self, data: int) -> int:
-        """As DeepSpeed flattens the two parameter groups: each to a multiple of twice the data-parallel size."""
+        """Elements once DeepSpeed has padded each of its two parameter groups to a multiple of twice the data-parallel
+        size."""
         return sum(-(-group // (2 * data)) * 2 * data for group in (self.decayed, self.undecayed))
 
 
@@ -83,7 +84,7 @@ def held_files(file: LayerFile, shape: LlamaShape, chunks: Sequence[range]) -> i
 
 @dataclass(frozen=True)
 class GradientHandling:
-    """What DeepSpeed's optimizer of a precision does with gradients."""
+    """How DeepSpeed's optimizer for a precision stores and reduces gradients."""
 
     precision: str
     bucket: int  # elements
@@ -101,15 +102,15 @@ class GradientHandling:
         return FP32 * self.bucket * self.contiguous
 
     def reduction(self, parameters: StageParameters, data: int) -> int:
-        """Bytes that reducing the gradients takes: tensors reduced together are copied to one."""
+        """Bytes that reducing the gradients takes: tensors reduced together are first copied into one."""
         if self.precision != "fp32":  # two flat tensors, one for each parameter group
             together = parameters.decayed <= REDUCTION_BUCKET and parameters.undecayed and parameters.decayed
             return FP32 * parameters.padded(data) if together else 0
         shard = parameters.padded(data) // data
         if not self.contiguous:
             return FP32 * max(min(parameters.all, self.bucket), shard)
-        # A second bucket, into which gradients move. Where it holds all of them the shard is cut out beside it, if the
-        # communication has not let go of them by then: at most so much.
+        # Gradients are copied into a second bucket. If it holds all of them, the shard is cut out next to it, unless
+        # the communication has freed it by then: an upper bound.
         return FP32 * (self.bucket + shard if self.bucket >= parameters.all else max(self.bucket, shard))
 
 
@@ -129,12 +130,12 @@ class Moment:
 
 
 def message_size(layout: ParallelLayout, sizes: Activations) -> int:
-    """What a rank sends to the next stage: its part of the hidden states, or its slice of the sequence."""
+    """Bytes that a rank sends to the next stage: its share of the hidden states, or its slice of the sequence."""
     return sizes.gathered // layout.tensor + (sizes.tokens if sizes.documents else 0)
 
 
 def in_flight(layout: ParallelLayout, stage: int, done: int) -> int:
-    """Micro-batches whose activations a stage stores at most once `done` of them have been differentiated."""
+    """The most micro-batches whose activations a stage stores after the backward passes of `done` micro-batches."""
     return min(layout.num_micro_batches - done, layout.pipe - stage)
 
 
@@ -164,7 +165,7 @@ class DeepSpeedMoments:
 
     @property
     def buffers(self) -> int:
-        """What the engine keeps to receive and send."""
+        """Bytes of the engine's receive and send buffers."""
         return message_size(self.layout, self.sizes) if self.layout.pipe > 1 else 0
 
     def gradients_always(self, padded: int) -> int:
@@ -174,11 +175,11 @@ class DeepSpeedMoments:
         return 3 * FP32 * padded // self.layout.data
 
     def _mode(self, again: bool) -> Recompute:
-        """The cost of a layer that is recomputed (`again`), and of one that is not although others are."""
+        """Recomputation mode of a layer; `again` says whether full recomputation includes it."""
         return "none" if self.layout.recompute == "full" and not again else self.layout.recompute
 
     def moments(self) -> list[Moment]:
-        """The first backward pass finds most micro-batches in flight, the second finds gradients to add to."""
+        """The first backward pass has the most micro-batches in flight, the second has gradients to add to."""
         moments = self._backward(done=0)
         if self.layout.num_micro_batches > 1:
             moments += self._backward(done=1)
@@ -187,15 +188,15 @@ class DeepSpeedMoments:
         return moments
 
     def _backward(self, done: int) -> list[Moment]:
-        """A backward pass when `done` micro-batches have been through theirs, from the loss to the first layer."""
+        """One backward pass, from the loss to the first layer, after those of `done` micro-batches."""
         sizes, parameters = self.sizes, self.parameters
         alone = self.layout.tensor == 1 or sizes.sliced  # messages are what the ranks compute with
         hidden, again = sizes.hidden, self.layout.recomputed(self.decoders)
         layer_modes = [self._mode(number < again) for number in range(self.decoders)]
         layers = [sizes.stored_by_layer(mode) for mode in layer_modes]
 
-        # The engine keeps a received tensor beside the clone that it computes with; with tensor parallelism the tensor
-        # is put together from the ranks' shares, and computed with. Its output it keeps until the backward pass.
+        # The engine keeps a received tensor next to the clone it computes with; with tensor parallelism it computes
+        # with the tensor gathered from the ranks' shares. It keeps its output until the backward pass.
         received = hidden if alone and not self.first else 0
         output = 0 if self.last else message_size(self.layout, sizes)
         ids = (2 if alone else 3) * sizes.tokens if self.first else 0
@@ -209,11 +210,11 @@ class DeepSpeedMoments:
         if self.last:
             logits = sizes.logits if ends is None else ends.prediction + (1 + done) * ends.targets
 
-        # The gradient of the output is in the engine's buffer, or is put together from shares as the output is again.
+        # The output's gradient is in the engine's buffer; or it is gathered from shares, and the output is again.
         restored = 0 if alone or self.last else hidden
         incoming = hidden * (2 if sizes.several else 1) if self.last else restored
 
-        # Gradients of weights: all from the second backward pass on, in the first they grow from the head down.
+        # Weight gradients: all exist from the second backward pass on; in the first they appear from the head down.
         everything = self.element * parameters.all
         matrices = self.element * parameters.layer
         head = self.element * (parameters.all - parameters.embedding) - self.decoders * matrices
@@ -225,9 +226,9 @@ class DeepSpeedMoments:
             if ends is not None:
                 after += ends.head
                 gradient = max(ends.loss, gradient)
-            # The gradient of the logits takes their memory.
+            # The gradient of the logits overwrites them.
             moments.append(Moment("loss", done * everything, stored + after, gradient, logits))
-        # The last layer of each kind has most stored besides, the first has most gradients already.
+        # The last layer of each mode has the most activations stored, the first layer the most gradients.
         for number in sorted({self.decoders - 1, again - 1, 0} - {-1}) if self.decoders else []:
             work = restored + sizes.layer_backward(
                 layer_modes[number],
@@ -240,7 +241,7 @@ class DeepSpeedMoments:
             moments.append(Moment("backward", everything if done else grown, stored - freed, work, logits))
         finished = output + ids + restored + (0 if self.last else incoming)
         if self.first:
-            # gathered, put in order, and without the rows of other ranks
+            # gathered, reordered, and with the rows of other ranks masked
             whole = sizes.gathered * (3 if sizes.several else 2) if sizes.sliced else 0
             work = whole + hidden * (2 if sizes.several else 1) + self.element * parameters.embedding
             work += 0 if ends is None else ends.embedding + ends.embedding_backward

@@ -1,10 +1,10 @@
 """The time of all micro-batches of a step through all stages, and the exposed part of reduction and gather.
 
-DeepSpeed's 1F1B, and megatron-core's without virtual stages, by formula: the first micro-batch passes every stage,
-forwards and backwards, and each further one waits for the longest; messages are waited for, communication of
-data-parallel ranks comes before and after. With virtual stages megatron-core's order is simulated
-(`megatron.planner.cost.interleaved`), with messages beside computation, and with `overlap_grad_reduce` and
-`overlap_param_gather` the communication of each chunk overlaps with the computation of the others.
+DeepSpeed's 1F1B, and megatron-core's without virtual stages, follow a formula: the first micro-batch passes every stage
+in both directions, and each further one waits for the longest stage; messages are exposed, and data-parallel
+communication comes before and after. With virtual stages megatron-core's order is simulated
+(`megatron.planner.cost.interleaved`): messages overlap with computation and, with `overlap_grad_reduce` and
+`overlap_param_gather`, so does each chunk's data-parallel communication with the computation of the others.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from megatron.planner.cost.parallel_layout import ParallelLayout
 
 @dataclass(frozen=True)
 class ChunkTime:
-    """One micro-batch through a rank's run of layers, seconds without messages; all of a stage's without virtual
-    stages."""
+    """One micro-batch through a rank's run of layers, in seconds without messages; without virtual stages the run is
+    the whole stage."""
 
     parameters: float  # of one rank
     forward: float
@@ -48,7 +48,7 @@ class PipelineTime:
 def formula_time(
     layout: ParallelLayout, machine: Machine, chunks: Sequence[ChunkTime], messages: Sequence[float]
 ) -> PipelineTime:
-    """Without virtual stages; `messages` are each stage's seconds for one micro-batch."""
+    """Time without virtual stages; `messages` are each stage's seconds for one micro-batch."""
     steps = layout.num_micro_batches
     times = [chunk.total + waited for chunk, waited in zip(chunks, messages, strict=True)]
     longest = max(range(len(times)), key=times.__getitem__)
@@ -64,7 +64,7 @@ def formula_time(
 
 
 def reduction_and_gather(parameters: float, layout: ParallelLayout, machine: Machine) -> tuple[float, float]:
-    """Seconds without any overlap: for all of the gradients, and of the weights."""
+    """Seconds, without any overlap, to reduce all gradients and to gather all weights."""
     by_engine = traffic.scatter_seconds if layout.engine == "megatron" else traffic.reduction_seconds
     return by_engine(parameters, layout, machine), traffic.gather_seconds(parameters, layout, machine)
 
@@ -72,7 +72,7 @@ def reduction_and_gather(parameters: float, layout: ParallelLayout, machine: Mac
 def simulated_time(
     shape: LlamaShape, layout: ParallelLayout, seq_length: int, machine: Machine, chunks: Sequence[ChunkTime]
 ) -> PipelineTime:
-    """With virtual stages; `chunks` are theirs, in the model's order."""
+    """Time with virtual stages; `chunks` is in the model's order."""
     pipe, virtual, steps = layout.pipe, layout.virtual_stages, layout.num_micro_batches
     forward, backward = [chunk.forward for chunk in chunks], [chunk.backward for chunk in chunks]
     size = traffic.message_bytes(shape, layout, seq_length)
@@ -88,7 +88,7 @@ def simulated_time(
     alone = simulate(pipe, virtual, steps, forward, backward)
     found = simulate(pipe, virtual, steps, forward, backward, sending, ready)
     waited = max(0.0, found.seconds - alone.seconds)
-    # the first chunk's weights are waited for before anything can be computed, the others' hardly ever
+    # nothing can be computed before the first chunk's weights have arrived; the others' are rarely late
     gather = whole[1] if ready is None else min(waited, ready[0][0])
     reduction = _exposed_reduction(found, by_rank) if layout.overlap_grad_reduce else whole[0]
     return PipelineTime(
@@ -102,7 +102,7 @@ def simulated_time(
 
 
 def _gathered(seconds: Sequence[float]) -> list[float]:
-    """When the weights of each of a rank's chunks have arrived: one after the other, from the start of the step on."""
+    """When the weights of each of a rank's chunks have arrived; they are gathered in order from the step's start."""
     ready, now = [], 0.0
     for one in seconds:
         now += one
@@ -111,9 +111,9 @@ def _gathered(seconds: Sequence[float]) -> list[float]:
 
 
 def _exposed_reduction(found: Simulation, by_rank: Sequence[Sequence[tuple[float, float]]]) -> float:
-    """What the reduce-scatters take beyond the last pass of the step, on the rank that is done last.
+    """Seconds from the last pass of the step to the end of the last reduce-scatter on any rank.
 
-    A chunk's begins with its last backward pass; those of one rank follow each other, the last chunk's first.
+    A chunk's reduce-scatter begins after its last backward pass; a rank runs them in sequence, the last chunk's first.
     """
     latest = 0.0
     for left, costs in zip(found.left, by_rank, strict=True):

@@ -64,7 +64,7 @@ def timeline(num_micro_batches: int, forward: Sequence[float], backward: Sequenc
     return sorted(done, key=lambda work: work.stop)
 
 
-# What is sent and received in the same order on both sides, so that the n-th belongs to the n-th.
+# Both ends of a link list these in the same order, so that the n-th receive matches the n-th send.
 _ARRIVES = {"RecvActivation": "activation", "RecvGrad": "gradient"}
 _SENDS = {"SendActivation": (+1, "activation"), "SendGrad": (-1, "gradient")}
 _PASSES: dict[str, Kind] = {"ForwardPass": "forward", "BackwardPass": "backward"}

@@ -42,8 +42,8 @@ class Stage:
 def true_stages(args: NeoXArgs) -> list[Stage]:
     """Every pipeline stage of a resolved configuration, first to last.
 
-    Must be called outside any process group; leaves none behind. Raises StageMismatchError if a parameter's shape is
-    not the layout table's.
+    Must be called outside any process group; leaves none behind. Raises StageMismatchError if a parameter's shape
+    differs from the layout table.
     """
     return [_stage(args, stage) for stage in range(args.pipe_parallel_size)]
 
@@ -82,7 +82,7 @@ def _whole(args: NeoXArgs, shapes: dict[tuple[int, str], torch.Size], stage: int
 
 @contextmanager
 def _rank(args: NeoXArgs, stage: int, tensor: int) -> Iterator[Place]:
-    """This process as one rank of the whole world, which answers every collective at once."""
+    """Make this process one rank of a fake world of full size, in which every collective returns at once."""
     rank = stage * args.data_parallel_size * args.model_parallel_size + tensor
     excepthook = sys.excepthook  # torch's would put this rank's number before every line of a traceback
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=args.global_num_gpus)

@@ -20,7 +20,7 @@ REDUCTION_BUCKET = 500_000_000
 
 
 def ring_bytes(ranks: int, size: float) -> float:
-    """What each rank sends in a ring all-reduce of `size` bytes; a gather or a reduce-scatter is half of it."""
+    """Bytes that each rank sends in a ring all-reduce of `size` bytes; an all-gather or a reduce-scatter sends half."""
     return 2.0 * (ranks - 1) / ranks * size
 
 
@@ -51,11 +51,11 @@ class HalfCollectives:
 
 
 def layer_collectives(layout: ParallelLayout) -> HalfCollectives:
-    """Of a decoder layer and micro-batch, without recomputation.
+    """Half-collectives of one decoder layer and micro-batch, without recomputation.
 
     Plain: an all-reduce after attention and after the MLP; in the backward pass one of each block's input gradient,
-    beside the product that gives the weight's. Sequence parallelism: a gather before and a scatter after each block; in
-    the backward pass the same the other way round, and a second gather of each block's input, which is not stored.
+    concurrent with the product that computes the weight gradient. Sequence parallelism: a gather before and a scatter
+    after each block; the reverse in the backward pass, plus a second gather of each block's input, which is not stored.
     """
     if layout.tensor == 1:
         return HalfCollectives(0, 0, 0)
@@ -84,7 +84,7 @@ def tensor_bytes_per_layer(shape: LlamaShape, layout: ParallelLayout, seq_length
 
 
 def tensor_rate(layout: ParallelLayout, machine: Machine) -> float:
-    """Slowest of a node's tensor-parallel groups; one that is larger than a node goes through its network."""
+    """Bytes per second per rank in the slowest tensor-parallel group of a node; a larger group uses the network too."""
     t, node = layout.tensor, machine.gpus_per_node
     if t > node:
         return min(group_rate(machine, range(node)), machine.collective * machine.node_network_rate)
@@ -92,19 +92,19 @@ def tensor_rate(layout: ParallelLayout, machine: Machine) -> float:
 
 
 def message_bytes(shape: LlamaShape, layout: ParallelLayout, seq_length: int) -> float:
-    """What a rank sends to the next stage for one micro-batch, and back as gradient.
+    """Bytes that a rank sends to the next stage for one micro-batch, and receives back as the gradient.
 
-    DeepSpeed splits the hidden state over the tensor-parallel ranks (`pipe_partitioned`, `grad_partitioned`); sequence
-    parallelism has done so. Without it every rank of megatron-core sends the whole.
+    DeepSpeed splits the hidden state over the tensor-parallel ranks (`pipe_partitioned`, `grad_partitioned`); with
+    sequence parallelism it is already split. Without, every rank of megatron-core sends all of it.
     """
     whole = BF16 * layout.micro_batch * seq_length * shape.hidden_size
     return whole if layout.engine == "megatron" and not layout.sequence_parallel else whole / layout.tensor
 
 
 def message_gathers(layout: ParallelLayout, first: bool, last: bool) -> int:
-    """Gathers of a whole hidden state over tensor-parallel ranks that the split costs a stage in each micro-batch: of
-    the received input; of the stage's own output again, and of its gradient. With sequence parallelism the layers take
-    slices."""
+    """Gathers of a whole hidden state over the tensor-parallel ranks that DeepSpeed's splitting costs a stage in each
+    micro-batch: of the received input, of the stage's own output and of its gradient. With sequence parallelism the
+    layers take slices."""
     if layout.tensor == 1 or layout.sequence_parallel or layout.engine == "megatron":
         return 0
     return (not first) + 2 * (not last)
@@ -122,7 +122,7 @@ def boundary_rate(boundary: int, layout: ParallelLayout, machine: Machine) -> fl
 
 
 def wrap_rate(layout: ParallelLayout, machine: Machine) -> float:
-    """As `boundary_rate`, from the last stage back to the first: the way between two runs of virtual stages."""
+    """As `boundary_rate`, for the messages of virtual stages from the last stage back to the first."""
     return min(boundary_rate(boundary, layout, machine) for boundary in range(layout.pipe - 1))
 
 

@@ -24,7 +24,7 @@ FITS, REFUSED = 0, 2
 def dry_run(args: NeoXArgs, options: PlanOptions) -> int:
     """Print the plan of a resolved training configuration; the exit code is 2 if it cannot fit.
 
-    Raises ConfigError for options that cannot be right.
+    Raises ConfigError for invalid options.
     """
     machine = find_machine(options.machine)
     usable = None if options.usable_gib is None else int(options.usable_gib * GIB)

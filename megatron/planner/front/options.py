@@ -1,4 +1,4 @@
-"""What can follow `--dry-run` on deepy.py's command line."""
+"""The options that go with `--dry-run` on deepy.py's command line."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class PlanOptions:
 
 
 def take_options(words: list[str]) -> PlanOptions:
-    """Remove the plan's options from `words`; raises ConfigError."""
+    """Remove the plan's options from `words` and return them; raises ConfigError."""
     taken: dict[str, Any] = {}
     rest: list[str] = []
     while words:

@@ -64,6 +64,7 @@ def _schedule(plan: Plan, axes) -> None:  # type: ignore[no-untyped-def]  # matp
     work = _work(plan, forward, again)
     end = max(item.stop for item in work)
     after = slower * (plan.time.reduction_seconds + plan.time.optimizer_seconds + plan.time.gather_seconds)
+    # A gray bar for each stage, on it one bar per pass; what stays gray is idle time.
     axes.barh(range(stages), end, left=0, color=_IDLE, height=0.86)
     for one in work:
         start, length = one.start, one.stop - one.start
@@ -83,6 +84,7 @@ def _schedule(plan: Plan, axes) -> None:  # type: ignore[no-untyped-def]  # matp
                 color="white",
                 fontsize=7,
             )
+    # After the schedule: gradient reduction, optimizer and weight gather.
     axes.barh(range(stages), after, left=end, color=_END, height=0.86)
     axes.set_xlim(0, end + after)
     axes.set_ylim(stages - 0.5, -0.5)

@@ -115,7 +115,9 @@ def _time(plan: Plan) -> str:
         *(["in fp32"] if plan.args.precision == "fp32" else []),
     ]
     share = time.hideable_seconds / time.step_seconds
-    hideable = f"\n  collectives beside products could hide {share:.1%} of the step; not taken off" if share else ""
+    hideable = (
+        f"\n  overlapping collectives with products could save {share:.1%} of the step; not subtracted" if share else ""
+    )
     assumed = f" in bfloat16 (this run is {' and '.join(differs)})" if differs else ""
     return (
         f"time predicted for {plan.machine.name}{assumed}: {time.step_seconds:.3g} s a step, "
@@ -133,7 +135,7 @@ def _bubble(time: Estimate) -> str:
         return f"bubble (p - 1) / m = {time.bubble:.0%} of the busy time"
     hidden = ""
     if time.hidden_seconds > 0:
-        hidden = f"\n  {time.hidden_seconds:.2g} s of gradient reduction and parameter gather hide behind computation"
+        hidden = f"\n  computation hides {time.hidden_seconds:.2g} s of gradient reduction and parameter gather"
     return (
         f"bubble, simulated with {layout.virtual_stages} virtual stages, messages and unequal ends included: "
         f"{time.bubble:.0%} of the busy time{hidden}"
@@ -143,13 +145,12 @@ def _bubble(time: Estimate) -> str:
 def _checkpoint(plan: Plan) -> str:
     size, safe = plan.checkpoint, plan.reliability
     beside = (
-        "" if plan.blocked_seconds is None else f" beside training, which waits {safe.save_seconds:.2g} s for a copy"
+        "" if plan.blocked_seconds is None else f" during training, which waits {safe.save_seconds:.2g} s for a copy"
     )
     return (
         f"checkpoint: {_decimal(size.total)} (weights {_decimal(size.weights)}, optimizer {_decimal(size.optimizer)}), "
-        f"{plan.time.checkpoint_seconds:.1f} s to write{beside}; saving every "
-        f"{_minutes(safe.save_interval)} loses least: "
-        f"{safe.lost_to_saves:.1%} to saves, {safe.lost_to_failures:.1%} to failures"
+        f"{plan.time.checkpoint_seconds:.1f} s to write{beside}; saving every {_minutes(safe.save_interval)} loses "
+        f"least: {safe.lost_to_saves:.1%} to saves, {safe.lost_to_failures:.1%} to failures"
     )
 
 

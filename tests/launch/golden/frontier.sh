@@ -6,14 +6,14 @@
 #SBATCH --time=12:00:00
 #SBATCH --chdir=/lustre/orion/ast123/proj-shared/neox-llama
 #SBATCH --output=neox-%j.log
-# the node-local disk is there only on request (FUG)
+# the node-local disk is available only on request (FUG)
 #SBATCH --constraint=nvme
 # goes with FI_CXI_RDZV_PROTO=alt_read below (FPT)
 #SBATCH --network=disable_rdzv_get
 # the batch shell is warned before the time limit, and passes the warning on
 #SBATCH --signal=B:USR1@600
-# after the loss of a node Slurm starts the job again; its log goes on where it was. Not --no-kill: if it is
-# the batch shell's node, the others would be held until the time limit with nobody to use or free them
+# after the loss of a node Slurm starts the job again and appends to its log. Not --no-kill: if the batch
+# shell's node is lost, the others would stay allocated and idle until the time limit
 #SBATCH --requeue
 #SBATCH --open-mode=append
 # never two jobs of this name at once: they would save into the same folder
@@ -22,8 +22,8 @@
 # Frontier (OLCF): 2048 ranks on 256 node(s), rendered by launch/render.py; docs/launching.md explains it. To change
 # something, render again.
 #
-# Exit codes: 0 the training is done; 2 what the same job would meet again (configuration, software, preflight); 75 the
-# job is back in the queue; 143 Slurm has ended it; others are the ranks' own.
+# Exit codes: 0 the training is done; 2 an error that would recur in the same job (configuration, software, preflight);
+# 75 the job is back in the queue; 143 Slurm has ended it; others are the ranks' own.
 
 # shellcheck disable=SC2016 # values stand in single quotes so that nothing in them is expanded
 # shellcheck disable=SC2317 # srun gets functions by name, through declare -f
@@ -58,13 +58,13 @@ last_save() { if [[ -n $save && -r $save/latest ]]; then cat "$save/latest"; els
 
 step='' warned='' cancelled='' why=''
 
-# No srun may outlive this script: a requeued job numbers its steps from 0 again, so that a leftover srun would end a step
-# of the next start. Linux kills srun at the moment this shell ends, even by SIGKILL; srun's helper process then ends
-# the ranks.
+# No srun may outlive this script: a requeued job numbers its steps from 0 again, so that a leftover srun would end a
+# step of the next start. Linux kills srun at the moment this shell ends, even by SIGKILL; srun's helper process then
+# ends the ranks.
 tied=()
 if setpriv --pdeathsig=KILL true 2>/dev/null; then tied=(setpriv --pdeathsig=KILL); fi
 
-# Where this script ends while the ranks run: srun gets five seconds to end them in order.
+# If this script ends while the ranks run, srun gets five seconds to end them in order.
 end_step() {
     trap '' TERM
     if [[ -z $step ]] || ! kill -TERM "$step" 2>/dev/null; then return 0; fi
@@ -76,12 +76,12 @@ end_step() {
 }
 trap end_step EXIT
 
-# Slurm warns the batch shell alone (--signal=B:). srun passes the warning to all ranks; it is repeated, for srun may
-# still be starting them. Never TERM while they save: srun answers it by killing them. Ranks that are still there when
-# three quarters of the time are over will not save any more; then the job goes on from the save before.
+# Slurm warns only the batch shell (--signal=B:). srun passes the warning on to all ranks; it is repeated, because srun
+# may still be starting them. No TERM while they save: srun would kill them. Ranks that still run after three quarters
+# of the time will not save any more; the job then continues from the previous save.
 remind() {
     local since=$SECONDS
-    until [[ $(cat "/proc/$step/comm" 2>/dev/null || echo srun) == srun ]]; do sleep 0.1; done # bash would die of it
+    until [[ $(cat "/proc/$step/comm" 2>/dev/null || echo srun) == srun ]]; do sleep 0.1; done # before, USR1 would kill bash
     while kill -USR1 "$step" 2>/dev/null; do
         sleep "$((signal_seconds < 40 ? (signal_seconds + 3) / 4 : 10))"
         if ((SECONDS - since > signal_seconds * 3 / 4)); then
@@ -97,31 +97,31 @@ warn() {
     if [[ -n $step ]]; then remind & fi
 }
 trap warn USR1
-# scancel reaches the ranks, too: they save what they have if Slurm's KillWait allows.
+# scancel reaches the ranks, too: they save if Slurm's KillWait leaves them the time.
 trap 'cancelled=1; say "Slurm ends the job: scancel, preemption or a failed node"' TERM
 
 # --- environment: launch/frontier/environment.sh
 
-# What another launcher may have left in the shell that called sbatch: srun numbers the ranks, and they find each other.
+# Variables that another launcher may have set in the shell that called sbatch; here srun numbers the ranks.
 unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT
 set +u # modules read variables that are not set
 # Sources: FPT is OLCF's PyTorch page (July 2026), HPE its RCCL tuning guide (April 2026). "Contradicted" marks advice
 # that changed between ROCm versions: measure with the preflight before you change it.
 
-# The plugin that takes RCCL to Slingshot; it exists as a module since July 2026 and comes after rocm (FPT).
+# The plugin through which RCCL uses Slingshot; a module since July 2026, loaded after rocm (FPT).
 module load PrgEnv-gnu/8.7.0 cpe/26.03 rocm/7.1.1 rccl-net-plugin craype-accel-amd-gfx90a
-# The libraries of a cpe that is not the default one are found only so (FPT).
+# Without this, the libraries of a cpe other than the default are not found (FPT).
 export LD_LIBRARY_PATH="$CRAY_LD_LIBRARY_PATH:$LD_LIBRARY_PATH"
 
 # The ranks meet at the address of the first node (FPT), where rank 0 is.
 MASTER_ADDR=$(hostname -i | cut -d' ' -f1)
 export MASTER_ADDR
 
-# Fail instead of falling to TCP without a word when the plugin is missing; several times slower (FPT, HPE). HPE's name
-# for the same is "AWS Libfabric". For jobs on several nodes only.
+# If the plugin is missing, fail instead of silently falling back to TCP, which is several times slower (FPT, HPE). HPE
+# calls the plugin "AWS Libfabric". Only for jobs on several nodes.
 if ((SLURM_JOB_NUM_NODES > 1)); then export NCCL_NET=OFI; fi
 # Bootstrap traffic on one card: with all four, jobs of more than about 300 nodes did not start (frontier-torchtitan;
-# OLCF user docs, issue 947). The data use all four all the same.
+# OLCF user docs, issue 947). The data still use all four.
 export NCCL_SOCKET_IFNAME=hsn0 GLOO_SOCKET_IFNAME=hsn0
 # Contradicted: GPU-direct RDMA. OLCF, LUMI and HPE say PHB. Twice as fast, but unstable beyond 128 to 256 nodes for
 # Huginn (arXiv 2502.05171) and hanging with the ROCm 7.0 container of LUMI until unset (laifs-container-recipes, issue
@@ -147,22 +147,22 @@ export FI_CXI_RX_MATCH_MODE=hybrid
 
 # Fine-grained memory over PCIe, for kernels that signal the card (FPT).
 export HSA_FORCE_FINE_GRAIN_PCIE=1
-# Copies between GCDs by kernels: the copy engines reach the links' speed on several pairs only so (measured on LUMI's
-# same blade; Poro-2's launcher). Not in OLCF's list.
+# Copy between GCDs by kernels: the copy engines do not reach the links' speed on several pairs (measured on LUMI's
+# identical blade; Poro-2's launcher). Not in OLCF's list.
 export HSA_ENABLE_SDMA=0
-# Seven cores to a rank, most of them for the data loader and RCCL's threads.
+# Seven cores per rank, most of them for the data loader and RCCL's threads.
 export OMP_NUM_THREADS=2
 
-# HIP maps streams on this many hardware queues, and what waits in a queue holds up what is behind it. engine: megatron
-# has seven streams (computation, tensor and data parallelism, four links between stages): with the default of 4 a receive
-# that waits could hold up computation (torchtitan issue 4032, rocm-systems issue 8916). 8 is OLMo's value; 16 was slower
-# on an MI355X. Compare 4 and 8 by benchmarks/engine_gpu.py.
+# HIP maps streams to this many hardware queues, and work that waits in a queue blocks the work behind it. engine:
+# megatron has seven streams (computation, tensor and data parallelism, four links between stages): with the default 4 a
+# waiting receive could block computation (torchtitan issue 4032, rocm-systems issue 8916). 8 is OLMo's value; 16 was
+# slower on an MI355X. Compare 4 and 8 with benchmarks/engine_gpu.py.
 export GPU_MAX_HW_QUEUES=8
-# megatron-core's launchers set it, LumiOpen's 71B run too, so that a collective launched before a product is not queued
+# megatron-core's launchers and LumiOpen's 71B run set it, so that a collective launched before a product is not queued
 # behind it. HIP does not document it.
 export CUDA_DEVICE_MAX_CONNECTIONS=1
 
-# A rank whose collective fails leaves a trace of the last ones of every rank; the first has no effect without the
+# If a collective fails, every rank writes a trace of its last collectives; the first variable has no effect without the
 # second (docs.pytorch.org, ProcessGroupNCCL environment variables).
 export TORCH_NCCL_DUMP_ON_TIMEOUT=1 TORCH_NCCL_TRACE_BUFFER_SIZE=2000
 # A stall of the file system freezes the ranks for longer than the default of this monitor, which then kills a healthy
@@ -180,8 +180,8 @@ set -u
 # This node's folder for the job. The node's name keeps nodes apart where the "local" disk is a shared one.
 here() { printf '%s' "/mnt/bb/$USER/neox-$SLURM_JOB_ID/$SLURMD_NODENAME"; }
 
-# run_here PROGRAM.py|-m [ARGUMENT...]: Python with the project's code, on this node. All that is read and written often is
-# on the node's own disk: imports of thousands of ranks stall a parallel file system, and caches there race and lose
+# run_here PROGRAM.py|-m [ARGUMENT...]: Python with the project's code, on this node. Whatever is read or written often
+# is on the node's own disk: imports of thousands of ranks stall a parallel file system, and caches there race and lose
 # their locks (MIOpen's are sqlite files).
 run_here() {
     local here
@@ -190,14 +190,14 @@ run_here() {
     if [[ $1 == *.py ]]; then set -- "$here/code/$1" "${@:2}"; fi
     export NEOX_CACHE="$here/cache/neox" TORCH_EXTENSIONS_DIR="$here/cache/torch_extensions"
     export MIOPEN_USER_DB_PATH="$here/cache/miopen" MIOPEN_CUSTOM_CACHE_DIR="$here/cache/miopen"
-    # Triton's and inductor's files are renamed into place, but by each rank for itself: a folder for each.
+    # Triton and inductor rename files into place, but each rank its own: every rank has a folder.
     export TRITON_CACHE_DIR="$here/cache/triton-${SLURM_LOCALID:-0}"
     export TORCHINDUCTOR_CACHE_DIR="$here/cache/inductor-${SLURM_LOCALID:-0}"
-    # Slurm's warning would end a rank that starts: it waits until the program listens.
+    # Slurm's warning would kill a starting rank: it stays pending until the program handles it.
     exec env --block-signal=USR1 "$here/software/bin/python" -u "$@"
 }
 
-# The folder is this user's alone: names in /tmp can be guessed, and what lies there already may be somebody else's.
+# Only this user may enter the folder: names in /tmp can be guessed, and an existing one may be somebody else's.
 make_folders() {
     local top="/mnt/bb/$USER/neox-$SLURM_JOB_ID"
     umask 077
@@ -210,7 +210,7 @@ make_folders() {
     mkdir -p "$(here)"/{cache/{neox,miopen,torch_extensions},code,software}
 }
 
-# unpack FOLDER ARCHIVE CHECKSUM: once per node, after comparing what has arrived.
+# unpack FOLDER ARCHIVE CHECKSUM: once per node, after verifying the archive that has arrived.
 unpack() {
     local found
     found=$(sha256sum <"$2") || exit 1
@@ -219,7 +219,7 @@ unpack() {
         exit 1
     fi
     tar -xf "$2" -C "$(here)/$1" || { echo "launch: $SLURMD_NODENAME: $2 cannot be unpacked" >&2; exit 1; }
-    # What conda-pack packs holds the paths of its first home until this is run, by its own Python.
+    # An environment packed by conda-pack contains its original paths until its own Python runs this.
     local bin
     bin="$(here)/$1/bin"
     if [[ -x $bin/conda-unpack ]]; then PATH="$bin:$PATH" "$bin/conda-unpack" || exit 1; fi
@@ -257,7 +257,7 @@ broken() {
     stop 2 "$1"
 }
 
-# again CODE WHY: back to the queue, unless that has been in vain too often.
+# again CODE WHY: requeue the job, unless too many restarts in a row have saved nothing.
 again() {
     if [[ -n $cancelled ]]; then stop 143; fi
     lost_nodes "$SLURM_JOB_NODELIST" | sed 's/^/launch: node failure: /'
@@ -273,8 +273,7 @@ again() {
 }
 
 # Nodes that the preflight found slow (one --exclude line) or on which ranks were lost (one name a line) are not used by
-# the next start. A job's nodes can be chosen only while it waits in the queue, which it does a moment after it was
-# requeued.
+# the next start. A job's nodes can be changed only while it is pending, which it is a moment after it was requeued.
 avoid() {
     local nodes now
     nodes=$({ cat "$run/exclude" "$run/lost-nodes" 2>/dev/null || true; } | sed 's/^--exclude=//' | paste -sd,)
@@ -290,7 +289,7 @@ avoid() {
     say "the next start should avoid $nodes: scontrol update JobId=$SLURM_JOB_ID ExcNodeList=$nodes"
 }
 
-# stage FOLDER ARCHIVE: to every node's disk, as HERE/FOLDER. sbcast can fail half-way and leave a part of the file.
+# stage FOLDER ARCHIVE: unpack it on every node's disk, as HERE/FOLDER. sbcast can fail and leave a truncated file.
 stage() {
     local sum target
     sum=$(sha256sum <"$2") || stop 2 "$2 cannot be read"
@@ -302,8 +301,8 @@ stage() {
 
 rm_staged() { rm -f "$1"; }
 
-# A requeued job numbers its steps from 0 again, and slurmctld repeats a signal that a node did not confirm, a minute
-# later or more: one for the last start's ranks would end this start's. Steps that do nothing move the ranks' step to a
+# A requeued job numbers its steps from 0 again, and slurmctld repeats a signal that a node did not confirm a minute or
+# more later: a signal for the previous start's ranks would end this start's. Empty steps move the ranks' step to a
 # number that no recent start used for its ranks.
 skip_step_numbers() {
     local left=$((${SLURM_RESTART_COUNT:-0} % 16))
@@ -312,9 +311,9 @@ skip_step_numbers() {
     done
 }
 
-# all_ranks MINUTES PROGRAM [ARGUMENT...]: one srun, ranks numbered node by node. 0 minutes: as long as the job. What
-# differs between ranks (SLURM_PROCID, ...) is read in the rank; here it would be the batch shell's. A warning that
-# comes while srun starts waits for it.
+# all_ranks MINUTES PROGRAM [ARGUMENT...]: one srun, ranks numbered node by node. 0 minutes: as long as the job.
+# Variables that differ between ranks (SLURM_PROCID, ...) are read in the rank; here they would be the batch shell's. A
+# warning that arrives while srun starts stays pending until srun handles it.
 all_ranks() {
     local minutes=$1
     shift
@@ -334,14 +333,14 @@ cd "$directory"
 run="$directory/runs/$SLURM_JOB_ID"
 mkdir -p "$run"
 forget() { rm -f "$run"/failed "$run"/why "$run"/said-* "$run"/lost-nodes "$run"/exclude; }
-forget # of the start before: a requeued job has its number again
+forget # files of the previous start: a requeued job keeps its number
 export NEOX_RUN_FOLDER="$run"
-# Known to the ranks of this start alone: what they write to the preflight's store is sealed with it.
+# Known only to the ranks of this start: it seals what they write to the preflight's store.
 NEOX_SECRET=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
 export NEOX_SECRET
 
-# `sbatch --nodes=N job.sh` on the day on which nodes are missing: as many ranks on each node, another data-parallel size,
-# the same global batch, from the last save.
+# `sbatch --nodes=N job.sh`, for instance when nodes are missing, continues from the last save with the same ranks per
+# node and global batch, and another data-parallel size.
 configuration+=(--num_nodes "$SLURM_JOB_NUM_NODES")
 if ((SLURM_JOB_NUM_NODES != 256)); then say "rendered for 256 node(s), running on $SLURM_JOB_NUM_NODES"; fi
 
@@ -360,7 +359,7 @@ rm -f "$run/ended"
 # --- software
 
 on_every_node 5 make_folders || broken "the folders for this job cannot be made, see above"
-if [[ ! -f $run/code.tar ]]; then # the code that the first start had, whatever happens to the checkout meanwhile
+if [[ ! -f $run/code.tar ]]; then # every start runs the first start's code, even if the checkout changes
     tar -C "$project" --exclude=__pycache__ -cf "$run/code.tar.part" deepy.py train.py eval.py generate.py megatron csrc
     mv "$run/code.tar.part" "$run/code.tar"
 fi
@@ -369,16 +368,16 @@ stage software software/neox-llama.tar.gz
 
 # --- checks before anything is trained
 
-# Does every stage fit into memory? The plan stands in the log.
+# Does every stage fit in memory? The plan is in the log.
 (run_here deepy.py "$(here)/code/train.py" "${configuration[@]}" --dry-run --machine frontier) ||
     stop 2 "the plan cannot be right, see above"
 
-# Every group of ranks meets under a time limit, every node is measured, RCCL's transport is read.
+# Every group of ranks must communicate within a time limit, every node is measured, RCCL's transport is checked.
 checked=0
 (all_ranks 15 -m megatron.preflight "${configuration[@]}" --exclude-file "$run/exclude") || checked=$?
 case $checked in
     0) ;;
-    3) again 1 "the preflight: ranks or groups did not come, see above" ;;
+    3) again 1 "the preflight: ranks or groups failed, see above" ;;
     4) again 1 "the preflight: slow nodes, see above" ;;
     *) stop 2 "the preflight failed with code $checked, see above" ;;
 esac
@@ -386,11 +385,11 @@ esac
 # --- the training
 
 if [[ -n $cancelled ]]; then stop 143; fi
-forget # what the checks said
+forget # files of the checks
 skip_step_numbers
 NEOX_STARTED=$(date +%s)
 export NEOX_STARTED
-exec 9> >(trap '' TERM && exec tee "$run/srun.err" >&2) # scancel must not take the ranks' last words
+exec 9> >(trap '' TERM && exec tee "$run/srun.err" >&2) # scancel must not cut off the ranks' last messages
 tee=$!
 all_ranks 0 train.py "${configuration[@]}" 2>&9 9>&- &
 step=$!
@@ -404,7 +403,7 @@ wait "$tee" || true
 
 # --- how it ended
 
-# The rank that failed first has written its code and its words; of one that was killed srun knows more.
+# The rank that failed first has written its exit code and reason; about a killed rank srun knows more.
 if [[ -f $run/failed ]]; then status=$(<"$run/failed"); fi
 why=$(cat "$run/why" 2>/dev/null || true)
 first=$(grep -m1 -E '^srun: error: ([^:]+: tasks? |Node failure)' "$run/srun.err" | sed 's/^srun: error: //' || true)
