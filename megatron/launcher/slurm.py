@@ -62,8 +62,9 @@ def srun_command(args: NeoXArgs, env: Mapping[str, str]) -> list[str]:
     """
     nodes = int(env.get("SLURM_JOB_NUM_NODES") or env.get("SLURM_NNODES") or "1")
     if nodes != args.num_nodes:
+        count = "1 node" if nodes == 1 else f"{nodes} nodes"
         raise ConfigError(
-            f"the allocation has {nodes} nodes, but the configuration is for num_nodes {args.num_nodes}; ask Slurm "
+            f"the allocation has {count}, but the configuration is for num_nodes {args.num_nodes}; ask Slurm "
             f"for {args.num_nodes}, or give --num_nodes {nodes} (and num_gpus, the ranks on each)"
         )
     command = [

@@ -137,7 +137,7 @@ def run_files(folder: Path, nodes: int, ranks: int, **changes: object) -> list[s
         (183, "6:00:01", "a job of 183 nodes may take 6 hours"),
         (92, "0-7", "a job of 92 nodes may take 6 hours"),
         (91, "121", "a job of 91 nodes may take 2 hours"),
-        (1, "2:30:00", "a job of 1 nodes may take 2 hours"),
+        (1, "2:30:00", "a job of 1 node may take 2 hours"),
         (9473, "1:00:00", "allows at most 9472"),
     ],
 )

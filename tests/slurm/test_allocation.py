@@ -86,7 +86,7 @@ def test_deepy_returns_the_exit_code_of_the_ranks(
 def test_an_allocation_of_another_size_is_refused(cluster: Cluster, tmp_path: Path) -> None:
     result = allocated(cluster, tmp_path, "--nodes=1")
     assert result.returncode == 2
-    assert "the allocation has 1 nodes, but the configuration is for num_nodes 2" in result.stderr
+    assert "the allocation has 1 node, but the configuration is for num_nodes 2" in result.stderr
     assert not list(tmp_path.glob("seen-*"))
     (option,) = re.findall(r"or give (--num_nodes \d)", result.stderr)
     assert allocated(cluster, tmp_path, "--nodes=1", typed=tuple(option.split())).returncode == 0

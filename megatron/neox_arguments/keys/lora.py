@@ -173,7 +173,6 @@ def every_stage_has_an_adapter(args: AllKeys) -> str | None:
 
 @registry.warning("train")
 def base_is_only_read(args: AllKeys) -> str | None:
-    given = [name for name in ("finetune",) if getattr(args, name)]
-    if args.lora is None or not given:
+    if args.lora is None or not args.finetune:
         return None
     return "finetune has no effect with lora: only the base's weights are loaded, and the adapter starts at iteration 0"

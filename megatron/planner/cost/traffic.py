@@ -123,7 +123,12 @@ def boundary_rate(boundary: int, layout: ParallelLayout, machine: Machine) -> fl
 
 def wrap_rate(layout: ParallelLayout, machine: Machine) -> float:
     """As `boundary_rate`, for the messages of virtual stages from the last stage back to the first."""
-    return min(boundary_rate(boundary, layout, machine) for boundary in range(layout.pipe - 1))
+    ranks = layout.tensor * layout.data
+    last = (layout.pipe - 1) * ranks
+    if last + ranks <= machine.gpus_per_node:  # the whole pipeline in one node
+        gcds = machine.gcds(range(last + ranks))
+        return min(link_rate(gcds[last + i], gcds[i]) for i in range(ranks))
+    return min(machine.nic_rate, machine.node_network_rate / min(ranks, machine.gpus_per_node))
 
 
 def data_rate(layout: ParallelLayout, machine: Machine) -> float:
