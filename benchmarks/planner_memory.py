@@ -172,8 +172,10 @@ CPU_CASES = (
     Case(pipe=2, documents=True, recompute=False),
     Case(tensor=2, pipe=2, data=2, seq=512),
     Case(pipe=2, num_micro_batches=3, micro_batch=2, seq=1024, recompute=False),
-    Case(pipe=2, num_micro_batches=3, micro_batch=2, seq=2048, layers=8),
-    Case(pipe=2, num_micro_batches=3, micro_batch=2, seq=1024, layers=8, recompute_layers=1),
+    Case(pipe=2, num_micro_batches=3, micro_batch=2, seq=2048, layers=8, hidden=128, intermediate=352),
+    Case(
+        pipe=2, num_micro_batches=3, micro_batch=2, seq=1024, layers=8, hidden=128, intermediate=352, recompute_layers=1
+    ),
     Case(tensor=2, micro_batch=2, seq=1024, precision="fp32", recompute=False),
     Case(tensor=2, micro_batch=2, seq=1024, precision="fp32", recompute=False, sequence_parallel=True),
     Case(tensor=2, recompute=False, sequence_parallel=True),
