@@ -70,6 +70,6 @@ def test_commands_of_the_guide(tmp_path: Path) -> None:
         if "--dry-run" in words:
             assert "fits: at most" in printed
         if "70b" in " ".join(words) and "--dry-run" in words:
-            assert "at most 22.7 GiB" in printed  # the guide quotes it
+            assert "at most 22.4 GiB" in printed  # the guide quotes it
     assert (tmp_path / "checkpoints/llama31-8b-lora/global_step2/adapter/adapter_model.safetensors").is_file()
     assert "--nodes=1" in (tmp_path / "lora.sh").read_text() or "-N 1" in (tmp_path / "lora.sh").read_text()
