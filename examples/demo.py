@@ -33,7 +33,7 @@ LEARNING = ("--gradient_accumulation_steps", 2, "--optimizer.params.lr", 2e-3)
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("demo_out"), help="folder, deleted first if it exists")
+    parser.add_argument("--output", type=Path, default=Path("demo_out"), help="deleted first if it exists")
     parser.add_argument("--iterations", type=int, default=200)
     parser.add_argument("--base-steps", type=int, default=200, help="training steps of the stand-in base model")
     options = parser.parse_args()

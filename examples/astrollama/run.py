@@ -27,7 +27,7 @@ SOURCES = ("domain", "general")
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("astrollama_out"), help="folder, deleted first if it exists")
+    parser.add_argument("--output", type=Path, default=Path("astrollama_out"), help="deleted first if it exists")
     parser.add_argument("--base-steps", type=int, default=150, help="training steps of the stand-in base model")
     parser.add_argument("--steps", type=int, default=200, help="training steps of the adapter, and of all weights")
     parser.add_argument("--documents", type=int, default=150, help="held-out documents of each kind, and questions")
