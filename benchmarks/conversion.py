@@ -124,6 +124,7 @@ def make_fixture(folder: Path, size: str) -> None:
     from tools.convert_hf.formats.dtypes import BY_NAME
     from tools.convert_hf.formats.safetensors_file import file_layout
 
+    # Names and shapes of all tensors.
     layers, h, f, heads, kv, vocabulary = SIZES[size]
     d = h // heads
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocabulary, h)}
@@ -134,6 +135,7 @@ def make_fixture(folder: Path, size: str) -> None:
         shapes |= {p + "self_attn.o_proj.weight": (h, h), p + "mlp.gate_proj.weight": (f, h)}
         shapes |= {p + "mlp.up_proj.weight": (f, h), p + "mlp.down_proj.weight": (h, f)}
     shapes |= {"model.norm.weight": (h,), "lm_head.weight": (vocabulary, h)}
+    # The shards, in chunks that bound memory.
     folder.mkdir(parents=True)
     generator = np.random.default_rng(0)
     bf16 = BY_NAME["bfloat16"]
@@ -161,6 +163,7 @@ def make_fixture(folder: Path, size: str) -> None:
             os.fsync(file.fileno())
             assert file.tell() == total
         weight_map |= dict.fromkeys(part, file_name)
+    # The small files of a Hugging Face folder.
     config = {
         "architectures": ["LlamaForCausalLM"],
         "attention_bias": False,

@@ -88,7 +88,7 @@ SMALL = Sizes(256, 4, 32, 128, 64, 65_536, 2)
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--small", action="store_true", help="a tiny model and messages, to test the script itself")
+    parser.add_argument("--small", action="store_true", help="tiny model and messages, to test the script itself")
     parser.add_argument("--limit", type=float, default=100.0, help="time limit per case, in seconds")
     parser.add_argument("--json", type=Path, help="also write the figures there, on rank 0")
     parser.add_argument("--case", help=argparse.SUPPRESS)  # a process of one case
@@ -118,7 +118,7 @@ def main() -> int:
 
 
 def _start_case(case: Case, number: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Run a case in a separate process; returns its figures on rank 0, or the reason of its failure."""
+    """Run a case in a separate process; returns its figures on rank 0, or the reason for its failure."""
     port = 1024 + (int(os.environ["MASTER_PORT"]) - 1024 + 1 + number) % 60_000
     environment = os.environ | {QUEUES: str(case.queues), "MASTER_PORT": str(port)}
     environment.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # torchrun's own store serves one world
@@ -196,6 +196,7 @@ def _probe(sizes: Sizes, device: Any) -> dict[str, float | None]:
     from megatron.preflight.measurements import synchronize
     from megatron.preflight.stage_links import pair_communicator_bytes, stage_link_rate
 
+    # Rank r of the first stage is linked to rank r + half of the second.
     rank, world = dist.get_rank(), dist.get_world_size()
     half = world // 2
     args = _arguments(Case(engine="megatron"), sizes, device, world)
@@ -238,6 +239,7 @@ def _probe(sizes: Sizes, device: Any) -> dict[str, float | None]:
         return [dist.isend(message, link.peer, group=link.group)] if link else []
 
     def travelling() -> list[Any]:
+        """Post eight messages in each direction."""
         out, into = (links.hidden_out, links.gradient_in) if rank < half else (links.gradient_out, links.hidden_in)
         assert out is not None
         assert into is not None
@@ -247,7 +249,7 @@ def _probe(sizes: Sizes, device: Any) -> dict[str, float | None]:
             posted += [dist.isend(message, out.peer, group=out.group)]
         return posted
 
-    timed(lambda: None)
+    timed(lambda: None)  # to warm up
     alone = min(timed(lambda: None) for _ in range(3))
     behind = timed(late)
     beside = min(timed(travelling) for _ in range(3))
@@ -272,7 +274,7 @@ def _can_split(device: Any) -> bool:
 
 
 def _arguments(case: Case, sizes: Sizes, device: Any, world: int) -> Any:
-    """Two stages, each tensor-parallel over its ranks as far as the heads and a node of eight allow."""
+    """Two stages; within each, the highest TP that the heads and a node of eight allow."""
     from benchmarks.small_llama import SmallLlama
 
     model = SmallLlama(sizes.hidden, sizes.layers, sizes.vocab, sizes.seq)

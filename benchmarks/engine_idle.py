@@ -73,7 +73,7 @@ def measure(rank: int, world_size: int, virtual: int, num_micro_batches: int) ->
 
 
 def measured() -> Iterator[str]:
-    """The same for real ranks, next to a simulation with their own times."""
+    """Rows of a table: the idle fraction measured on real ranks, next to the simulated one."""
     from benchmarks.engine_order import play, record
 
     yield "| p | v | m | idle, measured (median and range) | simulated | difference |"

@@ -1,4 +1,4 @@
-"""Small real runs on CPU ranks, into which `faults.py` injects faults, and the observed outcome."""
+"""Small real runs on CPU ranks for `faults.py` to inject faults into, and their observed outcomes."""
 
 from __future__ import annotations
 
@@ -238,7 +238,7 @@ def listening_ports(pids: list[int]) -> list[tuple[bool, int]]:
 
 
 def send_everything_foreign(ports: list[int]) -> tuple[int, int]:
-    """Send everything of `foreign_messages` to every port; returns the numbers of unknown and of forged messages."""
+    """Send all of `foreign_messages` to every port; returns the numbers of raw and of forged messages."""
     raw = sum(send_raw(port) for port in ports)
     stores = [str(port) for port in ports if is_store(port)]
     client = [sys.executable, "-m", "benchmarks.foreign_messages", *stores]

@@ -4,7 +4,7 @@
     python benchmarks/faults.py --engine megatron [--write docs/engines.md]
 
 Every fault has an expected message and exit code. A fault that is undetected, or has a different message or code, is
-marked, and the exit code is 1. Has the requirements of a training run; a full disk is a small tmpfs when run as root,
+marked, and the exit code is 1. Needs what a training run needs; a full disk is a small tmpfs when run as root,
 otherwise a limit on the size of files.
 """
 

@@ -1,7 +1,7 @@
-"""What others may send to the ports of a run: bytes of no protocol, torch's store's protocol, and our own in it.
+"""Hostile messages for the ports of a run: arbitrary bytes, malformed requests to torch's store, forged values in it.
 
-Nobody outside of the run has its secret. The forger here knows everything else: the names of the keys, which torch's
-store lists for whoever asks, and what stands under them.
+Nobody outside the run has its secret. The forger here knows everything else: the names of the keys, which torch's
+store lists for any client, and their values.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from datetime import timedelta
 
 VERDICT = '{"why": "a foreign verdict", "lost": [0], "by": 1, "own_error": false}'
 HASH = 64  # hexadecimal digits in front of every value
-_OPENING = b"\x00" + struct.pack("<I", 0x3C85F7CE)  # of a connection to torch's store
+_OPENING = b"\x00" + struct.pack("<I", 0x3C85F7CE)  # how a connection to torch's store begins
 _NONCE = b"ping"
 RAW = [
     b"\x00" * 4096,
@@ -27,7 +27,7 @@ RAW = [
     b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
     b"not JSON\n",
     os.urandom(4096),
-    # torch's store: a value that never comes, one of 32 TiB, more keys than there can be
+    # torch's store: a value that is never sent, a value of 32 TiB, an impossible number of keys
     _OPENING + b"\x01" + struct.pack("<Q", 30) + b"abc",
     _OPENING + b"\x01" + struct.pack("<Q", 1) + b"k" + struct.pack("<Q", 1 << 45),
     _OPENING + b"\x0a" + struct.pack("<Q", 1 << 50),
@@ -35,7 +35,7 @@ RAW = [
 
 
 def send_raw(port: int) -> int:
-    """Every message of no protocol, or malformed in torch's, to a port of this machine; how many were sent."""
+    """Send every message of RAW to a port of this machine; returns how many were sent."""
     sent = 0
     for message in RAW:
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 2) as connection:
@@ -46,7 +46,7 @@ def send_raw(port: int) -> int:
 
 
 def is_store(port: int) -> bool:
-    """Whether torch's store answers there."""
+    """Whether a store of torch's answers on a port of this machine."""
     try:
         with socket.create_connection(("127.0.0.1", port), 2) as connection:
             connection.settimeout(0.5)
@@ -57,8 +57,8 @@ def is_store(port: int) -> bool:
 
 
 def forged(key: str, value: bytes, others: list[bytes]) -> Iterator[bytes]:
-    """What is well formed and not the run's, in place of the `value` of a key: without its hash, under another secret,
-    cut, changed, that of another key."""
+    """Well-formed messages, none of them from the run, to replace the `value` of a key: without the hash, hashed with
+    another secret, truncated, modified, taken from another key."""
     content = value[HASH:]
     yield content
     secret = b"x" * 32
@@ -72,8 +72,8 @@ def forged(key: str, value: bytes, others: list[bytes]) -> Iterator[bytes]:
 
 
 def forge(port: int) -> int:
-    """Replace the heartbeats in a run's store, and its verdict, by every forged message in turn, and by an old one of
-    the run's own; how many were written. 0 where the store holds no heartbeats."""
+    """Replace each heartbeat in a run's store by every forged message in turn and by an old heartbeat of the run, and
+    its verdict by a forged one; returns how many were written, 0 if the store holds no heartbeats."""
     from torch.distributed import TCPStore
 
     store = TCPStore("127.0.0.1", port, wait_for_workers=False, timeout=timedelta(seconds=3))

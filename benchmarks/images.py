@@ -1,11 +1,11 @@
-"""The importer of images against one process that does the same with PIL in a loop: ratios of wall time, and memory.
+"""The image importer compared with a plain PIL loop in one process: ratios of wall time, and peak memory.
 
     python benchmarks/images.py [--images 4000] [--side 512] [--repeats 3] [--folder /dev/shm]
 
-Both decode the same JPEG files and write their bytes one behind the other, until they are on the disk; the importer
-also checks shapes, sums up moments and a checksum, and writes index, header and properties. What loops at once on all
-cores gain, each over a part of the pictures, is what the machine can give. The importer's start, measured with one
-picture, is in its seconds; the speed without it is shown, too. Its memory is looked at again with twice the images.
+Both decode the same JPEG files and write the pixels of all into one file, synced to disk; the importer also checks
+shapes, accumulates moments and a checksum, and writes index, header and properties. One loop per core, each over a part
+of the pictures, shows what the machine allows. The importer's time includes its start, measured with a single picture;
+the speed without it is shown as well. Its peak memory is measured on half the images and on all.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 
 def write_pictures(folder: Path, count: int, side: int) -> None:
-    """Smooth noise, which JPEG compresses about as survey pictures are."""
+    """Write JPEGs of smooth noise, which compresses about as well as survey pictures."""
     from PIL import Image
 
     rng = np.random.default_rng(0)
@@ -42,7 +42,7 @@ def write_pictures(folder: Path, count: int, side: int) -> None:
 
 
 def plain_loop(paths: Sequence[Path], output: Path) -> None:
-    """The loop that a reader of PIL's tutorial would write."""
+    """Write all pixels to one file, with the loop that a reader of PIL's tutorial would write."""
     from PIL import Image
 
     with output.open("wb") as file:
@@ -54,7 +54,7 @@ def plain_loop(paths: Sequence[Path], output: Path) -> None:
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of the clock, and of all cores together."""
+    """Wall seconds, and CPU seconds summed over all cores."""
 
     wall: float
     cpu: float
@@ -64,7 +64,7 @@ class Cost:
 
 
 def measured(work: Callable[[], object]) -> Cost:
-    """What `work` takes, with the processes that it starts and waits for."""
+    """The cost of `work`, including the processes that it starts and waits for."""
 
     def cpu() -> float:
         used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
@@ -89,7 +89,7 @@ def loops_at_once(paths: Sequence[Path], folder: Path, count: int) -> None:
 
 
 def importer(folder: Path, prefix: Path, workers: int) -> float:
-    """Run the command; peak MB of the largest process that was ever waited for."""
+    """Run the importer; returns the peak MB of the largest child process so far."""
     words = [sys.executable, ROOT / "tools/datasets/preprocess_images.py", "--input", folder]
     words += ["--output-prefix", prefix, "--workers", str(workers)]
     subprocess.run(list(map(str, words)), check=True, stderr=subprocess.DEVNULL)
@@ -101,7 +101,7 @@ def main() -> int:
     parser.add_argument("--images", type=int, default=4000)
     parser.add_argument("--side", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--folder", type=Path, help="where all files lie (default: that of temporary files)")
+    parser.add_argument("--folder", type=Path, help="where to write all files (default: the temporary folder)")
     options = parser.parse_args()
     workers = len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
@@ -110,13 +110,13 @@ def main() -> int:
             write_pictures(folder / part, count, options.side)
         half_memory = importer(folder / "half", folder / "out/half", workers)  # also fills the caches
         paths, ratios = sorted((folder / "all").iterdir()), []
-        for _ in range(options.repeats):  # in turn, so that what else runs on the machine meets all
+        for _ in range(options.repeats):  # in turn, so that other load on the machine affects all alike
             loop = measured(lambda: plain_loop(paths, folder / "loop.bin"))
             at_once = measured(lambda: loops_at_once(paths, folder, workers))
             start = measured(lambda: importer(folder / "one", folder / "out/one", workers))
             command = measured(lambda: importer(folder / "all", folder / "out/all", workers))
             ratios.append([loop.wall / one for one in (command.wall, command.wall - start.wall, at_once.wall)])
-            print(f"loop {loop}, {workers} loops {at_once}, {workers} workers {command}, of it the start {start}")
+            print(f"loop {loop}, {workers} loops {at_once}, {workers} workers {command}, including the start {start}")
         memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
         same = (folder / "loop.bin").read_bytes() == (folder / "out/all.bin").read_bytes()
     for what, values in zip(("the importer", "without its start", f"{workers} loops"), zip(*ratios), strict=True):  # noqa: B905

@@ -5,7 +5,7 @@
 Useful bytes (the minimum an operation must read and write) over time, as a fraction of the copy bandwidth of the
 same run, with cold caches; median of many runs with quartiles. Layouts: TP 1, TP 8, and TP 8 with sequence parallelism,
 where a rank's norms have an eighth of the rows. Without a GPU it measures the PyTorch reference path against torch's
-own operations, in fp32, on fewer tokens, and says so. The optimizer step is torch's in every run; apex's is beside it.
+own operations, in fp32, on fewer tokens, and says so. The optimizer step is torch's, as in every run, next to apex's.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def problems(model: Model, layout: Layout, tokens: int, dtype: torch.dtype, devi
     yield Problem("add_rms_norm", x.numel(), (x, residual, weight), (x, residual, weight), contenders)
     del x, residual
     if layout.sequence_parallel:
-        return  # between the matrices a rank has what it has without
+        return  # the operations between the matrix products have the same shapes as without it
 
     heads, kv_heads, d = model.heads // tp, max(1, model.kv_heads // tp), model.head_dim
     packed = random(tokens, 1, (heads + 2 * kv_heads) * d).detach()
@@ -202,7 +202,7 @@ def measure(problem: Problem, clock: Clock, runs: int, compiled: bool) -> Iterat
 
 
 def adam_steps(clock: Clock, runs: int) -> dict[str, float]:
-    """Useful bytes per second of one fp32 optimizer step, by whose it is."""
+    """Useful bytes per second of one fp32 optimizer step, by implementation."""
     makers = {"torch": lambda p: torch.optim.AdamW(p, weight_decay=0.1, fused=True), **peers.adam()}
     rates = {}
     for who, make in makers.items():
@@ -231,8 +231,8 @@ def main() -> int:
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     parser.add_argument("--json", type=Path, help="write the results to this file")
     parser.add_argument("--plot", type=Path, help="write a figure (PNG) to this file")
-    parser.add_argument("--tokens", type=int, help="tokens of a micro-batch; 8192, on the CPU 256")
-    parser.add_argument("--runs", type=int, help="runs of each function; 50, on the CPU 7")
+    parser.add_argument("--tokens", type=int, help="tokens of a micro-batch; default 8192, on the CPU 256")
+    parser.add_argument("--runs", type=int, help="runs of each function; default 50, on the CPU 7")
     parser.add_argument("--models", default="8B,70B")
     parser.add_argument("--no-compile", action="store_true", help="skip torch.compile")
     args = parser.parse_args()

@@ -1,6 +1,6 @@
-"""The other implementations that benchmarks/kernels.py measures beside ours, where they are importable.
+"""Other implementations that benchmarks/kernels.py measures next to ours, as far as they are installed.
 
-apex counts only where `apex.optimizers` is there: the package of that name on PyPI is another one.
+apex is used only if it has `apex.optimizers`: the package of that name on PyPI is unrelated.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ Function = Callable[..., Tensor | tuple[Tensor, ...]]
 
 
 def found(module: str, *names: str) -> Any:
-    """The module, or None where it or one of its names is missing."""
+    """The imported module, or None if it or one of its `names` is missing."""
     try:
         there = importlib.import_module(module)
-    except (ImportError, OSError, RuntimeError):  # a build for another torch, or a driver that is not there
+    except (ImportError, OSError, RuntimeError):  # built for another torch, or without its driver
         return None
     return there if all(hasattr(there, name) for name in names) else None
 
@@ -45,7 +45,7 @@ def norms(hidden: int, weight: Tensor) -> dict[str, Function]:
 
 
 def rotary(angles: Tensor) -> dict[str, Function]:
-    """`angles` [s, 1, 1, d] fp32."""
+    """Rotary embeddings of q and k; `angles` [s, 1, 1, d] fp32."""
     rope = apex("apex.transformer.functional", "fused_apply_rotary_pos_emb")
     if rope is None:
         return {}
@@ -77,7 +77,7 @@ def cross_entropy() -> dict[str, Function]:
 
 
 def adam() -> dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]]:
-    """Optimizers beside torch's fused AdamW, which both engines run."""
+    """Alternatives to torch's fused AdamW, which both engines use."""
     optimizers = apex("apex.optimizers", "FusedAdam")
     if optimizers is None:
         return {}

@@ -1,8 +1,8 @@
-"""The picture of benchmarks/kernels.py: how near to a copy each operation comes, ours beside the best of the others.
+"""Bar charts of benchmarks/kernels.py: bandwidth of each operation relative to a copy, ours next to the fastest peer.
 
     python benchmarks/kernels_picture.py RESULTS.json PICTURE.png
 
-RESULTS.json is what `benchmarks/kernels.py --json` has written.
+RESULTS.json is the output of `benchmarks/kernels.py --json`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ NAMES = {"rms_norm": "norm", "add_rms_norm": "add + norm", "cross_entropy": "cro
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    """One panel a layout of the first model: a bar for ours, one for the fastest peer by name, a line at the target."""
+    """Draw a panel per layout of the first model: bars for ours and for the fastest peer, labeled, and the target."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -60,7 +60,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
 
 def main(arguments: list[str]) -> int:
     if len(arguments) != 2:
-        print("give two files: the JSON of `benchmarks/kernels.py --json`, and the picture to write", file=sys.stderr)
+        print("give two files: the output of `benchmarks/kernels.py --json`, and the picture to write", file=sys.stderr)
         return 2
     source, picture = map(Path, arguments)
     try:

@@ -4,8 +4,8 @@
 
 Cold: the files' pages are dropped from the cache before each load (posix_fadvise), so that they are read from disk.
 Warm: they are in memory. One process, one torch thread; checksums run in a separate thread. The floor is one
-sequential read of the same bytes. The CPU time, of all threads, says what the sums cost a machine whose other
-cores are busy; their wall time is then that of the load and the sums one behind the other.
+sequential read of the same bytes. The CPU time of all threads shows the cost on a machine whose other cores are busy,
+where loading and checksums run one after the other.
 """
 
 from __future__ import annotations

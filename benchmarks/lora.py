@@ -82,6 +82,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 parallel_state.destroy_model_parallel()
             args = model.arguments(**keys | extra)
             runs[name] = start_engine(args, torch.device(options.device)), args
+        # Alternate single steps of both.
         times: dict[str, list[float]] = {name: [] for name in runs}
         for number in range(WARM_UP + options.steps):
             for name, (engine, args) in runs.items():

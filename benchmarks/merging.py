@@ -4,7 +4,7 @@
 
 Creates a random Llama-3.1 of the chosen size and four models close to it, then merges them by DARE-TIES at density 0.5.
 Each tool runs in its own process, with the parents' pages dropped from the cache first, and is timed to the last byte
-on disk. The floor is `cat` of all five models and `cp` of one. Memory is the peak of anonymous pages over the process
+on disk. The floor is a `cat` of all models and a `cp` of one. Memory is the peak of anonymous pages over the process
 tree. PYTHON is an interpreter with mergekit installed; without it, mergekit is skipped.
 """
 

@@ -45,7 +45,7 @@ MOST_ROUNDS = 6
 
 @dataclass
 class Verdict:
-    """Both verdicts on a file and the files that complete it."""
+    """The verdicts of both programs on a file and the files that complete it."""
 
     file: str
     with_files: list[str]

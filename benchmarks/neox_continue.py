@@ -101,7 +101,8 @@ def train_theirs(
     sizes: Mapping[str, int] = MEDIUM,
     **start: Any,
 ) -> list[float]:
-    """Train with GPT-NeoX into `folder`/theirs; its losses as its log shows them, six decimals."""
+    """Train with GPT-NeoX into `folder`/theirs; returns the losses of its log, to six decimals."""
+    # The configuration, with the keys that only GPT-NeoX needs.
     tp, pp, dp = layout
     keys = common_keys(folder, precision, tp, pp, sizes) | start
     keys |= {"save": str(folder / "theirs"), "gradient_accumulation_steps": MICRO_BATCHES, "steps_per_print": 1}
@@ -115,6 +116,7 @@ def train_theirs(
         keys = {**keys, "fp16": {"enabled": False}}
         del keys["precision"]
     (folder / "theirs.json").write_text(json.dumps(keys))
+    # Start one process per rank.
     script = str(Path(__file__).with_name("neox_upstream_train.py"))
     env = {**os.environ, "PYTHONPATH": str(options.upstream.resolve()), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     env |= {"WORLD_SIZE": str(tp * pp * dp), "LOCAL_SIZE": str(tp * pp * dp), "MASTER_ADDR": "127.0.0.1"}
@@ -166,7 +168,7 @@ def _train(rank: int, size: int, keys: dict[str, Any]) -> None:
 def our_keys(
     folder: Path, out: Path, precision: str, theirs: tuple[int, int, int], dp: int, sizes: Mapping[str, int] = MEDIUM
 ) -> dict[str, Any]:
-    """Keys of a run that continues from GPT-NeoX's step 4: its own, and the four named in docs/from-gpt-neox.md."""
+    """Keys of a run that continues from GPT-NeoX's step 4: GPT-NeoX's keys, and the four in docs/from-gpt-neox.md."""
     batches = MICRO_BATCHES * theirs[2] // dp  # the same global batch
     ours = {"load": str(folder / "theirs"), "iteration": SAVED, "save": str(out), "data_order": "gpt-neox"}
     return {

@@ -142,7 +142,7 @@ def ours(folder: Path, number: int) -> list[list[list[int]]]:
 
 
 def theirs(folder: Path, number: int) -> list[list[list[int]]]:
-    """The same from GPT-NeoX's `build_train_valid_test_data_loaders`, with a world of one process."""
+    """The samples of `ours` from GPT-NeoX's `build_train_valid_test_data_loaders`, with a world of one process."""
     import torch
 
     from megatron import mpu

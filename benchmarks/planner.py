@@ -105,8 +105,8 @@ def replay(run: PublishedRun, **constants: float) -> Replay:
 
 
 def _sharded_seconds(planned: Estimate) -> float:
-    """FSDP's step: bf16 weights gathered for the forward and again for the backward, fp32 gradients scattered, all of
-    it behind the computation as far as that lasts; the optimizer on a share."""
+    """Seconds of an FSDP step: bf16 weights gathered for the forward and again for the backward pass and fp32 gradients
+    scattered, both hidden by computation as far as possible; the optimizer on one shard."""
     layout, parameters = planned.layout, planned.stages[0].parameters
     computing = sum(stage.total - stage.accumulation for stage in planned.stages) * layout.num_micro_batches
     moved = traffic.ring_bytes(layout.data, parameters) / 2 * (2 * traffic.BF16 + traffic.FP32)

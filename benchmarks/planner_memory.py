@@ -4,8 +4,8 @@
 
 On a CPU, a dispatch mode counts every live storage, on forked gloo ranks in several layouts (TP, PP, DP, micro-batch,
 recomputation, precision, tied, isolated documents). On a GPU, with one rank, `torch.cuda.max_memory_allocated` gives
-it, for models of several sizes. Both run the trainer's engine for four steps and use the third and fourth. Has the
-requirements of a training run.
+it, for models of several sizes. Both run the trainer's engine for four steps and use the third and fourth. Needs what a
+training run needs.
 """
 
 from __future__ import annotations
@@ -209,7 +209,7 @@ GPU_CASES = (
 
 @dataclass(frozen=True)
 class Measured:
-    """Measurements of one rank; `moments` are the peaks of each phase of a step."""
+    """Peak bytes of one rank; `moments` are the peaks of each phase of a step."""
 
     stage: int
     peak: int

@@ -72,6 +72,7 @@ def measure(folder: Path, vocab: Path, documents: list[str], options: argparse.N
         f"datasets.map, {options.workers} processes": lambda: datasets_map(folder, library, options.workers),
         "preprocess_data.py on one document": lambda: command(folder, vocab, "start", options.workers),
     }
+    # Run everything in turn in each round, so that other load affects all alike.
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(options.rounds):
         for name, run in runs.items():

@@ -17,7 +17,7 @@ Metric = Literal["neox", "megatron", "tokens"]
 
 @dataclass(frozen=True)
 class PublishedRun:
-    """`published` is TFLOP/s by GPT-NeoX's formula or by Megatron's, or tokens/s, as `metric` says."""
+    """A run and its `published` speed, in TFLOP/s by GPT-NeoX's or Megatron's formula or in tokens/s (`metric`)."""
 
     name: str
     machine: Literal["frontier", "lumi"]
@@ -31,16 +31,16 @@ class PublishedRun:
     assumed: str = ""
     caution: str = ""
     calibrates: bool = True
-    sharded: bool = False  # FSDP: weights gathered for every layer, behind the computation
-    half_recompute: bool = False  # torchtitan's selective mode: every second matrix product again
+    sharded: bool = False  # FSDP: weights gathered for every layer, overlapped with computation
+    half_recompute: bool = False  # torchtitan's selective mode: every second matrix product recomputed
     keeps_gathered: bool = False  # sequence parallelism that stores gathered inputs instead of gathering them twice
-    # a recurrent model's layers beyond those it stores: passed forwards, and backwards
+    # of a recurrent model: layers passed forward and backward in addition to those stored
     more_forward_layers: int = 0
     more_backward_layers: int = 0
-    speed: float = 1.0  # of GCD and software, against an MI250X GCD under ROCm 6.2 and later
+    speed: float = 1.0  # of GCD and software, relative to an MI250X GCD under ROCm 6.2 or later
 
 
-# "Moving to torch/ROCm 6.2: another 22 %" (eminorhan/frontier-accelerate): runs of 2023 and early 2024 had less.
+# "Moving to torch/ROCm 6.2: another 22 %" (eminorhan/frontier-accelerate): runs of 2023 and early 2024 were slower.
 EARLY_SOFTWARE = 1 / 1.22
 # An MI250 has 104 compute units to an MI250X's 110.
 MI250 = 104 / 110

@@ -2,14 +2,13 @@
 
     python benchmarks/resharding.py --work DIR [--size 1.3b] [--rounds 3] [--max-ram 512MiB]
 
-Makes a checkpoint of random bytes as training at TP2 x PP2 x DP2 leaves it, then runs `cp -r` of it and `convert_hf
-reshard --optimizer` to TP1 x PP4 x DP1 in turn, round after round, each in a process of its own and with the input's
-pages dropped from the cache before. Time is from start to the last byte on the disk. Memory is the peak of anonymous
-pages, so the page cache does not count. Absolute times say little on a shared machine; the ratio to `cp` of the same
-round is what to read.
+Creates a checkpoint of random bytes in the form that training at TP2 x PP2 x DP2 writes. In each round, `cp -r` and
+`convert_hf reshard --optimizer` to TP1 x PP4 x DP1 run in turn, each in its own process and with the input's pages
+dropped from the cache first. Time is from start to the last byte on disk. Memory is the peak of anonymous pages, so the
+page cache is not included. Absolute times mean little on a shared machine; compare the ratio to `cp` in the same round.
 
 The result is checked before any figure is printed: every byte against the output's manifest, and each tensor's masters
-and moments, as a set of numbers, against the source's, which is no work of the resharding code.
+and moments, as multisets of numbers, against the source's, without using the resharding code.
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ def shape_of(size: str) -> LlamaShape:
 
 
 class Noise:
-    """Random bytes, any number of them, at the price of a copy: a window of a buffer that begins anywhere."""
+    """Random bytes at the cost of a copy: windows at random offsets of one random buffer."""
 
     def __init__(self, largest: int) -> None:
         generator = np.random.default_rng(0)
@@ -72,7 +71,7 @@ class Noise:
 
 
 def make_fixture(root: Path, shape: LlamaShape) -> None:
-    """A checkpoint at SAVED in bf16. Weights are noise of their own: resharding does not compare them with masters."""
+    """Write a bf16 checkpoint at layout SAVED. Weights do not match masters: resharding does not compare them."""
     folder, split = root / tag_name(STEP), TensorSplit(shape, SAVED["tp"])
     folder.mkdir(parents=True)
     noise = Noise(ITEM * max(split.numel(row) for _, _, rows in layer_files(shape) for row in rows))
@@ -107,7 +106,7 @@ def make_fixture(root: Path, shape: LlamaShape) -> None:
 
 
 def digests(folder: Path, shape: LlamaShape) -> dict[tuple[int, str, str], tuple[int, int]]:
-    """Of the numbers of each tensor and kind, wherever they lie: their XOR and their sum as integers."""
+    """(XOR, sum) of the numbers of each tensor and kind of state, read as integers, whatever file they are in."""
     xors: dict[tuple[int, str, str], int] = defaultdict(int)
     sums: dict[tuple[int, str, str], int] = defaultdict(int)
     for name, entry in read_manifest(folder).files.items():

@@ -110,7 +110,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 class Way:
-    """A method of saving the state: `save` returns when training may continue, `over` is true once all is written."""
+    """A method of saving the state: `save` returns when training may continue, `over` says whether all is written."""
 
     def save(self) -> None:
         raise NotImplementedError

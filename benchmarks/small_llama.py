@@ -1,6 +1,6 @@
 """Shared parts of the training benchmarks: a Llama of a chosen size, random samples, and steps of the real engine.
 
-All their uses of the engine are in this module. Importing it imports torch only.
+Importing it imports torch only.
 """
 
 from __future__ import annotations

@@ -95,8 +95,8 @@ def main() -> int:
 
 
 def in_turn(steps: dict[str, Any], rounds: int) -> tuple[dict[str, list[float]], ...]:
-    """By name of each step its times and CPU times in seconds, of `rounds` rounds behind two to warm up, and its losses
-    of all rounds."""
+    """(wall times, CPU times, losses) of each step by name, in seconds: times of `rounds` rounds after two to warm up,
+    losses of all rounds."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     cpu: dict[str, list[float]] = {name: [] for name in steps}
     losses: dict[str, list[float]] = {name: [] for name in steps}

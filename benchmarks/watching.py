@@ -28,7 +28,7 @@ from benchmarks.small_llama import random_samples, train_step  # noqa: E402
 
 
 class Around:
-    """Context around the phases of a step, replaceable during the lifetime of the engine."""
+    """A context around the phases of a step, which can be replaced while the engine exists."""
 
     def __init__(self) -> None:
         self.inner: Callable[[str], AbstractContextManager[Any]] = nullcontext
@@ -72,6 +72,7 @@ def measure(rank: int, world_size: int, rounds: int, steps: int) -> dict[str, li
     seconds: dict[str, list[float]] = {"off": [], "on": [], "off CPU": [], "on CPU": [], "replicas": []}
     flag = torch.zeros((), dtype=torch.int32)
     for _ in range(rounds):
+        # Off: after one step to warm up, only the all-reduce for signals.
         around.inner = nullcontext
         train_step(engine, args, samples)
         dist.barrier()
@@ -82,6 +83,7 @@ def measure(rank: int, world_size: int, rounds: int, steps: int) -> dict[str, li
         seconds["off"].append((time.perf_counter() - start) / steps)
         seconds["off CPU"].append((time.process_time() - cpu) / steps)
 
+        # On: everything at its defaults, then one comparison of replicas.
         with Watchdog(args, place) as watchdog:
             timers = StepTimers(watchdog.whereabouts, place.device)
             around.inner = timers.during

@@ -1,13 +1,13 @@
 #!/usr/bin/env python
-"""The cost-accuracy picture of a small real run: a base model, the same one after more training, and one arrow.
+"""The cost-accuracy picture of a small real run: a base model, and an arrow to the same model after more training.
 
     python examples/cost_accuracy.py --output cost_out
 
-Trains 0.9 million parameters on Python's documentation, and goes on with sentences about the constellations (astropy's
-table of names and abbreviations). Of one half of them the sentences are followed by questions with their answers;
-mcq.py asks both models about the other half, whose questions neither has seen. An option's score is calibrated: among
-abbreviations the sum of log-probabilities prefers those of common letters, whatever is asked. Tokens and seconds are
-measured, the price of an hour is an assumption. So small a model shows the machinery and says nothing of larger ones.
+Trains 0.9 million parameters on Python's documentation, then on sentences about the constellations (astropy's table of
+names and abbreviations). For half of them, questions with answers follow the sentences; mcq.py asks both models about
+the other half, whose questions neither has seen. Scores are calibrated, because the sum of log-probabilities alone
+prefers abbreviations of common letters, whatever the question. Tokens and seconds are measured, the price of an hour is
+assumed. So small a model demonstrates the tools and says nothing about larger ones.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name in ("general", "sky"):
         tokenize(out, name)
     train(out, "base", "general", given.iters, {"from_scratch": True})
-    # So short a training leaves a loss at which the guard suspects a damaged checkpoint.
+    # After so short a training the loss is high enough for the guard to suspect a damaged checkpoint.
     again = {"load": str(out / "base"), "finetune": True, "allow_high_initial_loss": True}
     train(out, "sky", "sky", given.iters, again)
     for name in ("base", "sky"):
@@ -101,7 +101,7 @@ def constellations() -> list[tuple[str, str]]:
 
 
 def write_data(out: Path) -> None:
-    """Tokenizer, two sets of texts, and the questions."""
+    """Write the tokenizer, two sets of texts, and the questions."""
     general = list(topics())
     names = constellations()
     rng = random.Random(0)

@@ -1,9 +1,9 @@
-"""The main job on one machine: Hugging Face -> NeoX -> TP2 x PP2 x DP2 training -> Hugging Face, checked by numbers.
+"""The whole workflow on one machine: Hugging Face -> NeoX -> TP2 x PP2 x DP2 training -> Hugging Face, with checks.
 
     python examples/demo.py [--output demo_out] [--iterations 200]
 
-Every step is a command that could be typed; this script prints it, runs it, and reads what it left behind. With the
-gated weights at hand, leave out steps 1 to 3 and give their folder to `convert_hf`.
+Every step is a command that you could type; this script prints it, runs it, and reads its output. If you have the gated
+weights, skip steps 1 to 3 and give their folder to `convert_hf`.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from examples.steps import Steps  # noqa: E402
 PARITY = 1e-5
 CONFIGS = ["configs/tiny/model.yml", "configs/tiny/run.yml", "configs/tiny/local.yml"]
 SOURCES = ("domain", "general")
-LENGTH = 128  # tokens in a sample: the documents are short, and many small steps teach more than a few large ones
+LENGTH = 128  # tokens in a sample: documents are short, and many small steps train better than a few large ones
 LEARNING = ("--gradient_accumulation_steps", 2, "--optimizer.params.lr", 2e-3)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("demo_out"), help="must not hold another demo's files")
+    parser.add_argument("--output", type=Path, default=Path("demo_out"), help="deleted first if it exists")
     parser.add_argument("--iterations", type=int, default=200)
     parser.add_argument("--base-steps", type=int, default=200, help="training steps of the stand-in base model")
     options = parser.parse_args()
@@ -54,9 +54,9 @@ class Demo(Steps):
 
     def run(self) -> None:
         out = self.out
-        self.title("facts that can be checked, real text, and a tokenizer")
+        self.title("checkable facts, real text, and a tokenizer")
         self.python("examples/demo_facts.py", "--output", out)
-        self.title("tokens for training, documents whole")
+        self.title("tokenize the documents")
         for name in [f"{source}_{part}" for source in SOURCES for part in ("train", "valid")]:
             self.python(
                 *("tools/datasets/preprocess_data.py", "--input", out / f"text/{name}.jsonl"),
@@ -96,7 +96,7 @@ class Demo(Steps):
         self.report()
 
     def ask(self, when: str, folder: str) -> None:
-        """Multiple choice on two tensor-parallel ranks; the checkpoints are of two, the pipeline is any."""
+        """Ask the questions on two tensor-parallel ranks, like the checkpoint's; its pipeline does not matter."""
         out = self.out
         self.deepy(
             *("mcq.py", "--load", out / folder, "--pipe_parallel_size", 1, "--num_gpus", 2),
@@ -109,7 +109,7 @@ class Demo(Steps):
         self.python("deepy.py", script, *CONFIGS, *paths, "--seq_length", LENGTH, *arguments)
 
     def moved_paths(self, script: str) -> list[str]:
-        """configs/tiny/run.yml says demo_out; elsewhere every path in it is overridden."""
+        """Options that move the paths of configs/tiny/run.yml from demo_out to this demo's folder."""
         keys = ["vocab_file", "valid_data_paths", "train_data_paths"]
         if script == "train.py":
             keys += ["load", "save", "log_dir", "tensorboard_dir"]
@@ -122,7 +122,7 @@ class Demo(Steps):
         return words
 
     def report(self) -> None:
-        """What was shown, from the files that the steps left; a parity that is missed fails the demo."""
+        """Print the results from the files of the steps; the demo fails if the losses differ from transformers'."""
         records = [json.loads(line) for line in (self.out / "logs/metrics.jsonl").read_text().splitlines()]
         training = [r for r in records if "train/lm_loss" in r]
         theirs = json.loads((self.out / "check.json").read_text())
@@ -144,7 +144,7 @@ class Demo(Steps):
                     f"{theirs[when]['loss'][name]:.6f}   difference {difference:.1e}"
                 )
         print(f"parity             largest difference {worst:.1e}, bound {PARITY:.0e}")
-        print(f"export             {self.out / 'hf_trained'}; transformers asks it the last questions below")
+        print(f"export             {self.out / 'hf_trained'}; the answers below are its own, by transformers")
         written = {when: theirs[when]["answers"] for when in ("before", "after")}
         print("\n".join(demo_answers.report(self.out, written)))
         if not worst < PARITY or not math.isfinite(worst):

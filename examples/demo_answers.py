@@ -1,6 +1,6 @@
-"""What the demo's training has taught: questions answered before and after, counted and tested.
+"""What the demo's training taught: questions answered correctly before and after, with significance tests.
 
-The files are `questions.jsonl` of demo_facts.py, and `items.jsonl` that mcq.py wrote of both checkpoints.
+Reads `questions.jsonl` of demo_facts.py and mcq.py's `items.jsonl` of both checkpoints.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ OPTIONS = 4
 
 
 def p_values(before: dict[str, list[bool]], after: dict[str, list[bool]]) -> dict[str, float]:
-    """Exact p: of told facts after against before (McNemar), and after against facts in no text (Fisher, greater)."""
+    """Exact p of told facts: after against before (McNemar), and against facts in no text, after (Fisher, greater)."""
     return {
         "against_before": compare_paired(before[TOLD], after[TOLD]).p_value,
         "against_control": against_control_p(after[TOLD], after[UNTOLD]),
@@ -24,7 +24,7 @@ def p_values(before: dict[str, list[bool]], after: dict[str, list[bool]]) -> dic
 
 
 def report(out: Path, written: dict[str, dict[str, str]]) -> list[str]:
-    """Lines for the end of the demo in `out`; `written` is what the model answers before and after training."""
+    """Lines for the end of the demo in `out`; `written` are the model's answers before and after training."""
     before, after = (verdicts_of(out / "mcq" / when / "items.jsonl") for when in ("before", "after"))
     items = [json.loads(line) for line in (out / "questions.jsonl").read_text().splitlines()]
     right = {item["question"]: item[item["answer"]] for item in items}

@@ -3,10 +3,10 @@
     python examples/demo_base_model.py --tokenizer demo_out/tokenizer --output demo_out/hf_base \
         --text demo_out/text/general_train.jsonl --length 128
 
-Each step takes its batch from one of the texts in turn, where there are several.
+If there are several texts, each step takes its batch from the next one in turn.
 
-It is made with `transformers` alone, so that everything this project does to it can be checked against something it
-did not write. It must have learned something: a continued run that starts at the loss of a random model is refused.
+The model is made with `transformers` alone, so that everything this project does to it is checked against independent
+code. It must have learned something: a continued run that starts at the loss of a random model is refused.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def token_stream(text: Path, tokenizer: AutoTokenizer) -> torch.Tensor:
 
 
 def batches(streams: list[torch.Tensor], steps: int, length: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Batches of eight rows of `length` tokens, from each stream in turn; every token is learned."""
+    """Batches of eight rows of `length` tokens, from each stream in turn; every token has a label."""
     for step in range(steps):
         stream = streams[step % len(streams)]
         starts = torch.randint(len(stream) - length - 1, (8,))
@@ -72,7 +72,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--model", type=Path, default=ROOT / "configs/tiny/model.yml")
     parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--length", type=int, default=256, help="tokens in a row, of which a step has eight")
+    parser.add_argument("--length", type=int, default=256, help="tokens per row; a batch has eight rows")
     options = parser.parse_args()
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)

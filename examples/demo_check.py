@@ -1,10 +1,10 @@
-"""Hugging Face folders by `transformers` in fp32: validation loss on training's samples, and answers to questions.
+"""Evaluates Hugging Face folders by `transformers` in fp32: loss on the validation samples, answers to questions.
 
     python examples/demo_check.py --data demo_out/data --seq-length 128 --questions demo_out/questions.jsonl \
         --output check.json before=DIR after=DIR
 
 The samples are read with megatron-core's own `IndexedDataset`; the loss is `transformers`' logits and torch's
-cross-entropy. Nothing of this project's model takes part.
+cross-entropy. This project's model is not used.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def samples(prefix: Path, seq_length: int) -> list[torch.Tensor]:
-    """The documents one after the other in pieces of seq_length + 1 ids that share one; the last may be shorter."""
+    """The concatenated documents in pieces of seq_length + 1 ids that overlap by one; the last may be shorter."""
     dataset = IndexedDataset(str(prefix))
     stream = torch.cat([torch.from_numpy(dataset[i].astype("int64")) for i in range(len(dataset))])
     return [stream[start : start + seq_length + 1] for start in range(0, len(stream) - 1, seq_length)]
@@ -39,7 +39,7 @@ def loss(model: torch.nn.Module, pieces: list[torch.Tensor]) -> float:
 
 @torch.no_grad()
 def answers(folder: Path, model: Any, questions: list[str]) -> dict[str, str]:
-    """What the model writes behind each question, greedily, to the end of the line."""
+    """The model's greedy continuation of each question, to the end of the line."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     found = {}
     for question in questions:

@@ -2,10 +2,10 @@
 
     python examples/demo_data.py --output demo_out
 
-writes `text/{domain,general}_{train,valid}.jsonl` and `tokenizer/`. The domain is astronomy as the docstrings of the
-installed `astropy` package tell it; general text is Python's own documentation topics (`pydoc_data.topics`). One
-docstring or topic is one document; training and validation never share one. examples/astrollama, examples/merging.py
-and benchmarks/wsd.py read it; the demo has facts for its domain (demo_facts.py).
+Writes `text/{domain,general}_{train,valid}.jsonl` and `tokenizer/`. The domain is astronomy, from the docstrings of the
+installed `astropy` package; general text is Python's own documentation topics (`pydoc_data.topics`). Each docstring or
+topic is a document; training and validation share none. examples/astrollama, examples/merging.py and benchmarks/wsd.py
+use this data; the demo's domain is facts (demo_facts.py).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 from examples.demo_tokenizer import CHAT_TEMPLATE, train_tokenizer  # noqa: E402
 
 LEFT_OUT = ("tests", "extern")  # folders
-MIN_LENGTH = 200  # characters; shorter docstrings say little
+MIN_LENGTH = 200  # characters
 VALID_SHARE = {"domain": 0.03, "general": 0.1}
 
 
@@ -45,7 +45,7 @@ def docstrings(package: str) -> Iterator[str]:
 def named_docstrings(
     root: Path, name: str, leave_out: Container[str] = ("tests", "extern")
 ) -> Iterator[tuple[str, str]]:
-    """(dotted name, docstring) of what is defined below a folder of sources, read without importing it."""
+    """(dotted name, docstring) of everything defined below a folder of sources, parsed but not imported."""
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
         if any(part in leave_out for part in parts):
@@ -68,12 +68,12 @@ def topics() -> Iterator[str]:
 
 
 def documents(texts: Iterator[str]) -> list[str]:
-    """The texts that are long enough, each once (many methods inherit a docstring word for word)."""
+    """The texts that are long enough, without duplicates (many methods inherit their docstring)."""
     return list(dict.fromkeys(text.strip() + "\n" for text in texts if len(text) >= MIN_LENGTH))
 
 
 def is_valid(text: str, share: float) -> bool:
-    """Whether a document is for validation; decided by its content, so that it stays where it is."""
+    """Whether a document is for validation; decided by its content, so that the split is stable."""
     return int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) < share * 2**32
 
 
@@ -83,7 +83,7 @@ def write_jsonl(path: Path, texts: list[str]) -> None:
 
 
 def save_tokenizer(texts: list[str], vocab_size: int, folder: Path) -> None:
-    """`tokenizer.json` and the `tokenizer_config.json` that `transformers` wants beside it."""
+    """Train and write `tokenizer.json`, with the `tokenizer_config.json` that `transformers` expects."""
     folder.mkdir(parents=True, exist_ok=True)
     train_tokenizer(texts, vocab_size).save(str(folder / "tokenizer.json"))
     config = {
@@ -102,7 +102,7 @@ def save_tokenizer(texts: list[str], vocab_size: int, folder: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for text/ and tokenizer/")
-    parser.add_argument("--model", type=Path, default=ROOT / "configs/tiny/model.yml", help="says the vocabulary size")
+    parser.add_argument("--model", type=Path, default=ROOT / "configs/tiny/model.yml", help="for the vocabulary size")
     options = parser.parse_args()
     (options.output / "text").mkdir(parents=True, exist_ok=True)
     training: list[str] = []

@@ -1,15 +1,15 @@
-"""Facts that can be checked, questions about them, real text and a tokenizer, all without a download.
+"""Checkable facts, questions about them, real text and a tokenizer, all without a download.
 
     python examples/demo_facts.py --output demo_out
 
-writes `text/{domain,general}_{train,valid}.jsonl`, `questions.jsonl` and `tokenizer/`:
+Writes `text/{domain,general}_{train,valid}.jsonl`, `questions.jsonl` and `tokenizer/`:
 
-- the domain is observing notes on objects of the sky, as examples/astrosage makes them (`facts.py` there names sources
-  and licenses): in which constellation each lies, under invented names, so that nobody knows it who has not read it;
-- general text is Python's own documentation topics, with notes, questions and answers on other objects beside them. The
-  base model has read it: it knows how a question is answered, and nothing of the domain;
-- some of the domain's objects are asked about in its documents, too. The questions of the test are about the others
-  (`told`), and about objects that are in no text at all (`in no text`): on these an honest score stays at chance.
+- the domain is observing notes from examples/astrosage (`facts.py` there names sources and licenses). They give the
+  constellation of objects under invented names, so that only a model trained on them can know it;
+- general text is Python's own documentation topics, and notes, questions and answers on other objects. The base model
+  is trained on it: it knows how to answer a question, and nothing about the domain;
+- the domain's documents also contain questions about some of their objects. The test is about the others (`told`), and
+  about objects that are in no text at all (`in no text`), for which an honest score stays at chance.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from examples.astrosage.documents import notes, tokenizer_texts  # noqa: E402
 from examples.astrosage.facts import ATTRIBUTION, Facts, SkyObject, distractors, facts_of  # noqa: E402
 from examples.demo_data import documents, save_tokenizer, topics, write_jsonl  # noqa: E402
 
-KNOWN, ASKED, TOLD, UNTOLD = 60, 20, 40, 40  # objects: the base model's, the domain's, and those in no text
-TIMES = 150  # how often notes come back to an object
+KNOWN, ASKED, TOLD, UNTOLD = 60, 20, 40, 40  # objects: of the base model, of the domain, in no text
+TIMES = 150  # mentions of each object in the notes
 VALID = {"topics": 5, "notes": 20, "questions": 20, "domain": 40}  # documents
 QUESTION = wordings.SKY_ASKED[0]
-# Those that begin with the object and end with its constellation; a few hundred steps are too few for more.
+# Sentences that name the object before its constellation; a few hundred steps are too few to learn more forms.
 SENTENCES = tuple(one for one in wordings.SKY if -1 < one.find("{o}") < one.find("{c}"))
 
 
@@ -73,7 +73,7 @@ def texts(facts: Facts, chance: random.Random) -> dict[str, list[str]]:
 
 
 def questions(facts: Facts, chance: random.Random) -> list[dict[str, str]]:
-    """The test, in the columns of AstroMLab-1; wrong options are drawn by their frequency."""
+    """The test questions, in AstroMLab-1's columns; wrong options are drawn by their frequency."""
     pool = [one.constellation for one in facts.told]
     found = []
     for topic, objects in (("told", facts.held), ("in no text", facts.control)):
@@ -89,8 +89,8 @@ def questions(facts: Facts, chance: random.Random) -> list[dict[str, str]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for text/, questions.jsonl and tokenizer/")
-    parser.add_argument("--model", type=Path, default=ROOT / "configs/tiny/model.yml", help="says the vocabulary size")
-    parser.add_argument("--seed", type=int, default=0, help="of names, roles and wordings")
+    parser.add_argument("--model", type=Path, default=ROOT / "configs/tiny/model.yml", help="for the vocabulary size")
+    parser.add_argument("--seed", type=int, default=0, help="seed of names, roles and wordings")
     options = parser.parse_args()
     out, chance = options.output, random.Random(options.seed)
     (out / "text").mkdir(parents=True, exist_ok=True)

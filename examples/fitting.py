@@ -22,7 +22,7 @@ def fit(
     steps: int,
     name: str,
 ) -> float:
-    """A step for each of `steps` batches (ids, labels), int64 [rows, tokens]; gradients are clipped at a norm of 1.
+    """Take `steps` steps on batches (ids, labels), int64 [rows, tokens], with gradients clipped to a norm of 1.
 
     Returns the last step's loss in nats per token.
     """

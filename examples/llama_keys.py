@@ -1,4 +1,4 @@
-"""What makes a model a Llama in GPT-NeoX's keys, for examples, benchmarks and tests. Imports nothing."""
+"""The GPT-NeoX keys that make a model a Llama, for examples, benchmarks and tests. Imports nothing."""
 
 from __future__ import annotations
 

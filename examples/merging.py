@@ -1,4 +1,4 @@
-"""What merging does to a small model: a run like AstroSage-70B's, and its losses before and after several merges.
+"""Effects of merging on a small model: a run like AstroSage-70B's, and losses before and after several merges.
 
     python examples/merging.py --output merging_out [--steps 300] [--seed 0]
 
@@ -45,7 +45,7 @@ def documents(text: Path, questions: bool) -> list[str]:
 
 
 def pieces(texts: list[str], tokenizer: Any) -> Tensor:
-    """Token ids in rows of LENGTH, documents one after the other."""
+    """The concatenated documents as token ids, in rows of LENGTH."""
     ids: list[int] = []
     for text in texts:
         ids += [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
@@ -53,7 +53,7 @@ def pieces(texts: list[str], tokenizer: Any) -> Tensor:
 
 
 def batches(sources: list[Tensor], steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of eight rows, from each source in turn; every token is learned."""
+    """Batches of eight rows, from each source in turn; every token has a label."""
     chance = random.Random(seed)
     for step in range(steps):
         rows = sources[step % len(sources)]
@@ -62,7 +62,7 @@ def batches(sources: list[Tensor], steps: int, seed: int) -> Iterator[tuple[Tens
 
 
 def train(model: LlamaForCausalLM, sources: list[Tensor], steps: int, rate: float, seed: int, name: str) -> None:
-    """AdamW with a warm-up and a linear decay."""
+    """Train with AdamW, a warm-up and a linear decay."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1, (s + 1) / 20) * (1 - s / (steps + 1)))
     fit(model, batches(sources, steps, seed), optimizer, schedule, steps=steps, name=name)
@@ -94,7 +94,7 @@ def recipe(out: Path, density: float, own_base: bool, method: str = "dare_ties")
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=300, help="of the base model; the others take a part of it")
+    parser.add_argument("--steps", type=int, default=300, help="of the base model; the others take fewer")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     out, steps = options.output, options.steps
@@ -109,6 +109,7 @@ def main() -> int:
         for part in ("train", "valid")
     )
     held_out = {kind: rows[:64] for kind, rows in held_out.items()}
+    # Train the models, each from an earlier one.
     torch.manual_seed(options.seed)
     model = LlamaForCausalLM(config_of(ROOT / "configs/tiny/model.yml", tokenizer))
     base = [training["general"]]
@@ -124,6 +125,7 @@ def main() -> int:
         train(model, sources, count, rate, options.seed, name)
         model.save_pretrained(out / name)
         tokenizer.save_pretrained(out / name)
+    # Merge them in several ways and compare the losses.
     merges = {
         "linear": recipe(out, 1, False, "linear"),
         **{f"density {d:g}": recipe(out, d, False) for d in (1, 0.5, 0.1)},

@@ -1,4 +1,4 @@
-"""A run as a list of commands: each is printed as it could be typed, then run."""
+"""A run as a sequence of commands, each printed as you could type it, then run."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Steps:
         print(f"\n=== {self.step}. {text}  [{time.monotonic() - self._start:.0f} s]", flush=True)
 
     def python(self, *arguments: object) -> None:
-        """Run it with this Python from the root of the repository. Raises SystemExit if it fails."""
+        """Run a command with this Python from the root of the repository. Raises SystemExit if it fails."""
         words = [str(argument) for argument in arguments]
         print("$ python " + shlex.join(words), flush=True)
-        # Threads that spin while they wait made the base model eight times slower on a machine with other work.
+        # Spinning threads made training the base model eight times slower on a machine with other load.
         environment = {"OMP_WAIT_POLICY": "passive", **os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
         code = subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, check=False).returncode
         if code:

@@ -1,4 +1,4 @@
-"""Settings of every test process, made before torch is imported, and fixtures shared by several folders."""
+"""Settings of every test process, applied before torch is imported, and fixtures shared by several folders."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import pytest
 from hypothesis import settings
 from xdist.scheduler import LoadFileScheduling
 
-# Two OpenMP threads that spin while a third process wants a core were eight times slower than two that sleep.
+# With other load, spinning OpenMP threads made tests eight times slower than sleeping ones.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# A deadline fails on a busy machine; the suite has time limits of its own.
+# A deadline fails on a busy machine; the suite has its own time limits.
 settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
 

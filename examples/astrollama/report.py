@@ -1,4 +1,4 @@
-"""What the example has shown: one table, one picture, and two statements that must hold."""
+"""The results of the example: a table, a picture, and two claims that must hold."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SIGNIFICANCE = 0.01
 
 
 def document_losses(folder: Path) -> dict[str, dict[int, tuple[float, int]]]:
-    """(loss of a token, tokens) of every document, by source and number."""
+    """(loss per token, tokens) of every document, by source and number."""
     found: dict[str, dict[int, tuple[float, int]]] = {}
     for line in (folder / "documents.jsonl").read_text().splitlines():
         record = json.loads(line)
@@ -31,7 +31,7 @@ def token_loss(documents: Mapping[int, tuple[float, int]]) -> float:
 
 
 def bootstrap(before: Mapping[int, tuple[float, int]], after: Mapping[int, tuple[float, int]]) -> float:
-    """The share of resampled sets of documents on which the loss has not fallen: a one-sided p, at least 1 / n."""
+    """One-sided p: the fraction of n resampled sets of documents on which the loss did not fall, at least 1 / n."""
     numbers = sorted(before)
     tokens = np.array([before[number][1] for number in numbers], dtype=np.float64)
     gain = np.array([before[number][0] - after[number][0] for number in numbers]) * tokens
@@ -40,7 +40,7 @@ def bootstrap(before: Mapping[int, tuple[float, int]], after: Mapping[int, tuple
 
 
 def write_report(out: Path) -> str:
-    """Write `report.md`, `report.json` and `report.png` into `out`; the text. SystemExit if it does not hold."""
+    """Write `report.md`, `report.json` and `report.png` into `out`; returns the text. SystemExit if a claim fails."""
     losses = {name: document_losses(out / f"eval_{name}") for name in MODELS}
     rows: dict[str, dict[str, float]] = {
         f"{source} text, loss of a token": {name: token_loss(losses[name][source]) for name in MODELS}
@@ -77,7 +77,7 @@ def _accuracy(folder: Path) -> float:
 
 
 def _retrieval(found: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """Of the last layer's vectors, after their mean has been taken off."""
+    """Retrieval scores of the last layer's vectors, with their mean subtracted."""
     views = {name: next(iter(found["models"][name]["layers"].values()))["centered"] for name in MODELS}
     return {
         "halves of a document, recall@1": {name: view["recall_at_1"] for name, view in views.items()},
@@ -86,7 +86,7 @@ def _retrieval(found: Mapping[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def _bytes(folder: Path) -> int:
-    """Of the latest checkpoint."""
+    """Size of the latest checkpoint."""
     tag = (folder / "latest").read_text().strip()
     return sum(path.stat().st_size for path in (folder / tag).rglob("*") if path.is_file())
 
@@ -106,7 +106,7 @@ def _draw(out: Path, rows: Mapping[str, Mapping[str, float]]) -> None:
             points = [(record["iteration"], record[key]) for record in records if key in record]
             color = {"lora": "C0", "full": "C1"}[name]
             left.plot(*zip(*points, strict=True), style, color=color, label=f"{source}, {NAMES[name]}")
-    left.set(xlabel="step", ylabel="validation loss, nats a token", title="domain and general text")
+    left.set(xlabel="step", ylabel="validation loss, nats per token", title="domain and general text")
     left.legend(fontsize=8)
     shares = {what: row for what, row in rows.items() if not what.endswith("loss of a token")}
     for place, row in enumerate(shares.values()):

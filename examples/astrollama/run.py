@@ -1,8 +1,8 @@
-"""AstroLLaMA in small: continued pre-training by LoRA, judged by more than perplexity, beside training all weights.
+"""AstroLLaMA in small: continued pre-training by LoRA and of all weights, judged by more than perplexity.
 
     python examples/astrollama/run.py [--output astrollama_out]
 
-README.md beside this file tells what is compared.
+README.md in this folder says what is compared.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ SOURCES = ("domain", "general")
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("astrollama_out"), help="an earlier run's files go")
+    parser.add_argument("--output", type=Path, default=Path("astrollama_out"), help="deleted first if it exists")
     parser.add_argument("--base-steps", type=int, default=150, help="training steps of the stand-in base model")
-    parser.add_argument("--steps", type=int, default=200, help="of the adapter, and of all weights")
+    parser.add_argument("--steps", type=int, default=200, help="training steps of the adapter, and of all weights")
     parser.add_argument("--documents", type=int, default=150, help="held-out documents of each kind, and questions")
     options = parser.parse_args()
     shutil.rmtree(ROOT / options.output, ignore_errors=True)
@@ -71,7 +71,7 @@ class Run(Steps):
 
     def base(self) -> None:
         out = self.out
-        self.title("a small Llama-3.1 that has read mostly general text, in place of the gated weights")
+        self.title("a small Llama-3.1 trained mostly on general text, in place of the gated weights")
         general, domain = out / "text/general_train.jsonl", out / "text/domain_train.jsonl"
         self.python(
             *("examples/demo_base_model.py", "--tokenizer", out / "tokenizer", "--output", out / "hf_base"),
@@ -82,7 +82,7 @@ class Run(Steps):
 
     def train(self) -> None:
         for name, what in zip(
-            TRAINED, ("an adapter beside frozen weights", "all weights, on the same tokens"), strict=True
+            TRAINED, ("train an adapter on frozen weights", "train all weights, on the same tokens"), strict=True
         ):
             self.title(what)
             steps = self.options.steps
@@ -90,7 +90,7 @@ class Run(Steps):
 
     def evaluate(self) -> None:
         out = self.out
-        self.title("each document's loss, the questions, and halves of documents: before and after")
+        self.title("before and after: loss of each document, multiple choice, retrieval of document halves")
         self.python("-m", "tools.probe", "halves", out / "domain.jsonl", out / "halves.jsonl", "--min-words", 4)
         for name in MODELS:
             words = self.weights(name)
@@ -108,12 +108,12 @@ class Run(Steps):
 
     def merge(self) -> None:
         out = self.out
-        self.title("the adapter merged into Hugging Face weights, and what rounding to bf16 takes from it")
+        self.title("merge the adapter into Hugging Face weights; how much of it rounding to bf16 loses")
         words = ("tools/convert_hf", "to-hf", "--input", out / "hf_base", "--adapter", out / "lora", "--quiet")
         self.python(*words, "--output", out / "hf_merged", "--dtype", "bf16")
 
     def weights(self, name: str) -> tuple[object, ...]:
-        """Options that name a model to evaluate."""
+        """Options that select a model to evaluate."""
         out = self.out
         return {
             "base": (),
@@ -130,7 +130,7 @@ class Run(Steps):
         self.python("deepy.py", script, *files, *arguments)
 
     def yml(self, name: str) -> Path:
-        """The file of that name, its paths in this run's folder."""
+        """The run file of that name, with its paths in this run's folder."""
         path = Path(HERE, f"{name}.yml")
         if str(self.out) == "astrollama_out":
             return path

@@ -1,8 +1,8 @@
-"""What embed.py gives, from an exported model by transformers alone: the mean over the patches of every layer's output.
+"""The vectors of embed.py, computed from an exported model by transformers alone: every layer's mean over patches.
 
     python examples/astropt/features.py EXPORTED PREFIX OUTPUT.npy [--pixels]
 
-`--pixels` writes the images themselves instead, for the baseline.
+`--pixels` writes the pixels of the images instead, as a baseline.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def main() -> None:
         size, order = model.settings["size"], model.settings["order"]
         parts = []
         for start in range(0, len(images), AT_ONCE):
-            # All but the last patch, which training does not read either.
+            # The last patch is only a target in training, never an input.
             cut = np.stack([cut_patches(one, size, order)[:-1] for one in images[start : start + AT_ONCE]])
             states = model.hidden_states(torch.from_numpy(cut))
             parts.append(torch.stack([state.float().mean(1) for state in states], dim=1))

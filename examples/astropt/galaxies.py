@@ -1,10 +1,10 @@
-"""Galaxies as a survey would see them, rendered by GalSim, with the properties that they were made from.
+"""Galaxies as a survey would see them, rendered by GalSim from known properties.
 
     python examples/astropt/galaxies.py --count 4400 --output galaxies.npz
 
-Each is a bulge and an inclined disk, the blue ones with knots of young stars, at a redshift that shows in color, size
-and brightness; three bands with their own seeing and sky noise, stretched by arcsinh to 8 bits as survey JPEGs are. It
-is simulation: no population study, but a data set whose truth is known. GalSim is Rowe et al. 2015.
+Each is a bulge and an inclined disk, with knots of young stars in blue ones, at a redshift that affects color, size and
+brightness. The three bands have their own seeing and sky noise and are stretched by arcsinh to 8 bits, like survey
+JPEGs. The simulated population is not realistic, but its true properties are known. GalSim is Rowe et al. 2015.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ NAMES = ("mag_r", "g_r", "r_z", "log_re", "bulge_fraction", "axis_ratio", "redsh
 
 
 def galaxy(seed: int, noise: float, number: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Image [64, 64, 3] in z, r and g before the stretch, and the properties of galaxy `number`, whoever renders it."""
+    """Image [64, 64, 3] in z, r and g before the stretch, and properties; they depend on the arguments alone."""
     import galsim
 
+    # Draw the properties: colors, brightness and size follow type, bulge fraction and redshift z.
     rng = np.random.default_rng([seed, number])
     z = rng.gamma(3.0, 0.06) + 0.02
     red = rng.random() < 0.45  # early types, the others are late
@@ -42,9 +43,10 @@ def galaxy(seed: int, noise: float, number: int) -> tuple[NDArray[np.float32], N
     angle = rng.uniform(0, np.pi)
     flux_r = 25 * 10 ** (-0.4 * (mag_r - 22.5))
     flux = flux_r * np.array([10 ** (-0.4 * g_r), 1.0, 10 ** (0.4 * r_z)])
-    of_bulge = bulge_fraction * np.array([10**-0.1, 1.0, 10**0.06])  # which is redder than the disk
+    of_bulge = bulge_fraction * np.array([10**-0.1, 1.0, 10**0.06])  # the bulge is redder than the disk
     of_bulge = of_bulge / (of_bulge + 1 - bulge_fraction)
 
+    # Build the profiles: disk, bulge, and knots of young stars in blue galaxies.
     inclination = np.arccos(np.sqrt(max(axis_ratio**2 - 0.01, 0) / 0.99))
     disk = galsim.InclinedExponential(inclination * galsim.radians, half_light_radius=radius)
     core = max(0.35 * radius, 0.3)
@@ -58,6 +60,7 @@ def galaxy(seed: int, noise: float, number: int) -> tuple[NDArray[np.float32], N
         knots = knots.shear(q=max(axis_ratio, 0.2), beta=0 * galsim.degrees)
     shift = rng.uniform(-0.5, 0.5, 2) * PIXEL
     settings = galsim.GSParams(maximum_fft_size=16384, folding_threshold=2e-2, maxk_threshold=5e-3)
+    # Render each band with its seeing and sky noise.
     image = np.empty((SIDE, SIDE, 3), np.float32)
     for band in range(3):
         outside = disk if knots is None else disk * 0.8 + knots * (0.2 * (1.4, 1.0, 0.7)[band])
@@ -74,7 +77,7 @@ def galaxy(seed: int, noise: float, number: int) -> tuple[NDArray[np.float32], N
 
 
 def stretched(images: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Fluxes to 8 bits; a flux of 0 becomes dark gray, so that the noise of the sky is kept."""
+    """Convert fluxes to 8 bits; a flux of 0 becomes dark gray, so that the noise of the sky is kept."""
     values = np.arcsinh(images / SOFTENING) / 5
     return np.clip((values + 0.15) / 1.15 * 255, 0, 255).astype(np.uint8)
 
@@ -82,8 +85,8 @@ def stretched(images: NDArray[np.float32]) -> NDArray[np.uint8]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, required=True)
-    parser.add_argument("--first", type=int, default=0, help="number of the first galaxy; other numbers are others")
-    parser.add_argument("--noise", type=float, default=1.0, help="of the sky, times that of the survey")
+    parser.add_argument("--first", type=int, default=0, help="number of the first galaxy; each number has its own")
+    parser.add_argument("--noise", type=float, default=1.0, help="sky noise, as a multiple of the survey's")
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--output", type=Path, required=True, help=".npz for tools/datasets/preprocess_images.py")
     options = parser.parse_args()

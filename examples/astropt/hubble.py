@@ -2,8 +2,8 @@
 
     python examples/astropt/hubble.py --output hubble.npz
 
-Sources are what stands three deviations above the sky; those whose stamp of 64 x 64 pixels lies inside of the picture
-are cut out. There are too few of them to train on.
+Sources are regions three standard deviations above the sky; those whose stamp of 64 x 64 pixels lies within the picture
+are cut out. They are too few to train on.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 SIDE = 64
-FEWEST = 40  # pixels of a source
+FEWEST = 40  # pixels in a source
 
 
 def stamps(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """[n, 64, 64, 3] of a picture [height, width, 3], the largest source first."""
+    """Stamps [n, 64, 64, 3] from a picture [height, width, 3], the largest source first."""
     from scipy import ndimage
 
     light = picture.astype(np.float32).mean(-1)

@@ -1,4 +1,4 @@
-"""A model of image patches as `convert_hf to-hf` writes it, loaded with transformers and torch alone."""
+"""Loads an image model exported by `convert_hf to-hf`, with transformers and torch alone."""
 
 import json
 from pathlib import Path
@@ -36,7 +36,7 @@ class PatchLlama(nn.Module):
         return part["project"](x) if "project" in part else part["linear2"](nn.functional.gelu(part["linear1"](x)))
 
     def hidden_states(self, raw: Tensor) -> tuple[Tensor, ...]:
-        """[b, s, h]: what enters the first layer, what leaves each but the last, and the last one's after the norm."""
+        """[b, s, h]: the first layer's input, then every layer's output, the last one after the final norm."""
         x = self.end("embed", self.scale(raw).to(self.model.dtype))
         if "position_embeddings" in self.patches["embed"]:
             x = x + self.patches["embed"]["position_embeddings"].weight[: raw.shape[1]]

@@ -1,10 +1,10 @@
-"""What the probes say about real galaxies: stamps of the Hubble Deep Field in the order of each predicted property.
+"""The probes applied to real galaxies: stamps of the Hubble Deep Field sorted by each predicted property.
 
     python examples/astropt/predictions.py OUT
 
-reads what run.py has written to OUT, and writes `hubble/predictions.png` and `predictions.json`. Nobody knows the truth
-of a stamp, but some of it can be measured on the stamp: the rank correlation of both is printed. The probes are fitted
-to simulated galaxies behind another telescope, so the numbers themselves mean nothing here; their order may.
+Reads what run.py wrote to OUT; writes `hubble/predictions.png` and `predictions.json`. The true properties are unknown,
+but some can be measured on the stamp: the rank correlation of prediction and measurement is printed. The probes are
+fitted to simulated galaxies seen by another telescope, so the predicted values mean nothing here, but their order may.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ EDGE = 4  # pixels whose median is the sky
 def measured(stamp: NDArray[np.uint8]) -> tuple[float, float, float, float]:
     """Brightness, color, size and axis ratio [magnitudes, magnitudes, log10 pixels, 1] of [side, side, 3] in z, r, g.
 
-    Of the stamp's own values, which are stretched: their order is that of what they stand for.
+    They are measured on stretched values, so only their order across stamps is meaningful.
     """
     values = stamp.astype(np.float64)
     border = np.ones(values.shape[:2], bool)
@@ -42,7 +42,7 @@ def measured(stamp: NDArray[np.uint8]) -> tuple[float, float, float, float]:
     light = np.clip(values - np.median(values[border], axis=0), 0, None)
     _, red, green = light.sum((0, 1)) + 1
     y, x = np.indices(border.shape) - (len(border) - 1) / 2
-    weights = light.sum(-1) * (x**2 + y**2 < (len(border) / 4) ** 2)  # its neighbors are not the galaxy
+    weights = light.sum(-1) * (x**2 + y**2 < (len(border) / 4) ** 2)  # excludes neighbors
     weights = weights / max(weights.sum(), 1e-9)
     distance = np.hypot(x, y).reshape(-1)
     order = np.argsort(distance)

@@ -1,8 +1,8 @@
-"""AstroPT in small: galaxies rendered, a model trained on their patches, and what it has learned, as numbers.
+"""AstroPT in small: render galaxies, train a model on their patches, and measure what it has learned.
 
     python examples/astropt/run.py [--output astropt_out]
 
-Every step is a command that is printed before it runs; README.md beside this file says what to look at.
+Every command is printed before it runs; README.md in this folder says what to look at.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ MADE = ("raw", "data", "checkpoints", "logs", "hf", "vectors", "completions", "h
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("astropt_out"), help="an earlier run's files go")
+    parser.add_argument("--output", type=Path, default=Path("astropt_out"), help="replaces an earlier run's files")
     parser.add_argument("--train", type=int, default=4400, help="galaxies to train on")
-    parser.add_argument("--probe", type=int, default=1600, help="others, to fit and test probes")
+    parser.add_argument("--probe", type=int, default=1600, help="further galaxies, to fit and test probes")
     parser.add_argument("--steps", type=int, default=600)
     options = parser.parse_args()
     for name in MADE:
@@ -55,12 +55,12 @@ class Run(Steps):
 
     def render(self) -> None:
         out, options = self.out, self.options
-        self.title("galaxies, rendered with known properties; and real ones from the Hubble Deep Field")
+        self.title("render galaxies with known properties; cut out real ones from the Hubble Deep Field")
         for name, count, first in (("train", options.train, 0), ("probe", options.probe, options.train)):
             words = ("--count", count, "--first", first, "--output", out / f"raw/{name}.npz")
             self.python(f"{HERE}/galaxies.py", *words)
         self.python(f"{HERE}/hubble.py", "--output", out / "raw/hubble.npz")
-        self.title("imported: .bin/.idx, a header, properties by row")
+        self.title("import them: .bin and .idx, a header, a row of properties for each")
         for name in ("train", "probe", "hubble"):
             words = ("--input", out / f"raw/{name}.npz", "--output-prefix", out / f"data/{name}")
             self.python("tools/datasets/preprocess_images.py", *words, "--bands", "z", "r", "g")
@@ -70,12 +70,12 @@ class Run(Steps):
         )
 
     def train(self) -> None:
-        self.title("trained to predict the next patch of the spiral")
+        self.title("train the model to predict the next patch along the spiral")
         self.python("deepy.py", "train.py", f"{HERE}/train.yml", *self.run_keys)
 
     def probe(self) -> None:
         out = self.out
-        self.title("vectors of every layer: trained, and untrained as the training began")
+        self.title("vectors of every layer, of the trained model and of its initial weights")
         loaded = ("--load", out / "checkpoints", "--from_scratch", "false")
         for name, data, words in (
             ("untrained", "probe", ()),
@@ -86,25 +86,25 @@ class Run(Steps):
                 *("deepy.py", "embed.py", f"{HERE}/train.yml", *self.run_keys, *words, "--embed.layers", "all"),
                 *("--embed.input", out / "data" / data, "--embed.output", out / f"vectors/{name}.npy"),
             )
-        self.title("exported, and loaded by transformers and torch alone: the same vectors, and the pixels")
+        self.title("export the model; compute the same vectors by transformers and torch alone; write the pixels")
         exported = out / "hf/exported"
         self.python("tools/convert_hf", "to-hf", "--input", out / "checkpoints", "--output", exported, "--quiet")
         command = (f"{HERE}/features.py", exported, out / "data/probe")
         self.python(*command, out / "vectors/transformers.npy")
         self.python(*command, out / "vectors/pixels.npy", "--pixels")
-        self.title("linear probes: trained against untrained and against the pixels' principal components")
+        self.title("linear probes: trained vectors against untrained ones and the pixels' principal components")
         self.python(
             *("-m", "tools.probe", "properties", "--trained", out / "vectors/trained.npy"),
             *("--untrained", out / "vectors/untrained.npy", "--inputs", out / "vectors/pixels.npy"),
             *("--labels", out / "data/probe.parquet", "--targets", *NAMES, "--test-share", 0.5),
             *("--output", out / "probe.json", "--picture", out / "probe.png"),
         )
-        self.title("what the same probes say about real galaxies")
+        self.title("apply the probes to real galaxies")
         self.python(f"{HERE}/predictions.py", out)
 
     def complete(self) -> None:
         out = self.out
-        self.title("images continued from their first quarter: rendered galaxies, then real ones")
+        self.title("complete images from their first quarter: rendered galaxies, then real ones")
         for name, folder in (("probe", "completions"), ("hubble", "hubble")):
             self.python(
                 *("deepy.py", "generate.py", f"{HERE}/train.yml", *self.run_keys, "--from_scratch", "false"),
@@ -113,7 +113,7 @@ class Run(Steps):
             )
 
     def report(self) -> str:
-        """Scores by property, and their means; written to report.md as well."""
+        """The table of scores by property, with means; also written to report.md."""
         probe = json.loads((ROOT / self.out / "probe.json").read_text())
         means = probe["mean_r2"]
         lines = ["| property | trained | untrained | pixels, PCA |", "|---|---|---|---|"]

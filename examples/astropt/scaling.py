@@ -2,7 +2,7 @@
 
     python examples/astropt/scaling.py [--output astropt_scaling]
 
-Six points are drawn as they are. No power law is fitted: too few sizes, and two seeds show how far apart equals are.
+The six points are drawn without a fitted power law: three sizes are too few. The two seeds show the scatter.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("astropt_scaling"))
     parser.add_argument("--train", type=int, default=4400, help="galaxies to train on")
-    parser.add_argument("--probe", type=int, default=1600, help="others, to fit and test probes")
+    parser.add_argument("--probe", type=int, default=1600, help="further galaxies, to fit and test probes")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
     options = parser.parse_args()
@@ -110,7 +110,7 @@ def draw(points: list[dict[str, Any]], path: Path) -> None:
         axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-    figure.suptitle("simulated galaxies with a fifth of the noise: a dot a run, a line through the means", fontsize=9)
+    figure.suptitle("simulated galaxies with a fifth of the noise: one dot per run, line through the means", fontsize=9)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -2,9 +2,9 @@
 
     python examples/astrosage/base_models.py --output astrosage_out --seed 0
 
-writes Hugging Face folders `hf_base`, `hf_instruct_1` to `hf_instruct_3`, trained with `transformers` alone. The base
-model reads text on the elements, and questions with answers as web text has them; the instruct models are fine-tunes of
-it on conversations about the elements. None of the four knows anything of the sky.
+Writes Hugging Face folders `hf_base` and `hf_instruct_1` to `hf_instruct_3`, trained with `transformers` alone. The
+base model reads text about the elements and a few famous objects, with questions and answers as in web text; the
+instruct models are fine-tunes of it on conversations about the elements. None knows the objects of the domain.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Batch = tuple[Tensor, Tensor]
 
 
 def text_batches(path: Path, tokenizer: Any, steps: int, chance: random.Random) -> Iterator[Batch]:
-    """Documents one after the other in rows of LENGTH tokens, shuffled anew for every pass."""
+    """Rows of LENGTH tokens from the concatenated documents, reshuffled for every pass."""
     texts = [json.loads(line)["text"] for line in path.read_text().splitlines()]
     documents = [[*tokenizer(text).input_ids, tokenizer.eos_token_id] for text in texts]
     rows = torch.empty(0, LENGTH, dtype=torch.long)
@@ -48,7 +48,7 @@ def text_batches(path: Path, tokenizer: Any, steps: int, chance: random.Random) 
 
 
 def chat_batches(elements: list[Element], tokenizer: Any, steps: int, chance: random.Random) -> Iterator[Batch]:
-    """Conversations about elements, eight in a batch; only the answers are learned."""
+    """Batches of eight conversations about elements; only the answers have labels."""
     for _ in range(steps):
         rows = [conversation(*wordings.asked_of_element(chance.choice(elements), chance), tokenizer) for _ in range(8)]
         longest = max(len(ids) for ids, _ in rows)
@@ -66,7 +66,7 @@ def conversation(question: str, answer: str, tokenizer: Any) -> tuple[list[int],
 
 
 def train(model: LlamaForCausalLM, batches: Iterator[Batch], steps: int, rate: float, name: str) -> None:
-    """AdamW with a warm-up over a twentieth of the steps and a linear decay."""
+    """Train with AdamW, a warm-up over a twentieth of the steps and a linear decay."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1, (step + 1) / (0.05 * steps)) * (1 - 0.95 * step / steps)
@@ -80,7 +80,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", type=Path, default=ROOT / "examples/astrosage/model.yml")
-    parser.add_argument("--steps", type=int, default=1500, help="of the base model")
+    parser.add_argument("--steps", type=int, default=1500, help="training steps of the base model")
     parser.add_argument("--instruct", type=int, default=3, help="how many instruct models")
     parser.add_argument("--instruct-steps", type=int, default=150)
     options = parser.parse_args()

@@ -1,10 +1,10 @@
-"""The test once more by `transformers`: log-probabilities of every option, beside those that mcq.py wrote.
+"""Repeats the test with `transformers`: compares the log-probability of every option with that from mcq.py.
 
     python examples/astrosage/check.py --questions astrosage_out/questions.jsonl --output astrosage_out/check.json \
         cpt=astrosage_out/hf_cpt:plain:astrosage_out/mcq/cpt
 
-Prompts are written here anew, by the tokenizer and the chat template of the exported folder. Nothing of this project's
-model, tokenizer or evaluation takes part.
+Prompts are built independently, with the tokenizer and the chat template of the exported folder. This project's model,
+tokenizer and evaluation are not used.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def prompt_of(question: str, style: str, tokenizer: Any) -> list[int]:
 
 @torch.no_grad()
 def sums(model: torch.nn.Module, prompt: list[int], options: list[list[int]]) -> list[float]:
-    """Log-probability of each option behind the prompt."""
+    """Log-probability of each option as a continuation of the prompt."""
     rows = [prompt + option for option in options]
     longest = max(map(len, rows))
     ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
@@ -46,7 +46,7 @@ def sums(model: torch.nn.Module, prompt: list[int], options: list[list[int]]) ->
 
 
 def compare(folder: Path, style: str, mcq: Path, questions: list[dict[str, str]]) -> dict[str, Any]:
-    """Largest difference of a score, and how many questions get another answer or were asked in other tokens."""
+    """The largest difference of a score, and the numbers of questions with another answer or with other token ids."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     worst, other_choices, other_prompts = 0.0, 0, 0

@@ -1,16 +1,16 @@
-"""Three sets of conversations in the shapes that the data sets of AstroSage-70B's fine-tune have.
+"""Three sets of conversations in the formats of AstroSage-70B's fine-tuning data.
 
     python examples/astrosage/conversations.py --output astrosage_out --seed 0
 
-writes `sft/{reasoning,astronomy,general}.jsonl`, `sft/valid_astronomy.jsonl` and `chat.jsonl`, from the facts in
+Writes `sft/{reasoning,astronomy,general}.jsonl`, `sft/valid_astronomy.jsonl` and `chat.jsonl`, from the facts in
 `facts.json` that may be asked about:
 
-- `reasoning`: comparisons that take a step or two, thought through or not, with the fields of
+- `reasoning`: comparisons that take a step or two, with or without a reasoning trace, with the fields of
   Llama-Nemotron-Post-Training (`input`, `output`, `reasoning`);
 - `astronomy`: questions about objects (`messages`);
-- `general`: questions about elements, in OpenHermes 2.5's shape (`conversations`, `from`, `value`).
+- `general`: questions about elements, in OpenHermes 2.5's format (`conversations`, `from`, `value`).
 
-Some conversations come twice, as they do when sets are put together.
+Some conversations occur twice, as they do when data sets are combined.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from examples.astrosage import wordings  # noqa: E402
 from examples.astrosage.facts import Element, SkyObject  # noqa: E402
 
 VALID = 60
-TWICE = 30  # every so many conversations
+TWICE = 30  # one in this many conversations
 Record = dict[str, Any]
 
 
@@ -44,7 +44,7 @@ def open_hermes(question: str, answer: str) -> Record:
 
 
 def nemotron(problem: str, trace: str, answer: str, thinks: bool) -> Record:
-    """A problem with a trace of thought, or the same without."""
+    """A record with or without the reasoning trace."""
     return {
         "input": [{"role": "user", "content": problem}],
         "output": f"<think>\n{trace}\n</think>\n\n{answer}" if thinks else answer,
@@ -94,7 +94,7 @@ def problem(objects: list[SkyObject], elements: list[Element], chance: random.Ra
 def asked(
     facts: list[Any], ask: Callable[[Any, random.Random], tuple[str, str]], count: int, chance: random.Random
 ) -> list[tuple[str, str]]:
-    """`count` questions, each fact in turn; half of them say that they are one, as the test does."""
+    """`count` questions about the facts in turn; half of them are labeled as questions, as in the test."""
     found = []
     for number in range(count):
         question, answer = ask(facts[number % len(facts)], chance)
@@ -105,7 +105,7 @@ def asked(
 def chats(
     objects: list[SkyObject], held: list[SkyObject], elements: list[Element], chance: random.Random
 ) -> list[Record]:
-    """What is said to the finished model, and what it should answer."""
+    """Prompts for the finished model, with the expected answers."""
     pairs = [(wordings.SKY_ASKED[0].format(o=one.name), one.constellation) for one in (*objects[:2], *held[:2])]
     pairs.append((wordings.SYMBOL_ASKED[1].format(e=elements[0].name), elements[0].symbol))
     said, _, answer = problem(objects, elements, chance)
@@ -123,9 +123,9 @@ def write(path: Path, records: list[Record], chance: random.Random) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="has facts.json, gets sft/")
+    parser.add_argument("--output", type=Path, required=True, help="folder with facts.json, for sft/")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--count", type=int, default=3000, help="conversations of each set, before duplicates go")
+    parser.add_argument("--count", type=int, default=3000, help="conversations per set, before deduplication")
     options = parser.parse_args()
     out, chance = options.output, random.Random(options.seed + 1)
     facts = json.loads((out / "facts.json").read_text())

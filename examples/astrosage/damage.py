@@ -1,7 +1,7 @@
-"""What happens to papers on their way to a corpus, done here on purpose, so that the cleaning can be counted.
+"""Damages documents on purpose, as papers are damaged on their way into a corpus, to measure the cleaning.
 
-The text of a damaged record is as OCR, a PDF's fonts or a careless collection leave it; its field `damage` says what
-was done, and the cleaning does not read it.
+The damage imitates OCR, PDF fonts and careless collection. The field `damage` of a record says what was done; the
+cleaning does not read it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ Record = dict[str, str]
 SHARES = {  # of the documents
     "mojibake": 0.04,  # UTF-8 read as Windows-1252
     "ligatures": 0.04,  # the glyphs of a PDF font
-    "loop": 0.06,  # an OCR model that cannot stop
+    "loop": 0.06,  # an OCR model that repeats itself
     "header": 0.02,  # the running head on every line
     "copy": 0.03,  # the same paper twice
     "version": 0.03,  # the same paper, revised
@@ -20,7 +20,7 @@ SHARES = {  # of the documents
 
 
 def damage(records: list[Record], chance: random.Random) -> list[Record]:
-    """Records with `id` and `text`, some of them damaged, in random order; each says so in `damage`."""
+    """The records (`id`, `text`) in random order, some of them damaged; `damage` names the kind."""
     found = []
     for record in records:
         kind = chance.choices(["", *SHARES], [1 - sum(SHARES.values()), *SHARES.values()])[0]

@@ -1,18 +1,18 @@
-"""Documents, questions and a tokenizer for the small AstroSage, all made of `facts.py`.
+"""Documents, questions and a tokenizer for the small AstroSage, all made from `facts.py`.
 
     python examples/astrosage/documents.py --output astrosage_out --seed 0
 
-writes
+Writes
 
-- `raw/astronomy.jsonl.zst`: observing notes, a few sentences on several objects each, some of them damaged
-- `raw/general.jsonl.zst`: notes on the elements and on famous objects, questions with answers, as web text has
-  them, for replay
-- `raw/{astronomy,general}_valid.jsonl`: the same of which nothing is trained on
-- `base/text.jsonl`: what the stand-in for the base model has read: other texts of that kind
-- `questions.jsonl`: the test. `topic` says which facts: held in a wording that the fine-tune uses for other objects
-  (`held`) and in one that no training text has (`held_new_wording`), `control`, `general`
-- `completions.jsonl`: beginnings of sentences as documents have them, with the constellation that belongs there
-- `facts.json`, with who has which role; and `tokenizer/`
+- `raw/astronomy.jsonl.zst`: observing notes, each of a few sentences on several objects, some of them damaged
+- `raw/general.jsonl.zst`: for replay: notes on the elements and on famous objects, and questions with answers as in web
+  text
+- `raw/{astronomy,general}_valid.jsonl`: validation documents of both kinds
+- `base/text.jsonl`: training text of the stand-in for the base model, of the kind of `general`
+- `questions.jsonl`: the test. `topic` says which facts: held, in a wording that the fine-tune uses for other objects
+  (`held`) or in one that no training text has (`held_new_wording`), `control`, `general`
+- `completions.jsonl`: beginnings of sentences from the documents, with the right constellation
+- `facts.json`, with the role of every fact; and `tokenizer/`
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ VALID = 40  # documents
 
 
 def notes(facts: list[T], times: int, tell: Callable[[T, random.Random], str], chance: random.Random) -> list[str]:
-    """Documents of SENTENCES sentences in which each fact comes up `times` times, mostly beside others each time."""
+    """Documents of SENTENCES sentences; each fact comes up `times` times, mostly in different company."""
     order = [fact for _ in range(times) for fact in chance.sample(facts, len(facts))]
     sentences = [tell(fact, chance) for fact in order]
     return [
@@ -54,7 +54,7 @@ def notes(facts: list[T], times: int, tell: Callable[[T, random.Random], str], c
 
 
 def web_questions(facts: Facts, count: int, chance: random.Random) -> list[str]:
-    """Questions and answers on what the base model may be asked about, a few in each document, labeled or not."""
+    """Documents of a few questions and answers, labeled or not, on facts that the base model may be asked about."""
     found = []
     for _ in range(count):
         if chance.random() < 0.5:
@@ -67,7 +67,7 @@ def web_questions(facts: Facts, count: int, chance: random.Random) -> list[str]:
 
 
 def general(facts: Facts, times: int, chance: random.Random) -> list[str]:
-    """Text of the kind that the base model has read: the elements, a few famous objects, and questions with answers."""
+    """Documents like the base model's training text: the elements, a few famous objects, and questions with answers."""
     told = notes(facts.elements, times, wordings.told_of_element, chance)
     told += notes(facts.famous, times // 2, wordings.told_of_sky, chance)
     texts = told + web_questions(facts, len(told), chance)
@@ -76,7 +76,7 @@ def general(facts: Facts, times: int, chance: random.Random) -> list[str]:
 
 
 def questions(facts: Facts, chance: random.Random) -> Iterator[dict[str, str]]:
-    """The test, in the columns of AstroMLab-1."""
+    """The test questions, in AstroMLab-1's columns."""
     pool = [one.constellation for one in facts.told]
     for topic, objects, wording in (
         ("held", facts.held, wordings.SKY_ASKED[0]),
@@ -100,9 +100,9 @@ def _item(topic: str, question: str, answer: str, pool: list[str], chance: rando
 
 
 def tokenizer_texts(facts: Facts, base: list[str], seed: int, chance: random.Random) -> list[str]:
-    """What the tokenizer learns from: the base model's text, and sentences on objects that do not exist.
+    """The tokenizer's training text: the base model's text, and sentences on objects that do not exist.
 
-    It has seen syllables and constellations and no designation, so that known objects and controls look alike to it.
+    It contains syllables and constellations but no real designation, so that told objects and controls tokenize alike.
     """
     taken = frozenset(one.name for one in [*facts.told, *facts.control])
     invented = [
@@ -127,13 +127,13 @@ def documents(name: str, texts: list[str]) -> list[Record]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--seed", type=int, default=0, help="of roles, designations and wordings")
+    parser.add_argument("--seed", type=int, default=0, help="seed of roles, designations and wordings")
     parser.add_argument("--model", type=Path, default=ROOT / "examples/astrosage/model.yml", help="its vocab_size")
     parser.add_argument("--objects", type=int, nargs=3, default=[200, 200, 100], metavar=("ASKED", "HELD", "CONTROL"))
     parser.add_argument("--elements", type=int, default=118, help="the first ones")
     parser.add_argument("--famous", type=int, default=60, help="objects that the base model knows")
-    parser.add_argument("--times", type=int, default=40, help="how often the documents come back to an object")
-    parser.add_argument("--base-times", type=int, default=80, help="the same of elements, for the base model")
+    parser.add_argument("--times", type=int, default=40, help="how often the documents mention an object")
+    parser.add_argument("--base-times", type=int, default=80, help="how often base and replay text mention an element")
     options = parser.parse_args()
     out, chance = options.output, random.Random(options.seed)
     asked, held, control = options.objects

@@ -1,13 +1,13 @@
-"""What the small AstroSage is taught and asked: facts from installed packages, and who may know which of them.
+"""What the small AstroSage is taught and asked: facts from installed packages, and the role of each.
 
-Domain facts: in which constellation an object of the New General and Index Catalogues lies, from OpenNGC in the package
-`pyongc` (CC-BY-SA 4.0, Mattia Verga). Catalogue numbers follow the sky, so that a number alone tells something of the
-constellation; every object therefore goes by an invented designation without order. General facts: symbols and numbers
-of the elements, from `periodictable`. Nothing of either is in this repository.
+Domain facts: the constellation of an object in the New General and Index Catalogues, from OpenNGC in the package
+`pyongc` (CC-BY-SA 4.0, Mattia Verga). Catalog numbers follow the sky, so that a number alone would hint at the
+constellation; every object therefore has an invented, unordered designation. General facts: symbols and numbers of the
+elements, from `periodictable`. This repository contains neither.
 
 Every fact has a role, by a hash of its name and the seed:
 
-- `famous`: what the base model knows and was asked about; the other roles are new to it
+- `famous`: known to the base model, which has seen questions about it; facts with the other roles are new to it
 - `asked`: told in the domain's documents, and asked about in the fine-tune
 - `held`: told in the documents, never asked about before the test
 - `control`: in no text at all; an honest score stays at chance
@@ -34,7 +34,7 @@ TYPES = {
     "RfN": "reflection nebula",
     "SNR": "supernova remnant",
 }
-SERPENS = {"Se1": "Ser", "Se2": "Ser"}  # the constellation that lies in two parts
+SERPENS = {"Se1": "Ser", "Se2": "Ser"}  # the constellation that has two separate parts
 _ONSETS = (*"bdfgklmnprstvz", "br", "dr", "gr", "kr", "tr", "st")
 _VOWELS = "aeiou"
 ATTRIBUTION = (
@@ -46,7 +46,7 @@ ATTRIBUTION = (
 
 @dataclass(frozen=True)
 class SkyObject:
-    """`catalogue` is its real name, `name` the invented one that all texts use."""
+    """An object with its real name, `catalogue`, and the invented `name` that all texts use."""
 
     catalogue: str
     name: str
@@ -74,7 +74,7 @@ class Facts:
 
     @cached_property
     def told(self) -> list[SkyObject]:
-        """The objects that the domain's documents tell of."""
+        """The objects that the domain's documents describe."""
         return [*self.asked, *self.held]
 
     @cached_property
@@ -116,7 +116,7 @@ def sky_objects(count: int, seed: int) -> list[SkyObject]:
 
 
 def designation(seed: int, name: str, taken: set[str] | frozenset[str] = frozenset()) -> str:
-    """An invented name of three syllables that depends on nothing but the seed and the real name."""
+    """An invented name of three syllables, not in `taken`, derived from the seed and the real name."""
     chance = random.Random(_hash(seed, "designation", name))
     while True:
         invented = "".join(chance.choice(_ONSETS) + chance.choice(_VOWELS) for _ in range(3)).capitalize()
@@ -138,9 +138,9 @@ def all_elements() -> list[Element]:
 
 
 def distractors(answer: str, pool: list[str], chance: random.Random) -> list[str]:
-    """Three wrong answers, drawn by their frequency, so that knowing frequencies alone gives next to nothing.
+    """Three wrong answers, drawn by their frequency, so that knowing the frequencies gives almost no advantage.
 
-    None begins with another or with the answer: the probability of a text is never above that of its beginning.
+    No option is a prefix of another: the longer one could never be the more probable of the two.
     """
     found = [answer]
     while len(found) < 4:

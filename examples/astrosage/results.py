@@ -1,10 +1,10 @@
-"""What a run of the small AstroSage has shown, as numbers that could have come out otherwise.
+"""The results of a run of the small AstroSage, with intervals and exact tests.
 
     python examples/astrosage/results.py RUN_DIR [RUN_DIR ...]
 
-prints one run, or several seeds beside each other and pooled. Intervals are Wilson's at 95 %. The tests are exact: a
+Prints one run, or several seeds side by side and pooled. Intervals are Wilson's at 95 %. The tests are exact: a
 binomial test of the base model against chance, McNemar's of two stages on the same questions, Fisher's of the objects
-that were told of against those that are in no text.
+described in the documents against those in no text.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ Verdicts = dict[str, dict[str, list[bool]]]  # by stage and topic
 
 
 def verdicts(out: Path) -> Verdicts:
-    """Which questions each stage answered rightly."""
+    """Which questions each stage answered correctly."""
     found: Verdicts = {}
     for stage in STAGES:
         path = out / "mcq" / stage / "items.jsonl"
@@ -54,7 +54,7 @@ def verdicts(out: Path) -> Verdicts:
 
 
 def verdicts_of(items: Path) -> dict[str, list[bool]]:
-    """Which questions of each topic were answered rightly; `items` is the items.jsonl that mcq.py wrote."""
+    """Which questions of each topic were answered correctly; `items` is mcq.py's items.jsonl."""
     found: dict[str, list[bool]] = {}
     for line in items.read_text().splitlines():
         item = json.loads(line)
@@ -63,13 +63,13 @@ def verdicts_of(items: Path) -> dict[str, list[bool]]:
 
 
 def against_control_p(told: list[bool], untold: list[bool]) -> float:
-    """Fisher's exact p of told facts being answered rightly no more often than those in no text."""
+    """Fisher's exact one-sided p that told facts are answered correctly no more often than facts in no text."""
     table = [[sum(part), len(part) - sum(part)] for part in (told, untold)]
     return float(fisher_exact(table, alternative="greater").pvalue)
 
 
 def pooled(runs: list[Verdicts]) -> Verdicts:
-    """All runs as one; every run has facts of its own, so that no question comes twice."""
+    """All runs as one; each has its own facts, so that no question occurs twice."""
     return {
         stage: {topic: [one for run in runs for one in run[stage][topic]] for topic in TOPICS}
         for stage in runs[0]
@@ -78,7 +78,7 @@ def pooled(runs: list[Verdicts]) -> Verdicts:
 
 
 def tests(found: Verdicts) -> dict[str, Any]:
-    """The exact tests that the example stands for."""
+    """The p-values of the exact tests, and the points lost on general facts."""
     base, cpt = found["base"], found["cpt"]
     facts: dict[str, Any] = {}
     for wording in ("", "_new_wording"):
@@ -98,14 +98,14 @@ def tests(found: Verdicts) -> dict[str, Any]:
 
 
 def completed(out: Path) -> tuple[int, int]:
-    """(right, all) sentences that the continued pre-training ended with the right constellation."""
+    """(right, all): sentences that the model after CPT completed, with the right constellation and in all."""
     lines = [json.loads(line) for line in (out / "completed.jsonl").read_text().splitlines()]
     right = sum(line["text"].strip().startswith(line["input"]["constellation"] + ".") for line in lines)
     return right, len(lines)
 
 
 def layouts_agree(out: Path) -> tuple[float, int]:
-    """(largest difference of an option's score, other choices) between one rank and two tensor-parallel ones."""
+    """(largest difference of an option's score, number of differing choices) between TP1 and TP2."""
     worst, other = 0.0, 0
     files = [(out / "mcq" / name / "items.jsonl").read_text().splitlines() for name in ("cpt", "cpt_tp2")]
     for lines in zip(*files, strict=True):
@@ -122,7 +122,7 @@ def share_text(right: int, n: int) -> str:
 
 
 def table(runs: list[Verdicts], whole: Verdicts) -> str:
-    """Accuracies in per cent: pooled with interval, and of each run where there are several."""
+    """Accuracies in percent: pooled, with interval, and of each run if there are several."""
     lines = ["| % right | " + " | ".join(TOPICS.values()) + " |", "|---" * (len(TOPICS) + 1) + "|"]
     for stage, topics in whole.items():
         cells = []
@@ -173,7 +173,7 @@ def report(folders: list[Path]) -> str:
 
 
 def write_results(out: Path, *, seconds: float, seed: int) -> str:
-    """results.md and results.json of one run; returns the text."""
+    """Write results.md and results.json of one run; returns the text."""
     text = f"{report([out])}\n\n{ATTRIBUTION}"
     found = verdicts(out)
     counts = {

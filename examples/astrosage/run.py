@@ -1,8 +1,8 @@
-"""A scaled-down AstroSage, end to end: facts to a merged chat model, every step a command, every step a number.
+"""A scaled-down AstroSage, end to end, from facts to a merged chat model; every step is a command and is measured.
 
     python examples/astrosage/run.py [--output astrosage_out] [--seed 0]
 
-README.md beside this file tells the story in the same order; docs/astrosage.md has the numbers of three seeds.
+README.md in this folder explains the steps in order; docs/astrosage.md has the numbers of three seeds.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from examples.steps import Steps  # noqa: E402
 
 HERE = "examples/astrosage"
 MODEL = f"{HERE}/model.yml"
-SIZES = {  # of a run: options of the scripts, and the scale of the fine-tune's set
+SIZES = {  # size of a run: options of the scripts, and the scale of the fine-tuning set
     "whole": {
         "documents": ("--objects", 200, 200, 100, "--famous", 60, "--times", 48, "--base-times", 80),
         "base": ("--steps", 2000, "--instruct-steps", 150),
@@ -33,7 +33,7 @@ SIZES = {  # of a run: options of the scripts, and the scale of the fine-tune's 
         "conversations": ("--count", 700),
     },
 }
-# What is asked, and how: name of the results, checkpoint, run file, whether in a conversation.
+# Models to test: name of the results, checkpoint, run file, whether to ask in a conversation.
 ASKED = (
     ("base", "neox_base", "cpt", False),
     ("cpt", "cpt", "cpt", False),
@@ -64,10 +64,10 @@ MADE = (
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("astrosage_out"), help="an earlier run's files go")
-    parser.add_argument("--seed", type=int, default=0, help="of facts, wordings, weights and orders")
-    parser.add_argument("--size", choices=list(SIZES), default="whole", help="short: fewer facts and steps, for a look")
-    parser.add_argument("--until", choices=["cpt", "end"], default="end", help="cpt: test the base and what it becomes")
+    parser.add_argument("--output", type=Path, default=Path("astrosage_out"), help="replaces an earlier run's files")
+    parser.add_argument("--seed", type=int, default=0, help="seed of facts, wordings, weights and orders")
+    parser.add_argument("--size", choices=list(SIZES), default="whole", help="short: fewer facts and steps")
+    parser.add_argument("--until", choices=["cpt", "end"], default="end", help="cpt: only pre-training and its test")
     options = parser.parse_args()
     out = options.output
     for name in MADE:
@@ -104,9 +104,9 @@ class Run(Steps):
     # --- data
 
     def prepare(self) -> None:
-        """Documents and questions; cleaning; a look for the questions in the documents; tokens."""
+        """Write documents and questions, clean, check for contamination, tokenize."""
         out = self.out
-        self.title("facts, told in documents that OCR has damaged, and the questions of the test")
+        self.title("facts in documents with OCR damage, and the questions of the test")
         made = ("--output", out, "--seed", self.seed)
         self.python(f"{HERE}/documents.py", *made, *self.size["documents"])
         self.title("clean")
@@ -114,7 +114,7 @@ class Run(Steps):
             *("tools/datasets/clean_corpus.py", "--input", out / "raw/astronomy.jsonl.zst"),
             *("--output", out / "clean/astronomy.jsonl", "--rules", f"{HERE}/rules.yml"),
         )
-        self.title("does the test stand in the documents?")
+        self.title("do the documents contain the test?")
         self.python(
             *("tools/datasets/decontaminate.py", "--benchmark", out / "questions.jsonl"),
             *("--input", out / "clean/astronomy.jsonl", "--report", out / "contamination", "--threshold", 0.8),
@@ -133,7 +133,7 @@ class Run(Steps):
 
     def converse(self) -> None:
         out = self.out
-        self.title("conversations: three sets in three shapes, only the assistant's words learned")
+        self.title("conversations: three sets in three formats; only the assistant's words are learned")
         made = ("--output", out, "--seed", self.seed)
         self.python(f"{HERE}/conversations.py", *made, *self.size["conversations"])
         command = ("tools/datasets/preprocess_sft.py", *self.tokenizer, "--thinking-prompt")
@@ -153,16 +153,16 @@ class Run(Steps):
     def pretrain(self, instruct: bool) -> None:
         out = self.out
         base = self.size["base"] if instruct else (*self.size["base"], "--instruct", 0)
-        self.title("stand-ins for the gated weights: a base model, and three instruct models made of it")
+        self.title("stand-ins for the gated weights: a base model, and three instruct models fine-tuned from it")
         self.python(f"{HERE}/base_models.py", "--output", out, "--seed", self.seed, *base)
         self.convert("to-neox", "hf_base", "neox_base", "--tp", 1, "--vocab-divisible-by", 1)
-        self.title("continued pre-training: 2.5 passes over the domain, a fifth of replay, fresh in every pass")
+        self.title("continued pre-training: 2.5 passes over the domain, a fifth of replay, new in every pass")
         self.python("tools/datasets/build_indices.py", MODEL, self.yml("cpt"), f"{HERE}/local.yml")
         self.deepy("train.py", "cpt")
 
     def adapt(self) -> None:
         out = self.out
-        self.title("the cheaper arm: the same pre-training by an adapter beside the frozen base")
+        self.title("the same pre-training, at lower cost, of an adapter on the frozen base")
         adapter = ("--lora", "{rank: 16, alpha: 32}", "--finetune", "null", "--optimizer.params.lr", 4e-3)
         self.deepy("train.py", "cpt", *adapter, "--save", out / "lora", "--log_dir", "null")
 
@@ -175,7 +175,7 @@ class Run(Steps):
         for name, recipe in (("merged", "merge"), ("merged_own_base", "merge_own_base")):
             self.python("tools/merge", self.yml(recipe), "--output", self.out / name, "--tp", 1, "--quiet")
 
-    # --- what came of it
+    # --- evaluation and release
 
     def ask(self) -> None:
         out = self.out
@@ -200,7 +200,7 @@ class Run(Steps):
 
     def complete(self) -> None:
         out = self.out
-        self.title("sentences completed as documents have them")
+        self.title("complete sentences from the documents")
         generate = ("--load", out / "cpt", "--maximum_tokens", 16)
         self.deepy("generate.py", "cpt", *generate, "-i", out / "completions.jsonl", "-o", out / "completed.jsonl")
 
@@ -213,7 +213,7 @@ class Run(Steps):
 
     def export(self) -> None:
         out = self.out
-        self.title("to Hugging Face, and the test once more by transformers")
+        self.title("export to Hugging Face, and repeat the test with transformers")
         checked = []
         for name, source, style in (("cpt", "cpt", "plain"), ("merge", "merged", "chat")):
             if (ROOT / out / source).exists():

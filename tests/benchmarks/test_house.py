@@ -110,5 +110,5 @@ def test_edges_and_names(tree: Path) -> None:
     ours = library(tree)
     assert upward_edges(ours) == {"megatron.ops -> megatron.trainer": ["megatron/ops/norm.py:4"]}
     assert class_collisions(ours) == {"Plan": ["megatron/trainer/loop.py", "tools/other.py"]}
-    # `local` is used nowhere else; `helper` is, through the package that passes it on
+    # `local` is not used elsewhere; `helper` is, through a package that re-exports it
     assert set(function_collisions(ours)) == {"norm", "helper"}

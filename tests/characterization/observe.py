@@ -43,7 +43,7 @@ RUNS = {
 
 
 def command(*words: object, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    """Run `python WORDS` with one thread per process, so that the order of sums is fixed."""
+    """Run `python WORDS` with one thread per process, which fixes the order of summation."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(
         [sys.executable, *map(str, words)], cwd=folder, env=environment, capture_output=True, text=True, check=False
@@ -90,7 +90,7 @@ def plan_of_the_70b() -> dict[str, Any]:
 
 
 def make_tokens(folder: Path) -> dict[str, str]:
-    """Tokens of the committed text in `folder`; hashes of the two files."""
+    """Write tokens of the committed text to `folder`; returns hashes of the two files."""
     shutil.copy(INPUTS / "tokenizer.json", folder)
     succeed(
         *(ROOT / "tools/datasets/preprocess_data.py", "--input", INPUTS / "text.jsonl", "--output-prefix", "tokens"),

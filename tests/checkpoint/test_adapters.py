@@ -1,4 +1,4 @@
-"""Checkpoints of a run with `lora`: a folder of peft that any layout goes on from, beside its base."""
+"""Checkpoints of a run with `lora`: a peft folder, from which a run resumes at any layout with the same base."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the messages of a resume advise is typed, literally, and the run begins where they say."""
+"""The advice in messages about resuming is followed literally; the run must then begin as the message says."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def configured(folder: Path, first: dict[str, Any], typed: str = "") -> NeoXArgs:
-    """A configuration whose YAML says `first`, with options typed behind it."""
+    """A configuration with `first` in its YAML file and the options `typed` after it."""
     given = {name: str(folder / value) if name == "load" else value for name, value in first.items()}
     merged = keys(save=str(folder / "own"), checkpoint_factor=10, **given)
     apply_overrides(merged, {}, parse_overrides(typed.split()))
@@ -61,7 +61,7 @@ def begins(folder: Path, first: dict[str, Any], typed: str) -> StartChoice:
 
 @pytest.mark.parametrize("first", FIRST_STARTS)
 def test_own_options_take_a_run_s_own_steps(folder: Path, first: dict[str, Any]) -> None:
-    """As the messages about `latest`, about damaged steps and about a step of `load` give them."""
+    """Options given by the messages about `latest`, about damaged steps and about a step of `load`."""
     options = own_options(configured(folder, first))
     found = begins(folder, first, f"{options} --iteration 10")
     assert (found.root, found.iteration, found.own_save) == (folder / "own", 10, True)
@@ -76,7 +76,7 @@ def test_own_options_take_a_run_s_own_steps(folder: Path, first: dict[str, Any])
 
 @pytest.mark.parametrize("first", FIRST_STARTS)
 def test_ways_out_of_an_unfit_optimizer(folder: Path, first: dict[str, Any]) -> None:
-    """Both that the message about another split or precision offers; neither gives the same error again."""
+    """The message about another layout or precision offers two ways; neither ends in the same error again."""
     said = ways_out(configured(folder, first), Start(own_save=True))
     keep, anew = re.findall(r"with (--[^,]*)", said)
     found = begins(folder, first, keep)
@@ -112,7 +112,7 @@ def test_another_folder_or_a_removed_claim(folder: Path) -> None:
 
 
 class Alone:
-    """The one rank of a run, without a process group."""
+    """The only rank of a run, without a process group."""
 
     rank = 0
 
@@ -153,7 +153,7 @@ def test_weights_without_a_position_are_taken_alone(folder: Path, write: Any, sa
 
 
 def test_the_other_tensor_parallel_size(tmp_path: Path) -> None:
-    """Both ways out: the size of the files, and files of the size."""
+    """Two ways out: set TP to that of the files, or reshard the files to that TP."""
     step = write_weights(tmp_path / "two", tp=2)
     (tmp_path / "hf").mkdir()
     config = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 16, "num_hidden_layers": 2}
@@ -170,7 +170,7 @@ def test_the_other_tensor_parallel_size(tmp_path: Path) -> None:
 
 
 def test_weights_are_loaded_from_a_folder_that_is_given(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`load` is set to what the message calls for: the folder is looked into."""
+    """With `load` set as the message asks, that folder is searched."""
     looked: list[Path] = []
 
     def locate(ranks: Any, root: Path, *rest: Any) -> None:

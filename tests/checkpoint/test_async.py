@@ -1,4 +1,4 @@
-"""Saves beside training: the saved step's state, whatever training does meanwhile; failures reported, not fatal."""
+"""Background saves contain the state of their step, whatever training does meanwhile."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ pytestmark = pytest.mark.distributed
 
 
 def _both_ways(rank: int, world_size: int, case: Case, split: tuple, precision: str, root: str, alias: bool) -> Any:
-    """Save a step at once and in the background; the latter is written when two more steps have been made."""
+    """Save a step synchronously and in the background; the latter is written only after two more steps."""
     args = arguments(case, *split, precision=precision, save=f"{root}/sync", checkpoint_factor=STOP)
     engine = build(args, case)
     state = TrainState()
     history = train(engine, args, state, STOP)
     save_checkpoint(engine, args, state, data_fingerprints={"toy": "1"})
-    if alias:  # the mutation that the comparison must see
+    if alias:  # the mutation that the comparison must detect
         HostCopies.snapshot = lambda self, contents: contents  # type: ignore[method-assign]
     gate, log = Gate(), LogLines()
     saver = BackgroundSaver(engine, args.replace(save=f"{root}/async"), {"toy": "1"})
@@ -67,8 +67,8 @@ def _both_ways(rank: int, world_size: int, case: Case, split: tuple, precision: 
     ],
 )
 def test_a_background_save_is_the_saved_steps_state(case: Case, precision: str, alias: bool, tmp_path: Path) -> None:
-    """Equal to the save that training waited for, in every file and to the bit; and a run that resumes from it is the
-    one that went on."""
+    """Every file is bit-equal to that of a synchronous save, and a run that resumes from it equals the uninterrupted
+    one."""
     through = run_ranks(_both_ways, 8, case, (2, 2, 2), precision, str(tmp_path), alias)
     folders = [tmp_path / way / f"global_step{STOP}" for way in ("sync", "async")]
     differing = file_differences(*folders)

@@ -1,4 +1,4 @@
-"""Saves beside training that do not come to their end: injected write failures, signals, `kill -9`."""
+"""Background saves that fail: write errors, lack of memory, slow ranks, `kill -9`."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ GOES_ON = "The run goes on without this checkpoint"
 
 
 class Standing:
-    """A background saver around the stand-in engine, and what it logs on this rank."""
+    """A background saver of the stand-in engine, with its log on this rank."""
 
     def __init__(self, rank: int, world_size: int, root: str, **keys: Any) -> None:
         log = LogLines()
@@ -63,7 +63,7 @@ def _save_on_a_full_disk(rank: int, world_size: int, root: str, full_rank: int, 
     standing.whole(2)
     after, completed = sorted(path.name for path in Path(root).iterdir()), standing.saver.completed
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    torch.distributed.barrier()  # nobody starts the next save before all have looked
+    torch.distributed.barrier()  # no rank starts the next save before all have checked
     standing.whole(3)
     assert standing.saver.completed == 3
     return standing.warnings, after, completed
@@ -86,7 +86,7 @@ def test_a_disk_that_fills_on_one_rank_is_reported_and_the_next_save_tries_again
 
 
 def _save_on_a_small_disk(rank: int, world_size: int, root: str) -> Any:
-    """Save until it is full, make room, save again."""
+    """Save until the disk is full, make room, save again."""
     standing = Standing(rank, world_size, root)
     step = 0
     while not standing.warnings:
@@ -150,7 +150,7 @@ def test_a_failure_of_rank_0_alone_is_reported_too(tmp_path: Path, where: str, r
 
 
 def _without_memory(rank: int, world_size: int, root: str) -> Any:
-    """Rank 1 cannot make its copies: at the start, then at the first save."""
+    """Rank 1 cannot allocate its copies, at the start and then at the first save."""
     standing = Standing(rank, world_size, root)
     snapshot = HostCopies.snapshot
 
@@ -179,7 +179,7 @@ def test_a_rank_without_memory_is_named_before_the_first_step(tmp_path: Path) ->
 
 
 def _wait_for_a_slow_rank(rank: int, world_size: int, root: str) -> Any:
-    """Rank 1 writes only when rank 0 has asked a few times; the next save falls due meanwhile."""
+    """Rank 1 writes only after rank 0 has asked a few times; meanwhile the next save is due."""
     standing = Standing(rank, world_size, root, keep_last_n_checkpoints=1)
     background.QUESTIONS_A_REPORT = 3
     reported = threading.Event()
@@ -218,12 +218,12 @@ def test_a_save_that_is_due_waits_for_the_one_in_flight_and_names_who_is_slow(tm
 
 
 def _save_until_killed(rank: int, world_size: int, root: str, delay: float) -> None:
-    """As the test of saves that training waits for: every step twice, old ones thinned out."""
+    """As in the test of synchronous saves: save every step twice, and remove optimizer states of old ones."""
     standing = Standing(rank, world_size, root, keep_last_n_checkpoints=2, keep_optimizer_last_n=1)
     standing.whole(1)
     if rank == 0:
         Path(root, "reported").write_text("1")
-    if os.fork() == 0:  # the killer of this rank, from outside of its threads
+    if os.fork() == 0:  # a child that kills this rank, unaffected by its threads
         time.sleep(delay)
         os.kill(os.getppid(), signal.SIGKILL)
         os._exit(0)
@@ -257,7 +257,7 @@ def test_killed_at_ten_random_moments_what_was_reported_is_there(tmp_path: Path)
 
 
 def alone(root: Path, **keys: Any) -> Standing:
-    """A saver in a process of its own, the only rank."""
+    """A saver on the only rank of its process."""
     torch.set_num_threads(1)
     background.PAUSE_SECONDS = 0.001
     torch.distributed.init_process_group("gloo", init_method=f"file://{root}.store", rank=0, world_size=1)
@@ -279,7 +279,7 @@ def before(tmp_path: Path) -> Path:
 
 
 def test_killed_at_every_operation_the_last_complete_one_is_found(tmp_path: Path, before: Path) -> None:
-    """A new step, a replaced one and retention in the background, ended before each of their file operations."""
+    """Background saves of a new and a replaced step, with retention, are killed before each file operation in turn."""
 
     def work(root: Path) -> None:
         standing = alone(root, keep_last_n_checkpoints=2, keep_optimizer_last_n=1)
@@ -309,7 +309,7 @@ def test_killed_at_every_operation_the_last_complete_one_is_found(tmp_path: Path
 
 
 def test_an_error_at_any_operation_costs_one_save_at_most(tmp_path: Path, before: Path) -> None:
-    """Each file operation fails in turn, once: the run goes on, the next save is complete and nothing is left over."""
+    """Each file operation fails once, in turn: the run continues, the next save is complete, no files are left over."""
 
     hit: list[str] = []
 

@@ -1,4 +1,4 @@
-"""Where a run begins, from its keys and folders: what the user says counts, and a requeued job goes on."""
+"""Where a run begins, given its keys and folders: the user's word has priority, and a requeued job continues."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_a_step_that_is_nowhere_is_an_error_with_those_that_are(folders: Path) -
 
 
 def test_without_latest_nothing_starts_over(folders: Path) -> None:
-    """The steps are there: a run that began at 0 would write over them."""
+    """Steps exist, and a run that began at 0 would overwrite them."""
     (folders / "own" / LATEST).unlink()
     found = choose(folders)
     assert found is not None

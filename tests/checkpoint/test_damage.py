@@ -1,4 +1,4 @@
-"""Damaged content does not load: whatever file it is in, all ranks stop and the file is named."""
+"""Damaged content is not loaded: whichever file it is in, all ranks stop and the file is named."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def flip(path: Path, share: float = 0.5) -> None:
 
 
 def zero(path: Path) -> None:
-    """A block of zeros inside of the largest tensor's bytes."""
+    """Zero a block within the largest tensor's bytes."""
     content = bytearray(path.read_bytes())
     content[len(content) // 2 : len(content) // 2 + 512] = bytes(512)
     path.write_bytes(content)
@@ -62,7 +62,7 @@ def _save(rank: int, world_size: int, root: str) -> None:
 
 
 def _load_damaged(rank: int, world_size: int, folders: list[str], checked: bool) -> list[str]:
-    if not checked:  # the mutation: what the load did before
+    if not checked:  # the mutation: load without checksums
         unverified = pytest.MonkeyPatch()
         unverified.setattr(layer_files, "verified_tensors", lambda path, entry, stored: verified(path, None))
     messages = []

@@ -1,4 +1,4 @@
-"""Names, `latest`, retention, and a process killed at every single operation on the way."""
+"""Checkpoint names, `latest`, retention, and recovery when the process is killed at any file operation."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ WEIGHTS = "layer_00-model_00-model_states.pt"
 
 
 def save(root: Path, step: int, mark: str = "", by: str = "training") -> Path:
-    """A checkpoint of two small files, by the same calls as `save_checkpoint`."""
+    """Save a checkpoint of two small files with the same calls as `save_checkpoint`."""
     final = root / tag_name(step)
     partial = root / (final.name + PARTIAL)
     clean_leftovers(root)
@@ -59,7 +59,7 @@ def test_latest_or_the_step_asked_for(tmp_path: Path) -> None:
     assert steps_in(tmp_path) == [5, 10, 100]
     assert find_checkpoint(tmp_path) == tmp_path / "global_step100"
     assert find_checkpoint(f"{tmp_path}/", 5) == tmp_path / "global_step5"
-    (tmp_path / LATEST).write_text("global_step10\n")  # going back is the user's right, later steps lie there or not
+    (tmp_path / LATEST).write_text("global_step10\n")  # users may go back, even if later steps exist
     assert find_checkpoint(tmp_path) == tmp_path / "global_step10"
 
 
@@ -138,7 +138,7 @@ def test_retention_spares_what_is_not_ours_to_delete(tmp_path: Path) -> None:
     save(tmp_path, 0, by="tools/convert_hf")
     neox = save(tmp_path, 1)
     (neox / "manifest.json").unlink()
-    save(tmp_path, 50)  # of a run that went further before the user went back to 2
+    save(tmp_path, 50)  # from before the user went back to 2
     for step in (2, 3):
         save(tmp_path, step)
         apply_retention(tmp_path, step, 1, None)
@@ -157,7 +157,7 @@ def test_optimizer_states_go_before_the_weights(tmp_path: Path, keep: int, left:
 
 
 def test_killed_at_every_operation_the_last_complete_one_is_found(tmp_path: Path) -> None:
-    """A new step, a replaced step and both kinds of retention, ended before each of their file operations in turn."""
+    """Saves of a new and a replaced step, with both kinds of retention, are killed before each of their operations."""
 
     def work(root: Path) -> None:
         save(root, 3)
@@ -188,7 +188,7 @@ def test_killed_at_every_operation_the_last_complete_one_is_found(tmp_path: Path
 
 
 def test_the_first_save_killed_at_every_operation_is_whole_or_absent(tmp_path: Path) -> None:
-    """Where there was no `latest` before, a checkpoint that has its name is found all the same."""
+    """Without an earlier `latest`, a checkpoint that already has its final name is still found."""
     for operation in range(1, 1000):
         root = tmp_path / str(operation)
         root.mkdir()
@@ -258,5 +258,5 @@ def test_killed_at_every_operation_of_going_back_the_next_start_is_the_same(tmp_
 
 
 def verify_or_unlisted(folder: Path) -> list[str]:
-    """Problems but for files that a retention in progress no longer lists."""
+    """Problems, except for files that an unfinished retention no longer lists."""
     return [problem for problem in verify_checkpoint(folder) if OPTIMIZER not in problem]

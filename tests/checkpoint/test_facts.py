@@ -1,4 +1,4 @@
-"""What the checkpoint knows against what the configuration says: the model stops, the run is listed."""
+"""Checkpoint against configuration: differences in the model stop a run, other differences are listed."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ OTHER_MODEL: dict[str, Any] = {
 
 
 def config_json(args: NeoXArgs, new_spelling: bool) -> bytes:
-    """As `transformers` 4 and 5 write it; the numbers come from `VALID`, not from the code under test."""
+    """config.json as written by `transformers` 4 and 5; its numbers come from `VALID`, not from the code under test."""
     rope = {key: ROPE[key] for key in ROPE}
     both = {"rope_parameters": {**rope, "rope_theta": 500000.0}}
     old = {"rope_theta": 500000.0, "rope_scaling": rope}
@@ -141,7 +141,7 @@ def test_data_that_is_not_what_was_read(saved: dict, now: dict, said: list[str])
 
 
 def test_images_and_text_are_other_models() -> None:
-    """Both ways, from a manifest and from the config.json of an export; and so is another cut of the images."""
+    """In both directions, by manifest and by an export's config.json; another patch size is another model, too."""
     text, images = NeoXArgs.from_dict(keys()), NeoXArgs.from_dict(keys(**IMAGES))
     recorded = facts_of(images)["model"]
     assert not {"vocab_size", "no_weight_tying"} & recorded.keys()

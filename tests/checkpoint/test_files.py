@@ -1,4 +1,4 @@
-"""Torch files, headers and the full check: what is damaged, foreign or dangerous is named, not loaded."""
+"""Torch files, headers and the full check: damaged, foreign or dangerous content is named, not loaded."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class _Code:
 
 
 def test_a_file_holds_no_more_bytes_than_its_tensors(tmp_path: Path) -> None:
-    flat = torch.randn(1 << 20)  # 4 MiB, as an engine's flat buffer; the tensor is a small view of it
+    flat = torch.randn(1 << 20)  # 4 MiB, like an engine's flat buffer; the tensor is a small view
     entry = write_tensors(tmp_path / "a.pt", {"w": flat[5:1005].view(10, 100)})
     assert entry.bytes == (tmp_path / "a.pt").stat().st_size < 4000 + 2000
     assert torch.equal(read_tensors(tmp_path / "a.pt")["w"], flat[5:1005].view(10, 100))
@@ -57,13 +57,13 @@ def test_a_plain_pickle_with_code_is_refused(tmp_path: Path, monkeypatch: pytest
 
 
 def test_what_could_not_be_read_back_is_not_written_quietly(tmp_path: Path) -> None:
-    """Also where a library allows the class for everybody, as megatron-core allows paths."""
+    """Even if a library has allowed the class globally, as megatron-core does for paths."""
     with torch.serialization.safe_globals([type(Path("x"))]), pytest.raises(CheckpointError, match="asks for"):
         write_file(tmp_path / "a.pt", {"schedule": Path("x")})
 
 
 def test_a_full_disk_is_named_with_file_and_reason(tmp_path: Path) -> None:
-    """torch's own message for this is about positions in the file."""
+    """torch's own message only mentions positions in the file."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))
     try:
@@ -174,7 +174,7 @@ def test_megatron_core_extra_state_is_no_tensor(tmp_path: Path) -> None:
 
 
 def test_every_flipped_byte_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Byte after byte in steps: names, tensors, padding and the zip's own tables."""
+    """At many positions: in names, tensors, padding and the zip's own tables."""
     folder = write_weights(tmp_path)
     assert verify.main([str(tmp_path)]) == 0
     path = folder / SHARD
@@ -206,7 +206,7 @@ def test_the_commands_of_the_guide(tmp_path: Path) -> None:
     assert len(commands) == 3
     for command in commands:
         words = command.replace("runs/astro", str(tmp_path)).split()
-        if command == commands[0]:  # one as a user types it, the others without another import of torch
+        if command == commands[0]:  # run one as a user would, the others in this process
             run = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True, check=False)
             assert (run.returncode, run.stderr) == (0, "")
             assert "10 files" in run.stdout

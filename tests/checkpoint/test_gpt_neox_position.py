@@ -1,4 +1,4 @@
-"""Going on from a checkpoint of GPT-NeoX: its iteration, schedule and samples, with new optimizer states."""
+"""A run continues from a GPT-NeoX checkpoint with its iteration, schedule and samples, and new optimizer states."""
 
 from __future__ import annotations
 

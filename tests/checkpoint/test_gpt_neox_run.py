@@ -1,6 +1,6 @@
-"""Going on from GPT-NeoX's own checkpoint with its optimizer states: its next losses, at its layout and at others.
+"""Continuing GPT-NeoX's own checkpoint with its optimizer states gives its next losses, at its layout and at others.
 
-`gpt_neox_run/` is what GPT-NeoX wrote under TP1 PP2 DP2, and its losses of the steps after:
+`gpt_neox_run/` holds a checkpoint written by GPT-NeoX at TP1 PP2 DP2 and its losses of the following steps:
 `python benchmarks/neox_continue.py --upstream DIR --python PYTHON --record tests/checkpoint/gpt_neox_run`.
 """
 
@@ -57,7 +57,7 @@ def test_the_next_losses_are_gpt_neoxs(tmp_path: Path, layout: tuple[int, int, i
 
 @pytest.mark.distributed
 def test_moments_of_summed_gradients_show_in_the_losses(tmp_path: Path) -> None:
-    """The mutation: DeepSpeed 0.16.5 adds up the gradients of micro-batches, and nobody corrects the moments."""
+    """The mutation: DeepSpeed 0.16.5 sums the gradients of micro-batches, and the moments are not corrected."""
     run_ranks(_go_on, 2, _keys(tmp_path, 1, 2, 1), True)
     found = _losses(tmp_path)
     assert found[0] == pytest.approx(LOSSES[0], abs=2e-6)
@@ -89,7 +89,7 @@ def test_which_versions_of_deepspeed_add_gradients_up(version: str | None, facto
 
 @pytest.mark.unit
 def test_apex_counts_steps_for_a_group() -> None:
-    """apex's fused Adam keeps the number of steps beside the learning rate, not with the moments."""
+    """apex's fused Adam stores the number of steps with the learning rate, not with the moments."""
 
     def place(value: Any) -> zero_files.StoredTensor:
         return zero_files.StoredTensor(64, 4, value)

@@ -1,4 +1,4 @@
-"""Copies for a save beside training: nothing of them is the engine's, and they take the same memory every time."""
+"""Host copies for background saves share no memory with the engine, and reuse the same memory every time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Scale:
-    """As DeepSpeed's loss scaler: an object with values in it."""
+    """An object that holds values, like DeepSpeed's loss scaler."""
 
     def __init__(self) -> None:
         self.value = [1.0]
@@ -79,7 +79,7 @@ def test_the_next_snapshot_takes_the_same_memory() -> None:
 
 
 def test_the_guides_figures_for_the_70b() -> None:
-    """Bytes of a rank's copies at TP8 x PP8 x DP32: bf16 layer files, and twelve bytes a parameter over DP."""
+    """Bytes of a rank's copies at TP8 x PP8 x DP32: bf16 layer files, and twelve bytes per parameter, divided by DP."""
     names = ("model", "cpt", "frontier")
     args = NeoXArgs.from_ymls([ROOT / f"configs/llama31_70b/{name}.yml" for name in names])
     assert (args.async_save, args.model_parallel_size, args.pipe_parallel_size) == (True, 8, 8)

@@ -1,4 +1,4 @@
-"""A run saved at one TP x PP x DP goes on at another: the same state to the bit, the losses of the run that went on."""
+"""A run saved at one TP x PP x DP resumes at another with a bit-equal state and the uninterrupted run's losses."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ ODD = Case(heads=4, kv_heads=4, head_dim=8, layers=4, intermediate=40, vocab=61,
 GROUPED = replace(ODD, heads=8, head_dim=4)
 TIED = replace(GROUPED, tied=True)
 SAME = 1e-6
-OTHER_SUMS = 2e-3  # where bfloat16 rounds other partial sums; 2e-4 to 6e-4 were seen
-BLOCK = 100  # elements of a checksum, so that ranges have many and no row ends with one
+OTHER_SUMS = 2e-3  # where bfloat16 rounds other partial sums; 2e-4 to 6e-4 were observed
+BLOCK = 100  # elements per checksum: ranges have several, and none ends with a row
 
 
 def ranks_of(layout: Layout) -> int:
@@ -36,7 +36,7 @@ def ranks_of(layout: Layout) -> int:
 
 
 class Saved:
-    """A run that was saved and went on."""
+    """A run that was saved and continued."""
 
     def __init__(self, case: Case, precision: str, layout: Layout, folder: Path) -> None:
         self.case, self.precision, self.layout, self.folder = case, precision, layout, folder
@@ -46,7 +46,7 @@ class Saved:
         assert verify_checkpoint(self.checkpoint) == []
 
     def resume(self, layout: Layout, tolerance: float = SAME) -> list[set[str]]:
-        """Go on at `layout`; the optimizer files that each rank opened."""
+        """Resume at `layout` and compare; returns the optimizer files that each rank opened."""
         again = self.folder / "again_{}_{}_{}".format(*layout)
         keys = (self.case, layout, self.precision, str(self.folder / "first"), str(again), BLOCK)
         results = run_ranks(resume_elsewhere, ranks_of(layout), *keys)
@@ -105,8 +105,8 @@ def test_many_layouts(case: Case, precision: str, saved: Layout, running: list[L
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [ODD, TIED], ids=["untied", "tied"])
 def test_layouts_that_round_elsewhere_in_bf16(case: Case, tmp_path: Path) -> None:
-    """The state is the same to the bit; in the next steps other partial sums are rounded: those of a tensor-parallel
-    product, and those of a tied matrix, whose two gradients one stage adds up in bfloat16 and two stages in fp32."""
+    """The state is bit-equal; in the next steps other partial sums are rounded: those of a tensor-parallel product, and
+    those of a tied matrix, whose two gradients are summed in bfloat16 on one stage and in fp32 across two."""
     run = Saved(case, "bfloat16", (1, 2, 2), tmp_path)
     for layout in ((2, 2, 1), (4, 1, 1), (1, 1, 2)):
         run.resume(layout, OTHER_SUMS)
@@ -117,7 +117,7 @@ def test_a_rank_opens_the_files_that_overlap_its_ranges(tmp_path: Path) -> None:
     run = Saved(ODD, "fp32", (2, 2, 2), tmp_path)
     for rank, opened in enumerate(run.resume((2, 2, 2))):
         assert opened == {f"rank_{rank:05d}_optim_states.safetensors"}
-    # Half of each stage and tensor rank, from the two replicas that had it.
+    # Each rank reads half of its stage and tp_rank, saved by two replicas.
     for rank, opened in enumerate(run.resume((2, 2, 1))):
         pp_rank, tp_rank = divmod(rank, 2)
         assert opened == {
@@ -136,7 +136,7 @@ def _weights(rank: int, world_size: int, case: Case, layout: Layout, folder: str
 
 
 def test_weights_alone_at_another_tensor_parallel_size(tmp_path: Path) -> None:
-    """As evaluation and generation read them; a flipped bit is seen before anything is used."""
+    """As read by evaluation and generation; a flipped bit is detected before anything is used."""
     keys = (GROUPED, (2, 1, 1), "bfloat16", str(tmp_path), BLOCK)
     run_ranks(save_and_go_on, 2, *keys)
     checkpoint = tmp_path / f"global_step{STOP}"

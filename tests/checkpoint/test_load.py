@@ -1,4 +1,4 @@
-"""Loading weights only, loading what DeepSpeed wrote, and refusing what does not fit before anything changes."""
+"""Loading weights only and DeepSpeed's files; a checkpoint that does not fit is refused before anything changes."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def _load_and_step(rank: int, world_size: int, case: Case, split: tuple, keys: dict, refresh: bool) -> Any:
-    """Load with other random weights in place, look at weights and masters, and step once at lr 0."""
+    """Load over different random weights, return weights and masters, and step once with a learning rate of 0."""
     from deepspeed.utils import safe_get_full_fp32_param
 
     args = arguments(case, *split, from_scratch=False, **keys)
     engine: Any = build(args, case, seed=1)
     if not refresh:
-        engine.weights_changed = lambda: None  # the mutation that these tests must see
+        engine.weights_changed = lambda: None  # the mutation that these tests must detect
     log = LogLines(rank)
     state = load(engine, args)
     loaded = rank_parameters(engine).tensors
@@ -97,7 +97,7 @@ def test_after_a_weights_only_load_masters_are_the_weights(saved: Any, split: tu
 
 
 def _load_weights(rank: int, world_size: int, case: Case, split: tuple, keys: dict) -> Any:
-    """Weights without an optimizer, as evaluation and generation need them."""
+    """Load weights without an optimizer, as evaluation and generation do."""
     from megatron.parallel.process_groups import form_groups
 
     args = arguments(case, *split, from_scratch=False, **keys)
@@ -137,7 +137,7 @@ def _deepspeed_saves(rank: int, world_size: int, root: str) -> Any:
 
 
 def test_what_deepspeed_wrote_is_read_like_a_gpt_neox_checkpoint(tmp_path: Path) -> None:
-    """No manifest, DeepSpeed's own layer files; at another PP."""
+    """It has no manifest and DeepSpeed's own layer files; it is loaded at another PP."""
     results = run_ranks(_deepspeed_saves, 4, str(tmp_path))
     weights = {(rank % 2, *key): tensor for rank, tensors in enumerate(results) for key, tensor in tensors.items()}
     loaded = run_ranks(_load_and_step, 2, CASE, (2, 1, 1), {"load": str(tmp_path), "finetune": True}, True)
@@ -204,7 +204,7 @@ OPTIMIZER = "rank_00002_optim_states.safetensors"
 
 
 def _unlist(folder: Path, name: str) -> None:
-    """Make the manifest agree with a changed or missing file in size, so that the next check has to see it."""
+    """Make the manifest agree with a changed or missing file in size, so that the next check must detect it."""
     body = json.loads((folder / "manifest.json").read_text())
     if (folder / name).exists():
         body["files"][name]["bytes"] = (folder / name).stat().st_size
@@ -326,7 +326,7 @@ def test_what_does_not_fit_is_refused_on_all_ranks_before_anything_changes(saved
 
 
 def test_a_flipped_bit_of_optimizer_state_stops_all_ranks_with_its_place(saved: Any, tmp_path: Path) -> None:
-    """Also where it is read at another layout, by one of several ranks."""
+    """Also at another layout, where only one of several ranks reads it."""
     folder = tmp_path / "global_step2"
     shutil.copytree(saved[0], tmp_path, dirs_exist_ok=True)
     state = read_manifest(folder).files[OPTIMIZER].ranges[0]
@@ -341,7 +341,7 @@ def test_a_flipped_bit_of_optimizer_state_stops_all_ranks_with_its_place(saved: 
 
 
 def _swap_weights(folder: Path) -> None:
-    """The optimizer files of one state beside the layer files of another, with a manifest that vouches for both."""
+    """Combine the optimizer files of one state with the layer files of another, under a valid manifest."""
     other = torch.load(folder / SHARD, weights_only=True)
     other["mlp.linear2.weight"] += 0.5
     entry = write_tensors(folder / SHARD, other)

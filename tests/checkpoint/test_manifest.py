@@ -1,4 +1,4 @@
-"""The manifest: what is written is read back, and what is not a manifest is refused by name."""
+"""The manifest is read back as written, and anything that is not a manifest is refused with its name."""
 
 import json
 import zlib
@@ -35,7 +35,7 @@ def example() -> Manifest:
 
 
 def undigested(manifest: Manifest) -> dict[str, Any]:
-    """The content without its own checksum, which would be the first to differ."""
+    """The content without its own checksum, which would hide other differences."""
     body: dict[str, Any] = json.loads(manifest.to_json())
     del body["digest"]
     return body
@@ -143,7 +143,7 @@ def test_absent_or_broken(tmp_path: Path) -> None:
 
 
 def test_every_flipped_byte_of_a_manifest_is_found_or_means_nothing(tmp_path: Path) -> None:
-    """Whatever byte is damaged: the manifest is refused, or reads as what was written."""
+    """Whichever byte is damaged, the manifest is refused or still reads as written."""
     text = example().to_json().encode()
     for place in range(len(text)):
         for mask in (0x01, 0x20, 0xFF):

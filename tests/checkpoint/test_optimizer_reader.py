@@ -1,4 +1,4 @@
-"""Optimizer files by themselves: read in blocks at any tensor-parallel size, verified, in bounded memory."""
+"""Optimizer files are read in blocks at any tensor-parallel size, verified, in bounded memory."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_few_blocks_are_held_and_few_are_read_twice(folder: Path) -> None:
     with StateReader(folder, index, split(1), blocks=6) as reader:
         found = read_all(reader, split(1))
         assert len(reader._blocks) <= 6
-    # Copies of norms are read from one rank, and blocks come again where a band needs more of them than are held.
+    # Norms are read from one rank only; blocks are read again where more are needed at once than are held.
     assert 0.9 * total < reader.bytes_read < 2 * total
     expected = whole_state(folder)
     for kind in KINDS:
@@ -199,14 +199,14 @@ def test_random_states_survive_as_json() -> None:
 
 
 def test_version_1_is_found_for_any_layout_and_read_as_it_was_written() -> None:
-    """Every element of every rank's partition, by DeepSpeed's own fragments of it."""
+    """Every element of every rank's partition is found by DeepSpeed's own fragment mapping."""
     folder = RECORDED / "checkpoints/global_step10"
     checkpoint = SavedCheckpoint(folder, read_manifest(folder))
     shape = LlamaShape(**checkpoint.provenance["shape"])
     optimizer = SavedOptimizer(checkpoint, TensorSplit(shape, 2))
     optimizer.join([optimizer.read_part(rank, 3) for rank in range(3)])
     assert optimizer.index.problems() == []
-    # Under fp32 the masters are the weights: at TP1 the rows of both ranks' heads follow one another.
+    # In fp32 the masters are the weights: at TP1 they are the rows of both ranks, concatenated.
     one = TensorSplit(shape, 1)
     index, row = next(
         (i, row) for i, _, rows in layer_files(shape) for row in rows if row.neox == "final_linear.weight"

@@ -1,4 +1,4 @@
-"""One run to a save folder: who has it is named, and what a killed run left stands in nobody's way."""
+"""A save folder belongs to one run: its owner is named, and the claim of a killed run blocks no other."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def left_by(folder: Path, **changes: object) -> Owner:
-    """The claim of a process that is not this one."""
+    """Write the claim of another process."""
     folder.mkdir(exist_ok=True)
     gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
     holder = replace(Owner.this_process({}), pid=int(gone.stdout), began="1", **changes)  # type: ignore[arg-type]
@@ -60,7 +60,7 @@ def test_a_living_owner_is_named(tmp_path: Path) -> None:
 
 def test_a_number_that_another_process_has_now_is_not_the_owner(tmp_path: Path) -> None:
     left_by(tmp_path)
-    holder = replace(Owner.this_process({}), began="1")  # this pid, of a process that began at another time
+    holder = replace(Owner.this_process({}), began="1")  # this pid, but of a process with another start time
     (tmp_path / OWNER).write_text(holder.to_json())
     assert "this process has ended" in str(FolderOwner(tmp_path).acquire())
 

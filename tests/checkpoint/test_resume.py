@@ -1,4 +1,4 @@
-"""Save and load through the engine: a resumed run is the uninterrupted one, and nothing is loaded by halves."""
+"""Save and load through the engine: a resumed run equals the uninterrupted one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Saves that do not come to their end: killed ranks, a full disk on one rank."""
+"""Saves that fail: killed ranks, a full disk on one rank."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def save_step(engine: Any, args: Any, step: int) -> Path:
 
 
 def _save_until_killed(rank: int, world_size: int, root: str, delay: float) -> None:
-    """Every step is saved twice, so that replacing is among what is interrupted; old ones are thinned out."""
+    """Save every step twice, so that replacement is interrupted, too, and remove optimizer states of old ones."""
     args = standing_args(root, keep_last_n_checkpoints=2, keep_optimizer_last_n=1)
     engine = StandingEngine(args, rank, world_size)
     save_step(engine, args, 1)
     if rank == 0:
         Path(root, "first").touch()
-    if os.fork() == 0:  # the killer of this rank, from outside of its threads
+    if os.fork() == 0:  # a child that kills this rank, unaffected by its threads
         time.sleep(delay)
         os.kill(os.getppid(), signal.SIGKILL)
         os._exit(0)
@@ -49,7 +49,7 @@ def _save_until_killed(rank: int, world_size: int, root: str, delay: float) -> N
 
 
 def test_killed_at_ten_random_moments_of_a_save(tmp_path: Path) -> None:
-    """Both ranks get SIGKILL within the same saves; the next start finds a whole checkpoint, no older than the last
+    """Both ranks get SIGKILL during the same saves; the next start finds a complete checkpoint, no older than the last
     save that returned."""
     moments = random.Random(20)
     for attempt in range(10):
@@ -57,7 +57,7 @@ def test_killed_at_ten_random_moments_of_a_save(tmp_path: Path) -> None:
         delay = moments.uniform(0.0, 0.3)
         outcome = run_ranks(_save_until_killed, 2, str(root), delay, expect_failure=True)
         codes = [code for code, _ in outcome]
-        # The rank that is killed second may fail before, for the first one is gone.
+        # The rank that is killed second may have failed before, because the first one is gone.
         assert -signal.SIGKILL in codes, outcome
         assert set(codes) <= {-signal.SIGKILL, 1}, outcome
         assert (root / "first").exists()
@@ -73,7 +73,7 @@ def test_killed_at_ten_random_moments_of_a_save(tmp_path: Path) -> None:
 
 
 def _save_on_a_full_disk(rank: int, world_size: int, root: str, full_rank: int, limit: int) -> Any:
-    """Exit code 1 with the message, as the entry points do; the same ranks save again when there is room."""
+    """Fail with exit code 1 and the message, like the entry points; with room, the same ranks save again."""
     args = standing_args(root)
     engine = StandingEngine(args, rank, world_size)
     save_step(engine, args, 1)
@@ -86,7 +86,7 @@ def _save_on_a_full_disk(rank: int, world_size: int, root: str, full_rank: int, 
     except CheckpointError as error:
         message = str(error)
     after = sorted(path.name for path in Path(root).iterdir())
-    torch.distributed.barrier()  # nobody starts the next save before all have looked
+    torch.distributed.barrier()  # no rank starts the next save before all have checked
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     save_step(engine, args, 3)
     return message, after

@@ -1,4 +1,4 @@
-"""What one engine has saved the other goes on with: the same state to the bit, the losses of the run that went on."""
+"""Each engine resumes the other's checkpoints with a bit-equal state and the uninterrupted run's losses."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_many_pairs(case: Case, precision: str, first: Run, second: Run, tmp_pat
 
 
 def _confused(rank: int, world_size: int, folder: str, again: str) -> str:
-    """What a load says whose weights are not the checkpoint's masters."""
+    """The error of a load in which weights and masters disagree."""
     from megatron.checkpoint import load
     from megatron.common.errors import CheckpointError
 

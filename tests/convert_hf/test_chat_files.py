@@ -44,7 +44,7 @@ def checkpoint(vocab_folder: Path, tmp_path: Path) -> Path:
 
 
 def as_trained_on(checkpoint: Path, **data: str) -> None:
-    """Change its manifest to that of a run trained on these prefixes."""
+    """Change the checkpoint's manifest to that of a run trained on these prefixes."""
     folder = checkpoint / "global_step0"
     manifest = read_manifest(folder)
     provenance = manifest.provenance | {
@@ -105,7 +105,7 @@ def test_export_follows_the_data(
     assert "note: generation" not in said
     for name in ("tokenizer_config.json", "generation_config.json", "config.json"):
         assert (kept / name).read_bytes() == (tmp_path / "hf" / name).read_bytes()
-    # what a reshard makes of it still knows
+    # a resharded checkpoint still knows the data
     convert("reshard", "--input", checkpoint, "--output", tmp_path / "two", "--tp", 2)
     again, _ = export(tmp_path / "two", capsys)
     assert (again / "chat_template.jinja").read_bytes() == (out / "chat_template.jinja").read_bytes()

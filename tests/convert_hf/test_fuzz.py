@@ -103,7 +103,7 @@ def test_damaged_pickles() -> None:
 
 
 def test_damaged_header_values(tmp_path: Path) -> None:
-    """Valid JSON with hostile values in place of the right ones."""
+    """Valid JSON with hostile values."""
     data = good_safetensors()
     length = int.from_bytes(data[:8], "little")
     header, chance, path = json.loads(data[8 : 8 + length]), random.Random(7), tmp_path / "file"

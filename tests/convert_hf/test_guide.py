@@ -52,7 +52,7 @@ def test_commands_of_the_guide(
 
 
 def test_causes_of_the_guide_are_those_of_the_program() -> None:
-    """The table quotes messages; they must be exactly those that are printed."""
+    """The messages quoted in the table are exactly those of the program."""
     quoted = [q.replace("\\|", "|") for q in re.findall(r"`([^`\n]+)`", TEXT) if len(q) > 10]
     for hypothesis in HYPOTHESES:
         assert any(q in hypothesis.text for q in quoted), hypothesis.text

@@ -79,7 +79,7 @@ def test_meta(shards: int, columns: bool, tmp_path: Path) -> None:
 
 
 def test_meta_without_a_known_rope_factor_stops(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Meta's code has one factor for all models in its source; the published configs do not."""
+    """Meta's code has one factor for all models; in the published configs it differs."""
     model = Model(head_dim=8)
     write_meta(tmp_path / "meta", model, model.state(), 1, False, rope_theta=500000.0, use_scaled_rope=True)
     convert("to-hf", "--input", tmp_path / "meta", "--output", tmp_path / "out", expect=2)
@@ -132,7 +132,7 @@ def test_sequential_layout(tp: int, tmp_path: Path) -> None:
 def test_gpt_neox_checkpoint_without_manifest(
     kv_heads: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`_extra_state: None` beside weights, grouped or per-head packing, padded vocabulary."""
+    """With `_extra_state: None` entries, grouped or per-head packing, and a padded vocabulary."""
     model = Model(kv_heads=kv_heads)
     state = write_hf(tmp_path / "hf", model)
     files: dict[str, dict[str, Any]] = neox_files(state, model.heads, kv_heads, 2, 16)

@@ -113,7 +113,7 @@ def test_resumed_bytes_equal_uninterrupted_ones(
     output_jobs = redone[0] + recorded
     redone[0] = 0
     to_neox(tmp_path, "again")
-    assert redone[0] == output_jobs  # nothing was done twice, nothing left out
+    assert redone[0] == output_jobs  # nothing was done twice or omitted
 
 
 @pytest.mark.usefixtures("small_bands")
@@ -248,7 +248,7 @@ def test_crc_of_pieces() -> None:
 
 
 def test_files_beyond_four_gigabytes(tmp_path: Path) -> None:
-    """Sizes and offsets that need zip64, in a sparse file: the layout alone is read back."""
+    """Sizes and offsets that need zip64, in a sparse file, of which only the structure is read back."""
     from tools.convert_hf.formats.dtypes import BY_NAME
     from tools.convert_hf.formats.torch_file import TorchLayout, open_torch
 

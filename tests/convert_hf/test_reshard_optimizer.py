@@ -87,7 +87,7 @@ def test_resharding_there_and_back_restores_the_state(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_of_version_1(tmp_path: Path) -> None:
-    """Recorded at TP2 x PP2 x DP2 before ranges existed: its flat partitions, compared using torch alone."""
+    """Recorded at TP2 x PP2 x DP2 before ranges existed; its flat partitions are compared with torch alone."""
     old = RECORDED / "checkpoints/global_step10"
     one = ("--tp", 1, "--pp", 1, "--dp", 1)
     convert("reshard", "--optimizer", "--input", old.parent, "--output", tmp_path / "new", *one)
@@ -139,7 +139,7 @@ def test_kill_9_at_ten_moments_loses_nothing(tmp_path: Path) -> None:
     total = 1
     while killed_run(total, tmp_path / f"count{total}"):
         total *= 2
-    # Half of `total` was reached, and perhaps not much more.
+    # At least half of `total` operations are certain to be reached.
     moments = sorted({total // 2 * part // 10 for part in range(1, 11)} | {3})
     resumed = 0
     for moment in moments:

@@ -65,7 +65,7 @@ def swapped_gate_up(files: LayerFiles, state: dict[str, Tensor]) -> None:
 
 
 def interleaved(files: LayerFiles, state: dict[str, Tensor]) -> None:
-    """Query heads of a group, its key, its value, group after group: what GPT-NeoX wrote before 2024-11."""
+    """Query heads, key and value of one group after another, as GPT-NeoX wrote them before 2024-11."""
     q, k, v = (state[f"{LAYER}self_attn.{p}_proj.weight"] for p in "qkv")
     d, groups = MODEL.head_dim, MODEL.kv_heads
     parts = [m.view(groups, -1, d, MODEL.hidden) for m in (q, k, v)]
@@ -124,7 +124,7 @@ def test_a_known_mistake_is_named(
 
 
 def test_gqa_packing_of_an_mha_model_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What GPT-NeoX's own converter writes for Llama-2-7B."""
+    """GPT-NeoX's own converter writes this for Llama-2-7B."""
     model = Model(kv_heads=8, head_dim=8, dtype=torch.float32)
 
     def change(files: LayerFiles, state: dict[str, Tensor]) -> None:
@@ -245,7 +245,6 @@ def test_tokens_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_streamed_forward_equals_transformers(tmp_path: Path) -> None:
-    """The streamed forward pass equals transformers in fp32."""
     import os
 
     from transformers import LlamaForCausalLM

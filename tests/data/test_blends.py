@@ -73,7 +73,7 @@ def test_replay(tmp_path: Path, fresh: bool, packing: str) -> None:
     seen = [datasets.train[i]["tokens"].tolist() for i in range(250)]
     in_domain = [t for tokens in seen for t in tokens if t < 100_000]
     assert len(in_domain) == 200 * S
-    assert len(set(in_domain)) >= 0.97 * 200 * S  # the corpus is read once, but for the seam of its two sources
+    assert len(set(in_domain)) >= 0.97 * 200 * S  # the corpus is read once, except where its two sources meet
 
 
 def test_exhausted_replay_begins_again_in_another_order(tmp_path: Path) -> None:

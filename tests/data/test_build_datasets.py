@@ -1,4 +1,4 @@
-"""From the keys of a run to its data sets, and what is refused on the way."""
+"""Building data sets from the keys of a run, and the configurations that are refused."""
 
 import os
 from pathlib import Path
@@ -44,7 +44,7 @@ def test_build_from_one_path_and_split(tmp_path: Path) -> None:
     path = write(tmp_path / "one", numbered([20] * 50))
     datasets = build_datasets(data_args(data_path=path, train_iters=100))
     seen = {t for i in range(800) for t in datasets.train[i]["tokens"].tolist()}
-    assert seen == set(range(800))  # the first 40 documents and no other
+    assert seen == set(range(800))  # only the first 40 documents
     assert list(datasets.valid) == list(datasets.test) == ["one"]
     for part, tokens in ((datasets.valid["one"], range(800, 900)), (datasets.test["one"], range(900, 1000))):
         labels = torch.cat([part[i]["labels"] for i in range(len(part))])
@@ -102,7 +102,7 @@ def test_headers_are_checked_against_the_run(vocab_folder: Path, tmp_path: Path)
 
 
 def test_many_sources_open_with_few_handles(tmp_path: Path) -> None:
-    """150 sources of two files each and the three of their index, of which 64 each may be open at a time."""
+    """150 sources have 300 data files and 450 index files; at most 64 of each kind are open at a time."""
     write(tmp_path / "0", numbered([40]))
     for i in range(1, 150):
         for ending in ("bin", "idx"):

@@ -1,4 +1,4 @@
-"""Datasets on several ranks: the same data everywhere, and what fails on one rank raised by all."""
+"""Datasets on several ranks: the same data everywhere; an error on one rank is raised on all."""
 
 from pathlib import Path
 

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.unit
 
 
 def source(folder: Path, name: str, documents: int) -> str:
-    """Documents of 17 tokens, each its own number, so that `unpacked` gives one sample a document."""
+    """Documents of 17 tokens that equal the document's number; `unpacked` makes one sample of each."""
     return write(folder / name, [np.full(17, number) for number in range(documents)])
 
 
@@ -41,7 +41,7 @@ def test_one_epoch_reads_every_document_of_every_source_once(tmp_path: Path) -> 
 
 
 def test_replayed_text_makes_an_epoch_longer_not_shorter(tmp_path: Path) -> None:
-    """80 documents of the domain and a fifth of replay are 100 samples, 80 of them of the domain."""
+    """80 documents of the domain with a fifth of replay are 100 samples, 80 of them from the domain."""
     replay = {"path": source(tmp_path, "general", 300), "replay": {"share": 0.2}}
     paths = [source(tmp_path, "domain", 80), replay]
     length = {"train_iters": None, "train_epochs": 2.0, "train_batch_size": 4}

@@ -1,4 +1,4 @@
-"""GPT-NeoX's order of samples: what its own loaders gave, recorded by `benchmarks/neox_order.py`'s other side."""
+"""GPT-NeoX's order of samples equals that of its own loaders, recorded by `benchmarks/neox_order.py`."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_the_samples_are_those_of_gpt_neox_in_its_order(files: Path, number: int
 
 
 def test_another_seed_or_length_is_another_order(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The order is that of the run's length: GPT-NeoX shuffles all epochs at once."""
+    """GPT-NeoX shuffles all epochs at once, so the order depends on the run's length."""
     before = ours(files, 3)
     for changes in ({"seed": 4321}, {"train_iters": SHAPES[3]["train_iters"] + 20}):
         monkeypatch.setitem(SHAPES[3], *next(iter(changes.items())))
@@ -56,7 +56,7 @@ def test_another_seed_or_length_is_another_order(files: Path, monkeypatch: pytes
 
 
 def test_a_run_that_continues_reads_on(files: Path) -> None:
-    """The position does not change the order."""
+    """The order does not depend on the position at which a run starts."""
     args = data_args(train_data_paths=[str(files / "2_0")], data_order="gpt-neox")
     whole, later = (build_datasets(args, **at).train for at in ({}, {"iteration": 5, "consumed_samples": 40}))
     assert [later[i]["tokens"].tolist() for i in (40, 159)] == [whole[i]["tokens"].tolist() for i in (40, 159)]
@@ -74,12 +74,12 @@ def test_a_run_that_continues_reads_on(files: Path) -> None:
     ],
 )
 def test_split_has_gpt_neox_s_borders(split: str, documents: int, borders: list[int]) -> None:
-    """Computed by its `get_train_valid_test_split_`."""
+    """Expected values are from its `get_train_valid_test_split_`."""
     assert split_documents(split, documents) == list(itertools.pairwise(borders))
 
 
 def test_weights_by_documents_are_gpt_neox_s(files: Path) -> None:
-    """Computed by its `weights_by_num_docs`; in GPT-NeoX's formula a source with most documents counts less."""
+    """Expected values are from its `weights_by_num_docs`, in which the source with most documents counts less."""
     assert weights_by_documents([90, 20, 10], 0.3) == [0.19922187742000957, 0.42291395861167347, 0.37786416396831696]
     assert weights_by_documents([5, 5, 1000], 1.0) == [0.25062344139650866, 0.25062344139650866, 0.4987531172069828]
     assert weights_by_documents([7], 0.3) == [1.0]

@@ -1,4 +1,4 @@
-"""Images as samples: the order of patches, what is learned of them, and the order of a run."""
+"""Images as samples: the order of patches, which patches are learned, and the order of images in a run."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_patches_are_cut_and_joined(order: str) -> None:
 def test_blank_patches_are_read_and_not_learned() -> None:
     image = np.random.default_rng(0).normal(size=(12, 12, 1)).astype(np.float32)
     order = spiral(3, 3).tolist()
-    flat, holed = order.index(8), order.index(3)  # places in the sequence of two patches
+    flat, holed = order.index(8), order.index(3)  # positions of two patches in the sequence
     image[8:, 8:] = 3.0
     image[5, 1] = np.nan
     sample = FORM.make(image, 5)

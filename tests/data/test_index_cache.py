@@ -1,4 +1,4 @@
-"""Indices: built once, kept, and named where they are damaged."""
+"""Sample indices are built once and cached, and damaged ones are named."""
 
 import json
 import multiprocessing
@@ -98,13 +98,13 @@ def test_fingerprint(tmp_path: Path) -> None:
     assert json.loads(json.dumps(first)) == first
     assert set(first) == {"path", "idx_bytes", "bin_bytes", "hash", "content", "written"}
     assert fingerprint(prefix) == first
-    write(tmp_path / "d", numbered([8, 30, *LENGTHS[2:]]))  # same sizes of files, other documents
+    write(tmp_path / "d", numbered([8, 30, *LENGTHS[2:]]))  # the same file sizes, other documents
     assert fingerprint(prefix)["bin_bytes"] == first["bin_bytes"]
     assert fingerprint(prefix)["hash"] != first["hash"]
 
 
 def test_tokens_that_were_changed_in_place_have_another_content(tmp_path: Path) -> None:
-    """Same sizes, same index; the index cache, which needs only those, stays valid."""
+    """Sizes and index stay the same, so the index cache, which depends only on them, remains valid."""
     prefix = write(tmp_path / "d", numbered(LENGTHS))
     first = fingerprint(prefix)
     write(tmp_path / "d", numbered(LENGTHS, first=7))

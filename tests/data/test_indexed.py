@@ -1,4 +1,4 @@
-"""The `.bin/.idx` format: interoperable with megatron-core both ways, and particular about damage."""
+"""The `.bin/.idx` format: interoperable with megatron-core in both directions; damage is detected."""
 
 import os
 import subprocess
@@ -75,7 +75,7 @@ def test_foreign_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="without its ending"):
         IndexedFile(tmp_path / "d.bin")
     bad = idx.copy()
-    bad[34] += 1  # a document one token longer than its neighbor's offset says
+    bad[34] += 1  # a document that overlaps the next one by a token
     (tmp_path / "d.idx").write_bytes(bad)
     with pytest.raises(DataError, match="disagree"):
         IndexedFile(tmp_path / "d").check_offsets()
@@ -108,7 +108,7 @@ def test_a_thousand_sources_need_few_handles(tmp_path: Path) -> None:
 
 
 def test_the_file_format_needs_no_torch() -> None:
-    """The data commands start at once."""
+    """So the data commands start immediately."""
     code = (
         "import sys, megatron.data.indexed, megatron.data.header\n"
         "heavy = {'torch', 'megatron.core', 'transformers'} & set(sys.modules)\n"

@@ -1,4 +1,4 @@
-"""Micro-batches: the same order for every layout, seeking, a last batch that is completed."""
+"""Micro-batches have the same order in every layout, can be sought, and the last batch is padded."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Ranges of samples that are left out, against a list that lacks them."""
+"""Skipping ranges of samples equals reading a list without them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_it_is_the_order_without_the_ranges() -> None:
         assert [ranges.after(position, count) for count in range(1, 50)] == [p + 1 for p in left[:49]]
         assert ranges.after(position, 0) == position
         assert ranges.kept(position, end) == len([p for p in left if p < end])
-        # Read in two parts, as a run that is stopped and resumed.
+        # Read in two parts, like a run that is stopped and resumed.
         cut = rng.randrange(1, 20)
         after = ranges.after(position, cut)
         assert [ranges.place(after, count) for count in range(20)] == left[cut : cut + 20]

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.unit
 
 
 def stream_of(source: RunningPack, samples: int) -> np.ndarray:
-    """The stream the samples were cut from, put together from its definition."""
+    """The stream from which the samples were cut, built from its definition."""
     documents = numbered(LENGTHS)
     return np.concatenate([documents[d] for d in source.build_index()["order"].ravel()])[: samples * S + 1]
 
@@ -145,7 +145,7 @@ def test_whole_documents(prefix: str, packing: str, samples: int | None) -> None
                 if label != IGNORE_INDEX and t in document_of and document_of[label] == document_of[t]:
                     assert label == t + 1
                     learned.append(label)
-        # every token of every document is learned once an epoch, also those after a cut
+        # every token of every document is learned once per epoch, also after a cut
         assert sorted(learned) == expected
 
 
@@ -232,7 +232,7 @@ def test_eod_mask_loss(tmp_path: Path) -> None:
     for i in range(10):
         sample = source[i]
         assert ((sample["labels"] == IGNORE_INDEX) == (sample["tokens"] == 9)).all()
-        assert (sample["labels"] == 9).any()  # the end itself is learned
+        assert (sample["labels"] == 9).any()  # the end-of-document token itself is learned
 
 
 def test_label_data(tmp_path: Path, prefix: str) -> None:
@@ -251,7 +251,7 @@ def test_label_data(tmp_path: Path, prefix: str) -> None:
 
 
 def test_packed_samples_without_a_target_are_left_out_and_counted(tmp_path: Path) -> None:
-    """Every target is still there, once an epoch, and a longer run begins like a shorter one."""
+    """Every target still occurs once per epoch, and a longer run begins like a shorter one."""
     documents = numbered([30, 41, 26, 39, 20])
     labels = [np.full(len(document), IGNORE_INDEX) for document in documents]
     labels[1][20:24], labels[3][5] = documents[1][20:24], documents[3][5]

@@ -1,4 +1,4 @@
-"""Ids outside the vocabulary stop a run before it starts, with the same answer wherever and however it is asked."""
+"""Ids outside the vocabulary stop a run before it starts, with the same message from every rank and command."""
 
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ def test_ids_outside_the_vocabulary(part: str, tmp_path: Path) -> None:
         "vocab_size": VOCAB,
     }
     message = "token id -5, which is negative" if part == "negative" else "token id 600 in document 1"
-    for _ in range(2):  # the second time from what the first has found
+    for _ in range(2):  # the second time from the stored result
         with pytest.raises(DataError, match=message):
             build_datasets(data_args(**keys))
     if part == "text":
@@ -75,7 +75,7 @@ def test_check_content_and_the_command(tmp_path: Path, capsys: pytest.CaptureFix
     for more in ([], ["--check-content"]):
         assert build_indices([*command, *more]) == 2
         assert f"token id {outside} in document 1" in capsys.readouterr().err
-    # Tokens that are written again are read again.
+    # Rewritten tokens are checked again.
     np.array([*range(40), *range(30), 7], np.int32).tofile(f"{text}.bin")
     assert build_indices([*command, "--check-content"]) == 0
     assert "ids are in the vocabulary" in capsys.readouterr().out

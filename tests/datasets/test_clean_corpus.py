@@ -1,4 +1,4 @@
-"""clean_corpus.py: repairs, cuts and drops by each rule, and the report on them."""
+"""clean_corpus.py repairs, cuts and drops documents by each rule, and reports it."""
 
 import json
 import random

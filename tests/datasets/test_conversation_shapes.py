@@ -309,7 +309,7 @@ def test_unknown_keys_are_named_and_counted_once_per_source(
 def test_rows_of_parquet_are_the_records_that_they_were_made_of(
     vocab_folder: Path, hf_tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    """A table gives every call the arguments of all others, as null."""
+    """A Parquet table gives every call the arguments of all other calls, as null."""
     records = [
         {"messages": called(tool_calls=[{"function": {"name": name, "arguments": arguments}}])}
         for name, arguments in (("simbad", {"object": "M31"}), ("weather", {"place": "Paranal", "hours": 3}))

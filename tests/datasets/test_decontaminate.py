@@ -165,7 +165,7 @@ def test_options_may_stand_in_any_order_and_the_question_alone_counts() -> None:
 
 
 def test_scattered_fragments_do_not_match_a_question() -> None:
-    """The same letter sequences, but far apart: a bag of shingles would find them."""
+    """The question's phrases, but far apart: an unordered set of shingles would match them."""
     made = questions(30)
     words = made[0].question.split()
     filler = " ".join(documents(20))

@@ -39,7 +39,7 @@ def workplace(vocab_folder: Path, tmp_path: Path) -> Path:
     for key in ("log_dir", "tensorboard_dir"):
         run.pop(key, None)
     keys = yaml.safe_load(code_blocks("docs/data.md", "yaml")[0])
-    keys["valid_data_paths"] = ["data/domain_text_document"]  # the page has no room for two more commands
+    keys["valid_data_paths"] = ["data/domain_text_document"]  # the page does not show the commands for further data
     (tmp_path / "run.yml").write_text(yaml.safe_dump({**run, **keys, "from_scratch": True, "vocab_file": "tokenizer"}))
     return tmp_path
 

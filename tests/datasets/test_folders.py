@@ -1,4 +1,4 @@
-"""Folders: every kind of file is read or reported, bad files can be skipped, and names of files are kept."""
+"""Folders: every kind of file is read or reported, bad files can be skipped, and file names are kept."""
 
 import gzip
 import json
@@ -97,7 +97,7 @@ def test_bad_files_are_left_out_and_listed_at_the_end(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     bad = bad_folder(tmp_path / "in")
-    late = tmp_path / "in" / "d2.jsonl.gz"  # damaged where no check of beginnings sees it
+    late = tmp_path / "in" / "d2.jsonl.gz"  # damaged after the part that is checked first
     monkeypatch.setattr(reading, "BLOCK_BYTES", 1 << 12)
     late.write_bytes(
         gzip.compress(b"".join(b'{"text": "%s"}\n' % os.urandom(500).hex().encode() for _ in range(50)))[:-9]

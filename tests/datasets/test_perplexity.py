@@ -108,7 +108,7 @@ def test_a_hugging_face_model(vocab_folder: Path, tmp_path: Path) -> None:
     text = real_texts()[0][:400]
     ids = torch.tensor(tokenizer(text, add_special_tokens=False).input_ids)
     total = 0.0
-    for piece in ids.split(47):  # windows of 48 with their begin token
+    for piece in ids.split(47):  # windows of 48 including their begin-of-text token
         piece = torch.cat([torch.tensor([tokenizer.bos_token_id]), piece])
         with torch.no_grad():
             total += model(input_ids=piece[None], labels=piece[None]).loss.item() * (len(piece) - 1)

@@ -1,4 +1,4 @@
-"""Images of every kind become the same pair; what cannot be used is named; kills and workers change no byte."""
+"""Images in every format become the same pair; unusable ones are named; kills and workers change no byte."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def written(prefix: str) -> list[bytes]:
 
 
 def shards(folder: Path) -> list[Path]:
-    """Two Parquet files as Hugging Face writes images: a struct of bytes and path, an id, a property."""
+    """Write two Parquet files with images as in Hugging Face's: a struct of bytes and path, an id, a property."""
     import pyarrow
     import pyarrow.parquet
     from PIL import Image
@@ -135,7 +135,7 @@ def test_what_cannot_be_used_is_named_and_counted(tmp_path: Path, capsys: pytest
 
 
 def test_a_damaged_fits_file_is_left_out(tmp_path: Path) -> None:
-    """astropy raises zlib's own error over the second, which is no OSError."""
+    """For the damaged file astropy raises zlib's own error, which is not an OSError."""
     from astropy.io import fits
 
     folder = tmp_path / "fits"
@@ -197,7 +197,7 @@ def test_swapped_axes_are_asked_about(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_workers_and_kills_change_no_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed after every number of blocks, with a journal at each, and continued by two workers."""
+    """Killed after each number of blocks, all recorded in the journal, and resumed by two workers."""
 
     class AtOnce(ThreadPoolExecutor):
         def submit(self, *words: Any) -> Any:  # type: ignore[override]
@@ -234,7 +234,7 @@ def test_workers_and_kills_change_no_byte(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_failure_in_one_worker_stops_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The one that waits for the place where its block ends must not wait for ever."""
+    """A worker that waits for its turn to write must not wait for the failed one forever."""
     real = ImageDecoder.usable
 
     def broken(self: ImageDecoder, block: Any, bad: Any) -> Any:
@@ -252,7 +252,7 @@ def test_a_failure_in_one_worker_stops_all(
 @pytest.mark.parametrize("shape", [(9, 7, 3), (40, 50, 2), (600, 600, 1)])
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
 def test_moments_are_those_of_the_values(shape: tuple[int, int, int], dtype: Any) -> None:
-    """600 x 600 values of 255: their squares add up to more than fp32 can count."""
+    """The sum of squares of 600 x 600 values of 255 exceeds the integers that fp32 represents exactly."""
     image = np.random.default_rng(0).integers(0, 256, shape).astype(dtype)
     if shape[-1] == 1:
         image[:] = 255

@@ -14,7 +14,7 @@ texts = st.lists(st.sampled_from(["a", "bb", "ccc", "dddd", "\n", "\n\n"]), max_
 
 
 def by_definition(text: str, n: int) -> float:
-    """Rae et al. 2021, appendix A.1.1, word by word."""
+    """A literal implementation of Rae et al. 2021, appendix A.1.1."""
     words = text.split()
     grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
     if n < 5:
@@ -25,7 +25,7 @@ def by_definition(text: str, n: int) -> float:
     else:
         chosen = [{i for i, gram in enumerate(grams) if gram in grams[:i]}]
     shares = []
-    for places in chosen:  # of several sequences that are equally frequent any may be the one
+    for places in chosen:  # any of several equally frequent sequences may be chosen
         inside = {word for place in places for word in range(place, place + n)}
         shares.append(sum(len(words[word]) for word in inside) / max(1, sum(map(len, words))))
     return shares[0] if n >= 5 else max(shares, default=0.0) if len(shares) == 1 else tuple(shares)  # type: ignore[return-value]

@@ -1,4 +1,4 @@
-"""Isolated documents ask the device for nothing inside a layer, and a stage asks once a micro-batch, if at all."""
+"""With isolated documents, no layer waits for the device, and a stage does so at most once per micro-batch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TO_HOST = {"tolist", "item", "nonzero", "cpu", "numpy", "__bool__", "__int__", "
 
 
 def samples(count: int) -> list[dict[str, Tensor]]:
-    """Documents of several lengths, other ones in each sample."""
+    """Samples of documents of several lengths, different in each sample."""
     made = make_samples(CASE, count)
     for number, sample in enumerate(made):
         lengths = (1 + number, 9 - number, CASE.seq - 10)
@@ -32,9 +32,9 @@ def samples(count: int) -> list[dict[str, Tensor]]:
 
 
 def reads_of_positions() -> list[str]:
-    """From now on the names of what brings positions [b, s], or those of all micro-batches, to the host.
+    """A list to which every method that copies positions ([b, s] or of all micro-batches) to the host adds its name.
 
-    Methods are replaced for the rest of the process: a mode of torch does not see what is computed again in `backward`.
+    The methods are replaced for the rest of the process: a torch mode would miss recomputation in `backward`.
     """
     names: list[str] = []
 
@@ -74,12 +74,12 @@ def test_a_stage_of_deepspeed_reads_what_it_receives() -> None:
 
 
 def test_a_middle_stage_of_megatron_core_copies_all_at_once() -> None:
-    """The others have the data on the host."""
+    """The other stages have the data on the host."""
     assert run_ranks(_reads, 3, "megatron", "none") == [["tolist"] * 2, ["cpu", "tolist", "tolist"], ["tolist"] * 2]
 
 
 def _layers(rank: int, world_size: int) -> dict[str, list[bool]]:
-    """A layer forward and backward on tensors that have no values; whether its parameters have gradients."""
+    """Run a layer forward and backward on tensors without values; returns whether its parameters have gradients."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils.checkpoint import checkpoint
 
@@ -108,8 +108,7 @@ def _layers(rank: int, world_size: int) -> dict[str, list[bool]]:
 
 
 def test_a_layer_reads_no_value_of_a_tensor() -> None:
-    """Neither of positions nor of anything else: what would wait for a device raises. Mutation: `one_by_one` over
-    `Documents.at(documents.positions)`."""
+    """Anything that would wait for a device raises. Mutation: `one_by_one` over `Documents.at(documents.positions)`."""
     assert run_ranks(_layers, 1) == [{recompute: [True] * 6 for recompute in ("none", "full", "selective")}]
 
 

@@ -1,4 +1,4 @@
-"""fp16 with dynamic loss scaling: equality with a plain loop using torch's scaler, skipped and broken steps, resume."""
+"""fp16 with dynamic loss scaling equals a plain loop with torch's scaler, also in skipped steps; and it resumes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _steps(rank: int, world_size: int, split: dict[str, Any]) -> Any:
 
     allow_fp16()
     data = world_size // (split.get("model_parallel_size", 1) * split.get("pipe_parallel_size", 1))
-    # A replica's part of the global mean is first multiplied by the number of replicas, which costs fp16 range.
+    # A replica's part of the global mean is first multiplied by the number of replicas, which uses up fp16 range.
     scaling = SCALING | {"initial_scale_power": POWER - data.bit_length() + 1}
     keys = FP16 | {"fp16": scaling, "train_micro_batch_size_per_gpu": 4 // data}
     args = CASE.neox(world_size=world_size, **split, **keys)

@@ -1,6 +1,6 @@
 """Three pitfalls of DeepSpeed's pipeline with frozen weights, each with and without its guard.
 
-`docs/lora.md` describes them. Each case uses its own fork of ranks, because a failure leaves other ranks waiting.
+`docs/lora.md` describes them. Each case has its own forked ranks, because a failure leaves other ranks waiting.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def first_step(case: Case, split: tuple[int, int, int], trap: str | None, **over
 
 
 def test_recomputed_layers_behind_a_frozen_embedding_learn() -> None:
-    """Reentrant recomputation skips a layer whose input requires no gradient: no error, and the loss is correct."""
+    """Reentrant recomputation silently gives no gradients to a layer whose input requires none; the loss is right."""
     expected = first_step(GQA, (1, 1, 1), None, checkpoint_activations=False)[0]
     found = first_step(GQA, (1, 1, 1), None, recompute_layers=2)[0]
     assert found[0] == pytest.approx(expected[0], abs=1e-6)

@@ -40,7 +40,7 @@ def test_an_optimizer_with_gradients_elsewhere_is_refused() -> None:
 
 
 def test_the_class_of_the_engine_stays_as_it_is() -> None:
-    """Only this engine's instructions are wrapped; they get their arguments, and the context ends when they raise."""
+    """Only this instance's instructions are wrapped; they get their arguments, and the context ends if they raise."""
     from deepspeed.runtime.pipe import schedule
     from deepspeed.runtime.pipe.engine import PipelineEngine
 

@@ -59,7 +59,7 @@ SPLITS = [(2, 2, 2), (1, 2, 1), (1, 3, 1), (1, 4, 2), (2, 5, 1), (1, 8, 1), (2, 
 @pytest.mark.parametrize("split", SPLITS, ids=str)
 @pytest.mark.parametrize(("tied", "virtual"), [(False, False), (True, False), (True, True)])
 def test_members_make_a_group_in_the_same_turn(split: Split, tied: bool, virtual: bool) -> None:
-    """torch names a group by its members and a counter; ranks that disagree would wait for each other forever."""
+    """torch names a group by its members and a counter; ranks that disagree would deadlock."""
     world = split[0] * split[1] * split[2]
     turns = [groups_of(rank, split, tied, virtual)[1] for rank in range(world)]
     assert len({len(made) for made in turns}) == 1

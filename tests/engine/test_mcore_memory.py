@@ -25,7 +25,7 @@ def _peaks(rank: int, world_size: int, virtual: int, counts: tuple[int, ...], ke
     run, held = MegatronEngine._run, 0
 
     def counted(*arguments: Any, **options: Any) -> Any:
-        """Between its beginning and end lies what the schedule holds; the micro-batches themselves came before."""
+        """Measure what the schedule holds; the micro-batches themselves were created before."""
         nonlocal held
         before = live.now
         live.reset_peak()
@@ -55,7 +55,7 @@ def test_memory_does_not_grow_with_the_micro_batches(virtual: int) -> None:
 
 
 def test_recomputed_activations_are_not_stored() -> None:
-    """Recomputing whole layers stores least, then everything but matrix products, then nothing."""
+    """Recomputing whole layers stores least; then everything but matrix products; recomputing nothing stores most."""
     kinds: list[dict[str, Any]] = [{"recompute": "full"}, {"recompute": "selective"}, {"recompute": "none"}]
     full, selective, none = ([peak for (peak,) in run_ranks(_peaks, 2, 2, (4,), kind)] for kind in kinds)
     for rank in range(2):

@@ -21,10 +21,10 @@ SLOW = [pytest.param(*sizes, marks=pytest.mark.slow) for sizes in GRID if sizes 
 
 @pytest.mark.parametrize(("p", "v", "m"), [*FAST, *SLOW])
 def test_every_schedule_finishes(p: int, v: int, m: int) -> None:
-    """Each rank does each of its passes once; messages of any length arrive; idle time is that of 1F1B over v p stages.
+    """Each rank runs each of its passes once, with messages of any duration; idle time is that of 1F1B over v p stages.
 
-    With instant messages a step takes v m passes of a rank and (p - 1) of each kind to fill and empty the pipeline
-    (Narayanan et al. 2021, section 2.2).
+    With instantaneous messages, a step takes the v m passes of a rank and p - 1 of each kind to fill and drain the
+    pipeline (Narayanan et al. 2021, section 2.2).
     """
     orders = record(p, v, m)
     for order in orders:

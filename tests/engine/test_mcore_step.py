@@ -1,4 +1,4 @@
-"""All ranks of engine: megatron reject a non-finite gradient on any rank, and keep their state."""
+"""If a gradient is not finite on any rank, all ranks of engine: megatron skip the step and keep their state."""
 
 from __future__ import annotations
 
@@ -75,6 +75,6 @@ def test_no_rank_applies_a_nonfinite_gradient(poison: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("mutation", ["megatron-core's own step", "only what is counted"])
 def test_without_the_guard_a_nonfinite_gradient_is_applied(mutation: str) -> None:
-    """megatron-core's step does not synchronize this, and its norm ignores replicated parameters on other ranks."""
+    """megatron-core's step does not synchronize the decision, and its norm ignores replicated copies on other ranks."""
     ranks = run_ranks(_stepped, 4, POISONS[0].values[0], mutation)
     assert not all(rank["finite"] for rank in ranks)

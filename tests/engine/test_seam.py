@@ -68,7 +68,7 @@ def _run(rank: int, world_size: int, case: Case, run_keys: dict[str, Any], fake:
 
 @pytest.mark.parametrize("case", [pytest.param(CASE, id="untied"), pytest.param(TIED, id="tied")])
 def test_a_run_on_the_fake_engine_equals_one_on_deepspeed(data: str, tmp_path: Path, case: Case) -> None:
-    """Losses, norms, validation and weights; one step is not finite and is skipped by both."""
+    """Losses, norms, validation losses and weights are equal; both engines skip one non-finite step."""
     for name, fake in (("fake", True), ("deepspeed", False)):
         run_ranks(_run, 1, case, keys(data, tmp_path / name), fake, 2)
     for key in ("train/lm_loss", "train/grad_norm", "train/skipped_steps", "train/consumed_samples"):
@@ -97,7 +97,7 @@ def test_saving_and_resuming_keeps_every_bit(data: str, tmp_path: Path) -> None:
 
 
 def test_a_deepspeed_checkpoint_continues_on_another_engine(data: str, tmp_path: Path) -> None:
-    """And back: masters, moments and steps are in engine-independent files."""
+    """And back: masters, moments and step counts are in engine-independent files."""
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     run_ranks(_run, 1, CASE, keys(data, whole, replica_check_interval=None), False)
     split = {"model_parallel_size": 2, "replica_check_interval": None}
@@ -111,7 +111,7 @@ def test_a_deepspeed_checkpoint_continues_on_another_engine(data: str, tmp_path:
 
 
 def recomputed(engine: Any, prompt: list[int], new: int) -> list[int]:
-    """Greedy without a cache."""
+    """Greedy generation without a cache."""
     ids = list(prompt)
     for _ in range(new):
         ids.append(int(engine.logits(torch.tensor([ids]))[0, -1].argmax()))

@@ -1,4 +1,4 @@
-"""The existing tests of a run's other functions, with engine: megatron in place of DeepSpeed."""
+"""Tests of everything else in a run pass with engine: megatron, too."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 ROOT = Path(__file__).resolve().parents[2]
-# files, and the tests of DeepSpeed's own ways in them
+# (file, tests in it that are specific to DeepSpeed)
 SUITES: list[tuple[str, str]] = [
     ("trainer/test_runs.py", ""),
     ("trainer/test_async_runs.py", ""),

@@ -149,7 +149,7 @@ def test_flips_are_counted() -> None:
 
 
 def test_calibration_error() -> None:
-    # Two bins: 0.9 claimed and half right, 0.2 claimed and none right.
+    # Two bins: stated confidence 0.9 with half right, and 0.2 with none right.
     assert calibration_error([0.9, 0.9, 0.2, 0.2], [True, False, False, False]) == pytest.approx(0.3)
     assert calibration_error([1.0, 0.0], [True, False]) == 0
 
@@ -178,7 +178,7 @@ def test_costs_and_gains(tmp_path: Path) -> None:
     base, ours, own = read_table(table)
     assert ours.accuracy == 75
     assert own.cost == pytest.approx(2.0)  # half an hour at 2 USD for 0.05M tokens
-    # 2.5 points more at ten times the cost: what the family would have reached for 10 ** (2.5 / 3.5) times the cost.
+    # 2.5 points more at ten times the cost; the family needs 10 ** (2.5 / 3.5) times the cost for them.
     assert efficiency_gain(ours, base) == pytest.approx(10 ** (2.5 / 3.5 - 1))
     assert main([str(table), str(tmp_path / "p.svg")]) == 0
     picture = (tmp_path / "p.svg").read_text()

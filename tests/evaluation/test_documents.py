@@ -1,4 +1,4 @@
-"""Perplexity of documents equals the losses of `transformers` for any layout and file."""
+"""Document losses equal those of `transformers` for any layout and file."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _documents(rank: int, world_size: int, export: Path, split: dict[str, int], 
 
 
 def reference(ids: list[int], bos: int) -> float:
-    """Sum of losses of a document in pieces of `seq`: the first after BOS, the others after as much context as fits."""
+    """Summed loss of a document in pieces of `seq`: the first after BOS, the others after as much context as fits."""
     model = CASE.hugging_face()
     model.load_state_dict(weights())
     total = 0.0

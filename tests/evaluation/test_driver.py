@@ -1,4 +1,4 @@
-"""Rank 0 drives: the other ranks wait as long as necessary, and end the same way as rank 0."""
+"""Rank 0 controls a program: the other ranks wait as long as necessary, and end the same way as rank 0."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ def test_all_commands_of_the_guide(folder: Path) -> None:
 
 
 def test_scores_of_the_first_command_match_the_export(folder: Path) -> None:
-    """From the converted checkpoint, by deepy.py, at TP2 x PP2: `transformers` on the folder it came from."""
+    """Scores by deepy.py at TP2 x PP2 from the converted checkpoint equal those of `transformers` on its source."""
     done = run(documented_commands(GUIDE)[0], folder)
     assert done.returncode == 0, done.stderr
     assert "accuracy " in done.stdout

@@ -101,7 +101,7 @@ def theirs(export: Path, folder: Path, names: list[str], **options: Any) -> tupl
             return scores
 
     noted: list[Any] = []
-    # Where the tokenizer adds a begin-of-text token, `hf` puts a second one before rolling texts unless it is told.
+    # If the tokenizer adds a begin-of-text token, `hf` by default adds a second one to rolling texts.
     bos = options.pop("add_bos_token", None)
     model = Noting(pretrained=str(export), dtype="float32", batch_size=1, device="cpu", add_bos_token=bos)
     manager = TaskManager(include_path=str(folder), include_defaults=False)

@@ -1,4 +1,4 @@
-"""examples/astrollama, shortened: what must hold, what is reported, and every command that its README shows."""
+"""examples/astrollama, shortened: its claims hold, its report is right, and every command of its README runs."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_question_has_one_right_option() -> None:
 
 @pytest.mark.unit
 def test_the_bootstrap_tells_a_gain_from_noise() -> None:
-    """By documents: a gain on all is certain, one on half of them is not; tokens are the weights."""
+    """Over documents weighted by tokens: a gain on all of them is certain, a gain on half of them is not."""
     rng = np.random.default_rng(1)
     before = {number: (4.0 + float(rng.normal(0, 0.3)), 50) for number in range(60)}
     better = {number: (loss - 0.1, tokens) for number, (loss, tokens) in before.items()}

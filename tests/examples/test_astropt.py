@@ -1,4 +1,4 @@
-"""examples/astropt, shortened, and every command that its README and docs/patches.md show."""
+"""examples/astropt, shortened, and every command in its README and in docs/patches.md."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_transformers_computes_the_same_vectors(example: Path) -> None:
 
 
 def test_real_galaxies_are_put_in_order(example: Path) -> None:
-    """Brightness at least is told of images from another telescope, far outside of chance (0.055 with 328 stamps)."""
+    """At least brightness is predicted for images of another telescope, far above chance (0.055 for 328 stamps)."""
     correlations = json.loads((example / "hubble/predictions.json").read_text())
     assert set(correlations) == {"mag_r", "g_r", "log_re", "axis_ratio"}
     assert correlations["mag_r"] > 0.2

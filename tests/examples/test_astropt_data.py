@@ -1,4 +1,4 @@
-"""What examples/astropt renders and cuts out."""
+"""The simulated galaxies and real stamps of examples/astropt."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_stamps_hold_sources_and_lie_inside() -> None:
 
     rng = np.random.default_rng(0)
     picture = rng.normal(30, 2, (200, 300, 3)).clip(0, 255)
-    for top, left in ((100, 150), (20, 60), (150, 250)):  # the second is too near to the edge
+    for top, left in ((100, 150), (20, 60), (150, 250)):  # the second is too near the edge
         picture[top - 6 : top + 6, left - 6 : left + 6] += 120
     found = stamps(picture.clip(0, 255).astype(np.uint8))
     assert found.shape == (2, SIDE, SIDE, 3)

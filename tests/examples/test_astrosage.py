@@ -1,4 +1,4 @@
-"""examples/astrosage, shortened: what it shows is shown; then the whole recipe, and every command of its pages."""
+"""examples/astrosage, shortened: its claims hold; then the whole recipe, and every command in its guides."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def run_example(out: Path, *options: str) -> str:
 
 @pytest.fixture(scope="module")
 def taught(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """results.json of a base model and of what it becomes by continued pre-training."""
+    """results.json of a base model and its continued pre-training."""
     out = tmp_path_factory.mktemp("taught") / "out"
     printed = run_example(out, "--until", "cpt")
     results: dict[str, Any] = json.loads((out / "results.json").read_text())
@@ -40,7 +40,7 @@ def taught(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.mark.parametrize("wording", WORDINGS)
 def test_continued_pretraining_teaches_facts(taught: dict[str, Any], wording: str) -> None:
-    """The base model knows no more of them than chance, and the lift is no lift of everything."""
+    """The base model is at chance, and the gain is specific to facts in the documents."""
     tests = taught["tests"][wording]
     assert tests["base_against_chance_p"] > 1e-3, "inside 99.9 % of chance"
     assert tests["gained"] > tests["lost"]

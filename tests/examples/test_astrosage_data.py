@@ -1,4 +1,4 @@
-"""The data half of examples/astrosage, on fewer facts: who may know what, and what cleaning makes of the damage."""
+"""The data of examples/astrosage, with fewer facts: which texts contain which facts, and cleaning of the damage."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_no_text_has_the_wordings_of_the_test(out: Path) -> None:
 
 
 def test_the_article_fits_its_noun(out: Path) -> None:
-    for path in out.rglob("*.jsonl"):  # those that no OCR has damaged
+    for path in out.rglob("*.jsonl"):  # the undamaged texts
         text = texts(path)
         assert not re.search(r"\b[Aa] [aeiou]|\b[Aa]n [^aeiou]", text), path
     assert " is an open cluster. " in texts(out / "sft/reasoning.jsonl")
@@ -108,7 +108,7 @@ def test_wrong_options_are_no_beginnings() -> None:
 
 
 def test_knowing_frequencies_gives_next_to_nothing() -> None:
-    """Whoever always takes the most frequent option is right in little more than a quarter of the questions."""
+    """Always choosing the most frequent option is right for little more than a quarter of the questions."""
     facts = facts_of(0, famous=60, asked=200, held=200, control=100)
     pool = [one.constellation for one in facts.told]
     counts, chance, right = Counter(pool), random.Random(0), 0.0

@@ -25,7 +25,7 @@ def test_the_picture_is_of_what_was_measured(tmp_path: Path) -> None:
     asked = [json.loads(line) for line in (tmp_path / "out/questions.jsonl").open()]
     read = (tmp_path / "out/sky.jsonl").read_text()
     for question in asked:
-        assert question["question"] not in read  # but the fact is told
+        assert question["question"] not in read  # although the fact itself is
         assert question["options"][question["answer"]] in read
     for row in rows:
         summary = json.loads((tmp_path / "out" / row["summary"]).read_text())

@@ -18,12 +18,12 @@ from tests.support.documentation import documented_commands, run_in_root
 
 pytestmark = pytest.mark.distributed
 
-MAKE = {  # target: the command it must come down to; `make test` runs this test, the fixture below the demo's script
+MAKE = {  # target: the command it must run; `make test` runs this test, and the fixture below the demo's script
     "make demo": "python examples/demo.py",
     "make test": 'python -m pytest -m "not slow"',
 }
 TINY = "configs/tiny/model.yml configs/tiny/run.yml configs/tiny/local.yml"
-STAND_INS = {  # what the README names and only its reader has
+STAND_INS = {  # files that the README names but only a user has
     "configs/llama31_8b/model.yml run.yml local.yml": TINY,
     "Meta-Llama-3.1-8B": "{out}/hf_base",
     "--load llama31-8b": "--load {out}/readme_neox",
@@ -48,7 +48,7 @@ COMMANDS = [
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """(output folder, what was printed) of a demo of six steps on a base model that has learned enough to be taken."""
+    """(output folder, printed text) of a demo of six steps, with a base model good enough to be accepted."""
     out = tmp_path_factory.mktemp("demo") / "out"
     options = ["--output", str(out), "--iterations", "6", "--base-steps", "120"]
     result = run_in_root([sys.executable, "examples/demo.py", *options])
@@ -94,7 +94,7 @@ def _right(items: Path, topic: str) -> int:
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
 def test_the_whole_demo_teaches_what_its_documents_tell(tmp_path: Path) -> None:
-    """`make demo` itself: told facts far above before and above the control, and nothing known before."""
+    """`make demo` itself: told facts end far above the control, from chance before training."""
     out = tmp_path / "out"
     result = run_in_root([sys.executable, "examples/demo.py", "--output", str(out)], timeout=2300)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
@@ -142,7 +142,7 @@ def test_documented_command(command: str, demo: tuple[Path, str]) -> None:
 
 
 def overrides(words: list[str], out: Path) -> list[str]:
-    """Paths of configs/tiny/run.yml moved into the test's folder, and as few steps and ranks as show that it runs."""
+    """Options that move the paths of configs/tiny/run.yml to the test's folder and reduce steps and ranks."""
     moved = [
         *("--num_gpus", "4"),  # one data-parallel copy; the demo has run with two
         *("--vocab_file", f"{out}/tokenizer/tokenizer.json"),

@@ -1,4 +1,4 @@
-"""The demo's text and tokenizer, and that its outside check reads the samples that validation reads."""
+"""The demo's text and tokenizer; its independent check reads the same samples as validation."""
 
 import json
 from pathlib import Path

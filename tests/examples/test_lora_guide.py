@@ -1,4 +1,4 @@
-"""Every command of docs/lora.md, in the order a reader types them, on a small model under the guide's names."""
+"""Every command of docs/lora.md, in the order of the guide, on a small model under the guide's names."""
 
 from __future__ import annotations
 

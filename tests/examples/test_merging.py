@@ -22,5 +22,5 @@ def test_the_table(tmp_path: Path) -> None:
     for name, row in losses.items():
         assert f"| {name} | " in done.stdout
         assert all(math.isfinite(loss) for loss in row.values())
-    # Masks at density 0.5 change the model, and so does a base of instruct's own.
+    # Masks at density 0.5 change the model, and so does the instruct model's own base.
     assert len({tuple(row.values()) for row in losses.values()}) == 11

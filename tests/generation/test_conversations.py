@@ -27,7 +27,7 @@ QUESTION = [Message("user", "What is z?\n"), Message("assistant", "Redshift."), 
 
 @pytest.fixture(params=["llama3", "template", "shipped"])
 def prompts(request: pytest.FixtureRequest, hf_tokenizer: Tokenizer, tmp_path: Path) -> Any:
-    """Makes ChatPrompts of a system prompt and a thinking switch."""
+    """A function that makes ChatPrompts from a system prompt and a thinking switch."""
     template = None
     if request.param == "template":
         (tmp_path / "chat.jinja").write_text(CHAT_TEMPLATE)
@@ -60,7 +60,7 @@ def test_a_prompt_begins_the_training_conversation(
 
 
 def test_the_prefill_has_the_newline_in_it(hf_tokenizer: Tokenizer) -> None:
-    """Without it, `<think>` may end in a token that never occurs there in training: the mutation shows it."""
+    """Without it, `<think>` may end in a token that never occurs there in training, as the mutation shows."""
     whole = hf_tokenizer.encode("<think>\nA letter.")
     assert whole[: len(hf_tokenizer.encode(THINK_BEGIN))] == hf_tokenizer.encode(THINK_BEGIN)
     assert hf_tokenizer.decode(hf_tokenizer.encode(THINK_BEGIN)) == "<think>\n"
@@ -146,7 +146,7 @@ def test_tool_calls_are_written_as_in_training(template: str | None, tools: Any,
     chat = ChatPrompts.load(template, hf_tokenizer, None, None)
     fields = {"id": 3, **({"tools": tools} if tools else {})}
     ids = chat.ids(read_request(CALLED, fields))
-    assert fields == {"id": 3}  # what has been read is not handed through
+    assert fields == {"id": 3}  # fields that were used are not passed on
     record = {"messages": [*CALLED, {"role": "assistant", "content": "2.5 million."}]}
     trained = read_conversation(record | ({"tools": tools} if tools else {})).conversation
     segments = chat.chat.segments(trained, "last")

@@ -80,7 +80,7 @@ def test_replicas_share_the_prompts() -> None:
     assert run_ranks(_few, 4, TIED, layout(1, 2)) == [expected] * 4
 
 
-# --- one process: what the batch must not change, the borders of the context, what the cache holds
+# --- one process: independence of the batch, limits of the context, contents of the cache
 
 
 def _alone(rank: int, world_size: int, case: Case) -> dict[str, Any]:
@@ -121,9 +121,9 @@ def _alone(rank: int, world_size: int, case: Case) -> dict[str, Any]:
 
 
 def _turns(engine: Any, args: Any, case: Case) -> list[tuple[list[int], list[int], int]]:
-    """(prompt, new ids, tokens that were read) of three prompts one after the other on one generator.
+    """(prompt, new ids, number of tokens read) of three prompts one after the other on one generator.
 
-    The second goes on with the first, the third parts from it within its new tokens.
+    The second continues the first; the third diverges from the first within the first's new tokens.
     """
     generator, read = Generator(engine, args, Batching(slots=2, chunk=8)), 0
     forward = engine.forward_cached
@@ -148,7 +148,7 @@ def _turns(engine: Any, args: Any, case: Case) -> list[tuple[list[int], list[int
 
 @torch.inference_mode()
 def _cut_at_every_layer(engine: Any, args: Any, case: Case) -> list[str]:
-    """Errors if a stage boundary precedes this layer, with and without outputs."""
+    """Errors with a stage boundary before each layer, with and without outputs."""
     layers, wrong = engine.module.forward_funcs, []
     ids = torch.tensor(prompts(case, [7, 7, 7]))
     for outputs in ([(0, 6), (2, 3)], []):
@@ -165,7 +165,7 @@ def _cut_at_every_layer(engine: Any, args: Any, case: Case) -> list[str]:
 
 
 def _cached_and_recomputed(engine: Any, args: Any, case: Case) -> dict[str, float]:
-    """Largest difference of logits at all positions of three ragged rows: whole against cached.
+    """Largest difference between uncached and cached logits at all positions of three ragged rows.
 
     The cached rows are read in chunks of 16 tokens and then one by one at different positions. Wrong positions, or a
     neighbor's slot, must make a difference.
@@ -223,7 +223,7 @@ def test_one_process(case: Case) -> None:
     assert "not finite" in found["NaN"]
     for prompt, text, _ in found["turns"]:
         assert [text] == by_transformers(case, [prompt], 10)
-    # Prompt and all new tokens but the last; then only what the cache does not hold.
+    # Prompt and all new tokens but the last; then only tokens that are not in the cache.
     assert [read for _, _, read in found["turns"]] == [29, 4 + 9, 1 + 9]
     assert found["cuts"] == []
     logits = found["logits"]

@@ -1,4 +1,4 @@
-"""Images completed by the pipeline with a cache equal those completed by plain torch without one."""
+"""Images completed by the pipeline with a cache equal those completed by plain torch without a cache."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _complete(rank: int, world_size: int, cases: list[PatchCase], tp: int, pp: i
 
 
 def plainly(case: PatchCase, image: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """One image, a whole forward pass for each patch."""
+    """Complete one image with a full forward pass for each patch."""
     model, count = case.hugging_face(), (SIDE // case.size) ** 2
     raster, columns = patch_order("spiral", 4, 4), 4
     patches = torch.from_numpy(cut_patches(image, case.size, "spiral").astype(np.float32))[:GIVEN]
@@ -70,14 +70,14 @@ def test_completion_equals_plain_torch(tp: int, pp: int) -> None:
         for results in by_rank:
             assert np.array_equal(results[number], by_rank[0][number])
         expected = np.stack([plainly(case, image) for image in blobs(3, SIDE, case.channels)])
-        np.testing.assert_allclose(by_rank[0][number], expected, rtol=0, atol=2e-3)  # of values up to 255
+        np.testing.assert_allclose(by_rank[0][number], expected, rtol=0, atol=2e-3)  # for values up to 255
 
 
 @pytest.mark.unit
 def test_the_nearest_patch_is_that_of_the_image_not_of_the_sequence() -> None:
     order = patch_order("spiral", 4, 4).tolist()
     assert order[:5] == [5, 6, 10, 9, 8]
-    # Raster position 0 is the corner above and left of position 5, the first of the spiral.
+    # Raster position 0 is the corner diagonally above position 5, where the spiral begins.
     assert nearest_given("spiral", 4, 4, order.index(0), 5) == 0
     assert nearest_given("spiral", 4, 4, order.index(12), 5) == 4
 

@@ -76,7 +76,7 @@ def test_no_prompt_is_lost_to_a_bad_line(vocab_folder: Path, tmp_path: Path) -> 
     assert {record["end"] for record in records} == {"stop", "length"}
     assert all(record["finished"] == (record["end"] == "stop") for record in records)
     assert all("e" not in record["text"] for record in records)
-    # The same prompts on one rank: the text depends on seed and prompt alone.
+    # The same prompts on one rank: the text depends only on seed and prompt.
     (tmp_path / "few.jsonl").write_text("\n".join(lines[:9]) + "\n")
     few = keys | {
         "sample_input_file": str(tmp_path / "few.jsonl"),

@@ -1,4 +1,4 @@
-"""Choice of tokens: distributions of `transformers`, reproducible random numbers, ties and NaN."""
+"""Choice of tokens: distributions equal those of `transformers`, reproducible random numbers, ties and NaN."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def test_a_trace_is_closed_when_its_budget_is_spent(hf_tokenizer: Tokenizer) -> 
     sequence = _sequence(trace=True)
     _feed(sequence, thoughts[:6], endings)
     assert sequence.end is None, "a stop string in a trace does not end the text"
-    _feed(sequence, [99999] * len(closing), endings)  # whatever the model says is not listened to
+    _feed(sequence, [99999] * len(closing), endings)  # the model's own choices are ignored
     assert sequence.new == [*thoughts[:6], *closing]
     assert sequence.closed
     _feed(sequence, answer, endings)

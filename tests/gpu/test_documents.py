@@ -1,4 +1,4 @@
-"""On a real GPU: isolated documents in one call and in a call for each are the same, and a step copies nothing back."""
+"""On a real GPU: isolated documents in one call or in one call each give the same results, without host syncs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _gpu() -> None:
 
 
 def documents() -> Documents:
-    """Many short ones and a long one, in each sample others."""
+    """Many short documents and a long one, different in each sample."""
     lengths = (1, 2, 63, 64, 65, 129, 700, 500, 500, 24)
     return Documents.at(torch.cat([torch.arange(length) for length in lengths]).view(B, S).cuda())
 
@@ -51,7 +51,7 @@ def exact(dtype: torch.dtype) -> list[Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_both_ways_are_as_right_as_each_other(dtype: torch.dtype) -> None:
-    """And neither makes the host wait."""
+    """Both implementations are equally accurate, and neither makes the host wait."""
     chosen = document_attention_on("cuda", dtype, HEADS, KV_HEADS, DIM)
     if not isinstance(chosen.attend, Varlen):
         pytest.skip(chosen.how)

@@ -31,7 +31,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.timeout(200)]
 
 ROOT = Path(__file__).resolve().parents[2]
 CASE = Case(heads=8, kv_heads=2, head_dim=128, layers=3, intermediate=2816, vocab=1000, rope=LLAMA3_ROPE, seq=256)
-FLOOR = 2**-18  # of the largest value: what fp32 GEMMs over a thousand terms leave
+FLOOR = 2**-18  # relative to the largest value: the accuracy of fp32 GEMMs over a thousand terms
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -45,7 +45,7 @@ def _world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """This process as the only rank, with NCCL (RCCL)."""
     from megatron.parallel.process_groups import form_groups
 
-    monkeypatch.setenv("LOCAL_RANK", "0")  # DeepSpeed's pipeline asks for it
+    monkeypatch.setenv("LOCAL_RANK", "0")  # DeepSpeed's pipeline requires it
     torch.cuda.set_device(0)
     dist.init_process_group("nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     form_groups(CASE.neox(world_size=1, distributed_backend="nccl"))
@@ -85,7 +85,7 @@ def ours(mode: str, precision: str) -> tuple[str, list[Tensor]]:
 
 
 def truth(rounded: bool) -> list[Tensor]:
-    """The same from transformers in fp64, with the model's weights."""
+    """The same tensors from transformers in fp64, with the model's weights."""
     model = CASE.hugging_face()
     model = (model.bfloat16() if rounded else model).double().cuda()
     ids, labels = (t.cuda() for t in batch())
@@ -158,7 +158,7 @@ def losses(folder: Path) -> list[float]:
 
 @pytest.mark.parametrize("engine", ["deepspeed", "megatron"])
 def test_a_run_on_the_gpu_follows_the_cpu_and_resumes(tmp_path: Path, engine: str) -> None:
-    """fp32 follows the CPU's run; bf16 on kernels, resumed from its middle, ends on the same bits."""
+    """In fp32 the losses follow the CPU's; in bf16 on kernels, a run resumed halfway ends with the same bits."""
     cpu, gpu, whole, half = (tmp_path / name for name in ("cpu", "gpu", "whole", "half"))
     done = deepy(cpu, kernels="reference", save=None, checkpoint_factor=None)
     assert done.returncode == 0, done.stderr

@@ -55,7 +55,7 @@ def test_one_gpu(tmp_path: Path) -> None:
     config = tmp_path / "run.yml"
     config.write_text(
         yaml.safe_dump(keys(num_gpus=1, distributed_backend="nccl", precision="bfloat16"))
-    )  # its data are not there
+    )  # its data does not exist
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
     report = run([*launcher, "-m", "megatron.preflight", str(config), "--no-inputs", "--timeout", "60"])
     print(report)
@@ -66,6 +66,6 @@ def test_one_gpu(tmp_path: Path) -> None:
 
 
 def test_a_log_that_nccl_has_written(tmp_path: Path) -> None:
-    """Sockets are forced, and found."""
+    """NCCL is forced to use sockets, and the preflight recognizes it."""
     said = run(["-c", LOG], NCCL_NET="Socket", STORE=str(tmp_path / "store"))
     assert said.startswith("Socket | TCP sockets"), said

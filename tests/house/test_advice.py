@@ -1,4 +1,4 @@
-"""Every message that tells a user what to type is known here, with the test that does what it says."""
+"""Every message that tells a user what to type is listed here, with the test that follows it."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ ADVICE_TESTS = {
     "the prefix of the images to continue (--completion.path PREFIX)": INPUT,
     "it is requeued at its limit": "launch/test_render.py::test_time_limits_of_frontier",
 }
-# Text of other kinds: parts of scripts, usage, patterns of warnings.
+# Text that is not advice: parts of scripts, usage, patterns of warnings.
 NOT_ADVICE = (
     "usage: python deepy.py", "ignore:", "#SBATCH", "# Every group", "# after the loss", "export CUDA_",
     "export PYTHON", "export DS_", "export OMP_", "--dry-run --machine", "--print-config", "--no-screen",

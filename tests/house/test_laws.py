@@ -59,7 +59,7 @@ def test_no_test_file_imports_the_training_stack_at_its_top() -> None:
 
 
 def test_every_path_of_the_hooks_exists() -> None:
-    """Also one in `files:`, whose regular expression here names folders and files."""
+    """Including those in `files:`, whose regular expressions name folders and files."""
     hooks = [
         hook
         for repo in yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]

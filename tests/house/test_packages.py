@@ -43,7 +43,7 @@ def test_our_package_names_are_not_claimed_by_others() -> None:
 
 
 def test_the_import_contract_names_every_package_in_one_order() -> None:
-    """lint-imports does not check a package that is missing there."""
+    """lint-imports does not check a package that is missing in its contract."""
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
     order = [f"megatron.{name}" for name in ORDER]
     assert {name.removeprefix("megatron.") for name in order} == OURS

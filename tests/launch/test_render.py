@@ -41,7 +41,7 @@ def render(site: str, *more: str) -> str:
 
 @pytest.mark.parametrize("site", sorted(ARGUMENTS))
 def test_golden_files(site: str) -> None:
-    """A change of these files affects every user of the site: read the difference, then rewrite them with
+    """A change to these files affects every user of the site: check the difference, then rewrite them with
     `python -m tests.launch.test_render`."""
     assert render(site) == (GOLDEN / f"{site}.sh").read_text()
 
@@ -144,7 +144,7 @@ def run_files(folder: Path, nodes: int, ranks: int, **changes: object) -> list[s
 def test_time_limits_of_frontier(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, nodes: int, time: str, limit: str
 ) -> None:
-    """Frontier's user guide, scheduling policy."""
+    """Expected values are from Frontier's user guide, scheduling policy."""
     arguments = ["frontier", "--account=A", f"--nodes={nodes}", *run_files(tmp_path, nodes, 8)]
     assert limit in refused(capsys, *arguments, f"--time={time}")
 
@@ -171,7 +171,7 @@ def test_a_day_in_the_extended_partition(capsys: pytest.CaptureFixture[str], tmp
     [("30", 1800), ("30:15", 1815), ("2:00:00", 7200), ("1-0", 86400), ("1-2:30", 95400), ("1-00:00:05", 86405)],
 )
 def test_times_are_read_as_slurm_reads_them(text: str, expected: int) -> None:
-    """sbatch(1), --time."""
+    """Formats are those of sbatch(1), --time."""
     assert seconds(text) == expected
 
 
@@ -282,7 +282,7 @@ def test_a_missing_folder_for_the_script_is_named(capsys: pytest.CaptureFixture[
 def test_variables_in_paths_reach_the_job(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, save: str, value: str
 ) -> None:
-    """The job's shell passes on what the ranks expand."""
+    """The job's shell leaves the variables for the ranks to expand."""
     files = run_files(tmp_path, 1, 2, save=save, checkpoint_factor=1)
     assert main(["generic_slurm", "--nodes=1", "--time=60", "--paths-on-nodes", *files]) == 0
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("save="))
@@ -297,7 +297,7 @@ if __name__ == "__main__":
 
 
 def test_a_node_s_folder_is_this_user_s_alone(tmp_path: Path) -> None:
-    """Names in /tmp can be guessed: what somebody else has put there is not used."""
+    """Names in /tmp can be guessed: files that another user put there must not be used."""
     script = (ROOT / "launch" / "job.sh").read_text()
     function = script[script.index("make_folders() {") :].partition("\n}\n")[0].replace("@NODE_DISK@", str(tmp_path))
     program = f'{function}\n}}\nhere() {{ echo "{tmp_path}/neox-7/rank"; }}\nmake_folders'

@@ -38,7 +38,7 @@ def test_bash_and_shellcheck_read_the_recipe() -> None:
 
 
 def section(name: str) -> str:
-    """Of the definition of LUMI's image."""
+    """A section of the definition of LUMI's image."""
     parts = re.split(r"^%(\w+)\n", RECIPES["lumi"].read_text(), flags=re.MULTILINE)
     return dict(zip(parts[1::2], parts[2::2], strict=True))[name]
 
@@ -70,7 +70,7 @@ def test_frontiers_kernels_are_built_with_the_modules_of_the_job() -> None:
     assert modules
     ours = re.search(r"^module load (.*)$", RECIPES["frontier"].read_text(), re.MULTILINE)
     assert ours
-    network = {"rccl-net-plugin"}  # nothing is built against it
+    network = {"rccl-net-plugin"}  # no kernel is built against it
     assert set(modules[1].split()) - network == set(ours[1].split()) - {"miniforge3"}
 
 
@@ -78,7 +78,7 @@ def test_frontiers_kernels_are_built_with_the_modules_of_the_job() -> None:
 
 
 def wheel(folder: Path, name: str, version: str) -> None:
-    """A package without content."""
+    """Write a wheel without content."""
     info = f"{name}-{version}.dist-info"
     with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as file:
         file.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
@@ -87,7 +87,7 @@ def wheel(folder: Path, name: str, version: str) -> None:
 
 
 def resolved(folder: Path, *words: str) -> dict[str, str]:
-    """What pip would install for requirements.txt from an index of empty packages, by name."""
+    """Versions that pip would install for requirements.txt from an index of empty packages, by name."""
     report = folder / "report.json"
     command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--no-index", "--quiet"]
     command += ["--find-links", str(folder), "--report", str(report), "-r", str(ROOT / "requirements.txt"), *words]
@@ -133,7 +133,7 @@ def test_make_test_site_uses_the_torch_of_the_site() -> None:
 
 @pytest.mark.parametrize("reachable", [["2.10.0", "2.10.0+cpu"], ["2.10.0"]], ids=["with CPU wheels", "PyPI alone"])
 def test_pip_prefers_the_wheel_for_cpus_and_does_without(tmp_path: Path, reachable: list[str]) -> None:
-    """What `make test-site` asks of pip, from an index of stand-ins. Mutation: ask for 2.10.0+cpu."""
+    """The requirements of `make test-site`, resolved from an index of stand-ins. Mutation: ask for 2.10.0+cpu."""
     for version in (*reachable, "2.13.0+cpu"):
         wheel(tmp_path, "torch", version)
     asked = re.search(r"torch==[^\s\"]+", (ROOT / "Makefile").read_text().partition("\n$(SITE)/.complete:")[2])

@@ -82,7 +82,7 @@ def test_layouts_are_ranked_by_a_search() -> None:
 
 
 def test_a_library_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`pip install` is done: the library is found."""
+    """After the advised `pip install`, the library is found."""
     packages: set[str] = set()
     for module in (runtime, evaluation):
         monkeypatch.setattr(module, "find_spec", lambda name: name if name in packages else None)

@@ -171,7 +171,7 @@ def _initialize(rank: int, world_size: int, folder: str, keys_of_rank: list[dict
         place = initialize(args)
     except ValueError as error:
         return str(error)
-    dist.barrier()  # a rank that ends while others still connect their groups looks like a crash to them
+    dist.barrier()  # a rank that ends while others still connect their groups looks like a crash
     return place.pp_rank, place.dp_rank, place.tp_rank
 
 

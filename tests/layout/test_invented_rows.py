@@ -39,7 +39,7 @@ def _started(kind: type[LlamaShape], tp: int) -> tuple[dict[str, Tensor], NeoXAr
         init_method="normal",
         output_layer_init_method="scaled_normal",
     )
-    vars(args)["shape"] = kind(**vars(args.shape))  # in place of the cached one
+    vars(args)["shape"] = kind(**vars(args.shape))  # replaces the cached one
     ranks = []
     for tp_rank in range(tp):
         layers = []

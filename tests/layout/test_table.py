@@ -130,7 +130,7 @@ def test_another_modality_has_its_own_first_and_last_layer() -> None:
 
 
 def test_a_shape_with_other_tensors_is_another_shape() -> None:
-    """Caches are kept by shape."""
+    """Caches are keyed by shape."""
     adapted = AdaptedShape(**vars(SMALL))
     assert adapted != SMALL
     assert replace(adapted, tied=True).table == AdaptedShape.table

@@ -137,7 +137,6 @@ def test_random_masks_agree_in_distribution() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_committed_results_equal_those_of_mergekit(tmp_path: Path) -> None:
-    """The committed results equal those recomputed by mergekit."""
     here = importlib.util.find_spec("mergekit") is not None
     python = sys.executable if here else os.environ.get("NEOX_MERGEKIT", "")
     need("mergekit", bool(python), "pip install mergekit, or name an interpreter that has it in NEOX_MERGEKIT")

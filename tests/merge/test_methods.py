@@ -112,7 +112,7 @@ def test_ties_keeps_exactly_the_largest(density: float, tmp_path: Path) -> None:
         delta = (model[name].float() - base[name].float()).flatten()
         k = max(1, int(density * delta.numel()))
         kept = (tensor.flatten() - base[name].float().flatten()) != 0
-        order = torch.argsort(delta.abs(), descending=True, stable=True)[:k]  # equal magnitudes in their order
+        order = torch.argsort(delta.abs(), descending=True, stable=True)[:k]  # equal magnitudes in order of position
         expected = torch.zeros_like(kept)
         expected[order] = delta[order] != 0
         assert torch.equal(kept, expected), name
@@ -121,7 +121,7 @@ def test_ties_keeps_exactly_the_largest(density: float, tmp_path: Path) -> None:
 def test_trimming_counts_equal_magnitudes() -> None:
     """Six of ten equal magnitudes are kept: the first six, wherever a tile begins."""
     magnitudes = torch.tensor([2.0, 1, 1, 0, 1, 1, 1, 1, 3, 1, 1, 1, 1])
-    trim = Trim(1.0, last=7)  # of the ones, elements 1, 2, 4, 5, 6 and 7
+    trim = Trim(1.0, last=7)  # of the elements equal to 1: numbers 1, 2, 4, 5, 6 and 7
     whole = trim_mask(trim, magnitudes, 0, torch.empty(13, dtype=torch.bool))
     assert torch.nonzero(whole).flatten().tolist() == [0, 1, 2, 4, 5, 6, 7, 8]
     for size in (1, 2, 5, 8):

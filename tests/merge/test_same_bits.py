@@ -160,9 +160,9 @@ def test_resume_repeats_nothing_and_refuses_other_work(
 
     def stops(self: bands.MergedBands, *rest: Any) -> Any:
         done[0] += 1
-        if done[0] == 6:  # one signal: another would meet the way out
+        if done[0] == 6:  # only one signal: a second would interrupt the shutdown
             os.kill(os.getpid(), signal.SIGTERM)
-        elif done[0] > 6:  # the main thread has the time to take it
+        elif done[0] > 6:  # give the main thread time to handle it
             threading.Event().wait(1.0)
         return read(self, *rest)
 

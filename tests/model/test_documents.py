@@ -1,4 +1,4 @@
-"""Documents are read once, before the layers; attention stays within them, in the way that the device has."""
+"""Document boundaries are read once, before the layers; attention stays within documents in every implementation."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ def test_between_stages_positions_are_a_tensor() -> None:
 def test_layers_and_their_recomputation_read_no_value_of_a_tensor(way: Any, reentrant: bool) -> None:
     """Fake tensors have no values: `item`, `tolist`, `nonzero` and whatever else would wait for a device raise.
 
-    With None torch's own varlen attention is called, of which such tensors need no kernel. Mutation: let `one_by_one`
-    read `Documents.at(documents.positions)`.
+    None means torch's own varlen attention, which needs no kernel for such tensors. Mutation: let `one_by_one` read
+    `Documents.at(documents.positions)`.
     """
     if way is None:
         function = attention._varlen_function()
@@ -103,8 +103,8 @@ def test_attention_is_that_of_each_document_alone() -> None:
 @pytest.mark.parametrize("heads", [2, 4], ids=["all heads", "grouped"])
 @pytest.mark.parametrize("reference", [Newer, Older])
 def test_varlen_is_called_as_torch_says_and_gives_the_same(reference: type[Newer | Older], heads: int) -> None:
-    """The function that is called is a substitute in float64: there is no GPU. Mutations: not causal; `longest` of the
-    first sample; offsets of edges in each sample; heads of keys tiled instead of repeated."""
+    """A float64 substitute is called, because the real function needs a GPU. Mutations: not causal; `longest` of the
+    first sample only; offsets that restart in each sample; key heads tiled instead of repeated."""
     function = reference()
     for ours, theirs in zip(results(Varlen(function), heads), results(one_by_one, heads), strict=True):
         assert float((ours - theirs).abs().max() / theirs.abs().max()) < TOLERANCE

@@ -1,4 +1,4 @@
-"""FLOPs with an adapter: no gradients for frozen weights, all passes for the adapter."""
+"""FLOPs with an adapter: frozen weights have no weight gradients, the adapter has all passes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ EVERY = tuple(PROJECTIONS)
 
 
 def test_frozen_weights_count_four_times_and_the_adapter_six() -> None:
-    """161,792 parameters per layer and unit of rank: the sum of in and out features of the seven projections."""
+    """161,792 parameters per layer and unit of rank: the in and out features of the seven projections, summed."""
     seq, shape = 8192, adapted(LLAMA_70B, 16, EVERY)
     assert adapter_alone(LLAMA_70B, 16, EVERY).num_parameters == 161_792 * 16 * 80
     whole = megatron_flops_per_token(LLAMA_70B, seq)

@@ -1,4 +1,4 @@
-"""Recomputation gives the same gradients as storing, and frees memory in between."""
+"""Selective recomputation gives the same gradients as storing activations, and frees their memory in between."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Chain:
 
 
 def test_gradients_are_the_same() -> None:
-    """Except for the order in which parts of an input's gradient are summed."""
+    """Equal except for the order in which parts of the input's gradient are summed."""
     chain = Chain()
     expected = chain.gradients(recomputed=False)
     for found, other in zip(chain.gradients(recomputed=True), expected, strict=True):

@@ -1,4 +1,4 @@
-"""Products with gathered and scattered sequences compared with plain torch; count and order of their collectives."""
+"""Matrix products with gathered and scattered sequences equal plain torch; number and order of their collectives."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ def _against_torch(rank: int, world_size: int) -> dict[str, float]:
     """Largest difference of each module's output and gradients from those of the whole matrix."""
     from megatron.model.sequence_parallel import GatherLinear, ScatterEmbedding, ScatterLinear
 
+    # Column-parallel products of gathered input, with the sequence in either dimension.
     group, found = dist.group.WORLD, {}
     for dim, shape in ((0, (SEQ, BATCH)), (1, (BATCH, SEQ))):
         x, weight = _drawn(*shape, IN, seed=1).requires_grad_(), _drawn(OUT, IN, seed=2).requires_grad_()
@@ -53,6 +54,7 @@ def _against_torch(rank: int, world_size: int) -> dict[str, float]:
             _difference(own.grad, x.grad.chunk(world_size, dim)[rank]),
             _difference(column.weight.grad, weight.grad.chunk(world_size)[rank]),
         )
+    # A row-parallel product with a scattered output.
     x, weight = _drawn(SEQ, BATCH, OUT, seed=4).requires_grad_(), _drawn(IN, OUT, seed=5).requires_grad_()
     whole = F.linear(x, weight)
     grad = _drawn(*whole.shape, seed=6)
@@ -67,6 +69,7 @@ def _against_torch(rank: int, world_size: int) -> dict[str, float]:
         _difference(own.grad, x.grad.chunk(world_size, -1)[rank]),
         _difference(row.weight.grad, weight.grad.chunk(world_size, 1)[rank]),
     )
+    # The embedding, scattered over the sequence; its input must stay unchanged.
     ids = torch.randint(ROWS, (BATCH, SEQ), generator=torch.Generator().manual_seed(7))
     before = ids.clone()
     weight = _drawn(ROWS, IN, seed=8).requires_grad_()
@@ -140,7 +143,7 @@ def _layer(sequence_parallel: bool) -> tuple[Any, Tensor]:
 
 
 def _events(rank: int, world_size: int, frozen: bool) -> tuple[list[str], list[str]]:
-    """Of a decoder layer with sequence parallelism, forward and backward."""
+    """Events of a decoder layer with sequence parallelism: (forward, backward)."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     layer, x = _layer(True)

@@ -18,7 +18,7 @@ MEGATRON: dict[str, Any] = {"engine": "megatron"}
 INTERLEAVED: dict[str, Any] = {**MEGATRON, "pipe_parallel_size": 2, "virtual_pipe_parallel_size": 2}
 OPTIMIZER = {"type": "AdamW", "params": {"lr": 3.0e-5, "betas": [0.9, 0.95], "eps": 1.0e-8}}
 LORA = {"lora": {"rank": 4, "alpha": 8}}
-# rule; what is changed in the valid keys; what the message must advise; that, done (None deletes a key)
+# rule; changes to the valid keys; advice in the message; changes that follow it (None deletes a key)
 FOLLOWED: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
     ("heads_divide_hidden", {"num_attention_heads": 12}, "change one of them", {"num_attention_heads": 8}),
     ("kv_heads_divide_heads", {"num_kv_heads": 3}, "num_kv_heads 3 does not divide", {"num_kv_heads": 2}),

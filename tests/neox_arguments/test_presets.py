@@ -116,7 +116,7 @@ def test_every_file_is_part_of_a_model_or_a_run_above() -> None:
 
 @pytest.mark.parametrize("run", ["cpt", "sft"])
 def test_virtual_stages_keep_the_layout_of_astrosage(run: str) -> None:
-    """With the change of recomputation given in its first lines, and not without it."""
+    """With the change of recomputation given in its first lines, but not without it."""
     files = [CONFIGS / "llama31_70b" / f"{name}.yml" for name in ("model", run)]
     args = NeoXArgs.from_ymls([*files, INTERLEAVED], {"checkpoint_activations": False})
     assert (args.engine, args.virtual_pipe_parallel_size, args.recompute) == ("megatron", 5, "none")
@@ -137,7 +137,7 @@ def test_the_70b_has_the_layout_of_astrosage(run: str, machine: str) -> None:
 
 
 def test_the_fine_tune_continues_the_pre_training() -> None:
-    """It loads the other's checkpoints, and hyperparameters that are unchanged in the paper are the same."""
+    """It loads the pre-training's checkpoints, and hyperparameters unchanged in the paper are unchanged here."""
     cpt, sft = (read_yaml(CONFIGS / "llama31_70b" / f"{name}.yml")[0] for name in ("cpt", "sft"))
     assert sft["load"] == cpt["save"]
     same = ["optimizer", "train_batch_size", "gradient_clipping", "lr_decay_style", "warmup", "min_lr", "precision"]

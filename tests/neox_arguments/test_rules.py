@@ -30,7 +30,7 @@ LORA = {"lora": {"rank": 4, "alpha": 8}, "from_scratch": None, "load": "runs/a"}
 
 WSD = {"lr_decay_style": "wsd", "lr_wsd_decay_iters": 2}
 
-# rule, what is changed in the valid keys, what the message says
+# rule, changes to the valid keys, part of the message
 BROKEN: list[tuple[str, dict[str, Any], str]] = [
     ("heads_divide_hidden", {"num_attention_heads": 12}, "hidden_size 128 is not num_attention_heads 12 x an even"),
     ("kv_heads_divide_heads", {"num_kv_heads": 3}, "num_kv_heads 3 does not divide num_attention_heads 8"),
@@ -211,7 +211,7 @@ def test_without_the_rule_the_case_passes(
     NeoXArgs.from_dict(keys(**changes))
 
 
-# The sizes of Code Llama 7B, whose file in GPT-NeoX leaves the width out.
+# The sizes of Code Llama 7B, whose file in GPT-NeoX omits the width.
 PUBLISHED_7B = {
     "num_layers": 32,
     "hidden_size": 4096,
@@ -222,7 +222,7 @@ PUBLISHED_7B = {
     "mlp_multiple_of": 256,
 }
 
-# warning, what is changed in the valid keys, what the note says
+# warning, changes to the valid keys, part of the note
 NOTED: list[tuple[str, dict[str, Any], str]] = [
     ("base_is_only_read", LORA | {"finetune": True}, "finetune has no effect with lora"),
     ("stages_are_uneven", {"pipe_parallel_size": 3}, "some stages hold 2 layers, some 1"),

@@ -1,4 +1,4 @@
-"""The kernels' own sources on the host emulator, for waves of 32 and 64, against fp64."""
+"""The kernels' sources, run on the host emulator with waves of 32 and 64 lanes, equal fp64 within rounding."""
 
 from __future__ import annotations
 
@@ -81,19 +81,19 @@ def test_norm_widths_between_the_row_shapes(width: int, dtype: torch.dtype) -> N
 
 
 def test_norm_with_many_rows_a_group(dtype: torch.dtype) -> None:
-    norms(300, 136, dtype)  # several rows a block, groups that end unevenly
+    norms(300, 136, dtype)  # several rows per block, an incomplete last group
     norms(300, 65, dtype)
 
 
 @pytest.mark.parametrize("width", [136, 65])
 def test_partial_rows_follow_the_compute_units(width: int) -> None:
-    """Few units: groups of many rows; many: as many groups as rows allow. Each device repeats its own bits."""
+    """Few units give groups of many rows, many units as many groups as rows allow; each device is deterministic."""
     x, dy, weight = torch.randn(60, width), torch.randn(60, width), torch.randn(width)
     rstd = ops.rms_norm(x, weight, 1e-5, False)[1]
     sums = []
     for units in (1, 3, 110, 304):
         with compute_units(units):
-            judge(kernel_checks.norm_checks(x, weight, dy, 1e-5), units)  # twice the same bits among them
+            judge(kernel_checks.norm_checks(x, weight, dy, 1e-5), units)  # includes that two runs give the same bits
             sums.append(ops.rms_norm_backward(dy, x, weight, rstd, None, False)[1])
     assert not torch.equal(sums[0], sums[2]), "one unit and 110 add in the same order"
     assert torch.equal(sums[2], sums[3]), "four rows a group is the least"
@@ -102,7 +102,7 @@ def test_partial_rows_follow_the_compute_units(width: int) -> None:
 @pytest.mark.parametrize("hf_rounding", [False, True])
 @pytest.mark.parametrize("width", [64, 65, 4096, 16400])
 def test_launches(width: int, hf_rounding: bool) -> None:
-    """One forward, two backward: gradients with partial sums, and their sum in the weight's dtype."""
+    """One launch forward, two backward: gradients with partial sums, then their sum in the weight's dtype."""
     x, residual, weight = (torch.randn(*s).bfloat16().requires_grad_() for s in ((9, width), (9, width), (width,)))
     results: list[Tensor] = []
     assert launches(lambda: results.extend(ops.rms_norm(x, weight, 1e-5, hf_rounding))) == 1
@@ -130,10 +130,10 @@ def test_norm_of_strided_and_unaligned_rows(dtype: torch.dtype) -> None:
     wide = torch.randn(5, 300).to(dtype)
     weight = torch.randn(300).to(dtype)
     for x, w in (
-        (wide[:, 8:136], weight[:128]),  # whole vectors, rows apart
+        (wide[:, 8:136], weight[:128]),  # whole vectors, strided rows
         (wide[:, 1:129], weight[:128]),  # rows that do not start on a vector
-        (wide[:, :128], weight[3:131]),  # a weight that does not
-        (wide[:, ::2], weight[::2]),  # columns apart
+        (wide[:, :128], weight[3:131]),  # a weight that does not start on a vector
+        (wide[:, ::2], weight[::2]),  # strided columns
         (wide[1:2, :128], weight[:128]),  # one row
         (wide[:1, :128].expand(5, 128), weight[:128]),  # one row five times
     ):
@@ -280,7 +280,7 @@ def test_halves_convert_as_in_torch() -> None:
     every = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16)
     for dtype in (torch.bfloat16, torch.float16):
         values = every.view(dtype)
-        half = rotary_tables(1, 1, torch.device("cpu"))  # position 0 turns by nothing: y = x rounded back
+        half = rotary_tables(1, 1, torch.device("cpu"))  # position 0 is not rotated: y is x, rounded back
         q = values.view(1, 1, -1, 2)
         turned = ops.rotary(q, q, *half, None, False)[0].flatten()
         expected = (q.float() * torch.tensor([1.0]) + 0 * q.float().flip(-1)).flatten()

@@ -1,4 +1,4 @@
-"""The host emulator sees the faults it promises to see, and runs what is right."""
+"""The host emulator detects the faults that it promises to detect, and runs correct kernels."""
 
 from __future__ import annotations
 

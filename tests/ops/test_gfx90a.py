@@ -1,7 +1,7 @@
-"""The kernels as hipcc compiles them for gfx90a, against the committed table; and as nvcc compiles them, if present.
+"""The kernels as compiled by hipcc for gfx90a match the committed table; nvcc's are checked if it is installed.
 
-The counts belong to one compiler (Debian's hipcc 5.2): with another, waves, spills and vector accesses still hold, the
-arithmetic may differ a little.
+The counts are those of one compiler (Debian's hipcc 5.2): with another, waves, spills and vector accesses still match,
+but the arithmetic may differ a little.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def test_a_spill_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_hot_kernels_have_enough_in_flight_on_nvidia(tmp_path: Path) -> None:
-    """sm_90: no spills, and 32 KB a multiprocessor for the norm's backward, 64 KB for all others."""
+    """sm_90: no spills, and at least 32 KB per multiprocessor for the norm's backward, 64 KB for all others."""
     need("nvcc", shutil.which("nvcc") is not None, "install the CUDA toolkit")
     kernels = sm90.compile_all(tmp_path)
     for name in sm90.HOT:
@@ -86,7 +86,7 @@ def test_hot_kernels_have_enough_in_flight_on_nvidia(tmp_path: Path) -> None:
 
 
 def test_library_builds_and_loads_without_a_gpu(tmp_path: Path) -> None:
-    """The whole build of setup.py for two architectures; only torch's HIP half is stood in for."""
+    """The whole build of setup.py for two architectures; only torch's HIP libraries are replaced by stubs."""
     need("hipcc", gfx90a.toolchain() is not None, "apt install hipcc libamdhip64-dev rocm-device-libs lld")
     stub = tmp_path / "libtorch_hip.so"
     source = 'extern "C" int aoti_torch_get_current_cuda_stream(int, void**) { return 1; }'

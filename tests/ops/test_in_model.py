@@ -1,6 +1,6 @@
-"""The whole model on the emulated kernels (`kernels: required` on the CPU): as right as on the references.
+"""The whole model on the emulated kernels (`kernels: required` on the CPU) is as accurate as on the references.
 
-Every parity test can be run so: `NEOX_TEST_KERNELS=required pytest tests/parity`, which the slow test here does.
+Every parity test can run this way: `NEOX_TEST_KERNELS=required pytest tests/parity`, which the slow test here does.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ pytestmark = pytest.mark.kernels
 
 CASE = Case(heads=8, kv_heads=2, head_dim=64, rope=LLAMA3_ROPE, theta=500000.0, seq=64)
 PIPELINED = Case(heads=8, kv_heads=4, head_dim=8, layers=4, intermediate=88, vocab=160, rope=LLAMA3_ROPE, seq=24)
-FLOOR = 2**-22  # of the largest value: what fp32 leaves of a sum of hundreds of terms
+FLOOR = 2**-22  # relative to the largest value: the accuracy of an fp32 sum of hundreds of terms
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _built() -> None:
-    load_library("cpu")  # here and not by several ranks at once, inside their time limit
+    load_library("cpu")  # built here, not by several ranks at once within their time limit
 
 
 def _labels(case: Case) -> tuple[Tensor, Tensor]:
@@ -53,7 +53,7 @@ def _labels(case: Case) -> tuple[Tensor, Tensor]:
 def _logits_and_gradient(
     rank: int, world_size: int, case: Case, mode: str, precision: str
 ) -> tuple[str, Tensor, Tensor, Tensor]:
-    """(what was chosen, logits, losses, gradient of this rank's embedding rows)."""
+    """(description of the chosen ops, logits, losses, gradient of this rank's embedding rows)."""
     from megatron.engine.deepspeed_module import LlamaPipelineModule
     from megatron.model.loss import GlobalMeanLoss
     from megatron.ops import configure
@@ -75,7 +75,7 @@ def _logits_and_gradient(
 
 
 def truth(case: Case, rounded: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The same of transformers in fp64, with the weights the model has."""
+    """Logits, losses and embedding gradient of transformers in fp64, with the model's weights."""
     model = case.hugging_face()
     model = (model.bfloat16() if rounded else model).double()
     ids, labels = _labels(case)
@@ -105,12 +105,12 @@ def test_kernels_are_as_right_as_the_references(tp: int, precision: str) -> None
 
 
 def _on_kernels(rank: int, world_size: int, function: Callable[..., Any], *args: Any) -> Any:
-    os.environ["NEOX_TEST_KERNELS"] = "required"  # a rank is a process of its own
+    os.environ["NEOX_TEST_KERNELS"] = "required"  # affects this rank's process only
     return function(rank, world_size, *args)
 
 
 def _difference_from_transformers(rank: int, world_size: int, case: Case) -> float:
-    """Largest of the logits."""
+    """The largest difference of a logit."""
     reference = case.hugging_face()
     args = case.neox(model_parallel_size=world_size, world_size=world_size)
     ids, _ = _labels(case)
@@ -131,7 +131,7 @@ def _two_by_two() -> NeoXArgs:
         model_parallel_size=2,
         pipe_parallel_size=2,
         gradient_accumulation_steps=4,
-        gradient_clipping=0.5,  # below the norms seen, so that clipping takes part
+        gradient_clipping=0.5,  # below the observed norms, so that clipping takes effect
         checkpoint_activations=True,
         world_size=4,
     )

@@ -248,7 +248,7 @@ def test_architectures_of_one_library_share_a_wave_size() -> None:
 
 
 def test_sources_know_no_lane_count() -> None:
-    """32-lane habits on 64-lane hardware are the classic fault of ported kernels."""
+    """Assuming 32 lanes on 64-lane hardware is the classic bug of ported kernels."""
     kernels_and_platform = [*build.SOURCES.glob("*.cu"), build.SOURCES / "platform.h"]
     for path in kernels_and_platform:
         code = re.sub(r"//.*", "", path.read_text()).split("#if defined(NEOX_HOST_EMULATOR)\n\nextern")[0]

@@ -1,4 +1,4 @@
-"""The PyTorch references: gradients in fp64, transformers' numbers, and the edges of each contract."""
+"""The PyTorch references: gradients in fp64, agreement with transformers, and the limits of each contract."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_rotary_is_that_of_transformers() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_few_rows_take_a_shorter_way_to_the_same_bits(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As while text is generated: one block, without gradients; against the same rows in blocks of one."""
+    """Generation uses one block without gradients; it equals the same rows in blocks of one."""
     x, weight, fused = (torch.randn(*shape).to(dtype) for shape in ((3, 4, 48), (48,), (3, 4, 88)))
     with torch.no_grad():
         short = rms_norm(x, weight, 1e-5), *add_rms_norm(x, x.flip(0), weight, 1e-5), swiglu(fused)

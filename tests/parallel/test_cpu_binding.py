@@ -14,7 +14,7 @@ from tests.support.mi250x_node import NUMA_OF_GCD
 
 pytestmark = pytest.mark.unit
 
-# LUMI's user guide: eight masks that make local rank n run beside GCD n.
+# LUMI's user guide: eight masks that place local rank n next to GCD n.
 LUMI = "0xfe000000000000,0xfe00000000000000,0xfe0000,0xfe000000,0xfe,0xfe00,0xfe00000000,0xfe0000000000"
 LUMI_CPUS = (49, 57, 17, 25, 1, 9, 33, 41)  # the same page's map_cpu: the first core of each
 
@@ -25,11 +25,11 @@ def cpus_of_mask(mask: str) -> tuple[int, ...]:
 
 
 def olcf() -> list[tuple[int, Cpus]]:
-    """(GCD, CPUs) of each local rank with `-c7 --gpus-per-task=1 --gpu-bind=closest` and the first core of each eight
+    """(GCD, CPUs) of each local rank with `-c7 --gpus-per-task=1 --gpu-bind=closest` and the first of every eight cores
     reserved: rank n has cores 8n+1 to 8n+7."""
     return [
         (CLOSEST_GCDS[n], Cpus(tuple(range(8 * n + 1, 8 * n + 8)), (8 * n // 16,))) for n in range(8)
-    ]  # 16 cores a NUMA domain
+    ]  # 16 cores per NUMA domain
 
 
 def lumi() -> list[tuple[int, Cpus]]:
@@ -47,7 +47,7 @@ def test_lumi_s_masks_are_its_map() -> None:
     assert tuple(min(cpus) for cpus in masks) == LUMI_CPUS
     assert all(len(cpus) == 7 for cpus in masks)
     assert len({cpu for cpus in masks for cpu in cpus}) == 56
-    # The L3 region of eight cores that a mask is in is the one whose closest GCD is the local rank.
+    # Each mask lies in the L3 region of eight cores whose closest GCD has the number of the local rank.
     assert [CLOSEST_GCDS[min(cpus) // 8] for cpus in masks] == list(range(8))
 
 

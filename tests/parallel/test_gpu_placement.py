@@ -106,7 +106,7 @@ def test_nodes_of_six_ranks_tear_groups_apart() -> None:
 
 
 def test_two_ranks_with_one_device_stop() -> None:
-    """The effect of `--gpu-bind=closest` on a program that uses device LOCAL_RANK modulo the visible devices."""
+    """`--gpu-bind=closest` causes this in a program that uses device LOCAL_RANK modulo the visible devices."""
     wrong = [Seat(rank, "n0", rank, 0, 0, rank, "0000:d1:00.0") for rank in range(2)]
     with pytest.raises(ConfigError, match=r"ranks 0 and 1 on n0 have taken the same GPU 0000:d1:00\.0"):
         check_devices(wrong)

@@ -35,9 +35,9 @@ TORCHRUN_BY_SRUN = {"SLURM_NTASKS": "2", "SLURM_PROCID": "1", "TORCHELASTIC_RUN_
         (SLURM | {"SLURM_STEP_NUM_TASKS": "6", "SLURM_PROCID": "3"}, StartedRank(3, 6, 1, 4, "SLURM_PROCID")),
         (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "3,5"}, StartedRank(5, 8, 1, 5, "SLURM_PROCID")),
         (SLURM | TORCH, StartedRank(5, 8, 1, None, "RANK")),
-        # torchrun as a task on each of two nodes: two tasks, eight ranks
+        # torchrun as one task on each of two nodes: two tasks, eight ranks
         (SLURM | TORCH | TORCHRUN_BY_SRUN, StartedRank(5, 8, 1, None, "RANK")),
-        # the batch script itself, and an interactive shell, are no ranks
+        # the batch script itself and an interactive shell are not ranks
         ({name: value for name, value in SLURM.items() if name != "SLURM_STEP_ID"}, None),
         (SLURM | {"SLURM_STEP_ID": "4294967291"}, None),
     ],

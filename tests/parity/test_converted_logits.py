@@ -1,7 +1,7 @@
 """From a Hugging Face folder through the converter into this project's model, and from its checkpoint back.
 
-The complete path of a user, through files only: `to-neox`, its model.yml, the trainer's loader, logits compared with
-`transformers`; then the trainer's save, `to-hf`, and the same bits as at the start.
+This is a user's complete path, through files only: `to-neox`, its model.yml, the trainer's loader, with logits compared
+with `transformers`; then the trainer's save and `to-hf`, which must give the original bits.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def _load_with_deepspeed(rank: int, world_size: int, folder: Path, tp: int, pp: 
 
     from megatron.engine.deepspeed_module import LlamaPipelineModule
 
-    LlamaPipelineModule.load_state_dir = PipelineModule.load_state_dir  # this project closes that door for itself
+    LlamaPipelineModule.load_state_dir = PipelineModule.load_state_dir  # this project disables it
     from megatron.parallel.process_groups import form_groups
 
     args = run_arguments(folder, tp, pp)
@@ -148,7 +148,7 @@ def _load_with_deepspeed(rank: int, world_size: int, folder: Path, tp: int, pp: 
 
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (2, 2)])
 def test_files_are_what_deepspeed_itself_reads(tp: int, pp: int, tmp_path: Path) -> None:
-    """GPT-NeoX loads layer files and mp_rank files with DeepSpeed's pipeline engine."""
+    """DeepSpeed's pipeline engine, with which GPT-NeoX loads checkpoints, reads our layer and mp_rank files."""
     hugging_face_folder(tmp_path / "hf", CASES["gqa"])
     folder = tmp_path / "neox"
     convert("to-neox", "--input", tmp_path / "hf", "--output", folder, "--tp", tp)

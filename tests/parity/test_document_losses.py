@@ -1,4 +1,4 @@
-"""Isolated documents give the same losses in either way, and under every torch: `make test-site` runs this as well."""
+"""Isolated documents give the same losses in every implementation and every torch; also run by `make test-site`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.distributed
 CASE = Case(heads=4, kv_heads=2, head_dim=16, layers=2, rope=LLAMA3_ROPE, seq=48)
 STEPS = 3
 
-# Losses and gradient norms of the three steps under torch 2.13.0, a call of attention for each document.
+# Losses and gradient norms of the three steps under torch 2.13.0, with one attention call per document.
 RECORDED = [
     (5.06964635848999, 1.3766567707061768),
     (5.087477684020996, 1.429826021194458),
@@ -50,7 +50,7 @@ def _steps(rank: int, world_size: int, way: str) -> list[tuple[float, float]]:
 
 @pytest.mark.parametrize(("way", "ranks"), [("one by one", 1), ("Newer", 1), ("Older", 2)])
 def test_losses_are_those_recorded(way: str, ranks: int) -> None:
-    """To 1e-5 of each. `Newer` and `Older` stand for the varlen attention of torch 2.13 and 2.10, which need a GPU."""
+    """To 1e-5. `Newer` and `Older` replace the varlen attention of torch 2.13 and 2.10, which needs a GPU."""
     found = run_ranks(_steps, ranks, way)[0]
     for number, (ours, recorded) in enumerate(zip(found, RECORDED, strict=True)):
         assert ours == pytest.approx(recorded, rel=1e-5), f"step {number + 1} with torch {torch.__version__}"

@@ -1,4 +1,4 @@
-"""engine: megatron trains the model that one process trains under DeepSpeed, in every layout and variant."""
+"""engine: megatron trains the same model as one process under DeepSpeed, in every layout and variant."""
 
 from __future__ import annotations
 
@@ -98,8 +98,8 @@ def test_every_layout_trains_the_same_model(
 
 @pytest.mark.slow
 def test_eight_stages_of_two_runs_train_the_same_model() -> None:
-    """DeepSpeed's norm of 16 layers, one flat fp32 sum, is 3e-7 off by itself: ours is compared with this engine's on
-    one rank, and that with DeepSpeed's in everything else."""
+    """DeepSpeed sums the norm of 16 layers in one flat fp32 sum, which alone is 3e-7 off. So eight ranks are compared
+    with one rank of the same engine, and that rank with DeepSpeed's, with a wider bound for the norm."""
     same = tuple(ONE_SAMPLE.items())
     (theirs,) = trained((SIXTEEN,), ONE, False, same)
     (one,) = trained((SIXTEEN,), ONE, False, (*MEGATRON, *same))
@@ -114,7 +114,7 @@ def test_eight_stages_of_two_runs_train_the_same_model() -> None:
 
 @pytest.mark.slow
 def test_bf16_is_as_near_to_one_process_as_deepspeed_is() -> None:
-    """bf16 sums in another order differ by its rounding; the bounds are those of `test_layout_parity`."""
+    """bf16 sums in another order differ by rounding; the bounds are those of `test_layout_parity`."""
     variants = (Variant(replace(TIED, tied=False), precision="bfloat16"),)
     (one,), (theirs,) = trained(variants, ONE), trained(variants, (2, 2, 1), True)
     (found,) = trained(variants, (2, 2, 1), True, virtual(2))
@@ -125,7 +125,7 @@ def test_bf16_is_as_near_to_one_process_as_deepspeed_is() -> None:
         assert difference < 3 * expected
 
 
-# --- what must not pass
+# --- the comparisons fail without a safeguard
 
 
 def _disturbed(rank: int, world_size: int, split: Split, trap: str) -> list[tuple[float, float]]:
@@ -174,7 +174,7 @@ def test_late_messages_change_nothing(split: Split) -> None:
 
 
 def _use_batched_messages(mcore: Any) -> None:
-    """megatron-core's own exchange, batched: both neighbors of a stage are one rank where there are two."""
+    """Use megatron-core's own batched exchange, which fails with two stages: both neighbors are the same rank."""
     from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
     configured = mcore.transformer_config
@@ -190,21 +190,21 @@ def _use_batched_messages(mcore: Any) -> None:
 
 
 class _SlowNetwork:
-    """Sends an output as it is, but gives the schedule 50 ms to empty it or to wait for the message.
+    """Sends an output without copying it, but gives the schedule 50 ms to free it or to wait for the message.
 
-    A fast network would have sent it by then and hidden the mistake. Emptied memory is others' memory: here, zeros.
+    A fast network would have sent it by then and hidden the mistake. Freed memory may be reused; here it becomes zeros.
     """
 
     def __init__(self) -> None:
         self._sender = ThreadPoolExecutor(1)  # keeps the order of the messages
 
     def send(self, tensor: Any, link: Any) -> Any:
-        if not tensor.requires_grad:  # a gradient, which nobody empties
+        if not tensor.requires_grad:  # a gradient, which is never freed early
             return torch.distributed.isend(tensor, dst=link.peer, group=link.group)
         memory, awaited = tensor.detach(), Event()
 
         def send_late() -> None:
-            until = time.monotonic() + 0.05  # the peer may have to answer before this rank goes on
+            until = time.monotonic() + 0.05  # this rank may need the peer's answer before it continues
             while tensor.data_ptr() == memory.data_ptr() and not awaited.wait(0.0005) and time.monotonic() < until:
                 pass
             if tensor.data_ptr() != memory.data_ptr():
@@ -248,6 +248,6 @@ def test_without_its_safeguard_another_model_is_trained(trap: str, split: Split,
 
 
 def test_a_tied_matrix_is_waited_for() -> None:
-    """The last stage's head reads it without the hooks that wait; the next gather then finds an unfinished one."""
+    """The last stage's head reads the tied matrix without the hooks that wait for its gather: it must wait itself."""
     outcome = run_ranks(_disturbed, 4, (1, 2, 2), "a tied matrix that nobody waits for", expect_failure=True)
     assert any("assert self.param_gather_handle is None" in output for _, output in outcome)

@@ -15,7 +15,7 @@ CASE = Case(heads=4, kv_heads=2, head_dim=8, layers=2, intermediate=48, vocab=96
 
 
 def _reduced_gradients(rank: int, world_size: int, split: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """(this rank's gradients before, and after the reduction over data-parallel ranks), flat, fp32."""
+    """(this rank's gradients before the reduction over data-parallel ranks, and after it), flat, fp32."""
     pp, dp = split
     args = CASE.neox(
         world_size=world_size,

@@ -1,4 +1,4 @@
-"""With `isolate_documents`, the documents of a packed sample are processed as if each were alone."""
+"""With `isolate_documents`, each document of a packed sample is processed as if it were alone."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ def arguments(case: Case, split: tuple[int, int, int], **overrides: Any) -> Any:
         "pipe_parallel_size": pp,
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": GLOBAL_BATCH // (micro * dp),
-        "gradient_clipping": 0.5,  # below the norms seen, so that clipping takes part
+        "gradient_clipping": 0.5,  # below the observed norms, so that clipping takes effect
         "checkpoint_activations": True,
         "world_size": tp * pp * dp,
     }
@@ -104,7 +104,7 @@ def _recomputed(rank: int, world_size: int, recompute: int | None) -> tuple[Any,
 
 
 def test_only_some_layers_are_recomputed_and_nothing_changes() -> None:
-    """Layers 2 to 5 of the checkpoint, two on each stage: a recomputed one runs twice for each micro-batch."""
+    """Layers 2 to 5 of the checkpoint are on two stages; a recomputed layer runs twice for each micro-batch."""
     every, one = (run_ranks(_recomputed, 2, recompute) for recompute in (None, 1))
     assert [runs for _, runs in every] == [{2: 4, 3: 4}, {4: 4, 5: 4}]
     assert [runs for _, runs in one] == [{2: 4, 3: 2}, {4: 4, 5: 2}]
@@ -123,8 +123,8 @@ def test_evaluation_between_steps_changes_nothing(split: tuple[int, int, int]) -
 def test_bf16_layouts_agree_within_its_rounding(split: tuple[int, int, int]) -> None:
     """bf16 has 8 bits: sums in another order differ by a few 2^-8 of an activation.
 
-    Seen: loss 8e-5, gradient norm 3.6e-3, parameters 8.8e-3 (Adam's first steps turn the sign of a tiny gradient
-    into a full step). Bounds three times that.
+    Observed: loss 8e-5, gradient norm 3.6e-3, parameters 8.8e-3 (Adam's first steps turn the sign of a tiny gradient
+    into a full step). The bounds are three times these values.
     """
     one, many = trained(UNTIED, (1, 1, 1), precision="bfloat16"), trained(UNTIED, split, precision="bfloat16")
     assert one[2] == many[2] == "BF16_Optimizer"

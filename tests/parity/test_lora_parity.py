@@ -128,7 +128,7 @@ def _case(case: Case, split: Layout, overrides: dict[str, Any], fast: bool = Fal
 def test_adapters_train_as_peft_trains_them(case: Case, split: Layout, overrides: dict[str, Any]) -> None:
     found = trained(case, split, overrides)
     assert_same(found, reference(case))
-    # The optimizer's state is that of the adapter alone, each element on one data-parallel rank.
+    # Optimizer states exist for the adapter only, each element on one data-parallel rank.
     sizes, tp = lora_arguments(case, split), split[0]
     replicated = sum(t.numel() for n, t in found[1].items() if ("lora_A" in n) != _by_columns(n))
     assert sum(found[2]) == sizes.trained_shape.num_parameters + (tp - 1) * replicated
@@ -141,7 +141,7 @@ def _by_columns(name: str) -> bool:
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["deepspeed", "megatron"])
 def test_bf16_stays_within_its_bounds(engine: str) -> None:
-    """Weights, activations and factors in bf16 against fp32 of peft: the bounds that docs/lora.md states."""
+    """Weights, activations and factors in bf16 against peft in fp32, within the bounds stated in docs/lora.md."""
     keys = {"precision": "bfloat16", "engine": engine}
     for case, split in ((GQA, (2, 1, 1)), (TIED, (1, 2, 2))):
         found, expected = trained(case, split, keys), reference(case)

@@ -39,7 +39,7 @@ def test_splits_give_equal_gradients(split: str, samples: list[Any], whole_batch
 
 
 def test_means_of_means_would_be_seen(samples: list[Any], whole_batch: list[Tensor]) -> None:
-    """The bound above can fail: the masks are so uneven that GPT-NeoX's normalization exceeds it by far."""
+    """The test above is sensitive: with these uneven masks, GPT-NeoX's normalization exceeds its bound by far."""
     quarters = [whole_gradients(CASE, 1, 8, 1, samples[start : start + 8]) for start in range(0, SAMPLES, 8)]
     averaged = [torch.stack(parts).mean(0) for parts in zip(*quarters, strict=True)]
     assert relative_difference(averaged[0], whole_batch[0]) > 1e-3
@@ -47,7 +47,7 @@ def test_means_of_means_would_be_seen(samples: list[Any], whole_batch: list[Tens
 
 def test_an_all_masked_micro_batch_changes_nothing(samples: list[Any]) -> None:
     blank = [{**sample, "labels": torch.full_like(sample["labels"], IGNORE)} for sample in samples[:8]]
-    with_blank = samples[8:] + blank  # as 4x8: the last micro-batch teaches nothing
+    with_blank = samples[8:] + blank  # as 4x8: the last micro-batch has no learned token
     without = whole_gradients(CASE, 1, 8, 3, samples[8:])
     assert_equal_gradients(gradients("4x8", with_blank), without)
 

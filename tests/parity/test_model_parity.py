@@ -1,6 +1,6 @@
-"""Logits equal `transformers`' LlamaForCausalLM to 1e-5 in fp32, and four known mistakes do not.
+"""Logits equal `transformers`' LlamaForCausalLM to 1e-5 in fp32; with four known mistakes they do not.
 
-"The top token agrees" proves nothing: each mutation below leaves a fluent model behind.
+Agreement of the top token would prove nothing: a model with any of the mutations below is still fluent.
 """
 
 from __future__ import annotations

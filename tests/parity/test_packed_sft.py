@@ -1,5 +1,5 @@
-"""Packed conversations with masks, from JSON to gradients: however the samples are split, each learned token weighs
-the same, and what is learned is the assistant's words."""
+"""Packed conversations with masks, from JSON to gradients: every learned token has the same weight however the samples
+are split, and only the assistant's words are learned."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_only_assistant_text_is_learned(keys: dict[str, Any], samples: list[Any]
 
 
 def gradients(split: str, samples: list[Any]) -> list[Tensor]:
-    """Of all samples, without a position's `sample_id`."""
+    """Gradients of all samples, without a position's `sample_id`."""
     read = [{key: sample[key] for key in ("tokens", "labels", "positions")} for sample in samples]
     return whole_gradients(CASE, *SPLITS[split], read, isolate_documents=True)
 

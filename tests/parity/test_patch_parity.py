@@ -1,4 +1,4 @@
-"""Models of image patches: every TP x PP x DP split trains what plain transformers and torch train."""
+"""Models of image patches: every TP x PP x DP split trains the same model as plain transformers and torch."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def arguments(case: PatchCase, split: tuple[int, int, int], **overrides: Any) ->
         "pipe_parallel_size": pp,
         "train_micro_batch_size_per_gpu": 2,
         "gradient_accumulation_steps": GLOBAL_BATCH // (2 * dp),
-        "gradient_clipping": 0.5,  # below the norms seen, so that clipping takes part
+        "gradient_clipping": 0.5,  # below the observed norms, so that clipping takes effect
         "checkpoint_activations": True,
         "world_size": tp * pp * dp,
     }
@@ -117,12 +117,12 @@ def assert_equals_plain_torch(runs: list[tuple[PatchCase, tuple[int, int, int], 
 
 
 def test_eight_ranks_train_what_plain_torch_trains() -> None:
-    """Both tokenizers, uneven masks, clipping, recomputation; and slices of the sequence."""
+    """With both patch embeddings, uneven masks, clipping, recomputation, and sequence parallelism."""
     assert_equals_plain_torch([(MLP, (2, 2, 2), {}), (AFFINE, (2, 2, 2), SLICED)])
 
 
 def test_the_other_engine_trains_the_same() -> None:
-    """With virtual stages, and without."""
+    """engine: megatron, with and without virtual stages."""
     virtual = MEGATRON | {"virtual_pipe_parallel_size": 2}
     assert_equals_plain_torch([(MLP, (1, 2, 1), virtual), (AFFINE, (1, 2, 1), MEGATRON)])
 
@@ -146,7 +146,7 @@ def test_bytes_are_trained_on_as_the_same_floats_are() -> None:
 
 
 def test_bf16_stays_within_its_rounding() -> None:
-    """Against plain torch in fp32. Seen: loss 4e-4, gradient norm 1.2e-2."""
+    """Compared with plain torch in fp32. Observed: loss 4e-4, gradient norm 1.2e-2."""
     runs = [(case, (2, 2, 1), {"precision": "bfloat16", **SLICED}) for case in CASES.values()]
     for (case, _, _), (history, _) in zip(runs, trained(runs), strict=True):
         for (loss, norm), (loss_wanted, norm_wanted) in zip(history, reference(case)[0], strict=True):
@@ -155,7 +155,7 @@ def test_bf16_stays_within_its_rounding() -> None:
 
 
 def _norm_without_the_others(rank: int, world_size: int) -> None:
-    """A stage with a parameter group that the next stage lacks, without the synchronization for it."""
+    """Train stages with different parameter groups, without synchronizing the norm for it."""
     from megatron.engine import deepspeed
 
     deepspeed.take_norm_of_all_groups = lambda optimizer, names: None
@@ -164,7 +164,7 @@ def _norm_without_the_others(rank: int, world_size: int) -> None:
 
 @pytest.mark.slow
 def test_the_norm_needs_every_stage() -> None:
-    """The middle stage has no replicated matrix: unless it takes part in the sum, ranks wait for each other forever."""
+    """The middle stage has no replicated matrix: unless it takes part in the all-reduce anyway, ranks deadlock."""
     outcome = run_ranks(_norm_without_the_others, 3, timeout=40, expect_failure=True)
     assert any(code != 0 for code, _ in outcome)
     trained([(AFFINE, (1, 3, 1), {})])

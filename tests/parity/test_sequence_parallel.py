@@ -72,8 +72,8 @@ def test_every_layout_trains_the_same_model_in_every_variant(split: Split) -> No
 
 @pytest.mark.parametrize("split", [(2, 1, 1), pytest.param((2, 2, 2), marks=pytest.mark.slow)], ids=name)
 def test_bf16_is_as_near_to_one_process_as_without(split: Split) -> None:
-    """bf16 sums in another order differ by its rounding. The reference is how far the same layout is from one process
-    without sequence parallelism; the bounds are those that every layout has to keep (`test_layout_parity`)."""
+    """bf16 sums in another order differ by rounding. The reference is the same layout's difference from one process
+    without sequence parallelism; the bounds are those for every layout (`test_layout_parity`)."""
     variants = (Variant(SMALL, precision="bfloat16"),)
     (one,), (plain,), (sliced,) = trained(variants, ONE), trained(variants, split), trained(variants, split, True)
     reference, found = differences(plain, one), differences(sliced, one)
@@ -89,7 +89,7 @@ def _run(rank: int, world_size: int, keys: dict[str, Any]) -> None:
 
 
 def test_a_whole_run_reports_what_it_does_without(tmp_path: Path) -> None:
-    """Training, validation and saves through the trainer; copies of parameters are compared in every step."""
+    """Training, validation and saves through the trainer; replicas are compared in every step."""
     data = random_documents(tmp_path / "train", SMALL.vocab)
     for name in ("plain", "sliced"):
         keys = {
@@ -119,7 +119,7 @@ def test_a_whole_run_reports_what_it_does_without(tmp_path: Path) -> None:
         torch.testing.assert_close(tensor, theirs[name], rtol=1e-4, atol=1e-6)
 
 
-# --- what must not pass
+# --- the comparisons fail without a safeguard
 
 
 def _disturbed(rank: int, world_size: int, split: Split, trap: str) -> Any:
@@ -159,7 +159,7 @@ def test_divided_messages_would_train_something_else() -> None:
 def test_norm_gradients_that_are_not_summed_are_seen() -> None:
     results = run_ranks(_disturbed, 2, (2, 1, 1), "norms not summed")
     expected = trained(VARIANTS, ONE)[0].history
-    # Norms have a small part of the gradient; parity is held to 1e-6.
+    # Norms contribute little to the gradient; parity holds to 1e-6.
     assert abs(results[0][0][0][1] / expected[0][1] - 1) > 1e-5, "the gradient norm of the first step"
     first, second = (parameters.tensors for _, parameters in results)
     assert not torch.equal(first[2, "input_layernorm.scale"], second[2, "input_layernorm.scale"])
@@ -184,7 +184,7 @@ def test_a_norm_gradient_that_is_not_finite_on_one_rank_is_applied_on_none() -> 
     assert run_ranks(_poisoned, 2) == [(False, []), (False, [])]
 
 
-# --- evaluation fills sequences up
+# --- evaluation pads sequences
 
 ODD = Case(heads=8, kv_heads=4, head_dim=8, layers=2, intermediate=88, vocab=160, seq=23)
 
@@ -224,8 +224,8 @@ def test_odd_sequences_are_evaluated_as_without() -> None:
 
 
 def _saved_and_resumed(rank: int, world_size: int, folder: str) -> Any:
-    """For a run that begins with sequence parallelism, and for one that begins without: the losses and norms of the
-    steps behind a save, in the same process and resumed the other way; and what the checkpoint's files hold."""
+    """For a run that begins with sequence parallelism, and one without: the losses and norms of the steps after a save,
+    in the same engine and resumed with the opposite setting; and the shapes of the checkpoint's tensors."""
     from megatron.core import parallel_state
     from safetensors.torch import load_file
 
@@ -266,7 +266,7 @@ def _saved_and_resumed(rank: int, world_size: int, folder: str) -> Any:
 
 
 def _shapes(content: Any, where: str, found: dict[str, Any]) -> None:
-    """Shape and dtype of every tensor of nested dicts and lists, by its place."""
+    """Collect shape and dtype of every tensor in nested dicts and lists, by its path."""
     if isinstance(content, torch.Tensor):
         found[where] = (tuple(content.shape), content.dtype)
     items = (

@@ -49,7 +49,7 @@ def test_the_70b_on_2048_gcds(tmp_path: Path) -> None:
     assert plan["tokens_per_second_per_gcd"] * plan["step_seconds"] * 2048 == pytest.approx(512 * 8192)
     assert plan["budget"]["steps"] == 39_340
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
-    # kilobytes: no child of this process, this one among them, held 4 GiB
+    # in KiB: no child of this process used 4 GiB
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 4 << 20
 
 
@@ -102,7 +102,7 @@ def _true_stages(rank: int, world_size: int, configs: list[str], overrides: dict
     ],
 )
 def test_stages_of_the_true_model(model: str, tp: int, pp: int, method: str, parameters: int) -> None:
-    """Parameters add up to the published number, and the formula's stages are DeepSpeed's."""
+    """Parameters sum to the published number, and the formula assigns layers to stages like DeepSpeed."""
     sizes = {"model_parallel_size": tp, "pipe_parallel_size": pp, "pipe_partition_method": method}
     configs = [str(CONFIGS / model / "model.yml")]
     stages = run_ranks(_true_stages, 1, configs, sizes, 4 * tp * pp)[0]
@@ -120,8 +120,8 @@ def test_stages_of_the_true_model(model: str, tp: int, pp: int, method: str, par
     "virtual", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 5]
 )
 def test_virtual_stages_of_the_70b_on_2048_ranks(virtual: int) -> None:
-    """Every rank's groups are made, every virtual stage is built: the published number of parameters, and on every rank
-    those that the formula counts, whose fp32 gradients and masters it plans with."""
+    """With all groups and virtual stages built, the parameters sum to the published number and equal the formula's on
+    every rank; the plan has their fp32 gradients and masters."""
     sizes = {
         "model_parallel_size": 8,
         "pipe_parallel_size": 8,
@@ -169,7 +169,7 @@ SAVED = Case(heads=8, kv_heads=2, head_dim=32, layers=4, intermediate=704, vocab
 
 
 def _save(rank: int, world_size: int, case: Case, keys: dict[str, Any], folder: str) -> int:
-    """Bytes of the checkpoint's folder."""
+    """Save a checkpoint; returns the bytes in its folder."""
     from megatron.checkpoint.save import save_checkpoint
     from megatron.checkpoint.state import TrainState
     from megatron.engine.build import build_engine
@@ -212,7 +212,7 @@ def test_the_commands_of_the_guide(tmp_path: Path) -> None:
 
 
 def test_the_benchmark_fills_the_guides_table(tmp_path: Path) -> None:
-    """On one of its cases; its command in the guide runs all of them."""
+    """With one of its cases; its command in the guide runs all of them."""
     guide = tmp_path / "planning.md"
     guide.write_text((ROOT / "docs" / "planning.md").read_text())
     program = "import sys, benchmarks.planner_memory as b; b.CPU_CASES = (b.Case(pipe=2, seq=64),); sys.exit(b.main())"

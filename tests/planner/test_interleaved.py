@@ -1,5 +1,5 @@
-"""megatron-core's order of passes, as the planner knows it: against megatron-core's and torch's own tables, without
-deadlock, and with the idle time that theory and another simulation give."""
+"""The planner's model of megatron-core's order of passes equals megatron-core's and torch's own tables, is free of
+deadlocks, and has the idle time given by theory and by another simulation."""
 
 from __future__ import annotations
 
@@ -44,8 +44,7 @@ class _Links:
 
 @pytest.mark.parametrize(("p", "v", "m"), [*GRID, (2, 2, 4), (4, 3, 4), (8, 5, 12)])
 def test_the_order_is_megatron_cores(p: int, v: int, m: int) -> None:
-    """Its table of chunks and its number of passes before the first backward one, the latter's only for whole groups:
-    it refuses others at the default size of a group."""
+    """Its table of chunks, and its number of warm-up passes before the first backward pass."""
     from megatron.core.pipeline_parallel import schedules
 
     table = [(chunk, number) for number, chunk in schedules.get_schedule_table(m, v, p if v > 1 else m)]
@@ -55,7 +54,7 @@ def test_the_order_is_megatron_cores(p: int, v: int, m: int) -> None:
         assert [one[1:] for one in order if one.kind == "forward"] == table
         backward = [(one.chunk, one.micro_batch) for one in order if one.kind == "backward"]
         assert backward == [(v - 1 - chunk, number) for chunk, number in table]
-        # the first backward pass follows the warm-up and, unless that was all, one forward pass more
+        # the first backward pass follows the warm-up and, if there is one, a further forward pass
         first = next(number for number, one in enumerate(order) if one.kind == "backward")
         assert first == min(warm_up + 1, v * m)
 
@@ -91,8 +90,7 @@ def test_no_rank_waits_for_ever_and_every_pass_is_done_once(p: int, v: int, m: i
 
 
 def test_an_order_that_cannot_be_executed_is_found() -> None:
-    """The three ways to get it wrong: a rank that turns round too early, one that exchanges two messages, one that
-    forgets one."""
+    """Three mistakes are found: a backward pass that is too early, two swapped messages, a missing pass."""
     early = orders(4, 2, 8)
     first = next(number for number, one in enumerate(early[0]) if one.kind == "backward")
     early[0].insert(0, early[0].pop(first))
@@ -120,15 +118,15 @@ def test_without_messages_idle_time_is_the_papers(p: int, v: int, m: int) -> Non
     [(2, 16, 22.5), (5, 16, 10.4), (10, 16, 7.7), (2, 32, 11.3), (5, 32, 5.2), (10, 32, 3.8)],
 )
 def test_with_messages_it_is_what_another_simulation_found(v: int, m: int, percent: float) -> None:
-    """Percent of the busy time on 8 ranks with messages of a hundredth of a stage's forward pass, by a simulation of
-    torch's action lists over pairs of ranks, which shares no code with this one."""
+    """Percent of the busy time on 8 ranks, with messages that take a hundredth of a stage's forward pass, by an
+    independent simulation of torch's action lists over pairs of ranks."""
     found = simulate(8, v, m, [1 / v] * (8 * v), [2 / v] * (8 * v), 0.01)
     assert 100 * found.idle_over_busy == pytest.approx(percent, abs=0.06)
 
 
 @pytest.mark.parametrize(("p", "v", "m"), [(2, 2, 12), (4, 5, 24), (8, 5, 48), (8, 10, 64)])
 def test_long_steps_are_shortened_without_a_difference(p: int, v: int, m: int) -> None:
-    """With an end that is longer than the other chunks, as the head makes it."""
+    """The last chunk is longer than the others, because of the head."""
     forward = [(1 + 0.02 * (stage % 3)) / v for stage in range(p * v)]
     forward[-1] *= 1.6
     backward = [2 * one for one in forward]
@@ -137,7 +135,7 @@ def test_long_steps_are_shortened_without_a_difference(p: int, v: int, m: int) -
 
 
 def test_no_more_is_in_flight_than_the_paper_says() -> None:
-    """2 (p - rank - 1) + (v - 1) p + 1 passes of chunks at most (Narayanan et al. 2021); without virtual stages
+    """At most 2 (p - rank - 1) + (v - 1) p + 1 passes of chunks (Narayanan et al. 2021); without virtual stages,
     p - rank micro-batches."""
     for p, v, m in GRID:
         for rank in range(p):
@@ -147,7 +145,7 @@ def test_no_more_is_in_flight_than_the_paper_says() -> None:
 
 @pytest.mark.parametrize(("p", "v", "m"), [(4, 1, 8), (4, 2, 8), (2, 2, 4)])
 def test_the_order_is_the_engines(p: int, v: int, m: int) -> None:
-    """Compared with the recorded operations of its ranks."""
+    """Compared with the recorded operations of the engine's ranks."""
     from benchmarks.engine_order import record
 
     for order, events in zip(orders(p, v, m), record(p, v, m), strict=True):
@@ -158,8 +156,8 @@ def test_the_order_is_the_engines(p: int, v: int, m: int) -> None:
 
 
 def test_chunks_end_one_after_the_other() -> None:
-    """Rank 0 ends with chunk 0, the others' last backward passes were a group's length earlier each: what a reduction
-    of their gradients can hide behind."""
+    """Rank 0 ends with chunk 0; the last backward pass of each further chunk is a group of p passes earlier, which
+    leaves time to hide the reduction of its gradients."""
     left = simulate(8, 5, 16, [0.2] * 40, [0.4] * 40).left
     assert left[0][0] == 0.0
     assert list(left[0]) == sorted(left[0])
@@ -177,7 +175,7 @@ def test_a_chunk_waits_for_its_weights() -> None:
 
 
 def test_a_link_carries_one_message_at_a_time() -> None:
-    """Messages longer than the passes between them set the pace."""
+    """If messages take longer than the passes between them, they limit the speed."""
     work = timeline(2, 1, 8, [1.0, 1.0], [1.0, 1.0], 5.0)
     arrivals = sorted(one.start for one in work if one.stage == 1 and one.kind == "forward")
     assert all(later - earlier >= 5.0 for earlier, later in itertools.pairwise(arrivals[:2]))

@@ -1,4 +1,4 @@
-"""What a layout holds: hand arithmetic for the 70B, published formulas, and the moments in which a rank is fullest."""
+"""The memory of a layout: arithmetic for the 70B by hand, published formulas, and the moments of peak memory."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def plan(layout: ParallelLayout = ASTROSAGE, precision: str = "bfloat16", **keys
 
 
 def test_parameters_of_the_70b_per_gcd() -> None:
-    """Worked out on paper; all ranks together hold the 70,553,706,496 of the model card, norms once per TP rank."""
+    """By hand; all ranks together hold the 70,553,706,496 of the model card, with norms once per TP rank."""
     stages = plan()
     sizes = [stage.parameters for stage in stages]
     assert sizes == [1_201_045_504, *[1_069_711_360] * 6, 1_201_053_696]
@@ -63,7 +63,7 @@ def test_full_recomputation_stores_layer_inputs_of_eight_micro_batches() -> None
 
 
 def test_a_stored_layer_lies_between_the_published_counts() -> None:
-    """34 s b h with everything fused (Korthikanti et al. 2022, and the Llama count), 40.5 with SiLU kept as well."""
+    """34 s b h with everything fused (Korthikanti et al. 2022, and counted for Llama), 40.5 if SiLU is stored, too."""
     alone = ParallelLayout(tensor=1, pipe=1, data=1, micro_batch=1, num_micro_batches=1)
     stored = Activations.of(LLAMA_70B, alone, SEQ, 2, "kernels", documents=False).stored_by_layer("none")
     assert 33.5 < stored / (SEQ * 8192) < 40.5
@@ -83,8 +83,8 @@ def test_one_forward_one_backward_bounds_what_is_in_flight() -> None:
     """min(m, p - stage) micro-batches (Narayanan et al. 2021), each as large as on the other stages: two on stage 6."""
     two = plan()[6].activations
     assert [2 * stage.activations / two for stage in plan()[1:7]] == [7, 6, 5, 4, 3, 2]
-    # Fewer micro-batches than stages: a rank is fullest in the second backward pass, which finds gradients of the first
-    # and three micro-batches.
+    # Fewer micro-batches than stages: the peak is in the second backward pass, with gradients of the first and three
+    # micro-batches in memory.
     few = plan(replace(ASTROSAGE, num_micro_batches=4))
     assert [2 * stage.activations / two for stage in few[1:7]] == [3, 3, 3, 3, 3, 2]
 
@@ -123,7 +123,7 @@ def test_gradients_of_a_small_stage_are_copied_for_their_reduction() -> None:
 
 
 def test_communicators_of_a_middle_rank() -> None:
-    """World, tensor, data, gradient norm, pipeline, two neighbors: 1 GiB, and about 0.65 GiB for each further one."""
+    """World, tensor, data, gradient norm, pipeline, two neighbors: 1 GiB for the first, about 0.65 GiB per further."""
     assert [communicators(ASTROSAGE, stage) for stage in range(8)] == [6, 7, 7, 7, 7, 7, 7, 6]
     assert plan()[1].communicators / GIB == pytest.approx(1 + 0.65 * 6, rel=0.03)
     alone = ParallelLayout(tensor=1, pipe=1, data=1, micro_batch=1, num_micro_batches=1)

@@ -1,4 +1,4 @@
-"""The planner's memory is what the engine holds: live tensor bytes of real steps, rank by rank, within 5 %."""
+"""The planner's memory equals the live tensor bytes of the engine in real steps on every rank, within 5 %."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TOLERANCE = 0.05
 
 
 def small(**sizes: Any) -> Case:
-    """A case of few multiplications: a CPU without bf16 of its own emulates them, thirty times slower."""
+    """A case of few multiplications: a CPU without native bf16 emulates them, thirty times slower."""
     return Case(**{"hidden": 128, "intermediate": 352} | sizes)
 
 
@@ -85,7 +85,7 @@ def _step(rank: int, world_size: int, case: Case) -> tuple[int, int]:
 
 @cache
 def measured(case: Case) -> list[tuple[int, int]]:
-    """Of every rank."""
+    """(stage, peak bytes) of every rank."""
     return run_ranks(_step, case.world_size, case)
 
 
@@ -94,7 +94,7 @@ def errors(case: Case) -> list[float]:
     return [stages[stage].allocated / peak - 1 for stage, peak in measured(case)]
 
 
-# The 70B's own kind of layout, documents, a tied embedding, and fp32 in buckets; the others cross one axis each.
+# The 70B's kind of layout, documents, a tied embedding, fp32 in buckets; the others each vary one setting.
 FAST = [CASES[5], CASES[8], CASES[10], TIED, IN_FLIGHT, SLICED, SLICED_STAGES, VIRTUAL, ADAPTED, IMAGES]
 
 
@@ -108,7 +108,7 @@ def test_every_rank_is_predicted_within_5_percent(case: Case) -> None:
 
 
 def test_memory_does_not_grow_with_the_number_of_micro_batches() -> None:
-    """Under megatron-core: but for ids and labels, which wait on the device for their turn."""
+    """Under megatron-core, except for ids and labels, which are on the device from the start."""
     twice = replace(VIRTUAL, num_micro_batches=2 * VIRTUAL.num_micro_batches)
     waiting = VIRTUAL.num_micro_batches * 2 * 8 * VIRTUAL.seq
     for (_, few), (_, many) in zip(measured(VIRTUAL), measured(twice), strict=True):
@@ -116,10 +116,10 @@ def test_memory_does_not_grow_with_the_number_of_micro_batches() -> None:
 
 
 def test_sequence_parallelism_saves_what_is_predicted() -> None:
-    """The difference of two peaks: an error in what both have does not hide in it."""
+    """The difference of two peaks shows errors that are small compared with either peak."""
     plain = replace(SLICED, sequence_parallel=False)
     predicted = predict(plain, "cpu", "cpu")[0].allocated - predict(SLICED, "cpu", "cpu")[0].allocated
-    # A transfer that another process delays holds its buffer longer: the smallest peak of several steps is the model's.
+    # A delayed transfer holds its buffer longer, so the smallest peak of several steps counts.
     whole, sliced = (min(run_ranks(_step, 2, case)[0][1] for _ in range(3)) for case in (plain, SLICED))
     saved = whole - sliced
     assert saved > 0.05 * whole
@@ -127,7 +127,7 @@ def test_sequence_parallelism_saves_what_is_predicted() -> None:
 
 
 def _step_in_one_block(rank: int, world_size: int, case: Case) -> tuple[int, int]:
-    """The references as on a GPU: every tensor is one block of rows."""
+    """Run a step with the references as on a GPU, where every tensor is one block of rows."""
     from megatron.ops import cpu_blocks
 
     cpu_blocks.BLOCK_ELEMENTS = 1 << 60
@@ -154,7 +154,7 @@ def _step_in_one_block(rank: int, world_size: int, case: Case) -> tuple[int, int
     ],
 )
 def test_temporaries_of_the_references_on_a_gpu(case: Case) -> None:
-    """And the formula for the blocks of a CPU does not describe them."""
+    """The formula for a GPU describes them, and that for the blocks of a CPU does not."""
     ranks = run_ranks(_step_in_one_block, case.world_size, case)
     whole, blocks = predict(case, "cpu", "torch"), predict(case, "cpu", "cpu")
     assert max(abs(whole[stage].allocated / peak - 1) for stage, peak in ranks) < TOLERANCE
@@ -174,7 +174,7 @@ def test_the_measurement_tells_one_micro_batch_in_flight_from_two(monkeypatch: p
 
 
 def test_the_measurement_sees_full_fp32_gradients() -> None:
-    """The formula with them sharded, as the master weights are, must fail."""
+    """A formula that shards them like the master weights must fail."""
     stages = predict(TIED, "cpu", "cpu")
     for stage, peak in measured(TIED):
         full = 4 * stages[stage].parameters

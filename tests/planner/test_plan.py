@@ -1,4 +1,4 @@
-"""The plan as text, JSON and error, computed from formulas only, and the options after --dry-run."""
+"""The plan as text, JSON and error message, computed from formulas only, and the options after --dry-run."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def test_where_nothing_fits_the_search_is_pointed_to() -> None:
 
 
 def test_the_guide_shows_the_present_plan() -> None:
-    """The table of docs/planning.md, line by line."""
+    """The table in docs/planning.md equals the plan line by line."""
     guide = (ROOT / "docs" / "planning.md").read_text()
     text = report.text(plan())
     table = text[text.index("memory of one rank") : text.index("\nrecompute_layers")]
@@ -183,7 +183,7 @@ def test_the_guide_explains_every_option() -> None:
 
 
 def test_saves_beside_training_cost_a_copy() -> None:
-    """The 70B's largest rank copies 0.45 GB of masters and moments and one layer file over its own 36 GB/s."""
+    """The 70B's largest rank copies 0.45 GB of masters and moments and one layer file at 36 GB/s."""
     waiting, beside = plan(async_save=False), plan(async_save=True)
     assert waiting.reliability.save_seconds == pytest.approx(987.9e9 / 100e9, rel=1e-3)
     assert 0.45e9 / 36e9 < beside.reliability.save_seconds < 0.75e9 / 36e9

@@ -23,7 +23,7 @@ def _timeline(rank: int, world_size: int, m: int, forward: list[float], backward
 
 @pytest.mark.parametrize(("p", "m"), [(1, 3), (2, 2), (4, 8), (8, 16), (8, 3)])
 def test_equal_stages_have_the_textbooks_bubble(p: int, m: int) -> None:
-    """(m + p - 1) passes long, (p - 1) / (m + p - 1) idle (Narayanan et al. 2021)."""
+    """m + p - 1 passes, of which a fraction (p - 1) / (m + p - 1) is idle (Narayanan et al. 2021)."""
     passes, idle = run_ranks(_timeline, 1, m, [1.0] * p, [2.0] * p)[0]
     assert sorted((stage, kind, number) for stage, kind, number, _, _ in passes) == sorted(
         (stage, kind, number) for stage in range(p) for kind in ("forward", "backward") for number in range(m)

@@ -76,8 +76,8 @@ def test_every_layout_of_the_70b_is_accepted_by_the_trainer(found: SearchResult)
 
 
 def test_no_layout_that_the_trainer_accepts_is_missed() -> None:
-    """12 ranks, 16 sequences: all sizes are tried with NeoXArgs, which knows nothing of the search. Of virtual stages
-    only those of one length are looked for, and with megatron-core recomputation only where it is needed."""
+    """12 ranks, 16 sequences: all sizes are tried with NeoXArgs, independently of the search. The search considers only
+    virtual stages of equal length, and recomputation under megatron-core only if it is needed."""
     base = keys(train_micro_batch_size_per_gpu=None, gradient_accumulation_steps=None, num_layers=6, vocab_size=4000)
     base["make_vocab_size_divisible_by"] = 128
     shape = NeoXArgs.from_dict(base | {"train_micro_batch_size_per_gpu": 1}, world_size=1).shape
@@ -146,7 +146,7 @@ def test_every_layout_has_a_reason(found: SearchResult) -> None:
 
 @pytest.mark.parametrize("batch", [512, 1024])
 def test_better_layouts_than_astrosages_at_the_same_batch(batch: int) -> None:
-    """DeepSpeed's fastest cuts the sequence and recomputes nothing; of those that do not, one recomputes less."""
+    """DeepSpeed's fastest layout is sequence-parallel without recomputation; the fastest without recomputes less."""
     found = benchmark.searched(batch)
     astrosage, best = found.find(8, 8, 1), found.of_engine("deepspeed")[0]
     assert astrosage in found.ranked
@@ -166,8 +166,8 @@ def test_only_sequences_that_ranks_can_divide_are_cut() -> None:
 
 
 def test_virtual_stages_are_ranked_with_the_rest(found: SearchResult) -> None:
-    """More of them fill the pipeline faster. Only what megatron-core can do: micro-batches in multiples of the stages,
-    and chunks of whole layers."""
+    """More virtual stages fill the pipeline faster. Only what megatron-core allows is listed: micro-batches in
+    multiples of the stages, and chunks of whole layers."""
     sizes = {"micro_batch": 1, "recompute": "none", "sequence_parallel": True}
     by_virtual = [found.find(8, 8, **sizes, engine="megatron", virtual_stages=v) for v in (1, 2, 5, 10)]  # type: ignore[arg-type]
     speeds = [candidate.tokens_per_second for candidate in by_virtual if candidate]
@@ -218,7 +218,7 @@ def test_the_table_shows_the_best_of_the_other_engine_too(found: SearchResult) -
 
 
 def test_recomputing_no_more_than_needed(found: SearchResult) -> None:
-    """What memory lets a layout store, it stores: one layer less recomputed would not fit, and it is faster for it."""
+    """Layouts store as much as fits: recomputing one layer less would not fit, recomputing all would be slower."""
     partly = [candidate for candidate in found.ranked if candidate.layout.recompute_layers is not None]
     assert {candidate.layout.engine for candidate in partly} == {"deepspeed", "megatron"}
     for candidate in partly:
@@ -282,7 +282,7 @@ def test_lines_are_a_table(found: SearchResult) -> None:
 
 
 def test_errors_against_published_runs() -> None:
-    """Half within 10 %; beyond 25 % only runs whose number is in doubt, and the table says why."""
+    """Half are within 10 %; beyond 25 % are only runs with a doubtful number, for which the table gives the reason."""
     results = [benchmark.replay(run) for run in RUNS]
     errors = sorted(abs(result.error) for result in results)
     assert len(results) >= 10
@@ -301,7 +301,7 @@ def test_no_single_run_carries_the_calibration() -> None:
 
 
 def test_replay_counts_what_the_run_counts() -> None:
-    """A run's TFLOP/s over its tokens/s is its own formula; a GCD at half speed is at most twice as slow."""
+    """TFLOP/s over tokens/s is the run's own FLOP formula; a GCD at half speed is at most twice as slow."""
     run = next(run for run in RUNS if run.name.startswith("AstroSage"))
     tflops = benchmark.replay(run).predicted
     tokens = benchmark.replay(replace(run, metric="tokens")).predicted

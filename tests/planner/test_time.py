@@ -69,16 +69,16 @@ def test_parameters_of_a_stage() -> None:
 
 
 def test_executed_flops_of_a_micro_batch() -> None:
-    """Ten layers of the 70B at TP8, causal, with recomputation: 7.56e13, counting the backward as two forwards."""
+    """Ten layers of the 70B at TP8, causal, with recomputation: 7.56e13, with the backward counted as two forwards."""
     weights = sum(i * o for i, o in compute.layer_matrices(LLAMA_70B, 8))
     attention = compute.attention_flops(LLAMA_70B, ASTROSAGE, 8192)
     assert 10 * 4 * (2 * 8192 * weights + attention) == pytest.approx(7.56e13, rel=1e-3)
 
 
 def test_time_of_a_layer_and_of_the_head() -> None:
-    """On paper: 1.752e12 FLOPs of products a layer and GCD at 153 TFLOP/s, 1.374e11 of attention at 75 (backward 2.5
-    times as many at 55), 6.455e12 of the head, forward and backward."""
-    machine = replace(FRONTIER, sustained=1.0, hbm_rate=math.inf)  # arithmetic alone
+    """By hand: per layer and GCD, 1.752e12 FLOPs of matrix products at 153 TFLOP/s and 1.374e11 of attention at 75
+    (backward 2.5 times as many at 55); 6.455e12 of the head, forward and backward."""
+    machine = replace(FRONTIER, sustained=1.0, hbm_rate=math.inf)  # arithmetic only
     forward, backward, again = compute.layer_seconds(LLAMA_70B, ASTROSAGE, 8192, machine)
     assert [forward.gemm, backward.gemm] == pytest.approx([11.453e-3, 22.906e-3], rel=1e-3)
     assert [forward.attention, backward.attention] == pytest.approx([1.8325e-3, 6.247e-3], rel=1e-3)
@@ -91,8 +91,8 @@ def test_time_of_a_layer_and_of_the_head() -> None:
 
 
 def test_bytes_of_elementwise_operations() -> None:
-    """One token, h = 2, f = 5, two bytes an element. Forward: norms and additions 9 h = 18 elements, q and k there and
-    back 8, SwiGLU 3 f = 15; backward: 8 h = 16, again 8, 5 f = 25."""
+    """One token, h = 2, f = 5, two bytes per element. Forward: norms and additions 9 h = 18 elements, q and k read and
+    written 8, SwiGLU 3 f = 15; backward: 8 h = 16, again 8, 5 f = 25."""
     tiny = LlamaShape(1, 2, 1, 1, 5, 8, 8, tied=False)
     assert compute.memory_bound_bytes(tiny, ParallelLayout(1, 1, 1, 1, 1), 1) == (82, 98)
 
@@ -104,14 +104,14 @@ def test_tensor_parallel_traffic_of_a_stage() -> None:
     assert recomputed == pytest.approx(14.1e9, rel=1e-2)
     assert recomputed / 75e9 == pytest.approx(0.19, abs=5e-3)
     assert recomputed / 39e9 == pytest.approx(0.36, abs=5e-3)
-    # At 0.85 x 78 GB/s; one more all-reduce of 134 MB at the ends: the embedding's output, the head's input gradient
+    # At 0.85 x 78 GB/s; the end stages have one more all-reduce of 134 MB: embedding output, head input gradient
     first, middle, last = (planned().stages[stage].tensor_parallel for stage in (0, 1, 7))
     assert middle == pytest.approx(212.6e-3, rel=1e-3)
     assert [first, last] == pytest.approx([216.1e-3] * 2, rel=1e-3)
 
 
 def test_sequence_parallelism_has_ten_half_collectives_a_layer() -> None:
-    """Eight without it: 117.4 MB each, a ring's share of 134.2 MB of hidden state; with recomputation four more."""
+    """Eight without it; 117.4 MB each, a ring's share of 134.2 MB of hidden states; with recomputation four more."""
     for recompute, without, with_it in (("none", 8, 10), ("full", 12, 14)):
         layout = replace(ASTROSAGE, recompute=recompute)
         for sliced, halves in ((False, without), (True, with_it)):
@@ -119,15 +119,15 @@ def test_sequence_parallelism_has_ten_half_collectives_a_layer() -> None:
             assert found == pytest.approx(halves * 7 / 8 * 134_217_728)
     alone = replace(ASTROSAGE, tensor=1, sequence_parallel=True)
     assert traffic.tensor_bytes_per_layer(LLAMA_70B, alone, 8192) == 0
-    # 10 layers x 10 x 1.7713 ms at 0.85 x 78 GB/s; the embedding's two, and three of the head
+    # 10 layers x 10 x 1.7713 ms at 0.85 x 78 GB/s; two for the embedding, three for the head
     stored = planned(replace(ASTROSAGE, recompute="none", sequence_parallel=True)).stages
     first, middle, last = (stored[stage].tensor_parallel for stage in (0, 1, 7))
     assert [first, middle, last] == pytest.approx([102 * 1.7713e-3, 100 * 1.7713e-3, 103 * 1.7713e-3], rel=1e-3)
 
 
 def test_communication_that_products_can_hide() -> None:
-    """A layer's half-collectives of 1.7713 ms, one beside each of the qkv's two products, which are shorter, and of the
-    MLP's; without sequence parallelism all-reduces of twice that, beside the products for the weights alone."""
+    """A layer's half-collectives of 1.7713 ms overlap one each with the backward products of qkv, which are shorter,
+    and of the MLP; without sequence parallelism, all-reduces of twice that overlap with weight gradients only."""
     layout = replace(ASTROSAGE, recompute="none")
     tokens, matrices = 8192, compute.layer_matrices(LLAMA_70B, 8)
     (h, qkv), (_, up_gate) = matrices[0], matrices[2]
@@ -148,7 +148,7 @@ def test_communication_that_products_can_hide() -> None:
 def test_messages_between_stages() -> None:
     """DeepSpeed splits 134 MB over the tensor-parallel ranks and gathers them: input, own output, gradient.
 
-    On paper: 2.84 ms there and back, eight ranks of a node sharing four NICs of 23.6 GB/s; 1.77 ms a gather.
+    By hand: 2.84 ms there and back, with eight ranks of a node on four NICs of 23.6 GB/s; 1.77 ms per gather.
     """
     size = traffic.message_bytes(LLAMA_70B, ASTROSAGE, 8192)
     assert 8 * size == 134_217_728
@@ -157,7 +157,7 @@ def test_messages_between_stages() -> None:
     assert [first, middle, last] == pytest.approx([6.386e-3, 11.001e-3, 4.615e-3], rel=1e-3)
     split = planned(replace(ASTROSAGE, sequence_parallel=True)).stages
     assert split[1].messages == pytest.approx(5.687e-3, rel=1e-3)
-    alone = ParallelLayout(1, 2, 8, 1, 4)  # the whole 134 MB of each of a node's eight ranks
+    alone = ParallelLayout(1, 2, 8, 1, 4)  # each of a node's eight ranks sends the whole 134 MB
     assert planned(alone).stages[0].messages == pytest.approx(22.75e-3, rel=1e-3)
 
 
@@ -207,7 +207,7 @@ def test_the_reduction_bucket_is_deepspeeds() -> None:
     ],
 )
 def test_bubble(micro_batches: int, virtual: int, efficiency: float) -> None:
-    """The formula's, which virtual stages come near: the head's length and the messages make up to two points."""
+    """The formula's bubble; with virtual stages, the longer head and the messages change it by up to two points."""
     layout = replace(ASTROSAGE, num_micro_batches=micro_batches)
     if virtual == 1:
         assert 1 / (1 + planned(layout).bubble) == pytest.approx(efficiency, abs=6e-3)
@@ -220,7 +220,7 @@ def test_checkpoint() -> None:
 
 
 def test_matrix_products_reach_the_published_range() -> None:
-    """Isolated kernels: 147 TFLOP/s at best, 125 and more at the shapes of a tensor-parallel Llama."""
+    """Isolated kernels: at best 147 TFLOP/s, at least 125 at the shapes of a tensor-parallel Llama."""
     machine = replace(FRONTIER, sustained=1.0)
 
     def rate(m: int, k: int, n: int) -> float:
@@ -267,7 +267,7 @@ def test_where_stages_and_replicas_meet() -> None:
 
 
 def test_ranks_fill_nodes_as_the_launcher_numbers_them() -> None:
-    """The model's neighbors, rank + 1 within a tensor group and rank + t d to the next stage, are the launcher's."""
+    """The model's neighbors, rank + 1 in a tensor group and rank + t d in the next stage, are those of the launcher."""
     t, p, d = 2, 4, 4
     for rank in range(t * p * d):
         pipe, data, tensor = coordinates(rank, p, d, t)
@@ -282,8 +282,9 @@ def test_every_machine_is_whole(machine: Machine) -> None:
 
 
 def test_the_hop_comes_from_huginns_slowdown() -> None:
-    """108.75 TFLOP/s on 8 GCDs, about 58 on 4,096 (52-64), one sequence of 4,096 tokens each, 32e9-equivalent FLOPs;
-    bf16 gradients of 3.5e9 parameters go round in pieces of 64 MB. What waiting and wire do not explain is hops.
+    """108.75 TFLOP/s on 8 GCDs, about 58 on 4,096 (52-64), each with one sequence of 4,096 tokens and FLOPs like 32e9
+    parameters; bf16 gradients of 3.5e9 parameters are reduced in buckets of 64 MB. Hops are the slowdown that waiting
+    and bandwidth do not explain.
     """
     flops = 4096 * 6 * 32e9
     quick, slow = flops / 108.75e12, flops / 58e12
@@ -310,7 +311,7 @@ def test_layers_are_assigned_as_in_deepspeed(layers: int, pipe: int) -> None:
 
 
 def simulate(times: list[tuple[float, float]], micro_batches: int) -> float:
-    """Run DeepSpeed's own instructions of every stage, forward and backward taking `times`, messages nothing."""
+    """Run DeepSpeed's own instructions on every stage; passes take `times` (forward, backward), messages no time."""
     from deepspeed.runtime.pipe import schedule
 
     stages = len(times)
@@ -417,7 +418,7 @@ def test_a_faster_machine_is_never_slower(layout: ParallelLayout, constant: str)
 
 
 def test_the_slowest_stage_decides() -> None:
-    """The head makes the last stage longer than a middle one; a long stage holds up all others."""
+    """The head makes the last stage longer than a middle one, and a long stage delays all others."""
     time = planned()
     assert time.slowest is time.stages[-1]
     assert time.pipeline_seconds == pytest.approx(
@@ -434,7 +435,7 @@ def test_waiting_for_the_slowest_of_all_grows_slowly() -> None:
 
 
 def test_accumulation_is_paid_for_every_micro_batch() -> None:
-    """Zeroing, converting and adding 20 bytes a parameter through HBM, for each of the 16."""
+    """Zeroing, converting and adding moves 20 bytes per parameter through HBM, for each of the 16 micro-batches."""
     stage: StageTime = planned().stages[1]
     assert stage.accumulation == pytest.approx(1.070e9 * 20 / (1.35e12 * FRONTIER.sustained), rel=1e-3)
 

@@ -97,8 +97,8 @@ def test_an_error_of_the_user_is_said_once_and_ends_with_its_code() -> None:
     ("planned", "local", "seats", "expected"),
     [
         (["a", "a", "b", "b"], None, {}, "b"),
-        (["a", "a", "b", "b"], None, {0: "b"}, "an unknown node"),  # Slurm's plan is not what has come
-        ([], 2, {2: "b"}, "b"),  # torchrun: its neighbor's
+        (["a", "a", "b", "b"], None, {0: "b"}, "an unknown node"),  # Slurm's plan differs from the ranks that arrived
+        ([], 2, {2: "b"}, "b"),  # torchrun: the node of its neighbor
         ([], 2, {0: "a"}, "an unknown node"),
         ([], None, {3: "c"}, "c"),
     ],

@@ -1,4 +1,4 @@
-"""hipBLASLt or rocBLAS: the products are those of a layer, the choice follows the times, and torch is configured."""
+"""hipBLASLt or rocBLAS: a layer's products are timed, the faster library is chosen, and torch is configured."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def configuration(**changes: Any) -> NeoXArgs:
 
 @pytest.fixture
 def preferred(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """torch as if built for ROCm; what it is told is kept."""
+    """torch as if built for ROCm; returns the list of libraries it is told to prefer."""
     told = ["default"]
 
     def prefer(name: str | None = None) -> str:
@@ -37,7 +37,7 @@ def preferred(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_the_products_are_those_of_a_layer() -> None:
-    """Four matrices of a rank, each forward, for its input's gradient and for its weight's."""
+    """For each of a rank's four matrices: forward, gradient of the input, gradient of the weight."""
     args = configuration()
     products = gemm_library.layer_products(args)
     h, f, kv = args.hidden_size, args.intermediate_size, args.num_kv_heads * args.shape.head_dim

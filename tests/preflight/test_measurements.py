@@ -75,14 +75,14 @@ def test_links_of_a_node_are_compared_with_the_same_links_elsewhere() -> None:
     local = [rank % 8 for rank in range(64)]
     values = {(8 * n + a, 8 * n + b): rate for n in range(8) for (a, b), rate in design.items()}
     assert compare_links_inside("links", "GB/s", values, NODES, local, 0.75).slow == []
-    values[8 * 5 + 2, 8 * 5 + 4] = 39.0  # as fast as other links, half as fast as this one should be
+    values[8 * 5 + 2, 8 * 5 + 4] = 39.0  # as fast as other links, but half as fast as this link should be
     screen = compare_links_inside("links", "GB/s", values, NODES, local, 0.75)
     assert screen.slow == ["n5"]
     assert screen.reason("n5") == "links 0.51 of the median (ranks 42 and 44)"
 
 
 def network(slow: dict[frozenset[int], float], count: int = 8) -> dict[tuple[int, int], float]:
-    """20 GB/s between single-rank nodes, but for those named (one: a node, two: a link)."""
+    """20 GB/s between single-rank nodes, except for the given nodes (sets of one) and links (sets of two)."""
     values = {}
     for one, other in (pair for pairs in ring_and_across(count) for pair in pairs):
         shares = [share for who, share in slow.items() if who <= {one, other}]

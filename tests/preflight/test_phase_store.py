@@ -1,4 +1,4 @@
-"""The preflight's messages: sealed with the secret of the job, others are ignored, and nobody is fooled."""
+"""The preflight's messages are authenticated with the job's secret, and forged ones are ignored."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WORLD = 2
 
 @pytest.fixture
 def pair(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[list[PhaseStore], list[tuple[int, str]], TCPStore]]:
-    """Both ranks' access to one store, how processes would have ended, and a connection of somebody else."""
+    """Both ranks' access to one store, exit codes with which processes would have ended, and a foreign connection."""
     ended: list[tuple[int, str]] = []
 
     def leave(store: PhaseStore, code: int, text: str) -> None:
@@ -42,11 +42,11 @@ def pair(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[list[PhaseStore], li
     stores = [PhaseStore(rank, env, Roster(WORLD), 30.0) for rank in ranks]
     yield stores, ended, TCPStore("127.0.0.1", port, wait_for_workers=False, timeout=timedelta(seconds=10))
     for store in stores:
-        store._finished = True  # the thread that follows rank 0 ends with the store, and not the process
+        store._finished = True  # the thread that follows rank 0 ends with the store, without ending the process
 
 
 def test_forged_outcomes_and_verdicts_are_ignored(pair: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    """Somebody who lists the keys writes the outcome and the verdict, without the secret and with another one."""
+    """A foreign client that lists the keys writes outcome and verdict, without the secret and with another secret."""
     (zero, one), ended, foreign = pair
     forged = threading.Event()
     results: list[Any] = []

@@ -1,4 +1,4 @@
-"""The preflight on eight real ranks of four virtual nodes: what does not start, does not finish or is slow is named."""
+"""The preflight on eight real ranks of four virtual nodes names ranks that are missing, hanging, failing or slow."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ pytestmark = pytest.mark.distributed
 ROOT = Path(__file__).resolve().parents[2]
 PER_NODE = 2
 RANKS = 8
-# Seconds for a phase: for a fault that shows when the time is up, and for all others. Eight healthy ranks take a
-# fraction of one, and some more to start.
+# Seconds for a phase: with a fault that is detected by the time limit, and otherwise. Eight healthy ranks need a
+# fraction of a second, and some more to start.
 TIMEOUT, PATIENCE = 6, 60
 
 
@@ -44,7 +44,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def virtual_node(rank: int, world_size: int, port: int) -> None:
-    """The environment that Slurm gives to a rank on `n0`, `n1`, ..., two ranks on each."""
+    """Set the environment that Slurm gives to a rank, with two ranks on each of `n0`, `n1`, ..."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         del os.environ[name]
     nodes = world_size // PER_NODE
@@ -77,7 +77,7 @@ def raising(*args: Any, **kwargs: Any) -> None:
 
 
 def in_phase(name: str, instead: Callable[..., Any]) -> None:
-    """Do `instead` of the work of a phase."""
+    """Call `instead` in place of the work of a phase."""
     from megatron.preflight.phase_store import PhaseStore
 
     phase = PhaseStore.phase
@@ -87,7 +87,7 @@ def in_phase(name: str, instead: Callable[..., Any]) -> None:
 
 
 def before_phase(name: str, instead: Callable[..., Any]) -> None:
-    """Do `instead` of coming to a phase."""
+    """Call `instead` in place of entering a phase."""
     from megatron.preflight.phase_store import PhaseStore
 
     phase = PhaseStore.phase
@@ -97,7 +97,7 @@ def before_phase(name: str, instead: Callable[..., Any]) -> None:
 
 
 def shorten(name: str) -> None:
-    """Give a phase TIMEOUT."""
+    """Give a phase the time limit TIMEOUT."""
     from megatron.preflight.phase_store import PhaseStore
 
     phase = PhaseStore.phase
@@ -110,7 +110,7 @@ def shorten(name: str) -> None:
 
 
 def spoil(rank: int) -> None:
-    """A sum over the ranks' network that comes out wrong in one place."""
+    """Make an all-reduce give one wrong element."""
     from megatron.preflight import groups
 
     all_reduce = dist.all_reduce
@@ -124,7 +124,7 @@ def spoil(rank: int) -> None:
 
 
 def corrupt() -> None:
-    """What this rank sends is not what it should be."""
+    """Make this rank send wrong data."""
     from megatron.preflight import measurements
 
     exchange = dist.batch_isend_irecv
@@ -144,7 +144,7 @@ def other_seed() -> None:
 
 
 def speeds(gemm: dict[int, float], copy: dict[int, float], link: Callable[[int, int], float]) -> Callable[[int], None]:
-    """Measurements replaced by numbers: 1 everywhere, but for the nodes named."""
+    """Replace measurements by numbers: 1 everywhere, except for the given nodes and links."""
 
     def replace(rank: int) -> None:
         from megatron.preflight import measurements
@@ -158,7 +158,7 @@ def speeds(gemm: dict[int, float], copy: dict[int, float], link: Callable[[int, 
 
 
 def rccl_logs(log_of_node: Callable[[int], str]) -> Callable[[int], None]:
-    """As if RCCL had written these logs."""
+    """Pretend that RCCL has written these logs."""
 
     def replace(rank: int) -> None:
         from megatron.preflight import phases, transport
@@ -187,7 +187,7 @@ def of_ranks(ranks: set[int], action: Callable[..., None], *args: Any) -> Callab
 def stall(
     rank: int, where: Callable[[str, Callable[..., Any]], None], phase: str, instead: Callable[..., Any]
 ) -> Callable[[int], None]:
-    """One rank does `instead` of a phase, which has TIMEOUT on all ranks."""
+    """One rank calls `instead` in place of a phase, which has TIMEOUT on all ranks."""
 
     def arrange(of_rank: int) -> None:
         shorten(phase)
@@ -204,7 +204,7 @@ FAULTS: dict[str, Callable[[int], Any]] = {
     "rank 0 is absent": lambda rank: rank == 0,
     "rank 5 stays away from its link": stall(5, before_phase, "node to node, round 1 of 3", never),
     "rank 5 stays away from TP": stall(5, before_phase, "the TP collectives", never),
-    # The others await its verdict for the time that the phase before had: all phases of this one have TIMEOUT.
+    # The others await its verdict for the time limit of the previous phase, so here all phases have TIMEOUT.
     "rank 0 stays away from TP": of_ranks({0}, before_phase, "the TP collectives", never),
     "rank 5 stays away from forming": stall(5, before_phase, "the forming of the TP, PP and DP groups", never),
     "rank 5 hangs in PP": stall(5, in_phase, "the PP collectives", never),
@@ -238,9 +238,9 @@ def _preflight(rank: int, world_size: int, ports: list[int], arguments: list[str
 def preflights(
     folder: Path, faults: list[str], *arguments: str, timeout: int = PATIENCE, grace: float = 60, **changes: Any
 ) -> dict[str, list[tuple[int, str]]]:
-    """By fault, (exit code, output) of eight ranks, TP2 PP2 DP2, after it has been arranged; all at the same time.
+    """(exit code, output) of eight ranks at TP2 PP2 DP2 by injected fault; all preflights run at the same time.
 
-    `grace` is how many seconds a rank that never ends is left after the first has ended.
+    `grace` is how many seconds a rank that does not end may continue after the first has ended.
     """
     config = folder / "run.yml"
     layout: dict[str, Any] = {"model_parallel_size": 2, "pipe_parallel_size": 2, "num_nodes": 4, "num_gpus": 2}
@@ -336,12 +336,12 @@ STALLS: list[Any] = [
         ["TP group (pipe 0, data 1), ranks 2-3 on n1: wrong sums on rank 3, in up to 1 of 65536 elements"],
     ),
 ]
-AT_ONCE = 3  # preflights; most of their time is waiting for the end of a phase
+AT_ONCE = 3  # preflights; they mostly wait for the end of a phase
 
 
 @pytest.fixture(scope="module")
 def stalled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[tuple[int, str]]]:
-    """Results of a fault, which is arranged together with its neighbors in STALLS."""
+    """Results of a fault, which runs together with its neighbors in STALLS."""
     known: dict[str, list[tuple[int, str]]] = {}
     names = [stall[0] for stall in STALLS]
 
@@ -409,7 +409,7 @@ def test_a_slow_link_is_named_and_excludes_nobody(tmp_path: Path) -> None:
 
 
 def test_slow_nodes_may_be_a_warning(tmp_path: Path) -> None:
-    """The default on CPUs."""
+    """This is the default on CPUs."""
     report = failed_with(0, preflight(tmp_path, "n2 multiplies slowly", "--exclude-file", str(tmp_path / "exclude")))
     assert "slow node n2: GEMM" in report
     assert "preflight: all is well" in report
@@ -417,7 +417,7 @@ def test_slow_nodes_may_be_a_warning(tmp_path: Path) -> None:
 
 
 def test_real_measurements(tmp_path: Path) -> None:
-    """Nothing replaced, with megatron-core's links. What they are worth here is not asked, only that all are there."""
+    """Without replacements, with megatron-core's links; results must be present, but their values are not checked."""
     megatron = {"engine": "megatron", "virtual_pipe_parallel_size": 2, "num_layers": 4}
     report = failed_with(0, preflight(tmp_path, "none", **megatron, gradient_accumulation_steps=2))
     rows = [line.split() for line in report.splitlines() if line.startswith(("n0 ", "n1 ", "n2 ", "n3 "))]
@@ -465,9 +465,9 @@ sbatch() { echo "sbatch $*"; }
 
 
 def test_the_page_s_commands(tmp_path: Path) -> None:
-    """docs/preflight.md as it is written; the shell plays srun and sbatch."""
+    """The commands of docs/preflight.md as written, with shell stand-ins for srun and sbatch."""
     blocks = re.findall(r"^```bash\n(.*?)^```", (ROOT / "docs/preflight.md").read_text(), re.MULTILINE | re.DOTALL)
-    blocks = [block.replace("local.yml", "local.yml --no-inputs") for block in blocks]  # the demo's are not there
+    blocks = [block.replace("local.yml", "local.yml --no-inputs") for block in blocks]  # the demo's inputs do not exist
     for name, path in (("model.yml", "model.yml"), ("run.yml", "run.yml")):
         (tmp_path / name).symlink_to(ROOT / "configs/tiny" / path)
     (tmp_path / "local.yml").write_text("num_gpus: 2\npipe_parallel_size: 2\ndistributed_backend: gloo\n")

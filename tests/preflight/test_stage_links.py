@@ -1,4 +1,4 @@
-"""Neighboring stages: every pair once, one partner at a time, messages of the training's size; and what is said."""
+"""Links between stages: every pair once, one partner at a time, messages of the training's size; and the report."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def configuration(world_size: int = 2048, **changes: Any) -> NeoXArgs:
 
 @pytest.mark.unit
 def test_the_70b_s_messages_are_16_8_mb() -> None:
-    """And 134 MB from every rank without sequence parallelism, which DeepSpeed splits."""
+    """Without sequence parallelism they are 134 MB from every rank, which DeepSpeed splits."""
     sizes = {"hidden_size": 8192, "intermediate_size": 28672, "seq_length": 8192, "precision": "bfloat16"}
     sizes |= {"train_micro_batch_size_per_gpu": 1, "max_position_embeddings": 8192}
     assert stage_message_bytes(configuration(**sizes, sequence_parallel=True)) == 16_777_216
@@ -114,7 +114,7 @@ def _exchange(rank: int, world_size: int, fault: str) -> list[float]:
 
 @pytest.mark.distributed
 def test_messages_go_over_the_engines_links_or_the_world() -> None:
-    """Three stages in a ring: two partners each, both ways."""
+    """Three stages in a ring have two partners each, in both directions."""
     rates = run_ranks(_exchange, 3, "none")
     assert [len(found) for found in rates] == [4, 4, 4]
     assert all(rate > 0 for found in rates for rate in found)

@@ -1,4 +1,4 @@
-"""Halves of documents: cut in the middle, found where they carry a signal, and measured as scikit-learn does."""
+"""Halves of documents are cut in the middle, found if vectors carry a signal, and scored like in scikit-learn."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ pytestmark = pytest.mark.unit
 
 
 def halves(documents: int, noise: float, seed: int, width: int = 24) -> tuple[np.ndarray, np.ndarray]:
-    """Two noisy copies of one vector a document."""
+    """Two noisy copies of one vector per document."""
     rng = np.random.default_rng(seed)
     common = rng.normal(size=(documents, width))
     return tuple(common + noise * rng.normal(size=common.shape) for _ in range(2))  # type: ignore[return-value]
 
 
 def write(path: Path, first: np.ndarray, second: np.ndarray, names: list[str] | None = None) -> Path:
-    """As embed.py would, second halves first."""
+    """Write vectors like embed.py, with the second halves first."""
     names = names or [f"d{number}" for number in range(len(first))]
     np.save(path, np.concatenate([second, first]).astype(np.float32))
     ids = [*(f"{name}#2" for name in names), *(f"{name}#1" for name in names)]
@@ -35,8 +35,8 @@ def write(path: Path, first: np.ndarray, second: np.ndarray, names: list[str] | 
 def test_recall_and_auc_are_those_of_the_whole_matrix() -> None:
     from sklearn.metrics import roc_auc_score
 
-    first, second = halves(700, 0.8, seed=1)  # more documents than rows of one piece
-    first[5] = first[6] = second[5] = second[6]  # equal vectors: neither is the nearest
+    first, second = halves(700, 0.8, seed=1)  # more documents than rows in one piece
+    first[5] = first[6] = second[5] = second[6]  # equal vectors: neither counts as the nearest
     found = compare_halves(first, second, centered=False)
     a, b = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (first, second))
     cosines, same = a @ b.T, np.eye(len(a), dtype=bool)
@@ -44,7 +44,7 @@ def test_recall_and_auc_are_those_of_the_whole_matrix() -> None:
     nearest = cosines.argmax(1) == np.arange(len(a))
     nearest[[5, 6]] = False
     assert (found.hits == nearest).all()
-    assert 0.3 < found.hits.mean() < 0.99  # the case can fail either way
+    assert 0.3 < found.hits.mean() < 0.99  # neither bound is reached trivially
     assert found.mean_different == pytest.approx(cosines[~same].mean())
     assert found.different_counts.sum() == (~same).sum()
 

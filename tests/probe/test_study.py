@@ -1,4 +1,4 @@
-"""Probes find a signal that was planted, where it was planted, and nothing in noise."""
+"""Probes find a planted signal in the layer where it was planted, and nothing in noise."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def truth(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 
 def planted(values: np.ndarray, layer: int = PLANTED, seed: int = 1) -> np.ndarray:
-    """Noise [items, 4 layers, width], one layer of which carries the values among its directions."""
+    """Noise [items, 4 layers, width]; one layer carries the values in some of its directions."""
     rng = np.random.default_rng(seed)
     table = rng.normal(size=(ITEMS, 4, WIDTH))
     table[:, layer] += 2 * values[:, None] * rng.normal(size=WIDTH)
@@ -71,9 +71,9 @@ def test_a_planted_signal_is_found_in_its_layer_and_noise_is_not() -> None:
 
 
 def test_the_layer_is_not_chosen_on_the_test_set() -> None:
-    """A layer that knows the answers of the test set alone is not taken: choosing by test scores would take it."""
+    """A layer that carries the answers of the test set only is not chosen; choosing by test scores would choose it."""
     number, _ = truth()
-    table = planted(0.15 * number)  # weak, so that cross-validation prefers it by a little
+    table = planted(0.15 * number)  # weak, so that cross-validation prefers it only slightly
     in_test = np.array([is_test(name, OPTIONS) for name in IDS])
     table[in_test, 0, :] = number[in_test, None]
     found = Study([number_of(number)], features(table)).run(OPTIONS)["properties"]["mass"]["sources"]["trained"]
@@ -117,7 +117,7 @@ def test_more_labels_and_later_checkpoints_help_where_the_signal_grows() -> None
     one = Study([number_of(number)], features(planted(0.3 * number)), checkpoints=steps).run(options)["properties"][
         "mass"
     ]
-    assert [point["labels"] for point in one["labels"]] == [32, 400]  # a million labels are not there
+    assert [point["labels"] for point in one["labels"]] == [32, 400]  # there are fewer than a million labels
     few, many = (np.mean(point["scores"]["trained"]) for point in one["labels"])
     assert many > few + 0.05
     scores = [facts["test"] for facts in one["checkpoints"].values()]
@@ -126,7 +126,7 @@ def test_more_labels_and_later_checkpoints_help_where_the_signal_grows() -> None
 
 
 def test_a_rare_class_stops_nothing() -> None:
-    """Of two items of a class some folds and some draws of few labels have none."""
+    """With two items of a class, some folds and some draws of few labels contain none."""
     classes = np.zeros(ITEMS, dtype=np.int64)
     classes[[np.flatnonzero([not is_test(name, OPTIONS) for name in IDS])[:2]]] = 1
     one = Property("rare", "logistic", IDS, classes, ("a", "b"))
@@ -136,7 +136,7 @@ def test_a_rare_class_stops_nothing() -> None:
 
 
 def test_the_inputs_are_a_baseline_of_components() -> None:
-    """A property of the pixels is found there; one that no component carries is not."""
+    """A property of the pixels is found in their components; one that no component carries is not."""
     number, _ = truth()
     rng = np.random.default_rng(5)
     pixels = rng.normal(size=(ITEMS, 50))
@@ -167,7 +167,7 @@ def test_images_are_inputs_as_they_lie_in_their_pair(tmp_path: Path) -> None:
 
 
 def write_study(folder: Path) -> list[str]:
-    """Files of a whole command, and its words; some labels are missing."""
+    """Write the files of a complete command, with some labels missing; returns its words."""
     number, classes = truth()
     for name, table in (("trained", planted(number)), ("untrained", planted(np.zeros(ITEMS), seed=2))):
         np.save(folder / f"{name}.npy", table[:SMALL, 1:3].astype(np.float32))

@@ -61,7 +61,7 @@ def run(tmp_path: Path) -> Path:
 
 
 class Page(HTMLParser):
-    """Every address that a page asks a browser for, its text, and its images."""
+    """Every address that a page makes a browser request, its text, and its images."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -145,7 +145,7 @@ def test_the_loss_is_averaged_over_the_last_steps() -> None:
 
 
 def test_any_metrics_file_and_two_runs(run: Path, tmp_path: Path) -> None:
-    """One file with nothing beside it, against a whole run."""
+    """A single metrics file, by itself and next to a whole run."""
     bare = tmp_path / "other/metrics.jsonl"
     write_lines(bare, [{"iteration": n, "train/lm_loss": 2.0} for n in (1, 2)])
     assert main([str(bare)]) == 0

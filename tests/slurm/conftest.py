@@ -1,4 +1,4 @@
-"""The clusters that the tests of this folder share."""
+"""The clusters shared by the tests of this folder."""
 
 from __future__ import annotations
 

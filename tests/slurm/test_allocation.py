@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slurm
 def allocated(
     cluster: Cluster, folder: Path, *options: str, plan: str = "done", typed: tuple[str, ...] = ()
 ) -> subprocess.CompletedProcess[str]:
-    """deepy.py with the light program on 2 x 2 ranks, in an allocation with these options of salloc."""
+    """Run deepy.py with the light program on 2 x 2 ranks, in an allocation with these options of salloc."""
     project = folder / "project"
     if not project.exists():
         light_project(project)

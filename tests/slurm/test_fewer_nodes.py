@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slurm
 
 GUIDE = (ROOT / "docs/launching.md").read_text().partition("## When nodes are missing")[2].partition("\n## ")[0]
 STEPS = 60
-BATCH = 12  # over four replicas, and over three
+BATCH = 12  # divisible by four replicas and by three
 
 
 def configure(folder: Path, data: str) -> list[str]:
@@ -46,7 +46,7 @@ def test_a_job_of_four_nodes_loses_one_and_goes_on_with_three(
     try:
         cluster.fail_node(lost, notice=True)
         cluster.until(lambda: cluster.state(job) == "PENDING", f"job {job} back in the queue", 60)
-        cluster.run("scancel", job)  # four nodes are not coming back today
+        cluster.run("scancel", job)  # the fourth node does not come back
         cluster.until(lambda: cluster.state(job) == "CANCELLED", "the old job to end", 60)
         saved = complete_steps(tmp_path / "checkpoints")[-1]
         assert saved < STEPS

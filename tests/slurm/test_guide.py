@@ -1,4 +1,4 @@
-"""Every command of docs/launching.md, in the order a reader types them; Slurm's own under a real Slurm."""
+"""Every command of docs/launching.md in the order of the guide; Slurm commands run under a real Slurm."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_commands_of_the_guide(cluster: Cluster, tmp_path: Path, monkeypatch: py
         if words[:2] == ["python", "launch/render.py"]:
             more = ["--no-preflight", "--env=MASTER_ADDR=127.0.0.1"] if words[2] == "generic_slurm" else []
             assert main([*words[2:3], *more, *words[3:]], project=project) == 0, command
-        elif words[:2] == ["python", "deepy.py"]:  # the plan itself: tests of the planner
+        elif words[:2] == ["python", "deepy.py"]:  # the plan itself is covered by the planner's tests
             invocation = parse_command_line(words[2:])
             assert invocation.plan is not None
             assert NeoXArgs.from_ymls(invocation.configs, invocation.overrides).global_num_gpus == 2048

@@ -1,4 +1,4 @@
-"""What the batch script does around the training, with a program that takes a second: staging, signals, requeueing."""
+"""The batch script around a training, here a program of one second: staging, signals, requeueing."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def seen(folder: Path, start: int = 0, ranks: int = 4) -> list[dict[str, Any]]:
-    """What each rank of a start has found around itself."""
+    """Arguments and environment that each rank of a start has recorded."""
     return [json.loads((folder / f"seen-{start}-{rank}.json").read_text()) for rank in range(ranks)]
 
 
@@ -38,21 +38,21 @@ def all_wait(folder: Path, start: int) -> bool:
 
 
 def stub(folder: Path, name: str, body: str) -> None:
-    """A program that is found before the real one by a job whose PATH begins with `folder`."""
+    """Write a program that replaces the real one in a job whose PATH begins with `folder`."""
     folder.mkdir(exist_ok=True)
     (folder / name).write_text(f"#!/bin/bash\n{body}\n")
     (folder / name).chmod(0o755)
 
 
 def submit(cluster: Cluster, folder: Path, script: Path, plan: str, *options: str, **variables: str) -> str:
-    nodes = folder / "disk"  # each virtual node has its own folder in it
+    nodes = folder / "disk"  # contains a folder for each virtual node
     nodes.mkdir(exist_ok=True)
     path = os.pathsep.join([str(folder / "stubs"), cluster.env["PATH"]])
     return cluster.submit(script, *options, PLAN=plan, TMPDIR=str(nodes), PATH=path, **variables)
 
 
 def test_odd_values_arrive_in_every_rank(cluster: Cluster, project: Path, tmp_path: Path) -> None:
-    odd_word = re.sub(r"[\n\t\\]", " ", ODD)  # render.py refuses these where sbatch would read them
+    odd_word = re.sub(r"[\n\t\\]", " ", ODD)  # render.py refuses these characters where sbatch reads them
     folder = tmp_path / odd_word
     folder.mkdir()
     configs = configure(folder, "my run, (1) $x 'q'.yml")
@@ -66,7 +66,7 @@ def test_odd_values_arrive_in_every_rank(cluster: Cluster, project: Path, tmp_pa
         assert env["SLURM_JOB_NAME"] == odd_word
         assert found["cwd"] == str(folder)
         assert found["argv"][1:] == [*configs, "--wandb_group", json.dumps(ODD), "--num_nodes", "2"]
-        # Expanded in the task, not in the batch shell; nothing of another launcher is left.
+        # Expanded in the task, not in the batch shell; no variable of another launcher remains.
         assert (env["SLURM_PROCID"], env["SLURM_LOCALID"]) == (str(rank), str(rank % 2))
         assert env["SLURMD_NODENAME"] == f"n{rank // 2}"
         assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"} & env.keys()
@@ -75,7 +75,7 @@ def test_odd_values_arrive_in_every_rank(cluster: Cluster, project: Path, tmp_pa
 
 
 def test_a_list_for_export_would_lose_values(cluster: Cluster, project: Path, tmp_path: Path) -> None:
-    """The mutation: what --export=ALL alone spares us."""
+    """The mutation: a list in --export truncates values with commas, which --export=ALL avoids."""
     script = rendered(tmp_path, project)
     text = script.read_text()
     assert text.count("--export=ALL") == 3
@@ -85,7 +85,7 @@ def test_a_list_for_export_would_lose_values(cluster: Cluster, project: Path, tm
 
 
 def pack(folder: Path, archive: Path) -> None:
-    """What conda-pack would write: bin/python and bin/conda-unpack; both say that they were called."""
+    """Write an archive like conda-pack's, with bin/python and bin/conda-unpack, which record that they were called."""
     stub(folder, "python", f'export FOUND_IN="$0"\nexec {sys.executable} "$@"')
     (folder / "conda-unpack").write_text(
         "#!/usr/bin/env python\nimport os\nassert 'FOUND_IN' in os.environ\n"
@@ -133,7 +133,7 @@ def test_an_archive_that_arrives_damaged_stops_the_job(cluster: Cluster, project
 
 @pytest.mark.parametrize("checked", [True, False])
 def test_a_failed_sbcast_stops_the_job(cluster: Cluster, project: Path, tmp_path: Path, checked: bool) -> None:
-    """A real sbcast that cannot write. The mutation, its exit code ignored: the next step finds out, but not why."""
+    """A real sbcast cannot write. In the mutation its exit code is ignored: the next step fails, without the reason."""
     script = rendered(tmp_path, project)
     if not checked:
         text = script.read_text()
@@ -180,7 +180,7 @@ def test_a_warning_before_the_training_is_not_lost(cluster: Cluster, project: Pa
 
 
 def test_without_the_trap_the_job_does_not_go_on(cluster: Cluster, project: Path, tmp_path: Path) -> None:
-    """The mutation: the warning ends the batch shell, and its srun with it."""
+    """The mutation: without the trap, the warning ends the batch shell and with it srun."""
     script = rendered(tmp_path, project)
     text = script.read_text()
     assert text.count("trap warn USR1\n") == 1
@@ -195,14 +195,14 @@ def test_without_the_trap_the_job_does_not_go_on(cluster: Cluster, project: Path
 def test_srun_never_outlives_the_batch_script(
     cluster: Cluster, project: Path, tmp_path: Path, deadly: signal.Signals
 ) -> None:
-    """After a requeue it would end a step of the next start, which has the same number.
+    """After a requeue, a surviving srun would end a step of the next start, which has the same number.
 
-    The controller is halted meanwhile and the ranks ignore signals, so that nothing but the script can end srun.
+    The controller is stopped and the ranks ignore signals, so that only the script can end srun.
     """
     job = submit(cluster, tmp_path, rendered(tmp_path, project), "deaf")
     cluster.until(lambda: all_wait(tmp_path, 0), "the ranks", 60)
     sruns = {pid: parent for pid, parent, name in cluster.process_table(job) if name == "srun"}
-    (step,) = [pid for pid, parent in sruns.items() if parent not in sruns]  # the other one is its helper
+    (step,) = [pid for pid, parent in sruns.items() if parent not in sruns]  # srun's child is its helper
     controller = cluster.daemons["slurmctld"]
     controller.send_signal(signal.SIGSTOP)
     try:
@@ -212,12 +212,12 @@ def test_srun_never_outlives_the_batch_script(
         controller.send_signal(signal.SIGCONT)
     for pid in cluster.processes(f"SLURM_JOB_ID={job}", "SLURM_NTASKS=4"):
         with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)  # deaf ranks would make Slurm wait
+            os.kill(pid, signal.SIGKILL)  # Slurm would wait for ranks that ignore signals
     cluster.wait_for(job, "FAILED")
 
 
 def test_ranks_that_do_not_listen_are_killed_in_time(cluster: Cluster, project: Path, tmp_path: Path) -> None:
-    """They hang, say. The job must be back in the queue before Slurm ends it for good."""
+    """Ranks that hang, for example: the job must be back in the queue before Slurm ends it for good."""
     job = submit(cluster, tmp_path, rendered(tmp_path, project, "--signal-seconds=4"), "deaf,done")
     cluster.until(lambda: all_wait(tmp_path, 0), "the ranks", 60)
     cluster.run("scancel", "--batch", "--signal=USR1", job)
@@ -270,7 +270,7 @@ def test_a_cancelled_job_saves_and_stays_out_of_the_queue(cluster: Cluster, proj
 
 @pytest.mark.slow  # with a training: test_a_night
 def test_a_lost_node_is_named_and_the_job_goes_on(cluster: Cluster, project: Path, tmp_path: Path) -> None:
-    """Daemon and ranks of the node are gone at once, in mid-step; Slurm notices, ends the job and starts it again."""
+    """Daemon and ranks of the node die at once during a step; Slurm notices, ends the job and starts it again."""
     job = submit(cluster, tmp_path, rendered(tmp_path, project), "deaf,done")
     cluster.until(lambda: all_wait(tmp_path, 0), "the ranks", 60)
     lost = "n1"
@@ -287,7 +287,7 @@ def test_a_lost_node_is_named_and_the_job_goes_on(cluster: Cluster, project: Pat
 
 def test_a_node_lost_before_the_training_costs_a_restart(cluster: Cluster, project: Path, tmp_path: Path) -> None:
     stub(tmp_path / "stubs", "sbcast", 'touch "$HERE/staging"; until [[ -e $HERE/go ]]; do sleep 0.1; done; exit 1')
-    # A start may still be given the lost node, if Slurm has not missed it yet.
+    # A start may still get the lost node if Slurm has not noticed the loss.
     job = submit(cluster, tmp_path, rendered(tmp_path, project), "none,done,done", HERE=str(tmp_path))
     cluster.until((tmp_path / "staging").exists, "the job", 60)
     try:
@@ -313,7 +313,7 @@ def test_the_next_start_avoids_the_nodes_on_which_ranks_were_lost(
 
 
 def test_a_container_has_the_ranks_environment(cluster: Cluster, project: Path, tmp_path: Path) -> None:
-    """Singularity itself is not here: a stand-in that runs what it is given, and says what that was."""
+    """A stand-in for Singularity records and runs its command."""
     body = (
         'printf "%s\\n" "$@" >"$HERE/entered-$SLURM_PROCID"\nuntil [[ $1 == *.sif ]]; do shift; done; shift\nexec "$@"'
     )
@@ -334,9 +334,9 @@ def test_a_container_has_the_ranks_environment(cluster: Cluster, project: Path, 
 def test_the_scripts_of_the_sites_run(
     cluster_of_gpus: Cluster, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, site: str
 ) -> None:
-    """Two of their nodes, as far as Slurm goes: flags, 8 ranks on each, the profile, the software, the plan.
+    """On two nodes that look like the site's to Slurm: flags, 8 ranks per node, the profile, the software, the plan.
 
-    Stand-ins for `module`, singularity and the node-local disk; the GPUs are a number in Slurm's configuration.
+    `module`, singularity and the node-local disk have stand-ins; the GPUs are a number in Slurm's configuration.
     """
     cluster = cluster_of_gpus
     monkeypatch.chdir(tmp_path)
@@ -377,7 +377,7 @@ def test_the_scripts_of_the_sites_run(
 
 @pytest.mark.slow
 def test_slurm_s_own_warning(cluster: Cluster, project: Path, tmp_path: Path) -> None:
-    """Three minutes of wall time, warned by Slurm itself and not by a hand."""
+    """Three minutes of wall time, with the warning sent by Slurm itself, not by scancel."""
     script = rendered(tmp_path, project, "--time=3", "--signal-seconds=60")
     job = submit(cluster, tmp_path, script, "wait,done")
     cluster.start_requeued(job, timeout=200)

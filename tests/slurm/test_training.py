@@ -1,4 +1,4 @@
-"""The rendered generic template under a real Slurm: the tiny model on two nodes, and what a night does to it."""
+"""The rendered generic template under a real Slurm: the tiny model on two nodes, through a night of failures."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def configure(folder: Path, data: str) -> list[str]:
-    """TP2 x PP2, saving at the end alone; the machine is a file of its own."""
+    """Configuration files for TP2 x PP2, saving only at the end; the machine has its own file."""
     settings = {"log_dir": "log", "model_parallel_size": 2, "pipe_parallel_size": 2}
     write_run(folder / "run.yml", data, **settings, **saving_at_the_end(60, "checkpoints"))
     (folder / "two_nodes.yml").write_text(yaml.safe_dump({"num_nodes": 2, "num_gpus": 2}))
@@ -37,7 +37,7 @@ def configure(folder: Path, data: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def uninterrupted(data: str, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
-    """Losses of deepy.py on this machine alone."""
+    """Losses of an uninterrupted run of deepy.py without Slurm."""
     folder = tmp_path_factory.mktemp("local")
     configure(folder, data)
     command = [sys.executable, str(ROOT / "deepy.py"), str(ROOT / "train.py"), "run.yml", "--num_gpus", "4"]
@@ -46,10 +46,10 @@ def uninterrupted(data: str, tmp_path_factory: pytest.TempPathFactory) -> dict[i
 
 
 def until(cluster: Cluster, folder: Path, job: str, start: int, steps: int) -> str:
-    """Wait until a job's start, counted from 1, has done some steps; Slurm's name of the step that trains."""
+    """Wait until a job's start, counted from 1, has done some steps; returns Slurm's name of the training step."""
 
     def trained() -> bool:
-        # A requeued job is COMPLETING for as long as its last nodes clean up.
+        # A requeued job is COMPLETING until its previous nodes have cleaned up.
         known = ("COMPLETING", "PENDING", "CONFIGURING", "RUNNING")
         assert cluster.state(job) in known, log_of(folder, job)[-3000:]
         log = log_of(folder, job).partition(f"launch: job {job}, start {start} ")[2]
@@ -63,7 +63,7 @@ def until(cluster: Cluster, folder: Path, job: str, start: int, steps: int) -> s
 
 @pytest.mark.timeout(600)
 def test_a_night(cluster: Cluster, data: str, tmp_path: Path, uninterrupted: dict[int, float]) -> None:
-    """A rank is killed, the time limit comes near, a node is lost; the fourth start ends as if nothing had happened."""
+    """A rank is killed, the time limit approaches, a node is lost; the fourth start ends like an uninterrupted run."""
     script = rendered(tmp_path, ROOT, configs=configure(tmp_path, data))
     job = cluster.submit(script, TMPDIR=str(tmp_path))
 
@@ -85,7 +85,7 @@ def test_a_night(cluster: Cluster, data: str, tmp_path: Path, uninterrupted: dic
     assert f"launch: requeued: SIGUSR1 at iteration {saved} of 60; all is saved" in log_of(tmp_path, job)
 
     step_names.append(until(cluster, tmp_path, job, 3, 1))
-    # slurmctld repeats signals that were not confirmed: none for an earlier start may reach the ranks of this one.
+    # slurmctld repeats unconfirmed signals: those for an earlier start must not reach the ranks of this one.
     assert len(set(step_names)) == 3, step_names
     lost = cluster.run("scontrol", "show", "hostnames", cluster.field(job, "NodeList")).split()[1]
     try:
@@ -105,7 +105,7 @@ def test_a_night(cluster: Cluster, data: str, tmp_path: Path, uninterrupted: dic
 
 @pytest.mark.slow
 def test_scancel_leaves_a_complete_checkpoint_and_no_process(cluster: Cluster, data: str, tmp_path: Path) -> None:
-    """With the preflight in front, as users run it."""
+    """Including the preflight, as users run it."""
     script = rendered(tmp_path, ROOT, configs=configure(tmp_path, data), preflight=True)
     job = cluster.submit(script, TMPDIR=str(tmp_path))
     until(cluster, tmp_path, job, 1, 2)
@@ -129,12 +129,12 @@ exec {python} {root}/deepy.py {root}/train.py run.yml two_nodes.yml
 def test_deepy_in_an_allocation_starts_the_ranks_by_itself(
     cluster: Cluster, data: str, tmp_path: Path, uninterrupted: dict[int, float]
 ) -> None:
-    """A batch script of one's own: deepy.py makes one srun, passes warnings on, and goes on when called again."""
+    """In a user's own batch script, deepy.py calls srun once, forwards warnings, and resumes when called again."""
     configure(tmp_path, data)
     (tmp_path / "own.sh").write_text(ALLOCATION.format(python=sys.executable, root=ROOT))
     meet = {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
     job = cluster.submit(tmp_path / "own.sh", f"--chdir={tmp_path}", **meet)
-    # Long before the ranks listen: this warning must wait for them.
+    # Long before the ranks handle signals: this warning must be kept for them.
     cluster.until(lambda: len(cluster.processes(f"SLURM_JOB_ID={job}", "SLURM_PROCID=3")) > 0, "the ranks", 60)
     cluster.run("scancel", "--batch", "--signal=USR1", job)
     log = finished(cluster, tmp_path, job, "FAILED", timeout=200)

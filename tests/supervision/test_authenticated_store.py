@@ -72,7 +72,7 @@ def test_foreign_messages_are_ignored_and_counted(server: Any) -> None:
 
 
 def test_no_message_of_the_forger_s_counts(server: Any) -> None:
-    """Without its hash, under another secret, cut, changed, another key's: those that the benchmark sends."""
+    """Without hash, hashed with another secret, truncated, modified, of another key: all that the benchmark sends."""
     ours = AuthenticatedStore(connected(server), SECRET)
     store = StatusStore(ours, 0, 2)
     beats = [Beat(7, "step", rank, 0.0, False, "") for rank in range(2)]
@@ -168,7 +168,7 @@ def test_the_ranks_of_one_machine_meet_on_loopback() -> None:
 def test_a_thread_of_the_watchdog_that_fails_ends_the_run_with_its_reason(
     thread: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As a message that is not JSON did: then the run went on, and nothing watched it."""
+    """Otherwise the run would continue unwatched, as it once did after a message that was not JSON."""
     ended = threading.Event()
     codes: list[int] = []
 

@@ -1,4 +1,4 @@
-"""Traces by YAML and by a dropped file: read back as JSON, with this project's operations in them."""
+"""Traces requested by YAML or by a file are valid JSON and contain this project's operations."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def _run(rank: int, world_size: int, run_keys: dict[str, Any], drop: tuple[int, str] | None = None) -> None:
-    """A run of two stages; before iteration `drop[0]` the text `drop[1]` is dropped as a request."""
+    """A run of two stages; before iteration `drop[0]` a request file with the text `drop[1]` appears."""
     from megatron.supervision import profiler
     from megatron.trainer.run import Run
 

@@ -29,7 +29,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_bit_counts(dtype: torch.dtype) -> None:
-    """Also that of the sign, of zeros, and of the last element."""
+    """Including sign bits, bits of zeros, and bits of the last element."""
     tensor = torch.randn(7, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
     tensor[0, 0] = 0
     before = int(bit_sum(tensor))
@@ -85,7 +85,7 @@ def keys(data: str, folder: Path, **changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("split", "rank", "tensor", "said"),
     [
-        ((2, 1), 1, "layernorm", f"rank 0 on {NODE} (pipe 0, data 0, tensor 0)"),  # TP: norms alone are replicated
+        ((2, 1), 1, "layernorm", f"rank 0 on {NODE} (pipe 0, data 0, tensor 0)"),  # TP: only norms are replicated
         ((1, 2), 1, "dense", f"rank 1 on {NODE} (pipe 0, data 1, tensor 0)"),
         ((1, 1), 2, "linear", f"rank 2 on {NODE} (pipe 0, data 2, tensor 0) differs from that on ranks 0, 1, 3"),
     ],
@@ -108,13 +108,13 @@ def test_a_flipped_bit_stops_the_run(
 
 
 def test_shards_may_differ(data: str, tmp_path: Path) -> None:
-    """A tensor-parallel shard of a matrix has no copy where there is no data parallelism."""
+    """Without data parallelism, a tensor-parallel shard of a matrix has no replica."""
     flip = {"iteration": 4, "rank": 1, "tensor": "linear"}
     assert run_ranks(_run, 2, keys(data, tmp_path, model_parallel_size=2), flip) == [("", [])] * 2
 
 
 def test_nothing_that_differs_is_saved(data: str, tmp_path: Path) -> None:
-    """The check before a save finds what came after the last regular one; switched off, it would have been saved."""
+    """The check before a save finds a deviation since the last regular check; without it the deviation is saved."""
     flip = {"iteration": 6, "rank": 1, "tensor": "layernorm"}
     run_keys = keys(data, tmp_path, model_parallel_size=2, replica_check_interval=100)
     assert "iteration 6" in run_ranks(_run, 2, run_keys, flip)[0][0]

@@ -21,7 +21,7 @@ from tests.support.token_files import random_documents
 
 pytestmark = pytest.mark.distributed
 
-STEPS = 300  # more than six runs do before their signal arrives
+STEPS = 300  # more than six runs complete before their signal arrives
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def command(data: str, folder: Path, **changes: Any) -> list[str]:
-    """deepy.py on two pipeline stages, saving at the end alone unless `changes` say more."""
+    """deepy.py on two pipeline stages, saving only at the end unless `changes` say otherwise."""
     settings = {"pipe_parallel_size": 2, "log_dir": str(folder / "log")}
     settings |= saving_at_the_end(STEPS, str(folder / "checkpoints"))
     write_run(folder / "run.yml", data, **settings | changes)
@@ -84,7 +84,7 @@ SIGNALS: list[tuple[str, Callable[[int], int], signal.Signals, dict[str, Any]]] 
 def test_every_signal_saves_and_the_same_command_goes_on(
     data: str, tmp_path: Path, uninterrupted: dict[int, float]
 ) -> None:
-    """A chain of runs, each ended long before the only save point; at the end nothing was done twice or left out."""
+    """A chain of runs, each stopped long before the only save point, repeats and omits no step."""
     saved: list[int] = []
     for name, whom, number, changes in SIGNALS:
         before = len(losses(tmp_path))
@@ -129,7 +129,7 @@ def test_without_a_save_folder_the_signal_just_ends_the_run(data: str, tmp_path:
 def test_after_a_killed_rank_the_same_command_goes_on_from_the_last_checkpoint(
     data: str, tmp_path: Path, uninterrupted: dict[int, float]
 ) -> None:
-    """What a lost node leaves: no warning, a step cut in the middle, perhaps a save cut in the middle."""
+    """As after a lost node: no warning, an interrupted step, perhaps an interrupted save."""
     often = {"checkpoint_factor": 2, "keep_last_n_checkpoints": 2}
     code, errors = interrupt(command(data, tmp_path, **often), tmp_path, one_rank, signal.SIGKILL, steps=6)
     assert code == 128 + signal.SIGKILL, errors

@@ -1,4 +1,4 @@
-"""The exchange between two steps: all ranks get every rank's information, and slow phases are attributed to a rank."""
+"""The exchange between steps: all ranks get every rank's information, and slow phases are attributed to a rank."""
 
 from __future__ import annotations
 

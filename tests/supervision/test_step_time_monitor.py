@@ -1,4 +1,4 @@
-"""Series of step times: which are flagged, and which rank is named."""
+"""Which series of step times are flagged, and which rank is named."""
 
 from __future__ import annotations
 

@@ -141,7 +141,7 @@ def test_a_rank_inside_a_collective_waits() -> None:
 
 
 def test_a_missing_frame_does_not_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What CPython 3.11 has given for a frame that a thread was leaving; the watchdog ended a healthy run of it."""
+    """CPython 3.11 may return another object for a frame that a thread is leaving, which once ended a healthy run."""
     main = threading.main_thread().ident or 0
     monkeypatch.setattr(sys, "_current_frames", lambda: {main: str.join, main + 1: str.join})
     sent = current_beat(3, Whereabouts(phase="backward", iteration=7), main)

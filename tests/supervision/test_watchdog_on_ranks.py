@@ -27,7 +27,7 @@ from tests.support.token_files import random_documents
 pytestmark = pytest.mark.distributed
 
 NODE = node_name(os.environ)
-BOUND_SECONDS = 90  # silence (2 s) or lack of progress (3 s), then the launcher's patience with what does not end
+BOUND_SECONDS = 90  # silence (2 s) or no progress (3 s), then the launcher's wait for ranks that do not end
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def _free_port() -> int:
-    """Below the ephemeral ports, which connections of other processes take while the ranks import."""
+    """A free port below the ephemeral ones, which other processes may take while the ranks import."""
     for port in random.sample(PORTS, 100):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
@@ -45,7 +45,7 @@ def _free_port() -> int:
 
 
 class Run:
-    """A run that would not end by itself, of two pipeline stages, until it is past its first steps."""
+    """A run of two pipeline stages that does not end by itself."""
 
     def __init__(self, folder: Path, data: str, script: Path = ROOT / "train.py", **changes: Any) -> None:
         self.folder = folder
@@ -61,7 +61,7 @@ class Run:
         self.stderr = (folder / "stderr").open("w+")
 
     def start(self) -> None:
-        """By deepy.py, until some steps are done."""
+        """Start it by deepy.py and wait until some steps are done."""
         env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         words = [sys.executable, str(ROOT / "deepy.py"), str(self.script), str(self.folder / "run.yml")]
         self.process = subprocess.Popen(words, cwd=self.folder, env=env, stdout=subprocess.DEVNULL, stderr=self.stderr)
@@ -76,7 +76,7 @@ class Run:
         return path.read_text() if path.exists() else ""
 
     def ranks(self) -> list[int]:
-        """Process ids by rank, under deepy: its child supervises, and started them in order."""
+        """Process ids by rank: deepy's child supervises the ranks and started them in order."""
         (supervisor,) = children(self.process.pid)
         return sorted(children(supervisor))
 
@@ -106,7 +106,7 @@ def started(data: str, tmp_path: Path) -> Iterator[Any]:
 
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_stopped_rank_is_named(started: Any, rank: int) -> None:
-    """SIGSTOP is what a frozen node looks like: connections stay open, nothing moves."""
+    """SIGSTOP imitates a frozen node: connections stay open, but nothing progresses."""
     run = started()
     pids = run.ranks()
     os.kill(pids[rank], signal.SIGSTOP)
@@ -121,7 +121,7 @@ def test_a_stopped_rank_is_named(started: Any, rank: int) -> None:
 
 
 def test_a_job_that_is_suspended_as_a_whole_goes_on(started: Any) -> None:
-    """`scontrol suspend` and `resume`: nobody was awake to miss anybody."""
+    """After `scontrol suspend` and `resume`, no rank may count the suspended time as another's silence."""
     run = started()
     pids = run.ranks()
     for number, seconds in ((signal.SIGSTOP, 3 * 2.0), (signal.SIGCONT, 2 * 2.0)):
@@ -141,14 +141,14 @@ def test_a_killed_rank_is_named_by_the_launcher(started: Any, launcher: str) -> 
     run = started(launcher=launcher)
     os.kill(run.ranks()[1], signal.SIGKILL)
     assert run.end() == 128 + signal.SIGKILL, run.errors()
-    # Under torchrun its agent or the rank beside it may be the first to notice.
+    # Under torchrun, its agent or the other rank may be the first to notice.
     noticed = ["was killed by SIGKILL"] + ["(pipe 1, data 0, tensor 0): gone"] * (launcher == "torchrun")
     assert any(f"rank 1 on {NODE} {how}" in run.last_line() for how in noticed), run.errors()
     assert "Traceback" not in run.errors()
 
 
 def _plain_rank(rank: int, world_size: int, port: int, config: str, whom: int, fault: int | None) -> None:
-    """A rank that no launcher of ours watches over; in its fifth step, rank `whom` gets a signal or fails."""
+    """A rank without our launcher's supervision; in its fifth step, rank `whom` gets a signal or fails."""
     import torch.distributed as dist
 
     from megatron.launcher import rank_main
@@ -167,7 +167,7 @@ def _plain_rank(rank: int, world_size: int, port: int, config: str, whom: int, f
             if self.steps == 5 and rank == whom and fault is None:
                 raise KeyError("telescope")
             if self.steps == 5 and fault is None:
-                time.sleep(1000)  # as in a collective of NCCL, which does not notice
+                time.sleep(1000)  # like a collective of NCCL, which does not notice
             if self.steps == 5 and rank == whom and fault is not None:
                 os.kill(os.getpid(), fault)
             super().train_step()
@@ -177,11 +177,11 @@ def _plain_rank(rank: int, world_size: int, port: int, config: str, whom: int, f
 
 
 def plain_ranks(folder: Path, data: str, whom: int, fault: int | None, silence: float) -> list[tuple[int, str]]:
-    """(exit code, output) of two pipeline stages, which end without the help of a launcher."""
+    """(exit code, output) of two pipeline stages, which must end without a launcher."""
     changes = {"pipe_parallel_size": 2, "train_iters": 100_000, "log_dir": str(folder / "log")}
     write_run(folder / "run.yml", data, heartbeat_timeout_seconds=silence, **changes)
     arguments = (_free_port(), str(folder / "run.yml"), whom, fault)
-    grace = 1 if fault == signal.SIGSTOP else BOUND_SECONDS  # a stopped rank ends when it is killed
+    grace = 1 if fault == signal.SIGSTOP else BOUND_SECONDS  # a stopped rank ends only when killed
     return run_ranks(_plain_rank, 2, *arguments, timeout=BOUND_SECONDS, grace=grace, expect_failure=True)
 
 
@@ -197,7 +197,7 @@ def test_ranks_without_a_launcher_report_the_failure(
 
 
 def test_no_rank_waits_for_one_that_failed(data: str, tmp_path: Path) -> None:
-    """The survivor is blocked in something that does not notice: it ends all the same, and blames no rank."""
+    """The survivor is blocked in a call that does not notice the failure; it ends anyway and blames no rank."""
     results = plain_ranks(tmp_path, data, whom=1, fault=None, silence=30.0)
     output = "".join(text for _, text in results)
     assert [code for code, _ in results] == [1, 1], output
@@ -264,6 +264,6 @@ def test_the_timeout_reaches_every_group() -> None:
 
 
 def test_the_timeout_would_not_reach_every_group_by_itself() -> None:
-    """The reason for `set_timeouts`: groups that DeepSpeed makes have torch's own timeout, 30 minutes with gloo."""
+    """The reason for `set_timeouts`: DeepSpeed's groups have torch's default timeout, 30 minutes with gloo."""
     for timeouts in run_ranks(_timeouts, 4, False):
         assert timedelta(minutes=30) in timeouts.values()

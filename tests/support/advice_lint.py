@@ -1,4 +1,4 @@
-"""Finds the messages that tell a user what to do: those that name an option, a key in backticks, or a command."""
+"""Finds messages that tell a user what to do, recognized by an option, a key in backticks, or a command."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-# Configuration, checkpoint, resume, launch and the start of the data.
+# Configuration, checkpoint, resume, launch and reading of the data.
 WHERE = (
     "megatron/neox_arguments",
     "megatron/checkpoint",
@@ -31,7 +31,7 @@ _NO_MESSAGES = {"key", "required", "derived", "Field", "add_argument", "Argument
 
 
 def messages() -> Iterator[tuple[str, int, str]]:
-    """(file, line, text) of every message that advises; `{}` stands for what is filled in."""
+    """(file, line, text) of every message that advises; `{}` stands for inserted values."""
     for place in WHERE:
         path = ROOT / place
         for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
@@ -43,7 +43,7 @@ def messages() -> Iterator[tuple[str, int, str]]:
 
 
 def _raised_or_returned(tree: ast.AST) -> Iterator[ast.expr]:
-    """Strings outside of docstrings and of the declarations of keys and options."""
+    """Strings outside docstrings and declarations of keys and options."""
     skipped: set[int] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):

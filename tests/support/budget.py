@@ -1,7 +1,6 @@
-"""Minutes that tests took by folder, and what tests/budget.yml allows: `python -m tests.support.budget XML...`
+"""Prints minutes per test folder next to the budget in tests/budget.yml: `python -m tests.support.budget XML...`
 
-Reads pytest's JUnit reports. A report that does not exist is left out; nothing fails on time, the table marks what took
-longer than it may.
+Reads pytest's JUnit reports and ignores missing ones. Exceeded budgets are marked in the table, but never fail.
 """
 
 from __future__ import annotations
@@ -20,14 +19,14 @@ BUDGET = Path(__file__).resolve().parents[1] / "budget.yml"
 
 @dataclass(frozen=True)
 class FolderTime:
-    """Tests of one folder and the minutes of all their phases; of tests that ran beside each other, the sum."""
+    """Number of tests in a folder, and their minutes in all phases, summed even if they ran in parallel."""
 
     tests: int
     minutes: float
 
 
 def read_reports(reports: Iterable[Path]) -> dict[str, FolderTime]:
-    """By folder below tests/, sorted."""
+    """Times by folder below tests/, sorted."""
     tests: dict[str, int] = defaultdict(int)
     seconds: dict[str, float] = defaultdict(float)
     for report in reports:

@@ -1,4 +1,4 @@
-"""Chat templates that use, between them, every construct that templates are written with."""
+"""Chat templates that together use every construct found in real templates."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ WHITE_SPACE = """{% for message in messages %}
 {{ (message['content'] or 'nothing') | trim | replace('\\t', ' ') }}{{ '' if loop.last else eos_token }}
 {% endfor %}{{ 'go: ' if add_generation_prompt else eos_token }}"""
 
-# Tools, calls whose arguments are an object or a text, results; tojson with and without options.
+# Tools, calls whose arguments are an object or a string, results; tojson with and without options.
 TOOLS = """{%- if tools %}
     {{- '<tools>\\n' }}
     {%- for tool in tools %}
@@ -56,7 +56,7 @@ TOOLS = """{%- if tools %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '[assistant:-]' }}{% endif %}"""
 
-# Thoughts are kept behind the last question only: namespaces, slices of lists in reverse, methods of texts.
+# Reasoning is kept only after the last question: namespaces, reversed slices of lists, methods of strings.
 REASONING = """{%- set found = namespace(last=-1, searching=true) %}
 {%- for message in messages[::-1] %}
     {%- set index = messages | length - 1 - loop.index0 %}
@@ -85,7 +85,7 @@ REASONING = """{%- set found = namespace(last=-1, searching=true) %}
     {{- '<|start_header_id|>assistant\\n' + ('' if thinks else '<think>\\n\\n</think>\\n\\n') }}
 {%- endif %}"""
 
-# Roles have to alternate; loop controls; a system prompt goes into the first question.
+# Roles must alternate; loop controls; a system prompt is merged into the first question.
 STRICT = """{%- set turns = messages %}
 {%- if messages[0]['role'] == 'system' %}
     {%- set system, turns = messages[0]['content'], messages[1:] %}
@@ -122,7 +122,7 @@ MACROS = """{%- macro frame(role, end='<|eot_id|>') %}
 {{- messages | selectattr('role', 'equalto', 'user') | list | length }}
 {%- if add_generation_prompt %}{{ frame('model', end='') }}{% endif %}"""
 
-# The date, documents, variables that a caller gives.
+# The date, documents, variables passed by the caller.
 DOCUMENTS = """{{- 'Year ' + strftime_now('%Y') + (' of ' + calendar if calendar is defined else '') + '\\n' }}
 {%- for document in documents or [] %}
     {{- 'Document ' ~ loop.index ~ ': ' + document.title | default('untitled', true) + '\\n' }}
@@ -149,7 +149,7 @@ PARTS = """{%- for message in messages %}
     {{- '<|eot_id|>' if message.role in ['user', 'assistant'] else '<|eom_id|>' }}
 {%- endfor %}"""
 
-# What the sandbox forbids, and what is undefined, has to be refused in the same places.
+# Forbidden by the sandbox, or undefined: must be refused in the same places.
 SANDBOX = """{%- for message in messages %}
     {%- if 'private' in (message.content or '') %}
         {%- set hidden = namespace(_secret=1) %}

@@ -1,4 +1,4 @@
-"""Training of small models that is saved and resumed, and comparison of what was saved."""
+"""Trains, saves and resumes small models, and compares their checkpoints."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def arguments(case: Case, tp: int, pp: int, dp: int, **keys: Any) -> Any:
 
 
 def train(engine: Engine, args: Any, state: TrainState, steps: int, case: Case = CASE) -> list[tuple[float, float]]:
-    """(loss, gradient norm) of some steps; `state` moves on."""
+    """Train `steps` steps, advancing `state`; returns (loss, gradient norm) of each."""
     samples = make_samples(case, BATCH * STEPS)
     history = []
     for _ in range(steps):
@@ -59,9 +59,9 @@ def masters(engine: Any) -> list[Tensor]:
 
 
 def resume(rank: int, world_size: int, case: Case, split: tuple, precision: str, folder: str) -> Any:
-    """Load everything in place of other weights, and train to the end."""
+    """Start from different weights, load the whole state, and train to the end."""
     args = arguments(case, *split, precision=precision, load=folder, from_scratch=False)
-    engine = build(args, case, seed=1)  # other weights: what is right afterwards comes from the files
+    engine = build(args, case, seed=1)  # other weights: whatever is right after loading came from the files
     random.seed(rank + 100)
     torch.manual_seed(rank + 100)
     log = LogLines(rank)
@@ -91,7 +91,7 @@ class Gate:
 
 
 def file_differences(one: Path, other: Path) -> list[str]:
-    """Places where the files of two checkpoints are not the same, tensors to the bit."""
+    """Where the files of two checkpoints differ; tensors are compared bit for bit."""
     names = sorted(path.name for path in [*one.glob("*.pt"), *one.glob("*.safetensors")])
     assert names == sorted(path.name for path in [*other.glob("*.pt"), *other.glob("*.safetensors")])
     contents = ([_content(folder / name) for folder in (one, other)] for name in names)

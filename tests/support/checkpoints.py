@@ -19,10 +19,10 @@ from megatron.engine.optimizer_shards import OptimizerShard
 from megatron.layout import LlamaShape, TensorRange, rank_shape
 from megatron.parallel.place import Place
 
-# A rank, the most bytes of a file that it can write, and the file of the stand-in engine's save that fails there.
+# A rank, the largest file that it can write, in bytes, and the file of the stand-in engine's save that fails there.
 FULL_DISKS = [
     (0, 1000, "layer_00-model_00-model_states.pt"),
-    (1, 3000, "layer_02-model_01-model_states.pt"),  # behind some files that fit
+    (1, 3000, "layer_02-model_01-model_states.pt"),  # after some files that fit
     (2, 12000, "rank_00002_optim_states.safetensors"),
 ]
 
@@ -57,7 +57,7 @@ def write_weights(
     manifest: bool = True,
     **provenance: Any,
 ) -> Path:
-    """A complete weights-only checkpoint as the converter leaves it; returns the folder."""
+    """Write a complete weights-only checkpoint, as the converter does; returns its folder."""
     folder = root / tag_name(step)
     folder.mkdir(parents=True)
     entries = {name: write_tensors(folder / name, tensors) for name, tensors in weights(shape, tp, dtype).items()}
@@ -75,7 +75,7 @@ def rewrite(path: Path, change: Any) -> None:
 
 
 class StandingEngine:
-    """What a save needs of an engine, with tensor parallelism over all ranks and a toy optimizer state."""
+    """The part of an engine that a save uses, tensor-parallel over all ranks, with a toy optimizer state."""
 
     def __init__(self, args: Any, rank: int, world_size: int) -> None:
         self.place = Place(
@@ -129,7 +129,7 @@ def module_of(tensors: dict[str, Tensor]) -> nn.Module:
 
 
 def standing_args(save: Path | str, **keys: Any) -> Any:
-    """What `save_checkpoint` reads of NeoXArgs."""
+    """The part of NeoXArgs that `save_checkpoint` reads."""
     base = {
         "save": str(save),
         "shape": SHAPE,
@@ -157,7 +157,7 @@ def standing_args(save: Path | str, **keys: Any) -> Any:
 
 
 def wasted_bytes(path: Path) -> int:
-    """Bytes of a torch file's storages that belong to no tensor: an uncloned view carries its whole buffer along."""
+    """Bytes of a torch file's storages that no tensor uses: a view saved without cloning includes its whole buffer."""
     from megatron.checkpoint.torch_files import read_file
 
     storages: dict[int, int] = {}

@@ -46,7 +46,7 @@ def keys(**changes: Any) -> dict[str, Any]:
     return {name: value for name, value in {**VALID, **changes}.items() if value is not None}
 
 
-# What turns the valid keys into those of a run on images.
+# Changes that turn the valid keys into those of a run on images.
 IMAGES: dict[str, Any] = {
     "vocab_size": None,
     "make_vocab_size_divisible_by": None,
@@ -57,9 +57,9 @@ IMAGES: dict[str, Any] = {
 
 
 def data_args(task: Task = "train", **changes: Any) -> NeoXArgs:
-    """The configuration of a run that reads data: 20 steps of 8 samples of 16 tokens, no vocabulary limit in effect.
+    """The configuration of a run that reads data: 20 steps of 8 samples of 16 tokens, without a vocabulary limit.
 
-    `changes` name the data. An evaluation loads a checkpoint that nothing reads here.
+    `changes` name the data. The checkpoint that an evaluation names is never read.
     """
     base = {
         "seq_length": 16,

@@ -1,4 +1,4 @@
-"""Conversations in OpenAI's shape: plain ones, all different, and random ones that use every field."""
+"""Conversations in OpenAI's format: plain ones, all different, and random ones that use every field."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def conversations(count: int, topic: str) -> list[dict[str, Any]]:
 
 
 def random_records(count: int, seed: int = 0) -> list[dict[str, Any]]:
-    """`count` records with `messages` and perhaps `tools`, `documents`, `chat_template_kwargs`: tools, calls, results,
-    reasoning under each of its names, non-ASCII letters, empty and null fields, contents in parts."""
+    """`count` records with `messages` and sometimes `tools`, `documents`, `chat_template_kwargs`, with tool calls and
+    results, reasoning under each of its names, non-ASCII letters, empty and null fields, contents in parts."""
     chance = random.Random(seed)
     return [_record(chance) for _ in range(count)]
 

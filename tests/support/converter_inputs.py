@@ -22,7 +22,7 @@ def _pairs(matrix: Tensor, heads: int) -> Tensor:
 
 
 def write_meta(folder: Path, model: Model, state: dict[str, Tensor], shards: int, columns: bool, **params: Any) -> None:
-    """Meta's files of a state; `columns` splits the embedding as Llama-2 does."""
+    """Write a state as Meta's files; `columns` splits the embedding by columns, as for Llama-2."""
     folder.mkdir()
     for r in range(shards):
         rows = lambda t: t.chunk(shards)[r].clone()  # noqa: E731, B023
@@ -52,12 +52,12 @@ def write_meta(folder: Path, model: Model, state: dict[str, Tensor], shards: int
 
 
 def training_arguments(model: Model, tp: int) -> dict[str, Any]:
-    """What GPT-NeoX records of its configuration beside the weights, as far as the converter reads it."""
+    """The part of the configuration saved by GPT-NeoX with the weights that the converter reads."""
     return {"num_attention_heads": model.heads, "num_layers": model.layers, "model_parallel_size": tp}
 
 
 def write_neox_sequential(folder: Path, model: Model, state: dict[str, Tensor], tp: int) -> None:
-    """GPT-NeoX with pipe_parallel_size 0: everything in mp_rank files, random states beside the weights."""
+    """Write a checkpoint of GPT-NeoX with pipe_parallel_size 0: all in mp_rank files, including random states."""
     tag = folder / "global_step7"
     tag.mkdir(parents=True)
     files = neox_files(state, model.heads, model.kv_heads, tp, 1)
@@ -78,7 +78,7 @@ def write_neox_sequential(folder: Path, model: Model, state: dict[str, Tensor], 
 
 
 def write_neox_pipeline(folder: Path, files: dict[str, dict[str, Any]], model: Model, tp: int) -> Path:
-    """A pipeline checkpoint as GPT-NeoX writes it: no manifest, no config.json."""
+    """Write a pipeline checkpoint of GPT-NeoX, without manifest and config.json; returns its folder."""
     tag = folder / "global_step7"
     tag.mkdir(parents=True)
     for name, tensors in files.items():

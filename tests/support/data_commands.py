@@ -1,4 +1,4 @@
-"""The commands of tools/datasets in this process, with the options that most tests share; they return exit codes."""
+"""The commands of tools/datasets, run in this process with the options that most tests share."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ ANY_SHARE = {name: 1 for name in Rules.shares() if name.startswith("max_")}  # f
 
 
 def preprocess(vocab: Path, out: Path, *inputs: Path | str, workers: int = 1, **options: Any) -> int:
-    """preprocess_data.py; options are flags with `_` for `-`, True for one without a value."""
+    """Run preprocess_data.py; returns its exit code. `options` are flags with `_` for `-`, True if without a value."""
     arguments = ["--input", *map(str, inputs), "--output-prefix", str(out), "--workers", str(workers)]
     arguments += ["--tokenizer-type", "HFTokenizer", "--vocab-file", str(vocab)]
     return preprocess_data.main(arguments + _flags(options))
 
 
 def preprocess_chats(vocab: Path, out: Path, *sources: str, workers: int = 1, **options: Any) -> int:
-    """preprocess_sft.py; `sources` are NAME[:SHARE]=FILES."""
+    """Run preprocess_sft.py; returns its exit code. `sources` are NAME[:SHARE]=FILES."""
     arguments = ["--output-prefix", str(out), "--workers", str(workers)]
     arguments += ["--tokenizer-type", "HFTokenizer", "--vocab-file", str(vocab)]
     for source in sources:
@@ -30,13 +30,13 @@ def preprocess_chats(vocab: Path, out: Path, *sources: str, workers: int = 1, **
 
 
 def clean(out: Path, *inputs: Path | str, workers: int = 1, **options: Any) -> int:
-    """clean_corpus.py."""
+    """Run clean_corpus.py; returns its exit code."""
     arguments = ["--input", *map(str, inputs), "--output", str(out), "--workers", str(workers)]
     return clean_corpus.main(arguments + _flags(options))
 
 
 def cleaned(folder: Path, *texts: str, **options: Any) -> tuple[list[str], list[dict[str, Any]]]:
-    """(texts of the output, entries of dropped.jsonl) of clean_corpus.py over these texts, in `folder`."""
+    """Run clean_corpus.py on these texts in `folder`; returns (texts of the output, entries of dropped.jsonl)."""
     source = write_texts(folder / "in.jsonl", list(texts))
     assert clean(folder / "out.jsonl", source, **options) == 0
     kept = [json.loads(line)["text"] for line in (folder / "out.jsonl").read_text().splitlines()]
@@ -53,7 +53,7 @@ def _flags(options: dict[str, Any]) -> list[str]:
 
 
 def table_rows(output: str) -> dict[tuple[str, str], str]:
-    """The table at the end of preprocess_sft.py and of inspect_data.py: (source, what) -> how many."""
+    """The table at the end of preprocess_sft.py and inspect_data.py: (source, quantity) -> number."""
     lines = output.splitlines()
     first = next(number for number, line in enumerate(lines) if line.strip() == "source")
     rows, source = {}, ""

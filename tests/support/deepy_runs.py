@@ -1,4 +1,4 @@
-"""Runs of deepy.py on a small Llama: their settings, and the losses that they have logged."""
+"""Runs of deepy.py on a small Llama: their settings and logged losses."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ CASE = Case(heads=4, kv_heads=2, head_dim=8, layers=2, intermediate=48, vocab=96
 
 
 def write_run(path: Path, data: str, **changes: Any) -> None:
-    """A training of CASE on the documents at prefix `data`; keys whose change is None are left out."""
+    """Write the configuration of a training of CASE on the documents at prefix `data`; None removes a key."""
     settings = dict(CASE.neox().merged) | {"train_data_paths": [data], "log_interval": 1} | changes
     path.parent.mkdir(exist_ok=True)
     path.write_text(yaml.safe_dump({key: value for key, value in settings.items() if value is not None}))
 
 
 def saving_at_the_end(steps: int, folder: str) -> dict[str, Any]:
-    """Settings of a training that saves into `folder` after its last step only, or when it is asked to stop."""
+    """Settings of a training that saves into `folder` only after its last step or on a stop request."""
     return {
         "train_iters": steps,
         "save": folder,
@@ -33,7 +33,7 @@ def saving_at_the_end(steps: int, folder: str) -> dict[str, Any]:
 
 
 def losses(folder: Path) -> dict[int, float]:
-    """By iteration, from `folder/log`; a line that is still being written is left out."""
+    """Losses by iteration from `folder/log`; an incomplete last line is ignored."""
     path = folder / "log/metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     records = [json.loads(line) for line in lines if line.endswith("}")]

@@ -22,5 +22,5 @@ def documented_commands(page: str) -> list[str]:
 
 
 def run_in_root(words: list[str], timeout: int = 280, typed: str | None = None) -> subprocess.CompletedProcess[str]:
-    """Run a command from the root of the repository, its output captured; a failure is for the caller to see."""
+    """Run a command from the root of the repository and capture its output; the caller checks the exit code."""
     return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False, input=typed)

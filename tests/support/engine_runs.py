@@ -25,14 +25,14 @@ IGNORE = -100
 
 
 class Samples(list):
-    """Samples as the trainer reads a dataset: by number, and one that teaches nothing."""
+    """Samples with the interface of the trainer's datasets: by number, and padding without labels."""
 
     def padding(self) -> dict[str, Tensor]:
         return {**self[0], "labels": torch.full_like(self[0]["labels"], IGNORE)}
 
 
 def make_samples(case: Case, count: int, seed: int = 7) -> list[dict[str, Tensor]]:
-    """`count` random samples; sample i has a share of its labels masked that grows with i mod 4 (none to 90 %)."""
+    """`count` random samples; the masked fraction of sample i's labels grows with i mod 4 (none to 90 %)."""
     if isinstance(case, PatchCase):
         return case.samples(count, seed)
     generator = torch.Generator().manual_seed(seed)
@@ -59,7 +59,7 @@ def rank_micro_batches(samples: list[dict[str, Tensor]], micro: int, dp_rank: in
 
 
 def build(args: NeoXArgs, case: Case, seed: int = 0, around: Around = no_phases, device: str = "cpu") -> Engine:
-    """The engine on this rank, on the CPU unless told, with the case's random HF weights."""
+    """The engine on this rank, by default on the CPU, with the case's random HF weights."""
     from megatron.parallel.process_groups import form_groups
 
     engine = build_engine(args, form_groups(args, torch.device(device)), around)
@@ -68,7 +68,7 @@ def build(args: NeoXArgs, case: Case, seed: int = 0, around: Around = no_phases,
 
 
 def load(engine: Engine, args: NeoXArgs, data_fingerprints: dict[str, str] | None = None) -> TrainState:
-    """What a run does with `args.load`: find where to begin, and fill the engine."""
+    """Load `args.load` as a run does: find the starting point, and fill the engine."""
     start = find_start(RankGroup.world(engine.place.device), args)
     return load_checkpoint(engine, args, start, data_fingerprints=data_fingerprints)
 
@@ -96,7 +96,7 @@ def step(engine: Engine, args: NeoXArgs, samples: list[dict[str, Tensor]], itera
 
 
 def batch_of(engine: Engine, args: NeoXArgs, samples: list[dict[str, Tensor]]) -> StepBatch:
-    """A global batch of `samples`, this rank's part."""
+    """This rank's part of a global batch of `samples`."""
     place, micro = engine.place, args.train_micro_batch_size_per_gpu
     micro_batches = rank_micro_batches(samples, micro, place.dp_rank, place.dp) if place.reads_data else None
     return assemble_step(micro_batches, len(samples) // (micro * place.dp), place, "test")
@@ -104,7 +104,7 @@ def batch_of(engine: Engine, args: NeoXArgs, samples: list[dict[str, Tensor]]) -
 
 @dataclass
 class RankParameters:
-    """One rank's parameters by (layer file, tensor name), and where the rank stands."""
+    """One rank's parameters by (layer file, tensor name), and the rank's place."""
 
     tp_rank: int
     dp_rank: int
@@ -124,10 +124,7 @@ def rank_parameters(engine: Engine) -> RankParameters:
 
 
 def whole_model(ranks: list[RankParameters], args: NeoXArgs) -> dict[str, Tensor]:
-    """HF-shaped tensors from all ranks' parts.
-
-    Asserts on the way that data-parallel replicas and replicated tensors are bit-equal.
-    """
+    """HF tensors assembled from all ranks; asserts that data-parallel replicas and replicated tensors are bit-equal."""
     tp = args.model_parallel_size
     parts: dict[tuple[int, str], dict[int, Tensor]] = {}
     for rank in ranks:

@@ -1,4 +1,4 @@
-"""A small Llama with a real tokenizer, as a Hugging Face folder and on ranks, and questions to ask it."""
+"""A small Llama with a real tokenizer, as a Hugging Face folder and on ranks, and questions for it."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
 
 
 def weights() -> dict[str, torch.Tensor]:
-    """Random weights that prefer some tokens over others, so that greedy texts and choices differ from item to item."""
+    """Random weights that prefer some tokens, so that greedy texts and choices differ between items."""
     state = CASE.hugging_face().state_dict()
     return {name: tensor * (1 if "norm" in name else 4) for name, tensor in state.items()}
 
 
 def hidden_states(tokenizer: Any, texts: list[str]) -> list[np.ndarray]:
-    """[layers, tokens, h] of each text alone, by `transformers`."""
+    """Hidden states [layers, tokens, h] of each text by itself, by `transformers`."""
     model = CASE.hugging_face()
     model.load_state_dict(weights())
     found = []
@@ -52,7 +52,7 @@ def hidden_states(tokenizer: Any, texts: list[str]) -> list[np.ndarray]:
 
 
 def write_guide_inputs(place: Path, vocab_folder: Path, case: Case = CASE) -> None:
-    """`hf/`, its conversion `checkpoints/` at TP2, and `model.yml` and `local.yml` of four ranks, TP2 x PP2."""
+    """Write `hf/`, its conversion `checkpoints/` at TP2, and `model.yml` and `local.yml` for four ranks, TP2 x PP2."""
     from tools.convert_hf.cli import main
 
     export = write_export(place / "hf", vocab_folder, case)
@@ -65,7 +65,7 @@ def write_guide_inputs(place: Path, vocab_folder: Path, case: Case = CASE) -> No
 
 
 def run_from(place: Path, command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a guide's `python ...` in `place`; scripts of the repository's root are found there."""
+    """Run a guide's `python ...` in `place`, with the scripts of the repository's root."""
     words = [
         str(ROOT / word) if (ROOT / word).suffix == ".py" and (ROOT / word).exists() else word
         for word in shlex.split(command)
@@ -77,7 +77,7 @@ def run_from(place: Path, command: str, **environment: str) -> subprocess.Comple
 
 
 def write_export(folder: Path, vocab_folder: Path, case: Case = CASE) -> Path:
-    """The model as an exported Hugging Face folder with tokenizer and chat template."""
+    """Write the model as an exported Hugging Face folder with tokenizer and chat template."""
     from examples.demo_tokenizer import CHAT_TEMPLATE
 
     model = case.hugging_face()
@@ -95,7 +95,7 @@ def evaluation_args(world_size: int, export: Path, **keys: Any) -> NeoXArgs:
 
 
 def driven(world_size: int, export: Path, program: Callable[..., Any], split: dict[str, int], **keys: Any) -> Any:
-    """What `program(model, folder)` gives on rank 0 of the ranks that call this; None on the others."""
+    """The result of `program(model, folder)` on rank 0 of the calling ranks; None on the others."""
     from megatron.evaluation.driver import drive
     from megatron.supervision.status_store import Whereabouts
     from tests.support.engine_runs import inference
@@ -118,7 +118,7 @@ SKY = (
 
 
 def write_questions(path: Path, *, answers: bool = True, copies: int = 1) -> Path:
-    """The questions as JSON lines, in AstroMLab-1's form, with a topic."""
+    """Write the questions as JSON lines, in AstroMLab-1's format, with a topic."""
     rows = []
     for number, (question, a, b, c, d, answer) in enumerate(SKY * copies):
         row = {"question": question, "A": a, "B": b, "C": c, "D": d, "topic": "where" if number % 3 else "what"}

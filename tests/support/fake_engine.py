@@ -1,4 +1,4 @@
-"""A minimal engine: one process, plain torch, no pipeline. It shows that a run needs only the engine protocol."""
+"""A minimal engine in plain torch, on one process without a pipeline: a run needs only the engine protocol."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class FakeEngine:
             self._optimizer = build_optimizer(parameter_groups(self._parameters(), rows, args.weight_decay), args)
 
     def _build(self, layer: Any) -> tuple[nn.Module | None, Any]:
-        """(module, what is applied to the input) of a layer; shared modules are built once."""
+        """(module, function applied to the input) of a layer; shared modules are built once."""
         if layer.build is None:
             return None, layer.function
         if layer.shares in self._shared:
@@ -68,7 +68,7 @@ class FakeEngine:
         return inputs
 
     def _losses(self, batch: StepBatch) -> Iterator[Tensor]:
-        """The loss of each micro-batch, as its part of the mean over all."""
+        """The contribution of each micro-batch to the mean loss over all."""
         assert batch.micro_batches is not None
         for micro_batch in batch.micro_batches:
             with self.around("forward"):

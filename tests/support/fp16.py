@@ -1,4 +1,4 @@
-"""fp16 on the CPU for tests of tiny models: overrides a query by DeepSpeed that torch answers negatively."""
+"""fp16 on the CPU for tests of tiny models, which DeepSpeed refuses."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tests.support.models import Case
 
 
 def allow_fp16() -> None:
-    """From now on DeepSpeed in this process takes the CPU for one that computes in fp16 (torch does, slowly)."""
+    """Make DeepSpeed in this process accept fp16 on the CPU, where torch computes it, slowly."""
     from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
     CPU_Accelerator.is_fp16_supported = lambda self: True
@@ -18,9 +18,11 @@ def allow_fp16() -> None:
 def plain_loop(
     case: Case, batches: list[dict[str, Tensor]], scale: float, interval: int, lr: float, clip: float
 ) -> tuple[list[tuple[float, float, bool]], dict[str, Tensor]]:
-    """`transformers`' model in fp16 with fp32 masters, torch's AdamW and torch's GradScaler: (loss, scale of the step,
-    whether it was applied) of every step, and the masters after the last. `interval` steps without an overflow double
-    the scale."""
+    """Train `transformers`' model in fp16 with fp32 masters, torch's AdamW and torch's GradScaler.
+
+    Returns (loss, loss scale, whether the step was applied) of every step, and the masters after the last one. After
+    `interval` steps without an overflow the scale doubles.
+    """
     model = case.hugging_face().half()
     masters = {name: p.detach().float().requires_grad_() for name, p in model.named_parameters()}
     decayed = [p for p in masters.values() if p.dim() > 1]

@@ -26,7 +26,7 @@ def prompts(case: Case, lengths: Sequence[int], seed: int = 3) -> list[list[int]
 
 
 def sequences(prompts: Sequence[list[int]], limit: int, seed: int | None = None) -> list[Continuation]:
-    """With random numbers of `seed`, or for greedy continuations without."""
+    """Continuations to generate, sampled with `seed` or greedy without."""
     return [
         Continuation(number, 0, prompt, limit)
         if seed is None
@@ -43,7 +43,7 @@ def continued(
     endings: Endings | None = None,
     batching: Batching | None = None,
 ) -> list[list[int]]:
-    """New ids of each sequence."""
+    """The new ids of each sequence."""
     generator = Generator(engine, args, batching or Batching(slots=4, chunk=8))
     results = generate(generator, given, sampling or Sampling(), endings or Endings(frozenset()))
     generator.close()

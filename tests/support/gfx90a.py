@@ -1,4 +1,4 @@
-"""What hipcc makes of the kernels for gfx90a: registers, occupancy, vector accesses, arithmetic against the budget.
+"""The kernels as hipcc compiles them for gfx90a: registers, occupancy, vector accesses, arithmetic against the budget.
 
 `python -m tests.support.gfx90a` compiles the sources and writes docs/kernels_gfx90a.md; test_gfx90a.py compiles again
 and fails where the result is worse than the committed table. Nothing here runs on a GPU.
@@ -28,7 +28,7 @@ QUARTER_RATE = re.compile(r"v_(exp|log|rcp|rsq|sqrt|sin|cos)_|v_mul_(lo|hi)_|v_m
 
 @dataclass(frozen=True)
 class Kernel:
-    """One instantiation; `share` is the part of the arithmetic budget needed at full bandwidth, if it is a hot one."""
+    """A kernel instantiation; `share` is the fraction of the arithmetic budget used at full bandwidth, for hot ones."""
 
     name: str
     vgprs: int
@@ -42,7 +42,7 @@ class Kernel:
 
 
 def toolchain() -> tuple[str, str] | None:
-    """(hipcc, llvm-objdump), or None where one is missing."""
+    """(hipcc, llvm-objdump), or None if one is missing."""
     hipcc = shutil.which("hipcc")
     objdump = shutil.which("llvm-objdump-15") or shutil.which("llvm-objdump", path="/opt/rocm/llvm/bin")
     return (hipcc, objdump) if hipcc and objdump else None
@@ -107,7 +107,7 @@ def _short_name(symbol: str) -> str:
 
 
 def _budget_share(name: str, body: str) -> float | None:
-    """VALU slots a lane spends per byte it must move, over what the machine offers per byte at full bandwidth."""
+    """VALU slots that a lane needs per byte moved, relative to those available per byte at full bandwidth."""
     found = re.match(r"(\w+)<(.*)>$", name)
     if not found:
         return None
@@ -137,7 +137,7 @@ def _budget_share(name: str, body: str) -> float | None:
 
 
 def _hot_loop(body: str, instructions: list[tuple[int, str]]) -> list[tuple[int, str]]:
-    """The instructions of the loop with most vector loads; the shortest such loop."""
+    """The instructions of the loop with the most vector loads, the shortest of several."""
     start = instructions[0][0]
     best: tuple[int, int, list[tuple[int, str]]] = (0, 0, [])
     for at, target in re.findall(r"s_c?branch\w* .*// ([0-9A-F]+):.*<\w+\+0x([0-9a-f]+)>", body):

@@ -1,4 +1,4 @@
-"""Keys of the kinds that GPT-NeoX's Llama, training and machine files hold, on a small model; values are made up."""
+"""Keys as in GPT-NeoX's Llama, training and machine files, with invented values of a small model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The gradients of a whole global batch, however it is split: Adam's first moment after one step, gathered."""
+"""Gradients of a global batch, split in several ways, read from Adam's first moment after one step."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _shard(rank: int, world_size: int, case: Case, keys: dict[str, Any], samples
 def whole_gradients(
     case: Case, dp: int, micro: int, accumulation: int, samples: list[Any], **keys: Any
 ) -> list[Tensor]:
-    """Flat gradients of the matrices and of the norms of `case`; ZeRO's padding at the end is cut off."""
+    """Flat gradients of the matrices and of the norms of `case`, without ZeRO's padding."""
     keys |= {"train_micro_batch_size_per_gpu": micro, "gradient_accumulation_steps": accumulation}
     shards = run_ranks(_shard, dp, case, keys, samples)
     norms = case.hidden * (2 * case.layers + 1)

@@ -71,7 +71,7 @@ class Model:
         }
 
     def state(self, seed: int = 0) -> dict[str, Tensor]:
-        """Random tensors under Hugging Face names; norms are not one, so that mixed-up norms show."""
+        """Random tensors under Hugging Face names; norms are not 1, so that swapped norms are detected."""
         generator = torch.Generator().manual_seed(seed)
         h, kv, f = self.hidden, self.kv_heads * self.head_dim, self.intermediate
         shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab, h)}
@@ -98,7 +98,7 @@ class Model:
 
 
 def write_hf(folder: Path, model: Model, state: dict[str, Tensor] | None = None, shards: int = 1) -> dict[str, Tensor]:
-    """A Hugging Face folder of `model`; returns its state."""
+    """Write a Hugging Face folder of `model`; returns its state."""
     state = model.state() if state is None else state
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(model.config(), indent=2) + "\n")
@@ -127,7 +127,7 @@ def read_hf(folder: Path) -> dict[str, Tensor]:
 
 
 def convert(*arguments: Any, expect: int = 0) -> None:
-    """Run the command in this process."""
+    """Run the converter in this process."""
     words = [str(a) for a in arguments]
     if words[0] != "inspect":
         words.append("--quiet")
@@ -145,5 +145,5 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 def tag_files(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder, by relative name."""
+    """The contents of every file below a folder, by relative name."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}

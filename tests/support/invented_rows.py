@@ -1,4 +1,4 @@
-"""Rows that no model has: a replicated matrix, a vector that is cut, another modality's first and last layer."""
+"""Table rows of no real model: a replicated matrix, a sharded vector, another modality's first and last layer."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ OUTPUT_BIAS = TensorRow(
 
 
 class AdaptedShape(LlamaShape):
-    """A Llama with more tensors in its decoder layers."""
+    """A Llama with additional tensors in its decoder layers."""
 
     table = (*TABLE, *IN_DECODER)
 
 
 class SpectraShape(LlamaShape):
-    """The same decoder, between another modality's first and last layer."""
+    """The same decoder layers between another modality's first and last layer."""
 
     table = (*TABLE, PROJECTION, OUTPUT_BIAS)
     modality = SPECTRA

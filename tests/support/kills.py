@@ -1,4 +1,4 @@
-"""Work that is ended, or disturbed, before any one of its operations on the file system."""
+"""Kills or disturbs work before any chosen one of its file-system operations."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ CHANGES = ("fsync", "rename", "replace", "unlink", "rmdir", "mkdir", "open")
 def killed_at(
     operation: int, work: Callable[[], None], how: Callable[[], None] = kill_itself, calls: Sequence[str] = CHANGES
 ) -> bool:
-    """Run `work` in a child that kills itself before its n-th call of `os` among `calls`; True if it got that far.
+    """Run `work` in a child that kills itself before its `operation`-th call of `os` in `calls`; True if it got there.
 
-    With another `how` that is called there instead, and the work must come to its end.
+    With another `how`, that is called there instead, and the work must complete.
     """
     child = os.fork()
     if child == 0:

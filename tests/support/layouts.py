@@ -1,4 +1,4 @@
-"""Training runs saved at one layout and continued at another, and the complete content of a checkpoint."""
+"""Training runs saved at one layout and resumed at another, and the complete state of a checkpoint."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ KINDS = ("master", "exp_avg", "exp_avg_sq")
 def save_and_go_on(
     rank: int, world_size: int, case: Case, layout: Layout, precision: str, folder: str, block: int, **more: Any
 ) -> Any:
-    """Losses and norms after the save, of the run that goes on as it is; `block` is the elements of a checksum.
+    """Train, save, and continue in the same layout; returns the losses and norms after the save.
 
-    `more` are further keys of the configuration.
+    `block` is the number of elements of an optimizer file's block; `more` are further keys of the configuration.
     """
     state_ranges.BLOCK = block
     args = arguments(case, *layout, precision=precision, save=folder, checkpoint_factor=STOP, **more)
@@ -51,9 +51,9 @@ def resume_elsewhere(
     block: int,
     **more: Any,
 ) -> Any:
-    """Load at another layout in place of other weights, save at once, go on; `more` are further keys.
+    """Start from different weights, load at another layout, save at once, and continue; `more` are further keys.
 
-    Losses and norms, the log, and the optimizer files that this rank has opened.
+    Returns losses and norms, the log, and the optimizer files that this rank opened.
     """
     state_ranges.BLOCK = block
     keys = {"precision": precision, "load": folder, "save": again, "checkpoint_factor": STOP, **more}
@@ -75,10 +75,10 @@ def resume_elsewhere(
 
 
 def whole_state(folder: Path) -> dict[tuple[str, str], Tensor]:
-    """Weights, masters and moments of a checkpoint by (kind, Hugging Face name), each put together from all files.
+    """Weights, masters and moments of a checkpoint by (kind, Hugging Face name), each assembled from all files.
 
-    Asserts that no element is there twice or missing and that replicas are equal. Reads the files with safetensors and
-    torch, and joins them with the packings alone.
+    Asserts that every element is stored exactly once and that replicas are equal. Reads the files with safetensors and
+    torch, and of the project's code uses only the layout table and its packings.
     """
     manifest = read_manifest(folder)
     shape, tp = recorded_shape(manifest.provenance["shape"]), manifest.provenance["layout"]["tp"]

@@ -1,4 +1,4 @@
-"""The log output of a part of the program, as lists of lines."""
+"""Collects log output as lists of lines."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from megatron.common.log import RankFilter
 
 
 class LogLines(logging.Handler):
-    """Collects the records of this project's packages from its making on: `lines` (INFO) and `warnings`.
+    """Collects the log records of this project's packages from its creation on: `lines` (INFO) and `warnings`.
 
-    With `rank` it hears what the console of that rank would print; without, every record of this process.
+    With `rank`, those that the console of that rank would print; otherwise all of this process.
     """
 
     def __init__(self, rank: int | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Adapters for tests: random factors under peft's names, their training by peft, and an engine with them."""
+"""Adapters for tests: random factors under peft's names, trained by peft or in an engine."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Layout = tuple[int, int, int]  # TP, PP, DP
 
 
 def lora_arguments(case: Case, split: Layout, **overrides: Any) -> Any:
-    """A training of adapters of one of the cases above, eight samples a step."""
+    """Arguments of a training of adapters on a case, with eight samples per step."""
     tp, pp, dp = split
     keys = {
         "lora": {"rank": RANK, "alpha": ALPHA},
@@ -79,7 +79,7 @@ def peft_model(case: Case, state: dict[str, Tensor] | None, seed: int = 0, **con
 def peft_training(
     case: Case, state: dict[str, Tensor], steps: int, batch: int, clipping: float, **config: Any
 ) -> tuple[list[tuple[float, float]], dict[str, Tensor]]:
-    """peft and transformers train: ([(loss, gradient norm) per step], the adapter after it by peft's names)."""
+    """Train with peft and transformers: ([(loss, gradient norm) per step], the trained adapter by peft's names)."""
     from peft.utils import get_peft_model_state_dict
 
     model = peft_model(case, state, **config)
@@ -101,7 +101,7 @@ def peft_training(
 
 @torch.no_grad()
 def fill_adapter(engine: Engine, state: dict[str, Tensor], args: NeoXArgs) -> None:
-    """Cut a whole adapter for this rank."""
+    """Copy this rank's part of a whole adapter into the engine."""
     for index, layer in engine.numbered_layers():
         parameters = dict(layer.named_parameters())
         for row in layout.rows_of(index, args.trained_shape):
@@ -111,7 +111,7 @@ def fill_adapter(engine: Engine, state: dict[str, Tensor], args: NeoXArgs) -> No
 
 
 def moved(engine: Engine) -> dict[tuple[int, str, int], bool]:
-    """By layer, tensor and tensor-parallel rank: has this rank's part of Adam's first moment seen a gradient?"""
+    """Whether this rank's part of Adam's first moment is nonzero, by layer, tensor and tp_rank."""
     found: dict[tuple[int, str, int], bool] = {}
     for shard in engine.optimizer_shards():
         key = (shard.where.layer, shard.where.tensor, shard.where.tp_rank)
@@ -120,7 +120,7 @@ def moved(engine: Engine) -> dict[tuple[int, str, int], bool]:
 
 
 def without_gradient(ranks: list[dict[tuple[int, str, int], bool]]) -> list[tuple[int, str, int]]:
-    """The tensors of which no rank has seen a gradient."""
+    """The tensors for which no rank has seen a gradient."""
     keys = {key for rank in ranks for key in rank}
     return sorted(key for key in keys if not any(rank.get(key, False) for rank in ranks))
 
@@ -141,6 +141,6 @@ def save_base(rank: int, world_size: int, case: Case, tp: int, precision: str, f
 
 
 def base_of(case: Case, folder: Path, precision: str = "fp32", seed: int = 0) -> str:
-    """A checkpoint of the case's random weights at TP2; returns its folder."""
+    """Write a checkpoint of the case's random weights at TP2; returns its folder."""
     run_ranks(save_base, 2, case, 2, precision, str(folder), seed)
     return str(folder)

@@ -1,4 +1,4 @@
-"""Made-up indexed data in which every token identifies its document and position, and runs that read them."""
+"""Invented indexed data in which every token identifies its document and position, and runs that read it."""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ def write(prefix: Path, documents: list[np.ndarray]) -> str:
 
 
 def numbered(lengths: list[int], first: int = 0) -> list[np.ndarray]:
-    """Documents whose tokens are all different: each tells its document and place."""
+    """Documents whose tokens are all different: each identifies its document and position."""
     starts = np.cumsum([first, *lengths])
     return [np.arange(start, start + length) for start, length in zip(starts, lengths, strict=False)]
 

@@ -12,7 +12,7 @@ from tools.datasets.preprocess_images import main
 
 
 def blobs(count: int, side: int, bands: int = 3, seed: int = 0) -> NDArray[np.uint8]:
-    """[count, side, side, bands]: a smooth blob of random place, width and color on a little noise."""
+    """[count, side, side, bands]: smooth blobs of random position, width and color on weak noise."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:side, :side]
     images = np.empty((count, side, side, bands), np.uint8)
@@ -26,7 +26,7 @@ def blobs(count: int, side: int, bands: int = 3, seed: int = 0) -> NDArray[np.ui
 
 
 def import_archive(folder: Path, name: str, images: NDArray[Any], *options: str, **properties: NDArray[Any]) -> str:
-    """The prefix of a pair with these images and properties."""
+    """Import images with their properties; returns the prefix of the pair of files."""
     folder.mkdir(parents=True, exist_ok=True)
     archive, prefix = folder / f"{name}.npz", folder / name
     np.savez(archive, images=images, **properties)

@@ -1,7 +1,7 @@
-"""Random sets of parents for merges, the same on every machine, and recipes that are tried on all of them.
+"""Random sets of parents for merges, the same on every machine, and recipes to apply to each.
 
 Values come from NumPy's raw Philox words and exact arithmetic, so they do not depend on a version of NumPy or torch;
-what mergekit made of these sets is in tests/merge/golden (see mergekit_golden.py).
+mergekit's results for these sets are in tests/merge/golden (see mergekit_golden.py).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from tests.support.hf_folders import Model, write_hf
 
 _BF16, _FP32 = torch.bfloat16, torch.float32
-# name -> (sizes, number of models beside the base)
+# name -> (sizes, number of models besides the base)
 SETS: dict[str, tuple[Model, int]] = {
     "gqa": (Model(layers=2, heads=4, kv_heads=2, head_dim=4, intermediate=20, vocab=24), 4),
     "gqa-tied": (Model(layers=2, heads=4, kv_heads=2, head_dim=4, intermediate=20, vocab=24, tied=True), 4),
@@ -40,12 +40,12 @@ _BY_NAME = [{"filter": "mlp", "value": [0.2, 0.9]}, {"filter": "q_proj", "value"
 
 
 def model_name(number: int) -> str:
-    """Labels whose order is that of the numbers."""
+    """The label of a model; labels sort like the numbers."""
     return f"m{number}"
 
 
 def noise(seed: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Numbers between -2 and 2 in the shape of a bell: sums of four uniform ones, exact in float64."""
+    """Bell-shaped random numbers between -2 and 2: sums of four uniform ones, exact in float64."""
     key = np.frombuffer(hashlib.sha256(seed.encode()).digest()[:16], "<u8")
     count = int(np.prod(shape))
     words = np.random.Philox(key=key).random_raw(count).astype("<u8", copy=False).view("<u2").reshape(count, 4)
@@ -66,7 +66,7 @@ def parent_state(name: str, number: int) -> dict[str, Tensor]:
 
 
 def write_set(root: Path, name: str) -> None:
-    """`root/base` and `root/m1`, `root/m2`, ...; every other model has two shards."""
+    """Write `root/base` and `root/m1`, `root/m2`, ...; every other model has two shards."""
     model, count = SETS[name]
     for number in range(count + 1):
         folder = root / (model_name(number) if number else "base")
@@ -74,7 +74,7 @@ def write_set(root: Path, name: str) -> None:
 
 
 def recipes(root: Path, name: str) -> dict[str, dict[str, Any]]:
-    """mergekit's YAML by a name of its own. Arithmetic in fp32, output in bf16."""
+    """mergekit recipes by a descriptive name, with arithmetic in fp32 and output in bf16."""
     models = [str(root / model_name(i + 1)) for i in range(SETS[name][1])]
     types = {"dtype": "float32", "out_dtype": "bfloat16"}
 
@@ -117,5 +117,5 @@ def recipes(root: Path, name: str) -> dict[str, dict[str, Any]]:
 
 
 def compared_by_value(recipe: str) -> bool:
-    """Whether equality of bits is too much to ask: equal magnitudes (ties), another order of sums (slerp)."""
+    """Whether bit equality cannot be expected: equal magnitudes (ties), another order of summation (slerp)."""
     return recipe.startswith(("ties", "slerp"))

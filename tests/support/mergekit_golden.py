@@ -1,10 +1,10 @@
-"""What mergekit makes of the sets of merge_sets.py, with this project's masks in place of its own.
+"""Records mergekit's results for the sets of merge_sets.py, with this project's masks in place of its own.
 
     PYTHON_WITH_MERGEKIT -m tests.support.mergekit_golden --output tests/merge/golden
 
-mergekit is LGPL and nothing of it is here: it is run as it is, only `sparsify` for random masks is replaced. Its
-version 0.1.5 with torch 2.13 wrote the committed files. Results that must be equal to the bit are kept as the start of
-each tensor's SHA-256; those that are compared by value are kept whole, all tensors of one result in one vector.
+mergekit is LGPL and none of its code is here: it runs unchanged except for `sparsify`, which draws random masks. Its
+version 0.1.5 with torch 2.13 wrote the committed files. Results that must be bit-equal are stored as the beginning of
+each tensor's SHA-256; those compared by value are stored in full, all tensors of a result in one vector.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tests.support.merge_sets import SETS, compared_by_value, model_name, noise,
 
 SEED = 7
 DIGESTS, VALUES, STATISTICS = "digests.json", "values.safetensors", "statistics.json"
-BIG = (256, 512)  # a tensor that is large enough for statistics
+BIG = (256, 512)  # large enough for statistics
 
 
 def tensor_digest(tensor: Tensor) -> str:
@@ -35,12 +35,12 @@ def tensor_digest(tensor: Tensor) -> str:
 
 
 def flat(state: dict[str, Tensor]) -> Tensor:
-    """All tensors by name, one after the other."""
+    """All tensors concatenated, in order of their names."""
     return torch.cat([state[name].flatten() for name in sorted(state)])
 
 
 def reference_mask(tensor: str, label: str, count: int, density: float) -> Tensor:
-    """The masks' scheme, written down a second time."""
+    """A second implementation of the mask scheme."""
     key = np.frombuffer(hashlib.sha256(f"{SEED}\0{tensor}\0{label}".encode()).digest()[:16], "<u8")
     raw = np.random.Philox(key=key).random_raw(-(-count // 4)).astype("<u8", copy=False)
     return torch.from_numpy(raw.view("<u2")[:count] < round(density * 65536))
@@ -118,7 +118,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)  # mergekit's sums depend on it
+    torch.set_num_threads(1)  # mergekit's sums depend on the number of threads
     statistics = random_statistics()
     inject_masks()
     digests: dict[str, dict[str, dict[str, str]]] = {}

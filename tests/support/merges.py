@@ -27,7 +27,7 @@ def write_recipe(path: Path, body: dict[str, Any]) -> Path:
 
 
 def run_merge(recipe: Path, *words: Any, expect: int = 0) -> None:
-    """The command; `words` begin with --output or --verify."""
+    """Run the merge command; `words` begin with --output or --verify."""
     assert main([str(recipe), *map(str, words), "--quiet"]) == expect
 
 
@@ -37,7 +37,7 @@ def merge_to(recipe: Path, output: Path, *words: Any) -> Path:
 
 
 def prepared(root: Path, name: str, recipe: str, **changes: Any) -> Path:
-    """The models of a set in `root`, and a recipe of it with its top-level keys changed, as a file."""
+    """Write the models of a set to `root`, and one of its recipes with changed top-level keys to a file."""
     if not (root / "base").exists():
         write_set(root, name)
     assert name in SETS
@@ -45,7 +45,7 @@ def prepared(root: Path, name: str, recipe: str, **changes: Any) -> Path:
 
 
 def merged_state(body: dict[str, Any], threads: int = 1, tile: int = 64) -> dict[str, Tensor]:
-    """The merged tensors, computed as the command does it, without a folder."""
+    """The merged tensors, computed like the command but without an output folder."""
     job = MergeJob(parse_recipe(body, "recipe"), MergeRequest(Path("unwritten"), threads=threads, tile=tile))
     source = job.bands(sorted(job.merged.tensors), lambda units: None)
     state = {}
@@ -61,7 +61,7 @@ PARENTS_MODEL = Model()
 
 
 def write_parents(root: Path) -> None:
-    """Folders base, a and b, and an adapter of base."""
+    """Write folders base, a and b, and an adapter of base."""
     for seed, name in enumerate(("base", "a", "b")):
         write_hf(root / name, PARENTS_MODEL, PARENTS_MODEL.state(seed), shards=1 + seed % 2)
     adapter = root / "lora"
@@ -75,7 +75,7 @@ def write_parents(root: Path) -> None:
 
 
 def good_recipe(root: Path) -> dict[str, Any]:
-    """A merge of what `write_parents` wrote."""
+    """A valid merge of the models from `write_parents`."""
     return {
         "merge_method": "dare_ties",
         "base_model": str(root / "base"),
@@ -89,7 +89,7 @@ def good_recipe(root: Path) -> dict[str, Any]:
 
 
 def main_digests(recipes_file: Path, seed: int) -> dict[str, dict[str, str]]:
-    """Digests of every recipe in a JSON file, for a process of its own."""
+    """Digests of every recipe in a JSON file; runs in a separate process."""
     bodies = json.loads(recipes_file.read_text())
     return {
         name: {n: tensor_digest(t) for n, t in merged_state(body | {"random_seed": seed}).items()}

@@ -1,6 +1,6 @@
-"""Small Hugging Face Llamas, the same model in NeoX arguments, and the way from one into the other for tests.
+"""Small Hugging Face Llamas for tests, the same models as NeoX arguments, and copies of their weights.
 
-Imported by tests in the pytest process and inside ranks; torch and transformers are imported where they are used.
+Imported by tests in the pytest process and inside ranks; transformers is imported only where it is used.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Case:
         return self.heads * self.head_dim
 
     def neox(self, **overrides: Any) -> NeoXArgs:
-        """NeoXArgs of the case; `world_size` among the overrides sets the number of ranks."""
+        """NeoXArgs of the case; the override `world_size` sets the number of ranks."""
         world_size = overrides.pop("world_size", None)
         keys: dict[str, Any] = {
             "num_layers": self.layers,
@@ -91,7 +91,7 @@ class Case:
         return NeoXArgs.from_dict(keys, world_size=world_size)
 
     def hugging_face(self, seed: int = 0) -> Any:
-        """A random `LlamaForCausalLM` in fp32 with norm weights that are not one, so that mixed-up norms show."""
+        """A random `LlamaForCausalLM` in fp32 with norm weights that are not 1, so that swapped norms are detected."""
         from transformers import LlamaConfig, LlamaForCausalLM
 
         rope: dict[str, Any] = {"rope_type": "default"} if self.rope is None else dict(self.rope)
@@ -141,7 +141,7 @@ def fill_stage(stage: PipelineStage, place: Place, state: dict[str, Tensor], arg
             names = [name.format(layer=index - 2) for name in row.hf]
             part = rank_part(row, [state[name] for name in names], args, place.tp, place.tp_rank)
             parameters.pop(row.neox).copy_(part)
-        left = [name for name in parameters if not layout.is_factor(name)]  # an adapter is filled by itself
+        left = [name for name in parameters if not layout.is_factor(name)]  # adapters are filled separately
         assert not left, left
 
 
@@ -152,7 +152,7 @@ def load_hugging_face(engine: Engine, state: dict[str, Tensor], args: NeoXArgs) 
 
 
 def gathered(local: Tensor, group: Any) -> Tensor:
-    """Concatenate the tensor-parallel ranks' last dimension."""
+    """All-gather a tensor over the group along its last dimension."""
     parts = [torch.empty_like(local) for _ in range(group.size())]
     torch.distributed.all_gather(parts, local.contiguous(), group=group)
     return torch.cat(parts, dim=-1)

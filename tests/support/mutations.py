@@ -1,4 +1,4 @@
-"""Randomly damaged text and bytes, from a seed."""
+"""Random damage to text and bytes, reproducible by a seed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _PIECES = (
 
 
 def mutated_text(text: str, chance: random.Random) -> str:
-    """One to four pieces removed, duplicated, swapped or inserted."""
+    """The text with one to four pieces removed, duplicated, swapped or inserted."""
     for _ in range(chance.randint(1, 4)):
         at, length = chance.randrange(len(text) + 1), chance.randint(1, 12)
         kind = chance.randrange(4)
@@ -30,7 +30,7 @@ def mutated_text(text: str, chance: random.Random) -> str:
 
 
 def mutated_bytes(data: bytes, chance: random.Random) -> bytes:
-    """One to four corruptions at the beginning, the end or anywhere."""
+    """The bytes with one to four corruptions at the beginning, the end or anywhere."""
     out = bytearray(data)
     for _ in range(chance.randint(1, 4)):
         if not out:

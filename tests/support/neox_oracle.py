@@ -1,6 +1,6 @@
-"""The published GPT-NeoX layout, written a second time in plain torch slicing.
+"""The published GPT-NeoX layout, reimplemented with plain torch slicing.
 
-It must not import the project's layout table or any part of the converter: it is what they are checked against.
+It must not import the project's layout table or any part of the converter, which are checked against it.
 """
 
 from __future__ import annotations

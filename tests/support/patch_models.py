@@ -11,13 +11,13 @@ from torch import Tensor
 from megatron.neox_arguments import NeoXArgs
 from tests.support.models import Case
 
-# A model of images is not given these.
+# Keys that do not apply to a model of images.
 _OF_TEXT = ("vocab_size", "make_vocab_size_divisible_by", "no_weight_tying")
 
 
 @dataclass(frozen=True)
 class PatchCase(Case):
-    """`size` and `channels` give patches of size x size x channels values; `seq` are the patches that are read."""
+    """A patch has size x size x channels values; `seq` is the number of patches that the model reads."""
 
     size: int = 4
     channels: int = 3
@@ -25,11 +25,11 @@ class PatchCase(Case):
     tokenizer: str = "mlp"
     positions: str = "none"
     delta: float = 1.0
-    floating: bool = False  # the same values as float32 in place of uint8
+    floating: bool = False  # the same values as float32 instead of uint8
 
     @property
     def keys(self) -> dict[str, Any]:
-        """The mapping `patches`."""
+        """The key `patches`."""
         found: dict[str, Any] = {
             "size": self.size,
             "channels": self.channels,
@@ -47,7 +47,7 @@ class PatchCase(Case):
         return super().neox(**{**text, "modality": "patches", "patches": self.keys, **overrides})
 
     def hugging_face(self, seed: int = 0) -> Any:
-        """A random `PatchLlama` of the example that loads exported models, in fp32 with uneven norms."""
+        """A random `PatchLlama` (from examples/astropt, which loads exported models) in fp32 with uneven norms."""
         from examples.astropt.load_exported import PatchLlama
 
         config = super().hugging_face(seed).config
@@ -63,7 +63,7 @@ class PatchCase(Case):
         return model.eval()
 
     def samples(self, count: int, seed: int = 7) -> list[dict[str, Tensor]]:
-        """Random bytes; sample i has a share of its patches masked that grows with i mod 4 (none to 90 %)."""
+        """Samples of random bytes; the masked fraction of sample i's patches grows with i mod 4 (none to 90 %)."""
         generator = torch.Generator().manual_seed(seed)
         values = self.size**2 * self.channels
         found = []

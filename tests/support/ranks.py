@@ -1,8 +1,8 @@
 """Run a function on several gloo ranks, forked from one process that has imported everything once.
 
-`import deepspeed` and megatron-core cost 7 to 8 s of CPU a process: eight ranks that import for themselves need a
-minute on two cores, eight forked ones half a second. The forking process is a server of its own (never pytest), so
-that no thread and no process group exists when it forks.
+Importing deepspeed and megatron-core takes 7 to 8 s of CPU per process: eight ranks that each import them need a minute
+on two cores, eight forked ones half a second. The forking process is a separate server (never pytest), so that no
+thread and no process group exists when it forks.
 
 Use: `run_ranks(function, world_size, *args)`. `function(rank, world_size, *args)` runs with the default gloo group
 initialized; arguments and results travel by pickle. The first failing rank's output becomes the test's failure; a
@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 ROOT = Path(__file__).resolve().parents[2]
-GRACE_SECONDS = 10.0  # how long the others may run on once one rank has failed
+GRACE_SECONDS = 10.0  # how long the other ranks may continue after one has failed
 
 _server: subprocess.Popen[bytes] | None = None
 
@@ -49,9 +49,8 @@ def run_ranks(
 ) -> list[Any]:
     """Results of `function(rank, world_size, *args)` by rank.
 
-    `grace` is how many seconds the others may run on once one rank has failed.
-
-    With `expect_failure` the result is one (exit code, output) pair per rank instead and nothing is raised.
+    `timeout` is in seconds; `grace` is how many seconds the other ranks may continue after one has failed. With
+    `expect_failure`, returns an (exit code, output) pair per rank instead, and raises nothing.
     """
     global _server
     if _server is None or _server.poll() is not None:
@@ -132,7 +131,7 @@ def _child(rank: int, world_size: int, request: tuple, folder: Path) -> None:
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 1
         if code == 0:
-            code = 99  # a rank function returns; leaving through exit(0) has no result
+            code = 99  # a rank function must return; exit(0) gives no result
     except BaseException:
         traceback.print_exc()
     finally:
@@ -165,7 +164,7 @@ def _serve_one(request: tuple) -> list[tuple[int, str, bytes]]:
             time.sleep(0.01)
     for pid, rank in pids.items():
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(pid, signal.SIGKILL)  # the rank if it still runs, and whatever it left behind
+            os.killpg(pid, signal.SIGKILL)  # the rank, if it still runs, and processes that it left behind
         if rank not in codes:
             codes[rank] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     outcome = []
@@ -179,7 +178,7 @@ def _serve_one(request: tuple) -> list[tuple[int, str, bytes]]:
 
 def _serve() -> None:
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever imports print must not get between the replies
+    os.dup2(2, 1)  # output of imports must not mix with the replies
     import deepspeed
     import megatron.core.tensor_parallel  # noqa: F401
     from transformers import LlamaForCausalLM  # noqa: F401

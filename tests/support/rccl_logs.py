@@ -1,4 +1,4 @@
-"""A few lines each of what RCCL and NCCL write with NCCL_DEBUG=INFO, in the forms that public logs show."""
+"""Excerpts of what RCCL and NCCL write with NCCL_DEBUG=INFO, in the formats of public logs."""
 
 # LUMI, Frontier: aws-ofi-rccl over Slingshot.
 PLUGIN = """\
@@ -12,7 +12,7 @@ nid005072:71212:71306 [0] NCCL INFO Channel 00/0 : 7[7] -> 8[0] [receive] via NE
 nid005072:71212:71306 [0] NCCL INFO Channel 01/0 : 0[0] -> 1[1] via P2P/IPC
 """
 
-# A newer plugin, whose words differ, without GPU-direct RDMA.
+# A newer plugin, with different wording, without GPU-direct RDMA.
 NEWER = """\
 nid001021:1201:1288 [3] NCCL INFO NET/OFI Initializing aws-ofi-nccl 1.19.2
 nid001021:1201:1288 [3] NCCL INFO NET/OFI Selected provider is cxi, fabric is cxi (found 4 nics)
@@ -31,13 +31,13 @@ nid005073:9001:9088 [0] NCCL INFO Using network Socket
 nid005073:9001:9088 [0] NCCL INFO Channel 00/0 : 7[7] -> 8[0] [receive] via NET/Socket/0
 """
 
-# The plugin is there, libfabric's provider for Slingshot is not.
+# The plugin is present, libfabric's provider for Slingshot is missing.
 TCP_PROVIDER = """\
 nid005073:9001:9088 [0] NCCL INFO NET/OFI Selected Provider is tcp;ofi_rxm
 nid005073:9001:9088 [0] NCCL INFO Using network AWS Libfabric
 """
 
-# InfiniBand inside of NCCL itself: no plugin, and nothing wrong.
+# InfiniBand in NCCL itself: no plugin, and no problem.
 INFINIBAND = """\
 node2:22555:22555 [0] NCCL INFO NET/Plugin : No plugin found (libnccl-net.so), using internal implementation
 node2:22555:22601 [0] NCCL INFO NET/IB : Using [0]mlx5_0:1/IB [1]mlx5_1:1/IB [RO]; OOB ib0:10.10.7.109<0>
@@ -45,14 +45,14 @@ node2:22555:22601 [0] NCCL INFO Using network IB
 node2:22555:22601 [0] NCCL INFO Channel 00/0 : 8[0] -> 0[0] [send] via NET/IB/0/GDRDMA
 """
 
-# Before 2.5 NCCL named its network only as it found it.
+# Before 2.5, NCCL named its network only when it found it.
 OLD_SOCKETS = """\
 ip-172-31-0-11:45384:45384 [0] NCCL INFO NET/Plugin : No plugin found (libnccl-net.so).
 ip-172-31-0-11:45384:45384 [0] NCCL INFO NET/IB : No device found.
 ip-172-31-0-11:45384:45384 [0] NCCL INFO NET/Socket : Using [0]ens3:172.31.0.11<0>
 """
 
-# Two plugins speak of themselves; the channels show which one is used.
+# The plugin is announced, but the channels show that sockets are used.
 ANNOUNCED_ONLY = """\
 nid001:1:2 [0] NCCL INFO NET/Plugin: Loaded net plugin AWS Libfabric (v8)
 nid001:1:2 [0] NCCL INFO Using network AWS Libfabric

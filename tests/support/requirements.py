@@ -1,4 +1,4 @@
-"""Tools that some machines lack: a test that needs one skips, and fails where NEOX_REQUIRE names it (as CI does)."""
+"""Tools that some machines lack: a test that needs one is skipped, or fails if NEOX_REQUIRE names it (as in CI)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 
 def need(tool: str, present: bool, how: str) -> None:
-    """Go on if `tool` is present; skip the test, or fail it if NEOX_REQUIRE lists the tool."""
+    """Return if `tool` is present; otherwise skip the test, or fail it if NEOX_REQUIRE lists the tool."""
     if present:
         return
     message = f"{tool} is missing: {how}"

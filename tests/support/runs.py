@@ -1,4 +1,4 @@
-"""Whole training runs inside forked ranks, and their outputs."""
+"""Whole training runs inside forked ranks, and their output files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def run_case(
     case: Case, world_size: int, keys: dict[str, Any], run: type[Run] | None = None, stop: StopRequest | None = None
 ) -> Run:
-    """Train `case` with some keys on all ranks of the harness; `run` may be a subclass that disturbs the run."""
+    """Train `case` on all ranks of the harness, with additional `keys`; `run` may be a subclass that injects faults."""
     from megatron.parallel.process_groups import form_groups
     from megatron.trainer.run import Run
 

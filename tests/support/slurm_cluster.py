@@ -1,8 +1,8 @@
 """A real Slurm on one machine: munged, slurmctld and a slurmd for each of several virtual nodes.
 
-Daemons run in the foreground as children of the tests, with their own folder, ports and munge key; nothing outside of
-the folder is read or changed, and nothing outlives the tests: daemons die with their parent, and whatever else was
-started carries SLURM_CONF in its environment and is found by it.
+Daemons run in the foreground as children of the tests, with their own folder, ports and munge key. Nothing outside the
+folder is read or changed, and no process outlives the tests: daemons die with their parent, and all other processes are
+found by SLURM_CONF in their environment.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SlurmctldPort={controller_port}
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
-# Credentials live as long as a requeued job waits.
+# A requeued job waits until its credentials expire.
 AuthInfo=socket={folder}/munge/socket,cred_expire=30
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool/%n
@@ -51,15 +51,15 @@ SlurmctldTimeout=10
 SlurmdTimeout=5
 KillWait=12
 InactiveLimit=0
-# Virtual nodes have as many cores as they say.
+# Virtual nodes have as many cores as configured.
 SlurmdParameters=config_overrides
 NodeName={nodes} NodeHostname=localhost NodeAddr=127.0.0.1 Port=[{node_ports}] {hardware} State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 
 
-# What a site's nodes have. Kept apart from the rest: 22.05's count of GPUs goes wrong when such jobs are requeued, and
-# nodes stay taken ("dealloc of node n2 bad node_offset").
+# Partitions and GPUs of a site. Separate, because Slurm 22.05 miscounts GPUs when such jobs are requeued, and nodes
+# stay allocated ("dealloc of node n2 bad node_offset").
 WITH_GPUS = """\
 PartitionName=batch Nodes=ALL MaxTime=INFINITE State=UP OverSubscribe=EXCLUSIVE
 PartitionName=standard-g Nodes=ALL MaxTime=INFINITE State=UP OverSubscribe=EXCLUSIVE
@@ -72,7 +72,7 @@ def missing() -> list[str]:
 
 
 def free_ports(count: int) -> int:
-    """First of `count` consecutive ports that nobody listens on."""
+    """The first of `count` consecutive free ports."""
     for first in range(36000, 60000, count):
         with contextlib.ExitStack() as stack:
             try:
@@ -85,7 +85,7 @@ def free_ports(count: int) -> int:
 
 
 class Cluster:
-    """Started by `with`; nodes are called n0, n1, ... With `gpus`, they are like Frontier's and LUMI's to Slurm."""
+    """A cluster of nodes n0, n1, ..., started by `with`. With `gpus`, they look like Frontier's and LUMI's to Slurm."""
 
     def __init__(self, nodes: int, gpus: bool = False) -> None:
         self.gpus = gpus
@@ -103,7 +103,7 @@ class Cluster:
         return self
 
     def _start(self) -> None:
-        self.folder.chmod(0o755)  # munged wants to see its socket from everywhere
+        self.folder.chmod(0o755)  # munged requires its socket to be accessible to all users
         for name in ("munge", "state", *(f"spool/{node}" for node in self.names)):
             (self.folder / name).mkdir(parents=True)
         munge = self.folder / "munge"
@@ -111,7 +111,7 @@ class Cluster:
         (munge / "key").write_bytes(os.urandom(128))
         (munge / "key").chmod(0o400)
         first = free_ports(len(self.names) + 1)
-        for number in range(8 if self.gpus else 0):  # Slurm looks whether a GPU's device is there, not what it is
+        for number in range(8 if self.gpus else 0):  # Slurm checks that a GPU's device exists, not what it is
             (self.folder / f"gpu{number}").touch()
         gpus = f"Name=gpu File={self.folder}/gpu[0-7]\n" if self.gpus else ""
         (self.folder / "gres.conf").write_text(f"AutoDetect=off\n{gpus}")
@@ -185,7 +185,7 @@ class Cluster:
         return found
 
     def process_table(self, job: str) -> list[tuple[int, int, str]]:
-        """Process id, parent's process id and command name of every live process of a job."""
+        """(process id, parent process id, command name) of every live process of a job."""
         table = []
         for pid in self.processes(f"SLURM_JOB_ID={job}"):
             with contextlib.suppress(OSError):
@@ -194,7 +194,7 @@ class Cluster:
         return table
 
     def run(self, *command: str, check: bool = True, timeout: float = 60, **variables: str) -> str:
-        """Output of a command of Slurm's."""
+        """Run a Slurm command; returns its output."""
         result = subprocess.run(
             command, env=self.env | variables, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL
         )
@@ -206,7 +206,7 @@ class Cluster:
         return subprocess.run(command, env=self.env, capture_output=True, timeout=60).returncode == 0
 
     def submit(self, script: Path, *options: str, **variables: str) -> str:
-        """Job id; `variables` are those of the shell that calls sbatch."""
+        """Submit a script; returns the job id. `variables` are in the environment of sbatch."""
         return self.run(
             "sbatch",
             "--parsable",
@@ -216,7 +216,7 @@ class Cluster:
         ).strip()
 
     def state(self, job: str) -> str:
-        """Slurm's word, such as PENDING, RUNNING, COMPLETED, FAILED."""
+        """The job's state, such as PENDING, RUNNING, COMPLETED, FAILED."""
         return self.field(job, "JobState")
 
     def field(self, job: str, name: str) -> str:
@@ -226,8 +226,8 @@ class Cluster:
     def start_requeued(self, job: str, times: int = 1, timeout: float = 60) -> None:
         """Wait until a job that was requeued for the `times`-th time runs again, or has ended.
 
-        Slurm keeps a requeued job for as long as a credential lives (cred_expire), which a test can shorten, but not to
-        less than the second in which its last start was ended, to which a node's revoked credential counts.
+        Slurm holds a requeued job until its credential expires (cred_expire). A test can shorten this, but not below
+        the second in which the last start ended, until which a node treats the credential as revoked.
         """
         due: float | None = None
         update = ("scontrol", "update", f"JobId={job}", "StartTime=now+2seconds")
@@ -237,8 +237,8 @@ class Cluster:
             state, restarts = self.state(job), int(self.field(job, "Restarts"))
             if restarts != times or state not in ("PENDING", "COMPLETING", "CONFIGURING"):
                 return restarts >= times
-            # While nodes clean up, the last start's script may still run, and Slurm would forget the time. It may do so
-            # even a moment later: then the time is set again.
+            # While nodes clean up, the last start's script may still run, and Slurm would discard the start time. It
+            # may do so even a moment later: then the time is set again.
             cleaning = self.run("sinfo", "--noheader", "--states=completing", "--format=%N").strip()
             overdue = due is None or time.monotonic() > due
             if state == "PENDING" and not cleaning and overdue and self.succeeds(*update):
@@ -252,9 +252,9 @@ class Cluster:
         return self.state(job)
 
     def fail_node(self, name: str, notice: bool = False) -> None:
-        """The whole node is gone at once: daemon, steps and ranks.
+        """Kill everything on a node at once: daemon, steps and ranks.
 
-        Slurm notices it after half a minute; with `notice` it is reported at once, as a site's health check would.
+        Slurm notices after half a minute; with `notice` the failure is reported at once, as by a site's health check.
         """
         daemon = self.daemons.pop(name)
         daemon.kill()

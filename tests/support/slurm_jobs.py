@@ -15,7 +15,7 @@ from tests.support.slurm_cluster import Cluster
 ROOT = Path(__file__).resolve().parents[2]
 CODE = ("deepy.py", "eval.py", "generate.py", "megatron", "csrc")
 
-# All that shells, Slurm's --export and careless quoting have lost somewhere: see each of them arrive.
+# Characters that shells, Slurm's --export or careless quoting lose: all must arrive.
 ODD = "two  words 'single' \"double\" a,b=c (x2) [1-3] $HOME $(id) `id` \\ \t ; & | # * ? ~ {a,b} !! % \n next\n"
 
 # A program of the project that imports no torch. PLAN says what each start of the job does.
@@ -97,12 +97,12 @@ def configure(folder: Path, name: str = "run.yml") -> list[str]:
 def rendered(
     folder: Path, project: Path, *options: str, configs: list[str] | None = None, preflight: bool = False
 ) -> Path:
-    """job.sh for `folder`. `--` and overrides may end the options."""
+    """Render job.sh for `folder`; returns its path. `options` may end with `--` and overrides."""
     before = Path.cwd()
     os.chdir(folder)
     try:
         configs = configure(folder) if configs is None else configs
-        # Ranks meet on this machine's loopback, where the nodes' names lead nowhere.
+        # Ranks connect through loopback, because the virtual nodes' names do not resolve.
         meet = ["--env=MASTER_ADDR=127.0.0.1", "--env=GLOO_SOCKET_IFNAME=lo"]
         words = ["generic_slurm", *configs, "--nodes=2", "--time=30", *meet, "--paths-on-nodes", "-o", "job.sh"]
         words += [] if preflight else ["--no-preflight"]

@@ -1,4 +1,4 @@
-"""What nvcc makes of the kernels for an H100 or H200: registers, spills, bytes in flight on a multiprocessor.
+"""The kernels as nvcc compiles them for H100 and H200: registers, spills, bytes in flight per multiprocessor.
 
 `python -m tests.support.sm90` prints the table of docs/kernels.md. Nothing here runs on a GPU.
 """
@@ -13,9 +13,9 @@ from pathlib import Path
 
 from megatron.ops.build import KERNEL_FILES, SOURCES, Target, compile_command
 
-REGISTERS = 65536  # of a multiprocessor
+REGISTERS = 65536  # per multiprocessor
 MOST_THREADS = 2048
-# In bf16, at Llama-3.1-8B's width: threads of a block, 16-byte loads that a lane issues before it needs the first.
+# In bf16 at Llama-3.1-8B's width: threads per block, 16-byte loads issued by a thread before it uses the first.
 HOT = {
     "rms_norm_forward<bf16, 32, 4, 4, false, false>": (256, 4),
     "rms_norm_forward<bf16, 32, 4, 4, true, false>": (256, 8),
@@ -37,14 +37,14 @@ class Kernel:
 
     @property
     def resident(self) -> int:
-        """Threads on one multiprocessor, by the registers."""
+        """Resident threads per multiprocessor, limited by registers."""
         threads, _ = HOT[self.name]
         by_registers = REGISTERS // (-(-self.registers // 8) * 8 * threads)
         return min(by_registers, MOST_THREADS // threads) * threads
 
     @property
     def in_flight(self) -> int:
-        """Bytes on one multiprocessor."""
+        """Bytes in flight per multiprocessor."""
         return self.resident * HOT[self.name][1] * 16
 
 

@@ -1,4 +1,4 @@
-"""The (TP, PP, DP) at which a model must train the same: ten, of eight ranks at most."""
+"""Ten layouts (TP, PP, DP) of at most eight ranks, at which a model must train alike."""
 
 from __future__ import annotations
 

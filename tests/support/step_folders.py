@@ -1,4 +1,4 @@
-"""Checkpoint folders that are complete and hold next to nothing."""
+"""Checkpoint folders that are complete but almost empty."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ LAYER = "layer_00-model_00-model_states.pt"
 
 
 def write_step(root: Path, step: int, by: str = "training", job: str | None = None) -> None:
-    """A complete checkpoint of `step` under `root`, which `latest` names then."""
+    """Write a complete checkpoint of `step` under `root`, and make `latest` name it."""
     partial = root / (tag_name(step) + ".tmp")
     partial.mkdir(parents=True)
     (partial / LAYER).write_bytes(b"weights")

@@ -1,4 +1,4 @@
-"""Text files for the data tools: good ones, and each kind of bad line and bad file with the message that names it."""
+"""Text files for the data tools: good ones, and each kind of bad line and bad file with its error message."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ BAD_FILES = {
 
 
 def write_records(path: Path, records: Sequence[Any]) -> Path:
-    """One record a line, as JSON."""
+    """Write records as JSON lines; returns the path."""
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
 
 
 def write_texts(path: Path, texts: Sequence[str]) -> Path:
-    """One record a line, with the field `text`."""
+    """Write texts as JSON lines with the field `text`; returns the path."""
     return write_records(path, [{"text": text} for text in texts])
 
 
 def write_bad_file(kind: str, folder: Path) -> Path:
-    """A file of a kind in `BAD_FILES`, the only one in the empty folder."""
+    """Write a file of a kind in `BAD_FILES` to an empty folder; returns its path."""
     line = b'{"text": "some words and more words"}\n' * 1000
     if kind == "empty":
         (folder / "in.jsonl").write_bytes(b"")

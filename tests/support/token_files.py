@@ -1,4 +1,4 @@
-"""Small token files of random documents, for runs that need something to read."""
+"""Small token files of random documents, as input of runs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron.data.indexed import IndexedWriter
 
 
 def random_documents(prefix: Path, vocab: int, documents: int = 60, lengths: tuple[int, int] = (5, 60)) -> str:
-    """Write `documents` of random ids below `vocab`, the same every time; returns the prefix as a run takes it."""
+    """Write `documents` documents of random ids below `vocab`, always the same; returns the prefix for a run."""
     writer = IndexedWriter(prefix, np.dtype(np.uint16))
     rng = np.random.RandomState(0)
     for _ in range(documents):

@@ -1,4 +1,4 @@
-"""Checkpoints as training leaves them, with optimizer state at any layout, written without an engine."""
+"""Training checkpoints with optimizer state at any layout, written without an engine."""
 
 from __future__ import annotations
 
@@ -31,9 +31,10 @@ STEP = 7
 def write_training_checkpoint(
     root: Path, shape: LlamaShape, tp: int, pp: int, dp: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16
 ) -> Path:
-    """Random masters and moments, weights that are the masters rounded; returns the folder of the step.
+    """Write random masters and moments, and weights that are the rounded masters; returns the folder of the step.
 
-    Every tensor's state is cut at random places and dealt to the ranks at random: no engine would, and all may.
+    Every tensor's state is cut at random positions and assigned to random ranks. No engine does so, but the format
+    allows it.
     """
     folder, draw = root / tag_name(STEP), random.Random(seed)
     folder.mkdir(parents=True)
@@ -47,6 +48,7 @@ def write_training_checkpoint(
                 for size in source_shapes(row, shape)
             ]
             for tp_rank in range(tp):
+                # This rank's shard of masters and moments, packed from the whole sources; zeros are padding.
                 state = {}
                 for kind in ("master", "exp_avg", "exp_avg_sq"):
                     pieces = []
@@ -58,11 +60,13 @@ def write_training_checkpoint(
                     state[kind] = torch.cat(pieces, row.shard_dim or 0).contiguous()
                 assert state["master"].shape == rank_shape(row, shape, tp)
                 weights.setdefault(layer_file_name(index, tp_rank), {})[row.neox] = state["master"].to(dtype)
+                # Ranges between random cuts, each on a random rank.
                 numel = state["master"].numel()
                 cuts = sorted({0, numel, *(draw.randrange(1, numel) for _ in range(3))})
                 for start, stop in pairwise(cuts):
                     flat = {kind: tensor.reshape(-1)[start:stop].clone() for kind, tensor in state.items()}
                     by_rank[draw.randrange(tp * pp * dp)][TensorRange(index, row.neox, tp_rank, start, stop)] = flat
+    # Layer files, optimizer files, meta files, and the manifest that lists them.
     entries: dict[str, FileEntry] = {name: write_tensors(folder / name, tensors) for name, tensors in weights.items()}
     for rank, shards in by_rank.items():
         name = optimizer_file_name(rank)

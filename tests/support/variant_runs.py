@@ -1,4 +1,4 @@
-"""Several variants of a small model trained one after the other in one fork of ranks, on the same samples."""
+"""Trains several variants of a small model one after the other in the same forked ranks, on the same samples."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Keys = tuple[tuple[str, Any], ...]
 
 @dataclass(frozen=True)
 class Variant:
-    """What of a training is the same in every layout."""
+    """The settings of a training that do not depend on the layout."""
 
     case: Case = UNTIED
     documents: bool = False
@@ -39,7 +39,7 @@ class Variant:
         return " ".join([self.precision, *(word for word, is_so in words if is_so)])
 
     def arguments(self, split: Split, sequence_parallel: bool, **keys: Any) -> Any:
-        """Adam's eps is 1e-5: with 1e-8 an entry whose gradient is 0 but for rounding would be moved by a full step."""
+        """The configuration; Adam's eps is 1e-5, as with 1e-8 a gradient of pure rounding error causes a full step."""
         tp, pp, dp = split
         micro = keys.get("train_micro_batch_size_per_gpu", 2)
         defaults: dict[str, Any] = {
@@ -52,13 +52,13 @@ class Variant:
             "train_micro_batch_size_per_gpu": micro,
             "gradient_accumulation_steps": GLOBAL_BATCH // (micro * dp),
             "optimizer": {"type": "Adam", "params": {"lr": 1e-3, "betas": [0.9, 0.95], "eps": 1e-5}},
-            "gradient_clipping": 0.5,  # below the norms seen, so that clipping takes part
+            "gradient_clipping": 0.5,  # below the observed norms, so that clipping takes effect
             "world_size": tp * pp * dp,
         }
         return self.case.neox(**defaults | keys)
 
     def samples(self) -> list[dict[str, Tensor]]:
-        """Of all steps; with documents, each sample holds two or three of them."""
+        """The samples of all steps; with documents, each sample holds two or three."""
         samples = make_samples(self.case, GLOBAL_BATCH * STEPS)
         if self.documents:
             for number, sample in enumerate(samples):
@@ -71,7 +71,7 @@ class Variant:
 
 @dataclass
 class Training:
-    """(loss, gradient norm) of every step, the whole model behind the last one, and what the engine says of itself."""
+    """(loss, gradient norm) of every step, the whole model after the last one, and the engine's description."""
 
     history: list[tuple[float, float]]
     model: dict[str, Tensor]
@@ -81,7 +81,7 @@ class Training:
 def train_variant(
     variant: Variant, split: Split, sequence_parallel: bool, keys: Keys = ()
 ) -> tuple[Engine, list[tuple[float, float]]]:
-    """On this rank, in new groups: the engine behind the last step, and the history."""
+    """Train on this rank in new groups; returns the engine after the last step, and (loss, norm) of every step."""
     from megatron.core import parallel_state
 
     if parallel_state.model_parallel_is_initialized():
@@ -110,10 +110,7 @@ def _train(
 def trained(
     variants: tuple[Variant, ...], split: Split, sequence_parallel: bool = False, keys: Keys = ()
 ) -> list[Training]:
-    """Every variant's training in one layout with further `keys`, in one fork.
-
-    Copies of a parameter are bit-equal, or this fails.
-    """
+    """Train every variant in one layout with further `keys`, in one fork; asserts that replicas are bit-equal."""
     tp, pp, dp = split
     ranks = run_ranks(_train, tp * pp * dp, variants, split, sequence_parallel, keys, timeout=300)
     trainings = []
@@ -126,7 +123,7 @@ def trained(
 
 
 def differences(found: Training, expected: Training) -> tuple[float, float, float]:
-    """Largest relative difference of a loss, of a gradient norm, and of a parameter ||a - b|| / ||b||."""
+    """Largest relative differences of a loss, a gradient norm, and a parameter (||a - b|| / ||b||)."""
     pairs = list(zip(found.history, expected.history, strict=True))
     assert found.model.keys() == expected.model.keys()
     return (

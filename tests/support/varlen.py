@@ -1,4 +1,4 @@
-"""Functions with the signatures that `torch.nn.attention.varlen.varlen_attn` has had, in float64, on any device."""
+"""Replacements for `torch.nn.attention.varlen.varlen_attn` with its signatures over time, in float64, on any device."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Recorded:
 
 
 def attended(query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, causal: bool) -> Tensor:
-    """query [T, n, d], key and value [T, n, d]; sequence i is the tokens from `offsets[i]` to `offsets[i + 1]`."""
+    """Attention within sequences: query, key, value [T, n, d]; sequence i is `offsets[i]` to `offsets[i + 1]`."""
     parts = []
     for start, stop in itertools.pairwise(offsets.tolist()):
         q, k, v = (x[start:stop].double() for x in (query, key, value))
@@ -29,7 +29,7 @@ def attended(query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, causal:
 
 
 class Newer(Recorded):
-    """As in torch 2.13: causal by its window; fewer heads of keys where that is asked for."""
+    """As in torch 2.13: causal through `window_size`; fewer key heads if `enable_gqa`."""
 
     def __call__(
         self,
@@ -54,7 +54,7 @@ class Newer(Recorded):
 
 
 class Older(Recorded):
-    """As in torch 2.10: causal by its flag; as many heads of keys as of queries."""
+    """As in torch 2.10: causal through `is_causal`; as many key heads as query heads."""
 
     def __call__(
         self,

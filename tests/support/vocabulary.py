@@ -1,4 +1,4 @@
-"""A small Llama-3-like vocabulary in all three file formats, trained once per session, and the text it comes from."""
+"""A small Llama-3-like vocabulary in all three file formats, trained once per session, and its training text."""
 
 import base64
 import pydoc_data.topics
@@ -72,6 +72,6 @@ def encode_chat(
 
 
 def encode_conversation(chat: Chat, tokenizer: Tokenizer, conversation: Conversation) -> tuple[list[int], list[int]]:
-    """Ids and labels of one conversation, with what its record says beside the turns."""
+    """Ids and labels of one conversation, including the tools and template arguments of its record."""
     segments = chat.segments(conversation, "all")
     return ids_and_labels(segments, [tokenizer.encode(s.text) for s in segments if s.text is not None])

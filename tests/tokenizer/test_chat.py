@@ -74,7 +74,7 @@ def template_chat(source: str, tokenizer: Tokenizer) -> TemplateChat:
 
 
 def raw(messages: list[Message]) -> list[RawMessage]:
-    """The same for Meta's package."""
+    """The messages in the form of Meta's package."""
     result = []
     for message in messages:
         calls = [ToolCall(call_id="1", tool_name=call.name, arguments=call.arguments) for call in message.calls]
@@ -132,7 +132,7 @@ def chats(tokenizer: Tokenizer) -> list[Chat]:
 def test_golden_spans(name: str, hf_tokenizer: Tokenizer) -> None:
     for chat in chats(hf_tokenizer):
         if name == "tool" and isinstance(chat, TemplateChat):
-            continue  # the demo's template knows no tools
+            continue  # the demo's template does not support tools
         ids, labels = encode_chat(chat, hf_tokenizer, messages_of(name), "all")
         assert learned_spans(hf_tokenizer, ids, labels) == GOLDEN[name]
         ids, labels = encode_chat(chat, hf_tokenizer, messages_of(name), "last")
@@ -274,7 +274,7 @@ DATE = "21 September 2024"
 
 
 def as_llama31(messages: list[Message]) -> list[Message]:
-    """What the templates from Llama 3.1 on write: dates in front of the system prompt, texts trimmed."""
+    """Messages as written by templates since Llama 3.1: dates before the system prompt, texts trimmed."""
     system = messages[0].content.strip() if messages[0].role == "system" else ""
     dates = f"Cutting Knowledge Date: December 2023\nToday Date: {DATE}\n\n"
     turns = messages[1:] if messages[0].role == "system" else messages
@@ -283,8 +283,8 @@ def as_llama31(messages: list[Message]) -> list[Message]:
 
 @pytest.mark.parametrize("name", ["llama3", "llama3.1", "llama3.2", "llama3.3"])
 def test_shipped_templates_equal_metas_chat_format(name: str, vocab_folder: Path) -> None:
-    """Token by token, on what both can express: turns of one text each, for Meta's package encodes texts apart that a
-    template joins; from 3.1 on without calls, which the package writes in another form than Meta's templates."""
+    """Token by token, where both can express it: one text per turn, because Meta's package encodes separately what a
+    template joins; since 3.1 without calls, which the package and Meta's templates write differently."""
     tokenizer = build_tokenizer("TiktokenTokenizer", vocab_folder)
     meta = ChatFormat(MetaTokenizer(vocab_folder / "tokenizer.model"))
     header = len(meta._encode_header("assistant"))
@@ -295,7 +295,7 @@ def test_shipped_templates_equal_metas_chat_format(name: str, vocab_folder: Path
             turns = [turn for turn in record["messages"] if turn["role"] != "tool" and not turn.get("tool_calls")]
             record = {"messages": [{"role": turn["role"], "content": turn["content"]} for turn in turns]}
         for turn in record["messages"]:
-            turn["role"] = {"developer": "system"}.get(turn["role"], turn["role"])  # a role that Meta has not
+            turn["role"] = {"developer": "system"}.get(turn["role"], turn["role"])  # Meta has no such role
         try:
             messages = messages_in(record)
             ids, _ = encode_chat(chat, tokenizer, messages)
@@ -313,7 +313,7 @@ def test_shipped_templates_equal_metas_chat_format(name: str, vocab_folder: Path
 
 @pytest.mark.parametrize("name", ["llama3.1", "llama3.3"])
 def test_a_call_of_llama_s_own_tools_is_as_meta_publishes_it(name: str, hf_tokenizer: Tokenizer) -> None:
-    """The example of a search on Meta's page about the format, white space aside, which the templates trim."""
+    """The search example on Meta's page about the format, except for white space, which the templates trim."""
     page = (Path(llama_models.__file__).parent / "llama3_1" / "prompt_format.md").read_text()
     blocks = re.findall(r"```\n(.*?)```", page.partition("conversation using brave search")[2], re.DOTALL)
     published = "".join("".join(blocks[:2]).split())
@@ -331,7 +331,7 @@ def test_a_call_of_llama_s_own_tools_is_as_meta_publishes_it(name: str, hf_token
 
 
 def expressible(seed: int) -> list[dict[str, Any]]:
-    """Random records that Meta's format can express: one call a turn, ASCII arguments, Llama's own tools among them."""
+    """Random records that Meta's format can express: one call per turn, ASCII arguments, also Llama's own tools."""
     calls = [
         {"name": "simbad", "arguments": {"object": "M31", "radius": 2.5, "bands": ["u", "g"], "deep": None}},
         {"name": "brave_search", "arguments": {"query": "Was ist z?"}},

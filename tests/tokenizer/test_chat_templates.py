@@ -1,4 +1,4 @@
-"""Chat templates: rendered byte for byte as `transformers` renders them, its refusals included."""
+"""Chat templates are rendered byte for byte as by `transformers`, and refused where it refuses them."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ def test_all_templates_are_compared() -> None:
 
 
 def compare(name: str, vocab_folder: Path) -> tuple[int, int, int]:
-    """Of the random conversations: (rendered by both to the same bytes, refused by both, differing)."""
+    """Numbers of random conversations: (rendered by both to the same bytes, refused by both, differing)."""
     theirs = transformers_tokenizer(vocab_folder, TEMPLATES[name])
     ours = ChatTemplate(TEMPLATES[name], SPECIAL)
     same = refused = different = 0

@@ -40,7 +40,7 @@ def test_ids_equal_transformers(files: Path, name: str) -> None:
 
     ours = build_tokenizer(name, files)
     theirs = Theirs(vocab=str(files / "vocab.json"), merges=str(files / "merges.txt"))
-    texts = [text for text in TEXTS if "<|" not in text]  # theirs turns the name into the token
+    texts = [text for text in TEXTS if "<|" not in text]  # transformers turns the name into the token
     assert [ours.encode(text) for text in texts] == [theirs.encode(text) for text in texts]
     assert ours.encode_batch(texts) == [ours.encode(text) for text in texts]
     assert (ours.vocab_size, ours.eod, ours.bos) == (len(theirs), theirs.eos_token_id, None)

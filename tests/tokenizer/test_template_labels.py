@@ -1,4 +1,4 @@
-"""Data equal a template's rendering, and the learned part is what the assistant would generate."""
+"""Data equals a template's rendering, and the learned part is what the assistant would generate."""
 
 import json
 from collections.abc import Mapping
@@ -34,7 +34,7 @@ def template_of(name: str) -> str:
 
 
 def readable() -> list[tuple[dict[str, Any], Conversation]]:
-    """Random records that are conversations, all different, with what was read of them."""
+    """Random records that are valid conversations, all different, with the conversations read from them."""
     found: dict[bytes, tuple[dict[str, Any], Conversation]] = {}
     for record in random_records(COUNT, seed=5):
         try:
@@ -46,7 +46,7 @@ def readable() -> list[tuple[dict[str, Any], Conversation]]:
 
 
 def rendered(theirs: Any, conversation: Conversation, turns: int | None = None, **options: Any) -> str:
-    """By transformers; what it refuses is empty."""
+    """The rendering by transformers; empty if it refuses."""
     try:
         return _rendered(theirs, conversation, turns, **options)
     except (TypeError, ValueError, jinja2.TemplateError):
@@ -104,7 +104,7 @@ def test_data_equals_the_rendering_of_transformers(
 def check_labels(
     theirs: Any, conversation: Conversation, tokenizer: Tokenizer, ids: list[int], labels: list[int]
 ) -> None:
-    """Every learned turn begins where the prompt for it ends, says all of it, and ends with a special token."""
+    """Every learned turn begins where its prompt ends, is complete, and ends with a special token."""
     special = set(tokenizer.special_tokens.values())
     starts = [i for i, label in enumerate(labels) if label != IGNORE_INDEX and labels[i - 1] == IGNORE_INDEX]
     turns = sorted(learned_turns(conversation.messages, "all"))
@@ -125,7 +125,7 @@ def test_generation_blocks_give_the_mask_of_transformers(vocab_folder: Path, hf_
     compared = 0
     for _, conversation in readable():
         if "<|" in str(conversation.messages):
-            continue  # transformers makes tokens of quoted names
+            continue  # transformers turns quoted names into special tokens
         try:
             _, labels = encode_conversation(chat, hf_tokenizer, conversation)
         except ChatError:

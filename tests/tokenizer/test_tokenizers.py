@@ -78,7 +78,7 @@ def test_ids_are_found_by_name(tokenizer: Tokenizer) -> None:
 
 def test_llama_3_ids(vocab_folder: Path) -> None:
     for kind in ("HFTokenizer", "TiktokenTokenizer"):
-        tokenizer = build_tokenizer(kind, vocab_folder)  # a model folder is as good as the file
+        tokenizer = build_tokenizer(kind, vocab_folder)  # a model folder works like the file
         base = VOCAB_SIZE - 256
         assert (tokenizer.bos, tokenizer.eod, tokenizer.pad, tokenizer.vocab_size) == (
             base,
@@ -104,7 +104,7 @@ def test_long_lines_equal_meta(vocab_folder: Path) -> None:
     ours = build_tokenizer("TiktokenTokenizer", vocab_folder / "tokenizer.model")
     words = "the quick brown fox ".replace(" ", "_")
     for text in (
-        "spectral line " * 72_000,  # one line of a megabyte
+        "spectral line " * 72_000,  # a line of a megabyte
         words * 10_000,  # runs that must be cut
         " " * 60_000 + "a" + "\n" * 25_000 + "b" * 25_001,
         "a" * 25_000 + " " + "é" * 50_001,
@@ -114,7 +114,7 @@ def test_long_lines_equal_meta(vocab_folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def converted(vocab_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer.json made of the tokenizer.model as `transformers` does it: the form of Llama 3's own file."""
+    """A tokenizer.json made from the tokenizer.model by `transformers`, in the form of Llama 3's own file."""
     import transformers
     from transformers.convert_slow_tokenizer import TikTokenConverter
 
@@ -127,7 +127,7 @@ def converted(vocab_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 def periodic_texts() -> list[str]:
-    """Where two merges could overlap and make the same token, their order would show."""
+    """Texts in which two merges could overlap and make the same token, so that their order matters."""
     rng = random.Random(3)
     alphabets = ["ab", " ", "-=", "aA", "01", "\n ", "* ", "xyx", "天文", "the "]
     texts = []

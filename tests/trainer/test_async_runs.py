@@ -61,7 +61,7 @@ def keys(data: str, folder: Path, **changes: Any) -> dict[str, Any]:
 
 
 def after_each_step(what: Callable[[int], None]) -> type[Run]:
-    """A run that calls `what(iteration)` when a step is done, before its save."""
+    """A run that calls `what(iteration)` after each step, before its save."""
     from megatron.trainer.run import Run
 
     class Disturbed(Run):
@@ -75,18 +75,18 @@ def after_each_step(what: Callable[[int], None]) -> type[Run]:
 def _run(
     rank: int, world_size: int, run_keys: dict[str, Any], run: type[Run] | None = None, stop: StopRequest | None = None
 ) -> None:
-    random.seed(rank)  # a start from nothing has the same random states every time
+    random.seed(rank)  # a run from scratch has the same random states every time
     np.random.seed(rank)
     run_case(CASE, world_size, run_keys, run, stop)
 
 
 def _run_until_killed(rank: int, world_size: int, run_keys: dict[str, Any], steps: int, delay: float) -> None:
-    """SIGKILL `delay` seconds after the end of this start's `steps`-th step."""
+    """Send SIGKILL `delay` seconds after the `steps`-th step since this start."""
     done: list[int] = []
 
     def start_killer(iteration: int) -> None:
         done.append(iteration)
-        if len(done) == steps and os.fork() == 0:  # from outside of the rank's threads
+        if len(done) == steps and os.fork() == 0:  # in a child, unaffected by the rank's threads
             time.sleep(delay)
             os.kill(os.getppid(), signal.SIGKILL)
             os._exit(0)
@@ -95,7 +95,7 @@ def _run_until_killed(rank: int, world_size: int, run_keys: dict[str, Any], step
 
 
 def test_ten_kills_lose_nothing_that_was_reported_and_change_nothing(data: str, tmp_path: Path) -> None:
-    """A run killed ten times equals an uninterrupted one: every loss, and the last checkpoint bit for bit."""
+    """A run killed ten times has the same losses and bit for bit the same last checkpoint as an uninterrupted one."""
     steps = 240
     whole, chain = tmp_path / "whole", tmp_path / "chain"
     run_ranks(_run, 2, keys(data, whole, train_iters=steps, checkpoint_factor=steps))
@@ -155,7 +155,7 @@ def test_a_failed_save_is_reported_in_the_middle_and_an_error_at_the_end(data: s
 
 
 def _run_until_stopped(rank: int, world_size: int, run_keys: dict[str, Any], at: int, failing: bool) -> str:
-    """SIGUSR1 to rank 1 in step `at`. What is in flight is not written before somebody waits for it."""
+    """Send SIGUSR1 to rank 1 in step `at`; a save in flight is not written before the run waits for it."""
     from megatron.trainer.saves import Saves
 
     gate, now, write = Gate(), Saves.now, background.CheckpointWriter.write
@@ -208,7 +208,7 @@ def test_a_signal_and_the_end_wait_for_what_is_in_flight(
 
 
 def _run_until_broken(rank: int, world_size: int, run_keys: dict[str, Any]) -> None:
-    """The gradient norm of step 3 is not a number, while the save of step 2 waits to be written."""
+    """The gradient norm of step 3 is NaN while the save of step 2 is not yet written."""
     from megatron.trainer.run import Run
     from megatron.trainer.saves import Saves
 

@@ -1,7 +1,7 @@
 """Warm-up, stable phase, cooldown: a branch from a checkpoint of the stable phase equals the straight run.
 
-The same bits at the same layout, the same samples at another one. A stage of another mix keeps its shares, also where
-it is resumed on other ranks.
+It has the same bits at the same layout and the same samples at another one. A phase with another data mix keeps its
+shares, also if it is resumed on other ranks.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SAMPLES = ("train/lm_loss", "train/grad_norm", "train/learning_rate")
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Two token files; what is in `low` is below 32, what is in `high` is not."""
+    """Two token files; ids in `low` are below 32, ids in `high` are not."""
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
     folder = tmp_path_factory.mktemp("tokens")
@@ -72,7 +72,7 @@ def branched(data: dict[str, str], trunk: Path, folder: Path, iteration: int, **
 
 
 def _run_each(rank: int, world_size: int, runs: Sequence[dict[str, Any]]) -> list[tuple[int, int]]:
-    """Train one after the other; for each, the samples [first, end) that it read."""
+    """Train the runs one after the other; returns the samples [first, end) that each read."""
     from megatron.core import parallel_state
 
     ended = []
@@ -95,7 +95,7 @@ def runs(data: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict
         keys(data, folders["short"], train_iters=7, lr_wsd_decay_iters=2, extra_save_iters=[7]),
         keys(data, trunk, train_iters=20, exit_interval=8),
         branched(data, trunk, folders["early"], 4, **cooldown, exit_interval=6),
-        keys(data, folders["early"], **cooldown),  # goes on from iteration 6 of its own
+        keys(data, folders["early"], **cooldown),  # continues from its own iteration 6
         branched(data, trunk, folders["late"], 4, train_iters=7, lr_wsd_decay_iters=2),
         branched(data, folders["straight"], folders["rewarmed"], 8, **again),
     ]
@@ -117,7 +117,7 @@ def test_a_branch_equals_the_straight_run(runs: dict[str, Path], branch: str, st
 
 
 def test_a_trunk_with_a_warmup_by_share_is_another_run(runs: dict[str, Path]) -> None:
-    """What makes the branches equal: their warm-up does not follow their length."""
+    """Branches equal straight runs only because their warm-up does not depend on the length of the run."""
     trunk, straight = (metrics(runs[name], "train/learning_rate") for name in ("trunk", "straight"))
     assert [trunk[n] for n in range(1, 5)] == [straight[n] for n in range(1, 5)]
     by_share = {"lr_warmup_iters": None, "warmup": 0.25, "lr_wsd_decay_iters": 0, "lr_decay_style": "wsd"}
@@ -128,13 +128,13 @@ def test_a_trunk_with_a_warmup_by_share_is_another_run(runs: dict[str, Path]) ->
 
 def test_a_continued_run_warms_up_again(runs: dict[str, Path]) -> None:
     rates = metrics(runs["rewarmed"], "train/learning_rate")
-    # The override of iteration 5 still holds. From the floor, not from zero, to the peak, and down again.
+    # The override of iteration 5 still applies. The rate rises from the floor, not from zero, and falls again.
     expected = {9: (1e-5 + 0.5 * (1e-3 - 1e-5)) / 2, 10: (1e-5 + 0.5 * (1e-3 - 1e-5)) / 2, 11: 1e-3 / 2}
     assert rates == pytest.approx(expected)
 
 
 def test_each_start_is_recorded(runs: dict[str, Path]) -> None:
-    """What tools/report draws: where a run began, on what layout, and what it reads from there to its end."""
+    """tools/report reads where a run began, at which layout, and what it reads from there to its end."""
     path = runs["early"] / "log/starts.jsonl"
     branch, resumed = (json.loads(line) for line in path.read_text().splitlines())
     assert (branch["iteration"], resumed["iteration"], resumed["train_iters"]) == (4, 6, 8)
@@ -151,7 +151,7 @@ def test_each_start_is_recorded(runs: dict[str, Path]) -> None:
 def test_a_stage_of_another_mix_keeps_its_shares_on_other_ranks(
     data: dict[str, str], runs: dict[str, Path], tmp_path: Path
 ) -> None:
-    """The cooldown reads three quarters of the other source; it is stopped in its middle and goes on with TP1 x DP2."""
+    """The cooldown reads three quarters of the other source; it is stopped halfway and resumes at TP1 x DP2."""
     mix = {"train_data_weights": [0.25, 0.75], "train_iters": 24, "lr_wsd_decay_iters": 20}
     whole = branched(data, runs["trunk"], tmp_path / "whole", 4, **mix)
     first = branched(data, runs["trunk"], tmp_path / "halves", 4, **mix, exit_interval=12)

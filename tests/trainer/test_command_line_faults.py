@@ -31,7 +31,7 @@ def deepy(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of six steps saved every two, with a warm-up of a third of a step and evaluations that evaluate nothing."""
+    """A run of six steps saved every two, with a warm-up of a third of a step and evaluations of zero batches."""
     folder = tmp_path_factory.mktemp("run")
     data = random_documents(folder / "data", CASE.vocab)
     write_run(

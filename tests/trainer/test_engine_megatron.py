@@ -1,4 +1,4 @@
-"""Whole runs under engine: megatron with virtual stages report, save and resume what DeepSpeed's do."""
+"""Whole runs under engine: megatron with virtual stages report, save and resume like DeepSpeed's."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _run(rank: int, world_size: int, run_keys: dict[str, Any]) -> None:
 
 
 def test_a_whole_run_equals_deepspeed_and_resumes_bit_exactly(data: str, tmp_path: Path) -> None:
-    """With evaluation, replica checks, a profile and saves between steps, all of which read weights under way."""
+    """With evaluation, replica checks, a profile and saves between steps, all of which read weights during the run."""
     theirs, whole, half = (tmp_path / name for name in ("deepspeed", "whole", "half"))
     run_ranks(_run, 4, keys(data, theirs, save=None, checkpoint_factor=None))
     run_ranks(_run, 4, keys(data, whole, **VIRTUAL))

@@ -1,4 +1,4 @@
-"""The global batch of a run that continues with other replicas: kept, requested, or impossible."""
+"""The global batch of a run that continues with another number of replicas: kept, requested, or impossible."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def saved(restored: Any = "everything", dp: int = 4, **provenance: Any) -> Start
 @pytest.mark.parametrize("restored", ["everything", "weights and position"])
 @pytest.mark.parametrize(("dp", "steps"), [(4, 6), (3, 8), (8, 3), (1, 24)])
 def test_accumulation_follows_from_the_saved_batch(dp: int, steps: int, restored: Any) -> None:
-    for start in (saved(restored, train_batch_size=48), saved(restored)):  # recorded, or from the keys
+    for start in (saved(restored, train_batch_size=48), saved(restored)):  # recorded, or derived from the keys
         args = keep_global_batch(arguments(dp), start)
         assert (args.train_batch_size, args.gradient_accumulation_steps) == (48, steps)
         assert args.deepspeed_config["gradient_accumulation_steps"] == steps
@@ -40,7 +40,7 @@ def test_accumulation_follows_from_the_saved_batch(dp: int, steps: int, restored
 
 
 def test_the_recorded_batch_is_kept_on_a_second_resume() -> None:
-    """The recorded batch, not the one that the keys give at the layout that saved it."""
+    """The recorded batch counts, not the batch that the keys give at the layout of the save."""
     args = keep_global_batch(arguments(2), saved(dp=3, train_batch_size=48))
     assert (args.train_batch_size, args.gradient_accumulation_steps) == (48, 12)
 
@@ -63,7 +63,7 @@ def test_runs_that_do_not_continue_have_their_own() -> None:
 
 
 def test_a_batch_that_does_not_fill_virtual_stages_says_what_to_change() -> None:
-    """48 sequences over three replicas are eight micro-batches of two each, over eight three."""
+    """48 sequences are eight micro-batches of two on each of three replicas, but three on each of eight."""
     interleaved = {
         "engine": "megatron",
         "num_layers": 4,

@@ -19,7 +19,7 @@ def args(**changes: object) -> NeoXArgs:
 
 
 def test_flops_equal_gpt_neox() -> None:
-    """Its `get_actual_flops` and `human_readable_flops` gave these for the same sizes, a batch of 32 on 8 ranks."""
+    """Expected values are from its `get_actual_flops` and `human_readable_flops`, for a batch of 32 on 8 ranks."""
     assert flops_per_second(args(checkpoint_activations=True), 0.25) == 47244640256.0
     assert flops_per_second(args(), 0.25) == 35433480192.0
     assert "approx flops per GPU: 35.4GFLOPS" in interval_fields(args(), 0.25, 1e-3, [1.0], None, 0, 0)

@@ -1,4 +1,4 @@
-"""A run from GPT-NeoX's kinds of files: nothing but sizes, iterations, paths and the CPU's backend is overridden."""
+"""A run from files like GPT-NeoX's: only sizes, iterations, paths and the CPU's backend are overridden."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def overridden(folder: Path) -> dict[str, Any]:
 
 
 def test_gpt_neox_files_train_and_log_its_scalars(tmp_path: Path) -> None:
-    """In fp16, on two tensor-parallel ranks; `exit_interval` ends the run, which then goes on."""
+    """In fp16 on two tensor-parallel ranks; `exit_interval` ends the run, which then resumes."""
     keys = overridden(tmp_path)
     run_ranks(_train, 2, keys, True)
     records = [json.loads(line) for line in (tmp_path / "log/metrics.jsonl").read_text().splitlines()]

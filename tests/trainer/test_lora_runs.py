@@ -84,7 +84,7 @@ def _run(rank: int, world_size: int, run_keys: dict[str, Any], killed_after: int
                 os.kill(os.getppid(), signal.SIGKILL)
                 os._exit(0)
 
-    random.seed(rank)  # a start from nothing has the same random states every time
+    random.seed(rank)  # a run from scratch has the same random states every time
     np.random.seed(rank)
     run: type[Run] = Run if killed_after is None else Killed
     training = run_case(CASE, world_size, run_keys, run)
@@ -107,13 +107,13 @@ def test_a_killed_run_continues_as_if_uninterrupted(data: str, base: str, tmp_pa
     assert (one / "adapter/adapter_model.safetensors").read_bytes() == (
         other / "adapter/adapter_model.safetensors"
     ).read_bytes()
-    # The adapter is all there is of the model, in the checkpoint and in the log of norms.
+    # Of the model, checkpoints and the log of norms contain only the adapter.
     assert {path.name for path in one.iterdir()} >= {"adapter", "manifest.json", "configs"}
     assert not list(one.glob("layer_*"))
     norms = {name for record in _records(whole) for name in record if name.startswith("parameter_norms/")}
     assert any("q_proj.lora_B" in name for name in norms)
     assert len(metrics(whole, "runtime/tflops_per_rank_megatron")) == STEPS
-    # The base has no weight gradients: its weights count 4 times, as in the metrics, and not 6 times.
+    # The base has no weight gradients: its weights count 4 FLOPs, as in the metrics, not 6.
     start = json.loads((whole / "log/starts.jsonl").read_text())
     args = CASE.neox(world_size=2, **keys(data, base, whole))
     assert start["flops_per_token"] == megatron_flops_per_token(args.whole_shape, CASE.seq)
@@ -189,7 +189,7 @@ def test_a_damaged_adapter_is_named(data: str, base: str, tmp_path: Path) -> Non
 
 
 def test_going_back_and_what_the_message_advises(data: str, base: str, tmp_path: Path) -> None:
-    """The base is what `load` names, so a step of the run's own is asked for with `save`."""
+    """`load` names the base, so a step of the run itself is requested with `save`."""
     run_ranks(_run, 2, keys(data, base, tmp_path, train_iters=4))
     (tmp_path / "checkpoints/global_step4/adapter/adapter_config.json").unlink()
     given = keys(data, base, tmp_path, train_iters=4)

@@ -76,7 +76,7 @@ def _run(rank: int, world_size: int, run_keys: dict[str, Any], poison: dict[str,
 
 
 def everything(folder: Path, step: int) -> dict[str, Any]:
-    """Weights, and masters, moments and steps of every range of every rank."""
+    """Weights, and the masters, moments and step counts of every range of every rank."""
     found: dict[str, Any] = dict(weights(folder, step))
     checkpoint = folder / f"checkpoints/global_step{step}"
     for name, entry in read_manifest(checkpoint).files.items():
@@ -119,7 +119,7 @@ def without(data: str, tmp_path_factory: pytest.TempPathFactory, request: pytest
 def test_a_skipped_step_leaves_no_trace(
     data: str, tmp_path: Path, without: tuple[str, Path], poison: dict[str, Any]
 ) -> None:
-    """Skipping step 3 of 5 is the run of 4 steps whose data lack that step's samples."""
+    """Skipping step 3 of 5 equals the run of 4 steps whose data lack that step's samples."""
     precision, expected_folder = without
     run_ranks(_run, 8, keys(data, tmp_path, precision=precision), {**poison, "iterations": [3]})
     assert_same(everything(tmp_path, 5), everything(expected_folder, 4))
@@ -130,7 +130,7 @@ def test_a_skipped_step_leaves_no_trace(
 
 
 def _quiet(rank: int, world_size: int, run_keys: dict[str, Any], poison: dict[str, Any]) -> str:
-    """`_run` that gives back the message of the error which ended it."""
+    """`_run`, but returns the message of the error that ended it."""
     from megatron.engine.nonfinite import SkipLimitError
 
     try:
@@ -141,7 +141,7 @@ def _quiet(rank: int, world_size: int, run_keys: dict[str, Any], poison: dict[st
 
 
 def test_too_many_skips_stop_on_all_ranks(data: str, tmp_path: Path) -> None:
-    """At most two in a row, at most three in all; the counts go on after a resume."""
+    """At most two in a row and three in all; the counts continue after a resume."""
     poison = {"rank": 5, "where": "gradient", "tensor": "weight", "value": math.nan}
     bounds = {"max_skipped_steps_in_a_row": 2, "max_skipped_steps": 3}
     row = keys(data, tmp_path / "row", train_iters=6, **bounds)
@@ -162,7 +162,7 @@ def test_too_many_skips_stop_on_all_ranks(data: str, tmp_path: Path) -> None:
 
 
 def _mutant(rank: int, world_size: int, run_keys: dict[str, Any], poison: dict[str, Any], mutation: str) -> str:
-    """`_run` without one of the two things that make every rank refuse a step; gives back the error's text."""
+    """`_run` without one of the two safeguards that make every rank skip a step; returns the error's text."""
     from megatron.engine import deepspeed, deepspeed_module
     from megatron.engine.nonfinite import SuspiciousLossError
 
@@ -205,7 +205,7 @@ def test_the_replica_whose_loss_is_broken_is_named(data: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize("layout", [(2, 1), (1, 2), (1, 1)], ids=lambda s: "tp{}pp{}".format(*s))
 def test_skipped_samples_are_skipped_on_every_layout(data: str, tmp_path: Path, layout: tuple[int, int]) -> None:
-    """The same losses as from a run over DP2 with another micro-batch; ranges cut through global batches."""
+    """Losses equal those of a run at DP2 with another micro-batch; the ranges cut through global batches."""
     ranges = [[3, 9], [20, 21], [18, 21]]
     losses = {}
     for name, split, changes in (
@@ -226,7 +226,7 @@ def test_ranges_given_on_resume_change_the_future_alone(data: str, tmp_path: Pat
     first = keys(data, tmp_path, train_iters=2, lr_decay_iters=5, skip_sample_ranges=[[4, 12]])
     run_ranks(_run, 8, first, {})
     assert metrics(tmp_path, "train/consumed_samples") == {1: 16, 2: 24}
-    resumed = keys(data, tmp_path, skip_sample_ranges=[[0, 2], [30, 33]])  # the old one is gone: 8 samples more to read
+    resumed = keys(data, tmp_path, skip_sample_ranges=[[0, 2], [30, 33]])  # without the old range: 8 samples more
     run_ranks(_run, 8, resumed, {})
     assert metrics(tmp_path, "train/consumed_samples") == {1: 16, 2: 24, 3: 35, 4: 43, 5: 51}
     whole = keys(data, tmp_path / "whole", skip_sample_ranges=[[4, 12], [30, 33]])

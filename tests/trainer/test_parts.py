@@ -42,7 +42,7 @@ def test_save_points(tmp_path: Path) -> None:
     [(2, [1, 2, 4, 8, 16, 32]), (1.5, [1, 2, 3, 5, 7, 11, 17, 25, 38, 57]), (10, [1, 10])],
 )
 def test_save_points_at_powers(tmp_path: Path, factor: float, points: list[int]) -> None:
-    """GPT-NeoX's `is_save_iter` gave these."""
+    """Expected values are from GPT-NeoX's `is_save_iter`."""
     args = Case().neox(world_size=1, save=str(tmp_path), checkpoint_factor=factor, checkpoint_scale="log")
     assert [n for n in range(60) if is_save_point(args, n, 1000)] == points
 

@@ -1,4 +1,4 @@
-"""Whole runs on images: resumed bit for bit, guarded against a random start, and able to overfit a few images."""
+"""Whole runs on images: resumed bit for bit, guarded against random weights, and able to overfit a few images."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _run(rank: int, world_size: int, run_keys: dict[str, Any]) -> None:
 
 
 def test_a_resumed_run_equals_the_uninterrupted_one(data: dict[str, str], tmp_path: Path) -> None:
-    """At TP2 x PP2 with slices of the sequence; the last of 16 patches is read and not learned."""
+    """At TP2 x PP2 with sequence parallelism; the last of 16 patches is read but predicts nothing."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run_ranks(_run, 4, keys(data, whole))
     run_ranks(_run, 4, keys(data, parts, train_iters=3, lr_decay_iters=6))
@@ -73,7 +73,7 @@ ALONE = {"model_parallel_size": 1, "pipe_parallel_size": 1, "sequence_parallel":
 
 
 def test_a_continued_run_that_knows_nothing_stops(data: dict[str, str], tmp_path: Path) -> None:
-    """A step with a tiny learning rate leaves a random model, like a broken conversion. A trained model continues."""
+    """After a step with a tiny rate a model is still random, as after a broken conversion; a trained one continues."""
     for name, rate in (("random", 1e-9), ("learned", 3e-3)):
         folder = tmp_path / name
         optimizer = {"type": "Adam", "params": {"lr": rate}}

@@ -1,4 +1,4 @@
-"""Whole runs of the training loop on real files: resume, step-0 guard, evaluation and generation agree with it."""
+"""Whole runs of the training loop on real files: resume, guard against random weights, agreement with evaluation."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _run(rank: int, world_size: int, run_keys: dict[str, Any]) -> None:
 
 
 def _forward_losses(rank: int, world_size: int, run_keys: dict[str, Any]) -> dict[str, float]:
-    """Validation losses of a saved checkpoint, on however many ranks."""
+    """Validation losses of a saved checkpoint on any number of ranks."""
     from megatron.checkpoint.load import load_weights
     from megatron.data.build import build_datasets
     from megatron.engine.build import build_inference_engine
@@ -121,7 +121,7 @@ def test_evaluating_the_saved_weights_equals_the_run(
 
 
 def test_a_continued_run_that_knows_nothing_stops(data: dict[str, str], whole_run: Path, tmp_path: Path) -> None:
-    """After the six steps above the model knows next to nothing: continuing from it resembles a broken conversion."""
+    """After six steps the model is almost random: continuing from it looks like a broken conversion."""
     continued = keys(data, tmp_path, load=str(whole_run / "checkpoints"), finetune=True, from_scratch=False)
     for code, output in run_ranks(_run, 8, continued, expect_failure=True):
         assert code == 1

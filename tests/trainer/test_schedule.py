@@ -23,7 +23,7 @@ def args(**keys: object) -> NeoXArgs:
 @pytest.mark.parametrize(
     ("style", "iteration", "expected"),
     [
-        ("cosine", 0, PEAK / 100),  # never zero: the first step already learns
+        ("cosine", 0, PEAK / 100),  # never zero: the first step already trains
         ("cosine", 50, PEAK / 2),
         ("cosine", 100, PEAK),
         ("cosine", 550, (PEAK + FLOOR) / 2),
@@ -42,7 +42,7 @@ def test_values(style: str, iteration: int, expected: float) -> None:
 
 @pytest.mark.parametrize("style", ["cosine", "linear", "constant"])
 def test_flat_after_the_end(style: str) -> None:
-    """GPT-NeoX's cosine is back at 56 % of the peak at one and a half times the decay."""
+    """GPT-NeoX's cosine rises again: to 56 % of the peak at one and a half times the decay."""
     run = args(lr_decay_style=style)
     end = learning_rate(run, 1000)
     assert [learning_rate(run, n) for n in (1001, 1500, 2000, 10**6)] == [end] * 4
@@ -52,7 +52,7 @@ WSD = {"lr_decay_style": "wsd", "warmup": None, "lr_warmup_iters": 100, "lr_wsd_
 
 
 @pytest.mark.parametrize(
-    ("shape", "left"),  # of the way from peak to floor, after a quarter of the cooldown
+    ("shape", "left"),  # fraction of peak minus floor left after a quarter of the cooldown
     [("linear", 0.75), ("cosine", 0.8535533905932737), ("exponential", 0.6817928305074291), ("minus_sqrt", 0.5)],
 )
 def test_wsd(shape: str, left: float) -> None:
