@@ -13,7 +13,6 @@ import json
 import math
 import os
 import re
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -22,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from examples import demo_answers  # noqa: E402
-from examples.steps import Steps  # noqa: E402
+from examples.steps import Steps, replace_output  # noqa: E402
 
 PARITY = 1e-5
 CONFIGS = ["configs/tiny/model.yml", "configs/tiny/run.yml", "configs/tiny/local.yml"]
@@ -33,13 +32,12 @@ LEARNING = ("--gradient_accumulation_steps", 2, "--optimizer.params.lr", 2e-3)
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("demo_out"), help="deleted first if it exists")
+    parser.add_argument("--output", type=Path, default=Path("demo_out"), help="replaces an earlier run's files")
     parser.add_argument("--iterations", type=int, default=200)
     parser.add_argument("--base-steps", type=int, default=200, help="training steps of the stand-in base model")
     options = parser.parse_args()
     os.chdir(ROOT)
-    if options.output.exists():
-        shutil.rmtree(options.output)  # the demo owns the folder; .gitignore keeps it out of commits
+    replace_output(options.output, parser)  # .gitignore keeps demo_out out of commits
     demo = Demo(options.output, options.iterations, options.base_steps)
     start = time.monotonic()
     demo.run()

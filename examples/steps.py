@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+MARKER = ".made_by_an_example"
+
+
+def replace_output(folder: Path, parser: argparse.ArgumentParser) -> None:
+    """Make an empty output folder in place of an earlier run's. Exits with code 2 if `folder` has other contents."""
+    if folder.exists() and not (folder / MARKER).exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        parser.error(f"--output {folder} exists and was not written by an example: give another folder, or remove it")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    (folder / MARKER).touch()
 
 
 class Steps:

@@ -8,7 +8,6 @@ README.md in this folder says what is compared.
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -17,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from examples.astrollama.report import MODELS, write_report  # noqa: E402
-from examples.steps import Steps  # noqa: E402
+from examples.steps import Steps, replace_output  # noqa: E402
 
 HERE = "examples/astrollama"
 MODEL = "configs/tiny/model.yml"
@@ -27,12 +26,12 @@ SOURCES = ("domain", "general")
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("astrollama_out"), help="deleted first if it exists")
+    parser.add_argument("--output", type=Path, default=Path("astrollama_out"), help="replaces an earlier run's files")
     parser.add_argument("--base-steps", type=int, default=150, help="training steps of the stand-in base model")
     parser.add_argument("--steps", type=int, default=200, help="training steps of the adapter, and of all weights")
     parser.add_argument("--documents", type=int, default=150, help="held-out documents of each kind, and questions")
     options = parser.parse_args()
-    shutil.rmtree(ROOT / options.output, ignore_errors=True)
+    replace_output(ROOT / options.output, parser)
     start = time.monotonic()
     run = Run(options)
     run.texts()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import shlex
@@ -14,6 +15,7 @@ from scipy.stats import binomtest
 from examples.astrosage.facts import constellation_names
 from examples.astrosage.results import verdicts_of
 from examples.demo_answers import p_values
+from examples.steps import replace_output
 from tests.support.documentation import documented_commands, run_in_root
 
 pytestmark = pytest.mark.distributed
@@ -89,6 +91,23 @@ def test_the_demo_shows_what_it_promises(demo: tuple[Path, str]) -> None:
 def _right(items: Path, topic: str) -> int:
     lines = [json.loads(line) for line in items.read_text().splitlines()]
     return sum(line["correct"] for line in lines if line["topic"] == topic)
+
+
+def test_only_an_earlier_run_is_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis/chapter1.tex").write_text("years of work")
+    (tmp_path / "file").write_text("")
+    for taken in ("thesis", "file"):
+        with pytest.raises(SystemExit) as end:
+            replace_output(tmp_path / taken, parser)
+        assert end.value.code == 2
+        assert f"{taken} exists and was not written by an example" in capsys.readouterr().err
+    assert (tmp_path / "thesis/chapter1.tex").read_text() == "years of work"
+    for _ in range(2):
+        replace_output(tmp_path / "out", parser)
+        assert len(list((tmp_path / "out").iterdir())) == 1
+        (tmp_path / "out/loss.png").write_text("of an earlier run")
 
 
 @pytest.mark.slow
