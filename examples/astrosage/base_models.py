@@ -80,7 +80,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", type=Path, default=ROOT / "examples/astrosage/model.yml")
-    parser.add_argument("--steps", type=int, default=1500, help="training steps of the base model")
+    parser.add_argument("--steps", type=int, default=2000, help="training steps of the base model")
     parser.add_argument("--instruct", type=int, default=3, help="how many instruct models")
     parser.add_argument("--instruct-steps", type=int, default=150)
     options = parser.parse_args()

@@ -132,7 +132,7 @@ def main() -> int:
     parser.add_argument("--objects", type=int, nargs=3, default=[200, 200, 100], metavar=("ASKED", "HELD", "CONTROL"))
     parser.add_argument("--elements", type=int, default=118, help="the first ones")
     parser.add_argument("--famous", type=int, default=60, help="objects that the base model knows")
-    parser.add_argument("--times", type=int, default=40, help="how often the documents mention an object")
+    parser.add_argument("--times", type=int, default=48, help="how often the documents mention an object")
     parser.add_argument("--base-times", type=int, default=80, help="how often base and replay text mention an element")
     options = parser.parse_args()
     out, chance = options.output, random.Random(options.seed)

@@ -21,14 +21,10 @@ from examples.steps import Steps  # noqa: E402
 
 HERE = "examples/astrosage"
 MODEL = f"{HERE}/model.yml"
-SIZES = {  # size of a run: options of the scripts, and the scale of the fine-tuning set
-    "whole": {
-        "documents": ("--objects", 200, 200, 100, "--famous", 60, "--times", 48, "--base-times", 80),
-        "base": ("--steps", 2000, "--instruct-steps", 150),
-        "conversations": ("--count", 3000),
-    },
+SIZES: dict[str, dict[str, tuple[object, ...]]] = {  # options of the scripts by size of a run; whole: their defaults
+    "whole": {"documents": (), "base": (), "conversations": ()},
     "short": {
-        "documents": (*("--objects", 30, 80, 60, "--famous", 60, "--times", 48, "--base-times", 80),),
+        "documents": ("--objects", 30, 80, 60),
         "base": ("--steps", 1700, "--instruct-steps", 60),
         "conversations": ("--count", 700),
     },
