@@ -55,7 +55,7 @@ def test_a_last_batch_is_completed_with_samples_that_teach_nothing(tmp_path: Pat
     assert sorted(seen.tolist()) == [-1] * 6 + list(range(10))
     for batch in batches:
         assert (batch["labels"][batch["sample_id"] == -1] == IGNORE_INDEX).all()
-    with pytest.raises(ValueError, match="make no sense"):
+    with pytest.raises(ValueError, match="do not fit together"):
         MicroBatches(valid, 1, 2, 2, 1)
 
 
