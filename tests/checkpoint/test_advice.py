@@ -60,7 +60,7 @@ def begins(folder: Path, first: dict[str, Any], typed: str) -> StartChoice:
 
 
 @pytest.mark.parametrize("first", FIRST_STARTS)
-def test_own_options_take_a_run_s_own_steps(folder: Path, first: dict[str, Any]) -> None:
+def test_own_options_take_the_steps_of_the_run(folder: Path, first: dict[str, Any]) -> None:
     """Options given by the messages about `latest`, about damaged steps and about a step of `load`."""
     options = own_options(configured(folder, first))
     found = begins(folder, first, f"{options} --iteration 10")

@@ -41,7 +41,7 @@ def test_weight_files_that_nothing_lists_are_named(tmp_path: Path, capsys: pytes
     assert "1 weight files not listed in model.safetensors: model-00009" in capsys.readouterr().out
 
 
-def test_a_trainer_s_zero_3_folder_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_zero_3_folder_of_the_trainer_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "global_step5"
     folder.mkdir()
     (folder / "zero_pp_rank_0_mp_rank_00_model_states.pt").write_bytes(b"")

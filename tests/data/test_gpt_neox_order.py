@@ -73,7 +73,7 @@ def test_a_run_that_continues_reads_on(files: Path) -> None:
         ("1,1,1", 2, [0, 0, 1, 2]),
     ],
 )
-def test_split_has_gpt_neox_s_borders(split: str, documents: int, borders: list[int]) -> None:
+def test_split_has_the_borders_of_gpt_neox(split: str, documents: int, borders: list[int]) -> None:
     """Expected values are from its `get_train_valid_test_split_`."""
     assert split_documents(split, documents) == list(itertools.pairwise(borders))
 

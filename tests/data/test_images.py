@@ -101,7 +101,7 @@ def test_every_epoch_reads_each_image_once(tmp_path: Path) -> None:
     assert sorted(once.image_number(index) for index in range(len(once))) == [2, 3, 4, 5, 6]
 
 
-def test_the_run_s_data_are_split_and_batched(tmp_path: Path) -> None:
+def test_the_data_of_the_run_are_split_and_batched(tmp_path: Path) -> None:
     prefix = import_archive(tmp_path, "a", blobs(20, 16))
     args = arguments(prefix, train_data_paths=None, data_path=prefix, split="8,1,1", train_iters=3)
     datasets = build_datasets(args)

@@ -81,7 +81,7 @@ LAYOUTS = [
 
 
 @pytest.mark.parametrize(("ranks", "split"), LAYOUTS)
-def test_a_plain_loop_with_torch_s_scaler(plain: Any, ranks: int, split: dict[str, Any]) -> None:
+def test_matches_a_plain_loop_with_the_scaler_of_torch(plain: Any, ranks: int, split: dict[str, Any]) -> None:
     """The same scale at every step, the same skipped steps, losses to 2e-3, weights to 3 % of their total change."""
     expected, masters = plain
     records, counters, weights_after = run(ranks, **split)

@@ -60,7 +60,7 @@ def test_recomputed_layers_behind_a_frozen_embedding_learn() -> None:
     assert len(still) == 2 * 14  # both factors of seven projections, of the two layers
 
 
-def test_the_frozen_tied_embedding_s_gradient_is_not_looked_for() -> None:
+def test_no_gradient_is_expected_of_a_frozen_tied_embedding() -> None:
     keys = {"precision": "bfloat16", "checkpoint_activations": False}
     assert without_gradient([seen for *_, seen in first_step(TIED, (1, 2, 1), None, **keys)]) == []
     failed = run_ranks(

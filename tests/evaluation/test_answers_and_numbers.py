@@ -224,7 +224,7 @@ def test_tables_that_cannot_be_drawn_are_named(
     assert message in capsys.readouterr().err
 
 
-def test_the_published_points_are_those_of_the_paper_s_text() -> None:
+def test_published_points_match_the_text_of_the_paper() -> None:
     ours, base = read_table(ROOT / "docs" / "astrosage_figure3.csv")
     assert (ours.accuracy, ours.n, ours.base) == (86.2, 4425, base.model)
     assert efficiency_gain(ours, base) == pytest.approx(100)

@@ -60,7 +60,7 @@ def _mistaken(rank: int, world_size: int) -> str:
     return str(caught.value)
 
 
-def test_a_user_s_mistake_ends_all_ranks_with_its_text() -> None:
+def test_a_user_error_ends_all_ranks_with_its_text() -> None:
     assert run_ranks(_mistaken, 3, timeout=60) == ["questions.jsonl: no such file"] * 3
 
 

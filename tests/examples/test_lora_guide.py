@@ -28,7 +28,7 @@ SHORT: dict[str, Any] = {
 }
 
 
-def test_the_guide_shows_the_configuration_s_values() -> None:
+def test_the_guide_shows_the_values_of_the_configuration() -> None:
     (shown,) = (yaml.safe_load(text) for text in code_blocks(GUIDE, "yaml"))
     written = read_yaml(ROOT / "configs/llama31_8b/lora.yml")[0]
     assert shown == {name: written[name] for name in shown}

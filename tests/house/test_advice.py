@@ -10,7 +10,7 @@ from tests.support.advice_lint import ROOT, messages
 
 pytestmark = pytest.mark.unit
 
-OWN = "checkpoint/test_advice.py::test_own_options_take_a_run_s_own_steps"
+OWN = "checkpoint/test_advice.py::test_own_options_take_the_steps_of_the_run"
 MODEL = "checkpoint/test_facts.py::test_all_differences_are_named_at_once_and_the_advice_works"
 POSITION = "checkpoint/test_advice.py::test_weights_without_a_position_are_taken_alone"
 INPUT = "launcher/test_advice.py::test_missing_program_inputs_are_given_as_advised"
@@ -71,7 +71,7 @@ ADVICE_TESTS = {
     "Raise it with --train_iters N": "trainer/test_schedule.py::test_a_run_shorter_than_its_checkpoint",
     "--allow-high-initial-loss true": "trainer/test_runs.py::test_a_continued_run_that_knows_nothing_stops",
     "unset RANK, WORLD_SIZE and LOCAL_RANK": "launcher/test_advice.py::test_variables_of_another_launcher_are_unset",
-    "start the ranks by srun": "launcher/test_advice.py::test_a_step_keeps_slurm_s_variables",
+    "start the ranks by srun": "launcher/test_advice.py::test_a_step_keeps_the_variables_of_slurm",
     "export MASTER_ADDR": "launcher/test_advice.py::test_an_address_is_exported",
     "python deepy.py {} model.yml run.yml": "launcher/test_advice.py::test_files_are_given_to_deepy",
     "start it by python deepy.py, srun or to": "launcher/test_launcher.py::test_ranks_know_their_place",

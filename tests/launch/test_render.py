@@ -296,7 +296,7 @@ if __name__ == "__main__":
         (GOLDEN / f"{name}.sh").write_text(render(name))
 
 
-def test_a_node_s_folder_is_this_user_s_alone(tmp_path: Path) -> None:
+def test_the_folder_on_a_node_belongs_to_this_user(tmp_path: Path) -> None:
     """Names in /tmp can be guessed: files that another user put there must not be used."""
     script = (ROOT / "launch" / "job.sh").read_text()
     function = script[script.index("make_folders() {") :].partition("\n}\n")[0].replace("@NODE_DISK@", str(tmp_path))

@@ -130,7 +130,7 @@ def test_variables_of_another_launcher_are_unset() -> None:
     assert (started.rank, started.world_size) == (5, 8)
 
 
-def test_a_step_keeps_slurm_s_variables() -> None:
+def test_a_step_keeps_the_variables_of_slurm() -> None:
     env = {name: value for name, value in STEP.items() if name != "SLURM_PROCID"}
     with pytest.raises(ConfigError, match="start the ranks by srun, and do not unset Slurm's variables"):
         find_started_rank(env)

@@ -26,7 +26,7 @@ def deepy(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "deepy.py", *words], cwd=ROOT, capture_output=True, text=True, timeout=60)
 
 
-def test_a_shell_of_srun_s_own_step_overlaps() -> None:
+def test_a_shell_in_its_own_srun_step_overlaps() -> None:
     """`srun --pty bash`, then deepy.py: a plain srun would wait for its own step to end."""
     args = NeoXArgs.from_dict(keys(num_gpus=2))
     batch = {"SLURM_JOB_ID": "1", "SLURM_JOB_NUM_NODES": "1"}

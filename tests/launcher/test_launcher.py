@@ -187,7 +187,7 @@ def test_ranks_with_different_configurations_stop(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("library", ["megatron-core", "DeepSpeed"])
-def test_every_library_s_numbering_of_the_ranks_is_checked(library: str) -> None:
+def test_rank_numbering_of_every_library_is_checked(library: str) -> None:
     messages = run_ranks(_disagreeing, 4, library)
     assert any(f"for {library}" in message for message in messages), messages
 

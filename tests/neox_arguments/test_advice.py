@@ -210,7 +210,7 @@ FOLLOWED: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("rule", "broken", "advice", "done"), FOLLOWED)
-def test_a_rule_s_advice_works(rule: str, broken: dict[str, Any], advice: str, done: dict[str, Any]) -> None:
+def test_the_advice_of_a_rule_works(rule: str, broken: dict[str, Any], advice: str, done: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=re.escape(advice)):
         NeoXArgs.from_dict(keys(**broken))
     NeoXArgs.from_dict(keys(**(broken | done)))

@@ -195,7 +195,7 @@ def test_deepspeed_always_gets_clipping_and_fp32_accumulation() -> None:
     assert "bf16" not in NeoXArgs.from_dict(VALID).deepspeed_config
 
 
-def test_deepspeed_s_timers_have_an_interval() -> None:
+def test_deepspeed_timers_have_an_interval() -> None:
     """Without `steps_per_print` DeepSpeed 0.19 fails in the first step of a run with `wall_clock_breakdown`."""
     assert NeoXArgs.from_dict(keys(wall_clock_breakdown=True, log_interval=7)).deepspeed_config["steps_per_print"] == 7
     assert "steps_per_print" not in NeoXArgs.from_dict(VALID).deepspeed_config
@@ -223,7 +223,7 @@ def test_either_key_selects_recomputation() -> None:
             NeoXArgs.from_dict(keys(recompute=other, checkpoint_activations=True, engine="megatron"))
 
 
-def test_gpt_neox_s_recompute_of_generation_is_not_ours() -> None:
+def test_recompute_as_gpt_neox_generates_has_no_effect() -> None:
     args = NeoXArgs.from_dict(keys(recompute=True))
     assert args.recompute == "none"
     assert any("without effect here: recompute (generate.py" in note for note in args.notes)

@@ -81,7 +81,7 @@ def test_parts_of_mappings_without_effect_are_noted(path: str, name: str) -> Non
         (28672, 1, 8192, 28672, "read as the true width (GPT-NeoX would build 9557)"),
     ],
 )
-def test_the_reading_of_the_width_is_gpt_neox_s_and_is_printed(
+def test_the_width_is_read_as_by_gpt_neox_and_printed(
     given: int | None, multiple: int, hidden: int, width: int, word: str
 ) -> None:
     sizes = {"hidden_size": hidden, "num_attention_heads": 8, "intermediate_size_convention": None}
@@ -234,7 +234,7 @@ def test_old_keys_are_answered_with_the_current_key_and_value(changes: dict, ans
     assert answer in str(caught.value)
 
 
-def test_an_old_llama_s_silu_is_swiglu() -> None:
+def test_silu_of_an_old_llama_config_means_swiglu() -> None:
     sizes = {"hidden_size": 6656, "intermediate_size": None, "intermediate_size_convention": None}
     with pytest.raises(ConfigError) as caught:
         NeoXArgs.from_dict(keys(activation="silu", mlp_type="llama", **sizes))

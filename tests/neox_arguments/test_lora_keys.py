@@ -151,7 +151,7 @@ def test_folders_without_an_adapter_are_rejected(tmp_path: Path) -> None:
         read_adapter(folder)
 
 
-def test_a_run_s_folder_names_its_latest_adapter(tmp_path: Path) -> None:
+def test_a_run_folder_names_its_latest_adapter(tmp_path: Path) -> None:
     step = tmp_path / "run" / "global_step20"
     write_adapter(step / "adapter")
     (tmp_path / "run" / "latest").write_text("global_step20\n")

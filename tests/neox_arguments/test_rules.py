@@ -230,7 +230,7 @@ NOTED: list[tuple[str, dict[str, Any], str]] = [
     ("width_is_not_the_published_one", PUBLISHED_7B, "is not that of Llama-7B (1, 2 and Code Llama)"),
     ("mlp_biases_are_left_out", {"use_bias_in_mlp": None}, "GPT-NeoX's default true would add biases that no Llama"),
     ("accumulation_is_in_fp32", {"data_types": {"grad_accum_dtype": "bf16"}}, "grad_accum_dtype bf16 is taken as fp32"),
-    ("deepspeed_s_keys_have_no_effect", {**MEGATRON, "wall_clock_breakdown": True}, "engine: megatron: wall_clock"),
+    ("deepspeed_keys_have_no_effect", {**MEGATRON, "wall_clock_breakdown": True}, "engine: megatron: wall_clock"),
     ("stages_are_uneven", {**INTERLEAVED, "num_layers": 5}, "2 x 2 virtual stages: some virtual stages hold 2"),
     ("layers_are_recomputed_one_by_one", {"checkpoint_num_layers": 4, "checkpoint_activations": True}, "taken as 1"),
     ("wandb_is_not_installed", {"use_wandb": True}, "nothing is logged there without pip install wandb"),

@@ -42,7 +42,7 @@ def seats(gcds: list[int], node: str = "n0") -> list[Seat]:
     return [Seat(n, node, n, 0, 0, n, f"gcd{gcd}") for n, gcd in enumerate(gcds)]
 
 
-def test_lumi_s_masks_are_its_map() -> None:
+def test_the_masks_of_lumi_follow_its_map() -> None:
     masks = [cpus_of_mask(mask) for mask in LUMI.split(",")]
     assert tuple(min(cpus) for cpus in masks) == LUMI_CPUS
     assert all(len(cpus) == 7 for cpus in masks)

@@ -106,7 +106,7 @@ def test_jobs_and_steps_meet_apart() -> None:
     assert len(ports) == 50
 
 
-def test_the_user_s_rendezvous_wins() -> None:
+def test_the_rendezvous_of_the_user_wins() -> None:
     assert rendezvous(MASTER_ADDR="here", MASTER_PORT="1234", **SLURM) == ("here", "1234")
 
 
@@ -115,7 +115,7 @@ def test_nobody_says_where_to_meet() -> None:
         rendezvous()
 
 
-def test_nodes_have_slurm_s_name() -> None:
+def test_nodes_have_their_slurm_names() -> None:
     """Virtual nodes share a host, and `--exclude` needs Slurm's name."""
     assert node_name({"SLURMD_NODENAME": "n3"}) == "n3"
     assert node_name({}) != ""

@@ -89,7 +89,7 @@ def test_splits_give_equal_gradients(split: str, samples: list[Any], whole_batch
     assert_equal_gradients(gradients(split, samples), whole_batch)
 
 
-def test_learning_the_user_s_words_too_would_be_seen(samples: list[Any], whole_batch: list[Tensor]) -> None:
+def test_learning_user_words_as_well_would_be_seen(samples: list[Any], whole_batch: list[Tensor]) -> None:
     """The masks affect these gradients: without the masks they differ."""
     unmasked = []
     for sample in samples:

@@ -48,7 +48,7 @@ def test_the_products_are_those_of_a_layer() -> None:
     assert [product.flops for product in products] == [2.0 * tokens * i * o for i, o in matrices for _ in range(3)]
 
 
-def test_both_are_timed_and_torch_s_choice_stands_again(preferred: list[str]) -> None:
+def test_both_are_timed_and_the_choice_of_torch_is_restored(preferred: list[str]) -> None:
     found = gemm_library.time_libraries(configuration(), CPU)
     assert {library: len(seconds) for library, seconds in found.items()} == {"hipBLASLt": 12, "rocBLAS": 12}
     assert preferred == ["default", "cublaslt", "cublas", "default"]

@@ -41,7 +41,7 @@ def test_groups_are_named_by_what_their_ranks_share() -> None:
     assert names["world group"] == tuple(range(2048))
 
 
-def test_payloads_are_the_training_s_messages_up_to_a_limit() -> None:
+def test_payloads_are_training_messages_up_to_a_limit() -> None:
     args = configuration(seq_length=512, train_micro_batch_size_per_gpu=2)
     assert payload_bytes(args, "TP", GPU) == 2 * 512 * 128 * 4
     assert payload_bytes(args, "DP", GPU) == 4 * args.shape.num_parameters // 64

@@ -464,7 +464,7 @@ sbatch() { echo "sbatch $*"; }
 """
 
 
-def test_the_page_s_commands(tmp_path: Path) -> None:
+def test_the_commands_of_the_page(tmp_path: Path) -> None:
     """The commands of docs/preflight.md as written, with shell stand-ins for srun and sbatch."""
     blocks = re.findall(r"^```bash\n(.*?)^```", (ROOT / "docs/preflight.md").read_text(), re.MULTILINE | re.DOTALL)
     blocks = [block.replace("local.yml", "local.yml --no-inputs") for block in blocks]  # the demo's inputs do not exist

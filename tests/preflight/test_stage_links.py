@@ -32,7 +32,7 @@ def configuration(world_size: int = 2048, **changes: Any) -> NeoXArgs:
 
 
 @pytest.mark.unit
-def test_the_70b_s_messages_are_16_8_mb() -> None:
+def test_messages_of_the_70b_are_16_8_mb() -> None:
     """Without sequence parallelism they are 134 MB from every rank, which DeepSpeed splits."""
     sizes = {"hidden_size": 8192, "intermediate_size": 28672, "seq_length": 8192, "precision": "bfloat16"}
     sizes |= {"train_micro_batch_size_per_gpu": 1, "max_position_embeddings": 8192}

@@ -61,7 +61,7 @@ def test_commands_of_the_guide(cluster: Cluster, tmp_path: Path, monkeypatch: py
     assert "launch: requeued: SIGUSR1 at start 0; all is saved; last save: global_step1" in log
 
 
-def test_the_guide_s_table_of_a_site_is_complete() -> None:
+def test_the_site_table_of_the_guide_is_complete() -> None:
     table = GUIDE.partition("## Another site")[2]
     assert re.findall(r"^\| `(\w+)`", table, re.MULTILINE) == list(Site.model_fields)
 

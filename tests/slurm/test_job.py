@@ -376,7 +376,7 @@ def test_the_scripts_of_the_sites_run(
 
 
 @pytest.mark.slow
-def test_slurm_s_own_warning(cluster: Cluster, project: Path, tmp_path: Path) -> None:
+def test_the_warning_of_slurm_itself(cluster: Cluster, project: Path, tmp_path: Path) -> None:
     """Three minutes of wall time, with the warning sent by Slurm itself, not by scancel."""
     script = rendered(tmp_path, project, "--time=3", "--signal-seconds=60")
     job = submit(cluster, tmp_path, script, "wait,done")

@@ -71,7 +71,7 @@ def test_foreign_messages_are_ignored_and_counted(server: Any) -> None:
     assert said == ["a message from outside this run was ignored; somebody else writes to its status store"]
 
 
-def test_no_message_of_the_forger_s_counts(server: Any) -> None:
+def test_no_forged_message_counts(server: Any) -> None:
     """Without hash, hashed with another secret, truncated, modified, of another key: all that the benchmark sends."""
     ours = AuthenticatedStore(connected(server), SECRET)
     store = StatusStore(ours, 0, 2)

@@ -312,7 +312,7 @@ def test_shipped_templates_equal_metas_chat_format(name: str, vocab_folder: Path
 
 
 @pytest.mark.parametrize("name", ["llama3.1", "llama3.3"])
-def test_a_call_of_llama_s_own_tools_is_as_meta_publishes_it(name: str, hf_tokenizer: Tokenizer) -> None:
+def test_calls_of_built_in_llama_tools_match_meta(name: str, hf_tokenizer: Tokenizer) -> None:
     """The search example on Meta's page about the format, except for white space, which the templates trim."""
     page = (Path(llama_models.__file__).parent / "llama3_1" / "prompt_format.md").read_text()
     blocks = re.findall(r"```\n(.*?)```", page.partition("conversation using brave search")[2], re.DOTALL)

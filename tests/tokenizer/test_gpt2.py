@@ -54,7 +54,7 @@ def test_text_comes_back_and_names_stay_text(files: Path) -> None:
     assert tokenizer.decode(ids) == "a star<|endoftext|>é"
 
 
-def test_files_are_found_by_gpt_neox_s_names(files: Path, tmp_path: Path) -> None:
+def test_files_are_found_by_gpt_neox_names(files: Path, tmp_path: Path) -> None:
     """`data/gpt2-vocab.json` and `data/gpt2-merges.txt`, as its download names them."""
     for name in ("vocab.json", "merges.txt"):
         (tmp_path / f"gpt2-{name}").write_bytes((files / name).read_bytes())

@@ -165,7 +165,7 @@ def options_of_deepspeed_reach_it(args: AllKeys) -> str | None:
 
 
 @registry.warning("train")
-def deepspeed_s_keys_have_no_effect(args: AllKeys) -> str | None:
+def deepspeed_keys_have_no_effect(args: AllKeys) -> str | None:
     """`zero_optimization` is in every GPT-NeoX file: its stage 1 is what megatron-core's optimizer does."""
     if args.engine != "megatron":
         return None
