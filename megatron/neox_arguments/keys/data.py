@@ -24,8 +24,8 @@ class Replay(Keys):
     )
     fresh_each_epoch: bool = key(
         True,
-        "true: each epoch of the other sources reads different samples, none of them twice before all have been read; "
-        "false: every epoch replays the same ones.",
+        "Read different samples in each epoch of the other sources, none of them twice before all have been read; "
+        "false: replay the same samples in every epoch.",
         ours=True,
     )
 
@@ -35,7 +35,7 @@ class DataSource(Keys):
 
     path: str = required("Prefix of the .bin/.idx pair.", ours=True)
     replay: Replay | None = key(
-        None, "Marks the source as replay: general text mixed in at a fixed share of the samples.", ours=True
+        None, "Treat the source as replay: general text mixed in at a fixed share of the samples.", ours=True
     )
 
 
@@ -106,7 +106,7 @@ class DataKeys(Keys):
     )
     allow_chopped: bool | None = key(
         None,
-        "Whether documents may be cut. Where pack_impl keeps them whole, true cuts those longer than a sample into "
+        "Allow documents to be cut. Where pack_impl keeps them whole, true cuts those longer than a sample into "
         "several; by default they are left out and counted. With pack_impl: packed, true confirms that conversations "
         "may be cut where a sample ends.",
     )

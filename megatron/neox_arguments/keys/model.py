@@ -78,7 +78,7 @@ class ModelKeys(Keys):
     )
     no_weight_tying: bool = derived(
         "false, as in GPT-NeoX",
-        "true: the output head has its own matrix (Llama-3.1); false: it shares the embedding's (Llama-3.2 1B and 3B).",
+        "Give the output head its own matrix (Llama-3.1); false: it shares the embedding's (Llama-3.2 1B and 3B).",
     )
     max_position_embeddings: int = required(
         "Longest sequence the model is meant for, in tokens (Llama-3.1: 131072).", gt=0

@@ -73,7 +73,7 @@ class PatchKeys(Keys):
         ours=True,
     )
     positions: Literal["none", "learned"] = key(
-        "none", "learned: add a learned vector per position to the patches, besides rotary positions.", ours=True
+        "none", "Positions besides rotary ones. learned: add a learned vector per position to the patches.", ours=True
     )
     huber_delta: float = key(1.0, "Error above which the Huber loss is linear instead of quadratic.", ours=True, gt=0)
     mean: list[float] | None = derived(
