@@ -40,8 +40,8 @@ def uses_srun(args: NeoXArgs, env: Mapping[str, str]) -> bool:
     if len(hosts) > 1:
         raise ConfigError(
             f"hostfile {args.merged['hostfile']} names {len(hosts)} machines, but this is not a Slurm allocation, and "
-            f"here deepy.py starts the ranks of one machine. Submit a job (docs/launching.md), where it starts all "
-            f"nodes by srun itself, or start the script by torchrun on each node"
+            f"here deepy.py starts the ranks of one machine. Submit a job (docs/launching.md), in which it itself "
+            f"starts all nodes with srun, or start the script by torchrun on each node"
         )
     return chosen
 

@@ -24,7 +24,7 @@ DECIDING: dict[str, tuple[Any, Any]] = {
     "activation": ("swiglu", "gelu"),
     "use_bias_in_attn_linear": (False, True),
 }
-# Llama's values of keys that may be left out: Llama's value then holds, or a note elsewhere says what is assumed.
+# Llama's values of keys that may be left out: Llama's value is then used, or a note elsewhere says what is assumed.
 _SILENT: dict[str, tuple[Any, ...]] = {
     "use_bias_in_mlp": (False,),
     "gpt_j_residual": (False,),
@@ -38,7 +38,7 @@ _SILENT: dict[str, tuple[Any, ...]] = {
 _UNLIKE_GPT = ("use_qk_layernorm", "num_unique_layers", "sparsity_config", "sliding_window_width")
 _TRAINING: dict[str, str] = {"train_impl": "normal", "dataset_impl": "gpt2"}
 _SIZES = ("num_layers", "hidden_size", "num_attention_heads")
-_GPT = "GPT (GPT-NeoX's own kind, as GPT-3, Pythia or GPT-NeoX-20B)"
+_GPT = "GPT (GPT-NeoX's own kind, such as GPT-3, Pythia or GPT-NeoX-20B)"
 
 
 def other_model(keys: Mapping[str, Any]) -> OtherModel | None:
@@ -62,12 +62,12 @@ def other_model(keys: Mapping[str, Any]) -> OtherModel | None:
     reasons = [f"{name}: {_shown(value)}" for name, value in found.items()] + training
     if missing:
         named = ", ".join(f"{name} ({_shown(DECIDING[name][1])})" for name in missing)
-        reasons.append(f"not given, so that GPT-NeoX's default holds: {named}")
+        reasons.append(f"not given, so GPT-NeoX's default applies: {named}")
     cure = ", ".join(f"{name}: {_shown(DECIDING[name][0])}" for name in missing)
     return OtherModel(
         f"this is not a dense Llama but {_kind(keys, found)}: {'; '.join(reasons)}. NeoX-Llama trains dense Llama "
         f"models only; use GPT-NeoX for this one"
-        + (f". If it is meant as a Llama, write {cure}" if missing and not found else ""),
+        + (f". If it is meant to be a Llama, write {cure}" if missing and not found else ""),
         frozenset([*missing, *found, *(name for name in _TRAINING if name in keys)]),
     )
 

@@ -17,7 +17,7 @@ def _number(value: Any) -> float | None:
 
 
 def _warmup_iters(value: Any, keys: Keys) -> str:
-    """The fraction refers to the decay's length."""
+    """The current key, warmup, is a fraction of the length of the decay."""
     given, length = _number(value), _number(keys.get("lr_decay_iters") or keys.get("train_iters"))
     if given is None or not length:
         return "write warmup: a fraction of lr_decay_iters, not a number of iterations"
@@ -25,7 +25,7 @@ def _warmup_iters(value: Any, keys: Keys) -> str:
 
 
 def _decay_lr_to(value: Any, keys: Keys) -> str:
-    """The floor used to be a fraction of the peak."""
+    """decay_lr_to was a fraction of the peak."""
     optimizer = keys.get("optimizer")
     params = optimizer.get("params") if isinstance(optimizer, dict) else None
     peak, share = _number(params.get("lr") if isinstance(params, dict) else None), _number(value)
@@ -35,9 +35,9 @@ def _decay_lr_to(value: Any, keys: Keys) -> str:
 
 
 def _mlp_type(value: Any, keys: Keys) -> str:
-    """The old Llama MLP took its width from the hidden size, rounded up to a multiple of 256, or as it was given."""
+    """The old Llama MLP used intermediate_size as given, else 8/3 hidden_size rounded up to a multiple of 256."""
     if value != "llama":
-        return "leave it out: activation says which MLP a model has, and Llama's is swiglu"
+        return "leave it out: activation selects the MLP, and Llama's is swiglu"
     hidden, given, multiple = keys.get("hidden_size"), keys.get("intermediate_size"), keys.get("mlp_multiple_of")
     if isinstance(given, int):
         return f"write activation: swiglu, and intermediate_size: {3 * given} (3 x the width, which was {given})"
@@ -75,7 +75,7 @@ OLD_WORDS: dict[str, Callable[[Any, Keys], str]] = {
 def old_word(name: str, value: Any, keys: Keys) -> str | None:
     """The message for an old key; None if `name` is not one."""
     answer = OLD_WORDS.get(name)
-    return None if answer is None else f"{name} is not a key of today's GPT-NeoX; {answer(value, keys)}"
+    return None if answer is None else f"{name} is not a key of current GPT-NeoX; {answer(value, keys)}"
 
 
 def silu_was_swiglu(keys: Keys) -> str | None:

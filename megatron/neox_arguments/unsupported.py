@@ -1,7 +1,7 @@
 """GPT-NeoX's keys that this project does not have: each with the reason, and the values that change nothing.
 
 A neutral value is silently accepted, so that a GPT-NeoX Llama file can be used as it is; any other value is an error.
-Keys in `WITHOUT_EFFECT` are accepted, because the run is right without them; one note names those that are given.
+Keys in `WITHOUT_EFFECT` are accepted, because a run without them is correct; one note names those that are given.
 """
 
 from __future__ import annotations
@@ -28,17 +28,19 @@ def _family(reason: str, *names: str, neutral: tuple[Any, ...] = (None, False)) 
     return {name: Refusal(reason, neutral) for name in names}
 
 
-_NO_DROPOUT = "Llama has no dropout, and the recomputation used here does not replay random states; only 0.0 is right."
+_NO_DROPOUT = (
+    "Llama has no dropout, and the recomputation used here does not replay random states; only 0.0 is accepted."
+)
 _MOE = "Mixtures of experts are not supported: this project trains dense Llama models."
 _MUP = "muP is not supported; set init_method_std and lr directly."
 _MAMBA = "Mamba and RWKV layers are not supported: this project trains Llama models."
 _TE = "TransformerEngine layers are not supported; `kernels` chooses fused operations."
-_PREFERENCE = "Preference training (DPO, KTO, reward models, reinforce) is not supported; train_impl normal is."
+_PREFERENCE = "Preference training (DPO, KTO, reward models, reinforce) is not supported; only train_impl: normal is."
 _NODES = (
-    "deepy.py takes all nodes of the Slurm allocation: choose them with Slurm's --nodelist and --exclude, and "
-    "their ranks with num_gpus."
+    "deepy.py uses all nodes of the Slurm allocation: choose them with Slurm's --nodelist and --exclude, and the "
+    "number of ranks on each with num_gpus."
 )
-_DEEPSPEED = "This DeepSpeed feature is not used here; GPT-NeoX's Llama runs do without it."
+_DEEPSPEED = "This DeepSpeed feature is not supported; GPT-NeoX's Llama runs do without it."
 _QUANTIZED = f"{QUANTIZED[0].upper()}{QUANTIZED[1:]}."
 _PAIRS = [
     f"{side}_{part}_{kind}data_paths"
@@ -54,8 +56,10 @@ UNSUPPORTED: dict[str, Refusal] = {
     "hidden_dropout": Refusal(_NO_DROPOUT, (None, 0, 0.0)),
     "attention_dropout": Refusal(_NO_DROPOUT, (None, 0, 0.0)),
     "use_qk_layernorm": Refusal("Llama does not normalize queries and keys.", (None, False)),
-    "output_layer_parallelism": Refusal("The head is always split by vocabulary rows: column.", (None, "column")),
-    "attention_softmax_in_fp32": Refusal("The softmax is always in fp32.", (None, True, False)),
+    "output_layer_parallelism": Refusal(
+        "The output head is always split by rows of the vocabulary (column).", (None, "column")
+    ),
+    "attention_softmax_in_fp32": Refusal("The attention softmax is always computed in fp32.", (None, True, False)),
     "apply_query_key_layer_scaling": Refusal("Llama does not scale attention by the layer number.", (None, False)),
     "fp32_allreduce": Refusal("With bf16, gradients are always reduced in fp32.", (None, True, False)),
     "dataset_impl": Refusal(_PREFERENCE, (None, "gpt2")),
@@ -69,20 +73,22 @@ UNSUPPORTED: dict[str, Refusal] = {
     "scheduler": Refusal("Give lr_decay_style, warmup and min_lr at top level."),
     "amp": Refusal("apex amp is not supported; give precision."),
     "z_loss": Refusal("The z-loss is not supported.", (None, 0, 0.0)),
-    "use_checkpoint_lr_scheduler": Refusal("The schedule is that of the configuration, also on resume.", (None, False)),
+    "use_checkpoint_lr_scheduler": Refusal(
+        "The schedule always comes from the configuration, also when a run is continued.", (None, False)
+    ),
     "prompt_end": Refusal("A prompt is always one line.", (None, "\n")),
     "return_logits": Refusal("generate.py writes text only.", (None, False)),
     "precompute_model_name": Refusal("generate.py writes text only."),
     "char_level_ppl": Refusal("eval.py reports perplexity per token.", (None, False)),
-    "communication_data_type": Refusal("Gradients are reduced in fp32 with bf16.", (None, "fp32", False)),
+    "communication_data_type": Refusal("With bf16, gradients are always reduced in fp32.", (None, "fp32", False)),
     "prescale_gradients": Refusal(
-        "The loss is divided by the global token count, so nothing is to be scaled.", (None, False)
+        "The loss is divided by the global token count, so there is nothing to scale.", (None, False)
     ),
     "gradient_predivide_factor": Refusal("The loss is divided by the global token count.", (None, 1, 1.0)),
     "zero_stage": Refusal("Give zero_optimization: {stage: 1}.", (None, 1)),
     "lr": Refusal("Give it as optimizer: {params: {lr: ...}}."),
     "batch_size": Refusal("Give train_micro_batch_size_per_gpu."),
-    "use_shared_fs": Refusal("Data and checkpoints are on a file system that all ranks see.", (None, True)),
+    "use_shared_fs": Refusal("Data and checkpoints must be on a file system that all ranks share.", (None, True)),
     **_family(_MOE, "moe_num_experts", "moe_expert_interval", "moe_top_k", neutral=(None, 1)),
     **_family(_MOE, "moe_router_type", "moe_lbl_in_fp32", "moe_jitter_eps"),
     **_family(
@@ -104,8 +110,10 @@ UNSUPPORTED: dict[str, Refusal] = {
     "autotuning_run": Refusal("DeepSpeed's autotuning is not used; --dry-run --search ranks the layouts instead."),
     **_family(_DEEPSPEED, "curriculum_learning", "data_efficiency", "sparse_attention", "sparse_gradients"),
     **_family(_DEEPSPEED, "autotuning", "elasticity", "compression_training", "deepscale", "deepscale_config"),
-    "deepspeed": Refusal("The pipeline engine is DeepSpeed's.", (None, True)),
-    "deepspeed_activation_checkpointing": Refusal("Recomputation goes through DeepSpeed.", (None, True)),
+    "deepspeed": Refusal("The key engine selects DeepSpeed or megatron-core.", (None, True)),
+    "deepspeed_activation_checkpointing": Refusal(
+        "checkpoint_activations turns recomputation on or off.", (None, True)
+    ),
     "curriculum_seqlen": Refusal(_DEEPSPEED, (None, 0)),
     **_family(_INTERNAL, "padded_vocab_size", "world_size", "rank", "local_rank", "is_pipe_parallel", "user_script"),
     **_family(_INTERNAL, "dynamic_loss_scale", "zero_reduce_scatter", "zero_contiguous_gradients", "git_hash"),
@@ -116,8 +124,8 @@ UNSUPPORTED: dict[str, Refusal] = {
 _FUSED = "`kernels` chooses fused operations"
 _OTHER_NORM = "the norm is RMSNorm, whose epsilon is rms_norm_epsilon"
 _NEVER_READ = "GPT-NeoX does not use it either"
-_RECOMPUTE = "recomputed layers stay where they are; it does not change results"
-_START = "in a Slurm allocation deepy.py starts all nodes by srun itself, elsewhere the ranks of this machine"
+_RECOMPUTE = "it concerns memory and timing of recomputation, not the results"
+_START = "in a Slurm allocation deepy.py itself starts all nodes with srun, elsewhere the ranks of this machine"
 _WRITERS = "TensorBoard, metrics.jsonl and Weights & Biases (wandb_* keys) are written"
 _NOT_LOGGED = "it is not logged"
 _IN_FP16 = "it is set in the fp16 mapping"
@@ -133,7 +141,7 @@ WITHOUT_EFFECT: dict[str, str] = {
     **dict.fromkeys(("synchronize_each_layer", "profile_backward", "activation_checkpointing"), _RECOMPUTE),
     **dict.fromkeys(("hostfile", "deepspeed_slurm", "deepspeed_mpi", "no_ssh_check", "force_multi"), _START),
     **dict.fromkeys(("master_addr", "master_port", "lazy_mpu_init"), _START),
-    **dict.fromkeys(("comment", "account"), "the job has them from sbatch or salloc"),
+    **dict.fromkeys(("comment", "account"), "the job gets them from sbatch or salloc"),
     **dict.fromkeys(("hysteresis", "loss_scale_window", "min_scale", "loss_scale"), _IN_FP16),
     "clip_grad": "gradient_clipping bounds the norm, in GPT-NeoX too",
     "fp16_lm_cross_entropy": "the loss is always computed in fp32",
@@ -145,11 +153,11 @@ WITHOUT_EFFECT: dict[str, str] = {
     "gpt_j_tied": "the residual is sequential",
     **dict.fromkeys(("rpe_num_buckets", "rpe_max_distance", "opt_pos_emb_offset"), "the position embedding is rotary"),
     "gmlp_attn_dim": "there are no gMLP layers",
-    "attention_config": "every layer runs scaled_dot_product_attention, flash where the device has it",
+    "attention_config": "every layer runs scaled_dot_product_attention, with flash attention where the device has it",
     "param_sharing_style": "layers do not share parameters",
     "use_cpu_initialization": "weights are always initialized on the CPU, identically for every layout",
     "num_workers": "each rank reads its samples itself, from memory-mapped files",
-    "override_lr_scheduler": "the schedule is that of the configuration, also on resume",
+    "override_lr_scheduler": "the schedule always comes from the configuration, also when a run is continued",
     "peak_theoretical_tflops": "the log gives TFLOP/s; divide by the peak of one device (MI250X GCD: 191.5)",
     "steps_per_print": "log_interval sets how often a line is printed",
     "log_grad_norm": "the gradient norm is always logged",
@@ -161,20 +169,20 @@ WITHOUT_EFFECT: dict[str, str] = {
     **dict.fromkeys(("comms_logger", "flops_profiler", "dump_state"), "DeepSpeed's own reports are not printed"),
     **dict.fromkeys(("tensorboard", "wandb", "csv_monitor", "use_comet", "comet_workspace", "comet_project"), _WRITERS),
     **dict.fromkeys(("comet_experiment_name", "comet_tags", "comet_others", "comet_experiment"), _WRITERS),
-    "wandb_init_all_ranks": "rank 0 alone writes",
+    "wandb_init_all_ranks": "only rank 0 writes",
 }
 
 # Keys whose values of this type are GPT-NeoX's and have no effect; the others are this project's.
-WITHOUT_EFFECT_OF_TYPE: dict[str, tuple[type, str]] = {"recompute": (bool, "generate.py chooses by itself")}
+WITHOUT_EFFECT_OF_TYPE: dict[str, tuple[type, str]] = {"recompute": (bool, "generate.py decides this itself")}
 
 _NOT_FOR_BF16 = "bf16 needs no loss scaling"
 _OTHER_ZERO = "it concerns memory movement at other ZeRO stages, not the results"
 
 # Keys inside mappings that are accepted like those above, as dotted names.
 NESTED_WITHOUT_EFFECT: dict[str, dict[str, str]] = {
-    "fp16": dict.fromkeys(("fp16", "type"), "`enabled` says it"),
+    "fp16": dict.fromkeys(("fp16", "type"), "`enabled` turns it on"),
     "bf16": {
-        **dict.fromkeys(("bf16", "type"), "`enabled` says it"),
+        **dict.fromkeys(("bf16", "type"), "`enabled` turns it on"),
         **dict.fromkeys(("loss_scale", "loss_scale_window", "initial_scale_power"), _NOT_FOR_BF16),
         **dict.fromkeys(("hysteresis", "min_loss_scale"), _NOT_FOR_BF16),
     },

@@ -66,7 +66,7 @@ def test_kernels_replaces_the_fusion_keys(key: str) -> None:
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_enabled_says_the_precision(precision: str) -> None:
     doubled = NeoXArgs.from_dict(keys(precision=None, **{precision: {precision: True, "enabled": True}}))
-    assert f"{precision}.{precision} (`enabled` says it)" in "\n".join(doubled.notes)
+    assert f"{precision}.{precision} (`enabled` turns it on)" in "\n".join(doubled.notes)
     args = NeoXArgs.from_dict(keys(precision=None, **{precision: {"enabled": True}}))
     assert args.precision == doubled.precision == {"fp16": "fp16", "bf16": "bfloat16"}[precision]
     assert "`enabled`" not in "\n".join(args.notes)

@@ -141,7 +141,7 @@ def test_a_vocabulary_elsewhere_prints_but_does_not_start() -> None:
     assert "nowhere/tokenizer.json" in started.stderr
     started = deepy(*words, "--paths-on-nodes")
     assert started.returncode == 2
-    assert started.stderr.splitlines()[-1].startswith("deepy.py: vocab_size is that of the tokenizer, but vocab_file")
+    assert started.stderr.splitlines()[-1].startswith("deepy.py: vocab_size is taken from the tokenizer, but vocab_f")
 
 
 def test_scripts_have_their_tasks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -155,7 +155,7 @@ FOLLOWED: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
     ("a_profile_has_steps_ranks_and_a_folder", {"profile": True}, "profile needs log_dir", {"log_dir": "x"}),
     (
         "a_profile_has_steps_ranks_and_a_folder", {"profile": True, "log_dir": "x", "profile_ranks": [1]},
-        "[1] of 1 ranks do not exist", {"profile_ranks": [0]},
+        "[1] do not exist; ranks are 0 to 0", {"profile_ranks": [0]},
     ),
     ("start_is_given", {"from_scratch": None}, "give load (a checkpoint folder)", {"load": "runs/a"}),
     ("start_is_given", {"from_scratch": None}, "from_scratch: true", {"from_scratch": True}),
@@ -177,7 +177,7 @@ FOLLOWED: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
             "weight_by_num_documents": True,
             "train_data_paths": ["a", {"path": "b", "replay": {"share": 0.2}}],
         },
-        "weight_by_num_documents and replay exclude each other", {"weight_by_num_documents": None},
+        "weight_by_num_documents and replay are mutually exclusive", {"weight_by_num_documents": None},
     ),
     ("factor_fits_the_scale", {"checkpoint_factor": 2.5}, "checkpoint_scale: log", {"checkpoint_scale": "log"}),
     ("factor_fits_the_scale", {"checkpoint_factor": 2.5}, "is not a whole number", {"checkpoint_factor": 2}),

@@ -66,7 +66,7 @@ def test_a_broken_rule_is_reported(
 
 @pytest.mark.parametrize("changes", [{"thinking": False}, {"system_prompt": "x"}, {"max_thinking_tokens": 9}])
 def test_a_question_without_a_conversation_has_none_of_its_keys(changes: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="without chat: only conversations have them"):
+    with pytest.raises(ConfigError, match="without chat: these keys apply only to conversations"):
         NeoXArgs.from_dict(keys(**BASE | changes | {"mcq": ASKED}), task="mcq")
 
 

@@ -25,13 +25,13 @@ def test_llama_files_are_accepted_unchanged() -> None:
     assert args.intermediate_size == 352
     expected = [
         "without effect here: ",
-        "rotary_emb_base is not given: GPT-NeoX's default 10000 holds (Llama-3 has 500000)",
+        "rotary_emb_base is not given: GPT-NeoX's default 10000 applies (Llama-3 has 500000)",
         "MLP width 352: GPT-NeoX's reading of intermediate_size 1024 with mlp_multiple_of 32",
         "pipe_parallel_size 0 ",
-        "launcher pdsh is taken as auto: in a Slurm allocation deepy.py starts all nodes by srun itself",
+        "launcher pdsh is taken as auto: in a Slurm allocation deepy.py itself starts all nodes with srun",
         "zero_optimization stage 0 is taken as 1",
         "tokenizer_type is not given: GPT2BPETokenizer, GPT-NeoX's default",
-        "vocab_size is that of the tokenizer, but vocab_file data/gpt2-vocab.json is not on this machine",
+        "vocab_size is taken from the tokenizer, but vocab_file data/gpt2-vocab.json is not on this machine",
         "use_bias_in_mlp is not given: GPT-NeoX's default true",
     ]
     assert len(args.notes) == len(expected)
@@ -112,7 +112,7 @@ def test_a_width_that_is_not_the_published_one_is_named() -> None:
     note = next(
         note for note in NeoXArgs.from_dict(keys(**sizes, **changes), task="model").notes if "Code Llama 34B" in note
     )
-    assert "the MLP width 11008 is not that of Code Llama 34B, whose other sizes these are: 22016" in note
+    assert "the MLP width 11008 is not the 22016 of Code Llama 34B, whose other sizes this model has" in note
     assert "write intermediate_size: 66048 (GPT-NeoX's 3 x 22016)" in note
     followed = NeoXArgs.from_dict(keys(**sizes, **changes | {"intermediate_size": 66048}), task="model")
     assert followed.intermediate_size == 22016
@@ -128,7 +128,7 @@ def test_the_vocabulary_is_the_tokenizer_s(tmp_path: Path) -> None:
     files = {"vocab_file": str(tmp_path / "vocab.json"), "merge_file": str(tmp_path / "merges.txt")}
     args = NeoXArgs.from_dict(keys(vocab_size=None, **files))
     assert (args.vocab_size, args.tokenizer_type) == (4, "GPT2BPETokenizer")
-    assert f"vocab_size 4: that of the tokenizer in {tmp_path}/vocab.json" in args.notes
+    assert f"vocab_size 4: taken from the tokenizer in {tmp_path}/vocab.json" in args.notes
     assert NeoXArgs.from_dict(keys(vocab_size=4096, **files)).vocab_size == 4096, "a given number stays"
 
 
@@ -152,7 +152,7 @@ def test_a_broken_tokenizer_is_one_of_the_things_that_are_wrong(tmp_path: Path) 
 
 GPT = {"norm": "layernorm", "activation": None, "use_bias_in_attn_linear": None}
 OTHERS: list[tuple[dict[str, Any], str, str]] = [
-    (GPT, "a GPT", "norm: layernorm; not given, so that GPT-NeoX's default holds: activation (gelu), use_bias_in_attn"),
+    (GPT, "a GPT", "norm: layernorm; not given, so GPT-NeoX's default applies: activation (gelu), use_bias_in_attn"),
     ({"activation": "gelu"}, "a GPT", "activation: gelu"),
     ({"activation": "geglu"}, "a GPT", "activation: geglu"),
     ({"pos_emb": "alibi"}, "a GPT", "pos_emb: alibi"),
@@ -188,8 +188,8 @@ def test_keys_that_define_a_llama_have_no_defaults(name: str) -> None:
     with pytest.raises(ConfigError) as caught:
         NeoXArgs.from_dict(keys(**{name: None}))
     text = str(caught.value)
-    assert f"GPT-NeoX's default holds: {name} ({str(default).lower()})" in text
-    assert f"If it is meant as a Llama, write {name}: {str(llama).lower()}" in text
+    assert f"GPT-NeoX's default applies: {name} ({str(default).lower()})" in text
+    assert f"If it is meant to be a Llama, write {name}: {str(llama).lower()}" in text
     assert "things are wrong" not in text
 
 
@@ -220,7 +220,7 @@ def test_files_without_a_model_are_not_called_another_model() -> None:
         ({"decay_lr_to": 0.1}, "write min_lr: 0.0001 (0.1 of the peak 0.001)"),
         ({"save_interval": 7}, "write checkpoint_factor: 7"),
         ({"attention_type": "groupedquery"}, "num_kv_heads says how many query heads share a key/value head"),
-        ({"mlp_type": "regular"}, "activation says which MLP a model has"),
+        ({"mlp_type": "regular"}, "activation selects the MLP"),
         ({"mlp_type": "llama"}, "write activation: swiglu, and intermediate_size: 1056 (3 x the width, which was 352)"),
         ({"tie_word_embeddings": False}, "write no_weight_tying: true"),
         ({"rope_theta": 500000.0}, "write rotary_emb_base: 500000.0"),
@@ -230,7 +230,7 @@ def test_old_keys_are_answered_with_the_current_key_and_value(changes: dict, ans
     with pytest.raises(ConfigError) as caught:
         NeoXArgs.from_dict(keys(**changes))
     name = next(iter(changes))
-    assert str(caught.value).startswith(f"{name} is not a key of today's GPT-NeoX; ")
+    assert str(caught.value).startswith(f"{name} is not a key of current GPT-NeoX; ")
     assert answer in str(caught.value)
 
 

@@ -148,7 +148,7 @@ def test_overrides_win_and_reach_into_mappings(tmp_path: Path) -> None:
         ({"train_iters": True}, "train_iters: given True"),
         ({"train_iters": None, "train_epochs": 0.0}, r"train_epochs: given 0\.0"),
         ({"max_position_embeddings": None}, "max_position_embeddings is missing"),
-        ({"optimizer": {"type": "Adam", "params": {"lr": 1e-3, "weight_decay": 0.1}}}, "weight_decay stands at top l"),
+        ({"optimizer": {"type": "Adam", "params": {"lr": 1e-3, "weight_decay": 0.1}}}, "weight_decay is a top-level k"),
         ({"optimizer": {"type": "Lion", "params": {"lr": 1e-3}}}, "optimizer.type: given 'Lion'"),
         ({"data_types": {"grad_accum_dtype": "int8"}}, "grad_accum_dtype: given 'int8'"),
     ],

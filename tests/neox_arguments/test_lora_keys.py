@@ -48,7 +48,7 @@ def test_adapter_settings_come_from_its_folder(tmp_path: Path) -> None:
     assert (args.lora.rank, args.lora.alpha, args.lora.rslora) == (2, 4.0, True)
     assert args.lora.projections == ("q_proj", "v_proj")
     assert args.lora.scale == pytest.approx(4 / 2**0.5)
-    assert any("says rank 2, alpha 4, q_proj, v_proj" in note for note in args.notes)
+    assert any("has rank 2, alpha 4, q_proj, v_proj" in note for note in args.notes)
     again = NeoXArgs.from_json(args.to_json())
     assert (again.lora, again.trained_shape) == (args.lora, args.trained_shape)
 
@@ -65,7 +65,7 @@ def test_a_folder_that_only_the_nodes_see() -> None:
     lora = arguments({"load": "/nowhere/adapter", "rank": 2, "alpha": 4}).lora
     assert lora is not None
     assert len(lora.projections) == 7
-    with pytest.raises(ConfigError, match=r"lora needs alpha, which lora\.load: /nowhere/adapter cannot say"):
+    with pytest.raises(ConfigError, match=r"lora needs alpha, which cannot be read from lora\.load: /nowhere/adapter"):
         arguments({"load": "/nowhere/adapter", "rank": 2})
 
 

@@ -26,7 +26,9 @@ def test_the_scale_is_that_of_the_training_data_and_is_named(tmp_path: Path) -> 
     args = NeoXArgs.from_dict(given)
     assert args.patches is not None
     assert (args.patches.mean, args.patches.std) == ([10.0, 20.5, 30.0], [1.0, 2.0, 3.0])
-    note = f"patches.mean [10, 20.5, 30] and patches.std [1, 2, 3]: those of the training data, from {prefix}.json"
+    note = (
+        f"patches.mean [10, 20.5, 30] and patches.std [1, 2, 3]: taken from the training data's header, {prefix}.json"
+    )
     assert note in args.notes
     assert NeoXArgs.from_json(args.to_json()).patches == args.patches
     written = {"size": 8, "mean": [5.0], "std": [6.0]}
@@ -64,11 +66,11 @@ def test_generation_needs_images_to_continue() -> None:
         NeoXArgs.from_dict(keys(**IMAGES | load), task="generate")
     args = NeoXArgs.from_dict(keys(**IMAGES | load | {"completion": {"path": "data/galaxies"}}), task="generate")
     assert args.completion.count == 8
-    with pytest.raises(ConfigError, match="keys of text"):
+    with pytest.raises(ConfigError, match="only for text"):
         NeoXArgs.from_dict(keys(**IMAGES | load | {"completion": {"path": "a"}, "chat": True}), task="generate")
 
 
 def test_questions_are_refused() -> None:
     given = IMAGES | {"from_scratch": None, "load": "runs/a", "mcq": {"items": "q.jsonl"}}
-    with pytest.raises(ConfigError, match=r"mcq\.py asks questions, which are text"):
+    with pytest.raises(ConfigError, match=r"mcq\.py asks questions in text"):
         NeoXArgs.from_dict(keys(**given), task="mcq")

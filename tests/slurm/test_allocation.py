@@ -61,8 +61,8 @@ def test_advice_on_keys_decided_by_slurm_works(cluster: Cluster, tmp_path: Path)
     result = allocated(cluster, tmp_path, *asked, typed=("--launcher", "pdsh", "--comment", "stars"))
     assert result.returncode == 0, result.stderr
     said = result.stdout + result.stderr
-    assert "starts all nodes by srun itself" in said
-    assert "the job has them from sbatch or salloc" in said
+    assert "itself starts all nodes with srun" in said
+    assert "the job gets them from sbatch or salloc" in said
     seen = [json.loads((tmp_path / f"seen-0-{rank}.json").read_text())["env"] for rank in range(4)]
     assert [env["SLURMD_NODENAME"] for env in seen] == ["n2", "n2", "n3", "n3"]
 

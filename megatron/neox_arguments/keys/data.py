@@ -19,10 +19,13 @@ registry = Registry()
 class Replay(Keys):
     """General text mixed into every epoch of the other sources."""
 
-    share: float = required("Share of the training samples, between 0 and 1.", gt=0, lt=1, ours=True)
+    share: float = required(
+        "Fraction of the training samples that come from this source, between 0 and 1.", gt=0, lt=1, ours=True
+    )
     fresh_each_epoch: bool = key(
         True,
-        "Read different samples in each epoch, repeating none before all have been read; false replays the same ones.",
+        "Read different samples in each epoch of the other sources, none of them twice before all have been read; "
+        "false: replay the same samples in every epoch.",
         ours=True,
     )
 
@@ -31,74 +34,87 @@ class DataSource(Keys):
     """An entry of train_data_paths with more than a path."""
 
     path: str = required("Prefix of the .bin/.idx pair.", ours=True)
-    replay: Replay | None = key(None, "The source is replayed general text.", ours=True)
+    replay: Replay | None = key(
+        None, "Treat the source as replay: general text mixed in at a fixed share of the samples.", ours=True
+    )
 
 
 class DataKeys(Keys):
     seq_length: int = derived(
-        "max_position_embeddings when only the shape matters; training and evaluation need it",
-        "Tokens per sample; for images, patches that are read.",
+        "required for train.py and eval.py, else max_position_embeddings",
+        "Tokens per sample; for images, patches that the model reads.",
         gt=0,
     )
     tokenizer_type: Literal[
         "HFTokenizer", "TiktokenTokenizer", "SPMTokenizer", "GPT2BPETokenizer", "HFGPT2Tokenizer"
     ] = derived(
         "GPT2BPETokenizer with merge_file, else HFTokenizer",
-        "HFTokenizer reads tokenizer.json, TiktokenTokenizer Meta's tokenizer.model of Llama-3, SPMTokenizer a "
-        "SentencePiece model, GPT2BPETokenizer and HFGPT2Tokenizer GPT-2's vocab.json with its merges.txt.",
+        "Format of the tokenizer. HFTokenizer: tokenizer.json; TiktokenTokenizer: Meta's tokenizer.model of Llama-3; "
+        "SPMTokenizer: a SentencePiece model; GPT2BPETokenizer and HFGPT2Tokenizer: GPT-2's vocab.json and merges.txt.",
     )
     vocab_file: str | None = key(None, "Path of the tokenizer file.")
     merge_file: str | None = key(
-        None, "Path of merges.txt; by default GPT2BPETokenizer and HFGPT2Tokenizer look in the folder of vocab_file."
+        None, "Path of merges.txt for GPT2BPETokenizer and HFGPT2Tokenizer; by default in the folder of vocab_file."
     )
-    data_path: str | None = key(None, "Prefix of one .bin/.idx pair, divided by `split`.")
-    split: str = key("969, 30, 1", "Shares of train, valid and test documents in data_path.")
+    data_path: str | None = key(
+        None, "Prefix of a single .bin/.idx pair, divided into training, validation and test data by `split`."
+    )
+    split: str = key("969, 30, 1", "Proportions of training, validation and test documents in data_path.")
     train_data_paths: list[str | DataSource] | None = key(
         None,
-        "Prefixes of the training sources; an entry may be {path: ..., replay: {share: 0.2}}.",
+        "Prefixes of the .bin/.idx pairs to train on; an entry may be {path: ..., replay: {share: 0.2}}.",
         min_length=1,
     )
     valid_data_paths: list[str] | None = key(
-        None, "Prefixes of the validation sources; each is reported separately.", min_length=1
+        None, "Prefixes of the .bin/.idx pairs to validate on; each is reported separately.", min_length=1
     )
-    test_data_paths: list[str] | None = key(None, "Prefixes of the test sources.", min_length=1)
+    test_data_paths: list[str] | None = key(
+        None, "Prefixes of the .bin/.idx pairs held out for tests: checked, but not evaluated.", min_length=1
+    )
     train_data_weights: list[float] | None = key(
-        None, "Weights of the training sources without replay. When absent: equal, or by size with replay."
+        None, "Relative weights of the training sources without replay. Default: equal, or by size if there is replay."
     )
     weight_by_num_documents: bool = key(
         False,
-        "Weight training sources by their number of documents, by GPT-NeoX's formula; train_data_weights is ignored.",
+        "Weight training sources by documents, as GPT-NeoX does: a source with share p of all documents weighs "
+        "p^alpha (1 - p), where alpha is weighted_sampler_alpha; train_data_weights is ignored.",
     )
     weighted_sampler_alpha: float = key(
-        1.0, "Exponent on a source's share of the documents in that formula; below 1 small sources count more.", ge=0
+        1.0, "Exponent alpha of weight_by_num_documents; below 1, small sources count more.", ge=0
     )
     data_order: Literal["own", "gpt-neox"] = key(
         "own",
-        "Order of documents and samples. gpt-neox: the order of GPT-NeoX for the same seed, files and length of run, "
-        "to continue a run that it started.",
+        "Order of documents and samples. own: this project's; gpt-neox: GPT-NeoX's for the same seed, files and length "
+        "of run, to continue a run started with GPT-NeoX.",
         ours=True,
     )
-    valid_data_weights: list[float] | None = key(None, "Weights of the validation sources.")
-    test_data_weights: list[float] | None = key(None, "Weights of the test sources.")
-    train_label_data_paths: list[str] | None = key(None, "Label files matching train_data_paths; -100 is masked.")
-    valid_label_data_paths: list[str] | None = key(None, "Label files matching valid_data_paths.")
-    test_label_data_paths: list[str] | None = key(None, "Label files matching test_data_paths.")
-    data_impl: Literal["mmap", "infer"] = key("mmap", "Dataset format: .bin/.idx. infer means mmap.")
+    valid_data_weights: list[float] | None = key(
+        None, "Weights of the validation sources in their mean loss; by default equal."
+    )
+    test_data_weights: list[float] | None = key(None, "Weights of the test sources, without effect.")
+    train_label_data_paths: list[str] | None = key(
+        None, "Prefixes of label files, one per entry of train_data_paths; the loss ignores tokens labeled -100."
+    )
+    valid_label_data_paths: list[str] | None = key(None, "Prefixes of label files, one per entry of valid_data_paths.")
+    test_label_data_paths: list[str] | None = key(None, "Prefixes of label files, one per entry of test_data_paths.")
+    data_impl: Literal["mmap", "infer"] = key("mmap", "Dataset format: always .bin/.idx pairs; infer means mmap.")
     pack_impl: Literal["packed", "pack_until_overflow", "unpacked", "best_fit"] = key(
         "packed",
-        "How documents fill samples. packed: one after the other, cut at seq_length; pack_until_overflow: whole "
-        "documents in random order; unpacked: one each; best_fit: whole documents where they leave the least space.",
+        "How documents fill samples. packed: concatenated and cut at seq_length; pack_until_overflow: whole documents "
+        "in random order, as many as fit; unpacked: one document per sample; best_fit: whole documents, combined to "
+        "leave the least space.",
     )
     allow_chopped: bool | None = key(
         None,
-        "Where documents are kept whole: true cuts those longer than a sample into several; by default they are left "
-        "out and counted. With pack_impl: packed, true says that conversations may be cut where a sample ends.",
+        "Allow documents to be cut. Where pack_impl keeps them whole, true cuts those longer than a sample into "
+        "several; by default they are left out and counted. With pack_impl: packed, true confirms that conversations "
+        "may be cut where a sample ends.",
     )
-    eod_mask_loss: bool = key(False, "Mask the prediction that follows an end-of-document token.")
+    eod_mask_loss: bool = key(False, "Exclude the prediction after an end-of-document token from the loss.")
     isolate_documents: bool = key(
-        False, "Tokens attend only inside their own document; positions restart at each.", ours=True
+        False, "Let tokens attend only within their own document; positions restart at each document.", ours=True
     )
-    seed: int = key(1234, "Seed of initialization and sample order.", gt=0)
+    seed: int = key(1234, "Seed of weight initialization, sample order and text generation.", gt=0)
 
 
 # --- derivations
@@ -111,7 +127,7 @@ def tokenizer_of_the_files(args: AllKeys, world_size: int | None) -> Derived:
         return Derived({})
     if args.merge_file is None:
         return Derived({"tokenizer_type": "HFTokenizer"})
-    note = "tokenizer_type is not given: GPT2BPETokenizer, GPT-NeoX's default, because there is a merge_file"
+    note = "tokenizer_type is not given: GPT2BPETokenizer, GPT-NeoX's default, is used because merge_file is given"
     return Derived({"tokenizer_type": "GPT2BPETokenizer"}, (note,))
 
 
@@ -129,14 +145,14 @@ def vocabulary_of_the_tokenizer(args: AllKeys, world_size: int | None) -> Derive
         size = vocabulary_size(args.tokenizer_type, path, args.merge_file)
     except TokenizerError as error:
         raise ConfigError(str(error)) from None
-    return Derived({"vocab_size": size}, (f"vocab_size {size}: that of the tokenizer in {path}",))
+    return Derived({"vocab_size": size}, (f"vocab_size {size}: taken from the tokenizer in {path}",))
 
 
 def unknown_vocabulary(args: AllKeys) -> str:
     """The message for a configuration whose vocabulary size cannot be determined here."""
     return (
-        f"vocab_size is that of the tokenizer, but vocab_file {args.vocab_file} is not on this machine; give the path "
-        f"of the file or the number"
+        f"vocab_size is taken from the tokenizer, but vocab_file {args.vocab_file} is not on this machine; give the "
+        f"path of the file, or vocab_size itself"
     )
 
 
@@ -152,7 +168,10 @@ def samples_as_long_as_positions(args: AllKeys, world_size: int | None) -> Deriv
 def one_source_of_data(args: DataKeys) -> str | None:
     lists = [name for name in ("train_data_paths", "valid_data_paths", "test_data_paths") if getattr(args, name)]
     if args.data_path and lists:
-        return f"data_path and {', '.join(lists)} exclude each other: data_path is divided by split; keep one way"
+        return (
+            f"data_path and {', '.join(lists)} are mutually exclusive: split already divides data_path into training, "
+            f"validation and test data; keep one way"
+        )
     return None
 
 
@@ -175,7 +194,7 @@ def weights_match_paths(args: DataKeys) -> str | None:
                 f"{part}_data_weights has {len(weights)} entries for {len(weighted)} {part}_data_paths without replay"
             )
         if not all(map(isfinite, weights)) or min(weights, default=0) < 0 or sum(weights) <= 0:
-            return f"{part}_data_weights {weights}: weights are not negative and not all zero"
+            return f"{part}_data_weights {weights}: weights must be finite, not negative and not all zero"
     return None
 
 
@@ -186,8 +205,8 @@ def replay_leaves_something(args: DataKeys) -> str | None:
     if total < 1 and (None in replays or not replays):
         return None
     return (
-        f"the replay shares of train_data_paths sum to {total:g} and {replays.count(None)} sources have no replay; "
-        f"replay accompanies other sources, so leave some share to at least one"
+        f"the replay shares of train_data_paths sum to {total:g}, sources without replay: {replays.count(None)}; "
+        f"replay is mixed into other sources, so leave some share to at least one"
     )
 
 
@@ -227,7 +246,10 @@ def order_of_gpt_neox_is_of_packed_sources(args: AllKeys) -> str | None:
     ]
     if not wrong:
         return None
-    return f"data_order: gpt-neox is for packed documents, train_iters and no replay, not for {', '.join(wrong)}"
+    return (
+        f"data_order: gpt-neox is defined for pack_impl: packed with train_iters and without replay, not for "
+        f"{', '.join(wrong)}"
+    )
 
 
 @registry.rule("train", "eval")
@@ -235,7 +257,9 @@ def weights_are_given_once(args: DataKeys) -> str | None:
     if not args.weight_by_num_documents:
         return None
     if any(not isinstance(path, str) and path.replay for path in args.train_data_paths or []):
-        return "weight_by_num_documents and replay exclude each other: with replay, sources are weighted by their size"
+        return (
+            "weight_by_num_documents and replay are mutually exclusive: with replay, sources are weighted by their size"
+        )
     return None
 
 

@@ -16,12 +16,12 @@ OUTPUT_SUFFIXES = (".npy", ".parquet")
 
 
 class EmbedKeys(Keys):
-    """Vectors of texts."""
+    """Embedding vectors of texts or images."""
 
     input: str | None = key(
         None,
-        "Texts: a .jsonl or .parquet file, one record a text. With modality: patches the prefix of a .bin/.idx pair of "
-        "images.",
+        "Texts to embed: a .jsonl or .parquet file with one text per record. With modality: patches, the prefix of a "
+        ".bin/.idx pair of images.",
         ours=True,
     )
     output: str = key(
@@ -30,25 +30,27 @@ class EmbedKeys(Keys):
         "vectors.",
         ours=True,
     )
-    text_field: str = key("text", "Field or column of the text.", ours=True)
+    text_field: str = key("text", "Field or column that holds the text.", ours=True)
     id_field: str | None = key(
-        "id", "Field or column of the id; a record without one gets its index, from 0.", ours=True
+        "id", "Field or column that holds the id; a record without one gets its index, from 0.", ours=True
     )
     layers: list[int] | int | Literal["all"] = key(
         -1,
-        "Layers, numbered as `hidden_states` of transformers: 0 is the embedding, num_layers or -1 the output of the "
-        "final norm. A number, a list, or all; several take one pass.",
+        "Layers whose output becomes vectors: a number, a list, or all, in one forward pass. Numbered like "
+        "transformers' `hidden_states`: 0 is the embedding, num_layers or -1 the output of the final norm.",
         ours=True,
     )
     pooling: Literal["mean", "last"] = key(
-        "mean", "mean over all tokens but begin-of-text, or the vector of the last token.", ours=True
+        "mean",
+        "How tokens become one vector. mean: their mean, without begin-of-text; last: the vector of the last token.",
+        ours=True,
     )
     l2: bool = key(False, "Scale every vector to length 1.", ours=True)
     cut_long_texts: bool = key(
-        False, "Truncate longer texts to seq_length tokens, and count them, instead of refusing them.", ours=True
+        False, "Truncate texts longer than seq_length tokens, and count them, instead of refusing them.", ours=True
     )
     on_bad_record: Literal["stop", "skip"] = key(
-        "stop", "What to do about a record that has no usable text; skip names and counts it.", ours=True
+        "stop", "What to do with a record that has no usable text; skip names and counts it.", ours=True
     )
 
 
@@ -73,8 +75,8 @@ def embedded_with_some_weights(args: AllKeys) -> str | None:
     if args.load or args.from_scratch:
         return None
     return (
-        "embed.py needs load, the folder of a checkpoint; or from_scratch: true, for the untrained model that a "
-        "training with these keys and this seed begins with"
+        "embed.py needs load, the folder of a checkpoint; or from_scratch: true, for the untrained model that "
+        "training with these keys and this seed starts from"
     )
 
 

@@ -21,14 +21,15 @@ registry = Registry()
 class EngineKeys(Keys):
     engine: Literal["deepspeed", "megatron"] = key(
         "deepspeed",
-        "What runs pipeline, reduction and optimizer: DeepSpeed, or megatron-core's schedules and distributed "
-        "optimizer. Same layers, same losses, same checkpoints (docs/engines.md).",
+        "What runs the pipeline, gradient reduction and optimizer: DeepSpeed, or megatron-core's schedules and "
+        "distributed optimizer, with the same layers, losses and checkpoints (docs/engines.md).",
         ours=True,
     )
     virtual_pipe_parallel_size: int = key(
         1,
-        "With engine: megatron, the number of runs of layers on each pipeline rank; more of them fill the pipeline "
-        "faster but send more messages. Above 1, gradient_accumulation_steps must be a multiple of pipe_parallel_size.",
+        "With engine: megatron, the number of virtual stages (runs of layers) per pipeline rank; more fill the "
+        "pipeline faster but send more messages. Above 1, gradient_accumulation_steps must be a multiple of "
+        "pipe_parallel_size.",
         ours=True,
         gt=0,
     )
@@ -65,8 +66,8 @@ def virtual_stages_are_of_engine_megatron(args: EngineKeys) -> str | None:
     if args.virtual_pipe_parallel_size == 1 or args.engine == "megatron":
         return None
     return (
-        f"virtual_pipe_parallel_size {args.virtual_pipe_parallel_size}: DeepSpeed's pipeline has one run of layers a "
-        f"rank; write engine: megatron, or leave virtual_pipe_parallel_size out"
+        f"virtual_pipe_parallel_size {args.virtual_pipe_parallel_size} is not available with engine: deepspeed, whose "
+        f"ranks hold one run of layers each; write engine: megatron, or leave virtual_pipe_parallel_size out"
     )
 
 
@@ -98,8 +99,8 @@ def micro_batches_fill_virtual_stages(args: AllKeys) -> str | None:
         return None
     return (
         f"gradient_accumulation_steps {steps} is not a multiple of pipe_parallel_size {pipe}: with "
-        f"virtual_pipe_parallel_size {args.virtual_pipe_parallel_size} micro-batches go through the pipeline in groups "
-        f"of {pipe}; use {-(-steps // pipe) * pipe}"
+        f"virtual_pipe_parallel_size {args.virtual_pipe_parallel_size}, micro-batches go through the pipeline in "
+        f"groups of {pipe}; use {-(-steps // pipe) * pipe}"
     )
 
 
@@ -110,8 +111,8 @@ def engine_megatron_deals_decoder_layers(args: AllKeys) -> str | None:
     if args.engine != "megatron" or args.pipe_parallel_size == 1 or _balances_decoder_layers(method):
         return None
     return (
-        f"pipe_partition_method {method} with engine: megatron, which distributes decoder layers evenly; write "
-        f"pipe_partition_method: type:transformer|mlp, or engine: deepspeed"
+        f"pipe_partition_method {method} is not available with engine: megatron, which distributes decoder layers "
+        f"evenly; write pipe_partition_method: type:transformer|mlp, or engine: deepspeed"
     )
 
 
@@ -129,8 +130,8 @@ def overlapping_is_of_engine_megatron(args: EngineKeys) -> str | None:
     if args.engine == "megatron" or not given:
         return None
     return (
-        f"{' and '.join(given)} with engine: deepspeed, which reduces and gathers when the pipeline is empty; write "
-        f"engine: megatron, or leave {' and '.join(given)} out"
+        f"{' and '.join(given)}: not available with engine: deepspeed, which reduces and gathers when the pipeline is "
+        f"empty; write engine: megatron, or leave {' and '.join(given)} out"
     )
 
 
@@ -149,8 +150,8 @@ def engine_megatron_has_no_loss_scale(args: AllKeys) -> str | None:
     if args.engine != "megatron" or args.precision != "fp16":
         return None
     return (
-        "precision fp16 with engine: megatron: the loss scaling is DeepSpeed's; write precision: bfloat16 (and no fp16 "
-        "mapping), or engine: deepspeed"
+        "precision fp16 is not available with engine: megatron: loss scaling is DeepSpeed's; write precision: bfloat16 "
+        "(and no fp16 mapping), or engine: deepspeed"
     )
 
 
@@ -159,8 +160,8 @@ def options_of_deepspeed_reach_it(args: AllKeys) -> str | None:
     if args.engine != "megatron" or not args.deepspeed_extra_args:
         return None
     return (
-        f"deepspeed_extra_args: {', '.join(sorted(args.deepspeed_extra_args))} with engine: megatron, which does not "
-        f"use DeepSpeed; leave deepspeed_extra_args out, or write engine: deepspeed"
+        f"deepspeed_extra_args: {', '.join(sorted(args.deepspeed_extra_args))} has no effect with engine: megatron, "
+        f"which does not use DeepSpeed; leave deepspeed_extra_args out, or write engine: deepspeed"
     )
 
 
@@ -173,6 +174,6 @@ def deepspeed_keys_have_no_effect(args: AllKeys) -> str | None:
     if not given:
         return None
     return (
-        f"without effect with engine: megatron: {', '.join(given)} (optimizer states are divided over data-parallel "
+        f"without effect with engine: megatron: {', '.join(given)} (optimizer states are sharded over data-parallel "
         f"ranks as with ZeRO 1, in buckets of megatron-core's sizes; the step timers are always on)"
     )

@@ -21,37 +21,42 @@ class McqKeys(Keys):
     output: str = key("mcq", "Folder for the results.", ours=True)
     method: Literal["letter", "text", "generate"] = key(
         "letter",
-        "letter compares the next-token probabilities of the letters, text the probabilities of the options' texts, "
-        "generate reads the answer from a generated text.",
+        "How the answer is found. letter: compare the next-token probabilities of the letters; text: compare the "
+        "probabilities of the options' texts; generate: read the answer from a generated text.",
         ours=True,
     )
     instruction: str | None = key(None, "Text before the question. Default: one that fits the method.", ours=True)
     prefill: str | None = key(
         None,
-        'How the assistant begins its answer. Default: {"ANSWER": " before a letter, <think> if it thinks, else empty.',
+        'Beginning of the assistant\'s answer. Default: {"ANSWER": " before a letter, <think> if thinking, else empty.',
         ours=True,
     )
-    shots: int = key(0, "Examples before each question of a plain prompt.", ge=0, ours=True)
-    shots_file: str | None = key(None, "File of the examples; its first questions with answers are used.", ours=True)
+    shots: int = key(0, "Number of examples before each question, without chat.", ge=0, ours=True)
+    shots_file: str | None = key(None, "File of examples; its first questions with answers are used.", ours=True)
     text_score: Literal["sum", "calibrated"] = key(
         "sum",
-        "Which score of a text decides: its log-probability, or that minus the one after an empty question. Both are "
-        "reported.",
+        "Score that decides with method: text. sum: the log-probability of the option; calibrated: that minus its "
+        "log-probability after an empty question. Both are reported.",
         ours=True,
     )
     cyclic_orders: bool = key(False, "Ask every question in all cyclic orders of its options.", ours=True)
-    max_answer_tokens: int = key(256, "Longest generated answer.", gt=0, ours=True)
+    max_answer_tokens: int = key(256, "Longest generated answer, in tokens.", gt=0, ours=True)
     question_field: str = key("question", "Column of the question.", ours=True)
     option_fields: list[str] = key(
         ["A", "B", "C", "D"], "Columns of the options, or one column that holds a list.", min_length=1, ours=True
     )
     answer_field: str = key(
-        "answer", "Column of the right answer: letter, index from 0, or text. Absent: withheld.", ours=True
+        "answer",
+        "Column of the right answer: letter, index from 0, or text; absent if answers are withheld.",
+        ours=True,
     )
-    topic_field: str | None = key(None, "Column of a topic, for a table by topic.", ours=True)
-    limit: int | None = key(None, "Ask only the first questions.", gt=0, ours=True)
+    topic_field: str | None = key(None, "Column of the topic, for a table of results by topic.", ours=True)
+    limit: int | None = key(None, "Number of questions to ask, from the first on. Default: all.", gt=0, ours=True)
     compare_with: str | None = key(
-        None, "items.jsonl of another checkpoint: an exact McNemar test, and negative flips against it.", ours=True
+        None,
+        "items.jsonl of another checkpoint, to compare with by an exact McNemar test and by negative flips (right "
+        "there, wrong here).",
+        ours=True,
     )
 
 
@@ -60,17 +65,22 @@ class EvaluationKeys(Keys):
     eval_task_path: str | None = key(
         None, "Folder of task YAMLs; if given, only these tasks are known and nothing is downloaded.", ours=True
     )
-    eval_num_fewshot: int | None = key(None, "Examples before each request. Default: the task's.", ge=0, ours=True)
-    eval_limit: int | None = key(None, "Only the first documents of each task.", gt=0, ours=True)
-    eval_apply_chat_template: bool = key(False, "Put requests into the chat template.", ours=True)
-    eval_system_prompt: str | None = key(None, "System prompt of lm-eval's requests.", ours=True)
+    eval_num_fewshot: int | None = key(
+        None, "Number of examples before each request. Default: the task's.", ge=0, ours=True
+    )
+    eval_limit: int | None = key(
+        None, "Number of documents of each task, from the first on. Default: all.", gt=0, ours=True
+    )
+    eval_apply_chat_template: bool = key(False, "Format requests with the chat template.", ours=True)
+    eval_system_prompt: str | None = key(None, "System prompt for lm-eval's requests.", ours=True)
     eval_documents: list[str] | None = key(
         None,
-        "Perplexity document by document: .jsonl files with `text` (and `source`), or prefixes of .bin/.idx pairs.",
+        "Documents to measure perplexity on, one by one: .jsonl files with `text` (and `source`), or prefixes of "
+        ".bin/.idx pairs.",
         min_length=1,
         ours=True,
     )
-    mcq: McqKeys = key(McqKeys(), "What mcq.py asks.", ours=True)
+    mcq: McqKeys = key(McqKeys(), "Questions of mcq.py and how it asks them.", ours=True)
 
 
 # --- rules

@@ -15,22 +15,28 @@ registry = Registry()
 
 class GenerationKeys(Keys):
     min_p: float = key(
-        0.0, "Exclude tokens below this fraction of the most likely one's probability; 0 is off.", ours=True, ge=0, le=1
+        0.0, "Exclude tokens below this fraction of the highest token probability; 0 is off.", ours=True, ge=0, le=1
     )
     repetition_penalty: float = key(
-        1.0, "Divides the logits of tokens that already occur in prompt or text; 1 is off.", ours=True, gt=0
+        1.0,
+        "Positive logits of tokens that occur in the prompt or the text so far are divided by this, negative ones "
+        "multiplied; 1 is off.",
+        ours=True,
+        gt=0,
     )
-    stop: list[str] = key([], "Strings that end a text; they are not part of it.", ours=True)
+    stop: list[str] = key([], "Strings that end a text, and are not part of it.", ours=True)
     stop_token_ids: list[int] = key(
         [],
-        "Ids that end a text, in addition to end of document and end of turn (`<|eot_id|>`, `<|eom_id|>`).",
+        "Token ids that end a text, in addition to end of document and end of turn (`<|eot_id|>`, `<|eom_id|>`).",
         ours=True,
     )
-    generation_batch_size: int = key(8, "Sequences in flight for each pipeline stage of a replica.", ours=True, gt=0)
-    prefill_chunk: int = key(512, "Tokens of each prompt that are processed at once.", ours=True, gt=0)
+    generation_batch_size: int = key(
+        8, "Sequences that a replica generates at once, per pipeline stage.", ours=True, gt=0
+    )
+    prefill_chunk: int = key(512, "Prompt tokens of a sequence that one forward pass processes.", ours=True, gt=0)
     chat: bool = key(
         False,
-        "Prompts are user turns, or whole conversations (docs/generation.md); mcq.py asks in conversations.",
+        "Take prompts as user turns, or whole conversations (docs/generation.md); mcq.py asks in conversations.",
         ours=True,
     )
     chat_template: str | None = key(
@@ -39,17 +45,19 @@ class GenerationKeys(Keys):
         "Default: Meta's Llama-3 format.",
         ours=True,
     )
-    system_prompt: str | None = key(None, "System prompt of every conversation that has none.", ours=True)
+    system_prompt: str | None = key(None, "System prompt for every conversation that has none.", ours=True)
     thinking: bool | None = key(
         None,
-        "on: ask for a reasoning trace (system line `detailed thinking on`, the answer begins with `<think>`); off: "
-        "`detailed thinking off`; absent: neither.",
+        "Reasoning before the answer. on: ask for it by the system line `detailed thinking on` and an answer that "
+        "begins with `<think>`; off: system line `detailed thinking off`; absent: neither line.",
         ours=True,
     )
     max_thinking_tokens: int | None = key(
-        None, "Tokens after which the trace is closed; mcq.py closes it after 2048 by default.", ours=True, gt=0
+        None, "Tokens after which the reasoning trace is closed. Default: none; 2048 in mcq.py.", ours=True, gt=0
     )
-    show_thinking: bool = key(True, "Show the trace, or write it into the output file.", ours=True)
+    show_thinking: bool = key(
+        True, "Include the reasoning trace in what is shown or written to the output file.", ours=True
+    )
 
 
 # --- derivations
@@ -90,14 +98,15 @@ def chat_keys_need_chat(args: GenerationKeys) -> str | None:
     given = [name for name in names if getattr(args, name) is not None]
     if args.chat or not given:
         return None
-    return f"{', '.join(given)} without chat: only conversations have them; add chat: true"
+    return f"{', '.join(given)} without chat: these keys apply only to conversations; add chat: true"
 
 
 @registry.rule("generate", "mcq")
 def a_budget_is_of_a_trace(args: GenerationKeys) -> str | None:
-    if args.max_thinking_tokens is None or args.thinking:
+    limit = args.max_thinking_tokens
+    if limit is None or args.thinking:
         return None
-    return f"max_thinking_tokens {args.max_thinking_tokens} without thinking: on: there is no trace to limit"
+    return f"max_thinking_tokens {limit} without thinking: on: there is no reasoning to limit; leave it out"
 
 
 @registry.rule("generate")
@@ -106,7 +115,7 @@ def thinking_has_a_budget_within_the_text(args: AllKeys) -> str | None:
         return None
     return (
         f"max_thinking_tokens {args.max_thinking_tokens} is not below maximum_tokens {args.maximum_tokens}, which "
-        f"counts trace and answer: no token would be left for the answer"
+        f"counts reasoning and answer: no token would be left for the answer"
     )
 
 
@@ -123,8 +132,8 @@ def greedy_ignores_limits(args: AllKeys) -> str | None:
     if args.temperature or not names:
         return None
     return (
-        f"{', '.join(names)} without effect: temperature is 0, which takes the most likely token (GPT-NeoX samples at "
-        f"temperature 1 here); give temperature"
+        f"{', '.join(names)} without effect: temperature is 0, which takes the most likely token (GPT-NeoX would "
+        f"sample at temperature 1); give a temperature"
     )
 
 

@@ -40,18 +40,16 @@ _REFUSED = {
 
 
 class Lora(Keys):
-    rank: int = derived("that of the adapter in load", "Columns of B and rows of A, of every projection.", gt=0)
-    alpha: float = derived("that of the adapter in load", "The product is scaled by alpha / rank.", gt=0)
+    rank: int = derived("that of the adapter in load", "Rank of the adapter: columns of B and rows of A.", gt=0)
+    alpha: float = derived("that of the adapter in load", "The product B A is multiplied by alpha / rank.", gt=0)
     targets: list[Projection] = derived(
         "those of the adapter in load, else all seven", "Projections that get an adapter.", min_length=1
     )
-    rslora: bool = derived(
-        "that of the adapter in load, else false", "The product is scaled by alpha / sqrt(rank) instead."
-    )
+    rslora: bool = derived("that of the adapter in load, else false", "Multiply B A by alpha / sqrt(rank) instead.")
     load: str | None = key(
         None,
-        "Adapter to continue or to evaluate: a peft folder, or the checkpoints of a LoRA run. Without it B starts "
-        "at zero.",
+        "Adapter to continue or evaluate: a peft folder, or the checkpoints of a LoRA run. Default: a new adapter, "
+        "whose B is zero.",
     )
 
     @model_validator(mode="before")
@@ -72,7 +70,7 @@ class Lora(Keys):
 
     @property
     def scale(self) -> float:
-        """The factor on B A."""
+        """The factor by which the product B A is multiplied."""
         return scale_of(self.alpha, self.rank, self.rslora)
 
     @property
@@ -94,7 +92,7 @@ class LoraKeys(Keys):
 
 @registry.derivation(*ALL_TASKS, fills=("lora",))
 def what_the_adapter_says(args: LoraKeys, world_size: int | None) -> Derived:
-    """rank, alpha, targets and rslora from the adapter in `load`, if that is on this machine; else what is given."""
+    """rank, alpha, targets and rslora from the adapter in `load` if it is on this machine, else as given."""
     lora = args.lora
     if lora is None:
         return Derived({})
@@ -117,10 +115,12 @@ def what_the_adapter_says(args: LoraKeys, world_size: int | None) -> Derived:
                     f"lora.{name} is {value}, but the adapter in lora.load ({folder}) has {known[name]}; leave "
                     f"{name} out, or train a new adapter without lora.load"
                 )
-        notes = (f"lora: {folder} says rank {stored.rank}, alpha {stored.alpha:g}, {', '.join(stored.targets)}",)
+        notes = (f"lora: {folder} has rank {stored.rank}, alpha {stored.alpha:g}, {', '.join(stored.targets)}",)
     missing = [name for name in ("rank", "alpha") if given[name] is None and name not in known]
     if missing:
-        where = "" if lora.load is None else f", which lora.load: {lora.load} cannot say: it is not on this machine"
+        where = (
+            "" if lora.load is None else f", which cannot be read from lora.load: {lora.load} is not on this machine"
+        )
         raise ConfigError(
             f"lora needs {' and '.join(missing)}{where}; write lora: {{rank: 16, alpha: 32}}, for instance"
         )
@@ -145,8 +145,8 @@ def adapters_are_saved_elsewhere(args: AllKeys) -> str | None:
     if Path(args.load).resolve() != Path(args.save).resolve():
         return None
     return (
-        f"save is load, {args.load}: with lora, load is the base and save gets checkpoints of only the adapter; give "
-        f"another save folder"
+        f"save and load are the same folder, {args.load}: with lora, load is the base, and checkpoints in save hold "
+        f"only the adapter; give another save folder"
     )
 
 

@@ -24,11 +24,16 @@ registry = Registry()
 class RopeScaling(Keys):
     """Frequency scaling of Llama-3.1 and later, as `rope_scaling` in the Hugging Face config."""
 
-    rope_type: Literal["llama3"] = key("llama3", "Scaling rule. `default` (or leaving rope_scaling out) means none.")
-    factor: float = required("Factor by which the longest wavelengths are stretched: 8.0 for 3.1, 32.0 for 3.2.", ge=1)
-    low_freq_factor: float = required("Wavelengths above original / this are stretched fully: 1.0.", gt=0)
-    high_freq_factor: float = required("Wavelengths below original / this are unchanged: 4.0.", gt=0)
-    original_max_position_embeddings: int = required("Context length before scaling: 8192.", gt=0)
+    rope_type: Literal["llama3"] = key("llama3", "Scaling rule; `default`, like leaving rope_scaling out, means none.")
+    factor: float = required("Factor by which the longest wavelengths are stretched. Llama-3.1: 8.0; 3.2: 32.0.", ge=1)
+    low_freq_factor: float = required(
+        "Wavelengths above original_max_position_embeddings / this are stretched by the whole factor. Llama-3.1: 1.0.",
+        gt=0,
+    )
+    high_freq_factor: float = required(
+        "Wavelengths below original_max_position_embeddings / this are unchanged. Llama-3.1: 4.0.", gt=0
+    )
+    original_max_position_embeddings: int = required("Context length before scaling, in tokens. Llama-3.1: 8192.", gt=0)
 
     @model_validator(mode="before")
     @classmethod
@@ -40,11 +45,11 @@ class RopeScaling(Keys):
 
 
 class ModelKeys(Keys):
-    num_layers: int = required("Decoder layers.", gt=0)
+    num_layers: int = required("Number of decoder layers.", gt=0)
     hidden_size: int = required("Width of the residual stream.", gt=0)
-    num_attention_heads: int = required("Query heads; head_dim is hidden_size / num_attention_heads.", gt=0)
+    num_attention_heads: int = required("Number of query heads; head_dim is hidden_size / num_attention_heads.", gt=0)
     num_kv_heads: int = derived(
-        "num_attention_heads", "Key/value heads; fewer than query heads is grouped-query attention.", gt=0
+        "num_attention_heads", "Number of key/value heads; fewer than query heads means grouped-query attention.", gt=0
     )
     intermediate_size: int = derived(
         "expansion_factor x hidden_size, else 4 x hidden_size, as in GPT-NeoX",
@@ -54,58 +59,66 @@ class ModelKeys(Keys):
     )
     expansion_factor: float | None = key(None, "intermediate_size as a multiple of hidden_size.", gt=0)
     intermediate_size_convention: Literal["hf", "neox"] = derived(
-        "neox with mlp_multiple_of, without intermediate_size, or if that is more than 4 x hidden_size, else hf; the "
-        "choice is printed",
-        "What intermediate_size means: hf = the width itself, neox = GPT-NeoX's rule, about three times the width.",
+        "neox with mlp_multiple_of, without intermediate_size, or if intermediate_size is more than 4 x hidden_size; "
+        "else hf. The choice is printed",
+        "What intermediate_size means. hf: the width itself; neox: GPT-NeoX's rule, about three times the width.",
         ours=True,
     )
     mlp_multiple_of: int = key(
-        1, "Rounds the MLP width up by GPT-NeoX's rule; under the hf convention it must divide the width.", gt=0
+        1, "Round the MLP width up to a multiple of this, by GPT-NeoX's rule; with hf it must divide the width.", gt=0
     )
     vocab_size: int = derived(
         "the size of the tokenizer in vocab_file",
-        "True number of tokens, as in the Hugging Face config (Llama-3: 128256).",
+        "Number of tokens in the vocabulary, before padding, as in the Hugging Face config (Llama-3: 128256).",
         ours=True,
         gt=0,
     )
     make_vocab_size_divisible_by: int = key(
-        128, "Vocabulary matrices are padded to a multiple of this x model_parallel_size. Llama-3 presets: 1.", gt=0
+        128, "Pad the vocabulary to a multiple of this x model_parallel_size. Llama-3 presets: 1.", gt=0
     )
     no_weight_tying: bool = derived(
         "false, as in GPT-NeoX",
-        "true: the output head has its own matrix (Llama-3.1); false: it is the embedding (Llama-3.2 1B and 3B).",
+        "Give the output head its own matrix (Llama-3.1); false: it shares the embedding's (Llama-3.2 1B and 3B).",
     )
-    max_position_embeddings: int = required("Longest sequence the model is meant for (Llama-3.1: 131072).", gt=0)
+    max_position_embeddings: int = required(
+        "Longest sequence the model is meant for, in tokens (Llama-3.1: 131072).", gt=0
+    )
     rms_norm_epsilon: float = derived(
-        "1e-8, as in GPT-NeoX", "Added to the variance inside RMSNorm. Llama-2 and 3: 1e-5, Llama-1: 1e-6.", gt=0
+        "1e-8, as in GPT-NeoX", "Added to the mean square in RMSNorm. Llama-2 and 3: 1e-5; Llama-1: 1e-6.", gt=0
     )
     hf_rounding: bool = key(
         False,
-        "Round the normalized activations before multiplying by the weight, as transformers does, instead of once at "
-        "the end. For bit-for-bit comparisons in 16 bits.",
+        "Round normalized activations before multiplying by the norm's weight, as transformers does, instead of once "
+        "at the end; for bit-for-bit comparisons in 16-bit precision.",
         ours=True,
     )
-    rotary_emb_base: float = derived("10000, as in GPT-NeoX", "Rotary theta. Llama-3: 500000; Llama-2: 10000.", gt=0)
-    rope_scaling: RopeScaling | None = key(
-        None, "Frequency scaling of Llama-3.1 and later; absent means none.", ours=True
+    rotary_emb_base: float = derived(
+        "10000, as in GPT-NeoX", "Base (theta) of the rotary frequencies. Llama-3: 500000; Llama-2: 10000.", gt=0
     )
-    rotary_pct: float = key(1.0, "Fraction of head_dim that rotates. Llama: all of it.")
-    rotary_save_freqs_buffer: Literal[False] = key(False, "The table is computed, never stored.")
+    rope_scaling: RopeScaling | None = key(
+        None, "Scaling of the rotary frequencies in Llama-3.1 and later; absent means none.", ours=True
+    )
+    rotary_pct: float = key(1.0, "Fraction of head_dim that is rotated. Llama: 1.0.")
+    rotary_save_freqs_buffer: Literal[False] = key(
+        False, "Store the rotary table in checkpoints: never, it is computed."
+    )
     norm: Literal["rmsnorm"] = required("Normalization. Llama: rmsnorm (GPT-NeoX's default: layernorm).")
     pos_emb: Literal["rotary"] = required("Position embedding. Llama: rotary (GPT-NeoX's default: learned).")
     activation: Literal["swiglu"] = required("MLP activation. Llama: swiglu (GPT-NeoX's default: gelu).")
-    use_bias_in_attn_linear: Literal[False] = required("Llama has no biases (GPT-NeoX's default: true).")
-    use_bias_in_mlp: Literal[False] = key(False, "Llama has no biases (GPT-NeoX's default: true).")
-    gpt_j_residual: Literal[False] = key(False, "Parallel residual; Llama's is sequential.")
+    use_bias_in_attn_linear: Literal[False] = required(
+        "Biases in attention projections. Llama has none (GPT-NeoX's default: true)."
+    )
+    use_bias_in_mlp: Literal[False] = key(False, "Biases in the MLP. Llama has none (GPT-NeoX's default: true).")
+    gpt_j_residual: Literal[False] = key(False, "Attention and MLP in parallel. In Llama the MLP follows attention.")
     init_method: Literal["normal", "scaled_normal", "small_init", "wang_init"] = key(
         "normal",
-        "Initialization of a from-scratch run. normal: init_method_std; scaled_normal: that / sqrt(2 num_layers); "
-        "small_init: sqrt(2 / (5 hidden_size)); wang_init: 2 / (num_layers sqrt(hidden_size)).",
+        "Standard deviation of initial weights. normal: init_method_std; scaled_normal: init_method_std / sqrt(2 "
+        "num_layers); small_init: sqrt(2 / (5 hidden_size)); wang_init: 2 / (num_layers sqrt(hidden_size)).",
     )
     output_layer_init_method: Literal["normal", "scaled_normal", "small_init", "wang_init"] = key(
-        "scaled_normal", "The same for the two projections into the residual stream."
+        "scaled_normal", "As init_method, for attention's output projection and the MLP's down projection."
     )
-    init_method_std: float = key(0.02, "Standard deviation of the initialization.", gt=0)
+    init_method_std: float = key(0.02, "Standard deviation that normal and scaled_normal use.", gt=0)
 
     @model_validator(mode="before")
     @classmethod
@@ -131,7 +144,10 @@ def kv_heads_default_to_heads(args: ModelKeys, world_size: int | None) -> Derive
 
 # Constants that differ between Llamas: GPT-NeoX's default, and which models differ.
 _DEFAULTS: dict[str, tuple[Any, str]] = {
-    "no_weight_tying": (False, "the head is the embedding; all Llamas except the 3.2 1B and 3B have true"),
+    "no_weight_tying": (
+        False,
+        "the output head shares the embedding's matrix; all Llamas except the 3.2 1B and 3B have true",
+    ),
     "rms_norm_epsilon": (1e-8, "Llama-2 and 3 have 1e-5, Llama-1 1e-6"),
     "rotary_emb_base": (10000.0, "Llama-3 has 500000"),
 }
@@ -143,7 +159,7 @@ def constants_of_gpt_neox(args: AllKeys, world_size: int | None) -> Derived:
     if args.modality == "patches":  # there is no vocabulary matrix to share
         absent.pop("no_weight_tying", None)
     notes = (
-        f"{name} is not given: GPT-NeoX's default {'false' if value is False else f'{value:g}'} holds ({who})"
+        f"{name} is not given: GPT-NeoX's default {'false' if value is False else f'{value:g}'} applies ({who})"
         for name, (value, who) in absent.items()
     )
     values = {name: value for name, (value, _) in absent.items()}
@@ -167,7 +183,7 @@ def true_width(args: ModelKeys, world_size: int | None) -> Derived:
         other = f"GPT-NeoX would build {matrices.columns}" if matrices.fit else "GPT-NeoX's rule gives no MLP that fits"
         note = (
             f"MLP width {given}: intermediate_size is read as the true width ({other}); "
-            f"intermediate_size_convention: hf or neox says which is meant"
+            f"write intermediate_size_convention: hf or neox to say which is meant"
         )
     elif not matrices.fit:
         raise ConfigError(
@@ -257,8 +273,8 @@ def rope_scaling_is_forgotten(args: ModelKeys) -> str | None:
     if args.rope_scaling or args.max_position_embeddings <= 8192 or args.rotary_emb_base != 500000:
         return None
     return (
-        "rope_scaling is absent, but the theta and context are those of Llama-3.1, which scales its frequencies; "
-        "without it 35 of 64 frequencies differ at every length"
+        "rope_scaling is absent, but rotary_emb_base and max_position_embeddings are those of Llama-3.1, which scales "
+        "its frequencies; without scaling, 35 of 64 frequencies differ, whatever the sequence length"
     )
 
 
@@ -271,8 +287,8 @@ def width_is_not_the_published_one(args: ModelKeys) -> str | None:
         return None
     three_fold = args.intermediate_size_convention == "neox"
     return (
-        f"the MLP width {args.intermediate_size} is not that of {name}, whose other sizes these are: {width}. For its "
-        f"weights write intermediate_size: {3 * width if three_fold else width}"
+        f"the MLP width {args.intermediate_size} is not the {width} of {name}, whose other sizes this model has. For "
+        f"its weights write intermediate_size: {3 * width if three_fold else width}"
         + (f" (GPT-NeoX's 3 x {width})" if three_fold else "")
     )
 
@@ -282,6 +298,6 @@ def mlp_biases_are_left_out(args: AllKeys) -> str | None:
     if args.merged.get("use_bias_in_mlp") is not None:
         return None
     return (
-        "use_bias_in_mlp is not given: GPT-NeoX's default true would add biases that no Llama checkpoint has; false is "
-        "taken"
+        "use_bias_in_mlp is not given: GPT-NeoX's default true would add biases that no Llama checkpoint has, so it is "
+        "taken as false"
     )

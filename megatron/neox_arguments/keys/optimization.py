@@ -20,23 +20,23 @@ registry = Registry()
 class OptimizerParams(Keys):
     lr: float = required("Peak learning rate.", ge=0)
     betas: list[Annotated[float, Field(ge=0, lt=1)]] = key(
-        [0.9, 0.999], "Decay of the two moments. Llama: [0.9, 0.95].", min_length=2, max_length=2
+        [0.9, 0.999], "Decay rates of Adam's two moments. Llama: [0.9, 0.95].", min_length=2, max_length=2
     )
-    eps: float = key(1e-8, "Added to the root of the second moment.", gt=0)
+    eps: float = key(1e-8, "Added to the square root of the second moment.", gt=0)
 
     @model_validator(mode="before")
     @classmethod
     def _decay_is_elsewhere(cls, value: Any) -> Any:
         if isinstance(value, dict) and "weight_decay" in value:
-            raise ValueError("weight_decay stands at top level, not inside optimizer.params; move it")
+            raise ValueError("weight_decay is a top-level key, not part of optimizer.params; move it")
         return value
 
 
 class Optimizer(Keys):
-    """GPT-NeoX's `optimizer`; weight_decay stands at top level."""
+    """GPT-NeoX's `optimizer`; weight_decay is a top-level key."""
 
     type: Literal["Adam", "AdamW", "adam", "adamw"] = key(
-        "AdamW", "Both names mean AdamW (decoupled decay), as in GPT-NeoX."
+        "AdamW", "Adam and AdamW both mean AdamW (decoupled decay), as in GPT-NeoX."
     )
     params: OptimizerParams = required("lr, betas, eps.")
 
@@ -44,24 +44,26 @@ class Optimizer(Keys):
 class LrOverride(Keys):
     """From iteration `at` on, the scheduled learning rate is multiplied by `scale`; several multiply together."""
 
-    at: int = required("Iteration from which the factor holds.", ge=0)
+    at: int = required("Iteration from which the factor applies.", ge=0)
     scale: float = required("Factor on the scheduled learning rate.", ge=0)
 
 
 class Zero(Keys):
-    """The part of DeepSpeed's `zero_optimization` that a pipeline can use."""
+    """The options of DeepSpeed's `zero_optimization` that a pipeline can use."""
 
-    stage: int = key(1, "ZeRO stage; always 1, and 0 is taken as 1.")
+    stage: int = key(1, "ZeRO stage: always 1; 0 is taken as 1.")
     allgather_partitions: bool = key(True, "Gather updated weights by all-gather instead of broadcasts.")
     reduce_scatter: bool = key(True, "Reduce gradients by reduce-scatter.")
-    allgather_bucket_size: int = key(500_000_000, "Elements in one all-gather.", gt=0)
-    reduce_bucket_size: int = key(500_000_000, "Elements in one reduction.", gt=0)
-    contiguous_gradients: bool = key(False, "Copy gradients to one buffer as they arrive.")
-    cpu_offload: Literal[False] = key(False, "Not supported.")
+    allgather_bucket_size: int = key(500_000_000, "Number of elements per all-gather.", gt=0)
+    reduce_bucket_size: int = key(500_000_000, "Number of elements per reduction.", gt=0)
+    contiguous_gradients: bool = key(False, "Copy gradients to one contiguous buffer as they are computed.")
+    cpu_offload: Literal[False] = key(False, "Keep optimizer states in host memory: not supported.")
 
 
 class OptimizationKeys(Keys):
-    train_iters: int = derived("train_epochs and the size of the data, once it has been read", "Optimizer steps.", ge=0)
+    train_iters: int = derived(
+        "computed from train_epochs once the data have been read", "Number of optimizer steps.", ge=0
+    )
     train_epochs: float | None = key(
         None,
         "Length of the run in passes over the training sources without replay, instead of train_iters; fractions are "
@@ -70,81 +72,89 @@ class OptimizationKeys(Keys):
     )
     train_micro_batch_size_per_gpu: int = derived(
         "train_batch_size / (gradient_accumulation_steps x data_parallel_size)",
-        "Sequences in one forward pass of a data-parallel rank.",
+        "Micro-batch size: sequences per forward pass of a data-parallel rank.",
         gt=0,
     )
     gradient_accumulation_steps: int = derived(
-        "train_batch_size / (micro x data_parallel_size), else 1",
-        "Micro-batches per step; a pipeline wants several times its number of stages.",
+        "train_batch_size / (micro-batch x data_parallel_size), else 1",
+        "Micro-batches per optimizer step; a pipeline needs several times as many as it has stages.",
         gt=0,
     )
     train_batch_size: int = derived(
-        "micro x accumulation x data_parallel_size", "Sequences in one optimizer step, over all ranks.", gt=0
+        "micro-batch x accumulation x data_parallel_size",
+        "Global batch size: sequences per optimizer step, over all ranks.",
+        gt=0,
     )
-    optimizer: Optimizer = derived("nothing: training needs it", "Optimizer type and its params: lr, betas, eps.")
-    weight_decay: float = key(0.1, "Decay of matrices (embedding and head included); norms have none.", ge=0)
-    gradient_clipping: float = key(1.0, "Global L2 norm above which gradients are scaled down; 0 is off.", ge=0)
+    optimizer: Optimizer = derived("none; required for training", "Optimizer type and its params: lr, betas, eps.")
+    weight_decay: float = key(0.1, "Weight decay of matrices, including embedding and head; norms have none.", ge=0)
+    gradient_clipping: float = key(1.0, "Global L2 norm to which larger gradients are scaled down; 0 is off.", ge=0)
     lr_decay_style: Literal["constant", "linear", "cosine", "exponential", "wsd"] = key(
         "linear",
-        "Shape of the schedule after warm-up. exponential halves the rate over lr_decay_iters, as in GPT-NeoX; wsd "
-        "stays at the peak until a cooldown at the end.",
+        "Shape of the learning rate's schedule after warm-up. exponential falls to half the peak by lr_decay_iters, as "
+        "in GPT-NeoX; wsd stays at the peak until a cooldown at the end.",
     )
     lr_decay_iters: int = derived(
-        "train_iters x lr_decay_fraction, else train_iters", "Iteration at which the decay reaches min_lr.", gt=0
+        "train_iters x lr_decay_fraction, else train_iters",
+        "Iteration at which the decay ends; the learning rate is constant from then on.",
+        gt=0,
     )
     lr_decay_fraction: float | None = key(None, "lr_decay_iters as a fraction of train_iters.", gt=0)
-    warmup: float = key(0.01, "Fraction of lr_decay_iters with linearly rising learning rate.", ge=0, le=1)
+    warmup: float = key(0.01, "Length of the linear warm-up as a fraction of lr_decay_iters.", ge=0, le=1)
     lr_warmup_iters: int | None = key(
-        None, "Iterations with linearly rising learning rate, instead of warmup.", ours=True, ge=0
+        None, "Length of the linear warm-up in iterations, instead of warmup.", ours=True, ge=0
     )
     lr_wsd_decay_iters: int | None = key(
-        None, "wsd: iterations of the cooldown, which ends at lr_decay_iters; 0 is none.", ours=True, ge=0
+        None, "wsd: length of the cooldown in iterations; it ends at lr_decay_iters. 0 is none.", ours=True, ge=0
     )
     lr_wsd_decay_fraction: float | None = key(
-        None, "wsd: the cooldown as a fraction of lr_decay_iters, instead of lr_wsd_decay_iters.", ours=True, gt=0, le=1
+        None,
+        "wsd: length of the cooldown as a fraction of lr_decay_iters, instead of lr_wsd_decay_iters.",
+        ours=True,
+        gt=0,
+        le=1,
     )
     lr_wsd_decay_style: Literal["linear", "cosine", "exponential", "minus_sqrt"] = key(
         "linear",
-        "wsd: shape of the cooldown from peak to min_lr, x being the fraction completed. exponential is 2 x 0.5^x - 1, "
-        "minus_sqrt is 1 - sqrt(x).",
+        "wsd: shape of the cooldown from peak to min_lr. After a fraction x of it, exponential leaves 2 x 0.5^x - 1 of "
+        "the distance, minus_sqrt 1 - sqrt(x).",
         ours=True,
     )
     lr_restart_iter: int = key(
         0,
-        "Iteration of a continued run at which the schedule restarts: the rate rises again from min_lr, over "
-        "lr_warmup_iters or a fraction of the iterations left until lr_decay_iters.",
+        "Iteration at which the schedule of a continued run restarts: the rate rises again from min_lr, over "
+        "lr_warmup_iters or, with warmup, a fraction of the iterations left until lr_decay_iters. 0: no restart.",
         ours=True,
         ge=0,
     )
-    min_lr: float = key(0.0, "Floor of the schedule; it stays there after lr_decay_iters.", ge=0)
+    min_lr: float = key(0.0, "Lowest learning rate of the decay.", ge=0)
     lr_overrides: list[LrOverride] = key(
-        [], "Manual factors on the schedule, each from a given iteration on: [{at: 1200, scale: 0.5}].", ours=True
+        [], "Manual factors on the learning rate, each from an iteration on: [{at: 1200, scale: 0.5}].", ours=True
     )
     zero_optimization: Zero = key(Zero(), "ZeRO options; the stage is always 1.")
     checkpoint_activations: bool = key(
-        False, "Recompute each decoder layer in the backward pass instead of storing it."
+        False, "Recompute each decoder layer in the backward pass instead of storing its activations."
     )
     recompute: Literal["none", "selective", "full"] = derived(
         "full with checkpoint_activations, else none",
-        "What the backward pass recomputes: nothing, everything except matrix products (selective: norms, SwiGLU and "
-        "the attention core; engine: megatron), or whole decoder layers, the same as checkpoint_activations. "
-        "GPT-NeoX's recompute, true or false, concerns text generation and has no effect.",
+        "What the backward pass recomputes. none: nothing; selective: norms, SwiGLU and the attention core, but no "
+        "matrix products (engine: megatron only); full: whole decoder layers, like checkpoint_activations. GPT-NeoX's "
+        "values true and false, which concern text generation, have no effect.",
         ours=True,
     )
     recompute_layers: int | None = key(
         None,
-        "With checkpoint_activations, the number of decoder layers at the start of each stage that are recomputed; all "
-        "if not given. Each layer fewer saves its forward pass but stores its activations; --dry-run shows how many "
-        "fit.",
+        "With checkpoint_activations, how many decoder layers of each stage are recomputed, counted from its first; by "
+        "default all. Each layer that is not saves a forward pass but stores its activations; --dry-run shows what "
+        "fits.",
         ours=True,
         gt=0,
     )
     checkpoint_num_layers: int = key(
-        1, "Layers recomputed together; always taken as 1, which does not change results.", gt=0
+        1, "Number of layers recomputed together; always taken as 1, which does not change results.", gt=0
     )
     deepspeed_extra_args: dict[str, Any] = Field(
         default={},
-        description="Options passed to DeepSpeed unchanged; keys of this schema are refused here.",
+        description="Options passed to DeepSpeed unchanged; those that other keys set or check are refused.",
         json_schema_extra={"x-ours": False},
     )
 
@@ -217,7 +227,7 @@ def stage_0_is_stage_1(args: OptimizationKeys, world_size: int | None) -> Derive
     if args.zero_optimization.stage != 0:
         return Derived({})
     note = (
-        "zero_optimization stage 0 is taken as 1: the same updates, with optimizer states divided over data-parallel "
+        "zero_optimization stage 0 is taken as 1: the same updates, with optimizer states sharded over data-parallel "
         "ranks"
     )
     return Derived({"zero_optimization": args.zero_optimization.model_copy(update={"stage": 1})}, (note,))
@@ -242,12 +252,12 @@ def what_is_recomputed(args: AllKeys, world_size: int | None) -> Derived:
         return Derived({"recompute": "full" if whole_layers else "none"})
     if args.recompute == "full":
         if args.merged.get("checkpoint_activations") is False:
-            raise ConfigError("recompute: full with checkpoint_activations: false, which stores all; keep one of them")
+            raise ConfigError("recompute: full contradicts checkpoint_activations: false; keep one of them")
         return Derived({"checkpoint_activations": True})
     if whole_layers:
         raise ConfigError(
-            f"recompute: {args.recompute} with checkpoint_activations: true, which recomputes whole layers; keep one "
-            f"of them"
+            f"recompute: {args.recompute} contradicts checkpoint_activations: true, which recomputes whole layers; "
+            f"keep one of them"
         )
     return Derived({})
 
@@ -272,14 +282,14 @@ def schedule_problem(args: OptimizationKeys, lr_decay_iters: int) -> str | None:
     if begin and begin >= lr_decay_iters:
         return (
             f"lr_restart_iter {begin} is not before the schedule's end at iteration {lr_decay_iters}; raise "
-            f"train_iters (or lr_decay_iters), or let the schedule begin earlier"
+            f"train_iters (or lr_decay_iters), or lower lr_restart_iter"
         )
     warm, cool = warmup_length(args, lr_decay_iters), cooldown_length(args, lr_decay_iters)
     if args.lr_decay_style != "wsd" or warm + cool <= lr_decay_iters - begin:
         return None
     return (
         f"a warm-up of {warm:g} and a cooldown of {cool} iterations do not fit into the {lr_decay_iters - begin} "
-        f"between iteration {begin} and the schedule's end at {lr_decay_iters}; shorten one, or raise train_iters"
+        f"iterations from {begin} to the schedule's end at {lr_decay_iters}; shorten one, or raise train_iters"
     )
 
 
@@ -303,15 +313,15 @@ def recomputation_is_of_layers(args: AllKeys) -> str | None:
         return None
     if not args.checkpoint_activations:
         return (
-            f"recompute_layers {args.recompute_layers} without checkpoint_activations: true, which turns recomputation "
-            f"on; give both, or neither to store everything"
+            f"recompute_layers {args.recompute_layers} has no effect without checkpoint_activations: true, which turns "
+            f"recomputation on; give both, or neither to store everything"
         )
     most = -(-args.num_layers // args.pipe_parallel_size)
     if args.recompute_layers <= most:
         return None
     return (
-        f"recompute_layers {args.recompute_layers} counts layers of one stage, and a stage of {args.num_layers} layers "
-        f"over {args.pipe_parallel_size} stages has at most {most}; leave it out to recompute all"
+        f"recompute_layers {args.recompute_layers} counts the layers of one stage, but with {args.num_layers} layers "
+        f"over {args.pipe_parallel_size} stages a stage has at most {most}; leave it out to recompute all"
     )
 
 
@@ -320,8 +330,8 @@ def selective_recomputation_is_of_engine_megatron(args: AllKeys) -> str | None:
     if args.recompute != "selective" or args.engine == "megatron":
         return None
     return (
-        "recompute: selective with engine: deepspeed, which recomputes whole layers only; write engine: megatron, or "
-        "checkpoint_activations: true instead of recompute"
+        "recompute: selective is not available with engine: deepspeed, which recomputes whole layers only; write "
+        "engine: megatron, or checkpoint_activations: true instead of recompute"
     )
 
 
@@ -373,12 +383,12 @@ def wsd_has_one_cooldown(args: AllKeys) -> str | None:
     given = [name for name in ("lr_wsd_decay_iters", "lr_wsd_decay_fraction") if getattr(args, name) is not None]
     if args.lr_decay_style != "wsd":
         given += ["lr_wsd_decay_style"] if args.merged.get("lr_wsd_decay_style") is not None else []
-        return f"{given[0]} belongs to lr_decay_style: wsd, not {args.lr_decay_style}; leave it out" if given else None
+        return f"{given[0]} applies to lr_decay_style: wsd, not {args.lr_decay_style}; leave it out" if given else None
     if len(given) == 1:
         return None
     return (
-        f"lr_decay_style: wsd takes one of lr_wsd_decay_iters and lr_wsd_decay_fraction, the length of its cooldown, "
-        f"and {len(given)} are given; write lr_wsd_decay_iters: 0 for a run that is only branched from"
+        f"lr_decay_style: wsd needs one of lr_wsd_decay_iters and lr_wsd_decay_fraction, the length of its cooldown, "
+        f"but {len(given)} are given; write lr_wsd_decay_iters: 0 for a run that is only branched from"
     )
 
 

@@ -15,39 +15,42 @@ registry = Registry()
 
 
 class ParallelKeys(Keys):
-    model_parallel_size: int = key(1, "Tensor-parallel ranks; a group never leaves a node.", gt=0)
+    model_parallel_size: int = key(1, "Number of tensor-parallel ranks; each group of them stays within a node.", gt=0)
     sequence_parallel: bool = key(
         False,
-        "Between layers each tensor-parallel rank holds a slice of the sequence instead of all of it: less memory for "
-        "activations, two more half-collectives a layer. model_parallel_size must divide seq_length.",
+        "Split the sequence over the tensor-parallel ranks between layers: less memory for activations, at the cost of "
+        "two more gathers or reduce-scatters per layer. model_parallel_size must divide seq_length.",
     )
-    pipe_parallel_size: int = key(1, "Pipeline stages. GPT-NeoX's 0 (sequential model) is taken as 1.", ge=0)
+    pipe_parallel_size: int = key(1, "Number of pipeline stages; GPT-NeoX's 0 (sequential model) is taken as 1.", ge=0)
     pipe_partition_method: str = key(
         "type:transformer|mlp",
-        "How layers are assigned to stages: `type:REGEX` balances layers whose class matches, `parameters` their "
-        "parameters, `uniform` their number.",
+        "How layers are assigned to stages. `type:REGEX` balances the number of layers whose class name matches, "
+        "`parameters` the number of parameters, `uniform` the number of layers.",
         pattern=r"^(uniform|parameters|type:.+)$",
     )
     global_num_gpus: int = derived(
         "the launcher's world size, else num_nodes x num_gpus, else pipe_parallel_size x model_parallel_size",
-        "Total number of ranks; data_parallel_size is this divided by pipeline and tensor parallelism.",
+        "Total number of ranks; data_parallel_size is this / (pipe_parallel_size x model_parallel_size).",
         gt=0,
     )
-    num_nodes: int = key(1, "Machines.", ge=-1)
-    num_gpus: int | None = key(None, "Ranks on each machine; on a CPU machine, gloo processes.", gt=0)
-    distributed_backend: Literal["nccl", "gloo"] = key("nccl", "nccl (RCCL on ROCm) for GPUs, gloo for CPUs.")
+    num_nodes: int = key(1, "Number of nodes; GPT-NeoX's -1 is taken as 1.", ge=-1)
+    num_gpus: int | None = key(None, "Ranks per node: one per GPU, or gloo processes on a node without GPUs.", gt=0)
+    distributed_backend: Literal["nccl", "gloo"] = key(
+        "nccl", "Communication library: nccl (RCCL on ROCm) for GPUs, gloo for CPUs."
+    )
     distributed_timeout_minutes: int = key(
-        30, "Timeout of a collective; when it expires, a rank has died or hangs, and the run ends.", ours=True, gt=0
+        30, "Minutes after which an unfinished collective ends the run: a rank has died or hangs.", ours=True, gt=0
     )
     device: Literal["cuda", "cpu"] = derived(
-        "cuda with nccl, cpu with gloo", "Device of the tensors; ROCm devices are called cuda.", ours=True
+        "cuda with nccl, cpu with gloo", "Device of the tensors; ROCm GPUs are called cuda, too.", ours=True
     )
     launcher: Literal["auto", "fork", "torchrun", "slurm", "pdsh", "openmpi", "mvapich", "mpich", "impi", "jsrun"] = (
         key(
             "auto",
-            "How deepy.py starts ranks. fork: one process imports, then forks (CPU); torchrun: each rank imports for "
-            "itself (needed for GPUs); slurm: one srun over the nodes of the allocation; auto: slurm inside an "
-            "allocation, else fork on cpu, torchrun on cuda. GPT-NeoX's other launchers are taken as auto.",
+            "How deepy.py starts the ranks. fork: one process imports the libraries, then forks (CPUs only); torchrun: "
+            "each rank imports them itself (required for GPUs); slurm: one srun over the nodes of the allocation; "
+            "auto: slurm inside an allocation, else fork on CPUs and torchrun on GPUs. GPT-NeoX's other launchers are "
+            "taken as auto.",
         )
     )
 
@@ -80,8 +83,8 @@ def launchers_of_gpt_neox(args: ParallelKeys, world_size: int | None) -> Derived
     if args.launcher in ("auto", "fork", "torchrun", "slurm"):
         return Derived({})
     note = (
-        f"launcher {args.launcher} is taken as auto: in a Slurm allocation deepy.py starts all nodes by srun itself, "
-        f"elsewhere the ranks of this machine"
+        f"launcher {args.launcher} is taken as auto: in a Slurm allocation deepy.py itself starts all nodes with "
+        f"srun, elsewhere the ranks of this machine"
     )
     return Derived({"launcher": "auto"}, (note,))
 

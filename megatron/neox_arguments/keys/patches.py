@@ -1,4 +1,4 @@
-"""Keys of image models, and the keys of text that they exclude: a run is on images or on text."""
+"""Keys of image models, and the text keys that they exclude: a run trains on images or on text."""
 
 from __future__ import annotations
 
@@ -53,37 +53,40 @@ TEXT_KEYS = (
 
 
 class PatchKeys(Keys):
-    """How an image becomes a sequence of patches, and what is learned of them."""
+    """How an image becomes a sequence of patches, and how the model reads and predicts them."""
 
-    size: int = required("Side of a patch in pixels. AstroPT: 16.", ours=True, gt=0)
-    channels: int = key(3, "Bands of the images.", ours=True, gt=0)
+    size: int = required("Side length of a patch in pixels. AstroPT: 16.", ours=True, gt=0)
+    channels: int = key(3, "Number of bands of the images.", ours=True, gt=0)
     order: Literal["spiral", "raster"] = key(
         "spiral", "Order of the patches: from the center outwards, or row by row from the top left.", ours=True
     )
     normalise: Literal["none", "patch"] = key(
         "none",
-        "patch: each patch gets mean 0 and standard deviation 1, as in AstroPT; its brightness is lost. none: all "
-        "images are scaled alike, by mean and std.",
+        "Scaling of pixel values. patch: each patch gets mean 0 and standard deviation 1, as in AstroPT, and loses its "
+        "brightness; none: all images are scaled alike, by mean and std.",
         ours=True,
     )
     tokenizer: Literal["mlp", "affine"] = key(
         "mlp",
-        "What makes a hidden state of a patch, and a patch of a hidden state: an MLP of 4 x hidden_size with GELU, or "
-        "one matrix.",
+        "How a patch becomes a hidden state, and a hidden state a patch. mlp: an MLP of width 4 x hidden_size with "
+        "GELU; affine: one matrix.",
         ours=True,
     )
     positions: Literal["none", "learned"] = key(
-        "none", "learned: a vector for each position is added to the patches, beside rotary positions.", ours=True
+        "none", "Positions besides rotary ones. learned: add a learned vector per position to the patches.", ours=True
     )
-    huber_delta: float = key(1.0, "Where the Huber loss turns from a square into a line.", ours=True, gt=0)
+    huber_delta: float = key(1.0, "Error above which the Huber loss is linear instead of quadratic.", ours=True, gt=0)
     mean: list[float] | None = derived(
         "that of the training data, from its header",
-        "With normalise: none, what is subtracted from each band: one number for each, or one for all.",
+        "With normalise: none, the value subtracted from every pixel: one per band, or one for all.",
         ours=True,
         min_length=1,
     )
     std: list[float] | None = derived(
-        "that of the training data, from its header", "And what each band is then divided by.", ours=True, min_length=1
+        "that of the training data, from its header",
+        "With normalise: none, the value that pixels are then divided by: one per band, or one for all.",
+        ours=True,
+        min_length=1,
     )
 
 
@@ -91,17 +94,19 @@ class CompletionKeys(Keys):
     """Which images generate.py continues."""
 
     path: str | None = key(None, "Prefix of the .bin/.idx pair of the images.", ours=True)
-    count: int = key(8, "How many of them, from the first on.", ours=True, gt=0)
-    given_patches: int | None = key(None, "Patches of each that are given. Default: half of them.", ours=True, gt=0)
-    output: str = key("completions", "Folder for the pictures and values.", ours=True)
+    count: int = key(8, "Number of images to continue, from the first on.", ours=True, gt=0)
+    given_patches: int | None = key(
+        None, "Number of patches of each image that are given; the rest are generated. Default: half.", ours=True, gt=0
+    )
+    output: str = key("completions", "Folder for the pictures and pixel values.", ours=True)
 
 
 class ModalityKeys(Keys):
     modality: Literal["text", "patches"] = key(
         "text", "What the model reads and predicts: tokens, or patches of images.", ours=True
     )
-    patches: PatchKeys | None = key(None, "The patches of modality: patches.", ours=True)
-    completion: CompletionKeys = key(CompletionKeys(), "The images that generate.py continues.", ours=True)
+    patches: PatchKeys | None = key(None, "How images are divided into patches, with modality: patches.", ours=True)
+    completion: CompletionKeys = key(CompletionKeys(), "Which images generate.py continues.", ours=True)
 
     @property
     def reads_images(self) -> bool:
@@ -135,10 +140,10 @@ def scale_of_the_images(args: AllKeys, world_size: int | None) -> Derived:
         mean, std = [float(value) for value in images["mean"]], [float(value) for value in images["std"]]
     except (ValueError, KeyError, TypeError):
         raise ConfigError(
-            f"{path} is not a header of images, with their mean and standard deviation; make the data with "
+            f"{path} is not a header of images with their mean and standard deviation; make the data with "
             f"tools/datasets/preprocess_images.py"
         ) from None
-    note = f"patches.mean {_shown(mean)} and patches.std {_shown(std)}: those of the training data, from {path}"
+    note = f"patches.mean {_shown(mean)} and patches.std {_shown(std)}: taken from the training data's header, {path}"
     return Derived({"patches": patches.model_copy(update={"mean": mean, "std": std})}, (note,))
 
 
@@ -174,7 +179,7 @@ def images_have_no_text(args: AllKeys) -> str | None:
     given = [name for name in TEXT_KEYS if args.merged.get(name) is not None]
     if not given:
         return None
-    return f"{', '.join(given)}: keys of text, which a model of modality: patches does not have; leave them out"
+    return f"{', '.join(given)}: not available with modality: patches, only for text; leave them out"
 
 
 @registry.rule("generate")
@@ -186,7 +191,7 @@ def continued_images_are_given(args: ModalityKeys) -> str | None:
 
 @registry.rule("mcq")
 def questions_are_text(args: ModalityKeys) -> str | None:
-    return "mcq.py asks questions, which are text; modality is patches" if args.modality == "patches" else None
+    return "mcq.py asks questions in text, but modality is patches" if args.modality == "patches" else None
 
 
 @registry.rule("train", "eval", "generate", "embed")
@@ -197,7 +202,10 @@ def images_have_a_scale(args: AllKeys) -> str | None:
     if patches.normalise == "patch":
         if patches.mean is None and patches.std is None:
             return None
-        return "patches.mean and patches.std have no effect with normalise: patch, which scales each patch by its own"
+        return (
+            "patches.mean and patches.std have no effect with normalise: patch, which scales each patch by its own "
+            "mean and standard deviation; leave them out"
+        )
     if patches.mean is None or patches.std is None:
         return (
             f"patches.{'mean' if patches.mean is None else 'std'} is not known: with normalise: none give mean and std "

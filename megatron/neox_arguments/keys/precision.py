@@ -24,12 +24,12 @@ class Fp16(Keys):
     """DeepSpeed's loss scaling: the loss is multiplied by the scale, the gradients are divided by it."""
 
     enabled: bool = key(False, "Train in fp16 with fp32 master weights, fp32 gradient accumulation and loss scaling.")
-    loss_scale: float = key(0.0, "0: dynamic scaling; otherwise the constant scale.", ge=0)
-    initial_scale_power: int = key(16, "The scale begins at 2 to this power.", ge=0)
-    loss_scale_window: int = key(1000, "The scale doubles after this many steps without an overflow.", gt=0)
-    hysteresis: int = key(2, "Overflows before the scale is halved.", gt=0)
-    min_loss_scale: float = key(1.0, "The scale is never halved below this.", gt=0)
-    consecutive_hysteresis: bool = key(False, "A step without an overflow restores the hysteresis.")
+    loss_scale: float = key(0.0, "Constant loss scale; 0 means dynamic scaling.", ge=0)
+    initial_scale_power: int = key(16, "Exponent of the initial loss scale: 2 to this power.", ge=0)
+    loss_scale_window: int = key(1000, "Steps without an overflow after which the loss scale doubles.", gt=0)
+    hysteresis: int = key(2, "Number of overflows before the loss scale is halved.", gt=0)
+    min_loss_scale: float = key(1.0, "Smallest loss scale of dynamic scaling.", gt=0)
+    consecutive_hysteresis: bool = key(False, "Restart the count of hysteresis after a step without an overflow.")
 
 
 class DataTypes(Keys):
@@ -40,13 +40,15 @@ class DataTypes(Keys):
 
 class PrecisionKeys(Keys):
     precision: Literal["auto", "fp32", "bfloat16", "fp16"] = derived(
-        "that of the enabled mapping, else fp32",
-        "fp32 and bfloat16 are supported everywhere, fp16 on GPUs. auto picks bfloat16 where the device supports it "
-        "natively and fp32 on a CPU that would emulate it.",
+        "that of the enabled mapping (bf16 or fp16), else fp32",
+        "Floating-point type of weights and activations. fp32 and bfloat16 are supported everywhere, fp16 on GPUs "
+        "only. auto: bfloat16 where the device supports it natively, fp32 on a CPU that would emulate it.",
     )
     bf16: Bf16 | None = key(None, "DeepSpeed's bf16 mapping.")
-    fp16: Fp16 | None = key(None, "DeepSpeed's fp16 mapping: the loss scaling of precision: fp16.")
-    data_types: DataTypes | None = key(None, "Accepted from GPT-NeoX configurations; fp32 accumulation is always on.")
+    fp16: Fp16 | None = key(None, "DeepSpeed's fp16 mapping: loss scaling for precision: fp16.")
+    data_types: DataTypes | None = key(
+        None, "Accepted from GPT-NeoX configurations; gradients are accumulated in fp32."
+    )
 
 
 # --- derivations
@@ -79,8 +81,8 @@ def precision(args: AllKeys, world_size: int | None) -> Derived:
     else:
         chosen, why = (
             "fp32",
-            "fp32, because this CPU has no bfloat16 instructions and emulating them was 13 times slower "
-            "(precision: bfloat16 does it anyway)",
+            "fp32, because this CPU has no bfloat16 instructions and emulating bfloat16 was 13 times slower "
+            "(precision: bfloat16 does so anyway)",
         )
     return Derived({"precision": chosen}, (f"precision auto: {why}",))
 
@@ -91,4 +93,6 @@ def precision(args: AllKeys, world_size: int | None) -> Derived:
 @registry.warning(*ALL_TASKS)
 def accumulation_is_in_fp32(args: PrecisionKeys) -> str | None:
     asked = args.data_types.grad_accum_dtype if args.data_types else "fp32"
-    return None if asked == "fp32" else f"data_types: grad_accum_dtype {asked} is taken as fp32, always"
+    if asked == "fp32":
+        return None
+    return f"data_types: grad_accum_dtype {asked} is taken as fp32: gradients are always accumulated in fp32"

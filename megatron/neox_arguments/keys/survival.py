@@ -16,54 +16,58 @@ registry = Registry()
 class SurvivalKeys(Keys):
     step_timeout_minutes: float = derived(
         "the smaller of 10 and 0.9 x distributed_timeout_minutes",
-        "If a rank makes no progress in a training step, or an evaluation between steps, for this long, the run ends "
-        "and names the ranks that did not arrive. Everything else may take 0.9 x distributed_timeout_minutes.",
+        "Minutes without progress, in a training step or an evaluation between steps, after which the run ends and "
+        "names the ranks that did not arrive. Everything else may take 0.9 x distributed_timeout_minutes.",
         ours=True,
         gt=0,
     )
     heartbeat_timeout_seconds: float = key(
         120.0,
-        "If a rank sends no heartbeat for this long, the run ends and names it; 0 turns the watchdog off.",
+        "Seconds without a heartbeat after which the run ends and names the silent rank; 0 turns the watchdog off.",
         ours=True,
         ge=0,
     )
     max_skipped_steps: int = key(
         10,
-        "Number of optimizer steps that may be skipped for a non-finite loss or gradient before the run stops.",
+        "Number of optimizer steps that may be skipped for a non-finite loss or gradient; one more stops the run.",
         ours=True,
         ge=0,
     )
     max_skipped_steps_in_a_row: int = key(
-        3, "The same, in a row: broken weights or data fail every step, an unlucky batch only one.", ours=True, ge=0
+        3,
+        "Number of consecutive steps that may be skipped; one more stops the run. Broken weights or data fail every "
+        "step, an unlucky batch only one.",
+        ours=True,
+        ge=0,
     )
     skip_sample_ranges: list[list[int]] = key(
         [],
-        "Samples to leave out, as [first, end) in the order of the run, after a loss spike: [[1000, 1512]]. Ranges "
-        "already consumed have no effect.",
+        "Samples to leave out, for instance after a loss spike: ranges from first to end (exclusive) in the order of "
+        "the run, as in [[1000, 1512]]. Ranges already consumed have no effect.",
         ours=True,
     )
     slow_step_factor: float = key(
         1.25,
-        "A step that takes this many times the running median is reported with its slowest rank; 0 is off.",
+        "Report a step that takes this many times the running median, with its slowest rank; 0 is off.",
         ours=True,
         ge=0,
     )
     step_time_drift: float = key(
         1.1,
-        "A gradual rise of step times to this many times their best median is reported with the phase; 0 is off.",
+        "Report a gradual rise of step times to this many times their best median, with the phase that grew; 0 is off.",
         ours=True,
         ge=0,
     )
     replica_check_interval: int = key(
         100,
-        "Iterations between checksums of replicated parameters (all over data-parallel ranks, norms over "
-        "tensor-parallel ranks), also before each save; 0 is off.",
+        "Iterations between comparisons of replicated parameters by checksum (all over data-parallel ranks, norms over "
+        "tensor-parallel ranks), which also precede every save; 0 is off.",
         ours=True,
         ge=0,
     )
     profile: bool = key(False, "Write torch profiler traces of some steps to log_dir, else to tensorboard_dir.")
-    profile_step_start: int = key(10, "First iteration in the trace.", ge=1)
-    profile_step_stop: int = key(12, "Stop before this iteration (exclusive).", ge=2)
+    profile_step_start: int = key(10, "First iteration of the trace.", ge=1)
+    profile_step_stop: int = key(12, "First iteration after the trace.", ge=2)
     profile_ranks: list[int] = key([0], "Ranks that write a trace.", ours=True, min_length=1)
 
 
@@ -111,4 +115,4 @@ def a_profile_has_steps_ranks_and_a_folder(args: AllKeys) -> str | None:
             f"the first iteration after the trace"
         )
     outside = [rank for rank in args.profile_ranks if not 0 <= rank < args.global_num_gpus]
-    return f"profile_ranks: {outside} of {args.global_num_gpus} ranks do not exist" if outside else None
+    return f"profile_ranks {outside} do not exist; ranks are 0 to {args.global_num_gpus - 1}" if outside else None
