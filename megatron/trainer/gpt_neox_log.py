@@ -56,15 +56,15 @@ def interval_fields(
     return " | ".join(fields)
 
 
-def validation_scalars(args: NeoXArgs, result: Evaluation, prefix: str) -> dict[str, float]:
-    """A validation loss, and for text its perplexity, under GPT-NeoX's names."""
+def evaluation_scalars(args: NeoXArgs, result: Evaluation, prefix: str) -> dict[str, float]:
+    """A loss of validation or test data, and for text its perplexity, under GPT-NeoX's names."""
     name = f"{prefix}{args.loss_name}"
     return {name: result.loss} | ({} if args.reads_images else {f"{name}_ppl": result.perplexity})
 
 
-def validation_line(iteration: int, scalars: Mapping[str, float]) -> str:
+def evaluation_line(kind: str, iteration: int, scalars: Mapping[str, float]) -> str:
     values = "".join(f" {name} value: {value:.6E} |" for name, value in scalars.items())
-    return f"validation results at iteration {iteration} |{values}"
+    return f"{kind} results at iteration {iteration} |{values}"
 
 
 def _readable(flops: float) -> str:

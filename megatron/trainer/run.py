@@ -8,6 +8,7 @@ evaluate, save, agree                      `between_steps`: what happens at ever
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 
 from megatron.checkpoint.load import load_checkpoint
 from megatron.checkpoint.save import owned_save_folder
@@ -15,6 +16,7 @@ from megatron.checkpoint.start import find_start
 from megatron.checkpoint.state import TrainState
 from megatron.common.log import log_on_rank_0
 from megatron.data.build import build_datasets
+from megatron.data.sample import SampleDataset
 from megatron.engine.batches import StepBatch
 from megatron.engine.build import build_engine
 from megatron.engine.nonfinite import SkipLimits, SuspiciousLossError, check_finite, report_skipped
@@ -32,7 +34,7 @@ from megatron.supervision.step_timers import StepTimers
 from megatron.supervision.watchdog import Watchdog
 from megatron.trainer.batches import TrainingBatches
 from megatron.trainer.global_batch import keep_global_batch
-from megatron.trainer.gpt_neox_log import validation_line, validation_scalars
+from megatron.trainer.gpt_neox_log import evaluation_line, evaluation_scalars
 from megatron.trainer.initial_loss import check_initial_loss, loss_of_predicting_the_mean
 from megatron.trainer.metrics import Metrics, StartUpClock
 from megatron.trainer.parameter_norms import parameter_norms
@@ -83,6 +85,8 @@ class Run:
             with self.timers.without_step_limit("save"):
                 self.saves.finish()
             raise
+        if self.state.iteration >= self.schedule.train_iters:
+            self.test()
         self.end()
 
     # --- set up
@@ -103,7 +107,7 @@ class Run:
         self.schedule = Schedule(args, datasets.train_iters)
         check_length(start.position.iteration, self.schedule.train_iters, args)
         check_schedule(self.schedule, start.position.iteration)
-        self.validation = datasets.valid
+        self.validation, self.tests = datasets.valid, datasets.test
         self.metrics = Metrics(args, self.place.rank, self.schedule.train_iters)
         self.startup.done("data")
 
@@ -234,20 +238,29 @@ class Run:
 
     def validate(self) -> None:
         """Validation loss of every source: what a continued run learns of its domain and forgets of the rest."""
+        self.evaluate("validation", self.validation, self.args.valid_data_weights)
+
+    def evaluate(self, kind: str, datasets: Mapping[str, SampleDataset], weights: list[float] | None) -> None:
+        """Log and record the losses of `datasets`, each under its name and as their weighted mean."""
         iteration, samples = self.state.iteration, self.args.eval_iters * self.args.train_batch_size
-        results = evaluate_all(self.engine, self.args, self.validation, samples)
+        results = evaluate_all(self.engine, self.args, datasets, samples)
         for name, result in results.items():
-            logger.info(f"validation at iteration {iteration} | {name} | {result.text(self.args, digits=4)}")
-            self.metrics.record(iteration, validation_scalars(self.args, result, f"validation/{name}/"))
+            logger.info(f"{kind} at iteration {iteration} | {name} | {result.text(self.args, digits=4)}")
+            self.metrics.record(iteration, evaluation_scalars(self.args, result, f"{kind}/{name}/"))
         if results:  # over all sources by their weights, as GPT-NeoX blends them
-            weights = self.args.valid_data_weights or [1.0] * len(results)
+            weights = weights or [1.0] * len(results)
             losses = [result.loss for result in results.values()]
             blended = Evaluation(sum(w * x for w, x in zip(weights, losses, strict=True)) / sum(weights), 0, 0)
-            scalars = validation_scalars(self.args, blended, "")
-            logger.info(validation_line(iteration, scalars))
-            self.metrics.record(iteration, {f"validation/{name}": value for name, value in scalars.items()})
+            scalars = evaluation_scalars(self.args, blended, "")
+            logger.info(evaluation_line(kind, iteration, scalars))
+            self.metrics.record(iteration, {f"{kind}/{name}": value for name, value in scalars.items()})
 
     # --- end
+
+    def test(self) -> None:
+        """Loss of the test sources, once, by the trained model."""
+        with self.metrics.off_the_clock(), self.timers.evaluation():
+            self.evaluate("test", self.tests, self.args.test_data_weights)
 
     def end(self) -> None:
         """Flush and close all outputs."""

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from megatron.neox_arguments import NeoXArgs
-from megatron.trainer.gpt_neox_log import flops_per_second, interval_fields, validation_line
+from megatron.trainer.gpt_neox_log import evaluation_line, flops_per_second, interval_fields
 from tests.support.configurations import keys
 
 pytestmark = pytest.mark.unit
@@ -41,6 +41,6 @@ def test_the_fields_are_those_that_scripts_look_for() -> None:
     found = {pattern: re.search(pattern, line) for pattern in patterns}
     assert {pattern: match and match[1] for pattern, match in found.items()} == patterns
     assert "loss scale" not in interval_fields(args(), 0.5, 2e-4, [], None, 0, 0)
-    assert "lm_loss value: 2.500000E+00 | lm_loss_ppl value: 1.218249E+01 |" in validation_line(
-        7, {"lm_loss": 2.5, "lm_loss_ppl": 12.18249}
+    assert "lm_loss value: 2.500000E+00 | lm_loss_ppl value: 1.218249E+01 |" in evaluation_line(
+        "validation", 7, {"lm_loss": 2.5, "lm_loss_ppl": 12.18249}
     )

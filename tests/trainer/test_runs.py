@@ -81,7 +81,8 @@ def _forward_losses(rank: int, world_size: int, run_keys: dict[str, Any]) -> dic
 def whole_run(data: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six uninterrupted steps from scratch at TP2 x PP2 x DP2, saved every two."""
     folder = tmp_path_factory.mktemp("whole")
-    run_ranks(_run, 8, keys(data, folder))
+    tests = {"test_data_paths": [data["domain"], data["general"]], "test_data_weights": [3.0, 1.0]}
+    run_ranks(_run, 8, keys(data, folder, **tests))
     return folder
 
 
@@ -105,6 +106,16 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
 def test_validation_reports_each_source(whole_run: Path) -> None:
     for source in ("domain", "general"):
         assert sorted(metrics(whole_run, f"validation/{source}/lm_loss")) == [0, 3, 6]
+
+
+def test_test_data_are_evaluated_once_at_the_end(whole_run: Path) -> None:
+    """They are the validation data here, so the trained model's losses are known; their mean is by weight."""
+    losses = {}
+    for source in ("domain", "general"):
+        losses[source] = metrics(whole_run, f"validation/{source}/lm_loss")[6]
+        assert metrics(whole_run, f"test/{source}/lm_loss") == {6: losses[source]}
+    mean = (3 * losses["domain"] + losses["general"]) / 4
+    assert metrics(whole_run, "test/lm_loss") == {6: pytest.approx(mean, rel=1e-6)}
 
 
 @pytest.mark.parametrize("split", [(2, 1), (2, 2)], ids=lambda s: "tp{}pp{}".format(*s))

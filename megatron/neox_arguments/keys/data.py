@@ -69,7 +69,9 @@ class DataKeys(Keys):
         None, "Prefixes of the .bin/.idx pairs to validate on; each is reported separately.", min_length=1
     )
     test_data_paths: list[str] | None = key(
-        None, "Prefixes of the .bin/.idx pairs held out for tests: checked, but not evaluated.", min_length=1
+        None,
+        "Prefixes of the .bin/.idx pairs to evaluate once, by the trained model; each is reported separately.",
+        min_length=1,
     )
     train_data_weights: list[float] | None = key(
         None, "Relative weights of the training sources without replay. Default: equal, or by size if there is replay."
@@ -91,7 +93,9 @@ class DataKeys(Keys):
     valid_data_weights: list[float] | None = key(
         None, "Weights of the validation sources in their mean loss; by default equal."
     )
-    test_data_weights: list[float] | None = key(None, "Weights of the test sources, without effect.")
+    test_data_weights: list[float] | None = key(
+        None, "Weights of the test sources in their mean loss; by default equal."
+    )
     train_label_data_paths: list[str] | None = key(
         None, "Prefixes of label files, one per entry of train_data_paths; the loss ignores tokens labeled -100."
     )
