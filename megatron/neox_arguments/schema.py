@@ -7,10 +7,10 @@ python -m megatron.neox_arguments.schema --update docs/configuration.md
 from __future__ import annotations
 
 import json
-import re
 import sys
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -118,22 +118,23 @@ def key_table() -> str:
 
 
 def _type(field: FieldInfo) -> str:
-    annotation = field.annotation
-    text = annotation.__name__ if isinstance(annotation, type) and not _arguments(annotation) else str(annotation)
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return "mapping"
-    text = re.sub(r"typing\.|megatron\.neox_arguments\.keys\.\w+\.| \| None", "", text)
-    if text.startswith("Literal["):
-        return " | ".join(
-            str(value).lower() if isinstance(value, bool) else str(value) for value in _arguments(annotation)
-        )
-    text = re.sub(r"^Union\[(.*)\]$", lambda match: match[1].replace(", ", " | "), text)
-    text = re.sub(r"Literal\['(\w+)'\]", r"\1", text)
-    return text if text[:1].islower() else "mapping"
+    return _type_text(field.annotation)
 
 
-def _arguments(annotation: Any) -> tuple[Any, ...]:
-    return getattr(annotation, "__args__", ())
+def _type_text(annotation: Any) -> str:
+    """An annotation as a reader of YAML needs it: choices by value, no constraints, nested models as mappings."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _type_text(arguments[0])
+    if origin is Literal:
+        return " | ".join(str(value).lower() if isinstance(value, bool) else str(value) for value in arguments)
+    if origin in (Union, UnionType):
+        return " | ".join(dict.fromkeys(_type_text(one) for one in arguments if one is not NoneType))
+    if origin is list:
+        return f"list[{_type_text(arguments[0])}]"
+    if isinstance(annotation, type) and not issubclass(annotation, BaseModel) and annotation is not dict:
+        return annotation.__name__
+    return "mapping"
 
 
 def _default(field: FieldInfo, extra: dict[str, Any]) -> str:
