@@ -18,7 +18,7 @@ from examples.demo_answers import p_values
 from examples.steps import replace_output
 from tests.support.documentation import documented_commands, run_in_root
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
 MAKE = {  # target: the command it must run; `make test` runs this test, and the fixture below the demo's script
     "make demo": "python examples/demo.py",
