@@ -63,7 +63,7 @@ class MegatronMoments(DeepSpeedMoments):
             # The last backward pass's received gradient, its input and its input's gradient are still allocated.
             moments.append(Moment("forward", 0, max(stored) + 3 * self.message, sizes.layer_forward, 0))
         for number, chunk in enumerate(chunks):
-            moments += self._layers(chunk, modes, stored[number], number == len(chunks) - 1)
+            moments += self._layers(chunk, modes, stored[number])
         if self.first:
             whole = sizes.gathered * (3 if sizes.several else 2) if sizes.sliced else 0
             work = whole + sizes.hidden * (2 if sizes.several else 1) + self.element * self.parameters.embedding
@@ -89,10 +89,10 @@ class MegatronMoments(DeepSpeedMoments):
             return [Moment("loss", 0, kept, max(sizes.ends.loss, of_head), 0)]
         return [Moment("loss", 0, kept, max(sizes.loss_temporaries, of_head), sizes.logits)]
 
-    def _layers(self, chunk: range, modes: Sequence[Recompute], stored: int, last_chunk: bool) -> list[Moment]:
+    def _layers(self, chunk: range, modes: Sequence[Recompute], stored: int) -> list[Moment]:
         """The last layer of each recomputation mode in a chunk; the layers after it have freed what they stored."""
         sizes, parameters = self.sizes, self.parameters
-        incoming = sizes.hidden * (2 if sizes.several and self.last and last_chunk else 1)
+        incoming = sizes.hidden
         moments = []
         for mode in dict.fromkeys(modes[layer] for layer in chunk):
             layer = max(layer for layer in chunk if modes[layer] == mode)

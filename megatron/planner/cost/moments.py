@@ -212,7 +212,7 @@ class DeepSpeedMoments:
 
         # The output's gradient is in the engine's buffer; or it is gathered from shares, and the output is again.
         restored = 0 if alone or self.last else hidden
-        incoming = hidden * (2 if sizes.several else 1) if self.last else restored
+        incoming = hidden if self.last else restored
 
         # Weight gradients: all exist from the second backward pass on; in the first they appear from the head down.
         everything = self.element * parameters.all
