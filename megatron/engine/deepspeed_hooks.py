@@ -7,7 +7,6 @@ the table, in which some instructions are wrapped; the class is unchanged.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import Tensor
 from megatron.engine.protocol import Around
 
 Instruction = type[schedule.PipeInstruction]
+Execute = Callable[..., None]
 
 # The phase of a step to which each instruction belongs.
 PHASE_OF: dict[Instruction, str] = {
@@ -37,21 +37,23 @@ PHASE_OF: dict[Instruction, str] = {
 
 def run_instructions_inside(engine: PipelineEngine, around: Around) -> None:
     """Run every instruction of `engine` inside `around(phase)`."""
-    _check_table(engine)
+
+    def execute(phase: str, original: Execute, self: PipelineEngine, **arguments: Any) -> None:
+        with around(phase):
+            original(self, **arguments)
+
     for instruction, phase in PHASE_OF.items():
-        _wrap(engine, instruction, partial(around, phase))
+        _replace(engine, instruction, partial(execute, phase))
 
 
 def run_optimizer_after(engine: PipelineEngine, action: Callable[[], None]) -> None:
     """Call `action` before each optimizer step, once this rank's gradients have been reduced."""
-    _check_table(engine)
-    original = engine._INSTRUCTION_MAP[schedule.OptimizerStep]
 
-    def execute(self: PipelineEngine, **arguments: Any) -> None:
+    def execute(original: Execute, self: PipelineEngine, **arguments: Any) -> None:
         action()
         original(self, **arguments)
 
-    engine._INSTRUCTION_MAP = {**engine._INSTRUCTION_MAP, schedule.OptimizerStep: execute}
+    _replace(engine, schedule.OptimizerStep, execute)
 
 
 def free_logits_after_backward(engine: PipelineEngine) -> None:
@@ -60,17 +62,14 @@ def free_logits_after_backward(engine: PipelineEngine) -> None:
     DeepSpeed does this only on the other stages; the last would hold the logits of two micro-batches while it computes
     those of a third.
     """
-    _check_table(engine)
-    if not engine.is_last_stage():
-        return
-    original = engine._INSTRUCTION_MAP[schedule.BackwardPass]
 
-    def execute(self: PipelineEngine, buffer_id: int) -> None:
+    def execute(original: Execute, self: PipelineEngine, buffer_id: int) -> None:
         original(self, buffer_id=buffer_id)
         self.pipe_buffers["outputs"][buffer_id] = None
         self.loss = self.loss.detach()
 
-    engine._INSTRUCTION_MAP = {**engine._INSTRUCTION_MAP, schedule.BackwardPass: execute}
+    if engine.is_last_stage():
+        _replace(engine, schedule.BackwardPass, execute)
 
 
 def take_norm_of_all_groups(optimizer: Any, names: Sequence[str]) -> None:
@@ -97,14 +96,11 @@ def take_norm_of_all_groups(optimizer: Any, names: Sequence[str]) -> None:
     optimizer.scaled_global_norm = scaled_global_norm
 
 
-def _wrap(engine: PipelineEngine, instruction: Instruction, around: Callable[[], AbstractContextManager[Any]]) -> None:
+def _replace(engine: PipelineEngine, instruction: Instruction, execute: Execute) -> None:
+    """Have `engine` execute an instruction by `execute(original, engine, **arguments)`."""
+    _check_table(engine)
     original = engine._INSTRUCTION_MAP[instruction]
-
-    def execute(self: PipelineEngine, **arguments: Any) -> None:
-        with around():
-            original(self, **arguments)
-
-    engine._INSTRUCTION_MAP = {**engine._INSTRUCTION_MAP, instruction: execute}
+    engine._INSTRUCTION_MAP = {**engine._INSTRUCTION_MAP, instruction: partial(execute, original)}
 
 
 def _check_table(engine: PipelineEngine) -> None:

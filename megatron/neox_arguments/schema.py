@@ -102,7 +102,7 @@ def key_table() -> str:
         for name, field in group.model_fields.items():
             extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
             mark = " +" if extra.get("x-ours") else ""
-            cells = [f"`{name}`{mark}", _type(field), _default(field, extra), field.description or ""]
+            cells = [f"`{name}`{mark}", _type(field.annotation), _default(field, extra), field.description or ""]
             parts[-1] += "\n| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
     parts.append("### Keys of GPT-NeoX that are refused\n\nThe neutral values are accepted.\n")
     reasons: dict[str, list[str]] = {}
@@ -117,21 +117,17 @@ def key_table() -> str:
     return "\n\n".join(parts)
 
 
-def _type(field: FieldInfo) -> str:
-    return _type_text(field.annotation)
-
-
-def _type_text(annotation: Any) -> str:
+def _type(annotation: Any) -> str:
     """An annotation as a reader of YAML needs it: choices by value, no constraints, nested models as mappings."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        return _type_text(arguments[0])
+        return _type(arguments[0])
     if origin is Literal:
         return " | ".join(str(value).lower() if isinstance(value, bool) else str(value) for value in arguments)
     if origin in (Union, UnionType):
-        return " | ".join(dict.fromkeys(_type_text(one) for one in arguments if one is not NoneType))
+        return " | ".join(dict.fromkeys(_type(one) for one in arguments if one is not NoneType))
     if origin is list:
-        return f"list[{_type_text(arguments[0])}]"
+        return f"list[{_type(arguments[0])}]"
     if isinstance(annotation, type) and not issubclass(annotation, BaseModel) and annotation is not dict:
         return annotation.__name__
     return "mapping"

@@ -261,6 +261,8 @@ def test_where_stages_and_replicas_meet() -> None:
     assert traffic.boundary_rate(1, small, LUMI) == 69.9e9  # 2, 3 to 4, 5: 2-4 has two links, 3-5 is routed
     assert traffic.boundary_rate(3, small, LUMI) == 23.6e9  # two ranks, a NIC each
     assert traffic.boundary_rate(0, ASTROSAGE, LUMI) == pytest.approx(11.8e9)
+    assert traffic.wrap_rate(small, LUMI) == 23.6e9  # from the second node to the first
+    assert traffic.wrap_rate(replace(small, pipe=4), LUMI) == 69.9e9  # ranks 6, 7 to 0, 1; its slowest boundary has 39
     inside = ParallelLayout(2, 1, 4, 1, 1)
     assert traffic.data_rate(inside, LUMI) == traffic.group_rate(LUMI, (0, 2, 4, 6))
     assert traffic.data_rate(replace(inside, data=64), LUMI) == pytest.approx(0.85 * 47.2e9)

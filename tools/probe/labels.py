@@ -59,7 +59,7 @@ def read_properties(path: Path, targets: Sequence[str], classes: Sequence[str], 
 def _numbers(path: Path, name: str, ids: list[str], cells: Iterable[Any]) -> Property:
     known: list[tuple[str, float]] = []
     for one, cell in zip(ids, cells, strict=True):
-        if cell is None or cell == "":
+        if _missing(cell):
             continue
         try:
             value = float(cell)

@@ -21,6 +21,7 @@ projections of rank r, n r elements per token are kept between A and B, and a co
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Literal
 
@@ -104,6 +105,7 @@ class Activations:
         h, f, kv = shape.hidden_size, shape.intermediate_size, shape.num_kv_heads * shape.head_dim
         vocabulary = shape.padded_vocab_size // t
         share = t if layout.sequence_parallel else 1
+        factors = _factors_by_matrix(shape, t)
 
         def block(width: int) -> int:
             """Elements that a reference processes at once."""
@@ -134,9 +136,9 @@ class Activations:
             documents=documents,
             on_host=ops == "cpu",
             frozen=shape.frozen_base,
-            adapters=_kept_by_adapters(shape, layout, tokens) * element,
-            unread=_unread(shape, layout, tokens) * element,
-            joined=tokens * 2 * f // t * element * ("mlp.linear1" in _factors_by_matrix(shape, t)),
+            adapters=_kept_by_adapters(factors, layout, tokens) * element,
+            unread=_unread(factors, shape, layout, tokens) * element,
+            joined=tokens * 2 * f // t * element * ("mlp.linear1" in factors),
             ends=PatchEnds.of(shape, layout, tokens, element) if isinstance(shape, PatchShape) else None,
         )
 
@@ -206,26 +208,25 @@ def _factors_by_matrix(shape: LlamaShape, tensor: int) -> dict[str, tuple[int, i
     return found
 
 
-def _kept_by_adapters(shape: LlamaShape, layout: ParallelLayout, tokens: int) -> int:
+def _kept_by_adapters(factors: dict[str, tuple[int, int]], layout: ParallelLayout, tokens: int) -> int:
     """Elements that a layer's adapters keep: the activations between A and B, and the concatenated A's.
 
     With sequence parallelism the activations of row-parallel matrices are slices of the sequence.
     """
     total = 0
-    for fused, (ranks, elements) in _factors_by_matrix(shape, layout.tensor).items():
+    for fused, (ranks, elements) in factors.items():
         sliced = layout.sequence_parallel and fused in ("attention.dense", "mlp.linear2")
         total += tokens // (layout.tensor if sliced else 1) * ranks + elements
     return total
 
 
-def _unread(shape: LlamaShape, layout: ParallelLayout, tokens: int) -> int:
+def _unread(adapted: Container[str], shape: LlamaShape, layout: ParallelLayout, tokens: int) -> int:
     """Elements of inputs that are not kept because their matrix is frozen and has no adapter.
 
     With sequence parallelism column-parallel matrices keep their slices anyway; attention keeps its own output.
     """
     if not shape.frozen_base:
         return 0
-    adapted = _factors_by_matrix(shape, layout.tensor)
     unread = 0
     if not layout.sequence_parallel:
         unread += shape.hidden_size * (("attention.query_key_value" not in adapted) + ("mlp.linear1" not in adapted))

@@ -92,12 +92,11 @@ class MegatronMoments(DeepSpeedMoments):
     def _layers(self, chunk: range, modes: Sequence[Recompute], stored: int) -> list[Moment]:
         """The last layer of each recomputation mode in a chunk; the layers after it have freed what they stored."""
         sizes, parameters = self.sizes, self.parameters
-        incoming = sizes.hidden
         moments = []
         for mode in dict.fromkeys(modes[layer] for layer in chunk):
             layer = max(layer for layer in chunk if modes[layer] == mode)
             work = sizes.layer_backward(
-                mode, self.element * parameters.mlp_first, self.element * parameters.mlp_second, incoming
+                mode, self.element * parameters.mlp_first, self.element * parameters.mlp_second, incoming=sizes.hidden
             )
             freed = sum(sizes.stored_by_layer(modes[behind]) for behind in range(layer + 1, chunk.stop))
             moments.append(Moment("backward", 0, stored - freed, work, 0))

@@ -112,23 +112,22 @@ def message_gathers(layout: ParallelLayout, first: bool, last: bool) -> int:
 
 def boundary_rate(boundary: int, layout: ParallelLayout, machine: Machine) -> float:
     """Bytes per second of each rank from stage `boundary` to the next one, all of the stage's ranks sending at once."""
-    ranks = layout.tensor * layout.data
-    first = (boundary * ranks) % machine.gpus_per_node
-    if first + 2 * ranks <= machine.gpus_per_node:  # both stages in one node
-        gcds = machine.gcds(range(first, first + 2 * ranks))
-        return min(link_rate(gcds[i], gcds[i + ranks]) for i in range(ranks))
-    senders = min(ranks, machine.gpus_per_node)
-    return min(machine.nic_rate, machine.node_network_rate / senders)
+    return _rate_between(boundary, boundary + 1, layout, machine)
 
 
 def wrap_rate(layout: ParallelLayout, machine: Machine) -> float:
     """As `boundary_rate`, for the messages of virtual stages from the last stage back to the first."""
-    ranks = layout.tensor * layout.data
-    last = (layout.pipe - 1) * ranks
-    if last + ranks <= machine.gpus_per_node:  # the whole pipeline in one node
-        gcds = machine.gcds(range(last + ranks))
-        return min(link_rate(gcds[last + i], gcds[i]) for i in range(ranks))
-    return min(machine.nic_rate, machine.node_network_rate / min(ranks, machine.gpus_per_node))
+    return _rate_between(layout.pipe - 1, 0, layout, machine)
+
+
+def _rate_between(sender: int, receiver: int, layout: ParallelLayout, machine: Machine) -> float:
+    ranks, per_node = layout.tensor * layout.data, machine.gpus_per_node
+    low, high = sorted((sender, receiver))
+    if low * ranks // per_node == ((high + 1) * ranks - 1) // per_node:  # both stages in one node
+        ends = (stage * ranks % per_node for stage in (sender, receiver))
+        senders, receivers = (machine.gcds(range(first, first + ranks)) for first in ends)
+        return min(map(link_rate, senders, receivers))
+    return min(machine.nic_rate, machine.node_network_rate / min(ranks, per_node))
 
 
 def data_rate(layout: ParallelLayout, machine: Machine) -> float:
