@@ -203,7 +203,7 @@ def test_the_figures_of_interleaved_yml_are_the_planners(found: SearchResult) ->
     assert f"holds {planned.peak_bytes / 2**30:.1f} GiB of 57" in text
     fallback = found.find(8, 8, 1, "none", True)
     assert fallback is not None
-    assert f"{fallback.estimate.tokens_per_second_per_gcd:.1f} tokens/s predicted" in text
+    assert f"predicted at {fallback.estimate.tokens_per_second_per_gcd:.1f} tokens/s" in text
     assert f"from 44 % of the busy time to {100 * time.bubble:.0f} %" in text
 
 
