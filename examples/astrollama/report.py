@@ -43,16 +43,16 @@ def write_report(out: Path) -> str:
     """Write `report.md`, `report.json` and `report.png` into `out`; returns the text. SystemExit if a claim fails."""
     losses = {name: document_losses(out / f"eval_{name}") for name in MODELS}
     rows: dict[str, dict[str, float]] = {
-        f"{source} text, loss of a token": {name: token_loss(losses[name][source]) for name in MODELS}
+        f"{source} text, loss per token": {name: token_loss(losses[name][source]) for name in MODELS}
         for source in SOURCES
     }
-    rows["multiple choice, right answers"] = {name: _accuracy(out / f"mcq_{name}") for name in MODELS}
+    rows["multiple choice, accuracy"] = {name: _accuracy(out / f"mcq_{name}") for name in MODELS}
     rows |= _retrieval(json.loads((out / "retrieval.json").read_text()))
     p = {name: bootstrap(losses["base"]["domain"], losses[name]["domain"]) for name in MODELS[1:]}
-    general = rows["general text, loss of a token"]
+    general = rows["general text, loss per token"]
     forgotten = {name: general[name] / general["base"] for name in MODELS[1:]}
     sizes = {name: _bytes(out / name) for name in MODELS[1:]}
-    lines = ["# AstroLLaMA in small\n", f"| | {' | '.join(NAMES[name] for name in MODELS)} |", "|---|---|---|---|"]
+    lines = ["# AstroLLaMA, scaled down\n", f"| | {' | '.join(NAMES[name] for name in MODELS)} |", "|---|---|---|---|"]
     lines += [f"| {what} | {' | '.join(f'{row[name]:.3f}' for name in MODELS)} |" for what, row in rows.items()]
     lines += [f"| checkpoint, MB | | {' | '.join(f'{sizes[name] / 1e6:.2f}' for name in MODELS[1:])} |", ""]
     for name in MODELS[1:]:
@@ -108,7 +108,7 @@ def _draw(out: Path, rows: Mapping[str, Mapping[str, float]]) -> None:
             left.plot(*zip(*points, strict=True), style, color=color, label=f"{source}, {NAMES[name]}")
     left.set(xlabel="step", ylabel="validation loss, nats per token", title="domain and general text")
     left.legend(fontsize=8)
-    shares = {what: row for what, row in rows.items() if not what.endswith("loss of a token")}
+    shares = {what: row for what, row in rows.items() if not what.endswith("loss per token")}
     for place, row in enumerate(shares.values()):
         for shift, name in enumerate(MODELS):
             right.bar(place + (shift - 1) * 0.25, row[name], 0.25, color=("0.6", "C0", "C1")[shift], label=NAMES[name])

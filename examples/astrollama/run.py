@@ -1,4 +1,4 @@
-"""AstroLLaMA in small: continued pre-training by LoRA and of all weights, judged by more than perplexity.
+"""AstroLLaMA, scaled down: continued pre-training by LoRA and of all weights, judged by more than perplexity.
 
     python examples/astrollama/run.py [--output astrollama_out]
 

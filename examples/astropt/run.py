@@ -1,4 +1,4 @@
-"""AstroPT in small: render galaxies, train a model on their patches, and measure what it has learned.
+"""AstroPT, scaled down: render galaxies, train a model on their patches, and measure what it has learned.
 
     python examples/astropt/run.py [--output astropt_out]
 

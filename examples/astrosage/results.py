@@ -123,7 +123,7 @@ def share_text(right: int, n: int) -> str:
 
 def table(runs: list[Verdicts], whole: Verdicts) -> str:
     """Accuracies in percent: pooled, with interval, and of each run if there are several."""
-    lines = ["| % right | " + " | ".join(TOPICS.values()) + " |", "|---" * (len(TOPICS) + 1) + "|"]
+    lines = ["| accuracy, % | " + " | ".join(TOPICS.values()) + " |", "|---" * (len(TOPICS) + 1) + "|"]
     for stage, topics in whole.items():
         cells = []
         for topic in TOPICS:
@@ -153,20 +153,20 @@ def report(folders: list[Path]) -> str:
     lines.append(f"- General facts, points lost against the base model: {lost}.")
     ended = [completed(folder) for folder in folders]
     lines.append(
-        f"- Sentences begun as documents begin them, ended with the right constellation after CPT: "
+        f"- Sentences that begin like those of the documents, completed with the right constellation after CPT: "
         f"{share_text(sum(a for a, _ in ended), sum(b for _, b in ended))} %."
     )
     layouts = [layouts_agree(folder) for folder in folders]
     lines.append(
         f"- Scores on two tensor-parallel ranks against one: largest difference {max(a for a, _ in layouts):.1e}, "
-        f"{sum(b for _, b in layouts)} other choices."
+        f"{sum(b for _, b in layouts)} choices differ."
     )
     checks = [json.loads((folder / "check.json").read_text()) for folder in folders]
     lines += [
         f"- Scores of {STAGES[name]} against transformers on the export: largest difference "
         f"{max(check[name]['largest_difference'] for check in checks):.1e}, "
-        f"{sum(check[name]['other_choices'] for check in checks)} other choices, "
-        f"{sum(check[name]['other_prompts'] for check in checks)} other prompts."
+        f"{sum(check[name]['other_choices'] for check in checks)} choices differ, "
+        f"{sum(check[name]['other_prompts'] for check in checks)} prompts differ."
         for name in checks[0]
     ]
     return "\n".join(lines)

@@ -38,7 +38,7 @@ def test_the_report_says_what_happened(example: tuple[Path, str]) -> None:
     facts = json.loads((out / "report.json").read_text())
     assert facts["p"]["lora"] < 0.01
     assert facts["forgotten"]["lora"] <= 1.05
-    domain = facts["rows"]["domain text, loss of a token"]
+    domain = facts["rows"]["domain text, loss per token"]
     assert domain["lora"] < domain["base"]
     assert all(set(row) == set(MODELS) for row in facts["rows"].values())
     assert facts["checkpoint_bytes"]["lora"] < 0.3 * facts["checkpoint_bytes"]["full"]

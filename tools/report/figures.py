@@ -203,7 +203,7 @@ def topic_bars(runs: Sequence[RecordedRun], path: Path) -> Picture | None:
             places, heights, width, yerr=[below, above], label=name, color=COLORS[number % len(COLORS)],
             error_kw={"elinewidth": 0.8, "ecolor": "0.2"},
         )  # fmt: skip
-    axes.set(ylabel="% right", ylim=(0, 105), xticks=range(len(topics)))
+    axes.set(ylabel="accuracy, %", ylim=(0, 105), xticks=range(len(topics)))
     axes.set_xticklabels([topic or "all questions" for topic in topics])
     axes.legend(fontsize=8, ncols=min(4, len(scores)), loc="upper center", bbox_to_anchor=(0.5, -0.1))
     return _saved(figure, path, "Multiple choice after each stage", "Error bars are 95 % Wilson intervals.")
