@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from examples import demo_answers  # noqa: E402
-from examples.steps import Steps, replace_output  # noqa: E402
+from examples.steps import REPLACES, Steps, replace_output  # noqa: E402
 
 PARITY = 1e-5
 CONFIGS = ["configs/tiny/model.yml", "configs/tiny/run.yml", "configs/tiny/local.yml"]
@@ -32,7 +32,7 @@ LEARNING = ("--gradient_accumulation_steps", 2, "--optimizer.params.lr", 2e-3)
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("demo_out"), help="replaces an earlier run's files")
+    parser.add_argument("--output", type=Path, default=Path("demo_out"), help=REPLACES)
     parser.add_argument("--iterations", type=int, default=200)
     parser.add_argument("--base-steps", type=int, default=200, help="training steps of the stand-in base model")
     options = parser.parse_args()

@@ -13,6 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 MARKER = ".made_by_an_example"
+REPLACES = "folder for the results; an earlier run's is replaced"
 
 
 def replace_output(folder: Path, parser: argparse.ArgumentParser) -> None:

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from examples.astrollama.report import MODELS, write_report  # noqa: E402
-from examples.steps import Steps, replace_output  # noqa: E402
+from examples.steps import REPLACES, Steps, replace_output  # noqa: E402
 
 HERE = "examples/astrollama"
 MODEL = "configs/tiny/model.yml"
@@ -26,7 +26,7 @@ SOURCES = ("domain", "general")
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("astrollama_out"), help="replaces an earlier run's files")
+    parser.add_argument("--output", type=Path, default=Path("astrollama_out"), help=REPLACES)
     parser.add_argument("--base-steps", type=int, default=150, help="training steps of the stand-in base model")
     parser.add_argument("--steps", type=int, default=200, help="training steps of the adapter, and of all weights")
     parser.add_argument("--documents", type=int, default=150, help="held-out documents of each kind, and questions")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -18,21 +17,19 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from examples.astropt.galaxies import NAMES  # noqa: E402
-from examples.steps import Steps  # noqa: E402
+from examples.steps import REPLACES, Steps, replace_output  # noqa: E402
 
 HERE = "examples/astropt"
-MADE = ("raw", "data", "checkpoints", "logs", "hf", "vectors", "completions", "hubble")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("astropt_out"), help="replaces an earlier run's files")
+    parser.add_argument("--output", type=Path, default=Path("astropt_out"), help=REPLACES)
     parser.add_argument("--train", type=int, default=4400, help="galaxies to train on")
     parser.add_argument("--probe", type=int, default=1600, help="further galaxies, to fit and test probes")
     parser.add_argument("--steps", type=int, default=600)
     options = parser.parse_args()
-    for name in MADE:
-        shutil.rmtree(ROOT / options.output / name, ignore_errors=True)
+    replace_output(ROOT / options.output, parser)
     start = time.monotonic()
     run = Run(options.output, options)
     run.render()

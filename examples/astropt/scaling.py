@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from examples.astropt.galaxies import NAMES  # noqa: E402
-from examples.steps import Steps  # noqa: E402
+from examples.steps import REPLACES, Steps, replace_output  # noqa: E402
 
 HERE = "examples/astropt"
 # (hidden_size, num_layers, intermediate_size, peak learning rate)
@@ -28,12 +28,13 @@ NOISE = 0.2
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("astropt_scaling"))
+    parser.add_argument("--output", type=Path, default=Path("astropt_scaling"), help=REPLACES)
     parser.add_argument("--train", type=int, default=4400, help="galaxies to train on")
     parser.add_argument("--probe", type=int, default=1600, help="further galaxies, to fit and test probes")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
     options = parser.parse_args()
+    replace_output(ROOT / options.output, parser)
     out, steps = options.output, Steps()
     steps.title("galaxies with a fifth of the noise")
     for name, count, first in (("train", options.train, 0), ("probe", options.probe, options.train)):

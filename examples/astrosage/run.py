@@ -8,7 +8,6 @@ README.md in this folder explains the steps in order; docs/astrosage.md has the 
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -17,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from examples.astrosage.results import write_results  # noqa: E402
-from examples.steps import Steps  # noqa: E402
+from examples.steps import REPLACES, Steps, replace_output  # noqa: E402
 
 HERE = "examples/astrosage"
 MODEL = f"{HERE}/model.yml"
@@ -38,36 +37,17 @@ ASKED = (
     ("merge", "merged", "sft", True),
     ("merge_own_base", "merged_own_base", "sft", True),
 )
-MADE = (
-    *("raw", "clean", "base", "data", "sft", "tokenizer", "hf_base", "hf_instruct_1", "hf_instruct_2", "hf_instruct_3"),
-    *(
-        "neox_base",
-        "cpt",
-        "lora",
-        "sft_model",
-        "merged",
-        "merged_own_base",
-        "hf_cpt",
-        "hf_merge",
-        "mcq",
-        "logs",
-        "report",
-        "release",
-    ),
-    *("contamination", "yml"),
-)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("astrosage_out"), help="replaces an earlier run's files")
+    parser.add_argument("--output", type=Path, default=Path("astrosage_out"), help=REPLACES)
     parser.add_argument("--seed", type=int, default=0, help="seed of facts, wordings, weights and orders")
     parser.add_argument("--size", choices=list(SIZES), default="whole", help="short: fewer facts and steps")
     parser.add_argument("--until", choices=["cpt", "end"], default="end", help="cpt: only pre-training and its test")
     options = parser.parse_args()
     out = options.output
-    for name in MADE:
-        shutil.rmtree(ROOT / out / name, ignore_errors=True)
+    replace_output(ROOT / out, parser)
     start = time.monotonic()
     run = Run(out, options.seed, options.size)
     run.prepare()

@@ -110,6 +110,16 @@ def test_only_an_earlier_run_is_replaced(tmp_path: Path, capsys: pytest.CaptureF
         (tmp_path / "out/loss.png").write_text("of an earlier run")
 
 
+@pytest.mark.parametrize("script", ["demo", "astrosage/run", "astropt/run", "astropt/scaling", "astrollama/run"])
+def test_an_example_leaves_other_folders_alone(script: str, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/measured.csv").write_text("years of work")
+    result = run_in_root([sys.executable, f"examples/{script}.py", "--output", str(tmp_path)])
+    assert result.returncode == 2
+    assert "was not written by an example" in result.stderr
+    assert (tmp_path / "data/measured.csv").read_text() == "years of work"
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
 def test_the_whole_demo_teaches_what_its_documents_tell(tmp_path: Path) -> None:
