@@ -1,7 +1,7 @@
 """`python -m megatron.launcher.fork RANKS FOLDER SCRIPT [ARGUMENT ...]`: local ranks forked from one process.
 
-Importing torch, DeepSpeed and megatron-core costs 7 to 8 s of CPU time per process. Eight ranks that import separately
-on two cores need a minute; forked from one process that has imported once, they need a few seconds. No thread and no
+Importing torch, DeepSpeed and megatron-core costs 5 s of CPU time per process. Eight ranks that import separately on
+two cores need 20 s and more; forked from one process that has imported once, they need a few seconds. No thread and no
 process group may exist before the fork, which rules out torch's elastic agent (it starts the threads of a store first).
 Ranks rendezvous through a file in FOLDER.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import importlib
 import multiprocessing
 import os
@@ -28,7 +29,8 @@ from megatron.parallel.rank_env import TYPED, node_name
 from megatron.supervision.failures import LOST, REQUEUE, claim_failure
 
 FAILURE_GRACE_SECONDS = 10.0  # how long the other ranks may keep running after the first failure
-PRELOAD = ("torch", "deepspeed", "megatron.core.tensor_parallel")
+PRELOAD = ("torch", "deepspeed", "megatron.core.tensor_parallel", "megatron.engine.deepspeed", "megatron.tokenizer.hf")
+PRELOAD_IF_THERE = ("deepspeed.module_inject.auto_ep_layer",)  # an engine's start imports it; private, may be renamed
 
 Rank = multiprocessing.context.ForkProcess
 
@@ -62,6 +64,9 @@ def _rank(rank: int, ranks: int, folder: Path, command: list[str], parent: int) 
 def _preload(script: str) -> None:
     for name in PRELOAD:
         importlib.import_module(name)
+    for name in PRELOAD_IF_THERE:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
     runpy.run_path(script, run_name="__preload__")  # runs the script's imports only
 
 
@@ -96,6 +101,7 @@ def main(arguments: list[str]) -> int:
         sys.path.insert(0, str(Path(command[0]).resolve().parent))
         _preload(command[0])
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})  # deepy.py and the script block earlier ones
+        gc.freeze()  # collections in the ranks skip what is imported, and so copy none of its pages
         assert threading.active_count() == 1, f"threads before the fork: {threading.enumerate()}"
         context = multiprocessing.get_context("fork")
         for rank in range(ranks):

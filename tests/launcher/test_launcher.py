@@ -36,6 +36,9 @@ def program(args):
     if mode == "places":
         with open(f"{args.log_dir}/{rank}", "w") as file:
             file.write(f"{place.pp_rank} {place.dp_rank} {place.tp_rank} {place.local_rank} {place.device}")
+    elif mode == "imports" and rank == 0:
+        import megatron.core.tensor_parallel, deepspeed.runtime.zero.muon.muon_optimizer
+        print("compiler loaded:", "torch._inductor.compile_fx" in sys.modules)
     elif mode == "user-all":
         raise ConfigError("the sky is too cloudy")
     elif mode == "user-one" and rank == 1:
@@ -87,6 +90,14 @@ def test_ranks_know_their_place(tmp_path: Path, launcher: str) -> None:
     result = launch(tmp_path, "places", launcher=launcher, model_parallel_size=2)
     assert result.returncode == 0, result.stderr
     assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["0 0 0 0 cpu", "0 0 1 1 cpu"]
+
+
+def test_ranks_do_not_load_the_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the imports of megatron-core and DeepSpeed would; it is a third of the CPU time of a start."""
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
+    result = launch(tmp_path, "imports")
+    assert result.returncode == 0, result.stderr
+    assert "compiler loaded: False" in result.stdout
 
 
 @pytest.mark.parametrize(
