@@ -7,17 +7,17 @@ once; if it freezes, after a while.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import logging
 import os
+import re
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import FrameType
 
 import torch.distributed as dist
 
@@ -32,6 +32,9 @@ logger = logging.getLogger(__name__)
 _ROOT = Path(__file__).resolve().parents[2]
 # A rank with a stack frame in one of these files is waiting for others.
 _WAITING_IN = ("/torch/distributed/", "/deepspeed/comm/", "/megatron/engine/mcore_links.py")
+# What faulthandler writes: a line for each thread, then one for each of its frames.
+_THREAD = re.compile(r"(?:Current thread|Thread) 0x(?P<ident>[0-9a-f]+)")
+_FRAME = re.compile(r'  File "(?P<file>.*)", line (?P<line>\d+) in ')
 
 
 @dataclass
@@ -76,37 +79,44 @@ class Beat:
 
 def current_beat(number: int, whereabouts: Whereabouts, main: int) -> Beat:
     """The current heartbeat of this process; `main` is the identifier of its main thread."""
-    frames = sys._current_frames()
+    stacks = thread_stacks()
     # On a GPU autograd runs backward functions in threads of its own: any thread but this one may be in a collective.
     own = threading.get_ident()
-    waits = any(_waits(frame) for thread, frame in frames.items() if thread != own)
-    line = _line(frames.get(main))
+    waits = any(_waits(stack) for thread, stack in stacks.items() if thread != own)
+    line = _line(stacks.get(main, []))
     return Beat(number, whereabouts.phase, whereabouts.iteration, round(whereabouts.seconds, 1), waits, line)
 
 
-def _frames(frame: object) -> list[FrameType]:
-    """A frame and those that called it.
+def thread_stacks() -> dict[int, list[tuple[str, int]]]:
+    """(file, line) of every frame of every thread, innermost first, by the thread's identifier.
 
-    For a frame that another thread was just leaving, CPython 3.11 may return a caller that is not a frame object. The
-    walk ends there; the next heartbeat will show more.
+    faulthandler reads them without creating frame objects. `sys._current_frames` and `f_back` create them while the
+    other threads run on, which crashed ranks under CPython 3.11 (segmentation faults in PyFrame_GetBack).
     """
-    found = []
-    while isinstance(frame, FrameType):
-        found.append(frame)
-        frame = frame.f_back
-    return found
+    with open(os.memfd_create("stacks"), "w+", encoding="utf-8", errors="replace") as file:
+        faulthandler.dump_traceback(file, all_threads=True)
+        file.seek(0)
+        text = file.read()
+    stacks: dict[int, list[tuple[str, int]]] = {}
+    stack: list[tuple[str, int]] = []
+    for line in text.splitlines():
+        if thread := _THREAD.match(line):
+            stack = stacks[int(thread["ident"], 16)] = []
+        elif frame := _FRAME.match(line):
+            stack.append((frame["file"], int(frame["line"])))
+    return stacks
 
 
-def _waits(frame: FrameType | None) -> bool:
-    return any(part in inner.f_code.co_filename for inner in _frames(frame)[:8] for part in _WAITING_IN)
+def _waits(stack: Sequence[tuple[str, int]]) -> bool:
+    return any(part in file for file, _ in stack[:8] for part in _WAITING_IN)
 
 
-def _line(frame: FrameType | None) -> str:
+def _line(stack: Sequence[tuple[str, int]]) -> str:
     """The innermost line of this project."""
-    for inner in _frames(frame):
-        path = Path(inner.f_code.co_filename)
+    for file, number in stack:
+        path = Path(file)
         if path.is_relative_to(_ROOT) and ".venv" not in path.parts:
-            return f"{path.relative_to(_ROOT)}:{inner.f_lineno}"
+            return f"{path.relative_to(_ROOT)}:{number}"
     return ""
 
 

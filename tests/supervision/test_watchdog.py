@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -35,6 +36,7 @@ from tests.support.models import Case
 
 pytestmark = pytest.mark.unit
 
+ROOT = Path(__file__).resolve().parents[2]
 TITLES = [f"n{rank // 2} (pipe {rank // 2}, data 0, tensor {rank % 2})" for rank in range(4)]
 
 
@@ -140,12 +142,67 @@ def test_a_rank_inside_a_collective_waits() -> None:
         thread.join()
 
 
-def test_a_missing_frame_does_not_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """CPython 3.11 may return another object for a frame that a thread is leaving, which once ended a healthy run."""
-    main = threading.main_thread().ident or 0
-    monkeypatch.setattr(sys, "_current_frames", lambda: {main: str.join, main + 1: str.join})
-    sent = current_beat(3, Whereabouts(phase="backward", iteration=7), main)
-    assert (sent.line, sent.waits) == ("", False)
+def test_a_beat_names_the_innermost_line_of_the_project() -> None:
+    main, sent = threading.main_thread().ident or 0, []
+    thread = threading.Thread(target=lambda: sent.extend(current_beat(1, Whereabouts(), one) for one in (main, 0)))
+    line = sys._getframe().f_lineno + 1
+    thread.start()
+    thread.join()
+    assert sent[0].line in [f"tests/supervision/test_watchdog.py:{line + after}" for after in (0, 1)]
+    assert sent[1].line == "", "no such thread"
+
+
+BUSY = """
+import sys, threading, torch
+from megatron.supervision.status_store import Whereabouts, current_beat
+
+sys.setswitchinterval(1e-6)
+done = threading.Event()
+
+def beats():
+    while not done.wait(3e-4):
+        current_beat(1, Whereabouts(), threading.main_thread().ident)
+
+def deep(x, depth):
+    return deep(x, depth - 1) if depth else x * 1.0
+
+class Op(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return deep(gradient, 6)
+
+class Layer(torch.nn.Linear):
+    def forward(self, x):
+        with torch.no_grad():
+            deep(x, 4)
+        return Op.apply(super().forward(x))
+
+beating = threading.Thread(target=beats)
+beating.start()
+model = torch.nn.Sequential(*[Layer(16, 16) for _ in range(4)])
+optimizer = torch.optim.AdamW(model.parameters())
+for _ in range(int(sys.argv[1])):
+    model(torch.randn(4, 16)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+done.set()
+beating.join()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_heartbeats_do_not_crash_a_busy_rank() -> None:
+    """With frame objects of a running thread, as from `sys._current_frames`, this crashed within a minute."""
+    for _ in range(3):
+        result = subprocess.run(
+            [sys.executable, "-c", BUSY, "6000"], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        assert result.returncode == 0, result.stderr
 
 
 def test_verdicts_travel_as_text() -> None:
