@@ -28,6 +28,15 @@ IGNORED_WARNINGS = (
 PORTS = range(20000, 32000)  # below Linux's ephemeral ports, which begin at 32768
 
 
+def without_compiler(environment: MutableMapping[str, str]) -> None:
+    """Let a Python process with this environment import megatron-core without torch's compiler.
+
+    Nothing here is compiled, but megatron-core and DeepSpeed wrap functions in torch.compile when imported, which loads
+    the compiler: a third of a rank's import time, and thousands of small files on a shared file system.
+    """
+    environment.setdefault("TORCHDYNAMO_DISABLE", "1")
+
+
 @dataclass(frozen=True)
 class StartedRank:
     """How this process was started: global and node-local rank, number of ranks in the run and on the node."""
