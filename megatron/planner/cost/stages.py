@@ -1,8 +1,10 @@
 """The actual stages of a run: the trainer's own model, built without memory and without other ranks.
 
-Torch's "fake" process group stands in for the world at its true size, the "meta" device for the weights. One rank of
-every stage is built, and on the first and the last stage also the rank at the other end of the tensor-parallel group,
-which must hold the same shapes. Tensors are compared with the layout table on the way.
+Torch's "fake" process group stands in for the other ranks, the "meta" device for the weights. One rank of every stage
+is built, and on the first and the last stage also the rank at the other end of the tensor-parallel group, which must
+hold the same shapes. The first is built in a world of the run's true size, the others with one data-parallel replica: a
+stage is the same in all of them, and forming the groups of thousands of ranks takes seconds. Tensors are compared with
+the layout table on the way.
 
 Importing this module imports torch, DeepSpeed and megatron-core: seconds.
 """
@@ -45,10 +47,11 @@ def true_stages(args: NeoXArgs) -> list[Stage]:
     Must be called outside any process group; leaves none behind. Raises StageMismatchError if a parameter's shape
     differs from the layout table.
     """
-    return [_stage(args, stage) for stage in range(args.pipe_parallel_size)]
+    replica = args.model_copy(update={"global_num_gpus": args.model_parallel_size * args.pipe_parallel_size})
+    return [_stage(args if stage == 0 else replica, replica, stage) for stage in range(args.pipe_parallel_size)]
 
 
-def _stage(args: NeoXArgs, stage: int) -> Stage:
+def _stage(args: NeoXArgs, replica: NeoXArgs, stage: int) -> Stage:
     tp = args.model_parallel_size
     with _rank(args, stage, tensor=0) as place:
         model = build_stage(args, place)
@@ -59,8 +62,8 @@ def _stage(args: NeoXArgs, stage: int) -> Stage:
             parameters_total=_whole(args, shapes, stage),
         )
     if tp > 1 and stage in (0, args.pipe_parallel_size - 1):
-        with _rank(args, stage, tensor=tp - 1) as place:
-            if _shapes(build_stage(args, place).numbered_layers()) != shapes:
+        with _rank(replica, stage, tensor=tp - 1) as place:
+            if _shapes(build_stage(replica, place).numbered_layers()) != shapes:
                 raise StageMismatchError(f"stage {stage}: tensor-parallel ranks 0 and {tp - 1} hold different shapes")
     return found
 
@@ -82,7 +85,7 @@ def _whole(args: NeoXArgs, shapes: dict[tuple[int, str], torch.Size], stage: int
 
 @contextmanager
 def _rank(args: NeoXArgs, stage: int, tensor: int) -> Iterator[Place]:
-    """Make this process one rank of a fake world of full size, in which every collective returns at once."""
+    """Make this process one rank of a fake world of the size in `args`, in which every collective returns at once."""
     rank = stage * args.data_parallel_size * args.model_parallel_size + tensor
     excepthook = sys.excepthook  # torch's would put this rank's number before every line of a traceback
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=args.global_num_gpus)
