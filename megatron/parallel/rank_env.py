@@ -32,7 +32,7 @@ def without_compiler(environment: MutableMapping[str, str]) -> None:
     """Let a Python process with this environment import megatron-core without torch's compiler.
 
     Nothing here is compiled, but megatron-core and DeepSpeed wrap functions in torch.compile when imported, which loads
-    the compiler: a third of a rank's import time, and thousands of small files on a shared file system.
+    the compiler: a third of the CPU time of a rank's imports, and 570 of the 3,600 files that they read.
     """
     environment.setdefault("TORCHDYNAMO_DISABLE", "1")
 

@@ -176,7 +176,7 @@ run_here() {
     # Triton and inductor rename files into place, but each rank its own: every rank has a folder.
     export TRITON_CACHE_DIR="$here/cache/triton-${SLURM_LOCALID:-0}"
     export TORCHINDUCTOR_CACHE_DIR="$here/cache/inductor-${SLURM_LOCALID:-0}"
-    # Nothing here is compiled: megatron-core's import need not load the compiler, a third of what a rank reads to start.
+    # Nothing here is compiled: without torch's compiler, which megatron-core would load, imports cost a third less.
     export TORCHDYNAMO_DISABLE="${TORCHDYNAMO_DISABLE:-1}"
     # Slurm's warning would kill a starting rank: it stays pending until the program handles it.
     exec env --block-signal=USR1 singularity exec --bind "$here" --bind /project/project_465000001/neox-llama \
