@@ -16,7 +16,7 @@ enum { NEOX_BF16 = 0, NEOX_FP16 = 1, NEOX_FP32 = 2 };
 const char* neox_last_error(void);
 int neox_wave_size(void);            /* lanes per wave that the library was built for */
 int neox_compute_units(void);        /* of the current device: compute units (AMD), multiprocessors (NVIDIA) */
-const char* neox_architectures(void); /* "gfx90a,gfx942", "sm_90", or "host emulator" */
+const char* neox_architectures(void); /* "gfx90a+gfx942", "sm_90", or "host emulator" */
 
 /* y = x rstd weight with rstd = rsqrt(mean(x^2) + eps), rows of `width`; y, rstd and sum are dense. With `residual`,
  * x + residual is rounded to the element type, written to `sum`, and normalized; otherwise both are null. */

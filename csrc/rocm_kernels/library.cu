@@ -37,8 +37,8 @@ extern "C" int64_t neox_emulator_launches(void) { return emulator::machine().lau
 
 #else
 
-#define NEOX_STRING_OF(...) #__VA_ARGS__  // a list: its commas separate arguments
-#define NEOX_STRING(...) NEOX_STRING_OF(__VA_ARGS__)
+#define NEOX_STRING_OF(names) #names
+#define NEOX_STRING(names) NEOX_STRING_OF(names)
 
 extern "C" int neox_wave_size(void) { return NEOX_WAVE; }
 extern "C" int neox_compute_units(void) {

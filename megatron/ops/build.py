@@ -77,7 +77,7 @@ def compile_command(target: Target) -> list[str]:
     common = ["-O3", "-std=c++17"]
     if target.kind == "emulator":
         return ["g++", "-x", "c++", "-O2", "-std=c++17", "-fPIC", "-Wall", "-Wextra", "-DNEOX_HOST_EMULATOR"]
-    names = ",".join(target.architectures)
+    names = "+".join(target.architectures)  # nvcc takes what follows a comma as another macro
     defines = [f"-DNEOX_WAVE={target.wave_size}", f"-DNEOX_ARCHITECTURES={names}"]
     if target.kind == "rocm":
         offload = [f"--offload-arch={name}" for name in target.architectures]

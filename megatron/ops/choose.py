@@ -27,7 +27,7 @@ def configure(mode: str, device: str | torch.device = "cpu") -> str:
     why_not = _why_references(mode, kind)
     library.record_choice(kind, why_not, required=mode == "required")
     if why_not is None:
-        return f"fused ops on {kind}: compiled kernels ({library.architectures(kind)})"
+        return f"fused ops on {kind}: compiled kernels ({', '.join(library.architectures(kind))})"
     return f"fused ops on {kind}: PyTorch references ({why_not})"
 
 
@@ -56,8 +56,10 @@ def _check_device() -> None:
     name = getattr(properties, "gcnArchName", "").split(":")[0] if torch.version.hip else ""
     name = name or f"sm_{properties.major}{properties.minor}"
     built = library.architectures("cuda")
-    if name not in built.split(","):
-        raise KernelsUnavailable(f"this GPU is {name}, the kernels are for {built}; set NEOX_GPU_ARCHS and rebuild")
+    if name not in built:
+        raise KernelsUnavailable(
+            f"this GPU is {name}, the kernels are for {', '.join(built)}; set NEOX_GPU_ARCHS and rebuild"
+        )
     failed = failed_checks(torch.device("cuda"))
     if failed:
         raise KernelsUnavailable(f"the kernels failed their self-test on this GPU: {'; '.join(failed)}")

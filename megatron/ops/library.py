@@ -74,11 +74,11 @@ def use_kernels(op: str, *tensors: Tensor) -> bool:
     return False
 
 
-def architectures(kind: str) -> str:
-    """Comma-separated architectures that the library loaded for a device type was built for."""
+def architectures(kind: str) -> list[str]:
+    """Architectures that the library loaded for a device type was built for."""
     text = state.libraries[kind].neox_architectures
     text.restype = ctypes.c_char_p
-    return str(text().decode())
+    return str(text().decode()).split("+")
 
 
 def load_library(kind: str) -> ctypes.CDLL:

@@ -68,7 +68,8 @@ def main(arguments: list[str] | None = None) -> int:
     except KernelsUnavailable as error:
         print(f"no kernels: {error}", file=sys.stderr)
         return 2
-    print(f"kernels for {architectures(kind)} on {torch.cuda.get_device_name() if kind == 'cuda' else 'the CPU'}")
+    where = torch.cuda.get_device_name() if kind == "cuda" else "the CPU"
+    print(f"kernels for {', '.join(architectures(kind))} on {where}")
     failed = failed_checks(device)
     for line in failed:
         print(f"WRONG {line}")
