@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -56,7 +57,10 @@ def _lanes(architecture: str) -> int:
 
 
 def default_target() -> Target | None:
-    """The GPU target to build here, for NEOX_GPU_ARCHS (comma-separated) or the defaults; None without a toolchain."""
+    """The GPU target to build here, for NEOX_GPU_ARCHS (comma-separated) or the defaults.
+
+    None without a toolchain that fits torch: one of another major version links another runtime library than torch's.
+    """
     asked = tuple(name for name in os.environ.get("NEOX_GPU_ARCHS", "").replace(" ", "").split(",") if name)
     if asked:
         return Target("cuda" if asked[0].startswith("sm_") else "rocm", asked)
@@ -65,11 +69,20 @@ def default_target() -> Target | None:
         import torch
     except ImportError:
         return None
-    if torch.version.hip and shutil.which("hipcc"):
+    if torch.version.hip and _fits("hipcc", torch.version.hip):
         kind = "rocm"
-    elif torch.version.cuda and shutil.which("nvcc"):
+    elif torch.version.cuda and _fits("nvcc", torch.version.cuda):
         kind = "cuda"
     return Target(kind, DEFAULT_ARCHITECTURES[kind]) if kind else None
+
+
+def _fits(compiler: str, torch_version: str) -> bool:
+    """Whether `compiler` is there, with the major version that torch was built with, as far as it says one."""
+    if shutil.which(compiler) is None:
+        return False
+    done = subprocess.run([compiler, "--version"], env=compiler_environment(), capture_output=True, text=True)
+    found = re.search(r"(?:release|HIP version:?) (\d+)\.", done.stdout)
+    return found is None or found[1] == torch_version.split(".")[0]
 
 
 def compile_command(target: Target) -> list[str]:
@@ -110,8 +123,10 @@ def _torch_flags(target: Target) -> tuple[list[str], list[str]]:
         home = Path(os.environ.get("ROCM_PATH") or (Path(hipcc).resolve().parents[1] if hipcc else "/opt/rocm"))
         libraries += ["-ltorch_hip", f"-L{home / 'lib'}", "-lamdhip64"]
     else:
-        nvcc = shutil.which("nvcc")
-        home = Path(os.environ.get("CUDA_HOME") or (Path(nvcc).resolve().parents[1] if nvcc else "/usr/local/cuda"))
+        nvcc = shutil.which("nvcc")  # may be a script that calls one elsewhere
+        beside = Path(nvcc).resolve().parents[1] if nvcc else Path("/usr/local/cuda")
+        homes = [Path(os.environ.get("CUDA_HOME") or beside), beside, Path("/usr/local/cuda")]
+        home = next((home for home in homes if (home / "lib64/libcudart.so").exists()), homes[0])
         libraries += ["-ltorch_cuda", f"-L{home / 'lib64'}", "-lcudart"]
     return flags, libraries
 

@@ -13,8 +13,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from megatron.ops.build import DEFAULT_ARCHITECTURES, SOURCES, Target, compile_command
+from megatron.ops.build import DEFAULT_ARCHITECTURES, SOURCES, Target, compile_command, default_target
 from tests.support import gfx90a, sm90
 from tests.support.requirements import need
 
@@ -121,6 +122,37 @@ print(library.neox_wave_size(), library.neox_architectures().decode())
     command = [sys.executable, "-c", program, library]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.stdout.split() == ["64", "gfx90a+gfx908"], done.stderr
+
+
+@pytest.mark.parametrize(
+    ("kind", "compiler", "says", "torch_version", "fits"),
+    [
+        ("cuda", "nvcc", "Cuda compilation tools, release 12.8, V12.8.93", "12.6", True),
+        ("cuda", "nvcc", "Cuda compilation tools, release 13.0, V13.0.88", "12.8", False),
+        ("cuda", "nvcc", "a wrapper that says nothing", "12.8", True),
+        ("hip", "hipcc", "HIP version: 7.1.25424-4179531dcd", "7.1.25424", True),
+        ("hip", "hipcc", "HIP version: 5.2.21153-0", "6.4.43482", False),
+    ],
+)
+def test_only_a_toolchain_that_fits_torch_builds_kernels(
+    kind: str,
+    compiler: str,
+    says: str,
+    torch_version: str,
+    fits: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With another major version the library would load a second CUDA or HIP runtime beside torch's."""
+    (tmp_path / compiler).write_text(f"#!/bin/sh\necho '{says}'\n")
+    (tmp_path / compiler).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.delenv("NEOX_GPU_ARCHS", raising=False)
+    for name in ("cuda", "hip"):
+        monkeypatch.setattr(torch.version, name, torch_version if name == kind else None)
+    target = default_target()
+    assert (target is not None) is fits
+    assert target is None or target.kind == {"cuda": "cuda", "hip": "rocm"}[kind]
 
 
 @pytest.mark.parametrize(
