@@ -155,13 +155,13 @@ def test_a_failed_build_is_a_reason_not_a_crash(monkeypatch: pytest.MonkeyPatch,
 @pytest.mark.parametrize(
     ("device", "built", "wrong", "verdict"),
     [
-        ("gfx90a:sramecc+:xnack-", "gfx90a,gfx942", [], None),
-        ("gfx1100", "gfx90a,gfx942", [], "this GPU is gfx1100, the kernels are for gfx90a,gfx942"),
-        ("gfx90a:sramecc+:xnack-", "gfx90a", ["rms_norm dx"], "failed their self-test on this GPU: rms_norm dx"),
+        ("gfx90a:sramecc+:xnack-", ["gfx90a", "gfx942"], [], None),
+        ("gfx1100", ["gfx90a", "gfx942"], [], "this GPU is gfx1100, the kernels are for gfx90a, gfx942"),
+        ("gfx90a:sramecc+:xnack-", ["gfx90a"], ["rms_norm dx"], "failed their self-test on this GPU: rms_norm dx"),
     ],
 )
 def test_a_gpu_gets_kernels_only_if_they_fit_and_work(
-    monkeypatch: pytest.MonkeyPatch, device: str, built: str, wrong: list[str], verdict: str | None
+    monkeypatch: pytest.MonkeyPatch, device: str, built: list[str], wrong: list[str], verdict: str | None
 ) -> None:
     monkeypatch.setattr(library, "load_library", lambda _: None)
     monkeypatch.setattr(library, "architectures", lambda _: built)
@@ -170,7 +170,7 @@ def test_a_gpu_gets_kernels_only_if_they_fit_and_work(
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(gcnArchName=device))
     said = ops.configure("auto", "cuda")
-    assert (verdict or "compiled kernels (gfx90a,gfx942)") in said
+    assert (verdict or "compiled kernels (gfx90a, gfx942)") in said
     if verdict:
         with pytest.raises(library.KernelsUnavailable, match=verdict):
             ops.configure("required", "cuda")
