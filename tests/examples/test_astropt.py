@@ -29,7 +29,7 @@ COMMANDS = [
 def example(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("astropt") / "out"
     words = WHOLE[0].split()[1:]
-    short = ["--output", str(out), "--train", "1500", "--probe", "800", "--steps", "300"]
+    short = ["--output", str(out), "--train", "1500", "--probe", "800", "--steps", "450"]
     result = run_in_root([sys.executable, *words, *short], timeout=2000)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     return out
@@ -43,7 +43,7 @@ def test_training_teaches_what_probes_read(example: Path) -> None:
     assert f"{means['inputs']:.3f}" in report
     lines = (example / "logs/metrics.jsonl").read_text().splitlines()
     losses = [entry["validation/huber_loss"] for entry in map(json.loads, lines) if "validation/huber_loss" in entry]
-    assert losses[-1] < 0.75 * losses[0], "noise is most of the loss: 0.71 after these 300 steps, 0.79 after 50"
+    assert losses[-1] < 0.7 * losses[0]
 
 
 def test_transformers_computes_the_same_vectors(example: Path) -> None:

@@ -71,13 +71,13 @@ def norms(rows: int, width: int, dtype: torch.dtype, change: Callable[[Tensor], 
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_norm(width: int, dtype: torch.dtype) -> None:
-    for rows in ROWS if width < 2048 else (2,):  # wide rows have a block each: their number changes nothing
+    for rows in ROWS:
         norms(rows, width, dtype)
 
 
 @pytest.mark.parametrize("width", [64, 520, 16384, 16400, 32768])
 def test_norm_widths_between_the_row_shapes(width: int, dtype: torch.dtype) -> None:
-    norms(3 if width < 2048 else 2, width, dtype)
+    norms(3, width, dtype)
 
 
 def test_norm_with_many_rows_a_group(dtype: torch.dtype) -> None:
