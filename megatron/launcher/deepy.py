@@ -11,5 +11,5 @@ from megatron.parallel.rank_env import without_compiler  # noqa: E402
 
 
 def main() -> None:
-    without_compiler(os.environ)  # --dry-run imports megatron-core in this process
+    without_compiler(os.environ)  # of --dry-run, which imports megatron-core here, and of the ranks
     sys.exit(run_command(sys.argv[1:]))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import gc
 import importlib
 import multiprocessing
 import os
@@ -30,7 +29,6 @@ from megatron.supervision.failures import LOST, REQUEUE, claim_failure
 
 FAILURE_GRACE_SECONDS = 10.0  # how long the other ranks may keep running after the first failure
 PRELOAD = ("torch", "deepspeed", "megatron.core.tensor_parallel", "megatron.engine.deepspeed", "megatron.tokenizer.hf")
-PRELOAD_IF_THERE = ("deepspeed.module_inject.auto_ep_layer",)  # an engine's start imports it; private, may be renamed
 
 Rank = multiprocessing.context.ForkProcess
 
@@ -61,13 +59,10 @@ def _rank(rank: int, ranks: int, folder: Path, command: list[str], parent: int) 
         atexit._run_exitfuncs()  # multiprocessing ends with os._exit, which skips the exit handlers of libraries
 
 
-def _preload(script: str) -> None:
+def preload() -> None:
+    """Import what every rank needs, before they are forked."""
     for name in PRELOAD:
         importlib.import_module(name)
-    for name in PRELOAD_IF_THERE:
-        with contextlib.suppress(ImportError):
-            importlib.import_module(name)
-    runpy.run_path(script, run_name="__preload__")  # runs the script's imports only
 
 
 def main(arguments: list[str]) -> int:
@@ -99,9 +94,9 @@ def main(arguments: list[str]) -> int:
     failed: list[int] = []
     try:
         sys.path.insert(0, str(Path(command[0]).resolve().parent))
-        _preload(command[0])
+        preload()
+        runpy.run_path(command[0], run_name="__preload__")  # runs the script's imports only
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})  # deepy.py and the script block earlier ones
-        gc.freeze()  # collections in the ranks skip what is imported, and so copy none of its pages
         assert threading.active_count() == 1, f"threads before the fork: {threading.enumerate()}"
         context = multiprocessing.get_context("fork")
         for rank in range(ranks):

@@ -16,7 +16,7 @@ from types import FrameType
 from megatron.common.processes import die_with_parent, kill_group, shell_code
 from megatron.neox_arguments import NeoXArgs
 from megatron.parallel.handover import write_handover
-from megatron.parallel.rank_env import IGNORED_WARNINGS, without_compiler
+from megatron.parallel.rank_env import IGNORED_WARNINGS
 from megatron.supervision.failures import REQUEUE, USER_ERROR, recorded_reason
 from megatron.supervision.signals import signal_name
 
@@ -86,7 +86,6 @@ def rank_environment(args: NeoXArgs) -> dict[str, str]:
     result["NEOX_STARTED"] = str(time.time())  # for the breakdown of the start-up time
     result.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # c10d's long messages about peers that are gone
     result.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # megatron-core: TP all-reduces start before the next GEMM
-    without_compiler(result)
     if args.device == "cpu":
         threads = max(1, (os.cpu_count() or 1) // local_ranks(args))
         result.setdefault("OMP_NUM_THREADS", str(threads))  # each rank would take all cores

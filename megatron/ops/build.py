@@ -124,9 +124,10 @@ def _torch_flags(target: Target) -> tuple[list[str], list[str]]:
         libraries += ["-ltorch_hip", f"-L{home / 'lib'}", "-lamdhip64"]
     else:
         nvcc = shutil.which("nvcc")  # may be a script that calls one elsewhere
-        beside = Path(nvcc).resolve().parents[1] if nvcc else Path("/usr/local/cuda")
-        homes = [Path(os.environ.get("CUDA_HOME") or beside), beside, Path("/usr/local/cuda")]
-        home = next((home for home in homes if (home / "lib64/libcudart.so").exists()), homes[0])
+        found = Path(nvcc).resolve().parents[1] if nvcc else None
+        if found is None or not (found / "lib64/libcudart.so").exists():
+            found = Path("/usr/local/cuda")
+        home = Path(os.environ.get("CUDA_HOME") or found)
         libraries += ["-ltorch_cuda", f"-L{home / 'lib64'}", "-lcudart"]
     return flags, libraries
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import gc
 import importlib.util
 import os
 import pickle
@@ -29,6 +28,8 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from megatron.parallel.rank_env import without_compiler
 
 ROOT = Path(__file__).resolve().parents[2]
 GRACE_SECONDS = 10.0  # how long the other ranks may continue after one has failed
@@ -55,12 +56,14 @@ def run_ranks(
     """
     global _server
     if _server is None or _server.poll() is not None:
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        without_compiler(environment)
         _server = subprocess.Popen(
             [sys.executable, str(Path(__file__).resolve())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TORCHDYNAMO_DISABLE": "1"},
+            env=environment,
         )
         atexit.register(_server.kill)
     assert _server.stdin is not None
@@ -180,20 +183,17 @@ def _serve_one(request: tuple) -> list[tuple[int, str, bytes]]:
 def _serve() -> None:
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # output of imports must not mix with the replies
+    from megatron.launcher.fork import preload
+
+    preload()
     import deepspeed
-    import deepspeed.module_inject.auto_ep_layer
-    import deepspeed.runtime.zero.muon.muon_optimizer
-    import megatron.core.tensor_parallel
+    import deepspeed.module_inject.auto_ep_layer  # an engine's start imports it
     from transformers import LlamaForCausalLM  # noqa: F401
 
-    # The project's modules, too, and above what libraries import late: each rank would take a second for them.
-    import megatron.engine.deepspeed
     import megatron.engine.mcore
     import megatron.trainer.run  # noqa: F401
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # 46 s of C++ for gloo ranks that do not need it
-    gc.collect()
-    gc.freeze()  # collections in the ranks skip what is imported, and so copy none of its pages
     while True:
         try:
             request = pickle.loads(_receive(requests))

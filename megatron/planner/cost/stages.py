@@ -48,10 +48,10 @@ def true_stages(args: NeoXArgs) -> list[Stage]:
     differs from the layout table.
     """
     replica = args.model_copy(update={"global_num_gpus": args.model_parallel_size * args.pipe_parallel_size})
-    return [_stage(args if stage == 0 else replica, replica, stage) for stage in range(args.pipe_parallel_size)]
+    return [_stage(args, 0), *(_stage(replica, stage) for stage in range(1, args.pipe_parallel_size))]
 
 
-def _stage(args: NeoXArgs, replica: NeoXArgs, stage: int) -> Stage:
+def _stage(args: NeoXArgs, stage: int) -> Stage:
     tp = args.model_parallel_size
     with _rank(args, stage, tensor=0) as place:
         model = build_stage(args, place)
@@ -62,8 +62,8 @@ def _stage(args: NeoXArgs, replica: NeoXArgs, stage: int) -> Stage:
             parameters_total=_whole(args, shapes, stage),
         )
     if tp > 1 and stage in (0, args.pipe_parallel_size - 1):
-        with _rank(replica, stage, tensor=tp - 1) as place:
-            if _shapes(build_stage(replica, place).numbered_layers()) != shapes:
+        with _rank(args, stage, tensor=tp - 1) as place:
+            if _shapes(build_stage(args, place).numbered_layers()) != shapes:
                 raise StageMismatchError(f"stage {stage}: tensor-parallel ranks 0 and {tp - 1} hold different shapes")
     return found
 
