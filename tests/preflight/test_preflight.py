@@ -424,7 +424,9 @@ def test_real_measurements(tmp_path: Path) -> None:
     numbers = {row[0]: [float(value) for value in row[1:]] for row in rows}
     assert {node: len(row) for node, row in numbers.items()} == {f"n{node}": 5 for node in range(4)}, report
     assert all(value > 0 for row in numbers.values() for value in row), report
-    assert re.search(r"stages: 4 pairs, .* directed links, right.*\n.*no device memory.*\n.*nothing to choose", report)
+    # On a busy machine one of the four links may be far below the median, which a line of its own says.
+    links = r"stages: 4 pairs, .* directed links, right.*\n(slow link: .*\n)*.*no device memory.*\n.*nothing to choose"
+    assert re.search(links, report), report
 
 
 def test_a_fallback_to_sockets_is_named(tmp_path: Path) -> None:
