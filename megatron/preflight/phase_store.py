@@ -41,7 +41,10 @@ SECRET = "NEOX_SECRET"  # the variable
 
 
 class PhaseStore:
-    """One rank's access to the store. `timeout`, in seconds, applies to each phase."""
+    """One rank's access to the store. `timeout`, in seconds, applies to each phase.
+
+    `open_to_others` says that messages between nodes are not sealed.
+    """
 
     def __init__(self, started: StartedRank, env: Mapping[str, str], roster: Roster, timeout: float) -> None:
         """Connect. If rank 0 does not arrive within the timeout, the process ends with STALLED."""
@@ -70,6 +73,7 @@ class PhaseStore:
                 f"should listen at {host}:{port}; reported by rank {self._rank} on {roster.node(self._rank)} "
                 f"({_first_line(error)})",
             )
+        self.open_to_others = self._seal is None and not local and started.local_world_size != started.world_size
         prefix = f"preflight{env.get('TORCHELASTIC_RESTART_COUNT', '')}" + (self._seal.name if self._seal else "")
         self.torch_store, self._second_store = (dist.PrefixStore(prefix, store) for store in stores)
         if self._rank != 0:

@@ -30,10 +30,15 @@ from megatron.parallel.rank_env import StartedRank
 from megatron.preflight import gemm_library, groups, report, software, stage_links, transport
 from megatron.preflight.compare import Screen
 from megatron.preflight.diagnosis import CONFIGURATION, SLOW, SOCKETS, STALLED, Group
-from megatron.preflight.phase_store import PhaseStore
+from megatron.preflight.phase_store import SECRET, PhaseStore
 from megatron.preflight.run_inputs import input_problems
 from megatron.preflight.run_screens import Screening
 from megatron.preflight.transport import Transport
+
+UNSEALED = (
+    "note: messages between nodes are not sealed, so that anyone on the network can disturb this preflight; to seal "
+    f"them: export {SECRET}=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \\n') before srun"
+)
 
 
 class Preflight:
@@ -94,6 +99,8 @@ class Preflight:
             one, other, *_ = digests.values()
             self.store.fail(CONFIGURATION, f"preflight: {one} and {other} hold different configurations")
         print(software.software_line(installed[0]), flush=True)
+        if self.store.open_to_others:
+            print(UNSEALED, flush=True)
         different = software.different_software(installed, self.store.roster)
         if different:
             self.store.fail(CONFIGURATION, "\n".join(["preflight: ranks have different software", *different]))

@@ -33,6 +33,8 @@ RANKS = 8
 # Seconds for a phase: with a fault that is detected by the time limit, and otherwise. Eight healthy ranks need a
 # fraction of a second, and some more to start.
 TIMEOUT, PATIENCE = 6, 60
+# With an address of rank 0 that is not 127.0.0.1, its store serves other machines, as it would on several nodes.
+BETWEEN_NODES = {"MASTER_ADDR": "127.0.0.2"}
 
 
 def free_ports(count: int) -> list[int]:
@@ -224,23 +226,38 @@ FAULTS: dict[str, Callable[[int], Any]] = {
 }
 
 
-def _preflight(rank: int, world_size: int, ports: list[int], arguments: list[str], faults: list[str]) -> None:
+def _preflight(
+    rank: int,
+    world_size: int,
+    ports: list[int],
+    arguments: list[str],
+    faults: list[str],
+    environment: dict[str, str],
+) -> None:
     """One rank of several preflights that run at the same time, eight ranks each."""
     from megatron.preflight.command_line import main
 
     dist.destroy_process_group()
     run, rank = divmod(rank, RANKS)
     virtual_node(rank, RANKS, ports[run])
+    os.environ.update(environment)
     if FAULTS[faults[run]](rank) is not True:
         assert main(arguments) == 0
 
 
 def preflights(
-    folder: Path, faults: list[str], *arguments: str, timeout: int = PATIENCE, grace: float = 60, **changes: Any
+    folder: Path,
+    faults: list[str],
+    *arguments: str,
+    timeout: int = PATIENCE,
+    grace: float = 60,
+    environment: dict[str, str] | None = None,
+    **changes: Any,
 ) -> dict[str, list[tuple[int, str]]]:
     """(exit code, output) of eight ranks at TP2 PP2 DP2 by injected fault; all preflights run at the same time.
 
-    `grace` is how many seconds a rank that does not end may continue after the first has ended.
+    `grace` is how many seconds a rank that does not end may continue after the first has ended; `environment` is in
+    addition to Slurm's.
     """
     config = folder / "run.yml"
     layout: dict[str, Any] = {"model_parallel_size": 2, "pipe_parallel_size": 2, "num_nodes": 4, "num_gpus": 2}
@@ -249,7 +266,8 @@ def preflights(
     words = [str(config), "--timeout", str(timeout), *arguments]
     started = time.monotonic()
     world_size, ports = RANKS * len(faults), free_ports(len(faults))
-    results = run_ranks(_preflight, world_size, ports, words, faults, timeout=100, grace=grace, expect_failure=True)
+    several = (ports, words, faults, environment or {})
+    results = run_ranks(_preflight, world_size, *several, timeout=100, grace=grace, expect_failure=True)
     assert time.monotonic() - started < PATIENCE, "the end is bounded"
     assert "Traceback" not in "".join(output for _, output in results), results
     return {fault: results[RANKS * run : RANKS * (run + 1)] for run, fault in enumerate(faults)}
@@ -267,11 +285,15 @@ def failed_with(code: int, results: list[tuple[int, str]], *gone: int) -> str:
 
 
 def test_all_is_well(tmp_path: Path) -> None:
-    results = preflight(tmp_path, "all are alike", "--exclude-file", str(tmp_path / "exclude"), isolate_documents=True)
+    exclude = tmp_path / "exclude"
+    results = preflight(
+        tmp_path, "all are alike", "--exclude-file", str(exclude), environment=BETWEEN_NODES, isolate_documents=True
+    )
     report = failed_with(0, results)
     assert report == results[0][1], "rank 0 alone speaks"
     for line in (
         "isolated documents a call of attention for each (varlen attention needs a GPU)",
+        "note: messages between nodes are not sealed",
         "ranks: 8 on 4 nodes (n0, n1, n2, n3), 2 on each",
         "TP groups: 4 of 2 ranks, all-reduce of 0.25 MiB right",
         "PP groups: 4 of 2 ranks",
@@ -282,7 +304,20 @@ def test_all_is_well(tmp_path: Path) -> None:
     ):
         assert line in report, report
     assert "slow node" not in report
-    assert (tmp_path / "exclude").read_text() == ""
+    assert exclude.read_text() == ""
+
+
+def test_the_command_in_the_note_seals_the_messages(tmp_path: Path) -> None:
+    from megatron.preflight.phases import UNSEALED
+
+    export, _, _ = UNSEALED.partition("them: ")[2].partition(" before srun")
+    shown = subprocess.run(["bash", "-c", f"{export}; env"], capture_output=True, text=True, check=True).stdout
+    (secret,) = re.findall(r"^NEOX_SECRET=([0-9a-f]{64})$", shown, re.M)
+    results = preflight(tmp_path, "all are alike", "--no-screen", environment=BETWEEN_NODES | {"NEOX_SECRET": secret})
+    report = failed_with(0, results)
+    assert "all is well" in report
+    assert "sealed" not in report
+    assert secret not in report
 
 
 ABSENT = [
