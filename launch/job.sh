@@ -29,7 +29,7 @@ stop() {
 
 last_save() { if [[ -n $save && -r $save/latest ]]; then cat "$save/latest"; else echo none; fi; }
 
-step='' warned='' cancelled='' why=''
+step='' step_since=0 warned='' cancelled='' why=''
 
 # No srun may outlive this script: a requeued job numbers its steps from 0 again, so that a leftover srun would end a
 # step of the next start. Linux kills srun at the moment this shell ends, even by SIGKILL; srun's helper process then
@@ -50,11 +50,14 @@ end_step() {
 trap end_step EXIT
 
 # Slurm warns only the batch shell (--signal=B:). srun passes the warning on to all ranks; it is repeated, because srun
-# may still be starting them. No TERM while they save: srun would kill them. Ranks that still run after three quarters
-# of the time will not save any more; the job then continues from the previous save.
+# may still be starting them. It would kill a rank in the milliseconds before the rank blocks it, and ranks start one
+# after the other: the first warning waits until srun is a twentieth of the time old. No TERM while they save: srun would
+# kill them. Ranks that still run after three quarters of the time will not save any more; the job then continues from
+# the previous save.
 remind() {
     local since=$SECONDS
     until [[ $(cat "/proc/$step/comm" 2>/dev/null || echo srun) == srun ]]; do sleep 0.1; done # before, USR1 would kill bash
+    while ((SECONDS - step_since < signal_seconds / 20)); do sleep 0.5; done
     while kill -USR1 "$step" 2>/dev/null; do
         sleep "$((signal_seconds < 40 ? (signal_seconds + 3) / 4 : 10))"
         if ((SECONDS - since > signal_seconds * 3 / 4)); then
@@ -101,8 +104,7 @@ run_here() {
     export TORCHINDUCTOR_CACHE_DIR="$here/cache/inductor-${SLURM_LOCALID:-0}"
     # Nothing here is compiled: without torch's compiler, which megatron-core would load, imports cost a third less.
     export TORCHDYNAMO_DISABLE="${TORCHDYNAMO_DISABLE:-1}"
-    # Slurm's warning would kill a starting rank: it stays pending until the program handles it.
-    exec env --block-signal=USR1 @PYTHON@
+    exec @PYTHON@
 }
 
 # Only this user may enter the folder: names in /tmp can be guessed, and an existing one may be somebody else's.
@@ -220,8 +222,8 @@ skip_step_numbers() {
 }
 
 # all_ranks MINUTES PROGRAM [ARGUMENT...]: one srun, ranks numbered node by node. 0 minutes: as long as the job.
-# Variables that differ between ranks (SLURM_PROCID, ...) are read in the rank; here they would be the batch shell's. A
-# warning that arrives while srun starts stays pending until srun handles it.
+# Variables that differ between ranks (SLURM_PROCID, ...) are read in the rank; here they would be the batch shell's.
+# Slurm's warning would kill a starting srun, and a starting rank: it stays pending until either handles it.
 all_ranks() {
     local minutes=$1
     shift
@@ -230,7 +232,7 @@ all_ranks() {
         --ntasks-per-node=@RANKS_PER_NODE@ --distribution=block \
 @SRUN@
         --time="$minutes" --kill-on-bad-exit=1 --export=ALL \
-        bash -c "$(declare -f here run_here); run_here \"\$@\"" rank "$@"
+        env --block-signal=USR1 bash -c "$(declare -f here run_here); run_here \"\$@\"" rank "$@"
 }
 
 # --- start or restart
@@ -286,7 +288,7 @@ export NEOX_STARTED
 exec 9> >(trap '' TERM && exec tee "$run/srun.err" >&2) # scancel must not cut off the ranks' last messages
 tee=$!
 all_ranks 0 train.py "${configuration[@]}" 2>&9 9>&- &
-step=$!
+step=$! step_since=$SECONDS
 exec 9>&-
 if [[ -n $warned ]]; then remind & fi
 while kill -0 "$step" 2>/dev/null; do wait "$step" || true; done

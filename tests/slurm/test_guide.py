@@ -36,7 +36,11 @@ def test_commands_of_the_guide(cluster: Cluster, tmp_path: Path, monkeypatch: py
     for command in [line for block in blocks for line in block.splitlines()]:
         words = shlex.split(command.replace("JOBID", job))
         if words[:2] == ["python", "launch/render.py"]:
-            more = ["--no-preflight", "--env=MASTER_ADDR=127.0.0.1"] if words[2] == "generic_slurm" else []
+            more = (
+                ["--no-preflight", "--env=MASTER_ADDR=127.0.0.1", "--signal-seconds=40"]
+                if words[2] == "generic_slurm"
+                else []
+            )
             assert main([*words[2:3], *more, *words[3:]], project=project) == 0, command
         elif words[:2] == ["python", "deepy.py"]:  # the plan itself is covered by the planner's tests
             invocation = parse_command_line(words[2:])

@@ -64,7 +64,7 @@ def until(cluster: Cluster, folder: Path, job: str, start: int, steps: int) -> s
 @pytest.mark.timeout(600)
 def test_a_night(cluster: Cluster, data: str, tmp_path: Path, uninterrupted: dict[int, float]) -> None:
     """A rank is killed, the time limit approaches, a node is lost; the fourth start ends like an uninterrupted run."""
-    script = rendered(tmp_path, ROOT, configs=configure(tmp_path, data))
+    script = rendered(tmp_path, ROOT, "--signal-seconds=60", configs=configure(tmp_path, data))
     job = cluster.submit(script, TMPDIR=str(tmp_path))
 
     step_names = [until(cluster, tmp_path, job, 1, 2)]
