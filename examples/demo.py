@@ -103,20 +103,21 @@ class Demo(Steps):
         )
 
     def deepy(self, script: str, *arguments: object) -> None:
-        paths = [] if str(self.out) == "demo_out" else self.moved_paths(script)
-        self.python("deepy.py", script, *CONFIGS, *paths, "--seq_length", LENGTH, *arguments)
+        self.python("deepy.py", script, *CONFIGS, *self.paths(script), "--seq_length", LENGTH, *arguments)
 
-    def moved_paths(self, script: str) -> list[str]:
-        """Options that move the paths of configs/tiny/run.yml from demo_out to this demo's folder."""
-        keys = ["vocab_file", "valid_data_paths", "train_data_paths"]
+    def paths(self, script: str) -> list[object]:
+        """Options that move the paths of configs/tiny/run.yml to this demo's folder."""
+        words: list[object] = []
+        if str(self.out) != "demo_out":
+            text = (ROOT / CONFIGS[1]).read_text()
+            for key in ("vocab_file", "valid_data_paths", "train_data_paths", "load"):
+                value = re.search(rf"^{key}: (.*)$", text, re.MULTILINE)
+                assert value is not None, f"{CONFIGS[1]} has no {key}"
+                if key != "load" or script == "train.py":
+                    words += [f"--{key}", value[1].replace("demo_out", str(self.out))]
         if script == "train.py":
-            keys += ["load", "save", "log_dir", "tensorboard_dir"]
-        text = (ROOT / CONFIGS[1]).read_text()
-        words = []
-        for key in keys:
-            value = re.search(rf"^{key}: (.*)$", text, re.MULTILINE)
-            assert value is not None, f"{CONFIGS[1]} has no {key}"
-            words += [f"--{key}", value[1].replace("demo_out", str(self.out))]
+            for key, name in (("save", "checkpoints"), ("log_dir", "logs"), ("tensorboard_dir", "tensorboard")):
+                words += [f"--{key}", self.out / name]
         return words
 
     def report(self) -> None:

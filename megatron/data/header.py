@@ -38,7 +38,7 @@ class ConversationCounts(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     records: int
-    shapes: dict[str, int]  # how they were understood
+    formats: dict[str, int]  # as which they were read
     dropped: dict[str, int]  # by the rule that left them out
     unknown_keys: dict[str, int]  # keys that were not understood, and how many records have them
     longer_than: dict[str, int]  # tokens of a sample -> conversations that do not fit

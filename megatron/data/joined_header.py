@@ -65,7 +65,7 @@ def _joined_chat(chats: Sequence[ChatInfo]) -> ChatInfo | None:
     if len(counts) == len(chats):
         joined = ConversationCounts(
             records=sum(count.records for count in counts),
-            shapes=_summed(count.shapes for count in counts),
+            formats=_summed(count.formats for count in counts),
             dropped=_summed(count.dropped for count in counts),
             unknown_keys=_summed(count.unknown_keys for count in counts),
             longer_than=_summed(count.longer_than for count in counts),

@@ -61,7 +61,7 @@ def test_the_table_at_the_end_and_in_inspect_data(
     assert 0 < long < 28
     assert rows == {
         "records read": "31",
-        "shape messages": "31",
+        "format messages": "31",
         "dropped: duplicate": "1",
         "dropped: nothing to learn": "2",
         "conversations written": "28",

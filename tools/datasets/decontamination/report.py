@@ -28,11 +28,12 @@ def summary_lines(job: SearchJob, result: Contamination) -> list[str]:
         lines.append(f"  other documents that reach it: {result.chosen.reached}")
     questions = job.index.questions
     lines.append(
-        f"{result.contaminated:,} of {result.documents:,} documents contain {len(result.found):,} of "
-        f"{len(questions):,} questions; {job.report}/contaminated.jsonl lists them"
+        f"documents with questions: {result.contaminated:,} of {result.documents:,}; questions found: "
+        f"{len(result.found):,} of {len(questions):,}; see {job.report}/contaminated.jsonl"
     )
     for number, count in sorted(result.found.items(), key=lambda item: (-item[1], item[0]))[:_SHOWN]:
-        lines.append(f"  {questions[number].name}: {count:,} documents, score up to {result.best[number]:.2f}")
+        where = "document" if count == 1 else "documents"
+        lines.append(f"  {questions[number].name}: in {count:,} {where}, highest score {result.best[number]:.2f}")
     if len(result.found) > _SHOWN:
         lines.append(f"  and {len(result.found) - _SHOWN:,} more questions")
     if job.index.unsearchable:

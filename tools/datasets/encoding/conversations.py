@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron.tokenizer.conversation import ChatError, Conversation, Message
 from megatron.tokenizer.turns import read_turn
-from tools.datasets.encoding.shapes import THINKING, shape_record
+from tools.datasets.encoding.record_formats import THINKING, recognize
 
 _EMPTY_TRACE = re.compile(r"\A\s*<think>\s*</think>\s*")
 _TRACE = re.compile(r"<think>.*\S.*", re.DOTALL)
@@ -19,10 +19,10 @@ _TRACE = re.compile(r"<think>.*\S.*", re.DOTALL)
 
 @dataclass(frozen=True)
 class ReadConversation:
-    """A conversation, the shape of its record, and the unknown keys of the record and its turns."""
+    """A conversation, the format of its record, and the unknown keys of the record and its turns."""
 
     conversation: Conversation
-    shape: str
+    format: str
     unknown: tuple[str, ...]
 
 
@@ -32,10 +32,10 @@ def read_conversation(record: Mapping[str, Any], thinking_prompt: bool = False) 
     With `thinking_prompt`, empty `<think></think>` pairs are removed from assistant turns, and a conversation without a
     system turn gets "detailed thinking on" if its answers have a trace, else "detailed thinking off".
     """
-    shaped = shape_record(record)
+    found = recognize(record)
     messages: list[Message] = []
-    unknown = dict.fromkeys(shaped.unknown)
-    for number, turn in enumerate(shaped.turns, start=1):
+    unknown = dict.fromkeys(found.unknown)
+    for number, turn in enumerate(found.turns, start=1):
         message, keys = read_turn(number, turn)
         messages.append(message)
         unknown |= dict.fromkeys(f"{key} (of a turn)" for key in keys)
@@ -55,8 +55,8 @@ def read_conversation(record: Mapping[str, Any], thinking_prompt: bool = False) 
         replace(m, waits_for_tool=m.role == "assistant" and (bool(m.calls) or after == "tool"))
         for m, after in zip(messages, following, strict=True)
     ]
-    conversation = Conversation(messages, shaped.tools, shaped.documents, shaped.template_arguments)
-    return ReadConversation(conversation, shaped.shape, tuple(unknown))
+    conversation = Conversation(messages, found.tools, found.documents, found.template_arguments)
+    return ReadConversation(conversation, found.format, tuple(unknown))
 
 
 def _check(messages: Sequence[Message]) -> None:

@@ -23,7 +23,7 @@ class SourceSummary:
         """(description, count) rows in the order of processing."""
         counts = self.counts
         rows = [("records read", f"{counts.records:,}")]
-        rows += [(f"shape {shape}", f"{count:,}") for shape, count in counts.shapes.items()]
+        rows += [(f"format {name}", f"{count:,}") for name, count in counts.formats.items()]
         rows += [(f"dropped: {rule}", f"{count:,}") for rule, count in counts.dropped.items()]
         unknown = list(counts.unknown_keys.items())
         rows += [(f"unknown key: {key}", f"{count:,}") for key, count in unknown[:MAX_KEYS]]

@@ -77,7 +77,7 @@ class RecordCounts:
     """Counts of the reader for one source."""
 
     records: int = 0
-    shapes: Counter[str] = field(default_factory=Counter)
+    formats: Counter[str] = field(default_factory=Counter)
     duplicates: int = 0
     unknown: Counter[str] = field(default_factory=Counter)
 
@@ -86,7 +86,7 @@ class RecordCounts:
         duplicates = {DUPLICATE: self.duplicates} if self.duplicates else {}
         return ConversationCounts(
             records=self.records,
-            shapes=dict(self.shapes),
+            formats=dict(self.formats),
             dropped={**duplicates, **state.dropped},
             unknown_keys=dict(self.unknown.most_common()),
             longer_than=dict(sorted(state.longer.items(), key=lambda pair: int(pair[0]))),
@@ -124,7 +124,7 @@ class ConversationBlocks:
             read = read_conversation(record, self.thinking_prompt)
         except (ChatError, RecordError) as error:
             return BadEntry(error.rule, f"{block.where(position)}: {error}")
-        counts.shapes[read.shape] += 1
+        counts.formats[read.format] += 1
         counts.unknown.update(read.unknown)
         key = digest(read.conversation.messages)
         if key in seen:

@@ -1,4 +1,4 @@
-"""preprocess_sft.py reads conversations in every common shape, and reports what it does not support."""
+"""preprocess_sft.py reads conversations in every common format, and reports what it does not support."""
 
 import json
 from pathlib import Path
@@ -209,15 +209,15 @@ def written(folder: Path, tokenizer: Tokenizer, number: int = 0) -> tuple[str, s
     return tokenizer.decode(ids.tolist()), tokenizer.decode(learned.tolist())
 
 
-def test_every_common_shape_is_understood(vocab_folder: Path, hf_tokenizer: Tokenizer, tmp_path: Path) -> None:
-    for name, (record, expected, shape) in UNDERSTOOD.items():
+def test_every_common_format_is_understood(vocab_folder: Path, hf_tokenizer: Tokenizer, tmp_path: Path) -> None:
+    for name, (record, expected, format_name) in UNDERSTOOD.items():
         folder = tmp_path / name
         folder.mkdir()
         source = write_records(folder / "in.jsonl", [record])
         assert preprocess_chats(vocab_folder, folder / "sft", f"a={source}") == 0, name
         assert written(folder, hf_tokenizer) == expected_text(expected), name
         header = json.loads((folder / "sft_a_document.json").read_text())
-        assert header["chat"]["counts"]["shapes"] == {shape: 1}, name
+        assert header["chat"]["counts"]["formats"] == {format_name: 1}, name
 
 
 GOOD = turns(QUESTION, ANSWER)
@@ -303,7 +303,7 @@ def test_unknown_keys_are_named_and_counted_once_per_source(
         ("a", "unknown key: score"): 5,
         ("a", "unknown key: emotion (of a turn)"): 3,
     }
-    assert rows["b", "shape alpaca"] == "1"
+    assert rows["b", "format alpaca"] == "1"
 
 
 def test_rows_of_parquet_are_the_records_that_they_were_made_of(

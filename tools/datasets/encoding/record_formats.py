@@ -1,6 +1,6 @@
-"""The shapes of conversations in data sets: which fields of a record are turns, and what the others mean.
+"""The formats of conversations in data sets: which fields of a record are turns, and what the others mean.
 
-| shape | fields |
+| format | fields |
 |---|---|
 | messages | `messages` (or `conversation`, `dialogue`, `dialog`, `turns`) with role and content, or in pairs: OpenAI |
 | sharegpt | `conversations` with from and value: ShareGPT, OpenHermes 2.5 |
@@ -44,10 +44,10 @@ _REFUSED = {
 
 
 @dataclass
-class Shaped:
+class Recognized:
     """The turns of a record as stored, and the meaning of its other fields. `unknown` lists unrecognized keys."""
 
-    shape: str
+    format: str
     turns: list[Any]
     tools: list[dict[str, Any]] | None = None
     documents: list[dict[str, Any]] | None = None
@@ -81,8 +81,8 @@ class RecordFields:
         return values[0] if values else None
 
 
-def shape_record(record: Mapping[str, Any]) -> Shaped:
-    """Find the shape of a record. ChatError if it has none, or has fields that cannot be respected."""
+def recognize(record: Mapping[str, Any]) -> Recognized:
+    """Find the format of a record. ChatError if it has none, or has fields that cannot be respected."""
     fields = RecordFields(record)
     for key, reason in _REFUSED.items():
         if fields.take(key) not in (None, "", [], {}):
@@ -93,36 +93,36 @@ def shape_record(record: Mapping[str, Any]) -> Shaped:
                 f"{key!r} of a whole record is not supported; remove the record, or set the key in its turns",
                 f"key {key}",
             )
-    shaped = _shape(fields)
-    _say_more(fields, shaped)
+    found = _recognize(fields)
+    _say_more(fields, found)
     for key, value in fields.left.items():
         # Numbers and texts next to a conversation are mostly metadata, such as used_in_training: yes.
         looks = looks_like(key, value) if isinstance(value, (bool, list, dict)) or key.startswith("sys") else None
         if looks is not None:
             raise ChatError(f"{key!r} is not known, and looks like {looks}; or take it out", f"key {key}")
-    shaped.unknown += fields.left
-    return shaped
+    found.unknown += fields.left
+    return found
 
 
-def _shape(fields: RecordFields) -> Shaped:
+def _recognize(fields: RecordFields) -> Recognized:
     if any(key in fields for key in _LISTS):
         return _list_of_turns(fields)
     if "instruction" in fields:
         return _alpaca(fields)
     if "input" in fields and "output" in fields:
-        return Shaped("nemotron", [*_turns_or_text("input", fields.take("input"), "user"), *_answer(fields)])
+        return Recognized("nemotron", [*_turns_or_text("input", fields.take("input"), "user"), *_answer(fields)])
     if "prompt" in fields:
         prompt = [*_history(fields), *_turns_or_text("prompt", fields.take("prompt"), "user")]
         if isinstance(fields.left.get("label"), bool):
             raise ChatError("'label' rates the completion: this is data for preference training", "key label")
-        return Shaped("prompt", [*prompt, *_answer(fields)])
+        return Recognized("prompt", [*prompt, *_answer(fields)])
     if any(key in fields for key in _QUESTIONS):
         question = _turn("user", fields.take(*_QUESTIONS))
-        return Shaped("question", [*_history(fields), question, *_answer(fields)])
+        return Recognized("question", [*_history(fields), question, *_answer(fields)])
     texts = fields.left.get("data")
     if isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts):
         fields.take("data")
-        return Shaped("texts", [_turn(("user", "assistant")[i % 2], text) for i, text in enumerate(texts)])
+        return Recognized("texts", [_turn(("user", "assistant")[i % 2], text) for i, text in enumerate(texts)])
     raise ChatError(
         f"no conversation: expected messages, conversations, instruction and output, input and output, prompt and "
         f"completion, or question and answer; the fields are {', '.join(fields.all[:8]) or 'none'}",
@@ -130,7 +130,7 @@ def _shape(fields: RecordFields) -> Shaped:
     )
 
 
-def _list_of_turns(fields: RecordFields) -> Shaped:
+def _list_of_turns(fields: RecordFields) -> Recognized:
     name = next(key for key in _LISTS if key in fields)
     turns = _parsed(name, fields.take(*_LISTS))
     if isinstance(turns, dict) and turns and all(isinstance(column, list) for column in turns.values()):
@@ -139,7 +139,7 @@ def _list_of_turns(fields: RecordFields) -> Shaped:
         raise ChatError(f"field {name!r} is not a list but {type(turns).__name__}", "not a list")
     turns = [turn for item in turns for turn in _pair(item)]
     share_gpt = bool(turns) and isinstance(turns[0], dict) and "from" in turns[0]
-    return Shaped("sharegpt" if share_gpt else "messages", turns)
+    return Recognized("sharegpt" if share_gpt else "messages", turns)
 
 
 def _rows(name: str, columns: dict[str, list[Any]]) -> list[dict[str, Any]]:
@@ -158,12 +158,12 @@ def _pair(item: Any) -> list[Any]:
     return [item]
 
 
-def _alpaca(fields: RecordFields) -> Shaped:
+def _alpaca(fields: RecordFields) -> Recognized:
     asked = [fields.take("instruction"), fields.take("input", "context")]
     if not all(isinstance(text, str) for text in asked if text is not None):
         raise ChatError("'instruction' or 'input' is not text", "content is not text")
     question = "\n".join(text for text in asked if text and text.strip())
-    return Shaped("alpaca", [*_history(fields), _turn("user", question), *_answer(fields)])
+    return Recognized("alpaca", [*_history(fields), _turn("user", question), *_answer(fields)])
 
 
 def _history(fields: RecordFields) -> list[Any]:
@@ -203,8 +203,8 @@ def _answer(fields: RecordFields) -> list[Any]:
     return turns
 
 
-def _say_more(fields: RecordFields, shaped: Shaped) -> None:
-    """System prompt, tools, documents and arguments of the template: fields that may accompany any shape."""
+def _say_more(fields: RecordFields, found: Recognized) -> None:
+    """System prompt, tools, documents and arguments of the template: fields that may accompany any format."""
     system = fields.take(*_SYSTEM)
     reasoning = fields.left.get("reasoning")
     if reasoning in ("on", "off", True, False):
@@ -215,7 +215,7 @@ def _say_more(fields: RecordFields, shaped: Shaped) -> None:
     if system is not None and not isinstance(system, str):
         raise ChatError(f"the system prompt is not text but {type(system).__name__}", "content is not text")
     if system:
-        _put_system(shaped.turns, system, asked=reasoning not in ("on", "off", True, False))
+        _put_system(found.turns, system, asked=reasoning not in ("on", "off", True, False))
     tools = _parsed("tools", fields.take("tools"))
     functions = _parsed("functions", fields.take("functions"))
     if functions:
@@ -223,15 +223,15 @@ def _say_more(fields: RecordFields, shaped: Shaped) -> None:
             raise ChatError("tools and functions; keep one", "two keys for one thing")
         tools = [{"type": "function", "function": function} for function in _objects("functions", functions)]
     if tools not in (None, ""):
-        shaped.tools = _objects("tools", tools)
+        found.tools = _objects("tools", tools)
     documents = _parsed("documents", fields.take("documents"))
     if documents not in (None, ""):
-        shaped.documents = _objects("documents", documents)
+        found.documents = _objects("documents", documents)
     arguments = _parsed("chat_template_kwargs", fields.take("chat_template_kwargs"))
     if arguments:
         if not isinstance(arguments, dict):
             raise ChatError("'chat_template_kwargs' is not an object", "not an object")
-        shaped.template_arguments = arguments
+        found.template_arguments = arguments
 
 
 def _put_system(turns: list[Any], system: str, asked: bool) -> None:
