@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from types import FrameType
@@ -99,11 +100,12 @@ def supervise(
     *,
     with_input: bool = False,
     interrupt: signal.Signals = signal.SIGINT,
+    repeat_warning: float | None = None,
 ) -> int:
     """Run `command` in its own session, forward signals, end all its processes; returns its exit code.
 
     It reads from the terminal only `with_input`. Ctrl-C is forwarded as `interrupt`. SIGUSR1 may be blocked by the
-    caller; `command` inherits that.
+    caller; `command` inherits that. It is forwarded again every `repeat_warning` seconds, if given.
     """
     # In its own session, so that the terminal's Ctrl-C reaches only deepy.py, which ends the ranks in order. Even if
     # deepy.py is killed, `command` ends: an srun that outlives a requeued job would end a step of its next start.
@@ -123,14 +125,29 @@ def supervise(
         process.send_signal(interrupt if number == signal.SIGINT else signal.SIGTERM)
         signal.setitimer(signal.ITIMER_REAL, GRACE_SECONDS + 5)
 
+    warned, ended = False, threading.Event()
+
+    def warn(number: int, frame: FrameType | None) -> None:
+        nonlocal warned
+        process.send_signal(number)
+        if repeat_warning is not None and not warned:
+            threading.Thread(target=warn_again, args=(repeat_warning,), daemon=True).start()
+        warned = True
+
+    def warn_again(seconds: float) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # deepy.py's are for its main thread
+        while not ended.wait(seconds):
+            process.send_signal(signal.SIGUSR1)
+
     handled = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     previous = {number: signal.signal(number, forward) for number in handled}
-    previous[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, lambda number, frame: process.send_signal(number))
+    previous[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, warn)
     previous[signal.SIGALRM] = signal.signal(signal.SIGALRM, lambda number, frame: kill_group(process.pid))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
     try:
         code = process.wait()
     finally:
+        ended.set()
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in previous.items():

@@ -18,6 +18,8 @@ from megatron.parallel.handover import write_handover
 from megatron.parallel.rank_env import in_step
 from megatron.supervision.failures import recorded_code
 
+REPEAT_WARNING_SECONDS = 10.0
+
 
 def in_allocation(env: Mapping[str, str]) -> bool:
     """Whether this process runs inside a Slurm job, in its batch script or a shell, and can call srun."""
@@ -105,8 +107,15 @@ def start_by_srun(script: Path, args: NeoXArgs) -> int:
         words, env = [*command, *python, "--neox-args", str(handover)], rank_environment(args)
         for name in [name for name in env if inside and name.startswith("SLURM_CPU_BIND")]:
             del env[name]  # would bind the ranks to the cores of this shell's step, which is one task
-        # On Ctrl-C srun only asks for a second one; on SIGTERM it ends the ranks.
-        code = supervise(words, env, with_input=reads_input(args), interrupt=signal.SIGTERM)
+        # On Ctrl-C srun only asks for a second one; on SIGTERM it ends the ranks. It drops a warning for ranks that it
+        # has not started yet.
+        code = supervise(
+            words,
+            env,
+            with_input=reads_input(args),
+            interrupt=signal.SIGTERM,
+            repeat_warning=REPEAT_WARNING_SECONDS,
+        )
         # srun returns the highest code of all tasks, often that of a rank that it killed after another had failed.
         code = code and (recorded_code(folder) or code)
         say_end(folder, code)

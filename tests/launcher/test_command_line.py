@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import time
@@ -176,6 +177,45 @@ def test_only_interactive_programs_get_standard_input(kind: str, shown: str) -> 
     )
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, input="typed", capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (0, shown)
+
+
+LISTENER = """
+import signal, sys, time
+from pathlib import Path
+
+def count(number, frame):
+    heard.append(number)
+    if len(heard) == 3:
+        sys.exit(75)
+
+heard = []
+signal.signal(signal.SIGUSR1, count)
+signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
+Path(sys.argv[1]).touch()
+while True:
+    time.sleep(0.05)
+"""
+
+
+def test_one_warning_is_repeated_for_an_srun_that_drops_it(tmp_path: Path) -> None:
+    listens = tmp_path / "listens"
+    program = (
+        "import os, signal, sys\nfrom megatron.launcher.local import supervise\n"
+        "signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})\n"
+        "code = supervise(sys.argv[1:], dict(os.environ), repeat_warning=0.3)\nsys.exit(code)"
+    )
+    words = [sys.executable, "-c", program, sys.executable, "-c", LISTENER, str(listens)]
+    deepy = subprocess.Popen(words, cwd=ROOT)
+    try:
+        deadline = time.monotonic() + 60
+        while not listens.exists():
+            assert deepy.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        deepy.send_signal(signal.SIGUSR1)
+        assert deepy.wait(timeout=60) == 75
+    finally:
+        deepy.kill()
 
 
 def test_children_of_deepy_end_with_it_even_if_it_is_killed(tmp_path: Path) -> None:
