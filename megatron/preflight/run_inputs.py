@@ -126,8 +126,10 @@ def _tokenizer_and_data(args: NeoXArgs) -> Iterator[str]:
 def _images(args: NeoXArgs) -> Iterator[str]:
     from megatron.data.images import check_images
 
-    completed = [(args.completion.path, None)] if args.task == "generate" and args.completion.path else []
-    for prefix, _ in completed or _prefixes(args):
+    if args.task == "embed":
+        return  # reads embed.input alone
+    completed = [args.completion.path] if args.task == "generate" and args.completion.path else []
+    for prefix in completed or [prefix for prefix, _ in _prefixes(args)]:
         try:
             check_images(prefix, args, with_length=not completed)
         except (UserError, OSError) as error:

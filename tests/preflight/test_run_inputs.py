@@ -1,4 +1,4 @@
-"""The disk space that a run needs, in every precision."""
+"""What a run needs to start: disk space in every precision, and no data that it does not read."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 from megatron.neox_arguments import NeoXArgs
 from megatron.preflight.run_inputs import input_problems
 from tests.support.configurations import keys
+from tests.support.made_images import blobs, import_archive
 
 pytestmark = pytest.mark.unit
 
@@ -27,3 +28,22 @@ def test_a_checkpoint_has_to_find_room(
         assert bool(found) is said
         if said:
             assert f"one checkpoint of this model needs {needed / 1e9:,.3g} GB" in found[0]
+
+
+TEXT_KEYS = ("vocab_file", "vocab_size", "make_vocab_size_divisible_by", "no_weight_tying")
+
+
+def test_vectors_of_images_need_no_validation_data(tmp_path: Path) -> None:
+    images = import_archive(tmp_path, "a", blobs(4, 16))
+    absent = str(tmp_path / "absent")
+    settings = keys(
+        **dict.fromkeys(TEXT_KEYS),
+        modality="patches",
+        patches={"size": 8, "normalise": "patch"},
+        seq_length=3,
+        valid_data_paths=[absent],
+        embed={"input": images, "output": str(tmp_path / "vectors.npy")},
+    )
+    assert input_problems(NeoXArgs.from_dict(settings, task="embed")) == []
+    (problem,) = input_problems(NeoXArgs.from_dict(settings | {"embed": {"input": absent}}, task="embed"))
+    assert absent in problem
