@@ -38,7 +38,7 @@ class ConversationCounts(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     records: int
-    formats: dict[str, int]  # as which they were read
+    formats: dict[str, int]  # records by the format they were read as
     dropped: dict[str, int]  # by the rule that left them out
     unknown_keys: dict[str, int]  # keys that were not understood, and how many records have them
     longer_than: dict[str, int]  # tokens of a sample -> conversations that do not fit
