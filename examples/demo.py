@@ -105,19 +105,20 @@ class Demo(Steps):
     def deepy(self, script: str, *arguments: object) -> None:
         self.python("deepy.py", script, *CONFIGS, *self.paths(script), "--seq_length", LENGTH, *arguments)
 
-    def paths(self, script: str) -> list[object]:
+    def paths(self, script: str) -> list[str]:
         """Options that move the paths of configs/tiny/run.yml to this demo's folder."""
-        words: list[object] = []
-        if str(self.out) != "demo_out":
-            text = (ROOT / CONFIGS[1]).read_text()
-            for key in ("vocab_file", "valid_data_paths", "train_data_paths", "load"):
-                value = re.search(rf"^{key}: (.*)$", text, re.MULTILINE)
-                assert value is not None, f"{CONFIGS[1]} has no {key}"
-                if key != "load" or script == "train.py":
-                    words += [f"--{key}", value[1].replace("demo_out", str(self.out))]
+        inputs, words = ["vocab_file", "valid_data_paths", "train_data_paths"], []
         if script == "train.py":
+            inputs.append("load")
             for key, name in (("save", "checkpoints"), ("log_dir", "logs"), ("tensorboard_dir", "tensorboard")):
-                words += [f"--{key}", self.out / name]
+                words += [f"--{key}", str(self.out / name)]
+        if str(self.out) == "demo_out":  # the configuration's own inputs
+            return words
+        text = (ROOT / CONFIGS[1]).read_text()
+        for key in inputs:
+            value = re.search(rf"^{key}: (.*)$", text, re.MULTILINE)
+            assert value is not None, f"{CONFIGS[1]} has no {key}"
+            words += [f"--{key}", value[1].replace("demo_out", str(self.out))]
         return words
 
     def report(self) -> None:

@@ -105,7 +105,7 @@ def _tokenizer_and_data(args: NeoXArgs) -> Iterator[str]:
                 )
         else:
             yield f"vocab_file: {args.vocab_file} is not there; give the tokenizer's file, or its folder"
-    if args.task in ("generate", "mcq", "embed") or (args.task == "eval" and (args.eval_tasks or args.eval_documents)):
+    if not _reads_sources(args):
         return
     from megatron.data.header import check_header, read_header
     from megatron.data.indexed import open_indexed
@@ -123,15 +123,19 @@ def _tokenizer_and_data(args: NeoXArgs) -> Iterator[str]:
             yield one_line(error)
 
 
+def _reads_sources(args: NeoXArgs) -> bool:
+    """Whether the program reads the run's data; the inputs of the others are checked by functions of their own."""
+    if args.task in ("generate", "mcq", "embed"):
+        return False
+    return not (args.task == "eval" and (args.eval_tasks or args.eval_documents))
+
+
 def _images(args: NeoXArgs) -> Iterator[str]:
     from megatron.data.images import check_images
 
-    if args.task == "embed":
-        return  # reads embed.input alone
-    completed = [args.completion.path] if args.task == "generate" and args.completion.path else []
-    for prefix in completed or [prefix for prefix, _ in _prefixes(args)]:
+    for prefix, _ in _prefixes(args) if _reads_sources(args) else ():
         try:
-            check_images(prefix, args, with_length=not completed)
+            check_images(prefix, args)
         except (UserError, OSError) as error:
             yield one_line(error)
 
@@ -195,6 +199,11 @@ def _log_folders(args: NeoXArgs) -> Iterator[str]:
 def _prompts(args: NeoXArgs) -> Iterator[str]:
     if args.sample_input_file is not None and not Path(args.sample_input_file).is_file():
         yield f"sample_input_file: {args.sample_input_file} is not there"
+    if args.reads_images:
+        from megatron.data.images import check_images
+
+        assert args.completion.path is not None  # the rule continued_images_are_given
+        check_images(args.completion.path, args, with_length=False)
 
 
 def _questions(args: NeoXArgs) -> Iterator[str]:

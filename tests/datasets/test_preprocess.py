@@ -5,7 +5,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pyarrow
@@ -19,6 +18,7 @@ from megatron.tokenizer import Tokenizer, build_tokenizer
 from tests.support.data_commands import preprocess
 from tests.support.text_files import BAD_LINES, file_digests, write_texts
 from tests.support.vocabulary import real_texts
+from tests.support.waiting import wait_until
 from tools.datasets.encoding import records
 
 pytestmark = pytest.mark.unit
@@ -95,11 +95,7 @@ def test_a_killed_run_goes_on(vocab_folder: Path, tmp_path: Path, monkeypatch: p
     arguments += ["--tokenizer-type", "HFTokenizer", "--vocab-file", str(vocab_folder)]
     process = subprocess.Popen([sys.executable, "-c", code, *arguments], cwd=ROOT)
     journal = tmp_path / "b" / "out.partial.json"
-    deadline = time.monotonic() + 60
-    while not (journal.exists() and json.loads(journal.read_text())["blocks"] == 3):
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.02)
+    wait_until(lambda: journal.exists() and json.loads(journal.read_text())["blocks"] == 3, "three blocks", 60, process)
     process.send_signal(signal.SIGKILL)
     process.wait()
     partial = tmp_path / "b" / "out_text_document.partial.bin"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from megatron.launcher.local import rank_environment, reads_input, uses_fork
 from megatron.launcher.slurm import hosts_of, srun_command
 from megatron.neox_arguments import NeoXArgs
 from tests.support.configurations import VALID, keys
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.unit
 
@@ -207,11 +207,7 @@ def test_one_warning_is_repeated_for_an_srun_that_drops_it(tmp_path: Path) -> No
     words = [sys.executable, "-c", program, sys.executable, "-c", LISTENER, str(listens)]
     deepy = subprocess.Popen(words, cwd=ROOT)
     try:
-        deadline = time.monotonic() + 60
-        while not listens.exists():
-            assert deepy.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        wait_until(listens.exists, "the listener", 60, deepy)
         deepy.send_signal(signal.SIGUSR1)
         assert deepy.wait(timeout=60) == 75
     finally:
@@ -225,16 +221,11 @@ def test_children_of_deepy_end_with_it_even_if_it_is_killed(tmp_path: Path) -> N
     program = f"import os\nfrom megatron.launcher.local import supervise\nsupervise({child!r}, dict(os.environ))"
     deepy = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)
     try:
-        deadline = time.monotonic() + 60
-        while not started.exists():
-            assert deepy.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        wait_until(started.exists, "the child", 60, deepy)
         pid = int(started.read_text())
         deepy.kill()
         deepy.wait()
-        while Path(f"/proc/{pid}").exists() and "sleep" in Path(f"/proc/{pid}/comm").read_text():
-            assert time.monotonic() < deadline + 30, "the child still runs"
-            time.sleep(0.02)
+        name = Path(f"/proc/{pid}/comm")
+        wait_until(lambda: not name.exists() or "sleep" not in name.read_text(), "the child's end", 30)
     finally:
         deepy.kill()

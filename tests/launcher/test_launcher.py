@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import yaml
 from megatron.neox_arguments import NeoXArgs
 from tests.support.configurations import VALID, keys
 from tests.support.ranks import run_ranks
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.distributed
 
@@ -151,20 +151,19 @@ def test_no_rank_outlives_deepy(tmp_path: Path, launcher: str, deadly: signal.Si
     words, env = prepare(tmp_path, launcher=launcher), os.environ | {"MODE": "sleep"}
     process = subprocess.Popen(words, stdout=log, stderr=log, cwd=tmp_path, env=env)
     try:
-        deadline = time.monotonic() + 150
         files = [tmp_path / str(rank) for rank in range(2)]
-        while not all(file.exists() and file.read_text() for file in files):
-            assert process.poll() is None, (tmp_path / "output").read_text()
-            assert time.monotonic() < deadline, "the ranks did not start"
-            time.sleep(0.1)
+        wait_until(
+            lambda: all(file.exists() and file.read_text() for file in files),
+            "the ranks",
+            150,
+            process,
+            (tmp_path / "output").read_text,
+        )
         pids = [int(file.read_text()) for file in files]
         assert all(map(_alive, pids))
         process.send_signal(deadly)
         assert process.wait(timeout=60) == code
-        deadline = time.monotonic() + 60
-        while any(map(_alive, pids)):
-            assert time.monotonic() < deadline, f"ranks still run: {pids}"
-            time.sleep(0.1)
+        wait_until(lambda: not any(map(_alive, pids)), f"the end of the ranks {pids}", 60)
     finally:
         process.kill()
     assert "Traceback" not in (tmp_path / "output").read_text()

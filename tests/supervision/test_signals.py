@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from megatron.common.processes import children
 from megatron.supervision.failures import REQUEUE
 from tests.support.deepy_runs import CASE, ROOT, losses, saving_at_the_end, write_run
 from tests.support.token_files import random_documents
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.distributed
 
@@ -58,11 +58,8 @@ def interrupt(
     log = (folder / "stderr").open("w+")
     process = subprocess.Popen(words, cwd=folder, stdout=subprocess.DEVNULL, stderr=log)
     try:
-        deadline = time.monotonic() + 200
-        while len(losses(folder)) < steps:
-            assert process.poll() is None, (folder / "stderr").read_text()
-            assert time.monotonic() < deadline, "the run did not start"
-            time.sleep(0.02)
+        errors = (folder / "stderr").read_text
+        wait_until(lambda: len(losses(folder)) >= steps, f"{steps} steps", 200, process, errors)
         os.kill(whom(process.pid), number)
         code = process.wait(timeout=100)
     finally:

@@ -23,6 +23,7 @@ from megatron.supervision.failures import LOST
 from tests.support.deepy_runs import CASE, ROOT, write_run
 from tests.support.ranks import run_ranks
 from tests.support.token_files import random_documents
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.distributed
 
@@ -65,11 +66,7 @@ class Run:
         env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         words = [sys.executable, str(ROOT / "deepy.py"), str(self.script), str(self.folder / "run.yml")]
         self.process = subprocess.Popen(words, cwd=self.folder, env=env, stdout=subprocess.DEVNULL, stderr=self.stderr)
-        deadline = time.monotonic() + 200
-        while self.metrics().count("train/lm_loss") < 3:
-            assert self.process.poll() is None, self.errors()
-            assert time.monotonic() < deadline, "the run did not start"
-            time.sleep(0.05)
+        wait_until(lambda: self.metrics().count("train/lm_loss") >= 3, "three steps", 200, self.process, self.errors)
 
     def metrics(self) -> str:
         path = self.folder / "log/metrics.jsonl"
@@ -129,11 +126,13 @@ def test_a_job_that_is_suspended_as_a_whole_goes_on(started: Any) -> None:
             os.kill(pid, number)
         time.sleep(seconds)  # longer than heartbeat_timeout_seconds, 2
     before = run.metrics().count("train/lm_loss")
-    deadline = time.monotonic() + BOUND_SECONDS
-    while run.metrics().count("train/lm_loss") == before:
-        assert run.process.poll() is None, run.errors()
-        assert time.monotonic() < deadline, "no step after the resume"
-        time.sleep(0.05)
+    wait_until(
+        lambda: run.metrics().count("train/lm_loss") > before,
+        "a step after the resume",
+        BOUND_SECONDS,
+        run.process,
+        run.errors,
+    )
 
 
 @pytest.mark.parametrize("launcher", ["fork", "torchrun"])

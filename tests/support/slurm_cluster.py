@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron.common.processes import die_with_parent
+from tests.support.waiting import wait_until
 
 DAEMONS = ("munged", "slurmctld", "slurmd")
 PROGRAMS = (*DAEMONS, "sbatch", "srun", "salloc", "sbcast", "scontrol", "sinfo", "squeue", "scancel")
@@ -267,11 +268,7 @@ class Cluster:
             self.run("scontrol", "update", f"NodeName={name}", "State=DOWN", "Reason=Not responding")
 
     def until(self, condition: Callable[[], bool], what: str, timeout: float) -> None:
-        deadline = time.monotonic() + timeout
-        while not condition():
-            if time.monotonic() > deadline:
-                raise AssertionError(f"waited {timeout:.0f} s for {what}\n{self.logs()}")
-            time.sleep(0.1)
+        wait_until(condition, what, timeout, output=self.logs, every=0.1)
 
     def logs(self, names: Sequence[str] = ("munged", "slurmctld", "n0")) -> str:
         texts = []
