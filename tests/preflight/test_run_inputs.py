@@ -47,3 +47,20 @@ def test_vectors_of_images_need_no_validation_data(tmp_path: Path) -> None:
     assert input_problems(NeoXArgs.from_dict(settings, task="embed")) == []
     (problem,) = input_problems(NeoXArgs.from_dict(settings | {"embed": {"input": absent}}, task="embed"))
     assert absent in problem
+
+
+def test_the_images_to_continue_are_looked_at_but_no_others(tmp_path: Path) -> None:
+    images, absent = import_archive(tmp_path, "a", blobs(4, 16)), str(tmp_path / "absent")
+    settings = keys(
+        **dict.fromkeys((*TEXT_KEYS, "from_scratch")),
+        modality="patches",
+        patches={"size": 8, "normalise": "patch"},
+        seq_length=3,
+        valid_data_paths=[absent],
+        load=str(tmp_path / "nowhere"),
+    )
+    for path, named in ((images, 0), (absent, 1)):
+        found = input_problems(NeoXArgs.from_dict(settings | {"completion": {"path": path}}, task="generate"))
+        assert sum("nowhere" in problem for problem in found) == 1
+        assert sum(absent in problem for problem in found) == named
+        assert len(found) == 1 + named
