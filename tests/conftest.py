@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 from collections.abc import Iterator
@@ -38,6 +39,11 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> LoadFileS
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run Slurm tests first: they take longest and mostly wait. Run unit tests last: small files keep workers busy."""
     items.sort(key=lambda item: (item.path.parent.name != "slurm", item.get_closest_marker("unit") is not None))
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported, and 4,000 items, out of later garbage collections."""
+    gc.freeze()
 
 
 @pytest.fixture

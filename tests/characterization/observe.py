@@ -69,15 +69,31 @@ def printed_configurations() -> dict[str, Any]:
     sets = {name: [configs / file for file in files] for name, files in RUNS.items()}
     shipped = [*configs.rglob("*.yml"), *(ROOT / "examples/astrosage").glob("*.yml")]
     sets |= {str(path.relative_to(ROOT)): [path] for path in sorted(shipped) if path.name != "rules.yml"}
-    return {name: printed_configuration(files) for name, files in sets.items()}
-
-
-def printed_configuration(files: list[Path]) -> dict[str, Any] | int:
     # `precision: auto` depends on the CPU.
-    done = command(ROOT / "deepy.py", "train.py", *files, "--precision", "bfloat16", "--print-config")
-    if done.returncode:
-        return done.returncode
-    return {key: value for part in yaml.safe_load_all(done.stdout) for key, value in (part or {}).items()}
+    options = ("--precision", "bfloat16", "--print-config")
+    words = [["train.py", *map(str, files), *options] for files in sets.values()]
+    ended = json.loads(succeed("-c", MANY, ROOT / "deepy.py", json.dumps(words)))
+    return {name: code or printed_configuration(text) for name, (code, text) in zip(sets, ended, strict=True)}
+
+
+# deepy.py once for each list of arguments, in one process: most of its time is imports. Prints exit codes and outputs.
+MANY = """
+import contextlib, io, json, runpy, sys
+deepy, runs, ended = sys.argv[1], json.loads(sys.argv[2]), []
+for words in runs:
+    sys.argv[1:], printed, code = words, io.StringIO(), 0
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
+        try:
+            runpy.run_path(deepy, run_name="__main__")
+        except SystemExit as end:
+            code = end.code
+    ended.append((code, printed.getvalue()))
+print(json.dumps(ended))
+"""
+
+
+def printed_configuration(text: str) -> dict[str, Any]:
+    return {key: value for part in yaml.safe_load_all(text) for key, value in (part or {}).items()}
 
 
 def plan_of_the_70b() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The 70B run's model at all 64 (pipe, tensor) coordinates of 2,048 ranks, without allocating weights."""
+"""The 70B run's model at all 64 (pipe, tensor) coordinates, without allocating weights."""
 
 from __future__ import annotations
 
@@ -68,7 +68,8 @@ def _stage_parameters(rank: int, world_size: int, config: str, tp: int, pp: int,
 @pytest.mark.parametrize(
     ("config", "split", "parameters"),
     [
-        ("llama31_70b", (8, 8, 32), 70_553_706_496),
+        pytest.param("llama31_70b", (8, 8, 32), 70_553_706_496, marks=pytest.mark.slow),  # groups of 2,048 ranks
+        ("llama31_70b", (8, 8, 2), 70_553_706_496),
         ("llama31_8b", (8, 2, 4), 8_030_261_248),
         ("llama32_1b", (4, 2, 1), 1_235_814_400),
     ],

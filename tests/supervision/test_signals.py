@@ -21,7 +21,7 @@ from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.distributed
 
-STEPS = 300  # more than six runs complete before their signal arrives
+STEPS = 200  # more than three runs complete before their signal arrives
 
 
 @pytest.fixture(scope="module")
@@ -67,23 +67,27 @@ def interrupt(
     return code, (folder / "stderr").read_text()
 
 
-SIGNALS: list[tuple[str, Callable[[int], int], signal.Signals, dict[str, Any]]] = [
+Stop = tuple[str, Callable[[int], int], signal.Signals, dict[str, Any]]
+STOPS: list[Stop] = [
     ("USR1 to one rank", one_rank, signal.SIGUSR1, {}),
-    ("TERM to one rank", one_rank, signal.SIGTERM, {}),
-    ("USR1 to deepy", lambda deepy: deepy, signal.SIGUSR1, {}),
     ("ctrl-C", lambda deepy: deepy, signal.SIGINT, {}),
     ("USR1 under torchrun", lambda deepy: deepy, signal.SIGUSR1, {"launcher": "torchrun"}),
+]
+MORE_STOPS: list[Stop] = [
+    ("TERM to one rank", one_rank, signal.SIGTERM, {}),
+    ("USR1 to deepy", lambda deepy: deepy, signal.SIGUSR1, {}),
     ("TERM under torchrun", lambda deepy: deepy, signal.SIGTERM, {"launcher": "torchrun"}),
 ]
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.parametrize("stops", [STOPS, pytest.param(MORE_STOPS, marks=pytest.mark.slow)], ids=["some", "others"])
 def test_every_signal_saves_and_the_same_command_goes_on(
-    data: str, tmp_path: Path, uninterrupted: dict[int, float]
+    data: str, tmp_path: Path, uninterrupted: dict[int, float], stops: list[Stop]
 ) -> None:
     """A chain of runs, each stopped long before the only save point, repeats and omits no step."""
     saved: list[int] = []
-    for name, whom, number, changes in SIGNALS:
+    for name, whom, number, changes in stops:
         before = len(losses(tmp_path))
         code, errors = interrupt(command(data, tmp_path, **changes), tmp_path, whom, number, steps=before + 2)
         assert code == REQUEUE, (name, errors)

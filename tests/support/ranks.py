@@ -183,15 +183,17 @@ def _serve_one(request: tuple) -> list[tuple[int, str, bytes]]:
 def _serve() -> None:
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # output of imports must not mix with the replies
+    from megatron.common.imports import slow_imports
     from megatron.launcher.fork import preload
 
-    preload()
-    import deepspeed
-    import deepspeed.module_inject.auto_ep_layer  # an engine's start imports it
-    from transformers import LlamaForCausalLM  # noqa: F401
+    with slow_imports():
+        preload()
+        import deepspeed
+        import deepspeed.module_inject.auto_ep_layer  # an engine's start imports it
+        from transformers import LlamaForCausalLM  # noqa: F401
 
-    import megatron.engine.mcore
-    import megatron.trainer.run  # noqa: F401
+        import megatron.engine.mcore
+        import megatron.trainer.run  # noqa: F401
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # 46 s of C++ for gloo ranks that do not need it
     while True:

@@ -2,10 +2,13 @@
 
 import signal
 
+from megatron.common.imports import slow_imports
+
 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # Slurm's warning stays pending until it is handled
 
-from megatron.launcher.rank_main import run  # noqa: E402
-from megatron.trainer.run import train  # noqa: E402
+with slow_imports():
+    from megatron.launcher.rank_main import run
+    from megatron.trainer.run import train
 
 
 def main() -> None:

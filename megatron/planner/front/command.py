@@ -8,6 +8,7 @@ import sys
 import warnings
 from typing import TYPE_CHECKING
 
+from megatron.common.imports import slow_imports
 from megatron.common.picture_files import check_picture_file
 from megatron.neox_arguments import ConfigError, NeoXArgs
 from megatron.planner.cost.machines import GIB
@@ -58,7 +59,8 @@ def _true_model(args: NeoXArgs) -> tuple[list[range], int]:
     os.environ["DS_ACCELERATOR"] = "cpu"  # nothing is allocated, and a GPU of this machine is not used
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about optional libraries of megatron-core
-        from megatron.planner.cost.stages import true_stages
+        with slow_imports():
+            from megatron.planner.cost.stages import true_stages
 
         stages = true_stages(args)
     chunks = [stage.chunks[number] for number in range(args.virtual_pipe_parallel_size) for stage in stages]
