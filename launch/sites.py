@@ -10,6 +10,7 @@ from typing import Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from megatron.common.quantity import quantity
 from megatron.neox_arguments import ConfigError
 
 HERE = Path(__file__).resolve().parent
@@ -127,9 +128,8 @@ def time_limit(time: str | None, nodes: int, partition: str | None, site: Site) 
     if fitting is None:
         raise ConfigError(f"{nodes} nodes: partition {name} of {site.title} allows at most {limits[-1].nodes}")
     if time is not None and seconds(time) > fitting.hours * 3600:
-        count = "1 node" if nodes == 1 else f"{nodes} nodes"
         raise ConfigError(
-            f"--time {time}: a job of {count} may take {fitting.hours} hours in partition {name} of "
+            f"--time {time}: a job of {quantity(nodes, 'node')} may take {fitting.hours} hours in partition {name} of "
             f"{site.title}; it is requeued at its limit and continues by itself"
         )
     return time or f"{fitting.hours:02d}:00:00"

@@ -14,6 +14,7 @@ from megatron.checkpoint.manifest import MANIFEST_NAME, FileEntry, file_checksum
 from megatron.checkpoint.torch_files import read_tensors, tensor_entry
 from megatron.common.boundary import guarded
 from megatron.common.errors import CheckpointError, one_line
+from megatron.common.quantity import quantity
 
 
 def verify_checkpoint(folder: Path, workers: int = 1) -> list[str]:
@@ -82,8 +83,8 @@ def _verify(folder: Path, iteration: int | None, workers: int) -> int:
     for problem in problems:
         print(problem, file=sys.stderr)
     total = sum(entry.bytes for entry in manifest.files.values())
-    verdict = f"{len(problems)} problems" if problems else "every byte is as written"
-    print(f"{folder}: {len(manifest.files)} files, {total:,} bytes: {verdict}")
+    verdict = quantity(len(problems), "problem") if problems else "every byte is as written"
+    print(f"{folder}: {quantity(len(manifest.files), 'file')}, {total:,} bytes: {verdict}")
     return 1 if problems else 0
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from megatron.checkpoint.load import load_weights
 from megatron.common.errors import UserError
 from megatron.common.log import log_on_rank_0
+from megatron.common.quantity import quantity
 from megatron.engine.build import build_inference_engine
 from megatron.generation.conversations import ChatPrompts
 from megatron.generation.generate import Batching, Generator
@@ -140,9 +141,9 @@ def continue_all(generator: Generator, requests: list[Request], endings: Endings
     output.finish()
     if place.rank == 0:
         print(
-            f"{len(requests) - len(bad)} prompts, {len(sequences)} texts: {new} new tokens in {seconds:.2f} s, "
-            f"{new / max(seconds, 1e-9):.1f} tokens/s, and {read} tokens of prompts read; key/value cache "
-            f"{generator.cache_bytes / 2**20:.1f} MiB on rank 0"
+            f"{quantity(len(requests) - len(bad), 'prompt')}, {quantity(len(sequences), 'text')}: {new} new tokens in "
+            f"{seconds:.2f} s, {new / max(seconds, 1e-9):.1f} tokens/s, and {read} tokens of prompts read; key/value "
+            f"cache {generator.cache_bytes / 2**20:.1f} MiB on rank 0"
         )
         print(f"written to {output.path}", flush=True)
     if bad:

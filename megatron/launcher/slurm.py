@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
 
+from megatron.common.quantity import quantity
 from megatron.launcher.local import rank_environment, reads_input, say_end, supervise
 from megatron.neox_arguments import ConfigError, NeoXArgs
 from megatron.parallel.handover import write_handover
@@ -64,10 +65,9 @@ def srun_command(args: NeoXArgs, env: Mapping[str, str]) -> list[str]:
     """
     nodes = int(env.get("SLURM_JOB_NUM_NODES") or env.get("SLURM_NNODES") or "1")
     if nodes != args.num_nodes:
-        count = "1 node" if nodes == 1 else f"{nodes} nodes"
         raise ConfigError(
-            f"the allocation has {count}, but the configuration is for num_nodes {args.num_nodes}; ask Slurm "
-            f"for {args.num_nodes}, or give --num_nodes {nodes} (and num_gpus, the ranks on each)"
+            f"the allocation has {quantity(nodes, 'node')}, but the configuration is for num_nodes {args.num_nodes}; "
+            f"ask Slurm for {args.num_nodes}, or give --num_nodes {nodes} (and num_gpus, the ranks on each)"
         )
     command = [
         "srun",

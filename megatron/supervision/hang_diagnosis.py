@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from megatron.common.quantity import quantity
 from megatron.neox_arguments import NeoXArgs
 from megatron.supervision.failures import LostRanks
 from megatron.supervision.status_store import Beat, Whereabouts, nodes_of, titled
@@ -98,7 +99,7 @@ def no_heartbeat(beats: Sequence[Beat], before: Sequence[Beat], rank: int) -> li
 def lost_verdict(lost: list[int], what: str, beats: Sequence[Beat], titles: Sequence[str], by: int) -> RunVerdict:
     """The verdict that ranks are dead or frozen; `what` says how that was noticed."""
     named = [f"{titled(rank, titles)}: {what}, last seen {beats[rank].position()}" for rank in lost[:RANKS_SHOWN]]
-    return RunVerdict(f"{_count(lost)} lost: " + "; ".join(named) + _more(lost), lost, by)
+    return RunVerdict(f"{quantity(len(lost), 'rank')} lost: " + "; ".join(named) + _more(lost), lost, by)
 
 
 def rank_0_verdict(what: str, titles: Sequence[str], by: int) -> RunVerdict:
@@ -116,15 +117,11 @@ def hang_verdict(beats: Sequence[Beat], where: Whereabouts, titles: Sequence[str
     absent = [rank for rank, beat in enumerate(beats) if not beat.waits]
     if 0 < len(absent) < len(beats):
         named = [f"{titled(rank, titles)}, {beats[rank].position()}" for rank in absent[:RANKS_SHOWN]]
-        why = f"{hang}; {_count(absent)} did not arrive: " + "; ".join(named) + _more(absent)
+        why = f"{hang}; {quantity(len(absent), 'rank')} did not arrive: " + "; ".join(named) + _more(absent)
         return RunVerdict(why, absent, by)
     first = min(range(len(beats)), key=lambda rank: (beats[rank].iteration, -beats[rank].seconds))
     why = f"{hang}; all ranks wait, none stands out; longest of all {titled(first, titles)}, {beats[first].position()}"
     return RunVerdict(why, [], by)
-
-
-def _count(ranks: list[int]) -> str:
-    return "1 rank" if len(ranks) == 1 else f"{len(ranks)} ranks"
 
 
 def _more(ranks: list[int]) -> str:

@@ -38,7 +38,7 @@ def test_weight_files_that_nothing_lists_are_named(tmp_path: Path, capsys: pytes
     write_hf(tmp_path / "hf", MODEL, shards=1)
     (tmp_path / "hf" / "model-00009-of-00009.safetensors").write_bytes(b"")
     assert main(["inspect", str(tmp_path / "hf")]) == 0
-    assert "1 weight files not listed in model.safetensors: model-00009" in capsys.readouterr().out
+    assert "1 weight file not listed in model.safetensors: model-00009" in capsys.readouterr().out
 
 
 def test_a_zero_3_folder_of_the_trainer_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

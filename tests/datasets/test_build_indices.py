@@ -61,7 +61,7 @@ def test_training_only_reads_afterwards(yml: Path, capsys: pytest.CaptureFixture
     out = capsys.readouterr().out
     assert "a_text_document: offsets, ids and checksum are correct" in out
     assert "25.00% of the run" in out
-    assert "2 sources are ready" in out
+    assert "2 sources ready" in out
 
     prepared = indices(yml.parent)
     assert prepared

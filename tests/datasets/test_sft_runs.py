@@ -146,7 +146,7 @@ def test_the_written_keys_through_the_command(prefix: str, tmp_path: Path, capsy
     assert build_indices([*command, "--check-content"]) == 0
     out = capsys.readouterr().out
     assert f"longer than a sample of {SAMPLE} tokens and left out" in out
-    assert "2 sources are ready" in out
+    assert "2 sources ready" in out
     lines = data.read_text().splitlines()
     data.write_text("\n".join(line for line in lines if "label" not in line))
     assert build_indices(command) == 2

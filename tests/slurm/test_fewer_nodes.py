@@ -58,7 +58,7 @@ def test_a_job_of_four_nodes_loses_one_and_goes_on_with_three(
     finally:
         cluster.start_node(lost)
         cluster.wait_for_nodes()
-    assert f"launch: rendered for 4 node(s), running on 3\nlaunch: job {job}, start 1 on " in log
+    assert f"launch: nodes: 3, rendered for 4\nlaunch: job {job}, start 1 on " in log
     assert lost not in log.partition("last save:")[0]
     assert "saved at TP1 PP1 DP4, running at TP1 PP1 DP3" in log
     assert f"batch: {BATCH} = micro-batch 1 x accumulation 4 x data parallel 3" in log

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron.common.boundary import guarded_from_sigterm
+from megatron.common.quantity import quantity
 
 from .errors import ConvertError
 from .formats.dtypes import ALIASES
@@ -353,8 +354,8 @@ def _execute(output, arguments: argparse.Namespace) -> int:  # type: ignore[no-u
         print("also written: " + ", ".join(sorted(output.extras)))
         if output.left_behind:
             print("left behind: " + ", ".join(output.left_behind))
-        states = f"{len(output.optimizer.names)} optimizer files, " if output.optimizer else ""
-        print(f"wrote {output.final}: {len(output.plan.files)} weight files, {states}{rate}")
+        states = f"{quantity(len(output.optimizer.names), 'optimizer file')}, " if output.optimizer else ""
+        print(f"wrote {output.final}: {quantity(len(output.plan.files), 'weight file')}, {states}{rate}")
     else:
         print(
             f"share {output.shard[0]}/{output.shard[1]} is written, {rate}; "

@@ -14,6 +14,8 @@ import sys
 import time
 from pathlib import Path
 
+from megatron.common.quantity import quantity
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 
@@ -53,8 +55,8 @@ def build(options: argparse.Namespace) -> None:
     for note in datasets.notes:
         print(note)
     for name, dataset in [*datasets.valid.items(), *datasets.test.items()]:
-        print(f"evaluation: {name}: {len(dataset)} samples")
-    print(f"{len(datasets.fingerprints)} sources are ready, {time.monotonic() - start:.1f} s")
+        print(f"evaluation: {name}: {quantity(len(dataset), 'sample')}")
+    print(f"{quantity(len(datasets.fingerprints), 'source')} ready, {time.monotonic() - start:.1f} s")
 
 
 def check_images_content(prefix: str) -> str:

@@ -20,6 +20,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron.common.quantity import quantity
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 if TYPE_CHECKING:
@@ -81,7 +83,8 @@ def write_ngram(inputs: list[str], output: Path, key: str, order: int) -> None:
                 target.write(line)
                 if line.startswith(b"\\1-grams:"):
                     target.write(b"%.7f\t<unk>\n" % unknown)
-    print(f"{output}: {order}-gram of {counts.total()} words, {len(counts)} distinct, from {len(files.files)} files")
+    source = quantity(len(files.files), "file")
+    print(f"{output}: {order}-gram of {counts.total()} words, {len(counts)} distinct, from {source}")
 
 
 def _lines(files: InputFiles, key: str) -> Iterator[str]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from megatron.common.boundary import guarded_from_sigterm
 from megatron.common.errors import UserError
 from megatron.common.picture_files import check_picture_file
+from megatron.common.quantity import quantity
 
 from ..convert_hf.cli import progress_bar, share, size
 from .errors import MergeError
@@ -113,7 +114,8 @@ def _introduce(job: MergeJob) -> None:
     print(f"tokenizer and configuration: {job.side.label}")
     print(
         f"reads {job.bytes_read:,} bytes, writes {sum(f.size for f in job.output.plan.files):,} bytes in "
-        f"{len(job.output.plan.files)} weight files; {job.threads} threads, bands of {job.band >> 10} KiB"
+        f"{quantity(len(job.output.plan.files), 'weight file')}; {quantity(job.threads, 'thread')}, bands of "
+        f"{job.band >> 10} KiB"
     )
 
 
@@ -139,7 +141,7 @@ def _merge(job: MergeJob, arguments: argparse.Namespace) -> int:
             from .picture import draw_report
 
             draw_report(job.report, arguments.picture)
-    print(f"wrote {job.output.final}: {len(job.output.plan.files)} weight files, {rate}")
+    print(f"wrote {job.output.final}: {quantity(len(job.output.plan.files), 'weight file')}, {rate}")
     return 0
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from megatron.checkpoint.discovery import find_checkpoint
 from megatron.checkpoint.manifest import read_manifest
 from megatron.checkpoint.provenance import commit, versions
+from megatron.common.quantity import quantity
 from tools.convert_hf.cli import main as convert
 from tools.release.card import model_card
 from tools.release.hashes import PROVENANCE, folder_facts, sealed
@@ -39,7 +40,8 @@ def make_release(recipe_path: Path, output: Path) -> Iterator[str]:
         os.rename(partial, output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    yield f"{output}: {len(content['files'])} files, {sum(one['bytes'] for one in content['files'].values()):,} bytes"
+    files = content["files"].values()
+    yield f"{output}: {quantity(len(files), 'file')}, {sum(one['bytes'] for one in files):,} bytes"
     for stage in provenance["stages"]:
         yield f"stage {stage['name']}: {len(stage['steps'])} of {stage['train_iters']} steps recorded"
     unknown = [name for name, facts in provenance["data"].items() if facts["license"] is None]

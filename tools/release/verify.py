@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.common.errors import UserError
+from megatron.common.quantity import quantity
 from tools.release.hashes import PROVENANCE, file_facts, folder_facts, unsealed
 from tools.release.recipe import ReleaseError
 from tools.release.steps import StepReader
@@ -22,7 +23,7 @@ def verify_release(folder: Path, data: Sequence[Path], steps: int, seed: int) ->
     checks, problems = [], [damaged] if damaged else []
     wrong = _compare(content["files"], folder_facts(folder), "")
     problems += wrong
-    checks.append(f"{len(content['files'])} files of the release compared")
+    checks.append(f"{quantity(len(content['files']), 'file')} of the release compared")
     # The data, if given.
     if not data:
         checks.append("data: not checked; give the folders that hold them with --data")

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron.common.quantity import quantity
 from megatron.planner.cost.machines import GIB
 from megatron.planner.cost.memory import KINDS
 from megatron.planner.plan import Plan
@@ -46,8 +47,9 @@ def draw_plan(plan: Plan, path: Path) -> None:
 def _title(plan: Plan) -> str:
     layout = plan.layout
     return (
-        f"{plan.parameters_total / 1e9:.1f} billion parameters on {layout.world_size:,} ranks: TP {layout.tensor} x "
-        f"PP {layout.pipe} x DP {layout.data}, micro-batch {layout.micro_batch} x {layout.num_micro_batches}"
+        f"{plan.parameters_total / 1e9:.1f} billion parameters on {quantity(layout.world_size, 'rank')}: TP "
+        f"{layout.tensor} x PP {layout.pipe} x DP {layout.data}, micro-batch "
+        f"{layout.micro_batch} x {layout.num_micro_batches}"
     )
 
 

@@ -8,6 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from megatron.common.quantity import quantity
 from megatron.planner.cost.estimate import Estimate
 from megatron.planner.cost.machines import GIB
 from megatron.planner.cost.memory import StageMemory
@@ -42,8 +43,8 @@ def _what(plan: Plan) -> str:
     nodes = f" ({plan.nodes:,} nodes of {plan.machine.gpus_per_node})" if plan.nodes > 1 else ""
     trained = "" if plan.args.lora is None else f" ({plan.args.trained_shape.num_parameters:,} are trained)"
     return (
-        f"{plan.parameters_total:,} parameters{trained} on {layout.world_size:,} ranks{nodes}: TP {layout.tensor} x PP "
-        f"{layout.pipe}{virtual} x DP {layout.data}, {args.precision}, {engine}"
+        f"{plan.parameters_total:,} parameters{trained} on {quantity(layout.world_size, 'rank')}{nodes}: TP "
+        f"{layout.tensor} x PP {layout.pipe}{virtual} x DP {layout.data}, {args.precision}, {engine}"
         f"{recompute}{sliced}\n"
         f"batch of {layout.global_batch:,} sequences = micro-batch {layout.micro_batch} x accumulation "
         f"{layout.num_micro_batches} x data parallel {layout.data}; {plan.time.tokens_per_step:,} tokens a step"

@@ -19,7 +19,7 @@
 # never two jobs of this name at once: they would save into the same folder
 #SBATCH --dependency=singleton
 
-# Frontier (OLCF): 2048 ranks on 256 node(s), rendered by launch/render.py; docs/launching.md explains it. To change
+# Frontier (OLCF), ranks: 2048, nodes: 256; rendered by launch/render.py; docs/launching.md explains it. To change
 # something, render again.
 #
 # Exit codes: 0 the training is done; 2 an error that would recur in the same job (configuration, software, preflight);
@@ -346,7 +346,7 @@ export NEOX_SECRET
 # `sbatch --nodes=N job.sh`, for instance when nodes are missing, continues from the last save with the same ranks per
 # node and global batch, and another data-parallel size.
 configuration+=(--num_nodes "$SLURM_JOB_NUM_NODES")
-if ((SLURM_JOB_NUM_NODES != 256)); then say "rendered for 256 node(s), running on $SLURM_JOB_NUM_NODES"; fi
+if ((SLURM_JOB_NUM_NODES != 256)); then say "nodes: $SLURM_JOB_NUM_NODES, rendered for 256"; fi
 
 before=$(last_save) fruitless=0
 say "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)) on $SLURM_JOB_NODELIST; last save: $before"

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron.common.quantity import quantity
+
 from ..errors import ConvertError
 
 ARCHITECTURE = "LlamaForCausalLM"
@@ -188,4 +190,4 @@ def _weights(folder: Path) -> ServingCheck:
         return ServingCheck("weights", "missing", "no .safetensors files")
     if len(files) > 1 and not (folder / "model.safetensors.index.json").is_file():
         return ServingCheck("weights", "missing", "several weight files without model.safetensors.index.json")
-    return ServingCheck("weights", "ok", f"{len(files)} safetensors file{'s' if len(files) > 1 else ''}")
+    return ServingCheck("weights", "ok", quantity(len(files), "safetensors file"))

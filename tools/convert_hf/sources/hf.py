@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from megatron.common.quantity import quantity
 from megatron.layout import HEAD, layer_files, source_shapes
 
 from ..errors import ConvertError
@@ -65,7 +66,7 @@ def _open(path: Path, names: list[str], options: OpenOptions) -> Checkpoint:
     used = {s.path.name for s in stored.values()}
     unused = [n for n in names if _WEIGHTS.fullmatch(n) and n not in used]
     if unused:
-        notes.append(f"{len(unused)} weight files not listed in {found[0]}: {', '.join(unused[:3])}")
+        notes.append(f"{quantity(len(unused), 'weight file')} not listed in {found[0]}: {', '.join(unused[:3])}")
     dropped = [name for name in stored if _DERIVED.fullmatch(name)]
     if dropped:
         notes.append(f"{len(dropped)} rotary_emb.inv_freq tensors are derived from config.json and not copied")
