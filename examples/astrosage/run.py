@@ -27,6 +27,11 @@ SIZES: dict[str, dict[str, tuple[object, ...]]] = {  # options of the scripts by
         "base": ("--steps", 1700, "--instruct-steps", 60),
         "conversations": ("--count", 700),
     },
+    "tiny": {
+        "documents": ("--objects", 6, 12, 10),
+        "base": ("--steps", 120, "--instruct-steps", 10),
+        "conversations": ("--count", 100),
+    },
 }
 # Models to test: name of the results, checkpoint, run file, whether to ask in a conversation.
 ASKED = (
@@ -43,7 +48,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("astrosage_out"), help=REPLACES)
     parser.add_argument("--seed", type=int, default=0, help="seed of facts, wordings, weights and orders")
-    parser.add_argument("--size", choices=list(SIZES), default="whole", help="short: fewer facts and steps")
+    parser.add_argument("--size", choices=list(SIZES), default="whole", help="short: fewer facts and steps; tiny: too few to learn, every step works")
     parser.add_argument("--until", choices=["cpt", "end"], default="end", help="cpt: only pre-training and its test")
     options = parser.parse_args()
     out = options.output
