@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.characterization import observe
-from tests.characterization.observe import FIRST_HALF, LOSS, NORM, STEPS
+from tests.characterization.observe import FIRST_HALF, LAYOUTS, LOSS, NORM, STEPS
 from tests.characterization.record import RECORDED
 
 pytestmark = pytest.mark.distributed
@@ -61,7 +61,8 @@ def test_converted_weights_are_byte_identical(tmp_path: Path) -> None:
     assert observe.converted(tmp_path) == recorded("converted")
 
 
-@pytest.mark.parametrize("layout", [pytest.param("one_rank", marks=pytest.mark.slow), SPLIT])
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_twenty_steps_are_as_before(tokens: Path, layout: str) -> None:
     folder = tokens / layout
     folder.mkdir()

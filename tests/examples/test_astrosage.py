@@ -1,4 +1,4 @@
-"""examples/astrosage, shortened: its steps work; slow: its claims hold, the whole recipe, every command in its guides."""
+"""examples/astrosage, shortened: its steps work. Slow: its claims hold, the whole recipe, the commands of its guides."""
 
 from __future__ import annotations
 

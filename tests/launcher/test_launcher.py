@@ -110,11 +110,13 @@ def test_ranks_neither_load_the_compiler_nor_collect_imports(tmp_path: Path, mon
 @pytest.mark.parametrize(
     ("mode", "code", "said", "unsaid"),
     [
-        ("user-all", 2, ["error: the sky is too cloudy"], ["Traceback", "ended with"]),
+        pytest.param(
+            "user-all", 2, ["error: the sky is too cloudy"], ["Traceback", "ended with"], marks=pytest.mark.slow
+        ),
         ("user-one", 2, ["error: the sky is too cloudy"], ["Traceback", "ended with", "rank 0"]),
         ("bug", 1, ["rank 1 failed:", "Traceback", "failed: KeyError: 'telescope'"], ["rank 0"]),
         ("killed", 137, ["was killed by SIGKILL"], ["Traceback", "rank 0"]),
-        ("code", 7, ["ended with exit code 7"], ["Traceback", "rank 0"]),
+        pytest.param("code", 7, ["ended with exit code 7"], ["Traceback", "rank 0"], marks=pytest.mark.slow),
     ],
 )
 def test_a_failure_is_reported_once(tmp_path: Path, mode: str, code: int, said: list[str], unsaid: list[str]) -> None:
@@ -146,10 +148,10 @@ def _alive(pid: int) -> bool:
 @pytest.mark.parametrize(
     ("launcher", "deadly", "code"),
     [
-        ("fork", signal.SIGINT, 130),
+        pytest.param("fork", signal.SIGINT, 130, marks=pytest.mark.slow),
         ("fork", signal.SIGTERM, 143),
         ("fork", signal.SIGKILL, -9),
-        ("torchrun", signal.SIGINT, 130),
+        pytest.param("torchrun", signal.SIGINT, 130, marks=pytest.mark.slow),
         ("torchrun", signal.SIGKILL, -9),
     ],
 )

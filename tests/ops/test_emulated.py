@@ -75,7 +75,9 @@ def test_norm(width: int, dtype: torch.dtype) -> None:
         norms(rows, width, dtype)
 
 
-@pytest.mark.parametrize("width", [64, 520, 16384, 16400, 32768])
+@pytest.mark.parametrize(
+    "width", [64, 520, 16400, *(pytest.param(width, marks=pytest.mark.slow) for width in (16384, 32768))]
+)
 def test_norm_widths_between_the_row_shapes(width: int, dtype: torch.dtype) -> None:
     norms(3, width, dtype)
 

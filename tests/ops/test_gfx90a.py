@@ -86,6 +86,7 @@ def test_hot_kernels_have_enough_in_flight_on_nvidia(tmp_path: Path) -> None:
             assert kernel.resident >= 16 * 32, f"{kernel}: partial_rows() counts on 16 warps a multiprocessor"
 
 
+@pytest.mark.slow
 def test_the_default_architectures_of_nvidia_compile(tmp_path: Path) -> None:
     need("nvcc", shutil.which("nvcc") is not None, "install the CUDA toolkit")
     for name in ("library", "swiglu"):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import os
 import re
 import resource
 import subprocess
@@ -26,9 +29,33 @@ CONFIGS = ROOT / "configs"
 ASTROSAGE = [f"configs/llama31_70b/{name}.yml" for name in ("model", "cpt", "frontier")]
 
 
+WORDS = ["--dry-run", "--paths-on-nodes"]
+
+
 def dry_run(*words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "deepy.py", "train.py", *words, "--dry-run", "--paths-on-nodes"]
+    command = [sys.executable, "deepy.py", "train.py", *words, *WORDS]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def _dry_runs(rank: int, world_size: int, runs: list[list[str]]) -> list[tuple[int, str, str]]:
+    import torch.distributed as dist
+
+    from megatron.launcher.command_line import main
+
+    dist.destroy_process_group()
+    os.chdir(ROOT)
+    ended = []
+    for words in runs:
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = main(["train.py", *words, *WORDS])
+        ended.append((code, out.getvalue(), err.getvalue()))
+    return ended
+
+
+def dry_runs(*runs: list[str]) -> list[tuple[int, str, str]]:
+    """(exit code, stdout, stderr) of dry runs without the imports, which take longest."""
+    return run_ranks(_dry_runs, 1, list(runs))[0]
 
 
 def test_the_70b_on_2048_gcds(tmp_path: Path) -> None:
@@ -55,11 +82,11 @@ def test_the_70b_on_2048_gcds(tmp_path: Path) -> None:
 
 def test_a_plan_for_people_and_a_picture_as_text(tmp_path: Path) -> None:
     tiny = [f"configs/tiny/{name}.yml" for name in ("model", "run", "local")]
-    done = dry_run(*tiny, "--precision", "bfloat16", "--picture", str(tmp_path / "plan.svg"))
-    assert done.returncode == 0, done.stderr
-    assert "1,787,008 parameters on 8 ranks: TP 2 x PP 2 x DP 2, bfloat16" in done.stdout
-    assert "MiB" in done.stdout
-    assert "fits: at most" in done.stdout
+    ((code, printed, errors),) = dry_runs([*tiny, "--precision", "bfloat16", "--picture", str(tmp_path / "plan.svg")])
+    assert code == 0, errors
+    assert "1,787,008 parameters on 8 ranks: TP 2 x PP 2 x DP 2, bfloat16" in printed
+    assert "MiB" in printed
+    assert "fits: at most" in printed
     picture = (tmp_path / "plan.svg").read_text()
     for label in ("stage", "idle: ", "weights", "gradients"):
         assert label in picture
@@ -67,18 +94,17 @@ def test_a_plan_for_people_and_a_picture_as_text(tmp_path: Path) -> None:
 
 def test_an_oversized_plan_is_rejected_with_alternatives() -> None:
     words = [*ASTROSAGE, "--checkpoint_activations", "false"]
-    done = dry_run(*words)
-    assert done.returncode == 2
-    assert "DOES NOT FIT" in done.stdout
-    message = done.stderr.splitlines()[-1]
+    (code, printed, errors), allowed = dry_runs(words, [*words, "--json", "--allow-memory"])
+    assert code == 2
+    assert "DOES NOT FIT" in printed
+    message = errors.splitlines()[-1]
     assert message.startswith("deepy.py: this run does not fit: stage 0 needs ")
     assert "57.0 GiB can be used on frontier" in message
     assert "What would fit: sequence_parallel: true (" in message
     assert "or checkpoint_activations: true with recompute_layers: 4 (" in message
     assert "or checkpoint_activations: true (" in message
-    allowed = dry_run(*words, "--json", "--allow-memory")
-    assert allowed.returncode == 0
-    assert json.loads(allowed.stdout)["fits"] is False
+    assert allowed[0] == 0
+    assert json.loads(allowed[1])["fits"] is False
 
 
 def _true_stages(rank: int, world_size: int, configs: list[str], overrides: dict[str, Any], ranks: int) -> Any:
@@ -203,11 +229,10 @@ def test_the_commands_of_the_guide(tmp_path: Path) -> None:
     commands = [line for block in re.findall(r"```bash\n(.*?)```", guide, re.DOTALL) for line in block.splitlines()]
     planned = [command for command in commands if command.startswith("python deepy.py train.py ")]
     assert len(planned) == 3
-    for command in planned:
-        words = command.replace("docs/plan_70b.png", str(tmp_path / "plan.png")).split()[3:]
-        done = dry_run(*[word for word in words if word != "--dry-run"])
-        assert done.returncode == 0, done.stderr
-        assert "70,553,706,496 parameters" in done.stdout
+    runs = [command.replace("docs/plan_70b.png", str(tmp_path / "plan.png")).split()[3:] for command in planned]
+    for code, printed, errors in dry_runs(*[[word for word in words if word != "--dry-run"] for words in runs]):
+        assert code == 0, errors
+        assert "70,553,706,496 parameters" in printed
     assert (tmp_path / "plan.png").stat().st_size > 10_000
 
 

@@ -96,7 +96,7 @@ def _run_until_killed(rank: int, world_size: int, run_keys: dict[str, Any], step
 
 def test_ten_kills_lose_nothing_that_was_reported_and_change_nothing(data: str, tmp_path: Path) -> None:
     """A run killed ten times has the same losses and bit for bit the same last checkpoint as an uninterrupted one."""
-    steps = 240
+    steps = 130  # ten kills after at most twelve steps each leave some to go
     whole, chain = tmp_path / "whole", tmp_path / "chain"
     run_ranks(_run, 2, keys(data, whole, train_iters=steps, checkpoint_factor=steps))
     moments, in_flight = random.Random(22), 0
