@@ -1,4 +1,4 @@
-"""examples/astrosage, shortened: its steps work. Slow: its claims hold, the whole recipe, the commands of its guides."""
+"""examples/astrosage, shortened: its steps work. Slow: its claims hold, the whole recipe, all commands of its pages."""
 
 from __future__ import annotations
 

@@ -83,8 +83,8 @@ def write_ngram(inputs: list[str], output: Path, key: str, order: int) -> None:
                 target.write(line)
                 if line.startswith(b"\\1-grams:"):
                     target.write(b"%.7f\t<unk>\n" % unknown)
-    source = quantity(len(files.files), "file")
-    print(f"{output}: {order}-gram of {counts.total()} words, {len(counts)} distinct, from {source}")
+    read = quantity(len(files.files), "file")
+    print(f"{output}: {order}-gram of {counts.total()} words, {len(counts)} distinct, from {read}")
 
 
 def _lines(files: InputFiles, key: str) -> Iterator[str]:
