@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from functools import cache
 from pathlib import Path
@@ -55,6 +56,18 @@ def test_no_test_file_imports_the_training_stack_at_its_top() -> None:
             parts = one.module.split(".")
             if one.line in top and heavy & {parts[0], ".".join(parts[:2])}:
                 found.append(f"{source.path}:{one.line} imports {one.module}")
+    assert found == []
+
+
+def test_a_script_finds_the_project_before_it_imports_it() -> None:
+    """`python tools/datasets/x.py` works in any folder, though its imports work from the root without the path, too."""
+    found = []
+    for source in files("tools", "launch", "benchmarks", "examples"):
+        calls = [node for node in source.tree.body if ast.unparse(node).startswith("sys.path.insert(")]
+        before = [node for node in source.tree.body if calls and node.lineno < calls[0].lineno]
+        for node in before:
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in FOLDERS:
+                found.append(f"{source.path}:{node.lineno} imports {node.module}")
     assert found == []
 
 

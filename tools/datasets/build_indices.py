@@ -14,8 +14,6 @@ import sys
 import time
 from pathlib import Path
 
-from megatron.common.quantity import quantity
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 
@@ -38,6 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def build(options: argparse.Namespace) -> None:
     """Build and check every source. Raises UserError, OSError."""
+    from megatron.common.quantity import quantity
     from megatron.data.build import build_datasets
     from megatron.neox_arguments import NeoXArgs
 

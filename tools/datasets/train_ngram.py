@@ -20,9 +20,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron.common.quantity import quantity
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from megatron.common.quantity import quantity
 
 if TYPE_CHECKING:
     from tools.datasets.encoding.records import InputFiles
