@@ -48,12 +48,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("astrosage_out"), help=REPLACES)
     parser.add_argument("--seed", type=int, default=0, help="seed of facts, wordings, weights and orders")
-    parser.add_argument(
-        "--size",
-        choices=list(SIZES),
-        default="whole",
-        help="short: fewer facts and steps; tiny: too few to learn",
-    )
+    sizes = "short: fewer facts and steps; tiny: too few to learn"
+    parser.add_argument("--size", choices=list(SIZES), default="whole", help=sizes)
     parser.add_argument("--until", choices=["cpt", "end"], default="end", help="cpt: only pre-training and its test")
     options = parser.parse_args()
     out = options.output

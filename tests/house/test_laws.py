@@ -63,11 +63,10 @@ def test_a_script_finds_the_project_before_it_imports_it() -> None:
     """`python tools/datasets/x.py` works in any folder, though its imports work from the root without the path, too."""
     found = []
     for source in files("tools", "launch", "benchmarks", "examples"):
-        calls = [node for node in source.tree.body if ast.unparse(node).startswith("sys.path.insert(")]
-        before = [node for node in source.tree.body if calls and node.lineno < calls[0].lineno]
-        for node in before:
-            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in FOLDERS:
-                found.append(f"{source.path}:{node.lineno} imports {node.module}")
+        calls = [node.lineno for node in source.tree.body if ast.unparse(node).startswith("sys.path.insert(")]
+        for one in source.imports:
+            if calls and one.line < calls[0] and one.module.split(".")[0] in FOLDERS:
+                found.append(f"{source.path}:{one.line} imports {one.module}")
     assert found == []
 
 
